@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -247,12 +248,14 @@ def train(stage: str, work: Path, count: int, steps: int, batch_size: int, lr: f
         enable_progress_bar=False, log_every_n_steps=100, gradient_clip_val=1.0, use_distributed_sampler=False,
     )  # fmt: skip
     last = Path(checkpoints.dirpath or "") / "last.ckpt"
+    begun = time.perf_counter()
     trainer.fit(module, DataLoader(range(10**9), batch_size=None), ckpt_path=last if last.exists() else None)
     network: Any = module.average.module
     if isinstance(module, AutoencoderTraining):
         network.register_to_config(scaling_factor=_scaling_factor(module))
     network.save_pretrained(work / stage)
-    print(json.dumps({"stage": stage, "steps": trainer.global_step, "loss": float(trainer.callback_metrics["loss"])}))
+    seconds = round(time.perf_counter() - begun)
+    print(json.dumps({"stage": stage, "steps": trainer.global_step, "seconds": seconds, "loss": float(trainer.callback_metrics["loss"])}))
 
 
 @torch.no_grad()
