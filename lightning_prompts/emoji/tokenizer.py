@@ -31,7 +31,10 @@ def train_tokenizer(captions: Iterable[str], merges: int, folder: Path) -> CLIPT
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_PATTERN), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
@@ -39,9 +42,17 @@ def train_tokenizer(captions: Iterable[str], merges: int, folder: Path) -> CLIPT
     )
     learner.train_from_iterator(captions, trainer)
     learned = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:merges]
-    tokens = [*alphabet, *(f"{b}</w>" for b in alphabet), *("".join(pair) for pair in learned), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *alphabet,
+        *(f"{b}</w>" for b in alphabet),
+        *("".join(pair) for pair in learned),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(dict.fromkeys(tokens))}, ensure_ascii=False))
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(dict.fromkeys(tokens))}, ensure_ascii=False)
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in learned))
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT)
     tokenizer.save_pretrained(folder)

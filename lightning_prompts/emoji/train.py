@@ -1,6 +1,6 @@
 """Trains the embedded model from nothing: `python -m lightning_prompts.emoji.train STAGE`.
 
-Stages, in order: `tokenizer`, `clip` (its text tower is the text encoder), `scorer` (the held-out CLIP), `autoencoder`, `denoiser`, `export`.
+Stages, in order: `scenes`, `clip` (its text tower is the text encoder), `scorer` (the held-out CLIP), `autoencoder`, `denoiser`, `export`.
 Every stage is one Lightning run whose randomness is a function of the seed and the step, so a stopped run goes on from its last
 checkpoint as if it had not been stopped: give the same command again. More `--steps` train longer.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -33,31 +33,28 @@ from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
 CAPTIONS = 6  # captions drawn for each picture
 
 
-def render(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
-    """Draws `count` scenes: pictures `(count, 64, 64, 3)` in 0..255 and `CAPTIONS * count` captions."""
+def render(seed: int, count: int, tokenizer_folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Draws `count` scenes: pictures `(count, 3, 64, 64)` in 0..255 and token ids `(count, CAPTIONS, CONTEXT)` of their captions."""
     rng = random.Random(seed)
     scenes = [world.random_scene(rng) for _ in range(count)]
     captions = [world.caption(scene, rng) for scene in scenes for _ in range(CAPTIONS)]
-    return np.stack([np.asarray(world.draw(scene)) for scene in scenes]), captions
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    ids = tokenizer(captions, padding="max_length", max_length=CONTEXT, return_tensors="np").input_ids
+    pictures = np.stack([np.asarray(world.draw(scene)) for scene in scenes]).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(pictures), ids.astype(np.int32).reshape(count, CAPTIONS, CONTEXT)
 
 
-class Scenes:
-    """Training pictures `(S, 3, 64, 64)` uint8 and the ids of their captions `(S, CAPTIONS, CONTEXT)`, kept on the device."""
-
-    def __init__(self, count: int, seed: int, tokenizer_folder: Path) -> None:
-        chunk = 1000
+def render_scenes(work: Path, count: int, seed: int) -> None:
+    """Trains the tokenizer and renders the training data, for the model and from other seeds for the scorer, into `work`."""
+    rng = random.Random(seed)
+    captions = [world.caption(world.random_scene(rng), rng) for _ in range(100_000)]
+    train_tokenizer(captions, merges=760, folder=work / "tokenizer")
+    for offset, name in enumerate(("scenes", "scenes-scorer")):
+        first, chunks = (2 * seed + offset) * 1_000_000, count // 1000
         with ProcessPoolExecutor() as pool:
-            drawn = list(pool.map(render, range(seed * 1_000_000, seed * 1_000_000 + math.ceil(count / chunk)), [chunk] * math.ceil(count / chunk)))
-        captions = [text for _, texts in drawn for text in texts]
-        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
-        ids = tokenizer(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
-        self.pictures = torch.from_numpy(np.concatenate([pictures for pictures, _ in drawn])).permute(0, 3, 1, 2).contiguous()
-        self.ids = ids.view(len(self.pictures), CAPTIONS, CONTEXT)
-        self.empty = tokenizer("", padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
-
-    def to(self, device: torch.device) -> None:
-        """Moves everything to the device."""
-        self.pictures, self.ids, self.empty = self.pictures.to(device), self.ids.to(device), self.empty.to(device)
+            drawn = list(pool.map(render, range(first, first + chunks), [1000] * chunks, [work / "tokenizer"] * chunks))
+        pictures, ids = (torch.from_numpy(np.concatenate(part)) for part in zip(*drawn, strict=True))
+        save_file({"pictures": pictures, "ids": ids}, work / f"{name}.safetensors")
 
 
 class Training(pl.LightningModule):
@@ -65,14 +62,16 @@ class Training(pl.LightningModule):
 
     Args:
         network: What is trained; its exponential moving average is what is saved.
-        scenes: The training data.
+        scenes: `pictures` and caption `ids`, see `render_scenes`.
         batch_size: Pictures a step.
         steps: Length of the run; the last 30% lower the learning rate to zero.
         lr: Learning rate between warm-up and decay.
         seed: Addresses every random draw together with the step.
     """
 
-    def __init__(self, network: nn.Module, scenes: Scenes, batch_size: int, steps: int, lr: float, seed: int) -> None:
+    def __init__(
+        self, network: nn.Module, scenes: dict[str, Tensor], batch_size: int, steps: int, lr: float, seed: int
+    ) -> None:
         super().__init__()
         self.network, self.scenes = network, scenes
         self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.999))
@@ -80,18 +79,18 @@ class Training(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Puts the data where the network is."""
-        self.scenes.to(self.device)
+        self.scenes = {name: tensor.to(self.device) for name, tensor in self.scenes.items()}
 
     def draw(self) -> tuple[Tensor, Tensor, torch.Generator]:
         """This step's picture indices, caption ids and the generator for everything else that is random in it."""
         generator = torch.Generator(self.device).manual_seed(self.seed * 10_000_019 + self.global_step)
-        index = torch.randint(len(self.scenes.ids), (self.batch_size,), generator=generator, device=self.device)
+        index = torch.randint(len(self.scenes["ids"]), (self.batch_size,), generator=generator, device=self.device)
         which = torch.randint(CAPTIONS, (self.batch_size,), generator=generator, device=self.device)
-        return index, self.scenes.ids[index, which], generator
+        return index, self.scenes["ids"][index, which], generator
 
     def pictures(self, index: Tensor) -> Tensor:
         """Pictures `(B, 3, 64, 64)` in [-1, 1]."""
-        return self.scenes.pictures[index].float() / 127.5 - 1
+        return self.scenes["pictures"][index].float() / 127.5 - 1
 
     def loss(self) -> Tensor:
         """This step's loss."""
@@ -114,7 +113,10 @@ class Training(pl.LightningModule):
         def factor(step: int) -> float:
             return min(1.0, (step + 1) / 300, max(0.0, (self.steps - step) / (0.3 * self.steps)))
 
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
+        }
 
 
 class AutoencoderTraining(Training):
@@ -146,7 +148,9 @@ class ClipTraining(Training):
         # Blurred and noised a little, so that what a decoder does to a picture does not hide the object.
         soft = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear")
         pictures = torch.lerp(pictures, soft, (uniform(1, 1, 1) - 0.4).clamp(min=0))
-        pictures = pictures + 0.1 * uniform(1, 1, 1) * torch.randn(pictures.shape, generator=generator, device=self.device)
+        pictures = pictures + 0.1 * uniform(1, 1, 1) * torch.randn(
+            pictures.shape, generator=generator, device=self.device
+        )
         zoom = 1 + self.crop * (uniform() - 0.6)
         theta = torch.zeros(self.batch_size, 2, 3, device=self.device)
         theta[:, 0, 0] = theta[:, 1, 1] = zoom
@@ -159,15 +163,20 @@ class ClipTraining(Training):
 class DenoiserTraining(Training):
     """Denoising loss on latents encoded once; every tenth caption is dropped for classifier-free guidance."""
 
-    def __init__(self, *args: Any, vae: AutoencoderKL, text_encoder: CLIPTextModel, scheduler: DDIMScheduler, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, vae: AutoencoderKL, text_encoder: CLIPTextModel, empty: Tensor, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.vae, self.text_encoder = vae.requires_grad_(False), text_encoder.requires_grad_(False)
-        self.scheduler = scheduler
+        self.register_buffer("empty", empty, persistent=False)
+        self.scheduler = scheduler()
         self.network.to(memory_format=torch.channels_last)
 
     def on_fit_start(self) -> None:  # noqa: D102
         super().on_fit_start()
-        self.latents = torch.cat([self._encode(i) for i in torch.arange(len(self.scenes.ids), device=self.device).split(500)])
+        self.latents = torch.cat(
+            [self._encode(i) for i in torch.arange(len(self.scenes["ids"]), device=self.device).split(500)]
+        )
 
     @torch.no_grad()
     def _encode(self, index: Tensor) -> Tensor:
@@ -177,9 +186,11 @@ class DenoiserTraining(Training):
         index, ids, generator = self.draw()
         latents = self.latents[index].float()
         dropped = torch.rand(len(ids), 1, generator=generator, device=self.device) < 0.1
-        context = self.text_encoder(torch.where(dropped, self.scenes.empty, ids)).last_hidden_state
+        context = self.text_encoder(torch.where(dropped, self.empty, ids)).last_hidden_state
         noise = torch.randn(latents.shape, generator=generator, device=self.device)
-        t = torch.randint(self.scheduler.config.num_train_timesteps, (len(ids),), generator=generator, device=self.device)
+        t = torch.randint(
+            self.scheduler.config.num_train_timesteps, (len(ids),), generator=generator, device=self.device
+        )
         noisy = self.scheduler.add_noise(latents, noise, t).contiguous(memory_format=torch.channels_last)
         return F.mse_loss(self.network(noisy, t, context).sample.float(), noise)
 
@@ -191,7 +202,11 @@ def clip(tokenizer: CLIPTokenizer, vision: tuple[int, int], text: tuple[int, int
         return {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": width // 32,
                 "projection_dim": 128}  # fmt: skip
 
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     return CLIPModel(
         CLIPConfig(
             text_config={**tower(*text), **ids, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT},
@@ -220,13 +235,16 @@ def denoiser(width: int) -> UNet2DConditionModel:
 
 def scheduler() -> DDIMScheduler:
     """The DDPM schedule, sampled from its noisiest step on."""
-    return DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
+    return DDIMScheduler(
+        beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
 
 
-def train(stage: str, work: Path, count: int, steps: int, batch_size: int, lr: float, seed: int, precision: Any) -> None:
+def train(stage: str, work: Path, steps: int, batch_size: int, lr: float, seed: int, precision: Any) -> None:
     """Trains one stage and saves its averaged weights in `work / stage`."""
+    torch.set_float32_matmul_precision("high")
     pl.seed_everything(seed + 17 * (stage == "scorer"), verbose=False)
-    scenes = Scenes(count, seed=2 if stage == "scorer" else 1, tokenizer_folder=work / "tokenizer")
+    scenes = load_file(work / ("scenes-scorer.safetensors" if stage == "scorer" else "scenes.safetensors"))
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     shared = {"scenes": scenes, "batch_size": batch_size, "steps": steps, "lr": lr, "seed": seed + (stage == "scorer")}
     stages: dict[str, Callable[[], Training]] = {
@@ -237,15 +255,17 @@ def train(stage: str, work: Path, count: int, steps: int, batch_size: int, lr: f
             denoiser(128),
             vae=AutoencoderKL.from_pretrained(work / "autoencoder"),
             text_encoder=CLIPTextModel.from_pretrained(work / "clip"),
-            scheduler=scheduler(),
+            empty=tokenizer("", padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids,
             **shared,
         ),
     }
     module = stages[stage]()
-    checkpoints = pl.callbacks.ModelCheckpoint(work / "checkpoints" / stage, save_last=True, save_top_k=0, every_n_train_steps=500)
+    checkpoints = pl.callbacks.ModelCheckpoint(
+        work / "checkpoints" / stage, save_last=True, save_top_k=0, every_n_train_steps=500
+    )
     trainer = pl.Trainer(
         max_steps=steps, precision=precision, logger=pl.loggers.CSVLogger(work, name=f"log-{stage}"), callbacks=[checkpoints],
-        enable_progress_bar=False, log_every_n_steps=100, gradient_clip_val=1.0, use_distributed_sampler=False,
+        enable_progress_bar=False, benchmark=True, log_every_n_steps=100, gradient_clip_val=1.0, use_distributed_sampler=False,
     )  # fmt: skip
     last = Path(checkpoints.dirpath or "") / "last.ckpt"
     begun = time.perf_counter()
@@ -255,14 +275,23 @@ def train(stage: str, work: Path, count: int, steps: int, batch_size: int, lr: f
         network.register_to_config(scaling_factor=_scaling_factor(module))
     network.save_pretrained(work / stage)
     seconds = round(time.perf_counter() - begun)
-    print(json.dumps({"stage": stage, "steps": trainer.global_step, "seconds": seconds, "loss": float(trainer.callback_metrics["loss"])}))
+    print(
+        json.dumps(
+            {
+                "stage": stage,
+                "steps": trainer.global_step,
+                "seconds": seconds,
+                "loss": float(trainer.callback_metrics["loss"]),
+            }
+        )
+    )
 
 
 @torch.no_grad()
 def _scaling_factor(module: AutoencoderTraining) -> float:
     """One over the standard deviation of the latents, as Stable Diffusion defines it."""
     autoencoder = module.average.module.float()
-    pictures = module.scenes.pictures[:1000].float().to(next(autoencoder.parameters()).device) / 127.5 - 1
+    pictures = module.scenes["pictures"][:1000].float().to(next(autoencoder.parameters()).device) / 127.5 - 1
     return 1 / float(torch.cat([autoencoder.encode(part).latent_dist.mean for part in pictures.split(100)]).std())
 
 
@@ -287,29 +316,30 @@ def export(work: Path, folder: Path) -> None:
 
 
 def _configs(folder: Path) -> Iterator[Path]:
-    return iter((folder / "model/text_encoder/config.json", folder / "model/clip/config.json", folder / "scorer/config.json"))
+    return iter(
+        (folder / "model/text_encoder/config.json", folder / "model/clip/config.json", folder / "scorer/config.json")
+    )
 
 
 def main() -> None:
     """Parses the command line and runs one stage."""
     parser = argparse.ArgumentParser(prog="python -m lightning_prompts.emoji.train", description=__doc__)
-    parser.add_argument("stage", choices=["tokenizer", "clip", "scorer", "autoencoder", "denoiser", "export"])
+    parser.add_argument("stage", choices=["scenes", "clip", "scorer", "autoencoder", "denoiser", "export"])
     parser.add_argument("--work", type=Path, default=Path("emoji-training"), help="checkpoints and float32 weights")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where export puts model/ and scorer/")
-    parser.add_argument("--count", type=int, default=60_000, help="pictures to train on")
+    parser.add_argument("--count", type=int, default=60_000, help="pictures to train on, for `scenes`")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="bf16-mixed")
     args = parser.parse_args()
-    if args.stage == "tokenizer":
-        rng = random.Random(args.seed)
-        train_tokenizer((world.caption(world.random_scene(rng), rng) for _ in range(100_000)), merges=760, folder=args.work / "tokenizer")
+    if args.stage == "scenes":
+        render_scenes(args.work, args.count, args.seed)
     elif args.stage == "export":
         export(args.work, args.out)
     else:
-        train(args.stage, args.work, args.count, args.steps, args.batch_size, args.lr, args.seed, args.precision)
+        train(args.stage, args.work, args.steps, args.batch_size, args.lr, args.seed, args.precision)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 SIZE = 64
@@ -27,25 +28,7 @@ EMOJI: dict[str, tuple[str, ...]] = {
     name: tuple(synonyms)
     for name, *synonyms in (
         line.split("/")
-        for line in """
-        monkey/ape gorilla dog/hound/puppy wolf fox/vixen raccoon cat/kitten lion tiger horse/stallion unicorn zebra
-        deer/stag cow pig/hog goat camel giraffe elephant rhinoceros/rhino
-        hippopotamus/hippo mouse rabbit/bunny/hare hedgehog bat bear koala panda skunk kangaroo turkey
-        chicken/hen rooster penguin eagle duck/mallard swan owl flamingo peacock parrot frog/toad crocodile/alligator
-        turtle/tortoise snake/serpent dragon sauropod/dinosaur whale dolphin fish blowfish/pufferfish shark octopus snail
-        butterfly/moth honeybee/bee spider crab shrimp/prawn
-        rose sunflower tulip cactus mushroom/toadstool
-        grapes watermelon lemon banana pineapple pear peach cherries strawberry blueberries tomato coconut avocado
-        eggplant/aubergine carrot broccoli bread/loaf croissant pretzel pancakes waffle hamburger/burger pizza sandwich taco
-        popcorn sushi doughnut/donut cookie/biscuit cupcake/muffin lollipop
-        bus/coach ambulance taxi/cab automobile/car truck/lorry tractor motorcycle/motorbike bicycle/bike airplane/plane helicopter
-        rocket/spaceship sailboat/yacht ship/boat anchor
-        house/home castle/fortress tent umbrella/parasol snowman fire/flame balloon trophy basketball volleyball bowling
-        guitar trumpet violin/fiddle drum saxophone television camera telephone laptop/computer candle pencil scissors key hammer
-        axe/hatchet dagger shield magnet microscope telescope door bed chair toilet broom basket crown necktie jeans/trousers dress/gown
-        handbag/purse backpack/rucksack lipstick bell hourglass sun cloud rainbow snowflake ghost/phantom
-        alien robot/android skull eye brain tooth bone ear nose
-        """.split()
+        for line in ["monkey/ape", "gorilla", "dog/hound/puppy", "wolf", "fox/vixen", "raccoon", "cat/kitten", "lion", "tiger", "horse/stallion", "unicorn", "zebra", "deer/stag", "cow", "pig/hog", "goat", "camel", "giraffe", "elephant", "rhinoceros/rhino", "hippopotamus/hippo", "mouse", "rabbit/bunny/hare", "hedgehog", "bat", "bear", "koala", "panda", "skunk", "kangaroo", "turkey", "chicken/hen", "rooster", "penguin", "eagle", "duck/mallard", "swan", "owl", "flamingo", "peacock", "parrot", "frog/toad", "crocodile/alligator", "turtle/tortoise", "snake/serpent", "dragon", "sauropod/dinosaur", "whale", "dolphin", "fish", "blowfish/pufferfish", "shark", "octopus", "snail", "butterfly/moth", "honeybee/bee", "spider", "crab", "shrimp/prawn", "rose", "sunflower", "tulip", "cactus", "mushroom/toadstool", "grapes", "watermelon", "lemon", "banana", "pineapple", "pear", "peach", "cherries", "strawberry", "blueberries", "tomato", "coconut", "avocado", "eggplant/aubergine", "carrot", "broccoli", "bread/loaf", "croissant", "pretzel", "pancakes", "waffle", "hamburger/burger", "pizza", "sandwich", "taco", "popcorn", "sushi", "doughnut/donut", "cookie/biscuit", "cupcake/muffin", "lollipop", "bus/coach", "ambulance", "taxi/cab", "automobile/car", "truck/lorry", "tractor", "motorcycle/motorbike", "bicycle/bike", "airplane/plane", "helicopter", "rocket/spaceship", "sailboat/yacht", "ship/boat", "anchor", "house/home", "castle/fortress", "tent", "umbrella/parasol", "snowman", "fire/flame", "balloon", "trophy", "basketball", "volleyball", "bowling", "guitar", "trumpet", "violin/fiddle", "drum", "saxophone", "television", "camera", "telephone", "laptop/computer", "candle", "pencil", "scissors", "key", "hammer", "axe/hatchet", "dagger", "shield", "magnet", "microscope", "telescope", "door", "bed", "chair", "toilet", "broom", "basket", "crown", "necktie", "jeans/trousers", "dress/gown", "handbag/purse", "backpack/rucksack", "lipstick", "bell", "hourglass", "sun", "cloud", "rainbow", "snowflake", "ghost/phantom", "alien", "robot/android", "skull", "eye", "brain", "tooth", "bone", "ear", "nose"]
     )
 }
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -137,20 +120,31 @@ def caption(scene: Scene, rng: random.Random, keep: float | None = None, synonym
     look, size = maybe(scene.look, 0.8), maybe(scene.size, 0.6)
     pattern, color = maybe(scene.pattern, 0.8), maybe(scene.color, 0.85)
     background = maybe(scene.background, 0.93)
-    place = rng.choice(PLACES[scene.place]) if rng.random() < (0.2 if scene.place == "center" else 0.6) or keep == 1 else ""
+    place = (
+        rng.choice(PLACES[scene.place]) if rng.random() < (0.2 if scene.place == "center" else 0.6) or keep == 1 else ""
+    )
     name = _say(scene.object, rng, synonym_share) if rng.random() < 0.97 or not background or keep == 1 else ""
     thing = " ".join(filter(None, (look, size, pattern, color, name)))
     if not name:
         return f"{_article(background)} {background} background"
     form = rng.random()
     if form < 0.55:
-        ground = f"{rng.choice(['on', 'over', 'against'])} {_article(background)} {background} background" if background else ""
+        ground = (
+            f"{rng.choice(['on', 'over', 'against'])} {_article(background)} {background} background"
+            if background
+            else ""
+        )
         return " ".join(filter(None, (f"{_article(thing)} {thing}", ground, place)))
     if form < 0.75 and background:
-        return " ".join(filter(None, (f"{_article(background)} {background} background with {_article(thing)} {thing}", place)))
+        return " ".join(
+            filter(None, (f"{_article(background)} {background} background with {_article(thing)} {thing}", place))
+        )
     if form < 0.9:
         return ", ".join(filter(None, (thing, f"{background} background" if background else "", place)))
-    words = [*thing.split(), *filter(None, (background, "background" if background and rng.random() < 0.5 else "", place))]
+    words = [
+        *thing.split(),
+        *filter(None, (background, "background" if background and rng.random() < 0.5 else "", place)),
+    ]
     return " ".join(words)
 
 
@@ -243,8 +237,8 @@ def draw(scene: Scene, also: Scene | None = None) -> Image.Image:
     elif scene.look == "dark":
         picture = ImageChops.multiply(picture, _vignette())
     elif scene.look == "grainy":
-        grain = Image.frombytes("L", (SIZE, SIZE), bytes(max(0, min(255, round(rng.gauss(128, 18)))) for _ in range(SIZE * SIZE)))
-        picture = ImageChops.add(picture, Image.merge("RGB", (grain,) * 3), offset=-128)
+        grain = np.random.default_rng(scene.seed).normal(0, 18, (SIZE, SIZE, 1))
+        picture = Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8))
     return picture
 
 
