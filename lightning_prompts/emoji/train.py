@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -57,6 +57,11 @@ def render_scenes(work: Path, count: int, seed: int) -> None:
         save_file({"pictures": pictures, "ids": ids}, work / f"{name}.safetensors")
 
 
+def _average(averaged: Any, current: Any, count: Tensor | int) -> None:
+    """Exponential moving average over the last tenth of the run so far, a thousand steps at most."""
+    torch._foreach_lerp_(averaged, current, max(1e-3, 10 / (10 + int(count))))
+
+
 class Training(pl.LightningModule):
     """What the stages share: batches addressed by the step, AdamW with warm-up and a final decay, averaged weights.
 
@@ -74,7 +79,7 @@ class Training(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.network, self.scenes = network, scenes
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+        self.average = AveragedModel(network, multi_avg_fn=_average)
         self.batch_size, self.steps, self.lr, self.seed = batch_size, steps, lr, seed
 
     def on_fit_start(self) -> None:
@@ -120,7 +125,7 @@ class Training(pl.LightningModule):
 
 
 class AutoencoderTraining(Training):
-    """L1 + MSE + 1e-5 KL."""
+    """L1 + MSE + 1e-6 KL."""
 
     def loss(self) -> Tensor:  # noqa: D102
         index, _, generator = self.draw()
@@ -128,7 +133,7 @@ class AutoencoderTraining(Training):
         posterior = self.network.encode(pictures).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator, device=self.device)
         decoded = self.network.decode(posterior.mean + posterior.std * noise).sample.float()
-        return F.l1_loss(decoded, pictures) + F.mse_loss(decoded, pictures) + 1e-5 * posterior.kl().mean()
+        return F.l1_loss(decoded, pictures) + F.mse_loss(decoded, pictures) + 1e-6 * posterior.kl().mean()
 
 
 class ClipTraining(Training):
