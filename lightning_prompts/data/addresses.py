@@ -1,0 +1,58 @@
+"""Randomness that is addressed, not consumed: every draw is a function of where it is used.
+
+So a resumed run, the company a problem keeps in a batch and the number of ranks do not change what is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+VALIDATION = -1
+"""The step of the draws that score prompts; no gradient ever sees them."""
+
+START = -2
+"""The step of the draws that initial prompts come from."""
+
+REGENERATION = -3
+"""The step of the draws that pictures are drawn from."""
+
+
+def address(seed: int, key: str, step: int, sample: int) -> int:
+    """A seed in 0, ..., 2**63 - 1 for sample `sample` at step `step` of the problem `key`."""
+    digest = hashlib.blake2b(f"{seed}/{key}/{step}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(seed: int, key: str, step: int, sample: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator at an address."""
+    return torch.Generator(device).manual_seed(address(seed, key, step, sample))
+
+
+def draw_noise(
+    seed: int, keys: Sequence[str], step: int, samples: int, shape: Sequence[int], device: torch.device | str
+) -> Tensor:
+    """Standard normal noise (P, N, *shape) for N samples of P problems at a step."""
+    draws = [
+        torch.randn(*shape, generator=generator(seed, key, step, k, device), device=device)
+        for key in keys
+        for k in range(samples)
+    ]
+    return torch.stack(draws).view(len(keys), samples, *shape)
+
+
+def draw_timesteps(seed: int, keys: Sequence[str], step: int, samples: int, low: int, high: int) -> Tensor:
+    """Timesteps (P, N) in [low, high): sample k from the k-th of N equal parts of the range, uniformly."""
+    draws = [
+        float(torch.rand((), generator=generator(seed, f"{key}/t", step, k))) for key in keys for k in range(samples)
+    ]
+    parts = torch.tensor(draws, dtype=torch.float64).view(len(keys), samples) + torch.arange(samples)
+    return (low + parts / samples * (high - low)).long().clamp(max=high - 1)
+
+
+def validation_timesteps(samples: int, low: int, high: int) -> Tensor:
+    """Timesteps (N,) in the middle of N equal parts of [low, high)."""
+    return (low + (torch.arange(samples) + 0.5) / samples * (high - low)).long()

@@ -1,0 +1,287 @@
+"""Target pictures: which ones a person means, how they are read, and the key their results are kept under."""
+
+import contextlib
+import csv
+import glob
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lightning_prompts.errors import UserError
+
+Fit = Literal["crop", "pad"]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MIN_SIDE = 8
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # nothing that runs another program, as EPS does
+_KINDS = "PNG, JPEG, WebP, BMP, GIF or TIFF"
+_COLUMNS = {"file", "caption", "subject"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one problem searches a prompt for: one picture, or several pictures of one subject.
+
+    Attributes:
+        paths: The picture files, at least one.
+        caption: The words that came with the pictures, None without any.
+        name: What to show the person: a file's, folder's or subject's name.
+    """
+
+    paths: tuple[Path, ...]
+    caption: str | None = None
+    name: str = field(kw_only=True)
+
+
+def load_image(
+    path: str | Path,
+    size: int,
+    fit: Fit = "crop",
+    background: tuple[int, int, int] = (255, 255, 255),
+    max_pixels: int = 50_000_000,
+    max_bytes: int = 100_000_000,
+) -> Image.Image:
+    """Reads a picture of any usual kind as a square; of an animation, the first frame.
+
+    Args:
+        path: The picture file.
+        size: Side of the result in pixels, at least 1.
+        fit: "crop" cuts a centred square, "pad" fills up to a square with the background.
+        background: Colour behind transparent pixels and around a padded picture, each number in [0, 255].
+        max_pixels: Largest width times height; a picture whose header claims more is not decoded.
+        max_bytes: Largest file.
+
+    Returns:
+        RGB picture of size x size.
+
+    Raises:
+        UserError: The file cannot be used as a picture, or `fit` is unknown.
+    """
+    path = Path(path)
+    if fit not in get_args(Fit):
+        raise UserError(f"The fit '{fit}' is unknown; choose 'crop' or 'pad'.")
+    image = _flatten(path, _decode(path, _read(path, max_bytes), max_pixels), background)
+    return _square(image, size, fit, background)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """Turns an RGB picture of W x H into a float32 tensor (3, H, W) with values in [-1, 1]."""
+    _require_rgb(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def find_targets(sources: Sequence[str | Path], one_subject: bool = False) -> list[Target]:
+    """Finds the pictures that a person names; a target that is named twice is kept once.
+
+    Args:
+        sources: Each a picture file, a folder of pictures, a glob pattern, or a list of pictures: a `.csv` with the
+            columns, or a `.jsonl` with the keys, `file` and optionally `caption` and `subject`.
+        one_subject: Makes a single target of all pictures.
+
+    Returns:
+        The targets in the order given, at least one. Captions that disagree within a target give none.
+
+    Raises:
+        UserError: A source has no pictures, or a list is malformed.
+    """
+    if not sources:
+        raise UserError("No pictures were given; name a picture, a folder, a pattern, or a .csv or .jsonl list.")
+    same: dict[frozenset[str], list[Target]] = {}
+    for source in [sources] if isinstance(sources, str | Path) else sources:
+        for target in _expand(os.fspath(source)):
+            same.setdefault(frozenset(map(os.path.abspath, target.paths)), []).append(target)
+    targets = [_merge(group, group[0].name) for group in same.values()]
+    if not one_subject or len(targets) == 1:
+        return targets
+    whole = _merge(targets, "")
+    folders = {Path(os.path.abspath(path)).parent.name for path in whole.paths}
+    return [_merge([whole], (folders.pop() if len(folders) == 1 else "") or _several(whole.paths))]
+
+
+def content_key(images: Sequence[Image.Image], settings: Mapping[str, object]) -> str:
+    """Names a target by its decoded pixels, whatever the files are called, and by the settings of its search.
+
+    Args:
+        images: RGB pictures of one subject, as `load_image` gives them; their order does not count.
+        settings: JSON values by name; their order does not count.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digests = []
+    for image in images:
+        _require_rgb(image)
+        digests.append(hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).digest())
+    canonical = json.dumps(dict(settings), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(b"".join(sorted(digests)) + canonical.encode()).hexdigest()[:16]
+
+
+def _require_rgb(image: Image.Image) -> None:
+    if image.mode != "RGB":
+        raise ValueError(f"expected an RGB picture as load_image gives, got mode {image.mode}")
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"There is no file '{path}'; check the path of the picture.") from error
+    except IsADirectoryError as error:
+        raise UserError(f"'{path}' is a folder where one picture is needed; name a file in it.") from error
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}); check its path and permissions.") from error
+    if len(data) > max_bytes:
+        raise UserError(f"'{path}' has more than the {max_bytes:,} bytes allowed; save a smaller picture.")
+    return data
+
+
+def _decode(path: Path, data: bytes, max_pixels: int) -> Image.Image:
+    damaged = f"'{path}' is damaged or cut short; save or download the picture again."
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        too_many = image.width * image.height > max_pixels
+    except Image.DecompressionBombError:  # Pillow's own limit, twice MAX_IMAGE_PIXELS
+        max_pixels = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        too_many = True
+    except UnidentifiedImageError as error:
+        raise UserError(f"'{path}' is no picture or its header is damaged; give a {_KINDS} file.") from error
+    except Exception as error:  # damaged files raise nearly anything
+        raise UserError(damaged) from error
+    if too_many:
+        raise UserError(f"'{path}' has more than the {max_pixels:,} pixels allowed; save a smaller picture.")
+    if min(image.size) < MIN_SIDE:
+        size = f"{image.width} x {image.height}"
+        raise UserError(f"'{path}' has {size} pixels; give a picture of at least {MIN_SIDE} on each side.")
+    try:
+        image.load()
+    except Exception as error:
+        raise UserError(damaged) from error
+    with contextlib.suppress(Exception):  # a picture with broken EXIF data stays as it is
+        image = ImageOps.exif_transpose(image)
+    return image
+
+
+def _flatten(path: Path, image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Turns any mode into RGB, transparent pixels into the background."""
+    try:
+        if image.mode.startswith(("I", "F")):
+            values, clear = np.asarray(image), image.info.get("transparency")
+            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise ValueError("32-bit values have no known range")
+            image = Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))
+            if clear is not None:
+                image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        behind = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
+    except ValueError as error:
+        raise UserError(f"'{path}' has pixels of kind {image.mode}; save it with 8 or 16 bits per channel.") from error
+
+
+def _square(image: Image.Image, size: int, fit: Fit, background: tuple[int, int, int]) -> Image.Image:
+    width, height = image.size
+    side = min(width, height) if fit == "crop" else max(width, height)
+    if fit == "crop":
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    # Resized before padding: a long thin strip never becomes a huge square.
+    inner = (max(1, round(image.width * size / side)), max(1, round(image.height * size / side)))
+    image = image.resize(inner, Image.Resampling.LANCZOS)  # a copy when the size already matches
+    square = Image.new("RGB", (size, size), background)
+    square.paste(image, ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    return square
+
+
+def _several(paths: Sequence[Path]) -> str:
+    return paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def _merge(parts: Sequence[Target], name: str) -> Target:
+    paths: dict[str, Path] = {}
+    for path in (path for part in parts for path in part.paths):
+        paths.setdefault(os.path.abspath(path), path)
+    captions = {part.caption for part in parts if part.caption}
+    return Target(tuple(paths.values()), captions.pop() if len(captions) == 1 else None, name=name)
+
+
+def _expand(source: str) -> list[Target]:
+    if os.path.isfile(source):
+        path = Path(source)
+        return _read_list(path) if path.suffix.lower() in (".csv", ".jsonl") else [Target((path,), name=path.name)]
+    folder = os.path.isdir(source)
+    if not folder and not glob.has_magic(source):
+        raise UserError(f"There is no file or folder '{source}'; check the path.")
+    matches = glob.glob(os.path.join(glob.escape(source), "*") if folder else source, recursive=True)  # none hidden
+    paths = [Path(match) for match in sorted(matches) if os.path.isfile(match)]
+    targets = [Target((path,), name=path.name) for path in paths if path.suffix.lower() in SUFFIXES]
+    if not targets:
+        given = f"folder '{source}' has" if folder else f"pattern '{source}' matches"
+        raise UserError(f"The {given} no pictures; they are the files ending in {', '.join(SUFFIXES)}.")
+    return targets
+
+
+def _read_list(path: Path) -> list[Target]:
+    groups: dict[str | int, list[Target]] = {}
+    for line, row in _rows(path):
+        where = f"Line {line} of '{path}'"
+        if not isinstance(row, dict) or not row.keys() <= _COLUMNS:
+            raise UserError(
+                f"{where} is not just 'file', 'caption' and 'subject'; drop the rest, put commas in quotes."
+            )
+        files = row.get("file")
+        files = files if isinstance(files, list) else [files]
+        if not files or not all(isinstance(file, str) and file.strip() for file in files):
+            raise UserError(f"{where} has no usable 'file'; give the path of a picture, or in JSONL a list of paths.")
+        caption, subject = (row.get(key) or "" for key in ("caption", "subject"))
+        if not isinstance(caption, str) or not isinstance(subject, str):
+            raise UserError(f"{where} has a 'caption' or 'subject' that is not text; put it in quotes.")
+        paths = tuple(path.parent / file.strip() for file in files)
+        for missing in (file for file in paths if not os.path.isfile(file)):
+            raise UserError(f"{where} names '{missing}', which is no file; give a path relative to the list's folder.")
+        target = Target(paths, caption.strip() or None, name=subject.strip() or _several(paths))
+        groups.setdefault(subject.strip() or line, []).append(target)
+    if not groups:
+        raise UserError(f"The list '{path}' names no pictures; give it at least one 'file'.")
+    return [_merge(group, group[0].name) for group in groups.values()]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Gives each row of a list with the number of its (last) line."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
+    except OSError as error:
+        raise UserError(f"The list '{path}' cannot be read ({error.strerror}); check its permissions.") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"Line {line} of '{path}' is not UTF-8 text; save the list as UTF-8.") from error
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+        try:
+            if "file" not in (reader.fieldnames or ()):
+                raise UserError(f"Line 1 of '{path}' has no column 'file'; begin with a header such as file,caption.")
+            for row in reader:
+                yield reader.reader.line_num, row  # DictReader's own number stops at blank lines
+        except csv.Error as error:
+            line = reader.reader.line_num
+            raise UserError(f"Line {line} of '{path}' is not valid CSV ({error}); correct it.") from error
+        return
+    for line, content in enumerate(text.split("\n"), start=1):
+        if content.strip():
+            try:
+                row = json.loads(content)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"Line {line} of '{path}' is not valid JSON; write one object a line.") from error
+            yield line, row

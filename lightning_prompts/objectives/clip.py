@@ -1,0 +1,76 @@
+"""Agreement of pictures and prompts by a CLIP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_prompts.backbones import EMOJI
+from lightning_prompts.errors import UserError
+
+STABLE_DIFFUSION_CLIP = "openai/clip-vit-large-patch14"  # the one whose text tower Stable Diffusion 1 uses
+
+
+def load_clip(name: str, offline: bool = False) -> Any:
+    """Loads a frozen float32 CLIPModel from a folder or the hub, safetensors only."""
+    from transformers import CLIPModel
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, local_files_only=offline)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The CLIP {name!r} cannot be loaded; give a folder or hub id that holds CLIP safetensors.") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.eval().requires_grad_(False)
+
+
+def clip_of(backbone: str) -> str:
+    """The CLIP that goes with a backbone: the folder `clip` beside its components, else Stable Diffusion's."""
+    folder = EMOJI if backbone == "emoji" else Path(backbone)
+    return str(folder / "clip") if (folder / "clip").is_dir() else STABLE_DIFFUSION_CLIP
+
+
+class ClipSimilarity(nn.Module):
+    """One minus the cosine between pictures and prompts, in [0, 2], lower is better; the loss of PEZ (arXiv 2302.03668).
+
+    Args:
+        name: Folder or hub id of a CLIPModel whose text tower has the backbone's vocabulary.
+        offline: Do not connect to the hub.
+    """
+
+    def __init__(self, name: str, offline: bool = False) -> None:
+        super().__init__()
+        self.clip = load_clip(name, offline)
+
+    @torch.no_grad()
+    def features(self, pictures: Tensor) -> Tensor:
+        """Unit vectors (B, E) of pictures (B, 3, H, W) in [-1, 1]."""
+        size = self.clip.config.vision_config.image_size
+        if pictures.shape[-1] != size:
+            pictures = F.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+        if size > 64:  # checkpoints that were not trained on this project's own pictures expect CLIP's statistics
+            mean = pictures.new_tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+            std = pictures.new_tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+            pictures = ((pictures + 1) / 2 - mean) / std
+        return F.normalize(_tensor(self.clip.get_image_features(pixel_values=pictures)).float(), dim=-1)
+
+    def forward(self, ids: Tensor, embeddings: Tensor, features: Tensor) -> Tensor:
+        """Losses (P,) of prompts (P, L) with embeddings (P, L, D) against features (P, I, E) of each problem's pictures."""
+        layer = self.clip.text_model.get_input_embeddings()
+        with layer.register_forward_hook(lambda module, args, replaced: embeddings.to(replaced.dtype)):
+            text = F.normalize(_tensor(self.clip.get_text_features(input_ids=ids)), dim=-1)
+        return 1 - torch.einsum("pe,pie->pi", text, features).mean(1)
+
+
+def _tensor(output: Any) -> Tensor:
+    """The features themselves: transformers 5 wraps them, transformers 4 does not."""
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return features

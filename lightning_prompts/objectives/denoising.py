@@ -1,0 +1,56 @@
+"""The denoising loss of pictures under prompts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prompts.backbones import Backbone, Conditioning
+
+
+class Denoising(nn.Module):
+    """How badly the denoiser predicts the noise in the target's latents when told the prompt; 0 is best, lower is better.
+
+    Args:
+        microbatch: Samples per call of the denoiser. The gradient is computed call by call, so memory does not grow with the
+            number of problems or samples, and at a fixed microbatch a problem's result does not depend on the others.
+    """
+
+    def __init__(self, microbatch: int = 16) -> None:
+        super().__init__()
+        self.microbatch = microbatch
+
+    def forward(
+        self, backbone: Backbone, conditioning: Conditioning, latents: Tensor, timesteps: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Mean squared error over the N samples of each of P problems.
+
+        Args:
+            backbone: The frozen model.
+            conditioning: P prompts.
+            latents: Of the targets, (P, N, C, h, w).
+            timesteps: (P, N).
+            noise: Standard normal, (P, N, C, h, w).
+
+        Returns:
+            A loss a problem, (P,), with a gradient to the conditioning where gradients are enabled.
+        """
+        count, samples = timesteps.shape
+        told = conditioning.repeat_interleave(samples)
+        embeds = told.prompt_embeds.detach().requires_grad_(torch.is_grad_enabled())
+        flat = latents.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten()
+        losses, gradients = [], []
+        for rows in torch.arange(count * samples, device=embeds.device).split(self.microbatch):
+            part, (x, eps, t) = embeds[rows], (tensor[rows] for tensor in flat)
+            pooled = None if told.pooled is None else told.pooled[rows]
+            output = backbone.denoise(backbone.add_noise(x, eps, t), t, Conditioning(part, pooled))
+            loss = (output - backbone.target(x, eps, t)).square().flatten(1).mean(1)
+            losses.append(loss.detach())
+            if loss.requires_grad:
+                gradients += torch.autograd.grad(loss.sum(), part)
+        value = torch.cat(losses).view(count, samples).mean(1)
+        if not gradients:
+            return value
+        # Zero in value, and in gradient what the calls above have computed.
+        slope = (told.prompt_embeds - embeds.detach()) * torch.cat(gradients)
+        return value + slope.flatten(1).sum(1).view(count, samples).mean(1)

@@ -1,0 +1,5 @@
+"""Optimizers that treat every row of a parameter as a problem of its own."""
+
+from lightning_prompts.optimizers.lbfgs import BatchedLBFGS
+
+__all__ = ["BatchedLBFGS"]

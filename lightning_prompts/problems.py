@@ -1,0 +1,236 @@
+"""The record of each problem and the folder that holds them: the only code that writes results.
+
+A run is a set of independent problems. Each has one small file that only its owner writes, and always in one piece, so a run that
+ends in any way leaves the best prompts found so far. `result.json` and `prompt.txt` are merged from these files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning_prompts.errors import UserError
+
+# "not improved" is finished, too, but the prompt is no better than the one that the search started from.
+Status = Literal["open", "done", "not improved", "failed"]
+
+SCHEMA_VERSION = 1  # of result.json
+
+_PACKAGES = ("lightning_prompts", "torch", "diffusers", "transformers", "pytorch_lightning")
+_RESULT_KEYS = (
+    *("target", "key", "status", "reason", "prompt", "token_ids"),
+    *("validation_loss", "clip_similarity", "heldout_clip_similarity", "initial_validation_loss"),
+    *("unet_samples", "seconds"),
+)
+_MEASURED_ON_REQUEST = ("lpips", "word_recall")  # in result.json only where there is a number
+
+
+@dataclass
+class Problem:
+    """One independent problem and the best that was found for it so far. Losses are better lower, similarities higher."""
+
+    key: str  # 16 hexadecimal digits, the hash of the content and of the settings that matter; names the record's file
+    target: str  # what to show a person: a file name, a folder or a prompt
+    paths: list[str] = field(default_factory=list)
+    caption: str | None = None
+    index: int = 0  # place among the inputs, which is the order of results
+    status: Status = "open"
+    reason: str | None = None  # one sentence, why it is "not improved" or "failed"
+    prompt: str | None = None
+    token_ids: list[int] | None = None
+    validation_loss: float | None = None
+    initial_validation_loss: float | None = None  # of the prompt that the search started from
+    clip_similarity: float | None = None
+    heldout_clip_similarity: float | None = None  # by a CLIP that took no part in the search
+    lpips: float | None = None
+    word_recall: float | None = None
+    unet_samples: int = 0  # forward and backward counted each
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(f"The status {self.status!r} is unknown; use one of {get_args(Status)}.")
+
+    def finish(self) -> None:
+        """Sets the final status from the two losses; without any, a problem is done, and one that failed stays so."""
+        if self.status == "failed":
+            return
+        loss, initial = _finite(self.validation_loss), _finite(self.initial_validation_loss)
+        self.status, self.reason = "done", None
+        if loss is None and self.validation_loss is not None:
+            self.status, self.reason = "failed", "The validation loss of the prompt is not a finite number."
+        elif loss is None and initial is not None:
+            self.status, self.reason = "not improved", "No prompt was scored after the initial one."
+        elif loss is not None and initial is not None and loss >= initial:
+            self.status = "not improved"
+            self.reason = (
+                f"The best prompt's validation loss {loss:.6g} is no lower than the initial one's {initial:.6g}."
+            )
+
+
+class RunFolder:
+    """The folder of a run, usually `runs/<name>/`, and where things are in it; it need not exist."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.problems = self.path / "problems"
+        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.yaml"
+        self.result = self.path / "result.json"
+        self.prompt = self.path / "prompt.txt"
+        self.grid = self.path / "grid.png"
+        self.embedding = self.path / "embedding.safetensors"
+
+    @staticmethod
+    def name(method: str, now: datetime) -> str:
+        """Returns the default name of a run, such as `2026-11-20_14-03-22_ph2p`, which is safe in paths and shells."""
+        return f"{now:%Y-%m-%d_%H-%M-%S}_{re.sub(r'[^a-z0-9._-]+', '-', method.lower())}"
+
+    def prepare(self, resume: bool) -> None:
+        """Creates the folders and tries whether they can be written, before any time is spent.
+
+        To be called by one process before any other writes, whose records it would otherwise take for an earlier run.
+
+        Raises:
+            UserError: The folder holds a run that is not to be resumed, is a file or cannot be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"The run folder {self.path} is a file; give another --run.")
+        if not resume and (self.config.exists() or any(self.problems.glob("*.json"))):
+            hint = "give --ckpt_path last to go on with it or another --run"
+            raise UserError(f"The folder {self.path} already holds a run; {hint}.")
+        try:
+            for folder in (self.path, self.problems, self.checkpoints):
+                atomic_write(folder / ".write-test", b"test")
+                (folder / ".write-test").unlink()
+        except OSError as error:
+            hint = "give another --run, or free space or permit writing there"
+            raise UserError(
+                f"The run folder {self.path} cannot be written ({error.strerror or error}); {hint}."
+            ) from error
+
+    def save(self, problem: Problem) -> None:
+        """Writes the record of a problem; after an OSError, such as a full disk, its previous state is still there."""
+        atomic_write(self.problems / f"{problem.key}.json", _to_json(asdict(problem)))
+
+    def load(self) -> dict[str, Problem]:
+        """Reads all records by key, in the order of the inputs; what is no record is left out with a warning."""
+        problems = [problem for file in self.problems.glob("*.json") if (problem := _read_record(file))]
+        return {problem.key: problem for problem in sorted(problems, key=lambda problem: (problem.index, problem.key))}
+
+    def write_result(
+        self, method: str, backbone: str, seed: int, settings: Mapping[str, Any], versions: Mapping[str, str]
+    ) -> None:
+        """Merges all records into `result.json` and `prompt.txt`; the latter has one line a problem, empty without a prompt."""
+        records = self.load().values()
+        result = {
+            "schema_version": SCHEMA_VERSION,
+            "method": method,
+            "backbone": backbone,
+            "seed": seed,
+            "settings": settings,
+            "versions": versions,
+            "problems": [_result_entry(asdict(problem)) for problem in records],
+        }
+        # str: a path or a dtype among the settings must not cost the results at the end of a run.
+        atomic_write(self.result, _to_json(result, default=str))
+        lines = [" ".join((problem.prompt or "").splitlines()) + "\n" for problem in records]
+        atomic_write(self.prompt, "".join(lines).encode(errors="backslashreplace"))
+
+    def read_result(self) -> dict[str, Any]:
+        """Reads `result.json`; one that is missing, something else or newer than this program is a UserError."""
+        try:
+            result = json.loads(self.result.read_bytes())
+            schema_version = int(result["schema_version"])
+        except OSError as error:
+            hint = "give the folder of a run that has written its results"
+            raise UserError(f"{self.result} cannot be read ({error.strerror}); {hint}.") from None
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{self.result} is not a result of this program; give the folder of another run.") from None
+        if schema_version > SCHEMA_VERSION:
+            hint = f"this program reads up to {SCHEMA_VERSION}; upgrade lightning-prompts"
+            raise UserError(f"{self.result} has schema_version {schema_version} and {hint}.")
+        return dict(result)
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file in one piece: whoever reads it, whenever the process dies, finds the old content or the new.
+
+    Missing folders are created.
+
+    Raises:
+        OSError: The file could not be written, and an old one is untouched, or has lost what was written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, as a rename is atomic only within a file system; its own name for each writer.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # it is gone after the replacement, and the first error is the one to hear about
+            temporary.unlink()
+    if (size := path.stat().st_size) != len(data):  # network file systems have been seen to lose data silently
+        raise OSError(f"{path} has {size} bytes after {len(data)} were written")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide a result, without importing them."""
+    return {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # such as this project itself, run from its source folder
+        return "not installed"
+
+
+def _read_record(file: Path) -> Problem | None:
+    """Returns the record, or None with a warning if the file, written by someone else, is none."""
+    try:
+        problem = Problem(**json.loads(file.read_bytes()))
+        if problem.key != file.stem:
+            raise ValueError(f"it has the key {problem.key}")
+    except (ValueError, TypeError) as error:
+        warnings.warn(f"{file} is not the record of a problem and is ignored: {error}", stacklevel=3)
+        return None
+    return problem
+
+
+def _result_entry(record: dict[str, Any]) -> dict[str, Any]:
+    measured = {name: record[name] for name in _MEASURED_ON_REQUEST if record[name] is not None}
+    return {name: record[name] for name in _RESULT_KEYS} | measured
+
+
+def _to_json(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=default)
+    # File names that are not UTF-8 hold lone surrogates, whose backslash form is what JSON calls for.
+    return (text + "\n").encode(errors="backslashreplace")
+
+
+def _finite(value: Any) -> Any:
+    """Replaces numbers that JSON does not have by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

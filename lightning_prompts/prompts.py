@@ -1,0 +1,82 @@
+"""What trains: the prompts, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prompts.backbones import TextTower
+from lightning_prompts.errors import UserError
+from lightning_prompts.vocabulary import Metric, allowed_tokens, nearest_tokens, template_ids
+
+
+class TokenEmbeddings(nn.Module):
+    """M token embeddings for each of P problems, standing in a template of fixed tokens.
+
+    Args:
+        tower: The text encoder whose vocabulary is searched.
+        template: Fixed words around the prompt, with `{}` where it goes.
+        tokens: M, how many tokens the prompt has.
+        blocked: Words, or parts of words, that no token may contain.
+        words: The only words that may be used; None for the whole vocabulary.
+        metric: Distance by which an embedding is replaced with a token.
+    """
+
+    template: Tensor
+    positions: Tensor
+    table: Tensor
+    allowed: Tensor
+
+    def __init__(
+        self,
+        tower: TextTower,
+        template: str = "{}",
+        tokens: int = 8,
+        blocked: tuple[str, ...] = (),
+        words: tuple[str, ...] | None = None,
+        metric: Metric = "euclidean",
+    ) -> None:
+        super().__init__()
+        if tokens < 1:
+            raise UserError(f"A prompt of {tokens} tokens was asked for; it needs at least one, so raise --model.tokens.")
+        ids, positions = template_ids(tower.tokenizer, template, tokens, tower.length)
+        self.metric: Metric = metric
+        self.register_buffer("template", ids, persistent=False)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("table", tower.table, persistent=False)
+        self.register_buffer("allowed", allowed_tokens(tower.tokenizer, blocked, words), persistent=False)
+        self.embeddings = nn.Parameter(torch.empty(0, tokens, self.table.shape[1]))
+
+    @torch.no_grad()
+    def begin(self, token_ids: Tensor) -> None:
+        """Starts P problems at the embeddings of tokens (P, M)."""
+        self.embeddings.grad = None
+        self.embeddings.data = self.table[token_ids].float()
+
+    @torch.no_grad()
+    def project(self) -> Tensor:
+        """Ids of the nearest allowed tokens, (P, M)."""
+        return nearest_tokens(self.embeddings, self.table, self.allowed, self.metric)
+
+    def ids(self, token_ids: Tensor) -> Tensor:
+        """Puts prompts (P, M) into the template: ids with start, end and padding, (P, L)."""
+        ids = self.template.repeat(len(token_ids), 1)
+        ids[:, self.positions] = token_ids
+        return ids
+
+    def forward(self, rows: Tensor, straight_through: bool = False) -> tuple[Tensor, Tensor]:
+        """What the text encoder is given for some of the problems.
+
+        Args:
+            rows: Numbers of the problems, (Q,).
+            straight_through: Use the nearest tokens' embeddings and pass their gradient on to the continuous ones (PEZ).
+
+        Returns:
+            Ids (Q, L) and embeddings (Q, L, D).
+        """
+        embeddings = self.embeddings[rows]
+        token_ids = nearest_tokens(embeddings.detach(), self.table, self.allowed, self.metric)
+        if straight_through:
+            embeddings = self.table[token_ids] + embeddings - embeddings.detach()
+        ids = self.ids(token_ids)
+        return ids, self.table[ids].index_copy(1, self.positions, embeddings.to(self.table.dtype))

@@ -1,0 +1,293 @@
+"""Token ids and the text that they stand for: which may be used, which is nearest, which survive being written down.
+
+A prompt is a text that a person pastes elsewhere, so ids count only if the tokenizer reads their text as these same ids. Byte-pair
+tokenizers do not promise that: CLIP's `cane` followed by `leroy</w>` is written `caneleroy`, which is read as other tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from lightning_prompts.errors import UserError
+
+Metric = Literal["euclidean", "cosine"]
+
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are drawn as nothing
+_FILLERS = ("a", "b")  # two words that are one token each wherever a byte is a token
+
+
+@torch.no_grad()
+def nearest_tokens(
+    embeddings: Tensor, table: Tensor, allowed: Tensor, metric: Metric = "euclidean", chunk: int = 8192
+) -> Tensor:
+    """Projects embeddings onto the vocabulary.
+
+    A matrix product rules out the rows that cannot be nearest and the few that remain are measured by their difference, which
+    loses no digits; the answer is the same whether the product runs in float32, TF32 or bfloat16. Of rows that are equally near,
+    the one with the lowest id is returned.
+
+    Args:
+        embeddings: What to project, (..., D), such as (P, M, D).
+        table: The text encoder's token embeddings, (V, D).
+        allowed: Which tokens may be returned, (V,) bool.
+        metric: By which distance; with "cosine" a row of zeros is never nearest.
+        chunk: Rows of the table that are compared at a time, which bounds the memory.
+
+    Returns:
+        Token ids, (...), such as (P, M), on the device of the embeddings.
+    """
+    if metric not in ("euclidean", "cosine"):
+        raise UserError(f"The metric {metric!r} is unknown; use 'euclidean' or 'cosine'.")
+    if len(allowed) != len(table):
+        raise UserError(
+            f"The mask of allowed tokens has {len(allowed)} entries and the token embeddings have {len(table)} rows; "
+            "use the tokenizer that belongs to the text encoder."
+        )
+    x = embeddings.float().reshape(-1, embeddings.shape[-1])  # (N, D)
+    if not (x.norm(dim=-1) < 1e18).all():
+        raise UserError("The embeddings to project are not finite or larger than 1e18; lower the learning rate.")
+    queries = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30) if metric == "cosine" else x
+    length = queries.norm(dim=-1, keepdim=True)
+    rounding = (x.shape[-1] + 8) * 2.0**-22  # of a sum of D float32 products, relative to the norms
+    bound = x.new_full((len(x), 1), torch.inf)  # the nearest row is no farther, (N, 1)
+    candidates = []
+    for ids in torch.split(allowed.to(table.device).nonzero().squeeze(1), chunk):
+        rows = table[ids].to(x)  # (C, D)
+        norms = rows.norm(dim=-1)
+        usable = (norms < 1e18) & ((norms > 0) | (metric != "cosine"))
+        ids, rows, norms = ids.to(x.device)[usable], rows[usable], norms[usable]
+        if metric == "cosine":
+            rows, norms = rows / norms.unsqueeze(1), torch.ones_like(norms)
+        if len(ids):
+            with torch.autocast(x.device.type, enabled=False):
+                scores = norms.square() - 2 * (queries @ rows.T)  # squared distances less that of the origin, (N, C)
+            error = norms * ((0.016 + rounding) * length + rounding * norms)  # 0.016: factors cut to bfloat16's 8 bits
+            bound = torch.minimum(bound, (scores + error).amin(1, keepdim=True))
+            which, near = (scores - error <= bound).nonzero(as_tuple=True)
+            candidates.append(torch.stack([which, ids[near]]))
+    if not candidates:
+        raise UserError("No token is allowed that has an embedding to compare with; block fewer words or allow more.")
+    which, ids = torch.cat(candidates, 1)
+    pairs = zip(torch.split(which, chunk), torch.split(ids.to(table.device), chunk), strict=True)
+    distances = torch.cat([_distances(x[n], table[i].to(x), metric) for n, i in pairs])
+    # A few numbers, so on the CPU, where scatter_reduce is deterministic.
+    which, ids, distances = which.cpu(), ids.cpu(), distances.cpu()
+    least = distances.new_full((len(x),), torch.inf).scatter_reduce(0, which, distances, "amin")
+    slack = 1e-14 if metric == "cosine" else 0.0  # multiples of one row are equally near but for the last digit
+    nearest = distances <= least[which] + slack
+    found: Tensor = ids.new_full((len(x),), len(table)).scatter_reduce(0, which[nearest], ids[nearest], "amin")
+    return found.reshape(embeddings.shape[:-1]).to(x.device)
+
+
+def _distances(x: Tensor, rows: Tensor, metric: Metric) -> Tensor:
+    """Squared distances between vectors, or between their directions: (C, D) and (C, D) to (C,)."""
+    precise = torch.float32 if x.device.type == "mps" else torch.float64
+    x, rows = x.to(precise), rows.to(precise)
+    if metric == "cosine":
+        x, rows = (F.normalize(v, dim=-1, eps=torch.finfo(precise).tiny) for v in (x, rows))
+    return (x - rows).square().sum(-1)
+
+
+def allowed_tokens(
+    tokenizer: PreTrainedTokenizerBase, blocked: Iterable[str] = (), words: Iterable[str] | None = None
+) -> Tensor:
+    """Finds the tokens that a search may use.
+
+    These are the tokens that survive the round trip alone (in CLIP: tokens that end a word, in lower case), are neither special
+    nor added, and whose text is valid and has something to see: a letter, a digit, punctuation or a symbol. A control
+    character, a zero-width space or an accent without its letter is not enough.
+
+    Args:
+        tokenizer: The tokenizer.
+        blocked: Texts that no token may contain, in whatever case. Words of several tokens are `contains_blocked`'s.
+        words: The only words that may be used; those of several tokens cannot be.
+
+    Returns:
+        Which tokens are allowed, (V,) bool.
+    """
+    blocked, size = _listed("blocked", blocked), max(tokenizer.get_vocab().values()) + 1
+    texts, allowed = round_trip(tokenizer, torch.arange(size).unsqueeze(1))
+    allowed[list(tokenizer.get_added_vocab().values())] = False
+    allowed &= torch.tensor([_visible(text) for text in texts])
+    settings, before = [], int(allowed.sum())
+    if words is not None:
+        words = _listed("words", words)
+        single = torch.zeros(size, dtype=torch.bool)
+        single[[ids[0] for ids in _encode(tokenizer, words) if len(ids) == 1]] = True
+        allowed &= single
+        settings.append(f"words ({len(words)} given, which are {int(allowed.sum())} of these)")
+    if blocked:
+        allowed[[i for i in allowed.nonzero().flatten().tolist() if contains_blocked(texts[i], blocked)]] = False
+        settings.append(f"blocked ({len(blocked)} given)")
+    if not allowed.any():
+        if not settings:
+            raise UserError(f"The tokenizer has {size} tokens and none that a search may use; use CLIP's tokenizer.")
+        raise UserError(
+            f"Of the {before} tokens that a search may use, the setting {' with the setting '.join(settings)} leaves none; "
+            "give more words that are one token or block fewer."
+        )
+    return allowed
+
+
+def _visible(text: str) -> bool:
+    return "\ufffd" not in text and any(unicodedata.category(c)[0] in "LNPS" and c not in _BLANKS for c in text)
+
+
+def round_trip(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> tuple[list[str], Tensor]:
+    """Writes prompts down and reads them again.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: Token ids without start, end and padding, (P, M).
+
+    Returns:
+        The P texts, words apart by one space, and which of them are read as exactly these ids, (P,) bool. A special token is no
+        text, so that a row with one does not survive.
+    """
+    rows = ids.tolist()
+    decoded = rows and tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts, special = [" ".join(text.split()) for text in decoded], set(tokenizer.all_special_ids)
+    again = _encode(tokenizer, texts)
+    same = [row == other and special.isdisjoint(row) for row, other in zip(rows, again, strict=True)]
+    return texts, torch.tensor(same, dtype=torch.bool, device=ids.device)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
+    """Token ids of texts, none of which is cut."""
+    if not texts:
+        return []  # transformers cannot
+    options = {"add_special_tokens": False, "truncation": False, "verbose": False, **options}
+    ids: list[list[int]] = tokenizer(texts, **options)["input_ids"]
+    return ids
+
+
+def contains_blocked(text: str, blocked: Iterable[str]) -> bool:
+    """Tells whether a text contains a blocked text, in whatever case and however it was cut into tokens.
+
+    Decoded prompts have spaces that nobody wrote: "don't" comes back as "don 't" and "2024" as "2 0 2 4". Between a run of
+    letters and a digit or sign, space is therefore ignored. Whole words that spell a blocked one, as "nu de" does, contain it
+    too; "glass exit" does not contain "sex". Compatibility forms (full-width letters) count as the letter, and characters
+    without a shape (zero-width space, soft hyphen) as nothing.
+
+    Args:
+        text: A prompt.
+        blocked: Words or longer texts that it must not contain.
+    """
+    words, text = _fold_all(tuple(_listed("blocked", blocked))), _fold(text)
+    joined = text.replace(" ", "")
+    return any(word in joined and re.search(_pattern(phrase), text) is not None for phrase, word in words)
+
+
+def _fold(text: str) -> str:
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join("".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf")).split())
+
+
+@lru_cache(maxsize=64)
+def _fold_all(blocked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Folded texts with and without their spaces."""
+    folded = [_fold(phrase) for phrase in blocked]
+    if "" in folded:
+        raise UserError(
+            f"The blocked word {blocked[folded.index('')]!r} is empty, which every text contains; leave it out."
+        )
+    return tuple((phrase, phrase.replace(" ", "")) for phrase in folded)
+
+
+def _pattern(phrase: str) -> str:
+    """What to search for: the phrase with space between its runs of letters, or between all letters of whole words."""
+    runs, letters = (
+        r"\s+".join(r"\s*".join(map(re.escape, re.findall(piece, word))) for word in phrase.split())
+        for piece in (r"[^\W\d_]+|.", ".")
+    )
+    return rf"{runs}|(?<!\w){letters}(?!\w)"
+
+
+def _listed(name: str, words: Iterable[str]) -> list[str]:
+    if isinstance(words, str):
+        raise UserError(f"The setting {name} is the text {words!r}, and a list of words is needed; write [{words!r}].")
+    return list(words)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Tensor:
+    """Encodes texts with start, end and padding, and cuts none.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: P texts.
+        length: How many tokens the text encoder takes, start and end included.
+
+    Returns:
+        Token ids, (P, length).
+    """
+    texts = _listed("texts", texts)
+    rows = _encode(tokenizer, texts, add_special_tokens=True, padding="max_length", max_length=length)
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) > length:
+            start = text if len(text) <= 60 else f"{text[:60]}…"
+            raise UserError(
+                f"The text {start!r} has {len(row)} tokens with start and end, and the text encoder takes {length}; shorten it."
+            )
+    return torch.tensor(rows, dtype=torch.long).reshape(len(texts), length)
+
+
+def template_ids(
+    tokenizer: PreTrainedTokenizerBase, template: str, tokens: int, length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Encodes a template and says where the prompt's tokens belong.
+
+    Args:
+        tokenizer: The tokenizer.
+        template: A text with one `{}`, such as "a photo of {} background".
+        tokens: M, how many tokens the prompt has.
+        length: L, how many tokens the text encoder takes; by default what the tokenizer says.
+
+    Returns:
+        The ids with start, end and padding, (L,), in which any token stands in the prompt's place, and the positions of the
+        prompt's tokens, (M,). Word-final tokens put there give what `encode_text` makes of the filled template.
+    """
+    length = tokenizer.model_max_length if length is None else length
+    if length > 10**6:  # what transformers writes when it does not know
+        raise UserError("The tokenizer does not say how many tokens the text encoder takes; give the length.")
+    if tokens < 1:
+        raise UserError(f"A prompt of {tokens} tokens was asked for; it needs at least 1.")
+    texts = [fill_template(template, " ".join([word] * tokens)) for word in _FILLERS]
+    used = len(_encode(tokenizer, texts, add_special_tokens=True)[0])
+    if used > length:
+        room = length - used + tokens
+        advice = f"use at most {room} prompt tokens or a shorter template" if room > 0 else "shorten the template"
+        raise UserError(
+            f"The template {template!r} has {used} tokens with start, end and {tokens} of the prompt, and the text encoder "
+            f"takes {length}; {advice}."
+        )
+    ids, others = encode_text(tokenizer, texts, length)
+    positions = (ids != others).nonzero().flatten()
+    if len(positions) != tokens:
+        raise UserError(f"The tokenizer does not read {_FILLERS[0]!r} and {_FILLERS[1]!r} as a token each; use CLIP's.")
+    return ids, positions
+
+
+def fill_template(template: str, text: str) -> str:
+    """Writes a prompt into a template, with a space on either side so that its tokens stay what they are.
+
+    Args:
+        template: A text with one `{}`, such as "a photo of {}, oil on canvas".
+        text: The prompt.
+    """
+    if template.count("{}") != 1:
+        raise UserError(
+            f"The template {template!r} has {template.count('{}')} pairs of braces; write {{}} exactly once."
+        )
+    if re.search(r"\w\{\}|\{\}\w", template):
+        raise UserError(f"The braces in the template {template!r} touch a letter or digit; put a space between.")
+    before, _, after = template.partition("{}")
+    return " ".join(part for part in (before.strip(), text.strip(), after.strip()) if part)

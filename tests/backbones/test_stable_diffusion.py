@@ -1,0 +1,613 @@
+import inspect
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from lightning_prompts.backbones import Backbone, Conditioning, TextTower, load_backbone
+from lightning_prompts.errors import UserError
+
+TEXTS = ["a red square on a blue background", "", "two dogs and a cat " * 8]
+DETERMINISTIC = ["DDIM", "PNDM", "EulerDiscrete", "DPMSolverMultistep", "LMSDiscrete", "HeunDiscrete", "UniPCMultistep"]
+STOCHASTIC = ["EulerAncestralDiscrete", "DDPM", "LCM"]
+
+
+@pytest.fixture
+def backbone(sd):
+    return load_backbone(str(sd))
+
+
+@pytest.fixture
+def copy(sd1, tmp_path):
+    """A folder that a test may spoil."""
+    return Path(shutil.copytree(sd1, tmp_path / "copy"))
+
+
+def tokens(backbone, texts=TEXTS):
+    tower = backbone.towers[0]
+    return tower.tokenizer(
+        texts, padding="max_length", truncation=True, max_length=tower.length, return_tensors="pt"
+    ).input_ids
+
+
+def prompts(backbone, count):
+    """Conditioning of `count` prompts and of the empty one."""
+    words = ["red", "blue", "cat", "dog"][:count]
+    return backbone.encode(tokens(backbone, words)), backbone.encode(tokens(backbone, [""]))
+
+
+def use(backbone, sampler):
+    """Another sampler on the same noise schedule, as people set it up for Stable Diffusion."""
+    scheduler = getattr(diffusers, f"{sampler}Scheduler")
+    known = inspect.signature(scheduler).parameters
+    settings = {"clip_sample": False, "skip_prk_steps": True}
+    backbone.scheduler = scheduler.from_config(
+        backbone.scheduler.config, **{key: value for key, value in settings.items() if key in known}
+    )
+
+
+def directional(function, x, direction, eps):
+    with torch.no_grad():
+        return (function(x + eps * direction) - function(x - eps * direction)).item() / (2 * eps)
+
+
+# Text tower
+
+
+def test_embeddings_of_the_tokens_change_nothing(backbone):
+    tower, ids = backbone.towers[0], tokens(backbone)
+    hidden, pooled = tower(ids)
+    hidden_again, pooled_again = tower(ids, tower.table[ids])
+    assert torch.equal(hidden, hidden_again)
+    assert torch.equal(pooled, pooled_again)
+    assert not torch.equal(hidden, tower(ids, tower.table[ids.roll(1, 0)])[0])
+
+
+def test_ids_say_where_the_text_ends(backbone):
+    tower, ids = backbone.towers[0], tokens(backbone)
+    embeddings = tower.table[ids[:1]]
+    hidden, pooled = tower(ids[:1], embeddings)
+    hidden_shorter, pooled_shorter = tower(ids[1:2], embeddings)
+    assert torch.equal(hidden, hidden_shorter)
+    assert not torch.allclose(pooled, pooled_shorter)
+
+
+def test_gradient_to_embeddings(backbone):
+    backbone.double()
+    ids = tokens(backbone)
+    weight = torch.randn(backbone.encode(ids).prompt_embeds.shape, dtype=torch.float64)
+
+    def function(embeddings):
+        return (backbone.encode(ids, embeddings).prompt_embeds * weight).sum()
+
+    x = backbone.towers[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x), x)
+    direction = torch.randn_like(x) * x.std()
+    assert (gradient * direction).sum().item() == pytest.approx(directional(function, x, direction, 1e-5), rel=1e-7)
+
+
+def test_hook_is_removed_after_an_exception(backbone):
+    tower, ids = backbone.towers[0], tokens(backbone)
+    before = tower(ids)[0]
+    with pytest.raises(RuntimeError):
+        tower(ids, tower.table[ids][:, :-1])
+    assert torch.equal(tower(ids)[0], before)
+
+
+def test_length_is_what_tokenizer_and_encoder_take(backbone):
+    tower = backbone.towers[0]
+    assert tower.length == 32
+    tower.tokenizer.model_max_length = 20
+    assert tower.length == 20
+    tower.tokenizer.model_max_length = int(1e30)
+    assert tower.length == 32
+
+
+def test_half_precision_inside_and_float32_outside(sd):
+    backbone = load_backbone(str(sd), dtype="bfloat16")
+    tower, ids = backbone.towers[0], tokens(backbone)
+    assert {p.dtype for p in backbone.parameters()} == {torch.bfloat16}
+    assert tower.table.dtype == backbone.alphas_cumprod.dtype == torch.float32
+    embeddings = tower.table[ids].requires_grad_()
+    conditioning = backbone.encode(ids, embeddings)
+    assert torch.equal(conditioning.prompt_embeds, backbone.encode(ids).prompt_embeds)
+    latents = backbone.sample(conditioning, conditioning[1:2], torch.randn(3, *backbone.latent_shape), 2, grad_steps=1)
+    images = backbone.decode(latents)
+    assert latents.dtype == images.dtype == backbone.encode_image(images).dtype == torch.float32
+    images.sum().backward()
+    assert embeddings.grad.dtype == torch.float32
+    assert embeddings.grad.abs().sum() > 0
+
+
+def test_encode_as_the_pipeline(backbone, sd):
+    pipeline = StableDiffusionPipeline.from_pretrained(sd)
+    expected, _ = pipeline.encode_prompt(TEXTS, "cpu", 1, do_classifier_free_guidance=False)
+    assert torch.equal(backbone.encode(tokens(backbone)).prompt_embeds, expected)
+
+
+def test_conditioning_rows():
+    x = Conditioning(torch.arange(12.0).view(2, 3, 2), torch.arange(4.0).view(2, 2))
+    repeated = x.repeat_interleave(3)
+    assert torch.equal(repeated.prompt_embeds, x.prompt_embeds.repeat_interleave(3, 0))
+    assert torch.equal(repeated.pooled, x.pooled.repeat_interleave(3, 0))
+    assert torch.equal(repeated[2:4].pooled, x.pooled)
+    joined = Conditioning.cat([x[1:], x[:1]])
+    assert torch.equal(joined.prompt_embeds, x.prompt_embeds.flip(0))
+    assert torch.equal(joined.pooled, x.pooled.flip(0))
+    assert Conditioning(x.prompt_embeds)[:1].repeat_interleave(2).pooled is None
+
+
+# Frozen
+
+
+def test_stays_frozen(backbone):
+    torch.nn.ModuleList([backbone]).train()
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert "alphas_cumprod" not in backbone.state_dict()
+
+
+def test_sizes(backbone):
+    assert backbone.latent_shape == (4, 8, 8)
+    assert backbone.image_size == 16
+    assert backbone.num_train_timesteps == 1000
+    assert isinstance(backbone.towers[0], TextTower)
+
+
+def test_layouts(sd1, sd2):
+    assert load_backbone(str(sd1)).prediction_type == "epsilon"
+    assert load_backbone(str(sd2)).prediction_type == "v_prediction"
+
+
+# Noise
+
+
+def test_add_noise_as_the_scheduler(backbone):
+    latents, noise = torch.randn(2, 5, 4, 8, 8)
+    timesteps = torch.tensor([0, 1, 500, 998, 999])
+    assert torch.equal(
+        backbone.add_noise(latents, noise, timesteps), backbone.scheduler.add_noise(latents, noise, timesteps)
+    )
+
+
+def test_target_and_x0_are_inverse(backbone):
+    backbone.double()
+    latents, noise = torch.randn(2, 4, 4, 8, 8, dtype=torch.float64)
+    timesteps = torch.tensor([0, 10, 500, 999])
+    noisy, target = backbone.add_noise(latents, noise, timesteps), backbone.target(latents, noise, timesteps)
+    torch.testing.assert_close(backbone.predict_x0(noisy, target, timesteps), latents)
+    wrong = backbone.predict_x0(noisy, target + 0.1, timesteps)
+    assert (wrong - latents).abs().amin() > 1e-4
+
+
+def test_target_is_the_schedulers(sd2):
+    backbone = load_backbone(str(sd2))
+    latents, noise = torch.randn(2, 3, 4, 8, 8)
+    timesteps = torch.tensor([3, 300, 900])
+    expected = backbone.scheduler.get_velocity(latents, noise, timesteps)
+    torch.testing.assert_close(backbone.target(latents, noise, timesteps), expected)
+
+
+def test_x0_is_the_schedulers(backbone):
+    use(backbone, "DDIM")
+    scheduler = backbone.scheduler
+    scheduler.set_timesteps(10)
+    noisy, output, t = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8), scheduler.timesteps[4]
+    expected = scheduler.step(output, t, noisy).pred_original_sample
+    torch.testing.assert_close(backbone.predict_x0(noisy, output, t.view(1)), expected)
+
+
+def test_denoise_calls_the_unet_with_each_rows_timestep(backbone):
+    conditioning, _ = prompts(backbone, 2)
+    noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    output = backbone.denoise(noisy, timesteps, conditioning)
+    for i in range(2):
+        alone = backbone.denoiser(noisy[i : i + 1], timesteps[i], conditioning.prompt_embeds[i : i + 1]).sample
+        torch.testing.assert_close(output[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(output, backbone.denoise(noisy, timesteps.flip(0), conditioning), atol=1e-4)
+
+
+# Images
+
+
+def test_image_coding_as_the_pipeline(backbone, sd):
+    pipeline = StableDiffusionPipeline.from_pretrained(sd)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = backbone.encode_image(images)
+    assert torch.equal(latents, pipeline.vae.encode(images).latent_dist.mean * pipeline.vae.config.scaling_factor)
+    assert not latents.requires_grad
+    expected = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
+    assert torch.equal(backbone.decode(latents), expected)
+    assert backbone.decode(1000 * torch.randn(1, 4, 8, 8)).abs().max() <= 1
+
+
+def test_gradient_of_decode(backbone):
+    backbone.double()
+    latents = (0.1 * torch.randn(1, 4, 8, 8, dtype=torch.float64)).requires_grad_()
+    weight = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+
+    def function(latents):
+        return (backbone.decode(latents) * weight).sum()
+
+    (gradient,) = torch.autograd.grad(function(latents), latents)
+    direction = torch.randn_like(latents)
+    expected = directional(function, latents, direction, 1e-6)
+    assert (gradient * direction).sum().item() == pytest.approx(expected, rel=1e-6)
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
+def test_sample_as_the_pipeline(backbone, sd, sampler):
+    use(backbone, sampler)
+    pipeline = StableDiffusionPipeline.from_pretrained(sd)
+    pipeline.scheduler = backbone.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    (conditioning, negative), noise = prompts(backbone, 2), torch.randn(2, 4, 8, 8)
+    for guidance in (3.0, 1.0):
+        expected = pipeline(
+            prompt_embeds=conditioning.prompt_embeds,
+            negative_prompt_embeds=negative.repeat_interleave(2).prompt_embeds,
+            latents=noise,
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            output_type="latent",
+        ).images
+        latents = backbone.sample(conditioning, negative, noise, steps=4, guidance_scale=guidance)
+        torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_old_scheduler_files_as_the_pipeline(sd1, copy):
+    """Files that would clip latents and start a timestep early."""
+    (copy / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    backbone, pipeline = load_backbone(str(copy)), StableDiffusionPipeline.from_pretrained(copy)
+    conditioning, negative = prompts(backbone, 1)
+    noise = torch.randn(1, 4, 8, 8)
+    expected = pipeline(
+        prompt_embeds=conditioning.prompt_embeds, negative_prompt_embeds=negative.prompt_embeds, latents=noise,
+        num_inference_steps=3, output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(backbone.sample(conditioning, negative, noise, steps=3), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_added_noise_depends_on_the_row_alone(backbone, sampler):
+    use(backbone, sampler)
+    (conditioning, negative), noise = prompts(backbone, 3), torch.randn(3, 4, 8, 8)
+    state = torch.get_rng_state()
+    latents = backbone.sample(conditioning, negative, noise, steps=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    alone = backbone.sample(conditioning[1:2], negative, noise[1:2], steps=3)
+    torch.testing.assert_close(alone, latents[1:2], atol=1e-4, rtol=1e-4)
+
+
+def test_added_noise_differs_between_rows(backbone):
+    use(backbone, "DDPM")
+    conditioning, negative = prompts(backbone, 1)
+    noise = torch.randn(1, 4, 8, 8)
+    latents = backbone.sample(
+        conditioning.repeat_interleave(2), negative, torch.cat([noise, noise + 1e-6]), steps=3, guidance_scale=1
+    )
+    assert (latents[0] - latents[1]).abs().max() > 0.01
+
+
+def test_negatives_of_each_row(backbone):
+    (conditioning, negative), noise = prompts(backbone, 2), torch.randn(2, 4, 8, 8)
+    one = backbone.sample(conditioning, negative, noise, steps=3)
+    torch.testing.assert_close(backbone.sample(conditioning, negative.repeat_interleave(2), noise, steps=3), one)
+    other = backbone.sample(conditioning, Conditioning.cat([negative, conditioning[:1]]), noise, steps=3)
+    torch.testing.assert_close(other[:1], one[:1])
+    assert not torch.allclose(other[1:], one[1:], atol=1e-3)
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(7.5, 4), (1.0, 2), (0.0, 2)])
+def test_no_guidance_skips_the_unconditional_half(backbone, monkeypatch, guidance, rows):
+    seen, denoise = [], backbone.denoise
+    monkeypatch.setattr(backbone, "denoise", lambda x, t, c: (seen.append((len(x), t.shape)), denoise(x, t, c))[1])
+    use(backbone, "DDIM")
+    backbone.sample(*prompts(backbone, 2), torch.randn(2, 4, 8, 8), steps=3, guidance_scale=guidance)
+    assert seen == [(rows, (rows,))] * 3
+
+
+@pytest.mark.parametrize("sampler", ["DDIM", "PNDM"])
+def test_gradient_of_sample(backbone, sampler):
+    use(backbone, sampler)
+    backbone.double()
+    conditioning, negative = prompts(backbone, 2)
+    noise, weight = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
+
+    def function(embeds, grad_steps=0):
+        return (backbone.sample(Conditioning(embeds), negative, noise, 3, 3.0, grad_steps) * weight).sum()
+
+    x = conditioning.prompt_embeds.requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x, grad_steps=3), x)
+    direction = torch.randn_like(x)
+    expected = directional(function, x, direction, 1e-5)
+    assert (gradient * direction).sum().item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradient_of_the_last_step(backbone, monkeypatch):
+    use(backbone, "DDIM")
+    conditioning, negative = prompts(backbone, 2)
+    noise, x = torch.randn(2, 4, 8, 8), conditioning.prompt_embeds.requires_grad_()
+
+    def gradient(grad_steps):
+        return torch.autograd.grad(backbone.sample(Conditioning(x), negative, noise, 3, 3.0, grad_steps).sum(), x)[0]
+
+    assert not backbone.sample(Conditioning(x), negative, noise, 3).requires_grad
+    last, everything = gradient(1), gradient(3)
+    assert not torch.allclose(last, everything, rtol=0.01)
+    denoise = backbone.denoise
+
+    def constant_before_the_last(noisy, t, conditioning):
+        output = denoise(noisy, t, conditioning)
+        return output if t[0] == 1 else output.detach()
+
+    monkeypatch.setattr(backbone, "denoise", constant_before_the_last)
+    torch.testing.assert_close(gradient(3), last)
+
+
+def test_gradient_steps_keep_no_activations(backbone, monkeypatch):
+    use(backbone, "DPMSolverMultistep")
+    conditioning, negative = prompts(backbone, 1)
+    calls, steps, denoise, step = [], [], backbone.denoise, type(backbone.scheduler).step
+    monkeypatch.setattr(backbone, "denoise", lambda *args: (calls.append(0), denoise(*args))[1])
+    monkeypatch.setattr(
+        type(backbone.scheduler), "step", lambda *args, **kwargs: (steps.append(0), step(*args, **kwargs))[1]
+    )
+    x = conditioning.prompt_embeds.requires_grad_()
+    latents = backbone.sample(Conditioning(x), negative, torch.randn(1, 4, 8, 8), steps=5, grad_steps=2)
+    assert (len(calls), len(steps)) == (5, 5)
+    latents.sum().backward()
+    assert (len(calls), len(steps)) == (7, 5)
+
+
+def test_sample_turns_no_gradient_on(backbone):
+    conditioning, negative = prompts(backbone, 1)
+    conditioning.prompt_embeds.requires_grad_()
+    with torch.no_grad():
+        latents = backbone.sample(conditioning, negative, torch.randn(1, 4, 8, 8), steps=2, grad_steps=2)
+    assert not latents.requires_grad
+
+
+# Loading
+
+
+def test_text_encoder_is_float32_although_its_file_says_half(sd1, tmp_path):
+    StableDiffusionPipeline.from_pretrained(sd1).to(torch.float16).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "text_encoder/config.json").read_text())["dtype"] == "float16"
+    backbone, original = load_backbone(str(tmp_path)), load_backbone(str(sd1))
+    assert {p.dtype for p in backbone.parameters()} == {torch.float32}
+    assert torch.equal(backbone.towers[0].table, original.towers[0].table.half().float())
+
+
+def test_layout_of_old_files(sd1, copy):
+    """Vocabulary and merges instead of tokenizer.json, names with `text_model.`, and positions among the weights."""
+    (copy / "tokenizer/tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(sd1.parent / "learned" / name, copy / "tokenizer" / name)
+    file = copy / "text_encoder/model.safetensors"
+    weights = {f"text_model.{key}": value for key, value in load_file(file).items()}
+    weights["text_model.embeddings.position_ids"] = torch.arange(32).view(1, -1)
+    save_file(weights, file, metadata={"format": "pt"})
+    backbone, expected = load_backbone(str(copy)), load_backbone(str(sd1))
+    ids = tokens(backbone, [*TEXTS, "a café, 2 REDs"])
+    assert torch.equal(ids, tokens(expected, [*TEXTS, "a café, 2 REDs"]))
+    assert torch.equal(backbone.encode(ids).prompt_embeds, expected.encode(ids).prompt_embeds)
+
+
+def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(copy, capfd):
+    weights = load_file(copy / "text_encoder/model.safetensors")
+    save_file({**weights, "unused": torch.zeros(1)}, copy / "text_encoder/model.safetensors", metadata={"format": "pt"})
+    before = diffusers.logging.get_verbosity(), transformers.logging.get_verbosity()
+    load_backbone(str(copy))
+    assert capfd.readouterr() == ("", "")
+    assert (diffusers.logging.get_verbosity(), transformers.logging.get_verbosity()) == before
+    assert transformers.logging.is_progress_bar_enabled()
+
+
+def test_importing_loads_neither_library():
+    code = "import sys, lightning_prompts.backbones; sys.exit(bool({'diffusers', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def write(folder, path, text):
+    (folder / path).write_text(text)
+
+
+def edit_index(folder, **entries):
+    write(folder, "model_index.json", json.dumps({**json.loads((folder / "model_index.json").read_text()), **entries}))
+
+
+def pickles(folder):
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+
+
+def drop_weight(folder):
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["conv_in.bias"]
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def truncate(folder):
+    file = folder / "text_encoder/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def predict(folder, what):
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": what}))
+
+
+SPOILED = {
+    "no index": (lambda f: (f / "model_index.json").unlink(), r"has no model_index\.json; give a folder"),
+    "bad index": (lambda f: write(f, "model_index.json", "[]"), r"model_index\.json is not a pipeline's"),
+    "no json": (lambda f: write(f, "model_index.json", "{"), r"model_index\.json is not a pipeline's"),
+    "no unet": (lambda f: edit_index(f, unet=None), r"model_index\.json is not a pipeline's"),
+    "family": (
+        lambda f: edit_index(f, _class_name="FluxPipeline"),
+        r"is a FluxPipeline; only StableDiffusionPipeline is supported",
+    ),
+    "other vae": (
+        lambda f: edit_index(f, vae=["diffusers", "AutoencoderTiny"]),
+        r"vae .* is a AutoencoderTiny; only AutoencoderKL",
+    ),
+    "scheduler": (
+        lambda f: edit_index(f, scheduler=["diffusers", "FancyScheduler"]),
+        r"FancyScheduler.*write it again",
+    ),
+    "no scheduler": (lambda f: edit_index(f, scheduler=["diffusers", "AutoencoderKL"]), r"is not a scheduler"),
+    "pickles": (pickles, r"unet/diffusion_pytorch_model\.safetensors, and pickle.* refused.*safe_serialization=True"),
+    "missing weight": (drop_weight, r"unet lacks 1 weights such as conv_in\.bias"),
+    "truncated": (truncate, r"cannot be read \(.+\); fetch or write it again"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), r"neither tokenizer\.json nor vocab\.json"),
+    "predicts x0": (lambda f: predict(f, "sample"), r"predicts 'sample', and only 'epsilon' and 'v_prediction'"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_spoiled_folders(copy, case):
+    spoil, message = SPOILED[case]
+    spoil(copy)
+    with pytest.raises(UserError, match=message) as error:
+        load_backbone(str(copy))
+    assert_one_sentence(error)
+
+
+def assert_one_sentence(error):
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert ". " not in text
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "./missing", "/no/such/folder", "a/b/c"])
+def test_unknown_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"neither 'emoji' nor an existing folder nor .* 'owner/name'") as error:
+        load_backbone(name)
+    assert_one_sentence(error)
+
+
+def test_single_file(sd1):
+    with pytest.raises(UserError, match=r"is a single file.*from_single_file") as error:
+        load_backbone(str(sd1 / "unet/diffusion_pytorch_model.safetensors"))
+    assert_one_sentence(error)
+
+
+def test_emoji_is_the_packaged_folder(sd1, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_prompts.backbones.EMOJI", sd1)
+    assert load_backbone("emoji").name == "emoji"
+    monkeypatch.setattr("lightning_prompts.backbones.EMOJI", tmp_path / "missing")
+    with pytest.raises(UserError, match=r"embedded model 'emoji' is not in .*missing"):
+        load_backbone("emoji")
+
+
+def test_backbone_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        Backbone("x", [], torch.nn.Identity(), torch.nn.Identity(), None)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty download folder and no network; gives the attempts to reach it."""
+    attempts = []
+
+    def refuse(*args, **kwargs):
+        attempts.append(args)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return attempts
+
+
+def test_hub_out_of_reach(hub):
+    with pytest.raises(
+        UserError, match=r"'owner/model' is no folder here and could not be fetched .*use 'emoji'"
+    ) as error:
+        load_backbone("owner/model")
+    assert hub
+    assert_one_sentence(error)
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_offline_asks_nobody(hub, monkeypatch, how):
+    if how == "environment":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        UserError, match=r"has not been downloaded completely, and this run is offline; run once"
+    ) as error:
+        load_backbone("owner/model", offline=how == "argument")
+    assert not hub
+    assert_one_sentence(error)
+
+
+def test_offline_reads_what_was_downloaded(hub, sd1, tmp_path):
+    store = tmp_path / "hub/models--owner--model"
+    shutil.copytree(sd1, store / "snapshots" / ("0" * 40))
+    (store / "refs").mkdir()
+    (store / "refs/main").write_text("0" * 40)
+    backbone = load_backbone("owner/model", offline=True)
+    assert backbone.name == "owner/model"
+    assert torch.equal(backbone.towers[0].table, load_backbone(str(sd1)).towers[0].table)
+    assert not hub
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ("GatedRepoError", r"is gated; accept its terms on https://huggingface\.co/owner/model"),
+        ("RepositoryNotFoundError", r"neither a folder nor on the Hugging Face hub; correct the name"),
+        ("RevisionNotFoundError", r"has no revision 'v9'"),
+    ],
+)
+def test_answers_of_the_hub(monkeypatch, problem, message):
+    import huggingface_hub.errors
+
+    cls = getattr(huggingface_hub.errors, problem)
+
+    def answer(*args, **kwargs):
+        assert kwargs["revision"] == "v9"
+        raise cls.__new__(cls)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
+    with pytest.raises(UserError, match=message) as error:
+        load_backbone("owner/model", revision="v9")
+    assert_one_sentence(error)
+
+
+def test_downloads_only_what_is_read(monkeypatch, sd1):
+    """No other precision, no pickles, no safety checker."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = [str(path.relative_to(sd1)) for path in sd1.rglob("*") if path.is_file()]
+    others = [
+        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors",
+        "v1-5-pruned.safetensors", "text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+    ]  # fmt: skip
+    shard = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
+    seen = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: seen.update(kwargs) or str(sd1))
+    load_backbone("owner/model")
+    found = set(filter_repo_objects([*wanted, *others, shard], allow_patterns=seen["allow_patterns"]))
+    assert found == {*wanted, shard}
+    assert not seen["local_files_only"]

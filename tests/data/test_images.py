@@ -1,0 +1,572 @@
+import json
+import os
+import struct
+import warnings
+import zlib
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_prompts.data.images import Target, content_key, find_targets, load_image, to_tensor
+from lightning_prompts.errors import UserError
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def noise(width=16, height=16, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def halves(width=16, height=8):
+    """Left half red, right half blue."""
+    image = Image.new("RGB", (width, height), RED)
+    image.paste(BLUE, (width // 2, 0, width, height))
+    return image
+
+
+def png_header(path, width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+def refused(match, function, *args, **kwargs):
+    """Expects a UserError of one sentence that contains `match`."""
+    with pytest.raises(UserError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert match in message
+    assert message.endswith(".")
+    assert ". " not in message
+    assert "\n" not in message
+
+
+def close(pixel, expected, tolerance=3):
+    return all(abs(a - b) <= tolerance for a, b in zip(pixel, expected, strict=True))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Folder `cats` of three pictures and what is no picture."""
+    cats = tmp_path / "cats"
+    cats.mkdir()
+    for seed, name in enumerate(["b.JPG", "a.png", "c.webp"]):
+        noise(seed=seed).save(cats / name)
+    noise().save(cats / ".hidden.png")
+    (cats / "notes.txt").write_text("no picture")
+    (cats / "inner").mkdir()
+    noise().save(cats / "inner" / "deep.png")
+    (cats / "folder.png").mkdir()
+    return cats
+
+
+# Reading one picture
+
+
+def test_matching_size_is_not_resampled(tmp_path):
+    noise(32, 32).save(tmp_path / "a.png")
+    for fit in ("crop", "pad"):
+        image = load_image(tmp_path / "a.png", 32, fit)
+        assert (image.mode, image.size) == ("RGB", (32, 32))
+        assert image.tobytes() == noise(32, 32).tobytes()
+
+
+def test_odd_crop_of_matching_size_is_not_resampled(tmp_path):
+    noise(11, 8).save(tmp_path / "a.png")
+    assert load_image(str(tmp_path / "a.png"), 8).tobytes() == noise(11, 8).crop((1, 0, 9, 8)).tobytes()
+
+
+@pytest.mark.parametrize("size", [10, 64])
+def test_resizes_with_lanczos(tmp_path, size):
+    noise(32, 32).save(tmp_path / "a.png")
+    expected = noise(32, 32).resize((size, size), Image.Resampling.LANCZOS)
+    assert load_image(tmp_path / "a.png", size).tobytes() == expected.tobytes()
+
+
+def test_fine_stripes_become_grey(tmp_path):
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    middle = np.array(load_image(tmp_path / "a.png", 16))[4:12, 4:12]
+    assert (abs(middle.astype(int) - 128) < 8).all()
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_crop_is_centred(tmp_path, turn):
+    image = Image.new("RGB", (32, 8), RED)
+    image.paste(BLUE, (12, 0, 20, 8))
+    (image.transpose(Image.Transpose.ROTATE_90) if turn else image).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 8).getcolors() == [(64, BLUE)]
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_pad_keeps_all_and_fills_with_background(tmp_path, turn):
+    image = halves(16, 8)
+    (image.transpose(Image.Transpose.TRANSPOSE) if turn else image).save(tmp_path / "a.png")
+    padded = load_image(tmp_path / "a.png", 16, "pad", background=(1, 2, 3))
+    expected = Image.new("RGB", (16, 16), (1, 2, 3))
+    expected.paste(image, (0, 4))
+    expected = expected.transpose(Image.Transpose.TRANSPOSE) if turn else expected
+    assert padded.tobytes() == expected.tobytes()
+
+
+def test_pad_of_a_long_strip(tmp_path):
+    Image.new("RGB", (8, 50_000), RED).save(tmp_path / "a.png")
+    padded = load_image(tmp_path / "a.png", 9, "pad")  # as a square before resizing: 2.5 billion pixels
+    assert {color: count for count, color in padded.getcolors()} == {RED: 9, WHITE: 72}
+
+
+def test_unknown_fit_is_refused(tmp_path):
+    noise().save(tmp_path / "a.png")
+    refused("The fit 'stretch' is unknown", load_image, tmp_path / "a.png", 8, "stretch")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
+def test_exif_orientation_is_applied(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter turn clockwise
+    path = tmp_path / f"a.{suffix}"
+    halves(32, 16).save(path, exif=exif)
+    image = load_image(path, 32, "pad")  # red above blue, white at both sides
+    assert close(image.getpixel((16, 4)), RED)
+    assert close(image.getpixel((16, 28)), BLUE)
+    assert close(image.getpixel((2, 16)), WHITE)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\x00\x00garbage!!", b"Exif\x00\x00MM\x00*"])
+def test_broken_exif_is_ignored(tmp_path, exif):
+    noise().save(tmp_path / "a.png", exif=exif)
+    assert load_image(tmp_path / "a.png", 16).tobytes() == noise().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "suffix", "expected"),
+    [
+        ("RGBA", (255, 0, 0, 0), "png", (0, 0, 200)),
+        ("RGBA", (255, 0, 0, 128), "png", (128, 0, 100)),
+        ("RGBA", (255, 0, 0, 128), "webp", (128, 0, 100)),
+        ("LA", (100, 0), "png", (0, 0, 200)),
+        ("LA", (100, 128), "png", (50, 50, 150)),
+        ("PA", (0, 0), "tiff", (0, 0, 200)),
+    ],
+)
+def test_alpha_is_composited_over_background(tmp_path, mode, color, suffix, expected):
+    path = tmp_path / f"a.{suffix}"
+    Image.new(mode, (8, 8), color).save(path, **({"lossless": True} if suffix == "webp" else {}))
+    with Image.open(path) as image:
+        assert image.mode == mode
+    image = load_image(path, 8, background=(0, 0, 200))
+    assert close(image.getpixel((4, 4)), expected, 1)
+
+
+def test_background_is_white_unless_stated(tmp_path):
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 8).getcolors() == [(64, WHITE)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_palette_with_transparency(tmp_path, suffix):
+    image = Image.new("P", (16, 8), 0)
+    image.putpalette([*RED, *BLUE])
+    image.paste(1, (8, 0, 16, 8))
+    image.save(tmp_path / f"a.{suffix}", transparency=0)
+    loaded = load_image(tmp_path / f"a.{suffix}", 16, "pad", background=(0, 200, 0))
+    assert loaded.getpixel((4, 8)) == (0, 200, 0)
+    assert loaded.getpixel((12, 8)) == BLUE
+
+
+def test_palette_with_partial_transparency(tmp_path):
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([*RED, *BLUE])
+    image.save(tmp_path / "a.png", transparency=b"\x80\xff")
+    assert close(load_image(tmp_path / "a.png", 8).getpixel((0, 0)), (255, 127, 127), 1)
+
+
+@pytest.mark.parametrize(("mode", "clear"), [("RGB", (10, 20, 30)), ("L", 10)])
+def test_one_transparent_colour(tmp_path, mode, clear):
+    Image.new(mode, (8, 8), clear).save(tmp_path / "a.png", transparency=clear)
+    assert load_image(tmp_path / "a.png", 8, background=(0, 200, 0)).getcolors() == [(64, (0, 200, 0))]
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "bmp", "tiff"])
+def test_palette(tmp_path, suffix):
+    halves(8, 8).convert("P").save(tmp_path / f"a.{suffix}")
+    assert load_image(tmp_path / f"a.{suffix}", 8).tobytes() == halves(8, 8).tobytes()
+
+
+@pytest.mark.parametrize(("mode", "color", "expected"), [("L", 77, 77), ("1", 1, 255)])
+def test_grey(tmp_path, mode, color, expected):
+    Image.new(mode, (8, 8), color).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 8).getcolors() == [(64, (expected,) * 3)]
+
+
+@pytest.mark.parametrize(("suffix", "order"), [("png", "<u2"), ("tiff", "<u2"), ("tiff", ">u2")])
+def test_16_bit_grey_is_scaled(tmp_path, suffix, order):
+    values = (np.arange(64).reshape(8, 8) * 4 * 257).astype(order)
+    image = Image.fromarray(values)
+    assert image.mode == ("I;16" if order == "<u2" else "I;16B")
+    image.save(tmp_path / f"a.{suffix}")
+    loaded = np.array(load_image(tmp_path / f"a.{suffix}", 8))
+    assert (loaded == np.arange(0, 256, 4).reshape(8, 8, 1)).all()
+
+
+def test_16_bit_grey_keeps_its_ends_and_its_transparent_value(tmp_path):
+    values = np.full((8, 8), 65535, np.uint16)
+    values[0] = 300
+    values[1] = 0
+    values[2] = 255  # 0.99 of 1/255
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=300)
+    loaded = load_image(tmp_path / "a.png", 8, background=(0, 200, 0))
+    assert [loaded.getpixel((0, y)) for y in range(4)] == [(0, 200, 0), (0, 0, 0), (1, 1, 1), WHITE]
+
+
+def test_32_bit_values_up_to_65535_count_as_16_bit(tmp_path):
+    Image.fromarray(np.full((8, 8), 65535, np.int32)).save(tmp_path / "a.tiff")
+    assert load_image(tmp_path / "a.tiff", 8).getcolors() == [(64, WHITE)]
+
+
+@pytest.mark.parametrize("value", [np.int32(65536), np.int32(-1), np.float32(0.5)])
+def test_32_bit_values_are_refused(tmp_path, value):
+    Image.fromarray(np.full((8, 8), value)).save(tmp_path / "a.tiff")
+    refused("a.tiff' has pixels of kind", load_image, tmp_path / "a.tiff", 8)
+
+
+@pytest.mark.parametrize("color", [(0, 255, 255), (255, 255, 255), (20, 40, 60)])
+def test_cmyk_jpeg(tmp_path, color):
+    Image.new("RGB", (16, 16), color).convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.mode == "CMYK"
+    assert close(load_image(tmp_path / "a.jpg", 16).getpixel((8, 8)), color)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
+def test_first_frame_of_an_animation(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, BLUE)]
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **options)
+    with Image.open(tmp_path / f"a.{suffix}") as image:
+        assert image.n_frames == 2
+    assert load_image(tmp_path / f"a.{suffix}", 8).getcolors() == [(64, RED)]
+
+
+# Refusing a picture
+
+
+def test_missing_file(tmp_path):
+    refused("There is no file '" + str(tmp_path / "a.png"), load_image, tmp_path / "a.png", 8)
+    (tmp_path / "file").write_text("")
+    refused("There is no file '", load_image, tmp_path / "file" / "a.png", 8)
+
+
+def test_folder_given(tmp_path):
+    refused(f"'{tmp_path}' is a folder where one picture is needed", load_image, tmp_path, 8)
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
+    refused(f"a.png' cannot be read ({os.strerror(40)})", load_image, tmp_path / "a.png", 8)
+
+    def forbidden(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    noise().save(tmp_path / "b.png")
+    monkeypatch.setattr(Path, "open", forbidden)  # root may read everything
+    refused("b.png' cannot be read (Permission denied)", load_image, tmp_path / "b.png", 8)
+
+
+@pytest.mark.parametrize("content", [b"These are words.", b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_not_a_picture(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    refused("a.png' is no picture", load_image, tmp_path / "a.png", 8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp", "tiff"])
+@pytest.mark.parametrize("part", [0.5, 0.9])
+def test_truncated_file(tmp_path, suffix, part):
+    path = tmp_path / f"a.{suffix}"
+    noise(64, 64).save(path)
+    load_image(path, 64)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * part)])
+    refused(f"a.{suffix}' is damaged or cut short", load_image, path, 64)
+
+
+@pytest.mark.parametrize("side", [7072, 10_000, 60_000])  # just too many; more than Pillow warns of; than it opens
+def test_too_many_pixels_are_not_decoded(tmp_path, side):
+    limit = Image.MAX_IMAGE_PIXELS
+    path = png_header(tmp_path / "a.png", side, side)  # decoding it would say that it is damaged
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused("a.png' has more than the 50,000,000 pixels allowed", load_image, path, 64)
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_max_pixels(tmp_path):
+    noise(16, 10).save(tmp_path / "a.png")
+    load_image(tmp_path / "a.png", 8, max_pixels=160)
+    refused("a.png' has more than the 159 pixels allowed", load_image, tmp_path / "a.png", 8, max_pixels=159)
+    refused("is damaged", load_image, png_header(tmp_path / "b.png", 7071, 7071), 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused("is damaged", load_image, png_header(tmp_path / "c.png", 10_000, 10_000), 64, max_pixels=10**8)
+    most = 2 * Image.MAX_IMAGE_PIXELS
+    huge = png_header(tmp_path / "d.png", 60_000, 60_000)
+    refused(f"has more than the {most:,} pixels allowed", load_image, huge, 64, max_pixels=10**10)
+
+
+def test_max_bytes(tmp_path):
+    noise().save(tmp_path / "a.png")
+    size = (tmp_path / "a.png").stat().st_size
+    load_image(tmp_path / "a.png", 8, max_bytes=size)
+    refused(f"a.png' has more than the {size - 1} bytes", load_image, tmp_path / "a.png", 8, max_bytes=size - 1)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 100), (100, 7)])
+def test_too_small(tmp_path, width, height):
+    Image.new("RGB", (width, height)).save(tmp_path / "a.png")
+    refused(f"a.png' has {width} x {height} pixels", load_image, tmp_path / "a.png", 8)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    assert load_image(tmp_path / "b.png", 8).size == (8, 8)
+
+
+def test_to_tensor():
+    image = Image.new("RGB", (3, 2), (255, 0, 51))
+    image.putpixel((2, 0), (0, 255, 0))
+    tensor = to_tensor(image)
+    assert tensor.dtype == torch.float32
+    assert tensor.shape == (3, 2, 3)
+    assert tensor.is_contiguous()
+    assert tensor[:, 1, 0].tolist() == pytest.approx([1, -1, -0.6], abs=1e-6)
+    assert tensor[:, 0, 2].tolist() == [-1, 1, -1]
+    with pytest.raises(ValueError, match="got mode RGBA"):
+        to_tensor(image.convert("RGBA"))
+
+
+# Finding targets
+
+
+def test_target_is_frozen():
+    target = Target((Path("a.png"),), name="a.png")
+    assert target.caption is None
+    with pytest.raises(FrozenInstanceError):
+        target.name = "b"
+
+
+def test_file(folder):
+    path = folder / "a.png"
+    assert find_targets([path]) == [Target((path,), name="a.png")]
+    assert find_targets([str(path)]) == find_targets(str(path)) == find_targets([path])
+
+
+def test_missing_sources(tmp_path):
+    for name in ("a.png", "cats", "list.csv"):
+        refused(f"There is no file or folder '{tmp_path / name}'", find_targets, [tmp_path / name])
+    refused("There is no file or folder ''", find_targets, [""])
+    refused("No pictures were given", find_targets, [])
+
+
+def test_folder(folder):
+    targets = find_targets([folder])
+    assert [target.name for target in targets] == ["a.png", "b.JPG", "c.webp"]
+    assert [target.paths for target in targets] == [(folder / name,) for name in ("a.png", "b.JPG", "c.webp")]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "TIFF"])
+def test_folder_takes_pictures_by_suffix(tmp_path, suffix):
+    (tmp_path / f"a.{suffix}").touch()
+    (tmp_path / f"a{suffix}").touch()
+    assert [target.name for target in find_targets([tmp_path])] == [f"a.{suffix}"]
+
+
+def test_folder_without_pictures(folder):
+    for path in folder.glob("?.*"):
+        path.unlink()
+    refused(f"The folder '{folder}' has no pictures", find_targets, [folder])
+
+
+def test_pattern(folder):
+    assert [target.name for target in find_targets([f"{folder}/[ab].*"])] == ["a.png", "b.JPG"]
+    assert [target.name for target in find_targets([folder / "*"])] == ["a.png", "b.JPG", "c.webp"]
+    assert [target.name for target in find_targets([f"{folder}/**/*.png"])] == ["a.png", "deep.png"]
+
+
+@pytest.mark.parametrize("pattern", ["*.bmp", "*.txt", "inner*"])
+def test_pattern_without_pictures(folder, pattern):
+    refused(f"The pattern '{folder}/{pattern}' matches no pictures", find_targets, [f"{folder}/{pattern}"])
+
+
+def test_signs_of_patterns_in_real_names(tmp_path):
+    strange = tmp_path / "cats [1]"
+    strange.mkdir()
+    noise().save(strange / "a[0].png")
+    expected = [Target((strange / "a[0].png",), name="a[0].png")]
+    assert find_targets([strange]) == find_targets([strange / "a[0].png"]) == expected
+
+
+def test_csv(folder):
+    path = folder.parent / "list.CSV"
+    path.write_text(
+        'file,caption,subject\ncats/a.png,"a cat, asleep",\n\ncats/b.JPG,tom,Tom\ncats/inner/deep.png,,\ncats/c.webp,,Tom\n',
+        encoding="utf-8-sig",
+    )
+    assert find_targets([path]) == [
+        Target((folder / "a.png",), "a cat, asleep", name="a.png"),
+        Target((folder / "b.JPG", folder / "c.webp"), "tom", name="Tom"),
+        Target((folder / "inner" / "deep.png",), name="deep.png"),
+    ]
+
+
+def test_csv_with_files_only(folder):
+    path = folder / "list.csv"
+    path.write_text("file\nb.JPG\na.png\n")
+    assert [target.name for target in find_targets([path])] == ["b.JPG", "a.png"]
+
+
+def test_jsonl(folder):
+    path = folder.parent / "list.jsonl"
+    rows = [
+        {"file": "cats/a.png", "caption": "one\u2028cat"},
+        {"file": ["cats/b.JPG", "cats/c.webp"]},
+        {"file": "cats/inner/deep.png", "subject": "Tom", "caption": None},
+        {"file": ["cats/b.JPG", "cats/a.png"], "subject": "Tom"},
+    ]
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert find_targets([path]) == [
+        Target((folder / "a.png",), "one\u2028cat", name="a.png"),
+        Target((folder / "b.JPG", folder / "c.webp"), name="b.JPG and 1 more"),
+        Target((folder / "inner" / "deep.png", folder / "b.JPG", folder / "a.png"), name="Tom"),
+    ]
+
+
+def test_captions_of_a_subject_that_disagree_give_none(folder):
+    path = folder / "list.csv"
+    path.write_text("file,caption,subject\na.png,one,Tom\nb.JPG,two,Tom\n")
+    assert find_targets([path]) == [Target((folder / "a.png", folder / "b.JPG"), None, name="Tom")]
+    path.write_text("file,caption,subject\na.png,one,Tom\nb.JPG,one,Tom\n")
+    assert find_targets([path])[0].caption == "one"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("l.csv", "", "Line 1 of '{}' has no column 'file'"),
+        ("l.csv", "picture,caption\na.png,x\n", "Line 1 of '{}' has no column 'file'"),
+        ("l.csv", "file\n", "The list '{}' names no pictures"),
+        ("l.csv", "file,captions\na.png,x\n", "Line 2 of '{}' is not just"),
+        ("l.csv", "file,caption\na.png,x\na.png,a cat, asleep\n", "Line 3 of '{}' is not just"),
+        ("l.csv", "file,caption\na.png,x\n,y\n", "Line 3 of '{}' has no usable 'file'"),
+        ("l.csv", 'file,caption\na.png,"x\n', "Line 2 of '{}' is not valid CSV"),
+        ("l.csv", 'file,caption\n\na.png,"x"y\na.png,z\n', "Line 3 of '{}' is not valid CSV"),
+        ("l.csv", "file\n\n\nz.png\n", "Line 4 of '{}' names '"),
+        ("l.csv", "file\na.png\nz.png\n", "Line 3 of '{}' names '"),
+        ("l.csv", "file\ninner\n", "Line 2 of '{}' names '"),
+        ("l.csv", b"file,caption\na.png,caf\xe9\n", "Line 2 of '{}' is not UTF-8"),
+        ("l.jsonl", "\n", "The list '{}' names no pictures"),
+        ("l.jsonl", '{"file": "a.png"}\n{"file": \n', "Line 2 of '{}' is not valid JSON"),
+        ("l.jsonl", "[" * 100_000, "Line 1 of '{}' is not valid JSON"),
+        ("l.jsonl", '["a.png"]', "Line 1 of '{}' is not just"),
+        ("l.jsonl", '{"file": "a.png", "captoin": "x"}', "Line 1 of '{}' is not just"),
+        ("l.jsonl", '{"caption": "x"}', "Line 1 of '{}' has no usable 'file'"),
+        ("l.jsonl", '{"file": []}', "Line 1 of '{}' has no usable 'file'"),
+        ("l.jsonl", '{"file": ["a.png", 3]}', "Line 1 of '{}' has no usable 'file'"),
+        ("l.jsonl", '{"file": "a.png", "caption": ["x"]}', "Line 1 of '{}' has a 'caption' or 'subject' that is not"),
+        ("l.jsonl", '{"file": "a.png", "subject": 3}', "Line 1 of '{}' has a 'caption' or 'subject' that is not"),
+        ("l.jsonl", '{"file": ["a.png", "z.png"]}', "Line 1 of '{}' names '"),
+        ("l.jsonl", '{"file": "a\\u0000.png"}', "Line 1 of '{}' names '"),
+    ],
+)
+def test_malformed_lists(folder, name, content, match):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(match.format(path), find_targets, [path])
+
+
+def test_unreadable_list(folder, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    (folder / "list.csv").write_text("file\na.png\n")
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    refused("list.csv' cannot be read (Permission denied)", find_targets, [folder / "list.csv"])
+
+
+def test_duplicates_are_kept_once(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert find_targets(["b.JPG", folder, "./a.png", folder / "inner" / ".." / "a.png"]) == [
+        Target((Path("b.JPG"),), name="b.JPG"),
+        Target((folder / "a.png",), name="a.png"),
+        Target((folder / "c.webp",), name="c.webp"),
+    ]
+    Path("list.jsonl").write_text('{"file": ["a.png", "./a.png", "b.JPG"], "caption": "x"}\n{"file": "c.webp"}')
+    assert [len(target.paths) for target in find_targets(["list.jsonl", "list.jsonl"])] == [2, 1]
+
+
+def test_duplicate_brings_its_caption(folder):
+    (folder / "list.csv").write_text("file,caption\na.png,a cat\n")
+    captions = [target.caption for target in find_targets([folder, folder / "list.csv"])]
+    assert captions == ["a cat", None, None]
+
+
+def test_one_subject(folder):
+    paths = tuple(folder / name for name in ("a.png", "b.JPG", "c.webp"))
+    assert find_targets([folder], one_subject=True) == [Target(paths, name="cats")]
+    assert find_targets([*paths, paths[0]], one_subject=True) == [Target(paths, name="cats")]
+    deep = folder / "inner" / "deep.png"
+    assert find_targets([folder, deep], one_subject=True) == [Target((*paths, deep), name="a.png and 3 more")]
+    assert find_targets([deep], one_subject=True) == [Target((deep,), name="deep.png")]
+
+
+def test_one_subject_of_overlapping_groups(folder):
+    (folder / "list.csv").write_text("file,caption,subject\na.png,x,Tom\nb.JPG,x,Tom\na.png,,Ann\n")
+    whole = Target((folder / "a.png", folder / "b.JPG"), "x", name="cats")
+    assert find_targets([folder / "list.csv"], one_subject=True) == [whole]
+
+
+# Keys
+
+
+def test_key_is_of_pixels_and_settings(tmp_path):
+    settings = {"steps": 10, "rates": [0.1, 0.2], "nested": {"b": 1, "a": None}}
+    noise().save(tmp_path / "a.png")
+    noise().save(tmp_path / "b.bmp")
+    first, second = (load_image(tmp_path / name, 16) for name in ("a.png", "b.bmp"))
+    key = content_key([first], settings)
+    assert len(key) == 16
+    assert set(key) <= set("0123456789abcdef")
+    assert content_key([second], dict(reversed(settings.items()))) == key
+    assert content_key([second], settings | {"nested": {"a": None, "b": 1}}) == key
+    assert content_key([second], settings | {"steps": 11}) != key
+    changed = first.copy()
+    changed.putpixel((3, 3), tuple(255 - value for value in first.getpixel((3, 3))))
+    assert content_key([changed], settings) != key
+
+
+def test_key_is_the_same_in_every_run():
+    assert content_key([Image.new("RGB", (8, 8), RED)], {"a": 1}) == "22de1efee93ea9ec"
+
+
+def test_key_of_several_pictures():
+    a, b = noise(seed=1), noise(seed=2)
+    assert content_key([a, b], {}) == content_key([b, a], {})
+    assert len({content_key(images, {}) for images in ([a], [b], [a, b], [a, a])}) == 4
+
+
+def test_key_counts_sizes():
+    assert content_key([Image.new("RGB", (8, 16))], {}) != content_key([Image.new("RGB", (16, 8))], {})
+
+
+def test_key_refuses_what_it_cannot_name():
+    with pytest.raises(ValueError, match="got mode P"):
+        content_key([Image.new("P", (8, 8))], {})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        content_key([], {"model": object()})

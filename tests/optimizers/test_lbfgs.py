@@ -1,0 +1,447 @@
+import io
+import math
+
+import pytest
+import torch
+
+from lightning_prompts.errors import UserError
+from lightning_prompts.optimizers import BatchedLBFGS
+
+SEARCHES = [None, "strong_wolfe"]
+N = 6  # elements of a problem
+
+
+def quadratic(condition, seed):
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(N, N, generator=generator, dtype=torch.float64))
+    matrix = basis @ torch.diag(torch.logspace(0, math.log10(condition), N, dtype=torch.float64)) @ basis.T
+    shift = torch.randn(N, generator=generator, dtype=torch.float64)
+    return lambda x: 0.5 * x @ matrix @ x - shift @ x
+
+
+def rosenbrock(x):
+    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+def wavy(x):
+    return (x**4).sum() / 4 + (3 * x).sin().sum()
+
+
+def steep(x):
+    return 50 * (1 + x**2).log().sum()
+
+
+def bowl(x):
+    return (1 + x**2).sqrt().sum()
+
+
+FUNCTIONS = [quadratic(3, 0), quadratic(30, 1), quadratic(1e3, 2), rosenbrock, wavy, steep]
+
+
+def starts(scale=1.0):
+    return scale * torch.randn(len(FUNCTIONS), N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def losses_of(functions, param):
+    return torch.stack([function(row.flatten()) for function, row in zip(functions, param, strict=True)])
+
+
+class Batch:
+    """Problems under BatchedLBFGS, with a count of the evaluations."""
+
+    def __init__(self, functions, points, **options):
+        self.functions, self.calls = list(functions), 0
+        self.param = torch.nn.Parameter(points.clone())
+        self.optimizer = BatchedLBFGS([self.param], **options)
+
+    def closure(self):
+        self.calls += 1
+        return losses_of(self.functions, self.param)
+
+    def steps(self, count, active=None):
+        for _ in range(count):
+            losses = self.optimizer.step(self.closure, active)
+        return losses
+
+    @property
+    def state(self):
+        return self.optimizer.state[self.param]
+
+
+class Alone:
+    """One problem under torch.optim.LBFGS."""
+
+    def __init__(self, function, point, **options):
+        self.function = function
+        self.param = torch.nn.Parameter(point.clone())
+        self.optimizer = torch.optim.LBFGS([self.param], **options)
+
+    def step(self):
+        def closure():
+            self.optimizer.zero_grad()
+            loss = self.function(self.param)
+            loss.backward()
+            return loss
+
+        return self.optimizer.step(closure).detach()
+
+    @property
+    def state(self):
+        return self.optimizer.state[self.param]
+
+
+def assert_equals_torch(functions, points, steps, rtol=1e-7, **options):
+    batch = Batch(functions, points, **options)
+    alone = [Alone(function, point, **options) for function, point in zip(functions, points, strict=True)]
+    for _ in range(steps):
+        evaluations = [single.state.get("func_evals", 0) for single in alone]
+        batch.calls = 0
+        losses = batch.steps(1)
+        torch.testing.assert_close(losses, torch.stack([single.step() for single in alone]), rtol=rtol, atol=rtol)
+        expected = torch.stack([single.param.detach() for single in alone])
+        torch.testing.assert_close(batch.param.detach(), expected, rtol=rtol, atol=rtol)
+        # A closure that is called no more often than the slowest problem needs: no problem waits for another.
+        needed = [single.state["func_evals"] - before for single, before in zip(alone, evaluations, strict=True)]
+        assert batch.calls == max(needed)
+        assert batch.state["n_iter"].tolist() == [single.state.get("n_iter", 0) for single in alone]
+    return batch, alone
+
+
+@pytest.mark.parametrize(
+    ("line_search_fn", "lr", "max_iter"),
+    [
+        *((None, 1.0, 1), (None, 1.0, 5), (None, 0.03, 7)),
+        *(("strong_wolfe", 1.0, 1), ("strong_wolfe", 1.0, 5), ("strong_wolfe", 0.03, 7), ("strong_wolfe", 20.0, 5)),
+    ],
+)
+def test_equals_torch_problem_by_problem(line_search_fn, lr, max_iter):
+    options = {"lr": lr, "max_iter": max_iter, "history_size": 4, "line_search_fn": line_search_fn}
+    batch, _ = assert_equals_torch(FUNCTIONS, starts(), steps=3, **options)
+    assert (batch.param.detach() - starts()).abs().amax(1).min() > 1e-3  # all of them moved
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+@pytest.mark.parametrize("max_eval", [1, 2, 4, 9])
+def test_a_small_budget_of_evaluations_ends_searches_where_torch_ends_them(line_search_fn, max_eval):
+    options = {"lr": 0.07, "max_iter": 6, "max_eval": max_eval, "line_search_fn": line_search_fn}
+    batch, _ = assert_equals_torch(FUNCTIONS, starts(2.0), steps=2, history_size=10, **options)
+    assert batch.calls <= max_eval + 1
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_problems_converge_at_iterations_of_their_own(line_search_fn):
+    functions = [quadratic(2, 0), quadratic(5, 1), quadratic(20, 2), quadratic(60, 3), bowl, lambda x: (x**2).sum()]
+    points = starts()
+    points[-1] = 0  # at its minimum from the beginning
+    options = {"max_iter": 60, "line_search_fn": line_search_fn, "tolerance_change": 1e-7, "history_size": 10}
+    batch, _ = assert_equals_torch(functions, points, steps=2, rtol=1e-6, **options)
+    iterations = batch.state["n_iter"].tolist()
+    assert len(set(iterations)) >= 4
+    assert iterations[-1] == 0
+    assert max(iterations) < 60
+    grads = torch.autograd.grad(batch.closure().sum(), batch.param)[0]
+    assert grads.abs().amax() < 1e-2
+
+
+def test_a_change_of_lr_between_steps_is_used():
+    batch, alone = Batch([rosenbrock], starts()[3:4], max_iter=3), Alone(rosenbrock, starts()[3], max_iter=3)
+    for lr in (1.0, 0.2):
+        batch.optimizer.param_groups[0]["lr"] = alone.optimizer.param_groups[0]["lr"] = lr
+        batch.steps(1), alone.step()
+    torch.testing.assert_close(batch.param[0], alone.param, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_a_batch_equals_its_parts(line_search_fn):
+    options = {"max_iter": 4, "line_search_fn": line_search_fn}
+    whole = Batch(FUNCTIONS, starts(), **options)
+    parts = [Batch(FUNCTIONS[i:j], starts()[i:j], **options) for i, j in ((0, 2), (2, 5), (5, 6))]
+    losses = whole.steps(3)
+    torch.testing.assert_close(losses, torch.cat([part.steps(3) for part in parts]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(whole.param, torch.cat([part.param for part in parts]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_the_shape_of_a_problem_does_not_matter(shape):
+    points = starts() if shape else starts()[:, :1]
+    functions = FUNCTIONS if shape else [wavy, steep] * 3
+    flat = Batch(functions, points, line_search_fn="strong_wolfe")
+    shaped = Batch(functions, points.view(len(points), *shape), line_search_fn="strong_wolfe")
+    assert torch.equal(flat.steps(2), shaped.steps(2))
+    assert torch.equal(flat.param.flatten(), shaped.param.flatten())
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_inactive_rows_stay_bit_for_bit_and_so_does_their_state(line_search_fn):
+    points = starts()
+    points[4, 0], points[4, 1] = math.nan, -0.0
+    active = torch.tensor([True, False, True, True, False, True])
+    options = {"max_iter": 4, "line_search_fn": line_search_fn}
+    batch = Batch(FUNCTIONS, points, **options)
+    batch.steps(2, active=torch.arange(6) != 4)
+    bits = batch.param.detach().clone().view(torch.int64)
+    state = {name: tensor.clone() for name, tensor in batch.state.items()}
+    batch.steps(1, active)
+    changed = (batch.param.detach().view(torch.int64) != bits).any(1)
+    assert changed.tolist() == active.tolist()
+    assert all(torch.equal(batch.state[name][~active], tensor[~active]) for name, tensor in state.items())
+    others = [0, 2, 3, 5]
+    alone = Batch([FUNCTIONS[i] for i in others], points[others], **options)
+    alone.steps(3)
+    torch.testing.assert_close(batch.param[others], alone.param, rtol=1e-9, atol=1e-9)
+
+
+def test_with_nothing_active_there_is_one_evaluation_and_no_move():
+    batch = Batch(FUNCTIONS, starts())
+    losses = batch.steps(1, active=torch.zeros(6, dtype=torch.bool))
+    assert batch.calls == 1
+    assert torch.equal(batch.param.detach(), starts())
+    assert torch.equal(losses, losses_of(FUNCTIONS, starts()))
+    assert not losses.requires_grad
+
+
+def test_what_was_in_the_gradient_before_plays_no_part():
+    clean, dirty = Batch(FUNCTIONS, starts()), Batch(FUNCTIONS, starts())
+    dirty.param.grad = torch.full_like(dirty.param, 1e6)
+    clean.steps(1), dirty.steps(1)
+    assert torch.equal(clean.param, dirty.param)
+
+
+def walled(x):
+    """Its minimum is behind a wall of NaN."""
+    return torch.where(x.sum() > 2, math.nan, ((x - 10) ** 2).sum())
+
+
+def infinite_gradient(x):
+    return 100 * ((2 - x) * (x < 2)).sqrt().sum()  # the loss is finite everywhere
+
+
+def overflowing(x):
+    return -((x * 1e100) ** 3).sum()  # its gradient carries the point away
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+@pytest.mark.parametrize("bad", [walled, infinite_gradient, overflowing])
+def test_what_is_not_finite_is_taken_back_and_leaves_the_others_alone(line_search_fn, bad):
+    options = {"max_iter": 5, "line_search_fn": line_search_fn}
+    batch = Batch([*FUNCTIONS, bad], torch.cat([starts(), torch.zeros(1, N)]) + 0.1, **options)
+    others = Batch(FUNCTIONS, starts() + 0.1, **options)
+    rejected = False
+    for _ in range(6):
+        batch.steps(1), others.steps(1)
+        rejected |= not batch.state["n_iter"][-1]
+        assert batch.param.isfinite().all()
+        torch.testing.assert_close(batch.param[:-1], others.param, rtol=1e-8, atol=1e-8)
+    assert rejected
+    assert all(tensor.isfinite().all() for tensor in batch.state.values())
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_a_rejected_step_leaves_the_last_finite_point_and_no_history(line_search_fn):
+    start = torch.full((1, N), -5.0, dtype=torch.float64)
+    batch = Batch([walled], start, max_iter=5, line_search_fn=line_search_fn)
+    batch.steps(1)  # over the wall by the second iteration
+    assert torch.isfinite(walled(batch.param[0]))
+    assert batch.param[0].sum() > start.sum()
+    assert batch.state["n_iter"].tolist() == batch.state["pairs"].tolist() == [0]
+    assert not batch.state["steps"].any()
+    before = batch.param.detach().clone()
+    batch.steps(1)
+    assert torch.isfinite(walled(batch.param[0]))
+    assert walled(batch.param[0]) <= walled(before[0])
+
+
+def test_a_last_step_that_turns_out_not_to_be_finite_is_taken_back_by_the_next_call():
+    start = torch.full((1, N), -5.0, dtype=torch.float64)
+    batch = Batch([walled], start, max_iter=2, max_eval=9)
+    batch.steps(1)
+    assert walled(batch.param[0]).isnan()  # the point is finite, what it is worth is not known before the next call
+    losses = batch.steps(1)
+    assert losses.isnan().all()
+    assert walled(batch.param[0]).isfinite()
+    assert batch.param[0].sum() > start.sum()  # back by one iteration, not to the beginning
+    with torch.no_grad():
+        batch.param += 10  # by someone else, so there is nothing to take back
+    moved = batch.param.detach().clone()
+    batch.steps(1)
+    assert torch.equal(batch.param.detach(), moved)
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stays_finite_under_noise(line_search_fn, dtype):
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(32, 20, generator=generator).to(dtype))
+    optimizer = BatchedLBFGS([param], lr=0.5, max_iter=5, line_search_fn=line_search_fn)
+
+    def closure():
+        noise = torch.randn(param.shape, generator=generator).to(dtype)
+        return ((param**2) * (1 + noise)).sum(1) + 3 * (noise * param).sum(1)
+
+    for _ in range(15):
+        assert optimizer.step(closure).isfinite().all()
+        assert param.isfinite().all()
+    assert (optimizer.state[param]["pairs"] > 0).any()
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_skips_pairs_where_the_gradient_is_piecewise_constant(line_search_fn):
+    slopes = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 0.0]])
+    param = torch.nn.Parameter(torch.zeros(3, 2))
+    optimizer = BatchedLBFGS([param], lr=0.1, max_iter=4, line_search_fn=line_search_fn)
+    for _ in range(5):
+        optimizer.step(lambda: (slopes * param).sum(1) + (param.round() - param).detach().sum(1))
+        assert param.isfinite().all()
+    state = optimizer.state[param]
+    assert state["pairs"].tolist() == [0, 0, 0]
+    assert (slopes[:2] * param[:2]).sum(1).max() < 0  # but they went down
+    assert not param[2].any()
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_resumes_bit_equal_from_a_file(line_search_fn):
+    options = {"max_iter": 3, "history_size": 5, "line_search_fn": line_search_fn}
+    straight, first = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), **options)
+    straight.steps(6)
+    first.steps(3)
+    file = io.BytesIO()
+    torch.save({"param": first.param.detach(), "optimizer": first.optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second = Batch(FUNCTIONS, saved["param"], lr=0.123)
+    second.optimizer.load_state_dict(saved["optimizer"])
+    second.steps(3)
+    assert torch.equal(second.param, straight.param)
+    for name, tensor in straight.state.items():
+        assert tensor.dtype == second.state[name].dtype
+        assert torch.equal(tensor, second.state[name])
+
+
+def test_refuses_the_state_of_another_number_of_problems():
+    batch, smaller = Batch(FUNCTIONS, starts()), Batch(FUNCTIONS[:2], starts()[:2])
+    batch.steps(1)
+    with pytest.raises(ValueError, match=r"\(6, 6\).*\(2, 6\)"):
+        smaller.optimizer.load_state_dict(batch.optimizer.state_dict())
+
+
+def test_the_state_is_small_and_of_the_parameters_dtype():
+    points = torch.randn(5, 40, 10, generator=torch.Generator().manual_seed(0))
+    batch = Batch([wavy] * 5, points, history_size=3, max_iter=6)
+    batch.steps(3)
+    assert (batch.state["pairs"] > 3).all()  # the history is full
+    tensors = list(batch.state.values())
+    assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
+    assert all(len(tensor) == 5 for tensor in tensors)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= (2 * 3 + 4) * points.numel() * 4
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_no_iteration_moves_a_problem_farther_than_allowed(line_search_fn):
+    limit = 0.05
+    options = {"max_iter": 1, "max_eval": 20, "line_search_fn": line_search_fn}
+    batch = Batch(FUNCTIONS, starts(), max_step_norm=limit, **options)
+    norms = []
+    for _ in range(6):
+        before = batch.param.detach().clone()
+        batch.steps(1)
+        norms.append((batch.param.detach() - before).norm(dim=1))
+    norms = torch.stack(norms)
+    assert norms.max() <= limit * (1 + 1e-9)
+    assert (norms > 0.99 * limit).any(0).all()  # each of them would have gone farther
+    free, loose = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), max_step_norm=1e3, **options)
+    free.steps(3), loose.steps(3)
+    assert torch.equal(free.param, loose.param)
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_reset_problems_begin_anew_and_the_others_go_on(line_search_fn):
+    options = {"max_iter": 3, "line_search_fn": line_search_fn}
+    batch, straight = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), **options)
+    batch.optimizer.reset_history()  # nothing to forget yet
+    batch.steps(2), straight.steps(2)
+    mask = torch.tensor([True, False, False, True, False, True])
+    fresh = Batch(FUNCTIONS, batch.param.detach(), **options)
+    batch.optimizer.reset_history(mask)
+    for some in (batch, straight, fresh):
+        some.steps(2)
+    assert torch.equal(batch.param[mask], fresh.param[mask])
+    assert torch.equal(batch.param[~mask], straight.param[~mask])
+    assert not torch.equal(batch.param[mask], straight.param[mask])
+    batch.optimizer.reset_history()
+    assert not batch.state["pairs"].any()
+
+
+@pytest.mark.parametrize("index", [torch.tensor([4, 1, 3]), torch.tensor([0, 1, 0, 1, 1, 0], dtype=torch.bool)])
+def test_selected_problems_go_on_as_if_nothing_had_happened(index):
+    options = {"max_iter": 3, "line_search_fn": "strong_wolfe"}
+    whole, fewer = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), **options)
+    whole.steps(2), fewer.steps(2)
+    rows = torch.arange(6)[index].tolist()
+    param = fewer.param
+    fewer.optimizer.select(index)
+    fewer.functions = [FUNCTIONS[row] for row in rows]
+    assert fewer.param is param
+    assert fewer.param.shape == (3, N)
+    assert all(len(tensor) == 3 for tensor in fewer.state.values())
+    torch.testing.assert_close(fewer.steps(2), whole.steps(2)[index], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fewer.param, whole.param[index], rtol=1e-9, atol=1e-9)
+    fewer.optimizer.select(torch.tensor([], dtype=torch.int64))
+    assert fewer.optimizer.step(lambda: pytest.fail("nothing to evaluate")).shape == (0,)
+
+
+def test_a_closure_that_fails_leaves_the_last_accepted_point():
+    batch = Batch(FUNCTIONS, starts(), max_iter=3, line_search_fn="strong_wolfe")
+
+    def closure():
+        if batch.calls == 1:
+            raise MemoryError
+        return batch.closure()
+
+    with pytest.raises(MemoryError):
+        batch.optimizer.step(closure)
+    assert torch.equal(batch.param.detach(), starts())
+    batch.steps(1)
+    assert batch.param.isfinite().all()
+
+
+def test_refuses_a_loss_or_a_mask_of_another_shape():
+    batch = Batch(FUNCTIONS, starts())
+    with pytest.raises(ValueError, match="one loss per problem"):
+        batch.optimizer.step(lambda: batch.param.sum())
+    for mask in (torch.ones(5, dtype=torch.bool), torch.ones(6)):
+        with pytest.raises(ValueError, match="mask of problems"):
+            batch.steps(1, active=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_refuses_half_precision(dtype):
+    with pytest.raises(UserError, match=f"{dtype}.*float32"):
+        BatchedLBFGS([torch.nn.Parameter(torch.zeros(2, 3, dtype=dtype))])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(
+            {"lr": -1.0},
+            {"lr": math.nan},
+            {"max_iter": 0},
+            {"max_eval": 0},
+            {"history_size": 0},
+            {"max_step_norm": 0.0},
+        ),
+        *({"tolerance_grad": -1.0}, {"tolerance_change": -1.0}, {"curvature_eps": -1.0}, {"line_search_fn": "armijo"}),
+    ],
+)
+def test_refuses_options_out_of_range(option):
+    with pytest.raises(UserError, match=next(iter(option))):
+        BatchedLBFGS([torch.nn.Parameter(torch.zeros(2, 3))], **option)
+
+
+def test_takes_exactly_one_parameter_with_an_axis():
+    params = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2)]
+    for wrong in (params, [{"params": params[:1]}, {"params": params[1:]}]):
+        with pytest.raises(ValueError, match="exactly one parameter"):
+            BatchedLBFGS(wrong)
+    with pytest.raises(ValueError, match="no axis"):
+        BatchedLBFGS([torch.nn.Parameter(torch.zeros(()))])

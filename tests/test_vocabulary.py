@@ -1,0 +1,437 @@
+import gzip
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
+from lightning_prompts.errors import UserError
+from lightning_prompts.vocabulary import (
+    allowed_tokens,
+    contains_blocked,
+    encode_text,
+    fill_template,
+    nearest_tokens,
+    round_trip,
+    template_ids,
+)
+
+MERGES = Path(__file__).parents[1].parent / "shared" / "data" / "bpe_simple_vocab_16e6.txt.gz"
+TEMPLATES = ["{}", "a photo of {} background", "a photo of {}, oil on canvas!", "#{}'s 'cat", "  ({}) ", "2024 {} 7"]
+CAPTIONS = [
+    "a photo of a cat on a green background",
+    "two dogs and a cat don't run in 2024",
+    "a painting of the red house, the blue house and the sea",
+    "café in the snow 🐈 🐈 ☕",
+    "the dog sees the sea; the cat sees the dog!",
+]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    return train_tokenizer(CAPTIONS * 4, 120, tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    if not MERGES.exists():
+        pytest.skip(f"CLIP's merges are not at {MERGES}")
+    folder = tmp_path_factory.mktemp("clip")
+    with gzip.open(MERGES, "rt", encoding="utf-8") as file:
+        merges = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    order = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = [chr(b) for b in order] + [chr(256 + i) for i in range(256 - len(order))]
+    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), *("".join(m.split()) for m in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+@pytest.fixture(scope="session")
+def clip_allowed(clip):
+    return allowed_tokens(clip)
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def reference(embeddings, table, allowed, metric):
+    """All differences in double precision."""
+    x, rows = embeddings.double(), table.double()
+    if metric == "cosine":
+        allowed = allowed & (rows.norm(dim=-1) > 0)
+        similar = x @ rows.T / rows.norm(dim=-1) / x.norm(dim=-1, keepdim=True)
+        return similar.nan_to_num(nan=-torch.inf).masked_fill(~allowed, -torch.inf).argmax(-1)
+    distance = torch.stack([(rows - e).square().sum(-1) for e in x.reshape(-1, x.shape[-1])])
+    return distance.masked_fill(~allowed, torch.inf).argmin(-1).reshape(x.shape[:-1])
+
+
+# --- nearest_tokens
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 8192])
+@pytest.mark.parametrize("scale", [1e-3, 0.4, 1e3])
+def test_nearest_equals_brute_force(metric, chunk, scale):
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(301, 24, generator=g) * scale
+    allowed = torch.rand(301, generator=g) < 0.5
+    embeddings = torch.randn(3, 5, 24, generator=g)
+    found = nearest_tokens(embeddings, table, allowed, metric, chunk)
+    assert found.shape == (3, 5)
+    assert found.dtype == torch.long
+    assert torch.equal(found, reference(embeddings, table, allowed, metric))
+
+
+def test_nearest_loses_no_digits_where_a_product_does():
+    g = torch.Generator().manual_seed(1)
+    table = 1000 + torch.randn(500, 64, generator=g) * 1e-2  # |v|² is 6e7 and two distances differ by 1e-4
+    embeddings = 1000 + torch.randn(2, 4, 64, generator=g) * 1e-2
+    allowed = torch.ones(500, dtype=torch.bool)
+    naive = (table.square().sum(-1) - 2 * embeddings @ table.T).argmin(-1)
+    expected = reference(embeddings, table, allowed, "euclidean")
+    assert not torch.equal(naive, expected)
+    assert torch.equal(nearest_tokens(embeddings, table, allowed, chunk=99), expected)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_nearest_does_not_depend_on_the_products_precision(metric, monkeypatch):
+    g = torch.Generator().manual_seed(2)
+    table = torch.randn(2000, 48, generator=g)
+    embeddings = torch.randn(8, 8, 48, generator=g) * 0.3
+    allowed = torch.ones(2000, dtype=torch.bool)
+    expected = reference(embeddings, table, allowed, metric)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(nearest_tokens(embeddings, table, allowed, metric, 300), expected)
+    exact = torch.Tensor.__matmul__
+    coarse = lambda a, b: exact(a.bfloat16().float(), b.bfloat16().float())  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "__matmul__", coarse)  # as torch.set_float32_matmul_precision("medium") allows
+    assert torch.equal(nearest_tokens(embeddings, table, allowed, metric, 300), expected)
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_ties_go_to_the_lowest_id(chunk):
+    g = torch.Generator().manual_seed(3)
+    table = torch.randint(-1, 2, (400, 3), generator=g).float()  # 27 different rows
+    embeddings = torch.randint(-1, 2, (10, 6, 3), generator=g) / 2
+    allowed = torch.rand(400, generator=g) < 0.7
+    expected = reference(embeddings, table, allowed, "euclidean")
+    assert torch.equal(nearest_tokens(embeddings, table, allowed, "euclidean", chunk), expected)
+    same = torch.randn(1, 33, generator=g).expand(100, 33)
+    x = torch.randn(4, 4, 33, generator=g)
+    for metric in ("euclidean", "cosine"):
+        assert nearest_tokens(x, same, torch.arange(100) > 41, metric, chunk).eq(42).all()
+    multiples = torch.randint(-9, 10, (33,), generator=g) * torch.arange(1.0, 101).unsqueeze(1)  # exact in float32
+    assert nearest_tokens(x, multiples, torch.arange(100) > 6, "cosine", chunk).eq(7).all()
+    assert nearest_tokens(multiples[9:10] / 10, multiples, torch.arange(100) > 6, "cosine", chunk).eq(7).all()
+
+
+def test_cosine_ignores_length_and_zero_rows():
+    table = torch.tensor([[0.0, 0.0], [10.0, 10.0], [1.0, 0.0], [-1.0, -1.0]])
+    embeddings = torch.tensor([[[0.9, 0.8], [3.0, 0.1], [-1.0, -2.0], [0.0, 0.0]]])
+    allowed = torch.ones(4, dtype=torch.bool)
+    assert nearest_tokens(embeddings, table, allowed, "cosine").tolist() == [[1, 2, 3, 1]]
+    assert nearest_tokens(embeddings, table, allowed).tolist() == [[2, 2, 3, 0]]
+    allowed[1:] = False
+    with pytest.raises(UserError, match="No token is allowed"):
+        nearest_tokens(embeddings, table, allowed, "cosine")
+
+
+def test_nearest_takes_half_precision_and_gives_no_gradient():
+    table = torch.nn.Parameter(torch.eye(6, dtype=torch.float16))
+    found = nearest_tokens(torch.eye(6).flip(0).bfloat16().requires_grad_(), table, torch.ones(6, dtype=torch.bool))
+    assert found.tolist() == [5, 4, 3, 2, 1, 0]
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"allowed": torch.zeros(5, dtype=torch.bool)}, "No token is allowed"),
+        ({"allowed": torch.ones(6, dtype=torch.bool)}, "6 entries and the token embeddings have 5 rows"),
+        ({"metric": "dot"}, "'dot' is unknown"),
+        ({"embeddings": torch.full((1, 1, 2), torch.nan)}, "not finite"),
+        ({"embeddings": torch.full((1, 1, 2), 1e30)}, "larger than 1e18"),
+    ],
+)
+def test_nearest_refuses(changes, message):
+    given = {"embeddings": torch.ones(1, 1, 2), "table": torch.ones(5, 2), "allowed": torch.ones(5, dtype=torch.bool)}
+    with pytest.raises(UserError, match=message):
+        nearest_tokens(**{**given, **changes})
+
+
+# --- allowed_tokens
+
+
+def test_allowed_tokens_are_visible_word_final_text(small):
+    allowed = allowed_tokens(small)
+    tokens = small.convert_ids_to_tokens(range(len(small)))
+    assert allowed.shape == (len(small),)
+    assert allowed.dtype == torch.bool
+    usable = {tokens[i] for i in allowed.nonzero().flatten().tolist()}
+    assert {"cat</w>", "a</w>", "!</w>", "7</w>"} <= usable
+    assert all(token.endswith("</w>") for token in usable)
+    assert not usable & {"A</w>", "cat", "Ġ</w>", "Ā</w>", "<|startoftext|>", "<|endoftext|>"}  # Ā is byte 0
+    assert any("🐈" in small.decode(i) for i in allowed.nonzero().flatten().tolist())
+
+
+def test_added_tokens_are_not_allowed(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    more = CLIPTokenizer.from_pretrained(tmp_path)
+    more.add_tokens(["sks"])
+    allowed = allowed_tokens(more)
+    assert more("sks")["input_ids"][1:-1] == [len(more) - 1]
+    assert len(allowed) == len(more)
+    assert not allowed[-1]
+    assert torch.equal(allowed[:-1], allowed_tokens(small))
+
+
+def test_blocked_substrings_and_words(small):
+    free, cat, dog = allowed_tokens(small), ids_of(small, "cat")[0], ids_of(small, "dog")[0]
+    blocked = allowed_tokens(small, blocked=["CA", "two words"])
+    assert free[cat]
+    assert not blocked[cat]
+    assert blocked[dog]
+    lost = (free & ~blocked).nonzero().flatten().tolist()
+    assert lost == [i for i in free.nonzero().flatten().tolist() if "ca" in small.decode(i)]
+    only = allowed_tokens(small, words=["Cat", "dog", "dog", "unheardofword", ""])
+    assert only.nonzero().flatten().tolist() == sorted([cat, dog])
+    assert allowed_tokens(small, blocked=["do"], words=["cat", "dog"]).nonzero().flatten().tolist() == [cat]
+
+
+def test_settings_that_leave_nothing_are_named(small):
+    n = int(allowed_tokens(small).sum())
+    with pytest.raises(UserError, match=rf"Of the {n} .* words \(1 given, which are 0 of these\) leaves none"):
+        allowed_tokens(small, words=["unheardofword"])
+    with pytest.raises(
+        UserError, match=r"words \(2 given, which are 2 of these\) with the setting blocked \(1 given\)"
+    ):
+        allowed_tokens(small, blocked=["t"], words=["cat", "two"])
+    with pytest.raises(UserError, match=r"words \(0 given"):
+        allowed_tokens(small, words=[])
+    with pytest.raises(UserError, match="blocked word ' ' is empty"):
+        allowed_tokens(small, blocked=["cat", " "])
+    with pytest.raises(UserError, match=r"blocked is the text 'cat'.*\['cat'\]"):
+        allowed_tokens(small, blocked="cat")
+
+
+# --- round_trip
+
+
+def test_round_trip_of_pieces_that_are_written_together(small):
+    tokens = small.convert_ids_to_tokens(range(len(small)))
+    cat, c, a, t = ids_of(small, "cat")[0], *(tokens.index(token) for token in ("c", "a", "t</w>"))
+    ids = torch.tensor([[cat, cat, cat], [c, a, t], [cat, cat, c], [cat, cat, small.eos_token_id]])
+    texts, same = round_trip(small, ids)
+    assert texts[:3] == ["cat cat cat", "cat", "cat cat c"]
+    assert same.tolist() == [True, False, False, False]
+    assert same.dtype == torch.bool
+
+
+def test_round_trip_of_nothing(small):
+    assert round_trip(small, torch.empty(0, 3, dtype=torch.long))[0] == []
+    texts, same = round_trip(small, torch.empty(2, 0, dtype=torch.long))
+    assert texts == ["", ""]
+    assert same.tolist() == [True, True]
+
+
+def test_sentences_survive_though_their_spaces_do_not(small):
+    ids = ids_of(small, CAPTIONS[1])
+    texts, same = round_trip(small, torch.tensor([ids]))
+    assert texts == ["two dogs and a cat don 't run in 2 0 2 4"]
+    assert same.all()
+
+
+# --- contains_blocked
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("a NUDE body", "nude"),
+        ("denuded hills", "Nude"),
+        ("a nu de body", "nude"),
+        ("don 't look", "don't"),
+        ("in 2 0 2 4 5", "2024"),
+        ("a t - shirt", "T-shirt"),
+        ("an ice   cream van", "ice cream"),
+        ("ｎｕｄｅ", "nude"),
+        ("nu\u200bde nu\u00adde nu\x01de", "nude"),
+        ("STRASSE", "straße"),
+        ("what ? ! ?", "?!"),
+        ("cafe\u0301", "CAFÉ"),
+    ],
+)
+def test_contains_blocked(text, word):
+    assert contains_blocked(text, ["zebra", word])
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("glass exit", "sex"), ("a cream ice", "ice cream"), ("nu", "nude"), ("a+b", "a.b"), ("", "a")]
+)
+def test_does_not_contain_blocked(text, word):
+    assert not contains_blocked(text, [word])
+
+
+def test_nothing_blocked_and_empty_blocked():
+    assert not contains_blocked("a cat", [])
+    with pytest.raises(UserError, match="is empty"):
+        contains_blocked("a cat", ["\u200b"])
+
+
+def test_blocked_word_over_several_tokens(small):
+    ids = ids_of(small, "zebra")
+    assert len(ids) > 1
+    texts, _ = round_trip(small, torch.tensor([ids]))
+    assert contains_blocked(texts[0], ["Zebra"])
+
+
+# --- encode_text
+
+
+def test_encode_text_pads_as_the_tokenizer_does(small):
+    ids = encode_text(small, ["a cat", "", "a dog sees the sea"], CONTEXT)
+    assert ids.dtype == torch.long
+    assert ids.shape == (3, CONTEXT)
+    expected = small(["a cat", "", "a dog sees the sea"], padding="max_length", max_length=CONTEXT)["input_ids"]
+    assert ids.tolist() == expected
+    assert encode_text(small, [], 9).shape == (0, 9)
+
+
+def test_encode_text_never_cuts(small):
+    fits = " ".join(["cat"] * (CONTEXT - 2))
+    assert encode_text(small, [fits], CONTEXT)[0, -1] == small.eos_token_id
+    with pytest.raises(UserError, match=f"has {CONTEXT + 1} tokens .* takes {CONTEXT}; shorten it"):
+        encode_text(small, ["cat", fits + " cat"], CONTEXT)
+
+
+# --- templates
+
+
+def check_template(tokenizer, template, rows, length):
+    """Word-final tokens put at the positions are what the tokenizer reads in the filled template."""
+    ids, positions = template_ids(tokenizer, template, rows.shape[1])
+    assert ids.shape == (length,)
+    assert positions.shape == rows.shape[1:]
+    inserted = ids.repeat(len(rows), 1)
+    inserted[:, positions] = rows
+    texts, same = round_trip(tokenizer, rows)
+    assert same.all(), [t for t, s in zip(texts, same.tolist(), strict=True) if not s][:5]
+    assert torch.equal(encode_text(tokenizer, [fill_template(template, text) for text in texts], length), inserted)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_inserting_ids_equals_writing_the_text(small, template):
+    usable = allowed_tokens(small).nonzero().flatten()
+    rows = usable[torch.randint(len(usable), (300, 5), generator=torch.Generator().manual_seed(4))]
+    check_template(small, template, rows, CONTEXT)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_template_positions(small, side):
+    small.padding_side = side
+    try:
+        ids, positions = template_ids(small, "a photo of {} background", 3, 20)
+    finally:
+        small.padding_side = "right"
+    assert ids.shape == (20,)
+    assert len(set(positions.diff().tolist())) == 1
+    a = ids_of(small, "a")[0]
+    assert ids[positions].tolist() == [a] * 3
+    rest = ids.tolist()[: int(positions[0])] + ids.tolist()[int(positions[-1]) + 1 :]
+    assert [i for i in rest if i not in small.all_special_ids] == ids_of(small, "a photo of background")
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "message"),
+    [
+        ("a photo", 2, "has 0 pairs of braces; write {} exactly once"),
+        ("{} and {}", 2, "has 2 pairs"),
+        ("a {word} cat", 2, "has 0 pairs"),
+        ("pre{}", 2, "touch a letter"),
+        ("{}7", 2, "touch a letter"),
+        ("{}", 0, "0 tokens was asked for"),
+        ("the cat {}", 31, f"has 35 tokens .* 31 of the prompt.*takes {CONTEXT}; use at most 28 prompt tokens"),
+        ("cat " * 40 + "{}", 1, f"has 43 tokens .*takes {CONTEXT}; shorten the template"),
+    ],
+)
+def test_templates_that_are_refused(small, template, tokens, message):
+    with pytest.raises(UserError, match=message):
+        template_ids(small, template, tokens)
+
+
+def test_template_of_a_tokenizer_without_a_length(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    loaded = CLIPTokenizer.from_pretrained(tmp_path, model_max_length=None)
+    loaded.model_max_length = int(1e30)
+    with pytest.raises(UserError, match="give the length"):
+        template_ids(loaded, "{}", 2)
+    assert template_ids(loaded, "{}", 2, 8)[1].tolist() == [1, 2]
+
+
+def test_fill_template():
+    assert fill_template("a photo of {}, oil", " red cat ") == "a photo of red cat , oil"
+    assert fill_template("{}", "red {} cat") == "red {} cat"
+    assert fill_template("a {} b", "") == "a b"
+
+
+# --- CLIP's own vocabulary
+
+
+def test_clip_vocabulary_is_the_official_one(clip):
+    assert (len(clip), clip.bos_token_id, clip.eos_token_id) == (49408, 49406, 49407)
+    assert clip("a photo of a cat")["input_ids"] == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+def test_clip_allowed_tokens(clip, clip_allowed):
+    start = time.perf_counter()
+    blocked = allowed_tokens(clip, blocked=[f"word{i}" for i in range(400)] + ["nude", "gun"])
+    seconds = time.perf_counter() - start
+    print(f"mask in {seconds:.2f} s, {int(clip_allowed.sum())} tokens")
+    assert seconds < 15  # 2 s where nothing else runs
+    assert 34_000 < int(clip_allowed.sum()) < 34_303  # which survive alone, specials and invisible ones included
+    tokens = clip.convert_ids_to_tokens(range(49408))
+    assert all(tokens[i].endswith("</w>") for i in clip_allowed.nonzero().flatten().tolist())
+    assert not clip_allowed[
+        [49406, 49407, 39802, 9844, 1001, 8621]
+    ].any()  # U+FFFD, U+200B, U+FE0F, a blank Braille sign
+    assert clip_allowed[[320, 1125, 2368]].all()
+    lost = {clip.decode(i) for i in (clip_allowed & ~blocked).nonzero().flatten().tolist()}
+    assert {"nude", "nudes", "gun", "gunner", "begun"} <= lost
+    assert all("nude" in text or "gun" in text for text in lost)
+    some = allowed_tokens(clip, words=["cat", "sunflower", "Photo", "sunflowerfield"])
+    assert some.nonzero().flatten().tolist() == sorted([2368, 1125, ids_of(clip, "sunflower")[0]])
+
+
+def test_clip_round_trip_failures(clip):
+    ids = torch.tensor([[6808, 31978, 23644, 32441, 41003, 16125], [320, 1125, 539, 320, 2368, 2368]])
+    texts, same = round_trip(clip, ids)
+    assert texts == ["critical murraycaneleroy brandi xiv", "a photo of a cat cat"]
+    assert len(ids_of(clip, texts[0])) == 7
+    assert same.tolist() == [False, True]
+
+
+def test_every_clip_token_survives_among_others(clip, clip_allowed):
+    usable = clip_allowed.nonzero().flatten()
+    shuffled = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(5))]
+    check_template(clip, "a photo of {}, 'oil' #2", shuffled[: len(usable) // 8 * 8].reshape(-1, 8), 77)
+
+
+def test_clip_projection(clip_allowed):
+    g = torch.Generator().manual_seed(6)
+    table = torch.randn(49408, 768, generator=g) * 0.014  # the lengths of CLIP's rows
+    embeddings = torch.randn(2, 8, 768, generator=g) * 0.02
+    start = time.perf_counter()
+    found = nearest_tokens(embeddings, table, clip_allowed)
+    seconds = time.perf_counter() - start
+    print(f"16 embeddings in {seconds * 1000:.0f} ms")
+    assert seconds < 10  # 0.2 s where nothing else runs
+    assert torch.equal(found, reference(embeddings, table, clip_allowed, "euclidean"))
+    assert torch.equal(
+        nearest_tokens(embeddings, table, clip_allowed, "cosine"), reference(embeddings, table, clip_allowed, "cosine")
+    )
