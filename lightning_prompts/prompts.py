@@ -38,7 +38,9 @@ class TokenEmbeddings(nn.Module):
     ) -> None:
         super().__init__()
         if tokens < 1:
-            raise UserError(f"A prompt of {tokens} tokens was asked for; it needs at least one, so raise --model.tokens.")
+            raise UserError(
+                f"A prompt of {tokens} tokens was asked for; it needs at least one, so raise --model.tokens."
+            )
         ids, positions = template_ids(tower.tokenizer, template, tokens, tower.length)
         self.metric: Metric = metric
         self.register_buffer("template", ids, persistent=False)

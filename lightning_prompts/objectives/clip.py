@@ -25,7 +25,9 @@ def load_clip(name: str, offline: bool = False) -> Any:
     try:
         model = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, local_files_only=offline)
     except (OSError, ValueError) as error:
-        raise UserError(f"The CLIP {name!r} cannot be loaded; give a folder or hub id that holds CLIP safetensors.") from error
+        raise UserError(
+            f"The CLIP {name!r} cannot be loaded; give a folder or hub id that holds CLIP safetensors."
+        ) from error
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -155,9 +155,7 @@ class BatchedLBFGS(Optimizer):
             return param.new_empty(0)
         now = self._start(closure, active)
         losses = now.here.loss
-        search: StrongWolfe | _FixedStep = _FixedStep(now.here)
-        if group["line_search_fn"] is not None:
-            search = StrongWolfe(now.here, group["tolerance_change"])
+        search = _FixedStep(now.here) if group["line_search_fn"] is None else StrongWolfe(now.here)
         try:
             self._run(now, search, closure)
         finally:  # the closure may raise at a trial point
@@ -325,7 +323,6 @@ class BatchedLBFGS(Optimizer):
         now.n_iter = now.n_iter + fresh
         now.direction = _rows(fresh, direction, now.direction)
         now.going = now.going & ~(fresh & (slope > -group["tolerance_change"]))
-        self._reject(now, fresh & slope.isnan())
         search.begin(fresh, lines)
 
     def _remember(self, mask: Tensor, change: Tensor, step: Tensor) -> None:

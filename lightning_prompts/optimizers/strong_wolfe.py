@@ -13,6 +13,7 @@ from torch import Tensor
 
 _ARMIJO = 1e-4  # share of the promised decrease that a step has to deliver
 _CURVATURE = 0.9  # share of the initial slope that may be left at its end
+_SMALLEST = 1e-9  # width of a bracket, times the largest element of the direction, at which a search gives up
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,8 @@ class StrongWolfe:
         t: Step sizes to evaluate next, (P,).
     """
 
-    def __init__(self, here: Trials, tolerance_change: float) -> None:
-        """Prepares the searches.
-
-        Args:
-            here: Any trials of the right shapes, dtype and device.
-            tolerance_change: Width of a bracket, times the direction's largest element, at which a search gives up.
-        """
-        self.tolerance_change = tolerance_change
+    def __init__(self, here: Trials) -> None:
+        """Prepares the searches, for trials of the same shapes, dtype and device as those given."""
         self.t = torch.zeros_like(here.t)
         self._start = self._first = self._second = here
         self._t_max = self._size = torch.zeros_like(here.t)
@@ -145,7 +140,7 @@ class StrongWolfe:
         ended = self._exhaust(searching & spent, new) | self._bracket(searching & ~spent, new)
         ended = ended | self._zoom(zooming, new) | (zooming & spent)
         zooming = mask & self._zooming & ~ended
-        small = zooming & ((self._first.t - self._second.t).abs() * self._size < self.tolerance_change)
+        small = zooming & ((self._first.t - self._second.t).abs() * self._size < _SMALLEST)
         self._propose(zooming & ~small)
         return ended | small
 

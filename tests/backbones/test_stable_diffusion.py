@@ -1,5 +1,6 @@
 import inspect
 import json
+import logging
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import Backbone, Conditioning, TextTower, load_backbone
 from lightning_prompts.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy 2 in diffusers
 
 TEXTS = ["a red square on a blue background", "", "two dogs and a cat " * 8]
 DETERMINISTIC = ["DDIM", "PNDM", "EulerDiscrete", "DPMSolverMultistep", "LMSDiscrete", "HeunDiscrete", "UniPCMultistep"]
@@ -122,6 +125,8 @@ def test_half_precision_inside_and_float32_outside(sd):
     assert torch.equal(conditioning.prompt_embeds, backbone.encode(ids).prompt_embeds)
     latents = backbone.sample(conditioning, conditioning[1:2], torch.randn(3, *backbone.latent_shape), 2, grad_steps=1)
     images = backbone.decode(latents)
+    full = Conditioning(conditioning.prompt_embeds.float())
+    assert backbone.denoise(latents, torch.tensor([1, 2, 3]), full).dtype == torch.float32
     assert latents.dtype == images.dtype == backbone.encode_image(images).dtype == torch.float32
     images.sum().backward()
     assert embeddings.grad.dtype == torch.float32
@@ -267,6 +272,7 @@ def test_sample_as_the_pipeline(backbone, sd, sampler):
         torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 def test_old_scheduler_files_as_the_pipeline(sd1, copy):
     """Files that would clip latents and start a timestep early."""
     (copy / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
@@ -373,13 +379,14 @@ def test_gradient_steps_keep_no_activations(backbone, monkeypatch):
     assert (len(calls), len(steps)) == (5, 5)
     latents.sum().backward()
     assert (len(calls), len(steps)) == (7, 5)
+    assert backbone.scheduler.num_inference_steps is None  # what holds the graph is gone with the call
 
 
 def test_sample_turns_no_gradient_on(backbone):
     conditioning, negative = prompts(backbone, 1)
     conditioning.prompt_embeds.requires_grad_()
     with torch.no_grad():
-        latents = backbone.sample(conditioning, negative, torch.randn(1, 4, 8, 8), steps=2, grad_steps=2)
+        latents = backbone.sample(conditioning, negative, torch.randn(1, 4, 8, 8), 2, guidance_scale=1, grad_steps=2)
     assert not latents.requires_grad
 
 
@@ -409,14 +416,23 @@ def test_layout_of_old_files(sd1, copy):
     assert torch.equal(backbone.encode(ids).prompt_embeds, expected.encode(ids).prompt_embeds)
 
 
-def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(copy, capfd):
+def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(copy, caplog, capfd):
     weights = load_file(copy / "text_encoder/model.safetensors")
     save_file({**weights, "unused": torch.zeros(1)}, copy / "text_encoder/model.safetensors", metadata={"format": "pt"})
-    before = diffusers.logging.get_verbosity(), transformers.logging.get_verbosity()
-    load_backbone(str(copy))
-    assert capfd.readouterr() == ("", "")
-    assert (diffusers.logging.get_verbosity(), transformers.logging.get_verbosity()) == before
-    assert transformers.logging.is_progress_bar_enabled()
+    libraries = diffusers.logging, transformers.logging
+    for library in libraries:
+        library.set_verbosity_info()
+        library.add_handler(caplog.handler)
+    try:
+        load_backbone(str(copy))
+        assert caplog.records == []
+        assert capfd.readouterr() == ("", "")
+        assert [library.get_verbosity() for library in libraries] == [logging.INFO] * 2
+        assert all(library.is_progress_bar_enabled() for library in libraries)
+    finally:
+        for library in libraries:
+            library.set_verbosity_warning()
+            library.remove_handler(caplog.handler)
 
 
 def test_importing_loads_neither_library():

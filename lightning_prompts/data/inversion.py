@@ -1,0 +1,161 @@
+"""Targets, and when and how noisily each of them is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_prompts.backbones import Backbone
+from lightning_prompts.data.addresses import draw_timesteps
+from lightning_prompts.data.images import Fit, Target, content_key, find_targets, load_image, to_tensor
+from lightning_prompts.errors import UserError
+from lightning_prompts.problems import Problem, RunFolder
+
+
+class Step(NamedTuple):
+    """The addresses of one step: its number and the timesteps (P, N) of the wave's problems."""
+
+    step: int
+    timesteps: Tensor
+
+
+class StepLoader:
+    """Gives the steps of a wave; knows where it stopped, so a resumed run goes on there."""
+
+    def __init__(self, data: ImagesToPrompts) -> None:
+        self.data, self.step = data, 0
+
+    def __len__(self) -> int:
+        return self.data.steps
+
+    def __iter__(self) -> Iterator[Step]:
+        while self.step < self.data.steps:
+            keys = [problem.key for problem in self.data.method.problems]
+            self.step += 1
+            step = self.step - 1
+            yield Step(step, draw_timesteps(self.data.seed, keys, step, self.data.samples, *self.data.timesteps))
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader is."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on where `state_dict` was taken."""
+        self.step = state["step"]
+
+
+class ImagesToPrompts(pl.LightningDataModule):
+    """Target pictures, one problem each, and the schedule of their inversion.
+
+    Args:
+        images: Pictures, folders, patterns, or CSV / JSONL lists of pictures.
+        fit: Make pictures square by cropping their middle or by padding.
+        background: What stands behind transparent pictures and in the padding, red, green, blue in 0..255.
+        one_subject: All pictures show one subject and get one prompt.
+        steps: Steps of the search.
+        samples: N, noise/timestep pairs per step and problem.
+        timesteps: Range [low, high) that timesteps are drawn from.
+        validation_samples: Noise/timestep pairs that prompts are scored on.
+        seed: Addresses every random draw.
+    """
+
+    def __init__(
+        self,
+        images: str | list[str],
+        fit: Fit = "crop",
+        background: tuple[int, int, int] = (255, 255, 255),
+        one_subject: bool = False,
+        steps: int = 20,
+        samples: int = 4,
+        timesteps: tuple[int, int] = (500, 1000),
+        validation_samples: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.images = [images] if isinstance(images, str) else images
+        self.fit, self.background, self.one_subject = fit, tuple(background), one_subject
+        self.steps, self.samples, self.timesteps = steps, samples, tuple(timesteps)
+        self.validation_samples, self.seed = validation_samples, seed
+        self.records: dict[str, Problem] = {}
+        self._latents: dict[str, Tensor] = {}
+        self._loaded: dict[str, Tensor] = {}
+
+    @property
+    def method(self) -> Any:
+        """The method in training."""
+        return self.trainer.lightning_module  # type: ignore[union-attr]
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(self.trainer.default_root_dir)  # type: ignore[union-attr]
+
+    def setup(self, stage: str) -> None:
+        """Reads the pictures; what is done is skipped, and a file that cannot be read becomes a failed record."""
+        self._check_schedule(self.method.backbone.num_train_timesteps)
+        if self.records:
+            return
+        known = self.folder.load()
+        targets = find_targets(self.images, self.one_subject)
+        for index, target in enumerate(targets):
+            self._add(index, target, known, alone=len(targets) == 1)
+        if not any(problem.status != "failed" for problem in self.records.values()):
+            raise UserError(
+                f"None of the {len(targets)} pictures can be read: {next(iter(self.records.values())).reason}"
+            )
+        for problem in self.records.values():
+            self.folder.save(problem)
+
+    def _check_schedule(self, end: int) -> None:
+        low, high = self.timesteps
+        if not 0 <= low < high <= end:
+            raise UserError(
+                f"The timestep range [{low}, {high}) is empty or outside the model's schedule [0, {end}); "
+                "give --data.timesteps with 0 <= low < high."
+            )
+
+    def _add(self, index: int, target: Target, known: dict[str, Problem], alone: bool) -> None:
+        paths = [str(path) for path in target.paths]
+        try:
+            pictures = [load_image(path, self.method.backbone.image_size, self.fit, self.background) for path in paths]
+        except UserError as error:
+            if alone:
+                raise
+            key = content_key([], {"unreadable": paths})
+            self.records[key] = Problem(key, target.name, paths, target.caption, index, "failed", str(error))
+            return
+        key = content_key(pictures, {"backbone": self.method.backbone.name, "template": self.method.template})
+        problem = known.get(key) or Problem(key, target.name, paths, target.caption, index)
+        if problem.status == "failed":
+            problem.status, problem.reason = "open", None
+        self.records.setdefault(key, problem)
+        self._loaded[key] = torch.stack([to_tensor(picture) for picture in pictures])
+
+    def pictures(self, problems: Sequence[Problem]) -> list[Tensor]:
+        """The pictures (I, 3, H, W) in [-1, 1] of each problem."""
+        return [self._loaded[problem.key] for problem in problems]
+
+    def latents(self, backbone: Backbone, problems: Sequence[Problem]) -> Tensor:
+        """The pictures' latents (P, I, C, h, w), encoded once; with fewer pictures than others a problem repeats its own."""
+        for problem in problems:
+            if problem.key not in self._latents:
+                device = backbone.alphas_cumprod.device
+                self._latents[problem.key] = backbone.encode_image(self._loaded[problem.key].to(device))
+        most = max((len(self._latents[problem.key]) for problem in problems), default=0)
+        several = [self._latents[problem.key] for problem in problems]
+        return torch.stack([x[torch.arange(most) % len(x)] for x in several]) if several else torch.empty(0)
+
+    def train_dataloader(self) -> StepLoader:
+        """The steps of a wave."""
+        return StepLoader(self)
+
+    def val_dataloader(self) -> list[int]:
+        """One item: all problems are scored together."""
+        return [0]
+
+    test_dataloader = predict_dataloader = val_dataloader

@@ -1,0 +1,64 @@
+"""PEZ: hard prompts made easy (arXiv 2302.03668)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.data.inversion import Step
+from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.objectives.clip import clip_of
+
+
+class PEZ(PromptMethod):
+    """Gradients at the nearest tokens' embeddings, applied to the continuous ones (algorithm 1 of the paper).
+
+    Args:
+        objective: `denoising` (the paper's Stable Diffusion variant) or `clip` (its main one: cosine of prompt and pictures).
+        lr: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        clip: Folder or hub id of the CLIP; None for the one that goes with the backbone.
+        **kwargs: See `PromptMethod`.
+    """
+
+    def __init__(
+        self,
+        objective: Literal["denoising", "clip"] = "denoising",
+        lr: float = 0.1,
+        weight_decay: float = 0.1,
+        clip: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**{"metric": "cosine", **kwargs})
+        self.lr, self.weight_decay = lr, weight_decay
+        offline = kwargs.get("offline", False)
+        self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), offline) if objective == "clip" else None
+
+    def search(self, batch: Step, rows: Tensor) -> None:
+        """One AdamW step."""
+        optimizer: Any = self.optimizers()
+        ids, embeddings = self.prompt(rows.to(self.device), straight_through=True)
+        loss = self._loss(batch, rows, ids, embeddings)
+        optimizer.zero_grad()
+        before = self.prompt.embeddings.detach().clone()
+        self.manual_backward(loss.sum())
+        optimizer.step()
+        with torch.no_grad():  # AdamW moves rows without gradient too
+            self.prompt.embeddings.copy_(
+                torch.where(self.active.to(self.device).view(-1, 1, 1), self.prompt.embeddings, before)
+            )
+        self.log("train/loss", loss.mean().detach(), prog_bar=True)
+
+    def _loss(self, batch: Step, rows: Tensor, ids: Tensor, embeddings: Tensor) -> Tensor:
+        if self.clip is None:
+            return self.denoising_loss(rows, ids, embeddings, batch)
+        pictures = self.data.pictures([self.problems[row] for row in rows.tolist()])
+        features = torch.stack([self.clip.features(several.to(self.device)) for several in pictures])
+        return self.clip(ids, embeddings, features)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, as the released code."""
+        return torch.optim.AdamW([self.prompt.embeddings], lr=self.lr, weight_decay=self.weight_decay)
