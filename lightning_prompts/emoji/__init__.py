@@ -1,0 +1,1 @@
+"""The embedded model: the world it draws, its training and its weights."""

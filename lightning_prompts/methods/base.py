@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.backbones import Backbone, load_backbone
+from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard
 from lightning_prompts.data.addresses import (
     START,
     VALIDATION,
@@ -46,6 +48,9 @@ class PromptMethod(pl.LightningModule, ABC):
         words: The only words that may be used.
         patience: A problem is finished after this many scorings without a better one.
         microbatch: Samples per call of the denoiser.
+        score_every: Steps between scorings.
+        sampling_steps: Denoising steps of the pictures that `fit`, `test` and `predict` draw.
+        guidance_scale: Weight of the prompt when these are drawn.
         metric: Distance by which embeddings are replaced with tokens.
     """
 
@@ -65,11 +70,16 @@ class PromptMethod(pl.LightningModule, ABC):
         words: Sequence[str] | None = None,
         patience: int = 1000,
         microbatch: int = 16,
+        score_every: int = 1,
+        sampling_steps: int = 25,
+        guidance_scale: float = 3.0,
         metric: Metric = "euclidean",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.offline = offline
         self.template, self.blocked, self.patience = template, tuple(blocked), patience
+        self.score_every, self.sampling_steps, self.guidance_scale = score_every, sampling_steps, guidance_scale
         self.backbone: Backbone = load_backbone(backbone, dtype, offline, revision)
         self.tower = self.backbone.towers[0]
         words = None if words is None else tuple(words)
@@ -92,14 +102,15 @@ class PromptMethod(pl.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Goes on with the wave that a checkpoint holds."""
         if self._resumed:
-            known = self.data.records
-            gone = [key for key in self._resumed["keys"] if key not in known]
+            saved = [Problem(**record) for record in self._resumed["records"]]
+            gone = [problem for problem in saved if problem.key not in self.data.records]
             if gone:
                 raise UserError(
                     f"The checkpoint goes on with {len(gone)} pictures that are not among --data.images now; "
                     "give the same pictures and settings, or another --run."
                 )
-            self._take([known[key] for key in self._resumed["keys"]])
+            self.data.records.update({problem.key: problem for problem in saved})
+            self._take(saved)
             self.active, self.stale = torch.tensor(self._resumed["active"]), list(self._resumed["stale"])
             self._resumed = None
         elif not self.problems:
@@ -120,6 +131,10 @@ class PromptMethod(pl.LightningModule, ABC):
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
         self.active, self.stale = torch.ones(len(keys), dtype=torch.bool), [0] * len(keys)
+
+    def on_train_epoch_end(self) -> None:
+        """Ends the run when no problem is open."""
+        self.trainer.should_stop = all(problem.status != "open" for problem in self.data.records.values())
 
     def _take(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -181,6 +196,41 @@ class PromptMethod(pl.LightningModule, ABC):
 
     # --- results
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """What every inversion needs around its steps."""
+        return [NonFiniteGuard(), BestPrompt(self.score_every)]
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        """The validation loss of the decoded prompts."""
+        found = [problem for problem in self.data.records.values() if problem.prompt]
+        if not found:
+            raise UserError("This run has no prompts yet; run `fit` first.")
+        self._take(found)
+        losses = self.validation_loss(torch.arange(len(found)), [str(problem.prompt) for problem in found])
+        for problem, loss in zip(found, losses.tolist(), strict=True):
+            print(f"{loss:.5f}  {problem.target}  {problem.prompt}")
+        self.log("validation/loss", losses.mean(), batch_size=len(found))
+
+    def test_step(self, batch: int, batch_idx: int) -> None:
+        """All is done by the `Results` callback."""
+
+    def predict_step(self, batch: int, batch_idx: int) -> None:
+        """All is done by the `Results` callback."""
+
+    @torch.no_grad()
+    def draw(self, texts: Sequence[str], noise: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of B texts from noise (B, C, h, w)."""
+        tokenizer, length = self.tower.tokenizer, self.tower.length
+        told = self.backbone.encode(encode_text(tokenizer, texts, length).to(self.device))
+        nothing = self.backbone.encode(encode_text(tokenizer, [""], length).to(self.device))
+        parts = []
+        for rows in torch.arange(len(noise)).split(self.denoising.microbatch):
+            part = self.backbone.sample(
+                told[rows.to(self.device)], nothing, noise[rows], self.sampling_steps, self.guidance_scale
+            )
+            parts.append(self.backbone.decode(part).cpu())
+        return torch.cat(parts)
+
     @torch.no_grad()
     def score(self) -> list[Problem]:
         """Scores the active problems' nearest tokens and keeps what is best.
@@ -225,9 +275,9 @@ class PromptMethod(pl.LightningModule, ABC):
         return {"prompt.embeddings": self.prompt.embeddings.detach()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds which problems the rows belong to."""
+        """Adds the records that the rows belong to."""
         checkpoint["wave"] = {
-            "keys": [problem.key for problem in self.problems],
+            "records": [asdict(problem) for problem in self.problems],
             "active": self.active.tolist(),
             "stale": self.stale,
         }

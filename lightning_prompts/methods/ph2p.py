@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_prompts.callbacks import VocabularyProjection
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.optimizers import BatchedLBFGS
@@ -52,6 +54,13 @@ class PH2P(PromptMethod):
         }
         self.projection, self.continue_from = projection, continue_from
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Projection comes before scoring."""
+        callbacks = super().configure_callbacks()
+        if self.projection == "delayed" and self.continue_from == "projected":
+            callbacks.insert(0, VocabularyProjection())
+        return callbacks
+
     def search(self, batch: Step, rows: Tensor) -> None:
         """One L-BFGS step of up to `max_iter` iterations on this step's noise."""
         optimizer: Any = self.optimizers()
@@ -62,7 +71,7 @@ class PH2P(PromptMethod):
             loss = self.denoising_loss(rows, ids, embeddings, batch)
             return loss.new_zeros(len(everyone)).index_put((rows.to(self.device),), loss)
 
-        loss = optimizer.optimizer.step(closure, active=everyone)
+        loss = optimizer.step(closure=closure, active=everyone)
         self.log("train/loss", loss[everyone].mean(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -1,0 +1,17 @@
+"""What happens around the steps: projection, scoring, checkpoints, results, guards and progress."""
+
+from lightning_prompts.callbacks.best_prompt import BestPrompt
+from lightning_prompts.callbacks.checkpoint import AtomicCheckpointIO, PromptCheckpoint, last_checkpoint
+from lightning_prompts.callbacks.guard import NonFiniteGuard
+from lightning_prompts.callbacks.projection import VocabularyProjection
+from lightning_prompts.callbacks.results import Results
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "BestPrompt",
+    "NonFiniteGuard",
+    "PromptCheckpoint",
+    "Results",
+    "VocabularyProjection",
+    "last_checkpoint",
+]

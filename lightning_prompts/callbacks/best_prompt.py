@@ -1,0 +1,56 @@
+"""Keeping the best prompt, on disk from the first scoring on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lightning_prompts.problems import Problem
+
+log = logging.getLogger(__name__)
+
+
+class BestPrompt(pl.Callback):
+    """Scores the decoded prompts, saves what got better, and lets finished problems go.
+
+    Args:
+        every: Steps between scorings.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Scores the initial prompts before the first step."""
+        if batch.step == 0 and pl_module.active.any():
+            self._keep(trainer, pl_module, pl_module.score(), batch.step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Scores after every n-th step and after the last one."""
+        last = batch.step + 1 == pl_module.data.steps
+        if not pl_module.active.any() or ((batch.step + 1) % self.every and not last):
+            return
+        self._keep(trainer, pl_module, pl_module.score(), batch.step + 1)
+        for problem in pl_module.retire(last):
+            self._save(trainer, problem)
+            log.info("%s: %s (%s)", problem.target, problem.prompt, problem.reason or problem.status)
+
+    def _keep(self, trainer: pl.Trainer, module: Any, better: Sequence[Problem], step: int) -> None:
+        for problem in better:
+            self._save(trainer, problem)
+            log.info("step %d  %s  %.5f  %s", step, problem.target, problem.validation_loss, problem.prompt)
+        losses = [problem.validation_loss for problem in module.problems if problem.validation_loss is not None]
+        if losses:
+            module.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
+        if trainer.logger and better:
+            text = "\n\n".join(f"{problem.target}: {problem.prompt}" for problem in module.problems)
+            trainer.logger.experiment.add_text("prompt", text, step)  # type: ignore[attr-defined]
+
+    def _save(self, trainer: pl.Trainer, problem: Problem) -> None:
+        try:
+            trainer.datamodule.folder.save(problem)  # type: ignore[attr-defined]
+        except OSError as error:  # the run is worth more than this write; the next better prompt tries again
+            log.warning("The record of %s could not be written (%s); the run goes on.", problem.target, error)

@@ -1,0 +1,77 @@
+"""Checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from lightning_prompts.problems import atomic_write
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, verifies and renames; Lightning's own stages in the temporary folder and may fail silently."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Saves."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)  # what could not be read again is not written
+        atomic_write(path, buffer.getvalue())
+
+
+class PromptCheckpoint(pl.Callback):
+    """Keeps the two newest states of the wave.
+
+    Args:
+        folder: Where they go.
+        seconds: Time between saves; the end of every wave is saved too.
+    """
+
+    def __init__(self, folder: Path, seconds: float = 20) -> None:
+        self.folder, self.seconds = folder, seconds
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Saves when it is time."""
+        if time.monotonic() - self._saved >= self.seconds:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Saves at the end of a wave."""
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self._saved = time.monotonic()
+        try:
+            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}.ckpt")
+        except OSError as error:  # prompts are safe in their records; an older state is still there to go on from
+            log.warning("The checkpoint could not be written (%s); the run goes on.", error)
+            return
+        for old in sorted(self.folder.glob("step-*.ckpt"))[:-2]:
+            old.unlink(missing_ok=True)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that can be read; a broken one is passed over for the one before."""
+    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
+        try:
+            torch.load(path, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            log.warning("The checkpoint %s is broken (%s); the one before is used.", path, error)
+        else:
+            return path
+    return None

@@ -1,0 +1,24 @@
+"""What to do when a prompt stops being a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+class NonFiniteGuard(pl.Callback):
+    """Takes problems whose embeddings are not finite out of the wave; the best prompt so far stays their result."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Looks at every prompt."""
+        finite = pl_module.prompt.embeddings.detach().isfinite().all(dim=2).all(dim=1).cpu()
+        for row in (~finite & pl_module.active).nonzero().squeeze(1).tolist():
+            problem = pl_module.problems[row]
+            pl_module.active[row] = False
+            pl_module.prompt.embeddings.data[row] = 0
+            problem.finish()
+            if problem.prompt is None:
+                problem.status = "failed"
+            problem.reason = f"The prompt stopped being finite at step {batch.step}; lower --model.lr."
+            trainer.datamodule.folder.save(problem)  # type: ignore[attr-defined]

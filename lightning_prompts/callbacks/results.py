@@ -1,0 +1,173 @@
+"""What a person gets: pictures drawn from the found text, its scores, the grid and the files to paste or load."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_prompts.backbones import EMOJI
+from lightning_prompts.data.addresses import REGENERATION, draw_noise
+from lightning_prompts.metrics import ClipImageSimilarity, WordRecall, perceptual_distance
+from lightning_prompts.objectives.clip import clip_of
+from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
+
+log = logging.getLogger(__name__)
+REGENERATIONS = 4
+
+
+class Results(pl.Callback):
+    """Writes `result.json`, `prompt.txt`, `grid.png` and `embedding.safetensors` when `fit` or `test` ends.
+
+    The held-out scorer speaks here only, after everything has been selected.
+
+    Args:
+        scorer: Folder or hub id of the CLIP that scores and takes no part in any search; None for the embedded model's own
+            on the embedded model, and for no held-out score elsewhere.
+        seeds: Seeds that `predict` draws pictures from.
+        settings: What to record as the run's settings.
+    """
+
+    def __init__(
+        self, scorer: str | None = None, seeds: Sequence[int] = (0,), settings: dict[str, Any] | None = None
+    ) -> None:
+        self.scorer, self.seeds, self.settings = scorer, tuple(seeds), settings or {}
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Scores and writes."""
+        self._finish(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Draws again from the text, scores and writes."""
+        self._finish(trainer, pl_module)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Draws one picture a prompt and seed."""
+        folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
+        for problem in _found(trainer):
+            for seed in self.seeds:
+                noise = torch.randn(1, *pl_module.backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
+                picture = pl_module.draw([problem.prompt], noise.to(pl_module.device))[0]
+                path = folder.path / "pictures" / f"{problem.key}-seed{seed}.png"
+                atomic_write(path, _png(_image(picture)))
+                print(f"{path}  {problem.prompt}")
+
+    def _finish(self, trainer: pl.Trainer, module: Any) -> None:
+        data, problems = trainer.datamodule, _found(trainer)  # type: ignore[attr-defined]
+        if problems:
+            drawn = self._draw(module, data, problems)
+            self._score(module, data, problems, drawn)
+            atomic_write(data.folder.grid, _png(grid([data.pictures([p])[0] for p in problems], drawn, problems)))
+            self._export(module, data.folder, problems)
+            if trainer.logger:
+                trainer.logger.experiment.add_images("regenerations", (torch.cat(list(drawn)) + 1) / 2)  # type: ignore[attr-defined]
+        for problem in problems:
+            data.folder.save(problem)
+        data.folder.write_result(type(module).__name__, module.backbone.name, data.seed, self.settings, versions())
+        _report(data.folder, list(data.records.values()))
+
+    def _draw(self, module: Any, data: Any, problems: list[Problem]) -> Tensor:
+        """Regenerations (P, 4, 3, H, W)."""
+        keys, shape = [problem.key for problem in problems], module.backbone.latent_shape
+        noise = draw_noise(data.seed, keys, REGENERATION, REGENERATIONS, shape, module.device)
+        texts = [str(problem.prompt) for problem in problems for _ in range(REGENERATIONS)]
+        drawn: Tensor = module.draw(texts, noise.flatten(0, 1))
+        return drawn.view(len(problems), REGENERATIONS, *drawn.shape[1:])
+
+    def _score(self, module: Any, data: Any, problems: list[Problem], drawn: Tensor) -> None:
+        name = module.backbone.name
+        own, heldout = ClipImageSimilarity(clip_of(name), module.offline), self._heldout(name, module.offline)
+        words = WordRecall(_synonyms(name))
+        for problem, pictures, target in zip(problems, drawn, data.pictures(problems), strict=True):
+            problem.clip_similarity = float(own(pictures, target))
+            problem.heldout_clip_similarity = float(heldout(pictures, target)) if heldout else None
+            problem.lpips = perceptual_distance(pictures, target)
+            if problem.caption:
+                problem.word_recall = float(words([str(problem.prompt)], [problem.caption]))
+
+    def _heldout(self, backbone: str, offline: bool) -> ClipImageSimilarity | None:
+        name = self.scorer or (str(EMOJI.parent / "scorer") if backbone == "emoji" else None)
+        return ClipImageSimilarity(name, offline) if name else None
+
+    def _export(self, module: Any, folder: RunFolder, problems: list[Problem]) -> None:
+        """The found tokens' embeddings (M, D), one tensor a problem."""
+        table = module.prompt.table
+        tensors = {p.key: table[torch.tensor(p.token_ids)].float().cpu().contiguous() for p in problems if p.token_ids}
+        prompts = {problem.key: str(problem.prompt) for problem in problems}
+        atomic_write(folder.embedding, save(tensors, {"format": "pt", "backbone": module.backbone.name, **prompts}))
+
+
+def _found(trainer: pl.Trainer) -> list[Problem]:
+    records = trainer.datamodule.records.values()  # type: ignore[attr-defined]
+    return [problem for problem in records if problem.prompt and problem.status != "failed"]
+
+
+def _synonyms(backbone: str) -> dict[str, tuple[str, ...]]:
+    if backbone != "emoji":
+        return {}
+    from lightning_prompts.emoji.world import SYNONYMS
+
+    return SYNONYMS
+
+
+def _image(picture: Tensor) -> Image.Image:
+    return Image.fromarray(((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grid(
+    targets: Sequence[Tensor], drawn: Tensor, problems: Sequence[Problem], side: int = 96, most: int = 24
+) -> Image.Image:
+    """Targets above their regenerations, prompts below.
+
+    Args:
+        targets: Pictures (I, 3, H, W) in [-1, 1] of each problem; the first is shown.
+        drawn: (P, 4, 3, H, W) in [-1, 1].
+        problems: P records.
+        side: Pixels of a picture in the grid.
+        most: Problems shown.
+    """
+    rows = 1 + drawn.shape[1]
+    columns = min(len(problems), most)
+    width, line = side + 8, 12
+    lines = [_wrap(str(problem.prompt), width // 6) for problem in problems[:columns]]
+    height = rows * (side + 4) + 8 + line * max(len(several) for several in lines)
+    canvas = Image.new("RGB", (columns * width, height), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column in range(columns):
+        for row, picture in enumerate((targets[column][0], *drawn[column])):
+            shown = _image(picture).resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(shown, (column * width + 4, row * (side + 4) + (6 if row else 2)))
+        for number, text in enumerate(lines[column]):
+            pen.text((column * width + 4, rows * (side + 4) + 8 + number * line), text, fill="black")
+    return canvas
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, width) or [""]
+
+
+def _report(folder: RunFolder, problems: list[Problem]) -> None:
+    for problem in problems:
+        note = f"  ({problem.status}: {problem.reason})" if problem.reason else ""
+        score = "" if problem.clip_similarity is None else f"  [similarity {problem.clip_similarity:.2f}]"
+        print(f"{problem.target}: {problem.prompt or '-'}{score}{note}")
+    print(
+        f"Results are in {folder.path}; look at {folder.grid}"
+        if folder.grid.exists()
+        else f"Results are in {folder.path}"
+    )

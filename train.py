@@ -1,0 +1,6 @@
+"""Runs Lightning Prompts: `python train.py fit --config configs/ph2p.yaml --data.images photo.png`."""
+
+from lightning_prompts.main import main
+
+if __name__ == "__main__":
+    main()
