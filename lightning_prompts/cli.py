@@ -1,0 +1,157 @@
+"""Lightning's command line over this package's methods: run folders, resuming and one-sentence errors."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+import torch
+from jsonargparse import set_parsing_settings
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from lightning_prompts.callbacks import AtomicCheckpointIO, PromptCheckpoint, Results, last_checkpoint
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods import PromptMethod
+from lightning_prompts.problems import RunFolder, atomic_write
+
+TRAINER = {
+    "max_epochs": -1,  # waves of problems until none is open
+    "enable_checkpointing": False,  # ours are atomic
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 1,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 10**9,  # scoring is the BestPrompt callback's
+    "use_distributed_sampler": False,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+
+# A config is data: it can name classes of these modules and no others.
+ALLOWED = [
+    "lightning_prompts",
+    "pytorch_lightning.callbacks",
+    "pytorch_lightning.loggers",
+    "pytorch_lightning.profilers",
+    "pytorch_lightning.strategies",
+]
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises instead of printing thirty lines."""
+        raise UserError(_one_sentence(message, self))
+
+
+class CLI(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` in a run's folder."""
+
+    run: Path | None = None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what belongs to no class."""
+        parser.add_argument("--seeds", type=str, default="0", help="seeds that `predict` draws from, such as 0,1,2,3")
+        parser.add_argument("--scorer", type=str | None, default=None, help="folder or hub id of the held-out CLIP")
+
+    def before_instantiate_classes(self) -> None:
+        """Prepares the run's folder and finds the state to go on from."""
+        command = self.config.subcommand
+        config = self.config[command]
+        if config.trainer.precision in HALF:
+            raise UserError(
+                f"The precision {config.trainer.precision} would make the prompts half precision, which ruins their "
+                "optimisation; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
+            )
+        try:
+            self.seeds = [int(seed) for seed in config.seeds.split(",")]
+        except ValueError:
+            raise UserError(f"--seeds takes whole numbers such as 0,1,2,3, not {config.seeds!r}.") from None
+        method = config.model.class_path.rsplit(".", 1)[-1]
+        self.folder = RunFolder(self.run or Path("runs") / RunFolder.name(method, datetime.now()))
+        if command == "fit":
+            self._prepare(config)
+        else:
+            config.ckpt_path = None
+        config.trainer.default_root_dir = str(self.folder.path)
+
+    def _prepare(self, config: Any) -> None:
+        self.folder.prepare(resume=bool(config.ckpt_path))
+        dumped = self._parser("fit").dump(config.clone())
+        atomic_write(self.folder.config, re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped).encode())
+        if config.ckpt_path == "last":
+            found = last_checkpoint(self.folder.checkpoints)
+            config.ckpt_path = str(found) if found else None
+        config.weights_only = True
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Adds this package's callbacks to the person's."""
+        command = self.config.subcommand
+        config = self.config[command]
+        settings = {part: config[part].init_args.as_dict() for part in ("model", "data")}
+        given = self._get(self.config_init, "trainer").callbacks or []
+        return super().instantiate_trainer(
+            **kwargs,
+            logger=pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if command == "fit" else False,
+            callbacks=[*given, PromptCheckpoint(self.folder.checkpoints), Results(config.scorer, self.seeds, settings)],
+            plugins=[AtomicCheckpointIO()],
+        )
+
+
+def run_command(args: Sequence[str], run: Path | None) -> None:
+    """Runs one command.
+
+    Args:
+        args: The command and its settings, without --run.
+        run: The run's folder; None for a new one named by time and method.
+    """
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
+    CLI.run = run
+    try:
+        CLI(
+            PromptMethod,
+            ImagesToPrompts,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            parser_class=Parser,
+            trainer_defaults=TRAINER,
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(args),
+        )
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError("The device is out of memory; lower --model.microbatch.") from error
+
+
+def _one_sentence(message: str, parser: Any) -> str:
+    """The parser's many lines as one sentence, with the nearest setting that exists."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = re.sub(r"\s+", " ", " ".join(lines))
+    unknown = re.search(
+        r"[Uu]nrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected|Option '([\w.]+)' is not accepted",
+        text,
+    )
+    if unknown:
+        given = next(filter(None, unknown.groups()))
+        names = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        close = difflib.get_close_matches(given, sorted(names), 1)
+        hint = f"; did you mean --{close[0]}?" if close else "; see --help for all settings."
+        return f"The setting --{given} is unknown{hint}"
+    return text[:400]
