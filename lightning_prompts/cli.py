@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import pytorch_lightning as pl
 import torch
 from jsonargparse import set_parsing_settings
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_prompts.callbacks import AtomicCheckpointIO, PromptCheckpoint, Results, last_checkpoint
 from lightning_prompts.data.inversion import ImagesToPrompts

@@ -67,11 +67,13 @@ class PromptCheckpoint(pl.Callback):
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that can be read; a broken one is passed over for the one before."""
-    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
-        try:
-            torch.load(path, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            log.warning("The checkpoint %s is broken (%s); the one before is used.", path, error)
-        else:
-            return path
-    return None
+    return next(filter(_readable, sorted(folder.glob("step-*.ckpt"), reverse=True)), None)
+
+
+def _readable(path: Path) -> bool:
+    try:
+        torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        log.warning("The checkpoint %s is broken (%s); the one before is used.", path, error)
+        return False
+    return True

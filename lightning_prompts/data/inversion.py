@@ -78,8 +78,9 @@ class ImagesToPrompts(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.images = [images] if isinstance(images, str) else images
-        self.fit, self.background, self.one_subject = fit, tuple(background), one_subject
-        self.steps, self.samples, self.timesteps = steps, samples, tuple(timesteps)
+        self.fit, self.one_subject = fit, one_subject
+        self.background: tuple[int, int, int] = background
+        self.steps, self.samples, self.timesteps = steps, samples, timesteps
         self.validation_samples, self.seed = validation_samples, seed
         self.records: dict[str, Problem] = {}
         self._latents: dict[str, Tensor] = {}

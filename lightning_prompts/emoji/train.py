@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -62,7 +63,7 @@ def _average(averaged: Any, current: Any, count: Tensor | int) -> None:
     torch._foreach_lerp_(averaged, current, max(1e-3, 10 / (10 + int(count))))
 
 
-class Training(pl.LightningModule):
+class Training(pl.LightningModule, ABC):
     """What the stages share: batches addressed by the step, AdamW with warm-up and a final decay, averaged weights.
 
     Args:
@@ -78,8 +79,9 @@ class Training(pl.LightningModule):
         self, network: nn.Module, scenes: dict[str, Tensor], batch_size: int, steps: int, lr: float, seed: int
     ) -> None:
         super().__init__()
-        self.network, self.scenes = network, scenes
-        self.average = AveragedModel(network, multi_avg_fn=_average)
+        self.network: Any = network
+        self.scenes = scenes
+        self.average: Any = AveragedModel(network, multi_avg_fn=_average)
         self.batch_size, self.steps, self.lr, self.seed = batch_size, steps, lr, seed
 
     def on_fit_start(self) -> None:
@@ -97,9 +99,9 @@ class Training(pl.LightningModule):
         """Pictures `(B, 3, 64, 64)` in [-1, 1]."""
         return self.scenes["pictures"][index].float() / 127.5 - 1
 
+    @abstractmethod
     def loss(self) -> Tensor:
         """This step's loss."""
-        raise NotImplementedError
 
     def training_step(self, batch: Tensor) -> Tensor:
         """One step; what to train on is drawn here, so the loader's item is not used."""
@@ -133,7 +135,8 @@ class AutoencoderTraining(Training):
         posterior = self.network.encode(pictures).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator, device=self.device)
         decoded = self.network.decode(posterior.mean + posterior.std * noise).sample.float()
-        return F.l1_loss(decoded, pictures) + F.mse_loss(decoded, pictures) + 1e-6 * posterior.kl().mean()
+        divergence: Tensor = posterior.kl().mean()
+        return F.l1_loss(decoded, pictures) + F.mse_loss(decoded, pictures) + 1e-6 * divergence
 
 
 class ClipTraining(Training):
@@ -162,11 +165,14 @@ class ClipTraining(Training):
         theta[:, :, 2] = self.crop * (uniform(2) - 0.5)
         grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
         pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
-        return self.network(input_ids=ids, pixel_values=pictures, return_loss=True).loss
+        loss: Tensor = self.network(input_ids=ids, pixel_values=pictures, return_loss=True).loss
+        return loss
 
 
 class DenoiserTraining(Training):
     """Denoising loss on latents encoded once; every tenth caption is dropped for classifier-free guidance."""
+
+    empty: Tensor
 
     def __init__(
         self, *args: Any, vae: AutoencoderKL, text_encoder: CLIPTextModel, empty: Tensor, **kwargs: Any
@@ -185,7 +191,9 @@ class DenoiserTraining(Training):
 
     @torch.no_grad()
     def _encode(self, index: Tensor) -> Tensor:
-        return (self.vae.encode(self.pictures(index)).latent_dist.mean * self.vae.config.scaling_factor).half()
+        mean: Tensor = self.vae.encode(self.pictures(index)).latent_dist.mean
+        factor: float = self.vae.config.scaling_factor
+        return (mean * factor).half()
 
     def loss(self) -> Tensor:  # noqa: D102
         index, ids, generator = self.draw()
@@ -251,7 +259,13 @@ def train(stage: str, work: Path, steps: int, batch_size: int, lr: float, seed: 
     pl.seed_everything(seed + 17 * (stage == "scorer"), verbose=False)
     scenes = load_file(work / ("scenes-scorer.safetensors" if stage == "scorer" else "scenes.safetensors"))
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    shared = {"scenes": scenes, "batch_size": batch_size, "steps": steps, "lr": lr, "seed": seed + (stage == "scorer")}
+    shared: dict[str, Any] = {
+        "scenes": scenes,
+        "batch_size": batch_size,
+        "steps": steps,
+        "lr": lr,
+        "seed": seed + (stage == "scorer"),
+    }
     stages: dict[str, Callable[[], Training]] = {
         "clip": lambda: ClipTraining(clip(tokenizer, vision=(128, 4), text=(128, 3)), crop=0.15, **shared),
         "scorer": lambda: ClipTraining(clip(tokenizer, vision=(160, 5), text=(128, 4)), crop=0.3, **shared),
@@ -274,7 +288,8 @@ def train(stage: str, work: Path, steps: int, batch_size: int, lr: float, seed: 
     )  # fmt: skip
     last = Path(checkpoints.dirpath or "") / "last.ckpt"
     begun = time.perf_counter()
-    trainer.fit(module, DataLoader(range(10**9), batch_size=None), ckpt_path=last if last.exists() else None)
+    steps_ahead: Any = range(10**9)
+    trainer.fit(module, DataLoader(steps_ahead, batch_size=None), ckpt_path=last if last.exists() else None)
     network: Any = module.average.module
     if isinstance(module, AutoencoderTraining):
         network.register_to_config(scaling_factor=_scaling_factor(module))

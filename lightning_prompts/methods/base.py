@@ -177,7 +177,8 @@ class PromptMethod(pl.LightningModule, ABC):
         conditioning = self.backbone.encode(ids, embeddings)
         latents, noise = self.targets(rows, batch.step, samples), self.noise(rows, batch.step, samples)
         self.count(rows, 2 * samples)
-        return self.denoising(self.backbone, conditioning, latents, timesteps, noise)
+        loss: Tensor = self.denoising(self.backbone, conditioning, latents, timesteps, noise)
+        return loss
 
     @torch.no_grad()
     def validation_loss(self, rows: Tensor, texts: Sequence[str]) -> Tensor:
@@ -187,7 +188,8 @@ class PromptMethod(pl.LightningModule, ABC):
         timesteps = validation_timesteps(samples, *self.data.timesteps).to(self.device).expand(len(rows), samples)
         latents, noise = self.targets(rows, VALIDATION, samples), self.noise(rows, VALIDATION, samples)
         self.count(rows, samples)
-        return self.denoising(self.backbone, self.backbone.encode(ids), latents, timesteps, noise)
+        loss: Tensor = self.denoising(self.backbone, self.backbone.encode(ids), latents, timesteps, noise)
+        return loss
 
     def count(self, rows: Tensor, samples: int) -> None:
         """Adds denoiser samples to the problems' counters; a backward counts as one."""
@@ -270,7 +272,7 @@ class PromptMethod(pl.LightningModule, ABC):
 
     # --- checkpoints: the prompt and nothing of the backbone
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The prompts alone."""
         return {"prompt.embeddings": self.prompt.embeddings.detach()}
 

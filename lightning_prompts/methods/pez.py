@@ -57,7 +57,8 @@ class PEZ(PromptMethod):
             return self.denoising_loss(rows, ids, embeddings, batch)
         pictures = self.data.pictures([self.problems[row] for row in rows.tolist()])
         features = torch.stack([self.clip.features(several.to(self.device)) for several in pictures])
-        return self.clip(ids, embeddings, features)
+        loss: Tensor = self.clip(ids, embeddings, features)
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, as the released code."""

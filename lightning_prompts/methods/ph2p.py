@@ -45,7 +45,7 @@ class PH2P(PromptMethod):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "lr": lr,
             "max_iter": max_iter,
             "history_size": history_size,

@@ -39,7 +39,8 @@ class Denoising(nn.Module):
         told = conditioning.repeat_interleave(samples)
         embeds = told.prompt_embeds.detach().requires_grad_(torch.is_grad_enabled())
         flat = latents.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten()
-        losses, gradients = [], []
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
         for rows in torch.arange(count * samples, device=embeds.device).split(self.microbatch):
             part, (x, eps, t) = embeds[rows], (tensor[rows] for tensor in flat)
             pooled = None if told.pooled is None else told.pooled[rows]

@@ -275,7 +275,7 @@ class BatchedLBFGS(Optimizer):
             loss = closure()
             if loss.shape != param.shape[:1]:
                 raise ValueError(f"The closure returns one loss per problem, ({len(param)},), not {tuple(loss.shape)}.")
-            loss.sum().backward()  # type: ignore[no-untyped-call]
+            loss.sum().backward()
         grad = torch.zeros_like(param) if param.grad is None else param.grad
         return loss.detach().to(param.dtype, copy=True), grad.reshape(len(param), -1)
 

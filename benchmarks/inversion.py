@@ -1,0 +1,75 @@
+"""How often an inversion finds the words: `python benchmarks/inversion.py --config configs/ph2p.yaml`.
+
+Prints the share of targets whose object word and whose background word (or a synonym) is in the found prompt, with 95% intervals,
+the similarity of regenerations by the held-out CLIP, the denoiser samples (a backward counts as one) and the seconds an image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+from lightning_prompts.emoji.world import SYNONYMS
+from lightning_prompts.main import main as lightning_prompts
+from lightning_prompts.metrics.words import content_words
+
+TARGETS = Path(__file__).parent / "targets"
+
+
+def interval(values: list[float]) -> str:
+    """Mean and 95% interval (normal approximation)."""
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1) / len(values))
+    return f"{mean:.3f} ± {1.96 * spread:.3f}"
+
+
+def has(prompt: str, word: str) -> bool:
+    """Whether a prompt has a word or one of its synonyms."""
+    return bool(set(content_words(prompt)) & {word, *SYNONYMS.get(word, ())})
+
+
+def run(config: str, targets: str, count: int, extra: list[str]) -> dict[str, str]:
+    """Inverts the first `count` targets in one run and measures."""
+    folder = TARGETS / targets
+    with tempfile.TemporaryDirectory() as scratch:
+        lines = (folder / "targets.jsonl").read_text().splitlines()[:count]
+        rows = [json.loads(line) for line in lines]
+        chosen = Path(scratch) / "targets.jsonl"
+        chosen.write_text("\n".join(json.dumps({**row, "file": str(folder.resolve() / row["file"])}) for row in rows))
+        begun = time.perf_counter()
+        lightning_prompts(["fit", "--config", config, "--data.images", str(chosen), "--run", f"{scratch}/run", *extra])
+        seconds = time.perf_counter() - begun
+        problems = json.loads((Path(scratch) / "run" / "result.json").read_text())["problems"]
+    words = json.loads((folder / "words.json").read_text())
+    table = {"targets": f"{targets}, {len(problems)}", "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    for kind in ("object", "background", "second"):
+        wanted = [(words[p["target"]].get(kind), str(p["prompt"])) for p in problems]
+        found = [float(has(prompt, word)) for word, prompt in wanted if word]
+        if found:
+            table[f"{kind} word found"] = interval(found)
+    table["held-out similarity"] = interval([p["heldout_clip_similarity"] for p in problems])
+    table["denoiser samples an image"] = f"{sum(p['unet_samples'] for p in problems) / len(problems):.0f}"
+    table["seconds an image, search"] = f"{sum(p['seconds'] for p in problems) / len(problems):.1f}"
+    table["seconds an image, whole run"] = f"{seconds / len(problems):.1f}"
+    return table
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/ph2p.yaml")
+    parser.add_argument("--targets", default="evaluation", choices=["evaluation", "outside", "development"])
+    parser.add_argument("--count", type=int, default=200)
+    args, extra = parser.parse_known_args()
+    for name, value in run(args.config, args.targets, args.count, extra).items():
+        print(f"| {name} | {value} |")
+
+
+if __name__ == "__main__":
+    main()
