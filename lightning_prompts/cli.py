@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import signal
 import sys
@@ -23,6 +24,7 @@ from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PromptMethod
 from lightning_prompts.problems import RunFolder, atomic_write
+from lightning_prompts.ranks import own_rank
 
 TRAINER = {
     "max_epochs": -1,  # waves of problems until none is open
@@ -80,7 +82,7 @@ class CLI(LightningCLI):
         except ValueError:
             raise UserError(f"--seeds takes whole numbers such as 0,1,2,3, not {config.seeds!r}.") from None
         method = config.model.class_path.rsplit(".", 1)[-1]
-        self.folder = RunFolder(self.run or Path("runs") / RunFolder.name(method, datetime.now()))
+        self.folder = RunFolder(self.run or Path("runs") / _run_name(method))
         if command == "fit":
             self._prepare(config)
         else:
@@ -88,9 +90,10 @@ class CLI(LightningCLI):
         config.trainer.default_root_dir = str(self.folder.path)
 
     def _prepare(self, config: Any) -> None:
-        self.folder.prepare(resume=bool(config.ckpt_path))
-        dumped = self._parser("fit").dump(config.clone())
-        atomic_write(self.folder.config, re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped).encode())
+        if own_rank() == 0:
+            self.folder.prepare(resume=bool(config.ckpt_path))
+            dumped = self._parser("fit").dump(config.clone())
+            atomic_write(self.folder.config, re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped).encode())
         if config.ckpt_path == "last":
             found = last_checkpoint(self.folder.checkpoints)
             config.ckpt_path = str(found) if found else None
@@ -135,19 +138,43 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except ValueError as error:
+        if mistake := _mistake(error):
+            raise mistake from None
+        raise
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError("The device is out of memory; lower --model.microbatch.") from error
 
 
+def _mistake(error: BaseException | None) -> UserError | None:
+    """The person's mistake that a constructor has reported and jsonargparse wrapped."""
+    while error and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _run_name(method: str) -> str:
+    """The default name; further ranks, which run the same command, learn it from rank 0 and not from their own clock."""
+    if own_rank() == 0:
+        os.environ["LIGHTNING_PROMPTS_RUN"] = RunFolder.name(method, datetime.now())
+    elif "LIGHTNING_PROMPTS_RUN" not in os.environ:
+        raise UserError("Processes started by another launcher need a common folder; give --run runs/NAME.")
+    return os.environ["LIGHTNING_PROMPTS_RUN"]
+
+
 def _one_sentence(message: str, parser: Any) -> str:
     """The parser's many lines as one sentence, with the nearest setting that exists."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    text = re.sub(r"\s+", " ", " ".join(lines))
+    text = re.sub(r"\s+", " ", message).strip()
+    key = re.match(r'Parser key "([\w.]+)": ?', text)
+    nested = re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>", text)
+    if key and nested:  # what the parser of a class has said, in which settings lack the class's own name
+        text = re.sub(r"--(?!help)(?=\w)", f"--{key[1]}.", nested[1], count=2)
+    elif key:
+        text = text[key.end() :]
     unknown = re.search(
-        r"[Uu]nrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected|Option '([\w.]+)' is not accepted",
-        text,
+        r"unrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected|(?:Option|option) '([\w.]+)'", text
     )
     if unknown:
         given = next(filter(None, unknown.groups()))
@@ -155,4 +182,15 @@ def _one_sentence(message: str, parser: Any) -> str:
         close = difflib.get_close_matches(given, sorted(names), 1)
         hint = f"; did you mean --{close[0]}?" if close else "; see --help for all settings."
         return f"The setting --{given} is unknown{hint}"
+    if key and (
+        imported := re.match(r"Problem with given class_path '(.*?)'|Expected a dot import path string: (\S+)", text)
+    ):
+        return f"The class {imported[1] or imported[2]!r} cannot be --{key[1]}; see --help for those that can."
+    if key and not nested:
+        if value := re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text):
+            wanted = f"one of {value[2]}" if value[2] else value[1] or value[3]
+            text = f"{value[4]!r}; it takes {wanted}."
+            return f"The setting --{key[1]} cannot be {text[:400]}"
+        text = f"--{key[1]}: {text}"
+    text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
     return text[:400]

@@ -1,9 +1,13 @@
 """Tiny pipelines with random weights, in the layouts that are found on the hub."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
 
@@ -42,6 +46,32 @@ def sd2(tmp_path_factory):
 def sd(request):
     """Each of the two folders."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(sd1, tmp_path_factory):
+    """The first folder with a CLIP beside its components, as whole runs need it."""
+    folder = shutil.copytree(sd1, tmp_path_factory.mktemp("tiny") / "model")
+    torch.manual_seed(0)
+    text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    CLIPModel(config).save_pretrained(folder / "clip")
+    CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(folder / "clip")
+    return str(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of three pictures of noise."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
 
 
 NOISE = {

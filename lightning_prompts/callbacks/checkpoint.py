@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from lightning_prompts.problems import atomic_write
+from lightning_prompts.ranks import own_rank
 
 log = logging.getLogger(__name__)
 
@@ -57,17 +58,17 @@ class PromptCheckpoint(pl.Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved = time.monotonic()
         try:
-            trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:08d}.ckpt")
+            trainer.save_checkpoint(self.folder / f"rank{own_rank()}-step{trainer.global_step:08d}.ckpt")
         except OSError as error:  # prompts are safe in their records; an older state is still there to go on from
             log.warning("The checkpoint could not be written (%s); the run goes on.", error)
             return
-        for old in sorted(self.folder.glob("step-*.ckpt"))[:-2]:
+        for old in sorted(self.folder.glob(f"rank{own_rank()}-step*.ckpt"))[:-2]:
             old.unlink(missing_ok=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that can be read; a broken one is passed over for the one before."""
-    return next(filter(_readable, sorted(folder.glob("step-*.ckpt"), reverse=True)), None)
+    """This rank's newest checkpoint that can be read; a broken one is passed over for the one before."""
+    return next(filter(_readable, sorted(folder.glob(f"rank{own_rank()}-step*.ckpt"), reverse=True)), None)
 
 
 def _readable(path: Path) -> bool:

@@ -18,6 +18,7 @@ from lightning_prompts.data.addresses import REGENERATION, draw_noise
 from lightning_prompts.metrics import ClipImageSimilarity, WordRecall, perceptual_distance
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
+from lightning_prompts.ranks import wait_for_all
 
 log = logging.getLogger(__name__)
 REGENERATIONS = 4
@@ -60,7 +61,12 @@ class Results(pl.Callback):
                 print(f"{path}  {problem.prompt}")
 
     def _finish(self, trainer: pl.Trainer, module: Any) -> None:
-        data, problems = trainer.datamodule, _found(trainer)  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        wait_for_all()
+        if not trainer.is_global_zero:
+            return
+        data.records.update(data.folder.load())  # what other ranks found
+        problems = _found(trainer)
         if problems:
             drawn = self._draw(module, data, problems)
             self._score(module, data, problems, drawn)

@@ -109,8 +109,13 @@ class ImagesToPrompts(pl.LightningDataModule):
             raise UserError(
                 f"None of the {len(targets)} pictures can be read: {next(iter(self.records.values())).reason}"
             )
-        for problem in self.records.values():
+        for problem in self.own():
             self.folder.save(problem)
+
+    def own(self) -> list[Problem]:
+        """The problems of this rank: every n-th, with n ranks."""
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
+        return list(self.records.values())[rank::ranks]
 
     def _check_schedule(self, end: int) -> None:
         low, high = self.timesteps

@@ -120,7 +120,7 @@ class PromptMethod(pl.LightningModule, ABC):
         """Begins a wave: random allowed tokens, a fresh optimiser, the initial prompts' scores."""
         if self._resumed or self.active.any():
             return
-        self._take([problem for problem in self.data.records.values() if problem.status == "open"])
+        self._take([problem for problem in self.data.own() if problem.status == "open"])
         if not self.problems:
             return
         keys, tokens = [problem.key for problem in self.problems], len(self.prompt.positions)
@@ -134,7 +134,7 @@ class PromptMethod(pl.LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Ends the run when no problem is open."""
-        self.trainer.should_stop = all(problem.status != "open" for problem in self.data.records.values())
+        self.trainer.should_stop = all(problem.status != "open" for problem in self.data.own())
 
     def _take(self, problems: list[Problem]) -> None:
         self.problems = problems

@@ -11,6 +11,7 @@ from lightning_prompts.data.inversion import Step
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import clip_of
+from lightning_prompts.vocabulary import Metric
 
 
 class PEZ(PromptMethod):
@@ -21,6 +22,7 @@ class PEZ(PromptMethod):
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         clip: Folder or hub id of the CLIP; None for the one that goes with the backbone.
+        metric: Distance by which embeddings are replaced with tokens.
         **kwargs: See `PromptMethod`.
     """
 
@@ -30,12 +32,12 @@ class PEZ(PromptMethod):
         lr: float = 0.1,
         weight_decay: float = 0.1,
         clip: str | None = None,
+        metric: Metric = "cosine",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**{"metric": "cosine", **kwargs})
+        super().__init__(metric=metric, **kwargs)
         self.lr, self.weight_decay = lr, weight_decay
-        offline = kwargs.get("offline", False)
-        self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), offline) if objective == "clip" else None
+        self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline) if objective == "clip" else None
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One AdamW step."""

@@ -1,0 +1,365 @@
+import json
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from lightning_prompts.main import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command line silences them, pytest puts them back
+
+RESULT_KEYS = {"schema_version", "method", "backbone", "seed", "settings", "versions", "problems"}
+PROBLEM_KEYS = {
+    "target", "key", "status", "reason", "prompt", "token_ids", "validation_loss", "clip_similarity", "heldout_clip_similarity",
+    "initial_validation_loss", "unet_samples", "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture
+def fit(tiny, pictures, tmp_path):
+    """Runs `fit` on one picture in two steps; more arguments come last and win."""
+
+    def run(*more, method="PEZ", images=pictures / "0.png"):
+        args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", method]
+        args += ["--model.backbone", tiny, "--model.tokens", "2", "--model.sampling_steps", "2"]
+        args += [
+            "--data.images",
+            str(images),
+            "--data.steps",
+            "2",
+            "--data.samples",
+            "1",
+            "--data.validation_samples",
+            "2",
+        ]
+        main([*args, *more])
+        return tmp_path / "run"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A finished run on two pictures that no test changes."""
+    folder = tmp_path_factory.mktemp("finished")
+    for i, color in enumerate(("red", "blue")):
+        Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
+    main(
+        [
+            "fit",
+            "--run",
+            str(folder / "run"),
+            "--trainer.accelerator",
+            "cpu",
+            "--model",
+            "PEZ",
+            "--model.backbone",
+            tiny,
+        ]
+        + ["--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", f"[{folder}/0.png, {folder}/1.png]"]
+        + ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
+    )
+    return folder / "run"
+
+
+@pytest.fixture
+def done(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "done"))
+
+
+def results(run):
+    return json.loads((run / "result.json").read_text())
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def refused(capsys, *args, names):
+    """Runs a command that must be refused in one sentence that has these words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(arg) for arg in args])
+    told = capsys.readouterr()
+    assert stopped.value.code == 2
+    lines = told.err.strip().splitlines()
+    assert 1 <= len(lines) <= 2, told.err
+    assert "Traceback" not in told.err + told.out
+    for name in [names] if isinstance(names, str) else names:
+        assert str(name) in told.err
+    return told.err
+
+
+@pytest.mark.parametrize("method", ["PEZ", "PH2P"])
+def test_one_picture_to_a_prompt(fit, capsys, method):
+    run = fit(method=method)
+    result = results(run)
+    assert set(result) == RESULT_KEYS
+    assert (result["schema_version"], result["method"], result["seed"]) == (1, method, 0)
+    (problem,) = result["problems"]
+    assert set(problem) == PROBLEM_KEYS
+    assert problem["target"] == "0.png"
+    assert problem["status"] in ("done", "not improved")
+    assert (run / "prompt.txt").read_text() == problem["prompt"] + "\n"
+    assert problem["heldout_clip_similarity"] is None  # there is none for this model
+    assert -1 <= problem["clip_similarity"] <= 1
+    assert problem["unet_samples"] > 0
+    assert problem["validation_loss"] <= problem["initial_validation_loss"]
+    embeddings = load_file(run / "embedding.safetensors")
+    assert {key: tuple(x.shape) for key, x in embeddings.items()} == {problem["key"]: (2, 32)}
+    Image.open(run / "grid.png").load()
+    assert (run / "config.yaml").exists()
+    assert (run / "problems" / f"{problem['key']}.json").exists()
+    assert list((run / "checkpoints").glob("step-*.ckpt"))
+    assert list(run.glob("events.*"))
+    assert str(problem["prompt"]) in capsys.readouterr().out
+
+
+def test_folder_of_pictures(fit, pictures):
+    problems = results(fit(images=pictures))["problems"]
+    assert [problem["target"] for problem in problems] == ["0.png", "1.png", "2.png"]
+    assert len({problem["key"] for problem in problems}) == 3
+
+
+def test_one_subject(fit, pictures):
+    (problem,) = results(fit("--data.one_subject", "true", images=pictures))["problems"]
+    assert problem["prompt"]
+
+
+def test_caption_is_compared(fit, pictures):
+    (pictures / "list.csv").write_text("file,caption\n0.png,a red square\n")
+    (problem,) = results(fit(images=pictures / "list.csv"))["problems"]
+    assert set(problem) == PROBLEM_KEYS | {"word_recall"}
+    assert 0 <= problem["word_recall"] <= 1
+
+
+def test_clip_objective(fit):
+    (problem,) = results(fit("--model.objective", "clip"))["problems"]
+    assert problem["prompt"]
+
+
+def test_heldout_scorer(fit, tiny):
+    (problem,) = results(fit("--scorer", f"{tiny}/clip"))["problems"]
+    assert problem["heldout_clip_similarity"] == pytest.approx(problem["clip_similarity"])
+
+
+def test_bad_file_in_a_folder_is_a_failed_record(fit, pictures):
+    (pictures / "1.png").write_text("no picture")
+    problems = results(fit(images=pictures))["problems"]
+    assert [problem["status"] == "failed" for problem in problems] == [False, True, False]
+    assert "1.png" in problems[1]["reason"]
+    assert problems[1]["prompt"] is None
+    assert problems[0]["prompt"]
+    assert problems[2]["prompt"]
+
+
+def test_test_draws_and_scores_again(done):
+    before = results(done)
+    (done / "result.json").unlink()
+    (done / "grid.png").unlink()
+    main(["test", "--run", str(done)])
+    after = results(done)
+    assert after["problems"] == before["problems"]
+    assert (done / "grid.png").exists()
+
+
+def test_validate_scores_the_prompts(done, capsys):
+    capsys.readouterr()
+    main(["validate", "--run", str(done)])
+    out = capsys.readouterr().out
+    for problem in results(done)["problems"]:
+        assert f"{problem['validation_loss']:.5f}  {problem['target']}  {problem['prompt']}" in out
+
+
+def test_predict_draws_a_picture_a_seed(done):
+    before = results(done)
+    main(["predict", "--run", str(done), "--seeds", "0,1"])
+    drawn = sorted(path.name for path in (done / "pictures").iterdir())
+    assert drawn == sorted(f"{p['key']}-seed{seed}.png" for p in before["problems"] for seed in (0, 1))
+    first, second = ((done / "pictures" / name).read_bytes() for name in drawn[:2])
+    assert first != second
+    assert results(done) == before
+    main(["predict", f"--run={done}", "--seeds", "1"])
+    assert (done / "pictures" / drawn[1]).read_bytes() == second
+
+
+def png_header(path, width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
+
+
+def spoil(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "text":
+        path.write_text("no picture")
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:400])
+    elif how == "1x1":
+        Image.new("RGB", (1, 1)).save(path)
+    elif how == "60,000 x 60,000":
+        png_header(path, 60_000, 60_000)
+    elif how == "empty file":
+        path.write_bytes(b"")
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+
+
+@pytest.fixture
+def base(tiny, pictures, tmp_path):
+    """The arguments of a run that would be fine."""
+    args = [
+        "fit",
+        "--run",
+        tmp_path / "run",
+        "--model",
+        "PEZ",
+        "--model.backbone",
+        tiny,
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    args += ["--model.tokens", "2", "--data.images", pictures / "0.png", "--data.steps", "1"]
+    return [str(arg) for arg in args]
+
+
+@pytest.mark.parametrize("how", ["missing", "text", "truncated", "1x1", "60,000 x 60,000", "empty file", "folder"])
+def test_bad_picture_is_refused(base, pictures, capsys, how):
+    spoil(pictures / "0.png", how)
+    refused(capsys, *base, names="0.png")
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (["--model.tokens", "500"], ["500", "takes 32"]),
+        (["--model.tokens", "0"], "0"),
+        (["--data.timesteps", "[500,500]"], ["500", "timestep"]),
+        (["--data.timesteps", "[900,1100]"], ["1100", "1000"]),
+        (["--data.timesteps", "[-1,500]"], "-1"),
+        (["--model.template", "a photo"], "a photo"),
+        (["--model.template", "a photo of {}x"], "{}x"),
+        (["--model.words", "[nosuchwordanywhere]"], "words"),
+        (["--model.dtype", "float8"], "float8"),
+        (["--model.metric", "manhattan"], "manhattan"),
+        (["--data.steps", "many"], "many"),
+        (["--data.fit", "stretch"], "stretch"),
+        (["--data.stepz", "5"], ["data.stepz", "did you mean --data.steps"]),
+        (["--model.tokenz", "5"], ["model.tokenz", "did you mean --model.tokens"]),
+        (["--trainer.acelerator", "cpu"], ["trainer.acelerator", "did you mean --trainer.accelerator"]),
+        (["--trainer.precision", "bf16-true"], ["bf16-true", "--model.dtype"]),
+        (["--trainer.precision", "16-true"], "16-true"),
+        (["--seeds", "one"], "one"),
+        (["--model", "PEZZ"], "PEZZ"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model.backbone", "nothing-here"], "nothing-here"),
+        (["--model.backbone", "nobody/nothing", "--model.offline", "true"], "nobody/nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)  # fmt: skip
+def test_bad_setting_is_refused(base, capsys, settings, names):
+    refused(capsys, *base, *settings, names=names)
+
+
+def test_model_without_an_index_is_refused(base, tiny, tmp_path, capsys):
+    folder = shutil.copytree(tiny, tmp_path / "spoilt")
+    (folder / "model_index.json").unlink()
+    refused(capsys, *base, "--model.backbone", folder, names=["spoilt", "model_index.json"])
+
+
+def test_pickled_weights_are_refused(base, tiny, tmp_path, capsys):
+    folder = shutil.copytree(tiny, tmp_path / "spoilt")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    refused(capsys, *base, "--model.backbone", folder, names=["spoilt", "pickle"])
+
+
+def test_empty_folder_is_refused(base, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    refused(capsys, *base, "--data.images", tmp_path / "empty", names="empty")
+
+
+def test_folder_without_a_readable_picture_is_refused(base, pictures, capsys):
+    for path in pictures.iterdir():
+        path.write_text("no picture")
+    refused(capsys, *base, "--data.images", pictures, names=["3 pictures", "0.png"])
+
+
+def test_finished_run_is_not_overwritten(base, finished, capsys):
+    before = content(finished)
+    args = [arg if arg != str(base[2]) else str(finished) for arg in base]
+    refused(capsys, *args, names=[finished, "--ckpt_path last"])
+    assert content(finished) == before
+
+
+@pytest.mark.parametrize("name", ["os.system", "torch.nn.Linear", "subprocess.Popen", "lightning_prompts.main.main"])
+@pytest.mark.parametrize("part", ["model", "data", "trainer.callbacks"])
+def test_classes_from_elsewhere_are_refused(base, tmp_path, capsys, monkeypatch, name, part):
+    def never(*args, **kwargs):
+        raise AssertionError("was called")
+
+    monkeypatch.setattr(os, "system", never)
+    path = tmp_path / "config.yaml"
+    entry = f"class_path: {name}\n{{}}init_args:\n{{}}  command: echo"
+    if part == "trainer.callbacks":
+        path.write_text("trainer:\n  callbacks:\n  - " + entry.format("    ", "    ") + "\n")
+    else:
+        path.write_text(f"{part}:\n  " + entry.format("  ", "  ") + "\n")
+    args = base[: base.index("--model")] + [
+        "--config",
+        str(path),
+        *(base[base.index("--model") :] if part != "model" else []),
+    ]
+    refused(capsys, *args, names=name)
+
+
+def test_arguments_in_the_wrong_order_are_refused(capsys):
+    refused(capsys, "--config", "configs/ph2p.yaml", "fit", names=["command comes first", "--config"])
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"), [("fitt", "did you mean 'fit'"), ("train", "fit, validate, test, predict")]
+)
+def test_unknown_command_is_refused(capsys, command, hint):
+    refused(capsys, command, names=[command, hint])
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_looking_at_a_run_needs_one(tmp_path, capsys, command):
+    refused(capsys, command, names=[command, "--run"])
+    refused(capsys, command, "--run", names="--run")
+    refused(capsys, command, "--run", tmp_path / "nowhere", names=["nowhere", "config.yaml"])
+
+
+def test_run_that_is_a_file_is_refused(base, pictures, capsys):
+    args = [str(pictures / "1.png") if arg == base[2] else arg for arg in base]
+    before = content(pictures)
+    refused(capsys, *args, names="1.png")
+    assert content(pictures) == before
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_help(capsys, args):
+    main(args)
+    out = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict"):
+        assert command in out
+
+
+def test_settings_are_listed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["test", "--help"])
+    assert stopped.value.code == 0
+    assert "--seeds" in capsys.readouterr().out
