@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import signal
@@ -120,6 +121,9 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         args: The command and its settings, without --run.
         run: The run's folder; None for a new one named by time and method.
     """
+    for name in ("pytorch_lightning", "lightning_fabric"):  # their level is set when they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.ERROR)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
     CLI.run = run
     try:

@@ -61,9 +61,6 @@ def _manners() -> None:
     warnings.filterwarnings(
         "ignore", module=r"pytorch_lightning|lightning_fabric|torch|diffusers|transformers|jsonargparse"
     )
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        for part in (name, f"{name}.utilities.rank_zero"):
-            logging.getLogger(part).setLevel(logging.ERROR)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("lightning_prompts").setLevel(logging.INFO)
 

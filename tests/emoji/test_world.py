@@ -1,0 +1,146 @@
+import json
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from lightning_prompts.backbones import EMOJI
+from lightning_prompts.emoji import world
+from lightning_prompts.emoji.world import COLOR_SYNONYMS, COLORS, LOOKS, OBJECTS, SHAPES, SYNONYMS, Scene, caption, draw
+
+PLAIN = Scene("circle", "red", "plain", "blue", "medium", "center", "plain", 7)
+
+
+def shapes(count, seed=0):
+    """Scenes that need no font."""
+    rng = random.Random(seed)
+    scenes = (world.random_scene(rng) for _ in range(100 * count))
+    return [scene for scene in scenes if scene.object in SHAPES][:count]
+
+
+def said(word, text):
+    return any(f" {known} " in f" {text.replace(',', '')} " for known in (word, *SYNONYMS.get(word, ())))
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_drawing_is_deterministic(look):
+    scene = Scene("star", "green", "striped", "black", "large", "left", look, 11)
+    first, second = np.asarray(draw(scene)), np.asarray(draw(scene))
+    assert first.shape == (64, 64, 3)
+    assert (first == second).all()
+
+
+def test_drawing_does_not_touch_global_randomness():
+    random.seed(0)
+    np.random.seed(0)
+    before = random.getstate(), np.random.get_state()[1].tobytes()
+    draw(Scene("star", "green", "plain", "black", "large", "left", "grainy", 11))
+    assert (random.getstate(), np.random.get_state()[1].tobytes()) == before
+
+
+def test_scenes_and_captions_are_functions_of_their_generator():
+    def make():
+        rng = random.Random(5)
+        return [(scene := world.random_scene(rng), caption(scene, rng)) for _ in range(20)]
+
+    assert make() == make()
+
+
+def test_seed_changes_details():
+    other = Scene(**{**PLAIN.__dict__, "seed": 8})
+    assert (np.asarray(draw(PLAIN)) != np.asarray(draw(other))).any()
+
+
+def test_words_are_what_is_drawn():
+    pixels = np.asarray(draw(PLAIN)).astype(int)
+    assert np.abs(pixels[32, 32] - COLORS["red"]).max() <= 8
+    assert np.abs(pixels[0, 0] - COLORS["blue"]).max() <= 8
+
+
+def test_shape_has_another_colour_than_its_background():
+    scenes = shapes(200)
+    assert len(scenes) == 200
+    assert all(scene.color != scene.background for scene in scenes)
+
+
+def test_captions_name_object_and_background():
+    rng = random.Random(1)
+    for _ in range(500):
+        scene = world.random_scene(rng)
+        text = caption(scene, rng, keep=1)
+        assert said(scene.object, text), (scene, text)
+        assert said(scene.background, text), (scene, text)
+        assert scene.color is None or said(scene.color, text)
+
+
+def test_captions_without_synonyms_use_the_plain_words():
+    rng = random.Random(2)
+    for scene in shapes(100):
+        words = caption(scene, rng, keep=1, synonym_share=0).replace(",", "").split()
+        assert {scene.object, scene.background, scene.color} <= set(words)
+
+
+def test_every_word_of_the_world_has_one_meaning():
+    groups = [{word, *others} for names in (OBJECTS, COLOR_SYNONYMS) for word, others in names.items()]
+    words = [word for group in groups for word in group]
+    assert len(words) == len(set(words))
+
+
+@pytest.mark.skipif(not world.FONT.exists(), reason="the font Noto Color Emoji is not installed")
+def test_emoji_are_drawn():
+    pytest.importorskip("emoji", reason="the package emoji is not installed")
+    pictures = [
+        np.asarray(draw(Scene(name, None, "plain", "white", "large", "center", "plain", 3))) for name in ("cat", "truck")
+    ]
+    assert all((picture != picture[0, 0]).any() for picture in pictures)
+    assert (pictures[0] != pictures[1]).any()
+    cat = Scene("cat", None, "plain", "white", "large", "center", "plain", 3)
+    assert (np.asarray(draw(cat)) == pictures[0]).all()
+
+
+@pytest.mark.skipif(not world.FONT.exists(), reason="the font Noto Color Emoji is not installed")
+def test_every_emoji_is_in_the_font():
+    pytest.importorskip("emoji", reason="the package emoji is not installed")
+    for name in world.EMOJI:
+        sprite = np.asarray(world._emoji_sprite(world._CLDR.get(name, name)))
+        assert sprite[..., 3].max() > 0, name
+
+
+def test_shipped_model_is_a_diffusers_pipeline():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = StableDiffusionPipeline.from_pretrained(EMOJI, safety_checker=None, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    picture = pipeline("a red circle on a blue background", num_inference_steps=3, generator=generator).images[0]
+    assert picture.size == (64, 64)
+    assert np.asarray(picture).std() > 1
+
+
+@pytest.mark.parametrize("folder", ["model/tokenizer", "model/clip", "scorer"])
+def test_tokenizer_knows_every_character(folder):
+    path = EMOJI.parent / folder
+    tokenizer = CLIPTokenizer.from_pretrained(path)
+    for text in ("café", "naïve 日本 🙂", "a t-shirt, don't!"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+    assert tokenizer.decode(tokenizer("café", add_special_tokens=False).input_ids).strip() == "café"
+    assert len(json.loads((path / "vocab.json").read_text())) == len(tokenizer)
+
+
+def test_captions_fit_the_encoder():
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+    rng = random.Random(3)
+    texts = [caption(world.random_scene(rng), rng, keep=1) for _ in range(500)]
+    assert max(len(ids) for ids in tokenizer(texts).input_ids) <= tokenizer.model_max_length
+
+
+def test_embedded_model_is_small():
+    files = [path for path in EMOJI.parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 30 * 2**20
+    assert not [path for path in files if path.suffix in (".bin", ".ckpt", ".pt", ".pkl")]
