@@ -20,7 +20,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from lightning_prompts.callbacks import AtomicCheckpointIO, PromptCheckpoint, Results, last_checkpoint
+from lightning_prompts.callbacks import AtomicCheckpointIO, PromptCheckpoint, Results, is_checkpoint, last_checkpoint
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PromptMethod
@@ -28,8 +28,9 @@ from lightning_prompts.problems import RunFolder, atomic_write
 from lightning_prompts.ranks import own_rank
 
 TRAINER = {
+    "devices": 1,  # with more, choose the strategy `problems`
     "max_epochs": -1,  # waves of problems until none is open
-    "enable_checkpointing": False,  # ours are atomic
+    "enable_checkpointing": False,  # ours is atomic, and the command line adds it
     "num_sanity_val_steps": 0,
     "limit_val_batches": 1,
     "check_val_every_n_epoch": None,
@@ -90,7 +91,14 @@ class CLI(LightningCLI):
             config.ckpt_path = None
         config.trainer.default_root_dir = str(self.folder.path)
 
+    def _parse_ckpt_path(self) -> None:
+        """Reads no settings from checkpoints, as Lightning does; the run's folder has them."""
+
     def _prepare(self, config: Any) -> None:
+        if config.ckpt_path not in (None, "last") and not is_checkpoint(Path(config.ckpt_path)):
+            raise UserError(
+                f"There is no checkpoint of a search in {config.ckpt_path}; give another or --ckpt_path last."
+            )
         if own_rank() == 0:
             self.folder.prepare(resume=bool(config.ckpt_path))
             dumped = self._parser("fit").dump(config.clone())
@@ -108,6 +116,7 @@ class CLI(LightningCLI):
         given = self._get(self.config_init, "trainer").callbacks or []
         return super().instantiate_trainer(
             **kwargs,
+            enable_checkpointing=True,  # for our callback, no other is added
             logger=pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if command == "fit" else False,
             callbacks=[*given, PromptCheckpoint(self.folder.checkpoints), Results(config.scorer, self.seeds, settings)],
             plugins=[AtomicCheckpointIO()],
@@ -146,8 +155,12 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         if mistake := _mistake(error):
             raise mistake from None
         raise
-    except SIGTERMException:
+    except SIGTERMException:  # a SystemExit with code 0
         sys.exit(128 + signal.SIGTERM)
+    except SystemExit as stop:  # Lightning turns Ctrl-C into exit code 1
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            sys.exit(128 + signal.SIGINT)
+        raise
     except torch.cuda.OutOfMemoryError as error:
         raise UserError("The device is out of memory; lower --model.microbatch.") from error
 
@@ -186,12 +199,14 @@ def _one_sentence(message: str, parser: Any) -> str:
         close = difflib.get_close_matches(given, sorted(names), 1)
         hint = f"; did you mean --{close[0]}?" if close else "; see --help for all settings."
         return f"The setting --{given} is unknown{hint}"
-    if key and (
-        imported := re.match(r"Problem with given class_path '(.*?)'|Expected a dot import path string: (\S+)", text)
-    ):
-        return f"The class {imported[1] or imported[2]!r} cannot be --{key[1]}; see --help for those that can."
+    imported = re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text)
+    if key and imported:
+        name = next(filter(None, imported.groups()))
+        return f"The class {name!r} cannot be --{key[1]}; see --help for those that can."
     if key and not nested:
-        if value := re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text):
+        if value := re.fullmatch(
+            r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text
+        ):
             wanted = f"one of {value[2]}" if value[2] else value[1] or value[3]
             text = f"{value[4]!r}; it takes {wanted}."
             return f"The setting --{key[1]} cannot be {text[:400]}"

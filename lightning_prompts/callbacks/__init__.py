@@ -1,7 +1,7 @@
 """What happens around the steps: projection, scoring, checkpoints, results, guards and progress."""
 
 from lightning_prompts.callbacks.best_prompt import BestPrompt
-from lightning_prompts.callbacks.checkpoint import AtomicCheckpointIO, PromptCheckpoint, last_checkpoint
+from lightning_prompts.callbacks.checkpoint import AtomicCheckpointIO, PromptCheckpoint, is_checkpoint, last_checkpoint
 from lightning_prompts.callbacks.guard import NonFiniteGuard
 from lightning_prompts.callbacks.projection import VocabularyProjection
 from lightning_prompts.callbacks.results import Results
@@ -13,5 +13,6 @@ __all__ = [
     "PromptCheckpoint",
     "Results",
     "VocabularyProjection",
+    "is_checkpoint",
     "last_checkpoint",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from lightning_prompts.problems import atomic_write
@@ -34,8 +35,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         atomic_write(path, buffer.getvalue())
 
 
-class PromptCheckpoint(pl.Callback):
-    """Keeps the two newest states of the wave.
+class PromptCheckpoint(Checkpoint):
+    """Keeps the two newest states of the wave; as a `Checkpoint` it comes after what projects and scores.
 
     Args:
         folder: Where they go.
@@ -68,13 +69,16 @@ class PromptCheckpoint(pl.Callback):
 
 def last_checkpoint(folder: Path) -> Path | None:
     """This rank's newest checkpoint that can be read; a broken one is passed over for the one before."""
-    return next(filter(_readable, sorted(folder.glob(f"rank{own_rank()}-step*.ckpt"), reverse=True)), None)
+    for path in sorted(folder.glob(f"rank{own_rank()}-step*.ckpt"), reverse=True):
+        if is_checkpoint(path):
+            return path
+        log.warning("The checkpoint %s is broken; the one before is used.", path)
+    return None
 
 
-def _readable(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """Tells whether a file is a checkpoint of this package that can be read."""
     try:
-        torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        log.warning("The checkpoint %s is broken (%s); the one before is used.", path, error)
+        return "wave" in torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
         return False
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.data.addresses import REGENERATION, draw_noise
+from lightning_prompts.errors import UserError
 from lightning_prompts.metrics import ClipImageSimilarity, WordRecall, perceptual_distance
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
@@ -65,11 +67,15 @@ class Results(pl.Callback):
         wait_for_all()
         if not trainer.is_global_zero:
             return
-        data.records.update(data.folder.load())  # what other ranks found
+        found = data.folder.load()  # by other ranks too
+        data.records.update({key: found[key] for key in data.records if key in found})
         problems = _found(trainer)
         if problems:
             drawn = self._draw(module, data, problems)
-            self._score(module, data, problems, drawn)
+            try:
+                self._score(module, data, problems, drawn)
+            except UserError as error:  # the prompts are found all the same
+                print(f"The pictures are not scored: {error}", file=sys.stderr)
             atomic_write(data.folder.grid, _png(grid([data.pictures([p])[0] for p in problems], drawn, problems)))
             self._export(module, data.folder, problems)
             if trainer.logger:

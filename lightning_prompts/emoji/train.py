@@ -333,6 +333,9 @@ def export(work: Path, folder: Path) -> None:
             (target / name).write_bytes((work / "tokenizer" / name).read_bytes())
     for config in _configs(folder):  # else plain from_pretrained loads text towers as half beside a float32 UNet
         config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    for config in folder.glob("*/**/config.json"):  # where a part was trained concerns nobody
+        kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _configs(folder: Path) -> Iterator[Path]:

@@ -264,7 +264,7 @@ class PromptMethod(pl.LightningModule, ABC):
         """Takes finished problems out of the wave: those that no longer improve, or all after the last step."""
         finished = []
         for row in self.active.nonzero().squeeze(1).tolist():
-            if last or self.stale[row] > self.patience:
+            if last or self.stale[row] >= self.patience:
                 self.active[row] = False
                 self.problems[row].finish()
                 finished.append(self.problems[row])

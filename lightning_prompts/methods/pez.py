@@ -58,7 +58,7 @@ class PEZ(PromptMethod):
         if self.clip is None:
             return self.denoising_loss(rows, ids, embeddings, batch)
         pictures = self.data.pictures([self.problems[row] for row in rows.tolist()])
-        features = torch.stack([self.clip.features(several.to(self.device)) for several in pictures])
+        features = torch.stack([self.clip.features(several.to(self.device)).mean(0) for several in pictures])
         loss: Tensor = self.clip(ids, embeddings, features)
         return loss
 

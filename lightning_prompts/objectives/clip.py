@@ -65,11 +65,11 @@ class ClipSimilarity(nn.Module):
         return F.normalize(_tensor(self.clip.get_image_features(pixel_values=pictures)).float(), dim=-1)
 
     def forward(self, ids: Tensor, embeddings: Tensor, features: Tensor) -> Tensor:
-        """Losses (P,) of prompts (P, L) with embeddings (P, L, D) against features (P, I, E) of each problem's pictures."""
+        """Losses (P,) of prompts (P, L) with embeddings (P, L, D) against the mean features (P, E) of each problem's pictures."""
         layer = self.clip.text_model.get_input_embeddings()
         with layer.register_forward_hook(lambda module, args, replaced: embeddings.to(replaced.dtype)):
             text = F.normalize(_tensor(self.clip.get_text_features(input_ids=ids)), dim=-1)
-        return 1 - torch.einsum("pe,pie->pi", text, features).mean(1)
+        return 1 - (text * features).sum(1)
 
 
 def _tensor(output: Any) -> Tensor:

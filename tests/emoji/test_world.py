@@ -94,7 +94,8 @@ def test_every_word_of_the_world_has_one_meaning():
 def test_emoji_are_drawn():
     pytest.importorskip("emoji", reason="the package emoji is not installed")
     pictures = [
-        np.asarray(draw(Scene(name, None, "plain", "white", "large", "center", "plain", 3))) for name in ("cat", "truck")
+        np.asarray(draw(Scene(name, None, "plain", "white", "large", "center", "plain", 3)))
+        for name in ("cat", "truck")
     ]
     assert all((picture != picture[0, 0]).any() for picture in pictures)
     assert (pictures[0] != pictures[1]).any()

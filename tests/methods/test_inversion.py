@@ -1,0 +1,304 @@
+import json
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.callbacks import Results
+from lightning_prompts.cli import TRAINER
+from lightning_prompts.data.addresses import VALIDATION, address, draw_noise, draw_timesteps, validation_timesteps
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.methods import PEZ, PH2P
+from lightning_prompts.objectives import Denoising
+from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.vocabulary import encode_text, round_trip
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+METHODS = [PEZ, PH2P]
+DATA = {"steps": 3, "samples": 2, "validation_samples": 2}
+
+
+def search(module, images, folder, **data):
+    """Runs a search and gives its problems."""
+    trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder)
+    data = ImagesToPrompts([str(image) for image in images], **{**DATA, **data})
+    trainer.fit(module, datamodule=data)
+    return list(data.records.values())
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+def settings(method):
+    return {"tokens": 3, "sampling_steps": 2, **({"max_iter": 2} if method is PH2P else {})}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
+    module = method(backbone=str(request.getfixturevalue(family)), **settings(method))
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["prompt.embeddings"]
+    before = {name: x.clone() for name, x in module.backbone.state_dict().items()}
+    table = module.prompt.table.clone()
+    problems = search(module, [pictures], tmp_path / "run")
+    after = module.backbone.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(module.prompt.table, table)
+    assert all(p.grad is None for p in module.backbone.parameters())
+    assert not any(part.training for part in module.backbone.modules())
+    assert list(module.state_dict()) == ["prompt.embeddings"]
+    assert len(problems) == 3
+    for problem in problems:
+        assert problem.validation_loss <= problem.initial_validation_loss
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"objective": "clip"}, {"line_search": "strong_wolfe"}, {"projection": "immediate"}]
+)
+def test_batch_equals_its_parts(method, extra, tiny, pictures, tmp_path):
+    if ("objective" in extra and method is PH2P) or (extra and "objective" not in extra and method is PEZ):
+        pytest.skip("the other method's setting")
+    paths = sorted(pictures.iterdir())
+    together = search(method(backbone=tiny, **settings(method), **extra), paths, tmp_path / "run")
+    for i, path in enumerate(paths):
+        (alone,) = search(method(backbone=tiny, **settings(method), **extra), [path], tmp_path / f"run{i}")
+        assert alone.key == together[i].key
+        assert alone.prompt == together[i].prompt
+        assert alone.token_ids == together[i].token_ids
+        assert alone.validation_loss == pytest.approx(together[i].validation_loss, abs=1e-5)
+        assert alone.initial_validation_loss == pytest.approx(together[i].initial_validation_loss, abs=1e-5)
+        assert alone.unet_samples == together[i].unet_samples
+
+
+def test_runs_repeat_exactly(method, tiny, pictures, tmp_path):
+    runs = [search(method(backbone=tiny, **settings(method)), [pictures], tmp_path / str(i)) for i in range(2)]
+    for first, second in zip(*runs, strict=True):
+        assert (first.token_ids, first.validation_loss) == (second.token_ids, second.validation_loss)
+
+
+def test_seed_changes_the_search(method, tiny, pictures, tmp_path):
+    first, second = (
+        search(method(backbone=tiny, **settings(method)), [pictures], tmp_path / str(seed), seed=seed)
+        for seed in range(2)
+    )
+    assert [problem.initial_validation_loss for problem in first] != [
+        problem.initial_validation_loss for problem in second
+    ]
+
+
+def test_prompts_survive_being_written_down(method, tiny, pictures, tmp_path):
+    module = method(backbone=tiny, template="a photo of {} background", **settings(method))
+    for problem in search(module, [pictures], tmp_path / "run"):
+        text = problem.prompt
+        assert text.startswith("a photo of ")
+        assert text.endswith(" background")
+        words = text.removeprefix("a photo of ").removesuffix(" background")
+        texts, same = round_trip(module.tower.tokenizer, torch.tensor([problem.token_ids]))
+        assert texts == [words]
+        assert same.all()
+        whole = encode_text(module.tower.tokenizer, [text], module.tower.length)
+        assert torch.equal(module.prompt.ids(torch.tensor([problem.token_ids])), whole)
+
+
+def test_score_is_of_the_text(method, tiny, pictures, tmp_path):
+    """The record's loss is what anyone computes from the prompt, the picture and the validation noise."""
+    module = method(backbone=tiny, **settings(method))
+    problems = search(module, [pictures], tmp_path / "run")
+    backbone = load_backbone(tiny)
+    for row, problem in enumerate(problems):
+        ids = encode_text(backbone.towers[0].tokenizer, [problem.prompt], backbone.towers[0].length)
+        timesteps = validation_timesteps(2, 500, 1000)
+        noise = draw_noise(0, [problem.key], VALIDATION, 2, backbone.latent_shape, "cpu")[0]
+        latents = module.latents[row].expand(2, -1, -1, -1)
+        with torch.no_grad():
+            told = backbone.encode(ids.expand(2, -1))
+            output = backbone.denoise(backbone.add_noise(latents, noise, timesteps), timesteps, told)
+            loss = (output - backbone.target(latents, noise, timesteps)).square().mean()
+        assert problem.validation_loss == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_blocked_words_never_appear(method, tiny, pictures, tmp_path):
+    blocked = list("aeiou")
+    for problem in search(method(backbone=tiny, blocked=blocked, **settings(method)), [pictures], tmp_path / "run"):
+        assert problem.prompt
+        assert not set(problem.prompt.lower()) & set(blocked)
+
+
+def test_only_the_words_given_are_used(method, tiny, pictures, tmp_path):
+    words = ["a", "b", "7", "?"]
+    for problem in search(method(backbone=tiny, words=words, **settings(method)), [pictures], tmp_path / "run"):
+        assert set(problem.prompt.split()) <= set(words)
+        assert len(problem.token_ids) == 3
+
+
+def test_finished_problems_leave_the_wave(tiny, pictures, tmp_path):
+    module = PEZ(backbone=tiny, lr=0.0, weight_decay=0.0, patience=2, **settings(PEZ))
+    problems = search(module, [pictures], tmp_path / "run", steps=50)
+    assert not module.active.any()
+    assert all(problem.prompt for problem in problems)
+    for problem in problems:  # nothing moves: the start, two steps, and each is scored
+        assert problem.status == "not improved"
+        assert problem.unet_samples == 2 * 2 * 2 + 3 * 2
+
+
+def test_prompt_that_is_no_number_keeps_the_best_before(tiny, pictures, tmp_path):
+    class Poisoned(PEZ):
+        def search(self, batch, rows):
+            super().search(batch, rows)
+            if batch.step == 1:
+                self.prompt.embeddings.data[0] = torch.nan
+
+    problems = search(Poisoned(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run")
+    first, *others = problems
+    assert "finite" in first.reason
+    assert first.prompt
+    assert all(problem.status in ("done", "not improved") and "finite" not in str(problem.reason) for problem in others)
+    alone = search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "healthy")
+    assert [p.token_ids for p in alone[1:]] == [p.token_ids for p in others]
+
+
+def test_records_and_results_are_written_by_lightning_alone(tiny, pictures, tmp_path):
+    """Everything works from Python, too, without the command line."""
+    trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[Results()])
+    trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=ImagesToPrompts(str(pictures), **DATA))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [problem["target"] for problem in result["problems"]] == ["0.png", "1.png", "2.png"]
+
+
+# --- gradients
+
+
+@pytest.fixture
+def double(sd):
+    """Each of the two backbones in float64, and what a loss needs: embeddings (2, L, D) and 3 samples a problem."""
+    backbone = load_backbone(str(sd)).double()
+    tower = backbone.towers[0]
+    ids = encode_text(tower.tokenizer, ["a red cat", "two dogs beside a tree"], tower.length)
+    samples = torch.randn(4, 2, 3, *backbone.latent_shape, dtype=torch.float64)
+    embeddings = tower.table[ids] + 0.01 * torch.randn(2, tower.length, tower.table.shape[1])
+    return backbone, ids, embeddings, samples[0], torch.tensor([[10, 500, 999], [0, 700, 300]]), samples[1]
+
+
+def slope(double, loss):
+    """Losses and their gradient with respect to the prompts' embeddings."""
+    backbone, ids, embeddings, latents, timesteps, noise = double
+    embeddings = embeddings.clone().requires_grad_()
+    losses = loss(backbone, backbone.encode(ids, embeddings), latents, timesteps, noise)
+    (gradient,) = torch.autograd.grad((losses * torch.tensor([1.0, 2.0])).sum(), embeddings)
+    return losses.detach(), gradient
+
+
+def plain(backbone, conditioning, latents, timesteps, noise):
+    """The loss as one writes it down, in one batch."""
+    told, (x, eps), t = (
+        conditioning.repeat_interleave(3),
+        (v.flatten(0, 1) for v in (latents, noise)),
+        timesteps.flatten(),
+    )
+    output = backbone.denoise(backbone.add_noise(x, eps, t), t, told)
+    return (output - backbone.target(x, eps, t)).square().mean((1, 2, 3)).view(2, 3).mean(1)
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 4, 16])
+def test_denoising_gradient_is_that_of_autograd(double, microbatch):
+    losses, gradient = slope(double, Denoising(microbatch))
+    expected, expected_gradient = slope(double, plain)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-11)
+    assert expected_gradient.abs().max() > 1e-8
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-7, atol=1e-12)
+
+
+def test_denoising_without_gradients(double):
+    backbone, ids, embeddings, *rest = double
+    with torch.no_grad():
+        losses = Denoising(4)(backbone, backbone.encode(ids, embeddings), *rest)
+    assert not losses.requires_grad
+    torch.testing.assert_close(losses, slope(double, plain)[0], rtol=1e-9, atol=1e-11)
+
+
+def test_straight_through_is_the_gradient_at_the_projected(sd):
+    backbone = load_backbone(str(sd))
+    tower = backbone.towers[0]
+    prompt = TokenEmbeddings(tower, "a {} cat", 3)
+    start = prompt.allowed.nonzero()[:6, 0].view(2, 3)
+    prompt.begin(start)
+    prompt.embeddings.data += 1e-3 * torch.randn_like(prompt.embeddings)
+    assert torch.equal(prompt.project(), start)
+
+    def loss(embeddings, ids):
+        return backbone.encode(ids, embeddings).prompt_embeds[:, :8].sin().sum()
+
+    ids, embeddings = prompt(torch.arange(2), straight_through=True)
+    torch.testing.assert_close(embeddings.detach(), prompt.table[ids])
+    loss(embeddings, ids).backward()
+
+    projected = prompt.table[ids].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(projected, ids), projected)
+    assert gradient.abs().max() > 0
+    torch.testing.assert_close(prompt.embeddings.grad, gradient[:, prompt.positions], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_a_prompt(sd):
+    prompt = TokenEmbeddings(load_backbone(str(sd)).towers[0], "{}", 2)
+    prompt.begin(prompt.allowed.nonzero()[:6, 0].view(3, 2))
+    ids, embeddings = prompt(torch.tensor([2, 0]))
+    everything = prompt(torch.arange(3))
+    assert torch.equal(ids, everything[0][[2, 0]])
+    assert torch.equal(embeddings, everything[1][[2, 0]])
+
+
+# --- randomness
+
+
+def test_addresses_are_pure():
+    whole = draw_noise(3, ["a", "b", "c"], 5, 4, (2, 3), "cpu")
+    assert torch.equal(draw_noise(3, ["c"], 5, 4, (2, 3), "cpu")[0], whole[2])
+    torch.randn(7)
+    assert torch.equal(draw_noise(3, ["b", "a"], 5, 2, (2, 3), "cpu"), whole[[1, 0], :2])
+    times = draw_timesteps(3, ["a", "b", "c"], 5, 4, 0, 1000)
+    assert torch.equal(draw_timesteps(3, ["c", "a"], 5, 4, 0, 1000), times[[2, 0]])
+
+
+def test_drawing_leaves_global_randomness_alone():
+    before = torch.get_rng_state()
+    draw_noise(0, ["a"], 0, 2, (4,), "cpu")
+    draw_timesteps(0, ["a"], 0, 2, 0, 1000)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_addresses_differ():
+    places = [
+        (seed, key, step, k) for seed in range(3) for key in ("a", "b") for step in range(-3, 5) for k in range(4)
+    ]
+    assert len({address(*place) for place in places}) == len(places)
+
+
+def test_validation_noise_never_trains():
+    training = torch.stack([draw_noise(0, ["a"], step, 4, (16,), "cpu")[0] for step in range(50)])
+    validation = draw_noise(0, ["a"], VALIDATION, 4, (16,), "cpu")[0]
+    assert VALIDATION < 0
+    for sample in validation:
+        assert not (training == sample).all(-1).any()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1000), (500, 1000), (999, 1000), (0, 1), (3, 8)])
+@pytest.mark.parametrize("samples", [1, 4, 9])
+def test_timesteps_are_in_their_range(low, high, samples):
+    times = torch.stack([draw_timesteps(0, ["a", "b"], step, samples, low, high) for step in range(100)])
+    assert times.dtype == torch.long
+    assert low <= times.min()
+    assert times.max() < high
+    assert (times.sort(-1).values == times).all()  # each from its own part of the range
+    fixed = validation_timesteps(samples, low, high)
+    assert low <= fixed.min()
+    assert fixed.max() < high
+
+
+def test_timesteps_fill_the_range():
+    times = torch.cat([draw_timesteps(0, ["a"], step, 4, 0, 10).flatten() for step in range(300)])
+    counts = times.bincount(minlength=10)
+    assert (counts > 60).all()  # 120 expected

@@ -1,0 +1,205 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_prompts import cli
+from lightning_prompts.callbacks import PromptCheckpoint, last_checkpoint
+from lightning_prompts.main import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command line silences them, pytest puts them back
+
+METHODS = {
+    "PEZ": [],
+    "PH2P": ["--model.max_iter", "2"],
+    "PH2P continuous": ["--model.max_iter", "2", "--model.continue_from", "continuous"],
+}
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Lightning switches Ctrl-C off when it has been pressed."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def command(tiny, pictures, tmp_path):
+    """The arguments of a search of six steps for two pictures."""
+
+    def make(run, method="PEZ"):
+        args = ["fit", "--run", str(tmp_path / run), "--trainer.accelerator", "cpu", "--model", method.split()[0]]
+        args += ["--model.backbone", tiny, "--model.tokens", "2", "--model.sampling_steps", "2", *METHODS[method]]
+        args += ["--data.images", f"[{pictures}/0.png, {pictures}/1.png]"]
+        return [*args, "--data.steps", "6", "--data.samples", "1", "--data.validation_samples", "2"]
+
+    return make
+
+
+def stopping(step, error=KeyboardInterrupt):
+    """A callback that saves after every step and stops the program after one of them."""
+
+    class Stopping(PromptCheckpoint):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self._save(trainer)
+            if batch.step + 1 == step:
+                raise error
+
+    return Stopping
+
+
+def stop(monkeypatch, args, step):
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "PromptCheckpoint", stopping(step))
+        with pytest.raises(SystemExit) as stopped:
+            main(args)
+    return stopped.value.code
+
+
+def found(run):
+    """The results without what differs between runs of the same."""
+    result = json.loads((Path(run) / "result.json").read_text())
+    for problem in result["problems"]:
+        del problem["seconds"]
+    return result
+
+
+def checkpoints(run):
+    return sorted((Path(run) / "checkpoints").glob("*.ckpt"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_and_resumed_is_as_unbroken(command, tmp_path, monkeypatch, method):
+    main(command("whole", method))
+    assert stop(monkeypatch, command("broken", method), 3) == 130
+    for record in (tmp_path / "broken" / "problems").glob("*.json"):
+        assert json.loads(record.read_text())["prompt"]  # the best so far is on disk
+    main([*command("broken", method), "--ckpt_path", "last"])
+    assert found(tmp_path / "broken") == found(tmp_path / "whole")
+    assert (tmp_path / "broken/prompt.txt").read_bytes() == (tmp_path / "whole/prompt.txt").read_bytes()
+    broken, whole = (load_file(tmp_path / run / "embedding.safetensors") for run in ("broken", "whole"))
+    assert broken.keys() == whole.keys()
+    assert all(torch.equal(broken[key], whole[key]) for key in whole)
+
+
+def test_stopped_twice(command, tmp_path, monkeypatch):
+    main(command("whole"))
+    stop(monkeypatch, command("broken"), 2)
+    stop(monkeypatch, [*command("broken"), "--ckpt_path", "last"], 5)
+    main([*command("broken"), "--ckpt_path", "last"])
+    assert found(tmp_path / "broken") == found(tmp_path / "whole")
+
+
+def test_checkpoint_holds_the_prompts_alone(command, tmp_path, monkeypatch):
+    stop(monkeypatch, command("broken", "PH2P"), 3)
+    paths = checkpoints(tmp_path / "broken")
+    assert len(paths) == 2  # older ones are removed
+    for path in paths:
+        assert path.stat().st_size < 100_000
+        checkpoint = torch.load(path, weights_only=True)
+        assert list(checkpoint["state_dict"]) == ["prompt.embeddings"]
+        assert checkpoint["state_dict"]["prompt.embeddings"].shape == (2, 2, 32)
+        assert checkpoint["state_dict"]["prompt.embeddings"].dtype == torch.float32
+    assert not list((tmp_path / "broken").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "text"])
+def test_broken_checkpoint_is_passed_over(command, tmp_path, monkeypatch, damage):
+    main(command("whole"))
+    stop(monkeypatch, command("broken"), 4)
+    before, newest = checkpoints(tmp_path / "broken")
+    data = newest.read_bytes()
+    spoilt = {"cut": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "text": b"no checkpoint"}
+    newest.write_bytes(spoilt[damage])
+    assert last_checkpoint(tmp_path / "broken" / "checkpoints") == before
+    main([*command("broken"), "--ckpt_path", "last"])
+    assert found(tmp_path / "broken") == found(tmp_path / "whole")
+
+
+def test_last_of_nothing_starts(command, tmp_path):
+    main(command("whole"))
+    main([*command("new"), "--ckpt_path", "last"])
+    assert found(tmp_path / "new") == found(tmp_path / "whole")
+
+
+def test_finished_run_stays_as_it_is(command, tmp_path):
+    main(command("whole"))
+    before = found(tmp_path / "whole")
+    main([*command("whole"), "--ckpt_path", "last"])
+    assert found(tmp_path / "whole") == before
+
+
+def test_other_pictures_are_refused(command, tmp_path, monkeypatch, pictures, capsys):
+    stop(monkeypatch, command("broken"), 3)
+    with pytest.raises(SystemExit) as stopped:
+        main([*command("broken"), "--ckpt_path", "last", "--data.images", str(pictures / "2.png")])
+    assert stopped.value.code == 2
+    assert "--data.images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["missing.ckpt", "broken.ckpt"])
+def test_checkpoint_that_is_none_is_refused(command, tmp_path, capsys, name):
+    (tmp_path / "broken.ckpt").write_text("no checkpoint")
+    with pytest.raises(SystemExit) as stopped:
+        main([*command("new"), "--ckpt_path", str(tmp_path / name)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert len(error.strip().splitlines()) <= 2
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from lightning_prompts import cli
+from lightning_prompts.main import main
+
+torch.set_num_threads(1)
+
+class Killed(cli.PromptCheckpoint):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._save(trainer)
+        if batch.step == 3:
+            os.kill(os.getpid(), signal.SIG{})
+
+cli.PromptCheckpoint = Killed
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [("KILL", -signal.SIGKILL), ("TERM", 128 + signal.SIGTERM)])
+def test_killed_after_a_checkpoint(command, tmp_path, sent, code):
+    main(command("whole"))
+    program = [sys.executable, "-c", KILLED.format(sent), *command("broken")]
+    ended = subprocess.run(program, cwd=Path(cli.__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert checkpoints(tmp_path / "broken")
+    main([*command("broken"), "--ckpt_path", "last"])
+    assert found(tmp_path / "broken") == found(tmp_path / "whole")
+
+
+def test_killed_at_any_time_leaves_prompts(command, tmp_path):
+    main(command("whole"))
+    args = [sys.executable, "-m", "lightning_prompts", *command("broken"), "--data.steps", "100000"]
+    with subprocess.Popen(args, cwd=Path(cli.__file__).parents[1], stdout=subprocess.DEVNULL) as program:
+        deadline, records = time.monotonic() + 90, tmp_path / "broken" / "problems"
+        while not any('"prompt": "' in path.read_text() for path in records.glob("[!.]*.json")):
+            assert time.monotonic() < deadline
+            assert program.poll() is None
+            time.sleep(0.02)
+        program.kill()
+    for path in records.glob("[!.]*.json"):
+        json.loads(path.read_text())
+    main([*command("broken"), "--ckpt_path", "last"])
+    pairs = zip(found(tmp_path / "broken")["problems"], found(tmp_path / "whole")["problems"], strict=True)
+    for broken, whole in pairs:  # the killed run may have found better ones
+        assert broken["status"] in ("done", "not improved")
+        assert broken["validation_loss"] <= whole["validation_loss"] + 1e-6
