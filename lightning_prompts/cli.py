@@ -169,7 +169,7 @@ def _mistake(error: BaseException | None) -> UserError | None:
     """The person's mistake that a constructor has reported and jsonargparse wrapped."""
     while error and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
-    return error
+    return error if isinstance(error, UserError) else None
 
 
 def _run_name(method: str) -> str:

@@ -17,27 +17,17 @@ def test_config_runs_on_the_embedded_model(config, tmp_path):
     pixels = np.full((40, 48, 3), 90, dtype=np.uint8)
     pixels[10:30, 10:30] = (220, 30, 40)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
-    main(
-        [
-            "fit",
-            "--config",
-            str(config),
-            "--run",
-            str(tmp_path / "run"),
-            "--data.images",
-            str(tmp_path / "photo.png"),
-            "--data.steps",
-            "2",
-            "--data.samples",
-            "1",
-            "--data.validation_samples",
-            "2",
-            "--model.sampling_steps",
-            "2",
-            "--trainer.accelerator",
-            "cpu",
-        ]
-    )
+    args = [
+        "fit",
+        "--config",
+        str(config),
+        "--run",
+        str(tmp_path / "run"),
+        "--data.images",
+        str(tmp_path / "photo.png"),
+    ]
+    args += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
+    main([*args, "--model.sampling_steps", "2", "--trainer.accelerator", "cpu"])
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     (problem,) = result["problems"]
     assert result["backbone"] == "emoji"

@@ -3,10 +3,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from lightning_prompts import cli
@@ -30,17 +32,45 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def command(tiny, pictures, tmp_path):
-    """The arguments of a search of six steps for two pictures."""
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two pictures."""
+    folder = tmp_path_factory.mktemp("images")
+    for i, color in enumerate(("red", "blue")):
+        Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
+    return folder
 
-    def make(run, method="PEZ"):
-        args = ["fit", "--run", str(tmp_path / run), "--trainer.accelerator", "cpu", "--model", method.split()[0]]
+
+@pytest.fixture(scope="module")
+def make(tiny, images):
+    """The arguments of a search of six steps."""
+
+    def arguments(run, method="PEZ"):
+        args = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", method.split()[0]]
         args += ["--model.backbone", tiny, "--model.tokens", "2", "--model.sampling_steps", "2", *METHODS[method]]
-        args += ["--data.images", f"[{pictures}/0.png, {pictures}/1.png]"]
+        args += ["--data.images", f"[{images}/0.png, {images}/1.png]"]
         return [*args, "--data.steps", "6", "--data.samples", "1", "--data.validation_samples", "2"]
 
-    return make
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def whole(make, tmp_path_factory):
+    """The folder of an unbroken run of a method; no test changes it."""
+
+    @cache
+    def run(method="PEZ"):
+        folder = tmp_path_factory.mktemp("whole")
+        main(make(folder / "run", method))
+        return folder / "run"
+
+    return run
+
+
+@pytest.fixture
+def command(make, tmp_path):
+    """The arguments of a search in this test's own folder."""
+    return lambda run, method="PEZ": make(tmp_path / run, method)
 
 
 def stopping(step, error=KeyboardInterrupt):
@@ -76,25 +106,24 @@ def checkpoints(run):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_stopped_and_resumed_is_as_unbroken(command, tmp_path, monkeypatch, method):
-    main(command("whole", method))
+def test_stopped_and_resumed_is_as_unbroken(command, whole, tmp_path, monkeypatch, method):
+    unbroken, broken = whole(method), tmp_path / "broken"
     assert stop(monkeypatch, command("broken", method), 3) == 130
-    for record in (tmp_path / "broken" / "problems").glob("*.json"):
+    for record in (broken / "problems").glob("*.json"):
         assert json.loads(record.read_text())["prompt"]  # the best so far is on disk
     main([*command("broken", method), "--ckpt_path", "last"])
-    assert found(tmp_path / "broken") == found(tmp_path / "whole")
-    assert (tmp_path / "broken/prompt.txt").read_bytes() == (tmp_path / "whole/prompt.txt").read_bytes()
-    broken, whole = (load_file(tmp_path / run / "embedding.safetensors") for run in ("broken", "whole"))
-    assert broken.keys() == whole.keys()
-    assert all(torch.equal(broken[key], whole[key]) for key in whole)
+    assert found(broken) == found(unbroken)
+    assert (broken / "prompt.txt").read_bytes() == (unbroken / "prompt.txt").read_bytes()
+    embeddings, others = (load_file(run / "embedding.safetensors") for run in (broken, unbroken))
+    assert embeddings.keys() == others.keys()
+    assert all(torch.equal(embeddings[key], others[key]) for key in others)
 
 
-def test_stopped_twice(command, tmp_path, monkeypatch):
-    main(command("whole"))
+def test_stopped_twice(command, whole, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken"), 2)
     stop(monkeypatch, [*command("broken"), "--ckpt_path", "last"], 5)
     main([*command("broken"), "--ckpt_path", "last"])
-    assert found(tmp_path / "broken") == found(tmp_path / "whole")
+    assert found(tmp_path / "broken") == found(whole())
 
 
 def test_checkpoint_holds_the_prompts_alone(command, tmp_path, monkeypatch):
@@ -110,33 +139,29 @@ def test_checkpoint_holds_the_prompts_alone(command, tmp_path, monkeypatch):
     assert not list((tmp_path / "broken").rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "text"])
-def test_broken_checkpoint_is_passed_over(command, tmp_path, monkeypatch, damage):
-    main(command("whole"))
+def test_broken_checkpoint_is_passed_over(command, whole, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken"), 4)
     before, newest = checkpoints(tmp_path / "broken")
     data = newest.read_bytes()
-    spoilt = {"cut": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "text": b"no checkpoint"}
-    newest.write_bytes(spoilt[damage])
-    assert last_checkpoint(tmp_path / "broken" / "checkpoints") == before
+    for spoilt in (b"", bytes(len(data)), b"no checkpoint", data[: len(data) // 2]):
+        newest.write_bytes(spoilt)
+        assert last_checkpoint(tmp_path / "broken" / "checkpoints") == before
     main([*command("broken"), "--ckpt_path", "last"])
-    assert found(tmp_path / "broken") == found(tmp_path / "whole")
+    assert found(tmp_path / "broken") == found(whole())
 
 
-def test_last_of_nothing_starts(command, tmp_path):
-    main(command("whole"))
+def test_last_of_nothing_starts(command, whole, tmp_path):
     main([*command("new"), "--ckpt_path", "last"])
-    assert found(tmp_path / "new") == found(tmp_path / "whole")
+    assert found(tmp_path / "new") == found(whole())
 
 
-def test_finished_run_stays_as_it_is(command, tmp_path):
-    main(command("whole"))
-    before = found(tmp_path / "whole")
-    main([*command("whole"), "--ckpt_path", "last"])
-    assert found(tmp_path / "whole") == before
+def test_finished_run_stays_as_it_is(command, whole, tmp_path):
+    main(command("again"))
+    main([*command("again"), "--ckpt_path", "last"])
+    assert found(tmp_path / "again") == found(whole())
 
 
-def test_other_pictures_are_refused(command, tmp_path, monkeypatch, pictures, capsys):
+def test_other_pictures_are_refused(command, monkeypatch, pictures, capsys):
     stop(monkeypatch, command("broken"), 3)
     with pytest.raises(SystemExit) as stopped:
         main([*command("broken"), "--ckpt_path", "last", "--data.images", str(pictures / "2.png")])
@@ -175,19 +200,17 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize(("sent", "code"), [("KILL", -signal.SIGKILL), ("TERM", 128 + signal.SIGTERM)])
-def test_killed_after_a_checkpoint(command, tmp_path, sent, code):
-    main(command("whole"))
+def test_killed_after_a_checkpoint(command, whole, tmp_path, sent, code):
     program = [sys.executable, "-c", KILLED.format(sent), *command("broken")]
     ended = subprocess.run(program, cwd=Path(cli.__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     assert checkpoints(tmp_path / "broken")
     main([*command("broken"), "--ckpt_path", "last"])
-    assert found(tmp_path / "broken") == found(tmp_path / "whole")
+    assert found(tmp_path / "broken") == found(whole())
 
 
-def test_killed_at_any_time_leaves_prompts(command, tmp_path):
-    main(command("whole"))
+def test_killed_at_any_time_leaves_prompts(command, whole, tmp_path):
     args = [sys.executable, "-m", "lightning_prompts", *command("broken"), "--data.steps", "100000"]
     with subprocess.Popen(args, cwd=Path(cli.__file__).parents[1], stdout=subprocess.DEVNULL) as program:
         deadline, records = time.monotonic() + 90, tmp_path / "broken" / "problems"
@@ -199,7 +222,7 @@ def test_killed_at_any_time_leaves_prompts(command, tmp_path):
     for path in records.glob("[!.]*.json"):
         json.loads(path.read_text())
     main([*command("broken"), "--ckpt_path", "last"])
-    pairs = zip(found(tmp_path / "broken")["problems"], found(tmp_path / "whole")["problems"], strict=True)
-    for broken, whole in pairs:  # the killed run may have found better ones
+    pairs = zip(found(tmp_path / "broken")["problems"], found(whole())["problems"], strict=True)
+    for broken, unbroken in pairs:  # the killed run may have found better ones
         assert broken["status"] in ("done", "not improved")
-        assert broken["validation_loss"] <= whole["validation_loss"] + 1e-6
+        assert broken["validation_loss"] <= unbroken["validation_loss"] + 1e-6

@@ -191,6 +191,16 @@ class PromptMethod(pl.LightningModule, ABC):
         loss: Tensor = self.denoising(self.backbone, self.backbone.encode(ids), latents, timesteps, noise)
         return loss
 
+    def step_active(self, optimizer: Any, loss: Tensor) -> None:
+        """One step of a torch optimiser down the losses (Q,) of the active problems; the other rows stay where they are."""
+        optimizer.zero_grad()
+        before = self.prompt.embeddings.detach().clone()
+        self.manual_backward(loss.sum())
+        optimizer.step()
+        with torch.no_grad():  # momentum and weight decay move rows without a gradient too
+            moving = self.active.to(self.device).view(-1, 1, 1)
+            self.prompt.embeddings.copy_(torch.where(moving, self.prompt.embeddings, before))
+
     def count(self, rows: Tensor, samples: int) -> None:
         """Adds denoiser samples to the problems' counters; a backward counts as one."""
         for row in rows.tolist():

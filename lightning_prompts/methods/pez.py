@@ -44,14 +44,7 @@ class PEZ(PromptMethod):
         optimizer: Any = self.optimizers()
         ids, embeddings = self.prompt(rows.to(self.device), straight_through=True)
         loss = self._loss(batch, rows, ids, embeddings)
-        optimizer.zero_grad()
-        before = self.prompt.embeddings.detach().clone()
-        self.manual_backward(loss.sum())
-        optimizer.step()
-        with torch.no_grad():  # AdamW moves rows without gradient too
-            self.prompt.embeddings.copy_(
-                torch.where(self.active.to(self.device).view(-1, 1, 1), self.prompt.embeddings, before)
-            )
+        self.step_active(optimizer, loss)
         self.log("train/loss", loss.mean().detach(), prog_bar=True)
 
     def _loss(self, batch: Step, rows: Tensor, ids: Tensor, embeddings: Tensor) -> Tensor:

@@ -57,11 +57,16 @@ def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", [{}, {"objective": "clip"}, {"line_search": "strong_wolfe"}, {"projection": "immediate"}]
+    ("method", "extra"),
+    [
+        (PEZ, {}),
+        (PEZ, {"objective": "clip"}),
+        (PH2P, {}),
+        (PH2P, {"line_search": "strong_wolfe"}),
+        (PH2P, {"projection": "immediate"}),
+    ],
 )
 def test_batch_equals_its_parts(method, extra, tiny, pictures, tmp_path):
-    if ("objective" in extra and method is PH2P) or (extra and "objective" not in extra and method is PEZ):
-        pytest.skip("the other method's setting")
     paths = sorted(pictures.iterdir())
     together = search(method(backbone=tiny, **settings(method), **extra), paths, tmp_path / "run")
     for i, path in enumerate(paths):
