@@ -22,8 +22,7 @@ class PH2P(PromptMethod):
     the gradient is piecewise constant and there is no curvature to find.
 
     Args:
-        optimizer: `lbfgs` (the paper's) or `adam`, one iteration a step; on the embedded model's development targets Adam's
-            many small steps, each on new noise, found more of the words for the same denoiser samples (docs/ph2p.md).
+        optimizer: `lbfgs` (the paper's) or `adam`: many small steps, each of one iteration on new noise (docs/ph2p.md).
         lr: Step size.
         max_iter: Iterations of L-BFGS per step; each costs one evaluation of all samples.
         history_size: Curvature pairs kept.
