@@ -7,6 +7,7 @@ ends in any way leaves the best prompts found so far. `result.json` and `prompt.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import platform
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_prompts.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # "not improved" is finished, too, but the prompt is no better than the one that the search started from.
 Status = Literal["open", "done", "not improved", "failed"]
@@ -124,6 +127,13 @@ class RunFolder:
     def save(self, problem: Problem) -> None:
         """Writes the record of a problem; after an OSError, such as a full disk, its previous state is still there."""
         atomic_write(self.problems / f"{problem.key}.json", _to_json(asdict(problem)))
+
+    def save_or_warn(self, problem: Problem) -> None:
+        """Writes a record in the middle of a search, which is worth more than this write: the next one tries again."""
+        try:
+            self.save(problem)
+        except OSError as error:
+            log.warning("The record of %s could not be written (%s); the run goes on.", problem.target, error)
 
     def load(self) -> dict[str, Problem]:
         """Reads all records by key, in the order of the inputs; what is no record is left out with a warning."""

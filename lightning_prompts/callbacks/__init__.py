@@ -2,7 +2,9 @@
 
 from lightning_prompts.callbacks.best_prompt import BestPrompt
 from lightning_prompts.callbacks.checkpoint import AtomicCheckpointIO, PromptCheckpoint, is_checkpoint, last_checkpoint
+from lightning_prompts.callbacks.grid import SampleGrid
 from lightning_prompts.callbacks.guard import NonFiniteGuard
+from lightning_prompts.callbacks.progress import PromptProgress
 from lightning_prompts.callbacks.projection import VocabularyProjection
 from lightning_prompts.callbacks.results import Results
 
@@ -11,7 +13,9 @@ __all__ = [
     "BestPrompt",
     "NonFiniteGuard",
     "PromptCheckpoint",
+    "PromptProgress",
     "Results",
+    "SampleGrid",
     "VocabularyProjection",
     "is_checkpoint",
     "last_checkpoint",

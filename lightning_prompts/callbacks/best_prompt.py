@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 
 from lightning_prompts.problems import Problem
-
-log = logging.getLogger(__name__)
 
 
 class BestPrompt(pl.Callback):
@@ -35,22 +32,14 @@ class BestPrompt(pl.Callback):
             return
         self._keep(trainer, pl_module, pl_module.score(), batch.step + 1)
         for problem in pl_module.retire(last):
-            self._save(trainer, problem)
-            log.info("%s: %s (%s)", problem.target, problem.prompt, problem.reason or problem.status)
+            trainer.datamodule.folder.save_or_warn(problem)  # type: ignore[attr-defined]
 
     def _keep(self, trainer: pl.Trainer, module: Any, better: Sequence[Problem], step: int) -> None:
         for problem in better:
-            self._save(trainer, problem)
-            log.info("step %d  %s  %.5f  %s", step, problem.target, problem.validation_loss, problem.prompt)
+            trainer.datamodule.folder.save_or_warn(problem)  # type: ignore[attr-defined]
         losses = [problem.validation_loss for problem in module.problems if problem.validation_loss is not None]
         if losses:
             module.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
         if trainer.logger and better:
             text = "\n\n".join(f"{problem.target}: {problem.prompt}" for problem in module.problems)
             trainer.logger.experiment.add_text("prompt", text, step)  # type: ignore[attr-defined]
-
-    def _save(self, trainer: pl.Trainer, problem: Problem) -> None:
-        try:
-            trainer.datamodule.folder.save(problem)  # type: ignore[attr-defined]
-        except OSError as error:  # the run is worth more than this write; the next better prompt tries again
-            log.warning("The record of %s could not be written (%s); the run goes on.", problem.target, error)

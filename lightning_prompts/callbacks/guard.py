@@ -21,4 +21,4 @@ class NonFiniteGuard(pl.Callback):
             if problem.prompt is None:
                 problem.status = "failed"
             problem.reason = f"The prompt stopped being finite at step {batch.step}; lower --model.lr."
-            trainer.datamodule.folder.save(problem)  # type: ignore[attr-defined]
+            trainer.datamodule.folder.save_or_warn(problem)  # type: ignore[attr-defined]

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import save
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.data.addresses import REGENERATION, draw_noise
+from lightning_prompts.callbacks.grid import grid, regenerate, to_image, to_png
 from lightning_prompts.errors import UserError
 from lightning_prompts.metrics import ClipImageSimilarity, WordRecall, perceptual_distance
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
 from lightning_prompts.ranks import wait_for_all
 
-log = logging.getLogger(__name__)
 REGENERATIONS = 4
+SHOWN = 24  # problems in the grid
 
 
 class Results(pl.Callback):
@@ -59,7 +56,7 @@ class Results(pl.Callback):
                 noise = torch.randn(1, *pl_module.backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
                 picture = pl_module.draw([problem.prompt], noise.to(pl_module.device))[0]
                 path = folder.path / "pictures" / f"{problem.key}-seed{seed}.png"
-                atomic_write(path, _png(_image(picture)))
+                atomic_write(path, to_png(to_image(picture)))
                 print(f"{path}  {problem.prompt}")
 
     def _finish(self, trainer: pl.Trainer, module: Any) -> None:
@@ -71,12 +68,13 @@ class Results(pl.Callback):
         data.records.update({key: found[key] for key in data.records if key in found})
         problems = _found(trainer)
         if problems:
-            drawn = self._draw(module, data, problems)
+            drawn = regenerate(module, problems, REGENERATIONS)
             try:
                 self._score(module, data, problems, drawn)
             except UserError as error:  # the prompts are found all the same
                 print(f"The pictures are not scored: {error}", file=sys.stderr)
-            atomic_write(data.folder.grid, _png(grid([data.pictures([p])[0] for p in problems], drawn, problems)))
+            targets = [several[0] for several in data.pictures(problems[:SHOWN])]
+            atomic_write(data.folder.grid, to_png(grid(targets, drawn[:SHOWN], problems[:SHOWN])))
             self._export(module, data.folder, problems)
             if trainer.logger:
                 trainer.logger.experiment.add_images("regenerations", (torch.cat(list(drawn)) + 1) / 2)  # type: ignore[attr-defined]
@@ -84,14 +82,6 @@ class Results(pl.Callback):
             data.folder.save(problem)
         data.folder.write_result(type(module).__name__, module.backbone.name, data.seed, self.settings, versions())
         _report(data.folder, list(data.records.values()))
-
-    def _draw(self, module: Any, data: Any, problems: list[Problem]) -> Tensor:
-        """Regenerations (P, 4, 3, H, W)."""
-        keys, shape = [problem.key for problem in problems], module.backbone.latent_shape
-        noise = draw_noise(data.seed, keys, REGENERATION, REGENERATIONS, shape, module.device)
-        texts = [str(problem.prompt) for problem in problems for _ in range(REGENERATIONS)]
-        drawn: Tensor = module.draw(texts, noise.flatten(0, 1))
-        return drawn.view(len(problems), REGENERATIONS, *drawn.shape[1:])
 
     def _score(self, module: Any, data: Any, problems: list[Problem], drawn: Tensor) -> None:
         name = module.backbone.name
@@ -127,50 +117,6 @@ def _synonyms(backbone: str) -> dict[str, tuple[str, ...]]:
     from lightning_prompts.emoji.world import SYNONYMS
 
     return SYNONYMS
-
-
-def _image(picture: Tensor) -> Image.Image:
-    return Image.fromarray(((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def grid(
-    targets: Sequence[Tensor], drawn: Tensor, problems: Sequence[Problem], side: int = 96, most: int = 24
-) -> Image.Image:
-    """Targets above their regenerations, prompts below.
-
-    Args:
-        targets: Pictures (I, 3, H, W) in [-1, 1] of each problem; the first is shown.
-        drawn: (P, 4, 3, H, W) in [-1, 1].
-        problems: P records.
-        side: Pixels of a picture in the grid.
-        most: Problems shown.
-    """
-    rows = 1 + drawn.shape[1]
-    columns = min(len(problems), most)
-    width, line = side + 8, 12
-    lines = [_wrap(str(problem.prompt), width // 6) for problem in problems[:columns]]
-    height = rows * (side + 4) + 8 + line * max(len(several) for several in lines)
-    canvas = Image.new("RGB", (columns * width, height), "white")
-    pen = ImageDraw.Draw(canvas)
-    for column in range(columns):
-        for row, picture in enumerate((targets[column][0], *drawn[column])):
-            shown = _image(picture).resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(shown, (column * width + 4, row * (side + 4) + (6 if row else 2)))
-        for number, text in enumerate(lines[column]):
-            pen.text((column * width + 4, rows * (side + 4) + 8 + number * line), text, fill="black")
-    return canvas
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width) or [""]
 
 
 def _report(folder: RunFolder, problems: list[Problem]) -> None:

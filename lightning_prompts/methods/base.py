@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from lightning_prompts.backbones import Backbone, load_backbone
-from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard
+from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
 from lightning_prompts.data.addresses import (
     START,
     VALIDATION,
@@ -28,7 +29,17 @@ from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.vocabulary import Metric, contains_blocked, encode_text, fill_template, round_trip
 
+log = logging.getLogger(__name__)
+
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Samples(NamedTuple):
+    """What some problems are denoised from: latents (Q, N, C, h, w), timesteps (Q, N) and noise (Q, N, C, h, w)."""
+
+    latents: Tensor
+    timesteps: Tensor
+    noise: Tensor
 
 
 class PromptMethod(pl.LightningModule, ABC):
@@ -49,6 +60,7 @@ class PromptMethod(pl.LightningModule, ABC):
         patience: A problem is finished after this many scorings without a better one.
         microbatch: Samples per call of the denoiser.
         score_every: Steps between scorings.
+        sample_every: Steps between the pictures that TensorBoard shows during the search; 0 for none.
         sampling_steps: Denoising steps of the pictures that `fit`, `test` and `predict` draw.
         guidance_scale: Weight of the prompt when these are drawn.
         metric: Distance by which embeddings are replaced with tokens.
@@ -60,6 +72,7 @@ class PromptMethod(pl.LightningModule, ABC):
 
     def __init__(
         self,
+        *,
         backbone: str = "emoji",
         dtype: Dtype = "float32",
         offline: bool = False,
@@ -71,6 +84,7 @@ class PromptMethod(pl.LightningModule, ABC):
         patience: int = 1000,
         microbatch: int = 16,
         score_every: int = 1,
+        sample_every: int = 40,
         sampling_steps: int = 25,
         guidance_scale: float = 3.0,
         metric: Metric = "euclidean",
@@ -79,7 +93,8 @@ class PromptMethod(pl.LightningModule, ABC):
         self.automatic_optimization = False
         self.offline = offline
         self.template, self.blocked, self.patience = template, tuple(blocked), patience
-        self.score_every, self.sampling_steps, self.guidance_scale = score_every, sampling_steps, guidance_scale
+        self.score_every, self.sample_every = score_every, sample_every
+        self.sampling_steps, self.guidance_scale = sampling_steps, guidance_scale
         self.backbone: Backbone = load_backbone(backbone, dtype, offline, revision)
         self.tower = self.backbone.towers[0]
         words = None if words is None else tuple(words)
@@ -159,46 +174,47 @@ class PromptMethod(pl.LightningModule, ABC):
 
     # --- losses
 
-    def noise(self, rows: Tensor, step: int, samples: int) -> Tensor:
-        """This step's noise of some problems, (Q, N, C, h, w); every closure of a step gets the same."""
-        keys = [self.problems[row].key for row in rows.tolist()]
-        return draw_noise(self.data.seed, keys, step, samples, self.latents.shape[2:], self.device)
-
-    def targets(self, rows: Tensor, step: int, samples: int) -> Tensor:
-        """Latents of some problems, (Q, N, C, h, w); several pictures of one subject take turns."""
-        pictures = self.latents.shape[1]
-        which = (torch.arange(samples, device=self.device) + max(step, 0) * samples) % pictures
-        return self.latents[rows][:, which]
-
-    def denoising_loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor, batch: Step) -> Tensor:
-        """Denoising losses (Q,) of embedded prompts (Q, L, D) at this step's timesteps and noise."""
+    def samples(self, rows: Tensor, batch: Step) -> Samples:
+        """Latents, timesteps and noise of a step of the problems `rows` (Q,); several pictures of one subject take turns."""
         timesteps = batch.timesteps.to(self.device)[rows]
-        samples = timesteps.shape[1]
-        conditioning = self.backbone.encode(ids, embeddings)
-        latents, noise = self.targets(rows, batch.step, samples), self.noise(rows, batch.step, samples)
-        self.count(rows, 2 * samples)
-        loss: Tensor = self.denoising(self.backbone, conditioning, latents, timesteps, noise)
+        keys, count = [self.problems[row].key for row in rows.tolist()], timesteps.shape[1]
+        which = (torch.arange(count, device=self.device) + max(batch.step, 0) * count) % self.latents.shape[1]
+        noise = draw_noise(self.data.seed, keys, batch.step, count, self.latents.shape[2:], self.device)
+        return Samples(self.latents[rows][:, which], timesteps, noise)
+
+    def denoising_loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples) -> Tensor:
+        """Denoising losses (Q,) of embedded prompts (Q, L, D), with a gradient to them."""
+        self.count(rows, 2 * samples.timesteps.shape[1])
+        loss: Tensor = self.denoising(self.backbone, self.backbone.encode(ids, embeddings), *samples)
         return loss
 
     @torch.no_grad()
     def validation_loss(self, rows: Tensor, texts: Sequence[str]) -> Tensor:
         """The one definition of best: losses (Q,) of prompts as a person would paste them, on noise that never trains."""
-        samples = self.data.validation_samples
+        timesteps = validation_timesteps(self.data.validation_samples, *self.data.timesteps)
+        samples = self.samples(rows, Step(VALIDATION, timesteps.expand(len(self.problems), -1)))
         ids = encode_text(self.tower.tokenizer, texts, self.tower.length).to(self.device)
-        timesteps = validation_timesteps(samples, *self.data.timesteps).to(self.device).expand(len(rows), samples)
-        latents, noise = self.targets(rows, VALIDATION, samples), self.noise(rows, VALIDATION, samples)
-        self.count(rows, samples)
-        loss: Tensor = self.denoising(self.backbone, self.backbone.encode(ids), latents, timesteps, noise)
+        self.count(rows, len(timesteps))
+        loss: Tensor = self.denoising(self.backbone, self.backbone.encode(ids), *samples)
         return loss
 
     def step_active(self, optimizer: Any, loss: Tensor) -> None:
-        """One step of a torch optimiser down the losses (Q,) of the active problems; the other rows stay where they are."""
+        """One step of a torch optimiser down the losses (Q,) of the active problems; the other rows stay where they are.
+
+        So does, for this step, a problem whose gradient is not finite.
+        """
         optimizer.zero_grad()
         before = self.prompt.embeddings.detach().clone()
         self.manual_backward(loss.sum())
+        gradient = self.prompt.embeddings.grad
+        assert gradient is not None
+        sound, active = gradient.isfinite().flatten(1).all(1), self.active.to(self.device)
+        for row in (active & ~sound).nonzero().squeeze(1).tolist():
+            log.warning("The gradient of %s is not finite; it is left out of this step.", self.problems[row].target)
+        gradient[~sound] = 0
         optimizer.step()
         with torch.no_grad():  # momentum and weight decay move rows without a gradient too
-            moving = self.active.to(self.device).view(-1, 1, 1)
+            moving = (active & sound).view(-1, 1, 1)
             self.prompt.embeddings.copy_(torch.where(moving, self.prompt.embeddings, before))
 
     def count(self, rows: Tensor, samples: int) -> None:
@@ -210,7 +226,7 @@ class PromptMethod(pl.LightningModule, ABC):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """What every inversion needs around its steps."""
-        return [NonFiniteGuard(), BestPrompt(self.score_every)]
+        return [NonFiniteGuard(), BestPrompt(self.score_every), SampleGrid(self.sample_every), PromptProgress()]
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """The validation loss of the decoded prompts."""

@@ -11,6 +11,7 @@ from lightning_prompts.data.inversion import Step
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import clip_of
+from lightning_prompts.problems import Problem
 from lightning_prompts.vocabulary import Metric
 
 
@@ -28,6 +29,7 @@ class PEZ(PromptMethod):
 
     def __init__(
         self,
+        *,
         objective: Literal["denoising", "clip"] = "denoising",
         lr: float = 0.1,
         weight_decay: float = 0.1,
@@ -38,6 +40,7 @@ class PEZ(PromptMethod):
         super().__init__(metric=metric, **kwargs)
         self.lr, self.weight_decay = lr, weight_decay
         self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline) if objective == "clip" else None
+        self._features: dict[str, Tensor] = {}
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One AdamW step."""
@@ -49,11 +52,18 @@ class PEZ(PromptMethod):
 
     def _loss(self, batch: Step, rows: Tensor, ids: Tensor, embeddings: Tensor) -> Tensor:
         if self.clip is None:
-            return self.denoising_loss(rows, ids, embeddings, batch)
-        pictures = self.data.pictures([self.problems[row] for row in rows.tolist()])
-        features = torch.stack([self.clip.features(several.to(self.device)).mean(0) for several in pictures])
+            return self.denoising_loss(rows, ids, embeddings, self.samples(rows, batch))
+        features = torch.stack([self._features_of(self.problems[row]) for row in rows.tolist()])
         loss: Tensor = self.clip(ids, embeddings, features)
         return loss
+
+    def _features_of(self, problem: Problem) -> Tensor:
+        """Mean CLIP features (E,) of a problem's pictures, encoded once."""
+        assert self.clip is not None
+        if problem.key not in self._features:
+            (pictures,) = self.data.pictures([problem])
+            self._features[problem.key] = self.clip.features(pictures.to(self.device)).mean(0)
+        return self._features[problem.key]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, as the released code."""

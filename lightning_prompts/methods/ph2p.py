@@ -36,6 +36,7 @@ class PH2P(PromptMethod):
 
     def __init__(
         self,
+        *,
         optimizer: Literal["lbfgs", "adam"] = "lbfgs",
         lr: float = 1.0,
         max_iter: int = 10,
@@ -67,11 +68,11 @@ class PH2P(PromptMethod):
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step on this step's noise: up to `max_iter` iterations of L-BFGS, or one of Adam."""
         optimizer: Any = self.optimizers()
-        everyone = self.active.to(self.device)
+        everyone, samples = self.active.to(self.device), self.samples(rows, batch)
 
         def closure() -> Tensor:
             ids, embeddings = self.prompt(rows.to(self.device), straight_through=self.projection == "immediate")
-            loss = self.denoising_loss(rows, ids, embeddings, batch)
+            loss = self.denoising_loss(rows, ids, embeddings, samples)
             return loss.new_zeros(len(everyone)).index_put((rows.to(self.device),), loss)
 
         if self.optimizer == "adam":

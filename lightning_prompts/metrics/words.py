@@ -9,30 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-_STOP = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "on",
-        "at",
-        "in",
-        "over",
-        "against",
-        "with",
-        "and",
-        "to",
-        "by",
-        "for",
-        "is",
-        "are",
-        "background",
-        "picture",
-        "photo",
-        "image",
-    ]
-)
+_STOP = frozenset("a an the of on at in over against with and to by for is are background picture photo image".split())
 
 
 def content_words(text: str) -> list[str]:

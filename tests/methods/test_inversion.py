@@ -67,10 +67,10 @@ def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
     ],
 )
 def test_batch_equals_its_parts(method, extra, tiny, pictures, tmp_path):
-    paths = sorted(pictures.iterdir())
-    together = search(method(backbone=tiny, **settings(method), **extra), paths, tmp_path / "run")
+    paths, chosen = sorted(pictures.iterdir()), {"backbone": tiny, "microbatch": 2, **settings(method), **extra}
+    together = search(method(**chosen), paths, tmp_path / "run")
     for i, path in enumerate(paths):
-        (alone,) = search(method(backbone=tiny, **settings(method), **extra), [path], tmp_path / f"run{i}")
+        (alone,) = search(method(**chosen), [path], tmp_path / f"run{i}")
         assert alone.key == together[i].key
         assert alone.prompt == together[i].prompt
         assert alone.token_ids == together[i].token_ids

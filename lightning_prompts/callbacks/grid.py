@@ -1,0 +1,82 @@
+"""Targets, what their prompts draw, and the prompts, as one picture."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from lightning_prompts.data.addresses import REGENERATION, draw_noise
+from lightning_prompts.problems import Problem
+
+
+class SampleGrid(pl.Callback):
+    """Shows in TensorBoard, while the search runs, what the best prompts so far draw.
+
+    Args:
+        every: Steps between grids; 0 for none.
+        most: Problems of a wave that are drawn, one picture each, from the same noise every time.
+    """
+
+    def __init__(self, every: int = 40, most: int = 4) -> None:
+        self.every, self.most = every, most
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Draws when it is time."""
+        if not self.every or (batch.step + 1) % self.every or not trainer.logger:
+            return
+        problems = [problem for problem in pl_module.problems if problem.prompt][: self.most]
+        if problems:
+            drawn = regenerate(pl_module, problems, 1)
+            targets = [several[0] for several in pl_module.data.pictures(problems)]
+            shown = pil_to_tensor(grid(targets, drawn, problems))
+            trainer.logger.experiment.add_image("samples", shown, batch.step + 1)  # type: ignore[attr-defined]
+
+
+def regenerate(method: Any, problems: Sequence[Problem], count: int) -> Tensor:
+    """Pictures (P, count, 3, H, W) in [-1, 1] drawn from the text of P problems' prompts."""
+    keys = [problem.key for problem in problems]
+    noise = draw_noise(method.data.seed, keys, REGENERATION, count, method.backbone.latent_shape, method.device)
+    texts = [str(problem.prompt) for problem in problems for _ in range(count)]
+    drawn: Tensor = method.draw(texts, noise.flatten(0, 1))
+    return drawn.view(len(problems), count, *drawn.shape[1:])
+
+
+def grid(targets: Sequence[Tensor], drawn: Tensor, problems: Sequence[Problem], side: int = 96) -> Image.Image:
+    """Targets above their regenerations, prompts below.
+
+    Args:
+        targets: P pictures (3, H, W) in [-1, 1].
+        drawn: N regenerations of each, (P, N, 3, H, W) in [-1, 1].
+        problems: P records.
+        side: Pixels of a picture in the grid.
+    """
+    width, line, top = side + 8, 12, (1 + drawn.shape[1]) * (side + 4) + 8
+    lines = [textwrap.wrap(str(problem.prompt), width // 6) for problem in problems]
+    canvas = Image.new("RGB", (len(problems) * width, top + line * max(map(len, lines))), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, target in enumerate(targets):
+        for row, picture in enumerate((target, *drawn[column])):
+            shown = to_image(picture).resize((side, side), Image.Resampling.NEAREST)
+            canvas.paste(shown, (column * width + 4, row * (side + 4) + (6 if row else 2)))
+        for number, text in enumerate(lines[column]):
+            pen.text((column * width + 4, top + number * line), text, fill="black")
+    return canvas
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [-1, 1] in 8 bits."""
+    return Image.fromarray(((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+
+
+def to_png(image: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

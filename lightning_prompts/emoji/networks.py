@@ -1,0 +1,56 @@
+"""The embedded model's networks, untrained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from lightning_prompts.emoji import world
+from lightning_prompts.emoji.tokenizer import CONTEXT
+
+
+def clip(tokenizer: CLIPTokenizer, vision: tuple[int, int], text: tuple[int, int]) -> CLIPModel:
+    """A new CLIP with `(width, layers)` for each tower and patches of 8 pixels."""
+
+    def tower(width: int, layers: int) -> dict[str, Any]:
+        return {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": width // 32,
+                "projection_dim": 128}  # fmt: skip
+
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPModel(
+        CLIPConfig(
+            text_config={**tower(*text), **ids, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT},
+            vision_config={**tower(*vision), "image_size": world.SIZE, "patch_size": 8},
+            projection_dim=128,
+        )
+    )
+
+
+def autoencoder() -> AutoencoderKL:
+    """A new autoencoder: 64 x 64 x 3 to 16 x 16 x 4."""
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=world.SIZE,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+
+
+def denoiser(width: int) -> UNet2DConditionModel:
+    """A new UNet: text enters at 8 x 8 and 4 x 4."""
+    return UNet2DConditionModel(
+        sample_size=world.SIZE // 4, in_channels=4, out_channels=4, block_out_channels=(64, 128, 128), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=16,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=width, attention_head_dim=4,
+    )  # fmt: skip
+
+
+def scheduler() -> DDIMScheduler:
+    """The DDPM schedule, sampled from its noisiest step on."""
+    return DDIMScheduler(
+        beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+    )

@@ -1,0 +1,56 @@
+"""Every command that the README and the docs show, run as it stands but for its length."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lightning_prompts.main import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--data.steps=2", "--data.samples=1", "--data.validation_samples=2", "--model.sampling_steps=2"]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "train.py fit" in page.read_text()]
+
+
+def commands(page):
+    """The lines of a page's shell blocks, without comments."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)).replace("\\\n", " ")
+    return [words for line in blocks.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder like the repository's root with pictures in it."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "photos").mkdir()
+    for name, color in (("photo.png", "red"), ("photos/a.png", "green"), ("photos/b.png", "blue")):
+        Image.new("RGB", (80, 64), color).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_the_page_run(page, place, tiny):
+    for program, *args in commands(page):
+        if program == "python" and args[0] == "train.py":
+            hub = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+            args = [tiny if word == hub else word for word in args[1:]]
+            main([*args, *SHORT, "--trainer.accelerator=cpu"] if args[0] == "fit" else args)
+        elif program == "tensorboard":
+            shown = subprocess.run(
+                [sys.executable, "-m", "tensorboard.main", "--inspect", *args], capture_output=True, text=True, check=True
+            )
+            assert "train/loss" in shown.stdout
+    if page.name == "README.md":
+        run = place / "runs" / "mine"
+        listed = re.findall(r"^\| `([^`…]+)", page.read_text().partition("is in a run folder")[2].partition("The fields")[0], re.M)
+        missing = [name for name in listed if not list(run.glob(f"{name.rstrip('/')}*"))]
+        assert not missing
+        assert listed
+        assert len(list((run / "pictures").iterdir())) == 2 * 4
