@@ -41,6 +41,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         _check_order(args)
         run, args = _with_run_config(args)
+        _check_configs(args)
         from lightning_prompts.cli import run_command  # takes seconds to import
 
         run_command(args, run)
@@ -75,6 +76,23 @@ def _check_order(args: list[str]) -> None:
     close = difflib.get_close_matches(args[0], COMMANDS, 1)
     hint = f", did you mean {close[0]!r}?" if close else ""
     raise UserError(f"The command {args[0]!r} is unknown{hint}; use one of {', '.join(COMMANDS)}.")
+
+
+def _check_configs(args: list[str]) -> None:
+    """Names the file that is no YAML, which the parser does not."""
+    import yaml
+
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        path = Path(value if equals else "".join(args[i + 1 : i + 2]))
+        if name != "--config" or not path.is_file():
+            continue
+        try:
+            yaml.safe_load(path.read_bytes())
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            place = f" at line {mark.line + 1}" if mark else ""
+            raise UserError(f"The config {path} is no YAML{place}; correct it or give another.") from error
 
 
 def _with_run_config(args: list[str]) -> tuple[Path | None, list[str]]:

@@ -374,3 +374,22 @@ def test_settings_are_listed(capsys):
         main(["test", "--help"])
     assert stopped.value.code == 0
     assert "--seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_config_that_is_no_yaml_is_named(base, tmp_path, capsys, joined):
+    config = tmp_path / "mine.yaml"
+    config.write_text("model:\n  init_args: [\n")
+    given = [f"--config={config}"] if joined else ["--config", str(config)]
+    refused(capsys, *base, *given, names=["mine.yaml", "line 3"])
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["fit"], ["--data", "--model", "config"]),
+        (["fit", "--model", "PEZ", "--data", "ImagesToPrompts"], "--data.images"),
+    ],
+)
+def test_setting_that_is_missing_is_named(capsys, args, names):
+    refused(capsys, *args, names=names)

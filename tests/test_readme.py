@@ -15,7 +15,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--data.steps=2", "--data.samples=1", "--data.validation_samples=2", "--model.sampling_steps=2"]
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "train.py fit" in page.read_text()]
+PAGES = [
+    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "train.py fit" in page.read_text()
+]
 
 
 def commands(page):
@@ -44,12 +46,17 @@ def test_commands_of_the_page_run(page, place, tiny):
             main([*args, *SHORT, "--trainer.accelerator=cpu"] if args[0] == "fit" else args)
         elif program == "tensorboard":
             shown = subprocess.run(
-                [sys.executable, "-m", "tensorboard.main", "--inspect", *args], capture_output=True, text=True, check=True
+                [sys.executable, "-m", "tensorboard.main", "--inspect", *args],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             assert "train/loss" in shown.stdout
     if page.name == "README.md":
         run = place / "runs" / "mine"
-        listed = re.findall(r"^\| `([^`…]+)", page.read_text().partition("is in a run folder")[2].partition("The fields")[0], re.M)
+        listed = re.findall(
+            r"^\| `([^`…]+)", page.read_text().partition("is in a run folder")[2].partition("The fields")[0], re.M
+        )
         missing = [name for name in listed if not list(run.glob(f"{name.rstrip('/')}*"))]
         assert not missing
         assert listed

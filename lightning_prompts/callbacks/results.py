@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.callbacks.grid import grid, regenerate, to_image, to_png
 from lightning_prompts.errors import UserError
-from lightning_prompts.metrics import ClipImageSimilarity, WordRecall, perceptual_distance
+from lightning_prompts.metrics import ClipImageSimilarity, WordRecall, lpips_lacks, perceptual_distance
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
 from lightning_prompts.ranks import wait_for_all
@@ -47,6 +47,8 @@ class Results(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws again from the text, scores and writes."""
         self._finish(trainer, pl_module)
+        if reason := lpips_lacks():
+            print(reason)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws one picture a prompt and seed."""

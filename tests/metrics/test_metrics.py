@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from lightning_prompts.metrics import ClipImageSimilarity, WordRecall, perceptual_distance
+from lightning_prompts.metrics import ClipImageSimilarity, WordRecall, lpips_lacks, perceptual, perceptual_distance
 from lightning_prompts.metrics.words import content_words
 
 
@@ -103,4 +103,23 @@ def test_perceptual_distance_downloads_nothing(monkeypatch, tmp_path, scored):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     assert perceptual_distance(*scored) is None
+    assert str(tmp_path) in lpips_lacks()
     assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_perceptual_distance_is_the_mean_over_pairs(monkeypatch, tmp_path):
+    """On a random trunk: the numbers mean nothing, what is compared with what does."""
+    import lpips
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / perceptual.TRUNK).touch()
+    network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    monkeypatch.setattr(perceptual, "_network", lambda folder: network)
+    drawn, targets = (torch.rand(n, 3, 64, 64) * 2 - 1 for n in (3, 2))
+    assert lpips_lacks() is None
+    assert perceptual_distance(drawn[:1], drawn[:1]) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        pairs = [float(network(picture[None], target[None])) for picture in drawn for target in targets]
+    assert perceptual_distance(drawn, targets) == pytest.approx(sum(pairs) / 6, rel=1e-4)
+    assert perceptual_distance(drawn[..., :32, :32], targets[..., :32, :32]) > 0  # smaller than AlexNet takes
