@@ -21,6 +21,14 @@ METHODS = {
     "PEZ": [],
     "PH2P": ["--model.max_iter", "2"],
     "PH2P continuous": ["--model.max_iter", "2", "--model.continue_from", "continuous"],
+    "PH2P restarted": [
+        "--model.optimizer",
+        "adam",
+        "--model.restart_every",
+        "2",
+        "--model.continue_from",
+        "continuous",
+    ],
 }
 
 

@@ -138,14 +138,20 @@ class PromptMethod(pl.LightningModule, ABC):
         self._take([problem for problem in self.data.own() if problem.status == "open"])
         if not self.problems:
             return
-        keys, tokens = [problem.key for problem in self.problems], len(self.prompt.positions)
-        allowed = self.prompt.allowed.nonzero().squeeze(1).cpu()
-        draws = [generator(self.data.seed, key, START, 0) for key in keys]
-        start = [allowed[torch.randint(len(allowed), (tokens,), generator=g)] for g in draws]
-        self.prompt.begin(torch.stack(start).to(self.device))
+        self.begin(self.random_tokens(START))
+        self.active, self.stale = torch.ones(len(self.problems), dtype=torch.bool), [0] * len(self.problems)
+
+    def random_tokens(self, step: int) -> Tensor:
+        """Allowed tokens (P, M) drawn at random at a step's address."""
+        allowed, tokens = self.prompt.allowed.nonzero().squeeze(1).cpu(), len(self.prompt.positions)
+        draws = [generator(self.data.seed, f"{problem.key}/tokens", step, 0) for problem in self.problems]
+        return torch.stack([allowed[torch.randint(len(allowed), (tokens,), generator=g)] for g in draws])
+
+    def begin(self, token_ids: Tensor) -> None:
+        """Puts the wave's problems onto tokens (P, M); what the optimiser knows of the points before the jump is forgotten."""
+        self.prompt.begin(token_ids.to(self.device))
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
-        self.active, self.stale = torch.ones(len(keys), dtype=torch.bool), [0] * len(keys)
 
     def on_train_epoch_end(self) -> None:
         """Ends the run when no problem is open."""

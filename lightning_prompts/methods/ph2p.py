@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.callbacks import VocabularyProjection
+from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.optimizers import BatchedLBFGS
@@ -31,6 +32,8 @@ class PH2P(PromptMethod):
         projection: `delayed` (after each step), `immediate` (straight through, within the closure) or `final` (scored only).
         continue_from: After a delayed projection go on from the `projected` or from the `continuous` embeddings; the paper's
             text admits both readings.
+        restart_every: Steps after which the search begins again at the best prompt with half of its tokens drawn anew, as
+            gradients alone do not leave a prompt that is nearly right; 0 for never, as in the paper.
         **kwargs: See `PromptMethod`.
     """
 
@@ -45,6 +48,7 @@ class PH2P(PromptMethod):
         max_step_norm: float | None = None,
         projection: Literal["delayed", "immediate", "final"] = "delayed",
         continue_from: Literal["projected", "continuous"] = "projected",
+        restart_every: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -56,7 +60,7 @@ class PH2P(PromptMethod):
             "line_search_fn": line_search,
             "max_step_norm": max_step_norm,
         }
-        self.projection, self.continue_from = projection, continue_from
+        self.projection, self.continue_from, self.restart_every = projection, continue_from, restart_every
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Projection comes before scoring."""
@@ -67,6 +71,8 @@ class PH2P(PromptMethod):
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step on this step's noise: up to `max_iter` iterations of L-BFGS, or one of Adam."""
+        if self.restart_every and batch.step and batch.step % self.restart_every == 0:
+            self._restart(batch.step)
         optimizer: Any = self.optimizers()
         everyone, samples = self.active.to(self.device), self.samples(rows, batch)
 
@@ -81,6 +87,18 @@ class PH2P(PromptMethod):
         else:
             loss = optimizer.step(closure=closure, active=everyone)
         self.log("train/loss", loss[everyone].mean().detach(), prog_bar=True)
+
+    def _restart(self, step: int) -> None:
+        """Begins again at the best prompts (P, M), half of whose tokens are drawn anew."""
+        drawn = self.random_tokens(step)
+        for row, problem in enumerate(self.problems):
+            if problem.token_ids:
+                order = torch.randperm(
+                    drawn.shape[1], generator=generator(self.data.seed, f"{problem.key}/kept", step, 0)
+                )
+                kept = order[: len(order) // 2]
+                drawn[row, kept] = torch.tensor(problem.token_ids)[kept]
+        self.begin(drawn)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Batched L-BFGS, one curvature history a problem, or Adam."""

@@ -64,6 +64,7 @@ def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
         (PH2P, {}),
         (PH2P, {"line_search": "strong_wolfe"}),
         (PH2P, {"projection": "immediate"}),
+        (PH2P, {"optimizer": "adam", "restart_every": 2}),
     ],
 )
 def test_batch_equals_its_parts(method, extra, tiny, pictures, tmp_path):
@@ -148,6 +149,52 @@ def test_finished_problems_leave_the_wave(tiny, pictures, tmp_path):
     for problem in problems:  # nothing moves: the start, two steps, and each is scored
         assert problem.status == "not improved"
         assert problem.unet_samples == 2 * 2 * 2 + 3 * 2
+
+
+def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
+    seen = []
+
+    class Watched(PH2P):
+        def begin(self, token_ids):
+            super().begin(token_ids)
+            assert not self.trainer.optimizers[0].state
+            seen.append(
+                [(problem.token_ids, ids) for problem, ids in zip(self.problems, token_ids.tolist(), strict=True)]
+            )
+
+    module = Watched(backbone=tiny, optimizer="adam", restart_every=2, tokens=6, sampling_steps=2)
+    search(module, [pictures], tmp_path / "run", steps=7)
+    start, *restarts = seen
+    assert [best for best, _ in start] == [None] * 3
+    assert len(restarts) == 3  # before the steps 2, 4 and 6
+    for best, begun in (pair for restart in restarts for pair in restart):
+        assert sum(one == other for one, other in zip(best, begun, strict=True)) in (
+            3,
+            4,
+        )  # a new token may be the old one
+        assert module.prompt.allowed[begun].all()
+    assert len({tuple(begun) for restart in restarts for _, begun in restart}) == 9
+
+
+def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, pictures, tmp_path, caplog):
+    class Poisoned(PEZ):
+        def denoising_loss(self, rows, ids, embeddings, samples):
+            loss = super().denoising_loss(rows, ids, embeddings, samples)
+            factor = torch.ones(3)
+            if self.trainer.global_step == 1:
+                factor[0] = torch.inf
+            return loss * factor
+
+        def search(self, batch, rows):
+            before = self.prompt.embeddings.detach().clone()
+            super().search(batch, rows)
+            moved = (self.prompt.embeddings.detach() != before).flatten(1).any(1).tolist()
+            assert moved == [batch.step != 1, True, True]
+
+    problems = search(Poisoned(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run")
+    assert caplog.text.count("0.png is not finite") == 1
+    healthy = search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "healthy")
+    assert [p.token_ids for p in problems[1:]] == [p.token_ids for p in healthy[1:]]
 
 
 def test_prompt_that_is_no_number_keeps_the_best_before(tiny, pictures, tmp_path):

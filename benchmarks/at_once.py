@@ -1,0 +1,63 @@
+"""What it saves to invert many pictures in one run: `python benchmarks/at_once.py --config configs/ph2p.yaml`.
+
+Inverts the same targets in one process and in one process each, and prints both times and how good the prompts are. With
+`--model.microbatch` set to the number of samples a step of one target, the same prompts are expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from inversion import TARGETS, has, interval
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+def invert(config: str, pictures: list[Path], run: Path, extra: list[str]) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds of the whole process and the problems of its result."""
+    command = [sys.executable, str(TRAIN), "fit", "--config", config, "--run", str(run)]
+    begun = time.perf_counter()
+    subprocess.run(
+        [*command, "--data.images", json.dumps([str(path) for path in pictures]), *extra],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return time.perf_counter() - begun, json.loads((run / "result.json").read_text())["problems"]
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/ph2p.yaml")
+    parser.add_argument("--targets", default="evaluation", choices=["evaluation", "development"])
+    parser.add_argument("--count", type=int, default=16)
+    args, extra = parser.parse_known_args()
+    folder = (TARGETS / args.targets).resolve()
+    words = json.loads((folder / "words.json").read_text())
+    pictures = sorted(folder.glob("*.png"))[: args.count]
+    with tempfile.TemporaryDirectory() as scratch:
+        seconds, together = invert(args.config, pictures, Path(scratch) / "together", extra)
+        each = [invert(args.config, [picture], Path(scratch) / picture.stem, extra) for picture in pictures]
+    alone, apart = [problems[0] for _, problems in each], sum(part for part, _ in each)
+    print("| | at once | one by one |")
+    print("|---|---|---|")
+    print(f"| seconds, {len(pictures)} targets | {seconds:.0f} | {apart:.0f} |")
+    for name in ("validation_loss", "heldout_clip_similarity"):
+        print(f"| {name} | " + " | ".join(interval([p[name] for p in some]) for some in (together, alone)) + " |")
+    for kind in ("object", "background"):
+        found = [[float(has(str(p["prompt"]), words[p["target"]][kind])) for p in some] for some in (together, alone)]
+        print(f"| {kind} word found | " + " | ".join(map(interval, found)) + " |")
+    equal = sum(one["prompt"] == other["prompt"] for one, other in zip(together, alone, strict=True))
+    print(f"| time at once over one by one | {seconds / apart:.2f} | |")
+    print(f"| equal prompts | {equal} of {len(pictures)} | |")
+
+
+if __name__ == "__main__":
+    main()
