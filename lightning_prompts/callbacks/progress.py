@@ -33,7 +33,14 @@ class PromptProgress(pl.Callback):
             self._open.enter_context(logging_redirect_tqdm([logging.getLogger()]))
             steps = pl_module.data.steps
             self._bar = self._open.enter_context(
-                tqdm(total=steps, initial=batch.step, unit="step", file=sys.stdout, disable=None, leave=False)
+                tqdm(
+                    total=steps,
+                    initial=batch.step,
+                    unit="step",
+                    file=sys.stdout,
+                    disable=None if trainer.is_global_zero else True,
+                    leave=False,
+                )
             )
             self._show(pl_module, batch.step)
 

@@ -58,7 +58,6 @@ def render_scenes(work: Path, count: int, seed: int) -> None:
 
 def train(stage: str, work: Path, steps: int, batch_size: int, lr: float, seed: int, precision: Any) -> None:
     """Trains one stage and saves its averaged weights in `work / stage`."""
-    torch.set_float32_matmul_precision("high")
     pl.seed_everything(seed + 17 * (stage == "scorer"), verbose=False)
     scenes = load_file(work / ("scenes-scorer.safetensors" if stage == "scorer" else "scenes.safetensors"))
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
@@ -160,6 +159,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="bf16-mixed")
     args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
     if args.stage == "scenes":
         render_scenes(args.work, args.count, args.seed)
     elif args.stage == "export":

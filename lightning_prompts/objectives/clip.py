@@ -66,7 +66,7 @@ class ClipSimilarity(nn.Module):
 
     def forward(self, ids: Tensor, embeddings: Tensor, features: Tensor) -> Tensor:
         """Losses (P,) of prompts (P, L) with embeddings (P, L, D) against the mean features (P, E) of each problem's pictures."""
-        layer = self.clip.text_model.get_input_embeddings()
+        layer = self.clip.text_model.embeddings.token_embedding
         with layer.register_forward_hook(lambda module, args, replaced: embeddings.to(replaced.dtype)):
             text = F.normalize(_tensor(self.clip.get_text_features(input_ids=ids)), dim=-1)
         return 1 - (text * features).sum(1)

@@ -27,7 +27,8 @@ def pictures(tmp_path):
 
 def fit(tiny, pictures, run, *extra):
     command = [sys.executable, "train.py", "fit", "--config", "configs/ph2p.yaml", "--data.images", str(pictures)]
-    command += ["--run", str(run), "--model.backbone", str(tiny), "--data.steps", "2", "--data.samples", "2"]
+    command += ["--run", str(run), "--model.backbone", str(tiny), "--data.steps", "8", "--data.samples", "2"]
+    command += ["--model.restart_every", "3", "--model.score_every", "2"]
     command += ["--data.validation_samples", "2", "--model.sampling_steps", "2", "--trainer.accelerator", "cpu", *extra]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)

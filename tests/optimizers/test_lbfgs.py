@@ -1,3 +1,4 @@
+import inspect
 import io
 import math
 
@@ -97,7 +98,12 @@ class Alone:
         return self.optimizer.state[self.param]
 
 
+BOUNDED = "max_ls=" in inspect.getsource(torch.optim.LBFGS)
+
+
 def assert_equals_torch(functions, points, steps, rtol=1e-7, **options):
+    if options.get("line_search_fn") and not BOUNDED:
+        pytest.skip("line searches of this torch run past max_eval; a newer one is needed to compare with")
     batch = Batch(functions, points, **options)
     alone = [Alone(function, point, **options) for function, point in zip(functions, points, strict=True)]
     for _ in range(steps):

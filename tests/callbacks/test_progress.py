@@ -1,0 +1,77 @@
+import io
+import logging
+import re
+import sys
+
+import pytest
+import pytorch_lightning as pl
+
+from lightning_prompts.cli import TRAINER
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.methods import PEZ
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def search(tiny, pictures, tmp_path):
+    """Runs a search of some steps and gives the trainer and the problems."""
+
+    def run(logger=False, raises=None, **settings):
+        class Broken(PEZ):
+            def search(self, batch, rows):
+                if batch.step == raises:
+                    raise RuntimeError("broken")
+                super().search(batch, rows)
+
+        module = Broken(backbone=tiny, tokens=3, sampling_steps=2, **settings)
+        data = ImagesToPrompts(str(pictures), steps=4, samples=1, validation_samples=2)
+        trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=logger, default_root_dir=tmp_path / "run")
+        trainer.fit(module, datamodule=data)
+        return list(data.records.values())
+
+    return run
+
+
+def test_terminal_shows_step_and_newest_prompt(search, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    problems = search()
+    shown = terminal.getvalue()
+    assert "4/4" in shown
+    assert any(f"{problem.validation_loss:.5f} {problem.prompt}" in shown for problem in problems)
+
+
+def test_every_better_prompt_gets_a_line(search, caplog):
+    caplog.set_level(logging.INFO, "lightning_prompts")
+    problems = search()
+    for problem in problems:
+        lines = re.findall(rf"step (\d)  {problem.target}  ([\d.]+)  (.*)", caplog.text)
+        assert lines[0][0] == "0"
+        assert lines[-1][1:] == (f"{problem.validation_loss:.5f}", problem.prompt)
+        assert [float(loss) for _, loss, _ in lines] == sorted((float(loss) for _, loss, _ in lines), reverse=True)
+
+
+def test_terminal_is_left_as_it_was(search, monkeypatch):
+    handlers = list(logging.getLogger().handlers)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with pytest.raises(RuntimeError, match="broken"):
+        search(raises=2)
+    assert logging.getLogger().handlers == handlers
+
+
+def test_samples_and_prompts_are_in_tensorboard_while_it_runs(search, pictures, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(RuntimeError, match="broken"):  # so nothing comes from the end of the run
+        search(logger=pl.loggers.TensorBoardLogger(tmp_path / "log", name="", version=""), raises=3, sample_every=1)
+    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    drawn = events.Images("samples")
+    assert [event.step for event in drawn] == [1, 2, 3]
+    assert drawn[0].width == 3 * 104
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("prompt/text_summary")]
+    assert all(f"{path.name}: " in text for path in pictures.iterdir() for text in texts)
