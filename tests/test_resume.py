@@ -20,15 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command l
 METHODS = {
     "PEZ": [],
     "PH2P": ["--model.max_iter", "2"],
-    "PH2P continuous": ["--model.max_iter", "2", "--model.continue_from", "continuous"],
-    "PH2P restarted": [
-        "--model.optimizer",
-        "adam",
-        "--model.restart_every",
-        "2",
-        "--model.continue_from",
-        "continuous",
-    ],
+    "PH2P projected": ["--model.max_iter", "2", "--model.continue_from", "projected"],
+    "PH2P restarted": ["--model.optimizer", "adam", "--model.restart_every", "2"],
 }
 
 

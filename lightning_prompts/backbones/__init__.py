@@ -60,6 +60,7 @@ def load_backbone(
     except (AttributeError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UserError(f"The model {name!r} cannot be read ({reason}); fetch or write it again.") from error
+    unet.to(memory_format=torch.channels_last)  # in which convolutions are a tenth to a fifth faster
     return StableDiffusion(name, [TextTower(tokenizer, text_encoder)], unet, vae, scheduler)
 
 

@@ -30,8 +30,8 @@ class PH2P(PromptMethod):
         line_search: `strong_wolfe` or None.
         max_step_norm: Cap on how far one iteration moves a prompt.
         projection: `delayed` (after each step), `immediate` (straight through, within the closure) or `final` (scored only).
-        continue_from: After a delayed projection go on from the `projected` or from the `continuous` embeddings; the paper's
-            text admits both readings.
+        continue_from: After a delayed projection go on from the `continuous` embeddings, which finds more, or from the
+            `projected` ones; the paper's text admits both readings (docs/ph2p.md has the figures).
         restart_every: Steps after which the search begins again at the best prompt with half of its tokens drawn anew, as
             gradients alone do not leave a prompt that is nearly right; 0 for never, as in the paper.
         **kwargs: See `PromptMethod`.
@@ -47,7 +47,7 @@ class PH2P(PromptMethod):
         line_search: Literal["strong_wolfe"] | None = None,
         max_step_norm: float | None = None,
         projection: Literal["delayed", "immediate", "final"] = "delayed",
-        continue_from: Literal["projected", "continuous"] = "projected",
+        continue_from: Literal["projected", "continuous"] = "continuous",
         restart_every: int = 0,
         **kwargs: Any,
     ) -> None:
