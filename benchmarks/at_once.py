@@ -1,7 +1,6 @@
 """What it saves to invert many pictures in one run: `python benchmarks/at_once.py --config configs/ph2p.yaml`.
 
-Inverts the same targets in one process and in one process each, and prints both times and how good the prompts are. With
-`--model.microbatch` set to the number of samples a step of one target, the same prompts are expected.
+Inverts the same targets in one process and in one process each, and prints both times and how good the prompts are.
 """
 
 from __future__ import annotations
@@ -49,8 +48,10 @@ def main() -> None:
     print("| | at once | one by one |")
     print("|---|---|---|")
     print(f"| seconds, {len(pictures)} targets | {seconds:.0f} | {apart:.0f} |")
-    for name in ("validation_loss", "heldout_clip_similarity"):
-        print(f"| {name} | " + " | ".join(interval([p[name] for p in some]) for some in (together, alone)) + " |")
+    losses = [sum(p["validation_loss"] for p in some) / len(pictures) for some in (together, alone)]
+    print(f"| validation loss | {losses[0]:.5f} | {losses[1]:.5f} |")
+    similarities = [interval([p["heldout_clip_similarity"] for p in some]) for some in (together, alone)]
+    print("| held-out similarity | " + " | ".join(similarities) + " |")
     for kind in ("object", "background"):
         found = [[float(has(str(p["prompt"]), words[p["target"]][kind])) for p in some] for some in (together, alone)]
         print(f"| {kind} word found | " + " | ".join(map(interval, found)) + " |")

@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MIN_SIDE = 8
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # nothing that runs another program, as EPS does
 _KINDS = "PNG, JPEG, WebP, BMP, GIF or TIFF"
+_DAMAGE = (  # what Pillow's decoders raise on damaged files
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
+)
 _COLUMNS = {"file", "caption", "subject"}
 
 
@@ -157,7 +163,7 @@ def _decode(path: Path, data: bytes, max_pixels: int) -> Image.Image:
         too_many = True
     except UnidentifiedImageError as error:
         raise UserError(f"'{path}' is no picture or its header is damaged; give a {_KINDS} file.") from error
-    except Exception as error:  # damaged files raise nearly anything
+    except _DAMAGE as error:
         raise UserError(damaged) from error
     if too_many:
         raise UserError(f"'{path}' has more than the {max_pixels:,} pixels allowed; save a smaller picture.")
@@ -166,9 +172,9 @@ def _decode(path: Path, data: bytes, max_pixels: int) -> Image.Image:
         raise UserError(f"'{path}' has {size} pixels; give a picture of at least {MIN_SIDE} on each side.")
     try:
         image.load()
-    except Exception as error:
+    except _DAMAGE as error:
         raise UserError(damaged) from error
-    with contextlib.suppress(Exception):  # a picture with broken EXIF data stays as it is
+    with contextlib.suppress(*_DAMAGE):  # a picture with broken EXIF data stays as it is
         image = ImageOps.exif_transpose(image)
     return image
 

@@ -11,19 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_prompts.errors import UserError
+from lightning_prompts.optimizers.curvature import choose_rows, dot, new_state, newton_direction, remember
 from lightning_prompts.optimizers.strong_wolfe import Lines, StrongWolfe, Trials, choose
 
 LineSearch = Literal["strong_wolfe"]
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of rows, (P, N) and (P, N) to (P,); no matrix product, which could be computed in TF32."""
-    return (a * b).sum(dim=1)
-
-
-def _rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Takes the rows in a mask, (P,) bool, from one tensor (P, N) and the others from another."""
-    return torch.where(mask.unsqueeze(1), yes, no)
 
 
 class _FixedStep:
@@ -190,24 +181,6 @@ class BatchedLBFGS(Optimizer):
         for name, tensor in state.items():
             tensor.masked_fill_(mask.view(-1, *[1] * (tensor.dim() - 1)), 1 if name == "scale" else 0)
 
-    @torch.no_grad()
-    def select(self, index: Tensor) -> None:
-        """Keeps only some problems, in the parameter as well as in the state.
-
-        The parameter stays the same object, with fewer rows and no gradient. No graph that it took part in may be
-        alive, because autograd would expect gradients of the old shape.
-
-        Args:
-            index: Numbers of the rows to keep in their new order, (Q,) integers, or a mask, (P,) bool.
-        """
-        param = self._param
-        index = index.to(param.device)
-        state = self.state.get(param, {})
-        param.grad = None
-        param.data = param.data[index]
-        for name, tensor in state.items():
-            state[name] = tensor[index]
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned.
 
@@ -243,28 +216,10 @@ class BatchedLBFGS(Optimizer):
         return mask.to(self._param.device)
 
     def _problem_state(self) -> dict[str, Tensor]:
-        """The state of the problems, each tensor with the leading axis P.
-
-        - steps, changes: Steps s and changes of gradient y, (P, history, N), rings of which unused slots are 0.
-        - rho: 1 / (y.s) of each pair, (P, history), 0 in unused slots.
-        - pairs: Number of pairs ever stored, (P,).
-        - scale: Of the initial inverse Hessian, (P,).
-        - n_iter: Iterations since the history was empty, (P,).
-        - prev_grad: Gradient where the last iteration began, (P, N).
-        - move: The change of the point that the last iteration made, (P, N).
-        - point: The last point that was evaluated and accepted, (P, N).
-        """
+        """The state of the problems, see `new_state`."""
         state: dict[str, Tensor] = self.state[self._param]
         if not state:
-            flat, history = self._flat(), self.param_groups[0]["history_size"]
-            for name in ("steps", "changes"):
-                state[name] = flat.new_zeros(len(flat), history, flat.shape[1])
-            for name in ("prev_grad", "move", "point"):
-                state[name] = torch.zeros_like(flat, memory_format=torch.contiguous_format)
-            state["rho"] = flat.new_zeros(len(flat), history)
-            state["scale"] = flat.new_ones(len(flat))
-            for name in ("n_iter", "pairs"):
-                state[name] = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
+            state.update(new_state(self._flat(), self.param_groups[0]["history_size"]))
         return state
 
     def _evaluate(self, closure: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -286,8 +241,8 @@ class BatchedLBFGS(Optimizer):
         point = self._flat().clone(memory_format=torch.contiguous_format)
         sound = loss.isfinite() & grad.isfinite().all(dim=1)
         own_step = (state["n_iter"] > 0) & (state["point"] + state["move"] == point).all(dim=1)
-        point = _rows(mask & ~sound & own_step, state["point"], point)
-        state["point"] = _rows(mask & sound, point, state["point"])
+        point = choose_rows(mask & ~sound & own_step, state["point"], point)
+        state["point"] = choose_rows(mask & sound, point, state["point"])
 
         going = mask & sound & (grad.abs().amax(dim=1) > self.param_groups[0]["tolerance_grad"])
         zeros, counts = torch.zeros_like(loss), torch.zeros_like(state["n_iter"])
@@ -302,9 +257,9 @@ class BatchedLBFGS(Optimizer):
             return
         group, state = self.param_groups[0], self._problem_state()
         grad = now.here.grad
-        self._remember(fresh, grad - state["prev_grad"], state["move"])
-        direction = self._newton_direction(grad)
-        slope = _dot(grad, direction)
+        remember(state, fresh, grad - state["prev_grad"], state["move"], group["curvature_eps"])
+        direction = newton_direction(state, grad)
+        slope = dot(grad, direction)
         t = torch.full_like(slope, group["lr"])
         t = torch.where(state["n_iter"] == 0, (1 / grad.abs().sum(dim=1)).clamp(max=1) * t, t)
         t_max = torch.full_like(t, torch.inf)
@@ -317,58 +272,19 @@ class BatchedLBFGS(Optimizer):
             size=direction.abs().amax(dim=1),
             budget=group["max_eval"] - now.n_eval,
         )
-        state["prev_grad"] = _rows(fresh, grad, state["prev_grad"])
-        state["move"] = _rows(fresh, torch.zeros_like(grad), state["move"])
+        state["prev_grad"] = choose_rows(fresh, grad, state["prev_grad"])
+        state["move"] = choose_rows(fresh, torch.zeros_like(grad), state["move"])
         state["n_iter"] += fresh
         now.n_iter = now.n_iter + fresh
-        now.direction = _rows(fresh, direction, now.direction)
+        now.direction = choose_rows(fresh, direction, now.direction)
         now.going = now.going & ~(fresh & (slope > -group["tolerance_change"]))
         search.begin(fresh, lines)
-
-    def _remember(self, mask: Tensor, change: Tensor, step: Tensor) -> None:
-        """Stores the curvature pairs of the problems in a mask, (P,) bool, over their oldest ones.
-
-        Args:
-            mask: The problems, (P,) bool.
-            change: Changes of the gradient, (P, N).
-            step: Steps that made them, (P, N); 0 where there was none.
-        """
-        group, state = self.param_groups[0], self._problem_state()
-        curvature = _dot(change, step)
-        mask = mask & (curvature > group["curvature_eps"])
-        row = torch.arange(len(mask), device=mask.device)
-        slot = state["pairs"] % group["history_size"]
-        for name, value in (("changes", change), ("steps", step)):
-            state[name][row, slot] = _rows(mask, value, state[name][row, slot])
-        state["rho"][row, slot] = torch.where(mask, 1 / curvature, state["rho"][row, slot])
-        state["scale"] = torch.where(mask, curvature / _dot(change, change), state["scale"])
-        state["pairs"] += mask
-
-    def _newton_direction(self, grad: Tensor) -> Tensor:
-        """Minus the inverse Hessian's estimate times the gradients, (P, N), by the two-loop recursion.
-
-        Unused slots are 0 and change nothing, so problems with fewer pairs need no mask.
-        """
-        state, history = self._problem_state(), self.param_groups[0]["history_size"]
-        row = torch.arange(len(grad), device=grad.device)
-        depth = min(history, int(state["pairs"].max()))
-        slots = [(state["pairs"] - age) % history for age in range(1, depth + 1)]  # from the newest pair to the oldest
-        alphas = []
-        vector = -grad
-        for slot in slots:
-            alphas.append(_dot(state["steps"][row, slot], vector) * state["rho"][row, slot])
-            vector = vector - alphas[-1].unsqueeze(1) * state["changes"][row, slot]
-        vector = vector * state["scale"].unsqueeze(1)
-        for slot, alpha in zip(reversed(slots), reversed(alphas), strict=True):
-            beta = _dot(state["changes"][row, slot], vector) * state["rho"][row, slot]
-            vector = vector + (alpha - beta).unsqueeze(1) * state["steps"][row, slot]
-        return vector
 
     def _trial(self, now: _Progress, t: Tensor) -> Tensor:
         """The points to evaluate next, (P, N); a problem whose point would not be finite is rejected."""
         trial = now.point + t.unsqueeze(1) * now.direction
         self._reject(now, now.going & ~trial.isfinite().all(dim=1))
-        return _rows(now.going, trial, now.point)
+        return choose_rows(now.going, trial, now.point)
 
     def _look(self, now: _Progress, closure: Callable[[], Tensor], trial: Tensor, t: Tensor) -> Trials:
         """Evaluates the points (P, N) that are at step sizes t, (P,); what is not finite is rejected."""
@@ -376,21 +292,21 @@ class BatchedLBFGS(Optimizer):
         loss, grad = self._evaluate(closure)
         now.n_eval = now.n_eval + now.going
         self._reject(now, now.going & ~(loss.isfinite() & grad.isfinite().all(dim=1)))
-        return Trials(t, loss, _dot(grad, now.direction), grad)
+        return Trials(t, loss, dot(grad, now.direction), grad)
 
     def _move(self, now: _Progress, mask: Tensor, t: Tensor) -> Tensor:
         """Moves the problems in a mask, (P,) bool, by t times their directions; returns all moves, (P, N)."""
         state = self._problem_state()
         move: Tensor = t.unsqueeze(1) * now.direction
-        now.point = _rows(mask, now.point + move, now.point)
-        state["move"] = _rows(mask, move, state["move"])
+        now.point = choose_rows(mask, now.point + move, now.point)
+        state["move"] = choose_rows(mask, move, state["move"])
         return move
 
     def _accept(self, now: _Progress, ended: Tensor, found: Trials) -> Tensor:
         """Moves problems whose search ended, (P,) bool, and stops some; returns those that go on to a new iteration."""
         group, state = self.param_groups[0], self._problem_state()
         move = self._move(now, ended, found.t)
-        state["point"] = _rows(ended, now.point, state["point"])
+        state["point"] = choose_rows(ended, now.point, state["point"])
         stop = (now.n_iter >= group["max_iter"]) | (now.n_eval >= group["max_eval"])
         stop |= found.grad.abs().amax(dim=1) <= group["tolerance_grad"]
         stop |= move.abs().amax(dim=1) <= group["tolerance_change"]

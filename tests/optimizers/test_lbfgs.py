@@ -494,24 +494,6 @@ def test_reset_problems_begin_anew_and_the_others_go_on(line_search_fn):
     assert not batch.state["pairs"].any()
 
 
-@pytest.mark.parametrize("index", [torch.tensor([4, 1, 3]), torch.tensor([0, 1, 0, 1, 1, 0], dtype=torch.bool)])
-def test_selected_problems_go_on_as_if_nothing_had_happened(index):
-    options = {"max_iter": 3, "line_search_fn": "strong_wolfe"}
-    whole, fewer = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), **options)
-    whole.steps(2), fewer.steps(2)
-    rows = torch.arange(6)[index].tolist()
-    param = fewer.param
-    fewer.optimizer.select(index)
-    fewer.functions = [FUNCTIONS[row] for row in rows]
-    assert fewer.param is param
-    assert fewer.param.shape == (3, N)
-    assert all(len(tensor) == 3 for tensor in fewer.state.values())
-    torch.testing.assert_close(fewer.steps(2), whole.steps(2)[index], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(fewer.param, whole.param[index], rtol=1e-9, atol=1e-9)
-    fewer.optimizer.select(torch.tensor([], dtype=torch.int64))
-    assert fewer.optimizer.step(lambda: pytest.fail("nothing to evaluate")).shape == (0,)
-
-
 def test_a_closure_that_fails_leaves_the_last_accepted_point():
     batch = Batch(FUNCTIONS, starts(), max_iter=3, line_search_fn="strong_wolfe")
 
