@@ -53,10 +53,11 @@ class Results(pl.Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws one picture a prompt and seed."""
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
+        shape = pl_module.backbone.latent_shape
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds])
         for problem in _found(trainer):
-            for seed in self.seeds:
-                noise = torch.randn(1, *pl_module.backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
-                picture = pl_module.draw([problem.prompt], noise.to(pl_module.device))[0]
+            pictures = pl_module.draw([problem.prompt] * len(self.seeds), noise.to(pl_module.device))
+            for seed, picture in zip(self.seeds, pictures, strict=True):
                 path = folder.path / "pictures" / f"{problem.key}-seed{seed}.png"
                 atomic_write(path, to_png(to_image(picture)))
                 print(f"{path}  {problem.prompt}")
