@@ -40,6 +40,8 @@ class PromptProgress(pl.Callback):
                     file=sys.stdout,
                     disable=None if trainer.is_global_zero else True,
                     leave=False,
+                    mininterval=0,
+                    miniters=1,
                 )
             )
             self._show(pl_module, batch.step)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_prompts.callbacks import VocabularyProjection
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.inversion import Step
-from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.base import PromptMethod, Samples
 from lightning_prompts.optimizers import BatchedLBFGS
 
 
@@ -76,16 +76,18 @@ class PH2P(PromptMethod):
         optimizer: Any = self.optimizers()
         everyone, samples = self.active.to(self.device), self.samples(rows, batch)
 
-        def closure() -> Tensor:
-            ids, embeddings = self.prompt(rows.to(self.device), straight_through=self.projection == "immediate")
-            loss = self.denoising_loss(rows, ids, embeddings, samples)
-            return loss.new_zeros(len(everyone)).index_put((rows.to(self.device),), loss)
+        def losses(needed: Tensor) -> Tensor:
+            """Losses (P,), of which those of the problems `needed` (P,) are computed."""
+            among = needed.cpu()[rows].nonzero().squeeze(1)
+            ids, embeddings = self.prompt(rows[among].to(self.device), straight_through=self.projection == "immediate")
+            loss = self.denoising_loss(rows[among], ids, embeddings, Samples(*(drawn[among] for drawn in samples)))
+            return loss.new_zeros(len(needed)).index_put((rows[among].to(self.device),), loss)
 
         if self.optimizer == "adam":
-            loss = closure()
+            loss = losses(everyone)
             self.step_active(optimizer, loss)
         else:
-            loss = optimizer.step(closure=closure, active=everyone)
+            loss = optimizer.step(closure=lambda: losses(optimizer.optimizer.needed), active=everyone)
         self.log("train/loss", loss[everyone].mean().detach(), prog_bar=True)
 
     def _restart(self, step: int) -> None:

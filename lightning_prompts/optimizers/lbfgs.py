@@ -121,6 +121,9 @@ class BatchedLBFGS(Optimizer):
         if self._param.dim() == 0:
             raise ValueError("BatchedLBFGS needs a parameter of shape (P, ...), but it has no axis.")
 
+    needed: Tensor
+    """While the closure runs: the problems whose losses are used, (P,) bool; of the others it may return anything finite."""
+
     @property
     def _param(self) -> Tensor:
         param: Tensor = self.param_groups[0]["params"][0]
@@ -237,6 +240,7 @@ class BatchedLBFGS(Optimizer):
     def _start(self, closure: Callable[[], Tensor], active: Tensor | None) -> _Progress:
         """Evaluates the points that a call begins with; takes back a last step that turns out not to be finite."""
         mask, state = self._mask(active), self._problem_state()
+        self.needed = mask
         loss, grad = self._evaluate(closure)
         point = self._flat().clone(memory_format=torch.contiguous_format)
         sound = loss.isfinite() & grad.isfinite().all(dim=1)
@@ -289,6 +293,7 @@ class BatchedLBFGS(Optimizer):
     def _look(self, now: _Progress, closure: Callable[[], Tensor], trial: Tensor, t: Tensor) -> Trials:
         """Evaluates the points (P, N) that are at step sizes t, (P,); what is not finite is rejected."""
         self._param.copy_(trial.view_as(self._param))
+        self.needed = now.going
         loss, grad = self._evaluate(closure)
         now.n_eval = now.n_eval + now.going
         self._reject(now, now.going & ~(loss.isfinite() & grad.isfinite().all(dim=1)))

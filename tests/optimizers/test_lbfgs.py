@@ -494,6 +494,26 @@ def test_reset_problems_begin_anew_and_the_others_go_on(line_search_fn):
     assert not batch.state["pairs"].any()
 
 
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_losses_that_are_not_needed_play_no_part(line_search_fn):
+    options = {"max_iter": 6, "line_search_fn": line_search_fn}
+    whole, partly = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), **options)
+    asked = []
+
+    def closure():
+        asked.append(int(partly.optimizer.needed.sum()))
+        losses = losses_of(partly.functions, partly.param)
+        return torch.where(partly.optimizer.needed, losses, 0.0)
+
+    active = torch.tensor([True, True, False, True, True, True])
+    for _ in range(3):
+        partly.optimizer.step(closure, active)
+    whole.steps(3, active)
+    assert torch.equal(partly.param, whole.param)
+    assert max(asked) == 5
+    assert min(asked) < 5 or line_search_fn is None
+
+
 def test_a_closure_that_fails_leaves_the_last_accepted_point():
     batch = Batch(FUNCTIONS, starts(), max_iter=3, line_search_fn="strong_wolfe")
 
