@@ -18,7 +18,8 @@ class PromptProgress(pl.Callback):
     """A line for every better prompt, above a bar with the newest one where the output is a terminal.
 
     Args:
-        most: Problems in a wave up to which every better prompt gets a line; with more, only the bar shows them.
+        most: Problems in a wave up to which every better prompt gets a line; with more, a line tells how many
+            got better.
     """
 
     def __init__(self, most: int = 4) -> None:
