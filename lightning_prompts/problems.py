@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from lightning_prompts.errors import UserError
 
@@ -35,9 +35,17 @@ _PACKAGES = ("lightning_prompts", "torch", "diffusers", "transformers", "pytorch
 _RESULT_KEYS = (
     *("target", "key", "status", "reason", "prompt", "token_ids"),
     *("validation_loss", "clip_similarity", "heldout_clip_similarity", "initial_validation_loss"),
-    *("unet_samples", "seconds"),
+    *("unet_samples", "seconds", "history"),
 )
 _MEASURED_ON_REQUEST = ("lpips", "word_recall")  # in result.json only where there is a number
+
+
+class Better(TypedDict):
+    """A prompt that was the best when it was found."""
+
+    unet_samples: int
+    validation_loss: float
+    prompt: str
 
 
 @dataclass
@@ -53,6 +61,7 @@ class Problem:
     reason: str | None = None  # one sentence, why it is "not improved" or "failed"
     prompt: str | None = None
     token_ids: list[int] | None = None
+    embedding: list[list[float]] | None = None  # (M, D) of a prompt that is no text: what its pseudo-word stands for
     validation_loss: float | None = None
     initial_validation_loss: float | None = None  # of the prompt that the search started from
     clip_similarity: float | None = None
@@ -61,10 +70,18 @@ class Problem:
     word_recall: float | None = None
     unet_samples: int = 0  # forward and backward counted each
     seconds: float = 0.0
+    history: list[Better] = field(default_factory=list)  # of the best prompt, oldest first
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
             raise ValueError(f"The status {self.status!r} is unknown; use one of {get_args(Status)}.")
+
+    def keep(
+        self, prompt: str, loss: float, token_ids: list[int] | None = None, embedding: list[list[float]] | None = None
+    ) -> None:
+        """Takes a better prompt."""
+        self.prompt, self.validation_loss, self.token_ids, self.embedding = prompt, loss, token_ids, embedding
+        self.history.append({"unet_samples": self.unet_samples, "validation_loss": loss, "prompt": prompt})
 
     def finish(self) -> None:
         """Sets the final status from the two losses; without any, a problem is done, and one that failed stays so."""

@@ -50,10 +50,10 @@ class TokenEmbeddings(nn.Module):
         self.embeddings = nn.Parameter(torch.empty(0, tokens, self.table.shape[1]))
 
     @torch.no_grad()
-    def begin(self, token_ids: Tensor) -> None:
-        """Starts P problems at the embeddings of tokens (P, M)."""
+    def begin(self, embeddings: Tensor) -> None:
+        """Starts P problems at embeddings (P, M, D)."""
         self.embeddings.grad = None
-        self.embeddings.data = self.table[token_ids].float()
+        self.embeddings.data = embeddings.clone()
 
     @torch.no_grad()
     def project(self) -> Tensor:
@@ -61,10 +61,15 @@ class TokenEmbeddings(nn.Module):
         return nearest_tokens(self.embeddings, self.table, self.allowed, self.metric)
 
     def ids(self, token_ids: Tensor) -> Tensor:
-        """Puts prompts (P, M) into the template: ids with start, end and padding, (P, L)."""
+        """Puts prompts (P, m) of up to M tokens into the template: ids with start, end and padding, (P, L)."""
+        used = token_ids.shape[1]
         ids = self.template.repeat(len(token_ids), 1)
-        ids[:, self.positions] = token_ids
-        return ids
+        ids[:, self.positions[:used]] = token_ids
+        if used == len(self.positions):
+            return ids
+        rest = self.positions[-1] + 1  # what follows the prompt moves up to it; what it leaves behind it is padding
+        ends = self.positions[used]
+        return torch.cat([ids[:, :ends], ids[:, rest:], ids[:, -1:].expand(-1, int(rest - ends))], dim=1)
 
     def forward(self, rows: Tensor, straight_through: bool = False) -> tuple[Tensor, Tensor]:
         """What the text encoder is given for some of the problems.

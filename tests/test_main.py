@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command l
 RESULT_KEYS = {"schema_version", "method", "backbone", "seed", "settings", "versions", "problems"}
 PROBLEM_KEYS = {
     "target", "key", "status", "reason", "prompt", "token_ids", "validation_loss", "clip_similarity", "heldout_clip_similarity",
-    "initial_validation_loss", "unet_samples", "seconds",
+    "initial_validation_loss", "unet_samples", "seconds", "history",
 }  # fmt: skip
 
 
@@ -150,8 +150,9 @@ def test_caption_is_compared(fit, pictures):
 
 
 def test_clip_objective(fit):
-    (problem,) = results(fit("--model.objective", "clip"))["problems"]
+    (problem,) = results(fit("--model.denoising_weight", "0", "--model.clip_weight", "1"))["problems"]
     assert problem["prompt"]
+    assert problem["unet_samples"] == 3 * 2  # of the scorings alone
 
 
 def test_heldout_scorer(fit, tiny):

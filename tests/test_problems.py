@@ -290,7 +290,7 @@ def test_the_result_has_exactly_these_keys(folder):
     assert (result["settings"], result["versions"]) == ({"steps": 10}, {"torch": "2.6"})
     always = {
         *("target", "key", "status", "reason", "prompt", "token_ids", "validation_loss", "clip_similarity"),
-        *("heldout_clip_similarity", "initial_validation_loss", "unet_samples", "seconds"),
+        *("heldout_clip_similarity", "initial_validation_loss", "unet_samples", "seconds", "history"),
     }
     full, bare = result["problems"]
     assert set(bare) == always

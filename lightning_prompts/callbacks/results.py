@@ -103,8 +103,7 @@ class Results(pl.Callback):
 
     def _export(self, module: Any, folder: RunFolder, problems: list[Problem]) -> None:
         """The found tokens' embeddings (M, D), one tensor a problem."""
-        table = module.prompt.table
-        tensors = {p.key: table[torch.tensor(p.token_ids)].float().cpu().contiguous() for p in problems if p.token_ids}
+        tensors = {problem.key: module.embedded(problem).float().cpu().contiguous() for problem in problems}
         prompts = {problem.key: str(problem.prompt) for problem in problems}
         atomic_write(folder.embedding, save(tensors, {"format": "pt", "backbone": module.backbone.name, **prompts}))
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lightning_prompts.backbones import Backbone
@@ -61,6 +62,7 @@ class ImagesToPrompts(pl.LightningDataModule):
         samples: N, noise/timestep pairs per step and problem.
         timesteps: Range [low, high) that timesteps are drawn from.
         validation_samples: Noise/timestep pairs that prompts are scored on.
+        negative_images: Pictures to lead away from, whose denoising loss is to be high: as `images`, for all targets.
         seed: Addresses every random draw.
     """
 
@@ -74,10 +76,12 @@ class ImagesToPrompts(pl.LightningDataModule):
         samples: int = 4,
         timesteps: tuple[int, int] = (500, 1000),
         validation_samples: int = 8,
+        negative_images: str | list[str] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.images = [images] if isinstance(images, str) else images
+        self.negative_images = [negative_images] if isinstance(negative_images, str) else negative_images or []
         self.fit, self.one_subject = fit, one_subject
         self.background: tuple[int, int, int] = background
         self.steps, self.samples, self.timesteps = steps, samples, timesteps
@@ -85,6 +89,8 @@ class ImagesToPrompts(pl.LightningDataModule):
         self.records: dict[str, Problem] = {}
         self._latents: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
+        self._negatives: list[Image.Image] = []
+        self._negative_latents: Tensor | None = None
 
     @property
     def method(self) -> Any:
@@ -102,6 +108,8 @@ class ImagesToPrompts(pl.LightningDataModule):
         if self.records:
             return
         known = self.folder.load()
+        for target in find_targets(self.negative_images) if self.negative_images else ():
+            self._negatives += [self._load(str(path)) for path in target.paths]
         targets = find_targets(self.images, self.one_subject)
         for index, target in enumerate(targets):
             self._add(index, target, known, alone=len(targets) == 1)
@@ -128,19 +136,25 @@ class ImagesToPrompts(pl.LightningDataModule):
     def _add(self, index: int, target: Target, known: dict[str, Problem], alone: bool) -> None:
         paths = [str(path) for path in target.paths]
         try:
-            pictures = [load_image(path, self.method.backbone.image_size, self.fit, self.background) for path in paths]
+            pictures = [self._load(path) for path in paths]
         except UserError as error:
             if alone:
                 raise
             key = content_key([], {"unreadable": paths})
             self.records[key] = Problem(key, target.name, paths, target.caption, index, "failed", str(error))
             return
-        key = content_key(pictures, {"backbone": self.method.backbone.name, "template": self.method.template})
+        settings = {"backbone": self.method.backbone.name, "template": self.method.template}
+        if self._negatives:
+            settings["negative"] = content_key(self._negatives, {})
+        key = content_key(pictures, settings)
         problem = known.get(key) or Problem(key, target.name, paths, target.caption, index)
         if problem.status == "failed":
             problem.status, problem.reason = "open", None
         self.records.setdefault(key, problem)
         self._loaded[key] = torch.stack([to_tensor(picture) for picture in pictures])
+
+    def _load(self, path: str) -> Image.Image:
+        return load_image(path, self.method.backbone.image_size, self.fit, self.background)
 
     def pictures(self, problems: Sequence[Problem]) -> list[Tensor]:
         """The pictures (I, 3, H, W) in [-1, 1] of each problem."""
@@ -155,6 +169,13 @@ class ImagesToPrompts(pl.LightningDataModule):
         most = max((len(self._latents[problem.key]) for problem in problems), default=0)
         several = [self._latents[problem.key] for problem in problems]
         return torch.stack([x[torch.arange(most) % len(x)] for x in several]) if several else torch.empty(0)
+
+    def negative_latents(self, backbone: Backbone) -> Tensor | None:
+        """Latents (I, C, h, w) of the pictures to lead away from, encoded once; None without any."""
+        if self._negative_latents is None and self._negatives:
+            pictures = torch.stack([to_tensor(picture) for picture in self._negatives])
+            self._negative_latents = backbone.encode_image(pictures.to(backbone.alphas_cumprod.device))
+        return self._negative_latents
 
     def train_dataloader(self) -> StepLoader:
         """The steps of a wave."""

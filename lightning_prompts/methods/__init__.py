@@ -1,7 +1,10 @@
 """One paper, one file, one LightningModule."""
 
 from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.baselines import ClipWords, RandomTokens
+from lightning_prompts.methods.gcg import GCG
 from lightning_prompts.methods.pez import PEZ
 from lightning_prompts.methods.ph2p import PH2P
+from lightning_prompts.methods.textual_inversion import TextualInversion
 
-__all__ = ["PEZ", "PH2P", "PromptMethod"]
+__all__ = ["GCG", "PEZ", "PH2P", "ClipWords", "PromptMethod", "RandomTokens", "TextualInversion"]

@@ -6,14 +6,14 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_prompts.backbones import Backbone, load_backbone
+from lightning_prompts.backbones import Backbone, Conditioning, load_backbone
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
 from lightning_prompts.data.addresses import (
     START,
@@ -24,8 +24,10 @@ from lightning_prompts.data.addresses import (
 )
 from lightning_prompts.data.inversion import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.objectives import Denoising
-from lightning_prompts.problems import Problem
+from lightning_prompts.methods.clip_words import best_words
+from lightning_prompts.objectives import ClipSimilarity, Denoising
+from lightning_prompts.objectives.clip import clip_of
+from lightning_prompts.problems import Problem, RunFolder
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.vocabulary import Metric, contains_blocked, encode_text, fill_template, round_trip
 
@@ -34,12 +36,31 @@ log = logging.getLogger(__name__)
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class Samples(NamedTuple):
-    """What some problems are denoised from: latents (Q, N, C, h, w), timesteps (Q, N) and noise (Q, N, C, h, w)."""
+class Found(NamedTuple):
+    """A prompt that was found, by its tokens or, where it is no text, by its embeddings (M, D)."""
+
+    prompt: str
+    token_ids: list[int] | None
+    embedding: list[list[float]] | None
+    sound: bool = True  # what is read again is what was written down, and allowed
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What Q problems are denoised from: latents (Q, N, C, h, w), timesteps (Q, N) and noise (Q, N, C, h, w).
+
+    With pictures to lead away from, their latents (Q, N, C, h, w) are seen at the same timesteps through the same noise.
+    """
 
     latents: Tensor
     timesteps: Tensor
     noise: Tensor
+    negative: Tensor | None = None
+
+    def __getitem__(self, rows: Tensor) -> Samples:
+        """Selects problems, as rows of a tensor."""
+        negative = None if self.negative is None else self.negative[rows]
+        return Samples(self.latents[rows], self.timesteps[rows], self.noise[rows], negative)
 
 
 class PromptMethod(pl.LightningModule, ABC):
@@ -64,6 +85,12 @@ class PromptMethod(pl.LightningModule, ABC):
         sampling_steps: Denoising steps of the pictures that `fit`, `test` and `predict` draw.
         guidance_scale: Weight of the prompt when these are drawn.
         metric: Distance by which embeddings are replaced with tokens.
+        start: What the search starts from: `random` tokens, the best `clip_words`, or the folder of a run, whatever its method,
+            that has prompts for these pictures.
+        denoising_weight: Weight of the denoising loss in what is minimised.
+        negative_weight: Weight of the denoising loss of `--data.negative_images` against that of the target's.
+        clip_weight: Weight of one minus the CLIP's cosine of prompt and pictures in what is minimised.
+        clip: Folder or hub id of this CLIP; None for the one that goes with the backbone.
     """
 
     strict_loading = False  # a checkpoint has no backbone
@@ -88,9 +115,17 @@ class PromptMethod(pl.LightningModule, ABC):
         sampling_steps: int = 25,
         guidance_scale: float = 3.0,
         metric: Metric = "euclidean",
+        start: str = "random",
+        denoising_weight: float = 1.0,
+        negative_weight: float = 1.0,
+        clip_weight: float = 0.0,
+        clip: str | None = None,
     ) -> None:
         super().__init__()
+        if not denoising_weight and not clip_weight:
+            raise UserError("There is nothing to minimise; raise --model.denoising_weight or --model.clip_weight.")
         self.automatic_optimization = False
+        self.start, self.denoising_weight, self.negative_weight = start, denoising_weight, negative_weight
         self.offline = offline
         self.template, self.blocked, self.patience = template, tuple(blocked), patience
         self.score_every, self.sample_every = score_every, sample_every
@@ -100,6 +135,9 @@ class PromptMethod(pl.LightningModule, ABC):
         words = None if words is None else tuple(words)
         self.prompt = TokenEmbeddings(self.tower, template, tokens, self.blocked, words, metric)
         self.denoising = Denoising(microbatch)
+        self.clip_weight = clip_weight
+        self._clip_name, self._clip = clip or clip_of(self.backbone.name), cast("ClipSimilarity | None", None)
+        self._features: dict[str, Tensor] = {}
         self.problems = []
         self.register_buffer("latents", torch.empty(0), persistent=False)
         self.active = torch.empty(0, dtype=torch.bool)
@@ -138,7 +176,7 @@ class PromptMethod(pl.LightningModule, ABC):
         self._take([problem for problem in self.data.own() if problem.status == "open"])
         if not self.problems:
             return
-        self.begin(self.random_tokens(START))
+        self.begin(self.initial_embeddings())
         self.active, self.stale = torch.ones(len(self.problems), dtype=torch.bool), [0] * len(self.problems)
 
     def random_tokens(self, step: int) -> Tensor:
@@ -147,9 +185,46 @@ class PromptMethod(pl.LightningModule, ABC):
         draws = [generator(self.data.seed, f"{problem.key}/tokens", step, 0) for problem in self.problems]
         return torch.stack([allowed[torch.randint(len(allowed), (tokens,), generator=g)] for g in draws])
 
-    def begin(self, token_ids: Tensor) -> None:
-        """Puts the wave's problems onto tokens (P, M); what the optimiser knows of the points before the jump is forgotten."""
-        self.prompt.begin(token_ids.to(self.device))
+    def initial_embeddings(self) -> Tensor:
+        """What the wave starts from, (P, M, D)."""
+        start = self.prompt.table[self.random_tokens(START).to(self.device)].float()
+        if self.start == "clip_words":
+            return self.prompt.table[self.clip_words()].float()
+        if self.start != "random":
+            for row, found in enumerate(self._earlier(RunFolder(self.start))):
+                start[row, : len(found)] = found[: start.shape[1]]
+        return start
+
+    def clip_words(self, beams: int = 1) -> Tensor:
+        """The words (P, M) that the CLIP finds most similar to each of the wave's pictures; see `best_words`."""
+        features = torch.stack([self.features_of(problem) for problem in self.problems])
+        return best_words(self.clip, self.prompt, features, beams)
+
+    def _earlier(self, run: RunFolder) -> list[Tensor]:
+        """Embeddings (M', D) that another run has found for the wave's pictures; shorter ones are filled with random tokens."""
+        records = run.load()
+        found = [records.get(problem.key) for problem in self.problems]
+        missing = [
+            problem.target
+            for problem, record in zip(self.problems, found, strict=True)
+            if not (record and record.prompt)
+        ]
+        if missing:
+            raise UserError(
+                f"The run {run.path} to start from has no prompt for {missing[0]} under this model and template; give the "
+                "folder of a run that has searched these pictures, or --model.start random."
+            )
+        return [self.embedded(record) for record in found if record]
+
+    def embedded(self, record: Problem) -> Tensor:
+        """The embeddings (M, D) of what was found for a problem."""
+        if record.embedding is not None:
+            return torch.tensor(record.embedding, device=self.device)
+        return self.prompt.table[torch.tensor(record.token_ids, device=self.device)].float()
+
+    def begin(self, embeddings: Tensor) -> None:
+        """Puts the wave's problems there (P, M, D); what the optimiser knows of the points before the jump is forgotten."""
+        self.prompt.begin(embeddings)
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
 
@@ -184,25 +259,64 @@ class PromptMethod(pl.LightningModule, ABC):
         """Latents, timesteps and noise of a step of the problems `rows` (Q,); several pictures of one subject take turns."""
         timesteps = batch.timesteps.to(self.device)[rows]
         keys, count = [self.problems[row].key for row in rows.tolist()], timesteps.shape[1]
-        which = (torch.arange(count, device=self.device) + max(batch.step, 0) * count) % self.latents.shape[1]
+        turns = torch.arange(count, device=self.device) + max(batch.step, 0) * count
         noise = draw_noise(self.data.seed, keys, batch.step, count, self.latents.shape[2:], self.device)
-        return Samples(self.latents[rows][:, which], timesteps, noise)
+        latents, others = (
+            self.latents[rows][:, turns % self.latents.shape[1]],
+            self.data.negative_latents(self.backbone),
+        )
+        negative = None if others is None else others.to(self.device)[turns % len(others)].expand_as(latents)
+        return Samples(latents, timesteps, noise, negative)
 
-    def denoising_loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples) -> Tensor:
-        """Denoising losses (Q,) of embedded prompts (Q, L, D), with a gradient to them."""
-        self.count(rows, 2 * samples.timesteps.shape[1])
-        loss: Tensor = self.denoising(self.backbone, self.backbone.encode(ids, embeddings), *samples)
-        return loss
+    def loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples) -> Tensor:
+        """What is minimised, (Q,): the weighted objectives of prompts (Q, L) with embeddings (Q, L, D) on a step's samples."""
+        terms = {}
+        if self.denoising_weight:
+            told = self.backbone.encode(ids, embeddings)
+            terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, told, samples)
+        if self.clip_weight:
+            features = torch.stack([self.features_of(self.problems[row]) for row in rows.tolist()])
+            distance = self.clip(ids, embeddings, features)
+            terms["clip"] = self.clip_weight * distance
+        if len(terms) > 1 and torch.is_grad_enabled():
+            self.log_dict({f"train/{name}": term.detach().mean() for name, term in terms.items()})
+        return torch.stack(list(terms.values())).sum(0)
+
+    def denoising_loss(self, rows: Tensor, conditioning: Conditioning, samples: Samples) -> Tensor:
+        """Denoising losses (Q,) of Q prompts, less those of the pictures to lead away from."""
+        passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
+        self.count(rows, passes)
+        loss: Tensor = self.denoising(self.backbone, conditioning, samples.latents, samples.timesteps, samples.noise)
+        if samples.negative is None:
+            return loss
+        self.count(rows, passes)
+        other: Tensor = self.denoising(self.backbone, conditioning, samples.negative, samples.timesteps, samples.noise)
+        return loss - self.negative_weight * other
+
+    @property
+    def clip(self) -> ClipSimilarity:
+        """The CLIP that searches, loaded when it is first needed."""
+        if self._clip is None:
+            self._clip = ClipSimilarity(self._clip_name, self.offline).to(self.device)
+        return self._clip
+
+    def features_of(self, problem: Problem) -> Tensor:
+        """Mean features (E,) of a problem's pictures in this CLIP, computed once."""
+        if problem.key not in self._features:
+            (pictures,) = self.data.pictures([problem])
+            self._features[problem.key] = self.clip.features(pictures.to(self.device)).mean(0)
+        return self._features[problem.key]
+
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """What the denoiser is told for prompts that a person has pasted."""
+        return self.backbone.encode(encode_text(self.tower.tokenizer, texts, self.tower.length).to(self.device))
 
     @torch.no_grad()
-    def validation_loss(self, rows: Tensor, texts: Sequence[str]) -> Tensor:
+    def validation_loss(self, rows: Tensor, conditioning: Conditioning) -> Tensor:
         """The one definition of best: losses (Q,) of prompts as a person would paste them, on noise that never trains."""
         timesteps = validation_timesteps(self.data.validation_samples, *self.data.timesteps)
         samples = self.samples(rows, Step(VALIDATION, timesteps.expand(len(self.problems), -1)))
-        ids = encode_text(self.tower.tokenizer, texts, self.tower.length).to(self.device)
-        self.count(rows, len(timesteps))
-        loss: Tensor = self.denoising(self.backbone, self.backbone.encode(ids), *samples)
-        return loss
+        return self.denoising_loss(rows, conditioning, samples)
 
     def step_active(self, optimizer: Any, loss: Tensor) -> None:
         """One step of a torch optimiser down the losses (Q,) of the active problems; the other rows stay where they are.
@@ -240,7 +354,7 @@ class PromptMethod(pl.LightningModule, ABC):
         if not found:
             raise UserError("This run has no prompts yet; run `fit` first.")
         self._take(found)
-        losses = self.validation_loss(torch.arange(len(found)), [str(problem.prompt) for problem in found])
+        losses = self.validation_loss(torch.arange(len(found)), self.encode([str(problem.prompt) for problem in found]))
         for problem, loss in zip(found, losses.tolist(), strict=True):
             print(f"{loss:.5f}  {problem.target}  {problem.prompt}")
         self.log("validation/loss", losses.mean(), batch_size=len(found))
@@ -254,9 +368,7 @@ class PromptMethod(pl.LightningModule, ABC):
     @torch.no_grad()
     def draw(self, texts: Sequence[str], noise: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of B texts from noise (B, C, h, w)."""
-        tokenizer, length = self.tower.tokenizer, self.tower.length
-        told = self.backbone.encode(encode_text(tokenizer, texts, length).to(self.device))
-        nothing = self.backbone.encode(encode_text(tokenizer, [""], length).to(self.device))
+        told, nothing = self.encode(texts), self.encode([""])
         parts = []
         for rows in torch.arange(len(noise)).split(self.denoising.microbatch):
             part = self.backbone.sample(
@@ -273,24 +385,30 @@ class PromptMethod(pl.LightningModule, ABC):
             The problems that now have a better prompt.
         """
         rows = self.active.nonzero().squeeze(1)
-        token_ids = self.prompt.project()[rows.to(self.device)]
-        texts, survives = round_trip(self.tower.tokenizer, token_ids.cpu())
-        filled = [fill_template(self.template, text) for text in texts]
-        fits = [
-            bool(ok) and not contains_blocked(text, self.blocked) for ok, text in zip(survives, filled, strict=True)
-        ]
-        losses = self.validation_loss(rows, filled).tolist()
-        better = []
-        for row, text, ids, ok, loss in zip(rows.tolist(), filled, token_ids.tolist(), fits, losses, strict=True):
+        found, told = self.found(rows)
+        losses, better = self.validation_loss(rows, told).tolist(), []
+        for row, candidate, loss in zip(rows.tolist(), found, losses, strict=True):
             problem = self.problems[row]
             if problem.initial_validation_loss is None:
                 problem.initial_validation_loss = loss
             self.stale[row] += 1
-            if ok and loss < float("inf" if problem.validation_loss is None else problem.validation_loss):
-                problem.prompt, problem.token_ids, problem.validation_loss = text, ids, loss
+            best = float("inf") if problem.validation_loss is None else problem.validation_loss
+            if candidate.sound and loss < best:
+                problem.keep(candidate.prompt, loss, candidate.token_ids, candidate.embedding)
                 self.stale[row] = 0
                 better.append(problem)
         return better
+
+    def found(self, rows: Tensor) -> tuple[list[Found], Conditioning]:
+        """What the search has come to for the problems `rows` (Q,), written down and read again: the nearest tokens' text."""
+        token_ids = self.prompt.project()[rows.to(self.device)].cpu()
+        texts, survives = round_trip(self.tower.tokenizer, token_ids)
+        texts = [fill_template(self.template, text) for text in texts]
+        sound = [
+            ok and not contains_blocked(text, self.blocked) for ok, text in zip(survives.tolist(), texts, strict=True)
+        ]
+        found = [Found(text, ids, None, ok) for text, ids, ok in zip(texts, token_ids.tolist(), sound, strict=True)]
+        return found, self.encode(texts)
 
     def retire(self, last: bool) -> list[Problem]:
         """Takes finished problems out of the wave: those that no longer improve, or all after the last step."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_prompts.callbacks import VocabularyProjection
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.inversion import Step
-from lightning_prompts.methods.base import PromptMethod, Samples
+from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.optimizers import BatchedLBFGS
 
 
@@ -23,7 +23,7 @@ class PH2P(PromptMethod):
     the gradient is piecewise constant and there is no curvature to find.
 
     Args:
-        optimizer: `lbfgs` (the paper's) or `adam`: many small steps, each of one iteration on new noise (docs/ph2p.md).
+        optimizer: `lbfgs` (the paper's), or `adam` or `sgd`: many small steps, each of one iteration on new noise (docs/ph2p.md).
         lr: Step size.
         max_iter: Iterations of L-BFGS per step; each costs one evaluation of all samples.
         history_size: Curvature pairs kept.
@@ -40,7 +40,7 @@ class PH2P(PromptMethod):
     def __init__(
         self,
         *,
-        optimizer: Literal["lbfgs", "adam"] = "lbfgs",
+        optimizer: Literal["lbfgs", "adam", "sgd"] = "lbfgs",
         lr: float = 1.0,
         max_iter: int = 10,
         history_size: int = 10,
@@ -70,7 +70,7 @@ class PH2P(PromptMethod):
         return callbacks
 
     def search(self, batch: Step, rows: Tensor) -> None:
-        """One step on this step's noise: up to `max_iter` iterations of L-BFGS, or one of Adam."""
+        """One step on this step's noise: up to `max_iter` iterations of L-BFGS, or one of Adam or SGD."""
         if self.restart_every and batch.step and batch.step % self.restart_every == 0:
             self._restart(batch.step)
         optimizer: Any = self.optimizers()
@@ -80,10 +80,10 @@ class PH2P(PromptMethod):
             """Losses (P,), of which those of the problems `needed` (P,) are computed."""
             among = needed.cpu()[rows].nonzero().squeeze(1)
             ids, embeddings = self.prompt(rows[among].to(self.device), straight_through=self.projection == "immediate")
-            loss = self.denoising_loss(rows[among], ids, embeddings, Samples(*(drawn[among] for drawn in samples)))
+            loss = self.loss(rows[among], ids, embeddings, samples[among])
             return loss.new_zeros(len(needed)).index_put((rows[among].to(self.device),), loss)
 
-        if self.optimizer == "adam":
+        if self.optimizer != "lbfgs":
             loss = losses(everyone)
             self.step_active(optimizer, loss)
         else:
@@ -100,10 +100,12 @@ class PH2P(PromptMethod):
                 )
                 kept = order[: len(order) // 2]
                 drawn[row, kept] = torch.tensor(problem.token_ids)[kept]
-        self.begin(drawn)
+        self.begin(self.prompt.table[drawn.to(self.device)].float())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Batched L-BFGS, one curvature history a problem, or Adam."""
+        """Batched L-BFGS, one curvature history a problem, Adam or SGD."""
         if self.optimizer == "adam":
             return torch.optim.Adam([self.prompt.embeddings], lr=self.lr)
+        if self.optimizer == "sgd":
+            return torch.optim.SGD([self.prompt.embeddings], lr=self.lr)
         return BatchedLBFGS([self.prompt.embeddings], **self.settings)

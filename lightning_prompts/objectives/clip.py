@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,17 @@ class ClipSimilarity(nn.Module):
 
     def forward(self, ids: Tensor, embeddings: Tensor, features: Tensor) -> Tensor:
         """Losses (P,) of prompts (P, L) with embeddings (P, L, D) against the mean features (P, E) of each problem's pictures."""
+        return 1 - (self.text_features(ids, embeddings) * features).sum(1)
+
+    def text_features(self, ids: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """Unit vectors (P, E) of prompts (P, L), with what stands in place of their tokens' embeddings, (P, L, D)."""
         layer = self.clip.text_model.embeddings.token_embedding
-        with layer.register_forward_hook(lambda module, args, replaced: embeddings.to(replaced.dtype)):
-            text = F.normalize(_tensor(self.clip.get_text_features(input_ids=ids)), dim=-1)
-        return 1 - (text * features).sum(1)
+        with ExitStack() as stack:
+            if embeddings is not None:
+                stack.enter_context(
+                    layer.register_forward_hook(lambda module, args, replaced: embeddings.to(replaced.dtype))
+                )
+            return F.normalize(_tensor(self.clip.get_text_features(input_ids=ids)).float(), dim=-1)
 
 
 def _tensor(output: Any) -> Tensor:

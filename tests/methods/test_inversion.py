@@ -9,14 +9,15 @@ from lightning_prompts.callbacks import Results
 from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import VALIDATION, address, draw_noise, draw_timesteps, validation_timesteps
 from lightning_prompts.data.inversion import ImagesToPrompts
-from lightning_prompts.methods import PEZ, PH2P
+from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.vocabulary import encode_text, round_trip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-METHODS = [PEZ, PH2P]
+METHODS = [PEZ, PH2P, GCG, TextualInversion, RandomTokens, ClipWords]
+HARD = [method for method in METHODS if method is not TextualInversion]
 DATA = {"steps": 3, "samples": 2, "validation_samples": 2}
 
 
@@ -33,11 +34,21 @@ def method(request):
     return request.param
 
 
+@pytest.fixture(params=HARD)
+def hard(request):
+    """An inverter whose prompts are text."""
+    return request.param
+
+
 def settings(method):
-    return {"tokens": 3, "sampling_steps": 2, **({"max_iter": 2} if method is PH2P else {})}
+    own = {PH2P: {"max_iter": 2}, GCG: {"candidates": 3, "topk": 4}, ClipWords: {"beams": 2}}
+    return {"tokens": 3, "sampling_steps": 2, **own.get(method, {})}
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize(
+    "method", [method for method in METHODS if method is not ClipWords]
+)  # there is no CLIP with these
 def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
     module = method(backbone=str(request.getfixturevalue(family)), **settings(method))
     assert [name for name, p in module.named_parameters() if p.requires_grad] == ["prompt.embeddings"]
@@ -60,11 +71,19 @@ def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
     ("method", "extra"),
     [
         (PEZ, {}),
-        (PEZ, {"objective": "clip"}),
+        (PEZ, {"denoising_weight": 0, "clip_weight": 1}),
+        (PEZ, {"clip_weight": 0.1}),
+        (PEZ, {"start": "clip_words"}),
         (PH2P, {}),
         (PH2P, {"line_search": "strong_wolfe"}),
         (PH2P, {"projection": "immediate"}),
         (PH2P, {"optimizer": "adam", "restart_every": 2}),
+        (PH2P, {"optimizer": "sgd"}),
+        (GCG, {}),
+        (GCG, {"swaps": 2, "clip_weight": 0.1}),
+        (TextualInversion, {"lr": 0.1}),
+        (RandomTokens, {}),
+        (ClipWords, {}),
     ],
 )
 def test_batch_equals_its_parts(method, extra, tiny, pictures, tmp_path):
@@ -96,8 +115,8 @@ def test_seed_changes_the_search(method, tiny, pictures, tmp_path):
     ]
 
 
-def test_prompts_survive_being_written_down(method, tiny, pictures, tmp_path):
-    module = method(backbone=tiny, template="a photo of {} background", **settings(method))
+def test_prompts_survive_being_written_down(hard, tiny, pictures, tmp_path):
+    module = hard(backbone=tiny, template="a photo of {} background", **settings(hard))
     for problem in search(module, [pictures], tmp_path / "run"):
         text = problem.prompt
         assert text.startswith("a photo of ")
@@ -110,9 +129,9 @@ def test_prompts_survive_being_written_down(method, tiny, pictures, tmp_path):
         assert torch.equal(module.prompt.ids(torch.tensor([problem.token_ids])), whole)
 
 
-def test_score_is_of_the_text(method, tiny, pictures, tmp_path):
+def test_score_is_of_the_text(hard, tiny, pictures, tmp_path):
     """The record's loss is what anyone computes from the prompt, the picture and the validation noise."""
-    module = method(backbone=tiny, **settings(method))
+    module = hard(backbone=tiny, **settings(hard))
     problems = search(module, [pictures], tmp_path / "run")
     backbone = load_backbone(tiny)
     for row, problem in enumerate(problems):
@@ -127,16 +146,16 @@ def test_score_is_of_the_text(method, tiny, pictures, tmp_path):
         assert problem.validation_loss == pytest.approx(float(loss), abs=1e-5)
 
 
-def test_blocked_words_never_appear(method, tiny, pictures, tmp_path):
+def test_blocked_words_never_appear(hard, tiny, pictures, tmp_path):
     blocked = list("aeiou")
-    for problem in search(method(backbone=tiny, blocked=blocked, **settings(method)), [pictures], tmp_path / "run"):
+    for problem in search(hard(backbone=tiny, blocked=blocked, **settings(hard)), [pictures], tmp_path / "run"):
         assert problem.prompt
         assert not set(problem.prompt.lower()) & set(blocked)
 
 
-def test_only_the_words_given_are_used(method, tiny, pictures, tmp_path):
+def test_only_the_words_given_are_used(hard, tiny, pictures, tmp_path):
     words = ["a", "b", "7", "?"]
-    for problem in search(method(backbone=tiny, words=words, **settings(method)), [pictures], tmp_path / "run"):
+    for problem in search(hard(backbone=tiny, words=words, **settings(hard)), [pictures], tmp_path / "run"):
         assert set(problem.prompt.split()) <= set(words)
         assert len(problem.token_ids) == 3
 
@@ -155,8 +174,9 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
     seen = []
 
     class Watched(PH2P):
-        def begin(self, token_ids):
-            super().begin(token_ids)
+        def begin(self, embeddings):
+            super().begin(embeddings)
+            token_ids = self.prompt.project()
             assert not self.trainer.optimizers[0].state
             seen.append(
                 [(problem.token_ids, ids) for problem, ids in zip(self.problems, token_ids.tolist(), strict=True)]
@@ -178,8 +198,8 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
 
 def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, pictures, tmp_path, caplog):
     class Poisoned(PEZ):
-        def denoising_loss(self, rows, ids, embeddings, samples):
-            loss = super().denoising_loss(rows, ids, embeddings, samples)
+        def loss(self, rows, ids, embeddings, samples):
+            loss = super().loss(rows, ids, embeddings, samples)
             factor = torch.ones(3)
             if self.trainer.global_step == 1:
                 factor[0] = torch.inf
@@ -277,7 +297,7 @@ def test_straight_through_is_the_gradient_at_the_projected(sd):
     tower = backbone.towers[0]
     prompt = TokenEmbeddings(tower, "a {} cat", 3)
     start = prompt.allowed.nonzero()[:6, 0].view(2, 3)
-    prompt.begin(start)
+    prompt.begin(prompt.table[start])
     prompt.embeddings.data += 1e-3 * torch.randn_like(prompt.embeddings)
     assert torch.equal(prompt.project(), start)
 
@@ -297,7 +317,7 @@ def test_straight_through_is_the_gradient_at_the_projected(sd):
 
 def test_rows_of_a_prompt(sd):
     prompt = TokenEmbeddings(load_backbone(str(sd)).towers[0], "{}", 2)
-    prompt.begin(prompt.allowed.nonzero()[:6, 0].view(3, 2))
+    prompt.begin(prompt.table[prompt.allowed.nonzero()[:6, 0].view(3, 2)])
     ids, embeddings = prompt(torch.tensor([2, 0]))
     everything = prompt(torch.arange(3))
     assert torch.equal(ids, everything[0][[2, 0]])

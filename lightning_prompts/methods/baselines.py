@@ -1,0 +1,46 @@
+"""What every inverter has to beat: random tokens, and words that a CLIP chooses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_prompts.data.inversion import Step
+from lightning_prompts.methods.base import PromptMethod
+
+
+class RandomTokens(PromptMethod):
+    """New random tokens at each step, of which the best by validation loss are kept.
+
+    Args:
+        **kwargs: See `PromptMethod`.
+    """
+
+    def search(self, batch: Step, rows: Tensor) -> None:
+        """Draws."""
+        drawn = self.prompt.table[self.random_tokens(batch.step).to(self.device)].float()
+        self.prompt.embeddings.data[rows] = drawn[rows]
+
+    def configure_optimizers(self) -> None:
+        """There is nothing to optimise."""
+
+
+class ClipWords(PromptMethod):
+    """The words that the CLIP finds most similar to the pictures, added one after the other; one step, without the denoiser.
+
+    Args:
+        beams: Prompts that are kept at each length; 1 is greedy.
+        **kwargs: See `PromptMethod`.
+    """
+
+    def __init__(self, *, beams: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.beams = beams
+
+    def search(self, batch: Step, rows: Tensor) -> None:
+        """Finds all words."""
+        self.prompt.embeddings.data[rows] = self.prompt.table[self.clip_words(self.beams)][rows].float()
+
+    def configure_optimizers(self) -> None:
+        """There is nothing to optimise."""

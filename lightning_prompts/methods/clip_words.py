@@ -1,0 +1,56 @@
+"""The words of the vocabulary that a CLIP finds most like a picture: where a search can start, and what it has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.prompts import TokenEmbeddings
+
+SHORTLIST = 64
+"""Words a picture, the best ones alone, that are tried at each place."""
+
+
+@torch.no_grad()
+def best_words(
+    clip: ClipSimilarity, prompt: TokenEmbeddings, features: Tensor, beams: int = 1, chunk: int = 256
+) -> Tensor:
+    """Builds prompts word by word, each time adding what raises the cosine most; no word is taken twice.
+
+    Args:
+        clip: The CLIP, with the vocabulary of the prompt's text encoder.
+        prompt: Says which tokens are allowed and in which template they stand.
+        features: Mean features of each problem's pictures, (P, E).
+        beams: Prompts that are kept at each length; 1 is greedy.
+        chunk: Prompts that are encoded at a time.
+
+    Returns:
+        Token ids, (P, M).
+    """
+    allowed = prompt.allowed.nonzero().squeeze(1)
+
+    def cosines(words: Tensor) -> Tensor:
+        """Of the pictures with B prompts of m words for each, (P, B, m) or (1, B, m) for the same ones: (P, B)."""
+        ids = prompt.ids(words.flatten(0, 1))
+        text = torch.cat([clip.text_features(part) for part in ids.split(chunk)]).view(*words.shape[:2], -1)
+        return (text * features.unsqueeze(1)).sum(2)
+
+    alone = cosines(allowed.view(1, -1, 1))
+    score, best = alone.topk(min(SHORTLIST, len(allowed)))
+    shortlist = allowed[best]  # (P, S)
+    words, score = shortlist[:, :beams].unsqueeze(2), score[:, :beams]
+    for _ in range(1, len(prompt.positions)):
+        longer = torch.cat(  # each beam with each word of the shortlist, (P, W, S, m + 1)
+            [
+                words.unsqueeze(2).expand(-1, -1, shortlist.shape[1], -1),
+                shortlist[:, None, :, None].expand(-1, words.shape[1], -1, -1),
+            ],
+            dim=3,
+        ).flatten(1, 2)
+        score = cosines(longer)
+        repeated = (longer[..., :-1] == longer[..., -1:]).any(2)
+        score = score.masked_fill(repeated, -2)  # still taken where the vocabulary is shorter than the prompt
+        score, kept = score.topk(min(beams, longer.shape[1]))
+        words = longer.gather(1, kept.unsqueeze(2).expand(-1, -1, longer.shape[2]))
+    return words[:, 0]

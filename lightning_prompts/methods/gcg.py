@@ -1,0 +1,85 @@
+"""GCG: greedy coordinate gradient (arXiv 2307.15043), on the loss of a picture under a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.data.addresses import generator
+from lightning_prompts.data.inversion import Step
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.vocabulary import round_trip
+
+
+class GCG(PromptMethod):
+    """Swaps of tokens that the gradient proposes and the exact loss decides (algorithm 1 of the paper).
+
+    The gradient with respect to the one-hot tokens says, to first order, what each token at each place would change. Of the
+    `topk` most promising at each place, `candidates` prompts with `swaps` random exchanges are drawn. All candidates of all
+    problems are evaluated together, on the noise of the gradient; the best one is taken if it is better than the prompt before.
+
+    Args:
+        candidates: B, prompts that are evaluated at each step.
+        topk: Tokens at each place that are proposed.
+        swaps: Places that a candidate changes.
+        **kwargs: See `PromptMethod`.
+    """
+
+    def __init__(self, *, candidates: int = 32, topk: int = 32, swaps: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 1 <= swaps <= len(self.prompt.positions):
+            raise UserError(
+                f"{swaps} swaps were asked for in a prompt of {len(self.prompt.positions)} tokens; "
+                "give --model.swaps from 1 to the number of tokens."
+            )
+        self.candidates, self.topk, self.swaps = candidates, topk, swaps
+
+    def search(self, batch: Step, rows: Tensor) -> None:
+        """One step: propose, evaluate, take what is better."""
+        here, samples = rows.to(self.device), self.samples(rows, batch)
+        token_ids = self.prompt.project()[here]
+        ids = self.prompt.ids(token_ids)
+        embeddings = self.prompt.table[ids].requires_grad_()
+        loss = self.loss(rows, ids, embeddings, samples)
+        (gradient,) = torch.autograd.grad(loss.sum(), embeddings)
+        proposed, sound = self._propose(batch.step, rows, token_ids, gradient[:, self.prompt.positions])
+        losses = self._losses(rows, proposed, sound, samples)
+        least, best = losses.min(1)
+        taken = torch.where((least < loss.detach()).unsqueeze(1), proposed[torch.arange(len(rows)), best], token_ids)
+        self.prompt.embeddings.data[here] = self.prompt.table[taken].float()
+        self.log("train/loss", torch.minimum(least, loss.detach()).mean(), prog_bar=True)
+
+    def _propose(self, step: int, rows: Tensor, token_ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates (Q, B, M), and which of them (Q, B) survive being written down and read again."""
+        change = gradient @ self.prompt.table.T  # of the loss, to first order and but for a constant a place, (Q, M, V)
+        change = change.masked_fill(~self.prompt.allowed, torch.inf).scatter(2, token_ids.unsqueeze(2), torch.inf)
+        best = change.topk(min(self.topk, int(self.prompt.allowed.sum())), largest=False).indices.cpu()
+        candidates = token_ids.cpu().unsqueeze(1).repeat(1, self.candidates, 1)
+        for q, row in enumerate(rows.tolist()):
+            draw = generator(self.data.seed, f"{self.problems[row].key}/swaps", step, 0)
+            places = torch.rand(self.candidates, token_ids.shape[1], generator=draw).argsort(1)[:, : self.swaps]
+            ranks = torch.randint(best.shape[2], places.shape, generator=draw)
+            candidates[q].scatter_(1, places, best[q, places, ranks])
+        _, sound = round_trip(self.tower.tokenizer, candidates.flatten(0, 1))
+        return candidates.to(self.device), sound.view(candidates.shape[:2])
+
+    @torch.no_grad()
+    def _losses(self, rows: Tensor, candidates: Tensor, sound: Tensor, samples: Any) -> Tensor:
+        """Losses (Q, B) of the sound candidates, infinite for the others."""
+        which = sound.nonzero()[:, 0]  # the place in `rows` of each sound candidate
+        token_ids = candidates[sound.to(self.device)]
+        losses = []
+        for part in torch.arange(len(which)).split(max(self.denoising.microbatch // samples.timesteps.shape[1], 1)):
+            ids = self.prompt.ids(token_ids[part.to(self.device)])
+            losses.append(
+                self.loss(rows[which[part]], ids, self.prompt.table[ids], samples[which[part].to(self.device)])
+            )
+        result = torch.full(sound.shape, torch.inf, device=self.device)
+        result[sound.to(self.device)] = torch.cat(losses)
+        return result
+
+    def configure_optimizers(self) -> None:
+        """There is nothing to optimise: tokens are exchanged."""

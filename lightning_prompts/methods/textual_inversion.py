@@ -1,0 +1,74 @@
+"""Textual inversion (arXiv 2208.01618): a picture to a new pseudo-word, which is no text but says more than text can."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.backbones import Conditioning
+from lightning_prompts.data.inversion import Step
+from lightning_prompts.methods.base import Found, PromptMethod
+from lightning_prompts.problems import Problem
+from lightning_prompts.vocabulary import encode_text, fill_template, template_ids
+
+
+class TextualInversion(PromptMethod):
+    """Adam on the denoising loss of free embeddings, which are never projected.
+
+    The prompt of a problem holds a pseudo-word in angle brackets that stands for its M embeddings; they are in the record and in
+    `embedding.safetensors`. In `test` and `predict` the pseudo-word may stand in any text.
+
+    Args:
+        lr: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        **kwargs: See `PromptMethod`.
+    """
+
+    def __init__(self, *, lr: float = 5e-3, weight_decay: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def search(self, batch: Step, rows: Tensor) -> None:
+        """One AdamW step."""
+        optimizer: Any = self.optimizers()
+        ids, embeddings = self.prompt(rows.to(self.device))
+        loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
+        self.step_active(optimizer, loss)
+        self.log("train/loss", loss.mean().detach(), prog_bar=True)
+
+    def found(self, rows: Tensor) -> tuple[list[Found], Conditioning]:
+        """The embeddings as they are, under their pseudo-words."""
+        told = self.backbone.encode(*self.prompt(rows.to(self.device)))
+        embeddings = self.prompt.embeddings.detach()[rows.to(self.device)].tolist()
+        words = [fill_template(self.template, pseudo_word(self.problems[row])) for row in rows.tolist()]
+        return [Found(word, None, rows) for word, rows in zip(words, embeddings, strict=True)], told
+
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Texts in which pseudo-words of this run stand for what was found."""
+        known = {pseudo_word(p): self.embedded(p) for p in self.data.records.values() if p.embedding}
+        return Conditioning.cat([self._encode(text, known) for text in texts])
+
+    def _encode(self, text: str, known: dict[str, Tensor]) -> Conditioning:
+        tokenizer, length, table = self.tower.tokenizer, self.tower.length, self.prompt.table
+        word = next((word for word in known if word in text), None)
+        if word is None:
+            return self.backbone.encode(encode_text(tokenizer, [text], length).to(self.device))
+        before, _, after = text.partition(word)
+        ids, positions = template_ids(tokenizer, f"{before} {{}} {after}", len(known[word]), length)
+        embeddings = table[ids.to(self.device)].index_copy(0, positions.to(self.device), known[word].to(table))
+        return self.backbone.encode(ids[None].to(self.device), embeddings[None])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, as the released code."""
+        return torch.optim.AdamW([self.prompt.embeddings], lr=self.lr, weight_decay=self.weight_decay)
+
+
+def pseudo_word(problem: Problem) -> str:
+    """What stands for a problem's embeddings in a text, such as `<fox-3fa9>`."""
+    name = re.sub(r"[^a-z0-9]+", "-", Path(problem.target).stem.lower()).strip("-") or "picture"
+    return f"<{name}-{problem.key[:4]}>"
