@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.base import PromptMethod, Samples
 from lightning_prompts.vocabulary import round_trip
 
 
@@ -67,12 +67,12 @@ class GCG(PromptMethod):
         return candidates.to(self.device), sound.view(candidates.shape[:2])
 
     @torch.no_grad()
-    def _losses(self, rows: Tensor, candidates: Tensor, sound: Tensor, samples: Any) -> Tensor:
+    def _losses(self, rows: Tensor, candidates: Tensor, sound: Tensor, samples: Samples) -> Tensor:
         """Losses (Q, B) of the sound candidates, infinite for the others."""
         which = sound.nonzero()[:, 0]  # the place in `rows` of each sound candidate
-        token_ids = candidates[sound.to(self.device)]
-        losses = []
-        for part in torch.arange(len(which)).split(max(self.denoising.microbatch // samples.timesteps.shape[1], 1)):
+        token_ids, losses = candidates[sound.to(self.device)], [torch.empty(0, device=self.device)]
+        size = max(self.denoising.microbatch // samples.timesteps.shape[1], 1)
+        for part in torch.arange(len(which)).split(size) if len(which) else ():
             ids = self.prompt.ids(token_ids[part.to(self.device)])
             losses.append(
                 self.loss(rows[which[part]], ids, self.prompt.table[ids], samples[which[part].to(self.device)])

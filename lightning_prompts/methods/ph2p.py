@@ -102,8 +102,8 @@ class PH2P(PromptMethod):
                     drawn.shape[1], generator=generator(self.data.seed, f"{problem.key}/kept", step, 0)
                 )
                 kept = order[: len(order) // 2]
-                drawn[row, kept] = torch.tensor(problem.token_ids)[kept]
-        self.begin(self.prompt.table[drawn.to(self.device)].float())
+                drawn[row, kept] = torch.tensor(problem.token_ids)[kept].to(drawn)
+        self.begin(self.prompt.table[drawn].float())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Batched L-BFGS, one curvature history a problem, Adam or SGD."""
