@@ -124,6 +124,7 @@ def test_one_picture_to_a_prompt(fit, capsys, method):
     embeddings = load_file(run / "embedding.safetensors")
     assert {key: tuple(x.shape) for key, x in embeddings.items()} == {problem["key"]: (2, 32)}
     Image.open(run / "grid.png").load()
+    assert Image.open(run / "words.png").size == ((1 + 2) * 104, 116)
     assert (run / "config.yaml").exists()
     assert (run / "problems" / f"{problem['key']}.json").exists()
     assert list((run / "checkpoints").glob("*.ckpt"))
@@ -174,10 +175,12 @@ def test_test_draws_and_scores_again(done):
     before = results(done)
     (done / "result.json").unlink()
     (done / "grid.png").unlink()
+    (done / "words.png").unlink()
     main(["test", "--run", str(done)])
     after = results(done)
     assert after["problems"] == before["problems"]
     assert (done / "grid.png").exists()
+    assert Image.open(done / "words.png").size == ((1 + 2) * 104, 2 * 116)
 
 
 def test_validate_scores_the_prompts(done, capsys):
