@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_prompts.main import main
 
@@ -130,6 +131,15 @@ def test_one_picture_to_a_prompt(fit, capsys, method):
     assert list((run / "checkpoints").glob("*.ckpt"))
     assert list(run.glob("events.*"))
     assert str(problem["prompt"]) in capsys.readouterr().out
+
+
+def test_free_embeddings_have_word_maps(fit):
+    run = fit("--model.template", "a photo of {}", method="TextualInversion")
+    assert results(run)["problems"][0]["token_ids"] is None
+    with Image.open(run / "words.png") as words:
+        assert words.size == ((1 + 2) * 104, 116)
+    (logged,) = EventAccumulator(str(run)).Reload().Images("words")
+    assert (logged.width, logged.height) == words.size
 
 
 def test_folder_of_pictures(fit, pictures):
