@@ -111,6 +111,7 @@ class RunFolder:
         self.result = self.path / "result.json"
         self.prompt = self.path / "prompt.txt"
         self.grid = self.path / "grid.png"
+        self.words = self.path / "words.png"
         self.embedding = self.path / "embedding.safetensors"
 
     @staticmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_prompts.main import main
 
@@ -124,11 +125,21 @@ def test_one_picture_to_a_prompt(fit, capsys, method):
     embeddings = load_file(run / "embedding.safetensors")
     assert {key: tuple(x.shape) for key, x in embeddings.items()} == {problem["key"]: (2, 32)}
     Image.open(run / "grid.png").load()
+    assert Image.open(run / "words.png").size == ((1 + 2) * 104, 116)
     assert (run / "config.yaml").exists()
     assert (run / "problems" / f"{problem['key']}.json").exists()
     assert list((run / "checkpoints").glob("*.ckpt"))
     assert list(run.glob("events.*"))
     assert str(problem["prompt"]) in capsys.readouterr().out
+
+
+def test_free_embeddings_have_word_maps(fit):
+    run = fit("--model.template", "a photo of {}", method="TextualInversion")
+    assert results(run)["problems"][0]["token_ids"] is None
+    with Image.open(run / "words.png") as words:
+        assert words.size == ((1 + 2) * 104, 116)
+    (logged,) = EventAccumulator(str(run)).Reload().Images("words")
+    assert (logged.width, logged.height) == words.size
 
 
 def test_folder_of_pictures(fit, pictures):
@@ -174,10 +185,12 @@ def test_test_draws_and_scores_again(done):
     before = results(done)
     (done / "result.json").unlink()
     (done / "grid.png").unlink()
+    (done / "words.png").unlink()
     main(["test", "--run", str(done)])
     after = results(done)
     assert after["problems"] == before["problems"]
     assert (done / "grid.png").exists()
+    assert Image.open(done / "words.png").size == ((1 + 2) * 104, 2 * 116)
 
 
 def test_validate_scores_the_prompts(done, capsys):

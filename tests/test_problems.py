@@ -381,9 +381,18 @@ def test_a_folder_without_permission_is_the_users_mistake(tmp_path, monkeypatch)
 
 def test_the_layout(tmp_path):
     folder = RunFolder(str(tmp_path))
-    files = [folder.problems, folder.result, folder.prompt, folder.grid, folder.embedding, folder.config]
+    files = [folder.problems, folder.result, folder.prompt, folder.grid, folder.words, folder.embedding, folder.config]
     assert [file.relative_to(tmp_path).as_posix() for file in [*files, folder.checkpoints]] == [
-        *("problems", "result.json", "prompt.txt", "grid.png", "embedding.safetensors", "config.yaml", "checkpoints")
+        *(
+            "problems",
+            "result.json",
+            "prompt.txt",
+            "grid.png",
+            "words.png",
+            "embedding.safetensors",
+            "config.yaml",
+            "checkpoints",
+        )
     ]
 
 

@@ -29,7 +29,8 @@ def commands(page):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder like the repository's root with pictures in it."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("benchmarks", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "photos").mkdir()
     for name, color in (("photo.png", "red"), ("photos/a.png", "green"), ("photos/b.png", "blue")):
         Image.new("RGB", (80, 64), color).save(tmp_path / name)

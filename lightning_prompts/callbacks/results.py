@@ -10,9 +10,11 @@ import pytorch_lightning as pl
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.callbacks.grid import grid, regenerate, to_image, to_png
+from lightning_prompts.callbacks.words import word_picture
 from lightning_prompts.errors import UserError
 from lightning_prompts.metrics import ClipImageSimilarity, WordRecall, lpips_lacks, perceptual_distance
 from lightning_prompts.objectives.clip import clip_of
@@ -20,11 +22,11 @@ from lightning_prompts.problems import Problem, RunFolder, atomic_write, version
 from lightning_prompts.ranks import wait_for_all
 
 REGENERATIONS = 4
-SHOWN = 24  # problems in the grid
+SHOWN = 24  # problems in the grid and in the word maps
 
 
 class Results(pl.Callback):
-    """Writes `result.json`, `prompt.txt`, `grid.png` and `embedding.safetensors` when `fit` or `test` ends.
+    """Writes `result.json`, `prompt.txt`, `grid.png`, `words.png` and `embedding.safetensors` when `fit` or `test` ends.
 
     The held-out scorer speaks here only, after everything has been selected.
 
@@ -78,9 +80,12 @@ class Results(pl.Callback):
                 print(f"The pictures are not scored: {error}", file=sys.stderr)
             targets = [several[0] for several in data.pictures(problems[:SHOWN])]
             atomic_write(data.folder.grid, to_png(grid(targets, drawn[:SHOWN], problems[:SHOWN])))
+            words = word_picture(module, problems[:SHOWN], targets)
+            atomic_write(data.folder.words, to_png(words))
             self._export(module, data.folder, problems)
             if trainer.logger:
                 trainer.logger.experiment.add_images("regenerations", (torch.cat(list(drawn)) + 1) / 2)  # type: ignore[attr-defined]
+                trainer.logger.experiment.add_image("words", pil_to_tensor(words))  # type: ignore[attr-defined]
         for problem in problems:
             data.folder.save(problem)
         data.folder.write_result(type(module).__name__, module.backbone.name, data.seed, self.settings, versions())
