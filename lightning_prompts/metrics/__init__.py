@@ -2,7 +2,7 @@
 
 from lightning_prompts.metrics.clip import ClipImageSimilarity, ClipTextSimilarity
 from lightning_prompts.metrics.diversity import Diversity
-from lightning_prompts.metrics.perceptual import lpips_lacks, perceptual_distance
+from lightning_prompts.metrics.perceptual import Lpips, lpips_lacks
 from lightning_prompts.metrics.readability import DictionaryWords, Perplexity, SpecialCharacters, read_dictionary
 from lightning_prompts.metrics.words import WordRecall
 
@@ -11,10 +11,10 @@ __all__ = [
     "ClipTextSimilarity",
     "DictionaryWords",
     "Diversity",
+    "Lpips",
     "Perplexity",
     "SpecialCharacters",
     "WordRecall",
     "lpips_lacks",
-    "perceptual_distance",
     "read_dictionary",
 ]
