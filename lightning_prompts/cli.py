@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +21,14 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from lightning_prompts.callbacks import AtomicCheckpointIO, PromptCheckpoint, Results, is_checkpoint, last_checkpoint
+from lightning_prompts.callbacks import (
+    AtomicCheckpointIO,
+    PromptCheckpoint,
+    Results,
+    Scores,
+    is_checkpoint,
+    last_checkpoint,
+)
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PromptMethod
@@ -68,7 +76,7 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what belongs to no class."""
         parser.add_argument("--seeds", type=str, default="0", help="seeds that `predict` draws from, such as 0,1,2,3")
-        parser.add_argument("--scorer", type=str | None, default=None, help="folder or hub id of the held-out CLIP")
+        parser.add_class_arguments(Scores)
 
     def before_instantiate_classes(self) -> None:
         """Prepares the run's folder and finds the state to go on from."""
@@ -83,6 +91,9 @@ class CLI(LightningCLI):
             self.seeds = [int(seed) for seed in config.seeds.split(",")]
         except ValueError:
             raise UserError(f"--seeds takes whole numbers such as 0,1,2,3, not {config.seeds!r}.") from None
+        self.scores = Scores(**{field.name: config[field.name] for field in fields(Scores)})
+        if command in ("fit", "test") and own_rank() == 0:
+            self.scores.check(config.model.init_args.offline)
         method = config.model.class_path.rsplit(".", 1)[-1]
         self.folder = RunFolder(self.run or Path("runs") / _run_name(method))
         if command == "fit":
@@ -113,12 +124,13 @@ class CLI(LightningCLI):
         command = self.config.subcommand
         config = self.config[command]
         settings = {part: config[part].init_args.as_dict() for part in ("model", "data")}
+        settings["scores"] = asdict(self.scores)
         given = self._get(self.config_init, "trainer").callbacks or []
         return super().instantiate_trainer(
             **kwargs,
             enable_checkpointing=True,  # for our callback, no other is added
             logger=pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if command == "fit" else False,
-            callbacks=[*given, PromptCheckpoint(self.folder.checkpoints), Results(config.scorer, self.seeds, settings)],
+            callbacks=[*given, PromptCheckpoint(self.folder.checkpoints), Results(self.scores, self.seeds, settings)],
             plugins=[AtomicCheckpointIO()],
         )
 

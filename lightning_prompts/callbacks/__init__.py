@@ -7,6 +7,7 @@ from lightning_prompts.callbacks.guard import NonFiniteGuard
 from lightning_prompts.callbacks.progress import PromptProgress
 from lightning_prompts.callbacks.projection import VocabularyProjection
 from lightning_prompts.callbacks.results import Results
+from lightning_prompts.callbacks.scores import Scores
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -16,6 +17,7 @@ __all__ = [
     "PromptProgress",
     "Results",
     "SampleGrid",
+    "Scores",
     "VocabularyProjection",
     "is_checkpoint",
     "last_checkpoint",
