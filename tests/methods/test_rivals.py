@@ -96,6 +96,32 @@ def test_proposals_are_those_of_the_one_hot_gradient(tiny, pictures, tmp_path):
         assert seen == set(best)
 
 
+def test_screen_keeps_what_the_clip_finds_most_similar(tiny, pictures, tmp_path):
+    class All(GCG):
+        def _distances(self, rows, candidates):
+            self.drawn = candidates
+            return super()._distances(rows, candidates)
+
+        def _propose(self, step, rows, token_ids, gradient):
+            proposed = super()._propose(step, rows, token_ids, gradient)
+            self.kept = proposed[0]
+            return proposed
+
+    module = All(backbone=tiny, tokens=2, candidates=5, topk=8, screen=3, sampling_steps=2)
+    (problem,) = fit(module, pictures / "0.png", tmp_path, steps=1)
+    assert problem.unet_samples == 2 * 2 + 2 * 2 + 5 * 2
+    clip, tokenizer, feature = module.clip, module.tower.tokenizer, module.features_of(problem)
+
+    def similarity(token_ids):
+        text = clip.clip.get_text_features(input_ids=encode_text(tokenizer, [tokenizer.decode(token_ids)], 32))
+        text = text if isinstance(text, torch.Tensor) else text.pooler_output
+        return float(F.cosine_similarity(text[0], feature, dim=0))
+
+    assert module.drawn.shape == (1, 15, 2)
+    best = sorted((similarity(ids) for ids in module.drawn[0]), reverse=True)[:5]
+    assert sorted((similarity(ids) for ids in module.kept[0]), reverse=True) == pytest.approx(best, abs=1e-5)
+
+
 def test_candidates_that_are_read_otherwise_are_not_evaluated(tiny, pictures, tmp_path):
     class Broken(GCG):
         def _propose(self, step, rows, token_ids, gradient):
