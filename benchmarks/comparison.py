@@ -23,7 +23,7 @@ from lightning_prompts.main import main as lightning_prompts
 from lightning_prompts.problems import Problem, RunFolder
 from lightning_prompts.vocabulary import round_trip
 
-BUDGETS = (340, 680, 1360)
+BUDGETS = (342, 684, 1368)
 CONFIGS = {
     "random tokens": "random_tokens", "CLIP words": "clip_words", "PEZ": "pez", "PH2P": "ph2p", "PH2P, L-BFGS": "ph2p_lbfgs",
     "GCG": "gcg", "the default": "invert", "textual inversion": "textual_inversion",
