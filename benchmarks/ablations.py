@@ -1,7 +1,7 @@
-"""What each choice of PH2P is worth: `python benchmarks/ablations.py timesteps` and likewise for the other groups.
+"""What each choice is worth: `python benchmarks/ablations.py timesteps` and likewise for the other groups.
 
-Each variant changes one setting of configs/ph2p.yaml and spends the same number of denoiser samples on the development targets.
-Prints, per variant, the held-out similarity of four regenerations and the share of targets whose object and background word was
+Each variant changes one setting of configs/ph2p.yaml, or of configs/invert.yaml in the group `default`, and spends the same number
+of denoiser samples on the development targets. Prints, per variant, the held-out similarity of four regenerations and the share of targets whose object and background word was
 found, with 95% intervals, and draws how these shares grow with the samples spent (the mean of both words). Finished runs are kept
 in --runs and not repeated.
 """
@@ -18,7 +18,6 @@ from inversion import fit, has, interval, words_of
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.vocabulary import allowed_tokens
 
-CONFIG = "configs/ph2p.yaml"
 SAMPLES = 1200  # of the search's gradients, a target; scoring comes on top
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
@@ -92,6 +91,18 @@ def groups() -> dict[str, dict[str, list[str]]]:
             "the world's words": names(),
         },
         "length": {f"{count} tokens": [f"--model.tokens={count}"] for count in (4, 8, 12, 16)},
+        "default": {
+            "configs/invert.yaml": [],
+            "from random tokens": ["--model.start=random"],
+            "without the CLIP in the loss": ["--model.clip_weight=0"],
+            "without screening": ["--model.screen=1", "--model.topk=32"],
+            "without both": ["--model.clip_weight=0", "--model.screen=1", "--model.topk=32"],
+            "two exchanges at once": ["--model.swaps=2"],
+            "timesteps [450, 1000)": ["--data.timesteps=[450,1000]"],
+            "timesteps [0, 1000)": ["--data.timesteps=[0,1000]"],
+            "4 tokens": ["--model.tokens=4"],
+            "12 tokens": ["--model.tokens=12"],
+        },
         "samples": {  # with fewer steps each has to go farther
             f"{count} a step": [*steps(count), f"--model.lr={0.02 * (count / 2) ** 0.5:.4f}"]
             for count in (1, 2, 4, 8, 16)
@@ -126,7 +137,9 @@ def main() -> None:
     print("| | held-out similarity | object word | background word | samples an image |\n|---|---|---|---|---|")
     for name, settings in groups()[args.group].items():
         run = args.runs / f"{args.group} {name}".replace("%", "").replace(",", "").replace(" ", "_")
-        problems = fit(CONFIG, args.targets, args.count, run, [*steps(2), *settings])
+        config = "configs/invert.yaml" if args.group == "default" else "configs/ph2p.yaml"
+        common = [] if args.group == "default" else steps(2)
+        problems = fit(config, args.targets, args.count, run, [*common, *settings])
         cells = [interval([p["heldout_clip_similarity"] for p in problems])]
         cells += [
             interval([float(has(p["prompt"], words[p["target"]][kind])) for p in problems])
