@@ -142,7 +142,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"The run folder {self.path} is a file; give another --run.")
-        if not resume and (self.config.exists() or any(self.problems.glob("*.json"))):
+        begun = any(self.problems.glob("*.json")) or (self.config.exists() and not self.problems.is_dir())
+        if not resume and begun:  # a mistake that was found before the search leaves a config and no records
             hint = "give --ckpt_path last to go on with it or another --run"
             raise UserError(f"The folder {self.path} already holds a run; {hint}.")
         try:

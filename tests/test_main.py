@@ -477,3 +477,12 @@ def test_config_that_is_no_yaml_is_named(base, tmp_path, capsys, joined):
 )
 def test_setting_that_is_missing_is_named(capsys, args, names):
     refused(capsys, *args, names=names)
+
+
+def test_mistake_found_before_the_search_does_not_take_the_folder(fit, pictures, capsys):
+    for mistake in (["--data.images", str(pictures / "none.png")], ["--model.start", "clip_word"]):
+        with pytest.raises(SystemExit) as stopped:
+            fit(*mistake)
+        assert stopped.value.code == 2
+    assert "The run clip_word to start from has no prompt for 0.png" in capsys.readouterr().err
+    assert results(fit())["problems"][0]["prompt"]

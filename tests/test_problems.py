@@ -370,12 +370,18 @@ def test_prepare_leaves_an_empty_folder_that_can_be_prepared_again(folder):
     folder.prepare(resume=False)
 
 
+def test_a_run_that_found_a_mistake_before_its_search_can_be_begun_again(folder):
+    folder.config.write_text("seed: 1\n")
+    folder.prepare(resume=False)
+
+
 @pytest.mark.parametrize("what", ["record", "config"])
 def test_a_run_is_resumed_but_not_overwritten(folder, what):
     if what == "record":
         folder.save(FULL)
-    else:
+    else:  # somebody else's
         folder.config.write_text("seed: 1\n")
+        folder.problems.rmdir()
     with pytest.raises(UserError, match="already holds a run; give --ckpt_path last to go on with it or another --run"):
         folder.prepare(resume=False)
     folder.prepare(resume=True)

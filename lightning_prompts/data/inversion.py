@@ -117,6 +117,9 @@ class ImagesToPrompts(pl.LightningDataModule):
             raise UserError(
                 f"None of the {len(targets)} pictures can be read: {next(iter(self.records.values())).reason}"
             )
+
+    def save(self) -> None:
+        """Writes this rank's records when a search begins."""
         for problem in self.own():
             self.folder.save(problem)
 

@@ -173,9 +173,9 @@ class PromptMethod(pl.LightningModule, ABC):
         if self._resumed or self.active.any():
             return
         self._take([problem for problem in self.data.own() if problem.status == "open"])
-        if not self.problems:
-            return
-        self.begin(self.initial_embeddings())
+        if self.problems:
+            self.begin(self.initial_embeddings())
+        self.data.save()
         self.active, self.stale = torch.ones(len(self.problems), dtype=torch.bool), [0] * len(self.problems)
 
     def random_tokens(self, step: int) -> Tensor:
