@@ -6,8 +6,10 @@ readable as text, and none comes twice. What is drawn, scored and chosen is the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 
@@ -36,7 +38,8 @@ class Member:
 def crossover(a: Sequence[int], b: Sequence[int], draw: torch.Generator) -> list[int]:
     """Recombines two prompts: at least one token of each, the others from both with equal chance.
 
-    Unlike the exchange of equal places, this lets two words meet that stand at the same place of their prompts.
+    Unlike the exchange of equal places, this lets two words meet that stand at the same place of their prompts. A token that
+    both have counts once, or as often as the parent that has it more often, so that relatives' children do not fill up with it.
 
     Args:
         a: Token ids of one parent, 1 or more.
@@ -44,19 +47,23 @@ def crossover(a: Sequence[int], b: Sequence[int], draw: torch.Generator) -> list
         draw: Decides everything.
 
     Returns:
-        Token ids; as many as one of the parents has, or a number between, and at least 2. In half of the cases they are in
-        the order that they have in the parents, in the others in any.
+        Token ids; as many as one of the parents has, or a number between, and at least 2 if there are two different ones. In
+        half of the cases they are in the order that they have in the parents, in the others in any.
     """
-    tokens = [*a, *b]
-    places = [(i + 0.5) / len(parent) for parent in (a, b) for i in range(len(parent))]
-    certain = [_below(len(a), draw), len(a) + _below(len(b), draw)]
-    others = [i for i in torch.randperm(len(tokens), generator=draw).tolist() if i not in certain]
+    pool, more = [((i + 0.5) / len(a), token) for i, token in enumerate(a)], Counter(b) - Counter(a)
+    for i, token in enumerate(b):
+        if more[token]:
+            more[token] -= 1
+            pool.append(((i + 0.5) / len(b), token))
+    of_b = [i for i, (_, token) in enumerate(pool) if token in b]
+    certain = [_below(len(a), draw), of_b[_below(len(of_b), draw)]]
+    some = list(dict.fromkeys([*certain, *torch.randperm(len(pool), generator=draw).tolist()]))
     shortest, longest = sorted(max(2, len(parent)) for parent in (a, b))
-    chosen = [*certain, *others][: shortest + _below(longest - shortest + 1, draw)]
-    order = [chosen[i] for i in torch.randperm(len(chosen), generator=draw)]
+    some = some[: shortest + _below(longest - shortest + 1, draw)]
+    chosen = [pool[some[i]] for i in torch.randperm(len(some), generator=draw).tolist()]
     if _below(2, draw):
-        order.sort(key=places.__getitem__)
-    return [tokens[i] for i in order]
+        chosen.sort(key=itemgetter(0))
+    return [token for _, token in chosen]
 
 
 def mutate(child: Sequence[int], found: Sequence[Sequence[int]], draw: torch.Generator) -> list[int]:

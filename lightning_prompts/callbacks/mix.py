@@ -103,7 +103,7 @@ class Mix(pl.Callback):
         scorer: str | None = None,
     ) -> None:
         self.folder, self.parents, self.scorer = folder, parents, scorer
-        self.generations, self.population, self.select, self.by_hand = generations, population, select, choose == "hand"
+        self.generations, self.population, self.select, self.choose = generations, population, select, choose
         self.seeds, self.negative = tuple(seeds), negative
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -147,7 +147,7 @@ class Mix(pl.Callback):
         shown = sheet(columns, [*names, *(f"{m.index} [{m.score:.2f}] {m.prompt}" for m in candidates)], ACROSS)
         atomic_write(path, to_png(shown))
         best = fittest(candidates, self.select)
-        if self.by_hand:
+        if self.choose == "hand":
             for member in candidates:
                 print(f"{member.index}  [{member.score:.2f}]  {member.prompt}")
             best = ask(path, candidates, best)
@@ -165,7 +165,7 @@ class Mix(pl.Callback):
             judged = likeness(heldout, pictures, self.targets) if heldout else (None, None)
             entry = asdict(member) | {"heldout_similarities": judged[0], "heldout_score": judged[1]}
             entries.append(entry)
-        names = ("generations", "population", "select", "by_hand", "seeds", "negative")
+        names = ("generations", "population", "select", "choose", "seeds", "negative")
         targets = [
             {"run": str(parent.run.path), "target": parent.problem.target, "key": parent.problem.key}
             for parent in self.parents
