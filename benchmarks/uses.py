@@ -164,16 +164,19 @@ def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[s
 
     nothing = [""] * len(cases)
     texts = [[f"{good} {bad}", f"{bad} {good}"] for good, bad in cases]
+    demands = [[f"a {bad} on a red background"] for _, bad in cases]
     found, led = [[text] for text in plain], [[text] for text in against]
     measure("rendered, the wanted object alone", load(wanted))
     measure("rendered, the unwanted object alone", load(unwanted))
     measure("rendered, both", load(both))
     measure("a text that names both", drawn(texts, nothing))
-    measure("that text, negative: the name of the unwanted", drawn(texts, [bad for _, bad in cases]))
-    measure("that text, negative: the prompt found for the unwanted", drawn(texts, removed))
+    measure("naming both, negative: the name of the unwanted", drawn(texts, [bad for _, bad in cases]))
+    measure("naming both, negative: the prompt found for the unwanted", drawn(texts, removed))
+    measure("a text of the unwanted alone", drawn(demands, nothing))
+    measure("of the unwanted alone, negative: the prompt found for it", drawn(demands, removed))
     measure("the prompt found for a picture of both", drawn(found, nothing))
-    measure("that prompt, negative: the prompt found for the unwanted", drawn(found, removed))
-    measure("the prompt found with the picture of the unwanted as negative", drawn(led, nothing))
+    measure("found for both, negative: the prompt found for the unwanted", drawn(found, removed))
+    measure("found for both with the unwanted as negative picture", drawn(led, nothing))
     print(*zip(cases, removed, plain, against, strict=True), sep="\n")
     return table
 
