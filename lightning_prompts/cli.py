@@ -136,10 +136,8 @@ class CLI(LightningCLI):
         parents = parents_of(config.mix)
         if own_rank() == 0:
             self.folder.prepare(resume=False, search=False)
-        return Mix(
-            self.folder, parents, config.generations, config.population, config.select, config.choose, self.seeds, negative,
-            config.scorer,
-        )  # fmt: skip
+        how = {name: config[name] for name in ("generations", "population", "select", "choose", "scorer")}
+        return Mix(self.folder, parents, seeds=self.seeds, negative=negative, **how)
 
     def _parse_ckpt_path(self) -> None:
         """Reads no settings from checkpoints, as Lightning does; the run's folder has them."""

@@ -484,7 +484,8 @@ def test_mix_of_one_run_takes_its_first_two(finished, tmp_path):
 
 def test_mix_by_hand(finished, other, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("4 2\n"))  # and then the person leaves
-    everyone, result = mixed(tmp_path / "mix", finished, other, more=["--choose", "hand"])
+    everyone, result = mixed(tmp_path / "mix", finished, other, more=["--choose", "hand", "--negative", "a cat"])
+    assert (result["settings"]["choose"], result["settings"]["negative"]) == ("hand", "a cat")
     assert [entry["index"] for entry in result["prompts"]] == [4, 2]
     assert {parent for member in everyone[5:] for parent in member["parents"]} == {2, 4}
     out = capsys.readouterr().out
