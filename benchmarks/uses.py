@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--seeds", default="0,1", help="of the pictures that the evolution chooses by")
     parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--negative-weight", type=float, default=0.5)
+    parser.add_argument("--negative-weight", type=float, default=0.2)
     args, extra = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         table = (evolution if args.use == "evolution" else removal)(args, extra, Path(scratch))
