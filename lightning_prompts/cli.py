@@ -12,22 +12,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import torch
 from jsonargparse import set_parsing_settings
+from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_prompts.callbacks import (
     AtomicCheckpointIO,
+    Mix,
     PromptCheckpoint,
     Results,
     Scores,
     is_checkpoint,
     last_checkpoint,
+    parents_of,
 )
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.errors import UserError
@@ -60,6 +63,16 @@ ALLOWED = [
 ]
 
 
+PREDICT: list[tuple[str, Any, Any, str]] = [
+    ("--prompts", str | list[str] | None, None, "texts to draw instead of the found prompts"),
+    ("--negative", str | None, None, "what to lead away from: a text, or a run, of which all prompts are taken"),
+    ("--generations", PositiveInt, 4, "of a mix: how often the chosen prompts have children"),
+    ("--population", PositiveInt, 16, "of a mix: children of a generation"),
+    ("--select", PositiveInt, 4, "of a mix: prompts that the score keeps for the next generation"),
+    ("--choose", Literal["score", "hand"], "score", "of a mix: whether the score chooses or you"),
+]
+
+
 class Parser(LightningArgumentParser):
     """A parser whose errors are one sentence."""
 
@@ -75,8 +88,20 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what belongs to no class."""
-        parser.add_argument("--seeds", type=str, default="0", help="seeds that `predict` draws from, such as 0,1,2,3")
+        help = "seeds that `predict` draws from, such as 0,1,2,3; by default 0, for a mix 0,1,2,3"
+        parser.add_argument("--seeds", type=str | None, default=None, help=help)
         parser.add_class_arguments(Scores)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Adds what `predict` alone takes."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            for name, type_, default, help in PREDICT:
+                parser.add_argument(name, type=type_, default=default, help=help)
+            parser.add_argument(
+                "--mix", type=str, nargs=2, help="two runs whose prompts are recombined, see docs/uses.md"
+            )
+        return parser
 
     def before_instantiate_classes(self) -> None:
         """Prepares the run's folder and finds the state to go on from."""
@@ -87,20 +112,37 @@ class CLI(LightningCLI):
                 f"The precision {config.trainer.precision} would make the prompts half precision, which ruins their "
                 "optimisation; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
             )
+        mix = config.mix if command == "predict" else None
         try:
-            self.seeds = [int(seed) for seed in config.seeds.split(",")]
+            self.seeds = [int(seed) for seed in (config.seeds or ("0,1,2,3" if mix else "0")).split(",")]
         except ValueError:
             raise UserError(f"--seeds takes whole numbers such as 0,1,2,3, not {config.seeds!r}.") from None
         self.scores = Scores(**{field.name: config[field.name] for field in fields(Scores)})
         if command in ("fit", "test") and own_rank() == 0:
             self.scores.check(config.model.init_args.offline)
-        method = config.model.class_path.rsplit(".", 1)[-1]
+        method = "mix" if mix else config.model.class_path.rsplit(".", 1)[-1]
         self.folder = RunFolder(self.run or Path("runs") / _run_name(method))
         if command == "fit":
             self._prepare(config)
         else:
             config.ckpt_path = None
-        config.trainer.default_root_dir = str(self.folder.path)
+        if command == "predict":
+            self.drawn = self._predicted(config)
+        config.trainer.default_root_dir = str(RunFolder(mix[0]).path if mix else self.folder.path)
+
+    def _predicted(self, config: Any) -> pl.Callback:
+        """What draws for `predict`: the found prompts, other texts or a mix of two runs."""
+        prompts, negative = config.prompts or (), negative_text(config.negative)
+        if not config.mix:
+            prompts = [prompts] if isinstance(prompts, str) else prompts
+            return Results(self.scores, self.seeds, prompts=prompts, negative=negative)
+        if prompts:
+            raise UserError("--mix draws children of found prompts and --prompts other texts; give one of the two.")
+        parents = parents_of(config.mix)
+        if own_rank() == 0:
+            self.folder.prepare(resume=False, search=False)
+        how = {name: config[name] for name in ("generations", "population", "select", "choose", "scorer")}
+        return Mix(self.folder, parents, seeds=self.seeds, negative=negative, **how)
 
     def _parse_ckpt_path(self) -> None:
         """Reads no settings from checkpoints, as Lightning does; the run's folder has them."""
@@ -126,11 +168,12 @@ class CLI(LightningCLI):
         settings = {part: config[part].init_args.as_dict() for part in ("model", "data")}
         settings["scores"] = asdict(self.scores)
         given = self._get(self.config_init, "trainer").callbacks or []
+        results = self.drawn if command == "predict" else Results(self.scores, settings=settings)
         return super().instantiate_trainer(
             **kwargs,
             enable_checkpointing=True,  # for our callback, no other is added
             logger=pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if command == "fit" else False,
-            callbacks=[*given, PromptCheckpoint(self.folder.checkpoints), Results(self.scores, self.seeds, settings)],
+            callbacks=[*given, PromptCheckpoint(self.folder.checkpoints), results],
             plugins=[AtomicCheckpointIO()],
         )
 
@@ -175,6 +218,14 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         raise
     except torch.cuda.OutOfMemoryError as error:
         raise UserError("The device is out of memory; lower --model.microbatch.") from error
+
+
+def negative_text(given: str | None) -> str:
+    """A text as it is, or what a run has found: the prompts of all its pictures, with commas between."""
+    folder = os.path.dirname(given or "")
+    if given and (os.path.isdir(given) or os.path.isdir(folder)):  # in a folder that exists, it is a run or misspelt
+        return ", ".join(str(problem.prompt) for problem in RunFolder(given).hard_prompts())
+    return given or ""
 
 
 def _mistake(error: BaseException | None) -> UserError | None:

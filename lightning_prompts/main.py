@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_prompts.errors import UserError
+from lightning_prompts.problems import RunFolder
 
 COMMANDS = ("fit", "validate", "test", "predict")
 HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
@@ -22,6 +23,7 @@ HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
   validate  score found prompts:    train.py validate --run runs/NAME
   test      draw from the prompts:  train.py test --run runs/NAME
   predict   draw more pictures:     train.py predict --run runs/NAME --seeds 0,1,2,3
+            mix two found prompts:  train.py predict --mix runs/NAME runs/OTHER
 
 All settings of a command: train.py COMMAND --help; of a method: train.py fit --model.help PH2P
 """
@@ -108,8 +110,18 @@ def _with_run_config(args: list[str]) -> tuple[Path | None, list[str]]:
             break
     if args[0] == "fit" or "--help" in args or "-h" in args:
         return run, args
-    if run is None:
+    looked_at = _first_to_mix(args) or run  # a mix has a folder of its own
+    if looked_at is None:
         raise UserError(f"The command {args[0]!r} needs the run to look at: train.py {args[0]} --run runs/NAME.")
-    if not (run / "config.yaml").exists():
-        raise UserError(f"There is no run in {run} (it has no config.yaml); give the folder of an earlier fit.")
-    return run, [args[0], "--config", str(run / "config.yaml"), *args[1:]]
+    return run, [args[0], "--config", str(RunFolder(looked_at).saved_config()), *args[1:]]
+
+
+def _first_to_mix(args: list[str]) -> Path | None:
+    """The first of the two runs that are mixed."""
+    place = next((i for i, arg in enumerate(args) if arg.partition("=")[0] == "--mix"), None)
+    if place is None:
+        return None
+    runs = [arg for arg in args[place + 1 : place + 3] if not arg.startswith("--")]
+    if args[place] != "--mix" or len(runs) != 2:
+        raise UserError("--mix needs the folders of two runs, for example --mix runs/fox runs/ball.")
+    return Path(runs[0])

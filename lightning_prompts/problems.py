@@ -126,28 +126,36 @@ class RunFolder:
         self.grid = self.path / "grid.png"
         self.words = self.path / "words.png"
         self.embedding = self.path / "embedding.safetensors"
+        self.generations = self.path / "generations.json"  # of a mix of two runs
 
     @staticmethod
     def name(method: str, now: datetime) -> str:
         """Returns the default name of a run, such as `2026-11-20_14-03-22_ph2p`, which is safe in paths and shells."""
         return f"{now:%Y-%m-%d_%H-%M-%S}_{re.sub(r'[^a-z0-9._-]+', '-', method.lower())}"
 
-    def prepare(self, resume: bool) -> None:
+    def prepare(self, resume: bool, search: bool = True) -> None:
         """Creates the folders and tries whether they can be written, before any time is spent.
 
         To be called by one process before any other writes, whose records it would otherwise take for an earlier run.
+
+        Args:
+            resume: Whether to go on with the run that the folder holds.
+            search: Whether there will be records and checkpoints, which a mix of runs has none of.
 
         Raises:
             UserError: The folder holds a run that is not to be resumed, is a file or cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"The run folder {self.path} is a file; give another --run.")
-        begun = any(self.problems.glob("*.json")) or (self.config.exists() and not self.problems.is_dir())
-        if not resume and begun:  # a mistake that was found before the search leaves a config and no records
-            hint = "give --ckpt_path last to go on with it or another --run"
+        begun = any(self.problems.glob("*.json")) or self.generations.exists()
+        foreign = self.config.exists() and not self.problems.is_dir()
+        if not resume and (
+            begun or foreign
+        ):  # a mistake that was found before the search leaves a config and no records
+            hint = "give --ckpt_path last to go on with it or another --run" if search else "give another --run"
             raise UserError(f"The folder {self.path} already holds a run; {hint}.")
         try:
-            for folder in (self.path, self.problems, self.checkpoints):
+            for folder in (self.path, self.problems, self.checkpoints) if search else (self.path,):
                 atomic_write(folder / ".write-test", b"test")
                 (folder / ".write-test").unlink()
         except OSError as error:
@@ -158,7 +166,7 @@ class RunFolder:
 
     def save(self, problem: Problem) -> None:
         """Writes the record of a problem; after an OSError, such as a full disk, its previous state is still there."""
-        atomic_write(self.problems / f"{problem.key}.json", _to_json(asdict(problem)))
+        atomic_write(self.problems / f"{problem.key}.json", to_json(asdict(problem)))
 
     def save_or_warn(self, problem: Problem) -> None:
         """Writes a record in the middle of a search, which is worth more than this write: the next one tries again."""
@@ -171,6 +179,27 @@ class RunFolder:
         """Reads all records by key, in the order of the inputs; what is no record is left out with a warning."""
         problems = [problem for file in self.problems.glob("*.json") if (problem := _read_record(file))]
         return {problem.key: problem for problem in sorted(problems, key=lambda problem: (problem.index, problem.key))}
+
+    def saved_config(self) -> Path:
+        """The file of the settings of a run that has begun; a UserError where there is none."""
+        if not self.config.exists():
+            raise UserError(
+                f"There is no run in {self.path} (it has no config.yaml); give the folder of an earlier fit."
+            )
+        return self.config
+
+    def hard_prompts(self) -> list[Problem]:
+        """The records that have a prompt, in the order of the inputs; a UserError where there is none or it is no text."""
+        self.saved_config()
+        found = [problem for problem in self.load().values() if problem.prompt and problem.status != "failed"]
+        if not found:
+            raise UserError(f"The run {self.path} has no prompt yet; let its fit go on or give another run.")
+        if any(problem.token_ids is None for problem in found):
+            raise UserError(
+                f"The run {self.path} has found embeddings, as textual inversion does, and a prompt of tokens is needed; "
+                "give a run of another method."
+            )
+        return found
 
     def write_result(
         self, method: str, backbone: str, seed: int, settings: Mapping[str, Any], versions: Mapping[str, str]
@@ -187,7 +216,7 @@ class RunFolder:
             "problems": [_result_entry(asdict(problem)) for problem in records],
         }
         # str: a path or a dtype among the settings must not cost the results at the end of a run.
-        atomic_write(self.result, _to_json(result, default=str))
+        atomic_write(self.result, to_json(result, default=str))
         lines = [" ".join((problem.prompt or "").splitlines()) + "\n" for problem in records]
         atomic_write(self.prompt, "".join(lines).encode(errors="backslashreplace"))
 
@@ -261,7 +290,8 @@ def _result_entry(record: dict[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in _RESULT_KEYS} | measured
 
 
-def _to_json(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+def to_json(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:
+    """The content of a JSON file; numbers that JSON does not have become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=default)
     # File names that are not UTF-8 hold lone surrogates, whose backslash form is what JSON calls for.
     return (text + "\n").encode(errors="backslashreplace")

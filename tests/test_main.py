@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPConfig, CLIPModel
 
+from lightning_prompts.callbacks.grid import to_image, to_png
+from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.main import main
+from lightning_prompts.methods import PEZ
 from lightning_prompts.metrics import Perplexity
 from lightning_prompts.metrics.words import all_words
 
@@ -486,3 +490,156 @@ def test_mistake_found_before_the_search_does_not_take_the_folder(fit, pictures,
         assert stopped.value.code == 2
     assert "The run clip_word to start from has no prompt for 0.png" in capsys.readouterr().err
     assert results(fit())["problems"][0]["prompt"]
+
+
+# --- uses of found prompts
+
+
+@pytest.fixture(scope="module")
+def other(finished, tiny):
+    """A second finished run on one other picture."""
+    folder = finished.parent
+    Image.new("RGB", (16, 16), "green").save(folder / "green.png")
+    args = [
+        "fit",
+        "--run",
+        folder / "other",
+        "--trainer.accelerator",
+        "cpu",
+        "--model",
+        "PEZ",
+        "--model.backbone",
+        tiny,
+    ]
+    args += ["--model.tokens", "3", "--model.sampling_steps", "2", "--data.images", folder / "green.png"]
+    args += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
+    main([str(arg) for arg in args])
+    return folder / "other"
+
+
+def mixed(folder, *runs, more=()):
+    args = ["predict", "--mix", *runs, "--run", folder, "--seeds", "0,1", "--generations", "2", "--population", "3"]
+    main([str(arg) for arg in (*args, *more)])
+    return json.loads((folder / "generations.json").read_text()), results(folder)
+
+
+def test_mix_of_two_runs(finished, other, tmp_path, tiny):
+    before = content(finished), content(other)
+    everyone, result = mixed(tmp_path / "mix", finished, other, more=["--select", "2"])
+    assert (content(finished), content(other)) == before
+    parents = [results(run)["problems"][0] for run in (finished, other)]
+    assert [(member["prompt"], member["token_ids"]) for member in everyone[:2]] == [
+        (problem["prompt"], problem["token_ids"]) for problem in parents
+    ]
+    assert [member["index"] for member in everyone] == list(range(len(everyone)))
+    assert [member["generation"] for member in everyone] == [None, None, 0, 0, 0, 1, 1, 1]
+    for member in everyone:
+        assert -1 <= member["score"] <= min(member["similarities"]) + 1e-6
+    for child in everyone[2:]:
+        for parent in parents:
+            assert set(child["token_ids"]) & set(parent["token_ids"])
+    assert len({member["prompt"] for member in everyone}) == len(everyone)
+    assert [entry["index"] for entry in result["prompts"]] == [
+        member["index"] for member in sorted(everyone[2:], key=lambda member: -member["score"])[:2]
+    ]
+    assert (tmp_path / "mix" / "prompt.txt").read_text() == "".join(f"{p['prompt']}\n" for p in result["prompts"])
+    assert [target["key"] for target in result["targets"]] == [problem["key"] for problem in parents]
+    assert (result["method"], result["backbone"], result["schema_version"]) == ("Mix", tiny, 1)
+    assert result["prompts"][0]["heldout_score"] is None  # there is no such CLIP for this model
+    names = {path.name for path in (tmp_path / "mix").iterdir()}
+    assert names == {
+        "generations.json",
+        "generation-0.png",
+        "generation-1.png",
+        "prompt.txt",
+        "result.json",
+        "pictures",
+    }
+    assert sorted(path.name for path in (tmp_path / "mix" / "pictures").iterdir()) == [
+        f"{rank}-seed{seed}.png" for rank in (1, 2) for seed in (0, 1)
+    ]
+
+
+def test_mix_repeats_and_its_seed_matters(finished, other, tmp_path):
+    first, second, third = (
+        mixed(tmp_path / str(i), finished, other, more=["--data.seed", str(seed)])[0]
+        for i, seed in enumerate((1, 1, 2))
+    )
+    assert first == second
+    assert [member["prompt"] for member in first] != [member["prompt"] for member in third]
+
+
+def test_mix_of_one_run_takes_its_first_two(finished, tmp_path):
+    everyone, _ = mixed(tmp_path / "mix", finished, finished)
+    assert [member["prompt"] for member in everyone[:2]] == [p["prompt"] for p in results(finished)["problems"]]
+
+
+def test_mix_by_hand(finished, other, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("4 2\n"))  # and then the person leaves
+    everyone, result = mixed(tmp_path / "mix", finished, other, more=["--choose", "hand", "--negative", "a cat"])
+    assert (result["settings"]["choose"], result["settings"]["negative"]) == ("hand", "a cat")
+    assert [entry["index"] for entry in result["prompts"]] == [4, 2]
+    assert {parent for member in everyone[5:] for parent in member["parents"]} == {2, 4}
+    out = capsys.readouterr().out
+    assert out.count("Which do you keep") == 2
+    assert everyone[7]["prompt"] in out
+
+
+def test_what_cannot_be_mixed_is_refused(finished, other, done, tiny, tmp_path, capsys):
+    nowhere, mix = tmp_path / "nowhere", tmp_path / "mix"
+    refused(capsys, "predict", "--mix", finished, names=["--mix", "two runs"])
+    refused(capsys, "predict", "--mix", finished, "--run", mix, names=["--mix", "two runs"])
+    refused(capsys, "predict", f"--mix={finished}", other, names=["--mix", "two runs"])
+    refused(capsys, "predict", "--mix", nowhere, other, names=[nowhere, "config.yaml"])
+    refused(capsys, "predict", "--mix", finished, nowhere, names=[nowhere, "config.yaml"])
+    refused(capsys, "predict", "--mix", other, other, names=[other, "two runs"])
+    refused(capsys, "predict", "--mix", finished, other, "--run", done, names=[done, "another --run"])
+    refused(capsys, "predict", "--mix", finished, other, "--run", mix, "--prompts", "a", names=["--mix", "--prompts"])
+    for setting, value in (("generations", "0"), ("population", "-1"), ("select", "some"), ("choose", "dice")):
+        refused(
+            capsys, "predict", "--mix", finished, other, "--run", mix, f"--{setting}", value, names=[setting, value]
+        )
+    config = (done / "config.yaml").read_text()
+    (done / "config.yaml").write_text(config.replace(tiny, "somebody/else"))
+    refused(capsys, "predict", "--mix", finished, done, "--run", mix, names=[tiny, "somebody/else"])
+    (done / "config.yaml").write_text("model:\n  init_args: [\n")
+    refused(capsys, "predict", "--mix", finished, done, "--run", mix, names=[done / "config.yaml"])
+    (done / "config.yaml").write_text(config)
+    for path in (done / "problems").iterdir():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"token_ids": None, "embedding": [[0.0] * 32] * 2}))
+    refused(capsys, "predict", "--mix", finished, done, "--run", mix, names=[done, "textual inversion"])
+    refused(capsys, "predict", "--run", finished, "--negative", done, names=[done, "textual inversion"])
+    shutil.rmtree(done / "problems")
+    refused(capsys, "predict", "--mix", finished, done, "--run", mix, names=[done, "no prompt"])
+    assert not mix.exists()
+
+
+def test_texts_of_ones_own(done):
+    main(["predict", "--run", str(done), "--prompts", "a red cat", "--seeds", "0,1"])
+    names = sorted(path.name for path in (done / "pictures").iterdir())
+    assert [name[:10] for name in names] == ["a-red-cat-"] * 2
+    main(["predict", "--run", str(done), "--prompts", '["a red cat", "two dogs"]'])
+    assert len(list((done / "pictures").iterdir())) == 3
+
+
+@pytest.mark.parametrize("given", ["run", "text"])
+def test_negative_prompt_changes_the_pictures(done, given):
+    joined = ", ".join(problem["prompt"] for problem in results(done)["problems"])
+    command = ["predict", "--run", str(done), "--prompts", "a red cat"]
+    main(command)
+    (plain,) = (done / "pictures").iterdir()
+    main([*command, "--negative", str(done) if given == "run" else joined])
+    without = next(path for path in (done / "pictures").iterdir() if "without" in path.name)
+    assert plain.exists()
+    assert plain.read_bytes() != without.read_bytes()
+    assert without.name.startswith(plain.name.removesuffix("-seed0.png"))
+    module = PEZ(backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampling_steps=2)
+    (expected,) = module.draw(["a red cat"], noise_of([0], module.backbone.latent_shape), joined)
+    assert without.read_bytes() == to_png(to_image(expected))
+
+
+def test_negative_that_does_nothing_or_is_misspelt_is_refused(done, capsys):
+    command = ["predict", "--run", done, "--negative"]
+    refused(capsys, *command, done.parent / "dome", names=["dome", "config.yaml"])
+    refused(capsys, *command, "a cat", "--model.guidance_scale", "1", names=["guidance", "above 1"])
+    refused(capsys, *command, "cat " * 40, names=["takes 32", "shorten"])

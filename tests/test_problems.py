@@ -453,3 +453,34 @@ def test_versions_import_nothing(monkeypatch):
     for package in problems._PACKAGES:
         monkeypatch.setitem(sys.modules, package, None)  # now importing it fails
     assert versions()["torch"] == version("torch")
+
+
+def test_mix_of_runs_needs_no_records(tmp_path):
+    folder = RunFolder(tmp_path / "mix")
+    folder.prepare(resume=False, search=False)
+    assert list(folder.path.iterdir()) == []
+    folder.generations.write_text("[]")
+    for search in (False, True):
+        with pytest.raises(UserError, match="mix already holds a run"):
+            folder.prepare(resume=False, search=search)
+
+
+def test_hard_prompts_are_those_that_were_found(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        folder.hard_prompts()
+    folder.config.write_text("model:\n")
+    assert folder.saved_config() == folder.config
+    with pytest.raises(UserError, match="no prompt yet"):
+        folder.hard_prompts()
+    kept = [Problem(f"{i:016}", f"{i}.png", index=9 - i, prompt=f"word {i}", token_ids=[i]) for i in range(2)]
+    others = [
+        Problem("a" * 16, "open.png"),
+        Problem("b" * 16, "bad.png", status="failed", prompt="word", token_ids=[1]),
+    ]
+    for problem in (*kept, *others):
+        folder.save(problem)
+    assert folder.hard_prompts() == kept[::-1]
+    folder.save(Problem("c" * 16, "soft.png", prompt="<soft>", embedding=[[0.0]]))
+    with pytest.raises(UserError, match="textual inversion"):
+        folder.hard_prompts()

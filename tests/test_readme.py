@@ -1,5 +1,6 @@
 """Every command that the README and the docs show, run as it stands but for its length."""
 
+import io
 import re
 import shlex
 import subprocess
@@ -32,9 +33,11 @@ def place(tmp_path, monkeypatch):
     for name in ("benchmarks", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "photos").mkdir()
-    for name, color in (("photo.png", "red"), ("photos/a.png", "green"), ("photos/b.png", "blue")):
-        Image.new("RGB", (80, 64), color).save(tmp_path / name)
+    colors = {"photo": "red", "photos/a": "green", "photos/b": "blue", "fox": "orange", "ball": "white"}
+    for name, color in colors.items():
+        Image.new("RGB", (80, 64), color).save(tmp_path / f"{name}.png")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody answers
     return tmp_path
 
 
@@ -44,7 +47,8 @@ def test_commands_of_the_page_run(page, place, tiny):
         if program == "python" and args[0] == "train.py":
             hub = "stable-diffusion-v1-5/stable-diffusion-v1-5"
             args = [tiny if word == hub else word for word in args[1:]]
-            main([*args, *SHORT, "--trainer.accelerator=cpu"] if args[0] == "fit" else args)
+            short = [*SHORT, "--trainer.accelerator=cpu"] if args[0] == "fit" else []
+            main([*args, *short, *(["--generations=2", "--population=2"] if "--mix" in args else [])])
         elif program == "tensorboard":
             shown = subprocess.run(
                 [sys.executable, "-m", "tensorboard.main", "--inspect", *args],

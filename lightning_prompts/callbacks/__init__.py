@@ -4,6 +4,7 @@ from lightning_prompts.callbacks.best_prompt import BestPrompt
 from lightning_prompts.callbacks.checkpoint import AtomicCheckpointIO, PromptCheckpoint, is_checkpoint, last_checkpoint
 from lightning_prompts.callbacks.grid import SampleGrid
 from lightning_prompts.callbacks.guard import NonFiniteGuard
+from lightning_prompts.callbacks.mix import Mix, parents_of
 from lightning_prompts.callbacks.progress import PromptProgress
 from lightning_prompts.callbacks.projection import VocabularyProjection
 from lightning_prompts.callbacks.results import Results
@@ -12,6 +13,7 @@ from lightning_prompts.callbacks.scores import Scores
 __all__ = [
     "AtomicCheckpointIO",
     "BestPrompt",
+    "Mix",
     "NonFiniteGuard",
     "PromptCheckpoint",
     "PromptProgress",
@@ -21,4 +23,5 @@ __all__ = [
     "VocabularyProjection",
     "is_checkpoint",
     "last_checkpoint",
+    "parents_of",
 ]

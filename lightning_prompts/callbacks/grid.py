@@ -57,16 +57,36 @@ def grid(targets: Sequence[Tensor], drawn: Tensor, problems: Sequence[Problem], 
         problems: P records.
         side: Pixels of a picture in the grid.
     """
-    width, line, top = side + 8, 12, (1 + drawn.shape[1]) * (side + 4) + 8
-    lines = [textwrap.wrap(str(problem.prompt), width // 6) for problem in problems]
-    canvas = Image.new("RGB", (len(problems) * width, top + line * max(map(len, lines))), "white")
-    pen = ImageDraw.Draw(canvas)
-    for column, target in enumerate(targets):
-        for row, picture in enumerate((target, *drawn[column])):
-            shown = to_image(picture).resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(shown, (column * width + 4, row * (side + 4) + (6 if row else 2)))
-        for number, text in enumerate(lines[column]):
-            pen.text((column * width + 4, top + number * line), text, fill="black")
+    columns = [(target, *pictures) for target, pictures in zip(targets, drawn, strict=True)]
+    return sheet(columns, [str(problem.prompt) for problem in problems], len(columns), side)
+
+
+def sheet(
+    columns: Sequence[Tensor | Sequence[Tensor]], texts: Sequence[str], across: int, side: int = 96
+) -> Image.Image:
+    """Columns of pictures with a text below each.
+
+    Args:
+        columns: P columns of pictures (3, H, W) in [-1, 1].
+        texts: What stands below each.
+        across: Columns beside each other; the next ones come below.
+        side: Pixels of a picture.
+    """
+    width, line = side + 8, 12
+    wrapped = [textwrap.wrap(text, width // 6) for text in texts]
+    rows = [range(first, min(first + across, len(columns))) for first in range(0, len(columns), across)]
+    tops = [max(len(columns[i]) for i in row) * (side + 4) + 8 for row in rows]
+    heights = [top + line * max(len(wrapped[i]) for i in row) for row, top in zip(rows, tops, strict=True)]
+    canvas = Image.new("RGB", (min(across, len(columns)) * width, sum(heights)), "white")
+    pen, y = ImageDraw.Draw(canvas), 0
+    for row, top, height in zip(rows, tops, heights, strict=True):
+        for x, i in enumerate(row):
+            for place, picture in enumerate(columns[i]):
+                shown = to_image(picture).resize((side, side), Image.Resampling.NEAREST)
+                canvas.paste(shown, (x * width + 4, y + place * (side + 4) + (6 if place else 2)))
+            for number, text in enumerate(wrapped[i]):
+                pen.text((x * width + 4, y + top + number * line), text, fill="black")
+        y += height
     return canvas
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from safetensors.torch import save
+from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_prompts.callbacks.grid import grid, regenerate, to_image, to_png
@@ -30,12 +33,20 @@ class Results(pl.Callback):
         scores: What measures them.
         seeds: Seeds that `predict` draws pictures from.
         settings: What to record as the run's settings.
+        prompts: What `predict` draws instead of the found prompts.
+        negative: What `predict` leads away from.
     """
 
     def __init__(
-        self, scores: Scores | None = None, seeds: Sequence[int] = (0,), settings: dict[str, Any] | None = None
+        self,
+        scores: Scores | None = None,
+        seeds: Sequence[int] = (0,),
+        settings: dict[str, Any] | None = None,
+        prompts: Sequence[str] = (),
+        negative: str = "",
     ) -> None:
         self.scores, self.seeds, self.settings = scores or Scores(), tuple(seeds), settings or {}
+        self.prompts, self.negative = tuple(prompts), negative
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Scores and writes."""
@@ -50,14 +61,16 @@ class Results(pl.Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws one picture a prompt and seed."""
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
-        shape = pl_module.backbone.latent_shape
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in self.seeds])
-        for problem in _found(trainer):
-            pictures = pl_module.draw([problem.prompt] * len(self.seeds), noise.to(pl_module.device))
+        noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
+        texts = {file_name(text): text for text in self.prompts}
+        texts = texts or {problem.key: str(problem.prompt) for problem in _found(trainer)}
+        without = f"-without-{file_name(self.negative)}" if self.negative else ""
+        for name, text in texts.items():
+            pictures = pl_module.draw([text] * len(self.seeds), noise, self.negative)
             for seed, picture in zip(self.seeds, pictures, strict=True):
-                path = folder.path / "pictures" / f"{problem.key}-seed{seed}.png"
+                path = folder.path / "pictures" / f"{name}{without}-seed{seed}.png"
                 atomic_write(path, to_png(to_image(picture)))
-                print(f"{path}  {problem.prompt}")
+                print(f"{path}  {text}")
 
     def _finish(self, trainer: pl.Trainer, module: Any) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -88,6 +101,17 @@ class Results(pl.Callback):
         tensors = {problem.key: module.embedded(problem).float().cpu().contiguous() for problem in problems}
         prompts = {problem.key: str(problem.prompt) for problem in problems}
         atomic_write(folder.embedding, save(tensors, {"format": "pt", "backbone": module.backbone.name, **prompts}))
+
+
+def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise (S, C, h, w) of seeds that a person gives."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def file_name(text: str) -> str:
+    """A name of at most 45 letters, digits and dashes for what is drawn from a text; other texts have others."""
+    start = re.sub(r"[\W_]+", "-", text.lower())[:40].strip("-")
+    return f"{start}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 
 
 def _found(trainer: pl.Trainer) -> list[Problem]:

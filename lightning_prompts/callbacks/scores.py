@@ -84,9 +84,8 @@ class Scores:
                 if problem.embedding is None:  # the others' prompts are pseudo-words, which only their backbone knows
                     problem.clip_text_similarity = float(agreement(target, [str(problem.prompt)] * len(target)))
         with _told():
-            if scorer := self.scorer or (str(EMOJI.parent / "scorer") if name == "emoji" else None):
-                clip = ClipSimilarity(scorer, offline)
-                similarity, diversity = ClipImageSimilarity(clip), Diversity(clip)
+            if heldout := heldout_clip(name, self.scorer, offline):
+                similarity, diversity = ClipImageSimilarity(heldout), Diversity(heldout)
                 for problem, drawn, target in rows:
                     problem.heldout_clip_similarity = float(similarity(drawn, target))
                     problem.diversity = float(diversity(drawn[None]))  # rather than by a CLIP that may have searched
@@ -116,6 +115,12 @@ class Scores:
                 perplexity = Perplexity(self.language_model, method.offline)
                 for problem in texts:
                     problem.perplexity = float(perplexity([str(problem.prompt)]))
+
+
+def heldout_clip(backbone: str, scorer: str | None, offline: bool) -> ClipSimilarity | None:
+    """The CLIP that takes no part in any search, as far as there is one."""
+    name = scorer or (str(EMOJI.parent / "scorer") if backbone == "emoji" else None)
+    return ClipSimilarity(name, offline) if name else None
 
 
 @contextmanager

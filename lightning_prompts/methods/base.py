@@ -348,13 +348,17 @@ class PromptMethod(pl.LightningModule, ABC):
         """All is done by the `Results` callback."""
 
     @torch.no_grad()
-    def draw(self, texts: Sequence[str], noise: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] of B texts from noise (B, C, h, w)."""
-        told, nothing = self.encode(texts), self.encode([""])
+    def draw(self, texts: Sequence[str], noise: Tensor, negative: str = "") -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of B texts from noise (B, C, h, w), led away from a negative text."""
+        if negative and self.guidance_scale <= 1:
+            raise UserError(
+                f"With a guidance of {self.guidance_scale:g} a negative prompt does nothing; give --model.guidance_scale above 1."
+            )
+        told, away = self.encode(texts), self.encode([negative])
         parts = []
         for rows in torch.arange(len(noise)).split(self.denoising.microbatch):
             part = self.backbone.sample(
-                told[rows.to(self.device)], nothing, noise[rows], self.sampling_steps, self.guidance_scale
+                told[rows.to(self.device)], away, noise[rows], self.sampling_steps, self.guidance_scale
             )
             parts.append(self.backbone.decode(part).cpu())
         return torch.cat(parts)
@@ -383,14 +387,17 @@ class PromptMethod(pl.LightningModule, ABC):
 
     def found(self, rows: Tensor) -> tuple[list[Found], Conditioning]:
         """What the search has come to for the problems `rows` (Q,), written down and read again: the nearest tokens' text."""
-        token_ids = self.prompt.project()[rows.to(self.device)].cpu()
+        found = self.written(self.prompt.project()[rows.to(self.device)].cpu())
+        return found, self.encode([candidate.prompt for candidate in found])
+
+    def written(self, token_ids: Tensor) -> list[Found]:
+        """Prompts of tokens (Q, M) as text in the template, and whether they are sound."""
         texts, survives = round_trip(self.tower.tokenizer, token_ids)
         texts = [fill_template(self.template, text) for text in texts]
         sound = [
             ok and not contains_blocked(text, self.blocked) for ok, text in zip(survives.tolist(), texts, strict=True)
         ]
-        found = [Found(text, ids, None, ok) for text, ids, ok in zip(texts, token_ids.tolist(), sound, strict=True)]
-        return found, self.encode(texts)
+        return [Found(text, ids, None, ok) for text, ids, ok in zip(texts, token_ids.tolist(), sound, strict=True)]
 
     def retire(self, last: bool) -> list[Problem]:
         """Takes finished problems out of the wave: those that no longer improve, or all after the last step."""

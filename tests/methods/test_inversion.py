@@ -3,12 +3,14 @@ import json
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import Results
 from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import VALIDATION, address, draw_noise, draw_timesteps, validation_timesteps
-from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.data.inversion import ImagesToPrompts, Step
+from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.prompts import TokenEmbeddings
@@ -290,6 +292,106 @@ def test_denoising_without_gradients(double):
         losses = Denoising(4)(backbone, backbone.encode(ids, embeddings), *rest)
     assert not losses.requires_grad
     torch.testing.assert_close(losses, slope(double, plain)[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture
+def opposed(sd, pictures, tmp_path):
+    """A wave of two targets with two negative pictures in float64: the module and its data."""
+    paths = [str(path) for path in sorted(pictures.iterdir())]
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    module = PH2P(backbone=str(sd), negative_weight=0.7, microbatch=2, **settings(PH2P))
+    data = ImagesToPrompts(paths[:2], negative_images=[paths[2], str(tmp_path / "red.png")], **DATA)
+    trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path / "run")
+    trainer.strategy.connect(module)
+    data.trainer, trainer.datamodule, module.trainer = trainer, data, trainer
+    data.setup("fit")
+    module.double()
+    module._take(list(data.records.values()))
+    module.latents = module.latents.double()
+    return module, data
+
+
+def test_negative_pictures_take_turns(opposed):
+    module, data = opposed
+    negatives = data.negative_latents(module.backbone)
+    assert len(negatives) == 2
+    for step in (VALIDATION, 0, 1, 2):
+        samples = module.samples(torch.arange(2), Step(step, torch.full((2, 3), 700)))
+        assert samples.negative.shape == samples.latents.shape == samples.noise.shape
+        first = max(step, 0) * 3
+        for row in range(2):
+            for n in range(3):
+                assert torch.equal(samples.negative[row, n], negatives[(first + n) % 2].to(samples.negative))
+        last = samples[torch.tensor([1])]
+        assert torch.equal(last.negative[0], samples.negative[1])
+
+
+def test_loss_with_negative_pictures_is_a_difference(opposed):
+    """At equal timesteps and noise, each side computed as one writes it down."""
+    module, data = opposed
+    rows, batch = torch.arange(2), Step(1, torch.tensor([[10, 500, 999], [0, 700, 300]]))
+    samples, backbone = module.samples(rows, batch), module.backbone
+    module.prompt.begin(module.initial_embeddings().double())
+    ids, embeddings = module.prompt(rows)
+    told = backbone.encode(ids, embeddings)
+    here, there = (
+        plain(backbone, told, latents, samples.timesteps, samples.noise.double())
+        for latents in (
+            samples.latents,
+            data.negative_latents(backbone)[torch.tensor([1, 0, 1])].expand(2, -1, -1, -1, -1),
+        )
+    )
+    assert not torch.allclose(here, there)
+    loss = module.loss(rows, ids, embeddings, samples)
+    torch.testing.assert_close(loss, here - 0.7 * there, rtol=1e-6, atol=1e-8)
+    gradients = [
+        torch.autograd.grad(side.sum(), module.prompt.embeddings, retain_graph=True)[0]
+        for side in (loss, here - 0.7 * there)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
+
+
+def test_gradient_with_negative_pictures_is_that_of_differences(opposed):
+    module, _ = opposed
+    rows = torch.arange(2)
+    samples = module.samples(rows, Step(0, torch.tensor([[10, 500, 999], [0, 700, 300]])))
+    module.prompt.begin(module.initial_embeddings().double())
+    prompts = module.prompt.embeddings
+    (gradient,) = torch.autograd.grad(module.loss(rows, *module.prompt(rows), samples).sum(), prompts)
+    direction = torch.randn_like(prompts)
+    h = 1e-4
+    with torch.no_grad():
+        losses = []
+        for sign in (1, -1):
+            prompts.add_(sign * h * direction)
+            losses.append(module.loss(rows, *module.prompt(rows), samples).sum())
+            prompts.sub_(sign * h * direction)
+    slope = (losses[0] - losses[1]) / (2 * h)
+    assert slope.abs() > 1e-6
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-8)
+
+
+def test_negative_pictures_count_and_make_another_problem(tiny, pictures, tmp_path):
+    paths = sorted(pictures.iterdir())
+    (alone,) = search(PEZ(backbone=tiny, **settings(PEZ)), paths[:1], tmp_path / "alone")
+    (led,) = search(
+        PEZ(backbone=tiny, **settings(PEZ)),
+        paths[:1],
+        tmp_path / "led",
+        negative_images=[str(path) for path in paths[1:]],
+    )
+    assert led.key != alone.key
+    assert led.unet_samples == 2 * alone.unet_samples
+
+
+@pytest.mark.parametrize(("content", "told"), [(None, "There is no file"), ("no picture", "is no picture")])
+def test_negative_picture_that_cannot_be_read_is_named(tiny, pictures, tmp_path, content, told):
+    bad = tmp_path / "bad.png"
+    if content:
+        bad.write_text(content)
+    with pytest.raises(UserError, match=rf"(?s)^{told}.*bad\.png|^[^\n]*bad\.png[^\n]*{told}"):
+        search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run", negative_images=str(bad))
+    assert not (tmp_path / "run" / "problems").exists()
 
 
 def test_straight_through_is_the_gradient_at_the_projected(sd):

@@ -1,0 +1,207 @@
+"""What found prompts are good for: `python benchmarks/uses.py evolution` and `python benchmarks/uses.py removal`.
+
+`evolution` mixes the prompts of pairs of targets and asks the held-out CLIP how much the pictures look like both of them.
+`removal` draws from texts and found prompts for two objects, with and without what was found for one of them as the negative,
+and counts what the held-out CLIP recognises; it renders scenes (needs the font and the `emoji` package). Settings of `fit`
+follow the options. Both print one table with 95% intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from inversion import TARGETS, has, interval
+from make_targets import outside
+from PIL import Image
+from torch import Tensor
+
+from lightning_prompts.backbones import EMOJI
+from lightning_prompts.callbacks.mix import likeness
+from lightning_prompts.callbacks.results import noise_of
+from lightning_prompts.data.images import to_tensor
+from lightning_prompts.emoji import world
+from lightning_prompts.main import main as lightning_prompts
+from lightning_prompts.methods import PH2P
+from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.vocabulary import encode_text
+
+SEEDS = {"evaluation": 20_261_121, "development": 20_261_125}  # of scenes with two objects
+FIRST = 1000  # seed of the first picture that is judged; the evolution has chosen on others
+DRAWN = 4  # pictures a prompt
+NEAREST = 3  # an object is recognised if its name is among so many that are nearest to the picture
+
+
+def fit(images: list[Path], run: Path, config: str, extra: list[str]) -> list[dict[str, Any]]:
+    """Searches a prompt for each picture in one run; the problems of its result, in their order."""
+    given = json.dumps([str(path) for path in images])
+    lightning_prompts(["fit", "--config", config, "--data.images", given, "--run", str(run), *extra])
+    problems: list[dict[str, Any]] = json.loads((run / "result.json").read_text())["problems"]
+    return problems
+
+
+def alone(run: Path, problem: dict[str, Any], folder: Path) -> str:
+    """A run of one of a run's problems."""
+    (folder / "problems").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", folder)
+    shutil.copy(run / "problems" / f"{problem['key']}.json", folder / "problems")
+    return str(folder)
+
+
+def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[str, str]:
+    """Mixes the prompts of targets 0 and 1, 2 and 3, and so on."""
+    folder = (TARGETS / args.targets).resolve()
+    images = sorted(folder.glob("*.png"))[: 2 * args.count]
+    words = json.loads((folder / "words.json").read_text())
+    problems = fit(images, scratch / "run", args.config, extra)
+    runs = [alone(scratch / "run", problem, scratch / problem["target"]) for problem in problems]
+    found = [str(problem["prompt"]) for problem in problems]
+    mixed, named, children = [], [], []
+    for one in range(0, len(runs), 2):
+        mix = scratch / f"mix{one}"
+        command = ["predict", "--mix", *runs[one : one + 2], "--run", str(mix), "--seeds", args.seeds]
+        lightning_prompts([*command, "--generations", str(args.generations), "--population", str(args.population)])
+        mixed.append(json.loads((mix / "result.json").read_text())["prompts"][0]["prompt"])
+        told = [words[path.name] for path in images[one : one + 2]]
+        named.append(float(all(any(has(mixed[-1], word) for word in some.values()) for some in told)))
+        for member in json.loads((mix / "generations.json").read_text())[2:]:
+            tokens = set(member["token_ids"])
+            children.append(float(all(tokens & set(p["token_ids"]) for p in problems[one : one + 2])))
+    module, scorer = PH2P(), ClipSimilarity(str(EMOJI.parent / "scorer"))
+    noise = noise_of(range(FIRST, FIRST + DRAWN), module.backbone.latent_shape)
+    drawn = {text: module.draw([text] * DRAWN, noise) for text in {*found, *mixed}}
+    targets = [to_tensor(Image.open(path).convert("RGB")).unsqueeze(0) for path in images]
+    own, parents, joined, unrelated = [], [], [], []
+    for pair, text in enumerate(mixed):
+        here = [2 * pair, 2 * pair + 1]
+        both = [targets[i] for i in here]
+        own.append(likeness(scorer, drawn[text], both)[1])
+        parents.append(max(likeness(scorer, drawn[found[i]], both)[1] for i in here))
+        joined.append(likeness(scorer, module.draw([", ".join(found[i] for i in here)] * DRAWN, noise), both)[1])
+        others = [likeness(scorer, drawn[text], both)[1] for i, text in enumerate(found) if i not in here]
+        unrelated.append(sum(others) / len(others))
+    return {
+        "pairs": f"{args.targets}, {len(mixed)}",
+        "children with tokens of both parents": interval(children),
+        "best mixtures that name something of both targets": interval(named),
+        "smaller similarity, best mixture": interval(own),
+        "smaller similarity, the two prompts joined by a comma": interval(joined),
+        "smaller similarity, the better one of the two prompts": interval(parents),
+        "smaller similarity, prompts of other targets": interval(unrelated),
+        "mixture less prompts of other targets": interval([a - b for a, b in zip(own, unrelated, strict=True)]),
+        "mixture less the joined prompts": interval([a - b for a, b in zip(own, joined, strict=True)]),
+    }
+
+
+class Recogniser:
+    """The held-out CLIP, asked which of all objects are nearest to a picture, on whatever background."""
+
+    def __init__(self) -> None:
+        from transformers import CLIPTokenizer
+
+        folder = str(EMOJI.parent / "scorer")
+        self.scorer, tokenizer = ClipSimilarity(folder), CLIPTokenizer.from_pretrained(folder)
+        self.names = list(world.OBJECTS)
+        texts = [f"{name}, {color} background" for name in self.names for color in world.COLORS]
+        with torch.no_grad():
+            said = self.scorer.text_features(encode_text(tokenizer, texts, tokenizer.model_max_length))
+        self.said = said.view(len(self.names), len(world.COLORS), -1)
+
+    def __call__(self, pictures: Tensor, name: str) -> float:
+        """The share of pictures (B, 3, H, W) in which an object is recognised."""
+        cosines = torch.einsum("be,nce->bnc", self.scorer.features(pictures), self.said).amax(2)
+        nearer = (cosines > cosines[:, [self.names.index(name)]]).sum(1)
+        return float((nearer < NEAREST).float().mean())
+
+
+def lone(name: str, index: int) -> Image.Image:
+    """An object alone in the middle of a picture."""
+    color = list(world.COLORS)[index % len(world.COLORS)]
+    other = list(world.COLORS)[(index + 1) % len(world.COLORS)]
+    return world.draw(
+        world.Scene(name, other if name in world.SHAPES else None, "plain", color, "large", "center", "plain", index)
+    )
+
+
+def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[str, str]:
+    """Draws two objects and removes the second."""
+    rows = [row for row in outside(SEEDS[args.targets], 40) if "second" in row[2]][: args.count]
+    cases = [(words["object"], words["second"]) for _, _, words in rows]
+    both, unwanted, wanted = (
+        [scratch / f"{kind}{i}.png" for i in range(len(rows))] for kind in ("both", "bad", "good")
+    )
+    for i, ((picture, _, _), (good, bad)) in enumerate(zip(rows, cases, strict=True)):
+        picture.save(both[i])
+        lone(bad, i).save(unwanted[i])
+        lone(good, i).save(wanted[i])
+    removed = [str(p["prompt"]) for p in fit(unwanted, scratch / "unwanted", args.config, extra)]
+    plain = [str(p["prompt"]) for p in fit(both, scratch / "both", args.config, extra)]
+    against = []
+    for i in range(len(rows)):
+        away = ["--data.negative_images", str(unwanted[i]), "--model.negative_weight", str(args.negative_weight)]
+        (problem,) = fit([both[i]], scratch / f"against{i}", args.config, [*extra, *away])
+        against.append(str(problem["prompt"]))
+    module, recognise, table = PH2P(guidance_scale=args.guidance_scale), Recogniser(), {}
+
+    def measure(name: str, pictures: list[Tensor]) -> None:
+        seen = [[recognise(some, case[which]) for some, case in zip(pictures, cases, strict=True)] for which in (0, 1)]
+        table[name] = f"{interval(seen[0])} | {interval(seen[1])}"
+
+    def drawn(texts: list[list[str]], negatives: list[str]) -> list[Tensor]:
+        pictures = []
+        for i, (several, negative) in enumerate(zip(texts, negatives, strict=True)):
+            noise = noise_of(range(FIRST + DRAWN * i, FIRST + DRAWN * (i + 1)), module.backbone.latent_shape)
+            pictures.append(torch.cat([module.draw([text] * DRAWN, noise, negative) for text in several]))
+        return pictures
+
+    def load(paths: list[Path]) -> list[Tensor]:
+        return [to_tensor(Image.open(path).convert("RGB")).unsqueeze(0) for path in paths]
+
+    nothing = [""] * len(cases)
+    texts = [[f"{good} {bad}", f"{bad} {good}"] for good, bad in cases]
+    demands = [[f"a {bad} on a red background"] for _, bad in cases]
+    found, led = [[text] for text in plain], [[text] for text in against]
+    measure("rendered, the wanted object alone", load(wanted))
+    measure("rendered, the unwanted object alone", load(unwanted))
+    measure("rendered, both", load(both))
+    measure("a text that names both", drawn(texts, nothing))
+    measure("naming both, negative: the name of the unwanted", drawn(texts, [bad for _, bad in cases]))
+    measure("naming both, negative: the prompt found for the unwanted", drawn(texts, removed))
+    measure("a text of the unwanted alone", drawn(demands, nothing))
+    measure("of the unwanted alone, negative: the prompt found for it", drawn(demands, removed))
+    measure("the prompt found for a picture of both", drawn(found, nothing))
+    measure("found for both, negative: the prompt found for the unwanted", drawn(found, removed))
+    measure("found for both with the unwanted as negative picture", drawn(led, nothing))
+    print(*zip(cases, removed, plain, against, strict=True), sep="\n")
+    return table
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("use", choices=["evolution", "removal"])
+    parser.add_argument("--config", default="configs/ph2p.yaml")
+    parser.add_argument("--targets", default="evaluation", choices=["evaluation", "development"])
+    parser.add_argument("--count", type=int, default=10, help="pairs, or scenes with two objects")
+    parser.add_argument("--generations", type=int, default=4)
+    parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--seeds", default="0,1", help="of the pictures that the evolution chooses by")
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--negative-weight", type=float, default=0.2)
+    args, extra = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        table = (evolution if args.use == "evolution" else removal)(args, extra, Path(scratch))
+    print(
+        "| | wanted recognised | unwanted recognised |\n|---|---|---|" if args.use == "removal" else "| | |\n|---|---|"
+    )
+    for name, value in table.items():
+        print(f"| {name} | {value} |")
+
+
+if __name__ == "__main__":
+    main()

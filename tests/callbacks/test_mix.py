@@ -1,0 +1,76 @@
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_prompts.callbacks.grid import sheet
+from lightning_prompts.callbacks.mix import ask, likeness
+from lightning_prompts.callbacks.results import file_name
+from lightning_prompts.evolution import Member
+
+SOME = [Member(i, f"prompt {i}", (i,), score=i / 10) for i in (3, 5, 8)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("8 3\n", [8, 3]),
+        ("3,5\n", [3, 5]),
+        ("5 5, 5\n", [5]),
+        ("\n", [8, 5]),  # the score's choice
+        ("4\n-3\nthree\n3 99\n3.0\n²\n 3 \n", [3]),
+    ],
+)
+def test_person_names_whom_to_keep(monkeypatch, capsys, typed, kept):
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    assert [member.index for member in ask(Path("generation-0.png"), SOME, [SOME[2], SOME[1]])] == kept
+    told = capsys.readouterr().out
+    assert told.count("generation-0.png") == typed.count("\n")
+    assert told.count("such as 8 5") == typed.count("\n") - 1
+
+
+def test_person_who_leaves_is_heard(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("no\n"))
+    with pytest.raises(EOFError):
+        ask(Path("generation-0.png"), SOME, SOME[:1])
+
+
+class Pixels:
+    """A CLIP whose features are the pixels."""
+
+    def features(self, pictures):
+        return F.normalize(pictures.flatten(1), dim=1)
+
+
+def test_likeness_wants_both_targets_in_one_picture():
+    one, other = (torch.eye(12)[i].view(1, 3, 2, 2) for i in (0, 1))
+    mixed = one + other
+    either, score = likeness(Pixels(), torch.cat([one, other]), [one, other])
+    assert either == pytest.approx((0.5, 0.5))
+    assert score == pytest.approx(0.0)
+    assert likeness(Pixels(), torch.cat([one, one]), [one, other]) == (pytest.approx((1.0, 0.0)), pytest.approx(0.0))
+    assert likeness(Pixels(), mixed, [one, other]) == (
+        pytest.approx((0.5**0.5, 0.5**0.5)),
+        pytest.approx(0.5**0.5),
+    )
+    assert likeness(Pixels(), one, [torch.cat([one, other]), one])[1] == pytest.approx(
+        0.5
+    )  # of several pictures, the mean
+
+
+def test_sheet_begins_new_lines():
+    picture = torch.zeros(3, 16, 16)
+    wide, narrow = (sheet([[picture]] * 5, ["word"] * 5, across, side=20) for across in (5, 2))
+    assert wide.width == 5 * 28
+    assert (narrow.width, narrow.height) == (2 * 28, 3 * wide.height)
+
+
+def test_names_of_files_differ_with_their_texts():
+    texts = ["a fox", "A fox", "a fox!", "狐狸", "球", "x" * 300, "x" * 301, "../up"]
+    names = {file_name(text) for text in texts}
+    assert len(names) == len(texts)
+    for name in names:
+        assert len(name) <= 45
+        assert name.replace("-", "").isalnum()
