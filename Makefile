@@ -11,7 +11,7 @@ $(BIN)/.installed: pyproject.toml
 	touch $@
 
 demo: $(BIN)/.installed  ## inverts a picture on the embedded model
-	$(BIN)/python train.py fit --config configs/ph2p.yaml --data.images docs/images/demo.png
+	$(BIN)/python train.py fit --config configs/invert.yaml --data.images docs/images/demo.png
 
 test: $(BIN)/.installed  ## passes in a few minutes
 	$(BIN)/python -m pytest -m "not slow"

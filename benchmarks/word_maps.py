@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.callbacks.words import SAMPLES, word_maps
+from lightning_prompts.callbacks.word_maps import SAMPLES, word_maps
 from lightning_prompts.data.addresses import WORD_MAPS, draw_noise
 from lightning_prompts.data.images import to_tensor
 from lightning_prompts.emoji.world import LOOKS

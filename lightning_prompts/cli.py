@@ -249,7 +249,7 @@ def _one_sentence(message: str, parser: Any) -> str:
     text = re.sub(r"\s+", " ", message).strip()
     if missing := re.search(r"following arguments are required: (.*)", text):
         absent = [f"--{name.lstrip('-').rpartition('.')[2]}" for name in missing[1].split(", ")]
-        return f"{' and '.join(absent)} must be given, here or in a config file such as configs/ph2p.yaml."
+        return f"{' and '.join(absent)} must be given, here or in a config file such as configs/invert.yaml."
     key = re.match(r'Parser key "([\w.]+)": ?', text)
     nested = re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>", text)
     if key and nested:  # what the parser of a class has said, in which settings lack the class's own name

@@ -19,7 +19,7 @@ from lightning_prompts.problems import RunFolder
 COMMANDS = ("fit", "validate", "test", "predict")
 HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
 
-  fit       search prompts:         train.py fit --config configs/ph2p.yaml --data.images photo.png
+  fit       search prompts:         train.py fit --config configs/invert.yaml --data.images photo.png
   validate  score found prompts:    train.py validate --run runs/NAME
   test      draw from the prompts:  train.py test --run runs/NAME
   predict   draw more pictures:     train.py predict --run runs/NAME --seeds 0,1,2,3

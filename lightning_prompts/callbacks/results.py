@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_prompts.callbacks.grid import grid, regenerate, to_image, to_png
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.callbacks.words import word_picture
+from lightning_prompts.callbacks.word_maps import word_picture
 from lightning_prompts.metrics import lpips_lacks
 from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
 from lightning_prompts.ranks import wait_for_all
