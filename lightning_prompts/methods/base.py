@@ -243,10 +243,8 @@ class PromptMethod(pl.LightningModule, ABC):
         keys, count = [self.problems[row].key for row in rows.tolist()], timesteps.shape[1]
         turns = torch.arange(count, device=self.device) + max(batch.step, 0) * count
         noise = draw_noise(self.data.seed, keys, batch.step, count, self.latents.shape[2:], self.device)
-        latents, others = (
-            self.latents[rows][:, turns % self.latents.shape[1]],
-            self.data.negative_latents(self.backbone),
-        )
+        latents = self.latents[rows][:, turns % self.latents.shape[1]]
+        others = self.data.negative_latents(self.backbone)
         negative = None if others is None else others.to(self.device)[turns % len(others)].expand_as(latents)
         return Samples(latents, timesteps, noise, negative)
 
@@ -279,7 +277,14 @@ class PromptMethod(pl.LightningModule, ABC):
     def clip(self) -> ClipSimilarity:
         """The CLIP that searches, loaded when it is first needed."""
         if self._clip is None:
-            self._clip = ClipSimilarity(self._clip_name, self.offline).to(self.device)
+            clip = ClipSimilarity(self._clip_name, self.offline)
+            read, known = clip.clip.config.text_config.vocab_size, len(self.prompt.table)
+            if read != known:
+                raise UserError(
+                    f"The CLIP {self._clip_name!r} reads {read} tokens and the model's text encoder {known}; name the CLIP that "
+                    "this text encoder was taken from as --model.clip."
+                )
+            self._clip = clip.to(self.device)
         return self._clip
 
     def features_of(self, problem: Problem) -> Tensor:

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import Results
@@ -245,6 +246,15 @@ def test_start_that_lacks_a_picture_is_refused(tiny, pictures, tmp_path):
     module = PEZ(backbone=tiny, tokens=2, start=str(tmp_path / "first"), sampling_steps=2)
     with pytest.raises(UserError, match=r"no prompt for 1\.png"):
         fit(module, pictures, tmp_path / "second")
+
+
+def test_clip_of_another_vocabulary_is_refused(tiny, pictures, tmp_path):
+    config = CLIPConfig.from_pretrained(f"{tiny}/clip")
+    text, vision = {**config.text_config.to_dict(), "vocab_size": 99}, config.vision_config.to_dict()
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path / "clip")
+    module = PEZ(backbone=tiny, tokens=2, clip_weight=1, clip=str(tmp_path / "clip"))
+    with pytest.raises(UserError, match="reads 99 tokens"):
+        fit(module, pictures, tmp_path / "run")
 
 
 def test_nothing_to_minimise_is_refused(tiny):
