@@ -13,7 +13,9 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_prompts.emoji.world import SYNONYMS
 from lightning_prompts.main import main as lightning_prompts
@@ -34,19 +36,37 @@ def has(prompt: str, word: str) -> bool:
     return bool(set(content_words(prompt)) & {word, *SYNONYMS.get(word, ())})
 
 
-def run(config: str, targets: str, count: int, extra: list[str]) -> dict[str, str]:
-    """Inverts the first `count` targets in one run and measures."""
+def words_of(targets: str) -> dict[str, dict[str, str]]:
+    """The words that each target's prompt should have."""
+    found: dict[str, dict[str, str]] = json.loads((TARGETS / targets / "words.json").read_text())
+    return found
+
+
+def rows_of(targets: str, count: int) -> list[dict[str, str]]:
+    """The first targets: `file`, a path, and `caption`."""
     folder = TARGETS / targets
+    rows = [json.loads(line) for line in (folder / "targets.jsonl").read_text().splitlines()[:count]]
+    return [{**row, "file": str(folder.resolve() / row["file"])} for row in rows]
+
+
+def fit(config: str, targets: str, count: int, run: Path, extra: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Inverts the first `count` targets in one run, unless its folder holds the results already; gives its problems."""
+    if not (run / "result.json").exists():
+        chosen = run.with_suffix(".jsonl")
+        chosen.parent.mkdir(parents=True, exist_ok=True)
+        chosen.write_text("\n".join(json.dumps(row) for row in rows_of(targets, count)))
+        lightning_prompts(["fit", "--config", config, "--data.images", str(chosen), "--run", str(run), *extra])
+    problems: list[dict[str, Any]] = json.loads((run / "result.json").read_text())["problems"]
+    return problems
+
+
+def table_of(config: str, targets: str, count: int, extra: list[str]) -> dict[str, str]:
+    """Inverts and measures."""
     with tempfile.TemporaryDirectory() as scratch:
-        lines = (folder / "targets.jsonl").read_text().splitlines()[:count]
-        rows = [json.loads(line) for line in lines]
-        chosen = Path(scratch) / "targets.jsonl"
-        chosen.write_text("\n".join(json.dumps({**row, "file": str(folder.resolve() / row["file"])}) for row in rows))
         begun = time.perf_counter()
-        lightning_prompts(["fit", "--config", config, "--data.images", str(chosen), "--run", f"{scratch}/run", *extra])
+        problems = fit(config, targets, count, Path(scratch) / "run", extra)
         seconds = time.perf_counter() - begun
-        problems = json.loads((Path(scratch) / "run" / "result.json").read_text())["problems"]
-    words = json.loads((folder / "words.json").read_text())
+    words = words_of(targets)
     table = {"targets": f"{targets}, {len(problems)}", "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     for kind in ("object", "background", "second"):
         wanted = [(words[p["target"]].get(kind), str(p["prompt"])) for p in problems]
@@ -67,7 +87,7 @@ def main() -> None:
     parser.add_argument("--targets", default="evaluation", choices=["evaluation", "outside", "development"])
     parser.add_argument("--count", type=int, default=200)
     args, extra = parser.parse_known_args()
-    for name, value in run(args.config, args.targets, args.count, extra).items():
+    for name, value in table_of(args.config, args.targets, args.count, extra).items():
         print(f"| {name} | {value} |")
 
 

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -26,6 +27,7 @@ from lightning_prompts.callbacks import (
     Mix,
     PromptCheckpoint,
     Results,
+    Scores,
     is_checkpoint,
     last_checkpoint,
     parents_of,
@@ -88,7 +90,7 @@ class CLI(LightningCLI):
         """Adds what belongs to no class."""
         help = "seeds that `predict` draws from, such as 0,1,2,3; by default 0, for a mix 0,1,2,3"
         parser.add_argument("--seeds", type=str | None, default=None, help=help)
-        parser.add_argument("--scorer", type=str | None, default=None, help="folder or hub id of the held-out CLIP")
+        parser.add_class_arguments(Scores)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Adds what `predict` alone takes."""
@@ -115,6 +117,9 @@ class CLI(LightningCLI):
             self.seeds = [int(seed) for seed in (config.seeds or ("0,1,2,3" if mix else "0")).split(",")]
         except ValueError:
             raise UserError(f"--seeds takes whole numbers such as 0,1,2,3, not {config.seeds!r}.") from None
+        self.scores = Scores(**{field.name: config[field.name] for field in fields(Scores)})
+        if command in ("fit", "test") and own_rank() == 0:
+            self.scores.check(config.model.init_args.offline)
         method = "mix" if mix else config.model.class_path.rsplit(".", 1)[-1]
         self.folder = RunFolder(self.run or Path("runs") / _run_name(method))
         if command == "fit":
@@ -130,14 +135,14 @@ class CLI(LightningCLI):
         prompts, negative = config.prompts or (), negative_text(config.negative)
         if not config.mix:
             prompts = [prompts] if isinstance(prompts, str) else prompts
-            return Results(config.scorer, self.seeds, prompts=prompts, negative=negative)
+            return Results(self.scores, self.seeds, prompts=prompts, negative=negative)
         if prompts:
             raise UserError("--mix draws children of found prompts and --prompts other texts; give one of the two.")
         parents = parents_of(config.mix)
         if own_rank() == 0:
             self.folder.prepare(resume=False, search=False)
-        how = {name: config[name] for name in ("generations", "population", "select", "choose", "scorer")}
-        return Mix(self.folder, parents, seeds=self.seeds, negative=negative, **how)
+        how = {name: config[name] for name in ("generations", "population", "select", "choose")}
+        return Mix(self.folder, parents, seeds=self.seeds, negative=negative, scores=self.scores, **how)
 
     def _parse_ckpt_path(self) -> None:
         """Reads no settings from checkpoints, as Lightning does; the run's folder has them."""
@@ -161,8 +166,9 @@ class CLI(LightningCLI):
         command = self.config.subcommand
         config = self.config[command]
         settings = {part: config[part].init_args.as_dict() for part in ("model", "data")}
+        settings["scores"] = asdict(self.scores)
         given = self._get(self.config_init, "trainer").callbacks or []
-        results = self.drawn if command == "predict" else Results(config.scorer, settings=settings)
+        results = self.drawn if command == "predict" else Results(self.scores, settings=settings)
         return super().instantiate_trainer(
             **kwargs,
             enable_checkpointing=True,  # for our callback, no other is added

@@ -37,7 +37,10 @@ _RESULT_KEYS = (
     *("validation_loss", "clip_similarity", "heldout_clip_similarity", "initial_validation_loss"),
     *("unet_samples", "seconds", "history"),
 )
-_MEASURED_ON_REQUEST = ("lpips", "word_recall")  # in result.json only where there is a number
+_MEASURED_ON_REQUEST = (  # in result.json only where there is a number
+    *("clip_text_similarity", "diversity", "lpips"),
+    *("word_recall", "dictionary_words", "special_characters", "perplexity"),
+)
 
 
 class Better(TypedDict):
@@ -66,8 +69,13 @@ class Problem:
     initial_validation_loss: float | None = None  # of the prompt that the search started from
     clip_similarity: float | None = None
     heldout_clip_similarity: float | None = None  # by a CLIP that took no part in the search
+    clip_text_similarity: float | None = None  # of the prompt and the target's pictures
+    diversity: float | None = None  # of the pictures that the prompt draws
     lpips: float | None = None
-    word_recall: float | None = None
+    word_recall: float | None = None  # of the target's caption
+    dictionary_words: float | None = None  # shares of the prompt's words and characters
+    special_characters: float | None = None
+    perplexity: float | None = None
     unet_samples: int = 0  # forward and backward counted each
     seconds: float = 0.0
     history: list[Better] = field(default_factory=list)  # of the best prompt, oldest first
@@ -82,6 +90,11 @@ class Problem:
         """Takes a better prompt."""
         self.prompt, self.validation_loss, self.token_ids, self.embedding = prompt, loss, token_ids, embedding
         self.history.append({"unet_samples": self.unet_samples, "validation_loss": loss, "prompt": prompt})
+
+    def forget_scores(self) -> None:
+        """Takes away what was measured when the search had ended, perhaps of another prompt or by another scorer."""
+        for name in ("clip_similarity", "heldout_clip_similarity", *_MEASURED_ON_REQUEST):
+            setattr(self, name, None)
 
     def finish(self) -> None:
         """Sets the final status from the two losses; without any, a problem is done, and one that failed stays so."""
@@ -111,6 +124,7 @@ class RunFolder:
         self.result = self.path / "result.json"
         self.prompt = self.path / "prompt.txt"
         self.grid = self.path / "grid.png"
+        self.words = self.path / "words.png"
         self.embedding = self.path / "embedding.safetensors"
         self.generations = self.path / "generations.json"  # of a mix of two runs
 

@@ -7,7 +7,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
 
@@ -60,6 +71,22 @@ def tiny(sd1, tmp_path_factory):
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
     CLIPModel(config).save_pretrained(folder / "clip")
     CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(folder / "clip")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory):
+    """A folder of a causal language model that knows a few words."""
+    folder = tmp_path_factory.mktemp("language_model")
+    words = {word: i for i, word in enumerate("<bos> <unk> a red blue cat dog on".split())}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(words), n_positions=24, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5, bos_token_id=0, eos_token_id=0
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
 
 

@@ -7,20 +7,26 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPConfig, CLIPModel
 
 from lightning_prompts.callbacks.grid import to_image, to_png
 from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.main import main
 from lightning_prompts.methods import PEZ
+from lightning_prompts.metrics import Perplexity
+from lightning_prompts.metrics.words import all_words
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command line silences them, pytest puts them back
 
 RESULT_KEYS = {"schema_version", "method", "backbone", "seed", "settings", "versions", "problems"}
 PROBLEM_KEYS = {
     "target", "key", "status", "reason", "prompt", "token_ids", "validation_loss", "clip_similarity", "heldout_clip_similarity",
-    "initial_validation_loss", "unet_samples", "seconds", "history",
+    "initial_validation_loss", "unet_samples", "seconds", "history", "clip_text_similarity", "diversity", "special_characters",
 }  # fmt: skip
 
 
@@ -123,16 +129,29 @@ def test_one_picture_to_a_prompt(fit, capsys, method):
     assert (run / "prompt.txt").read_text() == problem["prompt"] + "\n"
     assert problem["heldout_clip_similarity"] is None  # there is none for this model
     assert -1 <= problem["clip_similarity"] <= 1
+    assert -1 <= problem["clip_text_similarity"] <= 1
+    assert 0 < problem["diversity"] <= 2
+    assert 0 <= problem["special_characters"] <= 1
     assert problem["unet_samples"] > 0
     assert problem["validation_loss"] <= problem["initial_validation_loss"]
     embeddings = load_file(run / "embedding.safetensors")
     assert {key: tuple(x.shape) for key, x in embeddings.items()} == {problem["key"]: (2, 32)}
     Image.open(run / "grid.png").load()
+    assert Image.open(run / "words.png").size == ((1 + 2) * 104, 116)
     assert (run / "config.yaml").exists()
     assert (run / "problems" / f"{problem['key']}.json").exists()
     assert list((run / "checkpoints").glob("*.ckpt"))
     assert list(run.glob("events.*"))
     assert str(problem["prompt"]) in capsys.readouterr().out
+
+
+def test_free_embeddings_have_word_maps(fit):
+    run = fit("--model.template", "a photo of {}", method="TextualInversion")
+    assert results(run)["problems"][0]["token_ids"] is None
+    with Image.open(run / "words.png") as words:
+        assert words.size == ((1 + 2) * 104, 116)
+    (logged,) = EventAccumulator(str(run)).Reload().Images("words")
+    assert (logged.width, logged.height) == words.size
 
 
 def test_folder_of_pictures(fit, pictures):
@@ -164,6 +183,60 @@ def test_heldout_scorer(fit, tiny):
     assert problem["heldout_clip_similarity"] == pytest.approx(problem["clip_similarity"])
 
 
+def test_diversity_is_by_the_heldout_scorer(fit, tiny, tmp_path):
+    torch.manual_seed(1)
+    CLIPModel(CLIPConfig.from_pretrained(f"{tiny}/clip")).save_pretrained(tmp_path / "scorer")
+    run = fit("--scorer", str(tmp_path / "scorer"))
+    (problem,) = results(run)["problems"]
+    assert results(run)["settings"]["scores"]["scorer"] == str(tmp_path / "scorer")
+    main(["test", "--run", str(run), "--scorer", "null"])
+    (other,) = results(run)["problems"]
+    assert other["heldout_clip_similarity"] is None
+    assert other["clip_similarity"] == problem["clip_similarity"]
+    assert other["diversity"] != pytest.approx(problem["diversity"], rel=1e-3)
+
+
+def test_prompts_are_looked_up_and_read(fit, language_model, tmp_path):
+    (tmp_path / "words.txt").write_text("no\nsuch\nwords\n")
+    given = ["--dictionary", str(tmp_path / "words.txt"), "--language_model", language_model]
+    run = fit(*given, "--model.template", "a cat {}")
+    (problem,) = results(run)["problems"]
+    assert set(problem) == PROBLEM_KEYS | {"dictionary_words", "perplexity"}
+    assert problem["dictionary_words"] == 0
+    assert problem["perplexity"] == pytest.approx(float(Perplexity(language_model)([problem["prompt"]])), rel=1e-6)
+    (tmp_path / "words.txt").write_text("\n".join(all_words(problem["prompt"])).upper())
+    main(["test", "--run", str(run), "--language_model", "null"])
+    (problem,) = results(run)["problems"]
+    assert set(problem) == PROBLEM_KEYS | {"dictionary_words"}
+    assert problem["dictionary_words"] == 1
+
+
+def test_lpips_by_a_file(fit, tmp_path):
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in torchvision.models.alexnet().features.state_dict().items()}
+    torch.save({f"features.{name}": torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "alex.pth")
+    (problem,) = results(fit("--lpips_weights", str(tmp_path / "alex.pth")))["problems"]
+    assert set(problem) == PROBLEM_KEYS | {"lpips"}
+    assert problem["lpips"] > 0
+
+
+def test_pseudo_word_is_no_text(fit, language_model, tmp_path):
+    (tmp_path / "words.txt").write_text("word\n")
+    settings = ["--dictionary", str(tmp_path / "words.txt"), "--language_model", language_model]
+    (problem,) = results(fit(*settings, method="TextualInversion"))["problems"]
+    assert set(problem) == PROBLEM_KEYS - {"clip_text_similarity", "special_characters"}
+
+
+def test_what_cannot_be_scored_is_left_out(fit, tiny, tmp_path, capsys):
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (folder / "clip" / name).unlink(missing_ok=True)
+    (problem,) = results(fit("--model.backbone", str(folder)))["problems"]
+    assert set(problem) == PROBLEM_KEYS - {"clip_text_similarity"}
+    assert -1 <= problem["clip_similarity"] <= 1
+    assert "Not everything is scored: The CLIP" in capsys.readouterr().err
+
+
 def test_bad_file_in_a_folder_is_a_failed_record(fit, pictures):
     (pictures / "1.png").write_text("no picture")
     problems = results(fit(images=pictures))["problems"]
@@ -178,10 +251,12 @@ def test_test_draws_and_scores_again(done):
     before = results(done)
     (done / "result.json").unlink()
     (done / "grid.png").unlink()
+    (done / "words.png").unlink()
     main(["test", "--run", str(done)])
     after = results(done)
     assert after["problems"] == before["problems"]
     assert (done / "grid.png").exists()
+    assert Image.open(done / "words.png").size == ((1 + 2) * 104, 2 * 116)
 
 
 def test_validate_scores_the_prompts(done, capsys):
@@ -286,6 +361,14 @@ def test_bad_picture_is_refused(base, pictures, capsys, how):
 )  # fmt: skip
 def test_bad_setting_is_refused(base, capsys, settings, names):
     refused(capsys, *base, *settings, names=names)
+
+
+@pytest.mark.parametrize("setting", ["scorer", "dictionary", "language_model", "lpips_weights"])
+def test_what_cannot_score_is_found_before_the_search(base, tmp_path, capsys, setting):
+    args = [f"--{setting}", tmp_path / "nowhere", "--model.offline", "true"]
+    refused(capsys, *base, *args, names=["nowhere", "give" if setting == "scorer" else f"--{setting}"])
+    assert not (tmp_path / "run").exists()
+    refused(capsys, *base, f"--{setting}", tmp_path, "--model.offline", "true", names=str(tmp_path))
 
 
 def test_model_without_an_index_is_refused(base, tiny, tmp_path, capsys):

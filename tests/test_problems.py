@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 import warnings
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 
@@ -35,8 +36,13 @@ FULL = Problem(
     initial_validation_loss=0.5,
     clip_similarity=0.25,
     heldout_clip_similarity=0.2,
+    clip_text_similarity=0.3,
+    diversity=0.1,
     lpips=0.6,
     word_recall=1.0,
+    dictionary_words=0.5,
+    special_characters=0.05,
+    perplexity=60.0,
     unet_samples=640,
     seconds=1.5,
 )
@@ -294,9 +300,25 @@ def test_the_result_has_exactly_these_keys(folder):
     }
     full, bare = result["problems"]
     assert set(bare) == always
-    assert set(full) == always | {"lpips", "word_recall"}
+    assert set(full) == always | {
+        *("clip_text_similarity", "diversity", "lpips"),
+        *("word_recall", "dictionary_words", "special_characters", "perplexity"),
+    }
     assert all(full[name] == getattr(FULL, name) for name in full)
     assert (bare["target"], bare["status"], bare["prompt"], bare["unet_samples"]) == ("b.png", "open", None, 0)
+
+
+def test_scores_are_forgotten(folder):
+    problem = replace(FULL)
+    problem.forget_scores()
+    folder.save(problem)
+    entry = write_result(folder)["problems"][0]
+    assert (entry["clip_similarity"], entry["heldout_clip_similarity"], entry["validation_loss"]) == (
+        None,
+        None,
+        0.1 + 0.2,
+    )
+    assert not {"lpips", "diversity", "perplexity"} & set(entry)
 
 
 def test_results_and_prompts_come_in_the_order_of_the_inputs(folder):
@@ -381,9 +403,18 @@ def test_a_folder_without_permission_is_the_users_mistake(tmp_path, monkeypatch)
 
 def test_the_layout(tmp_path):
     folder = RunFolder(str(tmp_path))
-    files = [folder.problems, folder.result, folder.prompt, folder.grid, folder.embedding, folder.config]
+    files = [folder.problems, folder.result, folder.prompt, folder.grid, folder.words, folder.embedding, folder.config]
     assert [file.relative_to(tmp_path).as_posix() for file in [*files, folder.checkpoints]] == [
-        *("problems", "result.json", "prompt.txt", "grid.png", "embedding.safetensors", "config.yaml", "checkpoints")
+        *(
+            "problems",
+            "result.json",
+            "prompt.txt",
+            "grid.png",
+            "words.png",
+            "embedding.safetensors",
+            "config.yaml",
+            "checkpoints",
+        )
     ]
 
 

@@ -30,7 +30,8 @@ def commands(page):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder like the repository's root with pictures in it."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("benchmarks", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "photos").mkdir()
     colors = {"photo": "red", "photos/a": "green", "photos/b": "blue", "fox": "orange", "ball": "white"}
     for name, color in colors.items():

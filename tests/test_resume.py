@@ -21,6 +21,9 @@ METHODS = {
     "PEZ": [],
     "PH2P": ["--model.max_iter", "2"],
     "PH2P projected": ["--model.max_iter", "2", "--model.continue_from", "projected"],
+    "GCG": ["--model.candidates", "3"],
+    "TextualInversion": ["--model.lr", "0.1"],
+    "RandomTokens": [],
     "PH2P restarted": ["--model.optimizer", "adam", "--model.restart_every", "2"],
 }
 

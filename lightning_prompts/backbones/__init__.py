@@ -16,7 +16,7 @@ from lightning_prompts.backbones.base import Backbone, Conditioning, TextTower
 from lightning_prompts.backbones.stable_diffusion import StableDiffusion
 from lightning_prompts.errors import UserError
 
-__all__ = ["EMOJI", "Backbone", "Conditioning", "StableDiffusion", "TextTower", "load_backbone"]
+__all__ = ["EMOJI", "Backbone", "Conditioning", "StableDiffusion", "TextTower", "load_backbone", "quiet"]
 
 EMOJI = Path(__file__).parent.parent / "emoji" / "model"
 """Where the embedded model is."""
@@ -51,7 +51,7 @@ def load_backbone(
     folder = _find(name, offline, revision)
     scheduler_name = _check(name, folder)
     try:
-        with _quiet():
+        with quiet():
             scheduler = _read_scheduler(scheduler_name, folder)
             tokenizer = _read_tokenizer(CLIPTokenizer, folder)
             text_encoder = _read(CLIPTextModel, folder, "text_encoder", dtype=getattr(torch, dtype))
@@ -175,7 +175,7 @@ def _read_scheduler(name: str, folder: Path) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps hints, loading bars and lists of unused weights of both libraries off the screen meanwhile."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -92,8 +92,9 @@ class Conditioning:
 class Backbone(nn.Module, ABC):
     """A frozen text-to-image model: no parameter requires a gradient and it never leaves evaluation mode.
 
-    A family says how text becomes a conditioning (`encode`) and how the denoiser is called (`denoise`). Latents, noise and
-    images outside of the networks are float32, whatever the networks' precision.
+    A family says how text becomes a conditioning (`encode`), how the denoiser is called (`denoise`) and where in the picture it
+    uses which token (`attention_maps`). Latents, noise and images outside of the networks are float32, whatever the networks'
+    precision.
 
     Args:
         name: How the person named it.
@@ -139,6 +140,20 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Calls the denoiser on noisy latents (B, C, h, w), timesteps (B,) and B prompts; gives (B, C, h, w) float32."""
+
+    @abstractmethod
+    def attention_maps(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """How much each place of a picture looks at each token of its prompt while `denoise` runs; no gradient.
+
+        Args:
+            noisy: Noisy latents, (B, C, h, w).
+            timesteps: (B,).
+            conditioning: B prompts.
+
+        Returns:
+            Cross-attention probabilities (B, L, h, w) float32, the mean over heads and layers; in [0, 1], and over the L tokens of
+            a place they sum to one.
+        """
 
     @property
     def num_train_timesteps(self) -> int:

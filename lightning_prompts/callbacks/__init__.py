@@ -8,6 +8,7 @@ from lightning_prompts.callbacks.mix import Mix, parents_of
 from lightning_prompts.callbacks.progress import PromptProgress
 from lightning_prompts.callbacks.projection import VocabularyProjection
 from lightning_prompts.callbacks.results import Results
+from lightning_prompts.callbacks.scores import Scores
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -18,6 +19,7 @@ __all__ = [
     "PromptProgress",
     "Results",
     "SampleGrid",
+    "Scores",
     "VocabularyProjection",
     "is_checkpoint",
     "last_checkpoint",

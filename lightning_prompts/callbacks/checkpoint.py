@@ -59,7 +59,9 @@ class PromptCheckpoint(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved = time.monotonic()
         try:
-            trainer.save_checkpoint(self.folder / f"rank{own_rank()}-step{trainer.global_step:08d}.ckpt")
+            trainer.save_checkpoint(
+                self.folder / f"rank{own_rank()}-step{trainer.fit_loop.total_batch_idx + 1:08d}.ckpt"
+            )
         except OSError as error:  # prompts are safe in their records; an older state is still there to go on from
             log.warning("The checkpoint could not be written (%s); the run goes on.", error)
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,27 +11,26 @@ import pytorch_lightning as pl
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_prompts.backbones import EMOJI
 from lightning_prompts.callbacks.grid import grid, regenerate, to_image, to_png
-from lightning_prompts.errors import UserError
-from lightning_prompts.metrics import ClipImageSimilarity, WordRecall, lpips_lacks, perceptual_distance
-from lightning_prompts.objectives.clip import clip_of
+from lightning_prompts.callbacks.scores import Scores
+from lightning_prompts.callbacks.words import word_picture
+from lightning_prompts.metrics import lpips_lacks
 from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
 from lightning_prompts.ranks import wait_for_all
 
 REGENERATIONS = 4
-SHOWN = 24  # problems in the grid
+SHOWN = 24  # problems in the grid and in the word maps
 
 
 class Results(pl.Callback):
-    """Writes `result.json`, `prompt.txt`, `grid.png` and `embedding.safetensors` when `fit` or `test` ends.
+    """Writes `result.json`, `prompt.txt`, `grid.png`, `words.png` and `embedding.safetensors` when `fit` or `test` ends.
 
-    The held-out scorer speaks here only, after everything has been selected.
+    Scores are measured here and nowhere else, after everything has been selected.
 
     Args:
-        scorer: Folder or hub id of the CLIP that scores and takes no part in any search; None for the embedded model's own
-            on the embedded model, and for no held-out score elsewhere.
+        scores: What measures them.
         seeds: Seeds that `predict` draws pictures from.
         settings: What to record as the run's settings.
         prompts: What `predict` draws instead of the found prompts.
@@ -41,13 +39,13 @@ class Results(pl.Callback):
 
     def __init__(
         self,
-        scorer: str | None = None,
+        scores: Scores | None = None,
         seeds: Sequence[int] = (0,),
         settings: dict[str, Any] | None = None,
         prompts: Sequence[str] = (),
         negative: str = "",
     ) -> None:
-        self.scorer, self.seeds, self.settings = scorer, tuple(seeds), settings or {}
+        self.scores, self.seeds, self.settings = scores or Scores(), tuple(seeds), settings or {}
         self.prompts, self.negative = tuple(prompts), negative
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -57,7 +55,7 @@ class Results(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws again from the text, scores and writes."""
         self._finish(trainer, pl_module)
-        if reason := lpips_lacks():
+        if reason := lpips_lacks(weights=self.scores.lpips_weights):
             print(reason)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -84,33 +82,19 @@ class Results(pl.Callback):
         problems = _found(trainer)
         if problems:
             drawn = regenerate(module, problems, REGENERATIONS)
-            try:
-                self._score(module, data, problems, drawn)
-            except UserError as error:  # the prompts are found all the same
-                print(f"The pictures are not scored: {error}", file=sys.stderr)
+            self.scores.measure(module, problems, drawn)
             targets = [several[0] for several in data.pictures(problems[:SHOWN])]
             atomic_write(data.folder.grid, to_png(grid(targets, drawn[:SHOWN], problems[:SHOWN])))
+            words = word_picture(module, problems[:SHOWN], targets)
+            atomic_write(data.folder.words, to_png(words))
             self._export(module, data.folder, problems)
             if trainer.logger:
                 trainer.logger.experiment.add_images("regenerations", (torch.cat(list(drawn)) + 1) / 2)  # type: ignore[attr-defined]
+                trainer.logger.experiment.add_image("words", pil_to_tensor(words))  # type: ignore[attr-defined]
         for problem in problems:
             data.folder.save(problem)
         data.folder.write_result(type(module).__name__, module.backbone.name, data.seed, self.settings, versions())
         _report(data.folder, list(data.records.values()))
-
-    def _score(self, module: Any, data: Any, problems: list[Problem], drawn: Tensor) -> None:
-        name = module.backbone.name
-        own, heldout = (
-            ClipImageSimilarity(clip_of(name), module.offline),
-            heldout_clip(name, self.scorer, module.offline),
-        )
-        words = WordRecall(_synonyms(name))
-        for problem, pictures, target in zip(problems, drawn, data.pictures(problems), strict=True):
-            problem.clip_similarity = float(own(pictures, target))
-            problem.heldout_clip_similarity = float(heldout(pictures, target)) if heldout else None
-            problem.lpips = perceptual_distance(pictures, target)
-            if problem.caption:
-                problem.word_recall = float(words([str(problem.prompt)], [problem.caption]))
 
     def _export(self, module: Any, folder: RunFolder, problems: list[Problem]) -> None:
         """The found tokens' embeddings (M, D), one tensor a problem."""
@@ -124,12 +108,6 @@ def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def heldout_clip(backbone: str, scorer: str | None, offline: bool) -> ClipImageSimilarity | None:
-    """The CLIP that takes no part in any search, as far as there is one."""
-    name = scorer or (str(EMOJI.parent / "scorer") if backbone == "emoji" else None)
-    return ClipImageSimilarity(name, offline) if name else None
-
-
 def file_name(text: str) -> str:
     """A name of at most 45 letters, digits and dashes for what is drawn from a text; other texts have others."""
     start = re.sub(r"[\W_]+", "-", text.lower())[:40].strip("-")
@@ -139,14 +117,6 @@ def file_name(text: str) -> str:
 def _found(trainer: pl.Trainer) -> list[Problem]:
     records = trainer.datamodule.records.values()  # type: ignore[attr-defined]
     return [problem for problem in records if problem.prompt and problem.status != "failed"]
-
-
-def _synonyms(backbone: str) -> dict[str, tuple[str, ...]]:
-    if backbone != "emoji":
-        return {}
-    from lightning_prompts.emoji.world import SYNONYMS
-
-    return SYNONYMS
 
 
 def _report(folder: RunFolder, problems: list[Problem]) -> None:

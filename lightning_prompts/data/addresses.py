@@ -20,6 +20,9 @@ START = -2
 REGENERATION = -3
 """The step of the draws that pictures are drawn from."""
 
+WORD_MAPS = -4
+"""The step of the draws that word maps are computed on."""
+
 
 def address(seed: int, key: str, step: int, sample: int) -> int:
     """A seed in 0, ..., 2**63 - 1 for sample `sample` at step `step` of the problem `key`."""

@@ -71,6 +71,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {"plain": (), "striped": (), "dotted": ("
 OBJECTS: dict[str, tuple[str, ...]] = EMOJI | SHAPES
 """Each object's name and its synonyms."""
 
+_SILENT = {"plain", "medium"}  # what is not worth a word in a caption
+
 SYNONYMS: dict[str, tuple[str, ...]] = OBJECTS | COLOR_SYNONYMS | SIZES | LOOKS | PATTERNS
 """Every word of the world that has synonyms, with them."""
 
@@ -129,7 +131,7 @@ def caption(scene: Scene, rng: random.Random, keep: float | None = None, synonym
     """
 
     def maybe(word: str | None, chance: float) -> str:
-        silent = word in (None, "plain", "medium") or rng.random() > (chance if keep is None else keep)
+        silent = word in (None, *_SILENT) or rng.random() > (chance if keep is None else keep)
         return "" if silent else _say(str(word), rng, synonym_share)
 
     look, size = maybe(scene.look, 0.8), maybe(scene.size, 0.6)
@@ -161,6 +163,13 @@ def caption(scene: Scene, rng: random.Random, keep: float | None = None, synonym
         *filter(None, (background, "background" if background and rng.random() < 0.5 else "", place)),
     ]
     return " ".join(words)
+
+
+def caption_words() -> frozenset[str]:
+    """Every word that a caption can have."""
+    words = {*SYNONYMS, *(synonym for synonyms in SYNONYMS.values() for synonym in synonyms)} - _SILENT
+    places = {word for phrases in PLACES.values() for phrase in phrases for word in phrase.split()}
+    return frozenset(words | places | set("a an on over against with background".split()))
 
 
 def _article(phrase: str) -> str:

@@ -19,15 +19,14 @@ from lightning_prompts.data.addresses import (
     START,
     VALIDATION,
     draw_noise,
-    generator,
     validation_timesteps,
 )
 from lightning_prompts.data.inversion import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.clip_words import best_words
+from lightning_prompts.methods.start import best_words, earlier, random_tokens
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
-from lightning_prompts.problems import Problem, RunFolder
+from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.vocabulary import Metric, contains_blocked, encode_text, fill_template, round_trip
 
@@ -180,41 +179,24 @@ class PromptMethod(pl.LightningModule, ABC):
         self.active, self.stale = torch.ones(len(self.problems), dtype=torch.bool), [0] * len(self.problems)
 
     def random_tokens(self, step: int) -> Tensor:
-        """Allowed tokens (P, M) drawn at random at a step's address."""
-        allowed, tokens = self.prompt.allowed.nonzero().squeeze(1).cpu(), len(self.prompt.positions)
-        draws = [generator(self.data.seed, f"{problem.key}/tokens", step, 0) for problem in self.problems]
-        return torch.stack([allowed[torch.randint(len(allowed), (tokens,), generator=g)] for g in draws])
+        """Allowed tokens (P, M) for the wave, drawn at a step's address."""
+        return random_tokens(self.prompt, self.problems, self.data.seed, step)
 
     def initial_embeddings(self) -> Tensor:
-        """What the wave starts from, (P, M, D)."""
-        start = self.prompt.table[self.random_tokens(START).to(self.device)].float()
+        """What the wave starts from, (P, M, D); a shorter prompt of another run is filled up with random tokens."""
         if self.start == "clip_words":
             return self.prompt.table[self.clip_words()].float()
+        embeddings = self.prompt.table[self.random_tokens(START)].float()
         if self.start != "random":
-            for row, found in enumerate(self._earlier(RunFolder(self.start))):
-                start[row, : len(found)] = found[: start.shape[1]]
-        return start
+            for row, record in enumerate(earlier(self.start, self.problems)):
+                found = self.embedded(record)[: embeddings.shape[1]]
+                embeddings[row, : len(found)] = found
+        return embeddings
 
     def clip_words(self, beams: int = 1) -> Tensor:
-        """The words (P, M) that the CLIP finds most similar to each of the wave's pictures; see `best_words`."""
+        """The words (P, M) that the CLIP finds most similar to each of the wave's pictures."""
         features = torch.stack([self.features_of(problem) for problem in self.problems])
         return best_words(self.clip, self.prompt, features, beams)
-
-    def _earlier(self, run: RunFolder) -> list[Tensor]:
-        """Embeddings (M', D) that another run has found for the wave's pictures; shorter ones are filled with random tokens."""
-        records = run.load()
-        found = [records.get(problem.key) for problem in self.problems]
-        missing = [
-            problem.target
-            for problem, record in zip(self.problems, found, strict=True)
-            if not (record and record.prompt)
-        ]
-        if missing:
-            raise UserError(
-                f"The run {run.path} to start from has no prompt for {missing[0]} under this model and template; give the "
-                "folder of a run that has searched these pictures, or --model.start random."
-            )
-        return [self.embedded(record) for record in found if record]
 
     def embedded(self, record: Problem) -> Tensor:
         """The embeddings (M, D) of what was found for a problem."""

@@ -19,7 +19,7 @@ class RandomTokens(PromptMethod):
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """Draws."""
-        drawn = self.prompt.table[self.random_tokens(batch.step).to(self.device)].float()
+        drawn = self.prompt.table[self.random_tokens(batch.step)].float()
         self.prompt.embeddings.data[rows] = drawn[rows]
 
     def configure_optimizers(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.base import PromptMethod, Samples
 from lightning_prompts.vocabulary import round_trip
 
 
@@ -25,17 +25,19 @@ class GCG(PromptMethod):
         candidates: B, prompts that are evaluated at each step.
         topk: Tokens at each place that are proposed.
         swaps: Places that a candidate changes.
+        screen: With more than 1, so many times the candidates are drawn, and those that the CLIP finds most similar to the
+            pictures are evaluated; a text costs it little beside the denoiser's samples.
         **kwargs: See `PromptMethod`.
     """
 
-    def __init__(self, *, candidates: int = 32, topk: int = 32, swaps: int = 1, **kwargs: Any) -> None:
+    def __init__(self, *, candidates: int = 32, topk: int = 32, swaps: int = 1, screen: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 1 <= swaps <= len(self.prompt.positions):
             raise UserError(
                 f"{swaps} swaps were asked for in a prompt of {len(self.prompt.positions)} tokens; "
                 "give --model.swaps from 1 to the number of tokens."
             )
-        self.candidates, self.topk, self.swaps = candidates, topk, swaps
+        self.candidates, self.topk, self.swaps, self.screen = candidates, topk, swaps, screen
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step: propose, evaluate, take what is better."""
@@ -57,22 +59,37 @@ class GCG(PromptMethod):
         change = gradient @ self.prompt.table.T  # of the loss, to first order and but for a constant a place, (Q, M, V)
         change = change.masked_fill(~self.prompt.allowed, torch.inf).scatter(2, token_ids.unsqueeze(2), torch.inf)
         best = change.topk(min(self.topk, int(self.prompt.allowed.sum())), largest=False).indices.cpu()
-        candidates = token_ids.cpu().unsqueeze(1).repeat(1, self.candidates, 1)
+        drawn = self.candidates * self.screen
+        candidates = token_ids.cpu().unsqueeze(1).repeat(1, drawn, 1)
         for q, row in enumerate(rows.tolist()):
             draw = generator(self.data.seed, f"{self.problems[row].key}/swaps", step, 0)
-            places = torch.rand(self.candidates, token_ids.shape[1], generator=draw).argsort(1)[:, : self.swaps]
+            places = torch.rand(drawn, token_ids.shape[1], generator=draw).argsort(1)[:, : self.swaps]
             ranks = torch.randint(best.shape[2], places.shape, generator=draw)
             candidates[q].scatter_(1, places, best[q, places, ranks])
-        _, sound = round_trip(self.tower.tokenizer, candidates.flatten(0, 1))
-        return candidates.to(self.device), sound.view(candidates.shape[:2])
+        _, survives = round_trip(self.tower.tokenizer, candidates.flatten(0, 1))
+        candidates, sound = candidates.to(self.device), survives.view(candidates.shape[:2])
+        if self.screen == 1:
+            return candidates, sound
+        distance = self._distances(rows, candidates).masked_fill(~sound.to(self.device), torch.inf)
+        kept = distance.topk(self.candidates, largest=False).indices
+        kept_ids = candidates.gather(1, kept.unsqueeze(2).expand(-1, -1, candidates.shape[2]))
+        return kept_ids, sound.gather(1, kept.cpu())
 
     @torch.no_grad()
-    def _losses(self, rows: Tensor, candidates: Tensor, sound: Tensor, samples: Any) -> Tensor:
+    def _distances(self, rows: Tensor, candidates: Tensor) -> Tensor:
+        """One minus the CLIP's cosine of each candidate (Q, B, M) with its problem's pictures, (Q, B)."""
+        ids = self.prompt.ids(candidates.flatten(0, 1))
+        text = torch.cat([self.clip.text_features(part) for part in ids.split(256)]).view(*candidates.shape[:2], -1)
+        features = torch.stack([self.features_of(self.problems[row]) for row in rows.tolist()])
+        return 1 - (text * features.unsqueeze(1)).sum(2)
+
+    @torch.no_grad()
+    def _losses(self, rows: Tensor, candidates: Tensor, sound: Tensor, samples: Samples) -> Tensor:
         """Losses (Q, B) of the sound candidates, infinite for the others."""
         which = sound.nonzero()[:, 0]  # the place in `rows` of each sound candidate
-        token_ids = candidates[sound.to(self.device)]
-        losses = []
-        for part in torch.arange(len(which)).split(max(self.denoising.microbatch // samples.timesteps.shape[1], 1)):
+        token_ids, losses = candidates[sound.to(self.device)], [torch.empty(0, device=self.device)]
+        size = max(self.denoising.microbatch // samples.timesteps.shape[1], 1)
+        for part in torch.arange(len(which)).split(size) if len(which) else ():
             ids = self.prompt.ids(token_ids[part.to(self.device)])
             losses.append(
                 self.loss(rows[which[part]], ids, self.prompt.table[ids], samples[which[part].to(self.device)])

@@ -32,6 +32,7 @@ class PH2P(PromptMethod):
         projection: `delayed` (after each step), `immediate` (straight through, within the closure) or `final` (scored only).
         continue_from: After a delayed projection go on from the `continuous` embeddings, which finds more, or from the
             `projected` ones; the paper's text admits both readings (docs/ph2p.md has the figures).
+        project_every: Steps between projections that go on from the projected embeddings.
         restart_every: Steps after which the search begins again at the best prompt with half of its tokens drawn anew, as
             gradients alone do not leave a prompt that is nearly right; 0 for never, as in the paper.
         **kwargs: See `PromptMethod`.
@@ -48,6 +49,7 @@ class PH2P(PromptMethod):
         max_step_norm: float | None = None,
         projection: Literal["delayed", "immediate", "final"] = "delayed",
         continue_from: Literal["projected", "continuous"] = "continuous",
+        project_every: int = 1,
         restart_every: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -60,13 +62,14 @@ class PH2P(PromptMethod):
             "line_search_fn": line_search,
             "max_step_norm": max_step_norm,
         }
-        self.projection, self.continue_from, self.restart_every = projection, continue_from, restart_every
+        self.projection, self.continue_from = projection, continue_from
+        self.project_every, self.restart_every = project_every, restart_every
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Projection comes before scoring."""
         callbacks = super().configure_callbacks()
         if self.projection == "delayed" and self.continue_from == "projected":
-            callbacks.insert(0, VocabularyProjection())
+            callbacks.insert(0, VocabularyProjection(self.project_every))
         return callbacks
 
     def search(self, batch: Step, rows: Tensor) -> None:
@@ -99,8 +102,8 @@ class PH2P(PromptMethod):
                     drawn.shape[1], generator=generator(self.data.seed, f"{problem.key}/kept", step, 0)
                 )
                 kept = order[: len(order) // 2]
-                drawn[row, kept] = torch.tensor(problem.token_ids)[kept]
-        self.begin(self.prompt.table[drawn.to(self.device)].float())
+                drawn[row, kept] = torch.tensor(problem.token_ids)[kept].to(drawn)
+        self.begin(self.prompt.table[drawn].float())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Batched L-BFGS, one curvature history a problem, Adam or SGD."""

@@ -1,7 +1,20 @@
 """Metrics of found prompts and of the pictures drawn from them."""
 
-from lightning_prompts.metrics.clip import ClipImageSimilarity
-from lightning_prompts.metrics.perceptual import lpips_lacks, perceptual_distance
+from lightning_prompts.metrics.clip import ClipImageSimilarity, ClipTextSimilarity
+from lightning_prompts.metrics.diversity import Diversity
+from lightning_prompts.metrics.perceptual import Lpips, lpips_lacks
+from lightning_prompts.metrics.readability import DictionaryWords, Perplexity, SpecialCharacters, read_dictionary
 from lightning_prompts.metrics.words import WordRecall
 
-__all__ = ["ClipImageSimilarity", "WordRecall", "lpips_lacks", "perceptual_distance"]
+__all__ = [
+    "ClipImageSimilarity",
+    "ClipTextSimilarity",
+    "DictionaryWords",
+    "Diversity",
+    "Lpips",
+    "Perplexity",
+    "SpecialCharacters",
+    "WordRecall",
+    "lpips_lacks",
+    "read_dictionary",
+]

@@ -1,40 +1,53 @@
-"""Similarity of pictures by a CLIP."""
+"""Similarity of pictures to pictures and to texts by a CLIP."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torchmetrics import Metric
+from collections.abc import Sequence
 
+from torch import Tensor
+
+from lightning_prompts.metrics.mean import Mean
 from lightning_prompts.objectives.clip import ClipSimilarity
 
 
-class ClipImageSimilarity(Metric):
+class ClipImageSimilarity(Mean):
     """Mean cosine between the CLIP features of drawn pictures and of their targets, in [-1, 1]; higher is better.
 
     Args:
-        name: Folder or hub id of a CLIPModel.
+        clip: Folder or hub id of a CLIPModel, or one that is loaded.
         offline: Do not connect to the hub.
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    total: Tensor
-    count: Tensor
 
-    def __init__(self, name: str, offline: bool = False) -> None:
+    def __init__(self, clip: str | ClipSimilarity, offline: bool = False) -> None:
         super().__init__()
-        self.scorer = ClipSimilarity(name, offline)
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.scorer = clip if isinstance(clip, ClipSimilarity) else ClipSimilarity(clip, offline)
 
     def update(self, drawn: Tensor, targets: Tensor) -> None:
-        """Adds pictures (B, 3, H, W) and the targets (I, 3, H, W) they should look like, both in [-1, 1]."""
-        cosines = self.scorer.features(drawn) @ self.scorer.features(targets).T
-        self.total += cosines.double().sum()
-        self.count += cosines.numel()
+        """Adds all pairs of pictures (B, 3, H, W) and the targets (I, 3, H, W) they should look like, both in [-1, 1]."""
+        self.add(self.scorer.features(drawn) @ self.scorer.features(targets).T)
 
-    def compute(self) -> Tensor:
-        """The mean over all pairs."""
-        return (self.total / self.count).float()
+
+class ClipTextSimilarity(Mean):
+    """Mean cosine between the CLIP features of pictures and of their texts, in [-1, 1]; higher is better.
+
+    Of a text that is longer than the CLIP takes, the beginning counts.
+
+    Args:
+        clip: Folder or hub id of a CLIPModel with its tokenizer, or one that is loaded.
+        offline: Do not connect to the hub.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, clip: str | ClipSimilarity, offline: bool = False) -> None:
+        super().__init__()
+        self.scorer = clip if isinstance(clip, ClipSimilarity) else ClipSimilarity(clip, offline)
+
+    def update(self, pictures: Tensor, texts: Sequence[str]) -> None:
+        """Adds pictures (B, 3, H, W) in [-1, 1] and their B texts."""
+        if len(pictures) != len(texts):
+            raise ValueError(f"There are {len(pictures)} pictures and {len(texts)} texts; give each picture its text.")
+        features = self.scorer.text_features(self.scorer.encode(texts).to(pictures.device))
+        self.add((self.scorer.features(pictures) * features).sum(1))

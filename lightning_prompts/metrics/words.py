@@ -12,16 +12,21 @@ from torchmetrics import Metric
 _STOP = frozenset("a an the of on at in over against with and to by for is are background picture photo image".split())
 
 
+def all_words(text: str) -> list[str]:
+    """Runs of letters and digits, with hyphens and apostrophes between them, in lower case."""
+    return re.findall(r"\w+(?:['-]\w+)*", text.lower())
+
+
 def content_words(text: str) -> list[str]:
     """The words that carry content, in lower case."""
-    return [word for word in re.findall(r"[\w'-]+", text.lower()) if word not in _STOP]
+    return [word for word in all_words(text) if word not in _STOP]
 
 
 class WordRecall(Metric):
     """Share of the caption's content words, or synonyms of them, that the prompt has; in [0, 1], higher is better.
 
     Args:
-        synonyms: Words that count as each other: a word and its synonyms.
+        synonyms: Words that count as each other: a word and its synonyms, in lower case.
     """
 
     is_differentiable = False

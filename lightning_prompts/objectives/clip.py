@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,21 @@ def load_clip(name: str, offline: bool = False) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def load_tokenizer(name: str, offline: bool = False) -> Any:
+    """Loads the tokenizer of a CLIP from the same folder or the hub."""
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(name, local_files_only=offline)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes when there are no files
+            raise ValueError("it has no tokens")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The CLIP {name!r} has no tokenizer that can be loaded; put vocab.json and merges.txt, or tokenizer.json, there."
+        ) from error
+    return tokenizer
+
+
 def clip_of(backbone: str) -> str:
     """The CLIP that goes with a backbone: the folder `clip` beside its components, else Stable Diffusion's."""
     folder = EMOJI if backbone == "emoji" else Path(backbone)
@@ -51,7 +68,21 @@ class ClipSimilarity(nn.Module):
 
     def __init__(self, name: str, offline: bool = False) -> None:
         super().__init__()
+        self.name, self.offline = name, offline
         self.clip = load_clip(name, offline)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The CLIP's own, loaded when it is first needed: a search brings its tokens along."""
+        return load_tokenizer(self.name, self.offline)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (P, L) of P texts; of a text that is too long the end is cut off, but never the end-of-text token."""
+        length = self.clip.config.text_config.max_position_embeddings
+        ids: Tensor = self.tokenizer(
+            list(texts), truncation=True, max_length=length, padding=True, return_tensors="pt"
+        ).input_ids
+        return ids
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:

@@ -84,6 +84,13 @@ def test_captions_without_synonyms_use_the_plain_words():
         assert {scene.object, scene.background, scene.color} <= set(words)
 
 
+def test_caption_words_are_those_of_captions():
+    rng, said = random.Random(4), set()
+    for _ in range(20_000):
+        said |= set(caption(world.random_scene(rng), rng, synonym_share=0.6).replace(",", "").split())
+    assert said == world.caption_words()
+
+
 def test_every_word_of_the_world_has_one_meaning():
     groups = [{word, *others} for names in (OBJECTS, COLOR_SYNONYMS) for word, others in names.items()]
     words = [word for group in groups for word in group]

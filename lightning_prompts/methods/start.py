@@ -1,11 +1,17 @@
-"""The words of the vocabulary that a CLIP finds most like a picture: where a search can start, and what it has to beat."""
+"""Where a search can start: random tokens, words that a CLIP chooses, or what an earlier run has found."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_prompts.data.addresses import generator
+from lightning_prompts.errors import UserError
 from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.problems import Problem, RunFolder
 from lightning_prompts.prompts import TokenEmbeddings
 
 SHORTLIST = 64
@@ -54,3 +60,28 @@ def best_words(
         score, kept = score.topk(min(beams, longer.shape[1]))
         words = longer.gather(1, kept.unsqueeze(2).expand(-1, -1, longer.shape[2]))
     return words[:, 0]
+
+
+def random_tokens(prompt: TokenEmbeddings, problems: Sequence[Problem], seed: int, step: int) -> Tensor:
+    """Allowed tokens (P, M) drawn at a step's address."""
+    allowed, tokens = prompt.allowed.nonzero().squeeze(1).cpu(), len(prompt.positions)
+    draws = [generator(seed, f"{problem.key}/tokens", step, 0) for problem in problems]
+    drawn = torch.stack([allowed[torch.randint(len(allowed), (tokens,), generator=draw)] for draw in draws])
+    return drawn.to(prompt.table.device)
+
+
+def earlier(folder: str | Path, problems: Sequence[Problem]) -> list[Problem]:
+    """The records of another run, whatever its method, for the same pictures.
+
+    Raises:
+        UserError: There is none for one of them.
+    """
+    records = RunFolder(folder).load()
+    found = [records.get(problem.key) for problem in problems]
+    for problem, record in zip(problems, found, strict=True):
+        if record is None or record.prompt is None:
+            raise UserError(
+                f"The run {folder} to start from has no prompt for {problem.target} under this model and template; give the "
+                "folder of a run that has searched these pictures, or --model.start random or clip_words."
+            )
+    return [record for record in found if record]

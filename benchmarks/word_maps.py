@@ -1,0 +1,81 @@
+"""Whether word maps show what the words say: `python benchmarks/word_maps.py`.
+
+Looks at the targets through prompts that name what is there, the captions and two words alone, and prints for a word of each kind
+how much of its map lies on the right region, what an even map would have there, and in how many pictures its highest place is
+there; with 95% intervals. The object's region is where the picture differs from the colour of its border, so targets whose look
+changes the background (dark, grainy, blurry) are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from inversion import TARGETS, interval
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.callbacks.words import SAMPLES, word_maps
+from lightning_prompts.data.addresses import WORD_MAPS, draw_noise
+from lightning_prompts.data.images import to_tensor
+from lightning_prompts.emoji.world import LOOKS
+from lightning_prompts.metrics.words import content_words
+from lightning_prompts.vocabulary import encode_text
+
+
+def object_region(picture: Tensor, places: int) -> Tensor:
+    """How much of each place (places, places) of a picture (3, H, H) in [-1, 1] is not its border's colour, in [0, 1]."""
+    border = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], dim=1).median(1).values
+    differs = ((picture - border.view(3, 1, 1)).abs().amax(0) > 0.2).float()
+    return F.adaptive_avg_pool2d(differs[None], places)[0]
+
+
+def position(tokens: list[int], word: list[int]) -> int:
+    """Where a word's first token is among a prompt's, the last time that it occurs."""
+    return max(i for i in range(len(tokens)) if tokens[i : i + len(word)] == word)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", default="evaluation", choices=["evaluation", "development"])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    backbone, folder = load_backbone("emoji"), TARGETS / args.targets
+    tokenizer, length = backbone.towers[0].tokenizer, backbone.towers[0].length
+    words = json.loads((folder / "words.json").read_text())
+    rows = [json.loads(line) for line in (folder / "targets.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if not set(content_words(row["caption"])) & set(LOOKS)]
+    measured: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        picture = to_tensor(Image.open(folder / row["file"]).convert("RGB"))
+        latents = backbone.encode_image(picture[None])[0]
+        noise = draw_noise(0, [row["file"]], WORD_MAPS, SAMPLES, latents.shape, "cpu")[0]
+        seen, color = words[row["file"]]["object"], words[row["file"]]["background"]
+        on_object = object_region(picture, latents.shape[-1])
+        for kind, prompt in (("caption", row["caption"]), ("two words", f"{seen} {color}")):
+            told = backbone.encode(encode_text(tokenizer, [prompt], length))
+            tokens = tokenizer(prompt, add_special_tokens=False).input_ids
+            maps = word_maps(backbone, told, latents, noise, 1, len(tokens))
+            for name, word, region in (
+                ("the object's word", seen, on_object),
+                ("the background's colour", color, 1 - on_object),
+                ('the word "background"', "background", 1 - on_object),
+            ):
+                if word not in prompt.replace(",", "").split():
+                    continue
+                heat = maps[position(tokens, tokenizer(word, add_special_tokens=False).input_ids)]
+                share = float((heat * region).sum() / heat.sum().clamp(min=1e-9))
+                hit = float(region.flatten()[heat.argmax()] > 0.5)
+                measured.setdefault(f"{kind}: {name}", []).append((share, float(region.mean()), hit))
+    for name, values in measured.items():
+        shares, even, hits = (list(column) for column in zip(*values, strict=True))
+        print(f"| {name} | {len(values)} | {interval(shares)} | {sum(even) / len(even):.3f} | {interval(hits)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The scores of what a run has found; they choose nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_prompts.backbones import EMOJI
+from lightning_prompts.errors import UserError
+from lightning_prompts.metrics import (
+    ClipImageSimilarity,
+    ClipTextSimilarity,
+    DictionaryWords,
+    Diversity,
+    Lpips,
+    Perplexity,
+    SpecialCharacters,
+    WordRecall,
+    lpips_lacks,
+    read_dictionary,
+)
+from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.objectives.clip import clip_of, load_clip
+from lightning_prompts.problems import Problem
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What scores the results, after everything has been selected.
+
+    Args:
+        scorer: Folder or hub id of the CLIP that scores and takes no part in any search; None for the embedded model's own
+            on the embedded model, and for no held-out score elsewhere.
+        dictionary: File of words, one a line, to find in the prompts; None for those of its captions on the embedded model,
+            and for no such score elsewhere.
+        language_model: Folder or hub id of the causal language model that gives the prompts' perplexity; None for none.
+        lpips_weights: File of the weights of LPIPS's AlexNet; None for the one in torch's cache, if it is there.
+    """
+
+    scorer: str | None = None
+    dictionary: str | None = None
+    language_model: str | None = None
+    lpips_weights: str | None = None
+
+    def check(self, offline: bool = False) -> None:
+        """Tries what was given, so that a mistake is found before a search and not after it.
+
+        Nothing of it is kept: what scores in the end takes no memory from the search.
+        """
+        if self.scorer:
+            load_clip(self.scorer, offline)
+        if self.dictionary:
+            read_dictionary(self.dictionary)
+        if self.language_model:
+            Perplexity(self.language_model, offline)
+        if self.lpips_weights:
+            Lpips(weights=self.lpips_weights)
+
+    def heldout(self, backbone: str, offline: bool) -> ClipSimilarity | None:
+        """The CLIP that takes no part in any search, where there is one."""
+        name = self.scorer or (str(EMOJI.parent / "scorer") if backbone == "emoji" else None)
+        return ClipSimilarity(name, offline) if name else None
+
+    def measure(self, method: Any, problems: Sequence[Problem], drawn: Tensor) -> None:
+        """Scores P problems that have a prompt, by it and by the pictures (P, N, 3, H, W) drawn from each.
+
+        What cannot be measured is left out, and a line says why: the prompts are found all the same.
+        """
+        for problem in problems:
+            problem.forget_scores()
+        self._score_pictures(method, list(zip(problems, drawn, method.data.pictures(problems), strict=True)))
+        self._score_texts(method, problems)
+
+    def _score_pictures(self, method: Any, rows: Sequence[tuple[Problem, Tensor, Tensor]]) -> None:
+        """Scores problems by their drawn pictures (N, 3, H, W) and their targets (I, 3, H, W)."""
+        name, offline = method.backbone.name, method.offline
+        with _told():
+            own = ClipSimilarity(clip_of(name), offline)
+            similarity, diversity, agreement = ClipImageSimilarity(own), Diversity(own), ClipTextSimilarity(own)
+            for problem, drawn, target in rows:
+                problem.clip_similarity = float(similarity(drawn, target))
+                problem.diversity = float(diversity(drawn[None]))
+            for problem, _, target in rows:
+                if problem.embedding is None:  # the others' prompts are pseudo-words, which only their backbone knows
+                    problem.clip_text_similarity = float(agreement(target, [str(problem.prompt)] * len(target)))
+        with _told():
+            if clip := self.heldout(name, offline):
+                similarity, diversity = ClipImageSimilarity(clip), Diversity(clip)
+                for problem, drawn, target in rows:
+                    problem.heldout_clip_similarity = float(similarity(drawn, target))
+                    problem.diversity = float(diversity(drawn[None]))  # rather than by a CLIP that may have searched
+        with _told():
+            if not lpips_lacks(weights=self.lpips_weights):
+                lpips = Lpips(weights=self.lpips_weights)
+                for problem, drawn, target in rows:
+                    problem.lpips = float(lpips(drawn, target))
+
+    def _score_texts(self, method: Any, problems: Sequence[Problem]) -> None:
+        """Scores problems by their prompts alone."""
+        synonyms, words = _world(method.backbone.name)
+        recall, special = WordRecall(synonyms), SpecialCharacters()
+        texts = [problem for problem in problems if problem.embedding is None]
+        for problem in problems:
+            if problem.caption:
+                problem.word_recall = float(recall([str(problem.prompt)], [problem.caption]))
+        for problem in texts:
+            problem.special_characters = float(special([str(problem.prompt)]))
+        with _told():
+            if known := read_dictionary(self.dictionary) if self.dictionary else words:
+                dictionary = DictionaryWords(known)
+                for problem in texts:
+                    problem.dictionary_words = float(dictionary([str(problem.prompt)]))
+        with _told():
+            if self.language_model:
+                perplexity = Perplexity(self.language_model, method.offline)
+                for problem in texts:
+                    problem.perplexity = float(perplexity([str(problem.prompt)]))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Goes on after a person's mistake, with a line about it."""
+    try:
+        yield
+    except UserError as error:
+        print(f"Not everything is scored: {error}", file=sys.stderr)
+
+
+def _world(backbone: str) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+    """The synonyms and all words that captions can have, where they are known."""
+    if backbone != "emoji":
+        return {}, frozenset()
+    from lightning_prompts.emoji.world import SYNONYMS, caption_words
+
+    return SYNONYMS, caption_words()

@@ -1,0 +1,112 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.callbacks.words import HEAT, SAMPLES, found_word_maps, token_texts, word_maps, word_rows
+from lightning_prompts.cli import TRAINER
+from lightning_prompts.data.addresses import WORD_MAPS, draw_noise, validation_timesteps
+from lightning_prompts.data.images import to_tensor
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.methods import PEZ, TextualInversion
+from lightning_prompts.problems import Problem
+from lightning_prompts.vocabulary import encode_text
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TARGETS = Path(__file__).parents[2] / "benchmarks" / "targets" / "development"
+
+
+def slowly(backbone, prompt, latents, noise, positions):
+    """One sample at a time, the share and its mean as they are defined."""
+    maps = 0
+    for t, eps in zip(validation_timesteps(len(noise), 250, 750), noise, strict=True):
+        noisy = backbone.add_noise(latents[None], eps[None], t[None])
+        maps = maps + backbone.attention_maps(noisy, t[None], prompt)[0] / len(noise)
+    compared = sum(maps[p] for p in [*positions, positions[-1] + 1])
+    return torch.stack([(maps[p] / compared - (maps[p] / compared).mean()).clamp(min=0) for p in positions])
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_as_a_slow_reference(sd, tokens):
+    backbone = load_backbone(str(sd))
+    tower = backbone.towers[0]
+    prompt = backbone.encode(encode_text(tower.tokenizer, ["red cat tree"], tower.length))
+    latents, noise = torch.randn(4, 8, 8), torch.randn(5, 4, 8, 8)
+    maps = word_maps(backbone, prompt, latents, noise, 1, tokens, batch=2)
+    assert maps.shape == (tokens, 8, 8)
+    assert 0 <= maps.amin() <= maps.amax() < 1
+    assert (maps.amax((1, 2)) > 0).all()  # a prompt of one token has a map, too
+    torch.testing.assert_close(maps, slowly(backbone, prompt, latents, noise, range(1, 1 + tokens)))
+
+
+@pytest.mark.parametrize("method", [PEZ, TextualInversion])
+def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, pictures, tmp_path):
+    module = method(backbone=str(sd1), tokens=3, template="a photo of {} in the corner", sampling_steps=2)
+    data = ImagesToPrompts([str(pictures)], steps=2, samples=1, validation_samples=1)
+    pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path).fit(module, datamodule=data)
+    problems = list(data.records.values())
+    maps = found_word_maps(module, problems)
+    assert len(maps) == 3
+    for problem, found in zip(problems, maps, strict=True):
+        latents = data.latents(module.backbone, [problem])[0, 0]
+        noise = draw_noise(0, [problem.key], WORD_MAPS, SAMPLES, latents.shape, "cpu")[0]
+        prompt = module.encode([problem.prompt])
+        torch.testing.assert_close(found, slowly(module.backbone, prompt, latents, noise, module.prompt.positions))
+        torch.testing.assert_close(found, found_word_maps(module, [problem])[0])
+
+
+def test_names_of_tokens(sd1):
+    tokenizer = load_backbone(str(sd1)).towers[0].tokenizer
+    ids = tokenizer("red cat", add_special_tokens=False).input_ids
+    texts = token_texts(tokenizer, Problem("0" * 16, "x", prompt="red cat", token_ids=ids))
+    assert len(texts) == len(ids)
+    assert "".join(texts) == "redcat"
+    free = Problem("0" * 16, "x", prompt="<x-0000>", embedding=[[0.0], [0.0]])
+    assert token_texts(tokenizer, free) == ["1", "2"]
+
+
+def test_heat_is_laid_over_the_target():
+    target = torch.zeros(3, 16, 16)
+    maps = torch.zeros(2, 8, 8)
+    maps[1, :4] = 0.3
+    picture = word_rows([target, target], [maps[1:], maps], ["a", "b"], [["one"], ["one", "two"]])
+    assert picture.size == (3 * 104, 2 * 116)
+    pixels = np.asarray(picture).astype(int)
+    assert (pixels[60, 52] == 128).all()  # the target as it is
+    without, above, below = pixels[116 + 20, 104 + 52], pixels[116 + 20, 208 + 52], pixels[116 + 90, 208 + 52]
+    assert (without == below).all()
+    assert len(set(without.tolist())) == 1
+    assert np.abs(above - HEAT).max() < 20
+    assert (pixels[20, 104 + 52] == above).all()  # each row has its own full heat
+    assert (pixels[:116, 208:] == 255).all()  # a shorter prompt leaves white
+
+
+def test_a_map_that_is_zero_everywhere_shows_no_heat():
+    picture = np.asarray(word_rows([torch.zeros(3, 16, 16)], [torch.zeros(1, 8, 8)], ["a"], [["one"]]))
+    shown = picture[2:98, 108:204]
+    assert (shown == shown[0, 0]).all()
+    assert len(set(shown[0, 0].tolist())) == 1
+
+
+def test_words_light_what_they_name():
+    """On the embedded model: the object's word where the picture is not the background, the colour's word around it."""
+    backbone = load_backbone("emoji")
+    tower, words = backbone.towers[0], json.loads((TARGETS / "words.json").read_text())
+    for file in ("002.png", "005.png", "007.png"):
+        named, picture = words[file], to_tensor(Image.open(TARGETS / file).convert("RGB"))
+        latents = backbone.encode_image(picture[None])[0]
+        noise = draw_noise(0, [file], WORD_MAPS, SAMPLES, latents.shape, "cpu")[0]
+        ids = encode_text(tower.tokenizer, [f"{named['object']} {named['background']}"], tower.length)
+        seen, color = word_maps(backbone, backbone.encode(ids), latents, noise, 1, 2)
+        region = ((picture - picture[:, :1, :1]).abs().amax(0) > 0.2).float()
+        region = torch.nn.functional.adaptive_avg_pool2d(region[None], 16)[0]
+        assert (seen * region).sum() / seen.sum() > 2 * region.mean()
+        assert (color * (1 - region)).sum() / color.sum() > 0.95
+        assert region.flatten()[seen.argmax()] > 0.5
+        assert region.flatten()[color.argmax()] == 0

@@ -1,0 +1,252 @@
+"""GCG, textual inversion, CLIP words, and searches that start from one another's results."""
+
+import itertools
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.callbacks import Results
+from lightning_prompts.cli import TRAINER
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, TextualInversion
+from lightning_prompts.methods.start import best_words
+from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.vocabulary import encode_text, fill_template
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def fit(module, images, folder, callbacks=(), **data):
+    """Runs a search and gives its problems."""
+    trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder, callbacks=list(callbacks))
+    data = ImagesToPrompts(str(images), **{"steps": 2, "samples": 2, "validation_samples": 2, **data})
+    trainer.fit(module, datamodule=data)
+    return list(data.records.values())
+
+
+# --- GCG
+
+
+class Watched(GCG):
+    """Keeps what each step has proposed and found."""
+
+    def search(self, batch, rows):
+        before, samples = self.prompt.project(), self.samples(rows, batch)
+        super().search(batch, rows)
+        after = self.prompt.project()
+        with torch.no_grad():
+            losses = [
+                self.loss(rows, ids, self.prompt.table[ids], samples) for ids in map(self.prompt.ids, (before, after))
+            ]
+        self.steps = [*getattr(self, "steps", []), (before, after, *losses)]
+
+    def _propose(self, step, rows, token_ids, gradient):
+        proposed = super()._propose(step, rows, token_ids, gradient)
+        self.proposals = [*getattr(self, "proposals", []), (rows, token_ids, *proposed)]
+        return proposed
+
+
+def test_step_takes_what_is_better_and_nothing_else(tiny, pictures, tmp_path):
+    module = Watched(backbone=tiny, tokens=3, candidates=8, topk=16, swaps=2, sampling_steps=2)
+    fit(module, pictures, tmp_path, steps=6)
+    changed = 0
+    for before, after, loss_before, loss_after in module.steps:
+        moved = (before != after).any(1)
+        assert ((before != after).sum(1) <= 2).all()
+        assert (loss_after[moved] < loss_before[moved]).all()
+        changed += int(moved.sum())
+    assert changed
+
+
+def test_step_finds_the_best_of_all_tokens(tiny, pictures, tmp_path):
+    """One place, and so many candidates that each proposal is among them: what remains is the exhaustive search."""
+    module = Watched(backbone=tiny, tokens=1, candidates=400, topk=40, words=list("abcdefghijklmnop"), sampling_steps=2)
+    fit(module, pictures / "0.png", tmp_path, steps=1, samples=1)
+    ((before, after, *_),) = module.steps
+    allowed = module.prompt.allowed.nonzero()
+    rows = torch.zeros(len(allowed), dtype=torch.long)
+    samples = module.samples(torch.tensor([0]), next(iter(module.data.train_dataloader())))[rows]
+    with torch.no_grad():
+        ids = module.prompt.ids(allowed)
+        losses = module.loss(rows, ids, module.prompt.table[ids], samples)
+    assert allowed[losses.argmin()] == after[0]
+    assert before.shape == after.shape == (1, 1)
+
+
+def test_proposals_are_those_of_the_one_hot_gradient(tiny, pictures, tmp_path):
+    module = Watched(backbone=tiny, tokens=2, candidates=50, topk=3, sampling_steps=2)
+    fit(module, pictures / "0.png", tmp_path, steps=1)
+    ((rows, token_ids, proposed, _),) = module.proposals
+    table, allowed = module.prompt.table, module.prompt.allowed
+    one_hot = F.one_hot(token_ids[0], len(table)).float().requires_grad_()
+    ids = module.prompt.ids(token_ids)
+    embeddings = table[ids].index_copy(1, module.prompt.positions, (one_hot @ table)[None])
+    samples = module.samples(rows, next(iter(module.data.train_dataloader())))
+    (slope,) = torch.autograd.grad(module.loss(rows, ids, embeddings, samples).sum(), one_hot)
+    for place in range(2):
+        usable = [v for v in allowed.nonzero().flatten().tolist() if v != token_ids[0, place]]
+        best = sorted(usable, key=lambda v: float(slope[place, v]))[:3]
+        seen = set(proposed[0, :, place].tolist()) - {int(token_ids[0, place])}
+        assert seen == set(best)
+
+
+def test_screen_keeps_what_the_clip_finds_most_similar(tiny, pictures, tmp_path):
+    class All(GCG):
+        def _distances(self, rows, candidates):
+            self.drawn = candidates
+            return super()._distances(rows, candidates)
+
+        def _propose(self, step, rows, token_ids, gradient):
+            proposed = super()._propose(step, rows, token_ids, gradient)
+            self.kept = proposed[0]
+            return proposed
+
+    module = All(backbone=tiny, tokens=2, candidates=5, topk=8, screen=3, sampling_steps=2)
+    (problem,) = fit(module, pictures / "0.png", tmp_path, steps=1)
+    assert problem.unet_samples == 2 * 2 + 2 * 2 + 5 * 2
+    clip, tokenizer, feature = module.clip, module.tower.tokenizer, module.features_of(problem)
+
+    def similarity(token_ids):
+        text = clip.clip.get_text_features(input_ids=encode_text(tokenizer, [tokenizer.decode(token_ids)], 32))
+        text = text if isinstance(text, torch.Tensor) else text.pooler_output
+        return float(F.cosine_similarity(text[0], feature, dim=0))
+
+    assert module.drawn.shape == (1, 15, 2)
+    best = sorted((similarity(ids) for ids in module.drawn[0]), reverse=True)[:5]
+    assert sorted((similarity(ids) for ids in module.kept[0]), reverse=True) == pytest.approx(best, abs=1e-5)
+
+
+def test_candidates_that_are_read_otherwise_are_not_evaluated(tiny, pictures, tmp_path):
+    class Broken(GCG):
+        def _propose(self, step, rows, token_ids, gradient):
+            candidates, sound = super()._propose(step, rows, token_ids, gradient)
+            return candidates, torch.zeros_like(sound)
+
+    module = Broken(backbone=tiny, tokens=2, candidates=4, sampling_steps=2)
+    (problem,) = fit(module, pictures / "0.png", tmp_path)
+    assert problem.unet_samples == 3 * 2 + 2 * 2 * 2  # three scorings and two gradients
+    assert problem.validation_loss == problem.initial_validation_loss
+
+
+def test_more_swaps_than_tokens_are_refused(tiny):
+    with pytest.raises(UserError, match="swaps"):
+        GCG(backbone=tiny, tokens=2, swaps=3)
+
+
+# --- CLIP words
+
+
+@pytest.fixture
+def matching(tiny):
+    """A CLIP, prompts of two tokens in its vocabulary, and features of three pictures."""
+    tower = load_backbone(tiny).towers[0]
+    prompt = TokenEmbeddings(tower, "a photo of {} , blurry", 2, words=tuple("abcdefghijk"))
+    clip = ClipSimilarity(f"{tiny}/clip")
+    return clip, prompt, clip.features(torch.rand(3, 3, 32, 32) * 2 - 1), tower.tokenizer
+
+
+def cosine(clip, tokenizer, feature, words):
+    """Of a picture with a text, the plain way."""
+    ids = encode_text(tokenizer, [fill_template("a photo of {} , blurry", words)], tokenizer.model_max_length)
+    text = clip.clip.get_text_features(input_ids=ids)
+    text = text if isinstance(text, torch.Tensor) else text.pooler_output
+    return float(F.cosine_similarity(text[0], feature, dim=0))
+
+
+def test_greedy_words_are_those_of_the_plain_search(matching):
+    clip, prompt, features, tokenizer = matching
+    words = tokenizer.batch_decode(best_words(clip, prompt, features))
+    for feature, found in zip(features, words, strict=True):
+        first = max("abcdefghijk", key=lambda w: cosine(clip, tokenizer, feature, w))
+        others = [w for w in "abcdefghijk" if w != first]
+        second = max(others, key=lambda w: cosine(clip, tokenizer, feature, f"{first} {w}"))
+        assert found.split() == [first, second]
+
+
+def test_wide_beam_finds_the_best_pair(matching):
+    clip, prompt, features, tokenizer = matching
+    words = tokenizer.batch_decode(best_words(clip, prompt, features, beams=11, chunk=7))
+    for feature, found in zip(features, words, strict=True):
+        pairs = map(" ".join, itertools.permutations("abcdefghijk", 2))
+        best = max(pairs, key=lambda pair: cosine(clip, tokenizer, feature, pair))
+        assert cosine(clip, tokenizer, feature, found) == pytest.approx(
+            cosine(clip, tokenizer, feature, best), abs=1e-6
+        )
+
+
+def test_shorter_prompts_stand_in_the_template_as_their_text_does(sd):
+    tower = load_backbone(str(sd)).towers[0]
+    prompt = TokenEmbeddings(tower, "a photo of {} , blurry", 4)
+    token_ids = prompt.allowed.nonzero()[:8, 0].view(2, 4)
+    for count in (1, 3, 4):
+        words = [" ".join(text.split()) for text in tower.tokenizer.batch_decode(token_ids[:, :count])]
+        texts = [fill_template("a photo of {} , blurry", text) for text in words]
+        encoded = encode_text(tower.tokenizer, texts, tower.length)
+        ids = prompt.ids(token_ids[:, :count])
+        end = int((ids[0] == tower.tokenizer.eos_token_id).int().argmax()) + 1  # behind it nothing is read
+        assert torch.equal(ids[:, :end], encoded[:, :end])
+        assert ids.shape == encoded.shape
+
+
+# --- textual inversion
+
+
+def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
+    module = TextualInversion(backbone=tiny, tokens=2, lr=0.1, template="a photo of {}", sampling_steps=2)
+    problems = fit(module, pictures, tmp_path, callbacks=[Results()], steps=4)
+    exported = load_file(tmp_path / "embedding.safetensors")
+    for row, problem in enumerate(problems):
+        assert problem.token_ids is None
+        assert problem.prompt == f"a photo of <{row}-{problem.key[:4]}>"
+        assert torch.equal(exported[problem.key], torch.tensor(problem.embedding))
+        ids, embeddings = module.prompt.ids(torch.tensor([[5, 5]])), torch.tensor(problem.embedding)
+        replaced = module.prompt.table[ids].index_copy(1, module.prompt.positions, embeddings[None])
+        own = module.backbone.encode(ids, replaced).prompt_embeds[:, : module.prompt.positions[-1] + 1]
+        read = module.encode([problem.prompt]).prompt_embeds[:, : module.prompt.positions[-1] + 1]
+        torch.testing.assert_close(read, own)
+        rows = torch.tensor([row])
+        again = float(module.validation_loss(rows, module.encode([problem.prompt])))
+        assert problem.validation_loss == pytest.approx(again, abs=1e-6)
+    assert (problems[0].validation_loss or 1) < (problems[0].initial_validation_loss or 0)
+    elsewhere = module.encode([f"two dogs beside {problems[0].prompt}", "two dogs"])
+    assert torch.equal(elsewhere.prompt_embeds[1:], PEZ(backbone=tiny).encode(["two dogs"]).prompt_embeds)
+
+
+# --- starts
+
+
+@pytest.mark.parametrize("source", [PEZ, TextualInversion])
+@pytest.mark.parametrize("method", [PH2P, GCG, TextualInversion])
+def test_search_starts_from_the_result_of_another(source, method, tiny, pictures, tmp_path):
+    own = {"candidates": 2} if method is GCG else {}
+    found = fit(source(backbone=tiny, tokens=3, sampling_steps=2), pictures, tmp_path / "first")
+    seen = []
+
+    class Begun(method):
+        def begin(self, embeddings):
+            seen.append(embeddings)
+            super().begin(embeddings)
+
+    module = Begun(backbone=tiny, tokens=4, start=str(tmp_path / "first"), sampling_steps=2, **own)
+    fit(module, pictures, tmp_path / "second", steps=1)
+    assert seen[0].shape[:2] == (3, 4)
+    for row, problem in enumerate(found):
+        assert torch.equal(seen[0][row, :3], module.embedded(problem))
+
+
+def test_start_that_lacks_a_picture_is_refused(tiny, pictures, tmp_path):
+    fit(PEZ(backbone=tiny, tokens=2, sampling_steps=2), pictures / "0.png", tmp_path / "first")
+    module = PEZ(backbone=tiny, tokens=2, start=str(tmp_path / "first"), sampling_steps=2)
+    with pytest.raises(UserError, match=r"no prompt for 1\.png"):
+        fit(module, pictures, tmp_path / "second")
+
+
+def test_nothing_to_minimise_is_refused(tiny):
+    with pytest.raises(UserError, match="nothing to minimise"):
+        ClipWords(backbone=tiny, denoising_weight=0)

@@ -1,0 +1,26 @@
+import pytest
+
+
+@pytest.fixture
+def adds_up():
+    """Checks that a metric of all parts, and of two ranks merged, is that of the whole, and that it is nan without any."""
+
+    def check(metric, whole, *parts):
+        expected = float(metric(*whole))
+        metric.reset()
+        for part in parts:
+            metric.update(*part)
+        assert float(metric.compute()) == pytest.approx(expected, rel=1e-5)
+        one, other = metric.clone(), metric.clone()
+        one.reset()
+        other.reset()
+        one.update(*parts[0])
+        for part in parts[1:]:
+            other.update(*part)
+        one.merge_state(other)
+        assert float(one.compute()) == pytest.approx(expected, rel=1e-5)
+        metric.reset()
+        with pytest.warns(UserWarning, match="before"):  # torchmetrics' own
+            assert metric.compute().isnan()
+
+    return check

@@ -1,0 +1,121 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from lightning_prompts.errors import UserError
+from lightning_prompts.metrics import ClipImageSimilarity, ClipTextSimilarity
+from lightning_prompts.objectives import ClipSimilarity
+
+TEXTS = ["a red square on a blue background", "two dogs", "a large tree, blurry"]
+
+
+@pytest.fixture
+def scored():
+    return torch.rand(4, 3, 16, 16) * 2 - 1, torch.rand(2, 3, 16, 16) * 2 - 1
+
+
+def test_pictures_are_compared_by_their_mean_cosine(tiny, scored):
+    drawn, targets = scored
+    clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
+
+    def features(x):
+        x = F.interpolate(x, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+        with torch.no_grad():
+            return clip.visual_projection(clip.vision_model(pixel_values=x).pooler_output).double().numpy()
+
+    a, b = features(drawn), features(targets)
+    cosines = [x @ y / np.sqrt((x @ x) * (y @ y)) for x in a for y in b]
+    metric = ClipImageSimilarity(f"{tiny}/clip")
+    assert float(metric(drawn, targets)) == pytest.approx(np.mean(cosines), abs=1e-5)
+
+
+def test_picture_is_like_itself(tiny, scored):
+    picture = scored[0][:1]
+    assert float(ClipImageSimilarity(f"{tiny}/clip")(picture, picture)) == pytest.approx(1, abs=1e-5)
+
+
+def test_pictures_add_up(tiny, scored, adds_up):
+    drawn, targets = scored
+    adds_up(ClipImageSimilarity(f"{tiny}/clip"), (drawn, targets), (drawn[:1], targets), (drawn[1:], targets))
+
+
+def test_clip_of_a_metric_is_frozen(tiny):
+    metric = ClipImageSimilarity(f"{tiny}/clip")
+    assert not any(p.requires_grad for p in metric.parameters())
+    assert not metric.scorer.clip.training
+
+
+def logits(clip, ids, pixels):
+    """Cosines (B, P) as transformers' own forward has them."""
+    with torch.no_grad():
+        return clip(input_ids=ids, pixel_values=pixels).logits_per_image / clip.logit_scale.exp()
+
+
+def test_texts_are_compared_by_their_mean_cosine(tiny):
+    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    clip, tokenizer = CLIPModel.from_pretrained(f"{tiny}/clip").eval(), CLIPTokenizer.from_pretrained(f"{tiny}/clip")
+    own = [logits(clip, tokenizer([text], return_tensors="pt").input_ids, pictures)[i] for i, text in enumerate(TEXTS)]
+    metric = ClipTextSimilarity(f"{tiny}/clip")
+    assert float(metric(pictures, TEXTS)) == pytest.approx(float(torch.stack(own).mean()), abs=1e-5)
+
+
+def test_texts_add_up(tiny, scored, adds_up):
+    pictures = scored[0][:3]
+    adds_up(ClipTextSimilarity(f"{tiny}/clip"), (pictures, TEXTS), (pictures[:1], TEXTS[:1]), (pictures[1:], TEXTS[1:]))
+
+
+def test_picture_as_the_processor_makes_it(tiny, tmp_path):
+    """A CLIP of 224 pixels sees what transformers' processor would show it."""
+    torch.manual_seed(1)
+    config = CLIPConfig.from_pretrained(f"{tiny}/clip")
+    config.vision_config.image_size, config.vision_config.patch_size = 224, 56
+    clip = CLIPModel(config).eval()
+    clip.save_pretrained(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(f"{tiny}/clip")
+    tokenizer.save_pretrained(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    seen = CLIPImageProcessor()(Image.fromarray(pixels), return_tensors="pt").pixel_values
+    expected = logits(clip, tokenizer(TEXTS[:1], return_tensors="pt").input_ids, seen)
+    picture = torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    assert float(ClipTextSimilarity(str(tmp_path))(picture, TEXTS[:1])) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_text_that_is_too_long_keeps_its_end_of_text_token(tiny, scored):
+    picture, text = scored[0][:1], "two dogs beside a large tree, " * 20
+    scorer, tokenizer = ClipSimilarity(f"{tiny}/clip"), CLIPTokenizer.from_pretrained(f"{tiny}/clip")
+    words, length = (
+        tokenizer(text, add_special_tokens=False).input_ids,
+        scorer.clip.config.text_config.max_position_embeddings,
+    )
+    assert len(words) > length
+    kept = [tokenizer.bos_token_id, *words[: length - 2], tokenizer.eos_token_id]
+    assert scorer.encode([text]).tolist() == [kept]
+    features, metric = scorer.features(picture), ClipTextSimilarity(scorer)
+    score = float(metric(picture, [text]))
+    assert score == pytest.approx(float(features[0] @ scorer.text_features(torch.tensor([kept]))[0]), abs=1e-5)
+    cut = torch.tensor([[tokenizer.bos_token_id, *words[: length - 1]]])  # what plain slicing would leave
+    assert score != pytest.approx(float(features[0] @ scorer.text_features(cut)[0]), abs=1e-4)
+    beside = metric(picture.expand(2, -1, -1, -1), [text, "dogs"]), metric(picture, ["dogs"])
+    assert float(beside[0]) == pytest.approx((score + float(beside[1])) / 2, abs=1e-5)
+
+
+def test_each_picture_needs_its_text(tiny, scored):
+    with pytest.raises(ValueError, match="4 pictures and 1 texts"):
+        ClipTextSimilarity(f"{tiny}/clip")(scored[0], ["a red cat"])
+
+
+def test_clip_without_a_tokenizer_compares_pictures_only(tiny, tmp_path, scored):
+    folder = shutil.copytree(f"{tiny}/clip", tmp_path / "clip")
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    drawn, targets = scored
+    scorer = ClipSimilarity(str(folder))
+    assert float(ClipImageSimilarity(scorer)(drawn, targets)) <= 1
+    with pytest.raises(UserError, match="has no tokenizer that can be loaded; put vocab"):
+        ClipTextSimilarity(scorer)(drawn[:1], ["a red cat"])

@@ -1,0 +1,59 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import CLIPModel
+
+from lightning_prompts.metrics import Diversity
+
+
+@pytest.fixture
+def metric(tiny):
+    return Diversity(f"{tiny}/clip")
+
+
+@pytest.fixture
+def pictures():
+    """Three of each of two prompts, of the size that the CLIP takes."""
+    return torch.rand(2, 3, 3, 32, 32) * 2 - 1
+
+
+def test_it_is_the_mean_over_pairs(tiny, metric, pictures):
+    clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
+    differences = []
+    for several in pictures:
+        with torch.no_grad():
+            features = clip.visual_projection(clip.vision_model(pixel_values=several).pooler_output).double().numpy()
+        pairs = itertools.combinations(features, 2)
+        differences.append(np.mean([1 - a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in pairs]))
+    assert float(metric(pictures)) == pytest.approx(np.mean(differences), rel=1e-3, abs=1e-6)
+
+
+def test_it_adds_up(metric, pictures, adds_up):
+    adds_up(metric, (pictures,), (pictures[:1],), (pictures[1:],))
+
+
+def test_same_pictures_are_not_diverse(metric, pictures):
+    assert float(metric(pictures[:, :1].expand(-1, 4, -1, -1, -1))) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ([[1, 0], [0, 1]], 1),
+        ([[1, 0], [-1, 0]], 2),
+        ([[1, 0], [1, 0], [-1, 0]], 4 / 3),  # pairs of 0, 2 and 2
+        ([[1, 0], [3, 4], [0, 1]], (2 / 5 + 1 + 1 / 5) / 3),
+    ],
+)
+def test_it_is_counted_by_hand(metric, monkeypatch, features, expected):
+    monkeypatch.setattr(metric.scorer, "features", lambda x: F.normalize(torch.tensor(features).float(), dim=1))
+    assert float(metric(torch.zeros(1, len(features), 3, 8, 8))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 8, 8), (4, 3, 8, 8)])
+def test_it_needs_two_pictures_a_prompt(metric, shape):
+    with pytest.raises(ValueError, match="two or more pictures a prompt"):
+        metric(torch.zeros(shape))

@@ -1,0 +1,120 @@
+"""On random trunks: the numbers mean nothing, what is compared with what and how does."""
+
+from pathlib import Path
+
+import lpips
+import pytest
+import torch
+import torchvision
+
+from lightning_prompts.errors import UserError
+from lightning_prompts.metrics import Lpips, lpips_lacks
+from lightning_prompts.metrics.perceptual import TRUNKS
+
+RELUS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}  # of torchvision's `features`
+NETWORKS = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}
+
+
+@pytest.fixture(scope="module")
+def trunks(tmp_path_factory):
+    """Random layers of the two networks, and files of them as torchvision publishes weights."""
+    made = {}
+    for trunk, network in NETWORKS.items():
+        with torch.device("meta"):  # without the large layers that LPIPS has no use for
+            features = network(weights=None).features
+        features.to_empty(device="cpu")
+        for name, parameter in features.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.01 if "bias" in name else (2 / parameter[0].numel()) ** 0.5)
+        file = tmp_path_factory.mktemp(trunk) / TRUNKS[trunk][1]
+        state = {f"features.{name}": value for name, value in features.state_dict().items()}
+        torch.save(state | {"classifier.1.bias": torch.zeros(3)}, file)
+        made[trunk] = features.eval(), file
+    return made
+
+
+@pytest.fixture
+def pictures():
+    return torch.rand(3, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache of torch's."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    return tmp_path
+
+
+def distance(trunk, features, a, b):
+    """The definition: squared differences of unit feature vectors, weighted a channel, averaged over places, summed over layers."""
+    weights = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{trunk}.pth", "cpu", weights_only=True)
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    x, total = torch.stack([(picture - shift[:, None, None]) / scale[:, None, None] for picture in (a, b)]), 0.0
+    for number, layer in enumerate(features):
+        x = layer(x)
+        if number in RELUS[trunk]:
+            unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+            weight = weights[f"lin{RELUS[trunk].index(number)}.model.1.weight"][0]
+            total += float(((unit[0] - unit[1]).square() * weight).sum(0).mean())
+    return total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_it_is_the_mean_over_pairs(trunks, pictures, trunk):
+    features, file = trunks[trunk]
+    drawn, targets = pictures
+    expected = [distance(trunk, features, a, b) for a in drawn for b in targets]
+    metric = Lpips(trunk, file)
+    assert float(metric(drawn, targets)) == pytest.approx(sum(expected) / 6, rel=1e-4)
+    assert float(metric(drawn[:1], drawn[:1])) == pytest.approx(0, abs=1e-6)
+
+
+def test_it_adds_up(trunks, pictures, adds_up):
+    drawn, targets = pictures
+    adds_up(Lpips(weights=trunks["alex"][1]), pictures, (drawn[:1], targets), (drawn[1:], targets))
+
+
+def test_small_pictures_are_enlarged(trunks, pictures):
+    metric = Lpips(weights=trunks["alex"][1])
+    drawn, targets = (x[..., :32, :32] for x in pictures)  # smaller than AlexNet takes
+    large = [x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in (drawn, targets)]
+    assert float(metric(drawn, targets)) == pytest.approx(float(metric(*large)), rel=1e-6)
+
+
+def test_network_is_frozen_and_has_no_dropout(trunks, pictures):
+    metric = Lpips(weights=trunks["alex"][1])
+    assert not any(p.requires_grad for p in metric.parameters())
+    before = float(metric(*pictures))
+    metric.train()  # as a LightningModule that holds it does
+    assert float(metric(*pictures)) == before
+
+
+def test_nothing_is_downloaded(cache):
+    assert str(cache) in lpips_lacks()
+    assert "VGG16" in lpips_lacks("vgg")
+    with pytest.raises(UserError, match="AlexNet: there is no file"):
+        Lpips()
+    assert not list(cache.rglob("*.pth"))
+
+
+def test_weights_in_the_cache_are_found(cache, trunks, pictures):
+    file = trunks["alex"][1]
+    (cache / "hub" / "checkpoints").mkdir(parents=True)
+    (cache / "hub" / "checkpoints" / file.name).symlink_to(file)
+    assert lpips_lacks() is None
+    assert float(Lpips()(*pictures)) == float(Lpips(weights=file)(*pictures))
+
+
+@pytest.mark.parametrize("content", ["text", "another network", "another object", "nothing"])
+def test_wrong_file_is_refused(tmp_path, trunks, content):
+    file = tmp_path / "mine.pth"
+    file.write_bytes({"text": b"no weights", "another network": trunks["vgg"][1].read_bytes()}.get(content, b""))
+    if content == "another object":
+        torch.save([torch.zeros(3)], file)
+    with pytest.raises(UserError, match=r"mine.pth does not hold the weights of torchvision's AlexNet"):
+        Lpips(weights=file)
+
+
+def test_missing_file_is_named(tmp_path):
+    assert str(tmp_path / "mine.pth") in lpips_lacks(weights=tmp_path / "mine.pth")
