@@ -29,7 +29,6 @@ from lightning_prompts.emoji import world
 from lightning_prompts.main import main as lightning_prompts
 from lightning_prompts.methods import PH2P
 from lightning_prompts.objectives import ClipSimilarity
-from lightning_prompts.vocabulary import encode_text
 
 SEEDS = {"evaluation": 20_261_121, "development": 20_261_125}  # of scenes with two objects
 FIRST = 1000  # seed of the first picture that is judged; the evolution has chosen on others
@@ -102,14 +101,10 @@ class Recogniser:
     """The held-out CLIP, asked which of all objects are nearest to a picture, on whatever background."""
 
     def __init__(self) -> None:
-        from transformers import CLIPTokenizer
-
-        folder = str(EMOJI.parent / "scorer")
-        self.scorer, tokenizer = ClipSimilarity(folder), CLIPTokenizer.from_pretrained(folder)
-        self.names = list(world.OBJECTS)
+        self.scorer, self.names = ClipSimilarity(str(EMOJI.parent / "scorer")), list(world.OBJECTS)
         texts = [f"{name}, {color} background" for name in self.names for color in world.COLORS]
         with torch.no_grad():
-            said = self.scorer.text_features(encode_text(tokenizer, texts, tokenizer.model_max_length))
+            said = self.scorer.text_features(self.scorer.encode(texts))
         self.said = said.view(len(self.names), len(world.COLORS), -1)
 
     def __call__(self, pictures: Tensor, name: str) -> float:

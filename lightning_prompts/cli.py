@@ -141,8 +141,8 @@ class CLI(LightningCLI):
         parents = parents_of(config.mix)
         if own_rank() == 0:
             self.folder.prepare(resume=False, search=False)
-        how = {name: config[name] for name in ("generations", "population", "select", "choose", "scorer")}
-        return Mix(self.folder, parents, seeds=self.seeds, negative=negative, **how)
+        how = {name: config[name] for name in ("generations", "population", "select", "choose")}
+        return Mix(self.folder, parents, seeds=self.seeds, negative=negative, scores=self.scores, **how)
 
     def _parse_ckpt_path(self) -> None:
         """Reads no settings from checkpoints, as Lightning does; the run's folder has them."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_prompts.callbacks.grid import sheet, to_image, to_png
 from lightning_prompts.callbacks.results import noise_of
-from lightning_prompts.callbacks.scores import heldout_clip
+from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.errors import UserError
 from lightning_prompts.evolution import Member, evolve, fittest
@@ -88,7 +88,7 @@ class Mix(pl.Callback):
         choose: Whether the `score` chooses, or a person by `hand`.
         seeds: Seeds of the pictures that each prompt is drawn and scored on.
         negative: What the drawing leads away from.
-        scorer: See `Scores`.
+        scores: Says which CLIP has taken no part, and judges the prompts that are kept.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class Mix(pl.Callback):
         choose: Literal["score", "hand"] = "score",
         seeds: Sequence[int] = (0, 1, 2, 3),
         negative: str = "",
-        scorer: str | None = None,
+        scores: Scores | None = None,
     ) -> None:
-        self.folder, self.parents, self.scorer = folder, parents, scorer
+        self.folder, self.parents, self.scores = folder, parents, scores or Scores()
         self.generations, self.population, self.select, self.choose = generations, population, select, choose
         self.seeds, self.negative = tuple(seeds), negative
 
@@ -136,7 +136,7 @@ class Mix(pl.Callback):
             raise UserError(
                 f"No mixture of {one.prompt!r} and {other.prompt!r} can be written down and read again; give other runs."
             )
-        self._finish(pl_module, best, heldout_clip(name, self.scorer, pl_module.offline))
+        self._finish(pl_module, best, self.scores.heldout(name, pl_module.offline))
 
     def keep(self, generation: int, everyone: list[Member], candidates: list[Member]) -> list[Member]:
         """Shows a generation, and keeps the fittest or whom the person names."""

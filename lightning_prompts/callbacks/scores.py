@@ -61,6 +61,11 @@ class Scores:
         if self.lpips_weights:
             Lpips(weights=self.lpips_weights)
 
+    def heldout(self, backbone: str, offline: bool) -> ClipSimilarity | None:
+        """The CLIP that takes no part in any search, where there is one."""
+        name = self.scorer or (str(EMOJI.parent / "scorer") if backbone == "emoji" else None)
+        return ClipSimilarity(name, offline) if name else None
+
     def measure(self, method: Any, problems: Sequence[Problem], drawn: Tensor) -> None:
         """Scores P problems that have a prompt, by it and by the pictures (P, N, 3, H, W) drawn from each.
 
@@ -75,8 +80,8 @@ class Scores:
         """Scores problems by their drawn pictures (N, 3, H, W) and their targets (I, 3, H, W)."""
         name, offline = method.backbone.name, method.offline
         with _told():
-            clip = ClipSimilarity(clip_of(name), offline)
-            similarity, diversity, agreement = ClipImageSimilarity(clip), Diversity(clip), ClipTextSimilarity(clip)
+            own = ClipSimilarity(clip_of(name), offline)
+            similarity, diversity, agreement = ClipImageSimilarity(own), Diversity(own), ClipTextSimilarity(own)
             for problem, drawn, target in rows:
                 problem.clip_similarity = float(similarity(drawn, target))
                 problem.diversity = float(diversity(drawn[None]))
@@ -84,8 +89,8 @@ class Scores:
                 if problem.embedding is None:  # the others' prompts are pseudo-words, which only their backbone knows
                     problem.clip_text_similarity = float(agreement(target, [str(problem.prompt)] * len(target)))
         with _told():
-            if heldout := heldout_clip(name, self.scorer, offline):
-                similarity, diversity = ClipImageSimilarity(heldout), Diversity(heldout)
+            if clip := self.heldout(name, offline):
+                similarity, diversity = ClipImageSimilarity(clip), Diversity(clip)
                 for problem, drawn, target in rows:
                     problem.heldout_clip_similarity = float(similarity(drawn, target))
                     problem.diversity = float(diversity(drawn[None]))  # rather than by a CLIP that may have searched
@@ -115,12 +120,6 @@ class Scores:
                 perplexity = Perplexity(self.language_model, method.offline)
                 for problem in texts:
                     problem.perplexity = float(perplexity([str(problem.prompt)]))
-
-
-def heldout_clip(backbone: str, scorer: str | None, offline: bool) -> ClipSimilarity | None:
-    """The CLIP that takes no part in any search, as far as there is one."""
-    name = scorer or (str(EMOJI.parent / "scorer") if backbone == "emoji" else None)
-    return ClipSimilarity(name, offline) if name else None
 
 
 @contextmanager
