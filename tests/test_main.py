@@ -53,37 +53,20 @@ def fit(tiny, pictures, tmp_path):
     return run
 
 
+def short_fit(backbone, run, tokens, images):
+    """The command of a search of two steps."""
+    args = ["fit", "--run", run, "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", backbone]
+    args += ["--model.tokens", tokens, "--model.sampling_steps", 2, "--data.images", images]
+    return [str(arg) for arg in (*args, "--data.steps", 2, "--data.samples", 1, "--data.validation_samples", 2)]
+
+
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     """A finished run on two pictures that no test changes."""
     folder = tmp_path_factory.mktemp("finished")
     for i, color in enumerate(("red", "blue")):
         Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
-    main(
-        [
-            "fit",
-            "--run",
-            str(folder / "run"),
-            "--trainer.accelerator",
-            "cpu",
-            "--model",
-            "PEZ",
-            "--model.backbone",
-            tiny,
-            "--model.tokens",
-            "2",
-            "--model.sampling_steps",
-            "2",
-            "--data.images",
-            f"[{folder}/0.png, {folder}/1.png]",
-            "--data.steps",
-            "2",
-            "--data.samples",
-            "1",
-            "--data.validation_samples",
-            "2",
-        ]
-    )
+    main(short_fit(tiny, folder / "run", 2, f"[{folder}/0.png, {folder}/1.png]"))
     return folder / "run"
 
 
@@ -500,20 +483,7 @@ def other(finished, tiny):
     """A second finished run on one other picture."""
     folder = finished.parent
     Image.new("RGB", (16, 16), "green").save(folder / "green.png")
-    args = [
-        "fit",
-        "--run",
-        folder / "other",
-        "--trainer.accelerator",
-        "cpu",
-        "--model",
-        "PEZ",
-        "--model.backbone",
-        tiny,
-    ]
-    args += ["--model.tokens", "3", "--model.sampling_steps", "2", "--data.images", folder / "green.png"]
-    args += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
-    main([str(arg) for arg in args])
+    main(short_fit(tiny, folder / "other", 3, folder / "green.png"))
     return folder / "other"
 
 

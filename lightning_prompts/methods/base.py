@@ -195,8 +195,7 @@ class PromptMethod(pl.LightningModule, ABC):
 
     def clip_words(self, beams: int = 1) -> Tensor:
         """The words (P, M) that the CLIP finds most similar to each of the wave's pictures."""
-        features = torch.stack([self.features_of(problem) for problem in self.problems])
-        return best_words(self.clip, self.prompt, features, beams)
+        return best_words(self.clip, self.prompt, self.features(torch.arange(len(self.problems))), beams)
 
     def embedded(self, record: Problem) -> Tensor:
         """The embeddings (M, D) of what was found for a problem."""
@@ -231,6 +230,10 @@ class PromptMethod(pl.LightningModule, ABC):
         for row in rows.tolist():
             self.problems[row].seconds += elapsed / len(rows)
 
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """What moves the embeddings; nothing where tokens are exchanged."""
+        return None
+
     @abstractmethod
     def search(self, batch: Step, rows: Tensor) -> None:
         """Moves the prompts of the problems `rows` (Q,) by one optimiser step."""
@@ -255,9 +258,7 @@ class PromptMethod(pl.LightningModule, ABC):
             told = self.backbone.encode(ids, embeddings)
             terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, told, samples)
         if self.clip_weight:
-            features = torch.stack([self.features_of(self.problems[row]) for row in rows.tolist()])
-            distance = self.clip(ids, embeddings, features)
-            terms["clip"] = self.clip_weight * distance
+            terms["clip"] = self.clip_weight * self.clip(ids, embeddings, self.features(rows))
         if len(terms) > 1 and torch.is_grad_enabled():
             self.log_dict({f"train/{name}": term.detach().mean() for name, term in terms.items()})
         return torch.stack(list(terms.values())).sum(0)
@@ -286,6 +287,10 @@ class PromptMethod(pl.LightningModule, ABC):
                 )
             self._clip = clip.to(self.device)
         return self._clip
+
+    def features(self, rows: Tensor) -> Tensor:
+        """Mean features (Q, E) of the pictures of the problems `rows` (Q,) in this CLIP."""
+        return torch.stack([self.features_of(self.problems[row]) for row in rows.tolist()])
 
     def features_of(self, problem: Problem) -> Tensor:
         """Mean features (E,) of a problem's pictures in this CLIP, computed once."""

@@ -22,9 +22,6 @@ class RandomTokens(PromptMethod):
         drawn = self.prompt.table[self.random_tokens(batch.step)].float()
         self.prompt.embeddings.data[rows] = drawn[rows]
 
-    def configure_optimizers(self) -> None:
-        """There is nothing to optimise."""
-
 
 class ClipWords(PromptMethod):
     """The words that the CLIP finds most similar to the pictures, added one after the other; one step, without the denoiser.
@@ -41,6 +38,3 @@ class ClipWords(PromptMethod):
     def search(self, batch: Step, rows: Tensor) -> None:
         """Finds all words."""
         self.prompt.embeddings.data[rows] = self.prompt.table[self.clip_words(self.beams)][rows].float()
-
-    def configure_optimizers(self) -> None:
-        """There is nothing to optimise."""

@@ -75,13 +75,10 @@ class GCG(PromptMethod):
         kept_ids = candidates.gather(1, kept.unsqueeze(2).expand(-1, -1, candidates.shape[2]))
         return kept_ids, sound.gather(1, kept.cpu())
 
-    @torch.no_grad()
     def _distances(self, rows: Tensor, candidates: Tensor) -> Tensor:
         """One minus the CLIP's cosine of each candidate (Q, B, M) with its problem's pictures, (Q, B)."""
-        ids = self.prompt.ids(candidates.flatten(0, 1))
-        text = torch.cat([self.clip.text_features(part) for part in ids.split(256)]).view(*candidates.shape[:2], -1)
-        features = torch.stack([self.features_of(self.problems[row]) for row in rows.tolist()])
-        return 1 - (text * features.unsqueeze(1)).sum(2)
+        ids = self.prompt.ids(candidates.flatten(0, 1)).unflatten(0, candidates.shape[:2])
+        return 1 - self.clip.cosines(ids, self.features(rows))
 
     @torch.no_grad()
     def _losses(self, rows: Tensor, candidates: Tensor, sound: Tensor, samples: Samples) -> Tensor:
@@ -97,6 +94,3 @@ class GCG(PromptMethod):
         result = torch.full(sound.shape, torch.inf, device=self.device)
         result[sound.to(self.device)] = torch.cat(losses)
         return result
-
-    def configure_optimizers(self) -> None:
-        """There is nothing to optimise: tokens are exchanged."""

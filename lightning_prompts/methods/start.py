@@ -38,9 +38,7 @@ def best_words(
 
     def cosines(words: Tensor) -> Tensor:
         """Of the pictures with B prompts of m words for each, (P, B, m) or (1, B, m) for the same ones: (P, B)."""
-        ids = prompt.ids(words.flatten(0, 1))
-        text = torch.cat([clip.text_features(part) for part in ids.split(chunk)]).view(*words.shape[:2], -1)
-        return (text * features.unsqueeze(1)).sum(2)
+        return clip.cosines(prompt.ids(words.flatten(0, 1)).unflatten(0, words.shape[:2]), features, chunk)
 
     alone = cosines(allowed.view(1, -1, 1))
     score, best = alone.topk(min(SHORTLIST, len(allowed)))

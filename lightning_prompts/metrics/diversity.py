@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prompts.metrics.mean import Mean
-from lightning_prompts.objectives.clip import ClipSimilarity
+from lightning_prompts.metrics.clip import ClipMean
 
 
-class Diversity(Mean):
+class Diversity(ClipMean):
     """Mean over prompts of the mean of one minus the cosine over all pairs of a prompt's pictures, by a CLIP's features.
 
     In [0, 2], and 0 when all pictures of each prompt are the same. Higher means that the seed decides more and the prompt less;
@@ -22,10 +21,6 @@ class Diversity(Mean):
     """
 
     higher_is_better = None
-
-    def __init__(self, clip: str | ClipSimilarity, offline: bool = False) -> None:
-        super().__init__()
-        self.scorer = clip if isinstance(clip, ClipSimilarity) else ClipSimilarity(clip, offline)
 
     def update(self, pictures: Tensor) -> None:
         """Adds N pictures, two or more, of each of P prompts, (P, N, 3, H, W) in [-1, 1]."""

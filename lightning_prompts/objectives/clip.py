@@ -115,6 +115,12 @@ class ClipSimilarity(nn.Module):
                 )
             return F.normalize(_tensor(self.clip.get_text_features(input_ids=ids)).float(), dim=-1)
 
+    @torch.no_grad()
+    def cosines(self, ids: Tensor, features: Tensor, chunk: int = 256) -> Tensor:
+        """Of P problems' features (P, E) with B texts each, (P, B, L) or (1, B, L) for the same ones: (P, B)."""
+        text = torch.cat([self.text_features(part) for part in ids.flatten(0, 1).split(chunk)]).view(*ids.shape[:2], -1)
+        return (text * features.unsqueeze(1)).sum(2)
+
 
 def _tensor(output: Any) -> Tensor:
     """The features themselves: transformers 5 wraps them, transformers 4 does not."""
