@@ -1,9 +1,10 @@
 """What each choice is worth: `python benchmarks/ablations.py timesteps` and likewise for the other groups.
 
 Each variant changes one setting of configs/ph2p.yaml, or of configs/invert.yaml in the group `default`, and spends the same number
-of denoiser samples on the development targets. Prints, per variant, the held-out similarity of four regenerations and the share of targets whose object and background word was
-found, with 95% intervals, and draws how these shares grow with the samples spent (the mean of both words). Finished runs are kept
-in --runs and not repeated.
+of denoiser samples on the first development targets. Prints, per variant, the held-out similarity of four regenerations, by how
+much it differs from the first variant's target by target, and the share of targets whose object and background word was found,
+with 95% intervals, and draws how these shares grow with the samples spent (the mean of both words). Finished runs are kept in
+--runs and not repeated.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from inversion import fit, has, interval, words_of
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.vocabulary import allowed_tokens
 
-SAMPLES = 1200  # of the search's gradients, a target; scoring comes on top
+GROUPS = ("timesteps", "projection", "optimizer", "vocabulary", "length", "samples", "default")
+SAMPLES, RESTART, SCORE = (
+    600,
+    240,
+    60,
+)  # of a search's gradients: in all, between restarts, between scorings; scoring is on top
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def steps(samples: int, passes: int = 1) -> list[str]:
     """The schedule that spends `SAMPLES` on steps of so many samples and evaluations, with as many scorings and restarts."""
-    count = SAMPLES // (2 * samples * passes)
-    return [f"--data.steps={count}", f"--data.samples={samples}", f"--model.score_every={max(1, count // 20)}",
-            f"--model.restart_every={count // 5}"]  # fmt: skip
+    cost = 2 * samples * passes
+    return [f"--data.steps={SAMPLES // cost}", f"--data.samples={samples}", f"--model.score_every={max(1, SCORE // cost)}",
+            f"--model.restart_every={RESTART // cost}"]  # fmt: skip
 
 
 def vocabulary(share: float) -> list[str]:
@@ -45,68 +51,50 @@ def names() -> list[str]:
     """The world's words, as a person would list them for its pictures."""
     from lightning_prompts.emoji import world
 
-    listed = [
-        *world.OBJECTS,
-        *world.COLORS,
-        *world.SIZES,
-        *world.LOOKS,
-        *world.PATTERNS,
-        "background",
-        "top",
-        "bottom",
-        "left",
-        "right",
-    ]
+    spoken = [*world.OBJECTS, *world.COLORS, *world.SIZES, *world.LOOKS, *world.PATTERNS]
+    listed = [*spoken, *"background top bottom left right".split()]
     return ["--model.words", json.dumps(listed)]
 
 
-def groups() -> dict[str, dict[str, list[str]]]:
-    """Variants of each group: their names and settings."""
-    lbfgs = ["--model.optimizer=lbfgs", "--model.lr=1", "--model.max_iter=5", "--model.metric=euclidean"]
-    return {
-        "timesteps": {
-            f"[{low}, {high})": [f"--data.timesteps=[{low},{high}]"]
-            for low, high in ((0, 1000), (100, 1000), (450, 1000), (500, 1000), (700, 1000), (500, 900))
-        },
-        "projection": {
+def variants(group: str) -> dict[str, list[str]]:
+    """Variants of a group: their names and settings; the first is what the others are compared with."""
+    lbfgs = ["--model.optimizer=lbfgs", "--model.lr=1", "--model.max_iter=5", "--model.metric=euclidean", *steps(4, 5)]
+    sgd = "--model.optimizer=sgd"
+    if group == "timesteps":
+        ranges = ((0, 1000), (100, 1000), (500, 1000), (700, 1000), (500, 900))
+        return {"[450, 1000)": [], **{f"[{low}, {high})": [f"--data.timesteps=[{low},{high}]"] for low, high in ranges}}
+    if group == "projection":
+        return {
+            "final, Adam": [],
             "immediate, Adam": ["--model.projection=immediate"],
             "delayed, Adam": ["--model.continue_from=projected", "--model.project_every=15"],
-            "final, Adam": ["--model.projection=final"],
-            "immediate, L-BFGS": ["--model.projection=immediate", *lbfgs, *steps(4, 5)],
-            "delayed, L-BFGS": ["--model.continue_from=projected", *lbfgs, *steps(4, 5)],
-            "final, L-BFGS": ["--model.projection=final", *lbfgs, *steps(4, 5)],
-        },
-        "optimizer": {
-            "Adam, 0.02": [],
-            "Adam, 0.05": ["--model.lr=0.05"],
-            "SGD, 1": ["--model.optimizer=sgd", "--model.lr=1"],
-            "SGD, 10": ["--model.optimizer=sgd", "--model.lr=10"],
-            "SGD, 100": ["--model.optimizer=sgd", "--model.lr=100"],
-            "L-BFGS": [*lbfgs, *steps(4, 5)],
-        },
-        "vocabulary": {
-            "10%, random": vocabulary(0.1),
-            "50%, random": vocabulary(0.5),
-            "100%": [],
-            "the world's words": names(),
-        },
-        "length": {f"{count} tokens": [f"--model.tokens={count}"] for count in (4, 8, 12, 16)},
-        "default": {
-            "configs/invert.yaml": [],
-            "from random tokens": ["--model.start=random"],
-            "without the CLIP in the loss": ["--model.clip_weight=0"],
-            "without screening": ["--model.screen=1", "--model.topk=32"],
-            "without both": ["--model.clip_weight=0", "--model.screen=1", "--model.topk=32"],
-            "two exchanges at once": ["--model.swaps=2"],
-            "timesteps [450, 1000)": ["--data.timesteps=[450,1000]"],
-            "timesteps [0, 1000)": ["--data.timesteps=[0,1000]"],
-            "4 tokens": ["--model.tokens=4"],
-            "12 tokens": ["--model.tokens=12"],
-        },
-        "samples": {  # with fewer steps each has to go farther
-            f"{count} a step": [*steps(count), f"--model.lr={0.02 * (count / 2) ** 0.5:.4f}"]
-            for count in (1, 2, 4, 8, 16)
-        },
+            "final, L-BFGS": ["--model.projection=final", *lbfgs],
+            "immediate, L-BFGS": ["--model.projection=immediate", *lbfgs],
+            "delayed, L-BFGS": ["--model.continue_from=projected", *lbfgs],
+        }
+    if group == "optimizer":
+        rates = {f"SGD, {rate}": [sgd, f"--model.lr={rate}"] for rate in (1, 10, 100)}
+        return {"Adam, 0.02": [], "Adam, 0.05": ["--model.lr=0.05"], **rates, "L-BFGS": lbfgs}
+    if group == "vocabulary":
+        parts = {f"{share:.0%}, random": vocabulary(share) for share in (0.5, 0.1)}
+        return {"100%": [], **parts, "the world's words": names()}
+    if group == "length":
+        return {"8 tokens": [], **{f"{count} tokens": [f"--model.tokens={count}"] for count in (4, 12, 16)}}
+    if group == "samples":  # with fewer steps each has to go farther
+        rate = {count: f"--model.lr={0.02 * (count / 2) ** 0.5:.4f}" for count in (1, 4, 8, 16)}
+        return {"2 a step": [], **{f"{count} a step": [*steps(count), lr] for count, lr in rate.items()}}
+    unscreened = ["--model.screen=1", "--model.topk=32"]
+    return {
+        "configs/invert.yaml": [],
+        "from random tokens": ["--model.start=random"],
+        "without the CLIP in the loss": ["--model.clip_weight=0"],
+        "without screening": unscreened,
+        "without both": ["--model.clip_weight=0", *unscreened],
+        "two exchanges at once": ["--model.swaps=2"],
+        "timesteps [450, 1000)": ["--data.timesteps=[450,1000]"],
+        "timesteps [0, 1000)": ["--data.timesteps=[0,1000]"],
+        "4 tokens": ["--model.tokens=4"],
+        "12 tokens": ["--model.tokens=12"],
     }
 
 
@@ -125,32 +113,36 @@ def curve(problems: list[dict[str, Any]], words: dict[str, dict[str, str]], at: 
 def main() -> None:
     """Prints one table and draws one plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("group", choices=list(groups()))
+    parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--targets", default="development", choices=["development", "evaluation"])
-    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
     args = parser.parse_args()
     import matplotlib.pyplot as plt
 
-    words, at = words_of(args.targets), list(range(0, SAMPLES + 300, 20))
+    config = "invert" if args.group == "default" else "ph2p"
+    words, reference = words_of(args.targets), dict[str, float]()
     figure, axes = plt.subplots(figsize=(6, 4))
-    print("| | held-out similarity | object word | background word | samples an image |\n|---|---|---|---|---|")
-    for name, settings in groups()[args.group].items():
-        run = args.runs / f"{args.group} {name}".replace("%", "").replace(",", "").replace(" ", "_")
-        config = "configs/invert.yaml" if args.group == "default" else "configs/ph2p.yaml"
-        common = [] if args.group == "default" else steps(2)
-        problems = fit(config, args.targets, args.count, run, [*common, *settings])
-        cells = [interval([p["heldout_clip_similarity"] for p in problems])]
+    print(
+        "| | held-out similarity | difference | object word | background word | samples an image |\n|---|---|---|---|---|---|"
+    )
+    for name, settings in variants(args.group).items():
+        run = args.runs / (f"{args.group} {name}" if settings else config).replace("%", "").replace(",", "").replace(
+            " ", "_"
+        )
+        common = [] if config == "invert" else steps(2)
+        problems = fit(f"configs/{config}.yaml", args.targets, args.count, run, [*common, *settings])
+        similarity = {p["target"]: p["heldout_clip_similarity"] for p in problems}
+        reference = reference or similarity
+        difference = interval([value - reference[target] for target, value in similarity.items()])
+        cells = [interval(list(similarity.values())), difference if reference is not similarity else ""]
         cells += [
             interval([float(has(p["prompt"], words[p["target"]][kind])) for p in problems])
             for kind in ("object", "background")
         ]
-        print(
-            f"| {name} | {' | '.join(cells)} | {sum(p['unet_samples'] for p in problems) / len(problems):.0f} |",
-            flush=True,
-        )
-        most = max(p["unet_samples"] for p in problems)
-        shown = [spent for spent in at if spent <= most]
+        cells.append(f"{sum(p['unet_samples'] for p in problems) / len(problems):.0f}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        shown = list(range(0, max(p["unet_samples"] for p in problems) + 1, 20))
         axes.plot(shown, curve(problems, words, shown), label=name)
     axes.set(xlabel="denoiser samples an image", ylabel="object and background words found", ylim=(0, 1))
     axes.legend()

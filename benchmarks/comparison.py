@@ -3,19 +3,21 @@
 Each method searches once, with the largest budget, and what it had found by the smaller ones is read from its history; textual
 inversion, whose history has no embeddings, searches once a budget. A budget is a number of denoiser samples an image, scoring
 included, a backward counted as one. Then `test` draws four pictures from each prompt and compares them with the target by the
-held-out CLIP. What is finished in --runs is not repeated, so `--method` can do one method at a time; the table and the plot show
-what is there.
+held-out CLIP. The figures of each target go to benchmarks/figures/, a file a method; from these come the table, the plot and the
+differences between methods, target by target. A method whose file is there is not measured again: delete the file to do so.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from inversion import fit, has, interval, rows_of, words_of
 
 from lightning_prompts.backbones import load_backbone
@@ -29,7 +31,21 @@ CONFIGS = {
     "GCG": "gcg", "the default": "invert", "textual inversion": "textual_inversion",
 }  # fmt: skip
 CAPTION, SOFT = "true caption", "textual inversion"
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+PAIRS = [("PH2P", "PEZ"), *(("the default", other) for other in (*CONFIGS, CAPTION) if other != "the default")]
+FIGURES, IMAGES = Path(__file__).parent / "figures", Path(__file__).parents[1] / "docs" / "images"
+COLUMNS = [
+    "budget",
+    "target",
+    "prompt",
+    "samples",
+    "similarity",
+    "diversity",
+    "dictionary_words",
+    "special_characters",
+    "survives",
+]
+
+Row = dict[str, str]
 
 
 @cache
@@ -51,9 +67,8 @@ def with_prompts(source: Path, run: Path, prompts: dict[str, tuple[str, int]]) -
     shutil.rmtree(run, ignore_errors=True)
     for problem in RunFolder(source).load().values():
         text, spent = prompts[problem.target]
-        share = min(spent / max(problem.unet_samples, 1), 1)
         made = Problem(problem.key, problem.target, problem.paths, problem.caption, problem.index, "done", None, text, ids_of(text),
-                       unet_samples=spent, seconds=problem.seconds * share)  # fmt: skip
+                       unet_samples=spent)  # fmt: skip
         RunFolder(run).save(made)
     shutil.copy(source / "config.yaml", run)
     lightning_prompts(["test", "--run", str(run)])
@@ -65,63 +80,72 @@ def best_by(problem: Problem, budget: int) -> tuple[str, int]:
     return found[-1]["prompt"], min(problem.unet_samples, budget)
 
 
-def measure(method: str, targets: str, count: int, runs: Path) -> None:
-    """Searches with a method and scores what it found at each budget."""
+def measure(method: str, targets: str, runs: Path) -> list[Row]:
+    """Searches with a method and scores what it found at each budget: a row a budget and target."""
     whole = runs / f"{method} {BUDGETS[-1]}"
+    made = {BUDGETS[-1]: whole}
     if method == CAPTION:
-        captions = {Path(row["file"]).name: (row["caption"], 0) for row in rows_of(targets, count)}
-        with_prompts(runs / f"CLIP words {BUDGETS[-1]}", whole, captions)
-        return
-    config = f"configs/{CONFIGS[method]}.yaml"
-    fit(config, targets, count, whole)
-    for budget in BUDGETS[:-1]:
-        run = runs / f"{method} {budget}"
-        if method == SOFT:
-            fit(config, targets, count, run, [f"--data.steps={300 * budget // BUDGETS[-1]}"])
-        elif method != "CLIP words":  # which spends next to none
-            found = RunFolder(whole).load().values()
-            with_prompts(whole, run, {problem.target: best_by(problem, budget) for problem in found})
-
-
-def row(run: Path, words: dict[str, dict[str, str]], soft: bool) -> list[str]:
-    """A line of the table."""
-    problems = json.loads((run / "result.json").read_text())["problems"]
-    cells = [
-        f"{sum(p['unet_samples'] for p in problems) / len(problems):.0f}",
-        interval([p["heldout_clip_similarity"] for p in problems]),
-    ]
-    for kind in ("object", "background", "second"):
-        pairs = [(str(p["prompt"]), words[p["target"]].get(kind)) for p in problems]
-        named = [float(has(prompt, word)) for prompt, word in pairs if word]
-        if any(kind in wanted for wanted in words.values()):
-            cells.append("-" if soft else interval(named))
-    cells.append(interval([p["diversity"] for p in problems]))
-    if soft:
-        cells += ["-"] * 3
+        source = runs / f"CLIP words {BUDGETS[-1]}"
+        fit("configs/clip_words.yaml", targets, None, source)
+        captions = {Path(row["file"]).name: (row["caption"], 0) for row in rows_of(targets, None)}
+        with_prompts(source, whole, captions)
     else:
-        cells += [
-            f"{sum(p[name] for p in problems) / len(problems):.3f}"
-            for name in ("dictionary_words", "special_characters")
-        ]
-        import torch
+        fit(f"configs/{CONFIGS[method]}.yaml", targets, None, whole)
+        for budget in BUDGETS[:-1] if method != "CLIP words" else ():  # which spends next to none
+            made[budget] = runs / f"{method} {budget}"
+            if method == SOFT:
+                steps = 300 * budget // BUDGETS[-1]
+                fit(f"configs/{CONFIGS[method]}.yaml", targets, None, made[budget], [f"--data.steps={steps}"])
+            else:
+                found = RunFolder(whole).load().values()
+                with_prompts(whole, made[budget], {problem.target: best_by(problem, budget) for problem in found})
+    return [figures(budget, problem, method == SOFT) for budget in sorted(made)
+            for problem in json.loads((made[budget] / "result.json").read_text())["problems"]]  # fmt: skip
 
-        failures = [not bool(round_trip(tokenizer(), torch.tensor([p["token_ids"]]))[1]) for p in problems]
-        cells.append(str(sum(failures)))
-    return [*cells, f"{sum(p['seconds'] for p in problems) / len(problems):.1f}"]
+
+def figures(budget: int, problem: dict[str, Any], soft: bool) -> Row:
+    """A row of a file in benchmarks/figures/."""
+    scores = [f"{problem[name]:.4f}" for name in ("heldout_clip_similarity", "diversity")]
+    if soft:
+        text = ["", "", ""]
+    else:
+        text = [f"{problem[name]:.4f}" for name in ("dictionary_words", "special_characters")]
+        text.append(str(int(round_trip(tokenizer(), torch.tensor([problem["token_ids"]]))[1])))
+    cells = [str(budget), problem["target"], problem["prompt"], str(problem["unet_samples"]), *scores, *text]
+    return dict(zip(COLUMNS, cells, strict=True))
 
 
-def plot(results: dict[str, dict[int, list[float]]], path: Path) -> None:
+def means(rows: list[Row], words: dict[str, dict[str, str]], kinds: list[str]) -> list[str]:
+    """A line of the table."""
+    cells = [
+        f"{sum(float(row['samples']) for row in rows) / len(rows):.0f}",
+        interval([float(row["similarity"]) for row in rows]),
+    ]
+    soft = not rows[0]["survives"]
+    for kind in kinds:
+        named = [float(has(row["prompt"], words[row["target"]][kind])) for row in rows if kind in words[row["target"]]]
+        cells.append("-" if soft else interval(named))
+    cells.append(interval([float(row["diversity"]) for row in rows]))
+    if soft:
+        return [*cells, *"---"]
+    cells += [interval([float(row[name]) for row in rows]) for name in ("dictionary_words", "special_characters")]
+    return [*cells, str(sum(row["survives"] == "0" for row in rows))]
+
+
+def plot(results: dict[tuple[str, int], list[Row]], path: Path) -> None:
     """Held-out similarity over samples, a line a method, with 95% intervals."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.5, 4.5))
-    for method, points in results.items():
-        means = [sum(values) / len(values) for values in points.values()]
-        spreads = [float(interval(values).split("±")[1]) for values in points.values()]
-        if len(points) == 1:
-            axes.axhline(means[0], linestyle="--", color="black" if method == CAPTION else "gray", label=method)
+    for method in dict.fromkeys(method for method, _ in results):
+        budgets = [budget for name, budget in results if name == method]
+        values = [[float(row["similarity"]) for row in results[method, budget]] for budget in budgets]
+        points = [sum(of) / len(of) for of in values]
+        if len(budgets) == 1:
+            axes.axhline(points[0], linestyle="--", color="black" if method == CAPTION else "gray", label=method)
         else:
-            axes.errorbar(list(points), means, spreads, capsize=3, marker="o", label=method)
+            spreads = [float(interval(of).split("±")[1]) for of in values]
+            axes.errorbar(budgets, points, spreads, capsize=3, marker="o", label=method)
     axes.set(xlabel="denoiser samples an image", ylabel="held-out similarity of regenerations")
     axes.legend(fontsize=8)
     figure.tight_layout()
@@ -129,28 +153,41 @@ def plot(results: dict[str, dict[int, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Searches what is missing, prints one table and draws one plot."""
+    """Measures what is missing, prints the tables and draws the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", choices=["evaluation", "outside", "development"])
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--method", choices=[*CONFIGS, CAPTION], action="append")
-    parser.add_argument("--runs", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--method", choices=[*CONFIGS, CAPTION], action="append", help="only this one; may be repeated")
+    parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="folder of the searches")
     args = parser.parse_args()
-    runs, words = args.runs / args.targets, words_of(args.targets)
-    for method in args.method or [*CONFIGS, CAPTION]:
-        measure(method, args.targets, args.count, runs)
+    words, folder = words_of(args.targets), FIGURES / args.targets
+    results: dict[tuple[str, int], list[Row]] = {}
+    for method in [*CONFIGS, CAPTION]:
+        file = folder / f"{method}.csv"
+        if not file.exists() and method in (args.method or [*CONFIGS, CAPTION]):
+            rows = measure(method, args.targets, args.runs / args.targets)
+            folder.mkdir(parents=True, exist_ok=True)
+            with file.open("w", newline="") as stream:
+                writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        if file.exists():
+            with file.open(newline="") as stream:
+                for row in csv.DictReader(stream):
+                    results.setdefault((method, int(row["budget"])), []).append(row)
+
     kinds = [kind for kind in ("object", "background", "second") if any(kind in wanted for wanted in words.values())]
     head = ["method", "samples", "held-out similarity", *kinds, "diversity", "dictionary words", "special characters",
-            "round-trip failures", "seconds"]  # fmt: skip
+            "round-trip failures"]  # fmt: skip
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    results: dict[str, dict[int, list[float]]] = {}
-    for method in [*CONFIGS, CAPTION]:
-        for budget in BUDGETS:
-            run = runs / f"{method} {budget}"
-            if (run / "result.json").exists():
-                print(f"| {method} | {' | '.join(row(run, words, method == SOFT))} |")
-                problems = json.loads((run / "result.json").read_text())["problems"]
-                results.setdefault(method, {})[budget] = [p["heldout_clip_similarity"] for p in problems]
+    for (method, _), rows in results.items():
+        print(f"| {method} | {' | '.join(means(rows, words, kinds))} |")
+    print("\n| held-out similarity, target by target | difference |\n|---|---|")
+    for one, other in PAIRS:
+        if (one, BUDGETS[-1]) in results and (other, BUDGETS[-1]) in results:
+            values = [
+                {row["target"]: float(row["similarity"]) for row in results[name, BUDGETS[-1]]} for name in (one, other)
+            ]
+            print(f"| {one} - {other} | {interval([values[0][target] - values[1][target] for target in values[0]])} |")
     plot(results, IMAGES / f"comparison_{args.targets}.png")
 
 

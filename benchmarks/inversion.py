@@ -42,15 +42,15 @@ def words_of(targets: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def rows_of(targets: str, count: int) -> list[dict[str, str]]:
-    """The first targets: `file`, a path, and `caption`."""
+def rows_of(targets: str, count: int | None) -> list[dict[str, str]]:
+    """The first targets, or all: `file`, a path, and `caption`."""
     folder = TARGETS / targets
     rows = [json.loads(line) for line in (folder / "targets.jsonl").read_text().splitlines()[:count]]
     return [{**row, "file": str(folder.resolve() / row["file"])} for row in rows]
 
 
-def fit(config: str, targets: str, count: int, run: Path, extra: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Inverts the first `count` targets in one run, unless its folder holds the results already; gives its problems."""
+def fit(config: str, targets: str, count: int | None, run: Path, extra: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Inverts the first `count` targets, or all, in one run, unless its folder holds the results already; gives its problems."""
     if not (run / "result.json").exists():
         chosen = run.with_suffix(".jsonl")
         chosen.parent.mkdir(parents=True, exist_ok=True)
