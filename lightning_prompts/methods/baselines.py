@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prompts.data.inversion import Step
-from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.inverter import Inverter
 
 
-class RandomTokens(PromptMethod):
+class RandomTokens(Inverter):
     """New random tokens at each step, of which the best by validation loss are kept.
 
     Args:
-        **kwargs: See `PromptMethod`.
+        **kwargs: See `Inverter`.
     """
 
     def search(self, batch: Step, rows: Tensor) -> None:
@@ -23,12 +23,12 @@ class RandomTokens(PromptMethod):
         self.prompt.embeddings.data[rows] = drawn[rows]
 
 
-class ClipWords(PromptMethod):
+class ClipWords(Inverter):
     """The words that the CLIP finds most similar to the pictures, added one after the other; one step, without the denoiser.
 
     Args:
         beams: Prompts that are kept at each length; 1 is greedy.
-        **kwargs: See `PromptMethod`.
+        **kwargs: See `Inverter`.
     """
 
     def __init__(self, *, beams: int = 1, **kwargs: Any) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.base import PromptMethod, Samples
+from lightning_prompts.methods.inverter import Inverter, Samples
 from lightning_prompts.vocabulary import round_trip
 
 
-class GCG(PromptMethod):
+class GCG(Inverter):
     """Swaps of tokens that the gradient proposes and the exact loss decides (algorithm 1 of the paper).
 
     The gradient with respect to the one-hot tokens says, to first order, what each token at each place would change. Of the
@@ -27,7 +27,7 @@ class GCG(PromptMethod):
         swaps: Places that a candidate changes.
         screen: With more than 1, so many times the candidates are drawn, and those that the CLIP finds most similar to the
             pictures are evaluated; a text costs it little beside the denoiser's samples.
-        **kwargs: See `PromptMethod`.
+        **kwargs: See `Inverter`.
     """
 
     def __init__(self, *, candidates: int = 32, topk: int = 32, swaps: int = 1, screen: int = 1, **kwargs: Any) -> None:
@@ -85,7 +85,7 @@ class GCG(PromptMethod):
         """Losses (Q, B) of the sound candidates, infinite for the others."""
         which = sound.nonzero()[:, 0]  # the place in `rows` of each sound candidate
         token_ids, losses = candidates[sound.to(self.device)], [torch.empty(0, device=self.device)]
-        size = max(self.denoising.microbatch // samples.timesteps.shape[1], 1)
+        size = max(self.microbatch // samples.timesteps.shape[1], 1)
         for part in torch.arange(len(which)).split(size) if len(which) else ():
             ids = self.prompt.ids(token_ids[part.to(self.device)])
             losses.append(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.data.inversion import Step
-from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.vocabulary import Metric
 
 
-class PEZ(PromptMethod):
+class PEZ(Inverter):
     """Gradients at the nearest tokens' embeddings, applied to the continuous ones (algorithm 1 of the paper).
 
     The denoising loss is the paper's Stable Diffusion variant; its main one, the cosine of prompt and pictures, is
@@ -22,7 +22,7 @@ class PEZ(PromptMethod):
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         metric: Distance by which embeddings are replaced with tokens.
-        **kwargs: See `PromptMethod`.
+        **kwargs: See `Inverter`.
     """
 
     def __init__(self, *, lr: float = 0.1, weight_decay: float = 0.1, metric: Metric = "cosine", **kwargs: Any) -> None:

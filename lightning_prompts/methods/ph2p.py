@@ -11,11 +11,11 @@ from torch import Tensor
 from lightning_prompts.callbacks import VocabularyProjection
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.inversion import Step
-from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.optimizers import BatchedLBFGS
 
 
-class PH2P(PromptMethod):
+class PH2P(Inverter):
     """Quasi-Newton steps on the denoising loss at noisy timesteps, with projection after each step.
 
     The noise is fixed within a step and drawn anew for the next one: L-BFGS compares gradients of one function. The closures
@@ -35,7 +35,7 @@ class PH2P(PromptMethod):
         project_every: Steps between projections that go on from the projected embeddings.
         restart_every: Steps after which the search begins again at the best prompt with half of its tokens drawn anew, as
             gradients alone do not leave a prompt that is nearly right; 0 for never, as in the paper.
-        **kwargs: See `PromptMethod`.
+        **kwargs: See `Inverter`.
     """
 
     def __init__(

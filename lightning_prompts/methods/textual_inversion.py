@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lightning_prompts.backbones import Conditioning
 from lightning_prompts.data.inversion import Step
-from lightning_prompts.methods.base import Found, PromptMethod
+from lightning_prompts.methods.inverter import Found, Inverter
 from lightning_prompts.problems import Problem
 from lightning_prompts.vocabulary import encode_text, fill_template, template_ids
 
 
-class TextualInversion(PromptMethod):
+class TextualInversion(Inverter):
     """Adam on the denoising loss of free embeddings, which are never projected.
 
     The prompt of a problem holds a pseudo-word in angle brackets that stands for its M embeddings; they are in the record and in
@@ -26,7 +26,7 @@ class TextualInversion(PromptMethod):
     Args:
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
-        **kwargs: See `PromptMethod`.
+        **kwargs: See `Inverter`.
     """
 
     def __init__(self, *, lr: float = 5e-3, weight_decay: float = 0.0, **kwargs: Any) -> None:

@@ -306,7 +306,7 @@ def opposed(sd, pictures, tmp_path):
     data.trainer, trainer.datamodule, module.trainer = trainer, data, trainer
     data.setup("fit")
     module.double()
-    module._take(list(data.records.values()))
+    module.take(list(data.records.values()))
     module.latents = module.latents.double()
     return module, data
 

@@ -1,0 +1,246 @@
+"""What the inverters share: P pictures, a prompt of tokens for each, and the score that decides what is best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.backbones import Conditioning
+from lightning_prompts.data.addresses import START, VALIDATION, draw_noise, validation_timesteps
+from lightning_prompts.data.inversion import Step
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.start import best_words, earlier, random_tokens
+from lightning_prompts.objectives import ClipSimilarity, Denoising
+from lightning_prompts.objectives.clip import clip_of
+from lightning_prompts.problems import Problem
+from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.vocabulary import Metric, contains_blocked, fill_template, round_trip
+
+
+class Found(NamedTuple):
+    """A prompt that was found, by its tokens or, where it is no text, by its embeddings (M, D)."""
+
+    prompt: str
+    token_ids: list[int] | None
+    embedding: list[list[float]] | None
+    sound: bool = True  # what is read again is what was written down, and allowed
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What Q problems are denoised from: latents (Q, N, C, h, w), timesteps (Q, N) and noise (Q, N, C, h, w).
+
+    With pictures to lead away from, their latents (Q, N, C, h, w) are seen at the same timesteps through the same noise.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    negative: Tensor | None = None
+
+    def __getitem__(self, rows: Tensor) -> Samples:
+        """Selects problems, as rows of a tensor."""
+        negative = None if self.negative is None else self.negative[rows]
+        return Samples(self.latents[rows], self.timesteps[rows], self.noise[rows], negative)
+
+
+class Inverter(PromptMethod):
+    """Searches for each of P pictures the prompt that makes the model draw it.
+
+    Args:
+        tokens: M, length of the prompt in tokens.
+        template: Fixed words around the prompt, with `{}` where it goes.
+        blocked: Words, or parts of words, that must not appear.
+        words: The only words that may be used.
+        metric: Distance by which embeddings are replaced with tokens.
+        start: What the search starts from: `random` tokens, the best `clip_words`, or the folder of a run, whatever its method,
+            that has prompts for these pictures.
+        denoising_weight: Weight of the denoising loss in what is minimised.
+        negative_weight: Weight of the denoising loss of `--data.negative_images` against that of the target's.
+        clip_weight: Weight of one minus the CLIP's cosine of prompt and pictures in what is minimised.
+        clip: Folder or hub id of this CLIP; None for the one that goes with the backbone.
+        **kwargs: See `PromptMethod`.
+    """
+
+    latents: Tensor
+
+    def __init__(
+        self,
+        *,
+        tokens: int = 8,
+        template: str = "{}",
+        blocked: Sequence[str] = (),
+        words: Sequence[str] | None = None,
+        metric: Metric = "euclidean",
+        start: str = "random",
+        denoising_weight: float = 1.0,
+        negative_weight: float = 1.0,
+        clip_weight: float = 0.0,
+        clip: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not denoising_weight and not clip_weight:
+            raise UserError("There is nothing to minimise; raise --model.denoising_weight or --model.clip_weight.")
+        super().__init__(**kwargs)
+        self.template, self.blocked, self.start = template, tuple(blocked), start
+        words = None if words is None else tuple(words)
+        self.prompt = TokenEmbeddings(self.tower, template, tokens, self.blocked, words, metric)
+        self.denoising = Denoising(self.microbatch)
+        self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
+        self._clip_name, self._clip = clip or clip_of(self.backbone.name), cast("ClipSimilarity | None", None)
+        self._features: dict[str, Tensor] = {}
+        self.register_buffer("latents", torch.empty(0), persistent=False)
+
+    # --- where the search starts
+
+    def take(self, problems: list[Problem]) -> None:
+        """Makes problems the wave and encodes their pictures."""
+        super().take(problems)
+        self.latents = self.data.latents(self.backbone, problems).to(self.device)
+
+    def random_tokens(self, step: int) -> Tensor:
+        """Allowed tokens (P, M) for the wave, drawn at a step's address."""
+        return random_tokens(self.prompt, self.problems, self.data.seed, step)
+
+    def initial_embeddings(self) -> Tensor:
+        """What the wave starts from, (P, M, D); a shorter prompt of another run is filled up with random tokens."""
+        if self.start == "clip_words":
+            return self.prompt.table[self.clip_words()].float()
+        embeddings = self.prompt.table[self.random_tokens(START)].float()
+        if self.start != "random":
+            for row, record in enumerate(earlier(self.start, self.problems)):
+                found = self.embedded(record)[: embeddings.shape[1]]
+                embeddings[row, : len(found)] = found
+        return embeddings
+
+    def clip_words(self, beams: int = 1) -> Tensor:
+        """The words (P, M) that the CLIP finds most similar to each of the wave's pictures."""
+        return best_words(self.clip, self.prompt, self.features(torch.arange(len(self.problems))), beams)
+
+    def embedded(self, record: Problem) -> Tensor:
+        """The embeddings (M, D) of what was found for a problem."""
+        if record.embedding is not None:
+            return torch.tensor(record.embedding, device=self.device)
+        return self.prompt.table[torch.tensor(record.token_ids, device=self.device)].float()
+
+    # --- losses
+
+    def samples(self, rows: Tensor, batch: Step) -> Samples:
+        """Latents, timesteps and noise of a step of the problems `rows` (Q,); several pictures of one subject take turns."""
+        timesteps = batch.timesteps.to(self.device)[rows]
+        keys, count = [self.problems[row].key for row in rows.tolist()], timesteps.shape[1]
+        turns = torch.arange(count, device=self.device) + max(batch.step, 0) * count
+        noise = draw_noise(self.data.seed, keys, batch.step, count, self.latents.shape[2:], self.device)
+        latents = self.latents[rows][:, turns % self.latents.shape[1]]
+        others = self.data.negative_latents(self.backbone)
+        negative = None if others is None else others.to(self.device)[turns % len(others)].expand_as(latents)
+        return Samples(latents, timesteps, noise, negative)
+
+    def loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples) -> Tensor:
+        """What is minimised, (Q,): the weighted objectives of prompts (Q, L) with embeddings (Q, L, D) on a step's samples."""
+        terms = {}
+        if self.denoising_weight:
+            told = self.backbone.encode(ids, embeddings)
+            terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, told, samples)
+        if self.clip_weight:
+            terms["clip"] = self.clip_weight * self.clip(ids, embeddings, self.features(rows))
+        if len(terms) > 1 and torch.is_grad_enabled():
+            self.log_dict({f"train/{name}": term.detach().mean() for name, term in terms.items()})
+        return torch.stack(list(terms.values())).sum(0)
+
+    def denoising_loss(self, rows: Tensor, conditioning: Conditioning, samples: Samples) -> Tensor:
+        """Denoising losses (Q,) of Q prompts, less those of the pictures to lead away from."""
+        passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
+        self.count(rows, passes)
+        loss: Tensor = self.denoising(self.backbone, conditioning, samples.latents, samples.timesteps, samples.noise)
+        if samples.negative is None:
+            return loss
+        self.count(rows, passes)
+        other: Tensor = self.denoising(self.backbone, conditioning, samples.negative, samples.timesteps, samples.noise)
+        return loss - self.negative_weight * other
+
+    @property
+    def clip(self) -> ClipSimilarity:
+        """The CLIP that searches, loaded when it is first needed."""
+        if self._clip is None:
+            clip = ClipSimilarity(self._clip_name, self.offline)
+            read, known = clip.clip.config.text_config.vocab_size, len(self.prompt.table)
+            if read != known:
+                raise UserError(
+                    f"The CLIP {self._clip_name!r} reads {read} tokens and the model's text encoder {known}; name the CLIP that "
+                    "this text encoder was taken from as --model.clip."
+                )
+            self._clip = clip.to(self.device)
+        return self._clip
+
+    def features(self, rows: Tensor) -> Tensor:
+        """Mean features (Q, E) of the pictures of the problems `rows` (Q,) in this CLIP."""
+        return torch.stack([self.features_of(self.problems[row]) for row in rows.tolist()])
+
+    def features_of(self, problem: Problem) -> Tensor:
+        """Mean features (E,) of a problem's pictures in this CLIP, computed once."""
+        if problem.key not in self._features:
+            (pictures,) = self.data.pictures([problem])
+            self._features[problem.key] = self.clip.features(pictures.to(self.device)).mean(0)
+        return self._features[problem.key]
+
+    @torch.no_grad()
+    def validation_loss(self, rows: Tensor, conditioning: Conditioning) -> Tensor:
+        """The one definition of best: losses (Q,) of prompts as a person would paste them, on noise that never trains."""
+        timesteps = validation_timesteps(self.data.validation_samples, *self.data.timesteps)
+        samples = self.samples(rows, Step(VALIDATION, timesteps.expand(len(self.problems), -1)))
+        return self.denoising_loss(rows, conditioning, samples)
+
+    # --- results
+
+    @torch.no_grad()
+    def score(self) -> list[Problem]:
+        """Scores the active problems' nearest tokens and keeps what is best.
+
+        Returns:
+            The problems that now have a better prompt.
+        """
+        rows = self.active.nonzero().squeeze(1)
+        found, told = self.found(rows)
+        losses, better = self.validation_loss(rows, told).tolist(), []
+        for row, candidate, loss in zip(rows.tolist(), found, losses, strict=True):
+            problem = self.problems[row]
+            if problem.initial_validation_loss is None:
+                problem.initial_validation_loss = loss
+            self.stale[row] += 1
+            best = float("inf") if problem.validation_loss is None else problem.validation_loss
+            if candidate.sound and loss < best:
+                problem.keep(candidate.prompt, loss, candidate.token_ids, candidate.embedding)
+                self.stale[row] = 0
+                better.append(problem)
+        return better
+
+    def found(self, rows: Tensor) -> tuple[list[Found], Conditioning]:
+        """What the search has come to for the problems `rows` (Q,), written down and read again: the nearest tokens' text."""
+        found = self.written(self.prompt.project()[rows.to(self.device)].cpu())
+        return found, self.encode([candidate.prompt for candidate in found])
+
+    def written(self, token_ids: Tensor) -> list[Found]:
+        """Prompts of tokens (Q, M) as text in the template, and whether they are sound."""
+        texts, survives = round_trip(self.tower.tokenizer, token_ids)
+        texts = [fill_template(self.template, text) for text in texts]
+        sound = [
+            ok and not contains_blocked(text, self.blocked) for ok, text in zip(survives.tolist(), texts, strict=True)
+        ]
+        return [Found(text, ids, None, ok) for text, ids, ok in zip(texts, token_ids.tolist(), sound, strict=True)]
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        """The validation loss of the decoded prompts."""
+        found = [problem for problem in self.data.records.values() if problem.prompt]
+        if not found:
+            raise UserError("This run has no prompts yet; run `fit` first.")
+        self.take(found)
+        losses = self.validation_loss(torch.arange(len(found)), self.encode([str(problem.prompt) for problem in found]))
+        for problem, loss in zip(found, losses.tolist(), strict=True):
+            print(f"{loss:.5f}  {problem.target}  {problem.prompt}")
+        self.log("validation/loss", losses.mean(), batch_size=len(found))
