@@ -4,7 +4,8 @@ Each method searches once, with the largest budget, and what it had found by the
 inversion, whose history has no embeddings, searches once a budget. A budget is a number of denoiser samples an image, scoring
 included, a backward counted as one. Then `test` draws four pictures from each prompt and compares them with the target by the
 held-out CLIP. The figures of each target go to benchmarks/figures/, a file a method; from these come the table, the plot and the
-differences between methods, target by target. A method whose file is there is not measured again: delete the file to do so.
+differences between methods, target by target. A method whose file is there is not measured again, nor is a search that --runs
+holds: delete both to do so.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
-from inversion import fit, has, interval, rows_of, words_of
+from inversion import fit, has, interval, rows_of, share, spread, words_of
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.main import main as lightning_prompts
@@ -83,19 +86,21 @@ def best_by(problem: Problem, budget: int) -> tuple[str, int]:
 def measure(method: str, targets: str, runs: Path) -> list[Row]:
     """Searches with a method and scores what it found at each budget: a row a budget and target."""
     whole = runs / f"{method} {BUDGETS[-1]}"
-    made = {BUDGETS[-1]: whole}
+    made, rows = {BUDGETS[-1]: whole}, rows_of(targets)
     if method == CAPTION:
         source = runs / f"CLIP words {BUDGETS[-1]}"
-        fit("configs/clip_words.yaml", targets, None, source)
-        captions = {Path(row["file"]).name: (row["caption"], 0) for row in rows_of(targets, None)}
+        fit("configs/clip_words.yaml", rows, source)
+        captions = {Path(row["file"]).name: (row["caption"], 0) for row in rows}
         with_prompts(source, whole, captions)
     else:
-        fit(f"configs/{CONFIGS[method]}.yaml", targets, None, whole)
+        fit(f"configs/{CONFIGS[method]}.yaml", rows, whole)
         for budget in BUDGETS[:-1] if method != "CLIP words" else ():  # which spends next to none
             made[budget] = runs / f"{method} {budget}"
             if method == SOFT:
-                steps = 300 * budget // BUDGETS[-1]
-                fit(f"configs/{CONFIGS[method]}.yaml", targets, None, made[budget], [f"--data.steps={steps}"])
+                steps = (
+                    300 * budget // BUDGETS[-1] - 2
+                )  # so that the scoring of the first prompt and of the last fit in
+                fit(f"configs/{CONFIGS[method]}.yaml", rows, made[budget], [f"--data.steps={steps}"])
             else:
                 found = RunFolder(whole).load().values()
                 with_prompts(whole, made[budget], {problem.target: best_by(problem, budget) for problem in found})
@@ -123,8 +128,8 @@ def means(rows: list[Row], words: dict[str, dict[str, str]], kinds: list[str]) -
     ]
     soft = not rows[0]["survives"]
     for kind in kinds:
-        named = [float(has(row["prompt"], words[row["target"]][kind])) for row in rows if kind in words[row["target"]]]
-        cells.append("-" if soft else interval(named))
+        named = [has(row["prompt"], words[row["target"]][kind]) for row in rows if kind in words[row["target"]]]
+        cells.append("-" if soft else share(named))
     cells.append(interval([float(row["diversity"]) for row in rows]))
     if soft:
         return [*cells, *"---"]
@@ -134,8 +139,6 @@ def means(rows: list[Row], words: dict[str, dict[str, str]], kinds: list[str]) -
 
 def plot(results: dict[tuple[str, int], list[Row]], path: Path) -> None:
     """Held-out similarity over samples, a line a method, with 95% intervals."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(6.5, 4.5))
     for method in dict.fromkeys(method for method, _ in results):
         budgets = [budget for name, budget in results if name == method]
@@ -144,8 +147,7 @@ def plot(results: dict[tuple[str, int], list[Row]], path: Path) -> None:
         if len(budgets) == 1:
             axes.axhline(points[0], linestyle="--", color="black" if method == CAPTION else "gray", label=method)
         else:
-            spreads = [float(interval(of).split("±")[1]) for of in values]
-            axes.errorbar(budgets, points, spreads, capsize=3, marker="o", label=method)
+            axes.errorbar(budgets, points, [spread(of) for of in values], capsize=3, marker="o", label=method)
     axes.set(xlabel="denoiser samples an image", ylabel="held-out similarity of regenerations")
     axes.legend(fontsize=8)
     figure.tight_layout()
@@ -156,13 +158,15 @@ def main() -> None:
     """Measures what is missing, prints the tables and draws the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", choices=["evaluation", "outside", "development"])
-    parser.add_argument("--method", choices=[*CONFIGS, CAPTION], action="append", help="only this one; may be repeated")
+    parser.add_argument(
+        "--method", choices=[*CONFIGS, CAPTION], action="append", help="measure only this one; may be repeated"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="folder of the searches")
     args = parser.parse_args()
     words, folder = words_of(args.targets), FIGURES / args.targets
     results: dict[tuple[str, int], list[Row]] = {}
     for method in [*CONFIGS, CAPTION]:
-        file = folder / f"{method}.csv"
+        file = folder / f"{re.sub(r'[^a-z0-9]+', '_', method.lower())}.csv"
         if not file.exists() and method in (args.method or [*CONFIGS, CAPTION]):
             rows = measure(method, args.targets, args.runs / args.targets)
             folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +192,8 @@ def main() -> None:
                 {row["target"]: float(row["similarity"]) for row in results[name, BUDGETS[-1]]} for name in (one, other)
             ]
             print(f"| {one} - {other} | {interval([values[0][target] - values[1][target] for target in values[0]])} |")
-    plot(results, IMAGES / f"comparison_{args.targets}.png")
+    if {method for method, _ in results} == {*CONFIGS, CAPTION}:
+        plot(results, IMAGES / f"comparison_{args.targets}.png")
 
 
 if __name__ == "__main__":

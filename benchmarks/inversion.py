@@ -11,11 +11,16 @@ import json
 import math
 import os
 import platform
+import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import binomtest
+from scipy.stats import t as student
 
 from lightning_prompts.emoji.world import SYNONYMS
 from lightning_prompts.main import main as lightning_prompts
@@ -24,11 +29,22 @@ from lightning_prompts.metrics.words import content_words
 TARGETS = Path(__file__).parent / "targets"
 
 
-def interval(values: list[float]) -> str:
-    """Mean and 95% interval (normal approximation)."""
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1) / len(values))
-    return f"{mean:.3f} ± {1.96 * spread:.3f}"
+def spread(values: Sequence[float]) -> float:
+    """Half the width of the mean's 95% interval, by Student's t."""
+    count = len(values)
+    quantile = float(student.ppf(0.975, count - 1)) if count > 1 else math.nan
+    return quantile * statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and 95% interval."""
+    return f"{statistics.fmean(values):.3f} ± {spread(values):.3f}"
+
+
+def share(values: Sequence[bool]) -> str:
+    """Share of what is true, and its 95% interval by Wilson, which does not vanish where all or none are."""
+    low, high = binomtest(sum(values), len(values)).proportion_ci(method="wilson")
+    return f"{sum(values) / len(values):.3f} ({low:.3f} to {high:.3f})"
 
 
 def has(prompt: str, word: str) -> bool:
@@ -42,37 +58,46 @@ def words_of(targets: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def rows_of(targets: str, count: int | None) -> list[dict[str, str]]:
+def rows_of(targets: str, count: int | None = None) -> list[dict[str, str]]:
     """The first targets, or all: `file`, a path, and `caption`."""
     folder = TARGETS / targets
     rows = [json.loads(line) for line in (folder / "targets.jsonl").read_text().splitlines()[:count]]
     return [{**row, "file": str(folder.resolve() / row["file"])} for row in rows]
 
 
-def fit(config: str, targets: str, count: int | None, run: Path, extra: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Inverts the first `count` targets, or all, in one run, unless its folder holds the results already; gives its problems."""
+def fit(config: str, rows: Sequence[dict[str, str]], run: Path, extra: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Inverts the pictures of a list in one run, from where it was stopped if it was; gives its problems."""
     if not (run / "result.json").exists():
-        chosen = run.with_suffix(".jsonl")
+        chosen = run.parent / f"{run.name}.jsonl"
         chosen.parent.mkdir(parents=True, exist_ok=True)
-        chosen.write_text("\n".join(json.dumps(row) for row in rows_of(targets, count)))
-        lightning_prompts(["fit", "--config", config, "--data.images", str(chosen), "--run", str(run), *extra])
+        chosen.write_text("\n".join(json.dumps(row) for row in rows))
+        pictures, folder = ["--data.images", str(chosen)], ["--run", str(run), "--ckpt_path", "last"]
+        lightning_prompts(["fit", "--config", config, *pictures, *folder, *extra])
     problems: list[dict[str, Any]] = json.loads((run / "result.json").read_text())["problems"]
     return problems
+
+
+def alone(run: Path, problem: dict[str, Any], folder: Path) -> str:
+    """A run of one of a run's problems."""
+    (folder / "problems").mkdir(parents=True)
+    shutil.copy(run / "config.yaml", folder)
+    shutil.copy(run / "problems" / f"{problem['key']}.json", folder / "problems")
+    return str(folder)
 
 
 def table_of(config: str, targets: str, count: int, extra: list[str]) -> dict[str, str]:
     """Inverts and measures."""
     with tempfile.TemporaryDirectory() as scratch:
         begun = time.perf_counter()
-        problems = fit(config, targets, count, Path(scratch) / "run", extra)
+        problems = fit(config, rows_of(targets, count), Path(scratch) / "run", extra)
         seconds = time.perf_counter() - begun
     words = words_of(targets)
     table = {"targets": f"{targets}, {len(problems)}", "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     for kind in ("object", "background", "second"):
         wanted = [(words[p["target"]].get(kind), str(p["prompt"])) for p in problems]
-        found = [float(has(prompt, word)) for word, prompt in wanted if word]
+        found = [has(prompt, word) for word, prompt in wanted if word]
         if found:
-            table[f"{kind} word found"] = interval(found)
+            table[f"{kind} word found"] = share(found)
     table["held-out similarity"] = interval([p["heldout_clip_similarity"] for p in problems])
     table["denoiser samples an image"] = f"{sum(p['unet_samples'] for p in problems) / len(problems):.0f}"
     table["seconds an image, search"] = f"{sum(p['seconds'] for p in problems) / len(problems):.1f}"

@@ -1,7 +1,8 @@
 """Real photographs: `python benchmarks/photographs.py` (needs scikit-learn and scikit-image, for their sample pictures).
 
-Inverts two sample photographs of scikit-learn and two of scikit-image and says how many random captions of the embedded model's
-world draw something less similar to the photograph, by the held-out CLIP, than the found prompt does: four pictures of each.
+Inverts two sample photographs of scikit-learn and two of scikit-image by configs/invert.yaml and by configs/ph2p.yaml, and mixes the
+two prompts found for each. Says how many random captions of the embedded model's world draw something less similar to the
+photograph, by the held-out CLIP, than each of the three prompts does: four pictures of each, on seeds that chose nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from inversion import alone, fit
 from PIL import Image
 
 from lightning_prompts.backbones import EMOJI
+from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.emoji import world
 from lightning_prompts.main import main as lightning_prompts
@@ -23,6 +26,7 @@ from lightning_prompts.methods import PEZ
 from lightning_prompts.metrics import ClipImageSimilarity
 
 SEED = 20_261_124
+JUDGED = range(1000, 1004)  # seeds of the pictures that are judged; the mixing has chosen on others
 
 
 def photographs() -> dict[str, Image.Image]:
@@ -35,34 +39,53 @@ def photographs() -> dict[str, Image.Image]:
     return {name: Image.fromarray(array) for name, array in arrays.items()}
 
 
+def prompts_of(rows: list[dict[str, str]], scratch: Path) -> dict[str, list[str]]:
+    """The prompt that each search has found for each photograph, then their mixtures."""
+    runs = {name: scratch / name for name in ("invert", "ph2p")}
+    several = [fit(f"configs/{name}.yaml", rows, run) for name, run in runs.items()]
+    found = {
+        f"configs/{name}.yaml": [p["prompt"] for p in problems] for name, problems in zip(runs, several, strict=True)
+    }
+    mixed = []
+    for number, problems in enumerate(zip(*several, strict=True)):
+        parents = [
+            alone(run, p, scratch / f"{number}-{run.name}") for run, p in zip(runs.values(), problems, strict=True)
+        ]
+        mix = scratch / f"{number}-mix"
+        lightning_prompts(["predict", "--mix", *parents, "--run", str(mix)])
+        mixed.append(json.loads((mix / "result.json").read_text())["prompts"][0]["prompt"])
+    return {**found, "mixture": mixed}
+
+
 def main() -> None:
     """Prints one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/invert.yaml")
+    parser.add_argument("--folder", type=Path, help="other photographs, such as those that the settings were chosen on")
     parser.add_argument("--captions", type=int, default=200)
-    args, extra = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, photograph in photographs().items():
-            photograph.save(Path(scratch) / f"{name}.png")
-        run = Path(scratch) / "run"
-        lightning_prompts(["fit", "--config", args.config, "--data.images", scratch, "--run", str(run), *extra])
-        problems = json.loads((run / "result.json").read_text())["problems"]
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        for title, photograph in {} if args.folder else photographs().items():
+            photograph.save(scratch / f"{title}.png")
+        paths = sorted((args.folder or scratch).resolve().glob("*.png"))
+        found = prompts_of([{"file": str(path)} for path in paths], scratch)
         method = PEZ(microbatch=32)
-        size = method.backbone.image_size
-        targets = {
-            problem["target"]: to_tensor(load_image(Path(scratch) / problem["target"], size)) for problem in problems
-        }
+        targets = [to_tensor(load_image(path, method.backbone.image_size))[None] for path in paths]
     rng = random.Random(SEED)
     captions = [world.caption(world.random_scene(rng), rng, keep=1) for _ in range(args.captions)]
     noise = torch.randn(4 * args.captions, *method.backbone.latent_shape, generator=torch.Generator().manual_seed(SEED))
     drawn = method.draw([caption for caption in captions for _ in range(4)], noise).unflatten(0, (args.captions, 4))
     similarity = ClipImageSimilarity(str(EMOJI.parent / "scorer"))
-    print("| photograph | prompt | held-out similarity | random captions less similar |\n|---|---|---|---|")
-    for problem in problems:
-        target, found = targets[problem["target"]][None], problem["heldout_clip_similarity"]
+    print(
+        "| photograph | search | prompt | held-out similarity | random captions less similar |\n|---|---|---|---|---|"
+    )
+    for number, (path, target) in enumerate(zip(paths, targets, strict=True)):
         others = [float(similarity(pictures, target)) for pictures in drawn]
-        below = sum(other < found for other in others) / len(others)
-        print(f"| {Path(problem['target']).stem} | {problem['prompt']} | {found:.3f} | {below:.1%} |")
+        for search, prompts in found.items():
+            pictures = method.draw([prompts[number]] * len(JUDGED), noise_of(JUDGED, method.backbone.latent_shape))
+            own = float(similarity(pictures, target))
+            below = sum(other < own for other in others) / len(others)
+            print(f"| {path.stem} | {search} | {prompts[number]} | {own:.3f} | {below:.1%} |")
 
 
 if __name__ == "__main__":

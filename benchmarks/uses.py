@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from inversion import TARGETS, has, interval
+from inversion import TARGETS, alone, fit, has, interval, share
 from make_targets import outside
 from PIL import Image
 from torch import Tensor
@@ -36,20 +34,9 @@ DRAWN = 4  # pictures a prompt
 NEAREST = 3  # an object is recognised if its name is among so many that are nearest to the picture
 
 
-def fit(images: list[Path], run: Path, config: str, extra: list[str]) -> list[dict[str, Any]]:
-    """Searches a prompt for each picture in one run; the problems of its result, in their order."""
-    given = json.dumps([str(path) for path in images])
-    lightning_prompts(["fit", "--config", config, "--data.images", given, "--run", str(run), *extra])
-    problems: list[dict[str, Any]] = json.loads((run / "result.json").read_text())["problems"]
-    return problems
-
-
-def alone(run: Path, problem: dict[str, Any], folder: Path) -> str:
-    """A run of one of a run's problems."""
-    (folder / "problems").mkdir(parents=True)
-    shutil.copy(run / "config.yaml", folder)
-    shutil.copy(run / "problems" / f"{problem['key']}.json", folder / "problems")
-    return str(folder)
+def listed(paths: list[Path]) -> list[dict[str, str]]:
+    """Pictures as `fit` wants them."""
+    return [{"file": str(path)} for path in paths]
 
 
 def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[str, str]:
@@ -57,20 +44,17 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
     folder = (TARGETS / args.targets).resolve()
     images = sorted(folder.glob("*.png"))[: 2 * args.count]
     words = json.loads((folder / "words.json").read_text())
-    problems = fit(images, scratch / "run", args.config, extra)
+    problems = fit(args.config, listed(images), scratch / "run", extra)
     runs = [alone(scratch / "run", problem, scratch / problem["target"]) for problem in problems]
     found = [str(problem["prompt"]) for problem in problems]
-    mixed, named, children = [], [], []
+    mixed, named = [], []
     for one in range(0, len(runs), 2):
         mix = scratch / f"mix{one}"
         command = ["predict", "--mix", *runs[one : one + 2], "--run", str(mix), "--seeds", args.seeds]
         lightning_prompts([*command, "--generations", str(args.generations), "--population", str(args.population)])
         mixed.append(json.loads((mix / "result.json").read_text())["prompts"][0]["prompt"])
         told = [words[path.name] for path in images[one : one + 2]]
-        named.append(float(all(any(has(mixed[-1], word) for word in some.values()) for some in told)))
-        for member in json.loads((mix / "generations.json").read_text())[2:]:
-            tokens = set(member["token_ids"])
-            children.append(float(all(tokens & set(p["token_ids"]) for p in problems[one : one + 2])))
+        named.append(all(any(has(mixed[-1], word) for word in some.values()) for some in told))
     module, scorer = PH2P(), ClipSimilarity(str(EMOJI.parent / "scorer"))
     noise = noise_of(range(FIRST, FIRST + DRAWN), module.backbone.latent_shape)
     drawn = {text: module.draw([text] * DRAWN, noise) for text in {*found, *mixed}}
@@ -86,14 +70,13 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
         unrelated.append(sum(others) / len(others))
     return {
         "pairs": f"{args.targets}, {len(mixed)}",
-        "children with tokens of both parents": interval(children),
-        "best mixtures that name something of both targets": interval(named),
-        "smaller similarity, best mixture": interval(own),
-        "smaller similarity, the two prompts joined by a comma": interval(joined),
-        "smaller similarity, the better one of the two prompts": interval(parents),
-        "smaller similarity, prompts of other targets": interval(unrelated),
-        "mixture less prompts of other targets": interval([a - b for a, b in zip(own, unrelated, strict=True)]),
-        "mixture less the joined prompts": interval([a - b for a, b in zip(own, joined, strict=True)]),
+        "best mixtures that name an object or background of both targets": share(named),
+        "similarity of the best mixture": interval(own),
+        "of the two prompts joined by a comma": interval(joined),
+        "of the better one of the two prompts": interval(parents),
+        "of the prompts of the other targets": interval(unrelated),
+        "best mixture less other targets' prompts": interval([a - b for a, b in zip(own, unrelated, strict=True)]),
+        "best mixture less the joined prompts": interval([a - b for a, b in zip(own, joined, strict=True)]),
     }
 
 
@@ -134,12 +117,12 @@ def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[s
         picture.save(both[i])
         lone(bad, i).save(unwanted[i])
         lone(good, i).save(wanted[i])
-    removed = [str(p["prompt"]) for p in fit(unwanted, scratch / "unwanted", args.config, extra)]
-    plain = [str(p["prompt"]) for p in fit(both, scratch / "both", args.config, extra)]
+    removed = [str(p["prompt"]) for p in fit(args.config, listed(unwanted), scratch / "unwanted", extra)]
+    plain = [str(p["prompt"]) for p in fit(args.config, listed(both), scratch / "both", extra)]
     against = []
     for i in range(len(rows)):
         away = ["--data.negative_images", str(unwanted[i]), "--model.negative_weight", str(args.negative_weight)]
-        (problem,) = fit([both[i]], scratch / f"against{i}", args.config, [*extra, *away])
+        (problem,) = fit(args.config, listed(both[i : i + 1]), scratch / f"against{i}", [*extra, *away])
         against.append(str(problem["prompt"]))
     module, recognise, table = PH2P(guidance_scale=args.guidance_scale), Recogniser(), {}
 

@@ -12,7 +12,7 @@ import argparse
 import json
 
 import torch
-from inversion import TARGETS, interval
+from inversion import TARGETS, interval, share
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,12 +69,12 @@ def main() -> None:
                 if word not in prompt.replace(",", "").split():
                     continue
                 heat = maps[position(tokens, tokenizer(word, add_special_tokens=False).input_ids)]
-                share = float((heat * region).sum() / heat.sum().clamp(min=1e-9))
-                hit = float(region.flatten()[heat.argmax()] > 0.5)
-                measured.setdefault(f"{kind}: {name}", []).append((share, float(region.mean()), hit))
+                part = float((heat * region).sum() / heat.sum().clamp(min=1e-9))
+                hit = bool(region.flatten()[heat.argmax()] > 0.5)
+                measured.setdefault(f"{kind}: {name}", []).append((part, float(region.mean()), hit))
     for name, values in measured.items():
-        shares, even, hits = (list(column) for column in zip(*values, strict=True))
-        print(f"| {name} | {len(values)} | {interval(shares)} | {sum(even) / len(even):.3f} | {interval(hits)} |")
+        parts, even, hits = (list(column) for column in zip(*values, strict=True))
+        print(f"| {name} | {len(values)} | {interval(parts)} | {sum(even) / len(even):.3f} | {share(hits)} |")
 
 
 if __name__ == "__main__":
