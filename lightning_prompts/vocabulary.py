@@ -22,7 +22,7 @@ from lightning_prompts.errors import UserError
 Metric = Literal["euclidean", "cosine"]
 
 _BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are drawn as nothing
-_FILLERS = ("a", "b")  # two words that are one token each wherever a byte is a token
+FILLERS = ("a", "b")  # two words that are one token each wherever a byte is a token
 
 
 @torch.no_grad()
@@ -260,7 +260,7 @@ def template_ids(
         raise UserError("The tokenizer does not say how many tokens the text encoder takes; give the length.")
     if tokens < 1:
         raise UserError(f"A prompt of {tokens} tokens was asked for; it needs at least 1.")
-    texts = [fill_template(template, " ".join([word] * tokens)) for word in _FILLERS]
+    texts = [fill_template(template, " ".join([word] * tokens)) for word in FILLERS]
     used = len(_encode(tokenizer, texts, add_special_tokens=True)[0])
     if used > length:
         room = length - used + tokens
@@ -272,7 +272,7 @@ def template_ids(
     ids, others = encode_text(tokenizer, texts, length)
     positions = (ids != others).nonzero().flatten()
     if len(positions) != tokens:
-        raise UserError(f"The tokenizer does not read {_FILLERS[0]!r} and {_FILLERS[1]!r} as a token each; use CLIP's.")
+        raise UserError(f"The tokenizer does not read {FILLERS[0]!r} and {FILLERS[1]!r} as a token each; use CLIP's.")
     return ids, positions
 
 

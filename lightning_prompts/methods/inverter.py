@@ -79,7 +79,7 @@ class Inverter(PromptMethod):
         metric: Metric = "euclidean",
         start: str = "random",
         denoising_weight: float = 1.0,
-        negative_weight: float = 1.0,
+        negative_weight: float = 0.2,
         clip_weight: float = 0.0,
         clip: str | None = None,
         **kwargs: Any,
@@ -169,11 +169,11 @@ class Inverter(PromptMethod):
         """The CLIP that searches, loaded when it is first needed."""
         if self._clip is None:
             clip = ClipSimilarity(self._clip_name, self.offline)
-            read, known = clip.clip.config.text_config.vocab_size, len(self.prompt.table)
-            if read != known:
+            config, (tokens, width) = clip.clip.config.text_config, self.prompt.table.shape
+            if config.vocab_size != tokens or (self.clip_weight and config.hidden_size != width):
                 raise UserError(
-                    f"The CLIP {self._clip_name!r} reads {read} tokens and the model's text encoder {known}; name the CLIP that "
-                    "this text encoder was taken from as --model.clip."
+                    f"The CLIP {self._clip_name!r} reads {config.vocab_size} tokens of width {config.hidden_size} and the model's "
+                    f"text encoder {tokens} of width {width}; name the CLIP that this text encoder was taken from as --model.clip."
                 )
             self._clip = clip.to(self.device)
         return self._clip

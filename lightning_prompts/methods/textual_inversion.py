@@ -14,14 +14,14 @@ from lightning_prompts.backbones import Conditioning
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.methods.inverter import Found, Inverter
 from lightning_prompts.problems import Problem
-from lightning_prompts.vocabulary import encode_text, fill_template, template_ids
+from lightning_prompts.vocabulary import FILLERS, encode_text, fill_template
 
 
 class TextualInversion(Inverter):
     """Adam on the denoising loss of free embeddings, which are never projected.
 
     The prompt of a problem holds a pseudo-word in angle brackets that stands for its M embeddings; they are in the record and in
-    `embedding.safetensors`. In `test` and `predict` the pseudo-word may stand in any text.
+    `embedding.safetensors`. In `test` and `predict` pseudo-words of the run may stand in any text, several in one.
 
     Args:
         lr: Learning rate of AdamW.
@@ -54,14 +54,18 @@ class TextualInversion(Inverter):
         return Conditioning.cat([self._encode(text, known) for text in texts])
 
     def _encode(self, text: str, known: dict[str, Tensor]) -> Conditioning:
-        tokenizer, length, table = self.tower.tokenizer, self.tower.length, self.prompt.table
-        word = next((word for word in known if word in text), None)
-        if word is None:
-            return self.backbone.encode(encode_text(tokenizer, [text], length).to(self.device))
-        before, _, after = text.partition(word)
-        ids, positions = template_ids(tokenizer, f"{before} {{}} {after}", len(known[word]), length)
-        embeddings = table[ids.to(self.device)].index_copy(0, positions.to(self.device), known[word].to(table))
-        return self.backbone.encode(ids[None].to(self.device), embeddings[None])
+        parts = re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
+        found = [known[part] for part in parts if part in known]
+        if not found:
+            return super().encode([text])
+        filled = [
+            " ".join(" ".join([word] * len(known[part])) if part in known else part.strip() for part in parts)
+            for word in FILLERS
+        ]
+        ids, others = encode_text(self.tower.tokenizer, filled, self.tower.length).to(self.device)
+        places = (ids != others).nonzero().squeeze(1)
+        embeddings = self.prompt.table[ids].index_copy(0, places, torch.cat(found).to(self.prompt.table))
+        return self.backbone.encode(ids[None], embeddings[None])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, as the released code."""

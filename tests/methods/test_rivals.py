@@ -16,6 +16,7 @@ from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, TextualInversion
 from lightning_prompts.methods.start import best_words
+from lightning_prompts.methods.textual_inversion import pseudo_word
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.vocabulary import encode_text, fill_template
@@ -215,6 +216,13 @@ def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
         again = float(module.validation_loss(rows, module.encode([problem.prompt])))
         assert problem.validation_loss == pytest.approx(again, abs=1e-6)
     assert (problems[0].validation_loss or 1) < (problems[0].initial_validation_loss or 0)
+    one, other = (pseudo_word(problem) for problem in problems[:2])
+    both = module.encode([f"two dogs beside {one}, a {other} and {one}"]).prompt_embeds
+    ids = encode_text(module.tower.tokenizer, ["two dogs beside w w , a w w and w w"], module.tower.length)
+    (places,) = (ids[0] == module.tower.tokenizer("w", add_special_tokens=False).input_ids[0]).nonzero(as_tuple=True)
+    said = torch.tensor(problems[0].embedding + problems[1].embedding + problems[0].embedding)
+    replaced = module.prompt.table[ids].index_copy(1, places, said[None])
+    torch.testing.assert_close(both, module.backbone.encode(ids, replaced).prompt_embeds)
     elsewhere = module.encode([f"two dogs beside {problems[0].prompt}", "two dogs"])
     assert torch.equal(elsewhere.prompt_embeds[1:], PEZ(backbone=tiny).encode(["two dogs"]).prompt_embeds)
 
@@ -248,12 +256,15 @@ def test_start_that_lacks_a_picture_is_refused(tiny, pictures, tmp_path):
         fit(module, pictures, tmp_path / "second")
 
 
-def test_clip_of_another_vocabulary_is_refused(tiny, pictures, tmp_path):
+@pytest.mark.parametrize(
+    ("other", "told"), [({"vocab_size": 99}, "reads 99 tokens"), ({"hidden_size": 64}, "tokens of width 64 and")]
+)
+def test_clip_of_another_text_encoder_is_refused(other, told, tiny, pictures, tmp_path):
     config = CLIPConfig.from_pretrained(f"{tiny}/clip")
-    text, vision = {**config.text_config.to_dict(), "vocab_size": 99}, config.vision_config.to_dict()
+    text, vision = {**config.text_config.to_dict(), **other}, config.vision_config.to_dict()
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path / "clip")
     module = PEZ(backbone=tiny, tokens=2, clip_weight=1, clip=str(tmp_path / "clip"))
-    with pytest.raises(UserError, match="reads 99 tokens"):
+    with pytest.raises(UserError, match=told):
         fit(module, pictures, tmp_path / "run")
 
 
