@@ -33,4 +33,4 @@ format: $(BIN)/.installed
 check: lint types test
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Runs Lightning Prompts: `python train.py fit --config configs/ph2p.yaml --data.images photo.png`."""
+"""Runs Lightning Prompts: `python train.py fit --config configs/invert.yaml --data.images photo.png`."""
 
 from lightning_prompts.main import main
 
