@@ -6,6 +6,7 @@ import os
 from datetime import timedelta
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 
@@ -29,6 +30,11 @@ class ProblemParallel(DDPStrategy):
         super().__init__(
             process_group_backend=kwargs.pop("process_group_backend", None), timeout=timedelta(days=30), **kwargs
         )
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Has no rank tell the others at each step whether it was told to stop: they may be at different steps."""
+        super().setup(trainer)
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def configure_ddp(self) -> None:
         """Leaves the module as it is: there is no gradient to exchange."""

@@ -113,7 +113,7 @@ class Mix(pl.Callback):
             return
         name, size, seed = pl_module.backbone.name, pl_module.backbone.image_size, pl_module.data.seed
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
-        clip = ClipSimilarity(clip_of(name), pl_module.offline)
+        clip = ClipSimilarity(clip_of(name), pl_module.offline).to(pl_module.device)
         self.targets = [parent.pictures(size) for parent in self.parents]
         self.drawn: dict[int, Tensor] = {}  # pictures (S, 3, H, W) of those that may still be chosen
 

@@ -48,8 +48,8 @@ class Results(pl.Callback):
         self.scores, self.seeds, self.settings = scores or Scores(), tuple(seeds), settings or {}
         self.prompts, self.negative = tuple(prompts), negative
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Scores and writes."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Scores and writes; when `on_fit_end` is called Lightning has moved the model to the CPU."""
         self._finish(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -89,7 +89,7 @@ class Results(pl.Callback):
             atomic_write(data.folder.words, to_png(words))
             self._export(module, data.folder, problems)
             if trainer.logger:
-                trainer.logger.experiment.add_images("regenerations", (torch.cat(list(drawn)) + 1) / 2)  # type: ignore[attr-defined]
+                trainer.logger.experiment.add_images("regenerations", (drawn[:SHOWN].flatten(0, 1) + 1) / 2)  # type: ignore[attr-defined]
                 trainer.logger.experiment.add_image("words", pil_to_tensor(words))  # type: ignore[attr-defined]
         for problem in problems:
             data.folder.save(problem)

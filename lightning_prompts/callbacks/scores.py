@@ -80,7 +80,7 @@ class Scores:
         """Scores problems by their drawn pictures (N, 3, H, W) and their targets (I, 3, H, W)."""
         name, offline = method.backbone.name, method.offline
         with _told():
-            own = ClipSimilarity(clip_of(name), offline)
+            own = ClipSimilarity(clip_of(name), offline).to(method.device)
             similarity, diversity, agreement = ClipImageSimilarity(own), Diversity(own), ClipTextSimilarity(own)
             for problem, drawn, target in rows:
                 problem.clip_similarity = float(similarity(drawn, target))
@@ -90,7 +90,7 @@ class Scores:
                     problem.clip_text_similarity = float(agreement(target, [str(problem.prompt)] * len(target)))
         with _told():
             if clip := self.heldout(name, offline):
-                similarity, diversity = ClipImageSimilarity(clip), Diversity(clip)
+                similarity, diversity = ClipImageSimilarity(clip.to(method.device)), Diversity(clip)
                 for problem, drawn, target in rows:
                     problem.heldout_clip_similarity = float(similarity(drawn, target))
                     problem.diversity = float(diversity(drawn[None]))  # rather than by a CLIP that may have searched

@@ -55,7 +55,7 @@ def found_word_maps(method: Any, problems: Sequence[Problem]) -> list[Tensor]:
     """Maps (M, h, w) of the prompts that an inverter has found, each in its target, or in the first of its pictures."""
     shape, keys = method.backbone.latent_shape, [problem.key for problem in problems]
     noise = draw_noise(method.data.seed, keys, WORD_MAPS, SAMPLES, shape, method.device)
-    latents = method.data.latents(method.backbone, problems)[:, 0].to(method.device)
+    latents = [several[0].to(method.device) for several in method.data.latents(method.backbone, problems)]
     first, batch = int(method.prompt.positions[0]), method.microbatch
     maps = []
     for problem, x, eps in zip(problems, latents, noise, strict=True):

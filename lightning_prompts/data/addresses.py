@@ -6,6 +6,7 @@ So a resumed run, the company a problem keeps in a batch and the number of ranks
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -54,6 +55,16 @@ def draw_timesteps(seed: int, keys: Sequence[str], step: int, samples: int, low:
     ]
     parts = torch.tensor(draws, dtype=torch.float64).view(len(keys), samples) + torch.arange(samples)
     return (low + parts / samples * (high - low)).long().clamp(max=high - 1)
+
+
+def picture_turns(step: int, samples: int, pictures: int) -> Tensor:
+    """Which of a subject's I pictures each of a step's N samples looks at, (N,).
+
+    Sample k has the k-th part of the timesteps at every step. With plain turns a picture could stay in one part; here each
+    picture comes equally often, and equally often in every part.
+    """
+    number = step * samples + torch.arange(samples)
+    return (number + number // math.lcm(samples, pictures)) % pictures
 
 
 def validation_timesteps(samples: int, low: int, high: int) -> Tensor:

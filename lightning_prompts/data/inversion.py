@@ -110,6 +110,7 @@ class ImagesToPrompts(pl.LightningDataModule):
         known = self.folder.load()
         for target in find_targets(self.negative_images) if self.negative_images else ():
             self._negatives += [self._load(str(path)) for path in target.paths]
+        self._check_scoring("--data.negative_images", len(self._negatives))
         targets = find_targets(self.images, self.one_subject)
         for index, target in enumerate(targets):
             self._add(index, target, known, alone=len(targets) == 1)
@@ -136,6 +137,13 @@ class ImagesToPrompts(pl.LightningDataModule):
                 "give --data.timesteps with 0 <= low < high."
             )
 
+    def _check_scoring(self, name: str, pictures: int) -> None:
+        if pictures > self.validation_samples:
+            raise UserError(
+                f"{name} has {pictures} pictures and a prompt is scored on {self.validation_samples} samples, so that some pictures "
+                f"would not count; give --data.validation_samples {pictures} or more."
+            )
+
     def _add(self, index: int, target: Target, known: dict[str, Problem], alone: bool) -> None:
         paths = [str(path) for path in target.paths]
         try:
@@ -146,6 +154,7 @@ class ImagesToPrompts(pl.LightningDataModule):
             key = content_key([], {"unreadable": paths})
             self.records[key] = Problem(key, target.name, paths, target.caption, index, "failed", str(error))
             return
+        self._check_scoring(target.name, len(pictures))
         settings = {"backbone": self.method.backbone.name, "template": self.method.template}
         if self._negatives:
             settings["negative"] = content_key(self._negatives, {})
@@ -163,21 +172,19 @@ class ImagesToPrompts(pl.LightningDataModule):
         """The pictures (I, 3, H, W) in [-1, 1] of each problem."""
         return [self._loaded[problem.key] for problem in problems]
 
-    def latents(self, backbone: Backbone, problems: Sequence[Problem]) -> Tensor:
-        """The pictures' latents (P, I, C, h, w), encoded once; with fewer pictures than others a problem repeats its own."""
+    def latents(self, backbone: Backbone, problems: Sequence[Problem]) -> list[Tensor]:
+        """The latents (I, C, h, w) of each problem's pictures, encoded once."""
         for problem in problems:
             if problem.key not in self._latents:
-                device = backbone.alphas_cumprod.device
-                self._latents[problem.key] = backbone.encode_image(self._loaded[problem.key].to(device))
-        most = max((len(self._latents[problem.key]) for problem in problems), default=0)
-        several = [self._latents[problem.key] for problem in problems]
-        return torch.stack([x[torch.arange(most) % len(x)] for x in several]) if several else torch.empty(0)
+                self._latents[problem.key] = _encoded(backbone, self._loaded[problem.key])
+        return [self._latents[problem.key] for problem in problems]
 
     def negative_latents(self, backbone: Backbone) -> Tensor | None:
         """Latents (I, C, h, w) of the pictures to lead away from, encoded once; None without any."""
         if self._negative_latents is None and self._negatives:
-            pictures = torch.stack([to_tensor(picture) for picture in self._negatives])
-            self._negative_latents = backbone.encode_image(pictures.to(backbone.alphas_cumprod.device))
+            self._negative_latents = _encoded(
+                backbone, torch.stack([to_tensor(picture) for picture in self._negatives])
+            )
         return self._negative_latents
 
     def train_dataloader(self) -> StepLoader:
@@ -189,3 +196,9 @@ class ImagesToPrompts(pl.LightningDataModule):
         return [0]
 
     test_dataloader = predict_dataloader = val_dataloader
+
+
+def _encoded(backbone: Backbone, pictures: Tensor, batch: int = 4) -> Tensor:
+    """Latents (I, C, h, w), on the CPU, of pictures (I, 3, H, W); the autoencoder takes much memory a picture."""
+    device = backbone.alphas_cumprod.device
+    return torch.cat([backbone.encode_image(part.to(device)).cpu() for part in pictures.split(batch)])

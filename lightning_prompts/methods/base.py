@@ -213,11 +213,11 @@ class PromptMethod(pl.LightningModule, ABC):
             raise UserError(
                 f"With a guidance of {self.guidance_scale:g} a negative prompt does nothing; give --model.guidance_scale above 1."
             )
-        told, away = self.encode(texts), self.encode([negative])
-        parts = []
-        for rows in torch.arange(len(noise)).split(self.microbatch):
+        away, parts = self.encode([negative]), []
+        for rows in range(0, len(noise), self.microbatch):
+            some = slice(rows, rows + self.microbatch)
             part = self.backbone.sample(
-                told[rows.to(self.device)], away, noise[rows], self.sampling_steps, self.guidance_scale
+                self.encode(texts[some]), away, noise[some], self.sampling_steps, self.guidance_scale
             )
             parts.append(self.backbone.decode(part).cpu())
         return torch.cat(parts)

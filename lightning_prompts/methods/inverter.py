@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.backbones import Conditioning
-from lightning_prompts.data.addresses import START, VALIDATION, draw_noise, validation_timesteps
+from lightning_prompts.data.addresses import START, VALIDATION, draw_noise, picture_turns, validation_timesteps
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.base import PromptMethod
@@ -67,7 +67,7 @@ class Inverter(PromptMethod):
         **kwargs: See `PromptMethod`.
     """
 
-    latents: Tensor
+    latents: list[Tensor]  # of each problem's pictures, (I, C, h, w)
 
     def __init__(
         self,
@@ -94,14 +94,14 @@ class Inverter(PromptMethod):
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         self._clip_name, self._clip = clip or clip_of(self.backbone.name), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
-        self.register_buffer("latents", torch.empty(0), persistent=False)
+        self.latents = []
 
     # --- where the search starts
 
     def take(self, problems: list[Problem]) -> None:
         """Makes problems the wave and encodes their pictures."""
         super().take(problems)
-        self.latents = self.data.latents(self.backbone, problems).to(self.device)
+        self.latents = [latents.to(self.device) for latents in self.data.latents(self.backbone, problems)]
 
     def random_tokens(self, step: int) -> Tensor:
         """Allowed tokens (P, M) for the wave, drawn at a step's address."""
@@ -134,11 +134,14 @@ class Inverter(PromptMethod):
         """Latents, timesteps and noise of a step of the problems `rows` (Q,); several pictures of one subject take turns."""
         timesteps = batch.timesteps.to(self.device)[rows]
         keys, count = [self.problems[row].key for row in rows.tolist()], timesteps.shape[1]
-        turns = torch.arange(count, device=self.device) + max(batch.step, 0) * count
-        noise = draw_noise(self.data.seed, keys, batch.step, count, self.latents.shape[2:], self.device)
-        latents = self.latents[rows][:, turns % self.latents.shape[1]]
+        noise = draw_noise(self.data.seed, keys, batch.step, count, self.backbone.latent_shape, self.device)
+
+        def turns(pictures: Tensor) -> Tensor:
+            return pictures[picture_turns(max(batch.step, 0), count, len(pictures)).to(pictures.device)]
+
+        latents = torch.stack([turns(self.latents[row]) for row in rows.tolist()])
         others = self.data.negative_latents(self.backbone)
-        negative = None if others is None else others.to(self.device)[turns % len(others)].expand_as(latents)
+        negative = None if others is None else turns(others.to(self.device)).expand_as(latents)
         return Samples(latents, timesteps, noise, negative)
 
     def loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples) -> Tensor:

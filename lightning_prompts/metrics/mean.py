@@ -22,7 +22,7 @@ class Mean(Metric):
 
     def add(self, values: Tensor) -> None:
         """Adds values of any shape."""
-        self.total += values.double().sum()
+        self.total += values.to(self.total.device).double().sum()  # a CLIP may be elsewhere
         self.count += values.numel()
 
     def compute(self) -> Tensor:

@@ -82,12 +82,12 @@ class ClipSimilarity(nn.Module):
         ids: Tensor = self.tokenizer(
             list(texts), truncation=True, max_length=length, padding=True, return_tensors="pt"
         ).input_ids
-        return ids
+        return ids.to(self.clip.device)
 
     @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
         """Unit vectors (B, E) of pictures (B, 3, H, W) in [-1, 1]."""
-        size = self.clip.config.vision_config.image_size
+        size, pictures = self.clip.config.vision_config.image_size, pictures.to(self.clip.device)
         if pictures.shape[-1] != size:
             pictures = F.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
         if size > 64:  # checkpoints that were not trained on this project's own pictures expect CLIP's statistics
@@ -119,7 +119,7 @@ class ClipSimilarity(nn.Module):
     def cosines(self, ids: Tensor, features: Tensor, chunk: int = 256) -> Tensor:
         """Of P problems' features (P, E) with B texts each, (P, B, L) or (1, B, L) for the same ones: (P, B)."""
         text = torch.cat([self.text_features(part) for part in ids.flatten(0, 1).split(chunk)]).view(*ids.shape[:2], -1)
-        return (text * features.unsqueeze(1)).sum(2)
+        return features @ text[0].T if len(text) == 1 else (text @ features.unsqueeze(2)).squeeze(2)
 
 
 def _tensor(output: Any) -> Tensor:

@@ -54,7 +54,7 @@ def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, pictures, 
     maps = found_word_maps(module, problems)
     assert len(maps) == 3
     for problem, found in zip(problems, maps, strict=True):
-        latents = data.latents(module.backbone, [problem])[0, 0]
+        latents = data.latents(module.backbone, [problem])[0][0]
         noise = draw_noise(0, [problem.key], WORD_MAPS, SAMPLES, latents.shape, "cpu")[0]
         prompt = module.encode([problem.prompt])
         torch.testing.assert_close(found, slowly(module.backbone, prompt, latents, noise, module.prompt.positions))

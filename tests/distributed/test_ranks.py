@@ -44,3 +44,11 @@ def test_two_ranks_find_the_prompts_of_one(tiny, pictures, tmp_path):
     assert [p["validation_loss"] for p in together] == pytest.approx([p["validation_loss"] for p in alone], rel=1e-4)
     ranks = {path.name.split("-")[0] for path in (tmp_path / "two" / "checkpoints").iterdir()}
     assert ranks == {"rank0", "rank1"}
+
+
+def test_ranks_need_not_take_the_same_number_of_steps(tiny, pictures, tmp_path):
+    for extra in pictures.glob("[12].png"):
+        extra.unlink()  # one rank has nothing to do
+    (alone,) = fit(tiny, pictures, tmp_path / "one")
+    (together,) = fit(tiny, pictures, tmp_path / "two", "--trainer.devices", "2", "--trainer.strategy", "problems")
+    assert together["prompt"] == alone["prompt"]

@@ -1,14 +1,24 @@
+import itertools
 import json
+from collections import Counter
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.strategies import Strategy
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import Results
 from lightning_prompts.cli import TRAINER
-from lightning_prompts.data.addresses import VALIDATION, address, draw_noise, draw_timesteps, validation_timesteps
+from lightning_prompts.data.addresses import (
+    VALIDATION,
+    address,
+    draw_noise,
+    draw_timesteps,
+    picture_turns,
+    validation_timesteps,
+)
 from lightning_prompts.data.inversion import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
@@ -294,6 +304,19 @@ def test_denoising_without_gradients(double):
     torch.testing.assert_close(losses, slope(double, plain)[0], rtol=1e-9, atol=1e-11)
 
 
+def test_results_are_drawn_before_the_model_leaves_its_device(tiny, pictures, tmp_path, monkeypatch):
+    leave, seen = Strategy.teardown, []
+
+    def teardown(self):
+        seen.append((tmp_path / "run" / "result.json").exists())
+        leave(self)
+
+    monkeypatch.setattr(Strategy, "teardown", teardown)
+    trainer = pl.Trainer(**TRAINER, callbacks=[Results()], logger=False, default_root_dir=tmp_path / "run")
+    trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=ImagesToPrompts(str(pictures), **DATA))
+    assert seen == [True]
+
+
 @pytest.fixture
 def opposed(sd, pictures, tmp_path):
     """A wave of two targets with two negative pictures in float64: the module and its data."""
@@ -307,8 +330,45 @@ def opposed(sd, pictures, tmp_path):
     data.setup("fit")
     module.double()
     module.take(list(data.records.values()))
-    module.latents = module.latents.double()
+    module.latents = [latents.double() for latents in module.latents]
     return module, data
+
+
+@pytest.mark.parametrize(("samples", "pictures"), [*itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4, 6))])
+def test_each_picture_is_seen_equally_often_at_all_timesteps(samples, pictures):
+    seen = Counter()
+    for step in range(pictures**2):
+        turns = picture_turns(step, samples, pictures).tolist()
+        assert len(turns) == samples
+        assert (
+            max(Counter(turns).values()) - min([Counter(turns)[i] for i in range(pictures)]) <= 1
+        )  # within a step, too
+        seen.update(enumerate(turns))
+    assert seen == {(k, picture): pictures for k in range(samples) for picture in range(pictures)}
+
+
+def test_subjects_of_different_sizes_do_not_disturb_each_other(tiny, pictures, tmp_path):
+    paths = [str(path) for path in sorted(pictures.iterdir())]
+    several = tmp_path / "pictures.jsonl"
+    rows = [{"file": paths, "subject": "three"}, {"file": paths[:2], "subject": "two"}]
+    several.write_text("\n".join(map(json.dumps, rows)))
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text(json.dumps(rows[1]))
+    chosen = {**DATA, "validation_samples": 4, "samples": 3}
+    together = search(PEZ(backbone=tiny, **settings(PEZ)), [several], tmp_path / "together", **chosen)
+    (two,) = search(PEZ(backbone=tiny, **settings(PEZ)), [alone], tmp_path / "two", **chosen)
+    assert together[1].key == two.key
+    assert together[1].prompt == two.prompt
+    assert together[1].validation_loss == pytest.approx(two.validation_loss, rel=1e-5)
+    assert together[1].initial_validation_loss == pytest.approx(two.initial_validation_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("which", ["subject", "negative"])
+def test_more_pictures_than_scoring_looks_at_are_refused(which, tiny, pictures, tmp_path):
+    more = {"one_subject": True} if which == "subject" else {"negative_images": str(pictures)}
+    with pytest.raises(UserError, match=r"3 pictures .* give --data.validation_samples 3 or more"):
+        search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run", **more)
+    assert not (tmp_path / "run" / "problems").exists()
 
 
 def test_negative_pictures_take_turns(opposed):
@@ -318,10 +378,10 @@ def test_negative_pictures_take_turns(opposed):
     for step in (VALIDATION, 0, 1, 2):
         samples = module.samples(torch.arange(2), Step(step, torch.full((2, 3), 700)))
         assert samples.negative.shape == samples.latents.shape == samples.noise.shape
-        first = max(step, 0) * 3
+        turns = picture_turns(max(step, 0), 3, 2)
         for row in range(2):
             for n in range(3):
-                assert torch.equal(samples.negative[row, n], negatives[(first + n) % 2].to(samples.negative))
+                assert torch.equal(samples.negative[row, n], negatives[turns[n]].to(samples.negative))
         last = samples[torch.tensor([1])]
         assert torch.equal(last.negative[0], samples.negative[1])
 
