@@ -90,7 +90,9 @@ class PH2P(Inverter):
             loss = losses(everyone)
             self.step_active(optimizer, loss)
         else:
-            loss = optimizer.step(closure=lambda: losses(optimizer.optimizer.needed), active=everyone)
+            loss = optimizer.step(
+                closure=lambda: losses(optimizer.optimizer.needed), active=everyone, new_function=True
+            )
         self.log("train/loss", loss[everyone].mean().detach(), prog_bar=True)
 
     def _restart(self, step: int) -> None:

@@ -131,7 +131,7 @@ class BatchedLBFGS(Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # a closure is needed, and the losses are one per problem
-        self, closure: Callable[[], Tensor], active: Tensor | None = None
+        self, closure: Callable[[], Tensor], active: Tensor | None = None, new_function: bool = False
     ) -> Tensor:
         """Moves every active problem by up to max_iter iterations.
 
@@ -140,6 +140,8 @@ class BatchedLBFGS(Optimizer):
                 set to None before each call and calculated after it.
             active: The problems that may move, (P,) bool; None for all. The other rows stay the same bit for bit, and
                 so does their state.
+            new_function: The closure is of another function than in the last call, such as one with other noise. The last
+                move is then no curvature pair, because the gradients before and after it are of two functions.
 
         Returns:
             The losses at the points where the call began, (P,), detached.
@@ -149,6 +151,9 @@ class BatchedLBFGS(Optimizer):
             return param.new_empty(0)
         now = self._start(closure, active)
         losses = now.here.loss
+        if new_function:
+            state = self._problem_state()
+            state["move"] = choose_rows(self._mask(active), torch.zeros_like(state["move"]), state["move"])
         search = _FixedStep(now.here) if group["line_search_fn"] is None else StrongWolfe(now.here)
         try:
             self._run(now, search, closure)

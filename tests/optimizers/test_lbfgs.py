@@ -570,3 +570,26 @@ def test_takes_exactly_one_parameter_with_an_axis():
             BatchedLBFGS(wrong)
     with pytest.raises(ValueError, match="no axis"):
         BatchedLBFGS([torch.nn.Parameter(torch.zeros(()))])
+
+
+@pytest.mark.parametrize("line_search_fn", SEARCHES)
+def test_no_curvature_is_taken_from_gradients_of_two_functions(line_search_fn):
+    """Two functions of one Hessian: every pair kept is a step and what the Hessian makes of it, unless they were mixed up."""
+    matrix = torch.diag(torch.tensor([1.0, 2, 4, 8], dtype=torch.float64))
+    shifts = torch.tensor([[3.0, -1, 2, 1], [-30.0, 10, -20, -10]], dtype=torch.float64)
+
+    def pairs(new_function):
+        point = torch.nn.Parameter(torch.zeros(1, 4, dtype=torch.float64))
+        optimizer = BatchedLBFGS([point], lr=0.5, max_iter=3, history_size=10, line_search_fn=line_search_fn)
+        for shift in shifts:
+            optimizer.step(
+                lambda shift=shift: (point @ matrix * point / 2 - point * shift).sum(1), new_function=new_function
+            )
+        state = optimizer.state[point]
+        return state["steps"][0], state["changes"][0], int(state["pairs"])
+
+    steps, changes, count = pairs(new_function=True)
+    assert count >= 2
+    torch.testing.assert_close(changes, steps @ matrix)
+    steps, changes, _ = pairs(new_function=False)
+    assert not torch.allclose(changes, steps @ matrix)
