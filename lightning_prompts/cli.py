@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -52,6 +54,10 @@ TRAINER = {
     "enable_progress_bar": False,
 }
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+
+# Settings that a search can go on with when they differ from those it was begun with.
+MAY_CHANGE = {"images", "steps", "patience", "microbatch", "score_every", "sample_every", "sampling_steps", "guidance_scale",
+              "offline"}  # fmt: skip
 
 # A config is data: it can name classes of these modules and no others.
 ALLOWED = [
@@ -153,8 +159,10 @@ class CLI(LightningCLI):
                 f"There is no checkpoint of a search in {config.ckpt_path}; give another or --ckpt_path last."
             )
         if own_rank() == 0:
-            self.folder.prepare(resume=bool(config.ckpt_path))
             dumped = self._parser("fit").dump(config.clone())
+            if config.ckpt_path and self.folder.config.exists():
+                _check_same(self.folder.config, dumped)
+            self.folder.prepare(resume=bool(config.ckpt_path))
             atomic_write(self.folder.config, re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped).encode())
         if config.ckpt_path == "last":
             found = last_checkpoint(self.folder.checkpoints)
@@ -220,6 +228,23 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         raise UserError("The device is out of memory; lower --model.microbatch.") from error
 
 
+def _check_same(saved: Path, wanted: str) -> None:
+    """Refuses to go on with a search under settings that would make its past and its future two different searches."""
+    try:
+        runs = [yaml.safe_load(text) for text in (saved.read_bytes(), wanted)]
+        for part in ("model", "data"):
+            old, new = ({**run[part]["init_args"], "class_path": run[part]["class_path"]} for run in runs)
+            for name in sorted(old.keys() & new.keys() - MAY_CHANGE):
+                if old[name] != new[name]:
+                    setting = f"--{part}" if name == "class_path" else f"--{part}.{name}"
+                    raise UserError(
+                        f"The run in {saved.parent} was begun with {setting} {json.dumps(old[name])} and cannot go on with "
+                        f"{json.dumps(new[name])}; give the former or another --run."
+                    )
+    except (yaml.YAMLError, KeyError, TypeError):
+        raise UserError(f"{saved} is not the config of a run; give another --run.") from None
+
+
 def negative_text(given: str | None) -> str:
     """A text as it is, or what a run has found: the prompts of all its pictures, with commas between."""
     folder = os.path.dirname(given or "")
@@ -269,6 +294,11 @@ def _one_sentence(message: str, parser: Any) -> str:
     if key and imported:
         name = next(filter(None, imported.groups()))
         return f"The class {name!r} cannot be --{key[1]}; see --help for those that can."
+    if key and (
+        whole := re.match(r"Not of type (Positive|NonNegative)Int: (?:.* base 10: '(.*)'|(.*) does not conform)", text)
+    ):
+        wanted = "above 0" if whole[1] == "Positive" else "from 0 on"
+        return f"The setting --{key[1]} cannot be {whole[2] or whole[3]}; it takes a whole number {wanted}."
     if key and not nested:
         if value := re.fullmatch(
             r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text

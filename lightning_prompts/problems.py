@@ -91,6 +91,11 @@ class Problem:
         self.prompt, self.validation_loss, self.token_ids, self.embedding = prompt, loss, token_ids, embedding
         self.history.append({"unet_samples": self.unet_samples, "validation_loss": loss, "prompt": prompt})
 
+    def forget_prompt(self) -> None:
+        """Takes away the best prompt, so that the next one is kept whatever its loss."""
+        self.prompt = self.validation_loss = self.token_ids = self.embedding = None
+        self.history.clear()
+
     def forget_scores(self) -> None:
         """Takes away what was measured when the search had ended, perhaps of another prompt or by another scorer."""
         for name in ("clip_similarity", "heldout_clip_similarity", *_MEASURED_ON_REQUEST):
@@ -105,7 +110,11 @@ class Problem:
         if loss is None and self.validation_loss is not None:
             self.status, self.reason = "failed", "The validation loss of the prompt is not a finite number."
         elif loss is None and initial is not None:
-            self.status, self.reason = "not improved", "No prompt was scored after the initial one."
+            self.status = "failed"
+            self.reason = "No prompt was found that is read again as the same tokens and holds no blocked word."
+        elif loss is None and self.initial_validation_loss is not None:
+            self.status = "failed"
+            self.reason = "The validation loss is not a finite number from the start; try --model.dtype float32."
         elif loss is not None and initial is not None and loss >= initial:
             self.status = "not improved"
             self.reason = (
@@ -168,6 +177,10 @@ class RunFolder:
         """Writes the record of a problem; after an OSError, such as a full disk, its previous state is still there."""
         atomic_write(self.problems / f"{problem.key}.json", to_json(asdict(problem)))
 
+    def forget(self, key: str) -> None:
+        """Deletes a record, if there is one."""
+        (self.problems / f"{key}.json").unlink(missing_ok=True)
+
     def save_or_warn(self, problem: Problem) -> None:
         """Writes a record in the middle of a search, which is worth more than this write: the next one tries again."""
         try:
@@ -219,21 +232,6 @@ class RunFolder:
         atomic_write(self.result, to_json(result, default=str))
         lines = [" ".join((problem.prompt or "").splitlines()) + "\n" for problem in records]
         atomic_write(self.prompt, "".join(lines).encode(errors="backslashreplace"))
-
-    def read_result(self) -> dict[str, Any]:
-        """Reads `result.json`; one that is missing, something else or newer than this program is a UserError."""
-        try:
-            result = json.loads(self.result.read_bytes())
-            schema_version = int(result["schema_version"])
-        except OSError as error:
-            hint = "give the folder of a run that has written its results"
-            raise UserError(f"{self.result} cannot be read ({error.strerror}); {hint}.") from None
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{self.result} is not a result of this program; give the folder of another run.") from None
-        if schema_version > SCHEMA_VERSION:
-            hint = f"this program reads up to {SCHEMA_VERSION}; upgrade lightning-prompts"
-            raise UserError(f"{self.result} has schema_version {schema_version} and {hint}.")
-        return dict(result)
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:

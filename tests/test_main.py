@@ -319,6 +319,11 @@ def test_bad_picture_is_refused(base, pictures, capsys, how):
     [
         (["--model.tokens", "500"], ["500", "takes 32"]),
         (["--model.tokens", "0"], "0"),
+        (["--model.microbatch", "0"], ["--model.microbatch", "0"]),
+        (["--model.score_every", "0"], ["--model.score_every", "0"]),
+        (["--data.steps", "0"], ["--data.steps", "0"]),
+        (["--data.samples", "-1"], ["--data.samples", "-1"]),
+        (["--data.validation_samples", "0"], ["--data.validation_samples", "0"]),
         (["--data.timesteps", "[500,500]"], ["500", "timestep"]),
         (["--data.timesteps", "[900,1100]"], ["1100", "1000"]),
         (["--data.timesteps", "[-1,500]"], "-1"),

@@ -148,7 +148,8 @@ def test_an_unknown_status_is_refused():
         (0.4, 0.5, "done", None),
         (0.5, 0.5, "not improved", "0.5 is no lower than the initial one's 0.5"),
         (0.6, 0.5, "not improved", "0.6 is no lower than"),
-        (None, 0.5, "not improved", "No prompt was scored"),
+        (None, 0.5, "failed", "No prompt was found that is read again"),
+        (None, math.nan, "failed", "not a finite number from the start"),
         (math.nan, 0.5, "failed", "not a finite number"),
         (math.inf, None, "failed", "not a finite number"),
         (0.4, math.nan, "done", None),
@@ -336,29 +337,6 @@ def test_settings_of_any_kind_do_not_cost_the_result(folder, tmp_path):
         "nested": {"lr": [0.1, None], "pair": [1, 2]},
         "path": str(tmp_path),
     }
-
-
-def test_a_result_is_read_back(folder):
-    folder.save(FULL)
-    assert write_result(folder) == folder.read_result()
-
-
-def test_a_missing_result_is_the_users_mistake(folder):
-    with pytest.raises(UserError, match=r"result.json cannot be read \(No such file or directory\); give the folder"):
-        folder.read_result()
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"schema_version": null}', b"\xff"])
-def test_something_else_is_not_a_result(folder, content):
-    folder.result.write_bytes(content)
-    with pytest.raises(UserError, match="is not a result of this program"):
-        folder.read_result()
-
-
-def test_a_newer_result_is_refused(folder):
-    folder.result.write_text('{"schema_version": 2}')
-    with pytest.raises(UserError, match="has schema_version 2 and this program reads up to 1; upgrade"):
-        folder.read_result()
 
 
 # The folder

@@ -173,6 +173,63 @@ def test_other_pictures_are_refused(command, monkeypatch, pictures, capsys):
     assert "--data.images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        (["--model.lr", "0.3"], ["--model.lr 0.1", "with 0.3"]),
+        (["--model.tokens", "3"], ["--model.tokens 2", "with 3"]),
+        (["--data.timesteps", "[0,500]"], ["--data.timesteps [500, 1000]", "with [0, 500]"]),
+        (["--data.seed", "1"], ["--data.seed 0", "with 1"]),
+    ],
+)
+def test_other_settings_are_refused(command, tmp_path, monkeypatch, capsys, setting, told):
+    stop(monkeypatch, command("broken"), 3)
+    before = (tmp_path / "broken" / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        main([*command("broken"), "--ckpt_path", "last", *setting])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert all(text in error for text in told)
+    assert "Traceback" not in error
+    assert (tmp_path / "broken" / "config.yaml").read_bytes() == before
+
+
+def test_another_method_is_refused(command, monkeypatch, capsys):
+    stop(monkeypatch, command("broken"), 3)
+    with pytest.raises(SystemExit) as stopped:
+        main([*command("broken", "PH2P"), "--ckpt_path", "last"])
+    assert stopped.value.code == 2
+    assert "methods.PEZ" in capsys.readouterr().err
+
+
+def test_picture_added_after_a_wave_that_ended_early_is_searched_whole(command, images, whole, tmp_path):
+    one = f"{images}/0.png"
+    main([*command("grown"), "--data.images", one, "--model.patience", "1", "--data.steps", "6"])
+    (first,) = found(tmp_path / "grown")["problems"]
+    assert first["unet_samples"] < found(whole())["problems"][0]["unet_samples"]
+    main([*command("grown"), "--ckpt_path", "last"])
+    grown = found(tmp_path / "grown")["problems"]
+    assert grown[0]["prompt"] == first["prompt"]
+    for name in ("prompt", "unet_samples", "initial_validation_loss", "history"):
+        assert grown[1][name] == found(whole())["problems"][1][name]
+
+
+def test_what_failed_is_tried_again(command, whole, tmp_path, monkeypatch):
+    stop(monkeypatch, command("broken"), 3)
+    (newest,) = checkpoints(tmp_path / "broken")[-1:]
+    checkpoint = torch.load(newest, weights_only=True)
+    checkpoint["wave"]["records"][1].update(status="failed", reason="The prompt stopped being finite.", prompt=None)
+    checkpoint["wave"]["active"][1] = False
+    torch.save(checkpoint, newest)
+    record = tmp_path / "broken" / "problems" / f"{checkpoint['wave']['records'][1]['key']}.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), **checkpoint["wave"]["records"][1]}))
+    main([*command("broken"), "--ckpt_path", "last"])
+    again, unbroken = found(tmp_path / "broken")["problems"], found(whole())["problems"]
+    assert again[0] == unbroken[0]
+    assert again[1]["status"] == unbroken[1]["status"]
+    assert again[1]["prompt"] == unbroken[1]["prompt"]
+
+
 @pytest.mark.parametrize("name", ["missing.ckpt", "broken.ckpt"])
 def test_checkpoint_that_is_none_is_refused(command, tmp_path, capsys, name):
     (tmp_path / "broken.ckpt").write_text("no checkpoint")

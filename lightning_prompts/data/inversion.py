@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -15,6 +17,9 @@ from lightning_prompts.data.addresses import draw_timesteps
 from lightning_prompts.data.images import Fit, Target, content_key, find_targets, load_image, to_tensor
 from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem, RunFolder
+from lightning_prompts.ranges import Positive
+
+log = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
@@ -72,10 +77,10 @@ class ImagesToPrompts(pl.LightningDataModule):
         fit: Fit = "crop",
         background: tuple[int, int, int] = (255, 255, 255),
         one_subject: bool = False,
-        steps: int = 20,
-        samples: int = 4,
+        steps: Positive = 20,
+        samples: Positive = 4,
         timesteps: tuple[int, int] = (500, 1000),
-        validation_samples: int = 8,
+        validation_samples: Positive = 8,
         negative_images: str | list[str] | None = None,
         seed: int = 0,
     ) -> None:
@@ -87,6 +92,7 @@ class ImagesToPrompts(pl.LightningDataModule):
         self.steps, self.samples, self.timesteps = steps, samples, timesteps
         self.validation_samples, self.seed = validation_samples, seed
         self.records: dict[str, Problem] = {}
+        self._read: tuple[Path, str, str] | None = None  # run, model and template that the records are of
         self._latents: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
         self._negatives: list[Image.Image] = []
@@ -105,8 +111,10 @@ class ImagesToPrompts(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Reads the pictures; what is done is skipped, and a file that cannot be read becomes a failed record."""
         self._check_schedule(self.method.backbone.num_train_timesteps)
-        if self.records:
+        wanted = (self.folder.path, self.method.backbone.name, self.method.template)
+        if self._read == wanted:
             return
+        self._read, self.records, self._negatives, self._negative_latents = wanted, {}, [], None
         known = self.folder.load()
         for target in find_targets(self.negative_images) if self.negative_images else ():
             self._negatives += [self._load(str(path)) for path in target.paths]
@@ -146,14 +154,16 @@ class ImagesToPrompts(pl.LightningDataModule):
 
     def _add(self, index: int, target: Target, known: dict[str, Problem], alone: bool) -> None:
         paths = [str(path) for path in target.paths]
+        unreadable = content_key([], {"unreadable": paths})
         try:
             pictures = [self._load(path) for path in paths]
         except UserError as error:
             if alone:
                 raise
-            key = content_key([], {"unreadable": paths})
-            self.records[key] = Problem(key, target.name, paths, target.caption, index, "failed", str(error))
+            failed = Problem(unreadable, target.name, paths, target.caption, index, "failed", str(error))
+            self.records[unreadable] = failed
             return
+        self.folder.forget(unreadable)  # of an earlier try
         self._check_scoring(target.name, len(pictures))
         settings = {"backbone": self.method.backbone.name, "template": self.method.template}
         if self._negatives:
@@ -162,6 +172,8 @@ class ImagesToPrompts(pl.LightningDataModule):
         problem = known.get(key) or Problem(key, target.name, paths, target.caption, index)
         if problem.status == "failed":
             problem.status, problem.reason = "open", None
+        if key in self.records:
+            log.warning("%s has the pixels of %s; they share one result.", target.name, self.records[key].target)
         self.records.setdefault(key, problem)
         self._loaded[key] = torch.stack([to_tensor(picture) for picture in pictures])
 
@@ -189,7 +201,8 @@ class ImagesToPrompts(pl.LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """The steps of a wave."""
-        return StepLoader(self)
+        self.loader = StepLoader(self)
+        return self.loader
 
     def val_dataloader(self) -> list[int]:
         """One item: all problems are scored together."""

@@ -19,6 +19,7 @@ from lightning_prompts.data.inversion import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.ranges import NotNegative, Positive
 from lightning_prompts.vocabulary import encode_text
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,11 @@ class PromptMethod(pl.LightningModule, ABC):
         dtype: Dtype = "float32",
         offline: bool = False,
         revision: str | None = None,
-        patience: int = 1000,
-        microbatch: int = 16,
-        score_every: int = 1,
-        sample_every: int = 40,
-        sampling_steps: int = 25,
+        patience: Positive = 1000,
+        microbatch: Positive = 16,
+        score_every: Positive = 1,
+        sample_every: NotNegative = 40,
+        sampling_steps: Positive = 25,
         guidance_scale: float = 3.0,
     ) -> None:
         super().__init__()
@@ -93,7 +94,8 @@ class PromptMethod(pl.LightningModule, ABC):
                     f"The checkpoint goes on with {len(gone)} pictures that are not among --data.images now; "
                     "give the same pictures and settings, or another --run."
                 )
-            self.data.records.update({problem.key: problem for problem in saved})
+            # What failed is tried again in the next wave.
+            self.data.records.update({problem.key: problem for problem in saved if problem.status != "failed"})
             self.take(saved)
             self.active, self.stale = torch.tensor(self._resumed["active"]), list(self._resumed["stale"])
             self._resumed = None
@@ -121,7 +123,8 @@ class PromptMethod(pl.LightningModule, ABC):
             optimizer.state.clear()
 
     def on_train_epoch_end(self) -> None:
-        """Ends the run when no problem is open."""
+        """Ends the wave, and the run when no problem is open."""
+        self.data.loader.step = 0  # also of a wave that ended early
         self.trainer.should_stop = all(problem.status != "open" for problem in self.data.own())
 
     def take(self, problems: list[Problem]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.methods.inverter import Inverter
+from lightning_prompts.ranges import Positive
 
 
 class RandomTokens(Inverter):
@@ -31,10 +32,13 @@ class ClipWords(Inverter):
         **kwargs: See `Inverter`.
     """
 
-    def __init__(self, *, beams: int = 1, **kwargs: Any) -> None:
+    def __init__(self, *, beams: Positive = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beams = beams
 
     def search(self, batch: Step, rows: Tensor) -> None:
-        """Finds all words."""
-        self.prompt.embeddings.data[rows] = self.prompt.table[self.clip_words(self.beams)][rows].float()
+        """Finds all words; they are the result, also where the random tokens of the start have a lower validation loss."""
+        if batch.step == 0:
+            self.prompt.embeddings.data[rows] = self.prompt.table[self.clip_words(self.beams)][rows].float()
+            for row in rows.tolist():
+                self.problems[row].forget_prompt()

@@ -11,7 +11,7 @@ from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inverter import Inverter, Samples
-from lightning_prompts.vocabulary import round_trip
+from lightning_prompts.ranges import Positive
 
 
 class GCG(Inverter):
@@ -30,7 +30,15 @@ class GCG(Inverter):
         **kwargs: See `Inverter`.
     """
 
-    def __init__(self, *, candidates: int = 32, topk: int = 32, swaps: int = 1, screen: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        candidates: Positive = 32,
+        topk: Positive = 32,
+        swaps: Positive = 1,
+        screen: Positive = 1,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if not 1 <= swaps <= len(self.prompt.positions):
             raise UserError(
@@ -55,10 +63,11 @@ class GCG(Inverter):
         self.log("train/loss", torch.minimum(least, loss.detach()).mean(), prog_bar=True)
 
     def _propose(self, step: int, rows: Tensor, token_ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Candidates (Q, B, M), and which of them (Q, B) survive being written down and read again."""
+        """Candidates (Q, B, M), and which of them (Q, B) survive being written down and read again, and are allowed."""
         change = gradient @ self.prompt.table.T  # of the loss, to first order and but for a constant a place, (Q, M, V)
         change = change.masked_fill(~self.prompt.allowed, torch.inf).scatter(2, token_ids.unsqueeze(2), torch.inf)
-        best = change.topk(min(self.topk, int(self.prompt.allowed.sum())), largest=False).indices.cpu()
+        others = max(int(self.prompt.allowed.sum()) - 1, 1)
+        best = change.topk(min(self.topk, others), largest=False).indices.cpu()
         drawn = self.candidates * self.screen
         candidates = token_ids.cpu().unsqueeze(1).repeat(1, drawn, 1)
         for q, row in enumerate(rows.tolist()):
@@ -66,8 +75,10 @@ class GCG(Inverter):
             places = torch.rand(drawn, token_ids.shape[1], generator=draw).argsort(1)[:, : self.swaps]
             ranks = torch.randint(best.shape[2], places.shape, generator=draw)
             candidates[q].scatter_(1, places, best[q, places, ranks])
-        _, survives = round_trip(self.tower.tokenizer, candidates.flatten(0, 1))
-        candidates, sound = candidates.to(self.device), survives.view(candidates.shape[:2])
+        sound = torch.tensor([found.sound for found in self.written(candidates.flatten(0, 1))]).view(
+            candidates.shape[:2]
+        )
+        candidates, sound = candidates.to(self.device), sound & self.prompt.allowed.cpu()[candidates].all(2)
         if self.screen == 1:
             return candidates, sound
         distance = self._distances(rows, candidates).masked_fill(~sound.to(self.device), torch.inf)

@@ -86,6 +86,10 @@ class Inverter(PromptMethod):
     ) -> None:
         if not denoising_weight and not clip_weight:
             raise UserError("There is nothing to minimise; raise --model.denoising_weight or --model.clip_weight.")
+        if contains_blocked(template.replace("{}", " "), tuple(blocked)):
+            raise UserError(
+                f"The template {template!r} holds a blocked word; change --model.template or --model.blocked."
+            )
         super().__init__(**kwargs)
         self.template, self.blocked, self.start = template, tuple(blocked), start
         words = None if words is None else tuple(words)

@@ -13,6 +13,7 @@ from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.optimizers import BatchedLBFGS
+from lightning_prompts.ranges import NotNegative, Positive
 
 
 class PH2P(Inverter):
@@ -43,14 +44,14 @@ class PH2P(Inverter):
         *,
         optimizer: Literal["lbfgs", "adam", "sgd"] = "lbfgs",
         lr: float = 1.0,
-        max_iter: int = 10,
-        history_size: int = 10,
+        max_iter: Positive = 10,
+        history_size: Positive = 10,
         line_search: Literal["strong_wolfe"] | None = None,
         max_step_norm: float | None = None,
         projection: Literal["delayed", "immediate", "final"] = "delayed",
         continue_from: Literal["projected", "continuous"] = "continuous",
-        project_every: int = 1,
-        restart_every: int = 0,
+        project_every: Positive = 1,
+        restart_every: NotNegative = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

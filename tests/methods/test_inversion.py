@@ -172,6 +172,77 @@ def test_only_the_words_given_are_used(hard, tiny, pictures, tmp_path):
         assert len(problem.token_ids) == 3
 
 
+def test_exchanges_stay_among_the_words_given(tiny, pictures, tmp_path):
+    class Watched(GCG):
+        def _losses(self, rows, candidates, sound, samples):
+            assert sound.any()
+            assert self.prompt.allowed[candidates[sound]].all()
+            return super()._losses(rows, candidates, sound, samples)
+
+    own = {**settings(GCG), "topk": 50, "candidates": 20}
+    search(Watched(backbone=tiny, words=["a", "b", "7"], **own), [pictures], tmp_path / "run")
+
+
+def test_one_word_alone_is_the_prompt(hard, tiny, pictures, tmp_path):
+    for problem in search(hard(backbone=tiny, words=["b"], **settings(hard)), [pictures], tmp_path / "run"):
+        assert problem.prompt == "b b b"
+
+
+def test_clip_words_are_the_result_even_if_random_tokens_score_better(tiny, pictures, tmp_path):
+    class Disliked(ClipWords):
+        def validation_loss(self, rows, conditioning):
+            self.scored = getattr(self, "scored", 0) + 1
+            return super().validation_loss(rows, conditioning) + self.scored
+
+    module = Disliked(backbone=tiny, **settings(ClipWords))
+    problems = search(module, [pictures], tmp_path / "run", steps=1)
+    for problem, words in zip(problems, module.clip_words(2).tolist(), strict=True):
+        assert problem.token_ids == words
+        assert problem.status == "not improved"
+
+
+def test_losses_that_are_never_finite_are_a_failure(hard, tiny, pictures, tmp_path):
+    class Broken(hard):
+        def validation_loss(self, rows, conditioning):
+            return torch.full((len(rows),), torch.nan)
+
+    for problem in search(Broken(backbone=tiny, **settings(hard)), [pictures], tmp_path / "run"):
+        assert problem.status == "failed"
+        assert "not a finite number" in problem.reason
+
+
+def test_template_with_a_blocked_word_is_refused(tiny):
+    with pytest.raises(UserError, match=r"'a photo of \{\}' holds a blocked word"):
+        PEZ(backbone=tiny, template="a photo of {}", blocked=["photo"])
+
+
+def test_data_read_for_one_run_are_read_again_for_another(tiny, pictures, tmp_path):
+    data, prompts = ImagesToPrompts(str(pictures), **DATA), []
+    for name, seed in (("one", 0), ("two", 1)):
+        data.seed = seed
+        trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path / name)
+        trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=data)
+        assert all(problem.unet_samples for problem in data.records.values())
+        prompts.append([problem.prompt for problem in data.records.values()])
+    assert prompts[0] != prompts[1]
+
+
+def test_unreadable_picture_that_was_mended_leaves_no_record_behind(tiny, pictures, tmp_path):
+    whole = (pictures / "0.png").read_bytes()
+    (pictures / "0.png").write_bytes(b"")
+    for _ in range(2):
+        search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run")
+        (pictures / "0.png").write_bytes(whole)
+    assert len(list((tmp_path / "run" / "problems").glob("*.json"))) == 3
+
+
+def test_equal_pictures_are_told(tiny, pictures, tmp_path, caplog):
+    (pictures / "copy.png").write_bytes((pictures / "0.png").read_bytes())
+    problems = search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run")
+    assert len(problems) == 3
+    assert "copy.png has the pixels of 0.png; they share one result." in caplog.text
+
+
 def test_finished_problems_leave_the_wave(tiny, pictures, tmp_path):
     module = PEZ(backbone=tiny, lr=0.0, weight_decay=0.0, patience=2, **settings(PEZ))
     problems = search(module, [pictures], tmp_path / "run", steps=50)
