@@ -2,7 +2,8 @@
 
 Inverts two sample photographs of scikit-learn and two of scikit-image by configs/invert.yaml and by configs/ph2p.yaml, and mixes the
 two prompts found for each. Says how many random captions of the embedded model's world draw something less similar to the
-photograph, by the held-out CLIP, than each of the three prompts does: four pictures of each, on seeds that chose nothing.
+photograph, by the held-out CLIP, than each of the three prompts does: in the mean of four pictures of a caption and of sixteen of
+a prompt, on seeds that chose nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lightning_prompts.methods import PEZ
 from lightning_prompts.metrics import ClipImageSimilarity
 
 SEED = 20_261_124
-JUDGED = range(1000, 1004)  # seeds of the pictures that are judged; the mixing has chosen on others
+JUDGED = range(1000, 1016)  # seeds of the pictures that are judged; the mixing has chosen on others
 
 
 def photographs() -> dict[str, Image.Image]:

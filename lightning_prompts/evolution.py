@@ -138,6 +138,7 @@ def evolve(
     population: int,
     seed: int,
     key: str,
+    keep_found: bool = False,
 ) -> list[Member]:
     """Lets two prompts have children, and the chosen among these and so on.
 
@@ -153,11 +154,13 @@ def evolve(
         population: Children of a generation.
         seed: Addresses every random draw, together with the key.
         key: Names the two problems.
+        keep_found: The found prompts themselves can be kept, as is right where both are for one target.
 
     Returns:
         Who was kept last, best first; nobody if the two prompts cannot be mixed.
     """
-    everyone, kept = list(found), list[Member]()
+    everyone = list(found)
+    kept = list(found) if keep_found else list[Member]()
     score(everyone)
     for generation in range(generations):
         children = breed(kept or found, everyone, read, population, (seed, key, generation))

@@ -110,7 +110,7 @@ def test_fittest_are_in_order():
     assert [member.index for member in fittest(some, 4)] == [2, 3, 1, 0]
 
 
-def climb(seed=0, generations=6, choose=None, wanted=frozenset((1, 2, 11, 12))):
+def climb(seed=0, generations=6, choose=None, wanted=frozenset((1, 2, 11, 12)), keep_found=False):
     """Evolves towards wanted tokens; what was scored, what was chosen, and the result."""
     scored, chosen = [], []
 
@@ -124,7 +124,8 @@ def climb(seed=0, generations=6, choose=None, wanted=frozenset((1, 2, 11, 12))):
         chosen.append(fittest(candidates, 3))
         return chosen[-1]
 
-    return scored, chosen, evolve(members(A, B), read, score, choose or keep, generations, 8, seed, "key")
+    best = evolve(members(A, B), read, score, choose or keep, generations, 8, seed, "key", keep_found)
+    return scored, chosen, best
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -134,6 +135,15 @@ def test_evolution_finds_the_best_mixture(seed):
     assert len(scored) == 2 + 6 * 8
     assert [some[0].score for some in chosen] == sorted(some[0].score for some in chosen)  # the best is never lost
     assert best[0].score == 1.0  # of 70 sets of four tokens, one is right
+
+
+def test_found_prompts_can_be_kept_where_both_are_for_one_target():
+    scored, _, best = climb(wanted=frozenset(A), keep_found=True)
+    assert best[0] == scored[0]
+    _, _, best = climb(wanted=frozenset(A))
+    assert best[0].generation is not None
+    nothing = (lambda ids: None, lambda some: None, lambda *args: [])
+    assert evolve(members(A, B), *nothing, 2, 4, 0, "key", keep_found=True) == list(members(A, B))
 
 
 def test_evolution_repeats_and_its_seed_matters():

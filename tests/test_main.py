@@ -57,6 +57,7 @@ def short_fit(backbone, run, tokens, images):
     """The command of a search of two steps."""
     args = ["fit", "--run", run, "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", backbone]
     args += ["--model.tokens", tokens, "--model.sampling_steps", 2, "--data.images", images]
+    args += ["--model.lr", 0.01]  # so small that the two pictures' prompts do not become the same
     return [str(arg) for arg in (*args, "--data.steps", 2, "--data.samples", 1, "--data.validation_samples", 2)]
 
 
@@ -144,7 +145,7 @@ def test_folder_of_pictures(fit, pictures):
 
 
 def test_one_subject(fit, pictures):
-    (problem,) = results(fit("--data.one_subject", "true", images=pictures))["problems"]
+    (problem,) = results(fit("--data.one_subject", "true", "--data.validation_samples", "3", images=pictures))["problems"]
     assert problem["prompt"]
 
 
@@ -496,6 +497,15 @@ def mixed(folder, *runs, more=()):
     args = ["predict", "--mix", *runs, "--run", folder, "--seeds", "0,1", "--generations", "2", "--population", "3"]
     main([str(arg) for arg in (*args, *more)])
     return json.loads((folder / "generations.json").read_text()), results(folder)
+
+
+def test_mix_of_two_searches_of_one_picture_may_keep_what_they_found(finished, tiny, tmp_path):
+    again = tmp_path / "again"
+    main([*short_fit(tiny, again, 2, str(finished.parent / "0.png")), "--data.seed", "1"])
+    everyone, result = mixed(tmp_path / "mix", finished, again)
+    assert result["targets"][0]["key"] == result["targets"][1]["key"]
+    best = sorted(everyone, key=lambda member: -member["score"])
+    assert [entry["score"] for entry in result["prompts"]] == [member["score"] for member in best[:4]]
 
 
 def test_mix_of_two_runs(finished, other, tmp_path, tiny):

@@ -131,7 +131,8 @@ class Mix(pl.Callback):
         one, other = (parent.problem for parent in self.parents)
         found = tuple(Member(i, str(p.prompt), tuple(p.token_ids or ())) for i, p in enumerate((one, other)))
         key = f"{one.key}+{other.key}"
-        best = evolve(found, read, score, self.keep, self.generations, self.population, seed, key)  # type: ignore[arg-type]
+        size = self.generations, self.population
+        best = evolve(found, read, score, self.keep, *size, seed, key, keep_found=one.key == other.key)  # type: ignore[arg-type]
         if not best:
             raise UserError(
                 f"No mixture of {one.prompt!r} and {other.prompt!r} can be written down and read again; give other runs."

@@ -58,8 +58,8 @@ class PH2P(Inverter):
         self.optimizer, self.lr = optimizer, lr
         self.settings: dict[str, Any] = {
             "lr": lr,
-            "max_iter": max_iter,
-            "history_size": history_size,
+            "max_iter": int(max_iter),  # the command line's numbers have a type that a safe checkpoint cannot hold
+            "history_size": int(history_size),
             "line_search_fn": line_search,
             "max_step_norm": max_step_norm,
         }
