@@ -53,7 +53,7 @@ TRAINER = {
     "enable_model_summary": False,
     "enable_progress_bar": False,
 }
-HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+HALF = ("16-true", "16-mixed", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 # Settings that a search can go on with when they differ from those it was begun with.
 MAY_CHANGE = {"images", "steps", "patience", "microbatch", "score_every", "sample_every", "sampling_steps", "guidance_scale",
@@ -115,8 +115,8 @@ class CLI(LightningCLI):
         config = self.config[command]
         if config.trainer.precision in HALF:
             raise UserError(
-                f"The precision {config.trainer.precision} would make the prompts half precision, which ruins their "
-                "optimisation; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
+                f"The precision {config.trainer.precision} would round the prompts or their gradients to half precision, which "
+                "ruins their optimisation; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
             )
         mix = config.mix if command == "predict" else None
         try:

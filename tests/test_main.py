@@ -145,7 +145,9 @@ def test_folder_of_pictures(fit, pictures):
 
 
 def test_one_subject(fit, pictures):
-    (problem,) = results(fit("--data.one_subject", "true", "--data.validation_samples", "3", images=pictures))["problems"]
+    (problem,) = results(fit("--data.one_subject", "true", "--data.validation_samples", "3", images=pictures))[
+        "problems"
+    ]
     assert problem["prompt"]
 
 
@@ -340,6 +342,7 @@ def test_bad_picture_is_refused(base, pictures, capsys, how):
         (["--trainer.acelerator", "cpu"], ["trainer.acelerator", "did you mean --trainer.accelerator"]),
         (["--trainer.precision", "bf16-true"], ["bf16-true", "--model.dtype"]),
         (["--trainer.precision", "16-true"], "16-true"),
+        (["--trainer.precision", "16-mixed"], "16-mixed"),
         (["--seeds", "one"], "one"),
         (["--model", "PEZZ"], "PEZZ"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),

@@ -45,10 +45,11 @@ class Denoising(nn.Module):
             part, (x, eps, t) = embeds[rows], (tensor[rows] for tensor in flat)
             pooled = None if told.pooled is None else told.pooled[rows]
             output = backbone.denoise(backbone.add_noise(x, eps, t), t, Conditioning(part, pooled))
-            loss = (output - backbone.target(x, eps, t)).square().flatten(1).mean(1)
-            losses.append(loss.detach())
-            if loss.requires_grad:
-                gradients += torch.autograd.grad(loss.sum(), part)
+            squares = (output - backbone.target(x, eps, t)).square().flatten(1)
+            losses.append(squares.detach().mean(1))
+            if squares.requires_grad:  # of the sum: through a float16 denoiser that of the mean would vanish
+                (gradient,) = torch.autograd.grad(squares.sum(), part)
+                gradients.append(gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / squares.shape[1])
         value = torch.cat(losses).view(count, samples).mean(1)
         if not gradients:
             return value
