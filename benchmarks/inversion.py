@@ -106,14 +106,16 @@ def table_of(config: str, targets: str, count: int, extra: list[str]) -> dict[st
 
 
 def main() -> None:
-    """Prints one table."""
+    """Prints one table, a column a config."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/ph2p.yaml")
+    parser.add_argument("--config", nargs="+", default=["configs/ph2p.yaml"])
     parser.add_argument("--targets", default="evaluation", choices=["evaluation", "outside", "development"])
     parser.add_argument("--count", type=int, default=200)
     args, extra = parser.parse_known_args()
-    for name, value in table_of(args.config, args.targets, args.count, extra).items():
-        print(f"| {name} | {value} |")
+    tables = [table_of(config, args.targets, args.count, extra) for config in args.config]
+    print(f"| | {' | '.join(Path(config).stem for config in args.config)} |\n|{'---|' * (1 + len(tables))}")
+    for name in tables[0]:
+        print(f"| {name} | {' | '.join(table[name] for table in tables)} |")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def load_tokenizer(name: str, offline: bool = False) -> Any:
 
 def clip_of(backbone: str) -> str:
     """The CLIP that goes with a backbone: the folder `clip` beside its components, else Stable Diffusion's."""
-    folder = EMOJI if backbone == "emoji" else Path(backbone)
+    folder = EMOJI if backbone == "emoji" else Path(backbone).expanduser()
     return str(folder / "clip") if (folder / "clip").is_dir() else STABLE_DIFFUSION_CLIP
 
 
