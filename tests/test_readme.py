@@ -27,6 +27,11 @@ def commands(page):
     return [words for line in blocks.splitlines() if (words := shlex.split(line, comments=True))]
 
 
+def content(file):
+    """What the shell puts in place of `$(cat file)`."""
+    return Path(file[1]).read_text().rstrip("\n")
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder like the repository's root with pictures in it."""
@@ -46,7 +51,7 @@ def test_commands_of_the_page_run(page, place, tiny):
     for program, *args in commands(page):
         if program == "python" and args[0] == "train.py":
             hub = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-            args = [tiny if word == hub else word for word in args[1:]]
+            args = [tiny if word == hub else re.sub(r"\$\(cat (.*?)\)", content, word) for word in args[1:]]
             short = [*SHORT, "--trainer.accelerator=cpu"] if args[0] == "fit" else []
             main([*args, *short, *(["--generations=2", "--population=2"] if "--mix" in args else [])])
         elif program == "tensorboard":

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from lightning_prompts.backbones import Conditioning
 from lightning_prompts.data.inversion import Step
+from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inverter import Found, Inverter
 from lightning_prompts.problems import Problem
 from lightning_prompts.vocabulary import FILLERS, encode_text, fill_template
+
+PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{4}>"
 
 
 class TextualInversion(Inverter):
@@ -55,6 +58,8 @@ class TextualInversion(Inverter):
 
     def _encode(self, text: str, known: dict[str, Tensor]) -> Conditioning:
         parts = re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
+        if unknown := re.search(PSEUDO_WORD, "".join(part for part in parts if part not in known)):
+            raise UserError(f"This run knows no {unknown[0]}; it has {', '.join(known) or 'found nothing yet'}.")
         found = [known[part] for part in parts if part in known]
         if not found:
             return super().encode([text])

@@ -223,6 +223,8 @@ def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
     said = torch.tensor(problems[0].embedding + problems[1].embedding + problems[0].embedding)
     replaced = module.prompt.table[ids].index_copy(1, places, said[None])
     torch.testing.assert_close(both, module.backbone.encode(ids, replaced).prompt_embeds)
+    with pytest.raises(UserError, match=rf"knows no <cat-0123>; it has {one}, {other}, "):
+        module.encode([f"{one} and <cat-0123>"])
     elsewhere = module.encode([f"two dogs beside {problems[0].prompt}", "two dogs"])
     assert torch.equal(elsewhere.prompt_embeds[1:], PEZ(backbone=tiny).encode(["two dogs"]).prompt_embeds)
 
