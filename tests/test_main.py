@@ -6,6 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -262,7 +263,10 @@ def test_predict_draws_a_picture_a_seed(done):
     assert first != second
     assert results(done) == before
     main(["predict", f"--run={done}", "--seeds", "1"])
-    assert (done / "pictures" / drawn[1]).read_bytes() == second
+    pixels = [
+        np.asarray(Image.open(source), dtype=int) for source in (io.BytesIO(second), done / "pictures" / drawn[1])
+    ]
+    assert abs(pixels[0] - pixels[1]).max() <= 1  # alone and in company, the last digits differ
 
 
 def png_header(path, width, height):

@@ -210,27 +210,33 @@ def test_picture_added_after_a_wave_that_ended_early_is_searched_whole(command, 
     main([*command("grown"), "--ckpt_path", "last"])
     grown = found(tmp_path / "grown")["problems"]
     assert grown[0]["prompt"] == first["prompt"]
-    alone = found(whole())["problems"][1]
-    assert [grown[1][name] for name in ("prompt", "unet_samples")] == [alone["prompt"], alone["unet_samples"]]
-    for one, other in zip(grown[1]["history"], alone["history"], strict=True):
-        assert one["unet_samples"] == other["unet_samples"]
-        assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)  # in other company
+    whole_one = found(whole())["problems"][1]
+    assert grown[1]["unet_samples"] == whole_one["unet_samples"]
+    for name in ("initial_validation_loss", "validation_loss"):  # in other company, so the last digits differ
+        assert grown[1][name] == pytest.approx(whole_one[name], rel=1e-5)
 
 
 def test_what_failed_is_tried_again(command, whole, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken"), 3)
     (newest,) = checkpoints(tmp_path / "broken")[-1:]
     checkpoint = torch.load(newest, weights_only=True)
-    checkpoint["wave"]["records"][1].update(status="failed", reason="The prompt stopped being finite.", prompt=None)
+    nothing = {
+        "prompt": None,
+        "token_ids": None,
+        "validation_loss": None,
+        "initial_validation_loss": None,
+        "history": [],
+    }
+    checkpoint["wave"]["records"][1].update(status="failed", reason="The prompt stopped being finite.", **nothing)
     checkpoint["wave"]["active"][1] = False
     torch.save(checkpoint, newest)
     record = tmp_path / "broken" / "problems" / f"{checkpoint['wave']['records'][1]['key']}.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), **checkpoint["wave"]["records"][1]}))
     main([*command("broken"), "--ckpt_path", "last"])
     again, unbroken = found(tmp_path / "broken")["problems"], found(whole())["problems"]
-    assert again[0] == unbroken[0]
-    assert again[1]["status"] == unbroken[1]["status"]
-    assert again[1]["prompt"] == unbroken[1]["prompt"]
+    for one, other in zip(again, unbroken, strict=True):  # in other company, so the last digits differ
+        assert one["status"] == other["status"]
+        assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["missing.ckpt", "broken.ckpt"])
