@@ -68,7 +68,7 @@ def finished(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     for i, color in enumerate(("red", "blue")):
         Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
-    main(short_fit(tiny, folder / "run", 2, f"[{folder}/0.png, {folder}/1.png]"))
+    main(short_fit(tiny, folder / "run", 4, f"[{folder}/0.png, {folder}/1.png]"))
     return folder / "run"
 
 
@@ -243,7 +243,7 @@ def test_test_draws_and_scores_again(done):
     after = results(done)
     assert after["problems"] == before["problems"]
     assert (done / "grid.png").exists()
-    assert Image.open(done / "words.png").size == ((1 + 2) * 104, 2 * 116)
+    assert Image.open(done / "words.png").size == ((1 + 4) * 104, 2 * 116)
 
 
 def test_validate_scores_the_prompts(done, capsys):
@@ -496,7 +496,7 @@ def other(finished, tiny):
     """A second finished run on one other picture."""
     folder = finished.parent
     Image.new("RGB", (16, 16), "green").save(folder / "green.png")
-    main(short_fit(tiny, folder / "other", 3, folder / "green.png"))
+    main(short_fit(tiny, folder / "other", 5, folder / "green.png"))
     return folder / "other"
 
 
@@ -508,7 +508,7 @@ def mixed(folder, *runs, more=()):
 
 def test_mix_of_two_searches_of_one_picture_may_keep_what_they_found(finished, tiny, tmp_path):
     again = tmp_path / "again"
-    main([*short_fit(tiny, again, 2, str(finished.parent / "0.png")), "--data.seed", "1"])
+    main([*short_fit(tiny, again, 4, str(finished.parent / "0.png")), "--data.seed", "1"])
     everyone, result = mixed(tmp_path / "mix", finished, again)
     assert result["targets"][0]["key"] == result["targets"][1]["key"]
     best = sorted(everyone, key=lambda member: -member["score"])
