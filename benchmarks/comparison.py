@@ -97,9 +97,8 @@ def measure(method: str, targets: str, runs: Path) -> list[Row]:
         for budget in BUDGETS[:-1] if method != "CLIP words" else ():  # which spends next to none
             made[budget] = runs / f"{method} {budget}"
             if method == SOFT:
-                steps = (
-                    300 * budget // BUDGETS[-1] - 2
-                )  # so that the scoring of the first prompt and of the last fit in
+                # Two less, so that the scoring of the first prompt and of the last fits in.
+                steps = 300 * budget // BUDGETS[-1] - 2
                 fit(f"configs/{CONFIGS[method]}.yaml", rows, made[budget], [f"--data.steps={steps}"])
             else:
                 found = RunFolder(whole).load().values()

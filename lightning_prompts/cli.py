@@ -19,7 +19,6 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
-from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -38,6 +37,7 @@ from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PromptMethod
 from lightning_prompts.problems import RunFolder, atomic_write
+from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import own_rank
 
 TRAINER = {
@@ -72,9 +72,9 @@ ALLOWED = [
 PREDICT: list[tuple[str, Any, Any, str]] = [
     ("--prompts", str | list[str] | None, None, "texts to draw instead of the found prompts"),
     ("--negative", str | None, None, "what to lead away from: a text, or a run, of which all prompts are taken"),
-    ("--generations", PositiveInt, 4, "of a mix: how often the chosen prompts have children"),
-    ("--population", PositiveInt, 16, "of a mix: children of a generation"),
-    ("--select", PositiveInt, 4, "of a mix: prompts that the score keeps for the next generation"),
+    ("--generations", Positive, 4, "of a mix: how often the chosen prompts have children"),
+    ("--population", Positive, 16, "of a mix: children of a generation"),
+    ("--select", Positive, 4, "of a mix: prompts that the score keeps for the next generation"),
     ("--choose", Literal["score", "hand"], "score", "of a mix: whether the score chooses or you"),
 ]
 
@@ -161,7 +161,7 @@ class CLI(LightningCLI):
         if own_rank() == 0:
             dumped = self._parser("fit").dump(config.clone())
             if config.ckpt_path and self.folder.config.exists():
-                _check_same(self.folder.config, dumped)
+                _check_same(self.folder, dumped)
             self.folder.prepare(resume=bool(config.ckpt_path))
             atomic_write(self.folder.config, re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped).encode())
         if config.ckpt_path == "last":
@@ -228,21 +228,18 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         raise UserError("The device is out of memory; lower --model.microbatch.") from error
 
 
-def _check_same(saved: Path, wanted: str) -> None:
+def _check_same(folder: RunFolder, wanted: str) -> None:
     """Refuses to go on with a search under settings that would make its past and its future two different searches."""
-    try:
-        runs = [yaml.safe_load(text) for text in (saved.read_bytes(), wanted)]
-        for part in ("model", "data"):
-            old, new = ({**run[part]["init_args"], "class_path": run[part]["class_path"]} for run in runs)
-            for name in sorted(old.keys() & new.keys() - MAY_CHANGE):
-                if old[name] != new[name]:
-                    setting = f"--{part}" if name == "class_path" else f"--{part}.{name}"
-                    raise UserError(
-                        f"The run in {saved.parent} was begun with {setting} {json.dumps(old[name])} and cannot go on with "
-                        f"{json.dumps(new[name])}; give the former or another --run."
-                    )
-    except (yaml.YAMLError, KeyError, TypeError):
-        raise UserError(f"{saved} is not the config of a run; give another --run.") from None
+    before, now = folder.saved_settings(), yaml.safe_load(wanted)
+    for part in ("model", "data"):
+        old, new = ({**run[part]["init_args"], "class_path": run[part].get("class_path")} for run in (before, now))
+        for name in sorted(old.keys() & new.keys() - MAY_CHANGE):
+            if old[name] != new[name]:
+                setting = f"--{part}" if name == "class_path" else f"--{part}.{name}"
+                raise UserError(
+                    f"The run in {folder.path} was begun with {setting} {json.dumps(old[name])} and cannot go on with "
+                    f"{json.dumps(new[name])}; give the former or another --run."
+                )
 
 
 def negative_text(given: str | None) -> str:

@@ -22,6 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
+import yaml
+
 from lightning_prompts.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -158,9 +160,8 @@ class RunFolder:
             raise UserError(f"The run folder {self.path} is a file; give another --run.")
         begun = any(self.problems.glob("*.json")) or self.generations.exists()
         foreign = self.config.exists() and not self.problems.is_dir()
-        if not resume and (
-            begun or foreign
-        ):  # a mistake that was found before the search leaves a config and no records
+        # A mistake that was found before the search leaves a config and no records.
+        if not resume and (begun or foreign):
             hint = "give --ckpt_path last to go on with it or another --run" if search else "give another --run"
             raise UserError(f"The folder {self.path} already holds a run; {hint}.")
         try:
@@ -200,6 +201,15 @@ class RunFolder:
                 f"There is no run in {self.path} (it has no config.yaml); give the folder of an earlier fit."
             )
         return self.config
+
+    def saved_settings(self) -> dict[str, Any]:
+        """The settings of a run that has begun: `model` and `data`, each with its `init_args`; a UserError without any."""
+        path = self.saved_config()
+        try:
+            config = yaml.safe_load(path.read_bytes())
+            return {part: {**config[part], "init_args": {**config[part]["init_args"]}} for part in ("model", "data")}
+        except (yaml.YAMLError, KeyError, TypeError):
+            raise UserError(f"{path} is not the config of a run; give the folder of an earlier fit.") from None
 
     def hard_prompts(self) -> list[Problem]:
         """The records that have a prompt, in the order of the inputs; a UserError where there is none or it is no text."""

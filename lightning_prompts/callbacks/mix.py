@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-import yaml
 from torch import Tensor
 
 from lightning_prompts.callbacks.grid import sheet, to_image, to_png
@@ -43,8 +42,8 @@ class Parent(NamedTuple):
 def parents_of(runs: Sequence[str]) -> tuple[Parent, Parent]:
     """The first prompt of each of two runs; of one run named twice, its first two."""
     several = [RunFolder(run) for run in runs]
-    models, data = zip(*(_settings(run) for run in several), strict=True)
-    backbones = [_backbone(model) for model in models]
+    settings = [run.saved_settings() for run in several]
+    backbones = [_backbone(one["model"]["init_args"]) for one in settings]
     if backbones[0] != backbones[1]:
         raise UserError(
             f"The runs {runs[0]} and {runs[1]} are of the models {backbones[0]!r} and {backbones[1]!r}, whose tokens differ; "
@@ -55,18 +54,9 @@ def parents_of(runs: Sequence[str]) -> tuple[Parent, Parent]:
     if twice and len(found[1]) < 2:
         raise UserError(f"The run {runs[0]} has one prompt and two are mixed; give two runs.")
     problems = found[0][0], found[1][1 if twice else 0]
+    data = [one["data"]["init_args"] for one in settings]
     one, other = (Parent(*parts) for parts in zip(several, problems, data, strict=True))
     return one, other
-
-
-def _settings(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The saved settings of a run's method and of its data."""
-    path = run.saved_config()
-    try:
-        config = yaml.safe_load(path.read_bytes())
-        return config["model"]["init_args"], config["data"]["init_args"]
-    except (yaml.YAMLError, KeyError, TypeError):
-        raise UserError(f"{path} is not the config of a run; give the folder of an earlier fit.") from None
 
 
 def _backbone(model: dict[str, Any]) -> str:
@@ -131,8 +121,8 @@ class Mix(pl.Callback):
         one, other = (parent.problem for parent in self.parents)
         found = tuple(Member(i, str(p.prompt), tuple(p.token_ids or ())) for i, p in enumerate((one, other)))
         key = f"{one.key}+{other.key}"
-        size = self.generations, self.population
-        best = evolve(found, read, score, self.keep, *size, seed, key, keep_found=one.key == other.key)  # type: ignore[arg-type]
+        extent = self.generations, self.population
+        best = evolve(found, read, score, self.keep, *extent, seed, key, keep_found=one.key == other.key)  # type: ignore[arg-type]
         if not best:
             raise UserError(
                 f"No mixture of {one.prompt!r} and {other.prompt!r} can be written down and read again; give other runs."

@@ -114,7 +114,7 @@ class ImagesToPrompts(pl.LightningDataModule):
         wanted = (self.folder.path, self.method.backbone.name, self.method.template)
         if self._read == wanted:
             return
-        self._read, self.records, self._negatives, self._negative_latents = wanted, {}, [], None
+        self._read, self.records, self._negatives, self._negative_latents = None, {}, [], None
         known = self.folder.load()
         for target in find_targets(self.negative_images) if self.negative_images else ():
             self._negatives += [self._load(str(path)) for path in target.paths]
@@ -126,6 +126,7 @@ class ImagesToPrompts(pl.LightningDataModule):
             raise UserError(
                 f"None of the {len(targets)} pictures can be read: {next(iter(self.records.values())).reason}"
             )
+        self._read = wanted
 
     def save(self) -> None:
         """Writes this rank's records when a search begins."""
@@ -163,7 +164,8 @@ class ImagesToPrompts(pl.LightningDataModule):
             failed = Problem(unreadable, target.name, paths, target.caption, index, "failed", str(error))
             self.records[unreadable] = failed
             return
-        self.folder.forget(unreadable)  # of an earlier try
+        if unreadable in known:  # of an earlier try
+            self.folder.forget(unreadable)
         self._check_scoring(target.name, len(pictures))
         settings = {"backbone": self.method.backbone.name, "template": self.method.template}
         if self._negatives:

@@ -193,7 +193,7 @@ class Inverter(PromptMethod):
         """Mean features (E,) of a problem's pictures in this CLIP, computed once."""
         if problem.key not in self._features:
             (pictures,) = self.data.pictures([problem])
-            self._features[problem.key] = self.clip.features(pictures.to(self.device)).mean(0)
+            self._features[problem.key] = self.clip.features(pictures).mean(0)
         return self._features[problem.key]
 
     @torch.no_grad()

@@ -103,9 +103,8 @@ class ClipSimilarity(nn.Module):
     def text_features(self, ids: Tensor, embeddings: Tensor | None = None) -> Tensor:
         """Unit vectors (P, E) of prompts (P, L), with what stands in place of their tokens' embeddings, (P, L, D)."""
         layer, end = self.clip.text_model.embeddings.token_embedding, self.clip.config.text_config.eos_token_id
-        ends = (
-            ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
-        )  # 2 is what old files say, whatever the tokenizer
+        # 2 is what old files say, whatever the tokenizer.
+        ends = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
         used = int(ends.max()) + 1  # attention is causal, so what is behind does not count
         ids, embeddings = ids[:, :used], None if embeddings is None else embeddings[:, :used]
         with ExitStack() as stack:
