@@ -30,8 +30,8 @@ from lightning_prompts.vocabulary import round_trip
 
 BUDGETS = (342, 684, 1368)
 CONFIGS = {
-    "random tokens": "random_tokens", "CLIP words": "clip_words", "PEZ": "pez", "PH2P": "ph2p", "PH2P, L-BFGS": "ph2p_lbfgs",
-    "GCG": "gcg", "the default": "invert", "textual inversion": "textual_inversion",
+    "random tokens": "random_tokens", "CLIP words": "clip_words", "PEZ": "pez", "PH2P": "ph2p", "GCG": "gcg",
+    "the default": "invert", "textual inversion": "textual_inversion",
 }  # fmt: skip
 CAPTION, SOFT = "true caption", "textual inversion"
 PAIRS = [("PH2P", "PEZ"), *(("the default", other) for other in (*CONFIGS, CAPTION) if other != "the default")]

@@ -56,8 +56,7 @@ TRAINER = {
 HALF = ("16-true", "16-mixed", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 # Settings that a search can go on with when they differ from those it was begun with.
-MAY_CHANGE = {"images", "steps", "patience", "microbatch", "score_every", "sample_every", "sampling_steps", "guidance_scale",
-              "offline"}  # fmt: skip
+MAY_CHANGE = {"images", "steps", "patience", "microbatch", "score_every", "sample_every", "sampling_steps", "offline"}
 
 # A config is data: it can name classes of these modules and no others.
 ALLOWED = [

@@ -229,8 +229,7 @@ class Backbone(nn.Module, ABC):
         Returns:
             Latents, (P, C, h, w).
         """
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)  # samplers keep state between steps
-        scheduler.set_timesteps(steps, device=noise.device)
+        scheduler = self._sampler(steps, noise.device)
         extra = {"generator": _generators(noise)} if "generator" in inspect.signature(scheduler.step).parameters else {}
         first = 0 if grad_steps >= steps else len(scheduler.timesteps) - grad_steps
         tracking, guided = torch.is_grad_enabled(), guidance_scale > 1
@@ -248,6 +247,16 @@ class Backbone(nn.Module, ABC):
                     output = unconditional + guidance_scale * (conditional - unconditional)
                 latents = scheduler.step(output, t, latents, **extra).prev_sample
         return latents
+
+    def calls(self, steps: int, guidance_scale: float = 7.5) -> int:
+        """Denoiser samples that `sample` spends on a picture; some samplers call the denoiser more often than they take steps."""
+        return len(self._sampler(steps, "cpu").timesteps) * (2 if guidance_scale > 1 else 1)
+
+    def _sampler(self, steps: int, device: torch.device | str) -> Any:
+        """A fresh one, for samplers keep state between steps."""
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler
 
     def _denoise_lean(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """`denoise` without keeping activations; a scheduler's step has a state and must not run twice, this may."""

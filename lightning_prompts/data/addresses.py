@@ -24,6 +24,9 @@ REGENERATION = -3
 WORD_MAPS = -4
 """The step of the draws that word maps are computed on."""
 
+TRIAL = -5
+"""The step of the draws of pictures that prompts are scored by."""
+
 
 def address(seed: int, key: str, step: int, sample: int) -> int:
     """A seed in 0, ..., 2**63 - 1 for sample `sample` at step `step` of the problem `key`."""

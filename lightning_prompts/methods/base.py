@@ -219,11 +219,12 @@ class PromptMethod(pl.LightningModule, ABC):
         away, parts = self.encode([negative]), []
         for rows in range(0, len(noise), self.microbatch):
             some = slice(rows, rows + self.microbatch)
-            part = self.backbone.sample(
-                self.encode(texts[some]), away, noise[some], self.sampling_steps, self.guidance_scale
-            )
-            parts.append(self.backbone.decode(part).cpu())
+            parts.append(self.draw_from(self.encode(texts[some]), away, noise[some], self.sampling_steps).cpu())
         return torch.cat(parts)
+
+    def draw_from(self, told: Conditioning, away: Conditioning, noise: Tensor, steps: int) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of B prompts from noise (B, C, h, w), led away from 1 or B others."""
+        return self.backbone.decode(self.backbone.sample(told, away, noise, steps, self.guidance_scale))
 
     # --- checkpoints: the prompt and nothing of the backbone
 

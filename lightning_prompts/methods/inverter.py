@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.backbones import Conditioning
-from lightning_prompts.data.addresses import START, VALIDATION, draw_noise, picture_turns, validation_timesteps
+from lightning_prompts.data.addresses import START, TRIAL, VALIDATION, draw_noise, picture_turns, validation_timesteps
 from lightning_prompts.data.inversion import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.base import PromptMethod
@@ -19,6 +19,7 @@ from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.ranges import Positive
 from lightning_prompts.vocabulary import Metric, contains_blocked, fill_template, round_trip
 
 
@@ -64,6 +65,10 @@ class Inverter(PromptMethod):
         negative_weight: Weight of the denoising loss of `--data.negative_images` against that of the target's.
         clip_weight: Weight of one minus the CLIP's cosine of prompt and pictures in what is minimised.
         clip: Folder or hub id of this CLIP; None for the one that goes with the backbone.
+        trial_weight: Weight in the validation loss of one minus the CLIP's cosine of the targets and pictures that the prompt
+            draws; 0 for none.
+        trial_pictures: Pictures that are drawn at each scoring.
+        trial_steps: Denoising steps of these.
         **kwargs: See `PromptMethod`.
     """
 
@@ -82,6 +87,9 @@ class Inverter(PromptMethod):
         negative_weight: float = 0.2,
         clip_weight: float = 0.0,
         clip: str | None = None,
+        trial_weight: float = 0.0,
+        trial_pictures: Positive = 2,
+        trial_steps: Positive = 10,
         **kwargs: Any,
     ) -> None:
         if not denoising_weight and not clip_weight:
@@ -98,6 +106,7 @@ class Inverter(PromptMethod):
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         self._clip_name, self._clip = clip or clip_of(self.backbone.name), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
+        self.trial_weight, self.trial_pictures, self.trial_steps = trial_weight, trial_pictures, trial_steps
         self.latents = []
 
     # --- where the search starts
@@ -201,7 +210,20 @@ class Inverter(PromptMethod):
         """The one definition of best: losses (Q,) of prompts as a person would paste them, on noise that never trains."""
         timesteps = validation_timesteps(self.data.validation_samples, *self.data.timesteps)
         samples = self.samples(rows, Step(VALIDATION, timesteps.expand(len(self.problems), -1)))
-        return self.denoising_loss(rows, conditioning, samples)
+        loss = self.denoising_loss(rows, conditioning, samples)
+        return loss + self.trial_weight * self.trial_loss(rows, conditioning) if self.trial_weight else loss
+
+    def trial_loss(self, rows: Tensor, conditioning: Conditioning) -> Tensor:
+        """One minus the CLIP's mean cosine of the targets and a few pictures that Q prompts draw, (Q,) in [0, 2]."""
+        count, keys = self.trial_pictures, [self.problems[row].key for row in rows.tolist()]
+        noise = draw_noise(self.data.seed, keys, TRIAL, count, self.backbone.latent_shape, self.device).flatten(0, 1)
+        told, away = conditioning.repeat_interleave(count), super().encode([""])
+        features = [
+            self.clip.features(self.draw_from(told[some], away, noise[some], self.trial_steps))
+            for some in torch.arange(len(noise), device=self.device).split(self.microbatch)
+        ]
+        self.count(rows, count * self.backbone.calls(self.trial_steps, self.guidance_scale))
+        return 1 - (torch.cat(features).view(len(rows), count, -1).mean(1) * self.features(rows)).sum(1)
 
     # --- results
 

@@ -382,6 +382,16 @@ def test_gradient_steps_keep_no_activations(backbone, monkeypatch):
     assert backbone.scheduler.num_inference_steps is None  # what holds the graph is gone with the call
 
 
+@pytest.mark.parametrize("sampler", ["PNDM", "DDIM", "HeunDiscrete", "LMSDiscrete"])
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_calls_are_those_of_sampling(sampler, guidance, backbone, monkeypatch):
+    use(backbone, sampler)
+    rows, denoise = [], backbone.denoise
+    monkeypatch.setattr(backbone, "denoise", lambda noisy, *args: (rows.append(len(noisy)), denoise(noisy, *args))[1])
+    backbone.sample(*prompts(backbone, 1), torch.randn(1, 4, 8, 8), steps=5, guidance_scale=guidance)
+    assert backbone.calls(5, guidance) == sum(rows)
+
+
 def test_sample_turns_no_gradient_on(backbone):
     conditioning, negative = prompts(backbone, 1)
     conditioning.prompt_embeds.requires_grad_()

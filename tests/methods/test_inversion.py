@@ -5,13 +5,17 @@ from collections import Counter
 import pytest
 import pytorch_lightning as pl
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from pytorch_lightning.strategies import Strategy
+from torch.nn import functional
+from transformers import CLIPModel
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import Results
 from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import (
+    TRIAL,
     VALIDATION,
     address,
     draw_noise,
@@ -19,6 +23,7 @@ from lightning_prompts.data.addresses import (
     picture_turns,
     validation_timesteps,
 )
+from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.data.inversion import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
@@ -93,6 +98,7 @@ def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
         (PH2P, {"optimizer": "sgd"}),
         (GCG, {}),
         (GCG, {"swaps": 2, "clip_weight": 0.1}),
+        (PEZ, {"trial_weight": 1, "trial_pictures": 3, "trial_steps": 2}),
         (TextualInversion, {"lr": 0.1}),
         (RandomTokens, {}),
         (ClipWords, {}),
@@ -156,6 +162,40 @@ def test_score_is_of_the_text(hard, tiny, pictures, tmp_path):
             output = backbone.denoise(backbone.add_noise(latents, noise, timesteps), timesteps, told)
             loss = (output - backbone.target(latents, noise, timesteps)).square().mean()
         assert problem.validation_loss == pytest.approx(float(loss), abs=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_trials_are_what_the_pipeline_draws(guidance, tiny, pictures, tmp_path):
+    """With a weight on them, what a person draws with diffusers, and a plain CLIP finds, is added to the same prompt's loss."""
+    module = PEZ(backbone=tiny, tokens=3, sampling_steps=2, guidance_scale=guidance)
+    plain = search(module, [pictures], tmp_path / "plain", steps=1)
+    trial = {"trial_weight": 0.5, "trial_pictures": 2, "trial_steps": 3}
+    module = PEZ(backbone=tiny, tokens=3, sampling_steps=2, guidance_scale=guidance, microbatch=4, **trial)
+    drawn = search(module, [pictures], tmp_path / "drawn", steps=1)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    clip = CLIPModel.from_pretrained(f"{tiny}/clip")
+
+    @torch.no_grad()
+    def features(images):
+        larger = functional.interpolate(images, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+        return functional.normalize(clip.get_image_features(pixel_values=larger).pooler_output, dim=-1)
+
+    for path, without, problem in zip(sorted(pictures.iterdir()), plain, drawn, strict=True):
+        entry = problem.history[0]
+        assert entry["prompt"] == without.history[0]["prompt"]
+        latents = draw_noise(0, [problem.key], TRIAL, 2, module.backbone.latent_shape, "cpu")[0]
+        images = pipeline(
+            [entry["prompt"]] * 2, latents=latents, num_inference_steps=3, guidance_scale=guidance, output_type="pt"
+        ).images
+        target = to_tensor(load_image(path, 16, "crop", (255, 255, 255)))[None]
+        distance = 1 - (features(images * 2 - 1) @ features(target).T).mean()
+        assert entry["validation_loss"] == pytest.approx(
+            without.history[0]["validation_loss"] + 0.5 * float(distance), abs=1e-4
+        )
+        scorings = 2  # of the start, and after the step
+        calls = 4  # PNDM's for three steps
+        assert problem.unet_samples == without.unet_samples + scorings * 2 * calls * (2 if guidance > 1 else 1)
 
 
 def test_blocked_words_never_appear(hard, tiny, pictures, tmp_path):
