@@ -89,6 +89,7 @@ def variants(group: str) -> dict[str, list[str]]:
         "from random tokens": ["--model.start=random"],
         "without the CLIP in the loss": ["--model.clip_weight=0"],
         "without screening": unscreened,
+        "scored without pictures": ["--model.trial_weight=0"],
         "without both": ["--model.clip_weight=0", *unscreened],
         "two exchanges at once": ["--model.swaps=2"],
         "timesteps [450, 1000)": ["--data.timesteps=[450,1000]"],
