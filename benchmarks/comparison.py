@@ -153,6 +153,43 @@ def plot(results: dict[tuple[str, int], list[Row]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def measured(targets: str) -> dict[tuple[str, int], list[Row]]:
+    """What the files in benchmarks/figures/ have: the rows of each method and budget."""
+    results: dict[tuple[str, int], list[Row]] = {}
+    for method in [*CONFIGS, CAPTION]:
+        if (file := file_of(method, targets)).exists():
+            with file.open(newline="") as stream:
+                for row in csv.DictReader(stream):
+                    results.setdefault((method, int(row["budget"])), []).append(row)
+    return results
+
+
+def file_of(method: str, targets: str) -> Path:
+    """Where the figures of a method are kept."""
+    return FIGURES / targets / f"{re.sub(r'[^a-z0-9]+', '_', method.lower())}.csv"
+
+
+def table(results: dict[tuple[str, int], list[Row]], words: dict[str, dict[str, str]]) -> str:
+    """A line a method and budget."""
+    kinds = [kind for kind in ("object", "background", "second") if any(kind in wanted for wanted in words.values())]
+    head = ["method", "samples", "held-out similarity", *kinds, "diversity", "dictionary words", "special characters",
+            "round-trip failures"]  # fmt: skip
+    lines = [f"| {method} | {' | '.join(means(rows, words, kinds))} |" for (method, _), rows in results.items()]
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines])
+
+
+def differences(results: dict[tuple[str, int], list[Row]]) -> str:
+    """By how much one method is better than another, with the largest budget."""
+    lines = ["| held-out similarity, target by target | difference |", "|---|---|"]
+    for pair in PAIRS:
+        if all((name, BUDGETS[-1]) in results for name in pair):
+            one, other = (
+                {row["target"]: float(row["similarity"]) for row in results[name, BUDGETS[-1]]} for name in pair
+            )
+            lines.append(f"| {' - '.join(pair)} | {interval([one[target] - other[target] for target in one])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measures what is missing, prints the tables and draws the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -162,35 +199,16 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="folder of the searches")
     args = parser.parse_args()
-    words, folder = words_of(args.targets), FIGURES / args.targets
-    results: dict[tuple[str, int], list[Row]] = {}
-    for method in [*CONFIGS, CAPTION]:
-        file = folder / f"{re.sub(r'[^a-z0-9]+', '_', method.lower())}.csv"
-        if not file.exists() and method in (args.method or [*CONFIGS, CAPTION]):
+    for method in args.method or [*CONFIGS, CAPTION]:
+        if not (file := file_of(method, args.targets)).exists():
             rows = measure(method, args.targets, args.runs / args.targets)
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("w", newline="") as stream:
                 writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-        if file.exists():
-            with file.open(newline="") as stream:
-                for row in csv.DictReader(stream):
-                    results.setdefault((method, int(row["budget"])), []).append(row)
-
-    kinds = [kind for kind in ("object", "background", "second") if any(kind in wanted for wanted in words.values())]
-    head = ["method", "samples", "held-out similarity", *kinds, "diversity", "dictionary words", "special characters",
-            "round-trip failures"]  # fmt: skip
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for (method, _), rows in results.items():
-        print(f"| {method} | {' | '.join(means(rows, words, kinds))} |")
-    print("\n| held-out similarity, target by target | difference |\n|---|---|")
-    for one, other in PAIRS:
-        if (one, BUDGETS[-1]) in results and (other, BUDGETS[-1]) in results:
-            values = [
-                {row["target"]: float(row["similarity"]) for row in results[name, BUDGETS[-1]]} for name in (one, other)
-            ]
-            print(f"| {one} - {other} | {interval([values[0][target] - values[1][target] for target in values[0]])} |")
+    results = measured(args.targets)
+    print(table(results, words_of(args.targets)), differences(results), sep="\n\n")
     if {method for method, _ in results} == {*CONFIGS, CAPTION}:
         plot(results, IMAGES / f"comparison_{args.targets}.png")
 

@@ -1,0 +1,28 @@
+"""The tables in the docs are those that the committed figures give."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def comparison(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import comparison
+
+    return comparison
+
+
+@pytest.mark.parametrize("targets", ["evaluation", "outside"])
+def test_comparison_in_the_docs_is_that_of_the_figures(targets, comparison):
+    page, results = (ROOT / "docs" / "comparison.md").read_text(), comparison.measured(targets)
+    assert comparison.table(results, comparison.words_of(targets)) in page
+    assert comparison.differences(results) in page
+
+
+@pytest.mark.parametrize("targets", ["evaluation", "outside"])
+def test_each_method_is_measured_on_each_target_at_each_budget(targets, comparison):
+    for rows in comparison.measured(targets).values():
+        assert sorted(row["target"] for row in rows) == sorted(comparison.words_of(targets))
