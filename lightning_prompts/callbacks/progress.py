@@ -45,7 +45,7 @@ class PromptProgress(pl.Callback):
                     miniters=1,
                 )
             )
-            self._show(pl_module, batch.step)
+            self._show(pl_module, batch.step, begins=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Shows what has changed."""
@@ -62,7 +62,7 @@ class PromptProgress(pl.Callback):
         """Leaves the terminal as it was."""
         self._open.close()
 
-    def _show(self, module: Any, step: int) -> None:
+    def _show(self, module: Any, step: int, begins: bool = False) -> None:
         problems = [problem for problem in module.problems if problem.prompt]
         better = [problem for problem in problems if self._shown.get(problem.key) != problem.validation_loss]
         self._shown.update({problem.key: problem.validation_loss for problem in better})
@@ -73,6 +73,7 @@ class PromptProgress(pl.Callback):
                 log.info("step %d  %s  %.5f  %s", step, problem.target, problem.validation_loss, problem.prompt)
         else:
             mean = sum(problem.validation_loss for problem in problems) / len(problems)
-            log.info("step %d  %d of %d prompts better, mean loss %.5f", step, len(better), len(module.problems), mean)
+            which = f"{len(problems)} prompts" if begins else f"{len(better)} of {len(problems)} prompts better"
+            log.info("step %d  %s, mean loss %.5f", step, which, mean)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{better[-1].validation_loss:.5f} {better[-1].prompt}"[:80])

@@ -6,6 +6,7 @@ import sys
 import pytest
 import pytorch_lightning as pl
 
+from lightning_prompts.callbacks import PromptProgress
 from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.methods import PEZ
@@ -54,6 +55,19 @@ def test_every_better_prompt_gets_a_line(search, caplog):
         assert lines[0][0] == "0"
         assert lines[-1][1:] == (f"{problem.validation_loss:.5f}", problem.prompt)
         assert [float(loss) for _, loss, _ in lines] == sorted((float(loss) for _, loss, _ in lines), reverse=True)
+
+
+def test_many_prompts_share_a_line(search, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "lightning_prompts")
+    monkeypatch.setattr(PromptProgress.__init__, "__defaults__", (2,))
+    problems = search()
+    steps = {entry["unet_samples"] for problem in problems for entry in problem.history}
+    mean = sum(problem.validation_loss for problem in problems) / 3
+    first, *others = re.findall(r"step (\d)  (.*), mean loss ([\d.]+)", caplog.text)
+    assert first[:2] == ("0", "3 prompts")
+    assert len(others) == len(steps) - 1
+    assert all(re.fullmatch(r"[123] of 3 prompts better", told) for _, told, _ in others)
+    assert [first, *others][-1][2] == f"{mean:.5f}"
 
 
 def test_terminal_is_left_as_it_was(search, monkeypatch):
