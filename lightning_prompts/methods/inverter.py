@@ -217,7 +217,7 @@ class Inverter(PromptMethod):
         """One minus the CLIP's mean cosine of the targets and a few pictures that Q prompts draw, (Q,) in [0, 2]."""
         count, keys = self.trial_pictures, [self.problems[row].key for row in rows.tolist()]
         noise = draw_noise(self.data.seed, keys, TRIAL, count, self.backbone.latent_shape, self.device).flatten(0, 1)
-        told, away = conditioning.repeat_interleave(count), super().encode([""])
+        told, away = conditioning.repeat_interleave(count), self.encode([""])
         features = [
             self.clip.features(self.draw_from(told[some], away, noise[some], self.trial_steps))
             for some in torch.arange(len(noise), device=self.device).split(self.microbatch)
