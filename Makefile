@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint types format check clean
+.PHONY: demo test lint types format check clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -14,9 +14,6 @@ demo: $(BIN)/.installed  ## inverts a picture on the embedded model
 	$(BIN)/python train.py fit --config configs/invert.yaml --data.images docs/images/demo.png
 
 test: $(BIN)/.installed  ## passes in a few minutes
-	$(BIN)/python -m pytest -m "not slow"
-
-test-all: $(BIN)/.installed
 	$(BIN)/python -m pytest
 
 lint: $(BIN)/.installed

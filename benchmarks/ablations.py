@@ -1,7 +1,7 @@
 """What each choice is worth: `python benchmarks/ablations.py timesteps` and likewise for the other groups.
 
 Each variant changes one setting of configs/ph2p.yaml, or of configs/invert.yaml in the group `default`, and spends the same number
-of denoiser samples for gradients on the first development targets; scoring adds 88 to 136. Prints, per variant, the held-out
+of denoiser samples for its steps on the first development targets; scoring comes on top. Prints, per variant, the held-out
 similarity of four regenerations, by how much it differs from the first variant's target by target, and the share of targets whose
 object and background word was found, with 95% intervals, and draws how these shares grow with the samples spent (the mean of both
 words). Finished runs are kept in --runs and not repeated.

@@ -25,7 +25,8 @@ HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
   predict   draw more pictures:     train.py predict --run runs/NAME --seeds 0,1,2,3
             mix two found prompts:  train.py predict --mix runs/NAME runs/OTHER
 
-All settings of a command: train.py COMMAND --help; of a method: train.py fit --model.help PH2P
+General settings of a command: train.py COMMAND --help; of a method: train.py fit --model.help PH2P;
+of the pictures and the schedule: train.py fit --data.help ImagesToPrompts
 """
 
 

@@ -207,10 +207,11 @@ def test_lpips_by_a_file(fit, tmp_path):
     assert problem["lpips"] > 0
 
 
-def test_pseudo_word_is_no_text(fit, language_model, tmp_path):
+def test_pseudo_word_is_no_text(fit, pictures, language_model, tmp_path):
     (tmp_path / "words.txt").write_text("word\n")
+    (pictures / "list.csv").write_text("file,caption\n0.png,a red square\n")
     settings = ["--dictionary", str(tmp_path / "words.txt"), "--language_model", language_model]
-    (problem,) = results(fit(*settings, method="TextualInversion"))["problems"]
+    (problem,) = results(fit(*settings, method="TextualInversion", images=pictures / "list.csv"))["problems"]
     assert set(problem) == PROBLEM_KEYS - {"clip_text_similarity", "special_characters"}
 
 

@@ -105,7 +105,7 @@ class Scores:
         synonyms, words = _world(method.backbone.name)
         recall, special = WordRecall(synonyms), SpecialCharacters()
         texts = [problem for problem in problems if problem.embedding is None]
-        for problem in problems:
+        for problem in texts:
             if problem.caption:
                 problem.word_recall = float(recall([str(problem.prompt)], [problem.caption]))
         for problem in texts:
