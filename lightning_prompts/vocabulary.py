@@ -22,6 +22,7 @@ from lightning_prompts.errors import UserError
 Metric = Literal["euclidean", "cosine"]
 
 _BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are drawn as nothing
+LARGEST = 1e18  # norm of an embedding, whose square still has room in float32
 FILLERS = ("a", "b")  # two words that are one token each wherever a byte is a token
 
 
@@ -53,8 +54,10 @@ def nearest_tokens(
             "use the tokenizer that belongs to the text encoder."
         )
     x = embeddings.float().reshape(-1, embeddings.shape[-1])  # (N, D)
-    if not (x.norm(dim=-1) < 1e18).all():
-        raise UserError("The embeddings to project are not finite or larger than 1e18; lower the learning rate.")
+    if not (x.norm(dim=-1) < LARGEST).all():
+        raise UserError(
+            f"The embeddings to project are not finite or larger than {LARGEST:g}; lower the learning rate."
+        )
     queries = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30) if metric == "cosine" else x
     length = queries.norm(dim=-1, keepdim=True)
     rounding = (x.shape[-1] + 8) * 2.0**-22  # of a sum of D float32 products, relative to the norms
@@ -63,7 +66,7 @@ def nearest_tokens(
     for ids in torch.split(allowed.to(table.device).nonzero().squeeze(1), chunk):
         rows = table[ids].to(x)  # (C, D)
         norms = rows.norm(dim=-1)
-        usable = (norms < 1e18) & ((norms > 0) | (metric != "cosine"))
+        usable = (norms < LARGEST) & ((norms > 0) | (metric != "cosine"))
         ids, rows, norms = ids.to(x.device)[usable], rows[usable], norms[usable]
         if metric == "cosine":
             rows, norms = rows / norms.unsqueeze(1), torch.ones_like(norms)

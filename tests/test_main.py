@@ -348,6 +348,9 @@ def test_bad_picture_is_refused(base, pictures, capsys, how):
         (["--trainer.precision", "bf16-true"], ["bf16-true", "--model.dtype"]),
         (["--trainer.precision", "16-true"], "16-true"),
         (["--trainer.precision", "16-mixed"], "16-mixed"),
+        (["--trainer.precision", "16"], "16"),
+        (["--model.sampling_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
+        (["--model.trial_weight", "1", "--model.trial_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
         (["--seeds", "one"], "one"),
         (["--model", "PEZZ"], "PEZZ"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -437,6 +440,22 @@ def test_looking_at_a_run_needs_one(tmp_path, capsys, command):
     refused(capsys, command, names=[command, "--run"])
     refused(capsys, command, "--run", names="--run")
     refused(capsys, command, "--run", tmp_path / "nowhere", names=["nowhere", "config.yaml"])
+
+
+def test_run_without_prompts_is_refused(done, capsys):
+    for record in (done / "problems").glob("*.json"):
+        record.unlink()
+    for command in ("validate", "predict"):
+        refused(capsys, command, "--run", done, names=["no prompts yet", "fit"])
+
+
+def test_name_that_no_terminal_can_show(fit, pictures, capsys):
+    name = os.fsdecode(b"caf\xe9.png")
+    os.rename(pictures / "2.png", os.path.join(pictures, name))
+    problem = results(fit(images=pictures))["problems"][2]
+    assert problem["target"] == r"caf\udce9.png"
+    assert problem["status"] in ("done", "not improved")
+    assert r"caf\udce9.png" in capsys.readouterr().out
 
 
 def test_run_that_is_a_file_is_refused(base, pictures, capsys):
@@ -587,6 +606,8 @@ def test_what_cannot_be_mixed_is_refused(finished, other, done, tiny, tmp_path, 
     refused(capsys, "predict", "--mix", finished, nowhere, names=[nowhere, "config.yaml"])
     refused(capsys, "predict", "--mix", other, other, names=[other, "two runs"])
     refused(capsys, "predict", "--mix", finished, other, "--run", done, names=[done, "another --run"])
+    refused(capsys, "predict", "--mix", finished, other, "--run", mix, "--scorer", nowhere, names=[nowhere])
+    assert not mix.exists()
     refused(capsys, "predict", "--mix", finished, other, "--run", mix, "--prompts", "a", names=["--mix", "--prompts"])
     for setting, value in (("generations", "0"), ("population", "-1"), ("select", "some"), ("choose", "dice")):
         refused(

@@ -254,6 +254,10 @@ class Backbone(nn.Module, ABC):
 
     def _sampler(self, steps: int, device: torch.device | str) -> Any:
         """A fresh one, for samplers keep state between steps."""
+        if steps > self.num_train_timesteps:
+            raise UserError(
+                f"Pictures were to be drawn in {steps} steps and the model has {self.num_train_timesteps} noise levels; give fewer."
+            )
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=device)
         return scheduler

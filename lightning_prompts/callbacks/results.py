@@ -16,6 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from lightning_prompts.callbacks.grid import grid, regenerate, to_image, to_png
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.callbacks.word_maps import word_picture
+from lightning_prompts.errors import UserError
 from lightning_prompts.metrics import lpips_lacks
 from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
 from lightning_prompts.ranks import wait_for_all
@@ -60,10 +61,14 @@ class Results(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws one picture a prompt and seed."""
+        if not trainer.is_global_zero:
+            return
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
         texts = {file_name(text): text for text in self.prompts}
         texts = texts or {problem.key: str(problem.prompt) for problem in _found(trainer)}
+        if not texts:
+            raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
         without = f"-without-{file_name(self.negative)}" if self.negative else ""
         for name, text in texts.items():
             pictures = pl_module.draw([text] * len(self.seeds), noise, self.negative)

@@ -34,21 +34,17 @@ def address(seed: int, key: str, step: int, sample: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def generator(seed: int, key: str, step: int, sample: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator at an address."""
-    return torch.Generator(device).manual_seed(address(seed, key, step, sample))
+def generator(seed: int, key: str, step: int, sample: int) -> torch.Generator:
+    """A generator at an address; always the CPU's, as every kind of device draws other numbers from a seed."""
+    return torch.Generator().manual_seed(address(seed, key, step, sample))
 
 
 def draw_noise(
     seed: int, keys: Sequence[str], step: int, samples: int, shape: Sequence[int], device: torch.device | str
 ) -> Tensor:
     """Standard normal noise (P, N, *shape) for N samples of P problems at a step."""
-    draws = [
-        torch.randn(*shape, generator=generator(seed, key, step, k, device), device=device)
-        for key in keys
-        for k in range(samples)
-    ]
-    return torch.stack(draws).view(len(keys), samples, *shape)
+    draws = [torch.randn(*shape, generator=generator(seed, key, step, k)) for key in keys for k in range(samples)]
+    return torch.stack(draws).view(len(keys), samples, *shape).to(device)
 
 
 def draw_timesteps(seed: int, keys: Sequence[str], step: int, samples: int, low: int, high: int) -> Tensor:

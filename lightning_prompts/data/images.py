@@ -220,7 +220,8 @@ def _merge(parts: Sequence[Target], name: str) -> Target:
     for path in (path for part in parts for path in part.paths):
         paths.setdefault(os.path.abspath(path), path)
     captions = {part.caption for part in parts if part.caption}
-    return Target(tuple(paths.values()), captions.pop() if len(captions) == 1 else None, name=name)
+    shown = name.encode(errors="backslashreplace").decode()  # file systems have names that no terminal can show
+    return Target(tuple(paths.values()), captions.pop() if len(captions) == 1 else None, name=shown)
 
 
 def _expand(source: str) -> list[Target]:

@@ -107,6 +107,8 @@ class Inverter(PromptMethod):
         self._clip_name, self._clip = clip or clip_of(self.backbone.name), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
         self.trial_weight, self.trial_pictures, self.trial_steps = trial_weight, trial_pictures, trial_steps
+        if trial_weight:
+            self.backbone.calls(trial_steps)
         self.latents = []
 
     # --- where the search starts
@@ -269,7 +271,9 @@ class Inverter(PromptMethod):
         if not found:
             raise UserError("This run has no prompts yet; run `fit` first.")
         self.take(found)
-        losses = self.validation_loss(torch.arange(len(found)), self.encode([str(problem.prompt) for problem in found]))
-        for problem, loss in zip(found, losses.tolist(), strict=True):
+        with torch.autocast(self.device.type, enabled=False):  # as `fit` has scored
+            told = self.encode([str(problem.prompt) for problem in found])
+            losses = self.validation_loss(torch.arange(len(found)), told)
+        for problem, loss in zip(found if self.trainer.is_global_zero else (), losses.tolist(), strict=False):
             print(f"{loss:.5f}  {problem.target}  {problem.prompt}")
         self.log("validation/loss", losses.mean(), batch_size=len(found))

@@ -67,10 +67,10 @@ class PH2P(Inverter):
         self.project_every, self.restart_every = project_every, restart_every
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Projection comes before scoring."""
+        """Projection comes after what is no number has been taken out, and before scoring."""
         callbacks = super().configure_callbacks()
         if self.projection == "delayed" and self.continue_from == "projected":
-            callbacks.insert(0, VocabularyProjection(self.project_every))
+            callbacks.insert(1, VocabularyProjection(self.project_every))
         return callbacks
 
     def search(self, batch: Step, rows: Tensor) -> None:

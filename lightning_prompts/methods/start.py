@@ -52,9 +52,9 @@ def best_words(
             ],
             dim=3,
         ).flatten(1, 2)
-        score = cosines(longer)
-        repeated = (longer[..., :-1] == longer[..., -1:]).any(2)
-        score = score.masked_fill(repeated, -2)  # still taken where the vocabulary is shorter than the prompt
+        ordered = longer.sort(2).values
+        repeated = (ordered[..., 1:] == ordered[..., :-1]).sum(2)
+        score = cosines(longer) - 4 * repeated  # still taken where the vocabulary is shorter than the prompt
         score, kept = score.topk(min(beams, longer.shape[1]))
         words = longer.gather(1, kept.unsqueeze(2).expand(-1, -1, longer.shape[2]))
     return words[:, 0]

@@ -17,7 +17,7 @@ from lightning_prompts.methods.inverter import Found, Inverter
 from lightning_prompts.problems import Problem
 from lightning_prompts.vocabulary import FILLERS, encode_text, fill_template
 
-PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{4}>"
+PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
 
 
 class TextualInversion(Inverter):
@@ -78,6 +78,6 @@ class TextualInversion(Inverter):
 
 
 def pseudo_word(problem: Problem) -> str:
-    """What stands for a problem's embeddings in a text, such as `<fox-3fa9>`."""
+    """What stands for a problem's embeddings in a text, such as `<fox-3fa9c01d>`."""
     name = re.sub(r"[^a-z0-9]+", "-", Path(problem.target).stem.lower()).strip("-") or "picture"
-    return f"<{name}-{problem.key[:4]}>"
+    return f"<{name}-{problem.key[:8]}>"

@@ -124,13 +124,44 @@ def test_runs_repeat_exactly(method, tiny, pictures, tmp_path):
 
 
 def test_seed_changes_the_search(method, tiny, pictures, tmp_path):
-    first, second = (
-        search(method(backbone=tiny, **settings(method)), [pictures], tmp_path / str(seed), seed=seed)
-        for seed in range(2)
-    )
-    assert [problem.initial_validation_loss for problem in first] != [
-        problem.initial_validation_loss for problem in second
-    ]
+    seen = []
+
+    class Watched(method):
+        def begin(self, embeddings):
+            seen.append(embeddings)
+            super().begin(embeddings)
+
+        def search(self, batch, rows):
+            samples = self.samples(rows, batch)
+            seen.append(torch.cat([samples.timesteps.flatten(), samples.noise.flatten()]))
+            super().search(batch, rows)
+
+    for seed in range(2):
+        search(Watched(backbone=tiny, **settings(method)), [pictures], tmp_path / str(seed), seed=seed)
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) == len(second) > 1
+    assert not any(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "own"),
+    [("lbfgs", {"lr": 1.0, "max_iter": 5}), ("adam", {"lr": 0.01}), ("sgd", {"lr": 1.0})],
+)
+def test_ph2p_goes_down(optimizer, own, tiny, pictures, tmp_path):
+    losses = []
+
+    class Watched(PH2P):
+        def search(self, batch, rows):
+            samples = self.samples(rows, Step(0, batch.timesteps))  # of the first step's noise, for all steps to share
+            self.samples = lambda rows, batch: samples
+            with torch.no_grad():
+                losses.append(self.loss(rows, *self.prompt(rows), samples))
+            super().search(batch, rows)
+
+    module = Watched(backbone=tiny, tokens=3, sampling_steps=2, optimizer=optimizer, **own)
+    search(module, [pictures], tmp_path / "run", steps=12, validation_samples=3)
+    assert (losses[-1] < losses[0]).all()
+    assert (torch.stack(losses).diff(dim=0) < 0).float().mean() > 0.6
 
 
 def test_prompts_survive_being_written_down(hard, tiny, pictures, tmp_path):
@@ -340,19 +371,21 @@ def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, picture
     assert [p.token_ids for p in problems[1:]] == [p.token_ids for p in healthy[1:]]
 
 
-def test_prompt_that_is_no_number_keeps_the_best_before(tiny, pictures, tmp_path):
-    class Poisoned(PEZ):
+@pytest.mark.parametrize("value", [torch.nan, 1e30])
+@pytest.mark.parametrize(("method", "extra"), [(PEZ, {}), (PH2P, {"continue_from": "projected"})])
+def test_prompt_that_is_no_number_keeps_the_best_before(method, extra, value, tiny, pictures, tmp_path):
+    class Poisoned(method):
         def search(self, batch, rows):
             super().search(batch, rows)
             if batch.step == 1:
-                self.prompt.embeddings.data[0] = torch.nan
+                self.prompt.embeddings.data[0] = value
 
-    problems = search(Poisoned(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run")
+    problems = search(Poisoned(backbone=tiny, **settings(method), **extra), [pictures], tmp_path / "run")
     first, *others = problems
     assert "finite" in first.reason
     assert first.prompt
     assert all(problem.status in ("done", "not improved") and "finite" not in str(problem.reason) for problem in others)
-    alone = search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "healthy")
+    alone = search(method(backbone=tiny, **settings(method), **extra), [pictures], tmp_path / "healthy")
     assert [p.token_ids for p in alone[1:]] == [p.token_ids for p in others]
 
 

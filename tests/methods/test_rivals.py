@@ -182,6 +182,15 @@ def test_wide_beam_finds_the_best_pair(matching):
         )
 
 
+def test_no_word_is_taken_twice_while_another_is_left(tiny, matching):
+    clip, _, features, _ = matching
+    for count in (2, 3, 4):
+        prompt = TokenEmbeddings(load_backbone(tiny).towers[0], "{}", 3, words=tuple("abcd"[:count]))
+        for beams in (1, 8):
+            for words in best_words(clip, prompt, features, beams).tolist():
+                assert len(set(words)) == min(count, 3)
+
+
 def test_shorter_prompts_stand_in_the_template_as_their_text_does(sd):
     tower = load_backbone(str(sd)).towers[0]
     prompt = TokenEmbeddings(tower, "a photo of {} , blurry", 4)
@@ -205,7 +214,7 @@ def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
     exported = load_file(tmp_path / "embedding.safetensors")
     for row, problem in enumerate(problems):
         assert problem.token_ids is None
-        assert problem.prompt == f"a photo of <{row}-{problem.key[:4]}>"
+        assert problem.prompt == f"a photo of <{row}-{problem.key[:8]}>"
         assert torch.equal(exported[problem.key], torch.tensor(problem.embedding))
         ids, embeddings = module.prompt.ids(torch.tensor([[5, 5]])), torch.tensor(problem.embedding)
         replaced = module.prompt.table[ids].index_copy(1, module.prompt.positions, embeddings[None])
@@ -223,8 +232,8 @@ def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
     said = torch.tensor(problems[0].embedding + problems[1].embedding + problems[0].embedding)
     replaced = module.prompt.table[ids].index_copy(1, places, said[None])
     torch.testing.assert_close(both, module.backbone.encode(ids, replaced).prompt_embeds)
-    with pytest.raises(UserError, match=rf"knows no <cat-0123>; it has {one}, {other}, "):
-        module.encode([f"{one} and <cat-0123>"])
+    with pytest.raises(UserError, match=rf"knows no <cat-01234567>; it has {one}, {other}, "):
+        module.encode([f"{one} and <cat-01234567>"])
     elsewhere = module.encode([f"two dogs beside {problems[0].prompt}", "two dogs"])
     assert torch.equal(elsewhere.prompt_embeds[1:], PEZ(backbone=tiny).encode(["two dogs"]).prompt_embeds)
 
