@@ -28,6 +28,7 @@ from lightning_prompts.callbacks import (
     Mix,
     PromptCheckpoint,
     Results,
+    SavedConfig,
     Scores,
     is_checkpoint,
     last_checkpoint,
@@ -36,7 +37,7 @@ from lightning_prompts.callbacks import (
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PromptMethod
-from lightning_prompts.problems import RunFolder, atomic_write
+from lightning_prompts.problems import RunFolder
 from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import own_rank
 
@@ -53,7 +54,7 @@ TRAINER = {
     "enable_model_summary": False,
     "enable_progress_bar": False,
 }
-HALF = ("16-true", "16-mixed", "bf16-true", "transformer-engine", "transformer-engine-float16")
+HALF = ("16", "16-true", "16-mixed", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 # Settings that a search can go on with when they differ from those it was begun with.
 MAY_CHANGE = {"images", "steps", "patience", "microbatch", "score_every", "sample_every", "sampling_steps", "offline"}
@@ -90,6 +91,7 @@ class CLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` in a run's folder."""
 
     run: Path | None = None
+    saved = ""  # settings of a `fit`, as they are written
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what belongs to no class."""
@@ -112,7 +114,7 @@ class CLI(LightningCLI):
         """Prepares the run's folder and finds the state to go on from."""
         command = self.config.subcommand
         config = self.config[command]
-        if config.trainer.precision in HALF:
+        if str(config.trainer.precision) in HALF:
             raise UserError(
                 f"The precision {config.trainer.precision} would round the prompts or their gradients to half precision, which "
                 "ruins their optimisation; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
@@ -123,7 +125,7 @@ class CLI(LightningCLI):
         except ValueError:
             raise UserError(f"--seeds takes whole numbers such as 0,1,2,3, not {config.seeds!r}.") from None
         self.scores = Scores(**{field.name: config[field.name] for field in fields(Scores)})
-        if command in ("fit", "test") and own_rank() == 0:
+        if (command in ("fit", "test") or mix) and own_rank() == 0:
             self.scores.check(config.model.init_args.offline)
         method = "mix" if mix else config.model.class_path.rsplit(".", 1)[-1]
         self.folder = RunFolder(self.run or Path("runs") / _run_name(method))
@@ -162,7 +164,7 @@ class CLI(LightningCLI):
             if config.ckpt_path and self.folder.config.exists():
                 _check_same(self.folder, dumped)
             self.folder.prepare(resume=bool(config.ckpt_path))
-            atomic_write(self.folder.config, re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped).encode())
+            self.saved = re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped)
         if config.ckpt_path == "last":
             found = last_checkpoint(self.folder.checkpoints)
             config.ckpt_path = str(found) if found else None
@@ -176,11 +178,12 @@ class CLI(LightningCLI):
         settings["scores"] = asdict(self.scores)
         given = self._get(self.config_init, "trainer").callbacks or []
         results = self.drawn if command == "predict" else Results(self.scores, settings=settings)
+        saving = [SavedConfig(self.folder.config, self.saved)] if self.saved else []
         return super().instantiate_trainer(
             **kwargs,
             enable_checkpointing=True,  # for our callback, no other is added
             logger=pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if command == "fit" else False,
-            callbacks=[*given, PromptCheckpoint(self.folder.checkpoints), results],
+            callbacks=[*given, *saving, PromptCheckpoint(self.folder.checkpoints), results],
             plugins=[AtomicCheckpointIO()],
         )
 

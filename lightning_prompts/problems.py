@@ -160,7 +160,7 @@ class RunFolder:
             raise UserError(f"The run folder {self.path} is a file; give another --run.")
         begun = any(self.problems.glob("*.json")) or self.generations.exists()
         foreign = self.config.exists() and not self.problems.is_dir()
-        # A mistake that was found before the search leaves a config and no records.
+        # A search that was stopped before its first record leaves a config and no records.
         if not resume and (begun or foreign):
             hint = "give --ckpt_path last to go on with it or another --run" if search else "give another --run"
             raise UserError(f"The folder {self.path} already holds a run; {hint}.")

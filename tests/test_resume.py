@@ -165,12 +165,65 @@ def test_finished_run_stays_as_it_is(command, whole, tmp_path):
     assert found(tmp_path / "again") == found(whole())
 
 
-def test_other_pictures_are_refused(command, monkeypatch, pictures, capsys):
+@pytest.mark.parametrize(("other", "told"), [("2.png", "--data.images"), ("no.png", "no.png")])
+def test_other_pictures_are_refused(command, whole, tmp_path, monkeypatch, pictures, capsys, other, told):
     stop(monkeypatch, command("broken"), 3)
     with pytest.raises(SystemExit) as stopped:
-        main([*command("broken"), "--ckpt_path", "last", "--data.images", str(pictures / "2.png")])
+        main([*command("broken"), "--ckpt_path", "last", "--data.images", str(pictures / other)])
     assert stopped.value.code == 2
-    assert "--data.images" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
+    main(["test", "--run", str(tmp_path / "broken")])  # by the settings it was begun with
+    assert len(found(tmp_path / "broken")["problems"]) == 2
+
+
+def test_told_to_stop_and_resumed_is_as_unbroken(command, whole, tmp_path, monkeypatch):
+    class Told(PromptCheckpoint):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = batch.step == 2  # as --trainer.max_time does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "PromptCheckpoint", Told)
+        main(command("broken"))
+    assert [problem["status"] for problem in found(tmp_path / "broken")["problems"]] == ["open", "open"]
+    main([*command("broken"), "--ckpt_path", "last"])
+    assert found(tmp_path / "broken") == found(whole())
+
+
+def test_schedule_made_shorter_than_what_is_done_ends_the_wave(command, tmp_path, monkeypatch):
+    stop(monkeypatch, command("broken"), 5)
+    main([*command("broken"), "--ckpt_path", "last", "--data.steps", "4"])
+    problems = found(tmp_path / "broken")["problems"]
+    assert {problem["status"] for problem in problems} <= {"done", "not improved"}
+    assert [problem["unet_samples"] for problem in problems] == [
+        5 * 2 + (1 + 5 + 1) * 2
+    ] * 2  # five steps, seven scorings
+
+
+def test_pictures_that_were_moved_and_added_are_in_their_order(command, images, tmp_path, monkeypatch):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    Image.open(images / "1.png").save(moved / "b.png")
+    stop(monkeypatch, [*command("grown"), "--data.images", str(images / "1.png")], 3)
+    Image.open(images / "0.png").save(moved / "a.png")
+    (moved / "c.png").write_text("no picture")
+    main([*command("grown"), "--ckpt_path", "last", "--data.images", str(moved)])
+    problems = found(tmp_path / "grown")["problems"]
+    assert [problem["target"] for problem in problems] == ["a.png", "b.png", "c.png"]
+    assert [problem["status"] == "failed" for problem in problems] == [False, False, True]
+    first = tmp_path / "grown" / "problems" / f"{problems[1]['key']}.json"
+    assert json.loads(first.read_text())["paths"] == [str(moved / "b.png")]
+
+
+def test_going_on_from_an_older_checkpoint_is_the_newest_then(command, whole, tmp_path, monkeypatch):
+    stop(monkeypatch, command("broken"), 5)
+    older, _ = checkpoints(tmp_path / "broken")
+    stop(monkeypatch, [*command("broken"), "--ckpt_path", str(older)], 5)
+    last = last_checkpoint(tmp_path / "broken" / "checkpoints")
+    assert last.stat().st_mtime_ns == max(path.stat().st_mtime_ns for path in checkpoints(tmp_path / "broken"))
+    main([*command("broken"), "--ckpt_path", "last"])
+    assert [p["prompt"] for p in found(tmp_path / "broken")["problems"]] == [
+        p["prompt"] for p in found(whole())["problems"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -239,9 +292,10 @@ def test_what_failed_is_tried_again(command, whole, tmp_path, monkeypatch):
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["missing.ckpt", "broken.ckpt"])
+@pytest.mark.parametrize("name", ["missing.ckpt", "broken.ckpt", "text.ckpt"])
 def test_checkpoint_that_is_none_is_refused(command, tmp_path, capsys, name):
     (tmp_path / "broken.ckpt").write_text("no checkpoint")
+    (tmp_path / "text.ckpt").write_text("a red cat on a blue background")
     with pytest.raises(SystemExit) as stopped:
         main([*command("new"), "--ckpt_path", str(tmp_path / name)])
     assert stopped.value.code == 2

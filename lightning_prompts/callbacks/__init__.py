@@ -1,7 +1,13 @@
 """What happens around the steps: projection, scoring, checkpoints, results, guards and progress."""
 
 from lightning_prompts.callbacks.best_prompt import BestPrompt
-from lightning_prompts.callbacks.checkpoint import AtomicCheckpointIO, PromptCheckpoint, is_checkpoint, last_checkpoint
+from lightning_prompts.callbacks.checkpoint import (
+    AtomicCheckpointIO,
+    PromptCheckpoint,
+    SavedConfig,
+    is_checkpoint,
+    last_checkpoint,
+)
 from lightning_prompts.callbacks.grid import SampleGrid
 from lightning_prompts.callbacks.guard import NonFiniteGuard
 from lightning_prompts.callbacks.mix import Mix, parents_of
@@ -19,6 +25,7 @@ __all__ = [
     "PromptProgress",
     "Results",
     "SampleGrid",
+    "SavedConfig",
     "Scores",
     "VocabularyProjection",
     "is_checkpoint",

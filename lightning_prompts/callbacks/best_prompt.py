@@ -31,7 +31,16 @@ class BestPrompt(pl.Callback):
         if not pl_module.active.any() or ((batch.step + 1) % self.every and not last):
             return
         self._keep(trainer, pl_module, pl_module.score(), batch.step + 1)
-        for problem in pl_module.retire(last):
+        self._retire(trainer, pl_module, last)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Ends a wave whose steps have become fewer since it began."""
+        if pl_module.active.any() and not trainer.should_stop:
+            self._keep(trainer, pl_module, pl_module.score(), pl_module.data.steps)
+            self._retire(trainer, pl_module, last=True)
+
+    def _retire(self, trainer: pl.Trainer, module: Any, last: bool) -> None:
+        for problem in module.retire(last):
             trainer.datamodule.folder.save_or_warn(problem)  # type: ignore[attr-defined]
 
     def _keep(self, trainer: pl.Trainer, module: Any, better: Sequence[Problem], step: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         buffer.seek(0)
         torch.load(buffer, weights_only=True)  # what could not be read again is not written
         atomic_write(path, buffer.getvalue())
+
+
+class SavedConfig(pl.Callback):
+    """Writes a run's settings when its search begins or goes on; what is refused before leaves those of the run as they were.
+
+    Args:
+        path: Where they go.
+        settings: The settings as YAML.
+    """
+
+    def __init__(self, path: Path, settings: str) -> None:
+        self.path, self.settings = path, settings
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Writes them, once."""
+        if self.settings:
+            atomic_write(self.path, self.settings.encode())
+            self.settings = ""
 
 
 class PromptCheckpoint(Checkpoint):
@@ -65,22 +82,28 @@ class PromptCheckpoint(Checkpoint):
         except OSError as error:  # prompts are safe in their records; an older state is still there to go on from
             log.warning("The checkpoint could not be written (%s); the run goes on.", error)
             return
-        for old in sorted(self.folder.glob(f"rank{own_rank()}-step*.ckpt"))[:-2]:
+        for old in _newest_first(self.folder)[2:]:
             old.unlink(missing_ok=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """This rank's newest checkpoint that can be read; a broken one is passed over for the one before."""
-    for path in sorted(folder.glob(f"rank{own_rank()}-step*.ckpt"), reverse=True):
+    for path in _newest_first(folder):
         if is_checkpoint(path):
             return path
         log.warning("The checkpoint %s is broken; the one before is used.", path)
     return None
 
 
+def _newest_first(folder: Path) -> list[Path]:
+    """This rank's; a search that went on from an older one is at a lower step than those that it has left behind."""
+    paths = folder.glob(f"rank{own_rank()}-step*.ckpt")
+    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
 def is_checkpoint(path: Path) -> bool:
     """Tells whether a file is a checkpoint of this package that can be read."""
     try:
         return "wave" in torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, TypeError, ValueError, EOFError, pickle.UnpicklingError):
+    except Exception:  # whatever a file that is none makes of torch's unpickler
         return False

@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
 
 class StepLoader:
-    """Gives the steps of a wave; knows where it stopped, so a resumed run goes on there."""
+    """Gives the steps of a wave from where it is; a resumed run puts it where the wave was."""
 
     def __init__(self, data: ImagesToPrompts) -> None:
         self.data, self.step = data, 0
@@ -45,14 +45,6 @@ class StepLoader:
             step = self.step - 1
             yield Step(step, draw_timesteps(self.data.seed, keys, step, self.data.samples, *self.data.timesteps))
         self.step = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the loader is."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where `state_dict` was taken."""
-        self.step = state["step"]
 
 
 class ImagesToPrompts(pl.LightningDataModule):
@@ -129,7 +121,7 @@ class ImagesToPrompts(pl.LightningDataModule):
         self._read = wanted
 
     def save(self) -> None:
-        """Writes this rank's records when a search begins."""
+        """Writes this rank's records when a search begins or goes on."""
         for problem in self.own():
             self.folder.save(problem)
 
@@ -171,7 +163,8 @@ class ImagesToPrompts(pl.LightningDataModule):
         if self._negatives:
             settings["negative"] = content_key(self._negatives, {})
         key = content_key(pictures, settings)
-        problem = known.get(key) or Problem(key, target.name, paths, target.caption, index)
+        problem = known.get(key) or Problem(key, target.name)
+        problem.target, problem.paths, problem.caption, problem.index = target.name, paths, target.caption, index
         if problem.status == "failed":
             problem.status, problem.reason = "open", None
         if key in self.records:
@@ -206,11 +199,15 @@ class ImagesToPrompts(pl.LightningDataModule):
         self.loader = StepLoader(self)
         return self.loader
 
-    def val_dataloader(self) -> list[int]:
-        """One item: all problems are scored together."""
+    def test_dataloader(self) -> list[int]:
+        """One item: all problems are looked at together."""
         return [0]
 
-    test_dataloader = predict_dataloader = val_dataloader
+    predict_dataloader = test_dataloader
+
+    def val_dataloader(self) -> list[int]:
+        """As in `test`; but none in `fit`, where Lightning would validate in the middle of a wave when it is told to stop."""
+        return [] if self.trainer.state.fn == "fit" else [0]  # type: ignore[union-attr]
 
 
 def _encoded(backbone: Backbone, pictures: Tensor, batch: int = 4) -> Tensor:

@@ -70,6 +70,7 @@ class PromptMethod(pl.LightningModule, ABC):
         self.score_every, self.sample_every = score_every, sample_every
         self.sampling_steps, self.guidance_scale = sampling_steps, guidance_scale
         self.backbone: Backbone = load_backbone(backbone, dtype, offline, revision)
+        self.backbone.calls(sampling_steps)  # refuses more steps than the sampler has
         self.tower = self.backbone.towers[0]
         self.problems = []
         self.active = torch.empty(0, dtype=torch.bool)
@@ -94,10 +95,16 @@ class PromptMethod(pl.LightningModule, ABC):
                     f"The checkpoint goes on with {len(gone)} pictures that are not among --data.images now; "
                     "give the same pictures and settings, or another --run."
                 )
-            # What failed is tried again in the next wave.
-            self.data.records.update({problem.key: problem for problem in saved if problem.status != "failed"})
+            for problem in saved:
+                now = self.data.records[problem.key]  # the pictures may have moved, and others come before them
+                problem.target, problem.paths = now.target, now.paths
+                problem.caption, problem.index = now.caption, now.index
+                if problem.status != "failed":  # what failed is tried again in the next wave
+                    self.data.records[problem.key] = problem
+            self.data.save()
             self.take(saved)
             self.active, self.stale = torch.tensor(self._resumed["active"]), list(self._resumed["stale"])
+            self.data.loader.step = self._resumed["step"]
             self._resumed = None
         elif not self.problems:
             self.on_train_epoch_start()
@@ -124,6 +131,8 @@ class PromptMethod(pl.LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Ends the wave, and the run when no problem is open."""
+        if self.trainer.should_stop:  # as by --trainer.max_time; what is open can go on later
+            return
         self.data.loader.step = 0  # also of a wave that ended early
         self.trainer.should_stop = all(problem.status != "open" for problem in self.data.own())
 
@@ -238,6 +247,7 @@ class PromptMethod(pl.LightningModule, ABC):
             "records": [asdict(problem) for problem in self.problems],
             "active": self.active.tolist(),
             "stale": self.stale,
+            "step": self.data.loader.step,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
