@@ -120,7 +120,7 @@ def main() -> None:
 
     config = "invert" if args.group == "default" else "ph2p"
     rows, words, reference = rows_of("development", args.count), words_of("development"), dict[str, float]()
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(7.5, 4))
     print(
         "| | held-out similarity | difference | object word | background word | samples an image |\n|---|---|---|---|---|---|"
     )
@@ -141,7 +141,7 @@ def main() -> None:
         shown = list(range(0, max(p["unet_samples"] for p in problems) + 1, 20))
         axes.plot(shown, curve(problems, words, shown), label=name)
     axes.set(xlabel="denoiser samples an image", ylabel="object and background words found", ylim=(0, 1))
-    axes.legend()
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(args.plot or IMAGES / f"ablation_{args.group}.png", dpi=100)
 

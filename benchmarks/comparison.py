@@ -138,7 +138,7 @@ def means(rows: list[Row], words: dict[str, dict[str, str]], kinds: list[str]) -
 
 def plot(results: dict[tuple[str, int], list[Row]], path: Path) -> None:
     """Held-out similarity over samples, a line a method, with 95% intervals."""
-    figure, axes = plt.subplots(figsize=(6.5, 4.5))
+    figure, axes = plt.subplots(figsize=(7.5, 4))
     for method in dict.fromkeys(method for method, _ in results):
         budgets = [budget for name, budget in results if name == method]
         values = [[float(row["similarity"]) for row in results[method, budget]] for budget in budgets]
@@ -147,8 +147,8 @@ def plot(results: dict[tuple[str, int], list[Row]], path: Path) -> None:
             axes.axhline(points[0], linestyle="--", color="black" if method == CAPTION else "gray", label=method)
         else:
             axes.errorbar(budgets, points, [spread(of) for of in values], capsize=3, marker="o", label=method)
-    axes.set(xlabel="denoiser samples an image", ylabel="held-out similarity of regenerations")
-    axes.legend(fontsize=8)
+    axes.set(xlabel="denoiser samples an image", ylabel="held-out similarity of regenerations", xticks=BUDGETS)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 

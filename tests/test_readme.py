@@ -1,4 +1,4 @@
-"""Every command that the README and the docs show, run as it stands but for its length."""
+"""Every command that the README and the docs show for train.py, run as it stands but for its length."""
 
 import io
 import re
