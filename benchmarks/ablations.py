@@ -90,7 +90,6 @@ def variants(group: str) -> dict[str, list[str]]:
         "without screening": ["--model.screen=1", "--model.topk=32"],
         "scored without pictures": ["--model.trial_weight=0"],
         "two exchanges at once": ["--model.swaps=2"],
-        "timesteps [450, 1000)": ["--data.timesteps=[450,1000]"],
         "timesteps [0, 1000)": ["--data.timesteps=[0,1000]"],
         "4 tokens": ["--model.tokens=4"],
         "12 tokens": ["--model.tokens=12"],
