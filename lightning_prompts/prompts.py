@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_prompts.backbones import TextTower
 from lightning_prompts.errors import UserError
-from lightning_prompts.vocabulary import Metric, allowed_tokens, nearest_tokens, template_ids
+from lightning_prompts.vocabulary import LARGEST, Metric, allowed_tokens, nearest_tokens, template_ids
 
 
 class TokenEmbeddings(nn.Module):
@@ -79,10 +79,13 @@ class TokenEmbeddings(nn.Module):
             straight_through: Use the nearest tokens' embeddings and pass their gradient on to the continuous ones (PEZ).
 
         Returns:
-            Ids (Q, L) and embeddings (Q, L, D).
+            Ids (Q, L) and embeddings (Q, L, D); those of a problem that has left the numbers are not numbers, so that neither its
+            loss nor its gradient is taken for one, and the other problems go on.
         """
         embeddings = self.embeddings[rows]
-        token_ids = nearest_tokens(embeddings.detach(), self.table, self.allowed, self.metric)
+        sound = (embeddings.detach().norm(dim=2) < LARGEST).all(dim=1).view(-1, 1, 1)
+        token_ids = nearest_tokens(embeddings.detach().where(sound, 0), self.table, self.allowed, self.metric)
+        embeddings = embeddings.where(sound, torch.nan)
         if straight_through:
             embeddings = self.table[token_ids] + embeddings - embeddings.detach()
         ids = self.ids(token_ids)

@@ -389,6 +389,21 @@ def test_prompt_that_is_no_number_keeps_the_best_before(method, extra, value, ti
     assert [p.token_ids for p in alone[1:]] == [p.token_ids for p in others]
 
 
+@pytest.mark.parametrize("projection", ["final", "immediate"])
+def test_prompt_that_leaves_the_numbers_within_a_step_takes_the_step_back(projection, tiny, pictures, tmp_path):
+    class Steep(PH2P):
+        def loss(self, rows, ids, embeddings, samples):
+            factor = torch.ones(3)
+            factor[0] = 1e25  # the first picture's first step goes that far
+            return super().loss(rows, ids, embeddings, samples) * factor[rows]
+
+    own = {**settings(PH2P), "projection": projection, "lr": 1e-2}
+    problems = search(Steep(backbone=tiny, **own), [pictures], tmp_path / "run")
+    healthy = search(PH2P(backbone=tiny, **own), [pictures], tmp_path / "healthy")
+    assert [p.token_ids for p in problems[1:]] == [p.token_ids for p in healthy[1:]]
+    assert problems[0].prompt
+
+
 def test_records_and_results_are_written_by_lightning_alone(tiny, pictures, tmp_path):
     """Everything works from Python, too, without the command line."""
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[Results()])
