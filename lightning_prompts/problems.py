@@ -93,6 +93,10 @@ class Problem:
         self.prompt, self.validation_loss, self.token_ids, self.embedding = prompt, loss, token_ids, embedding
         self.history.append({"unet_samples": self.unet_samples, "validation_loss": loss, "prompt": prompt})
 
+    def move_to(self, here: Problem) -> None:
+        """Takes over what the inputs say now: the pictures may have moved or been renamed, and others come before them."""
+        self.target, self.paths, self.caption, self.index = here.target, here.paths, here.caption, here.index
+
     def forget_prompt(self) -> None:
         """Takes away the best prompt, so that the next one is kept whatever its loss."""
         self.prompt = self.validation_loss = self.token_ids = self.embedding = None

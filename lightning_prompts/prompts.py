@@ -60,6 +60,11 @@ class TokenEmbeddings(nn.Module):
         """Ids of the nearest allowed tokens, (P, M)."""
         return nearest_tokens(self.embeddings, self.table, self.allowed, self.metric)
 
+    def sound(self) -> Tensor:
+        """Which problems' embeddings are numbers that have a nearest token, (P,) bool."""
+        sound: Tensor = (self.embeddings.detach().norm(dim=2) < LARGEST).all(dim=1)
+        return sound
+
     def ids(self, token_ids: Tensor) -> Tensor:
         """Puts prompts (P, m) of up to M tokens into the template: ids with start, end and padding, (P, L)."""
         used = token_ids.shape[1]
@@ -83,7 +88,7 @@ class TokenEmbeddings(nn.Module):
             loss nor its gradient is taken for one, and the other problems go on.
         """
         embeddings = self.embeddings[rows]
-        sound = (embeddings.detach().norm(dim=2) < LARGEST).all(dim=1).view(-1, 1, 1)
+        sound = self.sound()[rows].view(-1, 1, 1)
         token_ids = nearest_tokens(embeddings.detach().where(sound, 0), self.table, self.allowed, self.metric)
         embeddings = embeddings.where(sound, torch.nan)
         if straight_through:

@@ -55,9 +55,7 @@ def nearest_tokens(
         )
     x = embeddings.float().reshape(-1, embeddings.shape[-1])  # (N, D)
     if not (x.norm(dim=-1) < LARGEST).all():
-        raise UserError(
-            f"The embeddings to project are not finite or larger than {LARGEST:g}; lower the learning rate."
-        )
+        raise UserError("The embeddings to project are not finite or larger than 1e18; lower the learning rate.")
     queries = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30) if metric == "cosine" else x
     length = queries.norm(dim=-1, keepdim=True)
     rounding = (x.shape[-1] + 8) * 2.0**-22  # of a sum of D float32 products, relative to the norms

@@ -108,7 +108,6 @@ class Scores:
         for problem in texts:
             if problem.caption:
                 problem.word_recall = float(recall([str(problem.prompt)], [problem.caption]))
-        for problem in texts:
             problem.special_characters = float(special([str(problem.prompt)]))
         with _told():
             if known := read_dictionary(self.dictionary) if self.dictionary else words:

@@ -163,8 +163,9 @@ class ImagesToPrompts(pl.LightningDataModule):
         if self._negatives:
             settings["negative"] = content_key(self._negatives, {})
         key = content_key(pictures, settings)
-        problem = known.get(key) or Problem(key, target.name)
-        problem.target, problem.paths, problem.caption, problem.index = target.name, paths, target.caption, index
+        here = Problem(key, target.name, paths, target.caption, index)
+        problem = known.get(key, here)
+        problem.move_to(here)
         if problem.status == "failed":
             problem.status, problem.reason = "open", None
         if key in self.records:

@@ -96,9 +96,7 @@ class PromptMethod(pl.LightningModule, ABC):
                     "give the same pictures and settings, or another --run."
                 )
             for problem in saved:
-                now = self.data.records[problem.key]  # the pictures may have moved, and others come before them
-                problem.target, problem.paths = now.target, now.paths
-                problem.caption, problem.index = now.caption, now.index
+                problem.move_to(self.data.records[problem.key])
                 if problem.status != "failed":  # what failed is tried again in the next wave
                     self.data.records[problem.key] = problem
             self.data.save()

@@ -274,6 +274,7 @@ class Inverter(PromptMethod):
         with torch.autocast(self.device.type, enabled=False):  # as `fit` has scored
             told = self.encode([str(problem.prompt) for problem in found])
             losses = self.validation_loss(torch.arange(len(found)), told)
-        for problem, loss in zip(found if self.trainer.is_global_zero else (), losses.tolist(), strict=False):
-            print(f"{loss:.5f}  {problem.target}  {problem.prompt}")
+        if self.trainer.is_global_zero:
+            for problem, loss in zip(found, losses.tolist(), strict=True):
+                print(f"{loss:.5f}  {problem.target}  {problem.prompt}")
         self.log("validation/loss", losses.mean(), batch_size=len(found))

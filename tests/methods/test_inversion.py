@@ -136,8 +136,12 @@ def test_seed_changes_the_search(method, tiny, pictures, tmp_path):
             seen.append(torch.cat([samples.timesteps.flatten(), samples.noise.flatten()]))
             super().search(batch, rows)
 
-    for seed in range(2):
+    runs = [
         search(Watched(backbone=tiny, **settings(method)), [pictures], tmp_path / str(seed), seed=seed)
+        for seed in range(2)
+    ]
+    losses = [[problem.initial_validation_loss for problem in problems] for problems in runs]
+    assert losses[0] != losses[1]
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert len(first) == len(second) > 1
     assert not any(torch.equal(one, other) for one, other in zip(first, second, strict=True))
