@@ -214,6 +214,16 @@ def test_pictures_that_were_moved_and_added_are_in_their_order(command, images, 
     assert json.loads(first.read_text())["paths"] == [str(moved / "b.png")]
 
 
+def test_run_of_moved_pictures_is_looked_at_where_they_are(command, images, tmp_path, monkeypatch):
+    before, after = tmp_path / "before.png", tmp_path / "after.png"
+    Image.open(images / "0.png").save(before)
+    stop(monkeypatch, [*command("moved"), "--data.images", str(before)], 3)
+    before.rename(after)
+    main([*command("moved"), "--ckpt_path", "last", "--data.images", str(after)])
+    main(["test", "--run", str(tmp_path / "moved")])
+    assert [problem["target"] for problem in found(tmp_path / "moved")["problems"]] == ["after.png"]
+
+
 def test_going_on_from_an_older_checkpoint_is_the_newest_then(command, whole, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken"), 5)
     older, _ = checkpoints(tmp_path / "broken")

@@ -45,11 +45,9 @@ class SavedConfig(pl.Callback):
     def __init__(self, path: Path, settings: str) -> None:
         self.path, self.settings = path, settings
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Writes them, once."""
-        if self.settings:
-            atomic_write(self.path, self.settings.encode())
-            self.settings = ""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Writes them; a wave that goes on in its middle has no other beginning."""
+        atomic_write(self.path, self.settings.encode())
 
 
 class PromptCheckpoint(Checkpoint):

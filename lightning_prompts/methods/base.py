@@ -89,12 +89,6 @@ class PromptMethod(pl.LightningModule, ABC):
         """Goes on with the wave that a checkpoint holds."""
         if self._resumed:
             saved = [Problem(**record) for record in self._resumed["records"]]
-            gone = [problem for problem in saved if problem.key not in self.data.records]
-            if gone:
-                raise UserError(
-                    f"The checkpoint goes on with {len(gone)} pictures that are not among --data.images now; "
-                    "give the same pictures and settings, or another --run."
-                )
             for problem in saved:
                 problem.move_to(self.data.records[problem.key])
                 if problem.status != "failed":  # what failed is tried again in the next wave
@@ -249,6 +243,12 @@ class PromptMethod(pl.LightningModule, ABC):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes room for the checkpoint's problems."""
+        """Makes room for the checkpoint's problems; refuses those whose pictures are not given now."""
+        gone = [record for record in checkpoint["wave"]["records"] if record["key"] not in self.data.records]
+        if gone:
+            raise UserError(
+                f"The checkpoint goes on with {len(gone)} pictures that are not among --data.images now; "
+                "give the same pictures and settings, or another --run."
+            )
         self._resumed = checkpoint["wave"]
         self.prompt.embeddings.data = torch.empty_like(checkpoint["state_dict"]["prompt.embeddings"])
