@@ -1,10 +1,10 @@
 """What each choice is worth: `python benchmarks/ablations.py timesteps` and likewise for the other groups.
 
 Each variant changes one setting of configs/ph2p.yaml, or of configs/invert.yaml in the group `default`, and spends the same number
-of denoiser samples for its steps on the first development targets; scoring comes on top. Prints, per variant, the held-out
-similarity of four regenerations, by how much it differs from the first variant's target by target, and the share of targets whose
-object and background word was found, with 95% intervals, and draws how these shares grow with the samples spent (the mean of both
-words). Finished runs are kept in --runs and not repeated.
+of denoiser samples for its steps on the first targets of a list; scoring comes on top. Prints, per variant, the held-out similarity
+of four regenerations, by how much it differs from the first variant's target by target, and the share of targets whose words of
+each kind (object, background or second object) were found, with 95% intervals, and draws how these shares grow with the samples
+spent (the mean of all words). Finished runs are kept in --runs and not repeated.
 """
 
 from __future__ import annotations
@@ -112,37 +112,39 @@ def main() -> None:
     """Prints one table and draws one plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("group", choices=GROUPS)
-    parser.add_argument("--count", type=int, default=24, help="development targets")
+    parser.add_argument("--targets", default="development", choices=["development", "outside"])
+    parser.add_argument("--count", type=int, default=24, help="the first so many of them")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the searches")
     parser.add_argument("--plot", type=Path, help="where the curves go; docs/images/ if nothing is said")
     args = parser.parse_args()
 
     config = "invert" if args.group == "default" else "ph2p"
-    rows, words, reference = rows_of("development", args.count), words_of("development"), dict[str, float]()
+    rows, words, reference = rows_of(args.targets, args.count), words_of(args.targets), dict[str, float]()
+    kinds = [kind for kind in ("object", "background", "second") if any(kind in named for named in words.values())]
     figure, axes = plt.subplots(figsize=(7.5, 4))
-    print(
-        "| | held-out similarity | difference | object word | background word | samples an image |\n|---|---|---|---|---|---|"
-    )
+    head = ["held-out similarity", "difference", *(f"{kind} word" for kind in kinds), "samples an image"]
+    print(f"| | {' | '.join(head)} |\n|{'---|' * (1 + len(head))}")
     for name, settings in variants(args.group).items():
         label = re.sub(r"[^\w.]+", "_", f"{args.group} {name}" if settings else config)
         common = [] if config == "invert" else steps(2)
-        run = args.runs / str(args.count) / label
+        run = args.runs / f"{args.targets} {args.count}" / label
         problems = fit(f"configs/{config}.yaml", rows, run, [*common, *settings])
         similarity = {p["target"]: p["heldout_clip_similarity"] for p in problems}
         reference = reference or similarity
         difference = interval([value - reference[target] for target, value in similarity.items()])
         cells = [interval(list(similarity.values())), difference if reference is not similarity else ""]
-        cells += [
-            share([has(p["prompt"], words[p["target"]][kind]) for p in problems]) for kind in ("object", "background")
-        ]
+        for kind in kinds:
+            named = [(p["prompt"], words[p["target"]].get(kind)) for p in problems]
+            cells.append(share([has(prompt, word) for prompt, word in named if word]))
         cells.append(f"{sum(p['unet_samples'] for p in problems) / len(problems):.0f}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         shown = list(range(0, max(p["unet_samples"] for p in problems) + 1, 20))
         axes.plot(shown, curve(problems, words, shown), label=name)
-    axes.set(xlabel="denoiser samples an image", ylabel="object and background words found", ylim=(0, 1))
+    axes.set(xlabel="denoiser samples an image", ylabel=f"{' and '.join(kinds)} words found", ylim=(0, 1))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(args.plot or IMAGES / f"ablation_{args.group}.png", dpi=100)
+    place = "" if args.targets == "development" else f"_{args.targets}"
+    figure.savefig(args.plot or IMAGES / f"ablation_{args.group}{place}.png", dpi=100)
 
 
 if __name__ == "__main__":
