@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_prompts.problems import atomic_write
 from lightning_prompts.ranks import own_rank
@@ -70,6 +71,11 @@ class PromptCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Saves at the end of a wave."""
         self._save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Says how a search that a person or a signal has stopped goes on."""
+        if trainer.training and trainer.is_global_zero and isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
+            log.info("Stopped; the same command with --run %s --ckpt_path last goes on.", self.folder.parent)
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved = time.monotonic()
