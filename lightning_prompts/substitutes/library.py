@@ -1,0 +1,16 @@
+"""Words that people put into negative prompts, by kind; written for this project, under its licence."""
+
+LIBRARY: dict[str, tuple[str, ...]] = {
+    "sharpness": ("blurry", "out of focus", "soft", "hazy", "smeared", "motion blur", "low resolution", "pixelated"),
+    "noise": ("noisy", "grainy", "speckled", "jpeg artifacts", "banding", "moire", "dirty", "scratched"),
+    "light": ("dark", "underexposed", "overexposed", "dim", "washed out", "flat lighting", "harsh shadows", "glare"),
+    "color": ("dull", "faded", "desaturated", "oversaturated", "monochrome", "muddy colors", "color cast", "sepia"),
+    "framing": ("cropped", "cut off", "off center", "tilted", "cluttered", "empty", "far away", "border", "frame"),
+    "form": ("deformed", "distorted", "asymmetric", "malformed", "disproportionate", "broken", "fused", "melted"),
+    "body": ("extra limbs", "missing limbs", "bad hands", "extra fingers", "crossed eyes", "bad anatomy", "long neck"),
+    "quality": ("ugly", "bad", "worst quality", "amateur", "sloppy", "unfinished", "boring", "poorly drawn"),
+    "overlay": ("text", "watermark", "signature", "logo", "caption", "stamp", "username", "collage"),
+    "medium": ("drawing", "painting", "sketch", "cartoon", "render", "plastic", "photo", "clip art"),
+    "pattern": ("striped", "spotted", "dotted", "checkered", "repetitive", "tiled", "busy", "textured"),
+    "size": ("tiny", "huge", "small", "large", "many", "duplicate", "crowded", "twins"),
+}

@@ -1,0 +1,83 @@
+"""Whether other words keep the meaning of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_prompts.errors import UserError
+from lightning_prompts.objectives.clip import ClipSimilarity
+from lightning_prompts.substitutes.space import Slot, Space
+
+
+class Meaning:
+    """Likeness of texts in a sentence encoder.
+
+    Args:
+        clip: Its text tower is the encoder if no other is named.
+        name: Folder or hub id of a sentence-transformers model.
+        offline: Do not connect to the hub.
+
+    Raises:
+        UserError: sentence-transformers is not installed, or the model cannot be loaded.
+    """
+
+    def __init__(self, clip: ClipSimilarity, name: str | None = None, offline: bool = False) -> None:
+        self.clip, self.name = clip, name
+        self.encoder = None if name is None else _load(name, offline)
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, text: str, others: Sequence[str]) -> Tensor:
+        """Cosines (B,) in [-1, 1] of a text and B others."""
+        new = [one for one in dict.fromkeys([text, *others]) if one not in self._known]
+        if new:
+            self._known |= zip(new, self._encode(new).cpu(), strict=True)
+        return torch.stack([self._known[other] for other in others]) @ self._known[text]
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        if self.encoder is None:
+            return self.clip.text_features(self.clip.encode(texts))
+        return F.normalize(
+            self.encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float(), dim=1
+        )
+
+
+def _load(name: str, offline: bool) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise UserError(
+            "A sentence encoder by name needs sentence-transformers; run `pip install sentence-transformers`, or leave "
+            "--model.sentence_encoder out."
+        ) from error
+    try:
+        return SentenceTransformer(name, local_files_only=offline)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The sentence encoder {name!r} cannot be loaded; give a folder or hub id of a sentence-transformers model."
+        ) from error
+
+
+def keeping(space: Space, meaning: Meaning, threshold: float) -> Space:
+    """A positive space without the words that change the meaning of the prompt on their own.
+
+    Raises:
+        UserError: None is left.
+    """
+    prompt, slots = space.texts([0] * len(space.slots))[0], []
+    for number, slot in enumerate(space.slots):
+        choices = [[i if other == number else 0 for other in range(len(space.slots))] for i in range(len(slot.words))]
+        cosines = meaning(prompt, [space.texts(choice)[0] for choice in choices]).tolist()
+        slots.append(Slot(slot.name, tuple(w for i, w in enumerate(slot.words) if i == 0 or cosines[i] >= threshold)))
+    kept = space.with_slots(slots)
+    if not kept.slots:
+        raise UserError(
+            f"No other word keeps the meaning of {prompt!r} at a cosine of {threshold:g}; lower --model.threshold or name other "
+            "sources as --model.positive."
+        )
+    return kept

@@ -1,0 +1,40 @@
+"""Words that are near in the text encoder's table of token embeddings; needs nothing but the model."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch.nn import functional as F
+
+from lightning_prompts.backbones import TextTower
+from lightning_prompts.vocabulary import allowed_tokens
+
+
+class Neighbours:
+    """The nearest words of a word, by the cosine of token embeddings.
+
+    Args:
+        tower: The text encoder.
+        count: Neighbours of a word.
+    """
+
+    def __init__(self, tower: TextTower, count: int = 5) -> None:
+        self.tower, self.count = tower, count
+        self.tokens = allowed_tokens(tower.tokenizer).nonzero().squeeze(1).tolist()
+        texts = [tower.tokenizer.decode([token]).strip() for token in self.tokens]
+        self.words = {
+            text: token for text, token in zip(texts, self.tokens, strict=True) if re.fullmatch(r"[^\W\d_]{2,}", text)
+        }
+
+    @torch.no_grad()
+    def __call__(self, word: str) -> list[str]:
+        """The neighbours of a word, the nearest first; of a word of several tokens, those of the tokens' mean."""
+        ids = self.tower.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if not ids:
+            return []
+        table = F.normalize(self.tower.table.float(), dim=1)
+        names = [name for name in self.words if name != word.casefold()]
+        rows = table[torch.tensor([self.words[name] for name in names], device=table.device)]
+        cosines = rows @ F.normalize(table[ids].mean(0), dim=0)
+        return [names[i] for i in cosines.topk(min(self.count, len(names))).indices.tolist()]

@@ -1,0 +1,72 @@
+import builtins
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_prompts.errors import UserError
+from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+from lightning_prompts.substitutes import Meaning, Slot, Space, keeping
+
+SPACE = Space(("a ", " on a ", " mat"), (Slot("cat", ("cat", "dog", "red fox")), Slot("big", ("big", "huge"))))
+
+
+@pytest.fixture
+def clip():
+    return ClipSimilarity(clip_of("emoji"))
+
+
+def test_cosines_are_those_of_the_clips_texts(clip):
+    texts = ["a cat", "a dog", "a cat on a red mat"]
+    features = torch.cat([clip.text_features(clip.encode([text])) for text in texts])
+    torch.testing.assert_close(Meaning(clip)(texts[0], texts), features @ features[0])
+
+
+class Encoder:
+    """Features that are not of unit length: how often each letter stands in a text."""
+
+    def __init__(self, name, local_files_only):
+        if name != "letters":
+            raise OSError(name)
+
+    def encode(self, texts, convert_to_tensor, show_progress_bar):
+        assert convert_to_tensor
+        return torch.tensor([[text.count(chr(97 + i)) for i in range(26)] for text in texts])
+
+
+def test_named_encoder_takes_its_place(clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Encoder))
+    meaning = Meaning(clip, "letters")
+    one, other = (Encoder("letters", True).encode([text], True, False).float() for text in ("abba", "abb"))
+    torch.testing.assert_close(
+        meaning("abba", ["abb", "abba"]), torch.tensor([float(F.cosine_similarity(one, other)), 1.0])
+    )
+    with pytest.raises(UserError, match="'unknown' cannot be loaded"):
+        Meaning(clip, "unknown")
+
+
+def test_without_the_library_says_how_to_get_it(clip, monkeypatch):
+    def absent(name, *args, imported=builtins.__import__, **kwargs):
+        if name == "sentence_transformers":
+            raise ImportError(name)
+        return imported(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(UserError, match="pip install sentence-transformers"):
+        Meaning(clip, "letters")
+
+
+def test_words_that_change_the_meaning_alone_are_left_out():
+    cosines = {"a dog on a big mat": 0.95, "a red fox on a big mat": 0.8, "a cat on a huge mat": 0.5}
+
+    def meaning(text, others):
+        assert text == "a cat on a big mat"
+        return torch.tensor([1.0 if other == text else cosines[other] for other in others])
+
+    kept = keeping(SPACE, meaning, 0.9)
+    assert kept == Space(("a ", " on a big mat"), (Slot("cat", ("cat", "dog")),))
+    assert keeping(SPACE, meaning, 0.5) == SPACE
+    with pytest.raises(UserError, match="keeps the meaning"):
+        keeping(SPACE, meaning, 0.96)

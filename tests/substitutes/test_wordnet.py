@@ -1,0 +1,45 @@
+import pytest
+
+from lightning_prompts.errors import UserError
+from lightning_prompts.substitutes import WordNet, wordnet
+
+
+@pytest.fixture(scope="module")
+def words():
+    """The database of this machine."""
+    try:
+        return WordNet()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_synonyms_share_a_meaning(words):
+    assert "automobile" in words.synonyms("car")
+    assert words.synonyms("car")[:2] == ["auto", "automobile"]  # in the order of meanings
+    assert "car" not in words.synonyms("car")
+    assert "ice cream" not in words.synonyms("ice cream")
+    assert "hot dog" in words.synonyms("hotdog")  # words of several parts have spaces
+
+
+def test_antonyms_are_opposites_also_of_similar_words(words):
+    assert words.antonyms("small")[:1] == ["large"]
+    assert "wet" in words.antonyms("dry")
+    assert "bloodless" in words.antonyms("crimson")  # of what crimson is similar to
+
+
+def test_words_that_it_lacks_have_none(words):
+    assert words.synonyms("qwrtz") == words.antonyms("qwrtz") == []
+
+
+def test_no_more_than_were_asked_for(words):
+    assert len(WordNet(count=3).synonyms("dog")) == 3
+    assert WordNet(count=3).synonyms("dog") == words.synonyms("dog")[:3]
+
+
+def test_absent_wordnet_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(wordnet, "PLACES", (str(tmp_path),))
+    monkeypatch.setattr("nltk.data.path", [])
+    with pytest.raises(UserError, match="wordnet-base"):
+        WordNet()
+    with pytest.raises(UserError, match=r"no data\.noun"):
+        WordNet(str(tmp_path))
