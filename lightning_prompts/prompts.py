@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from lightning_prompts.backbones import TextTower
 from lightning_prompts.errors import UserError
-from lightning_prompts.vocabulary import LARGEST, Metric, allowed_tokens, nearest_tokens, template_ids
+from lightning_prompts.substitutes.space import Part, Space
+from lightning_prompts.vocabulary import LARGEST, Metric, allowed_tokens, encode_text, nearest_tokens, template_ids
 
 
 class TokenEmbeddings(nn.Module):
@@ -95,3 +98,100 @@ class TokenEmbeddings(nn.Module):
             embeddings = self.table[token_ids] + embeddings - embeddings.detach()
         ids = self.ids(token_ids)
         return ids, self.table[ids].index_copy(1, self.positions, embeddings.to(self.table.dtype))
+
+
+class WordChoices(nn.Module):
+    """For each of P problems a word to choose for each of S slots, as logits (P, S, W); W is that of the longest slot.
+
+    Args:
+        tower: The text encoder.
+    """
+
+    table: Tensor
+
+    def __init__(self, tower: TextTower) -> None:
+        super().__init__()
+        self.tower = tower
+        self.register_buffer("table", tower.table, persistent=False)
+        self.logits = nn.Parameter(torch.empty(0, 0, 0))
+        self.show([])
+
+    def show(self, spaces: Sequence[Space]) -> None:
+        """Makes the spaces those that the logits choose from."""
+        self.spaces = list(spaces)
+        slots = max((len(space.slots) for space in spaces), default=0)
+        words = max((len(slot.words) for space in spaces for slot in space.slots), default=0)
+        counts = torch.full((len(spaces), slots, words), -1)  # tokens of each word, -1 where there is none
+        for p, space in enumerate(spaces):
+            for s, slot in enumerate(space.slots):
+                counts[p, s, : len(slot.words)] = torch.tensor([len(self.tokens(word)) for word in slot.words])
+        self.counts = counts
+
+    @torch.no_grad()
+    def begin(self, spaces: Sequence[Space]) -> None:
+        """Starts at logits of 0, and 1 for what stands in each slot before the search."""
+        self.show(spaces)
+        self.logits.grad = None
+        self.logits.data = torch.zeros(self.counts.shape, device=self.table.device)
+        if self.logits.numel():
+            self.logits[:, :, 0] = 1
+
+    def sound(self) -> Tensor:
+        """Which problems' logits are finite, (P,)."""
+        return self.logits.detach().isfinite().flatten(1).all(1)
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without start and end."""
+        ids: list[int] = self.tower.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def perturbed(self, rows: Tensor, gumbel: Tensor) -> Tensor:
+        """Logits (Q, S, W) of some problems, plus noise (Q, S, W); minus infinity where there is no word."""
+        absent = (self.counts[rows] < 0).to(self.logits.device)
+        return (self.logits[rows.to(self.logits.device)] + gumbel).masked_fill(absent, -torch.inf)
+
+    def forward(self, rows: Tensor, gumbel: Tensor, temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+        """Mixes the embeddings of the words of each slot by their Gumbel-softmax weights (arXiv 2407.01606, section 3.2).
+
+        A slot's words can have different numbers of tokens. The word with the highest perturbed logit, which is a draw from the
+        softmax, decides the number; only words of that many tokens are mixed.
+
+        Args:
+            rows: Numbers of the problems, (Q,).
+            gumbel: Standard Gumbel noise, (Q, S, W).
+            temperature: Of the softmax.
+
+        Returns:
+            Ids (Q, L) and embeddings (Q, L, D) of the positive prompts, then of the negative ones. The ids are those of the words
+            drawn; with one-hot weights the embeddings are theirs, too.
+        """
+        perturbed = self.perturbed(rows, gumbel)
+        drawn, counts = perturbed.argmax(2).cpu(), self.counts[rows]
+        same = (counts == counts.gather(2, drawn.unsqueeze(2))).to(perturbed.device)
+        weights = (perturbed / temperature).masked_fill(~same, -torch.inf).softmax(2)
+        sides: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+        for q, row in enumerate(rows.tolist()):
+            space = self.spaces[row]
+            choice = drawn[q, : len(space.slots)].tolist()
+            for side, parts in zip(sides, space.parts(choice), strict=True):
+                side.append(self._mixed(space, parts, choice, weights[q]))
+        return [tuple(torch.stack(column) for column in zip(*side, strict=True)) for side in sides]  # type: ignore[misc]
+
+    def _mixed(
+        self, space: Space, parts: Sequence[Part], choice: Sequence[int], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Ids (L,) and embeddings (L, D) of a text whose slots are mixtures by weights (S, W)."""
+        ids = encode_text(self.tower.tokenizer, ["".join(part.text for part in parts)], self.tower.length)[0]
+        ids, place = ids.to(self.table.device), 1
+        embeddings = self.table[ids].to(self.logits.dtype)
+        for part in parts:
+            count = len(self.tokens(part.text))
+            if part.slot is not None:
+                slot = space.slots[part.slot]
+                alike = [i for i, word in enumerate(slot.words) if len(self.tokens(word)) == count]
+                words = self.table[torch.tensor([self.tokens(slot.words[i]) for i in alike], device=ids.device)]
+                mixed = torch.einsum("w,wtd->td", weights[part.slot, alike], words.to(weights))
+                places = torch.arange(place, place + count, device=ids.device)
+                embeddings = embeddings.index_copy(0, places, mixed)
+            place += count
+        return ids, embeddings

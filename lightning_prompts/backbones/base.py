@@ -214,8 +214,13 @@ class Backbone(nn.Module, ABC):
         steps: int = 25,
         guidance_scale: float = 7.5,
         grad_steps: int = 0,
+        stop: int | None = None,
     ) -> Tensor:
         """Draws P images with the model's own sampler; what a row becomes does not depend on the rows beside it.
+
+        With `stop` it is the shortcut of DPO-Diff (arXiv 2407.01606, section 3.3): from what the denoiser says at the last call the
+        clean latents are predicted at once. With `grad_steps` 1 no more than that call passes a gradient on, so that memory and the
+        backward pass do not depend on the number of steps.
 
         Args:
             conditioning: P prompts.
@@ -225,13 +230,15 @@ class Backbone(nn.Module, ABC):
             guidance_scale: Weight of the prompt against the negative one; up to 1 there is no guidance, as in diffusers.
             grad_steps: How many of the last calls of the denoiser pass a gradient on; `steps` or more for all. Their activations
                 are computed a second time in the backward pass instead of kept.
+            stop: Calls of the denoiser after which the clean latents are predicted; None to draw to the end.
 
         Returns:
             Latents, (P, C, h, w).
         """
         scheduler = self._sampler(steps, noise.device)
         extra = {"generator": _generators(noise)} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        first = 0 if grad_steps >= steps else len(scheduler.timesteps) - grad_steps
+        calls = len(scheduler.timesteps) if stop is None else stop
+        first = 0 if grad_steps >= steps else calls - grad_steps
         tracking, guided = torch.is_grad_enabled(), guidance_scale > 1
         if guided:
             if len(negative.prompt_embeds) == 1:
@@ -245,6 +252,9 @@ class Backbone(nn.Module, ABC):
                 if guided:
                     unconditional, conditional = output.chunk(2)
                     output = unconditional + guidance_scale * (conditional - unconditional)
+                if i + 1 == stop:
+                    # Some samplers' latents are scaled; what the denoiser is shown never is.
+                    return self.predict_x0(scaled, output, t.long().expand(len(scaled)).to(noise.device))
                 latents = scheduler.step(output, t, latents, **extra).prev_sample
         return latents
 

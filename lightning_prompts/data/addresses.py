@@ -27,6 +27,12 @@ WORD_MAPS = -4
 TRIAL = -5
 """The step of the draws of pictures that prompts are scored by."""
 
+SEARCH = -6
+"""The step of the draws of pictures that candidates are judged by."""
+
+FRESH = -7
+"""The step of the draws of pictures that the result is judged by."""
+
 
 def address(seed: int, key: str, step: int, sample: int) -> int:
     """A seed in 0, ..., 2**63 - 1 for sample `sample` at step `step` of the problem `key`."""

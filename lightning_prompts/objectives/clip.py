@@ -84,7 +84,6 @@ class ClipSimilarity(nn.Module):
         ).input_ids
         return ids.to(self.clip.device)
 
-    @torch.no_grad()
     def features(self, pictures: Tensor) -> Tensor:
         """Unit vectors (B, E) of pictures (B, 3, H, W) in [-1, 1]."""
         size, pictures = self.clip.config.vision_config.image_size, pictures.to(self.clip.device)
