@@ -23,6 +23,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from lightning_prompts import methods
 from lightning_prompts.callbacks import (
     AtomicCheckpointIO,
     Mix,
@@ -34,9 +35,10 @@ from lightning_prompts.callbacks import (
     last_checkpoint,
     parents_of,
 )
-from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.data.problems import ProblemData
+from lightning_prompts.data.prompts import Prompts, read_prompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import PromptMethod
+from lightning_prompts.methods import DPODiff, PromptMethod
 from lightning_prompts.problems import RunFolder
 from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import own_rank
@@ -57,7 +59,17 @@ TRAINER = {
 HALF = ("16", "16-true", "16-mixed", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 # Settings that a search can go on with when they differ from those it was begun with.
-MAY_CHANGE = {"images", "steps", "patience", "microbatch", "score_every", "sample_every", "sampling_steps", "offline"}
+MAY_CHANGE = {
+    "images",
+    "prompts",
+    "steps",
+    "patience",
+    "microbatch",
+    "score_every",
+    "sample_every",
+    "sampling_steps",
+    "offline",
+}
 
 # A config is data: it can name classes of these modules and no others.
 ALLOWED = [
@@ -91,6 +103,7 @@ class CLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` in a run's folder."""
 
     run: Path | None = None
+    only_space = False  # for `show-space`, which is a `fit` that ends before it begins
     saved = ""  # settings of a `fit`, as they are written
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -119,6 +132,9 @@ class CLI(LightningCLI):
                 f"The precision {config.trainer.precision} would round the prompts or their gradients to half precision, which "
                 "ruins their optimisation; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
             )
+        if self.only_space:
+            config.trainer.logger = False
+            return
         mix = config.mix if command == "predict" else None
         try:
             self.seeds = [int(seed) for seed in (config.seeds or ("0,1,2,3" if mix else "0")).split(",")]
@@ -170,8 +186,29 @@ class CLI(LightningCLI):
             config.ckpt_path = str(found) if found else None
         config.weights_only = True
 
+    def instantiate_classes(self) -> None:
+        """Refuses a method that gets another method's data."""
+        super().instantiate_classes()
+        wanted = self.model.data_class
+        if not isinstance(self.datamodule, wanted):
+            method = type(self.model).__name__
+            raise UserError(f"{method} does not take {type(self.datamodule).__name__}; give --data {wanted.__name__}.")
+
+    def fit(self, model: PromptMethod, datamodule: ProblemData, **kwargs: Any) -> None:
+        """Searches, or shows what would be searched."""
+        if not self.only_space:
+            self.trainer.fit(model, datamodule=datamodule, **kwargs)
+        elif not isinstance(model, DPODiff) or not isinstance(datamodule, Prompts):
+            raise UserError("Only DPODiff has a space to show; give --config configs/dpo_diff.yaml.")
+        else:
+            for prompt in read_prompts(datamodule.prompts):
+                space = model.space(prompt)
+                print(f"{prompt}: {space.size} candidates\n\n{space.table()}\n")
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Adds this package's callbacks to the person's."""
+        if self.only_space:
+            return super().instantiate_trainer(**kwargs)
         command = self.config.subcommand
         config = self.config[command]
         settings = {part: config[part].init_args.as_dict() for part in ("model", "data")}
@@ -199,11 +236,11 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.ERROR)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
-    CLI.run = run
+    CLI.run, CLI.only_space = run, args[0] == "show-space"
     try:
         CLI(
             PromptMethod,
-            ImagesToPrompts,
+            ProblemData,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,
@@ -212,7 +249,7 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=list(args),
+            args=_with_data_class(["fit" if CLI.only_space else args[0], *args[1:]]),
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
@@ -230,12 +267,20 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         raise UserError("The device is out of memory; lower --model.microbatch.") from error
 
 
+def _with_data_class(args: list[str]) -> list[str]:
+    """Puts the data's class first, as the setting tells that only it has; a config or --data that comes later wins."""
+    given = [arg for arg in args if arg.startswith("--data.") and not arg.startswith("--data.help")]
+    name = "Prompts" if any(arg.startswith("--data.prompts") for arg in given) else "ImagesToPrompts"
+    return [args[0], "--data", name, *args[1:]] if given else args
+
+
 def _check_same(folder: RunFolder, wanted: str) -> None:
     """Refuses to go on with a search under settings that would make its past and its future two different searches."""
     before, now = folder.saved_settings(), yaml.safe_load(wanted)
+    may_change = MAY_CHANGE - getattr(methods, now["model"]["class_path"].rpartition(".")[2]).decisive
     for part in ("model", "data"):
         old, new = ({**run[part]["init_args"], "class_path": run[part].get("class_path")} for run in (before, now))
-        for name in sorted(old.keys() & new.keys() - MAY_CHANGE):
+        for name in sorted(old.keys() & new.keys() - may_change):
             if old[name] != new[name]:
                 setting = f"--{part}" if name == "class_path" else f"--{part}.{name}"
                 raise UserError(
@@ -298,13 +343,12 @@ def _one_sentence(message: str, parser: Any) -> str:
     ):
         wanted = "above 0" if whole[1] == "Positive" else "from 0 on"
         return f"The setting --{key[1]} cannot be {whole[2] or whole[3]}; it takes a whole number {wanted}."
+    value = re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text)
+    if key and value:
+        wanted = f"one of {value[2]}" if value[2] else value[1] or value[3]
+        text = f"{value[4]!r}; it takes {wanted}."
+        return f"The setting --{key[1]} cannot be {text[:400]}"
     if key and not nested:
-        if value := re.fullmatch(
-            r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text
-        ):
-            wanted = f"one of {value[2]}" if value[2] else value[1] or value[3]
-            text = f"{value[4]!r}; it takes {wanted}."
-            return f"The setting --{key[1]} cannot be {text[:400]}"
         text = f"--{key[1]}: {text}"
     text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
     return text[:400]

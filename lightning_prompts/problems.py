@@ -39,6 +39,11 @@ _RESULT_KEYS = (
     *("validation_loss", "clip_similarity", "heldout_clip_similarity", "initial_validation_loss"),
     *("unet_samples", "seconds", "history"),
 )
+_CHOICES = (  # of methods that choose words
+    *("negative_prompt", "words", "loss_before", "loss_after", "fresh_loss_before", "fresh_loss_after"),
+    *("heldout_before", "heldout_after", "similarity", "budget"),
+)
+_TOP = 5  # candidates in result.json
 _MEASURED_ON_REQUEST = (  # in result.json only where there is a number
     *("clip_text_similarity", "diversity", "lpips"),
     *("word_recall", "dictionary_words", "special_characters", "perplexity"),
@@ -51,6 +56,16 @@ class Better(TypedDict):
     unet_samples: int
     validation_loss: float
     prompt: str
+
+
+class Candidate(TypedDict):
+    """A prompt that was drawn and judged."""
+
+    prompt: str
+    negative_prompt: str
+    choice: list[int]  # of each slot the word's number
+    losses: list[float]  # what is minimised, by seed: of an attack the negative distances
+    budget: float  # generations spent by then
 
 
 @dataclass
@@ -78,6 +93,19 @@ class Problem:
     dictionary_words: float | None = None  # shares of the prompt's words and characters
     special_characters: float | None = None
     perplexity: float | None = None
+    negative_prompt: str | None = None  # found by methods that search one
+    words: list[list[str]] | None = None  # of each slot its name and what was chosen
+    loss_before: list[float] | None = None  # of the person's prompt, by seed
+    loss_after: list[float] | None = None
+    fresh_loss_before: list[float] | None = None  # on seeds that the search has not seen
+    fresh_loss_after: list[float] | None = None
+    heldout_before: list[float] | None = (
+        None  # similarity of fresh pictures and the person's prompt, by the held-out CLIP
+    )
+    heldout_after: list[float] | None = None
+    budget: float | None = None  # generations that the search has spent
+    similarity: float | None = None  # of the prompt to the person's, by the sentence encoder
+    candidates: list[Candidate] = field(default_factory=list)  # evaluated, in their order
     unet_samples: int = 0  # forward and backward counted each
     seconds: float = 0.0
     history: list[Better] = field(default_factory=list)  # of the best prompt, oldest first
@@ -85,6 +113,11 @@ class Problem:
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
             raise ValueError(f"The status {self.status!r} is unknown; use one of {get_args(Status)}.")
+
+    @property
+    def shown(self) -> str:
+        """The prompt for a person's eyes, with the negative one if there is any."""
+        return (self.prompt or "") + (f" | without {self.negative_prompt}" if self.negative_prompt else "")
 
     def keep(
         self, prompt: str, loss: float, token_ids: list[int] | None = None, embedding: list[list[float]] | None = None
@@ -299,7 +332,16 @@ def _read_record(file: Path) -> Problem | None:
 
 def _result_entry(record: dict[str, Any]) -> dict[str, Any]:
     measured = {name: record[name] for name in _MEASURED_ON_REQUEST if record[name] is not None}
-    return {name: record[name] for name in _RESULT_KEYS} | measured
+    return {name: record[name] for name in _RESULT_KEYS} | _choices(record) | measured
+
+
+def _choices(record: dict[str, Any]) -> dict[str, Any]:
+    """What a method that chooses words has to tell."""
+    if record["loss_before"] is None:
+        return {}
+    best = sorted(record["candidates"], key=lambda candidate: sum(candidate["losses"]))[:_TOP]
+    told = [{**candidate, "losses": [abs(loss) for loss in candidate["losses"]]} for candidate in best]
+    return {"original_prompt": record["target"], **{name: record[name] for name in _CHOICES}, "candidates": told}
 
 
 def to_json(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:

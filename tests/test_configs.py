@@ -11,27 +11,26 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 CLASSES = {"invert": "gcg", "ph2p_lbfgs": "ph2p"}  # of the configs that are not named after theirs
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+OF_PROMPTS = {"dpo_diff"}
+SHORT_OF_PICTURES = "--data.steps 2 --data.samples 1 --data.validation_samples 2 --model.sampling_steps 2"
+SHORT_OF_PROMPTS = (
+    "--model.budget 3 --model.population 2 --model.seeds 1 --model.sampling_steps 2 --model.schedule fix-1"
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_runs_on_the_embedded_model(config, tmp_path):
-    pixels = np.full((40, 48, 3), 90, dtype=np.uint8)
-    pixels[10:30, 10:30] = (220, 30, 40)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    args = [
-        "fit",
-        "--config",
-        str(config),
-        "--run",
-        str(tmp_path / "run"),
-        "--data.images",
-        str(tmp_path / "photo.png"),
-    ]
-    args += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
-    main([*args, "--model.sampling_steps", "2", "--trainer.accelerator", "cpu"])
+    if config.stem in OF_PROMPTS:
+        given = ["--data.prompts", "a small bunny on a crimson background", *SHORT_OF_PROMPTS.split()]
+    else:
+        pixels = np.full((40, 48, 3), 90, dtype=np.uint8)
+        pixels[10:30, 10:30] = (220, 30, 40)
+        Image.fromarray(pixels).save(tmp_path / "photo.png")
+        given = ["--data.images", str(tmp_path / "photo.png"), *SHORT_OF_PICTURES.split()]
+    main(["fit", "--config", str(config), "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", *given])
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     (problem,) = result["problems"]
     assert result["backbone"] == "emoji"
     assert result["method"].lower() == CLASSES.get(config.stem, config.stem.replace("_", ""))
     assert problem["prompt"]
-    assert problem["heldout_clip_similarity"] is not None
+    assert problem["heldout_after" if config.stem in OF_PROMPTS else "heldout_clip_similarity"] is not None

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--data.steps=2", "--data.samples=1", "--data.validation_samples=2", "--model.sampling_steps=2"]
+SHORT_OF_PROMPTS = ["--model.sampling_steps=2", "--model.schedule=fix-1", "--model.seeds=1", "--model.budget=3"]
+SHORT_OF_PROMPTS += ["--model.population=2"]
 PAGES = [
     page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "train.py fit" in page.read_text()
 ]
@@ -41,6 +43,7 @@ def place(tmp_path, monkeypatch):
     colors = {"photo": "red", "photos/a": "green", "photos/b": "blue", "fox": "orange", "ball": "white"}
     for name, color in colors.items():
         Image.new("RGB", (80, 64), color).save(tmp_path / f"{name}.png")
+    (tmp_path / "prompts.txt").write_text("a small dog on a red background\na bicycle on a crimson background\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody answers
     return tmp_path
@@ -52,7 +55,8 @@ def test_commands_of_the_page_run(page, place, tiny):
         if program == "python" and args[0] == "train.py":
             hub = "stable-diffusion-v1-5/stable-diffusion-v1-5"
             args = [tiny if word == hub else re.sub(r"\$\(cat (.*?)\)", content, word) for word in args[1:]]
-            short = [*SHORT, "--trainer.accelerator=cpu"] if args[0] == "fit" else []
+            short = SHORT_OF_PROMPTS if "--data.prompts" in args else SHORT
+            short = [*short, "--trainer.accelerator=cpu"] if args[0] == "fit" else []
             main([*args, *short, *(["--generations=2", "--population=2"] if "--mix" in args else [])])
         elif program == "tensorboard":
             shown = subprocess.run(

@@ -33,9 +33,7 @@ class SampleGrid(pl.Callback):
             return
         problems = [problem for problem in pl_module.problems if problem.prompt][: self.most]
         if problems:
-            drawn = regenerate(pl_module, problems, 1)
-            targets = [several[0] for several in pl_module.data.pictures(problems)]
-            shown = pil_to_tensor(grid(targets, drawn, problems))
+            shown = pil_to_tensor(pl_module.shown(problems))
             trainer.logger.experiment.add_image("samples", shown, batch.step + 1)  # type: ignore[attr-defined]
 
 

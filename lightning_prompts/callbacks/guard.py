@@ -15,7 +15,7 @@ class NonFiniteGuard(pl.Callback):
         for row in (~pl_module.prompt.sound().cpu() & pl_module.active).nonzero().squeeze(1).tolist():
             problem = pl_module.problems[row]
             pl_module.active[row] = False
-            pl_module.prompt.embeddings.data[row] = 0
+            pl_module.parameter.data[row] = 0
             problem.finish()
             if problem.prompt is None:
                 problem.status = "failed"

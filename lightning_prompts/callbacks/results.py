@@ -9,20 +9,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from safetensors.torch import save
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_prompts.callbacks.grid import grid, regenerate, to_image, to_png
+from lightning_prompts.callbacks.grid import to_image, to_png
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.callbacks.word_maps import word_picture
 from lightning_prompts.errors import UserError
 from lightning_prompts.metrics import lpips_lacks
 from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
 from lightning_prompts.ranks import wait_for_all
-
-REGENERATIONS = 4
-SHOWN = 24  # problems in the grid and in the word maps
 
 
 class Results(pl.Callback):
@@ -66,12 +60,13 @@ class Results(pl.Callback):
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
         texts = {file_name(text): text for text in self.prompts}
-        texts = texts or {problem.key: str(problem.prompt) for problem in _found(trainer)}
-        if not texts:
-            raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
         without = f"-without-{file_name(self.negative)}" if self.negative else ""
-        for name, text in texts.items():
-            pictures = pl_module.draw([text] * len(self.seeds), noise, self.negative)
+        found = {p.key: (str(p.prompt), self.negative or p.negative_prompt or "") for p in _found(trainer)}
+        wanted = {name: (text, self.negative) for name, text in texts.items()} or found
+        if not wanted:
+            raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
+        for name, (text, negative) in wanted.items():
+            pictures = pl_module.draw([text] * len(self.seeds), noise, negative)
             for seed, picture in zip(self.seeds, pictures, strict=True):
                 path = folder.path / "pictures" / f"{name}{without}-seed{seed}.png"
                 atomic_write(path, to_png(to_image(picture)))
@@ -86,26 +81,12 @@ class Results(pl.Callback):
         data.records.update({key: found[key] for key in data.records if key in found})
         problems = _found(trainer)
         if problems:
-            drawn = regenerate(module, problems, REGENERATIONS)
-            self.scores.measure(module, problems, drawn)
-            targets = [several[0] for several in data.pictures(problems[:SHOWN])]
-            atomic_write(data.folder.grid, to_png(grid(targets, drawn[:SHOWN], problems[:SHOWN])))
-            words = word_picture(module, problems[:SHOWN], targets)
-            atomic_write(data.folder.words, to_png(words))
-            self._export(module, data.folder, problems)
-            if trainer.logger:
-                trainer.logger.experiment.add_images("regenerations", (drawn[:SHOWN].flatten(0, 1) + 1) / 2)  # type: ignore[attr-defined]
-                trainer.logger.experiment.add_image("words", pil_to_tensor(words))  # type: ignore[attr-defined]
+            board = trainer.logger.experiment if trainer.logger else None  # type: ignore[attr-defined]
+            module.report(problems, data.folder, self.scores, board)
         for problem in problems:
             data.folder.save(problem)
         data.folder.write_result(type(module).__name__, module.backbone.name, data.seed, self.settings, versions())
         _report(data.folder, list(data.records.values()))
-
-    def _export(self, module: Any, folder: RunFolder, problems: list[Problem]) -> None:
-        """The found tokens' embeddings (M, D), one tensor a problem."""
-        tensors = {problem.key: module.embedded(problem).float().cpu().contiguous() for problem in problems}
-        prompts = {problem.key: str(problem.prompt) for problem in problems}
-        atomic_write(folder.embedding, save(tensors, {"format": "pt", "backbone": module.backbone.name, **prompts}))
 
 
 def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -128,7 +109,7 @@ def _report(folder: RunFolder, problems: list[Problem]) -> None:
     for problem in problems:
         note = f"  ({problem.status}: {problem.reason})" if problem.reason else ""
         score = "" if problem.clip_similarity is None else f"  [similarity {problem.clip_similarity:.2f}]"
-        print(f"{problem.target}: {problem.prompt or '-'}{score}{note}")
+        print(f"{problem.target}: {problem.shown or '-'}{score}{note}")
     print(
         f"Results are in {folder.path}; look at {folder.grid}"
         if folder.grid.exists()

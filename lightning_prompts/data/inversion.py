@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,39 +13,15 @@ from torch import Tensor
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.data.addresses import draw_timesteps
 from lightning_prompts.data.images import Fit, Target, content_key, find_targets, load_image, to_tensor
+from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.problems import Problem, RunFolder
+from lightning_prompts.problems import Problem
 from lightning_prompts.ranges import Positive
 
 log = logging.getLogger(__name__)
 
 
-class Step(NamedTuple):
-    """The addresses of one step: its number and the timesteps (P, N) of the wave's problems."""
-
-    step: int
-    timesteps: Tensor
-
-
-class StepLoader:
-    """Gives the steps of a wave from where it is; a resumed run puts it where the wave was."""
-
-    def __init__(self, data: ImagesToPrompts) -> None:
-        self.data, self.step = data, 0
-
-    def __len__(self) -> int:
-        return self.data.steps
-
-    def __iter__(self) -> Iterator[Step]:
-        while self.step < self.data.steps:
-            keys = [problem.key for problem in self.data.method.problems]
-            self.step += 1
-            step = self.step - 1
-            yield Step(step, draw_timesteps(self.data.seed, keys, step, self.data.samples, *self.data.timesteps))
-        self.step = 0
-
-
-class ImagesToPrompts(pl.LightningDataModule):
+class ImagesToPrompts(ProblemData):
     """Target pictures, one problem each, and the schedule of their inversion.
 
     Args:
@@ -76,29 +50,19 @@ class ImagesToPrompts(pl.LightningDataModule):
         negative_images: str | list[str] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
+        self.given = "pictures that are not among --data.images"
         self.images = [images] if isinstance(images, str) else images
         self.negative_images = [negative_images] if isinstance(negative_images, str) else negative_images or []
         self.fit, self.one_subject = fit, one_subject
         self.background: tuple[int, int, int] = background
         self.steps, self.samples, self.timesteps = steps, samples, timesteps
-        self.validation_samples, self.seed = validation_samples, seed
-        self.records: dict[str, Problem] = {}
+        self.validation_samples = validation_samples
         self._read: tuple[Path, str, str] | None = None  # run, model and template that the records are of
         self._latents: dict[str, Tensor] = {}
         self._loaded: dict[str, Tensor] = {}
         self._negatives: list[Image.Image] = []
         self._negative_latents: Tensor | None = None
-
-    @property
-    def method(self) -> Any:
-        """The method in training."""
-        return self.trainer.lightning_module  # type: ignore[union-attr]
-
-    @property
-    def folder(self) -> RunFolder:
-        """The run's folder."""
-        return RunFolder(self.trainer.default_root_dir)  # type: ignore[union-attr]
 
     def setup(self, stage: str) -> None:
         """Reads the pictures; what is done is skipped, and a file that cannot be read becomes a failed record."""
@@ -120,15 +84,10 @@ class ImagesToPrompts(pl.LightningDataModule):
             )
         self._read = wanted
 
-    def save(self) -> None:
-        """Writes this rank's records when a search begins or goes on."""
-        for problem in self.own():
-            self.folder.save(problem)
-
-    def own(self) -> list[Problem]:
-        """The problems of this rank: every n-th, with n ranks."""
-        rank, ranks = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
-        return list(self.records.values())[rank::ranks]
+    def step(self, number: int) -> Step:
+        """The timesteps of a step, each problem's from its own address."""
+        keys = [problem.key for problem in self.method.problems]
+        return Step(number, draw_timesteps(self.seed, keys, number, self.samples, *self.timesteps))
 
     def _check_schedule(self, end: int) -> None:
         low, high = self.timesteps
@@ -194,21 +153,6 @@ class ImagesToPrompts(pl.LightningDataModule):
                 backbone, torch.stack([to_tensor(picture) for picture in self._negatives])
             )
         return self._negative_latents
-
-    def train_dataloader(self) -> StepLoader:
-        """The steps of a wave."""
-        self.loader = StepLoader(self)
-        return self.loader
-
-    def test_dataloader(self) -> list[int]:
-        """One item: all problems are looked at together."""
-        return [0]
-
-    predict_dataloader = test_dataloader
-
-    def val_dataloader(self) -> list[int]:
-        """As in `test`; but none in `fit`, where Lightning would validate in the middle of a wave when it is told to stop."""
-        return [] if self.trainer.state.fn == "fit" else [0]  # type: ignore[union-attr]
 
 
 def _encoded(backbone: Backbone, pictures: Tensor, batch: int = 4) -> Tensor:

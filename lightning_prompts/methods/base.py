@@ -11,14 +11,16 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lightning_prompts.backbones import Backbone, Conditioning, load_backbone
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
-from lightning_prompts.data.inversion import ImagesToPrompts, Step
+from lightning_prompts.callbacks.scores import Scores
+from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.problems import Problem
-from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.problems import Problem, RunFolder
+from lightning_prompts.prompts import TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
 from lightning_prompts.vocabulary import encode_text
 
@@ -47,8 +49,10 @@ class PromptMethod(pl.LightningModule, ABC):
     """
 
     strict_loading = False  # a checkpoint has no backbone
-    prompt: TokenEmbeddings
+    prompt: TokenEmbeddings | WordChoices
     problems: list[Problem]
+    data_class: type[ProblemData]
+    decisive: frozenset[str] = frozenset()  # settings that other searches can go on without
 
     def __init__(
         self,
@@ -80,9 +84,9 @@ class PromptMethod(pl.LightningModule, ABC):
     # --- the wave
 
     @property
-    def data(self) -> ImagesToPrompts:
+    def data(self) -> Any:
         """The data module."""
-        data: ImagesToPrompts = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: ProblemData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
 
     def on_train_start(self) -> None:
@@ -107,19 +111,19 @@ class PromptMethod(pl.LightningModule, ABC):
             return
         self.take([problem for problem in self.data.own() if problem.status == "open"])
         if self.problems:
-            self.begin(self.initial_embeddings())
+            self.begin_wave()
         self.data.save()
         self.active, self.stale = torch.ones(len(self.problems), dtype=torch.bool), [0] * len(self.problems)
 
     @abstractmethod
-    def initial_embeddings(self) -> Tensor:
-        """What the wave starts from, (P, M, D)."""
+    def begin_wave(self) -> None:
+        """Puts the wave's problems where their search starts."""
 
-    def begin(self, embeddings: Tensor) -> None:
-        """Puts the wave's problems there (P, M, D); what the optimiser knows of the points before the jump is forgotten."""
-        self.prompt.begin(embeddings)
-        for optimizer in self.trainer.optimizers:
-            optimizer.state.clear()
+    @property
+    def parameter(self) -> torch.nn.Parameter:
+        """What trains, (P, ...)."""
+        (parameter,) = (value for value in self.prompt.parameters() if value.requires_grad)
+        return parameter
 
     def on_train_epoch_end(self) -> None:
         """Ends the wave, and the run when no problem is open."""
@@ -160,24 +164,29 @@ class PromptMethod(pl.LightningModule, ABC):
             The problems that now have a better prompt.
         """
 
-    def step_active(self, optimizer: Any, loss: Tensor) -> None:
+    def step_active(self, optimizer: Any, loss: Tensor, clip: float | None = None) -> None:
         """One step of a torch optimiser down the losses (Q,) of the active problems; the other rows stay where they are.
+
+        With `clip` each element of the gradient is cut to [-clip, clip].
 
         So does, for this step, a problem whose gradient is not finite.
         """
         optimizer.zero_grad()
-        before = self.prompt.embeddings.detach().clone()
+        parameter = self.parameter
+        before = parameter.detach().clone()
         self.manual_backward(loss.sum())
-        gradient = self.prompt.embeddings.grad
+        gradient = parameter.grad
         assert gradient is not None
         sound, active = gradient.isfinite().flatten(1).all(1), self.active.to(self.device)
         for row in (active & ~sound).nonzero().squeeze(1).tolist():
             log.warning("The gradient of %s is not finite; it is left out of this step.", self.problems[row].target)
         gradient[~sound] = 0
+        if clip is not None:
+            gradient.clamp_(-clip, clip)
         optimizer.step()
         with torch.no_grad():  # momentum and weight decay move rows without a gradient too
             moving = (active & sound).view(-1, 1, 1)
-            self.prompt.embeddings.copy_(torch.where(moving, self.prompt.embeddings, before))
+            parameter.copy_(torch.where(moving, parameter, before))
 
     def count(self, rows: Tensor, samples: int) -> None:
         """Adds denoiser samples to the problems' counters; a backward counts as one."""
@@ -196,6 +205,21 @@ class PromptMethod(pl.LightningModule, ABC):
 
     # --- results
 
+    @abstractmethod
+    def shown(self, problems: list[Problem]) -> Image.Image:
+        """What some problems' best prompts draw so far, as one picture."""
+
+    @abstractmethod
+    def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
+        """Scores problems that have a prompt and writes what a person looks at into the run's folder.
+
+        Args:
+            problems: The records.
+            folder: The run's folder.
+            scores: What scores them.
+            board: TensorBoard's writer, or None.
+        """
+
     def configure_callbacks(self) -> list[pl.Callback]:
         """What every search needs around its steps."""
         return [NonFiniteGuard(), BestPrompt(self.score_every), SampleGrid(self.sample_every), PromptProgress()]
@@ -211,15 +235,16 @@ class PromptMethod(pl.LightningModule, ABC):
         return self.backbone.encode(encode_text(self.tower.tokenizer, texts, self.tower.length).to(self.device))
 
     @torch.no_grad()
-    def draw(self, texts: Sequence[str], noise: Tensor, negative: str = "") -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] of B texts from noise (B, C, h, w), led away from a negative text."""
-        if negative and self.guidance_scale <= 1:
+    def draw(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of B texts from noise (B, C, h, w), led away from a negative text or B of them."""
+        if any([negative] if isinstance(negative, str) else negative) and self.guidance_scale <= 1:
             raise UserError(
                 f"With a guidance of {self.guidance_scale:g} a negative prompt does nothing; give --model.guidance_scale above 1."
             )
-        away, parts = self.encode([negative]), []
+        parts = []
         for rows in range(0, len(noise), self.microbatch):
             some = slice(rows, rows + self.microbatch)
+            away = self.encode([negative] if isinstance(negative, str) else negative[some])
             parts.append(self.draw_from(self.encode(texts[some]), away, noise[some], self.sampling_steps).cpu())
         return torch.cat(parts)
 
@@ -231,7 +256,7 @@ class PromptMethod(pl.LightningModule, ABC):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The prompts alone."""
-        return {"prompt.embeddings": self.prompt.embeddings.detach()}
+        return {name: value.detach() for name, value in self.named_parameters() if value is self.parameter}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the records that the rows belong to."""
@@ -247,8 +272,9 @@ class PromptMethod(pl.LightningModule, ABC):
         gone = [record for record in checkpoint["wave"]["records"] if record["key"] not in self.data.records]
         if gone:
             raise UserError(
-                f"The checkpoint goes on with {len(gone)} pictures that are not among --data.images now; "
-                "give the same pictures and settings, or another --run."
+                f"The checkpoint goes on with {len(gone)} {self.data.given} now; give the same ones and the same settings, or "
+                "another --run."
             )
         self._resumed = checkpoint["wave"]
-        self.prompt.embeddings.data = torch.empty_like(checkpoint["state_dict"]["prompt.embeddings"])
+        (saved,) = checkpoint["state_dict"].values()
+        self.parameter.data = torch.empty_like(saved)

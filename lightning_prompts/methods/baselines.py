@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_prompts.data.inversion import Step
+from lightning_prompts.data.problems import Step
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.ranges import Positive
 

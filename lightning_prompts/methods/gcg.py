@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.data.addresses import generator
-from lightning_prompts.data.inversion import Step
+from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inverter import Inverter, Samples
 from lightning_prompts.ranges import Positive

@@ -7,20 +7,30 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+from PIL import Image
+from safetensors.torch import save
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_prompts.backbones import Conditioning
+from lightning_prompts.callbacks.grid import grid, regenerate, to_png
+from lightning_prompts.callbacks.scores import Scores
+from lightning_prompts.callbacks.word_maps import word_picture
 from lightning_prompts.data.addresses import START, TRIAL, VALIDATION, draw_noise, picture_turns, validation_timesteps
-from lightning_prompts.data.inversion import Step
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.methods.start import best_words, earlier, random_tokens
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import Problem, RunFolder, atomic_write
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.ranges import Positive
 from lightning_prompts.vocabulary import Metric, contains_blocked, fill_template, round_trip
+
+REGENERATIONS = 4
+SHOWN = 24  # problems in the grid and in the word maps
 
 
 class Found(NamedTuple):
@@ -72,6 +82,8 @@ class Inverter(PromptMethod):
         **kwargs: See `PromptMethod`.
     """
 
+    prompt: TokenEmbeddings
+    data_class = ImagesToPrompts
     latents: list[Tensor]  # of each problem's pictures, (I, C, h, w)
 
     def __init__(
@@ -121,6 +133,16 @@ class Inverter(PromptMethod):
     def random_tokens(self, step: int) -> Tensor:
         """Allowed tokens (P, M) for the wave, drawn at a step's address."""
         return random_tokens(self.prompt, self.problems, self.data.seed, step)
+
+    def begin_wave(self) -> None:
+        """Puts the wave where it starts."""
+        self.begin(self.initial_embeddings())
+
+    def begin(self, embeddings: Tensor) -> None:
+        """Puts the wave's problems there (P, M, D); what the optimiser knows of the points before the jump is forgotten."""
+        self.prompt.begin(embeddings)
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
 
     def initial_embeddings(self) -> Tensor:
         """What the wave starts from, (P, M, D); a shorter prompt of another run is filled up with random tokens."""
@@ -264,6 +286,25 @@ class Inverter(PromptMethod):
             ok and not contains_blocked(text, self.blocked) for ok, text in zip(survives.tolist(), texts, strict=True)
         ]
         return [Found(text, ids, None, ok) for text, ids, ok in zip(texts, token_ids.tolist(), sound, strict=True)]
+
+    def shown(self, problems: list[Problem]) -> Image.Image:
+        """The targets above a picture from each prompt."""
+        return grid([several[0] for several in self.data.pictures(problems)], regenerate(self, problems, 1), problems)
+
+    def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
+        """Four pictures from each prompt, their scores, where the words act, and the prompts' embeddings."""
+        drawn = regenerate(self, problems, REGENERATIONS)
+        scores.measure(self, problems, drawn)
+        some, targets = problems[:SHOWN], [several[0] for several in self.data.pictures(problems[:SHOWN])]
+        atomic_write(folder.grid, to_png(grid(targets, drawn[:SHOWN], some)))
+        words = word_picture(self, some, targets)
+        atomic_write(folder.words, to_png(words))
+        tensors = {problem.key: self.embedded(problem).float().cpu().contiguous() for problem in problems}
+        prompts = {problem.key: str(problem.prompt) for problem in problems}
+        atomic_write(folder.embedding, save(tensors, {"format": "pt", "backbone": self.backbone.name, **prompts}))
+        if board:
+            board.add_images("regenerations", (drawn[:SHOWN].flatten(0, 1) + 1) / 2)
+            board.add_image("words", pil_to_tensor(words))
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """The validation loss of the decoded prompts."""

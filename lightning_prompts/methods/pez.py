@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prompts.data.inversion import Step
+from lightning_prompts.data.problems import Step
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.vocabulary import Metric
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_prompts.callbacks import VocabularyProjection
 from lightning_prompts.data.addresses import generator
-from lightning_prompts.data.inversion import Step
+from lightning_prompts.data.problems import Step
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.ranges import NotNegative, Positive

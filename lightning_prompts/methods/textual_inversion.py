@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.backbones import Conditioning
-from lightning_prompts.data.inversion import Step
+from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inverter import Found, Inverter
 from lightning_prompts.problems import Problem

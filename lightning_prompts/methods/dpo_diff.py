@@ -1,0 +1,478 @@
+"""DPO-Diff: on discrete prompt optimization for diffusion models (arXiv 2407.01606)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_prompts.backbones import Conditioning
+from lightning_prompts.callbacks.grid import sheet, to_png
+from lightning_prompts.callbacks.scores import Scores
+from lightning_prompts.data.addresses import FRESH, SEARCH, draw_noise, generator
+from lightning_prompts.data.problems import Step
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+from lightning_prompts.objectives.spherical import spherical_distance
+from lightning_prompts.problems import Candidate, Problem, RunFolder, atomic_write
+from lightning_prompts.prompts import WordChoices
+from lightning_prompts.ranges import Positive
+from lightning_prompts.substitutes import Meaning, Source, Space, build_space, keeping
+
+TRIES = 10  # draws for each candidate that is wanted, before a step makes do with fewer
+FRESH_SEEDS = 10
+SHOWN = 12  # problems in the grid
+Choice = tuple[int, ...]
+Solver = Literal["gradient", "evolution", "hybrid", "random"]
+
+
+class DPODiff(PromptMethod):
+    """Searches words for a prompt by the pictures that it draws: a negative prompt or better words, or words that break it.
+
+    Logits over the words of each slot are moved by the shortcut text gradient (section 3.3), and candidates are drawn from them,
+    recombined and mutated (section 3.4); each is judged by what it draws from a few seeds. The loss is the spherical distance, in
+    CLIP, between the pictures and the person's own prompt.
+
+    Args:
+        task: `improve` lowers the loss; `attack` raises it and keeps the meaning.
+        solver: `gradient` learns logits and draws from them; `evolution` recombines and mutates; `hybrid` begins the evolution with
+            draws from learned logits; `random` draws at random.
+        positive: Where other words for the prompt's come from. None: nothing to improve, the text encoder's neighbours to attack.
+        negative: Where words of the negative prompt come from. None: the library to improve, nothing to attack.
+        dictionary: Where synonyms and antonyms come from: `wordnet`, a folder with its files, a JSON file in DPO-Diff's layout, or
+            a language model: a folder, a hub id, or the URL of an endpoint that speaks OpenAI's protocol.
+        objective: `spherical`, half the squared angle between picture and prompt, or `cosine`, one minus its cosine.
+        budget: Generations that a search may spend; a generation draws all seeds' pictures of a candidate.
+        gradient_share: Part of the budget for gradients, with `gradient` and `hybrid`.
+        seeds: Pictures that a candidate is judged by.
+        schedule: Calls of the denoiser before the gradient: `step-a-b` begins at a and goes one on every b steps, `rand-a-b` is
+            random in [a, b), `fix-a` is a.
+        grad_steps: Calls that pass a gradient on; as many as `sampling_steps`, with `fix-0`, are the full gradient.
+        temperature: Of the Gumbel-softmax, at the first step and, on a geometric line, at the last.
+        lr: Step size of RMSprop.
+        population: Candidates that are evaluated together.
+        select: Candidates that have children.
+        mutation: Chance that a mutant's word is drawn anew.
+        threshold: Least cosine, in the sentence encoder, of an attack's prompt and the person's.
+        sentence_encoder: Folder or hub id of a sentence-transformers model; None for the text tower of the CLIP that judges.
+        clip: Folder or hub id of the CLIP that judges; None for the one that goes with the backbone.
+        **kwargs: See `PromptMethod`.
+    """
+
+    prompt: WordChoices
+    data_class = Prompts
+    decisive = frozenset({"sampling_steps"})  # the search itself draws
+
+    def __init__(
+        self,
+        *,
+        task: Literal["improve", "attack"] = "improve",
+        solver: Solver = "hybrid",
+        positive: list[Source] | None = None,
+        negative: list[Source] | None = None,
+        dictionary: str = "wordnet",
+        objective: Literal["spherical", "cosine"] = "spherical",
+        budget: Positive = 40,
+        gradient_share: float = 0.2,
+        seeds: Positive = 3,
+        schedule: str = "step-15-2",
+        grad_steps: Positive = 1,
+        temperature: tuple[float, float] = (1.0, 1.0),
+        lr: float = 0.1,
+        population: Positive = 20,
+        select: Positive = 10,
+        mutation: float = 0.1,
+        threshold: float = 0.9,
+        sentence_encoder: str | None = None,
+        clip: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.task, self.solver, self.dictionary, self.objective = task, solver, dictionary, objective
+        self.positive: list[Source] = positive or []
+        self.negative: list[Source] = negative or []
+        if positive is None and task == "attack":
+            self.positive = ["neighbours"]
+        if negative is None and task == "improve":
+            self.negative = ["library"]
+        self.budget, self.seeds, self.schedule, self.grad_steps = budget, seeds, schedule, grad_steps
+        self.gradient_share = gradient_share if solver in ("gradient", "hybrid") else 0.0
+        self.temperature, self.lr = temperature, lr
+        self.population, self.select, self.mutation, self.threshold = population, select, mutation, threshold
+        self._check()
+        self.prompt = WordChoices(self.tower)
+        self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline)
+        self.meaning = Meaning(self.clip, sentence_encoder, self.offline)
+        self.spaces: list[Space] = []
+        self._better: list[Problem] = []
+        self._paid: dict[str, list[Candidate]] = {}
+
+    def _check(self) -> None:
+        """Refuses settings that make no search."""
+        if not -1 <= self.threshold <= 1:
+            raise UserError(f"The threshold {self.threshold:g} is no cosine; give --model.threshold in [-1, 1].")
+        if not 0 <= self.gradient_share <= 1:
+            raise UserError(f"The share {self.gradient_share:g} is no part; give --model.gradient_share in [0, 1].")
+        if not 0 <= self.mutation <= 1:
+            raise UserError(f"The chance {self.mutation:g} is none; give --model.mutation in [0, 1].")
+        if min(self.temperature) <= 0:
+            raise UserError(f"Temperatures are positive, not {list(self.temperature)}; change --model.temperature.")
+        if self.solver in ("evolution", "hybrid") and self.budget < self.population:
+            raise UserError(
+                f"A budget of {self.budget} generations does not evaluate a population of {self.population}; raise --model.budget "
+                "or lower --model.population."
+            )
+        self.plan(0)
+
+    # --- the wave
+
+    def plan(self, seed: int) -> list[int]:
+        """Calls of the denoiser before those that pass a gradient on, a step; as many steps as the gradient's share pays for."""
+        before: list[int] = []
+        spent, share, calls = 0.0, self.gradient_share * self.budget, self.backbone.calls(self.sampling_steps, 1)
+        while share:
+            number = calls_before_gradient(self.schedule, len(before), generator(seed, "schedule", len(before), 0))
+            if number + self.grad_steps > calls:
+                raise UserError(
+                    f"The schedule {self.schedule!r} goes beyond the sampler's {calls} calls; change --model.schedule or "
+                    "--model.sampling_steps."
+                )
+            spent += (number + 2 * self.grad_steps) / calls
+            if spent > share + 1e-6:
+                break
+            before.append(number)
+        return before
+
+    @property
+    def steps(self) -> int:
+        """Steps that a search takes at most: each learns or evaluates a candidate."""
+        return len(self.plan(self.data.seed)) + int(self.budget)
+
+    def on_train_start(self) -> None:
+        """Remembers what an earlier process has paid for after its last checkpoint."""
+        self._paid = {problem.key: list(problem.candidates) for problem in self.data.records.values()}
+        super().on_train_start()
+
+    def take(self, problems: list[Problem]) -> None:
+        """Makes problems the wave, with the words that can be chosen for them."""
+        super().take(problems)
+        self.spaces = [self.space(problem.target) for problem in problems]
+        self.prompt.show(self.spaces)
+        self.wanted = self.clip.text_features(self.clip.encode([problem.target for problem in problems]))  # (P, E)
+        keys, shape = [problem.key for problem in problems], self.backbone.latent_shape
+        self.noise = draw_noise(self.data.seed, keys, SEARCH, self.seeds, shape, self.device)
+
+    def space(self, prompt: str) -> Space:
+        """The words that can be chosen for a prompt; a UserError where there are none."""
+        improve = self.task == "improve"
+        space = build_space(prompt, self.tower, self.positive, self.negative, self.dictionary, improve, self.offline)
+        return space if improve else keeping(space, self.meaning, self.threshold)
+
+    def begin_wave(self) -> None:
+        """Starts from the persons' prompts; what was evaluated before, without a state to go on from, is at hand as paid."""
+        for problem in self.problems:
+            problem.candidates, problem.budget, problem.loss_before = [], 0.0, None
+        self.prompt.begin(self.spaces)
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+
+    def search(self, batch: Step, rows: Tensor) -> None:
+        """One step of the gradient, or the evaluation of a population."""
+        plan = self.plan(self.data.seed)
+        if batch.step < len(plan):
+            warm, cold = self.temperature
+            done = batch.step / max(1, len(plan) - 1)
+            self.descend(rows, batch.step, plan[batch.step], warm ** (1 - done) * cold**done)
+        else:
+            wanted = [(row, choice) for row in rows.tolist() for choice in self.propose(row, batch.step, len(plan))]
+            self.evaluate(wanted)
+            for row in set(rows.tolist()) - {row for row, _ in wanted}:  # nothing new is left
+                self.stale[row] = int(self.patience)
+
+    # --- the shortcut text gradient
+
+    def descend(self, rows: Tensor, step: int, before: int, temperature: float) -> None:
+        """Moves the logits of the problems `rows` (Q,) down the gradient of the loss at predicted clean pictures."""
+        sides = self.prompt(rows, self.gumbel(rows, step), temperature)
+        told, away = (self.backbone.encode(ids, embeddings) for ids, embeddings in sides)
+        loss = self.shortcut_loss(rows, told, away, before + self.grad_steps)
+        calls, guided = before + 2 * self.grad_steps, 2 if self.guidance_scale > 1 else 1
+        self.count(rows, calls * guided * self.seeds)
+        for row in rows.tolist():
+            self.spend(row, calls / self.backbone.calls(self.sampling_steps, 1))
+        everyone = loss.new_zeros(len(self.problems)).index_put((rows.to(loss.device),), loss)
+        self.step_active(self.optimizers(), everyone, clip=0.025)
+        with torch.no_grad():
+            self.prompt.logits.clamp_(0, 3)
+        self.log("train/loss", loss.detach().mean(), prog_bar=True)
+
+    def shortcut_loss(self, rows: Tensor, told: Conditioning, away: Conditioning, calls: int) -> Tensor:
+        """What is minimised, (Q,), at the clean pictures that are predicted after so many calls of the denoiser.
+
+        The gradient is computed microbatch by microbatch, so that memory does not grow with the problems and seeds.
+        """
+        sides = [side.repeat_interleave(self.seeds).prompt_embeds for side in (told, away)]
+        leaves = [side.detach().requires_grad_() for side in sides]
+        noise, wanted = self.noise[rows].flatten(0, 1), self.wanted[rows].repeat_interleave(self.seeds, 0)
+        losses, slopes = [], [torch.zeros_like(side) for side in leaves]
+        for some in torch.arange(len(noise), device=noise.device).split(self.microbatch):
+            with torch.enable_grad():
+                parts = [leaf[some] for leaf in leaves]
+                latents = self.backbone.sample(
+                    Conditioning(parts[0]), Conditioning(parts[1]), noise[some], self.sampling_steps, self.guidance_scale,
+                    self.grad_steps, calls,
+                )  # fmt: skip
+                loss = self.distance(self.backbone.decode(latents), wanted[some])
+                for slope, gradient in zip(
+                    slopes, torch.autograd.grad(loss.sum(), parts, allow_unused=True), strict=True
+                ):
+                    if gradient is not None:  # nothing is led away from without guidance
+                        slope[some] = gradient
+            losses.append(loss.detach())
+        value = torch.cat(losses)
+        for side, slope in zip(sides, slopes, strict=True):  # zero in value, and in gradient what was computed above
+            value = value + ((side - side.detach()) * slope).flatten(1).sum(1)
+        return value.view(len(rows), self.seeds).mean(1)
+
+    def distance(self, pictures: Tensor, wanted: Tensor) -> Tensor:
+        """The loss (B,) of pictures (B, 3, H, W) against texts' features (B, E); an attack's is negative."""
+        features = self.clip.features(pictures)
+        distance = (
+            spherical_distance(features, wanted) if self.objective == "spherical" else 1 - (features * wanted).sum(1)
+        )
+        return distance if self.task == "improve" else -distance
+
+    def gumbel(self, rows: Tensor, step: int, tries: int = 0) -> Tensor:
+        """Standard Gumbel noise (Q, S, W) at a step's address, the same for a word whatever the other problems' words are."""
+        noise = torch.zeros(len(rows), *self.prompt.logits.shape[1:])
+        for q, row in enumerate(rows.tolist()):
+            draw = generator(self.data.seed, f"{self.problems[row].key}/gumbel", step, tries)
+            for s, slot in enumerate(self.spaces[row].slots):
+                uniform = torch.rand(len(slot.words), generator=draw).clamp(1e-7, 1 - 1e-7)
+                noise[q, s, : len(slot.words)] = -(-uniform.log()).log()
+        return noise.to(self.device)
+
+    # --- candidates
+
+    def propose(self, row: int, step: int, first: int) -> list[Choice]:
+        """Candidates that a problem has not evaluated yet, as many as a population has and the budget still pays for."""
+        problem, space = self.problems[row], self.spaces[row]
+        count = min(int(self.population), int(self.budget - (problem.budget or 0) + 1e-6))
+        known = {(candidate["prompt"], candidate["negative_prompt"]) for candidate in problem.candidates}
+        ranked = sorted(problem.candidates, key=lambda candidate: sum(candidate["losses"]))
+        parents: list[Choice] = [tuple(candidate["choice"]) for candidate in ranked[: self.select]]
+        breeding = self.solver in ("evolution", "hybrid") and step > first and len(parents) > 1
+        chosen: list[Choice] = []
+        for attempt in range(TRIES * count):
+            if len(chosen) == count:
+                break
+            draw = generator(self.data.seed, f"{problem.key}/candidates", step, attempt)
+            if breeding:
+                choice = self.child(parents, space, draw, mutant=attempt % 2 == 0)
+            elif self.solver == "random":
+                choice = uniform(space, draw)
+            else:
+                choice = self.learned(row, step, attempt, mode=step == first and attempt == 0)
+            texts = space.texts(choice)
+            if texts not in known and self.allowed(problem, texts):
+                known.add(texts)
+                chosen.append(choice)
+        return chosen
+
+    def learned(self, row: int, step: int, attempt: int, mode: bool = False) -> Choice:
+        """A draw from the softmax of a problem's logits, or its mode."""
+        rows = torch.tensor([row])
+        noise = self.gumbel(rows, step, attempt) * (not mode)
+        return tuple(self.prompt.perturbed(rows, noise)[0].argmax(1)[: len(self.spaces[row].slots)].tolist())
+
+    def child(self, parents: Sequence[Choice], space: Space, draw: torch.Generator, mutant: bool) -> Choice:
+        """A mutant of one parent, each word drawn anew with a small chance, or a uniform crossover of two."""
+        one, other = (parents[i] for i in torch.randperm(len(parents), generator=draw)[:2].tolist())
+        if mutant:
+            other = uniform(space, draw)
+        chance = self.mutation if mutant else 0.5
+        changed = (torch.rand(len(one), generator=draw) < chance).tolist()
+        return tuple(b if change else a for a, b, change in zip(one, other, changed, strict=True))
+
+    def allowed(self, problem: Problem, texts: tuple[str, str]) -> bool:
+        """Whether a candidate, of an attack, keeps the meaning."""
+        return self.task == "improve" or float(self.meaning(problem.target, [texts[0]])) >= self.threshold
+
+    @torch.no_grad()
+    def evaluate(self, wanted: Sequence[tuple[int, Choice]], cost: float = 1) -> None:
+        """Draws and judges candidates of problems, all in one batch, and keeps what is best; none is drawn twice."""
+        texts = [self.spaces[row].texts(choice) for row, choice in wanted]
+        keys = [(self.problems[row].key, *pair) for (row, _), pair in zip(wanted, texts, strict=True)]
+        paid = {
+            (key, c["prompt"], c["negative_prompt"]): c["losses"] for key, known in self._paid.items() for c in known
+        }
+        new = [i for i, key in enumerate(keys) if key not in paid]
+        rows = torch.tensor([wanted[i][0] for i in new], dtype=torch.long)
+        losses = self.losses([texts[i] for i in new], self.noise[rows], self.wanted[rows])
+        paid |= zip([keys[i] for i in new], losses.tolist(), strict=True)
+        for (row, choice), pair, key in zip(wanted, texts, keys, strict=True):
+            self.count(torch.tensor([row]), self.seeds * self.backbone.calls(self.sampling_steps, self.guidance_scale))
+            self.spend(row, cost)
+            self.keep(row, choice, pair, paid[key])
+        for row in {row for row, _ in wanted}:
+            self.data.folder.save_or_warn(self.problems[row])
+
+    def keep(self, row: int, choice: Choice, texts: tuple[str, str], losses: list[float]) -> None:
+        """Adds an evaluated candidate to a problem, as its best if it is."""
+        problem, (prompt, negative), mean = self.problems[row], texts, sum(losses) / len(losses)
+        problem.candidates.append(
+            Candidate(
+                prompt=prompt,
+                negative_prompt=negative,
+                choice=list(choice),
+                losses=losses,
+                budget=problem.budget or 0.0,
+            )
+        )
+        if mean < (math.inf if problem.validation_loss is None else problem.validation_loss):
+            problem.keep(prompt, mean, self.prompt.tokens(prompt))
+            problem.negative_prompt, problem.loss_after = negative, [abs(loss) for loss in losses]
+            problem.words = [[slot.name, slot.words[i]] for slot, i in zip(self.spaces[row].slots, choice, strict=True)]
+            self._better.append(problem)
+
+    def losses(self, texts: Sequence[tuple[str, str]], noise: Tensor, wanted: Tensor) -> Tensor:
+        """Losses (B, N) of B pairs of a prompt and a negative prompt, drawn from noise (B, N, C, h, w)."""
+        if not texts:
+            return noise.new_zeros(0, noise.shape[1])
+        count = noise.shape[1]
+        told, away = (self.encode([pair[side] for pair in texts]).repeat_interleave(count) for side in (0, 1))
+        noise, wanted = noise.flatten(0, 1), wanted.repeat_interleave(count, 0)
+        parts = [
+            self.distance(self.draw_from(told[some], away[some], noise[some], self.sampling_steps), wanted[some])
+            for some in torch.arange(len(noise), device=noise.device).split(self.microbatch)
+        ]
+        return torch.cat(parts).view(len(texts), count)
+
+    def spend(self, row: int, generations: float) -> None:
+        """Adds to what a problem's search has cost."""
+        self.problems[row].budget = (self.problems[row].budget or 0) + generations
+
+    # --- results
+
+    def score(self) -> list[Problem]:
+        """Judges the persons' prompts before the first step; afterwards says which problems have got better."""
+        new = [row for row, problem in enumerate(self.problems) if problem.loss_before is None and self.active[row]]
+        if new:
+            self.evaluate(
+                [(row, (0,) * len(self.spaces[row].slots)) for row in new], cost=0
+            )  # the persons' own are free
+        for row in new:
+            problem, losses = self.problems[row], self.problems[row].candidates[0]["losses"]
+            problem.loss_before, problem.initial_validation_loss = (
+                [abs(loss) for loss in losses],
+                sum(losses) / len(losses),
+            )
+        better, self._better = self._better, []
+        return better
+
+    def retire(self, last: bool) -> list[Problem]:
+        """Takes out of the wave what has spent its budget."""
+        for row, problem in enumerate(self.problems):
+            if (problem.budget or 0) + 1 > self.budget + 1e-6:
+                self.stale[row] = int(self.patience)
+        return super().retire(last)
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        """The losses of the found prompts, drawn again from the seeds of the search."""
+        found = [problem for problem in self.data.records.values() if problem.prompt]
+        keys = [problem.key for problem in found]
+        noise = draw_noise(self.data.seed, keys, SEARCH, self.seeds, self.backbone.latent_shape, self.device)
+        wanted = self.clip.text_features(self.clip.encode([problem.target for problem in found]))
+        pairs = [(str(problem.prompt), problem.negative_prompt or "") for problem in found]
+        losses = self.losses(pairs, noise, wanted).mean(1)
+        if self.trainer.is_global_zero:
+            for problem, loss in zip(found, losses.tolist(), strict=True):
+                print(f"{loss:.5f}  {problem.shown}")
+        self.log("validation/loss", losses.mean(), batch_size=len(found))
+
+    def shown(self, problems: list[Problem]) -> Image.Image:
+        """What the persons' prompts draw above what the found ones draw, from the seeds of the search."""
+        noise = draw_noise(
+            self.data.seed,
+            [problem.key for problem in problems],
+            SEARCH,
+            self.seeds,
+            self.backbone.latent_shape,
+            self.device,
+        )
+        before, after = (pictures.unflatten(0, noise.shape[:2]) for pictures in self.both(problems, noise))
+        columns = [[before[p, n], after[p, n]] for p in range(len(problems)) for n in range(self.seeds)]
+        texts = [problem.shown if n == 0 else "" for problem in problems for n in range(self.seeds)]
+        return sheet(columns, texts, 4 * self.seeds)
+
+    def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (P N, 3, H, W) of the persons' prompts, and of the found ones, from noise (P, N, C, h, w)."""
+        count = noise.shape[1]
+        originals, prompts, negatives = (
+            [text for text in texts for _ in range(count)]
+            for texts in zip(*((p.target, str(p.prompt), p.negative_prompt or "") for p in problems), strict=True)
+        )
+        return self.draw(originals, noise.flatten(0, 1)), self.draw(prompts, noise.flatten(0, 1), negatives)
+
+    @torch.no_grad()
+    def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
+        """Judges the found prompts on fresh seeds, also by the held-out CLIP, and draws them below the persons'."""
+        keys, texts = [problem.key for problem in problems], [problem.target for problem in problems]
+        noise = draw_noise(self.data.seed, keys, FRESH, FRESH_SEEDS, self.backbone.latent_shape, self.device)
+        pictures = [drawn.to(self.device) for drawn in self.both(problems, noise)]
+        heldout = scores.heldout(self.backbone.name, self.offline)
+        judges = [self.clip] if heldout is None else [self.clip, heldout.to(self.device)]
+        cosines = []
+        for judge in judges:
+            wanted = judge.text_features(judge.encode(texts)).repeat_interleave(FRESH_SEEDS, 0)
+            for drawn in pictures:
+                features = torch.cat([judge.features(some) for some in drawn.split(self.microbatch)])
+                cosines.append((features * wanted).sum(1).view(len(problems), FRESH_SEEDS))
+        losses = [
+            (cosine.clamp(-1, 1).acos().square() / 2 if self.objective == "spherical" else 1 - cosine)
+            for cosine in cosines[:2]
+        ]
+        for p, problem in enumerate(problems):
+            problem.fresh_loss_before, problem.fresh_loss_after = (loss[p].tolist() for loss in losses)
+            if heldout is not None:
+                problem.heldout_before, problem.heldout_after = (cosine[p].tolist() for cosine in cosines[2:])
+            problem.similarity = float(self.meaning(problem.target, [str(problem.prompt)]))
+        atomic_write(folder.grid, to_png(self.shown(problems[:SHOWN])))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """RMSprop with momentum, as in the released code."""
+        return torch.optim.RMSprop([self.prompt.logits], lr=self.lr, alpha=0.99, eps=1e-8, momentum=0.5)
+
+
+def calls_before_gradient(schedule: str, step: int, draw: torch.Generator) -> int:
+    """Calls of the denoiser before those that pass a gradient on, at a step of the search.
+
+    Args:
+        schedule: `step-a-b`, `rand-a-b` with a < b, or `fix-a`.
+        step: Number of the step, from 0.
+        draw: Decides `rand-a-b`.
+
+    Raises:
+        UserError: The schedule is none of these.
+    """
+    match = re.fullmatch(r"(step|rand|fix)-(\d+)(?:-(\d+))?", schedule)
+    kind, first, second = match.groups() if match else ("", "0", None)
+    if kind == "fix" and second is None:
+        return int(first)
+    if kind == "step" and second and int(second) > 0:
+        return int(first) + step // int(second)
+    if kind == "rand" and second and int(first) < int(second):
+        return int(torch.randint(int(first), int(second), (), generator=draw))
+    raise UserError(f"The schedule {schedule!r} is unknown; give --model.schedule step-15-2, rand-15-25 or fix-20.")
+
+
+def uniform(space: Space, draw: torch.Generator) -> Choice:
+    """A choice in which every word of a slot has the same chance."""
+    return tuple(int(torch.randint(len(slot.words), (), generator=draw)) for slot in space.slots)

@@ -1,0 +1,104 @@
+import json
+import re
+
+import pytest
+
+from lightning_prompts.data.prompts import read_prompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.main import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_prompts_from_all_kinds_of_lists(tmp_path):
+    text, table, lines = (tmp_path / f"prompts.{kind}" for kind in ("txt", "csv", "jsonl"))
+    text.write_bytes("\ufeffa  café\r\n\n a dog \n".encode())
+    table.write_text('name,prompt\nx,"a cat, sleeping"\ny,a dog\n')
+    lines.write_text('{"prompt": "a fox"}\n\n{"prompt": "a dog", "more": 1}\n')
+    found = read_prompts([str(text), "an  owl", str(table), str(lines)])
+    assert found == ["a café", "a dog", "an owl", "a cat, sleeping", "a fox"]  # each once, spaces made one
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt"', "Line 2 of"),
+        ("a.jsonl", '{"text": "a"}', "no text under 'prompt'"),
+        ("a.csv", "name\nx\n", "no column 'prompt'"),
+        ("a.txt", "\n \n", "No prompts were given"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("missing.txt", None, "check the path"),
+        (None, "  ", "A prompt is empty"),
+    ],
+)
+def test_lists_that_are_none(name, content, told, tmp_path):
+    source = content if name is None else str(tmp_path / name)
+    if name and content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=told):
+        read_prompts([source])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["--data.prompts", ""], "A prompt is empty"),
+        (["--data.prompts", "of the", "--model.positive", "[neighbours]", "--model.negative", "[]"], "has no word"),
+        (["--data.prompts", "a dog", "--model.positive", "[sinonyms]"], "--model.positive"),
+        (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "broken.json"], "Line 1 of"),
+        (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "other.json"], "another layout"),
+        (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "empty.json"], "are empty"),
+        (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "lacks.json"], "has nothing for"),
+        (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "http://127.0.0.1:9/v1#m"],
+         "cannot be reached"),
+        (["--data.prompts", "a dog", "--model.threshold", "1.5"], "give --model.threshold in"),
+        (["--data.prompts", "a dog", "--model.budget", "3"], "does not evaluate a population"),
+        (["--data.prompts", "a dog", "--model.schedule", "fix-99"], "goes beyond the sampler"),
+        (["--data.prompts", "missing.txt"], "check the path"),
+        (["--data.prompts", "a dog " * 40], "has no word|tokens"),
+        ([], "--data"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(settings, told, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text('{"a dog": ')
+    (tmp_path / "other.json").write_text('["a dog"]')
+    (tmp_path / "empty.json").write_text('{"a dog": {"opp": {"dog": []}}}')
+    (tmp_path / "lacks.json").write_text('{"a cat": {"opp": {"cat": ["dog"]}}}')
+    given = ["--model", "DPODiff", "--model.backbone", tiny, "--model.sampling_steps", "30"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--run", "run", "--trainer.accelerator", "cpu", *given, *settings])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(told, line), line
+
+
+def test_a_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):
+    given = [
+        "--model",
+        "DPODiff",
+        "--model.backbone",
+        tiny,
+        "--model.positive",
+        "[neighbours]",
+        "--model.negative",
+        "[]",
+    ]
+    given += [
+        "--model.sampling_steps",
+        "2",
+        "--model.schedule",
+        "fix-1",
+        "--model.budget",
+        "2",
+        "--model.population",
+        "2",
+    ]
+    given += ["--data", "Prompts", "--data.prompts", '["of the", "a dog"]', "--trainer.accelerator", "cpu"]
+    main(["fit", "--run", str(tmp_path / "run"), *given])
+    failed, found = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]
+    assert failed["status"] == "failed"
+    assert "has no word" in failed["reason"]
+    assert found["status"] in ("done", "not improved")
+    assert len(found["fresh_loss_after"]) == 10

@@ -1,0 +1,519 @@
+import itertools
+import json
+import math
+import signal
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+
+from lightning_prompts.backbones import Conditioning, load_backbone
+from lightning_prompts.callbacks import PromptCheckpoint
+from lightning_prompts.cli import TRAINER
+from lightning_prompts.data.problems import Step
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.main import main
+from lightning_prompts.methods import DPODiff
+from lightning_prompts.methods.dpo_diff import calls_before_gradient
+from lightning_prompts.objectives.spherical import spherical_distance
+from lightning_prompts.prompts import WordChoices
+from lightning_prompts.substitutes import Slot, Space, keeping
+from lightning_prompts.vocabulary import encode_text
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SPACE = Space(
+    ("a ", " ", " on a blue background"),
+    (Slot("small", ("small", "large", "dark")), Slot("cat", ("cat", "dog", "two dogs", "green circle"))),
+    (Slot("light", ("", "dark", "blurry")), Slot("form", ("", "corner", "top left", "photo"))),
+)
+
+
+@pytest.fixture
+def choices(tiny):
+    module = WordChoices(load_backbone(tiny).towers[0])
+    module.begin([SPACE])
+    return module
+
+
+def test_one_hot_logits_are_the_decoded_text(choices):
+    for choice in itertools.product(*(range(len(slot.words)) for slot in SPACE.slots)):
+        noise = torch.zeros(choices.logits.shape)
+        noise[0].scatter_(1, torch.tensor(choice).unsqueeze(1), 1e4)
+        with torch.no_grad():
+            sides = choices(torch.tensor([0]), noise)
+        for (ids, embeddings), text in zip(sides, SPACE.texts(choice), strict=True):
+            expected = encode_text(choices.tower.tokenizer, [text], choices.tower.length)
+            assert torch.equal(ids, expected)
+            assert torch.equal(embeddings, choices.table[expected])
+
+
+def test_only_words_of_the_drawn_number_of_tokens_are_mixed(choices):
+    noise = torch.zeros(choices.logits.shape)
+    noise[0, 1, 2] = 3  # "two dogs", beside which "green circle" may have as many tokens and the others have not
+    (ids, embeddings), _ = choices(torch.tensor([0]), noise)
+    counts = [len(choices.tokens(word)) for word in SPACE.slots[1].words]
+    alike = [i for i, count in enumerate(counts) if count == counts[2]]
+    weights = (choices.logits[0, 1] + noise[0, 1])[alike].softmax(0)
+    words = torch.stack([choices.table[choices.tokens(SPACE.slots[1].words[i])] for i in alike])
+    start = 1 + len(choices.tokens("a small "))
+    expected = torch.einsum("w,wtd->td", weights, words)
+    torch.testing.assert_close(embeddings[0, start : start + counts[2]], expected)
+    assert ids[0, start : start + counts[2]].tolist() == choices.tokens("two dogs")
+
+
+def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
+    module = DPODiff(backbone=tiny, sampling_steps=4, schedule="fix-1")
+    module.spaces = [SPACE]
+    module.prompt.begin(module.spaces)
+    module.prompt.logits.data[0, 1, :4] = torch.tensor([0.0, 1.0, 2.0, 0.5])
+    module.problems = [type("Problem", (), {"key": "some"})]
+    module.trainer = type("Trainer", (), {"datamodule": type("Data", (), {"seed": 0})})
+    drawn = torch.tensor([module.learned(0, 1, attempt) for attempt in range(4000)])
+    expected = torch.tensor([0.0, 1.0, 2.0, 0.5]).softmax(0)
+    shares = torch.bincount(drawn[:, 1], minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
+
+
+# --- the shortcut text gradient
+
+
+def drawn(backbone, sides, noise, guidance, before, held=None, grad_steps=1, steps=5):
+    """A slow DDIM (eta 0): the latents before call `before`, or, from such, what is decoded after `grad_steps` more calls."""
+    scheduler = DDIMScheduler.from_config(backbone.scheduler.config)
+    scheduler.set_timesteps(steps)
+    latents = noise if held is None else held
+    alphas = scheduler.alphas_cumprod.double()
+    calls = range(before) if held is None else range(before, before + grad_steps)
+    for i in calls:
+        t = scheduler.timesteps[i]
+        told, away = (backbone.denoise(latents, t.expand(len(latents)), side) for side in sides)
+        output = away + guidance * (told - away) if guidance > 1 else told
+        a, s = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
+        if backbone.prediction_type == "epsilon":
+            x0, epsilon = (latents - s * output) / a, output
+        else:
+            x0, epsilon = a * latents - s * output, a * output + s * latents
+        last = int(t) - scheduler.config.num_train_timesteps // steps
+        b = alphas[last] if last >= 0 else scheduler.final_alpha_cumprod.double()
+        latents = b.sqrt() * x0 + (1 - b).sqrt() * epsilon
+    return latents if held is None else backbone.decode(x0)
+
+
+@pytest.mark.parametrize(
+    ("before", "grad_steps", "guidance"), [(2, 1, 3.0), (0, 1, 3.0), (1, 3, 3.0), (0, 5, 3.0), (2, 1, 1.0)]
+)
+def test_shortcut_gradient_is_that_of_finite_differences(before, grad_steps, guidance, sd):
+    backbone = load_backbone(str(sd)).double()
+    backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, clip_sample=False)
+    choices = WordChoices(backbone.towers[0])
+    choices.begin([SPACE])
+    choices.logits.data = choices.logits.data.double()
+    noise = torch.randn(2, *backbone.latent_shape, dtype=torch.float64)
+    weights = torch.randn(3, backbone.image_size, backbone.image_size, dtype=torch.float64)
+    gumbel = torch.randn(choices.logits.shape, dtype=torch.float64)
+
+    def sides_at(logits):
+        choices.logits.data = logits.detach()
+        return [
+            backbone.encode(ids, embeddings).repeat_interleave(2)
+            for ids, embeddings in choices(torch.tensor([0]), gumbel)
+        ]
+
+    at, direction = choices.logits.data.clone(), torch.randn_like(choices.logits)
+    told, away = sides_at(at)
+    latents = backbone.sample(told, away, noise, 5, guidance, grad_steps, before + grad_steps)
+    value = (backbone.decode(latents) * weights).mean()
+    (gradient,) = torch.autograd.grad(value, choices.logits)
+    with torch.no_grad():
+        held = drawn(backbone, sides_at(at), noise, guidance, before)
+
+        def loss(logits):
+            return float(
+                (drawn(backbone, sides_at(logits), noise, guidance, before, held, grad_steps) * weights).mean()
+            )
+
+        assert float(value.detach()) == pytest.approx(loss(at), rel=1e-5)
+        slope = (loss(at + 1e-5 * direction) - loss(at - 1e-5 * direction)) / 2e-5
+    assert abs(slope) > 1e-6
+    assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-4)
+
+
+def test_all_steps_is_plain_autograd_through_the_sampler(sd):
+    backbone = load_backbone(str(sd)).double()
+    backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, clip_sample=False)
+    noise = torch.randn(2, *backbone.latent_shape, dtype=torch.float64)
+    ids = encode_text(backbone.towers[0].tokenizer, ["a small cat", "dark"], backbone.towers[0].length)
+    leaves = [embeds.detach().requires_grad_() for embeds in backbone.encode(ids).prompt_embeds.split(1)]
+    told, away = (Conditioning(leaf.expand(2, -1, -1)) for leaf in leaves)
+    shortcut = torch.autograd.grad(backbone.decode(backbone.sample(told, away, noise, 5, 3.0, 5, 5)).sum(), leaves)
+    plain = torch.autograd.grad(drawn(backbone, (told, away), noise, 3.0, 0, noise, 5).sum(), leaves)
+    for one, other in zip(shortcut, plain, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-8)
+
+
+def test_spherical_distance_is_half_the_squared_angle():
+    angles = torch.linspace(0.01, 3.1, 50, dtype=torch.float64)
+    x, y = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(spherical_distance(x, y.expand_as(x)), angles.square() / 2)
+
+
+# --- whole searches
+
+
+def search(tiny, folder, prompts, **settings):
+    given = {
+        "sampling_steps": 3, "schedule": "fix-1", "gradient_share": 0.4, "seeds": 2, "budget": 8, "population": 4, "select": 2,
+        "sample_every": 0, **settings,
+    }  # fmt: skip
+    module = DPODiff(backbone=tiny, **given)
+    data = Prompts(prompts)
+    pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder).fit(module, datamodule=data)
+    return list(data.records.values())
+
+
+PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
+
+
+@pytest.mark.parametrize("solver", ["gradient", "evolution", "hybrid", "random"])
+@pytest.mark.parametrize("task", ["improve", "attack"])
+def test_budget_is_kept_and_nothing_is_paid_twice(solver, task, tiny, tmp_path):
+    for problem in search(tiny, tmp_path, PROMPTS, solver=solver, task=task, threshold=-1):
+        assert 0 < problem.budget <= 8
+        texts = [(candidate["prompt"], candidate["negative_prompt"]) for candidate in problem.candidates]
+        assert len(set(texts)) == len(texts) > 2
+        assert texts[0] == (problem.target, "")
+        means = [sum(candidate["losses"]) / 2 for candidate in problem.candidates]
+        assert problem.validation_loss == min(means)
+        assert problem.initial_validation_loss == means[0]
+        best = problem.candidates[means.index(min(means))]
+        assert (problem.prompt, problem.negative_prompt) == (best["prompt"], best["negative_prompt"])
+        if task == "improve":
+            assert problem.prompt == problem.target
+
+
+def test_batch_equals_its_parts(tiny, tmp_path):
+    together = search(tiny, tmp_path / "both", PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        (alone,) = search(tiny, tmp_path / str(i), [prompt])
+        assert [c["prompt"] for c in alone.candidates] == [c["prompt"] for c in together[i].candidates]
+        for one, other in zip(alone.candidates, together[i].candidates, strict=True):
+            assert one["losses"] == pytest.approx(other["losses"], abs=1e-4)
+
+
+def test_attack_keeps_the_meaning(tiny, tmp_path):
+    module = DPODiff(backbone=tiny, task="attack", sampling_steps=3, schedule="fix-1", threshold=-1)
+    space = module.space(PROMPTS[0])
+    singles = [[i if other == number else 0 for other in range(len(space.slots))]
+               for number, slot in enumerate(space.slots) for i in range(1, len(slot.words))]  # fmt: skip
+    cosines = module.meaning(PROMPTS[0], [space.texts(choice)[0] for choice in singles])
+    threshold = float(cosines.median())
+    kept = keeping(space, module.meaning, threshold)
+    assert sum(len(slot.words) - 1 for slot in kept.slots) == int((cosines >= threshold).sum())
+    (problem,) = search(tiny, tmp_path, PROMPTS[0], task="attack", solver="random", threshold=threshold)
+    assert len(problem.candidates) > 2
+    for candidate in problem.candidates:
+        assert float(module.meaning(problem.target, [candidate["prompt"]])) >= threshold - 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"threshold": 2}, "threshold"),
+        ({"budget": 3}, "population of 4"),
+        ({"schedule": "late"}, "step-15-2"),
+        ({"schedule": "fix-9"}, "beyond the sampler's"),
+    ],
+)
+def test_bad_settings_are_refused(settings, told, tiny, tmp_path):
+    with pytest.raises(UserError, match=told):
+        search(tiny, tmp_path, PROMPTS, **settings)
+
+
+def spaced(space, **settings):
+    """A method whose space is given."""
+
+    class Spaced(DPODiff):
+        def space(self, prompt):
+            return space
+
+    return Spaced(
+        **{
+            "sampling_steps": 3,
+            "schedule": "fix-1",
+            "seeds": 2,
+            "budget": 8,
+            "population": 4,
+            "sample_every": 0,
+            **settings,
+        }
+    )
+
+
+@pytest.fixture
+def attached(tiny, tmp_path):
+    """A method with a wave of one problem, as in the middle of a search."""
+
+    def make(**settings):
+        module, data = spaced(SPACE, backbone=tiny, **settings), Prompts("a small cat on a blue background")
+        trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+        module.trainer = trainer
+        trainer.datamodule, data.trainer = data, trainer
+        trainer.strategy.connect(module)
+        data.setup("fit")
+        module.take(list(data.records.values()))
+        module.begin_wave()
+        module.active, module.stale = torch.ones(1, dtype=torch.bool), [0]
+        module.score()
+        return module
+
+    return make
+
+
+def test_hybrid_begins_with_what_the_gradient_has_learned(attached):
+    wanted = (1, 2, 2, 1)
+    for solver, share in (("hybrid", 1.0), ("gradient", 1.0), ("evolution", 0.1)):
+        module = attached(solver=solver)
+        module.prompt.logits.data.zero_()
+        module.prompt.begin(module.spaces)
+        if solver != "evolution":
+            module.prompt.logits.data[0].scatter_(1, torch.tensor(wanted).unsqueeze(1), 20.0)
+        first = module.propose(0, 5, 5)
+        assert (first[0] == wanted) == (share == 1.0)
+        assert len(first) == (1 if share == 1.0 else 4)  # the distribution has but one word a slot left
+
+
+def test_children_are_of_the_best(attached):
+    module = attached(solver="evolution", select=2, mutation=0.0)
+    problem = module.problems[0]
+    for choice, loss in (((1, 1, 1, 1), 0.1), ((2, 2, 2, 2), 0.2), ((0, 3, 0, 3), 0.9)):
+        module.keep(0, choice, SPACE.texts(choice), [loss, loss])
+    problem.candidates = [candidate for candidate in problem.candidates if candidate["losses"][0] in (0.1, 0.2, 0.9)]
+    children = module.propose(0, 6, 5)
+    assert children
+    assert all(value in (1, 2) for child in children for value in child)
+
+
+def test_clip_sees_the_pictures_as_they_are_drawn(attached):
+    module = attached()
+    texts, noise = [("a small cat", "dark"), ("two dogs", "")], torch.randn(2, 2, *module.backbone.latent_shape)
+    with torch.no_grad():
+        losses = module.losses(texts, noise, module.wanted[[0, 0]])
+        for b, (prompt, negative) in enumerate(texts):
+            pictures = module.draw([prompt] * 2, noise[b], negative)
+            angles = (module.clip.features(pictures) @ module.wanted[0]).acos()
+            torch.testing.assert_close(losses[b], angles.square() / 2, atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_goes_through_the_text_encoder(attached):
+    """What the released code mixed were rows of the table, without the encoder: the gradient of another function."""
+    module = attached()
+    noise = torch.zeros_like(module.prompt.logits)
+    noise[:, :, 1] = 2  # at first the negative prompt is empty
+    sides = module.prompt(torch.tensor([0]), noise)
+    for ids, embeddings in sides:
+        told = module.backbone.encode(ids, embeddings).prompt_embeds
+        (gradient,) = torch.autograd.grad(told[0, -1, 0], module.prompt.logits, retain_graph=True)
+        assert gradient.abs().max() > 0  # the last position, which no word stands at, depends on the words
+
+
+def test_shortcut_loss_is_the_mean_over_seeds_with_its_gradient(attached):
+    module = attached(microbatch=1)
+    rows, noise = torch.tensor([0]), torch.randn_like(module.prompt.logits)
+    told, away = (module.backbone.encode(*side) for side in module.prompt(rows, noise))
+    value = module.shortcut_loss(rows, told, away, 2)
+    (gradient,) = torch.autograd.grad(value.sum(), module.prompt.logits)
+    told, away = (module.backbone.encode(*side).repeat_interleave(2) for side in module.prompt(rows, noise))
+    latents = module.backbone.sample(told, away, module.noise[0], 3, module.guidance_scale, 1, 2)
+    plain = module.distance(module.backbone.decode(latents), module.wanted[[0, 0]]).mean()
+    (expected,) = torch.autograd.grad(plain, module.prompt.logits)
+    torch.testing.assert_close(value[0], plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_improving_the_positive_prompt_changes_its_words(tiny, tmp_path):
+    (problem,) = search(tiny, tmp_path, PROMPTS[0], solver="random", positive=["neighbours"], negative=[])
+    assert any(candidate["prompt"] != problem.target for candidate in problem.candidates)
+    assert all(candidate["negative_prompt"] == "" for candidate in problem.candidates)
+
+
+def test_cosine_stands_in(tiny, tmp_path):
+    (problem,) = search(tiny, tmp_path, PROMPTS[0], solver="random", objective="cosine")
+    (other,) = search(tiny, tmp_path / "other", PROMPTS[0], solver="random")
+    for cosine, spherical in zip(problem.loss_before, other.loss_before, strict=True):
+        assert spherical == pytest.approx(math.acos(1 - cosine) ** 2 / 2, abs=1e-4)
+
+
+def test_attack_without_words_that_keep_the_meaning_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="keeps the meaning"):
+        search(tiny, tmp_path, PROMPTS[0], task="attack", threshold=1.0)
+
+
+def test_temperature_goes_from_the_first_to_the_last(attached, monkeypatch):
+    module, seen = attached(temperature=(4.0, 1.0), gradient_share=0.5), []
+    monkeypatch.setattr(module, "descend", lambda rows, step, before, temperature: seen.append(temperature))
+    steps = len(module.plan(0))
+    for step in range(steps):
+        module.search(Step(step, torch.empty(1, 0)), torch.tensor([0]))
+    assert seen[0] == pytest.approx(4)
+    assert seen[-1] == pytest.approx(1)
+    ratios = [b / a for a, b in itertools.pairwise(seen)]
+    assert ratios == pytest.approx([ratios[0]] * (steps - 1))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("step-15-2", [15, 15, 16, 16, 17]), ("fix-3", [3] * 5), ("step-0-1", [0, 1, 2, 3, 4])],
+)
+def test_schedules(schedule, expected):
+    draw = torch.Generator().manual_seed(0)
+    assert [calls_before_gradient(schedule, step, draw) for step in range(5)] == expected
+
+
+def test_random_schedule_is_uniform():
+    draw = torch.Generator().manual_seed(0)
+    drawn = [calls_before_gradient("rand-4-8", 0, draw) for _ in range(400)]
+    assert set(drawn) == {4, 5, 6, 7}
+    assert all(drawn.count(number) > 60 for number in set(drawn))
+
+
+@pytest.mark.parametrize(
+    "schedule", ["step-3", "step-3-0", "rand-4-4", "rand-4", "fix", "fix-1-2", "late", "step--1-2"]
+)
+def test_malformed_schedules_are_refused(schedule):
+    with pytest.raises(UserError, match="step-15-2"):
+        calls_before_gradient(schedule, 0, torch.Generator())
+
+
+# --- runs
+
+
+def run(tiny, folder, *extra):
+    return [
+        "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "DPODiff", "--model.backbone", tiny,
+        "--model.sampling_steps", "3", "--model.schedule", "fix-1", "--model.seeds", "2", "--model.budget", "8",
+        "--model.population", "3", "--model.select", "2", "--model.sample_every", "0", "--data", "Prompts", "--data.prompts",
+        *(extra or [json.dumps(PROMPTS)]),
+    ]  # fmt: skip
+
+
+def problems(folder):
+    found = json.loads((folder / "result.json").read_text())["problems"]
+    return [{name: value for name, value in problem.items() if name != "seconds"} for problem in found]
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints, tiny, tmp_path, monkeypatch):
+    drawn = []
+    if checkpoints:  # a state every step, instead of one in twenty seconds
+        monkeypatch.setattr(PromptCheckpoint, "on_train_batch_end", lambda self, trainer, *_: self._save(trainer))
+    losses = DPODiff.losses
+
+    def counted(self, texts, noise, wanted):
+        drawn.extend((texts, noise[i, 0, 0, 0, 0].item()) for i, texts in enumerate(texts))
+        return losses(self, texts, noise, wanted)
+
+    monkeypatch.setattr(DPODiff, "losses", counted)
+    main(run(tiny, tmp_path / "whole"))
+    whole, drawn[:] = list(drawn), []
+
+    for stop in (1, 2, 0) if checkpoints else (1, 2, 3):
+        before, steps = signal.getsignal(signal.SIGINT), itertools.count()
+
+        def interrupted(self, batch, rows, *, search=DPODiff.search, steps=steps, stop=stop):
+            search(self, batch, rows)
+            if next(steps) == stop:  # behind what was paid for, before the checkpoint
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DPODiff, "search", interrupted)
+            with pytest.raises(SystemExit):
+                main([*run(tiny, tmp_path / "broken"), "--ckpt_path", "last"])
+        signal.signal(signal.SIGINT, before)
+    main([*run(tiny, tmp_path / "broken"), "--ckpt_path", "last"])
+    for broken, unbroken in zip(problems(tmp_path / "broken"), problems(tmp_path / "whole"), strict=True):
+        if not checkpoints:  # gradients are taken again
+            assert broken.pop("unet_samples") >= unbroken.pop("unet_samples")
+            broken["history"], unbroken["history"] = (
+                [entry["prompt"] for entry in p["history"]] for p in (broken, unbroken)
+            )
+        assert broken == unbroken
+    assert sorted(drawn) == sorted(whole)
+
+
+def test_result_tells_what_was_searched(tiny, tmp_path):
+    main(run(tiny, tmp_path / "run"))
+    for problem, prompt in zip(problems(tmp_path / "run"), PROMPTS, strict=True):
+        assert problem["original_prompt"] == problem["prompt"] == prompt
+        losses = [sum(candidate["losses"]) for candidate in problem["candidates"]]
+        assert losses == sorted(losses)
+        assert len(losses) == 5
+        assert sum(problem["loss_after"]) == pytest.approx(losses[0])
+        assert sum(problem["loss_before"]) >= losses[0]
+        assert len(problem["loss_before"]) == len(problem["loss_after"]) == 2
+        assert len(problem["fresh_loss_before"]) == len(problem["fresh_loss_after"]) == 10
+        assert problem["similarity"] == pytest.approx(1, abs=1e-4)
+        chosen = [word for _, word in problem["words"] if word]
+        assert ", ".join(chosen) == problem["negative_prompt"]
+        assert 7 <= problem["budget"] <= 8
+    with Image.open(tmp_path / "run" / "grid.png") as grid:
+        assert grid.width > grid.height  # two prompts with two seeds each beside each other, before above after
+
+
+def test_looked_at_again(tiny, tmp_path, capsys):
+    main(run(tiny, tmp_path / "run"))
+    before = problems(tmp_path / "run")
+    for command in ("validate", "test", "predict"):
+        main([command, "--run", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert f"{before[0]['validation_loss']:.5f}" in shown
+    assert problems(tmp_path / "run") == before
+    assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2
+
+
+def test_fewer_sampling_steps_are_another_search(tiny, tmp_path, capsys):
+    main(run(tiny, tmp_path / "run"))
+    with pytest.raises(SystemExit) as stop:
+        main([*run(tiny, tmp_path / "run"), "--ckpt_path", "last", "--model.sampling_steps", "4"])
+    assert stop.value.code == 2
+    assert "--model.sampling_steps 3 and cannot go on with 4" in capsys.readouterr().err
+
+
+def test_other_data_is_refused(tiny, tmp_path, capsys):
+    for model, data, told in (
+        ("DPODiff", "ImagesToPrompts", "--data Prompts"),
+        ("PEZ", "Prompts", "--data ImagesToPrompts"),
+    ):
+        given = ["--data.prompts", "a dog"] if data == "Prompts" else ["--data.images", "a.png"]
+        with pytest.raises(SystemExit) as stop:
+            main(
+                [
+                    "fit",
+                    "--run",
+                    str(tmp_path / "run"),
+                    "--model",
+                    model,
+                    "--model.backbone",
+                    tiny,
+                    "--data",
+                    data,
+                    *given,
+                ]
+            )
+        assert stop.value.code == 2
+        assert told in capsys.readouterr().err
+
+
+def test_space_is_shown_before_a_run(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = run(tiny, tmp_path / "run", "a small dog")
+    main(["show-space", *arguments[1:], "--model.positive", "[neighbours]"])
+    shown = capsys.readouterr().out
+    assert "| positive | small | small, " in shown
+    assert "| negative | " in shown
+    assert "a small dog: " in shown
+    assert not list(tmp_path.iterdir())
