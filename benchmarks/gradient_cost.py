@@ -1,0 +1,81 @@
+"""What the gradient of a picture with respect to its prompt costs: `python benchmarks/gradient_cost.py`.
+
+For 10 to 100 sampling steps, the peak memory above what the loaded models take, and the time, of the shortcut text gradient (one
+call of the denoiser, three fifths along the way) and of the full gradient through all calls, whose activations are computed again
+in the backward pass. Each is measured in a process of its own, on the embedded model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+STEPS = (10, 25, 50, 100)
+PICTURES = 16
+
+
+def peak_and_now() -> tuple[float, float]:
+    """Megabytes that this process has held at most, and holds."""
+    status = Path("/proc/self/status").read_text()
+    most, now = (int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) / 1024 for name in ("VmHWM", "VmRSS"))
+    return most, now
+
+
+def measured(kind: str, steps: int) -> str:
+    """Peak memory in megabytes above what was held before, and seconds."""
+    from lightning_prompts.backbones import load_backbone
+    from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+    from lightning_prompts.objectives.spherical import spherical_distance
+    from lightning_prompts.vocabulary import encode_text
+
+    backbone, clip = load_backbone("emoji"), ClipSimilarity(clip_of("emoji"))
+    prompt = "a small bunny on a crimson background"
+    ids = encode_text(backbone.towers[0].tokenizer, [prompt, "blurry"], backbone.towers[0].length)
+    noise = torch.randn(PICTURES, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    wanted = clip.text_features(clip.encode([prompt])).detach()
+    calls, grad_steps = (3 * steps // 5, 1) if kind == "shortcut" else (steps, steps)
+
+    def gradient(calls: int, grad_steps: int) -> None:
+        table = backbone.towers[0].table[ids].clone().requires_grad_()
+        told, away = (backbone.encode(ids[i : i + 1], table[i : i + 1]).repeat_interleave(PICTURES) for i in (0, 1))
+        latents = backbone.sample(told, away, noise, steps, 3.0, grad_steps, calls)
+        loss = spherical_distance(clip.features(backbone.decode(latents)), wanted).mean()
+        torch.autograd.grad(loss, table)
+
+    _, before = peak_and_now()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held now
+    begun = time.perf_counter()
+    gradient(calls, grad_steps)
+    seconds = time.perf_counter() - begun
+    most, _ = peak_and_now()
+    return f"{most - before:.0f} {seconds:.2f}"
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs=2, metavar=("KIND", "STEPS"), help="measure one, as the processes do")
+    args = parser.parse_args()
+    if args.only:
+        print(measured(args.only[0], int(args.only[1])))
+        return
+    print(f"{PICTURES} pictures, {platform.machine()}, {torch.get_num_threads()} threads, float32\n")
+    print("| sampling steps | shortcut, MB | full, MB | shortcut, s | full, s |\n|---|---|---|---|---|")
+    for steps in STEPS:
+        cells = []
+        for kind in ("shortcut", "full"):
+            program = [sys.executable, __file__, "--only", kind, str(steps)]
+            cells.append(subprocess.run(program, capture_output=True, text=True, check=True).stdout.split())
+        (memory, seconds), (other_memory, other_seconds) = cells
+        print(f"| {steps} | {memory} | {other_memory} | {seconds} | {other_seconds} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

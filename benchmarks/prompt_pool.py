@@ -1,0 +1,40 @@
+"""Prompts as a person would write them for the embedded model: its objects and colours, by whatever name, in other sentences."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import NamedTuple
+
+from lightning_prompts.emoji import world
+
+SENTENCES = (
+    "a cute {size} {thing} on a {color} wall",
+    "{thing} on {color}, 4k",
+    "a nice {thing} against plain {color}",
+    "a {thing} standing on {color} floor",
+    "a {size} {thing} over a {color} background, hd",
+    "{thing} cartoon, {color} background",
+)
+
+
+class Written(NamedTuple):
+    """A prompt, and what its picture should show, under the embedded model's own names."""
+
+    prompt: str
+    thing: str
+    color: str
+
+
+def written(seed: int, count: int) -> list[Written]:
+    """Different prompts, drawn at random."""
+    rng, found = random.Random(seed), dict[str, Written]()
+    while len(found) < count:
+        thing, color = rng.choice(sorted(world.OBJECTS)), rng.choice(sorted(world.COLORS))
+        names = [rng.choice([name, *others[name]]) for name, others in
+                 ((thing, world.OBJECTS), (color, world.COLOR_SYNONYMS))]  # fmt: skip
+        sizes = [size for name, others in world.SIZES.items() if name != "medium" for size in (name, *others)]
+        prompt = rng.choice(SENTENCES).format(thing=names[0], color=names[1], size=rng.choice(sizes))
+        prompt = re.sub(r"\ba (?=[aeiou](?!ni))", "an ", prompt)
+        found.setdefault(prompt, Written(prompt, thing, color))
+    return list(found.values())
