@@ -128,13 +128,23 @@ class WordChoices(nn.Module):
         self.counts = counts
 
     @torch.no_grad()
-    def begin(self, spaces: Sequence[Space]) -> None:
-        """Starts at logits of 0, and 1 for what stands in each slot before the search."""
+    def begin(self, spaces: Sequence[Space], unchanged: float | None = None) -> None:
+        """Starts at logits of 0, and `initial` for what stands in each slot before the search."""
         self.show(spaces)
         self.logits.grad = None
         self.logits.data = torch.zeros(self.counts.shape, device=self.table.device)
         if self.logits.numel():
-            self.logits[:, :, 0] = 1
+            self.logits[:, :, 0] = self.initial(unchanged).to(self.logits)
+
+    def initial(self, unchanged: float | None = None) -> Tensor:
+        """Logits (P, S) of what stands in each slot before the search.
+
+        Args:
+            unchanged: Chance, in (0, 1), that a draw leaves a slot as it is. None: the logit is 1, as in the paper, whatever the
+                chance is with so many words.
+        """
+        others = ((self.counts >= 0).sum(2) - 1).clamp(min=1)
+        return torch.ones(others.shape) if unchanged is None else (others * unchanged / (1 - unchanged)).log()
 
     def sound(self) -> Tensor:
         """Which problems' logits are finite, (P,)."""

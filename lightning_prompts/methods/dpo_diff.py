@@ -55,6 +55,8 @@ class DPODiff(PromptMethod):
         schedule: Calls of the denoiser before the gradient: `step-a-b` begins at a and goes one on every b steps, `rand-a-b` is
             random in [a, b), `fix-a` is a.
         grad_steps: Calls that pass a gradient on; as many as `sampling_steps`, with `fix-0`, are the full gradient.
+        unchanged: Chance that a draw from the logits leaves a slot as it is, at the beginning. None: the first word's logit is 1,
+            as in the paper.
         temperature: Of the Gumbel-softmax, at the first step and, on a geometric line, at the last.
         lr: Step size of RMSprop.
         population: Candidates that are evaluated together.
@@ -84,6 +86,7 @@ class DPODiff(PromptMethod):
         seeds: Positive = 3,
         schedule: str = "step-15-2",
         grad_steps: Positive = 1,
+        unchanged: float | None = None,
         temperature: tuple[float, float] = (1.0, 1.0),
         lr: float = 0.1,
         population: Positive = 20,
@@ -104,7 +107,7 @@ class DPODiff(PromptMethod):
             self.negative = ["library"]
         self.budget, self.seeds, self.schedule, self.grad_steps = budget, seeds, schedule, grad_steps
         self.gradient_share = gradient_share if solver in ("gradient", "hybrid") else 0.0
-        self.temperature, self.lr = temperature, lr
+        self.unchanged, self.temperature, self.lr = unchanged, temperature, lr
         self.population, self.select, self.mutation, self.threshold = population, select, mutation, threshold
         self._check()
         self.prompt = WordChoices(self.tower)
@@ -122,6 +125,8 @@ class DPODiff(PromptMethod):
             raise UserError(f"The share {self.gradient_share:g} is no part; give --model.gradient_share in [0, 1].")
         if not 0 <= self.mutation <= 1:
             raise UserError(f"The chance {self.mutation:g} is none; give --model.mutation in [0, 1].")
+        if self.unchanged is not None and not 0 < self.unchanged < 1:
+            raise UserError(f"The chance {self.unchanged:g} is none; give --model.unchanged in (0, 1).")
         if min(self.temperature) <= 0:
             raise UserError(f"Temperatures are positive, not {list(self.temperature)}; change --model.temperature.")
         if self.solver in ("evolution", "hybrid") and self.budget < self.population:
@@ -179,7 +184,7 @@ class DPODiff(PromptMethod):
         """Starts from the persons' prompts; what was evaluated before, without a state to go on from, is at hand as paid."""
         for problem in self.problems:
             problem.candidates, problem.budget, problem.loss_before = [], 0.0, None
-        self.prompt.begin(self.spaces)
+        self.prompt.begin(self.spaces, self.unchanged)
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
 
@@ -210,7 +215,8 @@ class DPODiff(PromptMethod):
         everyone = loss.new_zeros(len(self.problems)).index_put((rows.to(loss.device),), loss)
         self.step_active(self.optimizers(), everyone, clip=0.025)
         with torch.no_grad():
-            self.prompt.logits.clamp_(0, 3)
+            most = self.prompt.initial(self.unchanged).clamp(min=3).unsqueeze(2).to(self.device)
+            self.prompt.logits.copy_(self.prompt.logits.clamp(min=0).minimum(most))
         self.log("train/loss", loss.detach().mean(), prog_bar=True)
 
     def shortcut_loss(self, rows: Tensor, told: Conditioning, away: Conditioning, calls: int) -> Tensor:

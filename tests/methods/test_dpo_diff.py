@@ -78,6 +78,13 @@ def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
     torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("chance", [0.2, 0.7])
+def test_slots_stay_as_they_are_with_the_chance_that_was_given(choices, chance):
+    choices.begin([SPACE], chance)
+    weights = choices.perturbed(torch.tensor([0]), torch.zeros_like(choices.logits)).softmax(2)
+    torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), chance))
+
+
 # --- the shortcut text gradient
 
 
@@ -225,6 +232,10 @@ def test_attack_keeps_the_meaning(tiny, tmp_path):
     [
         ({"threshold": 2}, "threshold"),
         ({"budget": 3}, "population of 4"),
+        ({"unchanged": 1.0}, "--model.unchanged in"),
+        ({"mutation": 1.5}, "--model.mutation in"),
+        ({"gradient_share": -0.1}, "--model.gradient_share in"),
+        ({"temperature": (1.0, 0.0)}, "--model.temperature"),
         ({"schedule": "late"}, "step-15-2"),
         ({"schedule": "fix-9"}, "beyond the sampler's"),
     ],
