@@ -1,7 +1,6 @@
 """Target pictures: which ones a person means, how they are read, and the key their results are kept under."""
 
 import contextlib
-import csv
 import glob
 import hashlib
 import io
@@ -10,15 +9,16 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lightning_prompts.data.lists import read_rows
 from lightning_prompts.errors import UserError
 
 Fit = Literal["crop", "pad"]
@@ -242,7 +242,7 @@ def _expand(source: str) -> list[Target]:
 
 def _read_list(path: Path) -> list[Target]:
     groups: dict[str | int, list[Target]] = {}
-    for line, row in _rows(path):
+    for line, row in read_rows(path, "file", "file,caption"):
         where = f"Line {line} of '{path}'"
         if not isinstance(row, dict) or not row.keys() <= _COLUMNS:
             raise UserError(
@@ -263,32 +263,3 @@ def _read_list(path: Path) -> list[Target]:
     if not groups:
         raise UserError(f"The list '{path}' names no pictures; give it at least one 'file'.")
     return [_merge(group, group[0].name) for group in groups.values()]
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Gives each row of a list with the number of its (last) line."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
-    except OSError as error:
-        raise UserError(f"The list '{path}' cannot be read ({error.strerror}); check its permissions.") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"Line {line} of '{path}' is not UTF-8 text; save the list as UTF-8.") from error
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-        try:
-            if "file" not in (reader.fieldnames or ()):
-                raise UserError(f"Line 1 of '{path}' has no column 'file'; begin with a header such as file,caption.")
-            for row in reader:
-                yield reader.reader.line_num, row  # DictReader's own number stops at blank lines
-        except csv.Error as error:
-            line = reader.reader.line_num
-            raise UserError(f"Line {line} of '{path}' is not valid CSV ({error}); correct it.") from error
-        return
-    for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            try:
-                row = json.loads(content)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"Line {line} of '{path}' is not valid JSON; write one object a line.") from error
-            yield line, row

@@ -37,6 +37,8 @@ class ImagesToPrompts(ProblemData):
         seed: Addresses every random draw.
     """
 
+    given = "pictures that are not among --data.images"
+
     def __init__(
         self,
         images: str | list[str],
@@ -51,7 +53,6 @@ class ImagesToPrompts(ProblemData):
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
-        self.given = "pictures that are not among --data.images"
         self.images = [images] if isinstance(images, str) else images
         self.negative_images = [negative_images] if isinstance(negative_images, str) else negative_images or []
         self.fit, self.one_subject = fit, one_subject

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from pathlib import Path
 
 import torch
 
+from lightning_prompts.data.lists import read_rows, read_text
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem
@@ -23,9 +22,10 @@ class Prompts(ProblemData):
         seed: Addresses every random draw.
     """
 
+    given = "prompts that are not among --data.prompts"
+
     def __init__(self, prompts: str | list[str], seed: int = 0) -> None:
         super().__init__(seed)
-        self.given = "prompts that are not among --data.prompts"
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
 
     @property
@@ -44,8 +44,9 @@ class Prompts(ProblemData):
         for index, prompt in enumerate(prompts):
             settings = {"prompt": prompt, "backbone": self.method.backbone.name, "task": self.method.task}
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-            problem = known.get(key) or Problem(key, prompt)
-            problem.index = index
+            here = Problem(key, prompt, index=index)
+            problem = known.get(key, here)
+            problem.move_to(here)
             if problem.status == "failed":
                 problem.status, problem.reason = "open", None
             try:
@@ -76,32 +77,17 @@ def _expand(source: str) -> list[str]:
         if not source.strip():
             raise UserError("A prompt is empty; write what the picture is to show.")
         return [" ".join(source.split())]
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"The list {source!r} cannot be read ({error.strerror}); check the path.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The list {source!r} is not UTF-8 text; save it as UTF-8.") from error
-    rows = _rows(path, text)
-    return [" ".join(row.split()) for row in rows if row.strip()]
+    if not path.exists():
+        raise UserError(f"There is no list {source!r}; check the path.")
+    prompts = read_text(path).splitlines() if path.suffix.lower() == ".txt" else _listed(path)
+    return [" ".join(prompt.split()) for prompt in prompts if prompt.strip()]
 
 
-def _rows(path: Path, text: str) -> list[str]:
-    if path.suffix.lower() == ".txt":
-        return text.splitlines()
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        if "prompt" not in (reader.fieldnames or ()):
-            raise UserError(f"Line 1 of {str(path)!r} has no column 'prompt'; begin with a header.")
-        return [row["prompt"] or "" for row in reader]
+def _listed(path: Path) -> list[str]:
     prompts = []
-    for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            try:
-                row = json.loads(content)
-            except ValueError as error:
-                raise UserError(f"Line {line} of {str(path)!r} is not valid JSON; write one object a line.") from error
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                raise UserError(f"Line {line} of {str(path)!r} has no text under 'prompt'.")
-            prompts.append(row["prompt"])
+    for line, row in read_rows(path, "prompt", "prompt"):
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, str):
+            raise UserError(f"Line {line} of '{path}' has no text under 'prompt'.")
+        prompts.append(prompt)
     return prompts
