@@ -52,7 +52,7 @@ def judge() -> tuple[ClipSimilarity, Tensor, Tensor]:
     """The held-out CLIP, and its features (O, E) of all objects and (C, E) of all backgrounds."""
     clip = ClipSimilarity(str(EMOJI.parent / "scorer"))
     names = ([f"a {name}" for name in world.OBJECTS], [f"a {name} background" for name in world.COLORS])
-    things, colors = (clip.text_features(clip.encode(texts)) for texts in names)
+    things, colors = (clip.features_of(texts) for texts in names)
     return clip, things, colors
 
 
@@ -63,7 +63,7 @@ def chosen(task: str, count: int, folder: Path) -> list[Written]:
     if not file.exists():
         texts = [one.prompt for one in prompts]
         noise = draw_noise(0, texts, SEARCH, 2, method().backbone.latent_shape, torch.device("cpu"))
-        wanted = method().clip.text_features(method().clip.encode(texts))
+        wanted = method().clip.features_of(texts)
         losses = method().losses([(text, "") for text in texts], noise, wanted).mean(1)
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(losses.tolist()))

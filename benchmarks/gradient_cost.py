@@ -39,7 +39,7 @@ def measured(kind: str, steps: int) -> str:
     prompt = "a small bunny on a crimson background"
     ids = encode_text(backbone.towers[0].tokenizer, [prompt, "blurry"], backbone.towers[0].length)
     noise = torch.randn(PICTURES, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
-    wanted = clip.text_features(clip.encode([prompt])).detach()
+    wanted = clip.features_of([prompt])
     calls, grad_steps = (3 * steps // 5, 1) if kind == "shortcut" else (steps, steps)
 
     def gradient(calls: int, grad_steps: int) -> None:

@@ -87,7 +87,7 @@ class Recogniser:
         self.scorer, self.names = ClipSimilarity(str(EMOJI.parent / "scorer")), list(world.OBJECTS)
         texts = [f"{name}, {color} background" for name in self.names for color in world.COLORS]
         with torch.no_grad():
-            said = self.scorer.text_features(self.scorer.encode(texts))
+            said = self.scorer.features_of(texts)
         self.said = said.view(len(self.names), len(world.COLORS), -1)
 
     def __call__(self, pictures: Tensor, name: str) -> float:

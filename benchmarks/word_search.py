@@ -78,7 +78,7 @@ def enumerated(prompt: str, folder: Path) -> Table:
         )
         shape = method.backbone.latent_shape
         noise = draw_noise(0, [prompt], SEARCH, method.seeds, shape, torch.device("cpu"))
-        wanted = method.clip.text_features(method.clip.encode([prompt]))
+        wanted = method.clip.features_of([prompt])
         with torch.no_grad():
             losses = [DPODiff.losses(method, pairs[i : i + 32], noise.expand(len(pairs[i : i + 32]), *noise.shape[1:]),
                                      wanted.expand(len(pairs[i : i + 32]), -1)) for i in range(0, len(pairs), 32)]  # fmt: skip

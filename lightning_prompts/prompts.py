@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from lightning_prompts.backbones import TextTower
 from lightning_prompts.errors import UserError
 from lightning_prompts.substitutes.space import Part, Space
-from lightning_prompts.vocabulary import LARGEST, Metric, allowed_tokens, encode_text, nearest_tokens, template_ids
+from lightning_prompts.vocabulary import (
+    LARGEST,
+    Metric,
+    allowed_tokens,
+    encode_text,
+    nearest_tokens,
+    template_ids,
+    token_lists,
+)
 
 
 class TokenEmbeddings(nn.Module):
@@ -119,18 +127,17 @@ class WordChoices(nn.Module):
     def show(self, spaces: Sequence[Space]) -> None:
         """Makes the spaces those that the logits choose from."""
         self.spaces = list(spaces)
+        self.word_ids = [[token_lists(self.tower.tokenizer, slot.words) for slot in space.slots] for space in spaces]
         slots = max((len(space.slots) for space in spaces), default=0)
         words = max((len(slot.words) for space in spaces for slot in space.slots), default=0)
-        counts = torch.full((len(spaces), slots, words), -1)  # tokens of each word, -1 where there is none
-        for p, space in enumerate(spaces):
-            for s, slot in enumerate(space.slots):
-                counts[p, s, : len(slot.words)] = torch.tensor([len(self.tokens(word)) for word in slot.words])
-        self.counts = counts
+        self.counts = torch.full((len(spaces), slots, words), -1)  # tokens of each word, -1 where there is none
+        for p, row in enumerate(self.word_ids):
+            for s, ids in enumerate(row):
+                self.counts[p, s, : len(ids)] = torch.tensor([len(word) for word in ids])
 
     @torch.no_grad()
-    def begin(self, spaces: Sequence[Space], unchanged: float | None = None) -> None:
+    def begin(self, unchanged: float | None = None) -> None:
         """Starts at logits of 0, and `initial` for what stands in each slot before the search."""
-        self.show(spaces)
         self.logits.grad = None
         self.logits.data = torch.zeros(self.counts.shape, device=self.table.device)
         if self.logits.numel():
@@ -152,8 +159,7 @@ class WordChoices(nn.Module):
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a piece of text, without start and end."""
-        ids: list[int] = self.tower.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return token_lists(self.tower.tokenizer, [text])[0]
 
     def perturbed(self, rows: Tensor, gumbel: Tensor) -> Tensor:
         """Logits (Q, S, W) of some problems, plus noise (Q, S, W); minus infinity where there is no word."""
@@ -181,27 +187,27 @@ class WordChoices(nn.Module):
         weights = (perturbed / temperature).masked_fill(~same, -torch.inf).softmax(2)
         sides: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
         for q, row in enumerate(rows.tolist()):
-            space = self.spaces[row]
-            choice = drawn[q, : len(space.slots)].tolist()
-            for side, parts in zip(sides, space.parts(choice), strict=True):
-                side.append(self._mixed(space, parts, choice, weights[q]))
+            choice = drawn[q, : len(self.spaces[row].slots)].tolist()
+            for side, parts in zip(sides, self.spaces[row].parts(choice), strict=True):
+                side.append(self._mixed(self.word_ids[row], parts, choice, weights[q]))
         return [tuple(torch.stack(column) for column in zip(*side, strict=True)) for side in sides]  # type: ignore[misc]
 
     def _mixed(
-        self, space: Space, parts: Sequence[Part], choice: Sequence[int], weights: Tensor
+        self, word_ids: Sequence[Sequence[Sequence[int]]], parts: Sequence[Part], choice: Sequence[int], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Ids (L,) and embeddings (L, D) of a text whose slots are mixtures by weights (S, W)."""
         ids = encode_text(self.tower.tokenizer, ["".join(part.text for part in parts)], self.tower.length)[0]
         ids, place = ids.to(self.table.device), 1
         embeddings = self.table[ids].to(self.logits.dtype)
         for part in parts:
-            count = len(self.tokens(part.text))
-            if part.slot is not None:
-                slot = space.slots[part.slot]
-                alike = [i for i, word in enumerate(slot.words) if len(self.tokens(word)) == count]
-                words = self.table[torch.tensor([self.tokens(slot.words[i]) for i in alike], device=ids.device)]
-                mixed = torch.einsum("w,wtd->td", weights[part.slot, alike], words.to(weights))
-                places = torch.arange(place, place + count, device=ids.device)
-                embeddings = embeddings.index_copy(0, places, mixed)
+            if part.slot is None:
+                place += len(self.tokens(part.text))
+                continue
+            words = word_ids[part.slot]
+            count = len(words[choice[part.slot]])
+            alike = [i for i, word in enumerate(words) if len(word) == count]
+            table = self.table[torch.tensor([words[i] for i in alike], device=ids.device)]  # (A, T, D)
+            mixed = torch.einsum("a,atd->td", weights[part.slot, alike], table.to(weights))
+            embeddings = embeddings.index_copy(0, torch.arange(place, place + count, device=ids.device), mixed)
             place += count
         return ids, embeddings

@@ -123,7 +123,7 @@ def allowed_tokens(
     if words is not None:
         words = _listed("words", words)
         single = torch.zeros(size, dtype=torch.bool)
-        single[[ids[0] for ids in _encode(tokenizer, words) if len(ids) == 1]] = True
+        single[[ids[0] for ids in token_lists(tokenizer, words) if len(ids) == 1]] = True
         allowed &= single
         settings.append(f"words ({len(words)} given, which are {int(allowed.sum())} of these)")
     if blocked:
@@ -157,17 +157,17 @@ def round_trip(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> tuple[list[st
     rows = ids.tolist()
     decoded = rows and tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     texts, special = [" ".join(text.split()) for text in decoded], set(tokenizer.all_special_ids)
-    again = _encode(tokenizer, texts)
+    again = token_lists(tokenizer, texts)
     same = [row == other and special.isdisjoint(row) for row, other in zip(rows, again, strict=True)]
     return texts, torch.tensor(same, dtype=torch.bool, device=ids.device)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> list[list[int]]:
-    """Token ids of texts, none of which is cut."""
+def token_lists(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    """Token ids of texts, each of its own length: without start and end, and none cut, unless `options` ask for it."""
     if not texts:
         return []  # transformers cannot
     options = {"add_special_tokens": False, "truncation": False, "verbose": False, **options}
-    ids: list[list[int]] = tokenizer(texts, **options)["input_ids"]
+    ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
     return ids
 
 
@@ -231,7 +231,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length
         Token ids, (P, length).
     """
     texts = _listed("texts", texts)
-    rows = _encode(tokenizer, texts, add_special_tokens=True, padding="max_length", max_length=length)
+    rows = token_lists(tokenizer, texts, add_special_tokens=True, padding="max_length", max_length=length)
     for text, row in zip(texts, rows, strict=True):
         if len(row) > length:
             start = text if len(text) <= 60 else f"{text[:60]}…"
@@ -262,7 +262,7 @@ def template_ids(
     if tokens < 1:
         raise UserError(f"A prompt of {tokens} tokens was asked for; it needs at least 1.")
     texts = [fill_template(template, " ".join([word] * tokens)) for word in FILLERS]
-    used = len(_encode(tokenizer, texts, add_special_tokens=True)[0])
+    used = len(token_lists(tokenizer, texts, add_special_tokens=True)[0])
     if used > length:
         room = length - used + tokens
         advice = f"use at most {room} prompt tokens or a shorter template" if room > 0 else "shorten the template"

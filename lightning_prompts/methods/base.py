@@ -132,6 +132,11 @@ class PromptMethod(pl.LightningModule, ABC):
         self.data.loader.step = 0  # also of a wave that ended early
         self.trainer.should_stop = all(problem.status != "open" for problem in self.data.own())
 
+    def forget(self) -> None:
+        """Makes the optimiser forget the steps it has taken, which were elsewhere."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+
     def take(self, problems: list[Problem]) -> None:
         """Makes problems the wave."""
         self.problems, self._begun = problems, time.perf_counter()

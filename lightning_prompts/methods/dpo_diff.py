@@ -24,7 +24,7 @@ from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.problems import Candidate, Problem, RunFolder, atomic_write
 from lightning_prompts.prompts import WordChoices
 from lightning_prompts.ranges import Positive
-from lightning_prompts.substitutes import Meaning, Source, Space, build_space, keeping
+from lightning_prompts.substitutes import Meaning, Source, Sources, Space, keeping
 
 TRIES = 10  # draws for each candidate that is wanted, before a step makes do with fewer
 FRESH_SEEDS = 10
@@ -113,9 +113,12 @@ class DPODiff(PromptMethod):
         self.prompt = WordChoices(self.tower)
         self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline)
         self.meaning = Meaning(self.clip, sentence_encoder, self.offline)
-        self.spaces: list[Space] = []
+        self.sources = Sources(self.tower, self.positive, self.negative, dictionary, task == "improve", self.offline)
+        self._spaces: dict[str, Space] = {}
+        self._plans: dict[int, list[int]] = {}
         self._better: list[Problem] = []
-        self._paid: dict[str, list[Candidate]] = {}
+        self._paid: dict[tuple[str, str, str], list[float]] = {}
+        self.plan(0)  # refuses schedules
 
     def _check(self) -> None:
         """Refuses settings that make no search."""
@@ -134,12 +137,16 @@ class DPODiff(PromptMethod):
                 f"A budget of {self.budget} generations does not evaluate a population of {self.population}; raise --model.budget "
                 "or lower --model.population."
             )
-        self.plan(0)
 
     # --- the wave
 
     def plan(self, seed: int) -> list[int]:
         """Calls of the denoiser before those that pass a gradient on, a step; as many steps as the gradient's share pays for."""
+        if seed not in self._plans:
+            self._plans[seed] = self._planned(seed)
+        return self._plans[seed]
+
+    def _planned(self, seed: int) -> list[int]:
         before: list[int] = []
         spent, share, calls = 0.0, self.gradient_share * self.budget, self.backbone.calls(self.sampling_steps, 1)
         while share:
@@ -162,31 +169,38 @@ class DPODiff(PromptMethod):
 
     def on_train_start(self) -> None:
         """Remembers what an earlier process has paid for after its last checkpoint."""
-        self._paid = {problem.key: list(problem.candidates) for problem in self.data.records.values()}
+        self._paid = {
+            (problem.key, c["prompt"], c["negative_prompt"]): c["losses"]
+            for problem in self.data.records.values()
+            for c in problem.candidates
+        }
         super().on_train_start()
 
     def take(self, problems: list[Problem]) -> None:
         """Makes problems the wave, with the words that can be chosen for them."""
         super().take(problems)
-        self.spaces = [self.space(problem.target) for problem in problems]
-        self.prompt.show(self.spaces)
-        self.wanted = self.clip.text_features(self.clip.encode([problem.target for problem in problems]))  # (P, E)
-        keys, shape = [problem.key for problem in problems], self.backbone.latent_shape
-        self.noise = draw_noise(self.data.seed, keys, SEARCH, self.seeds, shape, self.device)
+        self.prompt.show([self.space(problem.target) for problem in problems])
+        self.wanted = self.clip.features_of([problem.target for problem in problems])  # (P, E)
+        self.noise = self.draw_noise(problems, SEARCH, self.seeds)
+
+    def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
+        """Noise (P, N, C, h, w) for pictures of P problems."""
+        keys = [problem.key for problem in problems]
+        return draw_noise(self.data.seed, keys, step, count, self.backbone.latent_shape, self.device)
 
     def space(self, prompt: str) -> Space:
         """The words that can be chosen for a prompt; a UserError where there are none."""
-        improve = self.task == "improve"
-        space = build_space(prompt, self.tower, self.positive, self.negative, self.dictionary, improve, self.offline)
-        return space if improve else keeping(space, self.meaning, self.threshold)
+        if prompt not in self._spaces:
+            space = self.sources.space(prompt)
+            self._spaces[prompt] = space if self.task == "improve" else keeping(space, self.meaning, self.threshold)
+        return self._spaces[prompt]
 
     def begin_wave(self) -> None:
         """Starts from the persons' prompts; what was evaluated before, without a state to go on from, is at hand as paid."""
         for problem in self.problems:
             problem.candidates, problem.budget, problem.loss_before = [], 0.0, None
-        self.prompt.begin(self.spaces, self.unchanged)
-        for optimizer in self.trainer.optimizers:
-            optimizer.state.clear()
+        self.prompt.begin(self.unchanged)
+        self.forget()
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step of the gradient, or the evaluation of a population."""
@@ -235,7 +249,7 @@ class DPODiff(PromptMethod):
                     Conditioning(parts[0]), Conditioning(parts[1]), noise[some], self.sampling_steps, self.guidance_scale,
                     self.grad_steps, calls,
                 )  # fmt: skip
-                loss = self.distance(self.backbone.decode(latents), wanted[some])
+                loss = self.loss(self.backbone.decode(latents), wanted[some])
                 for slope, gradient in zip(
                     slopes, torch.autograd.grad(loss.sum(), parts, allow_unused=True), strict=True
                 ):
@@ -247,20 +261,21 @@ class DPODiff(PromptMethod):
             value = value + ((side - side.detach()) * slope).flatten(1).sum(1)
         return value.view(len(rows), self.seeds).mean(1)
 
-    def distance(self, pictures: Tensor, wanted: Tensor) -> Tensor:
-        """The loss (B,) of pictures (B, 3, H, W) against texts' features (B, E); an attack's is negative."""
-        features = self.clip.features(pictures)
-        distance = (
-            spherical_distance(features, wanted) if self.objective == "spherical" else 1 - (features * wanted).sum(1)
-        )
+    def loss(self, pictures: Tensor, wanted: Tensor) -> Tensor:
+        """What is minimised, (B,): the distances of pictures (B, 3, H, W) from features (B, E); those of an attack negative."""
+        distance = self.distance(self.clip.features(pictures), wanted)
         return distance if self.task == "improve" else -distance
+
+    def distance(self, features: Tensor, wanted: Tensor) -> Tensor:
+        """How far features (B, E) of pictures are from those of texts, (B,)."""
+        return spherical_distance(features, wanted) if self.objective == "spherical" else 1 - (features * wanted).sum(1)
 
     def gumbel(self, rows: Tensor, step: int, tries: int = 0) -> Tensor:
         """Standard Gumbel noise (Q, S, W) at a step's address, the same for a word whatever the other problems' words are."""
         noise = torch.zeros(len(rows), *self.prompt.logits.shape[1:])
         for q, row in enumerate(rows.tolist()):
             draw = generator(self.data.seed, f"{self.problems[row].key}/gumbel", step, tries)
-            for s, slot in enumerate(self.spaces[row].slots):
+            for s, slot in enumerate(self.prompt.spaces[row].slots):
                 uniform = torch.rand(len(slot.words), generator=draw).clamp(1e-7, 1 - 1e-7)
                 noise[q, s, : len(slot.words)] = -(-uniform.log()).log()
         return noise.to(self.device)
@@ -269,7 +284,7 @@ class DPODiff(PromptMethod):
 
     def propose(self, row: int, step: int, first: int) -> list[Choice]:
         """Candidates that a problem has not evaluated yet, as many as a population has and the budget still pays for."""
-        problem, space = self.problems[row], self.spaces[row]
+        problem, space = self.problems[row], self.prompt.spaces[row]
         count = min(int(self.population), int(self.budget - (problem.budget or 0) + 1e-6))
         known = {(candidate["prompt"], candidate["negative_prompt"]) for candidate in problem.candidates}
         ranked = sorted(problem.candidates, key=lambda candidate: sum(candidate["losses"]))
@@ -296,7 +311,7 @@ class DPODiff(PromptMethod):
         """A draw from the softmax of a problem's logits, or its mode."""
         rows = torch.tensor([row])
         noise = self.gumbel(rows, step, attempt) * (not mode)
-        return tuple(self.prompt.perturbed(rows, noise)[0].argmax(1)[: len(self.spaces[row].slots)].tolist())
+        return tuple(self.prompt.perturbed(rows, noise)[0].argmax(1)[: len(self.prompt.spaces[row].slots)].tolist())
 
     def child(self, parents: Sequence[Choice], space: Space, draw: torch.Generator, mutant: bool) -> Choice:
         """A mutant of one parent, each word drawn anew with a small chance, or a uniform crossover of two."""
@@ -314,38 +329,32 @@ class DPODiff(PromptMethod):
     @torch.no_grad()
     def evaluate(self, wanted: Sequence[tuple[int, Choice]], cost: float = 1) -> None:
         """Draws and judges candidates of problems, all in one batch, and keeps what is best; none is drawn twice."""
-        texts = [self.spaces[row].texts(choice) for row, choice in wanted]
+        texts = [self.prompt.spaces[row].texts(choice) for row, choice in wanted]
         keys = [(self.problems[row].key, *pair) for (row, _), pair in zip(wanted, texts, strict=True)]
-        paid = {
-            (key, c["prompt"], c["negative_prompt"]): c["losses"] for key, known in self._paid.items() for c in known
-        }
-        new = [i for i, key in enumerate(keys) if key not in paid]
+        new = [i for i, key in enumerate(keys) if key not in self._paid]
         rows = torch.tensor([wanted[i][0] for i in new], dtype=torch.long)
         losses = self.losses([texts[i] for i in new], self.noise[rows], self.wanted[rows])
-        paid |= zip([keys[i] for i in new], losses.tolist(), strict=True)
+        self._paid |= zip([keys[i] for i in new], losses.tolist(), strict=True)
         for (row, choice), pair, key in zip(wanted, texts, keys, strict=True):
             self.count(torch.tensor([row]), self.seeds * self.backbone.calls(self.sampling_steps, self.guidance_scale))
             self.spend(row, cost)
-            self.keep(row, choice, pair, paid[key])
+            self.keep(row, choice, pair, self._paid[key])
         for row in {row for row, _ in wanted}:
             self.data.folder.save_or_warn(self.problems[row])
 
     def keep(self, row: int, choice: Choice, texts: tuple[str, str], losses: list[float]) -> None:
         """Adds an evaluated candidate to a problem, as its best if it is."""
         problem, (prompt, negative), mean = self.problems[row], texts, sum(losses) / len(losses)
+        spent = problem.budget or 0.0
         problem.candidates.append(
-            Candidate(
-                prompt=prompt,
-                negative_prompt=negative,
-                choice=list(choice),
-                losses=losses,
-                budget=problem.budget or 0.0,
-            )
+            Candidate(prompt=prompt, negative_prompt=negative, choice=list(choice), losses=losses, budget=spent)
         )
         if mean < (math.inf if problem.validation_loss is None else problem.validation_loss):
             problem.keep(prompt, mean, self.prompt.tokens(prompt))
             problem.negative_prompt, problem.loss_after = negative, [abs(loss) for loss in losses]
-            problem.words = [[slot.name, slot.words[i]] for slot, i in zip(self.spaces[row].slots, choice, strict=True)]
+            problem.words = [
+                [slot.name, slot.words[i]] for slot, i in zip(self.prompt.spaces[row].slots, choice, strict=True)
+            ]
             self._better.append(problem)
 
     def losses(self, texts: Sequence[tuple[str, str]], noise: Tensor, wanted: Tensor) -> Tensor:
@@ -356,7 +365,7 @@ class DPODiff(PromptMethod):
         told, away = (self.encode([pair[side] for pair in texts]).repeat_interleave(count) for side in (0, 1))
         noise, wanted = noise.flatten(0, 1), wanted.repeat_interleave(count, 0)
         parts = [
-            self.distance(self.draw_from(told[some], away[some], noise[some], self.sampling_steps), wanted[some])
+            self.loss(self.draw_from(told[some], away[some], noise[some], self.sampling_steps), wanted[some])
             for some in torch.arange(len(noise), device=noise.device).split(self.microbatch)
         ]
         return torch.cat(parts).view(len(texts), count)
@@ -370,16 +379,12 @@ class DPODiff(PromptMethod):
     def score(self) -> list[Problem]:
         """Judges the persons' prompts before the first step; afterwards says which problems have got better."""
         new = [row for row, problem in enumerate(self.problems) if problem.loss_before is None and self.active[row]]
-        if new:
-            self.evaluate(
-                [(row, (0,) * len(self.spaces[row].slots)) for row in new], cost=0
-            )  # the persons' own are free
+        if new:  # the persons' own prompts are free
+            self.evaluate([(row, (0,) * len(self.prompt.spaces[row].slots)) for row in new], cost=0)
         for row in new:
             problem, losses = self.problems[row], self.problems[row].candidates[0]["losses"]
-            problem.loss_before, problem.initial_validation_loss = (
-                [abs(loss) for loss in losses],
-                sum(losses) / len(losses),
-            )
+            problem.loss_before = [abs(loss) for loss in losses]
+            problem.initial_validation_loss = sum(losses) / len(losses)
         better, self._better = self._better, []
         return better
 
@@ -393,11 +398,9 @@ class DPODiff(PromptMethod):
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """The losses of the found prompts, drawn again from the seeds of the search."""
         found = [problem for problem in self.data.records.values() if problem.prompt]
-        keys = [problem.key for problem in found]
-        noise = draw_noise(self.data.seed, keys, SEARCH, self.seeds, self.backbone.latent_shape, self.device)
-        wanted = self.clip.text_features(self.clip.encode([problem.target for problem in found]))
         pairs = [(str(problem.prompt), problem.negative_prompt or "") for problem in found]
-        losses = self.losses(pairs, noise, wanted).mean(1)
+        wanted = self.clip.features_of([problem.target for problem in found])
+        losses = self.losses(pairs, self.draw_noise(found, SEARCH, self.seeds), wanted).mean(1)
         if self.trainer.is_global_zero:
             for problem, loss in zip(found, losses.tolist(), strict=True):
                 print(f"{loss:.5f}  {problem.shown}")
@@ -405,14 +408,7 @@ class DPODiff(PromptMethod):
 
     def shown(self, problems: list[Problem]) -> Image.Image:
         """What the persons' prompts draw above what the found ones draw, from the seeds of the search."""
-        noise = draw_noise(
-            self.data.seed,
-            [problem.key for problem in problems],
-            SEARCH,
-            self.seeds,
-            self.backbone.latent_shape,
-            self.device,
-        )
+        noise = self.draw_noise(problems, SEARCH, self.seeds)
         before, after = (pictures.unflatten(0, noise.shape[:2]) for pictures in self.both(problems, noise))
         columns = [[before[p, n], after[p, n]] for p in range(len(problems)) for n in range(self.seeds)]
         texts = [problem.shown if n == 0 else "" for problem in problems for n in range(self.seeds)]
@@ -430,27 +426,30 @@ class DPODiff(PromptMethod):
     @torch.no_grad()
     def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
         """Judges the found prompts on fresh seeds, also by the held-out CLIP, and draws them below the persons'."""
-        keys, texts = [problem.key for problem in problems], [problem.target for problem in problems]
-        noise = draw_noise(self.data.seed, keys, FRESH, FRESH_SEEDS, self.backbone.latent_shape, self.device)
+        texts = [problem.target for problem in problems]
+        noise = self.draw_noise(problems, FRESH, FRESH_SEEDS)
         pictures = [drawn.to(self.device) for drawn in self.both(problems, noise)]
+        losses = [self.distance(*pair).view(-1, FRESH_SEEDS) for pair in self.judged(self.clip, pictures, texts)]
         heldout = scores.heldout(self.backbone.name, self.offline)
-        judges = [self.clip] if heldout is None else [self.clip, heldout.to(self.device)]
-        cosines = []
-        for judge in judges:
-            wanted = judge.text_features(judge.encode(texts)).repeat_interleave(FRESH_SEEDS, 0)
-            for drawn in pictures:
-                features = torch.cat([judge.features(some) for some in drawn.split(self.microbatch)])
-                cosines.append((features * wanted).sum(1).view(len(problems), FRESH_SEEDS))
-        losses = [
-            (cosine.clamp(-1, 1).acos().square() / 2 if self.objective == "spherical" else 1 - cosine)
-            for cosine in cosines[:2]
-        ]
+        cosines = [] if heldout is None else [
+            (features * wanted).sum(1).view(-1, FRESH_SEEDS)
+            for features, wanted in self.judged(heldout.to(self.device), pictures, texts)
+        ]  # fmt: skip
         for p, problem in enumerate(problems):
             problem.fresh_loss_before, problem.fresh_loss_after = (loss[p].tolist() for loss in losses)
-            if heldout is not None:
-                problem.heldout_before, problem.heldout_after = (cosine[p].tolist() for cosine in cosines[2:])
+            if cosines:
+                problem.heldout_before, problem.heldout_after = (cosine[p].tolist() for cosine in cosines)
             problem.similarity = float(self.meaning(problem.target, [str(problem.prompt)]))
         atomic_write(folder.grid, to_png(self.shown(problems[:SHOWN])))
+
+    def judged(
+        self, judge: ClipSimilarity, pictures: Sequence[Tensor], texts: Sequence[str]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Features of each batch of pictures (P N, 3, H, W), and those of their texts, (P N, E)."""
+        wanted = judge.features_of(texts).repeat_interleave(len(pictures[0]) // len(texts), 0)
+        return [
+            (torch.cat([judge.features(some) for some in drawn.split(self.microbatch)]), wanted) for drawn in pictures
+        ]
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """RMSprop with momentum, as in the released code."""

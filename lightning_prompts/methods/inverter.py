@@ -141,8 +141,7 @@ class Inverter(PromptMethod):
     def begin(self, embeddings: Tensor) -> None:
         """Puts the wave's problems there (P, M, D); what the optimiser knows of the points before the jump is forgotten."""
         self.prompt.begin(embeddings)
-        for optimizer in self.trainer.optimizers:
-            optimizer.state.clear()
+        self.forget()
 
     def initial_embeddings(self) -> Tensor:
         """What the wave starts from, (P, M, D); a shorter prompt of another run is filled up with random tokens."""

@@ -54,5 +54,5 @@ class ClipTextSimilarity(ClipMean):
         """Adds pictures (B, 3, H, W) in [-1, 1] and their B texts."""
         if len(pictures) != len(texts):
             raise ValueError(f"There are {len(pictures)} pictures and {len(texts)} texts; give each picture its text.")
-        features = self.scorer.text_features(self.scorer.encode(texts))
+        features = self.scorer.features_of(texts)
         self.add((self.scorer.features(pictures) * features).sum(1))

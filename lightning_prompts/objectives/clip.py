@@ -114,6 +114,11 @@ class ClipSimilarity(nn.Module):
             return F.normalize(_tensor(self.clip.get_text_features(input_ids=ids)).float(), dim=-1)
 
     @torch.no_grad()
+    def features_of(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (P, E) of P texts."""
+        return self.text_features(self.encode(texts))
+
+    @torch.no_grad()
     def cosines(self, ids: Tensor, features: Tensor, chunk: int = 256) -> Tensor:
         """Of P problems' features (P, E) with B texts each, (P, B, L) or (1, B, L) for the same ones: (P, B)."""
         text = torch.cat([self.text_features(part) for part in ids.flatten(0, 1).split(chunk)]).view(*ids.shape[:2], -1)

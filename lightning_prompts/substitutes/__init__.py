@@ -1,6 +1,6 @@
 """Where candidate words come from, and the spaces of prompts that they span."""
 
-from lightning_prompts.substitutes.build import Source, build_space
+from lightning_prompts.substitutes.build import Source, Sources
 from lightning_prompts.substitutes.file import from_file
 from lightning_prompts.substitutes.library import LIBRARY
 from lightning_prompts.substitutes.meaning import Meaning, keeping
@@ -14,9 +14,9 @@ __all__ = [
     "Neighbours",
     "Slot",
     "Source",
+    "Sources",
     "Space",
     "WordNet",
-    "build_space",
     "from_file",
     "keeping",
     "negative_slots",

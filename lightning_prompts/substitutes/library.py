@@ -1,5 +1,6 @@
 """Words that people put into negative prompts, by kind; written for this project, under its licence."""
 
+SLOTS = 4  # in a negative prompt, as in the paper
 LIBRARY: dict[str, tuple[str, ...]] = {
     "sharpness": ("blurry", "out of focus", "soft", "hazy", "smeared", "motion blur", "low resolution", "pixelated"),
     "noise": ("noisy", "grainy", "speckled", "jpeg artifacts", "banding", "moire", "dirty", "scratched"),
@@ -14,3 +15,10 @@ LIBRARY: dict[str, tuple[str, ...]] = {
     "pattern": ("striped", "spotted", "dotted", "checkered", "repetitive", "tiled", "busy", "textured"),
     "size": ("tiny", "huge", "small", "large", "many", "duplicate", "crowded", "twins"),
 }
+
+
+def library_slots() -> dict[str, list[str]]:
+    """The library's words by slot of a negative prompt, some kinds in each."""
+    kinds, size = list(LIBRARY), len(LIBRARY) // SLOTS
+    groups = [kinds[i : i + size] for i in range(0, len(kinds), size)]
+    return {" and ".join(group): [word for kind in group for word in LIBRARY[kind]] for group in groups}

@@ -41,7 +41,7 @@ class Meaning:
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> Tensor:
         if self.encoder is None:
-            return self.clip.text_features(self.clip.encode(texts))
+            return self.clip.features_of(texts)
         return F.normalize(
             self.encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float(), dim=1
         )
@@ -71,8 +71,7 @@ def keeping(space: Space, meaning: Meaning, threshold: float) -> Space:
     """
     prompt, slots = space.texts([0] * len(space.slots))[0], []
     for number, slot in enumerate(space.slots):
-        choices = [[i if other == number else 0 for other in range(len(space.slots))] for i in range(len(slot.words))]
-        cosines = meaning(prompt, [space.texts(choice)[0] for choice in choices]).tolist()
+        cosines = meaning(prompt, [space.texts(choice)[0] for choice in space.alone(number)]).tolist()
         slots.append(Slot(slot.name, tuple(w for i, w in enumerate(slot.words) if i == 0 or cosines[i] >= threshold)))
     kept = space.with_slots(slots)
     if not kept.slots:

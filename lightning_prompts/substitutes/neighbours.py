@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import TextTower
-from lightning_prompts.vocabulary import allowed_tokens
+from lightning_prompts.vocabulary import allowed_tokens, token_lists
 
 
 class Neighbours:
@@ -30,7 +30,7 @@ class Neighbours:
     @torch.no_grad()
     def __call__(self, word: str) -> list[str]:
         """The neighbours of a word, the nearest first; of a word of several tokens, those of the tokens' mean."""
-        ids = self.tower.tokenizer(word, add_special_tokens=False)["input_ids"]
+        (ids,) = token_lists(self.tower.tokenizer, [word])
         if not ids:
             return []
         table = F.normalize(self.tower.table.float(), dim=1)

@@ -69,6 +69,11 @@ class Space:
                 away += [Part(", "), Part(word, number)] if away else [Part(word, number)]
         return [part for part in text if part.text], away
 
+    def alone(self, number: int) -> list[tuple[int, ...]]:
+        """A choice for each word of a slot, with what stood there before in all others."""
+        return [tuple(word if slot == number else 0 for slot in range(len(self.slots)))
+                for word in range(len(self.slots[number].words))]  # fmt: skip
+
     def with_slots(self, slots: Sequence[Slot]) -> Space:
         """The space with other words in its slots; a slot that has one word left is text again, or gone from the negative prompt."""
         split = len(self.positive)

@@ -17,7 +17,7 @@ PLACES = (
     "/usr/local/WordNet-3.0/dict",
     "/opt/homebrew/share/wordnet/dict",
 )
-HINT = "install Debian's package wordnet-base, run `python -m nltk.downloader wordnet`, or give its folder as --model.wordnet"
+HINT = "install Debian's package wordnet-base, run `python -m nltk.downloader wordnet`, or give its folder as --model.dictionary"
 
 
 class WordNet:

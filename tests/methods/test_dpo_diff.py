@@ -35,7 +35,8 @@ SPACE = Space(
 @pytest.fixture
 def choices(tiny):
     module = WordChoices(load_backbone(tiny).towers[0])
-    module.begin([SPACE])
+    module.show([SPACE])
+    module.begin()
     return module
 
 
@@ -67,8 +68,8 @@ def test_only_words_of_the_drawn_number_of_tokens_are_mixed(choices):
 
 def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
     module = DPODiff(backbone=tiny, sampling_steps=4, schedule="fix-1")
-    module.spaces = [SPACE]
-    module.prompt.begin(module.spaces)
+    module.prompt.show([SPACE])
+    module.prompt.begin()
     module.prompt.logits.data[0, 1, :4] = torch.tensor([0.0, 1.0, 2.0, 0.5])
     module.problems = [type("Problem", (), {"key": "some"})]
     module.trainer = type("Trainer", (), {"datamodule": type("Data", (), {"seed": 0})})
@@ -80,7 +81,7 @@ def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
 
 @pytest.mark.parametrize("chance", [0.2, 0.7])
 def test_slots_stay_as_they_are_with_the_chance_that_was_given(choices, chance):
-    choices.begin([SPACE], chance)
+    choices.begin(chance)
     weights = choices.perturbed(torch.tensor([0]), torch.zeros_like(choices.logits)).softmax(2)
     torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), chance))
 
@@ -117,7 +118,8 @@ def test_shortcut_gradient_is_that_of_finite_differences(before, grad_steps, gui
     backbone = load_backbone(str(sd)).double()
     backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, clip_sample=False)
     choices = WordChoices(backbone.towers[0])
-    choices.begin([SPACE])
+    choices.show([SPACE])
+    choices.begin()
     choices.logits.data = choices.logits.data.double()
     noise = torch.randn(2, *backbone.latent_shape, dtype=torch.float64)
     weights = torch.randn(3, backbone.image_size, backbone.image_size, dtype=torch.float64)
@@ -290,7 +292,7 @@ def test_hybrid_begins_with_what_the_gradient_has_learned(attached):
     for solver, share in (("hybrid", 1.0), ("gradient", 1.0), ("evolution", 0.1)):
         module = attached(solver=solver)
         module.prompt.logits.data.zero_()
-        module.prompt.begin(module.spaces)
+        module.prompt.begin()
         if solver != "evolution":
             module.prompt.logits.data[0].scatter_(1, torch.tensor(wanted).unsqueeze(1), 20.0)
         first = module.propose(0, 5, 5)
@@ -340,7 +342,7 @@ def test_shortcut_loss_is_the_mean_over_seeds_with_its_gradient(attached):
     (gradient,) = torch.autograd.grad(value.sum(), module.prompt.logits)
     told, away = (module.backbone.encode(*side).repeat_interleave(2) for side in module.prompt(rows, noise))
     latents = module.backbone.sample(told, away, module.noise[0], 3, module.guidance_scale, 1, 2)
-    plain = module.distance(module.backbone.decode(latents), module.wanted[[0, 0]]).mean()
+    plain = module.loss(module.backbone.decode(latents), module.wanted[[0, 0]]).mean()
     (expected,) = torch.autograd.grad(plain, module.prompt.logits)
     torch.testing.assert_close(value[0], plain, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3)

@@ -4,7 +4,7 @@ import pytest
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.errors import UserError
-from lightning_prompts.substitutes import LIBRARY, Neighbours, Slot, Space, build_space, negative_slots, positive_slots
+from lightning_prompts.substitutes import LIBRARY, Neighbours, Slot, Sources, Space, negative_slots, positive_slots
 from lightning_prompts.substitutes.build import fitting
 from lightning_prompts.vocabulary import encode_text
 
@@ -93,7 +93,7 @@ def test_neighbours_are_the_nearest_rows_of_the_table(tiny):
 def test_prompt_without_replaceable_words_is_refused(tiny):
     tower = load_backbone(tiny).towers[0]
     with pytest.raises(UserError, match=r"'of the' has no word"):
-        build_space("of the", tower, ["neighbours"], [], "wordnet", empty=False)
+        Sources(tower, ["neighbours"], []).space("of the")
 
 
 def test_library_is_of_distinct_words():
