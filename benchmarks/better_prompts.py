@@ -1,10 +1,11 @@
 """What DPO-Diff does for prompts as persons write them: `python benchmarks/better_prompts.py improve`, then `... attack`.
 
 Of 400 prompts the 100 with the highest loss are improved, or the 100 with the lowest attacked, as in the paper. Each is searched on
-three seeds and judged on ten others, by what takes no part in the search: the held-out CLIP's similarity of the pictures to the
-person's prompt, and whether it recognises the object and the background, among all of the embedded model's, in a picture. An
-object is recognised in a prompt if it is in at least half of its pictures. Prints a line a space and solver, with 95% intervals.
-The figures of each prompt go to benchmarks/figures/, a file a line; what is there is not measured again.
+three seeds and judged on ten others, by what takes no part in the search: how near the pictures are, in the held-out CLIP, to the
+person's prompt and to the plain caption that the embedded model was trained on, and whether that CLIP recognises the object and the
+background, among all of the embedded model's. An object is recognised in a prompt if it is in at least half of its pictures. Prints a
+line a space and solver, with 95% intervals. The figures of each prompt go to benchmarks/figures/, a file a line; what is there is not
+measured again.
 """
 
 from __future__ import annotations
@@ -12,29 +13,32 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
+import yaml
 from inversion import interval, share
 from prompt_pool import Written, written
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
+from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import FRESH, SEARCH, draw_noise
+from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.emoji import world
-from lightning_prompts.main import main as lightning_prompts
 from lightning_prompts.methods import DPODiff
 from lightning_prompts.objectives.clip import ClipSimilarity
+from lightning_prompts.problems import Problem
 
-SEED, POOL, CONFIG = 20_261_123, 400, "configs/dpo_diff.yaml"
+SEED, POOL, TOGETHER, FRESH_SEEDS = 20_261_123, 400, 20, 10
+SETTINGS: dict[str, Any] = yaml.safe_load(Path("configs/dpo_diff.yaml").read_text())["model"]["init_args"]
 FIGURES = Path(__file__).parent / "figures"
 SPACES: dict[str, dict[str, tuple[list[str], list[str]]]] = {  # the sources of the prompt's words, and of the negative prompt's
-    "improve": {
-        "library": ([], ["library"]), "neighbours": (["neighbours"], []), "WordNet": (["synonyms"], ["antonyms"]),
-        "neighbours and library": (["neighbours"], ["library"]),
-    },
+    "improve": {"library": ([], ["library"]), "neighbours": (["neighbours"], []), "WordNet": (["synonyms"], ["antonyms"])},
     "attack": {"neighbours": (["neighbours"], []), "WordNet": (["synonyms"], [])},
 }  # fmt: skip
 FIRST = {"improve": "library", "attack": "neighbours"}  # the space that all solvers search
@@ -44,7 +48,7 @@ SOLVERS = ("random", "gradient", "evolution", "hybrid")
 @cache
 def method() -> Any:
     """What draws, without a search."""
-    return DPODiff(sampling_steps=10, schedule="fix-0", microbatch=64)
+    return DPODiff(**SETTINGS)
 
 
 @cache
@@ -72,72 +76,81 @@ def chosen(task: str, count: int, folder: Path) -> list[Written]:
 
 
 @torch.no_grad()
-def recognised(one: Written, problem: dict[str, Any]) -> list[float]:
-    """Shares of ten fresh pictures with the object before and after, and with the background before and after."""
+def judged(one: Written, problem: Problem) -> dict[str, float]:
+    """Means over the fresh pictures of a person's prompt and of the found one."""
     clip, things, colors = judge()
-    noise = draw_noise(0, [problem["key"]], FRESH, 10, method().backbone.latent_shape, torch.device("cpu"))[0]
-    found = []
-    for prompt, negative in ((one.prompt, ""), (problem["prompt"], problem["negative_prompt"])):
-        features = clip.features(method().draw([prompt] * 10, noise, negative))
-        thing, color = (features @ things.T).argmax(1), (features @ colors.T).argmax(1)
-        found.append([float((thing == list(world.OBJECTS).index(one.thing)).float().mean()),
-                      float((color == list(world.COLORS).index(one.color)).float().mean())])  # fmt: skip
-    (thing_before, color_before), (thing_after, color_after) = found
-    return [thing_before, thing_after, color_before, color_after]
+    noise = draw_noise(0, [problem.key], FRESH, FRESH_SEEDS, method().backbone.latent_shape, torch.device("cpu"))[0]
+    plain = f"a {one.thing} on a {one.color} background"
+    prompt, caption = clip.features_of([one.prompt, plain])
+    wanted = method().clip.features_of([one.prompt])
+    row: dict[str, float] = {}
+    for when, text, negative in (("before", one.prompt, ""), ("after", problem.prompt, problem.negative_prompt or "")):
+        pictures = method().draw([str(text)] * FRESH_SEEDS, noise, negative)
+        features = clip.features(pictures)
+        row |= {
+            f"heldout_{when}": float((features @ prompt).mean()),
+            f"plain_{when}": float((features @ caption).mean()),
+            f"object_{when}": share_of(features, things, list(world.OBJECTS).index(one.thing)),
+            f"background_{when}": share_of(features, colors, list(world.COLORS).index(one.color)),
+            f"fresh_loss_{when}": float(method().distance(method().clip.features(pictures), wanted).mean()),
+        }
+    return row
 
 
-def measure(task: str, space: str, solver: str, count: int, folder: Path) -> list[dict[str, str]]:
+def share_of(features: Tensor, names: Tensor, right: int) -> float:
+    """Part of the pictures (N, E) that are nearest to the right one of some names (M, E)."""
+    return float(((features @ names.T).argmax(1) == right).float().mean())
+
+
+def measure(task: str, space: str, solver: str, prompts: list[Written], file: Path) -> list[dict[str, Any]]:
     """Searches and judges: a row a prompt."""
-    prompts, run = chosen(task, count, folder), folder / f"{task} {space} {solver} {count}"
-    if not (run / "result.json").exists():
+    if not file.exists():
         positive, negative = SPACES[task][space]
-        given = [
-            "--data.prompts",
-            json.dumps([one.prompt for one in prompts]),
-            "--run",
-            str(run),
-            "--ckpt_path",
-            "last",
-        ]
-        how = [f"--model.positive={json.dumps(positive)}", f"--model.negative={json.dumps(negative)}"]
-        lightning_prompts(["fit", "--config", CONFIG, *given, *how, "--model.task", task, "--model.solver", solver])
-    by_prompt = {problem["target"]: problem for problem in json.loads((run / "result.json").read_text())["problems"]}
-    rows = []
-    for one in prompts:
-        problem = by_prompt[one.prompt]
-        row = {"prompt": one.prompt, "found": problem["prompt"] or "", "negative": problem.get("negative_prompt", "")}
-        if problem["prompt"]:
-            before, after = (sum(problem[f"heldout_{when}"]) / 10 for when in ("before", "after"))
-            own = [sum(problem[name]) / len(problem[name]) for name in
-                   ("loss_before", "loss_after", "fresh_loss_before", "fresh_loss_after")]  # fmt: skip
-            numbers = [before, after, *recognised(one, problem), *own, problem["similarity"]]
-            row |= dict(zip(NUMBERS, (f"{number:.4f}" for number in numbers), strict=True))
-        rows.append(row)
-    return rows
+        search = DPODiff(**SETTINGS | {"task": task, "solver": solver, "positive": positive, "negative": negative})
+        data = Prompts([one.prompt for one in prompts])
+        with tempfile.TemporaryDirectory() as scratch:
+            how: dict[str, Any] = {**TRAINER, "accelerator": "cpu", "logger": False, "default_root_dir": scratch}
+            pl.Trainer(**how).fit(search, datamodule=data)
+        rows = []
+        for one in prompts:
+            (problem,) = (problem for problem in data.records.values() if problem.target == one.prompt)
+            row: dict[str, Any] = {"prompt": one.prompt, "found": problem.prompt, "negative": problem.negative_prompt}
+            if problem.prompt:
+                row |= {f"loss_{when}": sum(losses) / len(losses) for when, losses in
+                        (("before", problem.loss_before or []), ("after", problem.loss_after or []))}  # fmt: skip
+                row |= judged(one, problem)
+                row["similarity"] = float(search.meaning(one.prompt, [problem.prompt]))
+            rows.append(row)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows))
+    found: list[dict[str, Any]] = json.loads(file.read_text())
+    return found
 
 
-NUMBERS = [
-    *("heldout_before", "heldout_after", "object_before", "object_after", "background_before", "background_after"),
-    *("loss_before", "loss_after", "fresh_loss_before", "fresh_loss_after", "similarity"),
-]
+COLUMNS = [
+    *("prompt", "found", "negative"),
+    *(f"{name}_{when}" for name in ("heldout", "plain", "object", "background", "loss", "fresh_loss")
+      for when in ("before", "after")),
+    "similarity",
+]  # fmt: skip
 
 
 def line(task: str, rows: list[dict[str, str]]) -> str:
     """Cells of a line; what has no feasible words counts as not won and not broken."""
-    found = [row for row in rows if row.get("heldout_before")]
+    found = [row for row in rows if row["found"]]
+    gains = {name: [float(row[f"{name}_after"]) - float(row[f"{name}_before"]) for row in found]
+             for name in ("heldout", "plain", "object", "background")}  # fmt: skip
     if task == "improve":
         wins = [
-            bool(row.get("heldout_before")) and float(row["heldout_after"]) > float(row["heldout_before"])
-            for row in rows
+            share([gain > 0 for gain in gains[name]] + [False] * (len(rows) - len(found)))
+            for name in ("heldout", "plain")
         ]
-        gains = [[float(row[f"{name}_after"]) - float(row[f"{name}_before"]) for row in found]
-                 for name in ("heldout", "object", "background")]  # fmt: skip
-        return " | ".join([share(wins), *map(interval, gains)])
+        return " | ".join([*wins, *map(interval, gains.values())])
     known = [row for row in found if float(row["object_before"]) >= 0.5]
     broken = [float(row["object_after"]) < 0.5 for row in known]
-    drops = interval([float(row["heldout_after"]) - float(row["heldout_before"]) for row in found])
     likeness = min(float(row["similarity"]) for row in found)
-    return " | ".join([str(len(known)), share(broken), drops, f"{likeness:.3f}", str(len(rows) - len(found))])
+    drops = [interval(gains[name]) for name in ("heldout", "plain")]
+    return " | ".join([str(len(known)), share(broken), *drops, f"{likeness:.3f}", str(len(rows) - len(found))])
 
 
 def main() -> None:
@@ -151,8 +164,15 @@ def main() -> None:
     lines = [(space, "hybrid") for space in SPACES[args.task]]
     lines[1:1] = [(FIRST[args.task], solver) for solver in SOLVERS if solver != "hybrid"]
     heads = {
-        "improve": ["wins", "held-out similarity", "object", "background"],
-        "attack": ["recognised before", "broken", "held-out similarity", "least likeness", "without words"],
+        "improve": ["wins", "wins, plain caption", "similarity", "to the plain caption", "object", "background"],
+        "attack": [
+            "recognised before",
+            "broken",
+            "similarity",
+            "to the plain caption",
+            "least likeness",
+            "without words",
+        ],
     }[args.task]
     print(f"| space | solver | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
     for space, solver in lines:
@@ -160,12 +180,16 @@ def main() -> None:
             continue
         file = FIGURES / f"{args.task}_{args.count}" / f"{space}_{solver}.csv".replace(" ", "_").lower()
         if not file.exists():
-            rows = measure(args.task, space, solver, args.count, args.runs)
+            prompts, rows = chosen(args.task, args.count, args.runs), []
+            for i in range(0, len(prompts), TOGETHER):
+                part = args.runs / f"{args.task} {space} {solver} {args.count}" / f"{i}.json"
+                rows += measure(args.task, space, solver, prompts[i : i + TOGETHER], part)
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("w", newline="") as stream:
-                writer = csv.DictWriter(stream, ["prompt", "found", "negative", *NUMBERS], lineterminator="\n")
+                writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
                 writer.writeheader()
-                writer.writerows(rows)
+                for row in rows:
+                    writer.writerow({name: f"{v:.4f}" if isinstance(v, float) else v for name, v in row.items()})
         with file.open(newline="") as stream:
             print(f"| {space} | {solver} | {line(args.task, list(csv.DictReader(stream)))} |", flush=True)
 

@@ -92,7 +92,7 @@ def enumerated(prompt: str, folder: Path) -> Table:
 def searched(solver: Solver, budget: int, seed: int, tables: dict[str, Table], file: Path) -> dict[str, float]:
     """The least loss that a solver has found, a prompt."""
     if not file.exists():
-        method = Small(solver=solver, budget=budget, population=4, select=4, **SETTINGS)
+        method = Small(solver=solver, budget=budget, **SETTINGS)
         method.tables = tables
         data = Prompts(list(tables), seed)
         with tempfile.TemporaryDirectory() as scratch:
