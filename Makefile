@@ -14,7 +14,7 @@ demo: $(BIN)/.installed  ## inverts a picture on the embedded model
 	$(BIN)/python train.py fit --config configs/invert.yaml --data.images docs/images/demo.png
 
 test: $(BIN)/.installed  ## passes in a few minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

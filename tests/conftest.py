@@ -1,5 +1,6 @@
 """Tiny pipelines with random weights, in the layouts that are found on the hub."""
 
+import os
 import shutil
 
 import numpy as np
@@ -23,6 +24,7 @@ from transformers import (
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
 
 torch.set_num_threads(1)  # networks this small only wait for a second thread
+os.environ["OMP_NUM_THREADS"] = "1"  # nor do the processes that tests start need one, beside the other tests
 
 CAPTIONS = [
     "a red square on a blue background",
