@@ -14,7 +14,7 @@ import platform
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -171,6 +171,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.result = self.path / "result.json"
         self.prompt = self.path / "prompt.txt"
+        self.negative_prompt = self.path / "negative_prompt.txt"
         self.grid = self.path / "grid.png"
         self.words = self.path / "words.png"
         self.embedding = self.path / "embedding.safetensors"
@@ -264,7 +265,10 @@ class RunFolder:
     def write_result(
         self, method: str, backbone: str, seed: int, settings: Mapping[str, Any], versions: Mapping[str, str]
     ) -> None:
-        """Merges all records into `result.json` and `prompt.txt`; the latter has one line a problem, empty without a prompt."""
+        """Merges all records into `result.json` and `prompt.txt`; the latter has one line a problem, empty without a prompt.
+
+        So has `negative_prompt.txt`, if the method searches negative prompts.
+        """
         records = self.load().values()
         result = {
             "schema_version": SCHEMA_VERSION,
@@ -277,8 +281,13 @@ class RunFolder:
         }
         # str: a path or a dtype among the settings must not cost the results at the end of a run.
         atomic_write(self.result, to_json(result, default=str))
-        lines = [" ".join((problem.prompt or "").splitlines()) + "\n" for problem in records]
-        atomic_write(self.prompt, "".join(lines).encode(errors="backslashreplace"))
+        atomic_write(self.prompt, _lines(problem.prompt for problem in records))
+        if any(problem.negative_prompt is not None for problem in records):
+            atomic_write(self.negative_prompt, _lines(problem.negative_prompt for problem in records))
+
+
+def _lines(texts: Iterable[str | None]) -> bytes:
+    return "".join(" ".join((text or "").splitlines()) + "\n" for text in texts).encode(errors="backslashreplace")
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:

@@ -20,7 +20,7 @@ from lightning_prompts.ranks import wait_for_all
 
 
 class Results(pl.Callback):
-    """Writes `result.json`, `prompt.txt`, `grid.png`, `words.png` and `embedding.safetensors` when `fit` or `test` ends.
+    """Writes the files of a run, `result.json`, `prompt.txt`, `grid.png` and so on, when `fit` or `test` ends.
 
     Scores are measured here and nowhere else, after everything has been selected.
 

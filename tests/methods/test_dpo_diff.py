@@ -473,6 +473,9 @@ def test_result_tells_what_was_searched(tiny, tmp_path):
         chosen = [word for _, word in problem["words"] if word]
         assert ", ".join(chosen) == problem["negative_prompt"]
         assert 7 <= problem["budget"] <= 8
+    for name in ("prompt", "negative_prompt"):
+        lines = (tmp_path / "run" / f"{name}.txt").read_text().splitlines()
+        assert lines == [problem[name] for problem in problems(tmp_path / "run")]
     with Image.open(tmp_path / "run" / "grid.png") as grid:
         assert grid.width > grid.height  # two prompts with two seeds each beside each other, before above after
 
