@@ -2,23 +2,25 @@
 
 Every candidate of 20 small spaces, of some 600 each, is drawn and judged once, so that the true optimum is known. Then each solver
 searches them under budgets of 8 to 40 generations, its evaluations looked up, its gradients real. Prints the mean regret, which is
-by how much the best loss that was found is above the least there is, how often it is the least, and how much lower the hybrid's is
-than that of random search, prompt by prompt, with 95% intervals over prompts, each the mean of some repetitions. Finished parts
-are kept in --runs.
+by how much the best loss that was found is above the least there is, how often it is the least, and how much lower it is than that
+of random search, prompt by prompt, with 95% intervals over prompts, each the mean of some repetitions. The regrets go to
+benchmarks/figures/word_search.csv; what is there is not measured again. Finished parts are kept in --runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
-from inversion import interval
+from inversion import interval, spread
 from prompt_pool import written
 from torch import Tensor
 
@@ -35,6 +37,10 @@ SOLVERS: tuple[Solver, ...] = ("random", "gradient", "evolution", "hybrid")
 SETTINGS: dict[str, Any] = {"sampling_steps": 8, "schedule": "step-2-4", "seeds": 2, "microbatch": 64, "sample_every": 0,
             "positive": ["neighbours"], "negative": ["library"]}  # fmt: skip
 
+FIGURES = Path(__file__).parent / "figures" / "word_search.csv"
+PLOT = Path(__file__).parents[1] / "docs" / "images" / "word_search.png"
+Regrets = dict[tuple[str, int], dict[str, list[float]]]
+"""By solver and budget, of each prompt by repetition."""
 Table = dict[tuple[str, str], list[float]]
 
 
@@ -104,8 +110,68 @@ def searched(solver: Solver, budget: int, seed: int, tables: dict[str, Table], f
     return found
 
 
+def measured(repetitions: int, runs: Path) -> None:
+    """Searches, and writes the regrets."""
+    tables = {prompt: enumerated(prompt, runs / "tables") for prompt in (one.prompt for one in written(SEED, PROMPTS))}
+    least = {prompt: min(sum(losses) / len(losses) for losses in table.values()) for prompt, table in tables.items()}
+    rows: list[list[Any]] = [["solver", "budget", "repetition", "prompt", "candidates", "regret"]]
+    for solver, budget, seed in itertools.product(SOLVERS, BUDGETS, range(repetitions)):
+        found = searched(solver, budget, seed, tables, runs / "searches" / f"{solver} {budget} {seed}.json")
+        for prompt, table in tables.items():
+            rows.append([solver, budget, seed, prompt, len(table), f"{max(0, found[prompt] - least[prompt]):.5f}"])
+    with FIGURES.open("w", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows(rows)
+
+
+def regrets() -> tuple[Regrets, list[int]]:
+    """What the file has, and how many candidates each prompt has."""
+    found, sizes = Regrets(), dict[str, int]()
+    with FIGURES.open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            of = found.setdefault((row["solver"], int(row["budget"])), {})
+            of.setdefault(row["prompt"], []).append(float(row["regret"]))
+            sizes[row["prompt"]] = int(row["candidates"])
+    return found, list(sizes.values())
+
+
+def means(found: dict[str, list[float]]) -> list[float]:
+    """Of each prompt, over its repetitions."""
+    return [sum(values) / len(values) for values in found.values()]
+
+
+def tables_of(found: Regrets) -> str:
+    """The mean regrets; how often the optimum is found; and what each solver is better than random search."""
+    heads = f" | {' | '.join(map(str, BUDGETS))} |\n|{'---|' * (1 + len(BUDGETS))}\n"
+    regret, optimum, better = (
+        [f"| {name}{heads}"] for name in ("mean regret", "optimum found", "regret less random's")
+    )
+    for solver in SOLVERS:
+        regret.append(f"| {solver} | {' | '.join(interval(means(found[solver, budget])) for budget in BUDGETS)} |\n")
+        hits = [[value == 0 for of in found[solver, budget].values() for value in of] for budget in BUDGETS]
+        optimum.append(f"| {solver} | {' | '.join(f'{sum(hit) / len(hit):.2f}' for hit in hits)} |\n")
+    for solver in SOLVERS[1:]:
+        pairs = [zip(means(found[solver, budget]), means(found["random", budget]), strict=True) for budget in BUDGETS]
+        better.append(f"| {solver} | {' | '.join(interval([a - b for a, b in pair]) for pair in pairs)} |\n")
+    return "\n".join("".join(lines) for lines in (regret, optimum, better))
+
+
+def plot(found: Regrets) -> None:
+    """Mean regret over budgets, a line a solver, with 95% intervals."""
+    figure, axes = plt.subplots(figsize=(7.5, 4))
+    for number, solver in enumerate(SOLVERS):
+        values = [means(found[solver, budget]) for budget in BUDGETS]
+        places = [budget + 0.4 * (number - 1.5) for budget in BUDGETS]
+        axes.errorbar(
+            places, [sum(of) / len(of) for of in values], list(map(spread, values)), capsize=3, marker="o", label=solver
+        )
+    axes.set(xlabel="budget, generations", ylabel="mean regret", xticks=BUDGETS, ylim=(0, None))
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=100)
+
+
 def main() -> None:
-    """Prints the tables."""
+    """Measures what is missing, prints the tables and draws the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/word_search"))
@@ -113,31 +179,16 @@ def main() -> None:
         "--part", type=int, nargs=2, metavar=("I", "N"), help="only enumerate every N-th prompt from I on"
     )
     args = parser.parse_args()
-    prompts = [one.prompt for one in written(SEED, PROMPTS)]
-    first, step = args.part or (0, 1)
-    tables = {prompt: enumerated(prompt, args.runs / "tables") for prompt in prompts[first::step]}
     if args.part:
+        first, step = args.part
+        for one in written(SEED, PROMPTS)[first::step]:
+            enumerated(one.prompt, args.runs / "tables")
         return
-    least = {prompt: min(sum(losses) / len(losses) for losses in table.values()) for prompt, table in tables.items()}
-    print(f"Candidates a prompt: {min(map(len, tables.values()))} to {max(map(len, tables.values()))}\n")
-    regrets: dict[tuple[str, int], list[float]] = {}
-    print(
-        f"| solver | {' | '.join(f'regret at {budget} | found at {budget}' for budget in BUDGETS)} |\n|{'---|' * (1 + 2 * len(BUDGETS))}"
-    )
-    for solver in SOLVERS:
-        cells = []
-        for budget in BUDGETS:
-            repeated = [searched(solver, budget, seed, tables, args.runs / "searches" / f"{solver} {budget} {seed}.json")
-                        for seed in range(args.repetitions)]  # fmt: skip
-            regret = [[found[prompt] - least[prompt] for found in repeated] for prompt in prompts]
-            regrets[solver, budget] = [sum(values) / len(values) for values in regret]
-            hits = [sum(value < 1e-6 for value in values) / len(values) for values in regret]
-            cells += [interval(regrets[solver, budget]), f"{sum(hits) / len(hits):.2f}"]
-        print(f"| {solver} | {' | '.join(cells)} |", flush=True)
-    print("\n| regret, prompt by prompt | " + " | ".join(map(str, BUDGETS)) + f" |\n|{'---|' * (1 + len(BUDGETS))}")
-    for solver in SOLVERS[1:]:
-        pairs = [zip(regrets[solver, budget], regrets["random", budget], strict=True) for budget in BUDGETS]
-        print(f"| {solver} - random | {' | '.join(interval([a - b for a, b in pair]) for pair in pairs)} |")
+    if not FIGURES.exists():
+        measured(args.repetitions, args.runs)
+    found, sizes = regrets()
+    print(f"Candidates a prompt: {min(sizes)} to {max(sizes)}\n\n{tables_of(found)}")
+    plot(found)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class DPODiff(PromptMethod):
         negative: Where words of the negative prompt come from. None: the library to improve, nothing to attack.
         dictionary: Where synonyms and antonyms come from: `wordnet`, a folder with its files, a JSON file in DPO-Diff's layout, or
             a language model: a folder, a hub id, or the URL of an endpoint that speaks OpenAI's protocol.
+        neighbours: How many of the text encoder's neighbours a word has.
         objective: `spherical`, half the squared angle between picture and prompt, or `cosine`, one minus its cosine.
         budget: Generations that a search may spend; a generation draws all seeds' pictures of a candidate.
         gradient_share: Part of the budget for gradients, with `gradient` and `hybrid`.
@@ -80,6 +81,7 @@ class DPODiff(PromptMethod):
         positive: list[Source] | None = None,
         negative: list[Source] | None = None,
         dictionary: str = "wordnet",
+        neighbours: Positive = 5,
         objective: Literal["spherical", "cosine"] = "spherical",
         budget: Positive = 40,
         gradient_share: float = 0.2,
@@ -113,7 +115,9 @@ class DPODiff(PromptMethod):
         self.prompt = WordChoices(self.tower)
         self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline)
         self.meaning = Meaning(self.clip, sentence_encoder, self.offline)
-        self.sources = Sources(self.tower, self.positive, self.negative, dictionary, task == "improve", self.offline)
+        self.sources = Sources(
+            self.tower, self.positive, self.negative, dictionary, task == "improve", int(neighbours), self.offline
+        )
         self._spaces: dict[str, Space] = {}
         self._plans: dict[int, list[int]] = {}
         self._better: list[Problem] = []

@@ -35,6 +35,7 @@ class Sources:
         dictionary: Where synonyms and antonyms come from: `wordnet`, a folder with its files, a JSON file in DPO-Diff's layout, or
             a language model: a folder, a hub id, or the URL of an endpoint that speaks OpenAI's protocol.
         empty: Whether words of a prompt can be left out.
+        neighbours: How many of the text encoder's neighbours a word has.
         offline: Do not connect to the hub.
     """
 
@@ -45,10 +46,11 @@ class Sources:
         negative: Sequence[Source],
         dictionary: str = "wordnet",
         empty: bool = False,
+        neighbours: int = 5,
         offline: bool = False,
     ) -> None:
         self.tower, self.positive, self.negative = tower, positive, negative
-        self.dictionary, self.empty, self.offline = dictionary, empty, offline
+        self.dictionary, self.empty, self.count, self.offline = dictionary, empty, neighbours, offline
 
     def space(self, prompt: str) -> Space:
         """The words that can stand in a prompt and in its negative prompt.
@@ -91,7 +93,7 @@ class Sources:
     @cached_property
     def neighbours(self) -> Neighbours:
         """The text encoder's."""
-        return Neighbours(self.tower)
+        return Neighbours(self.tower, self.count)
 
     @cached_property
     def look_up(self) -> WordNet | LanguageModel | Mapping[str, Mapping[str, Substitutes]]:
