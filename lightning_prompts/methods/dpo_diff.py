@@ -337,7 +337,8 @@ class DPODiff(PromptMethod):
         keys = [(self.problems[row].key, *pair) for (row, _), pair in zip(wanted, texts, strict=True)]
         new = [i for i, key in enumerate(keys) if key not in self._paid]
         rows = torch.tensor([wanted[i][0] for i in new], dtype=torch.long)
-        losses = self.losses([texts[i] for i in new], self.noise[rows], self.wanted[rows])
+        with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
+            losses = self.losses([texts[i] for i in new], self.noise[rows], self.wanted[rows])
         self._paid |= zip([keys[i] for i in new], losses.tolist(), strict=True)
         for (row, choice), pair, key in zip(wanted, texts, keys, strict=True):
             self.count(torch.tensor([row]), self.seeds * self.backbone.calls(self.sampling_steps, self.guidance_scale))

@@ -480,6 +480,19 @@ def test_result_tells_what_was_searched(tiny, tmp_path):
         assert grid.width > grid.height  # two prompts with two seeds each beside each other, before above after
 
 
+def test_precision_is_the_same_for_all_candidates(tiny, tmp_path, monkeypatch):
+    losses, precisions = DPODiff.losses, []
+
+    def noted(self, texts, noise, wanted):
+        precisions.append(torch.is_autocast_enabled("cpu"))
+        return losses(self, texts, noise, wanted)
+
+    monkeypatch.setattr(DPODiff, "losses", noted)
+    main([*run(tiny, tmp_path / "run"), "--trainer.precision", "bf16-mixed"])
+    assert len(precisions) > 2
+    assert all(precisions)
+
+
 def test_looked_at_again(tiny, tmp_path, capsys):
     main(run(tiny, tmp_path / "run"))
     before = problems(tmp_path / "run")
