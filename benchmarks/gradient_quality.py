@@ -1,0 +1,80 @@
+"""What the shortcut text gradient knows: `python benchmarks/gradient_quality.py`, after `python benchmarks/word_search.py`.
+
+On the spaces that are enumerated there, a word of a random candidate is replaced by another of as many tokens. The gradient at the
+candidate predicts how the loss changes; the tables say how it does. Prints the rank correlation of both over all such replacements,
+the mean over prompts with its 95% interval, by how many calls of the denoiser come before the gradient and how many pass it on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from inversion import interval
+from prompt_pool import written
+from scipy.stats import spearmanr
+from torch import Tensor
+from word_search import PROMPTS, SEED, SETTINGS, Small, Table, enumerated
+
+from lightning_prompts.data.addresses import SEARCH, draw_noise
+from lightning_prompts.vocabulary import encode_text
+
+CANDIDATES = 6
+CALLS = [*((before, 1) for before in range(8)), (4, 4), (0, 8)]  # before the gradient, and with it, of 8
+
+
+def changes(method: Small, table: Table, choice: list[int], before: int, grad_steps: int) -> list[tuple[float, float]]:
+    """Predicted and true changes of the loss for each word that can stand in the place of one of as many tokens."""
+    space, words = method.prompt.spaces[0], method.prompt.word_ids[0]
+    ids = [encode_text(method.tower.tokenizer, [text], method.tower.length) for text in space.texts(choice)]
+    embeddings = [method.prompt.table[row].clone().requires_grad_() for row in ids]
+    told, away = (method.backbone.encode(*pair) for pair in zip(ids, embeddings, strict=True))
+    method.grad_steps = grad_steps
+    loss = method.shortcut_loss(torch.tensor([0]), told, away, before + grad_steps)
+    slopes: tuple[Tensor, ...] = torch.autograd.grad(loss.sum(), embeddings)
+    now, found = mean(table, space.texts(choice)), []
+    for slope, embedded, parts in zip(slopes, embeddings, space.parts(choice), strict=True):
+        place = 1
+        for part in parts:
+            count, here = len(method.prompt.tokens(part.text)), part.slot
+            for number, other in enumerate([] if here is None else words[here]):
+                replaced = [number if slot == here else word for slot, word in enumerate(choice)]
+                if len(other) == count and replaced != choice:
+                    step = method.prompt.table[torch.tensor(other)] - embedded[0, place : place + count].detach()
+                    predicted = float((step * slope[0, place : place + count]).sum())
+                    found.append((predicted, mean(table, space.texts(replaced)) - now))
+            place += count
+    return found
+
+
+def mean(table: Table, texts: tuple[str, str]) -> float:
+    """The loss of a candidate, over its seeds."""
+    return sum(table[texts]) / len(table[texts])
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/word_search"))
+    args = parser.parse_args()
+    method, correlations = Small(solver="random", **SETTINGS), {calls: list[float]() for calls in CALLS}
+    for one in written(SEED, PROMPTS):
+        table, space = enumerated(one.prompt, args.runs / "tables"), method.space(one.prompt)
+        method.prompt.show([space])
+        method.wanted = method.clip.features_of([one.prompt])
+        shape = method.backbone.latent_shape
+        method.noise = draw_noise(0, [one.prompt], SEARCH, method.seeds, shape, torch.device("cpu"))
+        rng = random.Random(one.prompt)
+        choices = [[rng.randrange(len(slot.words)) for slot in space.slots] for _ in range(CANDIDATES)]
+        for calls in CALLS:
+            pairs = [pair for choice in choices for pair in changes(method, table, choice, *calls)]
+            correlations[calls].append(float(spearmanr(*zip(*pairs, strict=True))[0]))
+    print("| calls before the gradient | calls with it | rank correlation |\n|---|---|---|")
+    for (before, grad_steps), values in correlations.items():
+        print(f"| {before} | {grad_steps} | {interval(values)} |")
+
+
+if __name__ == "__main__":
+    main()
