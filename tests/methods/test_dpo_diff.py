@@ -214,8 +214,10 @@ def test_batch_equals_its_parts(tiny, tmp_path):
             assert one["losses"] == pytest.approx(other["losses"], abs=1e-4)
 
 
-def test_attack_keeps_the_meaning(tiny, tmp_path):
-    module = DPODiff(backbone=tiny, task="attack", sampling_steps=3, schedule="fix-1", threshold=-1)
+@pytest.mark.parametrize("task", ["improve", "attack"])
+def test_threshold_keeps_the_meaning(task, tiny, tmp_path):
+    sources = {"positive": ["neighbours"], "negative": []}
+    module = DPODiff(backbone=tiny, task=task, **sources, sampling_steps=3, schedule="fix-1", threshold=-1)
     space = module.space(PROMPTS[0])
     singles = [[i if other == number else 0 for other in range(len(space.slots))]
                for number, slot in enumerate(space.slots) for i in range(1, len(slot.words))]  # fmt: skip
@@ -223,10 +225,16 @@ def test_attack_keeps_the_meaning(tiny, tmp_path):
     threshold = float(cosines.median())
     kept = keeping(space, module.meaning, threshold)
     assert sum(len(slot.words) - 1 for slot in kept.slots) == int((cosines >= threshold).sum())
-    (problem,) = search(tiny, tmp_path, PROMPTS[0], task="attack", solver="random", threshold=threshold)
+    (problem,) = search(tiny, tmp_path, PROMPTS[0], task=task, **sources, solver="random", threshold=threshold)
     assert len(problem.candidates) > 2
     for candidate in problem.candidates:
         assert float(module.meaning(problem.target, [candidate["prompt"]])) >= threshold - 1e-6
+
+
+def test_attack_keeps_the_meaning_and_an_improvement_need_not(tiny):
+    settings = {"backbone": tiny, "sampling_steps": 3, "schedule": "fix-1"}
+    assert DPODiff(task="attack", **settings).threshold == 0.9
+    assert DPODiff(task="improve", **settings).threshold is None
 
 
 @pytest.mark.parametrize(
