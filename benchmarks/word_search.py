@@ -28,12 +28,14 @@ from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import SEARCH, draw_noise
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.methods import DPODiff
-from lightning_prompts.methods.dpo_diff import Solver
 from lightning_prompts.substitutes import Slot, Space
 
 SEED, PROMPTS, WORDS = 20_261_122, 20, 5
 BUDGETS = (8, 16, 24, 32, 40)
-SOLVERS: tuple[Solver, ...] = ("random", "gradient", "evolution", "hybrid")
+SOLVERS: dict[str, dict[str, Any]] = {
+    **{solver: {"solver": solver} for solver in ("random", "gradient", "evolution", "hybrid")},
+    "hybrid, 20 at a time": {"solver": "hybrid", "population": 20, "select": 10},  # as in the paper
+}
 SETTINGS: dict[str, Any] = {"sampling_steps": 8, "schedule": "step-2-4", "seeds": 2, "microbatch": 64, "sample_every": 0,
             "positive": ["neighbours"], "negative": ["library"]}  # fmt: skip
 
@@ -95,10 +97,10 @@ def enumerated(prompt: str, folder: Path) -> Table:
     return {(prompt, negative): losses for prompt, negative, *losses in json.loads(file.read_text())}
 
 
-def searched(solver: Solver, budget: int, seed: int, tables: dict[str, Table], file: Path) -> dict[str, float]:
+def searched(solver: str, budget: int, seed: int, tables: dict[str, Table], file: Path) -> dict[str, float]:
     """The least loss that a solver has found, a prompt."""
     if not file.exists():
-        method = Small(solver=solver, budget=budget, **SETTINGS)
+        method = Small(budget=budget, **SOLVERS[solver], **SETTINGS)
         method.tables = tables
         data = Prompts(list(tables), seed)
         with tempfile.TemporaryDirectory() as scratch:
@@ -116,6 +118,8 @@ def measured(repetitions: int, runs: Path) -> None:
     least = {prompt: min(sum(losses) / len(losses) for losses in table.values()) for prompt, table in tables.items()}
     rows: list[list[Any]] = [["solver", "budget", "repetition", "prompt", "candidates", "regret"]]
     for solver, budget, seed in itertools.product(SOLVERS, BUDGETS, range(repetitions)):
+        if budget < SOLVERS[solver].get("population", 0):
+            continue
         found = searched(solver, budget, seed, tables, runs / "searches" / f"{solver} {budget} {seed}.json")
         for prompt, table in tables.items():
             rows.append([solver, budget, seed, prompt, len(table), f"{max(0, found[prompt] - least[prompt]):.5f}"])
@@ -146,12 +150,16 @@ def tables_of(found: Regrets) -> str:
         [f"| {name}{heads}"] for name in ("mean regret", "optimum found", "regret less random's")
     )
     for solver in SOLVERS:
-        regret.append(f"| {solver} | {' | '.join(interval(means(found[solver, budget])) for budget in BUDGETS)} |\n")
-        hits = [[value == 0 for of in found[solver, budget].values() for value in of] for budget in BUDGETS]
-        optimum.append(f"| {solver} | {' | '.join(f'{sum(hit) / len(hit):.2f}' for hit in hits)} |\n")
-    for solver in SOLVERS[1:]:
-        pairs = [zip(means(found[solver, budget]), means(found["random", budget]), strict=True) for budget in BUDGETS]
-        better.append(f"| {solver} | {' | '.join(interval([a - b for a, b in pair]) for pair in pairs)} |\n")
+        cells: tuple[list[str], ...] = ([], [], [])
+        for budget in BUDGETS:
+            of = found.get((solver, budget), {})
+            hits = [value == 0 for values in of.values() for value in values]
+            pairs = zip(means(of), means(found["random", budget]), strict=bool(of))
+            cells[0].append(interval(means(of)) if of else "")
+            cells[1].append(f"{sum(hits) / len(hits):.2f}" if of else "")
+            cells[2].append(interval([a - b for a, b in pairs]) if of else "")
+        for lines, row in zip((regret, optimum, better), cells, strict=True):
+            lines.append(f"| {solver} | {' | '.join(row)} |\n")
     return "\n".join("".join(lines) for lines in (regret, optimum, better))
 
 
@@ -159,8 +167,8 @@ def plot(found: Regrets) -> None:
     """Mean regret over budgets, a line a solver, with 95% intervals."""
     figure, axes = plt.subplots(figsize=(7.5, 4))
     for number, solver in enumerate(SOLVERS):
-        values = [means(found[solver, budget]) for budget in BUDGETS]
-        places = [budget + 0.4 * (number - 1.5) for budget in BUDGETS]
+        values = [means(found[solver, budget]) for budget in BUDGETS if (solver, budget) in found]
+        places = [budget + 0.4 * (number - 2) for budget in BUDGETS if (solver, budget) in found]
         axes.errorbar(
             places, [sum(of) / len(of) for of in values], list(map(spread, values)), capsize=3, marker="o", label=solver
         )

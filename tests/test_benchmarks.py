@@ -7,12 +7,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def comparison(monkeypatch):
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+@pytest.fixture
+def comparison():
     import comparison
 
     return comparison
+
+
+def test_word_search_in_the_docs_is_that_of_the_figures():
+    import word_search
+
+    page, (found, _) = (ROOT / "docs" / "dpo_diff.md").read_text(), word_search.regrets()
+    assert word_search.tables_of(found) in page
+    repetitions = {len(values) for of in found.values() for values in of.values()}
+    assert (len(found), {len(of) for of in found.values()}, repetitions) == (23, {20}, {5})
 
 
 @pytest.mark.parametrize("targets", ["evaluation", "outside"])

@@ -26,7 +26,7 @@ from lightning_prompts.prompts import WordChoices
 from lightning_prompts.ranges import Positive
 from lightning_prompts.substitutes import Meaning, Source, Sources, Space, keeping
 
-TRIES = 10  # draws for each candidate that is wanted, before a step makes do with fewer
+TRIES = 50  # draws for each candidate that is wanted, before a step makes do with fewer
 FRESH_SEEDS = 10
 SHOWN = 12  # problems in the grid
 Choice = tuple[int, ...]
@@ -48,7 +48,8 @@ class DPODiff(PromptMethod):
         negative: Where words of the negative prompt come from. None: the library to improve, nothing to attack.
         dictionary: Where synonyms and antonyms come from: `wordnet`, a folder with its files, a JSON file in DPO-Diff's layout, or
             a language model: a folder, a hub id, or the URL of an endpoint that speaks OpenAI's protocol.
-        neighbours: How many of the text encoder's neighbours a word has.
+        neighbours: How many of the text encoder's neighbours a word has. None: 5 to improve; 60 to attack, of which those that do
+            not keep the meaning are left out.
         objective: `spherical`, half the squared angle between picture and prompt, or `cosine`, one minus its cosine.
         budget: Generations that a search may spend; a generation draws all seeds' pictures of a candidate.
         gradient_share: Part of the budget for gradients, with `gradient` and `hybrid`.
@@ -81,7 +82,7 @@ class DPODiff(PromptMethod):
         positive: list[Source] | None = None,
         negative: list[Source] | None = None,
         dictionary: str = "wordnet",
-        neighbours: Positive = 5,
+        neighbours: Positive | None = None,
         objective: Literal["spherical", "cosine"] = "spherical",
         budget: Positive = 40,
         gradient_share: float = 0.1,
@@ -116,6 +117,7 @@ class DPODiff(PromptMethod):
         self.prompt = WordChoices(self.tower)
         self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline)
         self.meaning = Meaning(self.clip, sentence_encoder, self.offline)
+        neighbours = neighbours or (5 if task == "improve" else 60)
         self.sources = Sources(
             self.tower, self.positive, self.negative, dictionary, task == "improve", int(neighbours), self.offline
         )
