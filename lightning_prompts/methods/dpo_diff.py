@@ -297,22 +297,23 @@ class DPODiff(PromptMethod):
         ranked = sorted(problem.candidates, key=lambda candidate: sum(candidate["losses"]))
         parents: list[Choice] = [tuple(candidate["choice"]) for candidate in ranked[: self.select]]
         breeding = self.solver in ("evolution", "hybrid") and step > first and len(parents) > 1
-        chosen: list[Choice] = []
-        for attempt in range(TRIES * count):
-            if len(chosen) == count:
+        chosen: dict[tuple[str, str], Choice] = {}
+        for begin in range(0, TRIES * count, max(1, count)):
+            drawn: list[Choice] = []
+            for attempt in range(begin, begin + count):
+                draw = generator(self.data.seed, f"{problem.key}/candidates", step, attempt)
+                if breeding:
+                    drawn.append(self.child(parents, space, draw, mutant=attempt % 2 == 0))
+                elif self.solver == "random":
+                    drawn.append(uniform(space, draw))
+                else:
+                    drawn.append(self.learned(row, step, attempt, mode=step == first and attempt == 0))
+            chosen |= self.allowed(
+                problem, {texts: choice for choice in drawn if (texts := space.texts(choice)) not in known}
+            )
+            if len(chosen) >= count:
                 break
-            draw = generator(self.data.seed, f"{problem.key}/candidates", step, attempt)
-            if breeding:
-                choice = self.child(parents, space, draw, mutant=attempt % 2 == 0)
-            elif self.solver == "random":
-                choice = uniform(space, draw)
-            else:
-                choice = self.learned(row, step, attempt, mode=step == first and attempt == 0)
-            texts = space.texts(choice)
-            if texts not in known and self.allowed(problem, texts):
-                known.add(texts)
-                chosen.append(choice)
-        return chosen
+        return list(chosen.values())[:count]
 
     def learned(self, row: int, step: int, attempt: int, mode: bool = False) -> Choice:
         """A draw from the softmax of a problem's logits, or its mode."""
@@ -329,9 +330,14 @@ class DPODiff(PromptMethod):
         changed = (torch.rand(len(one), generator=draw) < chance).tolist()
         return tuple(b if change else a for a, b, change in zip(one, other, changed, strict=True))
 
-    def allowed(self, problem: Problem, texts: tuple[str, str]) -> bool:
-        """Whether a candidate keeps the meaning, as far as it has to."""
-        return self.threshold is None or float(self.meaning(problem.target, [texts[0]])) >= self.threshold
+    def allowed(self, problem: Problem, choices: dict[tuple[str, str], Choice]) -> dict[tuple[str, str], Choice]:
+        """The candidates that keep the meaning, as far as they have to."""
+        if self.threshold is None or not choices:
+            return choices
+        cosines = self.meaning(problem.target, [prompt for prompt, _ in choices]).tolist()
+        return {
+            texts: choices[texts] for texts, cosine in zip(choices, cosines, strict=True) if cosine >= self.threshold
+        }
 
     @torch.no_grad()
     def evaluate(self, wanted: Sequence[tuple[int, Choice]], cost: float = 1) -> None:
