@@ -38,11 +38,23 @@ from lightning_prompts.problems import Problem
 SEED, POOL, TOGETHER, FRESH_SEEDS = 20_261_123, 400, 20, 10
 SETTINGS: dict[str, Any] = yaml.safe_load(Path("configs/dpo_diff.yaml").read_text())["model"]["init_args"]
 FIGURES = Path(__file__).parent / "figures"
-SPACES: dict[str, dict[str, tuple[list[str], list[str]]]] = {  # the sources of the prompt's words, and of the negative prompt's
-    "improve": {"library": ([], ["library"]), "neighbours": (["neighbours"], []), "WordNet": (["synonyms"], ["antonyms"])},
-    "attack": {"neighbours": (["neighbours"], []), "WordNet": (["synonyms"], [])},
+SPACES: dict[str, dict[str, dict[str, Any]]] = {  # the sources of the prompt's words, and of the negative prompt's
+    "improve": {
+        "library": {"positive": [], "negative": ["library"]},
+        "neighbours": {"positive": ["neighbours"], "negative": []},
+        "WordNet": {"positive": ["synonyms"], "negative": ["antonyms"]},
+    },
+    "attack": {
+        "neighbours": {"positive": ["neighbours"], "negative": []},
+        "WordNet": {"positive": ["synonyms"], "negative": []},
+        "both": {"positive": ["neighbours", "synonyms"], "negative": []},
+    },
+}
+HEADS = {
+    "improve": ("wins", "wins, plain caption", "similarity", "to the plain caption", "object", "background"),
+    "attack": ("recognised", "object broken", "background broken", "similarity", "to the plain caption",
+               "least likeness", "without words"),
 }  # fmt: skip
-FIRST = {"improve": "library", "attack": "neighbours"}  # the space that all solvers search
 SOLVERS = ("random", "gradient", "evolution", "hybrid")
 
 
@@ -106,8 +118,7 @@ def share_of(features: Tensor, names: Tensor, right: int) -> float:
 def measure(task: str, space: str, solver: str, prompts: list[Written], file: Path) -> list[dict[str, Any]]:
     """Searches and judges: a row a prompt."""
     if not file.exists():
-        positive, negative = SPACES[task][space]
-        search = DPODiff(**SETTINGS | {"task": task, "solver": solver, "positive": positive, "negative": negative})
+        search = DPODiff(**SETTINGS | SPACES[task][space] | {"task": task, "solver": solver})
         data = Prompts([one.prompt for one in prompts])
         with tempfile.TemporaryDirectory() as scratch:
             how: dict[str, Any] = {
@@ -153,11 +164,40 @@ def line(task: str, rows: list[dict[str, str]]) -> str:
             for name in ("heldout", "plain")
         ]
         return " | ".join([*wins, *map(interval, gains.values())])
-    known = [row for row in found if float(row["object_before"]) >= 0.5]
-    broken = [float(row["object_after"]) < 0.5 for row in known]
+    known = {name: [row for row in found if float(row[f"{name}_before"]) >= 0.5] for name in ("object", "background")}
+    broken = [share([float(row[f"{name}_after"]) < 0.5 for row in some]) for name, some in known.items()]
     likeness = min(float(row["similarity"]) for row in found)
     drops = [interval(gains[name]) for name in ("heldout", "plain")]
-    return " | ".join([str(len(known)), share(broken), *drops, f"{likeness:.3f}", str(len(rows) - len(found))])
+    return " | ".join(
+        [
+            f"{len(known['object'])}, {len(known['background'])}",
+            *broken,
+            *drops,
+            f"{likeness:.3f}",
+            str(len(rows) - len(found)),
+        ]
+    )
+
+
+def lines(task: str) -> list[tuple[str, str]]:
+    """The spaces and solvers of the table: all solvers in the first space."""
+    spaces = list(SPACES[task])
+    return [*((spaces[0], solver) for solver in SOLVERS), *((space, "hybrid") for space in spaces[1:])]
+
+
+def file_of(task: str, count: int, space: str, solver: str) -> Path:
+    """Where the figures of a line are."""
+    return FIGURES / f"{task}_{count}" / f"{space}_{solver}.csv".lower()
+
+
+def table(task: str, count: int) -> str:
+    """The lines that are measured."""
+    rows = [f"| space | solver | {' | '.join(HEADS[task])} |", "|---" * (2 + len(HEADS[task])) + "|"]
+    for space, solver in lines(task):
+        if (file := file_of(task, count, space, solver)).exists():
+            with file.open(newline="") as stream:
+                rows.append(f"| {space} | {solver} | {line(task, list(csv.DictReader(stream)))} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
@@ -166,39 +206,27 @@ def main() -> None:
     parser.add_argument("task", choices=["improve", "attack"])
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--only", nargs=2, metavar=("SPACE", "SOLVER"), help="measure one line")
+    parser.add_argument("--part", type=int, nargs=2, metavar=("I", "N"), help="only search every N-th part from I on")
     parser.add_argument("--runs", type=Path, default=Path("runs/better_prompts"))
     args = parser.parse_args()
-    lines = [(space, "hybrid") for space in SPACES[args.task]]
-    lines[1:1] = [(FIRST[args.task], solver) for solver in SOLVERS if solver != "hybrid"]
-    heads = {
-        "improve": ["wins", "wins, plain caption", "similarity", "to the plain caption", "object", "background"],
-        "attack": [
-            "recognised before",
-            "broken",
-            "similarity",
-            "to the plain caption",
-            "least likeness",
-            "without words",
-        ],
-    }[args.task]
-    print(f"| space | solver | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
-    for space, solver in lines:
-        if args.only and list(args.only) != [space, solver]:
+    prompts = chosen(args.task, args.count, args.runs)
+    parts = [prompts[i : i + TOGETHER] for i in range(0, len(prompts), TOGETHER)]
+    for space, solver in [tuple(args.only)] if args.only else lines(args.task):
+        file, rows = file_of(args.task, args.count, space, solver), []
+        if file.exists():
             continue
-        file = FIGURES / f"{args.task}_{args.count}" / f"{space}_{solver}.csv".replace(" ", "_").lower()
-        if not file.exists():
-            prompts, rows = chosen(args.task, args.count, args.runs), []
-            for i in range(0, len(prompts), TOGETHER):
-                part = args.runs / f"{args.task} {space} {solver} {args.count}" / f"{i}.json"
-                rows += measure(args.task, space, solver, prompts[i : i + TOGETHER], part)
+        first, step = args.part or (0, 1)
+        for i in range(first, len(parts), step):
+            name = f"{args.task} {space} {solver} {args.count}"
+            rows += measure(args.task, space, solver, parts[i], args.runs / name / f"{TOGETHER * i}.json")
+        if not args.part:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("w", newline="") as stream:
                 writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
                 writer.writeheader()
                 for row in rows:
                     writer.writerow({name: f"{v:.4f}" if isinstance(v, float) else v for name, v in row.items()})
-        with file.open(newline="") as stream:
-            print(f"| {space} | {solver} | {line(args.task, list(csv.DictReader(stream)))} |", flush=True)
+    print(table(args.task, args.count))
 
 
 if __name__ == "__main__":
