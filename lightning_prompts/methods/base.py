@@ -176,12 +176,12 @@ class PromptMethod(pl.LightningModule, ABC):
 
         So does, for this step, a problem whose gradient is not finite.
         """
-        optimizer.zero_grad()
         parameter = self.parameter
         before = parameter.detach().clone()
-        self.manual_backward(loss.sum())
+        parameter.grad = torch.zeros_like(parameter)
+        if loss.requires_grad:  # it does not where slots are left empty, in all problems
+            self.manual_backward(loss.sum())
         gradient = parameter.grad
-        assert gradient is not None
         sound, active = gradient.isfinite().flatten(1).all(1), self.active.to(self.device)
         for row in (active & ~sound).nonzero().squeeze(1).tolist():
             log.warning("The gradient of %s is not finite; it is left out of this step.", self.problems[row].target)

@@ -64,7 +64,7 @@ class DPODiff(PromptMethod):
         population: Candidates that are evaluated together.
         select: Candidates that have children.
         mutation: Chance that a mutant's word is drawn anew.
-        threshold: Least cosine, in the sentence encoder, of the found prompt and the person's. None: 0.9 to attack, any to improve.
+        threshold: Least cosine, in the sentence encoder, of the found prompt and the person's; -1 for any.
         sentence_encoder: Folder or hub id of a sentence-transformers model; None for the text tower of the CLIP that judges.
         clip: Folder or hub id of the CLIP that judges; None for the one that goes with the backbone.
         **kwargs: See `PromptMethod`.
@@ -95,7 +95,7 @@ class DPODiff(PromptMethod):
         population: Positive = 4,
         select: Positive = 4,
         mutation: float = 0.1,
-        threshold: float | None = None,
+        threshold: float = 0.9,
         sentence_encoder: str | None = None,
         clip: str | None = None,
         **kwargs: Any,
@@ -111,8 +111,7 @@ class DPODiff(PromptMethod):
         self.budget, self.seeds, self.schedule, self.grad_steps = budget, seeds, schedule, grad_steps
         self.gradient_share = gradient_share if solver in ("gradient", "hybrid") else 0.0
         self.unchanged, self.temperature, self.lr = unchanged, temperature, lr
-        self.population, self.select, self.mutation = population, select, mutation
-        self.threshold = 0.9 if threshold is None and task == "attack" else threshold
+        self.population, self.select, self.mutation, self.threshold = population, select, mutation, threshold
         self._check()
         self.prompt = WordChoices(self.tower)
         self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline)
@@ -129,7 +128,7 @@ class DPODiff(PromptMethod):
 
     def _check(self) -> None:
         """Refuses settings that make no search."""
-        if self.threshold is not None and not -1 <= self.threshold <= 1:
+        if not -1 <= self.threshold <= 1:
             raise UserError(f"The threshold {self.threshold:g} is no cosine; give --model.threshold in [-1, 1].")
         if not 0 <= self.gradient_share <= 1:
             raise UserError(f"The share {self.gradient_share:g} is no part; give --model.gradient_share in [0, 1].")
@@ -198,8 +197,7 @@ class DPODiff(PromptMethod):
     def space(self, prompt: str) -> Space:
         """The words that can be chosen for a prompt; a UserError where there are none."""
         if prompt not in self._spaces:
-            space = self.sources.space(prompt)
-            self._spaces[prompt] = space if self.threshold is None else keeping(space, self.meaning, self.threshold)
+            self._spaces[prompt] = keeping(self.sources.space(prompt), self.meaning, self.threshold)
         return self._spaces[prompt]
 
     def begin_wave(self) -> None:
@@ -331,13 +329,9 @@ class DPODiff(PromptMethod):
         return tuple(b if change else a for a, b, change in zip(one, other, changed, strict=True))
 
     def allowed(self, problem: Problem, choices: dict[tuple[str, str], Choice]) -> dict[tuple[str, str], Choice]:
-        """The candidates that keep the meaning, as far as they have to."""
-        if self.threshold is None or not choices:
-            return choices
-        cosines = self.meaning(problem.target, [prompt for prompt, _ in choices]).tolist()
-        return {
-            texts: choices[texts] for texts, cosine in zip(choices, cosines, strict=True) if cosine >= self.threshold
-        }
+        """The candidates that keep the meaning."""
+        kept = self.meaning.kept(problem.target, [prompt for prompt, _ in choices], self.threshold)
+        return {texts: choice for (texts, choice), keeps in zip(choices.items(), kept, strict=True) if keeps}
 
     @torch.no_grad()
     def evaluate(self, wanted: Sequence[tuple[int, Choice]], cost: float = 1) -> None:

@@ -13,6 +13,8 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.clip import ClipSimilarity
 from lightning_prompts.substitutes.space import Slot, Space
 
+ROUNDING = 1e-6  # of a cosine, so that a text means the same as itself
+
 
 class Meaning:
     """Likeness of texts in a sentence encoder.
@@ -30,6 +32,10 @@ class Meaning:
         self.clip, self.name = clip, name
         self.encoder = None if name is None else _load(name, offline)
         self._known: dict[str, Tensor] = {}
+
+    def kept(self, text: str, others: Sequence[str], threshold: float) -> list[bool]:
+        """Which of B other texts mean the same, at a cosine of at least a threshold."""
+        return [] if not others else (self(text, others) >= threshold - ROUNDING).tolist()
 
     def __call__(self, text: str, others: Sequence[str]) -> Tensor:
         """Cosines (B,) in [-1, 1] of a text and B others."""
@@ -64,19 +70,19 @@ def _load(name: str, offline: bool) -> Any:
 
 
 def keeping(space: Space, meaning: Meaning, threshold: float) -> Space:
-    """A positive space without the words that change the meaning of the prompt on their own.
+    """A space without the words that change the meaning of the prompt on their own.
 
     Raises:
         UserError: None is left.
     """
     prompt, slots = space.texts([0] * len(space.slots))[0], []
     for number, slot in enumerate(space.slots):
-        cosines = meaning(prompt, [space.texts(choice)[0] for choice in space.alone(number)]).tolist()
-        slots.append(Slot(slot.name, tuple(w for i, w in enumerate(slot.words) if i == 0 or cosines[i] >= threshold)))
-    kept = space.with_slots(slots)
-    if not kept.slots:
+        kept = meaning.kept(prompt, [space.texts(choice)[0] for choice in space.alone(number)], threshold)
+        slots.append(Slot(slot.name, tuple(word for i, word in enumerate(slot.words) if i == 0 or kept[i])))
+    smaller = space.with_slots(slots)
+    if not smaller.slots:
         raise UserError(
             f"No other word keeps the meaning of {prompt!r} at a cosine of {threshold:g}; lower --model.threshold or name other "
             "sources as --model.positive."
         )
-    return kept
+    return smaller

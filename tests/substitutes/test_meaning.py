@@ -24,6 +24,13 @@ def test_cosines_are_those_of_the_clips_texts(clip):
     torch.testing.assert_close(Meaning(clip)(texts[0], texts), features @ features[0])
 
 
+def test_text_means_the_same_as_itself(clip):
+    texts = [f"a {size} {name}" for size in ("small", "large") for name in ("cat", "dog", "tree", "fox")]
+    assert all(Meaning(clip).kept(text, [text], 1.0) == [True] for text in texts)
+    assert Meaning(clip).kept("a cat", ["a dog", "a cat"], 1.0) == [False, True]
+    assert Meaning(clip).kept("a cat", [], 1.0) == []
+
+
 class Encoder:
     """Features that are not of unit length: how often each letter stands in a text."""
 
@@ -61,10 +68,15 @@ def test_without_the_library_says_how_to_get_it(clip, monkeypatch):
 def test_words_that_change_the_meaning_alone_are_left_out():
     cosines = {"a dog on a big mat": 0.95, "a red fox on a big mat": 0.8, "a cat on a huge mat": 0.5}
 
-    def meaning(text, others):
-        assert text == "a cat on a big mat"
-        return torch.tensor([1.0 if other == text else cosines[other] for other in others])
+    class Given(Meaning):
+        def __init__(self):
+            pass
 
+        def __call__(self, text, others):
+            assert text == "a cat on a big mat"
+            return torch.tensor([1.0 if other == text else cosines[other] for other in others])
+
+    meaning = Given()
     kept = keeping(SPACE, meaning, 0.9)
     assert kept == Space(("a ", " on a big mat"), (Slot("cat", ("cat", "dog")),))
     assert keeping(SPACE, meaning, 0.5) == SPACE
