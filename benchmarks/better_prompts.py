@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -43,6 +44,7 @@ SPACES: dict[str, dict[str, dict[str, Any]]] = {  # the sources of the prompt's 
         "library": {"positive": [], "negative": ["library"]},
         "neighbours": {"positive": ["neighbours"], "negative": []},
         "WordNet": {"positive": ["synonyms"], "negative": ["antonyms"]},
+        "neighbours, any meaning": {"positive": ["neighbours"], "negative": [], "threshold": -1},
     },
     "attack": {
         "neighbours": {"positive": ["neighbours"], "negative": []},
@@ -187,7 +189,7 @@ def lines(task: str) -> list[tuple[str, str]]:
 
 def file_of(task: str, count: int, space: str, solver: str) -> Path:
     """Where the figures of a line are."""
-    return FIGURES / f"{task}_{count}" / f"{space}_{solver}.csv".lower()
+    return FIGURES / f"{task}_{count}" / (re.sub(r"\W+", "_", f"{space} {solver}").lower() + ".csv")
 
 
 def table(task: str, count: int) -> str:
