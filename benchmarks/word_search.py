@@ -149,7 +149,7 @@ def tables_of(found: Regrets) -> str:
     regret, optimum, better = (
         [f"| {name}{heads}"] for name in ("mean regret", "optimum found", "regret less random's")
     )
-    for solver in SOLVERS:
+    for solver in dict.fromkeys(solver for solver, _ in found):
         cells: tuple[list[str], ...] = ([], [], [])
         for budget in BUDGETS:
             of = found.get((solver, budget), {})
@@ -159,14 +159,15 @@ def tables_of(found: Regrets) -> str:
             cells[1].append(f"{sum(hits) / len(hits):.2f}" if of else "")
             cells[2].append(interval([a - b for a, b in pairs]) if of else "")
         for lines, row in zip((regret, optimum, better), cells, strict=True):
-            lines.append(f"| {solver} | {' | '.join(row)} |\n")
+            if lines is not better or solver != "random":
+                lines.append(f"| {solver} | {' | '.join(row)} |\n")
     return "\n".join("".join(lines) for lines in (regret, optimum, better))
 
 
 def plot(found: Regrets) -> None:
     """Mean regret over budgets, a line a solver, with 95% intervals."""
     figure, axes = plt.subplots(figsize=(7.5, 4))
-    for number, solver in enumerate(SOLVERS):
+    for number, solver in enumerate(dict.fromkeys(solver for solver, _ in found)):
         values = [means(found[solver, budget]) for budget in BUDGETS if (solver, budget) in found]
         places = [budget + 0.4 * (number - 2) for budget in BUDGETS if (solver, budget) in found]
         axes.errorbar(
