@@ -81,9 +81,10 @@ ALLOWED = [
 ]
 
 
+# Texts are not optional: jsonargparse would take `# one` or `~` for nothing.
 PREDICT: list[tuple[str, Any, Any, str]] = [
-    ("--prompts", str | list[str] | None, None, "texts to draw instead of the found prompts"),
-    ("--negative", str | None, None, "what to lead away from: a text, or a run, of which all prompts are taken"),
+    ("--prompts", str | list[str], [], "texts to draw instead of the found prompts"),
+    ("--negative", str, "", "what to lead away from: a text, or a run, of which all prompts are taken"),
     ("--generations", Positive, 4, "of a mix: how often the chosen prompts have children"),
     ("--population", Positive, 16, "of a mix: children of a generation"),
     ("--select", Positive, 4, "of a mix: prompts that the score keeps for the next generation"),
@@ -103,6 +104,7 @@ class CLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` in a run's folder."""
 
     run: Path | None = None
+    made: RunFolder | None = None  # by this command, and gone again if it is refused
     only_space = False  # for `show-space`, which is a `fit` that ends before it begins
     saved = ""  # settings of a `fit`, as they are written
 
@@ -179,6 +181,7 @@ class CLI(LightningCLI):
             dumped = self._parser("fit").dump(config.clone())
             if config.ckpt_path and self.folder.config.exists():
                 _check_same(self.folder, dumped)
+            CLI.made = None if self.folder.path.exists() else self.folder
             self.folder.prepare(resume=bool(config.ckpt_path))
             self.saved = re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped)
         if config.ckpt_path == "last":
@@ -236,7 +239,17 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.ERROR)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
-    CLI.run, CLI.only_space = run, args[0] == "show-space"
+    CLI.run, CLI.made, CLI.only_space = run, None, args[0] == "show-space"
+    try:
+        _run(args)
+    except UserError:
+        if CLI.made:
+            CLI.made.discard()
+        raise
+
+
+def _run(args: Sequence[str]) -> None:
+    """Runs it, and makes a sentence or an exit code of what Lightning raises."""
     try:
         CLI(
             PromptMethod,
@@ -289,12 +302,12 @@ def _check_same(folder: RunFolder, wanted: str) -> None:
                 )
 
 
-def negative_text(given: str | None) -> str:
+def negative_text(given: str) -> str:
     """A text as it is, or what a run has found: the prompts of all its pictures, with commas between."""
-    folder = os.path.dirname(given or "")
+    folder = os.path.dirname(given)
     if given and (os.path.isdir(given) or os.path.isdir(folder)):  # in a folder that exists, it is a run or misspelt
         return ", ".join(str(problem.prompt) for problem in RunFolder(given).hard_prompts())
-    return given or ""
+    return given
 
 
 def _mistake(error: BaseException | None) -> UserError | None:

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -211,6 +212,11 @@ class RunFolder:
             raise UserError(
                 f"The run folder {self.path} cannot be written ({error.strerror or error}); {hint}."
             ) from error
+
+    def discard(self) -> None:
+        """Deletes the folder if no search has begun in it."""
+        if not any(self.problems.glob("*.json")):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def save(self, problem: Problem) -> None:
         """Writes the record of a problem; after an OSError, such as a full disk, its previous state is still there."""

@@ -499,13 +499,23 @@ def test_setting_that_is_missing_is_named(capsys, args, names):
     refused(capsys, *args, names=names)
 
 
-def test_mistake_found_before_the_search_does_not_take_the_folder(fit, pictures, capsys):
+def test_mistake_found_before_the_search_leaves_no_folder(fit, pictures, capsys):
     for mistake in (["--data.images", str(pictures / "none.png")], ["--model.start", "clip_word"]):
         with pytest.raises(SystemExit) as stopped:
             fit(*mistake)
         assert stopped.value.code == 2
+    assert not (pictures.parent / "run").exists()
     assert "The run clip_word to start from has no prompt for 0.png" in capsys.readouterr().err
     assert results(fit())["problems"][0]["prompt"]
+
+
+def test_mistake_leaves_a_folder_that_was_there(fit, pictures):
+    run = pictures.parent / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        fit("--data.images", str(pictures / "none.png"))
+    assert (run / "notes.txt").read_text() == "mine"
 
 
 # --- uses of found prompts
@@ -650,6 +660,16 @@ def test_negative_prompt_changes_the_pictures(done, given):
     module = PEZ(backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampling_steps=2)
     (expected,) = module.draw(["a red cat"], noise_of([0], module.backbone.latent_shape), joined)
     assert without.read_bytes() == to_png(to_image(expected))
+
+
+def test_texts_are_taken_as_they_stand(done):
+    for text in ("# a cat", "~", "null"):
+        main(["predict", "--run", str(done), "--prompts", text, "--negative", text])
+        (path,) = (done / "pictures").iterdir()
+        module = PEZ(backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampling_steps=2)
+        (expected,) = module.draw([text], noise_of([0], module.backbone.latent_shape), text)
+        assert path.read_bytes() == to_png(to_image(expected))
+        path.unlink()
 
 
 def test_negative_that_does_nothing_or_is_misspelt_is_refused(done, capsys):
