@@ -37,7 +37,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "hybrid, 20 at a time": {"solver": "hybrid", "population": 20, "select": 10},  # as in the paper
 }
 SETTINGS: dict[str, Any] = {"sampling_steps": 8, "schedule": "step-2-4", "seeds": 2, "microbatch": 64, "sample_every": 0,
-            "positive": ["neighbours"], "negative": ["library"]}  # fmt: skip
+            "positive": ["neighbours"], "negative": ["library"], "threshold": -1}  # fmt: skip
 
 FIGURES = Path(__file__).parent / "figures" / "word_search.csv"
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "word_search.png"
