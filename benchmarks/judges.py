@@ -1,0 +1,106 @@
+"""What the judge of a search can reach: `python benchmarks/judges.py`.
+
+For 30 prompts of high loss, none of which `better_prompts.py` looks at, 32 negative prompts are drawn as a search begins, and pictures
+from 3 seeds and 10 others. Then judges choose the best of 24 of them, drawn at random 100 times, by the 3 seeds. Prints how often the
+choice wins against the person's prompt on the 10 others, in the held-out CLIP, and by how much it is nearer, with 95% intervals over
+prompts. The last judge is the held-out CLIP itself, which no search may ask: better than that no search in this space can be judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from better_prompts import SETTINGS, judge
+from inversion import interval
+from prompt_pool import Written, written
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_prompts.data.addresses import FRESH, SEARCH, draw_noise
+from lightning_prompts.methods import DPODiff
+
+SEED, POOL, PROMPTS, CANDIDATES, AMONG, DRAWS = 20_261_125, 120, 30, 32, 24, 100
+SEEDS, FURTHER = 3, 10
+
+
+def negatives(method: DPODiff, prompt: str) -> list[tuple[str, str]]:
+    """The person's prompt, and it with different negative ones, as drawn from the logits at the beginning."""
+    space = method.space(prompt)
+    method.prompt.show([space])
+    method.prompt.begin(method.unchanged)
+    words = torch.distributions.Categorical(logits=method.prompt.perturbed(torch.tensor([0]), torch.zeros(1))[0])
+    found = {space.texts((0,) * len(space.slots)): None}
+    torch.manual_seed(SEED)
+    while len(found) < CANDIDATES:
+        found.setdefault(space.texts(words.sample().tolist()))
+    return list(found)
+
+
+def shifted(pictures: Tensor) -> list[Tensor]:
+    """Pictures (B, 3, H, W), mirrored, and moved by four pixels in four directions."""
+    size, wide = pictures.shape[-1], F.pad(pictures, (4, 4, 4, 4), mode="replicate")
+    corners = ((0, 4), (8, 4), (4, 0), (4, 8))
+    return [pictures, pictures.flip(3), *(wide[..., y : y + size, x : x + size] for y, x in corners)]
+
+
+def measured(method: DPODiff, one: Written) -> dict[str, Tensor]:
+    """By judge what is minimised, (candidates, seeds)."""
+    pairs, heldout = negatives(method, one.prompt), judge()[0]
+    noise = torch.cat([
+        draw_noise(0, [one.prompt], step, count, method.backbone.latent_shape, torch.device("cpu"))[0]
+        for step, count in ((SEARCH, SEEDS), (FRESH, FURTHER))
+    ])  # fmt: skip
+    pictures = torch.cat([method.draw([text] * len(noise), noise, negative) for text, negative in pairs])
+    texts = [one.prompt, f"a photo of {one.prompt}", f"a picture of {one.prompt}"]
+    cosines = method.clip.features(pictures) @ method.clip.features_of(texts).T
+    moved = [method.clip.features(some) @ method.clip.features_of(texts[:1]).T for some in shifted(pictures)]
+    judges = {
+        "CLIP": cosines[:, 0].acos(),
+        "CLIP, six views of a picture": torch.cat(moved, 1).acos().square().mean(1),
+        "CLIP, three sentences": cosines.acos().square().mean(1),
+        "held-out CLIP": -(heldout.features(pictures) @ heldout.features_of(texts[:1]).T)[:, 0],
+    }
+    return {name: loss.view(len(pairs), -1) for name, loss in judges.items()}
+
+
+def chosen(losses: Tensor, confirmed: bool, rng: random.Random) -> int:
+    """The best of some candidates by the seeds of the search; if confirmed, of the best five the best on three seeds more."""
+    among = [0, *rng.sample(range(1, CANDIDATES), AMONG)]
+    ranked = sorted(among, key=lambda i: float(losses[i, :SEEDS].mean()))
+    return min(ranked[:5], key=lambda i: float(losses[i, : 2 * SEEDS].mean())) if confirmed else ranked[0]
+
+
+@torch.no_grad()
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/judges"))
+    args = parser.parse_args()
+    method, pool = DPODiff(**SETTINGS), written(SEED, POOL)
+    texts = [one.prompt for one in pool]
+    noise = draw_noise(0, texts, SEARCH, 2, method.backbone.latent_shape, torch.device("cpu"))
+    losses = method.losses([(text, "") for text in texts], noise, method.clip.features_of(texts)).mean(1)
+    found = []
+    args.runs.mkdir(parents=True, exist_ok=True)
+    for number in losses.argsort(descending=True)[:PROMPTS].tolist():
+        if not (file := args.runs / f"{number}.pt").exists():
+            torch.save(measured(method, pool[number]), file)
+        found.append(torch.load(file, weights_only=True))
+    print("| judge | wins | held-out similarity |\n|---|---|---|")
+    for name, confirmed in [*((name, False) for name in found[0]), ("CLIP", True)]:
+        wins, gains = list[float](), list[float]()
+        for of in found:
+            rng = random.Random(0)
+            heldout = of["held-out CLIP"][:, 2 * SEEDS if confirmed else SEEDS :].mean(1)
+            gain = [float(heldout[0] - heldout[chosen(of[name], confirmed, rng)]) for _ in range(DRAWS)]
+            wins.append(sum(g > 0 for g in gain) / DRAWS)
+            gains.append(sum(gain) / DRAWS)
+        label = f"{name}, best five confirmed on three more seeds" if confirmed else name
+        print(f"| {label} | {interval(wins)} | {interval(gains)} |")
+
+
+if __name__ == "__main__":
+    main()
