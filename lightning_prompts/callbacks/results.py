@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
@@ -108,10 +109,22 @@ def _found(trainer: pl.Trainer) -> list[Problem]:
 def _report(folder: RunFolder, problems: list[Problem]) -> None:
     for problem in problems:
         note = f"  ({problem.status}: {problem.reason})" if problem.reason else ""
-        score = "" if problem.clip_similarity is None else f"  [similarity {problem.clip_similarity:.2f}]"
-        print(f"{problem.target}: {problem.shown or '-'}{score}{note}")
+        print(f"{problem.target}: {problem.shown or '-'}{_score(problem)}{note}")
     print(
         f"Results are in {folder.path}; look at {folder.grid}"
         if folder.grid.exists()
         else f"Results are in {folder.path}"
     )
+
+
+def _score(problem: Problem) -> str:
+    """What is known of a prompt by what has not chosen it, in brackets."""
+    if problem.clip_similarity is not None:
+        return f"  [similarity {problem.clip_similarity:.2f}]"
+    for name, before, after in (
+        ("held-out similarity", problem.heldout_before, problem.heldout_after),
+        ("loss", problem.fresh_loss_before, problem.fresh_loss_after),
+    ):
+        if before and after:
+            return f"  [{name} on fresh seeds {fmean(after):.3f}, was {fmean(before):.3f}]"
+    return ""

@@ -466,8 +466,9 @@ def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints,
     assert sorted(drawn) == sorted(whole)
 
 
-def test_result_tells_what_was_searched(tiny, tmp_path):
+def test_result_tells_what_was_searched(tiny, tmp_path, capsys):
     main(run(tiny, tmp_path / "run"))
+    told = capsys.readouterr().out
     for problem, prompt in zip(problems(tmp_path / "run"), PROMPTS, strict=True):
         assert problem["original_prompt"] == problem["prompt"] == prompt
         losses = [sum(candidate["losses"]) for candidate in problem["candidates"]]
@@ -481,6 +482,8 @@ def test_result_tells_what_was_searched(tiny, tmp_path):
         chosen = [word for _, word in problem["words"] if word]
         assert ", ".join(chosen) == problem["negative_prompt"]
         assert 7 <= problem["budget"] <= 8
+        before, after = (sum(problem[f"fresh_loss_{when}"]) / 10 for when in ("before", "after"))
+        assert f"[loss on fresh seeds {after:.3f}, was {before:.3f}]" in told
     for name in ("prompt", "negative_prompt"):
         lines = (tmp_path / "run" / f"{name}.txt").read_text().splitlines()
         assert lines == [problem[name] for problem in problems(tmp_path / "run")]
