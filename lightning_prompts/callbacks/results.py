@@ -51,7 +51,8 @@ class Results(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws again from the text, scores and writes."""
         self._finish(trainer, pl_module)
-        if reason := lpips_lacks(weights=self.scores.lpips_weights):
+        pictured = any(problem.paths for problem in trainer.datamodule.records.values())  # type: ignore[attr-defined]
+        if pictured and (reason := lpips_lacks(weights=self.scores.lpips_weights)):
             print(reason)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

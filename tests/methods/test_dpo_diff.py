@@ -511,6 +511,7 @@ def test_looked_at_again(tiny, tmp_path, capsys):
         main([command, "--run", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert f"{before[0]['validation_loss']:.5f}" in shown
+    assert "LPIPS" not in shown  # which compares pictures with a target, and there is none
     assert problems(tmp_path / "run") == before
     assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2
 
