@@ -219,8 +219,9 @@ def test_batch_equals_its_parts(tiny, tmp_path):
             assert one["losses"] == pytest.approx(other["losses"], abs=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["gradient", "hybrid", "random"])
 @pytest.mark.parametrize("task", ["improve", "attack"])
-def test_threshold_keeps_the_meaning(task, tiny, tmp_path):
+def test_threshold_keeps_the_meaning(task, solver, tiny, tmp_path):
     sources = {"positive": ["neighbours"], "negative": []}
     module = DPODiff(backbone=tiny, task=task, **sources, sampling_steps=3, schedule="fix-1", threshold=-1)
     space = module.space(PROMPTS[0])
@@ -230,7 +231,7 @@ def test_threshold_keeps_the_meaning(task, tiny, tmp_path):
     threshold = float(cosines.median())
     kept = keeping(space, module.meaning, threshold)
     assert sum(len(slot.words) - 1 for slot in kept.slots) == int((cosines >= threshold).sum())
-    (problem,) = search(tiny, tmp_path, PROMPTS[0], task=task, **sources, solver="random", threshold=threshold)
+    (problem,) = search(tiny, tmp_path, PROMPTS[0], task=task, **sources, solver=solver, threshold=threshold)
     assert len(problem.candidates) > 2
     for candidate in problem.candidates:
         assert float(module.meaning(problem.target, [candidate["prompt"]])) >= threshold - 1e-6
