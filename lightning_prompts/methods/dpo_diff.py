@@ -50,6 +50,7 @@ class DPODiff(PromptMethod):
             a language model: a folder, a hub id, or the URL of an endpoint that speaks OpenAI's protocol.
         neighbours: How many of the text encoder's neighbours a word has. None: 5 to improve; 60 to attack, of which those that do
             not keep the meaning are left out.
+        keep: Words of the prompt that stay as they are.
         objective: `spherical`, half the squared angle between picture and prompt, or `cosine`, one minus its cosine.
         budget: Generations that a search may spend; a generation draws all seeds' pictures of a candidate.
         gradient_share: Part of the budget for gradients, with `gradient` and `hybrid`.
@@ -83,6 +84,7 @@ class DPODiff(PromptMethod):
         negative: list[Source] | None = None,
         dictionary: str = "wordnet",
         neighbours: Positive | None = None,
+        keep: list[str] | None = None,
         objective: Literal["spherical", "cosine"] = "spherical",
         budget: Positive = 40,
         gradient_share: float = 0.1,
@@ -118,8 +120,8 @@ class DPODiff(PromptMethod):
         self.meaning = Meaning(self.clip, sentence_encoder, self.offline)
         neighbours = neighbours or (5 if task == "improve" else 60)
         self.sources = Sources(
-            self.tower, self.positive, self.negative, dictionary, task == "improve", int(neighbours), self.offline
-        )
+            self.tower, self.positive, self.negative, dictionary, task == "improve", int(neighbours), keep or (), self.offline
+        )  # fmt: skip
         self._spaces: dict[str, Space] = {}
         self._plans: dict[int, list[int]] = {}
         self._better: list[Problem] = []

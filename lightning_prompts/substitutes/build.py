@@ -12,7 +12,7 @@ from typing import Literal
 
 from lightning_prompts.backbones import TextTower
 from lightning_prompts.errors import UserError
-from lightning_prompts.metrics.words import content_words
+from lightning_prompts.metrics.words import all_words, content_words
 from lightning_prompts.substitutes.file import from_file
 from lightning_prompts.substitutes.language_model import LanguageModel
 from lightning_prompts.substitutes.library import library_slots
@@ -36,6 +36,7 @@ class Sources:
             a language model: a folder, a hub id, or the URL of an endpoint that speaks OpenAI's protocol.
         empty: Whether words of a prompt can be left out.
         neighbours: How many of the text encoder's neighbours a word has.
+        keep: Words of a prompt that stay as they are.
         offline: Do not connect to the hub.
     """
 
@@ -47,10 +48,12 @@ class Sources:
         dictionary: str = "wordnet",
         empty: bool = False,
         neighbours: int = 5,
+        keep: Sequence[str] = (),
         offline: bool = False,
     ) -> None:
         self.tower, self.positive, self.negative = tower, positive, negative
         self.dictionary, self.empty, self.count, self.offline = dictionary, empty, neighbours, offline
+        self.keep = {word for text in keep for word in all_words(text)}
 
     def space(self, prompt: str) -> Space:
         """The words that can stand in a prompt and in its negative prompt.
@@ -62,7 +65,9 @@ class Sources:
             UserError: There is no word that can be replaced.
         """
         by_kind = {kind: self.substitutes(prompt, kind) for kind in dict.fromkeys([*self.positive, *self.negative])}
-        fixed, slots = positive_slots(prompt, merged(by_kind[kind] for kind in self.positive), self.empty)
+        others = merged(by_kind[kind] for kind in self.positive)
+        others = {name: words for name, words in others.items() if self.keep.isdisjoint(all_words(name))}
+        fixed, slots = positive_slots(prompt, others, self.empty)
         space = Space(fixed, slots, negative_slots(prompt, merged(by_kind[kind] for kind in self.negative)))
         space = fitting(space, self.tower)
         if not space.slots:

@@ -52,6 +52,14 @@ def test_negative_prompt_has_commas_between_what_is_chosen():
     assert texts == ["", "cut off", "fused", "dim", "dim, cut off", "dim, fused"]
 
 
+def test_kept_words_have_no_slot(tiny):
+    tower = load_backbone(tiny).towers[0]
+    for keep, names in (([], ["small", "red", "cat"]), (["Red cat", "car"], ["small"])):
+        found = Sources(tower, ["neighbours"], ["library"], empty=True, keep=keep).space("a small, red cat")
+        assert [slot.name for slot in found.positive] == names
+        assert len(found.negative) == 4
+
+
 def test_words_are_there_once():
     found = space("a cat", {"cat": ["Cat", "dog", " dog ", "DOG"]})
     assert found.slots == (Slot("cat", ("cat", "dog")),)
