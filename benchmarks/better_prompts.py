@@ -44,6 +44,7 @@ SPACES: dict[str, dict[str, dict[str, Any]]] = {  # the sources of the prompt's 
         "library": {"positive": [], "negative": ["library"]},
         "neighbours": {"positive": ["neighbours"], "negative": []},
         "WordNet": {"positive": ["synonyms"], "negative": ["antonyms"]},
+        "neighbours and library": {"positive": ["neighbours"], "negative": ["library"]},
         "neighbours, any meaning": {"positive": ["neighbours"], "negative": [], "threshold": -1},
     },
     "attack": {

@@ -73,6 +73,12 @@ class Small(DPODiff):
         return torch.tensor([self.tables[asked][pair] for asked, pair in zip(self._asked, texts, strict=True)])
 
 
+def lines() -> list[tuple[str, int]]:
+    """Solvers and the budgets that evaluate a population of theirs."""
+    pairs = itertools.product(SOLVERS, BUDGETS)
+    return [(solver, budget) for solver, budget in pairs if budget >= SOLVERS[solver].get("population", 0)]
+
+
 def enumerated(prompt: str, folder: Path) -> Table:
     """The losses by seed of all candidates of a prompt."""
     file = folder / f"{prompt.replace(' ', '_')}.json"
@@ -117,9 +123,7 @@ def measured(repetitions: int, runs: Path) -> None:
     tables = {prompt: enumerated(prompt, runs / "tables") for prompt in (one.prompt for one in written(SEED, PROMPTS))}
     least = {prompt: min(sum(losses) / len(losses) for losses in table.values()) for prompt, table in tables.items()}
     rows: list[list[Any]] = [["solver", "budget", "repetition", "prompt", "candidates", "regret"]]
-    for solver, budget, seed in itertools.product(SOLVERS, BUDGETS, range(repetitions)):
-        if budget < SOLVERS[solver].get("population", 0):
-            continue
+    for (solver, budget), seed in itertools.product(lines(), range(repetitions)):
         found = searched(solver, budget, seed, tables, runs / "searches" / f"{solver} {budget} {seed}.json")
         for prompt, table in tables.items():
             rows.append([solver, budget, seed, prompt, len(table), f"{max(0, found[prompt] - least[prompt]):.5f}"])

@@ -25,7 +25,8 @@ def test_word_search_in_the_docs_is_that_of_the_figures():
     page, (found, _) = (ROOT / "docs" / "dpo_diff.md").read_text(), word_search.regrets()
     assert word_search.tables_of(found) in page
     repetitions = {len(values) for of in found.values() for values in of.values()}
-    assert (len(found), {len(of) for of in found.values()}, repetitions) == (20, {20}, {5})
+    assert list(found) == word_search.lines()
+    assert ({len(of) for of in found.values()}, repetitions) == ({20}, {5})
 
 
 @pytest.mark.parametrize("targets", ["evaluation", "outside"])
@@ -46,9 +47,12 @@ def test_each_method_is_measured_on_each_target_at_each_budget(targets, comparis
         assert [budget for name, budget in results if name == method] == list(budgets)
 
 
-def test_better_prompts_in_the_docs_are_those_of_the_figures():
+@pytest.mark.parametrize("task", ["improve", "attack"])
+def test_better_prompts_in_the_docs_are_those_of_the_figures(task):
     import better_prompts
 
-    assert better_prompts.table("improve", 100) in (ROOT / "docs" / "dpo_diff.md").read_text()
-    for file in (better_prompts.FIGURES / "improve_100").glob("*.csv"):
+    assert better_prompts.table(task, 100) in (ROOT / "docs" / "dpo_diff.md").read_text()
+    files = list((better_prompts.FIGURES / f"{task}_100").glob("*.csv"))
+    assert files
+    for file in files:
         assert len(file.read_text().splitlines()) == 101
