@@ -42,15 +42,17 @@ class Meaning:
         new = [one for one in dict.fromkeys([text, *others]) if one not in self._known]
         if new:
             self._known |= zip(new, self._encode(new).cpu(), strict=True)
-        return torch.stack([self._known[other] for other in others]) @ self._known[text]
+        return (torch.stack([self._known[other] for other in others]) * self._known[text]).sum(1)
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> Tensor:
-        if self.encoder is None:
-            return self.clip.features_of(texts)
-        return F.normalize(
-            self.encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float(), dim=1
-        )
+        with torch.autocast(
+            self.clip.clip.device.type, enabled=False
+        ):  # a threshold is no matter of the search's precision
+            if self.encoder is None:
+                return self.clip.features_of(texts)
+            rows = self.encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+            return F.normalize(rows.float(), dim=1)
 
 
 def _load(name: str, offline: bool) -> Any:

@@ -24,6 +24,13 @@ def test_cosines_are_those_of_the_clips_texts(clip):
     torch.testing.assert_close(Meaning(clip)(texts[0], texts), features @ features[0])
 
 
+def test_precision_of_the_search_does_not_change_what_keeps_the_meaning(clip):
+    texts = ["a cat", "a dog", "a cat on a red mat"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Meaning(clip)(texts[0], texts)
+    assert torch.equal(found, Meaning(clip)(texts[0], texts))
+
+
 def test_text_means_the_same_as_itself(clip):
     texts = [f"a {size} {name}" for size in ("small", "large") for name in ("cat", "dog", "tree", "fox")]
     assert all(Meaning(clip).kept(text, [text], 1.0) == [True] for text in texts)
