@@ -51,12 +51,13 @@ SPACES: dict[str, dict[str, dict[str, Any]]] = {  # the sources of the prompt's 
         "neighbours": {"positive": ["neighbours"], "negative": []},
         "WordNet": {"positive": ["synonyms"], "negative": []},
         "both": {"positive": ["neighbours", "synonyms"], "negative": []},
+        "all words": {"positive": ["neighbours"], "negative": [], "neighbours": 1000},
     },
 }
 HEADS = {
     "improve": ("wins", "wins, plain caption", "similarity", "to the plain caption", "object", "background"),
-    "attack": ("recognised", "object broken", "background broken", "similarity", "to the plain caption",
-               "least likeness", "without words"),
+    "attack": ("recognised", "object broken", "background broken", "one of them", "similarity",
+               "to the plain caption", "least likeness", "without words"),
 }  # fmt: skip
 SOLVERS = ("random", "gradient", "evolution", "hybrid")
 
@@ -169,6 +170,8 @@ def line(task: str, rows: list[dict[str, str]]) -> str:
         return " | ".join([*wins, *map(interval, gains.values())])
     known = {name: [row for row in found if float(row[f"{name}_before"]) >= 0.5] for name in ("object", "background")}
     broken = [share([float(row[f"{name}_after"]) < 0.5 for row in some]) for name, some in known.items()]
+    both = [row for row in known["object"] if row in known["background"]]
+    broken.append(share([min(float(row["object_after"]), float(row["background_after"])) < 0.5 for row in both]))
     likeness = min(float(row["similarity"]) for row in found)
     drops = [interval(gains[name]) for name in ("heldout", "plain")]
     return " | ".join(
