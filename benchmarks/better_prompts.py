@@ -78,16 +78,20 @@ def judge() -> tuple[ClipSimilarity, Tensor, Tensor]:
 
 
 @torch.no_grad()
+def losses_of(prompts: list[Written]) -> list[float]:
+    """The losses of prompts as they are, on two seeds."""
+    texts = [one.prompt for one in prompts]
+    noise = draw_noise(0, texts, SEARCH, 2, method().backbone.latent_shape, torch.device("cpu"))
+    found: Tensor = method().losses([(text, "") for text in texts], noise, method().clip.features_of(texts)).mean(1)
+    return found.tolist()
+
+
 def chosen(task: str, count: int, folder: Path) -> list[Written]:
-    """The prompts of a task, by their loss on two seeds."""
+    """The prompts of a task, by their loss."""
     prompts, file = written(SEED, POOL), folder / "losses.json"
     if not file.exists():
-        texts = [one.prompt for one in prompts]
-        noise = draw_noise(0, texts, SEARCH, 2, method().backbone.latent_shape, torch.device("cpu"))
-        wanted = method().clip.features_of(texts)
-        losses = method().losses([(text, "") for text in texts], noise, wanted).mean(1)
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(losses.tolist()))
+        file.write_text(json.dumps(losses_of(prompts)))
     order = sorted(zip(json.loads(file.read_text()), range(POOL), strict=True), reverse=task == "improve")
     return [prompts[i] for _, i in order[:count]]
 

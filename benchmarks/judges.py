@@ -13,25 +13,24 @@ import random
 from pathlib import Path
 
 import torch
-from better_prompts import SETTINGS, judge
+from better_prompts import judge, losses_of, method
 from inversion import interval
 from prompt_pool import Written, written
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_prompts.data.addresses import FRESH, SEARCH, draw_noise
-from lightning_prompts.methods import DPODiff
 
 SEED, POOL, PROMPTS, CANDIDATES, AMONG, DRAWS = 20_261_125, 120, 30, 32, 24, 100
 SEEDS, FURTHER = 3, 10
 
 
-def negatives(method: DPODiff, prompt: str) -> list[tuple[str, str]]:
+def negatives(prompt: str) -> list[tuple[str, str]]:
     """The person's prompt, and it with different negative ones, as drawn from the logits at the beginning."""
-    space = method.space(prompt)
-    method.prompt.show([space])
-    method.prompt.begin(method.unchanged)
-    words = torch.distributions.Categorical(logits=method.prompt.perturbed(torch.tensor([0]), torch.zeros(1))[0])
+    space, choices = method().space(prompt), method().prompt
+    choices.show([space])
+    choices.begin(method().unchanged)
+    words = torch.distributions.Categorical(logits=choices.perturbed(torch.tensor([0]), torch.zeros(1))[0])
     found = {space.texts((0,) * len(space.slots)): None}
     torch.manual_seed(SEED)
     while len(found) < CANDIDATES:
@@ -46,17 +45,17 @@ def shifted(pictures: Tensor) -> list[Tensor]:
     return [pictures, pictures.flip(3), *(wide[..., y : y + size, x : x + size] for y, x in corners)]
 
 
-def measured(method: DPODiff, one: Written) -> dict[str, Tensor]:
+def measured(one: Written) -> dict[str, Tensor]:
     """By judge what is minimised, (candidates, seeds)."""
-    pairs, heldout = negatives(method, one.prompt), judge()[0]
+    pairs, clip, heldout = negatives(one.prompt), method().clip, judge()[0]
     noise = torch.cat([
-        draw_noise(0, [one.prompt], step, count, method.backbone.latent_shape, torch.device("cpu"))[0]
+        draw_noise(0, [one.prompt], step, count, method().backbone.latent_shape, torch.device("cpu"))[0]
         for step, count in ((SEARCH, SEEDS), (FRESH, FURTHER))
     ])  # fmt: skip
-    pictures = torch.cat([method.draw([text] * len(noise), noise, negative) for text, negative in pairs])
+    pictures = torch.cat([method().draw([text] * len(noise), noise, negative) for text, negative in pairs])
     texts = [one.prompt, f"a photo of {one.prompt}", f"a picture of {one.prompt}"]
-    cosines = method.clip.features(pictures) @ method.clip.features_of(texts).T
-    moved = [method.clip.features(some) @ method.clip.features_of(texts[:1]).T for some in shifted(pictures)]
+    cosines = clip.features(pictures) @ clip.features_of(texts).T
+    moved = [clip.features(some) @ clip.features_of(texts[:1]).T for some in shifted(pictures)]
     judges = {
         "CLIP": cosines[:, 0].acos(),
         "CLIP, six views of a picture": torch.cat(moved, 1).acos().square().mean(1),
@@ -79,15 +78,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/judges"))
     args = parser.parse_args()
-    method, pool = DPODiff(**SETTINGS), written(SEED, POOL)
-    texts = [one.prompt for one in pool]
-    noise = draw_noise(0, texts, SEARCH, 2, method.backbone.latent_shape, torch.device("cpu"))
-    losses = method.losses([(text, "") for text in texts], noise, method.clip.features_of(texts)).mean(1)
+    pool = written(SEED, POOL)
+    losses = losses_of(pool)
     found = []
     args.runs.mkdir(parents=True, exist_ok=True)
-    for number in losses.argsort(descending=True)[:PROMPTS].tolist():
+    for number in sorted(range(POOL), key=losses.__getitem__, reverse=True)[:PROMPTS]:
         if not (file := args.runs / f"{number}.pt").exists():
-            torch.save(measured(method, pool[number]), file)
+            torch.save(measured(pool[number]), file)
         found.append(torch.load(file, weights_only=True))
     print("| judge | wins | held-out similarity |\n|---|---|---|")
     for name, confirmed in [*((name, False) for name in found[0]), ("CLIP", True)]:
