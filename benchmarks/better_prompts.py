@@ -34,7 +34,6 @@ from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.emoji import world
 from lightning_prompts.methods import DPODiff
 from lightning_prompts.objectives.clip import ClipSimilarity
-from lightning_prompts.problems import Problem
 
 SEED, POOL, TOGETHER, FRESH_SEEDS = 20_261_123, 400, 20, 10
 SETTINGS: dict[str, Any] = yaml.safe_load(Path("configs/dpo_diff.yaml").read_text())["model"]["init_args"]
@@ -96,26 +95,22 @@ def chosen(task: str, count: int, folder: Path) -> list[Written]:
     return [prompts[i] for _, i in order[:count]]
 
 
+@cache  # all lines have the persons' prompts in common
 @torch.no_grad()
-def judged(one: Written, problem: Problem) -> dict[str, float]:
-    """Means over the fresh pictures of a person's prompt and of the found one."""
+def judged(one: Written, key: str, text: str, negative: str) -> dict[str, float]:
+    """Means over the fresh pictures of a prompt."""
     clip, things, colors = judge()
-    noise = draw_noise(0, [problem.key], FRESH, FRESH_SEEDS, method().backbone.latent_shape, torch.device("cpu"))[0]
-    plain = f"a {one.thing} on a {one.color} background"
-    prompt, caption = clip.features_of([one.prompt, plain])
-    wanted = method().clip.features_of([one.prompt])
-    row: dict[str, float] = {}
-    for when, text, negative in (("before", one.prompt, ""), ("after", problem.prompt, problem.negative_prompt or "")):
-        pictures = method().draw([str(text)] * FRESH_SEEDS, noise, negative)
-        features = clip.features(pictures)
-        row |= {
-            f"heldout_{when}": float((features @ prompt).mean()),
-            f"plain_{when}": float((features @ caption).mean()),
-            f"object_{when}": share_of(features, things, list(world.OBJECTS).index(one.thing)),
-            f"background_{when}": share_of(features, colors, list(world.COLORS).index(one.color)),
-            f"fresh_loss_{when}": float(method().distance(method().clip.features(pictures), wanted).mean()),
-        }
-    return row
+    noise = draw_noise(0, [key], FRESH, FRESH_SEEDS, method().backbone.latent_shape, torch.device("cpu"))[0]
+    prompt, caption = clip.features_of([one.prompt, f"a {one.thing} on a {one.color} background"])
+    pictures = method().draw([text] * FRESH_SEEDS, noise, negative)
+    features, wanted = clip.features(pictures), method().clip.features_of([one.prompt])
+    return {
+        "heldout": float((features @ prompt).mean()),
+        "plain": float((features @ caption).mean()),
+        "object": share_of(features, things, list(world.OBJECTS).index(one.thing)),
+        "background": share_of(features, colors, list(world.COLORS).index(one.color)),
+        "fresh_loss": float(method().distance(method().clip.features(pictures), wanted).mean()),
+    }
 
 
 def share_of(features: Tensor, names: Tensor, right: int) -> float:
@@ -142,9 +137,12 @@ def measure(task: str, space: str, solver: str, prompts: list[Written], file: Pa
             (problem,) = (problem for problem in data.records.values() if problem.target == one.prompt)
             row: dict[str, Any] = {"prompt": one.prompt, "found": problem.prompt, "negative": problem.negative_prompt}
             if problem.prompt:
-                row |= {f"loss_{when}": sum(losses) / len(losses) for when, losses in
-                        (("before", problem.loss_before or []), ("after", problem.loss_after or []))}  # fmt: skip
-                row |= judged(one, problem)
+                for when, text, negative, losses in (
+                    ("before", one.prompt, "", problem.loss_before or []),
+                    ("after", problem.prompt, problem.negative_prompt or "", problem.loss_after or []),
+                ):
+                    seen = {"loss": sum(losses) / len(losses), **judged(one, problem.key, text, negative)}
+                    row |= {f"{name}_{when}": value for name, value in seen.items()}
                 row["similarity"] = float(search.meaning(one.prompt, [problem.prompt]))
             rows.append(row)
         file.parent.mkdir(parents=True, exist_ok=True)
