@@ -1,9 +1,10 @@
 """What the judge of a search can reach: `python benchmarks/judges.py`.
 
-For 30 prompts of high loss, none of which `better_prompts.py` looks at, 32 negative prompts are drawn as a search begins, and pictures
+For 30 prompts of high loss from another pool than that of `better_prompts.py`, 32 negative prompts are drawn as a search begins, and pictures
 from 3 seeds and 10 others. Then judges choose the best of 24 of them, drawn at random 100 times, by the 3 seeds. Prints how often the
 choice wins against the person's prompt on the 10 others, in the held-out CLIP, and by how much it is nearer, with 95% intervals over
-prompts. The last judge is the held-out CLIP itself, which no search may ask: better than that no search in this space can be judged.
+prompts. One judge is the held-out CLIP itself, which no search may ask. A choice that is confirmed on three of the 10 is judged by
+the other seven.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def measured(one: Written) -> dict[str, Tensor]:
     cosines = clip.features(pictures) @ clip.features_of(texts).T
     moved = [clip.features(some) @ clip.features_of(texts[:1]).T for some in shifted(pictures)]
     judges = {
-        "CLIP": cosines[:, 0].acos(),
+        "CLIP": cosines[:, 0].acos().square(),  # the loss of the search
         "CLIP, six views of a picture": torch.cat(moved, 1).acos().square().mean(1),
         "CLIP, three sentences": cosines.acos().square().mean(1),
         "held-out CLIP": -(heldout.features(pictures) @ heldout.features_of(texts[:1]).T)[:, 0],

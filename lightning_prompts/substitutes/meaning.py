@@ -46,9 +46,8 @@ class Meaning:
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> Tensor:
-        with torch.autocast(
-            self.clip.clip.device.type, enabled=False
-        ):  # a threshold is no matter of the search's precision
+        # What passes the threshold does not depend on the search's precision.
+        with torch.autocast(self.clip.clip.device.type, enabled=False):
             if self.encoder is None:
                 return self.clip.features_of(texts)
             rows = self.encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
