@@ -1,0 +1,75 @@
+"""The direction of Lion at the length of Adam (arXiv 2308.12059)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AdamOnLion(torch.optim.Optimizer):
+    """Steps along the signs of Lion's momentum, as long as Adam's step would be.
+
+    Each embedding (L, D), the last two dimensions of a parameter (..., L, D), has a length of its own, so that problems beside
+    each other take the steps that they would take alone.
+
+    Args:
+        params: Parameters of two dimensions or more.
+        lr: Factor of Adam's step.
+        betas: Of Adam's moments.
+        eps: What is added to the root of Adam's second moment.
+        lion_betas: Share of Lion's momentum in the direction, and how much of it stays.
+        weight_decay: Of the L2 kind, which is added to the gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-3,
+        lion_betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "lion_betas": lion_betas, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step down the gradients.
+
+        Args:
+            closure: Computes the loss, and the gradients with it.
+
+        Returns:
+            What the closure returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, group)
+        return loss
+
+    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        gradient = gradient + group["weight_decay"] * parameter
+        if not state:
+            state["step"] = 0
+            for name in ("mean", "square", "momentum"):
+                state[name] = torch.zeros_like(parameter)
+        state["step"] += 1
+        (first, second), (share, stays), step = group["betas"], group["lion_betas"], state["step"]
+        mean = state["mean"].lerp_(gradient, 1 - first) / (1 - first**step)
+        square = state["square"].lerp_(gradient.square(), 1 - second) / (1 - second**step)
+        adam = mean / (square.sqrt() + group["eps"])
+        lion = (share * state["momentum"] + (1 - share) * gradient).sign()
+        state["momentum"].lerp_(gradient, 1 - stays)
+        length = adam.norm(dim=(-2, -1), keepdim=True) / lion.norm(dim=(-2, -1), keepdim=True).clamp(min=1)
+        parameter -= group["lr"] * length * lion

@@ -1,0 +1,76 @@
+from copy import deepcopy
+
+import pytest
+import torch
+
+from lightning_prompts.optimizers import AdamOnLion
+
+
+def quadratic(x):
+    return ((x - 1) ** 2 * torch.linspace(0.1, 5, x.numel()).view(x.shape)).sum()
+
+
+def test_it_is_as_long_as_torchs_adam_and_points_where_lion_does():
+    start = torch.randn(5, 7)
+    parameter = start.clone().requires_grad_()
+    optimizer = AdamOnLion([parameter], lr=0.03, eps=1e-3)
+    # torch's Adam at the same gradients: at lr 1 its step is Adam's direction
+    shadow, momentum = torch.zeros(5, 7, requires_grad=True), torch.zeros(5, 7)
+    adam = torch.optim.Adam([shadow], lr=1.0, eps=1e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        quadratic(parameter).backward()
+        gradient, before, shadow_before = parameter.grad.clone(), parameter.detach().clone(), shadow.detach().clone()
+        optimizer.step()
+        shadow.grad = gradient
+        adam.step()
+        length = (shadow.detach() - shadow_before).norm()
+        signs = torch.tensor([
+            [0.0 if c == 0 else (1.0 if c > 0 else -1.0) for c in row] for row in (0.9 * momentum + 0.1 * gradient).tolist()
+        ])  # fmt: skip
+        momentum = 0.99 * momentum + 0.01 * gradient
+        expected = before - 0.03 * length / signs.norm() * signs
+        assert parameter.detach() == pytest.approx(expected, abs=1e-6)
+
+
+def test_problems_beside_each_other_move_as_alone():
+    start = torch.randn(3, 2, 4, 5)
+    together = start.clone().requires_grad_()
+    alone = [start[p, s].clone().requires_grad_() for p in range(3) for s in range(2)]
+    optimizers = [AdamOnLion([together]), *(AdamOnLion([x]) for x in alone)]
+    for _ in range(5):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        sum(quadratic(together[p, s]) * (p + s + 1) for p in range(3) for s in range(2)).backward()
+        for i, x in enumerate(alone):
+            (quadratic(x) * (i // 2 + i % 2 + 1)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert together.detach().flatten(0, 1) == pytest.approx(torch.stack(alone).detach(), abs=1e-6)
+
+
+def test_it_goes_on_from_its_state():
+    parameter = torch.randn(2, 3).requires_grad_()
+    optimizer = AdamOnLion([parameter])
+    for number in range(6):
+        if number == 3:
+            copy = parameter.detach().clone().requires_grad_()
+            again = AdamOnLion([copy])
+            again.load_state_dict(deepcopy(optimizer.state_dict()))
+        optimizer.zero_grad()
+        quadratic(parameter).backward()
+        optimizer.step()
+        if number >= 3:
+            again.zero_grad()
+            quadratic(copy).backward()
+            again.step()
+    assert torch.equal(parameter, copy)
+
+
+def test_nothing_moves_without_a_gradient_and_weight_decay_is_one():
+    parameter = torch.ones(2, 3).requires_grad_()
+    parameter.grad = torch.zeros(2, 3)
+    AdamOnLion([parameter]).step()
+    assert torch.equal(parameter, torch.ones(2, 3))
+    AdamOnLion([parameter], weight_decay=0.1).step()
+    assert (parameter < 1).all()
