@@ -192,9 +192,8 @@ class Backbone(nn.Module, ABC):
         a, s = self._signal_and_noise(timesteps)
         return (noisy - s * output) / a if self.prediction_type == "epsilon" else a * noisy - s * output
 
-    @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w), the mean of the posterior, of images (B, 3, H, W) in [-1, 1]; no gradient."""
+        """Latents (B, C, h, w), the mean of the posterior, of images (B, 3, H, W) in [-1, 1]."""
         latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean
         return cast("Tensor", _at_least_float32(latents) * self.vae.config.scaling_factor)
 

@@ -1,0 +1,52 @@
+"""How sharp a picture is, by the variance of its Laplacian (arXiv 2308.12059)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_prompts.objectives.base import Objective
+
+
+def laplacian_variance(pictures: Tensor) -> Tensor:
+    """Variance (B,) of the Laplacian of the luma, which is in [0, 1], of pictures (B, 3, H, W) in [-1, 1].
+
+    The Laplacian takes all eight neighbours; pixels of the edge, which lack some, are left out.
+    """
+    luma = pictures.new_tensor([0.2989, 0.5870, 0.1140]).view(1, 3, 1, 1)
+    kernel = pictures.new_ones(1, 1, 3, 3)
+    kernel[0, 0, 1, 1] = -8
+    brightness = ((pictures + 1) / 2 * luma).sum(1, keepdim=True)
+    return F.conv2d(brightness, kernel).flatten(1).var(1)
+
+
+class Sharpness(Objective):
+    """Variance of the Laplacian, in [0, inf), higher is sharper.
+
+    Args:
+        weight: See `Objective`.
+    """
+
+    lowest, highest = 0.0, math.inf
+
+    def forward(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Values (B,) of pictures (B, 3, H, W) in [-1, 1]."""
+        return laplacian_variance(pictures)
+
+
+class Blurriness(Objective):
+    """Variance of the Laplacian, in [0, inf), lower is blurrier.
+
+    Args:
+        weight: See `Objective`.
+    """
+
+    lowest, highest = 0.0, math.inf
+    higher_is_better = False
+
+    def forward(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Values (B,) of pictures (B, 3, H, W) in [-1, 1]."""
+        return laplacian_variance(pictures)

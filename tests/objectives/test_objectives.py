@@ -1,0 +1,232 @@
+"""Each judgement against another way to compute it, and its gradient against finite differences."""
+
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.errors import UserError
+from lightning_prompts.objectives import (
+    Aesthetic,
+    Blurriness,
+    ClipQuality,
+    ClipText,
+    LatentDistance,
+    Perceptual,
+    Preference,
+    Sharpness,
+)
+
+HEAD = Path(__file__).parents[3] / "shared" / "data" / "sac+logos+ava1-l14-linearMSE.pth"
+PROMPTS = ["two dogs", "a large tree, blurry", "two dogs"]
+
+needs_head = pytest.mark.skipif(not HEAD.exists(), reason=f"the aesthetic predictor's weights are not in {HEAD}")
+
+
+@pytest.fixture
+def pictures():
+    return torch.rand(3, 3, 16, 16, dtype=torch.float64) * 1.8 - 0.9
+
+
+@pytest.fixture
+def reference(tmp_path):
+    path = tmp_path / "reference.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def vit_l(tiny, tmp_path_factory):
+    """A folder of a CLIP whose features are as wide as ViT-L/14's and whose pictures are as large."""
+    folder, text = tmp_path_factory.mktemp("vit_l"), CLIPTextConfig.from_pretrained(f"{tiny}/text_encoder")
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56)  # fmt: skip
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=768)).save_pretrained(folder)  # fmt: skip
+    CLIPTokenizer.from_pretrained(f"{tiny}/clip").save_pretrained(folder)
+    return str(folder)
+
+
+def test_laplacian_is_that_of_a_slow_loop(pictures):
+    expected = []
+    for picture in ((pictures + 1) / 2).tolist():
+        luma = [
+            [0.2989 * picture[0][y][x] + 0.5870 * picture[1][y][x] + 0.1140 * picture[2][y][x] for x in range(16)]
+            for y in range(16)
+        ]
+        found = [
+            sum(luma[y + i][x + j] for i in (-1, 0, 1) for j in (-1, 0, 1)) - 9 * luma[y][x]
+            for y in range(1, 15)
+            for x in range(1, 15)
+        ]
+        mean = sum(found) / len(found)
+        expected.append(sum((value - mean) ** 2 for value in found) / (len(found) - 1))
+    assert Sharpness()(pictures, PROMPTS).tolist() == pytest.approx(expected)
+    assert Blurriness()(pictures, PROMPTS).tolist() == pytest.approx(expected)
+
+
+def test_directions():
+    edges = torch.zeros(1, 3, 16, 16)
+    edges[..., ::2] = 1
+    smooth = F.avg_pool2d(edges, 3, 1, 1)
+    assert Sharpness()(edges, [""]) > Sharpness()(smooth, [""])
+    assert Sharpness.higher_is_better
+    assert not Blurriness.higher_is_better
+
+
+def attached(objective, folder):
+    objective.attach(load_backbone(folder), True)
+    return objective.double()
+
+
+@pytest.mark.parametrize("name", ["Sharpness", "ClipText", "ClipQuality", "Preference", "LatentDistance"])
+def test_gradients_are_finite_differences(name, tiny, reference, pictures):
+    objective = {
+        "Sharpness": Sharpness,
+        "ClipText": ClipText,
+        "ClipQuality": lambda: ClipQuality("two dogs", "a large tree, blurry"),
+        "Preference": lambda: Preference(f"{tiny}/clip"),
+        "LatentDistance": lambda: LatentDistance(reference),
+    }[name]()
+    backbone = load_backbone(tiny).double()
+    objective.attach(backbone, True)
+    objective.double()
+    if name in ("ClipText", "ClipQuality", "Preference"):  # whose features are float32 whatever the precision
+        objective.clip.features = lambda x: F.normalize(
+            objective.clip.clip.get_image_features(
+                pixel_values=F.interpolate(x, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+            ).pooler_output,
+            dim=-1,
+        )
+        objective.clip.features_of = lambda texts: F.normalize(
+            objective.clip.clip.get_text_features(input_ids=objective.clip.encode(texts)).pooler_output, dim=-1
+        )
+    pictures.requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(pictures, PROMPTS).sum(), pictures)
+    direction = torch.randn_like(pictures)
+    step = 1e-5
+    with torch.no_grad():
+        ahead, behind = (objective(pictures + sign * step * direction, PROMPTS).sum() for sign in (1, -1))
+    assert float((gradient * direction).sum()) == pytest.approx(float(ahead - behind) / (2 * step), rel=1e-4)
+
+
+def test_values_by_clip_are_those_of_transformers(tiny):
+    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    clip, tokenizer = CLIPModel.from_pretrained(f"{tiny}/clip").eval(), CLIPTokenizer.from_pretrained(f"{tiny}/clip")
+
+    def logits(texts):
+        with torch.no_grad():
+            return clip(
+                input_ids=tokenizer(texts, padding=True, return_tensors="pt").input_ids, pixel_values=pictures
+            ).logits_per_image
+
+    scale = clip.logit_scale.exp()
+    found = attached(Preference(f"{tiny}/clip"), tiny).float()(pictures, PROMPTS)
+    assert found == pytest.approx(logits(PROMPTS).diagonal(), abs=1e-4)
+    found = attached(ClipText(), tiny).float()(pictures, PROMPTS)
+    assert found == pytest.approx((logits(PROMPTS) / scale).diagonal().detach(), abs=1e-5)
+    found = attached(ClipQuality("two dogs", "a large tree, blurry"), tiny).float()(pictures, PROMPTS)
+    pair = 100 * (logits(["two dogs", "a large tree, blurry"]) / scale).detach()
+    assert found == pytest.approx(1 / (1 + (pair[:, 1] - pair[:, 0]).exp()), abs=1e-4)
+
+
+@needs_head
+def test_aesthetic_predictor_is_the_released_network(tiny, vit_l):
+    objective = Aesthetic(str(HEAD), clip=vit_l)
+    released = nn.Sequential(
+        nn.Linear(768, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64), nn.Dropout(0.1),
+        nn.Linear(64, 16), nn.Linear(16, 1),
+    )  # fmt: skip
+    state = torch.load(HEAD, map_location="cpu", weights_only=True)
+    released.load_state_dict({name.removeprefix("layers."): value for name, value in state.items()})
+    objective.attach(load_backbone(tiny), True)
+    pictures = torch.rand(4, 3, 64, 64) * 2 - 1
+    # CLIP's own preprocessing of [0, 1], and unit vectors
+    pixels = F.interpolate(pictures, size=(224, 224), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    clip = CLIPModel.from_pretrained(vit_l).eval()
+    with torch.no_grad():
+        features = clip.get_image_features(pixel_values=(pixels - mean[:, None, None]) / std[:, None, None])
+        features = features if isinstance(features, torch.Tensor) else features.pooler_output
+        expected = released.eval()(features / features.norm(dim=1, keepdim=True))[:, 0]
+    assert objective(pictures, ["a"] * 4) == pytest.approx(expected, abs=1e-4)
+    assert not any(parameter.requires_grad for parameter in objective.parameters())
+
+
+@needs_head
+def test_aesthetic_predictor_rates_on_the_scale_of_people():
+    objective = Aesthetic(str(HEAD))
+    rated = objective.judge(F.normalize(torch.randn(1000, 768), dim=1), [])
+    assert 0 < float(rated.min())
+    assert float(rated.max()) < 10  # 20 to 30 without unit vectors
+
+
+@needs_head
+def test_aesthetic_predictor_refuses_narrow_clips(tiny):
+    with pytest.raises(UserError, match="features of 16 numbers and the aesthetic predictor takes 768"):
+        Aesthetic(str(HEAD), clip=f"{tiny}/clip").attach(load_backbone(tiny), True)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"no file .*absent\.pth"):
+        Aesthetic(str(tmp_path / "absent.pth"))
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"layers.0.weight": Code()}))
+    with pytest.raises(UserError, match=r"code\.pth is refused"):
+        Aesthetic(str(tmp_path / "code.pth"))
+    assert capsys.readouterr().out == ""
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(UserError, match=r"text\.pth is refused"):
+        Aesthetic(str(tmp_path / "text.pth"))
+    for name, state in (
+        ("narrow", {"layers.0.weight": torch.zeros(1024, 512)}),
+        ("tensor", torch.zeros(3)),
+        ("empty", {}),
+    ):
+        torch.save(state, tmp_path / f"{name}.pth")
+        with pytest.raises(UserError, match="does not hold the five layers"):
+            Aesthetic(str(tmp_path / f"{name}.pth"))
+
+
+def test_latent_distance_is_that_of_encoded_pictures(tiny, reference):
+    backbone, objective = load_backbone(tiny), LatentDistance(reference)
+    objective.attach(backbone, True)
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    one, other = backbone.encode_image(pictures), backbone.encode_image(objective.picture)
+    assert objective(pictures, ["", ""]).tolist() == pytest.approx([float(((x - other[0]) ** 2).mean()) for x in one])
+    assert float(objective(objective.picture, [""])) == 0
+    assert (LatentDistance.lowest, LatentDistance.highest) == (0, math.inf)
+
+
+def test_perceptual_distance_lacks_weights_or_pictures(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    with pytest.raises(UserError, match="LPIPS lacks the weights"):
+        Perceptual(reference)
+    with pytest.raises(UserError, match=r"absent\.png"):
+        LatentDistance(str(tmp_path / "absent.png"))
+
+
+def test_perceptual_distance_passes_a_gradient_on(reference, tmp_path, tiny):
+    from torchvision.models import alexnet
+
+    file = tmp_path / "alexnet.pth"
+    torch.save({f"features.{k}": v for k, v in alexnet(weights=None).features.state_dict().items()}, file)
+    objective = Perceptual(reference, str(file))
+    objective.attach(load_backbone(tiny), True)
+    pictures = torch.cat([objective.picture, objective.picture + 0.2]).requires_grad_()
+    values = objective(pictures, ["", ""])
+    assert float(values[0]) == pytest.approx(0, abs=1e-6)
+    assert float(values[1]) > 0
+    (gradient,) = torch.autograd.grad(values.sum(), pictures)
+    assert gradient[1].abs().sum() > 0
