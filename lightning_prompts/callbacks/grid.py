@@ -59,6 +59,13 @@ def grid(targets: Sequence[Tensor], drawn: Tensor, problems: Sequence[Problem], 
     return sheet(columns, [str(problem.prompt) for problem in problems], len(columns), side)
 
 
+def before_and_after(before: Tensor, after: Tensor, texts: Sequence[str]) -> Image.Image:
+    """Pictures (P, N, 3, H, W) above others (P, N, 3, H, W) from the same seeds; P texts, each below the first of its pictures."""
+    problems, count = before.shape[:2]
+    columns = [(before[p, n], after[p, n]) for p in range(problems) for n in range(count)]
+    return sheet(columns, [text if n == 0 else "" for text in texts for n in range(count)], 4 * count)
+
+
 def sheet(
     columns: Sequence[Tensor | Sequence[Tensor]], texts: Sequence[str], across: int, side: int = 96
 ) -> Image.Image:

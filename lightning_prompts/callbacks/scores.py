@@ -76,6 +76,25 @@ class Scores:
         self._score_pictures(method, list(zip(problems, drawn, method.data.pictures(problems), strict=True)))
         self._score_texts(method, problems)
 
+    def compare(self, method: Any, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:
+        """Tells how similar the pictures of P problems are to the person's prompt, by the CLIP that takes no part in any search.
+
+        Args:
+            method: What has drawn them.
+            problems: The records.
+            before: What the person's prompt draws, (P, N, 3, H, W).
+            after: What was found draws, (P, N, 3, H, W).
+        """
+        with _told():
+            if clip := self.heldout(method.backbone.name, method.offline):
+                wanted = clip.to(method.device).features_of([problem.target for problem in problems]).unsqueeze(1)
+                found = [
+                    (clip.features_of_many(drawn, method.microbatch) * wanted).sum(2).tolist()
+                    for drawn in (before, after)
+                ]
+                for problem, *cosines in zip(problems, *found, strict=True):
+                    problem.heldout_before, problem.heldout_after = cosines
+
     def _score_pictures(self, method: Any, rows: Sequence[tuple[Problem, Tensor, Tensor]]) -> None:
         """Scores problems by their drawn pictures (N, 3, H, W) and their targets (I, 3, H, W)."""
         name, offline = method.backbone.name, method.offline

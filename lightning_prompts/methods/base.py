@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -190,7 +190,7 @@ class PromptMethod(pl.LightningModule, ABC):
             gradient.clamp_(-clip, clip)
         optimizer.step()
         with torch.no_grad():  # momentum and weight decay move rows without a gradient too
-            moving = (active & sound).view(-1, 1, 1)
+            moving = (active & sound).view(-1, *(1,) * (parameter.dim() - 1))
             parameter.copy_(torch.where(moving, parameter, before))
 
     def count(self, rows: Tensor, samples: int) -> None:
@@ -256,6 +256,53 @@ class PromptMethod(pl.LightningModule, ABC):
     def draw_from(self, told: Conditioning, away: Conditioning, noise: Tensor, steps: int) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts from noise (B, C, h, w), led away from 1 or B others."""
         return self.backbone.decode(self.backbone.sample(told, away, noise, steps, self.guidance_scale))
+
+    def judged(
+        self,
+        told: Conditioning,
+        away: Conditioning,
+        noise: Tensor,
+        judge: Callable[[Tensor, Tensor], Tensor],
+        grad_steps: int = 0,
+        calls: int | None = None,
+    ) -> Tensor:
+        """What is said of B pictures; no more than a microbatch of them is held at once, with or without a gradient.
+
+        Args:
+            told: B prompts.
+            away: B prompts to lead away from.
+            noise: (B, C, h, w).
+            judge: Gives values (b,) of pictures (b, 3, H, W) in [-1, 1] and their numbers (b,) among the B.
+            grad_steps: Last calls of the denoiser that pass a gradient on to both prompts, see `Backbone.sample`.
+            calls: Calls after which the clean picture is predicted; None to draw to the end.
+
+        Returns:
+            Values (B,).
+        """
+        sides, tracking = (told.prompt_embeds, away.prompt_embeds), grad_steps > 0 and torch.is_grad_enabled()
+        leaves = [side.detach().requires_grad_(tracking) for side in sides]
+        values, slopes = [], [torch.zeros_like(side) for side in leaves]
+        for some in torch.arange(len(noise), device=noise.device).split(self.microbatch):
+            with torch.set_grad_enabled(tracking):
+                parts = [leaf[some] for leaf in leaves]
+                latents = self.backbone.sample(
+                    Conditioning(parts[0]), Conditioning(parts[1]), noise[some], self.sampling_steps, self.guidance_scale,
+                    grad_steps, calls,
+                )  # fmt: skip
+                value = judge(self.backbone.decode(latents), some)
+            if tracking:
+                gradients = torch.autograd.grad(value.sum(), parts, allow_unused=True)
+                for slope, gradient in zip(slopes, gradients, strict=True):
+                    if gradient is not None:  # nothing is led away from without guidance
+                        slope[some] = gradient
+            values.append(value.detach())
+        found = torch.cat(values)
+        if tracking:
+            for side, slope in zip(
+                sides, slopes, strict=True
+            ):  # zero in value, and in gradient what was computed above
+                found = found + ((side - side.detach()) * slope).flatten(1).sum(1)
+        return found
 
     # --- checkpoints: the prompt and nothing of the backbone
 

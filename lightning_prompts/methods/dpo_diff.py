@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_prompts.backbones import Conditioning
-from lightning_prompts.callbacks.grid import sheet, to_png
+from lightning_prompts.callbacks.grid import before_and_after, to_png
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import FRESH, SEARCH, draw_noise, generator
 from lightning_prompts.data.problems import Step
@@ -241,32 +241,13 @@ class DPODiff(PromptMethod):
         self.log("train/loss", loss.detach().mean(), prog_bar=True)
 
     def shortcut_loss(self, rows: Tensor, told: Conditioning, away: Conditioning, calls: int) -> Tensor:
-        """What is minimised, (Q,), at the clean pictures that are predicted after so many calls of the denoiser.
-
-        The gradient is computed microbatch by microbatch, so that memory does not grow with the problems and seeds.
-        """
-        sides = [side.repeat_interleave(self.seeds).prompt_embeds for side in (told, away)]
-        leaves = [side.detach().requires_grad_() for side in sides]
+        """What is minimised, (Q,), at the clean pictures that are predicted after so many calls of the denoiser."""
         noise, wanted = self.noise[rows].flatten(0, 1), self.wanted[rows].repeat_interleave(self.seeds, 0)
-        losses, slopes = [], [torch.zeros_like(side) for side in leaves]
-        for some in torch.arange(len(noise), device=noise.device).split(self.microbatch):
-            with torch.enable_grad():
-                parts = [leaf[some] for leaf in leaves]
-                latents = self.backbone.sample(
-                    Conditioning(parts[0]), Conditioning(parts[1]), noise[some], self.sampling_steps, self.guidance_scale,
-                    self.grad_steps, calls,
-                )  # fmt: skip
-                loss = self.loss(self.backbone.decode(latents), wanted[some])
-                for slope, gradient in zip(
-                    slopes, torch.autograd.grad(loss.sum(), parts, allow_unused=True), strict=True
-                ):
-                    if gradient is not None:  # nothing is led away from without guidance
-                        slope[some] = gradient
-            losses.append(loss.detach())
-        value = torch.cat(losses)
-        for side, slope in zip(sides, slopes, strict=True):  # zero in value, and in gradient what was computed above
-            value = value + ((side - side.detach()) * slope).flatten(1).sum(1)
-        return value.view(len(rows), self.seeds).mean(1)
+        losses = self.judged(
+            told.repeat_interleave(self.seeds), away.repeat_interleave(self.seeds), noise,
+            lambda pictures, some: self.loss(pictures, wanted[some]), self.grad_steps, calls,
+        )  # fmt: skip
+        return losses.view(len(rows), self.seeds).mean(1)
 
     def loss(self, pictures: Tensor, wanted: Tensor) -> Tensor:
         """What is minimised, (B,): the distances of pictures (B, 3, H, W) from features (B, E); those of an attack negative."""
@@ -274,8 +255,10 @@ class DPODiff(PromptMethod):
         return distance if self.task == "improve" else -distance
 
     def distance(self, features: Tensor, wanted: Tensor) -> Tensor:
-        """How far features (B, E) of pictures are from those of texts, (B,)."""
-        return spherical_distance(features, wanted) if self.objective == "spherical" else 1 - (features * wanted).sum(1)
+        """How far features (..., E) of pictures are from those of texts, (...)."""
+        return (
+            spherical_distance(features, wanted) if self.objective == "spherical" else 1 - (features * wanted).sum(-1)
+        )
 
     def gumbel(self, rows: Tensor, step: int, tries: int = 0) -> Tensor:
         """Standard Gumbel noise (Q, S, W) at a step's address, the same for a word whatever the other problems' words are."""
@@ -373,12 +356,11 @@ class DPODiff(PromptMethod):
             return noise.new_zeros(0, noise.shape[1])
         count = noise.shape[1]
         told, away = (self.encode([pair[side] for pair in texts]).repeat_interleave(count) for side in (0, 1))
-        noise, wanted = noise.flatten(0, 1), wanted.repeat_interleave(count, 0)
-        parts = [
-            self.loss(self.draw_from(told[some], away[some], noise[some], self.sampling_steps), wanted[some])
-            for some in torch.arange(len(noise), device=noise.device).split(self.microbatch)
-        ]
-        return torch.cat(parts).view(len(texts), count)
+        wanted = wanted.repeat_interleave(count, 0)
+        losses = self.judged(
+            told, away, noise.flatten(0, 1), lambda pictures, some: self.loss(pictures, wanted[some])
+        )  # fmt: skip
+        return losses.view(len(texts), count)
 
     def spend(self, row: int, generations: float) -> None:
         """Adds to what a problem's search has cost."""
@@ -418,48 +400,32 @@ class DPODiff(PromptMethod):
 
     def shown(self, problems: list[Problem]) -> Image.Image:
         """What the persons' prompts draw above what the found ones draw, from the seeds of the search."""
-        noise = self.draw_noise(problems, SEARCH, self.seeds)
-        before, after = (pictures.unflatten(0, noise.shape[:2]) for pictures in self.both(problems, noise))
-        columns = [[before[p, n], after[p, n]] for p in range(len(problems)) for n in range(self.seeds)]
-        texts = [problem.shown if n == 0 else "" for problem in problems for n in range(self.seeds)]
-        return sheet(columns, texts, 4 * self.seeds)
+        drawn = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
+        return before_and_after(*drawn, [problem.shown for problem in problems])
 
     def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (P N, 3, H, W) of the persons' prompts, and of the found ones, from noise (P, N, C, h, w)."""
+        """Pictures (P, N, 3, H, W) of the persons' prompts, and of the found ones, from noise (P, N, C, h, w)."""
         count = noise.shape[1]
         originals, prompts, negatives = (
             [text for text in texts for _ in range(count)]
             for texts in zip(*((p.target, str(p.prompt), p.negative_prompt or "") for p in problems), strict=True)
         )
-        return self.draw(originals, noise.flatten(0, 1)), self.draw(prompts, noise.flatten(0, 1), negatives)
+        drawn = self.draw(originals, noise.flatten(0, 1)), self.draw(prompts, noise.flatten(0, 1), negatives)
+        return drawn[0].unflatten(0, noise.shape[:2]), drawn[1].unflatten(0, noise.shape[:2])
 
     @torch.no_grad()
     def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
         """Judges the found prompts on fresh seeds, also by the held-out CLIP, and draws them below the persons'."""
-        texts = [problem.target for problem in problems]
-        noise = self.draw_noise(problems, FRESH, FRESH_SEEDS)
-        pictures = [drawn.to(self.device) for drawn in self.both(problems, noise)]
-        losses = [self.distance(*pair).view(-1, FRESH_SEEDS) for pair in self.judged(self.clip, pictures, texts)]
-        heldout = scores.heldout(self.backbone.name, self.offline)
-        cosines = [] if heldout is None else [
-            (features * wanted).sum(1).view(-1, FRESH_SEEDS)
-            for features, wanted in self.judged(heldout.to(self.device), pictures, texts)
-        ]  # fmt: skip
+        drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
+        scores.compare(self, problems, *drawn)
+        wanted = self.clip.features_of([problem.target for problem in problems]).unsqueeze(1)  # (P, 1, E)
+        before, after = (
+            self.distance(self.clip.features_of_many(pictures, self.microbatch), wanted) for pictures in drawn
+        )
         for p, problem in enumerate(problems):
-            problem.fresh_loss_before, problem.fresh_loss_after = (loss[p].tolist() for loss in losses)
-            if cosines:
-                problem.heldout_before, problem.heldout_after = (cosine[p].tolist() for cosine in cosines)
+            problem.fresh_loss_before, problem.fresh_loss_after = before[p].tolist(), after[p].tolist()
             problem.similarity = float(self.meaning(problem.target, [str(problem.prompt)]))
         atomic_write(folder.grid, to_png(self.shown(problems[:SHOWN])))
-
-    def judged(
-        self, judge: ClipSimilarity, pictures: Sequence[Tensor], texts: Sequence[str]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Features of each batch of pictures (P N, 3, H, W), and those of their texts, (P N, E)."""
-        wanted = judge.features_of(texts).repeat_interleave(len(pictures[0]) // len(texts), 0)
-        return [
-            (torch.cat([judge.features(some) for some in drawn.split(self.microbatch)]), wanted) for drawn in pictures
-        ]
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """RMSprop with momentum, as in the released code."""

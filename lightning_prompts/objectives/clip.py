@@ -95,6 +95,12 @@ class ClipSimilarity(nn.Module):
             pictures = ((pictures + 1) / 2 - mean) / std
         return F.normalize(_tensor(self.clip.get_image_features(pixel_values=pictures)).float(), dim=-1)
 
+    @torch.no_grad()
+    def features_of_many(self, pictures: Tensor, batch: int) -> Tensor:
+        """Unit vectors (P, N, E) of pictures (P, N, 3, H, W) in [-1, 1], so many at a time."""
+        found = [self.features(some) for some in pictures.flatten(0, 1).split(batch)]
+        return torch.cat(found).view(*pictures.shape[:2], -1)
+
     def forward(self, ids: Tensor, embeddings: Tensor, features: Tensor) -> Tensor:
         """Losses (P,) of prompts (P, L) with embeddings (P, L, D) against the mean features (P, E) of each problem's pictures."""
         return 1 - (self.text_features(ids, embeddings) * features).sum(1)
