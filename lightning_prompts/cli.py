@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import logging
 import os
+import pydoc
 import re
 import signal
 import sys
@@ -326,6 +328,18 @@ def _run_name(method: str) -> str:
     return os.environ["LIGHTNING_PROMPTS_RUN"]
 
 
+def _choice(message: str) -> str:
+    """The classes that could stand where the parser has refused one."""
+    base = re.search(r"<class '(lightning_prompts\.[\w.]+)'>", message)
+    open_, found = [pydoc.locate(base[1])] if base else [], set()
+    while open_:
+        kind: Any = open_.pop()
+        open_ += kind.__subclasses__()
+        if not inspect.isabstract(kind):
+            found.add(kind.__name__)
+    return f"one of {', '.join(sorted(found))}" if found else "one that --help names"
+
+
 def _one_sentence(message: str, parser: Any) -> str:
     """The parser's many lines as one sentence, with the nearest setting that exists."""
     text = re.sub(r"\s+", " ", message).strip()
@@ -333,9 +347,9 @@ def _one_sentence(message: str, parser: Any) -> str:
         absent = [f"--{name.lstrip('-').rpartition('.')[2]}" for name in missing[1].split(", ")]
         return f"{' and '.join(absent)} must be given, here or in a config file such as configs/invert.yaml."
     key = re.match(r'Parser key "([\w.]+)": ?', text)
-    nested = re.search(r"Errors: - (.*) - Expected a <class 'NoneType'>", text)
+    nested = re.search(r"Errors: - (?!Expected)(.*?) - (?:Expected a <class|The setting)", text)
     if key and nested:  # what the parser of a class has said, in which settings lack the class's own name
-        text = re.sub(r"--(?!help)(?=\w)", f"--{key[1]}.", nested[1], count=2)
+        text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested[1], count=2)
     elif key:
         text = text[key.end() :]
     unknown = re.search(
@@ -350,7 +364,7 @@ def _one_sentence(message: str, parser: Any) -> str:
     imported = re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text)
     if key and imported:
         name = next(filter(None, imported.groups()))
-        return f"The class {name!r} cannot be --{key[1]}; see --help for those that can."
+        return f"The class {name!r} cannot be --{key[1]}; choose {_choice(message)}."
     if key and (
         whole := re.match(r"Not of type (Positive|NonNegative)Int: (?:.* base 10: '(.*)'|(.*) does not conform)", text)
     ):

@@ -44,6 +44,11 @@ _CHOICES = (  # of methods that choose words
     *("negative_prompt", "words", "loss_before", "loss_after", "fresh_loss_before", "fresh_loss_after"),
     *("heldout_before", "heldout_after", "similarity", "budget"),
 )
+_STEERED = (  # of methods that move encoded prompts
+    *("metric_before", "metric_after", "fresh_metric_before", "fresh_metric_after"),
+    *("values_before", "values_after", "fresh_values_before", "fresh_values_after"),
+    *("heldout_before", "heldout_after"),
+)
 _TOP = 5  # candidates in result.json
 _MEASURED_ON_REQUEST = (  # in result.json only where there is a number
     *("clip_text_similarity", "diversity", "lpips"),
@@ -104,6 +109,14 @@ class Problem:
         None  # similarity of fresh pictures and the person's prompt, by the held-out CLIP
     )
     heldout_after: list[float] | None = None
+    metric_before: list[float] | None = None  # of the person's prompt, by seed
+    metric_after: list[float] | None = None
+    fresh_metric_before: list[float] | None = None  # on seeds that the search has not seen
+    fresh_metric_after: list[float] | None = None
+    values_before: dict[str, list[float]] | None = None  # the same of each objective, watched ones too, by name
+    values_after: dict[str, list[float]] | None = None
+    fresh_values_before: dict[str, list[float]] | None = None
+    fresh_values_after: dict[str, list[float]] | None = None
     budget: float | None = None  # generations that the search has spent
     similarity: float | None = None  # of the prompt to the person's, by the sentence encoder
     candidates: list[Candidate] = field(default_factory=list)  # evaluated, in their order
@@ -176,6 +189,7 @@ class RunFolder:
         self.grid = self.path / "grid.png"
         self.words = self.path / "words.png"
         self.embedding = self.path / "embedding.safetensors"
+        self.prompt_embeds = self.path / "prompt_embeds.safetensors"
         self.generations = self.path / "generations.json"  # of a mix of two runs
 
     @staticmethod
@@ -232,6 +246,17 @@ class RunFolder:
             self.save(problem)
         except OSError as error:
             log.warning("The record of %s could not be written (%s); the run goes on.", problem.target, error)
+
+    def embeds_of(self, key: str) -> Path:
+        """The file of the best encoded prompt of a problem."""
+        return self.problems / f"{key}.safetensors"
+
+    def save_embeds(self, key: str, content: bytes) -> None:
+        """Writes the best encoded prompt of a problem, or warns, as the search is worth more than this write."""
+        try:
+            atomic_write(self.embeds_of(key), content)
+        except OSError as error:
+            log.warning("The embeddings of %s could not be written (%s); the run goes on.", key, error)
 
     def load(self) -> dict[str, Problem]:
         """Reads all records by key, in the order of the inputs; what is no record is left out with a warning."""
@@ -347,7 +372,7 @@ def _read_record(file: Path) -> Problem | None:
 
 def _result_entry(record: dict[str, Any]) -> dict[str, Any]:
     measured = {name: record[name] for name in _MEASURED_ON_REQUEST if record[name] is not None}
-    return {name: record[name] for name in _RESULT_KEYS} | _choices(record) | measured
+    return {name: record[name] for name in _RESULT_KEYS} | _choices(record) | _steered(record) | measured
 
 
 def _choices(record: dict[str, Any]) -> dict[str, Any]:
@@ -357,6 +382,11 @@ def _choices(record: dict[str, Any]) -> dict[str, Any]:
     best = sorted(record["candidates"], key=lambda candidate: sum(candidate["losses"]))[:_TOP]
     told = [{**candidate, "losses": [abs(loss) for loss in candidate["losses"]]} for candidate in best]
     return {"original_prompt": record["target"], **{name: record[name] for name in _CHOICES}, "candidates": told}
+
+
+def _steered(record: dict[str, Any]) -> dict[str, Any]:
+    """What a method that moves encoded prompts has to tell."""
+    return {} if record["metric_before"] is None else {name: record[name] for name in _STEERED}
 
 
 def to_json(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:

@@ -108,6 +108,38 @@ class TokenEmbeddings(nn.Module):
         return ids, self.table[ids].index_copy(1, self.positions, embeddings.to(self.table.dtype))
 
 
+class PromptEmbeds(nn.Module):
+    """Encoded prompts (P, S, L, D) of P problems: S is 1 for what the denoiser is told, 2 with what it is led away from.
+
+    The row of the start of the text never changes; it is the same for all prompts.
+    """
+
+    initial: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("initial", torch.empty(0, 1, 1, 0), persistent=False)
+        self.rows = nn.Parameter(torch.empty(0, 1, 0, 0))  # (P, S, L - 1, D)
+
+    def show(self, initial: Tensor) -> None:
+        """Makes encoded prompts (P, S, L, D) those that the search starts from."""
+        self.initial = initial.detach().float()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Starts there."""
+        self.rows.grad = None
+        self.rows.data = self.initial[:, :, 1:].clone()
+
+    def sound(self) -> Tensor:
+        """Which problems' embeddings are finite, (P,)."""
+        return self.rows.detach().isfinite().flatten(1).all(1)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Encoded prompts (Q, S, L, D) of the problems `rows` (Q,)."""
+        return torch.cat([self.initial[rows, :, :1], self.rows[rows]], dim=2)
+
+
 class WordChoices(nn.Module):
     """For each of P problems a word to choose for each of S slots, as logits (P, S, W); W is that of the longest slot.
 

@@ -61,14 +61,20 @@ class Results(pl.Callback):
             return
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
-        texts = {file_name(text): text for text in self.prompts}
         without = f"-without-{file_name(self.negative)}" if self.negative else ""
-        found = {p.key: (str(p.prompt), self.negative or p.negative_prompt or "") for p in _found(trainer)}
-        wanted = {name: (text, self.negative) for name, text in texts.items()} or found
-        if not wanted:
+        found = _found(trainer)
+        if not self.prompts and not found:
             raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
-        for name, (text, negative) in wanted.items():
-            pictures = pl_module.draw([text] * len(self.seeds), noise, negative)
+        count = len(self.seeds)
+        drawn = (
+            (
+                (file_name(text), text, pl_module.draw([text] * count, noise, self.negative))
+                for text in dict.fromkeys(self.prompts)
+            )
+            if self.prompts
+            else ((p.key, str(p.prompt), pl_module.draw_found(p, noise, self.negative)) for p in found)
+        )
+        for name, text, pictures in drawn:
             for seed, picture in zip(self.seeds, pictures, strict=True):
                 path = folder.path / "pictures" / f"{name}{without}-seed{seed}.png"
                 atomic_write(path, to_png(to_image(picture)))
@@ -122,10 +128,13 @@ def _score(problem: Problem) -> str:
     """What is known of a prompt by what has not chosen it, in brackets."""
     if problem.clip_similarity is not None:
         return f"  [similarity {problem.clip_similarity:.2f}]"
-    for name, before, after in (
-        ("held-out similarity", problem.heldout_before, problem.heldout_after),
-        ("loss", problem.fresh_loss_before, problem.fresh_loss_after),
-    ):
-        if before and after:
-            return f"  [{name} on fresh seeds {fmean(after):.3f}, was {fmean(before):.3f}]"
-    return ""
+    told = [
+        f"{name} {fmean(after):.3f}, was {fmean(before):.3f}"
+        for name, before, after in (
+            ("metric", problem.fresh_metric_before, problem.fresh_metric_after),
+            ("held-out similarity", problem.heldout_before, problem.heldout_after),
+            ("loss", problem.fresh_loss_before, problem.fresh_loss_after),
+        )
+        if before and after
+    ]
+    return f"  [on fresh seeds {'; '.join(told)}]" if told else ""

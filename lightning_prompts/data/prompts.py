@@ -1,4 +1,4 @@
-"""Prompts of a person, to be improved or broken."""
+"""Prompts of a person, to go on from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_prompts.problems import Problem
 
 
 class Prompts(ProblemData):
-    """Prompts to find better or adversarial words for, one problem each.
+    """Prompts to find better or adversarial words, or embeddings, for; one problem each.
 
     Args:
         prompts: A prompt; a text file with one a line; a CSV or JSONL list with the column or key `prompt`; or a list of these.
@@ -42,7 +42,7 @@ class Prompts(ProblemData):
         known, self.records = self.folder.load(), {}
         prompts = read_prompts(self.prompts)
         for index, prompt in enumerate(prompts):
-            settings = {"prompt": prompt, "backbone": self.method.backbone.name, "task": self.method.task}
+            settings = {"prompt": prompt, "backbone": self.method.backbone.name, **self.method.identity}
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
             here = Problem(key, prompt, index=index)
             problem = known.get(key, here)
@@ -51,7 +51,7 @@ class Prompts(ProblemData):
                 problem.status, problem.reason = "open", None
             try:
                 if stage == "fit" and problem.status == "open":
-                    self.method.space(prompt)
+                    self.method.check(prompt)
             except UserError as error:
                 if len(prompts) == 1:
                     raise

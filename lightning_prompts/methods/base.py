@@ -17,10 +17,11 @@ from torch import Tensor
 from lightning_prompts.backbones import Backbone, Conditioning, load_backbone
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
 from lightning_prompts.callbacks.scores import Scores
+from lightning_prompts.data.addresses import draw_noise
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem, RunFolder
-from lightning_prompts.prompts import TokenEmbeddings, WordChoices
+from lightning_prompts.prompts import PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
 from lightning_prompts.vocabulary import encode_text
 
@@ -49,7 +50,7 @@ class PromptMethod(pl.LightningModule, ABC):
     """
 
     strict_loading = False  # a checkpoint has no backbone
-    prompt: TokenEmbeddings | WordChoices
+    prompt: TokenEmbeddings | WordChoices | PromptEmbeds
     problems: list[Problem]
     data_class: type[ProblemData]
     decisive: frozenset[str] = frozenset()  # settings that other searches can go on without
@@ -208,6 +209,11 @@ class PromptMethod(pl.LightningModule, ABC):
                 finished.append(self.problems[row])
         return finished
 
+    def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
+        """Noise (P, N, C, h, w) for pictures of P problems, at a step's address."""
+        keys = [problem.key for problem in problems]
+        return draw_noise(self.data.seed, keys, step, count, self.backbone.latent_shape, self.device)
+
     # --- results
 
     @abstractmethod
@@ -252,6 +258,16 @@ class PromptMethod(pl.LightningModule, ABC):
             away = self.encode([negative] if isinstance(negative, str) else negative[some])
             parts.append(self.draw_from(self.encode(texts[some]), away, noise[some], self.sampling_steps).cpu())
         return torch.cat(parts)
+
+    def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
+        """Pictures (N, 3, H, W) in [-1, 1] of what was found for a problem, from noise (N, C, h, w).
+
+        Args:
+            problem: The record.
+            noise: One a picture.
+            negative: What to lead away from, instead of what was found for that.
+        """
+        return self.draw([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
 
     def draw_from(self, told: Conditioning, away: Conditioning, noise: Tensor, steps: int) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts from noise (B, C, h, w), led away from 1 or B others."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_prompts.backbones import Conditioning
 from lightning_prompts.callbacks.grid import before_and_after, to_png
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.data.addresses import FRESH, SEARCH, draw_noise, generator
+from lightning_prompts.data.addresses import FRESH, SEARCH, generator
 from lightning_prompts.data.problems import Step
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
@@ -191,10 +191,14 @@ class DPODiff(PromptMethod):
         self.wanted = self.clip.features_of([problem.target for problem in problems])  # (P, E)
         self.noise = self.draw_noise(problems, SEARCH, self.seeds)
 
-    def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
-        """Noise (P, N, C, h, w) for pictures of P problems."""
-        keys = [problem.key for problem in problems]
-        return draw_noise(self.data.seed, keys, step, count, self.backbone.latent_shape, self.device)
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two problems of one prompt."""
+        return {"task": self.task}
+
+    def check(self, prompt: str) -> None:
+        """Refuses prompts without words to choose."""
+        self.space(prompt)
 
     def space(self, prompt: str) -> Space:
         """The words that can be chosen for a prompt; a UserError where there are none."""

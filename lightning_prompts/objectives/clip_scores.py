@@ -120,12 +120,12 @@ class Aesthetic(_ByClip):
     Args:
         weights: The file `sac+logos+ava1-l14-linearMSE.pth` of christophschuhmann/improved-aesthetic-predictor.
         clip: Folder or hub id of the CLIP that it was trained on.
-        weight: See `Objective`.
+        weight: See `Objective`; the paper's.
     """
 
     lowest, highest = -math.inf, math.inf
 
-    def __init__(self, weights: str, clip: str = "openai/clip-vit-large-patch14", weight: float = 1.0) -> None:
+    def __init__(self, weights: str, clip: str = "openai/clip-vit-large-patch14", weight: float = 50.0) -> None:
         super().__init__(clip, weight)
         widths = (768, 1024, 128, 64, 16, 1)
         linears = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]

@@ -27,10 +27,13 @@ class Sharpness(Objective):
     """Variance of the Laplacian, in [0, inf), higher is sharper.
 
     Args:
-        weight: See `Objective`.
+        weight: See `Objective`; the paper's.
     """
 
     lowest, highest = 0.0, math.inf
+
+    def __init__(self, weight: float = 50.0) -> None:
+        super().__init__(weight)
 
     def forward(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         """Values (B,) of pictures (B, 3, H, W) in [-1, 1]."""
@@ -41,11 +44,14 @@ class Blurriness(Objective):
     """Variance of the Laplacian, in [0, inf), lower is blurrier.
 
     Args:
-        weight: See `Objective`.
+        weight: See `Objective`; the paper's.
     """
 
     lowest, highest = 0.0, math.inf
     higher_is_better = False
+
+    def __init__(self, weight: float = 20.0) -> None:
+        super().__init__(weight)
 
     def forward(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         """Values (B,) of pictures (B, 3, H, W) in [-1, 1]."""

@@ -206,7 +206,7 @@ def test_budget_is_kept_and_nothing_is_paid_twice(solver, task, tiny, tmp_path):
 
 
 def test_step_that_draws_no_word_moves_nothing(tiny, tmp_path):
-    (problem,) = search(tiny, tmp_path, PROMPTS[:1], solver="hybrid", unchanged=0.9999, gradient_share=0.9)
+    (problem,) = search(tiny, tmp_path, PROMPTS[:1], solver="hybrid", unchanged=1 - 1e-9, gradient_share=0.9)
     assert len(problem.candidates) == 1  # nothing but the person's own prompt is ever drawn
 
 
@@ -484,7 +484,7 @@ def test_result_tells_what_was_searched(tiny, tmp_path, capsys):
         assert ", ".join(chosen) == problem["negative_prompt"]
         assert 7 <= problem["budget"] <= 8
         before, after = (sum(problem[f"fresh_loss_{when}"]) / 10 for when in ("before", "after"))
-        assert f"[loss on fresh seeds {after:.3f}, was {before:.3f}]" in told
+        assert f"[on fresh seeds loss {after:.3f}, was {before:.3f}]" in told
     for name in ("prompt", "negative_prompt"):
         lines = (tmp_path / "run" / f"{name}.txt").read_text().splitlines()
         assert lines == [problem[name] for problem in problems(tmp_path / "run")]

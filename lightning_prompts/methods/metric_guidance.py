@@ -1,0 +1,153 @@
+"""Metric-based optimisation: manipulating embeddings of Stable Diffusion prompts (arXiv 2308.12059, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.data.problems import Step
+from lightning_prompts.embeddings import shift
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.steering import Steering
+from lightning_prompts.objectives.base import Objective
+from lightning_prompts.optimizers import AdamOnLion
+from lightning_prompts.problems import Problem
+from lightning_prompts.ranges import NotNegative, Positive
+
+
+class MetricGuidance(Steering):
+    """Moves an encoded prompt up the gradient of what its pictures are judged by.
+
+    The gradient comes through the decoder and the last calls of the denoiser.
+
+    Args:
+        objective: What pictures are judged by: one of `Sharpness`, `Blurriness`, `Aesthetic`, `ClipText`, `ClipQuality`,
+            `Preference`, `Perceptual`, `LatentDistance`, or a list of them, whose weighted sum is improved.
+        watch: A further one that is not improved. Embeddings by which it is worse than the person's prompt are not kept, and a
+            problem is finished after `patience` such scorings.
+        watch_tolerance: By how much it may be worse.
+        grad_steps: Last calls of the denoiser that pass a gradient on; 1 in the paper.
+        seeds_per_step: Pictures that a step looks at, in turns; None for all `seeds`.
+        optimizer: The paper's `adam_on_lion`, or `adam`, `adamw` or `sgd`.
+        lr: Step size.
+        eps: Added to the root of the second moment, by all but `sgd`.
+        shift_every: Steps after which the embeddings are moved to the mean and the standard deviation that they began with;
+            0 for never.
+        **kwargs: See `Steering`.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Objective | list[Objective],
+        watch: Objective | None = None,
+        watch_tolerance: float = 0.0,
+        grad_steps: Positive = 1,
+        seeds_per_step: Positive | None = None,
+        optimizer: Literal["adam_on_lion", "adam", "adamw", "sgd"] = "adam_on_lion",
+        lr: float = 0.01,
+        eps: float = 1e-3,
+        shift_every: NotNegative = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        objectives = [objective] if isinstance(objective, Objective) else objective
+        if not objectives:
+            raise UserError("There is nothing to improve; give --model.objective, such as Sharpness.")
+        if seeds_per_step and seeds_per_step > self.seeds:
+            raise UserError(
+                f"A step cannot look at {seeds_per_step} of {self.seeds} seeds; lower --model.seeds_per_step or raise --model.seeds."
+            )
+        if lr <= 0 or eps < 0:
+            raise UserError("--model.lr must be above 0, and --model.eps 0 or more.")
+        self.objectives = torch.nn.ModuleDict()
+        self.signs: dict[str, float] = {}  # weights, of what is better lower negative
+        for one in objectives:
+            name = _free_name(one, self.signs)
+            self.objectives[name], self.signs[name] = one, one.weight if one.higher_is_better else -one.weight
+        self.watch, self.watched = watch, _free_name(watch, self.signs) if watch else ""
+        for one in (*objectives, *([watch] if watch else [])):
+            one.attach(self.backbone, self.offline)
+        self.higher_is_better = len(objectives) > 1 or objectives[0].higher_is_better
+        self.watch_tolerance, self.grad_steps, self.seeds_per_step = watch_tolerance, grad_steps, seeds_per_step
+        self.optimizer, self.lr, self.eps, self.shift_every = optimizer, lr, eps, shift_every
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two problems of one prompt."""
+        return {**super().identity, "objectives": list(self.objectives)}
+
+    # --- what is improved
+
+    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        """Every objective's values (B,), and those of what is watched, of pictures (B, 3, H, W)."""
+        prompts = [problem.target for problem in problems]
+        values = {name: objective(pictures, prompts) for name, objective in self.objectives.items()}
+        if self.watch:
+            with torch.no_grad():
+                values[self.watched] = self.watch(pictures, prompts)
+        return values
+
+    def metric(self, values: dict[str, Tensor]) -> Tensor:
+        """An only objective's value, or the sum of several ones' weighted values, of which the better lower ones count negative."""
+        if len(self.objectives) == 1:
+            return values[next(iter(self.objectives))]
+        return self._gain(values)
+
+    def loss(self, values: dict[str, Tensor]) -> Tensor:
+        """Minus the weighted gain."""
+        return -self._gain(values)
+
+    def _gain(self, values: dict[str, Tensor]) -> Tensor:
+        terms = [sign * values[name] for name, sign in self.signs.items()]
+        return torch.stack(terms).sum(0)
+
+    # --- the search
+
+    def search(self, batch: Step, rows: Tensor) -> None:
+        """One step down the gradient of this step's pictures."""
+        problems = [self.problems[row] for row in rows.tolist()]
+        count = int(self.seeds_per_step or self.seeds)
+        turns = (batch.step * count + torch.arange(count)) % self.seeds
+        losses, values = self.measured(
+            self.prompt(rows.to(self.device)), self.noise[rows][:, turns], problems, self.grad_steps
+        )
+        calls, guided = self.backbone.calls(self.sampling_steps, 1), 2 if self.guidance_scale > 1 else 1
+        self.count(rows, count * guided * (calls + min(self.grad_steps, calls)))
+        everyone = losses.new_zeros(len(self.problems)).index_put((rows.to(losses.device),), losses.mean(1))
+        self.step_active(self.optimizers(), everyone)
+        if self.shift_every and (batch.step + 1) % self.shift_every == 0:
+            with torch.no_grad():
+                self.prompt.rows.copy_(shift(self.prompt.rows, self.prompt.initial[:, :, 1:]))
+            self.forget()
+        self.log("train/loss", losses.detach().mean(), prog_bar=True)
+        self.log_dict({f"train/{name}": value.mean() for name, value in values.items()})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """What moves the embeddings."""
+        rows = [self.prompt.rows]
+        if self.optimizer == "adam_on_lion":
+            return AdamOnLion(rows, lr=self.lr, eps=self.eps)
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(rows, lr=self.lr)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(rows, lr=self.lr, eps=self.eps)
+
+    # --- what is watched
+
+    def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
+        """Whether the objective that is watched is no worse than at the beginning."""
+        if not self.watch or not problem.values_before:
+            return True
+        gain = fmean(values[self.watched]) - fmean(problem.values_before[self.watched])
+        return (gain if self.watch.higher_is_better else -gain) >= -self.watch_tolerance
+
+
+def _free_name(objective: Objective, taken: dict[str, float]) -> str:
+    """An objective's class, with a number if others have it, too."""
+    name = type(objective).__name__
+    return name if name not in taken else next(f"{name} {i}" for i in range(2, 100) if f"{name} {i}" not in taken)

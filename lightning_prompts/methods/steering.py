@@ -1,0 +1,290 @@
+"""What methods that move encoded prompts share (arXiv 2308.12059): where they start, what is best, and its files."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_prompts.backbones import Conditioning
+from lightning_prompts.callbacks.grid import before_and_after, to_png
+from lightning_prompts.callbacks.scores import Scores
+from lightning_prompts.data.addresses import FRESH, SEARCH
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.problems import Problem, RunFolder, atomic_write
+from lightning_prompts.prompts import PromptEmbeds
+from lightning_prompts.ranges import Positive
+from lightning_prompts.vocabulary import encode_text
+
+SHOWN = 12  # problems in the grid
+FRESH_SEEDS = 10
+SIDES = ("prompt_embeds", "negative_prompt_embeds")
+
+
+class Steering(PromptMethod):
+    """Moves what the text encoder says of P prompts, and not the prompts' words.
+
+    Args:
+        unconditional: Move what the denoiser is led away from, too, which begins as the encoded empty text.
+        seeds: N, pictures of a prompt that the search looks at.
+        steps: Steps of the search.
+        **kwargs: See `PromptMethod`.
+    """
+
+    prompt: PromptEmbeds
+    data_class = Prompts
+    higher_is_better: bool  # of the metric
+
+    def __init__(
+        self, *, unconditional: bool = False, seeds: Positive = 4, steps: Positive = 50, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if unconditional and self.guidance_scale <= 1:
+            raise UserError(
+                f"With a guidance of {self.guidance_scale:g} nothing is led away from; give --model.guidance_scale above 1 or "
+                "--model.unconditional false."
+            )
+        self.unconditional, self.seeds, self.steps = unconditional, seeds, steps
+        self.prompt = PromptEmbeds()
+        self.best = torch.empty(0, 1, 1, 0)  # (P, S, L, D)
+
+    # --- the wave
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two problems of one prompt."""
+        return {"method": type(self).__name__, "unconditional": self.unconditional}
+
+    def check(self, prompt: str) -> None:
+        """Refuses prompts that the text encoder would cut off."""
+        encode_text(self.tower.tokenizer, [prompt], self.tower.length)
+
+    @torch.no_grad()
+    def take(self, problems: list[Problem]) -> None:
+        """Makes problems the wave."""
+        super().take(problems)
+        if problems:
+            self.prompt.show(self.initial(problems))
+            self.noise = self.draw_noise(problems, SEARCH, self.seeds)
+        self.best = self.prompt.initial.clone()
+
+    def initial(self, problems: Sequence[Problem]) -> Tensor:
+        """What P problems start from, (P, S, L, D)."""
+        told = self.encode([problem.target for problem in problems]).prompt_embeds
+        away = self.encode([""]).prompt_embeds.expand_as(told)
+        return torch.stack([told, away] if self.unconditional else [told], dim=1).float()
+
+    def begin_wave(self) -> None:
+        """Starts from the encoded prompts."""
+        for problem in self.problems:
+            problem.metric_before = None
+            problem.forget_prompt()
+        self.prompt.begin()
+        self.forget()
+
+    def sides(self, embeds: Tensor, count: int = 1) -> tuple[Conditioning, Conditioning]:
+        """What the denoiser is told, and led away from, by encoded prompts (Q, S, L, D), each repeated for so many pictures."""
+        told = Conditioning(embeds[:, 0])
+        away = (
+            Conditioning(embeds[:, 1]) if embeds.shape[1] == 2 else self.encode([""])[torch.zeros(len(embeds)).long()]
+        )
+        return told.repeat_interleave(count), away.repeat_interleave(count)
+
+    # --- what is best
+
+    @abstractmethod
+    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        """What is measured of pictures (B, 3, H, W) in [-1, 1] of B problems: values (B,) by name."""
+
+    @abstractmethod
+    def metric(self, values: dict[str, Tensor]) -> Tensor:
+        """The one number of these that the search improves, in its own direction."""
+
+    def loss(self, values: dict[str, Tensor]) -> Tensor:
+        """What is minimised, of values by name."""
+        metric = self.metric(values)
+        return -metric if self.higher_is_better else metric
+
+    def measured(
+        self, embeds: Tensor, noise: Tensor, problems: Sequence[Problem], grad_steps: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (Q, N), and values (Q, N) by name, of what encoded prompts (Q, S, L, D) draw from noise (Q, N, C, h, w)."""
+        count, seen = noise.shape[1], []
+        told, away = self.sides(embeds, count)
+
+        def judge(pictures: Tensor, some: Tensor) -> Tensor:
+            values = self.values(pictures, [problems[i // count] for i in some.tolist()])
+            seen.append({name: value.detach() for name, value in values.items()})
+            return self.loss(values)
+
+        losses = self.judged(told, away, noise.flatten(0, 1), judge, grad_steps).view(len(embeds), count)
+        return losses, {name: torch.cat([part[name] for part in seen]).view(len(embeds), count) for name in seen[0]}
+
+    @torch.no_grad()
+    def score(self) -> list[Problem]:
+        """Measures the active problems' embeddings on the seeds of the search and keeps what is best.
+
+        Returns:
+            The problems that now have better ones.
+        """
+        rows, better = self.active.nonzero().squeeze(1), []
+        problems, embeds = [self.problems[row] for row in rows.tolist()], self.prompt(rows.to(self.device))
+        with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
+            losses, values = self.measured(embeds, self.noise[rows], problems)
+        self.count(rows, self.seeds * self.backbone.calls(self.sampling_steps, self.guidance_scale))
+        metrics = self.metric(values)
+        for i, (row, problem) in enumerate(zip(rows.tolist(), problems, strict=True)):
+            loss, metric = float(losses[i].mean()), metrics[i].tolist()
+            seen = {name: value[i].tolist() for name, value in values.items()}
+            if problem.metric_before is None:
+                problem.metric_before, problem.values_before, problem.initial_validation_loss = metric, seen, loss
+            self.stale[row] += 1
+            best = float("inf") if problem.validation_loss is None else problem.validation_loss
+            if loss < best and self.acceptable(problem, seen):
+                problem.metric_after, problem.values_after = metric, seen
+                self.stale[row], self.best[row] = 0, embeds[i]
+                self.data.folder.save_embeds(problem.key, self.file([problem], embeds[i : i + 1]))
+                problem.keep(problem.target, loss)
+                better.append(problem)
+        return better
+
+    def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
+        """Whether embeddings of which this is measured, by seed, may be a problem's best."""
+        return True
+
+    # --- results
+
+    def file(self, problems: Sequence[Problem], embeds: Tensor) -> bytes:
+        """The content of a safetensors file with encoded prompts (P, S, L, D) of P problems."""
+        tensors = {
+            f"{problem.key}.{side}": embed[s].float().cpu().contiguous()
+            for problem, embed in zip(problems, embeds, strict=True)
+            for s, side in enumerate(SIDES[: embeds.shape[1]])
+        }
+        shape = [self.tower.length, embeds.shape[-1]]
+        told = {"format": "pt", "family": type(self.backbone).__name__, "backbone": self.backbone.name}
+        base = {problem.key: problem.target for problem in problems}
+        return save(tensors, {**told, "shape": json.dumps(shape), "base_prompts": json.dumps(base)})
+
+    def found(self, problems: Sequence[Problem]) -> Tensor:
+        """The best encoded prompts (P, S, L, D) of P problems, as they are on disk."""
+        return torch.stack([self.read(self.data.folder.embeds_of(problem.key)) for problem in problems]).to(self.device)
+
+    def read(self, path: Path) -> Tensor:
+        """An encoded prompt (S, L, D) from the file of one problem.
+
+        Raises:
+            UserError: There is no such file, or it was made for another model.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata, names = (
+                    file.metadata() or {},
+                    sorted(file.keys(), reverse=True),
+                )  # the prompt's before the negative's
+                tensors = [file.get_tensor(name) for name in names]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"The file {path} cannot be read as embeddings ({error}); run `fit` again.") from error
+        made_for = metadata.get("family"), json.loads(metadata.get("shape", "null"))
+        here = type(self.backbone).__name__, list(self.encode([""]).prompt_embeds.shape[1:])
+        if made_for != here:
+            raise UserError(
+                f"The embeddings in {path} were made for {metadata.get('backbone')} ({made_for[0]}, {made_for[1]}) and the model "
+                f"{self.backbone.name} is {here[0]}, {here[1]}; give the model that they were made for."
+            )
+        return torch.stack(tensors)
+
+    @torch.no_grad()
+    def drawn(self, embeds: Tensor, noise: Tensor) -> Tensor:
+        """Pictures (P, N, 3, H, W) of encoded prompts (P, S, L, D) from noise (P, N, C, h, w)."""
+        (told, away), flat = self.sides(embeds, noise.shape[1]), noise.flatten(0, 1)
+        parts = [
+            self.draw_from(told[some], away[some], flat[some], self.sampling_steps).cpu()
+            for some in torch.arange(len(flat), device=flat.device).split(self.microbatch)
+        ]
+        pictures = torch.cat(parts)
+        return pictures.view(*noise.shape[:2], *pictures.shape[1:])
+
+    def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (P, N, 3, H, W) of the persons' prompts, and of the found embeddings, from noise (P, N, C, h, w)."""
+        return self.drawn(self.initial(problems), noise), self.drawn(self.found(problems), noise)
+
+    def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
+        """Pictures (N, 3, H, W) of a problem's embeddings; see `PromptMethod.draw_found`."""
+        embeds = self.found([problem])
+        if negative:
+            embeds = torch.stack([embeds[:, 0], self.encode([negative]).prompt_embeds.to(embeds)], dim=1)
+        return self.drawn(embeds, noise[None])[0]
+
+    def shown(self, problems: list[Problem]) -> Image.Image:
+        """What the persons' prompts draw above what the found embeddings draw, from the seeds of the search."""
+        drawn = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
+        return before_and_after(*drawn, [problem.target for problem in problems])
+
+    @torch.no_grad()
+    def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
+        """Measures the found embeddings on fresh seeds, also by the held-out CLIP, and writes them and the grid."""
+        drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
+        scores.compare(self, problems, *drawn)
+        before, after = (self.values_of(pictures, problems) for pictures in drawn)
+        for p, problem in enumerate(problems):
+            problem.fresh_metric_before, problem.fresh_metric_after = (
+                self.metric(x)[p].tolist() for x in (before, after)
+            )
+            problem.fresh_values_before, problem.fresh_values_after = (
+                {name: value[p].tolist() for name, value in x.items()} for x in (before, after)
+            )
+        atomic_write(folder.prompt_embeds, self.file(problems, self.found(problems)))
+        atomic_write(folder.grid, to_png(self.shown(problems[:SHOWN])))
+
+    def values_of(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        """Values (P, N) by name of pictures (P, N, 3, H, W)."""
+        flat, whose = pictures.flatten(0, 1), [problem for problem in problems for _ in range(pictures.shape[1])]
+        parts = [
+            self.values(flat[some].to(self.device), [whose[i] for i in some.tolist()])
+            for some in torch.arange(len(flat)).split(self.microbatch)
+        ]
+        return {name: torch.cat([part[name] for part in parts]).view(pictures.shape[:2]) for name in parts[0]}
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        """The metric of the found embeddings, drawn again from the seeds of the search."""
+        found = [problem for problem in self.data.records.values() if problem.prompt]
+        if not found:
+            raise UserError("This run has no prompts yet; run `fit` first.")
+        losses, values = self.measured(self.found(found), self.draw_noise(found, SEARCH, self.seeds), found)
+        if self.trainer.is_global_zero:
+            for problem, metric in zip(found, self.metric(values).mean(1).tolist(), strict=True):
+                print(f"{metric:.5f}  {problem.target}")
+        self.log("validation/loss", losses.mean(), batch_size=len(found))
+
+    # --- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the best embeddings, which the records do not hold."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["best"] = self.best
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps them until the wave goes on."""
+        super().on_load_checkpoint(checkpoint)
+        self._saved_best = checkpoint["best"]
+
+    def on_train_start(self) -> None:
+        """Goes on with the wave that a checkpoint holds, and with its embeddings on disk."""
+        resumed = self._resumed is not None
+        super().on_train_start()
+        if resumed:
+            self.best = self._saved_best.to(self.device)
+            for problem, embeds in zip(self.problems, self.best, strict=True):
+                if problem.prompt:
+                    self.data.folder.save_embeds(problem.key, self.file([problem], embeds[None]))
