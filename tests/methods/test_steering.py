@@ -1,0 +1,374 @@
+"""Encoded prompts that are moved: gradients, what is kept, files, resuming."""
+
+import itertools
+import json
+import signal
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.callbacks import PromptCheckpoint
+from lightning_prompts.cli import TRAINER
+from lightning_prompts.data.addresses import SEARCH, draw_noise
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.main import main
+from lightning_prompts.methods import MetricGuidance
+from lightning_prompts.objectives import Blurriness, ClipText, LatentDistance, Objective, Sharpness
+from lightning_prompts.problems import Problem
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
+
+
+def search(tiny, folder, prompts, **settings):
+    settings = {
+        "sampling_steps": 3,
+        "seeds": 2,
+        "steps": 3,
+        "lr": 0.05,
+        "sample_every": 0,
+        "objective": Sharpness(),
+    } | settings
+    module, data = MetricGuidance(backbone=tiny, **settings), Prompts(prompts)
+    trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})
+    trainer.fit(module, datamodule=data)
+    return module, list(data.records.values())
+
+
+# --- the gradient
+
+
+@pytest.fixture(scope="module")
+def exact(tiny):
+    """A method in float64 whose sampler is exact in it."""
+    module = MetricGuidance(backbone=tiny, objective=Sharpness(), sampling_steps=3, seeds=2, unconditional=True)
+    module.backbone.double()
+    module.backbone.scheduler = DDIMScheduler(num_train_timesteps=1000, steps_offset=1, clip_sample=False)
+    return module
+
+
+def slope(function, at, direction, step=1e-5):
+    with torch.no_grad():
+        return (function(at + step * direction) - function(at - step * direction)) / (2 * step)
+
+
+@pytest.mark.parametrize("grad_steps", [1, 2, 3])
+def test_gradient_is_that_of_the_last_calls(exact, grad_steps):
+    torch.manual_seed(1)
+    problems = [Problem("a", PROMPTS[0]), Problem("b", PROMPTS[1])]
+    embeds = exact.initial(problems).double()
+    noise = torch.randn(2, 2, *exact.backbone.latent_shape, dtype=torch.float64)
+    leaf = embeds.clone().requires_grad_()
+    losses, _ = exact.measured(leaf, noise, problems, grad_steps)
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+
+    def reference(moved):
+        """A plain loop: the first calls are told the embeddings where they are, the last ones those that move."""
+        scheduler = DDIMScheduler(num_train_timesteps=1000, steps_offset=1, clip_sample=False)
+        scheduler.set_timesteps(3)
+        total = 0.0
+        for p, n in itertools.product(range(2), range(2)):
+            latents = noise[p, n][None]
+            for i, t in enumerate(scheduler.timesteps):
+                told, away = (moved if i >= 3 - grad_steps else embeds)[p]
+                outputs = [exact.backbone.denoiser(latents, t, x[None]).sample for x in (away, told)]
+                output = outputs[0] + exact.guidance_scale * (outputs[1] - outputs[0])
+                latents = scheduler.step(output, t, latents).prev_sample
+            picture = exact.backbone.decode(latents)
+            total = total - 50 * Sharpness()(picture, [""])[0]
+        return total
+
+    assert float(losses.sum()) == pytest.approx(float(reference(embeds)), rel=1e-6)
+    direction = torch.randn_like(embeds)
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope(reference, embeds, direction)), rel=1e-4)
+
+
+def test_memory_of_a_microbatch_gives_the_same_gradient(exact):
+    problems, noise = [Problem("a", PROMPTS[0])], torch.randn(1, 4, *exact.backbone.latent_shape, dtype=torch.float64)
+    found = []
+    for microbatch in (1, 3, 16):
+        exact.microbatch = microbatch
+        leaf = exact.initial(problems).double().requires_grad_()
+        losses, values = exact.measured(leaf, noise, problems, 1)
+        found.append((losses.detach(), values["Sharpness"], torch.autograd.grad(losses.sum(), leaf)[0]))
+    for one in found[1:]:
+        for a, b in zip(found[0], one, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+# --- the search
+
+
+@pytest.mark.parametrize("optimizer", ["adam_on_lion", "adam", "adamw", "sgd"])
+def test_metric_gets_better(optimizer, tiny, tmp_path):
+    lr = 0.05 if optimizer == "adam_on_lion" else 0.5
+    for objective in (Sharpness(), Blurriness()):
+        folder = tmp_path / type(objective).__name__
+        _, (problem,) = search(tiny, folder, PROMPTS[0], objective=objective, optimizer=optimizer, lr=lr)
+        before, after = sum(problem.metric_before), sum(problem.metric_after)
+        assert after > before if objective.higher_is_better else after < before
+        assert problem.status == "done"
+        assert problem.prompt == PROMPTS[0]
+
+
+def test_nothing_but_the_prompt_trains(tiny, tmp_path):
+    whole = load_backbone(tiny).state_dict()
+    module, _ = search(tiny, tmp_path, PROMPTS[0], unconditional=True)
+    for name, value in module.backbone.state_dict().items():
+        assert torch.equal(value, whole[name])
+    assert list(module.state_dict()) == ["prompt.rows"]
+    moved = module.best - module.prompt.initial
+    assert torch.equal(moved[:, :, 0], torch.zeros_like(moved[:, :, 0]))  # the start of the text
+    assert (moved[:, :, 1:].abs().amax(dim=(0, 2, 3)) > 0).all()  # on both sides
+
+
+def test_batch_equals_its_parts(tiny, tmp_path):
+    module, together = search(tiny, tmp_path / "both", PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        one, (alone,) = search(tiny, tmp_path / str(i), [prompt])
+        assert alone.metric_after == pytest.approx(together[i].metric_after, rel=1e-3)
+        torch.testing.assert_close(one.best[0], module.best[i], atol=2e-3, rtol=0)
+
+
+def test_seeds_take_turns(tiny, tmp_path, monkeypatch):
+    seen, measured = [], MetricGuidance.measured
+
+    def noted(self, embeds, noise, problems, grad_steps=0):
+        if grad_steps:
+            seen.append(noise[0])
+        return measured(self, embeds, noise, problems, grad_steps)
+
+    monkeypatch.setattr(MetricGuidance, "measured", noted)
+    module, (problem,) = search(tiny, tmp_path, PROMPTS[0], seeds=3, seeds_per_step=2, steps=3)
+    whole = draw_noise(0, [problem.key], SEARCH, 3, module.backbone.latent_shape, "cpu")[0]
+    for noise, turns in zip(seen, ([0, 1], [2, 0], [1, 2]), strict=True):
+        assert torch.equal(noise, whole[turns])
+
+
+def test_weighted_sum_of_objectives(tiny, tmp_path):
+    _, (problem,) = search(
+        tiny, tmp_path, PROMPTS[0], objective=[Sharpness(2.0), ClipText(weight=3.0), Blurriness(0.5)]
+    )
+    assert list(problem.values_before) == ["Sharpness", "ClipText", "Blurriness"]
+    for when in ("before", "after"):
+        values, metric = getattr(problem, f"values_{when}"), getattr(problem, f"metric_{when}")
+        rows = zip(*values.values(), metric, strict=True)
+        assert all(total == pytest.approx(2 * a + 3 * b - 0.5 * c) for a, b, c, total in rows)
+    assert problem.validation_loss == pytest.approx(-sum(problem.metric_after) / 2)
+
+
+class Opposite(Objective):
+    lowest, highest = -float("inf"), 0.0
+
+    def forward(self, pictures, prompts):
+        return -Sharpness()(pictures, prompts)
+
+
+def test_search_ends_where_what_is_watched_parts(tiny, tmp_path):
+    module, (problem,) = search(tiny, tmp_path, PROMPTS[0], watch=Opposite(), steps=9, patience=2)
+    assert problem.values_before["Opposite"] == [-x for x in problem.values_before["Sharpness"]]
+    assert problem.status == "not improved"
+    assert problem.metric_after == problem.metric_before
+    seeds, calls, scorings = 2, module.backbone.calls(3), 3  # of the beginning, and two that were not kept
+    assert problem.unet_samples == scorings * seeds * calls + 2 * seeds * (calls + 2)
+    _, (problem,) = search(tiny, tmp_path / "much", PROMPTS[0], watch=Opposite(), watch_tolerance=1e9, steps=2)
+    assert problem.status == "done"
+
+
+def test_shift_comes_at_a_true_interval(tiny, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lightning_prompts.methods.metric_guidance.shift", lambda rows, like: seen.append(1) or rows)
+    search(tiny, tmp_path, PROMPTS[0], steps=7, shift_every=3)
+    assert len(seen) == 2
+
+
+class Broken(Objective):
+    lowest, highest = 0.0, 1.0
+
+    def __init__(self, after=0):
+        super().__init__()
+        self.after, self.calls = after, 0
+
+    def forward(self, pictures, prompts):
+        self.calls += 1
+        return pictures.flatten(1).mean(1) * (float("nan") if self.calls > self.after else 1)
+
+
+def test_metric_that_is_not_finite(tiny, tmp_path, caplog):
+    _, (problem,) = search(tiny, tmp_path / "never", PROMPTS[0], objective=Broken())
+    assert problem.status == "failed"
+    assert "not a finite number" in problem.reason
+    _, (problem,) = search(tiny, tmp_path / "later", PROMPTS[0], objective=Broken(after=3))
+    assert problem.status in ("done", "not improved")
+    assert "is not finite; it is left out" in caplog.text
+    assert all(-1 <= value <= 1 for value in problem.metric_after)
+
+
+def test_settings_that_make_no_search_are_refused(tiny):
+    for settings, told in (
+        ({"objective": []}, "nothing to improve"),
+        ({"objective": Sharpness(), "seeds": 2, "seeds_per_step": 3}, "3 of 2 seeds"),
+        ({"objective": Sharpness(), "unconditional": True, "guidance_scale": 1.0}, "guidance of 1"),
+        ({"objective": Sharpness(), "lr": 0.0}, "--model.lr"),
+    ):
+        with pytest.raises(UserError, match=told):
+            MetricGuidance(backbone=tiny, **settings)
+
+
+# --- runs
+
+
+def run(tiny, folder, *extra):
+    return [
+        "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "MetricGuidance", "--model.backbone", tiny,
+        "--model.objective", "Sharpness", "--model.sampling_steps", "3", "--model.seeds", "2", "--model.steps", "4",
+        "--model.lr", "0.05", "--model.sample_every", "0", "--data", "Prompts", "--data.prompts", json.dumps(PROMPTS), *extra,
+    ]  # fmt: skip
+
+
+def problems(folder):
+    found = json.loads((folder / "result.json").read_text())["problems"]
+    return [{name: value for name, value in problem.items() if name != "seconds"} for problem in found]
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_killed_at_a_step_is_as_unbroken(stop, tiny, tmp_path, monkeypatch):
+    main(run(tiny, tmp_path / "whole", "--model.unconditional", "true"))
+    monkeypatch.setattr(PromptCheckpoint, "on_train_batch_end", lambda self, trainer, *_: self._save(trainer))
+    before, steps = signal.getsignal(signal.SIGINT), itertools.count()
+
+    def interrupted(self, batch, rows, *, search=MetricGuidance.search):
+        search(self, batch, rows)
+        if next(steps) == stop:
+            raise KeyboardInterrupt
+
+    again = [*run(tiny, tmp_path / "broken", "--model.unconditional", "true"), "--ckpt_path", "last"]
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricGuidance, "search", interrupted)
+        with pytest.raises(SystemExit):
+            main(again)
+    signal.signal(signal.SIGINT, before)
+    assert list((tmp_path / "broken" / "problems").glob("*.safetensors"))  # what is best is on disk
+    main(again)
+    for broken, unbroken in zip(problems(tmp_path / "broken"), problems(tmp_path / "whole"), strict=True):
+        if stop == 0:  # before the first state: what was spent is counted, and the search begins again
+            assert broken.pop("unet_samples") > unbroken.pop("unet_samples")
+            broken["history"], unbroken["history"] = (len(p["history"]) for p in (broken, unbroken))
+        assert broken == unbroken
+    one, other = (load_file(tmp_path / name / "prompt_embeds.safetensors") for name in ("broken", "whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    main(run(tiny, folder))
+    return folder
+
+
+def test_result_tells_what_was_found(finished, tiny):
+    for problem, prompt in zip(problems(finished), PROMPTS, strict=True):
+        assert problem["target"] == problem["prompt"] == prompt
+        assert len(problem["metric_before"]) == len(problem["metric_after"]) == 2
+        assert len(problem["fresh_metric_before"]) == len(problem["fresh_metric_after"]) == 10
+        assert sum(problem["metric_after"]) > sum(problem["metric_before"])
+        assert problem["values_after"] == {"Sharpness": problem["metric_after"]}
+    assert (finished / "prompt.txt").read_text().splitlines() == PROMPTS
+    with Image.open(finished / "grid.png") as grid:
+        assert grid.width > grid.height
+    with safe_open(finished / "prompt_embeds.safetensors", "pt") as file:
+        told = file.metadata()
+    keys = [problem["key"] for problem in problems(finished)]
+    assert json.loads(told["base_prompts"]) == dict(zip(keys, PROMPTS, strict=True))
+    assert (told["family"], told["backbone"]) == ("StableDiffusion", tiny)
+
+
+def test_diffusers_draws_what_we_draw(finished, tiny):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    (key, *_), embeds = (p["key"] for p in problems(finished)), load_file(finished / "prompt_embeds.safetensors")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    told = embeds[f"{key}.prompt_embeds"]
+    theirs = pipeline(
+        prompt_embeds=told[None], negative_prompt="", latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="pt"
+    ).images[0]  # fmt: skip
+    main(["predict", "--run", str(finished), "--seeds", "5", "--trainer.accelerator", "cpu"])
+    with Image.open(finished / "pictures" / f"{key}-seed5.png") as picture:
+        ours = torch.tensor(list(picture.getdata())).view(16, 16, 3).permute(2, 0, 1) / 255
+    assert (ours - theirs).abs().max() < 0.01
+
+
+def test_found_embeddings_are_looked_at_again(finished, capsys):
+    before = problems(finished)
+    main(["test", "--run", str(finished), "--trainer.accelerator", "cpu"])
+    assert "on fresh seeds metric" in capsys.readouterr().out
+    assert problems(finished) == before
+    main(["validate", "--run", str(finished), "--trainer.accelerator", "cpu"])
+    told = capsys.readouterr().out
+    for problem in before:
+        assert f"{sum(problem['metric_after']) / 2:.5f}  {problem['target']}" in told
+    main(["predict", "--run", str(finished), "--negative", "two dogs", "--trainer.accelerator", "cpu"])
+    assert len(list((finished / "pictures").glob("*without*"))) == 2
+
+
+def test_embeddings_of_another_model_are_refused(finished, tmp_path, capsys):
+    (file, *_) = sorted((finished / "problems").glob("*.safetensors"))
+    content, metadata = load_file(file), None
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    original = file.read_bytes()
+    try:
+        save_file(content, file, metadata | {"shape": "[77, 768]", "backbone": "sd15"})
+        with pytest.raises(SystemExit):
+            main(["test", "--run", str(finished), "--trainer.accelerator", "cpu"])
+        assert "made for sd15 (StableDiffusion, [77, 768])" in capsys.readouterr().err
+        file.write_bytes(b"no")
+        with pytest.raises(SystemExit):
+            main(["test", "--run", str(finished), "--trainer.accelerator", "cpu"])
+        assert "cannot be read as embeddings" in capsys.readouterr().err
+    finally:
+        file.write_bytes(original)
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (["--model.objective", "Beauty"], "choose one of Aesthetic, Blurriness"),
+        (["--model.objective", "Aesthetic"], "--model.objective.weights must be given"),
+        (["--model.objective", "LatentDistance", "--model.objective.reference", "absent.png"], "absent.png"),
+        (["--model.objective.weigt", "3"], "did you mean --model.objective.weight?"),
+        (["--model.watch", "Beauty"], "cannot be --model.watch; choose one of"),
+        (["--data.prompts", "a red square " * 20], "shorten it"),
+        (["--data.prompts", ""], "A prompt is empty"),
+    ],
+)
+def test_mistakes_are_one_sentence(extra, told, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(run(tiny, tmp_path / "run", *extra))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_search_in_a_folder_is_refused(finished, tiny, capsys):
+    with pytest.raises(SystemExit):
+        main(run(tiny, finished))
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_reference_picture_is_approached(tiny, tmp_path, pictures):
+    module = MetricGuidance(backbone=tiny, objective=LatentDistance(str(pictures / "0.png")))
+    assert not module.higher_is_better
+    _, (problem,) = search(tiny, tmp_path, PROMPTS[0], objective=LatentDistance(str(pictures / "0.png"), 20.0))
+    assert sum(problem.metric_after) < sum(problem.metric_before)
