@@ -11,17 +11,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 CLASSES = {"invert": "gcg", "ph2p_lbfgs": "ph2p"}  # of the configs that are not named after theirs
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-OF_PROMPTS = {"dpo_diff"}
 SHORT_OF_PICTURES = "--data.steps 2 --data.samples 1 --data.validation_samples 2 --model.sampling_steps 2"
-SHORT_OF_PROMPTS = (
-    "--model.budget 3 --model.population 2 --model.seeds 1 --model.sampling_steps 2 --model.schedule fix-1"
-)
+SHORT = {  # of those that begin with a prompt
+    "dpo_diff": "--model.budget 3 --model.population 2 --model.seeds 1 --model.sampling_steps 2 --model.schedule fix-1",
+    "metric_guidance": "--model.steps 2 --model.seeds 1 --model.sampling_steps 2",
+}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_runs_on_the_embedded_model(config, tmp_path):
-    if config.stem in OF_PROMPTS:
-        given = ["--data.prompts", "a small bunny on a crimson background", *SHORT_OF_PROMPTS.split()]
+    if config.stem in SHORT:
+        given = ["--data.prompts", "a small bunny on a crimson background", *SHORT[config.stem].split()]
     else:
         pixels = np.full((40, 48, 3), 90, dtype=np.uint8)
         pixels[10:30, 10:30] = (220, 30, 40)
@@ -33,4 +33,4 @@ def test_config_runs_on_the_embedded_model(config, tmp_path):
     assert result["backbone"] == "emoji"
     assert result["method"].lower() == CLASSES.get(config.stem, config.stem.replace("_", ""))
     assert problem["prompt"]
-    assert problem["heldout_after" if config.stem in OF_PROMPTS else "heldout_clip_similarity"] is not None
+    assert problem["heldout_after" if config.stem in SHORT else "heldout_clip_similarity"] is not None

@@ -16,8 +16,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--data.steps=2", "--data.samples=1", "--data.validation_samples=2", "--model.sampling_steps=2"]
-SHORT_OF_PROMPTS = ["--model.sampling_steps=2", "--model.schedule=fix-1", "--model.seeds=1", "--model.budget=3"]
-SHORT_OF_PROMPTS += ["--model.population=2"]
+SHORT_OF_PROMPTS = {
+    "dpo_diff": ["--model.schedule=fix-1", "--model.budget=3", "--model.population=2"],
+    "metric_guidance": ["--model.steps=2"],
+}
 PAGES = [
     page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "train.py fit" in page.read_text()
 ]
@@ -55,7 +57,10 @@ def test_commands_of_the_page_run(page, place, tiny):
         if program == "python" and args[0] == "train.py":
             hub = "stable-diffusion-v1-5/stable-diffusion-v1-5"
             args = [tiny if word == hub else re.sub(r"\$\(cat (.*?)\)", content, word) for word in args[1:]]
-            short = SHORT_OF_PROMPTS if "--data.prompts" in args else SHORT
+            short = SHORT
+            if "--data.prompts" in args:
+                method = Path(args[args.index("--config") + 1]).stem
+                short = ["--model.sampling_steps=2", "--model.seeds=1", *SHORT_OF_PROMPTS[method]]
             short = [*short, "--trainer.accelerator=cpu"] if args[0] == "fit" else []
             main([*args, *short, *(["--generations=2", "--population=2"] if "--mix" in args else [])])
         elif program == "tensorboard":
