@@ -28,6 +28,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from lightning_prompts import methods
 from lightning_prompts.callbacks import (
     AtomicCheckpointIO,
+    Between,
     Mix,
     PromptCheckpoint,
     Results,
@@ -85,6 +86,7 @@ ALLOWED = [
 
 # Texts are not optional: jsonargparse would take `# one` or `~` for nothing.
 PREDICT: list[tuple[str, Any, Any, str]] = [
+    ("--frames", Positive, 12, "of a path: pictures from one end to the other"),
     ("--prompts", str | list[str], [], "texts to draw instead of the found prompts"),
     ("--negative", str, "", "what to lead away from: a text, or a run, of which all prompts are taken"),
     ("--generations", Positive, 4, "of a mix: how often the chosen prompts have children"),
@@ -123,6 +125,9 @@ class CLI(LightningCLI):
             for name, type_, default, help in PREDICT:
                 parser.add_argument(name, type=type_, default=default, help=help)
             parser.add_argument(
+                "--path", type=str, nargs=2, help="two texts, or files of an embedding, to draw what lies between"
+            )
+            parser.add_argument(
                 "--mix", type=str, nargs=2, help="two runs whose prompts are recombined, see docs/uses.md"
             )
         return parser
@@ -160,6 +165,11 @@ class CLI(LightningCLI):
     def _predicted(self, config: Any) -> pl.Callback:
         """What draws for `predict`: the found prompts, other texts or a mix of two runs."""
         prompts, negative = config.prompts or (), negative_text(config.negative)
+        if config.path:
+            if config.mix or prompts or negative:
+                raise UserError("--path is drawn alone; give it without --mix, --prompts and --negative.")
+            first, last = config.path
+            return Between(self.folder, first, last, self.seeds, int(config.frames))
         if not config.mix:
             prompts = [prompts] if isinstance(prompts, str) else prompts
             return Results(self.scores, self.seeds, prompts=prompts, negative=negative)

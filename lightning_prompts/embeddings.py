@@ -45,6 +45,11 @@ def _without(rows: Tensor, unit: Tensor) -> Tensor:
     return rows - (rows * unit).sum(-1, keepdim=True) * unit
 
 
+def transfer(embeds: Tensor, before: Tensor, after: Tensor, strength: float = 1.0) -> Tensor:
+    """Embeddings (..., D) with the difference that leads from others (..., D) to a third (..., D), at a strength."""
+    return embeds + strength * (after - before)
+
+
 def shift(embeds: Tensor, like: Tensor) -> Tensor:
     """Moves embeddings (..., L, D) to the mean and the standard deviation of others (..., L, D), each over its L D numbers."""
     std, mean = torch.std_mean(embeds, dim=(-2, -1), keepdim=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_prompts.embeddings import farthest, lerp, nearest_rows, shift, slerp
+from lightning_prompts.embeddings import farthest, lerp, nearest_rows, shift, slerp, transfer
 
 
 def paper(a, b, value):
@@ -107,3 +107,10 @@ def test_nearest_rows():
     assert found[:, 0].tolist() == [4, 9]
     assert cosines[:, 0] == pytest.approx(torch.ones(2))
     assert (cosines[:, 1] < cosines[:, 0]).all()
+
+
+def test_transfer_brings_a_difference_along():
+    a, b, c = torch.randn(3, 4, 6)
+    assert torch.allclose(transfer(a, a, b), b, atol=1e-6)
+    assert torch.allclose(transfer(c, a, b, 0.5), c + (b - a) / 2, atol=1e-6)
+    assert torch.equal(transfer(c, a, a), c)

@@ -1,6 +1,7 @@
 """What happens around the steps: projection, scoring, checkpoints, results, guards and progress."""
 
 from lightning_prompts.callbacks.best_prompt import BestPrompt
+from lightning_prompts.callbacks.between import Between
 from lightning_prompts.callbacks.checkpoint import (
     AtomicCheckpointIO,
     PromptCheckpoint,
@@ -19,6 +20,7 @@ from lightning_prompts.callbacks.scores import Scores
 __all__ = [
     "AtomicCheckpointIO",
     "BestPrompt",
+    "Between",
     "Mix",
     "NonFiniteGuard",
     "PromptCheckpoint",

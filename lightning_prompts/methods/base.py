@@ -269,6 +269,25 @@ class PromptMethod(pl.LightningModule, ABC):
         """
         return self.draw([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
 
+    @torch.no_grad()
+    def draw_embeds(self, embeds: Tensor, noise: Tensor) -> Tensor:
+        """Pictures (P, N, 3, H, W) of encoded prompts (P, S, L, D) from noise (P, N, C, h, w)."""
+        (told, away), flat = self.sides(embeds, noise.shape[1]), noise.flatten(0, 1)
+        parts = [
+            self.draw_from(told[some], away[some], flat[some], self.sampling_steps).cpu()
+            for some in torch.arange(len(flat), device=flat.device).split(self.microbatch)
+        ]
+        pictures = torch.cat(parts)
+        return pictures.view(*noise.shape[:2], *pictures.shape[1:])
+
+    def sides(self, embeds: Tensor, count: int = 1) -> tuple[Conditioning, Conditioning]:
+        """What the denoiser is told, and led away from, by encoded prompts (Q, S, L, D), each repeated for so many pictures."""
+        told = Conditioning(embeds[:, 0])
+        away = (
+            Conditioning(embeds[:, 1]) if embeds.shape[1] == 2 else self.encode([""])[torch.zeros(len(embeds)).long()]
+        )
+        return told.repeat_interleave(count), away.repeat_interleave(count)
+
     def draw_from(self, told: Conditioning, away: Conditioning, noise: Tensor, steps: int) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts from noise (B, C, h, w), led away from 1 or B others."""
         return self.backbone.decode(self.backbone.sample(told, away, noise, steps, self.guidance_scale))

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from lightning_prompts.backbones import Conditioning
 from lightning_prompts.callbacks.grid import before_and_after, to_png
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import FRESH, SEARCH
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
+from lightning_prompts.interop import pack_prompt_embeds, read_prompt_embeds
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.problems import Problem, RunFolder, atomic_write
 from lightning_prompts.prompts import PromptEmbeds
@@ -28,7 +24,6 @@ from lightning_prompts.vocabulary import encode_text
 
 SHOWN = 12  # problems in the grid
 FRESH_SEEDS = 10
-SIDES = ("prompt_embeds", "negative_prompt_embeds")
 
 
 class Steering(PromptMethod):
@@ -91,14 +86,6 @@ class Steering(PromptMethod):
             problem.forget_prompt()
         self.prompt.begin()
         self.forget()
-
-    def sides(self, embeds: Tensor, count: int = 1) -> tuple[Conditioning, Conditioning]:
-        """What the denoiser is told, and led away from, by encoded prompts (Q, S, L, D), each repeated for so many pictures."""
-        told = Conditioning(embeds[:, 0])
-        away = (
-            Conditioning(embeds[:, 1]) if embeds.shape[1] == 2 else self.encode([""])[torch.zeros(len(embeds)).long()]
-        )
-        return told.repeat_interleave(count), away.repeat_interleave(count)
 
     # --- what is best
 
@@ -166,65 +153,25 @@ class Steering(PromptMethod):
 
     def file(self, problems: Sequence[Problem], embeds: Tensor) -> bytes:
         """The content of a safetensors file with encoded prompts (P, S, L, D) of P problems."""
-        tensors = {
-            f"{problem.key}.{side}": embed[s].float().cpu().contiguous()
-            for problem, embed in zip(problems, embeds, strict=True)
-            for s, side in enumerate(SIDES[: embeds.shape[1]])
-        }
-        shape = [self.tower.length, embeds.shape[-1]]
-        told = {"format": "pt", "family": type(self.backbone).__name__, "backbone": self.backbone.name}
-        base = {problem.key: problem.target for problem in problems}
-        return save(tensors, {**told, "shape": json.dumps(shape), "base_prompts": json.dumps(base)})
+        by_key = dict(zip((problem.key for problem in problems), embeds, strict=True))
+        return pack_prompt_embeds(by_key, [problem.target for problem in problems], self.backbone)
 
     def found(self, problems: Sequence[Problem]) -> Tensor:
         """The best encoded prompts (P, S, L, D) of P problems, as they are on disk."""
-        return torch.stack([self.read(self.data.folder.embeds_of(problem.key)) for problem in problems]).to(self.device)
-
-    def read(self, path: Path) -> Tensor:
-        """An encoded prompt (S, L, D) from the file of one problem.
-
-        Raises:
-            UserError: There is no such file, or it was made for another model.
-        """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata, names = (
-                    file.metadata() or {},
-                    sorted(file.keys(), reverse=True),
-                )  # the prompt's before the negative's
-                tensors = [file.get_tensor(name) for name in names]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"The file {path} cannot be read as embeddings ({error}); run `fit` again.") from error
-        made_for = metadata.get("family"), json.loads(metadata.get("shape", "null"))
-        here = type(self.backbone).__name__, list(self.encode([""]).prompt_embeds.shape[1:])
-        if made_for != here:
-            raise UserError(
-                f"The embeddings in {path} were made for {metadata.get('backbone')} ({made_for[0]}, {made_for[1]}) and the model "
-                f"{self.backbone.name} is {here[0]}, {here[1]}; give the model that they were made for."
-            )
-        return torch.stack(tensors)
-
-    @torch.no_grad()
-    def drawn(self, embeds: Tensor, noise: Tensor) -> Tensor:
-        """Pictures (P, N, 3, H, W) of encoded prompts (P, S, L, D) from noise (P, N, C, h, w)."""
-        (told, away), flat = self.sides(embeds, noise.shape[1]), noise.flatten(0, 1)
-        parts = [
-            self.draw_from(told[some], away[some], flat[some], self.sampling_steps).cpu()
-            for some in torch.arange(len(flat), device=flat.device).split(self.microbatch)
-        ]
-        pictures = torch.cat(parts)
-        return pictures.view(*noise.shape[:2], *pictures.shape[1:])
+        shape = self.encode([""]).prompt_embeds.shape[1:]
+        files = ((problem.key, self.data.folder.embeds_of(problem.key)) for problem in problems)
+        return torch.stack([read_prompt_embeds(file, self.backbone, shape)[key] for key, file in files]).to(self.device)
 
     def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (P, N, 3, H, W) of the persons' prompts, and of the found embeddings, from noise (P, N, C, h, w)."""
-        return self.drawn(self.initial(problems), noise), self.drawn(self.found(problems), noise)
+        return self.draw_embeds(self.initial(problems), noise), self.draw_embeds(self.found(problems), noise)
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
         """Pictures (N, 3, H, W) of a problem's embeddings; see `PromptMethod.draw_found`."""
         embeds = self.found([problem])
         if negative:
             embeds = torch.stack([embeds[:, 0], self.encode([negative]).prompt_embeds.to(embeds)], dim=1)
-        return self.drawn(embeds, noise[None])[0]
+        return self.draw_embeds(embeds, noise[None])[0]
 
     def shown(self, problems: list[Problem]) -> Image.Image:
         """What the persons' prompts draw above what the found embeddings draw, from the seeds of the search."""
