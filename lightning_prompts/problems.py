@@ -109,6 +109,7 @@ class Problem:
         None  # similarity of fresh pictures and the person's prompt, by the held-out CLIP
     )
     heldout_after: list[float] | None = None
+    target_seed: int | None = None  # whose picture is to come from every seed
     metric_before: list[float] | None = None  # of the person's prompt, by seed
     metric_after: list[float] | None = None
     fresh_metric_before: list[float] | None = None  # on seeds that the search has not seen
@@ -386,7 +387,10 @@ def _choices(record: dict[str, Any]) -> dict[str, Any]:
 
 def _steered(record: dict[str, Any]) -> dict[str, Any]:
     """What a method that moves encoded prompts has to tell."""
-    return {} if record["metric_before"] is None else {name: record[name] for name in _STEERED}
+    if record["metric_before"] is None:
+        return {}
+    told = {name: record[name] for name in _STEERED}
+    return told if record["target_seed"] is None else {"target_seed": record["target_seed"], **told}
 
 
 def to_json(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:

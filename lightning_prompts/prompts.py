@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prompts.backbones import TextTower
+from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
 from lightning_prompts.substitutes.space import Part, Space
 from lightning_prompts.vocabulary import (
@@ -112,14 +113,18 @@ class PromptEmbeds(nn.Module):
     """Encoded prompts (P, S, L, D) of P problems: S is 1 for what the denoiser is told, 2 with what it is led away from.
 
     The row of the start of the text never changes; it is the same for all prompts.
+
+    Args:
+        one_row: The others are one row, repeated; it starts as the last one of the encoded prompt.
     """
 
     initial: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, one_row: bool = False) -> None:
         super().__init__()
+        self.one_row = one_row
         self.register_buffer("initial", torch.empty(0, 1, 1, 0), persistent=False)
-        self.rows = nn.Parameter(torch.empty(0, 1, 0, 0))  # (P, S, L - 1, D)
+        self.rows = nn.Parameter(torch.empty(0, 1, 0, 0))  # (P, S, L - 1, D), or (P, S, 1, D)
 
     def show(self, initial: Tensor) -> None:
         """Makes encoded prompts (P, S, L, D) those that the search starts from."""
@@ -129,7 +134,7 @@ class PromptEmbeds(nn.Module):
     def begin(self) -> None:
         """Starts there."""
         self.rows.grad = None
-        self.rows.data = self.initial[:, :, 1:].clone()
+        self.rows.data = self.initial[:, :, -1:].clone() if self.one_row else self.initial[:, :, 1:].clone()
 
     def sound(self) -> Tensor:
         """Which problems' embeddings are finite, (P,)."""
@@ -137,7 +142,44 @@ class PromptEmbeds(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Encoded prompts (Q, S, L, D) of the problems `rows` (Q,)."""
-        return torch.cat([self.initial[rows, :, :1], self.rows[rows]], dim=2)
+        others = self.rows[rows].expand(-1, -1, self.initial.shape[2] - 1, -1)
+        return torch.cat([self.initial[rows, :, :1], others], dim=2)
+
+
+class PromptArc(nn.Module):
+    """Encoded prompts (P, 1, L, D) on the arc from P prompts to another one; how far each is, is all that trains.
+
+    Args:
+        start: The logistic function of it is the place on the arc to start from, 0 for the prompt and 1 for the other.
+    """
+
+    initial: Tensor
+    other: Tensor
+
+    def __init__(self, start: float = -5.0) -> None:
+        super().__init__()
+        self.start = start
+        for name in ("initial", "other"):
+            self.register_buffer(name, torch.empty(0, 1, 1, 0), persistent=False)
+        self.place = nn.Parameter(torch.empty(0, 1, 1, 1))
+
+    def show(self, initial: Tensor) -> None:
+        """Makes encoded prompts (P, 1, L, D) those that the search starts from."""
+        self.initial = initial.detach().float()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Starts near them."""
+        self.place.grad = None
+        self.place.data = torch.full((len(self.initial), 1, 1, 1), self.start, device=self.initial.device)
+
+    def sound(self) -> Tensor:
+        """Which problems' places are finite, (P,)."""
+        return self.place.detach().isfinite().flatten(1).all(1)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Encoded prompts (Q, 1, L, D) of the problems `rows` (Q,)."""
+        return slerp(self.initial[rows], self.other.expand(len(rows), -1, -1, -1), self.place[rows].sigmoid())
 
 
 class WordChoices(nn.Module):

@@ -15,6 +15,7 @@ SHORT_OF_PICTURES = "--data.steps 2 --data.samples 1 --data.validation_samples 2
 SHORT = {  # of those that begin with a prompt
     "dpo_diff": "--model.budget 3 --model.population 2 --model.seeds 1 --model.sampling_steps 2 --model.schedule fix-1",
     "metric_guidance": "--model.steps 2 --model.seeds 1 --model.sampling_steps 2",
+    "seed_invariance": "--model.steps 2 --model.stages [1] --model.seeds 1 --model.sampling_steps 2",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -41,10 +42,10 @@ class Prompts(ProblemData):
         """Reads the prompts; what is done is skipped."""
         known, self.records = self.folder.load(), {}
         prompts = read_prompts(self.prompts)
-        for index, prompt in enumerate(prompts):
-            settings = {"prompt": prompt, "backbone": self.method.backbone.name, **self.method.identity}
+        for prompt, identity in itertools.product(prompts, self.method.identities):
+            settings = {"prompt": prompt, "backbone": self.method.backbone.name, **identity}
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-            here = Problem(key, prompt, index=index)
+            here = Problem(key, prompt, index=len(self.records), target_seed=identity.get("target_seed"))
             problem = known.get(key, here)
             problem.move_to(here)
             if problem.status == "failed":

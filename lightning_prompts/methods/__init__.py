@@ -7,6 +7,7 @@ from lightning_prompts.methods.gcg import GCG
 from lightning_prompts.methods.metric_guidance import MetricGuidance
 from lightning_prompts.methods.pez import PEZ
 from lightning_prompts.methods.ph2p import PH2P
+from lightning_prompts.methods.seed_invariance import SeedInvariance
 from lightning_prompts.methods.textual_inversion import TextualInversion
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "MetricGuidance",
     "PromptMethod",
     "RandomTokens",
+    "SeedInvariance",
     "TextualInversion",
 ]

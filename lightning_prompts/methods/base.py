@@ -21,7 +21,7 @@ from lightning_prompts.data.addresses import draw_noise
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem, RunFolder
-from lightning_prompts.prompts import PromptEmbeds, TokenEmbeddings, WordChoices
+from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
 from lightning_prompts.vocabulary import encode_text
 
@@ -50,7 +50,7 @@ class PromptMethod(pl.LightningModule, ABC):
     """
 
     strict_loading = False  # a checkpoint has no backbone
-    prompt: TokenEmbeddings | WordChoices | PromptEmbeds
+    prompt: TokenEmbeddings | WordChoices | PromptEmbeds | PromptArc
     problems: list[Problem]
     data_class: type[ProblemData]
     decisive: frozenset[str] = frozenset()  # settings that other searches can go on without
@@ -301,15 +301,15 @@ class PromptMethod(pl.LightningModule, ABC):
         grad_steps: int = 0,
         calls: int | None = None,
     ) -> Tensor:
-        """What is said of B pictures; no more than a microbatch of them is held at once, with or without a gradient.
+        """What is said of B drawn latents; no more than a microbatch of them is held at once, with or without a gradient.
 
         Args:
             told: B prompts.
             away: B prompts to lead away from.
             noise: (B, C, h, w).
-            judge: Gives values (b,) of pictures (b, 3, H, W) in [-1, 1] and their numbers (b,) among the B.
+            judge: Gives values (b,) of the drawn latents (b, C, h, w) and their numbers (b,) among the B.
             grad_steps: Last calls of the denoiser that pass a gradient on to both prompts, see `Backbone.sample`.
-            calls: Calls after which the clean picture is predicted; None to draw to the end.
+            calls: Calls after which the clean latents are predicted; None to draw to the end.
 
         Returns:
             Values (B,).
@@ -324,7 +324,7 @@ class PromptMethod(pl.LightningModule, ABC):
                     Conditioning(parts[0]), Conditioning(parts[1]), noise[some], self.sampling_steps, self.guidance_scale,
                     grad_steps, calls,
                 )  # fmt: skip
-                value = judge(self.backbone.decode(latents), some)
+                value = judge(latents, some)
             if tracking:
                 gradients = torch.autograd.grad(value.sum(), parts, allow_unused=True)
                 for slope, gradient in zip(slopes, gradients, strict=True):
@@ -333,9 +333,7 @@ class PromptMethod(pl.LightningModule, ABC):
             values.append(value.detach())
         found = torch.cat(values)
         if tracking:
-            for side, slope in zip(
-                sides, slopes, strict=True
-            ):  # zero in value, and in gradient what was computed above
+            for side, slope in zip(sides, slopes, strict=True):  # adds nothing but the gradient that was computed
                 found = found + ((side - side.detach()) * slope).flatten(1).sum(1)
         return found
 

@@ -192,9 +192,9 @@ class DPODiff(PromptMethod):
         self.noise = self.draw_noise(problems, SEARCH, self.seeds)
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What makes two problems of one prompt."""
-        return {"task": self.task}
+    def identities(self) -> list[dict[str, Any]]:
+        """What makes two problems of one prompt: of each problem its settings."""
+        return [{"task": self.task}]
 
     def check(self, prompt: str) -> None:
         """Refuses prompts without words to choose."""
@@ -249,7 +249,7 @@ class DPODiff(PromptMethod):
         noise, wanted = self.noise[rows].flatten(0, 1), self.wanted[rows].repeat_interleave(self.seeds, 0)
         losses = self.judged(
             told.repeat_interleave(self.seeds), away.repeat_interleave(self.seeds), noise,
-            lambda pictures, some: self.loss(pictures, wanted[some]), self.grad_steps, calls,
+            lambda latents, some: self.loss(self.backbone.decode(latents), wanted[some]), self.grad_steps, calls,
         )  # fmt: skip
         return losses.view(len(rows), self.seeds).mean(1)
 
@@ -362,7 +362,7 @@ class DPODiff(PromptMethod):
         told, away = (self.encode([pair[side] for pair in texts]).repeat_interleave(count) for side in (0, 1))
         wanted = wanted.repeat_interleave(count, 0)
         losses = self.judged(
-            told, away, noise.flatten(0, 1), lambda pictures, some: self.loss(pictures, wanted[some])
+            told, away, noise.flatten(0, 1), lambda latents, some: self.loss(self.backbone.decode(latents), wanted[some])
         )  # fmt: skip
         return losses.view(len(texts), count)
 

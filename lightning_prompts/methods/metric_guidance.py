@@ -16,6 +16,7 @@ from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives.base import Objective
 from lightning_prompts.optimizers import AdamOnLion
 from lightning_prompts.problems import Problem
+from lightning_prompts.prompts import PromptEmbeds
 from lightning_prompts.ranges import NotNegative, Positive
 
 
@@ -39,6 +40,8 @@ class MetricGuidance(Steering):
             0 for never.
         **kwargs: See `Steering`.
     """
+
+    prompt: PromptEmbeds
 
     def __init__(
         self,
@@ -77,9 +80,9 @@ class MetricGuidance(Steering):
         self.optimizer, self.lr, self.eps, self.shift_every = optimizer, lr, eps, shift_every
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What makes two problems of one prompt."""
-        return {**super().identity, "objectives": list(self.objectives)}
+    def identities(self) -> list[dict[str, Any]]:
+        """What makes two problems of one prompt: of each problem its settings."""
+        return [{**settings, "objectives": list(self.objectives)} for settings in super().identities]
 
     # --- what is improved
 

@@ -18,7 +18,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.interop import pack_prompt_embeds, read_prompt_embeds
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.problems import Problem, RunFolder, atomic_write
-from lightning_prompts.prompts import PromptEmbeds
+from lightning_prompts.prompts import PromptArc, PromptEmbeds
 from lightning_prompts.ranges import Positive
 from lightning_prompts.vocabulary import encode_text
 
@@ -36,7 +36,7 @@ class Steering(PromptMethod):
         **kwargs: See `PromptMethod`.
     """
 
-    prompt: PromptEmbeds
+    prompt: PromptEmbeds | PromptArc
     data_class = Prompts
     higher_is_better: bool  # of the metric
 
@@ -50,15 +50,15 @@ class Steering(PromptMethod):
                 "--model.unconditional false."
             )
         self.unconditional, self.seeds, self.steps = unconditional, seeds, steps
-        self.prompt = PromptEmbeds()
+        self.prompt = PromptEmbeds()  # what trains, unless a method says otherwise
         self.best = torch.empty(0, 1, 1, 0)  # (P, S, L, D)
 
     # --- the wave
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What makes two problems of one prompt."""
-        return {"method": type(self).__name__, "unconditional": self.unconditional}
+    def identities(self) -> list[dict[str, Any]]:
+        """What makes two problems of one prompt: of each problem its settings."""
+        return [{"method": type(self).__name__, "unconditional": self.unconditional}]
 
     def check(self, prompt: str) -> None:
         """Refuses prompts that the text encoder would cut off."""
@@ -109,8 +109,8 @@ class Steering(PromptMethod):
         count, seen = noise.shape[1], []
         told, away = self.sides(embeds, count)
 
-        def judge(pictures: Tensor, some: Tensor) -> Tensor:
-            values = self.values(pictures, [problems[i // count] for i in some.tolist()])
+        def judge(latents: Tensor, some: Tensor) -> Tensor:
+            values = self.values(self.backbone.decode(latents), [problems[i // count] for i in some.tolist()])
             seen.append({name: value.detach() for name, value in values.items()})
             return self.loss(values)
 
@@ -121,11 +121,16 @@ class Steering(PromptMethod):
     def score(self) -> list[Problem]:
         """Measures the active problems' embeddings on the seeds of the search and keeps what is best.
 
+        At first it measures what the text encoder says of the person's prompt, wherever the search starts.
+
         Returns:
             The problems that now have better ones.
         """
         rows, better = self.active.nonzero().squeeze(1), []
-        problems, embeds = [self.problems[row] for row in rows.tolist()], self.prompt(rows.to(self.device))
+        problems = [self.problems[row] for row in rows.tolist()]
+        first = torch.tensor([problem.metric_before is None for problem in problems], device=self.device)
+        on_device = rows.to(self.device)
+        embeds = self.prompt(on_device).where(~first.view(-1, 1, 1, 1), self.prompt.initial[on_device])
         with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
             losses, values = self.measured(embeds, self.noise[rows], problems)
         self.count(rows, self.seeds * self.backbone.calls(self.sampling_steps, self.guidance_scale))

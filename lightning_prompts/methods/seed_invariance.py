@@ -1,0 +1,163 @@
+"""Seed-invariant embeddings: manipulating embeddings of Stable Diffusion prompts (arXiv 2308.12059, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_prompts.callbacks.grid import sheet
+from lightning_prompts.callbacks.results import noise_of
+from lightning_prompts.data.addresses import SEARCH
+from lightning_prompts.data.problems import Step
+from lightning_prompts.embeddings import slerp
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.steering import Steering
+from lightning_prompts.optimizers import AdamOnLion
+from lightning_prompts.problems import Problem
+from lightning_prompts.prompts import PromptArc, PromptEmbeds
+from lightning_prompts.ranges import Positive
+
+
+class SeedInvariance(Steering):
+    """Moves an encoded prompt until every seed draws the picture that the prompt draws from one seed, the target's.
+
+    The search goes through stages. In each it looks at the clean latents that are predicted after some calls of the denoiser, and
+    brings other seeds in gradually: the noise goes on an arc from the target's to theirs, all the way.
+
+    Args:
+        target_seeds: Seeds, as those of `predict`, whose pictures are wanted; each is a problem of its own.
+        embedding: What trains: all `rows` of the encoded prompt, `one_row` that is repeated, or the place on the `arc` to another
+            prompt.
+        towards: The text at the other end of the arc.
+        stages: Calls of the denoiser after which each stage compares; one gradient call, the last of these.
+        seeds_per_step: New seeds that a step looks at.
+        weight: Scale of the loss, one minus the cosine of the latents.
+        lr: Step size of AdamOnLion.
+        eps: Added to the root of its second moment.
+        **kwargs: See `Steering`.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self,
+        *,
+        target_seeds: list[int] | None = None,
+        embedding: Literal["rows", "one_row", "arc"] = "rows",
+        towards: str | None = None,
+        stages: list[Positive] | None = None,
+        seeds_per_step: Positive = 3,
+        weight: float = 1e4,
+        lr: float = 0.01,
+        eps: float = 1e-3,
+        steps: Positive = 120,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(steps=steps, **kwargs)
+        self.target_seeds, self.stages = target_seeds or [0], [int(calls) for calls in stages or (1, 2, 3)]
+        self.towards, self.seeds_per_step, self.weight, self.lr, self.eps = towards, seeds_per_step, weight, lr, eps
+        if max(self.stages) > self.backbone.calls(self.sampling_steps, 1):
+            raise UserError(
+                f"The stages {self.stages} go beyond the sampler's {self.backbone.calls(self.sampling_steps, 1)} calls; change "
+                "--model.stages or --model.sampling_steps."
+            )
+        if (embedding == "arc") != (towards is not None):
+            raise UserError(
+                "An arc leads to another prompt; give --model.embedding arc and --model.towards, or neither."
+            )
+        if embedding == "arc" and self.unconditional:
+            raise UserError("An arc moves what the denoiser is told alone; give --model.unconditional false.")
+        self.prompt = PromptArc() if embedding == "arc" else PromptEmbeds(one_row=embedding == "one_row")
+        self._pictures: dict[str, Tensor] = {}
+
+    @property
+    def identities(self) -> list[dict[str, Any]]:
+        """What makes two problems of one prompt: of each problem its settings."""
+        return [{**settings, "target_seed": seed} for settings in super().identities for seed in self.target_seeds]
+
+    @torch.no_grad()
+    def take(self, problems: list[Problem]) -> None:
+        """Makes problems the wave, and finds what their targets look like after the calls of each stage."""
+        super().take(problems)
+        if not problems:
+            return
+        if isinstance(self.prompt, PromptArc):
+            self.prompt.other = self.encode([str(self.towards)]).prompt_embeds[:, None].float()
+        self.starts = self.target_noise(problems)  # (P, C, h, w)
+        told, away = self.sides(self.prompt.initial)
+        found: list[Tensor] = []
+
+        def look(latents: Tensor, some: Tensor) -> Tensor:
+            found.append(latents)
+            return latents.flatten(1).sum(1)
+
+        self.wanted: dict[int, Tensor] = {}  # (P, C, h, w) by stage
+        for calls in set(self.stages):
+            found.clear()
+            self.judged(told, away, self.starts, look, calls=calls)
+            self.wanted[calls] = torch.cat(found)
+
+    def target_noise(self, problems: Sequence[Problem]) -> Tensor:
+        """Noise (P, C, h, w) of the seeds whose pictures are wanted."""
+        return noise_of([int(problem.target_seed or 0) for problem in problems], self.backbone.latent_shape).to(
+            self.device
+        )
+
+    def pictures(self, problems: Sequence[Problem]) -> Tensor:
+        """The wanted pictures (P, 3, H, W), each drawn once."""
+        new = [problem for problem in {p.key: p for p in problems}.values() if problem.key not in self._pictures]
+        if new:
+            drawn = self.draw_embeds(self.initial(new), self.target_noise(new).unsqueeze(1))[:, 0]
+            self._pictures |= {problem.key: picture for problem, picture in zip(new, drawn, strict=True)}
+        return torch.stack([self._pictures[problem.key] for problem in problems])
+
+    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        """Peak signal-to-noise ratio (B,), in dB, of pictures (B, 3, H, W) and the wanted ones; higher is nearer."""
+        error = (pictures - self.pictures(problems).to(pictures)).square().flatten(1).mean(1)
+        return {"PSNR": 10 * torch.log10(4 / error.clamp(min=1e-10))}
+
+    def metric(self, values: dict[str, Tensor]) -> Tensor:
+        """This ratio."""
+        return values["PSNR"]
+
+    def stage(self, step: int) -> tuple[int, float]:
+        """Calls of the denoiser that a step looks at, and how far its noise is on the way from the target's: 0 to 1, included."""
+        length = -(-self.steps // len(self.stages))
+        return self.stages[step // length], (step % length + 1) / length
+
+    def search(self, batch: Step, rows: Tensor) -> None:
+        """One step towards the target's latents on new seeds."""
+        calls, value = self.stage(batch.step)
+        count = int(self.seeds_per_step)
+        others = self.draw_noise([self.problems[row] for row in rows.tolist()], batch.step, count)  # (Q, N, C, h, w)
+        on_device = rows.to(self.device)
+        starts = self.starts[on_device].unsqueeze(1).expand_as(others)
+        noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
+        wanted = self.wanted[calls][on_device].repeat_interleave(count, 0).flatten(1)
+        told, away = self.sides(self.prompt(on_device), count)
+        losses = self.judged(
+            told, away, noise,
+            lambda latents, some: self.weight * (1 - F.cosine_similarity(latents.flatten(1), wanted[some], dim=1)), 1, calls,
+        )  # fmt: skip
+        self.count(rows, count * (calls + 1) * (2 if self.guidance_scale > 1 else 1))
+        everyone = losses.new_zeros(len(self.problems)).index_put((on_device,), losses.view(-1, count).mean(1))
+        self.step_active(self.optimizers(), everyone)
+        self.log("train/loss", losses.detach().mean(), prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The paper's."""
+        return AdamOnLion([self.parameter], lr=self.lr, eps=self.eps)
+
+    def shown(self, problems: list[Problem]) -> Image.Image:
+        """The wanted pictures; beside each what the prompt draws from other seeds, above what the found embeddings draw from them."""
+        before, after = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
+        columns: list[tuple[Tensor, ...]] = []
+        for p, wanted in enumerate(self.pictures(problems)):
+            columns += [(wanted,), *((before[p, n], after[p, n]) for n in range(self.seeds))]
+        texts = [text for problem in problems for text in (problem.target, *[""] * self.seeds)]
+        return sheet(columns, texts, 2 * (self.seeds + 1))

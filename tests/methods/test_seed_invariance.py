@@ -1,0 +1,162 @@
+"""One embedding whatever the seed: what it is compared with, and how the seeds come in."""
+
+import json
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch.nn import functional as F
+
+from lightning_prompts.callbacks.results import noise_of
+from lightning_prompts.cli import TRAINER
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.embeddings import slerp
+from lightning_prompts.errors import UserError
+from lightning_prompts.main import main
+from lightning_prompts.methods import SeedInvariance
+from lightning_prompts.problems import Problem
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
+
+
+def search(tiny, folder, prompts=PROMPTS[0], **settings):
+    settings = {"sampling_steps": 3, "seeds": 2, "steps": 6, "stages": [1, 2], "lr": 0.05, "sample_every": 0} | settings
+    module, data = SeedInvariance(backbone=tiny, **settings), Prompts(prompts)
+    trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})
+    trainer.fit(module, datamodule=data)
+    return module, list(data.records.values())
+
+
+def test_seeds_come_in_all_the_way_in_each_stage(tiny):
+    module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=10, stages=[1, 3])
+    assert [module.stage(step)[0] for step in range(10)] == [1] * 5 + [3] * 5
+    assert [module.stage(step)[1] for step in range(10)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0] * 2)
+    uneven = SeedInvariance(backbone=tiny, sampling_steps=3, steps=7, stages=[1, 2, 3])
+    assert [uneven.stage(step)[0] for step in range(7)] == [1, 1, 1, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("embedding", ["rows", "one_row", "arc"])
+def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, tiny, tmp_path, monkeypatch):
+    """In float64, against finite differences of what the last call's clean latents are."""
+    towards = {"towards": PROMPTS[1]} if embedding == "arc" else {}
+    module = SeedInvariance(
+        backbone=tiny, sampling_steps=3, steps=4, stages=[2], seeds_per_step=2, embedding=embedding, target_seeds=[4], **towards
+    )  # fmt: skip
+    module.backbone.double()
+    scheduler = DDIMScheduler.from_config(module.backbone.scheduler.config, clip_sample=False)
+    module.backbone.scheduler = scheduler
+    problem = Problem("key", PROMPTS[0], target_seed=4)
+    others = torch.randn(1, 2, 4, 8, 8, dtype=torch.float64)
+    monkeypatch.setattr(module, "draw_noise", lambda problems, step, count: others[:, :count])
+    module.take([problem])
+    module.active = torch.ones(1, dtype=torch.bool)
+    module.prompt.double().begin()
+    module.prompt.initial, module.starts = module.prompt.initial.double(), module.starts.double()
+    losses = []
+    monkeypatch.setattr(module, "step_active", lambda optimizer, loss: losses.append(loss))
+    monkeypatch.setattr(module, "optimizers", lambda: None)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    module.search(type("Batch", (), {"step": 1})(), torch.tensor([0]))
+    (loss,) = losses
+    (gradient,) = torch.autograd.grad(loss.sum(), module.parameter)
+
+    start = noise_of([4], (4, 8, 8)).double()
+    plain = module.prompt.initial[0, 0]
+    away = module.encode([""]).prompt_embeds[0]
+
+    def clean(first, last, latents):
+        """The clean latents that the second call predicts, the first call told one embedding and the second another."""
+        scheduler.set_timesteps(3)
+        for i, (t, told) in enumerate(zip(scheduler.timesteps, (first, last), strict=False)):
+            outputs = [module.backbone.denoiser(latents, t, x[None]).sample for x in (away, told)]
+            output = outputs[0] + module.guidance_scale * (outputs[1] - outputs[0])
+            found = scheduler.step(output, t, latents)
+            if i == 1:
+                return found.pred_original_sample
+            latents = found.prev_sample
+        return None
+
+    def reference():
+        told, total = module.prompt(torch.tensor([0]))[0, 0], 0.0
+        wanted = clean(plain, plain, start).flatten(1)
+        for n in range(2):
+            noise = slerp(start.flatten(1), others[:, n].flatten(1), 0.5).view(1, 4, 8, 8)
+            total = total + 1e4 * (1 - F.cosine_similarity(clean(fixed, told, noise).flatten(1), wanted)) / 2
+        return total
+
+    with torch.no_grad():
+        fixed = module.prompt(torch.tensor([0]))[0, 0].clone()
+        assert float(loss) == pytest.approx(float(reference()), rel=1e-6)
+        direction, ends = torch.randn_like(module.parameter), []
+        step = 3e-3 if embedding == "arc" else 1e-5  # at the arc's beginning little changes
+        for sign in (1, -1):
+            module.parameter.data += sign * step * direction
+            ends.append(float(reference()))
+            module.parameter.data -= sign * step * direction
+    assert float((gradient * direction).sum()) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4)
+
+
+@pytest.mark.parametrize("embedding", ["rows", "one_row"])
+def test_what_is_found(embedding, tiny, tmp_path):
+    module, (problem,) = search(tiny, tmp_path, embedding=embedding, target_seeds=[7])
+    best = module.best[0, 0]
+    assert torch.equal(best[0], module.prompt.initial[0, 0, 0])
+    if embedding == "one_row" and problem.status == "done":
+        assert (best[1:] == best[1]).all()
+    before, after = sum(problem.metric_before), sum(problem.metric_after)
+    assert after >= before
+    assert (problem.status == "done") == (after > before)
+
+
+def test_metric_is_the_signal_to_noise_ratio(tiny):
+    module = SeedInvariance(backbone=tiny, sampling_steps=3)
+    problem, wanted = Problem("key", PROMPTS[0], target_seed=3), torch.zeros(3, 16, 16)
+    module._pictures["key"] = wanted
+    for error, ratio in ((0.2, 20), (0.02, 40), (2, 0)):  # of a range of 2
+        values = module.values((wanted + error)[None], [problem])
+        assert float(module.metric(values)) == pytest.approx(ratio, abs=1e-3)
+
+
+def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
+    folder = tmp_path / "run"
+    main([
+        "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "SeedInvariance", "--model.backbone", tiny,
+        "--model.sampling_steps", "3", "--model.seeds", "1", "--model.steps", "2", "--model.target_seeds", "[5, 6]",
+        "--model.stages", "[1]", "--data", "Prompts", "--data.prompts", PROMPTS[0],
+    ])  # fmt: skip
+    found = json.loads((folder / "result.json").read_text())["problems"]
+    assert [problem["target_seed"] for problem in found] == [5, 6]
+    assert len({problem["key"] for problem in found}) == 2
+    main(["predict", "--run", str(folder), "--prompts", PROMPTS[0], "--seeds", "5", "--trainer.accelerator", "cpu"])
+    (path,) = (folder / "pictures").iterdir()
+    module = SeedInvariance(backbone=tiny, sampling_steps=3)
+    (wanted,) = module.pictures([Problem("key", PROMPTS[0], target_seed=5)])
+    with Image.open(path) as picture:
+        drawn = torch.tensor(list(picture.getdata())).view(16, 16, 3).permute(2, 0, 1)
+    assert (((wanted + 1) * 127.5).round() - drawn).abs().max() <= 1
+
+
+def test_batch_equals_its_parts(tiny, tmp_path):
+    module, together = search(tiny, tmp_path / "both", PROMPTS, target_seeds=[1, 2])
+    assert [(p.target, p.target_seed) for p in together] == [(prompt, seed) for prompt in PROMPTS for seed in (1, 2)]
+    one, (alone,) = search(tiny, tmp_path / "one", PROMPTS[1], target_seeds=[2])
+    assert alone.metric_before == pytest.approx(together[3].metric_before, abs=1e-3)
+    torch.testing.assert_close(one.prompt.rows[0], module.prompt.rows[3], atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"stages": [1, 9]}, "go beyond the sampler's 4 calls"),
+        ({"embedding": "arc"}, "--model.towards"),
+        ({"towards": "two dogs"}, "--model.embedding arc"),
+        ({"embedding": "arc", "towards": "two dogs", "unconditional": True}, "--model.unconditional false"),
+    ],
+)
+def test_settings_that_make_no_search_are_refused(settings, told, tiny):
+    with pytest.raises(UserError, match=told):
+        SeedInvariance(backbone=tiny, sampling_steps=3, **settings)
