@@ -99,7 +99,8 @@ class PromptMethod(pl.LightningModule, ABC):
                 if problem.status != "failed":  # what failed is tried again in the next wave
                     self.data.records[problem.key] = problem
             self.data.save()
-            self.take(saved)
+            if saved:  # it has none when an earlier command had nothing left to search
+                self.take(saved)
             self.active, self.stale = torch.tensor(self._resumed["active"]), list(self._resumed["stale"])
             self.data.loader.step = self._resumed["step"]
             self._resumed = None
@@ -110,8 +111,9 @@ class PromptMethod(pl.LightningModule, ABC):
         """Begins a wave: first prompts and a fresh optimiser."""
         if self._resumed or self.active.any():
             return
-        self.take([problem for problem in self.data.own() if problem.status == "open"])
+        self.problems = [problem for problem in self.data.own() if problem.status == "open"]
         if self.problems:
+            self.take(self.problems)
             self.begin_wave()
         self.data.save()
         self.active, self.stale = torch.ones(len(self.problems), dtype=torch.bool), [0] * len(self.problems)

@@ -84,8 +84,6 @@ class SeedInvariance(Steering):
     def take(self, problems: list[Problem]) -> None:
         """Makes problems the wave, and finds what their targets look like after the calls of each stage."""
         super().take(problems)
-        if not problems:
-            return
         if isinstance(self.prompt, PromptArc):
             self.prompt.other = self.encode([str(self.towards)]).prompt_embeds[:, None].float()
         self.starts = self.target_noise(problems)  # (P, C, h, w)

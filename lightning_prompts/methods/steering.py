@@ -68,9 +68,8 @@ class Steering(PromptMethod):
     def take(self, problems: list[Problem]) -> None:
         """Makes problems the wave."""
         super().take(problems)
-        if problems:
-            self.prompt.show(self.initial(problems))
-            self.noise = self.draw_noise(problems, SEARCH, self.seeds)
+        self.prompt.show(self.initial(problems))
+        self.noise = self.draw_noise(problems, SEARCH, self.seeds)
         self.best = self.prompt.initial.clone()
 
     def initial(self, problems: Sequence[Problem]) -> Tensor:
@@ -235,7 +234,7 @@ class Steering(PromptMethod):
         """Goes on with the wave that a checkpoint holds, and with its embeddings on disk."""
         resumed = self._resumed is not None
         super().on_train_start()
-        if resumed:
+        if resumed and self.problems:
             self.best = self._saved_best.to(self.device)
             for problem, embeds in zip(self.problems, self.best, strict=True):
                 if problem.prompt:

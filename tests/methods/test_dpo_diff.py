@@ -467,6 +467,18 @@ def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints,
     assert sorted(drawn) == sorted(whole)
 
 
+def test_finished_run_goes_on_with_nothing_and_then_with_more(tiny, tmp_path):
+    main(run(tiny, tmp_path / "run", PROMPTS[0]))
+    (before,) = problems(tmp_path / "run")
+    for _ in range(2):
+        main([*run(tiny, tmp_path / "run", PROMPTS[0]), "--ckpt_path", "last"])
+        assert problems(tmp_path / "run") == [before]
+    main([*run(tiny, tmp_path / "run"), "--ckpt_path", "last"])
+    first, second = problems(tmp_path / "run")
+    assert first["candidates"] == before["candidates"]
+    assert second["prompt"] == PROMPTS[1]
+
+
 def test_result_tells_what_was_searched(tiny, tmp_path, capsys):
     main(run(tiny, tmp_path / "run"))
     told = capsys.readouterr().out

@@ -275,6 +275,19 @@ def finished(tiny, tmp_path_factory):
     return folder
 
 
+def test_finished_run_goes_on_with_nothing_and_then_with_more(tiny, tmp_path):
+    main(run(tiny, tmp_path / "run", "--data.prompts", PROMPTS[0]))
+    (before,) = problems(tmp_path / "run")
+    for _ in range(2):
+        main(run(tiny, tmp_path / "run", "--data.prompts", PROMPTS[0], "--ckpt_path", "last"))
+        assert problems(tmp_path / "run") == [before]
+    main(run(tiny, tmp_path / "run", "--ckpt_path", "last"))
+    first, second = problems(tmp_path / "run")
+    assert first["metric_after"] == before["metric_after"]
+    assert second["prompt"] == PROMPTS[1]
+    assert len(load_file(tmp_path / "run" / "prompt_embeds.safetensors")) == 2
+
+
 def test_result_tells_what_was_found(finished, tiny):
     for problem, prompt in zip(problems(finished), PROMPTS, strict=True):
         assert problem["target"] == problem["prompt"] == prompt
