@@ -182,7 +182,7 @@ class Code:
 def test_files_that_are_no_weights_are_refused(tmp_path, capsys):
     with pytest.raises(UserError, match=r"no file .*absent\.pth"):
         Aesthetic(str(tmp_path / "absent.pth"))
-    (tmp_path / "code.pth").write_bytes(pickle.dumps({"layers.0.weight": Code()}))
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"layers.0.weight": Code()}, protocol=2))
     with pytest.raises(UserError, match=r"code\.pth is refused"):
         Aesthetic(str(tmp_path / "code.pth"))
     assert capsys.readouterr().out == ""
