@@ -53,6 +53,12 @@ def main(args: Sequence[str] | None = None) -> None:
         _refuse(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("lightning_prompts"):
+            raise
+        _refuse(
+            f"The package {error.name!r} is not installed for {sys.executable}; activate the environment, or run pip install -e ."
+        )
     except OSError as error:
         _refuse(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.")
 

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -426,6 +427,15 @@ def test_classes_from_elsewhere_are_refused(base, tmp_path, capsys, monkeypatch,
 
 def test_arguments_in_the_wrong_order_are_refused(capsys):
     refused(capsys, "--config", "configs/ph2p.yaml", "fit", names=["command comes first", "--config"])
+
+
+def test_package_that_is_not_installed_is_named(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "lightning_prompts.cli", raising=False)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit"])
+    assert stop.value.code == 2
+    assert "'pytorch_lightning' is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
