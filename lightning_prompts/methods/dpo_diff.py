@@ -237,8 +237,7 @@ class DPODiff(PromptMethod):
         self.count(rows, calls * guided * self.seeds)
         for row in rows.tolist():
             self.spend(row, calls / self.backbone.calls(self.sampling_steps, 1))
-        everyone = loss.new_zeros(len(self.problems)).index_put((rows.to(loss.device),), loss)
-        self.step_active(self.optimizers(), everyone, clip=0.025)
+        self.step_active(self.optimizers(), loss, clip=0.025)
         with torch.no_grad():
             most = self.prompt.initial(self.unchanged).clamp(min=3).unsqueeze(2).to(self.device)
             self.prompt.logits.copy_(self.prompt.logits.clamp(min=0).minimum(most))

@@ -121,8 +121,7 @@ class MetricGuidance(Steering):
         )
         calls, guided = self.backbone.calls(self.sampling_steps, 1), 2 if self.guidance_scale > 1 else 1
         self.count(rows, count * guided * (calls + min(self.grad_steps, calls)))
-        everyone = losses.new_zeros(len(self.problems)).index_put((rows.to(losses.device),), losses.mean(1))
-        self.step_active(self.optimizers(), everyone)
+        self.step_active(self.optimizers(), losses.mean(1))
         if self.shift_every and (batch.step + 1) % self.shift_every == 0:
             with torch.no_grad():
                 self.prompt.rows.copy_(shift(self.prompt.rows, self.prompt.initial[:, :, 1:]))

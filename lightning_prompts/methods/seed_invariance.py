@@ -143,8 +143,7 @@ class SeedInvariance(Steering):
             lambda latents, some: self.weight * (1 - F.cosine_similarity(latents.flatten(1), wanted[some], dim=1)), 1, calls,
         )  # fmt: skip
         self.count(rows, count * (calls + 1) * (2 if self.guidance_scale > 1 else 1))
-        everyone = losses.new_zeros(len(self.problems)).index_put((on_device,), losses.view(-1, count).mean(1))
-        self.step_active(self.optimizers(), everyone)
+        self.step_active(self.optimizers(), losses.view(-1, count).mean(1))
         self.log("train/loss", losses.detach().mean(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
