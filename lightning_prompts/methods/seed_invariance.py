@@ -34,7 +34,8 @@ class SeedInvariance(Steering):
         embedding: What trains: all `rows` of the encoded prompt, `one_row` that is repeated, or the place on the `arc` to another
             prompt.
         towards: The text at the other end of the arc.
-        stages: Calls of the denoiser after which each stage compares; one gradient call, the last of these.
+        stages: Calls of the denoiser after which each stage compares.
+        grad_steps: How many of the last of these calls pass a gradient on; 1 in the paper.
         seeds_per_step: New seeds that a step looks at.
         weight: Scale of the loss, one minus the cosine of the latents.
         lr: Step size of AdamOnLion.
@@ -51,6 +52,7 @@ class SeedInvariance(Steering):
         embedding: Literal["rows", "one_row", "arc"] = "rows",
         towards: str | None = None,
         stages: list[Positive] | None = None,
+        grad_steps: Positive = 1,
         seeds_per_step: Positive = 3,
         weight: float = 1e4,
         lr: float = 0.01,
@@ -61,6 +63,7 @@ class SeedInvariance(Steering):
         super().__init__(steps=steps, **kwargs)
         self.target_seeds, self.stages = target_seeds or [0], [int(calls) for calls in stages or (1, 2, 3)]
         self.towards, self.seeds_per_step, self.weight, self.lr, self.eps = towards, seeds_per_step, weight, lr, eps
+        self.grad_steps = grad_steps
         if max(self.stages) > self.backbone.calls(self.sampling_steps, 1):
             raise UserError(
                 f"The stages {self.stages} go beyond the sampler's {self.backbone.calls(self.sampling_steps, 1)} calls; change "
@@ -140,9 +143,10 @@ class SeedInvariance(Steering):
         told, away = self.sides(self.prompt(on_device), count)
         losses = self.judged(
             told, away, noise,
-            lambda latents, some: self.weight * (1 - F.cosine_similarity(latents.flatten(1), wanted[some], dim=1)), 1, calls,
+            lambda latents, some: self.weight * (1 - F.cosine_similarity(latents.flatten(1), wanted[some], dim=1)),
+            min(self.grad_steps, calls), calls,
         )  # fmt: skip
-        self.count(rows, count * (calls + 1) * (2 if self.guidance_scale > 1 else 1))
+        self.count(rows, count * (calls + min(self.grad_steps, calls)) * (2 if self.guidance_scale > 1 else 1))
         self.step_active(self.optimizers(), losses.view(-1, count).mean(1))
         self.log("train/loss", losses.detach().mean(), prog_bar=True)
 
