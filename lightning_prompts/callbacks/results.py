@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -65,20 +65,19 @@ class Results(pl.Callback):
         found = _found(trainer)
         if not self.prompts and not found:
             raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
-        count = len(self.seeds)
-        drawn = (
-            (
-                (file_name(text), text, pl_module.draw([text] * count, noise, self.negative))
-                for text in dict.fromkeys(self.prompts)
-            )
-            if self.prompts
-            else ((p.key, str(p.prompt), pl_module.draw_found(p, noise, self.negative)) for p in found)
-        )
-        for name, text, pictures in drawn:
+        for name, text, pictures in self._drawn(pl_module, found, noise):
             for seed, picture in zip(self.seeds, pictures, strict=True):
                 path = folder.path / "pictures" / f"{name}{without}-seed{seed}.png"
                 atomic_write(path, to_png(to_image(picture)))
                 print(f"{path}  {text}")
+
+    def _drawn(self, module: Any, found: Sequence[Problem], noise: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+        """A name, the text and pictures, one from each noise, of the person's own prompts or else of what was found."""
+        for text in dict.fromkeys(self.prompts):
+            yield file_name(text), text, module.draw([text] * len(noise), noise, self.negative)
+        if not self.prompts:
+            for problem in found:
+                yield problem.key, str(problem.prompt), module.draw_found(problem, noise, self.negative)
 
     def _finish(self, trainer: pl.Trainer, module: Any) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -40,19 +40,14 @@ class Sharpness(Objective):
         return laplacian_variance(pictures)
 
 
-class Blurriness(Objective):
+class Blurriness(Sharpness):
     """Variance of the Laplacian, in [0, inf), lower is blurrier.
 
     Args:
         weight: See `Objective`; the paper's.
     """
 
-    lowest, highest = 0.0, math.inf
     higher_is_better = False
 
     def __init__(self, weight: float = 20.0) -> None:
         super().__init__(weight)
-
-    def forward(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Values (B,) of pictures (B, 3, H, W) in [-1, 1]."""
-        return laplacian_variance(pictures)
