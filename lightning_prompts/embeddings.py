@@ -74,6 +74,12 @@ def farthest(vectors: Tensor, count: int, first: int = 0) -> list[int]:
     return chosen
 
 
+def principal_axes(vectors: Tensor, count: int) -> Tensor:
+    """Directions (count, D), of length 1, in which vectors (V, D) differ most; the largest number of each is above 0."""
+    axes: Tensor = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False).Vh[:count]
+    return axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+
+
 def nearest_rows(rows: Tensor, table: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
     """The tokens whose rows in a table are most similar to some rows, by the cosine.
 

@@ -74,6 +74,15 @@ class Candidate(TypedDict):
     budget: float  # generations spent by then
 
 
+class Move(TypedDict):
+    """Where a person has gone: on the arc to a text."""
+
+    text: str
+    candidate: int  # its number in its round, from 0
+    strength: float  # how far it went, 1 is all the way
+    others: int  # rounds without a move before it
+
+
 @dataclass
 class Problem:
     """One independent problem and the best that was found for it so far. Losses are better lower, similarities higher."""
@@ -118,6 +127,8 @@ class Problem:
     values_after: dict[str, list[float]] | None = None
     fresh_values_before: dict[str, list[float]] | None = None
     fresh_values_after: dict[str, list[float]] | None = None
+    moves: list[Move] = field(default_factory=list)  # of a person who chooses, oldest first
+    others: int = 0  # rounds since then in which none of the candidates was liked
     budget: float | None = None  # generations that the search has spent
     similarity: float | None = None  # of the prompt to the person's, by the sentence encoder
     candidates: list[Candidate] = field(default_factory=list)  # evaluated, in their order
@@ -387,10 +398,9 @@ def _choices(record: dict[str, Any]) -> dict[str, Any]:
 
 def _steered(record: dict[str, Any]) -> dict[str, Any]:
     """What a method that moves encoded prompts has to tell."""
-    if record["metric_before"] is None:
-        return {}
-    told = {name: record[name] for name in _STEERED}
-    return told if record["target_seed"] is None else {"target_seed": record["target_seed"], **told}
+    told = {name: record[name] for name in ("target_seed", *_STEERED)} if record["metric_before"] else {}
+    told |= {name: record[name] for name in ("moves", "heldout_before", "heldout_after")} if record["moves"] else {}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def to_json(value: Any, default: Callable[[Any], Any] | None = None) -> bytes:

@@ -4,6 +4,7 @@ from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.methods.baselines import ClipWords, RandomTokens
 from lightning_prompts.methods.dpo_diff import DPODiff
 from lightning_prompts.methods.gcg import GCG
+from lightning_prompts.methods.human_feedback import HumanFeedback
 from lightning_prompts.methods.metric_guidance import MetricGuidance
 from lightning_prompts.methods.pez import PEZ
 from lightning_prompts.methods.ph2p import PH2P
@@ -16,6 +17,7 @@ __all__ = [
     "PH2P",
     "ClipWords",
     "DPODiff",
+    "HumanFeedback",
     "MetricGuidance",
     "PromptMethod",
     "RandomTokens",

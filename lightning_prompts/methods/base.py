@@ -53,6 +53,7 @@ class PromptMethod(pl.LightningModule, ABC):
     prompt: TokenEmbeddings | WordChoices | PromptEmbeds | PromptArc
     problems: list[Problem]
     data_class: type[ProblemData]
+    together: int | None = None  # problems of a wave; None for all that are open
     decisive: frozenset[str] = frozenset()  # settings that other searches can go on without
 
     def __init__(
@@ -111,7 +112,7 @@ class PromptMethod(pl.LightningModule, ABC):
         """Begins a wave: first prompts and a fresh optimiser."""
         if self._resumed or self.active.any():
             return
-        self.problems = [problem for problem in self.data.own() if problem.status == "open"]
+        self.problems = [problem for problem in self.data.own() if problem.status == "open"][: self.together]
         if self.problems:
             self.take(self.problems)
             self.begin_wave()

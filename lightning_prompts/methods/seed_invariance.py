@@ -17,6 +17,7 @@ from lightning_prompts.data.problems import Step
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering import Steering
+from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
 from lightning_prompts.optimizers import AdamOnLion
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptArc, PromptEmbeds
@@ -26,18 +27,25 @@ from lightning_prompts.ranges import Positive
 class SeedInvariance(Steering):
     """Moves an encoded prompt until every seed draws the picture that the prompt draws from one seed, the target's.
 
-    The search goes through stages. In each it looks at the clean latents that are predicted after some calls of the denoiser, and
-    brings other seeds in gradually: the noise goes on an arc from the target's to theirs, all the way.
+    The search goes through stages. In each it compares what is predicted after some calls of the denoiser, and brings other seeds
+    in gradually: the noise goes on an arc from the target's to theirs, all the way.
+
+    The paper compares latents after 1, 2 and 3 calls, with a gradient through the last one. That hardly changes the pictures; what
+    changes them is the default: the finished pictures by a CLIP, with a gradient through all calls.
 
     Args:
         target_seeds: Seeds, as those of `predict`, whose pictures are wanted; each is a problem of its own.
         embedding: What trains: all `rows` of the encoded prompt, `one_row` that is repeated, or the place on the `arc` to another
             prompt.
         towards: The text at the other end of the arc.
-        stages: Calls of the denoiser after which each stage compares.
-        grad_steps: How many of the last of these calls pass a gradient on; 1 in the paper.
-        seeds_per_step: New seeds that a step looks at.
-        weight: Scale of the loss, one minus the cosine of the latents.
+        compare: What is compared, by the cosine: `clip`, the features of the pictures by the CLIP that goes with the backbone, or
+            the `latents`.
+        clip: Folder or hub id of another CLIP.
+        stages: Calls of the denoiser after which each stage compares; None for a stage after all of them.
+        grad_steps: How many of the last of these calls pass a gradient on; None for all.
+        ramp: Share of a stage in which the noise goes from the target's to the new seeds'; 1 in the paper.
+        seeds_per_step: New seeds that a step looks at; 3 in the paper.
+        weight: Scale of the loss, one minus the cosine.
         lr: Step size of AdamOnLion.
         eps: Added to the root of its second moment.
         **kwargs: See `Steering`.
@@ -51,24 +59,32 @@ class SeedInvariance(Steering):
         target_seeds: list[int] | None = None,
         embedding: Literal["rows", "one_row", "arc"] = "rows",
         towards: str | None = None,
+        compare: Literal["clip", "latents"] = "clip",
+        clip: str | None = None,
         stages: list[Positive] | None = None,
-        grad_steps: Positive = 1,
+        grad_steps: Positive | None = None,
+        ramp: float = 0.3,
         seeds_per_step: Positive = 3,
         weight: float = 1e4,
         lr: float = 0.01,
         eps: float = 1e-3,
-        steps: Positive = 120,
+        steps: Positive = 60,
         **kwargs: Any,
     ) -> None:
         super().__init__(steps=steps, **kwargs)
-        self.target_seeds, self.stages = target_seeds or [0], [int(calls) for calls in stages or (1, 2, 3)]
+        calls = self.backbone.calls(self.sampling_steps, 1)
+        self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
         self.towards, self.seeds_per_step, self.weight, self.lr, self.eps = towards, seeds_per_step, weight, lr, eps
-        self.grad_steps = grad_steps
-        if max(self.stages) > self.backbone.calls(self.sampling_steps, 1):
+        self.grad_steps, self.ramp = int(grad_steps or calls), ramp
+        if max(self.stages) > calls:
             raise UserError(
-                f"The stages {self.stages} go beyond the sampler's {self.backbone.calls(self.sampling_steps, 1)} calls; change "
-                "--model.stages or --model.sampling_steps."
+                f"The stages {self.stages} go beyond the sampler's {calls} calls; change --model.stages or --model.sampling_steps."
             )
+        if not 0 <= ramp <= 1:
+            raise UserError(f"The ramp is a share of a stage from 0 to 1, not {ramp:g}; change --model.ramp.")
+        self.clip = None
+        if compare == "clip":
+            self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline)
         if (embedding == "arc") != (towards is not None):
             raise UserError(
                 "An arc leads to another prompt; give --model.embedding arc and --model.towards, or neither."
@@ -94,14 +110,18 @@ class SeedInvariance(Steering):
         found: list[Tensor] = []
 
         def look(latents: Tensor, some: Tensor) -> Tensor:
-            found.append(latents)
+            found.append(self.seen(latents))
             return latents.flatten(1).sum(1)
 
-        self.wanted: dict[int, Tensor] = {}  # (P, C, h, w) by stage
+        self.wanted: dict[int, Tensor] = {}  # (P, E) by stage
         for calls in set(self.stages):
             found.clear()
             self.judged(told, away, self.starts, look, calls=calls)
             self.wanted[calls] = torch.cat(found)
+
+    def seen(self, latents: Tensor) -> Tensor:
+        """What is compared of clean latents (B, C, h, w): vectors (B, E)."""
+        return self.clip.features(self.backbone.decode(latents)) if self.clip else latents.flatten(1)
 
     def target_noise(self, problems: Sequence[Problem]) -> Tensor:
         """Noise (P, C, h, w) of the seeds whose pictures are wanted."""
@@ -129,7 +149,7 @@ class SeedInvariance(Steering):
     def stage(self, step: int) -> tuple[int, float]:
         """Calls of the denoiser that a step looks at, and how far its noise is on the way from the target's: 0 to 1, included."""
         length = -(-self.steps // len(self.stages))
-        return self.stages[step // length], (step % length + 1) / length
+        return self.stages[step // length], min(1.0, (step % length + 1) / max(1.0, self.ramp * length))
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step towards the target's latents on new seeds."""
@@ -139,11 +159,11 @@ class SeedInvariance(Steering):
         on_device = rows.to(self.device)
         starts = self.starts[on_device].unsqueeze(1).expand_as(others)
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
-        wanted = self.wanted[calls][on_device].repeat_interleave(count, 0).flatten(1)
+        wanted = self.wanted[calls][on_device].repeat_interleave(count, 0)
         told, away = self.sides(self.prompt(on_device), count)
         losses = self.judged(
             told, away, noise,
-            lambda latents, some: self.weight * (1 - F.cosine_similarity(latents.flatten(1), wanted[some], dim=1)),
+            lambda latents, some: self.weight * (1 - F.cosine_similarity(self.seen(latents), wanted[some], dim=1)),
             min(self.grad_steps, calls), calls,
         )  # fmt: skip
         self.count(rows, count * (calls + min(self.grad_steps, calls)) * (2 if self.guidance_scale > 1 else 1))

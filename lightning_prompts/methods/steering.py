@@ -90,7 +90,7 @@ class Steering(PromptMethod):
 
     @abstractmethod
     def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """What is measured of pictures (B, 3, H, W) in [-1, 1] of B problems: values (B,) by name."""
+        """What is measured of pictures (B, 3, H, W) in [-1, 1] of B problems: values (B,) by name, if anything is."""
 
     @abstractmethod
     def metric(self, values: dict[str, Tensor]) -> Tensor:
@@ -188,7 +188,7 @@ class Steering(PromptMethod):
         drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
         scores.compare(self, problems, *drawn)
         before, after = (self.values_of(pictures, problems) for pictures in drawn)
-        for p, problem in enumerate(problems):
+        for p, problem in enumerate(problems if before else []):
             problem.fresh_metric_before, problem.fresh_metric_after = (
                 self.metric(x)[p].tolist() for x in (before, after)
             )

@@ -24,7 +24,9 @@ PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
 
 
 def search(tiny, folder, prompts=PROMPTS[0], **settings):
-    settings = {"sampling_steps": 3, "seeds": 2, "steps": 6, "stages": [1, 2], "lr": 0.05, "sample_every": 0} | settings
+    settings = {
+        "sampling_steps": 3, "seeds": 2, "steps": 6, "compare": "latents", "stages": [1, 2], "lr": 0.05, "sample_every": 0,
+    } | settings  # fmt: skip
     module, data = SeedInvariance(backbone=tiny, **settings), Prompts(prompts)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})
     trainer.fit(module, datamodule=data)
@@ -32,22 +34,38 @@ def search(tiny, folder, prompts=PROMPTS[0], **settings):
 
 
 def test_seeds_come_in_all_the_way_in_each_stage(tiny):
-    module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=10, stages=[1, 3])
+    settings = {"backbone": tiny, "sampling_steps": 3, "compare": "latents"}
+    module = SeedInvariance(**settings, steps=10, stages=[1, 3], ramp=1.0)
     assert [module.stage(step)[0] for step in range(10)] == [1] * 5 + [3] * 5
     assert [module.stage(step)[1] for step in range(10)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0] * 2)
-    uneven = SeedInvariance(backbone=tiny, sampling_steps=3, steps=7, stages=[1, 2, 3])
+    uneven = SeedInvariance(**settings, steps=7, stages=[1, 2, 3], ramp=1.0)
     assert [uneven.stage(step)[0] for step in range(7)] == [1, 1, 1, 2, 2, 2, 3]
 
 
-@pytest.mark.parametrize(("embedding", "grad_steps"), [("rows", 1), ("rows", 2), ("one_row", 1), ("arc", 1)])
-def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, tiny, monkeypatch):
+def test_by_default_a_stage_looks_at_the_end_and_soon_at_real_seeds(tiny):
+    module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=10)
+    assert {module.stage(step)[0] for step in range(10)} == {module.backbone.calls(3, 1)} == {module.grad_steps}
+    assert [module.stage(step)[1] for step in range(10)] == pytest.approx([1 / 3, 2 / 3, *[1.0] * 8])
+
+
+@pytest.mark.parametrize(
+    ("embedding", "grad_steps", "compare"),
+    [
+        ("rows", 1, "latents"),
+        ("rows", 2, "latents"),
+        ("one_row", 1, "latents"),
+        ("arc", 1, "latents"),
+        ("rows", 2, "clip"),
+    ],
+)
+def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, compare, tiny, monkeypatch):
     """In float64, against finite differences of the clean latents that the second call predicts."""
     towards = {"towards": PROMPTS[1]} if embedding == "arc" else {}
     module = SeedInvariance(
         backbone=tiny, sampling_steps=3, steps=4, stages=[2], seeds_per_step=2, embedding=embedding, target_seeds=[4],
-        grad_steps=grad_steps, **towards
+        grad_steps=grad_steps, ramp=1.0, compare=compare, **towards
     )  # fmt: skip
-    module.backbone.double()
+    module.double()
     scheduler = DDIMScheduler.from_config(module.backbone.scheduler.config, clip_sample=False)
     module.backbone.scheduler = scheduler
     problem = Problem("key", PROMPTS[0], target_seed=4)
@@ -77,7 +95,12 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, t
             output = outputs[0] + module.guidance_scale * (outputs[1] - outputs[0])
             found = scheduler.step(output, t, latents)
             if i == 1:
-                return found.pred_original_sample
+                if compare == "latents":
+                    return found.pred_original_sample
+                vae = module.backbone.vae
+                pictures = vae.decode(found.pred_original_sample / vae.config.scaling_factor).sample.clamp(-1, 1)
+                pictures = F.interpolate(pictures, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+                return module.clip.clip.get_image_features(pixel_values=pictures).pooler_output
             latents = found.prev_sample
         return None
 
@@ -96,7 +119,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, t
 
     with torch.no_grad():
         fixed = module.prompt(torch.tensor([0]))[0, 0].clone()
-        assert float(loss) == pytest.approx(float(reference()), rel=1e-6)
+        assert float(loss) == pytest.approx(float(reference()), rel=1e-6, abs=1e-2 if compare == "clip" else 0)
         direction, ends = torch.randn_like(module.parameter), []
         step = 3e-3 if embedding == "arc" else 1e-5  # at the arc's beginning little changes
         for sign in (1, -1):
@@ -119,7 +142,7 @@ def test_what_is_found(embedding, tiny, tmp_path):
 
 
 def test_metric_is_the_signal_to_noise_ratio(tiny):
-    module = SeedInvariance(backbone=tiny, sampling_steps=3)
+    module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents")
     problem, wanted = Problem("key", PROMPTS[0], target_seed=3), torch.zeros(3, 16, 16)
     module._pictures["key"] = wanted
     for error, ratio in ((0.2, 20), (0.02, 40), (2, 0)):  # of a range of 2
@@ -132,14 +155,14 @@ def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
     main([
         "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "SeedInvariance", "--model.backbone", tiny,
         "--model.sampling_steps", "3", "--model.seeds", "1", "--model.steps", "2", "--model.target_seeds", "[5, 6]",
-        "--model.stages", "[1]", "--data", "Prompts", "--data.prompts", PROMPTS[0],
+        "--model.compare", "latents", "--model.stages", "[1]", "--data", "Prompts", "--data.prompts", PROMPTS[0],
     ])  # fmt: skip
     found = json.loads((folder / "result.json").read_text())["problems"]
     assert [problem["target_seed"] for problem in found] == [5, 6]
     assert len({problem["key"] for problem in found}) == 2
     main(["predict", "--run", str(folder), "--prompts", PROMPTS[0], "--seeds", "5", "--trainer.accelerator", "cpu"])
     (path,) = (folder / "pictures").iterdir()
-    module = SeedInvariance(backbone=tiny, sampling_steps=3)
+    module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents")
     (wanted,) = module.pictures([Problem("key", PROMPTS[0], target_seed=5)])
     with Image.open(path) as picture:
         drawn = torch.tensor(list(picture.getdata())).view(16, 16, 3).permute(2, 0, 1)
@@ -158,6 +181,7 @@ def test_batch_equals_its_parts(tiny, tmp_path):
     ("settings", "told"),
     [
         ({"stages": [1, 9]}, "go beyond the sampler's 4 calls"),
+        ({"ramp": 1.5}, "from 0 to 1, not 1.5"),
         ({"embedding": "arc"}, "--model.towards"),
         ({"towards": "two dogs"}, "--model.embedding arc"),
         ({"embedding": "arc", "towards": "two dogs", "unconditional": True}, "--model.unconditional false"),
@@ -165,4 +189,4 @@ def test_batch_equals_its_parts(tiny, tmp_path):
 )
 def test_settings_that_make_no_search_are_refused(settings, told, tiny):
     with pytest.raises(UserError, match=told):
-        SeedInvariance(backbone=tiny, sampling_steps=3, **settings)
+        SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents", **settings)

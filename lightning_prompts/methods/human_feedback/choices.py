@@ -1,0 +1,108 @@
+"""What is shown to whoever chooses, what they can answer, and a chooser for studies who wants a picture."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.backbones import Backbone
+from lightning_prompts.data.images import load_image, to_tensor
+from lightning_prompts.errors import UserError
+from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+
+
+@dataclass(frozen=True)
+class Round:
+    """One question: where to go from here.
+
+    Attributes:
+        prompt: The person's prompt.
+        pictures: What is drawn at the prompt, after each of H moves, and so here: H + 1 pictures (3, H, W) in [-1, 1].
+        texts: The C candidates' texts.
+        trail: Where these pictures are on the map, (H + 1, 2).
+        ends: Where the C candidates are on it, (C, 2).
+        draw: Draws a candidate at a strength between 0, which is here, and 1, from the noise of the other pictures.
+        stopped: Whether the run has been told to stop.
+    """
+
+    prompt: str
+    pictures: list[Tensor]
+    texts: list[str]
+    trail: Tensor
+    ends: Tensor
+    draw: Callable[[int, float], Tensor]
+    stopped: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An answer.
+
+    Attributes:
+        action: Go to a candidate, see other candidates, take the last move back, or finish.
+        candidate: Its number, from 0.
+        strength: How far to go, from 0 to 1.
+    """
+
+    action: Literal["go", "others", "undo", "finish"]
+    candidate: int = 0
+    strength: float = 1.0
+
+
+class Chooser(ABC):
+    """A source of choices."""
+
+    @abstractmethod
+    def open(self, backbone: Backbone, offline: bool) -> None:
+        """Prepares, before the search."""
+
+    @abstractmethod
+    def choose(self, question: Round) -> Choice | None:
+        """Answers, however long it takes; None when the run has been told to stop meanwhile."""
+
+    @abstractmethod
+    def close(self, last_words: str) -> None:
+        """Ends, after the search."""
+
+
+class Scripted(Chooser):
+    """Wants a picture, and goes to what looks most like it to the CLIP that goes with the backbone; for tests and studies.
+
+    Args:
+        wants: The picture's file.
+        strengths: How far it tries to go to the candidate that it likes most. If it likes where it is more, it asks for others.
+        clip: Folder or hub id of another CLIP.
+    """
+
+    def __init__(self, wants: str, strengths: Sequence[float] = (1.0,), clip: str | None = None) -> None:
+        if not strengths or not all(0 < strength <= 1 for strength in strengths):
+            raise UserError(
+                f"The chooser's strengths are between 0 and 1, not {list(strengths)}; give such as [0.5, 1.0]."
+            )
+        self.wants, self.strengths, self.clip_name = wants, list(strengths), clip
+
+    def open(self, backbone: Backbone, offline: bool) -> None:
+        """Looks at the wanted picture."""
+        self.clip = ClipSimilarity(self.clip_name or clip_of(backbone.name), offline)
+        self.wanted = self.clip.features(to_tensor(load_image(self.wants, backbone.image_size))[None])
+
+    def likes(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Similarity (B,) of B pictures (3, H, W) and the wanted one."""
+        return self.clip.features(torch.stack(list(pictures))) @ self.wanted[0]
+
+    def choose(self, question: Round) -> Choice | None:
+        """Goes to the most similar."""
+        seen = self.likes([question.pictures[-1], *(question.draw(i, 1.0) for i in range(len(question.ends)))])
+        best = int(seen[1:].argmax())
+        tried = self.likes([question.draw(best, strength) for strength in self.strengths])
+        if tried.max() <= seen[0]:
+            return Choice("others")
+        return Choice("go", best, self.strengths[int(tried.argmax())])
+
+    def close(self, last_words: str) -> None:
+        """Has nothing to end."""

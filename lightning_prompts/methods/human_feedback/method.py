@@ -1,0 +1,234 @@
+"""Iterative human feedback: manipulating embeddings of Stable Diffusion prompts (arXiv 2308.12059, section 3.2)."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.data.addresses import address
+from lightning_prompts.data.problems import Step
+from lightning_prompts.embeddings import farthest, principal_axes, slerp
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.human_feedback.choices import Choice, Chooser, Round
+from lightning_prompts.methods.human_feedback.page import Page
+from lightning_prompts.methods.steering import Steering
+from lightning_prompts.problems import Move, Problem
+from lightning_prompts.prompts import PromptEmbeds
+from lightning_prompts.ranges import Positive
+from lightning_prompts.vocabulary import allowed_tokens, token_lists
+
+log = logging.getLogger(__name__)
+
+
+class HumanFeedback(Steering):
+    """Moves an encoded prompt to where a person likes its pictures.
+
+    Every round shows candidates: random variations of the text that one was last heading for, of which those are taken that are
+    farthest apart once they are encoded. The person chooses one and how far to go on the arc to it. The record keeps the moves,
+    from which the way can be gone again. One prompt comes after the other.
+
+    Args:
+        chooser: Who chooses: a person on a `Page`, or `Scripted`.
+        candidates: Pictures of a round.
+        texts: Variations of a round, among which candidates are chosen.
+        changes: Words at most that a variation adds, exchanges or leaves out.
+        words: What it adds; None for all whole words of the vocabulary.
+        steps: Answers after which a search is finished anyway.
+        **kwargs: See `Steering`.
+    """
+
+    together = 1
+    prompt: PromptEmbeds
+    at: list[Tensor]  # encoded prompts (S, L, D) on the way, from the person's to here
+    drawn: list[Tensor]  # their pictures
+    axes: Tensor  # of the map, (2, D)
+
+    def __init__(
+        self,
+        *,
+        chooser: Chooser | None = None,
+        candidates: Positive = 5,
+        texts: Positive = 100,
+        changes: Positive = 1,
+        words: list[str] | None = None,
+        steps: Positive = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(unconditional=False, steps=steps, **kwargs)
+        if texts < candidates:
+            raise UserError(
+                f"There cannot be {candidates} candidates from {texts} texts; raise --model.texts or lower --model.candidates."
+            )
+        self.chooser, self.candidates, self.texts, self.changes = chooser or Page(), candidates, texts, changes
+        if words is None:
+            allowed = allowed_tokens(self.tower.tokenizer).nonzero()
+            words = [word.strip() for word in self.tower.tokenizer.batch_decode(allowed)]
+            words = [word for word in words if word.isalpha()]
+        if not words:
+            raise UserError("--model.words has no words; give some, or leave it out.")
+        self.words = words
+        self.finished: set[str] = set()
+
+    # --- where one is
+
+    def begin_wave(self) -> None:
+        """Starts from the encoded prompt, or where a person has stopped."""
+        self.prompt.begin()
+        self.stay()
+
+    @torch.no_grad()
+    def take(self, problems: list[Problem]) -> None:
+        """Makes a problem the wave, and goes its way again."""
+        super().take(problems)
+        self.at, self.drawn = [], []
+        self.arrive(self.initial(problems)[0])
+        self.axes = principal_axes(self.encoded(self.variations(problems[0], [], 0))[:, 0, -1], 2)
+        for move in problems[0].moves:
+            self.arrive(slerp(self.at[-1], self.encoded([move["text"]])[0], move["strength"]))
+
+    def arrive(self, embeds: Tensor) -> None:
+        """Makes an encoded prompt (S, L, D) where one is."""
+        self.at.append(embeds)
+        self.drawn.append(self.picture(embeds))
+
+    @torch.no_grad()
+    def stay(self) -> None:
+        """Makes where one is the prompt."""
+        self.prompt.rows.copy_(self.at[-1][None, :, 1:])
+
+    def encoded(self, texts: Sequence[str]) -> Tensor:
+        """Encoded texts (T, S, L, D)."""
+        return self.encode(texts).prompt_embeds.unsqueeze(1).float()
+
+    def picture(self, embeds: Tensor) -> Tensor:
+        """What an encoded prompt (S, L, D) draws, (3, H, W), always from the same noise."""
+        return self.draw_embeds(embeds[None], self.noise[:, :1])[0, 0]
+
+    def places(self, embeds: Sequence[Tensor]) -> Tensor:
+        """Where N encoded prompts (S, L, D) are on the map, (N, 2): by their last rows, from the person's prompt."""
+        return (torch.stack([x[0, -1] for x in embeds]) - self.at[0][0, -1]) @ self.axes.T
+
+    # --- where one could go
+
+    def variations(self, problem: Problem, moves: Sequence[Move], others: int) -> list[str]:
+        """The texts of a round; the same ones whenever it is asked for."""
+        rng = random.Random(address(self.data.seed, problem.key, len(moves), others))
+        text = moves[-1]["text"] if moves else problem.target
+        found: list[str] = []
+        while len(found) < self.texts:
+            varied = text.split()
+            for _ in range(rng.randint(1, int(self.changes))):
+                varied = vary(varied, self.words, rng)
+            if len(token_lists(self.tower.tokenizer, [" ".join(varied)])[0]) <= self.tower.length - 2:
+                found.append(" ".join(varied))
+        return found
+
+    @torch.no_grad()
+    def search(self, batch: Step, rows: Tensor) -> None:
+        """One round: what is chosen becomes where one is."""
+        (problem,) = self.problems
+        texts = self.variations(problem, problem.moves, problem.others)
+        ends = self.encoded(texts)
+        chosen = farthest(torch.cat([self.at[-1][None], ends])[:, 0, -1], 1 + int(self.candidates))[1:]
+        texts, ends = [texts[i - 1] for i in chosen], ends[[i - 1 for i in chosen]]
+
+        @cache
+        def draw(candidate: int, strength: float) -> Tensor:
+            return self.picture(slerp(self.at[-1], ends[candidate], strength))
+
+        question = Round(
+            problem.target, self.drawn, texts, self.places(self.at), self.places(list(ends)), draw, lambda: self.stopped
+        )
+        try:
+            choice = self.chooser.choose(question)
+        except BaseException:  # also Ctrl-C; Lightning calls no hook of a method then
+            self.chooser.close("The run was stopped. What was chosen is kept.")
+            raise
+        if choice:
+            self.answer(problem, choice, texts, ends)
+        self.stay()
+
+    def answer(self, problem: Problem, choice: Choice, texts: Sequence[str], ends: Tensor) -> None:
+        """Does what was chosen."""
+        if choice.action == "finish":
+            self.finished.add(problem.key)
+        elif choice.action == "others":
+            problem.others += 1
+        elif choice.action == "undo" and problem.moves:
+            problem.others = problem.moves.pop()["others"]
+            self.at.pop()
+            self.drawn.pop()
+        elif choice.action == "go":
+            text = texts[choice.candidate]
+            problem.moves.append(
+                Move(text=text, strength=choice.strength, candidate=choice.candidate, others=problem.others)
+            )
+            problem.others = 0
+            self.arrive(slerp(self.at[-1], ends[choice.candidate], choice.strength))
+            log.info("%s: move %d, %.2f of the way to %r", problem.target, len(problem.moves), choice.strength, text)
+
+    # --- what is kept
+
+    def score(self) -> list[Problem]:
+        """Keeps where one is, which is the best by definition."""
+        (problem,) = self.problems
+        problem.prompt = problem.target
+        self.best = self.at[-1][None]
+        self.data.folder.save_embeds(problem.key, self.file([problem], self.best))
+        return [problem]
+
+    def retire(self, last: bool) -> list[Problem]:
+        """Finishes what the person has finished."""
+        finished = super().retire(last or self.problems[0].key in self.finished)
+        for problem in finished:
+            if not problem.moves:
+                problem.status, problem.reason = "not improved", "Nothing was chosen."
+        return finished
+
+    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        """Nothing: what a person likes is not measured."""
+        return {}
+
+    def metric(self, values: dict[str, Tensor]) -> Tensor:
+        """There is none."""
+        raise UserError("What a person has chosen has no score to validate; look at grid.png, or run `test`.")
+
+    # --- the source of choices
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run has been told to stop."""
+        return self.trainer.should_stop or self.trainer.received_sigterm
+
+    def on_fit_start(self) -> None:
+        """Opens it."""
+        self.chooser.open(self.backbone, self.offline)
+
+    def on_train_end(self) -> None:
+        """Closes it; the results are written."""
+        self.chooser.close(f"Finished. The files are in {self.data.folder.path}.")
+
+    def on_train_start(self) -> None:
+        """Goes on where the records are, which may be newer than a checkpoint."""
+        newest = {key: (list(problem.moves), problem.others) for key, problem in self.data.records.items()}
+        if self._resumed:
+            for record in self._resumed["records"]:
+                record["moves"], record["others"] = newest.get(record["key"], ([], 0))
+        super().on_train_start()
+
+
+def vary(text: Sequence[str], words: Sequence[str], rng: random.Random) -> list[str]:
+    """The words of a text with one added, exchanged or, unless it is the only one, left out."""
+    change, varied = rng.choice(["add", "exchange", "leave out"]), list(text)
+    place = rng.randrange(len(text) + (change == "add"))
+    if change == "leave out" and len(text) > 1:
+        del varied[place]
+    else:
+        varied[place : place + (change != "add")] = [rng.choice(words)]
+    return varied

@@ -1,0 +1,248 @@
+"""The page on which a person chooses: gradio, on this machine alone."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from lightning_prompts.backbones import Backbone
+from lightning_prompts.callbacks.grid import to_image
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.human_feedback.choices import Choice, Chooser, Round
+
+log = logging.getLogger(__name__)
+
+HOST, SIDE, TICK = "127.0.0.1", 256, 0.25  # pixels of a small picture on the page; seconds between looks at what is new
+KEYS = """<script>
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input:not([type=radio]), textarea")) return;
+  const chosen = document.querySelectorAll("#candidate input")[Number(event.key) - 1];
+  const button = document.querySelector({g: "#go", o: "#others", u: "#undo", f: "#finish"}[event.key] || "#none");
+  (chosen || button)?.click();
+});
+</script>"""
+HELP = "Keys: **1** to **9** choose a candidate, arrows on the slider change the strength, **g** goes, **o** shows others, **u** undoes, **f** finishes."
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page shows; it never changes, another one takes its place."""
+
+    number: int = 0
+    question: int = 0
+    status: str = "The first pictures are being drawn."
+    ready: bool = False
+    trail: list[Image.Image] = field(default_factory=list)
+    candidates: list[tuple[Image.Image, str]] = field(default_factory=list)
+    preview: Image.Image | None = None
+    plane: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a person has asked for on the page, and of which question."""
+
+    question: int
+    choice: Choice
+    look: bool = False  # at what it would give
+
+
+class Page(Chooser):
+    """A page that shows the candidates and takes the person's choices; it ends with the run.
+
+    Everything that it shows is the run's, so it can be reloaded or closed and opened again.
+
+    Args:
+        port: Where it listens on 127.0.0.1; None for the first free one from 7860.
+        show: Open it in the browser.
+    """
+
+    def __init__(self, port: int | None = None, show: bool = True) -> None:
+        if port is not None and not 0 < port < 65536:
+            raise UserError(f"A port is a number from 1 to 65535, not {port}; change --model.chooser.port.")
+        self.port, self.show = port, show
+        self.view = View()
+        self.asked: queue.Queue[Asked] = queue.Queue()
+        self.server: Any = None
+        self.seen = 0  # the newest view that a browser has
+
+    # --- the run's side
+
+    def open(self, backbone: Backbone, offline: bool) -> None:
+        """Starts the server."""
+        try:
+            import gradio
+        except ModuleNotFoundError:
+            raise UserError(
+                "The page needs gradio, which is not installed; run pip install 'lightning-prompts[page]'."
+            ) from None
+        if self.port is not None and not _free(self.port):
+            raise UserError(
+                f"Port {self.port} is in use; give --model.chooser.port another one, or none to take one that is free."
+            )
+        self.server = self.build(gradio)
+        _, address, _ = self.server.launch(
+            server_name=HOST, server_port=self.port, share=False, inbrowser=self.show, quiet=True, prevent_thread_lock=True,
+            ssr_mode=False, theme=gradio.themes.Default(font="sans-serif", font_mono="monospace"), head=KEYS, footer_links=[],
+        )  # fmt: skip
+        log.info("Choose on %s; Ctrl-C stops, and what is chosen by then is kept.", address)
+
+    def choose(self, question: Round) -> Choice | None:
+        """Draws the candidates onto the page and waits for an answer."""
+        moves, count, number = len(question.trail) - 1, len(question.ends), self.view.question + 1
+        self.publish(
+            question=number, ready=False, trail=[_shown(x) for x in question.pictures], candidates=[], preview=None,
+            plane=_plane(question),
+        )  # fmt: skip
+        for i in range(count):
+            self.publish(status=f"**{question.prompt}**: drawing candidate {i + 1} of {count}.")
+            candidate = _shown(question.draw(i, 1.0)), f"{i + 1}  {question.texts[i]}"
+            self.publish(candidates=[*self.view.candidates, candidate])
+        self.publish(ready=True, status=f"**{question.prompt}** after move {moves}: which one do you like?")
+        while not question.stopped():
+            try:
+                asked = self.asked.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if asked.question != number:  # a second click on what has been answered
+                continue
+            if not asked.look:
+                self.publish(ready=False, status=f"**{question.prompt}**: on the way.")
+                return asked.choice
+            self.publish(preview=_shown(question.draw(asked.choice.candidate, asked.choice.strength)))
+        return None
+
+    def publish(self, **changes: Any) -> None:
+        """Shows something new."""
+        self.view = replace(self.view, number=self.view.number + 1, **changes)
+
+    def close(self, last_words: str) -> None:
+        """Says what has become of the run, waits until a page that is open has said it, and stops the server."""
+        if self.server is None:
+            return
+        self.publish(status=last_words, ready=False, candidates=[], preview=None)
+        until = time.monotonic() + 4 * TICK
+        while self.seen < self.view.number and time.monotonic() < until:
+            time.sleep(TICK / 4)
+        self.server.close(verbose=False)
+        self.server = None
+
+    # --- the browser's side
+
+    def build(self, gradio: Any) -> Any:
+        """The page's parts and what they do."""
+        with gradio.Blocks(title="Which one do you like?", analytics_enabled=False, delete_cache=(600, 600)) as page:
+            shown: dict[str, Any] = {"interactive": False, "buttons": [], "height": SIDE}
+            number, question = gradio.State(-1), gradio.State(0)
+            status = gradio.Markdown(self.view.status, elem_id="status")
+            gallery = gradio.Gallery(
+                label="Candidates", columns=5, fit_columns=False, allow_preview=False, elem_id="candidates", **shown
+            )
+            candidate = gradio.Radio(label="Candidate", choices=[], elem_id="candidate")
+            strength = gradio.Slider(0, 1, 1, step=0.05, label="Strength", elem_id="strength")
+            with gradio.Row():
+                buttons = [
+                    gradio.Button(text, elem_id=name, variant="primary" if name == "go" else "secondary")
+                    for name, text in (("go", "Go there"), ("others", "Others"), ("undo", "Undo"), ("finish", "Finish"))
+                ]
+            with gradio.Row():
+                here = gradio.Image(label="Here", elem_id="here", **shown)
+                preview = gradio.Image(label="There, at this strength", elem_id="preview", **shown)
+                plane = gradio.Image(label="Map", elem_id="map", **shown)
+            trail = gradio.Gallery(
+                label="The way here", columns=10, fit_columns=False, elem_id="trail", **shown | {"height": 140}
+            )
+            gradio.Markdown(HELP)
+            parts = [number, question, status, gallery, candidate, *buttons, here, preview, plane, trail]
+
+            def refresh(had: int, had_question: int) -> list[Any]:
+                view = self.view
+                self.seen = max(self.seen, had)
+                if had == view.number:
+                    return [gradio.skip() for _ in parts]
+                count, ready = len(view.candidates), view.ready
+                names = [str(i + 1) for i in range(count)]
+                new = had_question != view.question
+                return [
+                    view.number,
+                    view.question,
+                    view.status,
+                    gradio.Gallery(view.candidates, selected_index=None if new else gradio.skip()),
+                    gradio.Radio(choices=names, **({"value": None} if new else {}), interactive=ready),
+                    *(gradio.Button(interactive=ready and (i != 2 or len(view.trail) > 1)) for i in range(4)),
+                    view.trail[-1] if view.trail else None,
+                    view.preview,
+                    view.plane,
+                    view.trail,
+                ]
+
+            def ask(of: int, choice: Choice, look: bool = False) -> None:
+                self.asked.put(Asked(of, choice, look))
+
+            def go(of: int, name: str | None, far: float) -> None:
+                if name is None:
+                    gradio.Info("Choose a candidate first.")
+                else:
+                    ask(of, Choice("go", int(name) - 1, far))
+
+            def look(of: int, name: str | None, far: float) -> None:
+                if name is not None:
+                    ask(of, Choice("go", int(name) - 1, far), look=True)
+
+            def picked(event: Any) -> str:
+                return str(event.index + 1)
+
+            picked.__annotations__["event"] = gradio.SelectData  # by which gradio knows what to give
+
+            quiet = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+            gallery.select(picked, None, candidate, **quiet)
+            for part in (candidate.change, strength.release, strength.change):
+                part(look, [question, candidate, strength], None, **quiet)
+            buttons[0].click(go, [question, candidate, strength], None, **quiet)
+            for button, action in zip(buttons[1:], ("others", "undo", "finish"), strict=True):
+                button.click(lambda of, action=action: ask(of, Choice(action)), question, None, **quiet)
+            gradio.Timer(TICK).tick(refresh, [number, question], parts, **quiet)
+        return page
+
+
+def _shown(picture: Tensor) -> Image.Image:
+    """A picture (3, H, W) in [-1, 1]; a small one in larger pixels."""
+    image = to_image(picture)
+    larger = max(1, SIDE // image.width)
+    return image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST)
+
+
+def _plane(question: Round) -> Image.Image:
+    """The map: the way here, which ends in a dot, and the candidates' numbers."""
+    points = torch.cat([question.trail, question.ends])
+    low, high = points.min(0).values, points.max(0).values
+    places = ((points - low) / (high - low).max() * (SIDE - 40) + 20).tolist()
+    canvas, here = Image.new("RGB", (SIDE, SIDE), "white"), len(question.trail) - 1
+    pen = ImageDraw.Draw(canvas)
+    pen.line([tuple(place) for place in places[: here + 1]], fill="orange", width=2)
+    for i, (x, y) in enumerate(places):
+        if i <= here:
+            pen.circle((x, y), 6 if i == here else 2, fill="orange")
+        else:
+            pen.line([places[here][0], places[here][1], x, y], fill="lightgray")
+            pen.text((x, y), str(i - here), fill="black", font_size=16, anchor="mm")
+    return canvas
+
+
+def _free(port: int) -> bool:
+    """Whether a port can be listened on."""
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((HOST, port))
+        except OSError:
+            return False
+    return True
