@@ -143,7 +143,13 @@ class HumanFeedback(Steering):
             return self.picture(slerp(self.at[-1], ends[candidate], strength))
 
         question = Round(
-            problem.target, self.drawn, texts, self.places(self.at), self.places(list(ends)), draw, lambda: self.stopped
+            problem.target,
+            list(self.drawn),
+            texts,
+            self.places(self.at),
+            self.places(list(ends)),
+            draw,
+            lambda: self.stopped,
         )
         try:
             choice = self.chooser.choose(question)
@@ -219,8 +225,10 @@ class HumanFeedback(Steering):
         newest = {key: (list(problem.moves), problem.others) for key, problem in self.data.records.items()}
         if self._resumed:
             for record in self._resumed["records"]:
-                record["moves"], record["others"] = newest.get(record["key"], ([], 0))
+                record["moves"], record["others"] = newest[record["key"]]
         super().on_train_start()
+        if self.problems:
+            self.score()  # a checkpoint's embeddings may be older, too
 
 
 def vary(text: Sequence[str], words: Sequence[str], rng: random.Random) -> list[str]:

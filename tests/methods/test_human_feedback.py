@@ -1,0 +1,400 @@
+"""Choices move an encoded prompt, can be taken back, and are never lost."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from lightning_prompts.cli import TRAINER
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.embeddings import slerp
+from lightning_prompts.errors import UserError
+from lightning_prompts.main import main
+from lightning_prompts.methods import HumanFeedback
+from lightning_prompts.methods.human_feedback import Choice, Chooser, Page, Scripted
+from lightning_prompts.methods.human_feedback.method import vary
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PROMPT = "a small cat on a blue background"
+SMALL = {"sampling_steps": 2, "seeds": 1, "texts": 8, "candidates": 3, "sample_every": 0}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Answers(Chooser):
+    """Gives answers that are known before, and remembers what it was asked."""
+
+    def __init__(self, *answers):
+        self.answers, self.questions, self.said = list(answers), [], []
+
+    def open(self, backbone, offline):
+        """Has nothing to prepare."""
+
+    def choose(self, question):
+        self.questions.append((question, torch.stack([question.draw(i, 1.0) for i in range(len(question.ends))])))
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def close(self, last_words):
+        self.said.append(last_words)
+
+
+def search(tiny, folder, *answers, prompts=PROMPT, **settings):
+    chooser = Answers(*answers)
+    module = HumanFeedback(backbone=tiny, chooser=chooser, **SMALL | settings)
+    data = Prompts(prompts)
+    trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})
+    trainer.fit(module, datamodule=data)
+    return module, chooser, list(data.records.values())
+
+
+GO, FINISH = Choice("go", 1, 0.5), Choice("finish")
+
+
+def test_a_move_goes_so_far_on_the_arc_to_the_candidates_text(tiny, tmp_path):
+    module, chooser, (problem,) = search(tiny, tmp_path, GO, FINISH)
+    (first, drawn), (second, _) = chooser.questions
+    assert first.prompt == PROMPT
+    assert drawn.shape == (3, 3, 16, 16)
+    start, end = (module.encode([text]).prompt_embeds for text in (PROMPT, first.texts[1]))
+    expected = slerp(start, end, 0.5)
+    torch.testing.assert_close(module.found([problem])[0], expected)
+    noise = module.noise[:, :1]
+    torch.testing.assert_close(second.pictures[-1], module.draw_embeds(expected[None], noise)[0, 0])
+    torch.testing.assert_close(drawn[1], module.draw_embeds(end[None], noise)[0, 0])
+    (move,) = problem.moves
+    assert move == {"text": first.texts[1], "candidate": 1, "strength": 0.5, "others": 0}
+    assert problem.status == "done"
+    assert chooser.said == [f"Finished. The files are in {tmp_path}."]
+
+
+def test_the_next_candidates_are_variations_of_the_text_that_was_chosen(tiny, tmp_path):
+    module, chooser, _ = search(tiny, tmp_path, GO, FINISH, changes=1)
+    (first, _), (second, _) = chooser.questions
+    for question, text in ((first, PROMPT), (second, first.texts[1])):
+        assert len(set(question.texts)) == 3
+        for varied in question.texts:
+            assert abs(len(varied.split()) - len(text.split())) <= 1
+            assert set(varied.split()) - set(text.split()) <= set(module.words)
+
+
+def test_undo_goes_back_to_the_same_candidates_and_others_are_others(tiny, tmp_path):
+    module, chooser, (problem,) = search(
+        tiny, tmp_path, Choice("others"), GO, Choice("undo"), Choice("undo"), Choice("others"), FINISH
+    )
+    texts = [question.texts for question, _ in chooser.questions]
+    assert texts[1] == texts[3] == texts[4] != texts[0]  # with no move left, an undo changes nothing
+    assert texts[5] not in texts[:5]
+    assert [len(question.pictures) for question, _ in chooser.questions] == [1, 1, 2, 1, 1, 1]
+    assert problem.moves == []
+    assert (problem.status, problem.reason) == ("not improved", "Nothing was chosen.")
+    torch.testing.assert_close(module.best, module.prompt.initial)
+
+
+def test_candidates_are_far_apart(tiny, tmp_path):
+    """The nearest two of them are no nearer than the nearest two of most choices at random."""
+    module, chooser, (problem,) = search(tiny, tmp_path, FINISH, texts=30)
+    ((question, _),) = chooser.questions
+
+    def nearest(texts):
+        units = torch.nn.functional.normalize(module.encode([PROMPT, *texts]).prompt_embeds[:, -1], dim=-1)
+        return float((1 - units @ units.T + 9 * torch.eye(len(units))).min())
+
+    every, rng = module.variations(problem, [], 0), random.Random(0)
+    others = [nearest(rng.sample(every, 3)) for _ in range(100)]
+    assert sum(nearest(question.texts) >= other for other in others) > 90
+
+
+def test_vary_changes_one_word():
+    rng, seen = random.Random(0), set()
+    for _ in range(300):
+        varied = vary(["a", "cat"], ["dog"], rng)
+        seen.add(tuple(varied))
+    assert seen == {
+        ("dog", "a", "cat"),
+        ("a", "dog", "cat"),
+        ("a", "cat", "dog"),
+        ("dog", "cat"),
+        ("a", "dog"),
+        ("a",),
+        ("cat",),
+    }
+    assert {tuple(vary(["a"], ["dog"], rng)) for _ in range(99)} == {("dog",), ("dog", "a"), ("a", "dog")}
+
+
+def test_a_long_prompt_stays_within_what_the_encoder_takes(tiny, tmp_path):
+    _, chooser, _ = search(tiny, tmp_path, FINISH, prompts=" ".join(["cat"] * 30), changes=3)
+    assert all(len(text.split()) <= 30 for text in chooser.questions[0][0].texts)
+
+
+def test_one_prompt_after_the_other(tiny, tmp_path):
+    module, chooser, problems = search(tiny, tmp_path, GO, FINISH, GO, GO, FINISH, prompts=[PROMPT, "two dogs"])
+    assert [question.prompt for question, _ in chooser.questions] == [PROMPT] * 2 + ["two dogs"] * 3
+    assert [len(problem.moves) for problem in problems] == [1, 2]
+    assert len(module.found(problems)) == 2
+
+
+def test_a_run_that_is_killed_goes_on_where_the_person_was(tiny, tmp_path):
+    """Without a checkpoint: the record holds the moves, from which everything follows."""
+    whole, _, (expected,) = search(tiny, tmp_path / "whole", GO, Choice("others"), Choice("go", 2, 1.0), FINISH)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        search(tiny, tmp_path / "broken", GO, Choice("others"), KeyboardInterrupt())
+    signal.signal(signal.SIGINT, before)
+    module, chooser, (found,) = search(tiny, tmp_path / "broken", Choice("go", 2, 1.0), FINISH)
+    assert found.moves == expected.moves
+    assert [len(question.pictures) for question, _ in chooser.questions] == [2, 3]
+    assert torch.equal(module.best, whole.best)
+
+
+def test_the_chooser_is_told_when_the_run_is_stopped(tiny, tmp_path):
+    chooser = Answers(GO, KeyboardInterrupt())
+    module = HumanFeedback(backbone=tiny, chooser=chooser, **SMALL)
+    trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        trainer.fit(module, datamodule=Prompts(PROMPT))
+    signal.signal(signal.SIGINT, before)
+    assert chooser.said == ["The run was stopped. What was chosen is kept."]
+
+
+def test_steps_end_a_search(tiny, tmp_path):
+    _, chooser, (problem,) = search(tiny, tmp_path, GO, GO, GO, steps=2)
+    assert len(chooser.questions) == len(problem.moves) == 2
+    assert problem.status == "done"
+
+
+def test_results_hold_the_moves_and_no_metric(tiny, tmp_path, clip_file):
+    run = tmp_path / "run"
+    main([
+        "fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "HumanFeedback", "--model.backbone", tiny,
+        "--model.sampling_steps", "2", "--model.seeds", "1", "--model.steps", "2", "--model.texts", "8",
+        "--model.chooser", "Scripted", "--model.chooser.wants", str(clip_file), "--model.chooser.strengths", "[0.5, 1.0]",
+        "--data", "Prompts", "--data.prompts", PROMPT,
+    ])  # fmt: skip
+    (problem,) = json.loads((run / "result.json").read_text())["problems"]
+    assert "metric_before" not in problem
+    assert 0 < len(problem["moves"]) <= 2
+    assert (run / "grid.png").exists()
+    assert (run / "prompt_embeds.safetensors").exists()
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", "--run", str(run), "--trainer.accelerator", "cpu"])
+    assert stop.value.code == 2
+    main(["test", "--run", str(run), "--trainer.accelerator", "cpu"])
+    main(["predict", "--run", str(run), "--seeds", "1", "--trainer.accelerator", "cpu"])
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory):
+    """A picture that a scripted chooser wants."""
+    file = tmp_path_factory.mktemp("wants") / "wanted.png"
+    Image.new("RGB", (16, 16), "red").save(file)
+    return file
+
+
+def test_scripted_chooser_goes_to_what_is_most_like_its_picture(tiny, clip_file, monkeypatch):
+    backbone = HumanFeedback(backbone=tiny, chooser=Answers(), **SMALL).backbone
+    chooser = Scripted(str(clip_file), strengths=[0.5, 1.0])
+    chooser.open(backbone, offline=True)
+    picture = torch.zeros(3, 16, 16)
+    likes = {(0, 1.0): 0.2, (1, 1.0): 0.4, (2, 1.0): 0.3, (1, 0.5): 0.5}
+    now = 0.1
+
+    class Question:
+        pictures, ends = [picture], torch.zeros(3, 2)
+
+        @staticmethod
+        def draw(candidate, strength):
+            return picture + likes[candidate, strength]
+
+    monkeypatch.setattr(
+        chooser, "likes", lambda pictures: torch.stack([x.mean() + now * (x.mean() == 0) for x in pictures])
+    )
+    assert chooser.choose(Question) == Choice("go", 1, 0.5)
+    now = 0.6
+    assert chooser.choose(Question) == Choice("others")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda tiny, file: HumanFeedback(backbone=tiny, texts=3), "5 candidates from 3 texts"),
+        (lambda tiny, file: HumanFeedback(backbone=tiny, words=[]), "--model.words has no words"),
+        (lambda tiny, file: Page(port=70000), "from 1 to 65535, not 70000"),
+        (lambda tiny, file: Scripted(file, strengths=[]), "between 0 and 1"),
+        (lambda tiny, file: Scripted(file, strengths=[1.5]), "between 0 and 1"),
+    ],
+)
+def test_settings_that_make_no_search_are_refused(make, told, tiny, clip_file):
+    with pytest.raises(UserError, match=told):
+        make(tiny, str(clip_file))
+
+
+def test_a_port_in_use_is_refused_before_the_search(tiny):
+    pytest.importorskip("gradio")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match=rf"Port {taken.getsockname()[1]} is in use; give --model.chooser.port"):
+            Page(port=taken.getsockname()[1]).open(None, offline=True)
+
+
+def test_a_page_without_gradio_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"pip install 'lightning-prompts\[page\]'"):
+        Page().open(None, offline=True)
+
+
+# --- the page, in a browser
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium."""
+    api = pytest.importorskip("playwright.sync_api")
+    pytest.importorskip("gradio")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium; install the package chromium")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+class Run:
+    """A run with a page, in a process of its own."""
+
+    def __init__(self, tiny, folder, *more):
+        arguments = [
+            "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "HumanFeedback", "--model.backbone", tiny,
+            "--model.sampling_steps", "2", "--model.seeds", "1", "--model.texts", "20", "--model.chooser", "Page",
+            "--model.chooser.show", "false", "--data", "Prompts", "--data.prompts", PROMPT, *more,
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lightning_prompts", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=environment, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        said = []
+        for line in self.process.stdout:
+            said.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                self.address = found[0]
+                return
+        raise AssertionError("".join(said))
+
+    def end(self, stop=None):
+        """Waits for its end; returns the exit code and what it has said."""
+        if stop:
+            self.process.send_signal(stop)
+        said, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, said
+
+
+def wait_for_question(page, move):
+    """Waits until five candidates can be chosen from."""
+    page.wait_for_function(
+        """move => document.querySelector('#status')?.innerText.includes(`after move ${move}: which`)
+        && document.querySelectorAll('#candidates img').length == 5 && document.querySelectorAll('#candidate input').length == 5
+        && !document.querySelector('#go').disabled""",
+        arg=move,
+        timeout=30_000,
+    )
+
+
+@pytest.mark.timeout(180)
+def test_a_person_chooses_in_a_browser(tiny, tmp_path, browser):
+    run = Run(tiny, tmp_path / "run")
+    page, elsewhere = browser.new_page(viewport={"width": 1300, "height": 1100}), []
+    page.on(
+        "request",
+        lambda request: (
+            elsewhere.append(request.url) if "//" in request.url and not request.url.startswith(run.address) else None
+        ),
+    )
+    page.goto(run.address)
+    wait_for_question(page, 0)
+    assert page.locator("#undo").is_disabled()
+    page.locator("#candidates button").nth(2).click()  # by mouse
+    page.wait_for_function("document.querySelectorAll('#candidate input')[2].checked")
+    page.wait_for_selector("#preview img")
+    slider = page.locator("#strength input[type=range]")
+    slider.focus()
+    for _ in range(10):
+        page.keyboard.press("ArrowLeft")
+    page.locator("#go").click()
+    wait_for_question(page, 1)
+
+    page.reload()  # loses nothing
+    wait_for_question(page, 1)
+    assert page.locator("#trail img").count() == 2
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("4")  # by keyboard
+    page.wait_for_function("document.querySelectorAll('#candidate input')[3].checked")
+    page.keyboard.press("g")
+    wait_for_question(page, 2)
+    page.keyboard.press("u")
+    wait_for_question(page, 1)
+    page.keyboard.press("o")
+    page.wait_for_function("document.querySelector('#go').disabled")
+    wait_for_question(page, 1)
+    page.keyboard.press("f")
+    page.wait_for_function(
+        "document.querySelector('#status').innerText.startsWith('Finished. The files are in')", timeout=30_000
+    )
+    code, said = run.end()
+    assert code == 0, said
+    assert [url for url in elsewhere if not url.startswith(("data:", "blob:"))] == []
+    (problem,) = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]
+    (move,) = problem["moves"]
+    assert (move["candidate"], move["strength"]) == (2, 0.5)
+    for name in ("grid.png", "prompt_embeds.safetensors", f"problems/{problem['key']}.safetensors"):
+        assert (tmp_path / "run" / name).exists()
+
+
+@pytest.mark.timeout(180)
+def test_a_page_that_is_closed_halfway_loses_nothing(tiny, tmp_path, browser):
+    folder = tmp_path / "run"
+    run = Run(tiny, folder)
+    page = browser.new_page()
+    page.goto(run.address)
+    wait_for_question(page, 0)
+    page.keyboard.press("1")
+    page.wait_for_function("document.querySelectorAll('#candidate input')[0].checked")
+    page.keyboard.press("g")
+    wait_for_question(page, 1)
+    page.close()
+    time.sleep(1)
+    assert run.process.poll() is None  # it waits for the page to be opened again
+    code, said = run.end(signal.SIGINT)
+    assert code == 130, said
+    (record,) = (json.loads(file.read_text()) for file in (folder / "problems").glob("*.json"))
+    assert len(record["moves"]) == 1
+    again = Run(tiny, folder, "--ckpt_path", "last")
+    page = browser.new_page()
+    page.goto(again.address)
+    wait_for_question(page, 1)
+    page.keyboard.press("f")
+    assert again.end()[0] == 0
+    assert len(json.loads((folder / "result.json").read_text())["problems"][0]["moves"]) == 1
+
+
+@pytest.mark.timeout(180)
+def test_a_run_that_waits_for_a_person_can_be_told_to_stop(tiny, tmp_path):
+    pytest.importorskip("gradio")
+    code, said = Run(tiny, tmp_path / "run").end(signal.SIGTERM)
+    assert code == 143, said
