@@ -396,5 +396,9 @@ def test_a_page_that_is_closed_halfway_loses_nothing(tiny, tmp_path, browser):
 @pytest.mark.timeout(180)
 def test_a_run_that_waits_for_a_person_can_be_told_to_stop(tiny, tmp_path):
     pytest.importorskip("gradio")
-    code, said = Run(tiny, tmp_path / "run").end(signal.SIGTERM)
+    run, records = Run(tiny, tmp_path / "run"), tmp_path / "run" / "problems"
+    until = time.monotonic() + 60
+    while not any(records.glob("*.safetensors")) and time.monotonic() < until:
+        time.sleep(0.2)
+    code, said = run.end(signal.SIGTERM)
     assert code == 143, said
