@@ -63,6 +63,7 @@ HALF = ("16", "16-true", "16-mixed", "bf16-true", "transformer-engine", "transfo
 
 # Settings that a search can go on with when they differ from those it was begun with.
 MAY_CHANGE = {
+    "chooser",
     "images",
     "prompts",
     "steps",
