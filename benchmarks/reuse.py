@@ -1,0 +1,120 @@
+"""Does what was learned on one prompt help another: `python benchmarks/reuse.py`.
+
+Searches embeddings for 21 plain captions of the embedded model's world. Then the difference that was found for a caption, what the
+text encoder says of it taken away from what was found, is added to each of the 20 others, for five such captions. On ten fresh
+seeds it prints the gain by a prompt's own search, by the added difference, and the share of the former that this is; how often it
+goes the right way; and what it does to the held-out similarity of pictures and captions. 95% intervals over the prompts.
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from inversion import interval, share, spread
+from metric_guidance import CONFIG, captions, judge, objective
+from torch import Tensor
+
+from lightning_prompts.cli import TRAINER
+from lightning_prompts.data.addresses import FRESH
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.embeddings import transfer
+from lightning_prompts.methods import MetricGuidance
+
+SEED, PROMPTS, SOURCES, FRESH_SEEDS = 20_261_160, 21, 5, 10
+FIGURES = Path(__file__).parent / "figures" / "reuse.csv"
+
+
+def measure(kind: str) -> list[dict[str, Any]]:
+    """A row for each pair of a caption that was learned on and another."""
+    prompts = [prompt for prompt, _ in captions(SEED, PROMPTS)]
+    method, data = MetricGuidance(**CONFIG | {"objective": objective(kind)}), Prompts(prompts)
+    with tempfile.TemporaryDirectory() as scratch:
+        how: dict[str, Any] = {**TRAINER, "accelerator": "cpu", "logger": False, "default_root_dir": scratch}
+        pl.Trainer(**how).fit(method, datamodule=data)
+        problems = list(data.records.values())
+        with torch.no_grad():
+            noise, before, found = (
+                method.draw_noise(problems, FRESH, FRESH_SEEDS),
+                method.initial(problems),
+                method.found(problems),
+            )
+    clip, _ = judge()
+    texts = clip.features_of(prompts)
+    sign = 1 if method.higher_is_better else -1
+
+    @torch.no_grad()
+    def judged(embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean metric, where higher is better, and the held-out similarity of each prompt's pictures."""
+        drawn = method.draw_embeds(embeds, noise)
+        similar = (clip.features_of_many(drawn, 50) * texts.unsqueeze(1)).sum(2).mean(1)
+        return sign * method.metric(method.values_of(drawn, problems)).mean(1), similar
+
+    plain, own = judged(before), judged(found)
+    rows = []
+    for source in range(SOURCES):
+        added = judged(transfer(before, before[source], found[source]))
+        for i, prompt in enumerate(prompts):
+            if i != source:
+                rows.append({
+                    "objective": kind, "learned_on": prompts[source], "prompt": prompt,
+                    "own": float(own[0][i] - plain[0][i]), "added": float(added[0][i] - plain[0][i]),
+                    "heldout_own": float(own[1][i] - plain[1][i]), "heldout_added": float(added[1][i] - plain[1][i]),
+                })  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line an objective."""
+    head = (
+        "objective",
+        "gain by own search",
+        "gain by the added difference",
+        "share",
+        "right way",
+        "held-out, own",
+        "held-out, added",
+    )
+    found = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for kind in dict.fromkeys(row["objective"] for row in rows):
+        some = [row for row in rows if row["objective"] == kind]
+        by_prompt = [
+            {
+                name: fmean(float(row[name]) for row in some if row["prompt"] == prompt)
+                for name in ("own", "added", "heldout_own", "heldout_added")
+            }
+            for prompt in dict.fromkeys(row["prompt"] for row in some)
+        ]
+        own, added = ([row[name] for row in by_prompt] for name in ("own", "added"))
+        cells = [
+            kind,
+            f"{fmean(own):.4f} ± {spread(own):.4f}",
+            f"{fmean(added):.4f} ± {spread(added):.4f}",
+            f"{fmean(added) / fmean(own):.2f}",
+            share([float(row["added"]) > 0 for row in some]),
+            interval([row["heldout_own"] for row in by_prompt]),
+            interval([row["heldout_added"] for row in by_prompt]),
+        ]
+        found.append(f"| {' | '.join(cells)} |")
+    return "\n".join(found)
+
+
+def main() -> None:
+    """Measures, unless it is there, and prints the table."""
+    if not FIGURES.exists():
+        measured = [row for kind in ("sharpness", "blurriness", "quality") for row in measure(kind)]
+        with FIGURES.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(measured[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()} for row in measured)
+    with FIGURES.open(newline="") as stream:
+        print(table(list(csv.DictReader(stream))))
+
+
+if __name__ == "__main__":
+    main()
