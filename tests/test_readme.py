@@ -19,7 +19,7 @@ SHORT = ["--data.steps=2", "--data.samples=1", "--data.validation_samples=2", "-
 SHORT_OF_PROMPTS = {
     "dpo_diff": ["--model.schedule=fix-1", "--model.budget=3", "--model.population=2"],
     "metric_guidance": ["--model.steps=2"],
-    "seed_invariance": ["--model.steps=2"],
+    "seed_invariance": ["--model.steps=3", "--model.sampling_steps=3"],
     "human_feedback": ["--model.steps=2", "--model.chooser=Scripted", "--model.chooser.wants=photo.png"],
 }
 PAGES = [
