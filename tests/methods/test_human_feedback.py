@@ -24,7 +24,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
 from lightning_prompts.methods import HumanFeedback
 from lightning_prompts.methods.human_feedback import Choice, Chooser, Page, Scripted
-from lightning_prompts.methods.human_feedback.method import vary
+from lightning_prompts.methods.human_feedback.method import base, vary
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -105,6 +105,22 @@ def test_undo_goes_back_to_the_same_candidates_and_others_are_others(tiny, tmp_p
     torch.testing.assert_close(module.best, module.prompt.initial)
 
 
+def test_others_are_nearer_and_after_some_rounds_far_again(tiny, tmp_path):
+    others = [Choice("others")] * 4
+    module, chooser, (problem,) = search(tiny, tmp_path, *others[:2], Choice("go", 0, 0.5), *others, FINISH)
+    start = module.encode([PROMPT]).prompt_embeds[0]
+    for (question, drawn), reach in zip(chooser.questions[:3], (1, 0.5, 0.25), strict=True):
+        end = slerp(start, module.encode([question.texts[0]]).prompt_embeds[0], reach)
+        torch.testing.assert_close(drawn[0], module.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
+    assert problem.moves[0]["strength"] == 0.125
+    assert base(problem, 1) == PROMPT  # it is still the nearest
+    here, reaches = module.at[-1][0], (1, 0.5, 0.25, 0.125, 1)
+    for (question, drawn), reach in zip(chooser.questions[3:], reaches, strict=True):
+        change = module.encode([question.texts[0]]).prompt_embeds[0] - start
+        end = slerp(here, here + change, reach)
+        torch.testing.assert_close(drawn[0], module.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
+
+
 def test_candidates_are_far_apart(tiny, tmp_path):
     """The nearest two of them are no nearer than the nearest two of most choices at random."""
     module, chooser, (problem,) = search(tiny, tmp_path, FINISH, texts=30)
@@ -114,7 +130,7 @@ def test_candidates_are_far_apart(tiny, tmp_path):
         units = torch.nn.functional.normalize(module.encode([PROMPT, *texts]).prompt_embeds[:, -1], dim=-1)
         return float((1 - units @ units.T + 9 * torch.eye(len(units))).min())
 
-    every, rng = module.variations(problem, [], 0), random.Random(0)
+    every, rng = module.variations(problem, 0, 0), random.Random(0)
     others = [nearest(rng.sample(every, 3)) for _ in range(100)]
     assert sum(nearest(question.texts) >= other for other in others) > 90
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_prompts.data.addresses import address
 from lightning_prompts.data.problems import Step
-from lightning_prompts.embeddings import farthest, principal_axes, slerp
+from lightning_prompts.embeddings import farthest, principal_axes, slerp, transfer
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.human_feedback.choices import Choice, Chooser, Round
 from lightning_prompts.methods.human_feedback.page import Page
@@ -24,6 +24,8 @@ from lightning_prompts.ranges import Positive
 from lightning_prompts.vocabulary import allowed_tokens, token_lists
 
 log = logging.getLogger(__name__)
+
+NEARER = 4  # rounds in which candidates come nearer, each time by half, before they are far again
 
 
 class HumanFeedback(Steering):
@@ -88,9 +90,10 @@ class HumanFeedback(Steering):
         super().take(problems)
         self.at, self.drawn = [], []
         self.arrive(self.initial(problems)[0])
-        self.axes = principal_axes(self.encoded(self.variations(problems[0], [], 0))[:, 0, -1], 2)
-        for move in problems[0].moves:
-            self.arrive(slerp(self.at[-1], self.encoded([move["text"]])[0], move["strength"]))
+        self.axes = principal_axes(self.encoded(self.variations(problems[0], 0, 0))[:, 0, -1], 2)
+        for i, move in enumerate(problems[0].moves):
+            (end,) = self.ends([move["text"]], base(problems[0], i))
+            self.arrive(slerp(self.at[-1], end, move["strength"]))
 
     def arrive(self, embeds: Tensor) -> None:
         """Makes an encoded prompt (S, L, D) where one is."""
@@ -116,10 +119,9 @@ class HumanFeedback(Steering):
 
     # --- where one could go
 
-    def variations(self, problem: Problem, moves: Sequence[Move], others: int) -> list[str]:
-        """The texts of a round; the same ones whenever it is asked for."""
-        rng = random.Random(address(self.data.seed, problem.key, len(moves), others))
-        text = moves[-1]["text"] if moves else problem.target
+    def variations(self, problem: Problem, moves: int, others: int) -> list[str]:
+        """The texts of a round after so many moves; the same ones whenever it is asked for."""
+        rng, text = random.Random(address(self.data.seed, problem.key, moves, others)), base(problem, moves)
         found: list[str] = []
         while len(found) < self.texts:
             varied = text.split()
@@ -129,25 +131,30 @@ class HumanFeedback(Steering):
                 found.append(" ".join(varied))
         return found
 
+    def ends(self, texts: Sequence[str], text: str) -> Tensor:
+        """Where the changes that lead from a text to T others lead from here, (T, S, L, D)."""
+        return transfer(self.at[-1], self.encoded([text]), self.encoded(texts))
+
     @torch.no_grad()
     def search(self, batch: Step, rows: Tensor) -> None:
         """One round: what is chosen becomes where one is."""
         (problem,) = self.problems
-        texts = self.variations(problem, problem.moves, problem.others)
-        ends = self.encoded(texts)
+        texts = self.variations(problem, len(problem.moves), problem.others)
+        ends = self.ends(texts, base(problem, len(problem.moves)))
         chosen = farthest(torch.cat([self.at[-1][None], ends])[:, 0, -1], 1 + int(self.candidates))[1:]
         texts, ends = [texts[i - 1] for i in chosen], ends[[i - 1 for i in chosen]]
+        reach = 0.5 ** (problem.others % NEARER)
 
         @cache
         def draw(candidate: int, strength: float) -> Tensor:
-            return self.picture(slerp(self.at[-1], ends[candidate], strength))
+            return self.picture(slerp(self.at[-1], ends[candidate], reach * strength))
 
         question = Round(
             problem.target,
             list(self.drawn),
             texts,
             self.places(self.at),
-            self.places(list(ends)),
+            self.places(list(slerp(self.at[-1], ends, reach))),
             draw,
             lambda: self.stopped,
         )
@@ -157,10 +164,10 @@ class HumanFeedback(Steering):
             self.chooser.close("The run was stopped. What was chosen is kept.")
             raise
         if choice:
-            self.answer(problem, choice, texts, ends)
+            self.answer(problem, choice, texts, ends, reach)
         self.stay()
 
-    def answer(self, problem: Problem, choice: Choice, texts: Sequence[str], ends: Tensor) -> None:
+    def answer(self, problem: Problem, choice: Choice, texts: Sequence[str], ends: Tensor, reach: float) -> None:
         """Does what was chosen."""
         if choice.action == "finish":
             self.finished.add(problem.key)
@@ -171,13 +178,11 @@ class HumanFeedback(Steering):
             self.at.pop()
             self.drawn.pop()
         elif choice.action == "go":
-            text = texts[choice.candidate]
-            problem.moves.append(
-                Move(text=text, strength=choice.strength, candidate=choice.candidate, others=problem.others)
-            )
+            text, strength = texts[choice.candidate], reach * choice.strength
+            problem.moves.append(Move(text=text, strength=strength, candidate=choice.candidate, others=problem.others))
             problem.others = 0
-            self.arrive(slerp(self.at[-1], ends[choice.candidate], choice.strength))
-            log.info("%s: move %d, %.2f of the way to %r", problem.target, len(problem.moves), choice.strength, text)
+            self.arrive(slerp(self.at[-1], ends[choice.candidate], strength))
+            log.info("%s: move %d, %.2f of the way to %r", problem.target, len(problem.moves), strength, text)
 
     # --- what is kept
 
@@ -229,6 +234,11 @@ class HumanFeedback(Steering):
         super().on_train_start()
         if self.problems:
             self.score()  # a checkpoint's embeddings may be older, too
+
+
+def base(problem: Problem, moves: int) -> str:
+    """The text that the variations after so many moves are made from: the last one that was gone to at least half of the way."""
+    return next((move["text"] for move in reversed(problem.moves[:moves]) if move["strength"] >= 0.5), problem.target)
 
 
 def vary(text: Sequence[str], words: Sequence[str], rng: random.Random) -> list[str]:
