@@ -31,7 +31,6 @@ from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.emoji import world
 from lightning_prompts.methods import HumanFeedback
 from lightning_prompts.methods.human_feedback import Scripted
-from lightning_prompts.methods.human_feedback.method import vary
 
 SEED, TARGETS, CHOICES = 20_261_150, 8, 20
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -52,12 +51,23 @@ def targets(seed: int, count: int) -> list[tuple[str, str]]:
     return found
 
 
+def edit(text: str, words: list[str], rng: random.Random) -> str:
+    """A text with one word added, exchanged or, unless it is the only one, left out."""
+    change, varied = rng.choice(["add", "exchange", "leave out"]), text.split()
+    place = rng.randrange(len(varied) + (change == "add"))
+    if change == "leave out" and len(varied) > 1:
+        del varied[place]
+    else:
+        varied[place : place + (change != "add")] = [rng.choice(words)]
+    return " ".join(varied)
+
+
 def edited(method: HumanFeedback, chooser: Scripted, prompt: str, seed: int) -> tuple[str, Tensor]:
     """The prompt that twenty choices among edits lead to, and its picture (3, H, W)."""
     rng, noise, count = random.Random(seed), method.noise[:, 0], int(method.candidates)
     picture = method.draw([prompt], noise)[0]
     for _ in range(CHOICES):
-        edits = [" ".join(vary(prompt.split(), method.words, rng)) for _ in range(count)]
+        edits = [edit(prompt, method.words, rng) for _ in range(count)]
         drawn = method.draw(edits, noise.expand(count, -1, -1, -1))
         seen = chooser.likes([picture, *drawn])
         best = int(seen[1:].argmax())

@@ -31,16 +31,16 @@ NEARER = 4  # rounds in which candidates come nearer, each time by half, before 
 class HumanFeedback(Steering):
     """Moves an encoded prompt to where a person likes its pictures.
 
-    Every round shows candidates: random variations of the text that one was last heading for, of which those are taken that are
-    farthest apart once they are encoded. The person chooses one and how far to go on the arc to it. The record keeps the moves,
-    from which the way can be gone again. One prompt comes after the other.
+    Every round adds random words to the text that one was last heading for, and shows where those lead whose directions are
+    farthest apart. The person chooses one and how far to go on the arc to it, or asks for others, which are nearer. The record
+    keeps the moves, from which the way can be gone again. One prompt comes after the other.
 
     Args:
         chooser: Who chooses: a person on a `Page`, or `Scripted`.
         candidates: Pictures of a round.
-        texts: Variations of a round, among which candidates are chosen.
-        changes: Words at most that a variation adds, exchanges or leaves out.
-        words: What it adds; None for all whole words of the vocabulary.
+        texts: Random texts of a round, among which candidates are chosen; 500 in the paper.
+        added: Words at most that such a text has more than the one before.
+        words: Which words these can be; None for all whole words of the vocabulary.
         steps: Answers after which a search is finished anyway.
         **kwargs: See `Steering`.
     """
@@ -57,7 +57,7 @@ class HumanFeedback(Steering):
         chooser: Chooser | None = None,
         candidates: Positive = 5,
         texts: Positive = 100,
-        changes: Positive = 1,
+        added: Positive = 1,
         words: list[str] | None = None,
         steps: Positive = 100,
         **kwargs: Any,
@@ -67,7 +67,7 @@ class HumanFeedback(Steering):
             raise UserError(
                 f"There cannot be {candidates} candidates from {texts} texts; raise --model.texts or lower --model.candidates."
             )
-        self.chooser, self.candidates, self.texts, self.changes = chooser or Page(), candidates, texts, changes
+        self.chooser, self.candidates, self.texts, self.added = chooser or Page(), candidates, texts, added
         if words is None:
             allowed = allowed_tokens(self.tower.tokenizer).nonzero()
             words = [word.strip() for word in self.tower.tokenizer.batch_decode(allowed)]
@@ -75,6 +75,7 @@ class HumanFeedback(Steering):
         if not words:
             raise UserError("--model.words has no words; give some, or leave it out.")
         self.words = words
+        self.tokens = [len(ids) for ids in token_lists(self.tower.tokenizer, words)]
         self.finished: set[str] = set()
 
     # --- where one is
@@ -92,7 +93,7 @@ class HumanFeedback(Steering):
         self.arrive(self.initial(problems)[0])
         self.axes = principal_axes(self.encoded(self.variations(problems[0], 0, 0))[:, 0, -1], 2)
         for i, move in enumerate(problems[0].moves):
-            (end,) = self.ends([move["text"]], base(problems[0], i))
+            (end,) = self.ends([move["text"]], self.base(problems[0], i))
             self.arrive(slerp(self.at[-1], end, move["strength"]))
 
     def arrive(self, embeds: Tensor) -> None:
@@ -121,15 +122,33 @@ class HumanFeedback(Steering):
 
     def variations(self, problem: Problem, moves: int, others: int) -> list[str]:
         """The texts of a round after so many moves; the same ones whenever it is asked for."""
-        rng, text = random.Random(address(self.data.seed, problem.key, moves, others)), base(problem, moves)
+        rng, text = random.Random(address(self.data.seed, problem.key, moves, others)), self.base(problem, moves)
         found: list[str] = []
-        while len(found) < self.texts:
+        for _ in range(self.texts):
             varied = text.split()
-            for _ in range(rng.randint(1, int(self.changes))):
-                varied = vary(varied, self.words, rng)
-            if len(token_lists(self.tower.tokenizer, [" ".join(varied)])[0]) <= self.tower.length - 2:
-                found.append(" ".join(varied))
+            for _ in range(rng.randint(1, int(self.added))):
+                varied.insert(rng.randint(0, len(varied)), rng.choice(self.words))
+            found.append(" ".join(varied))
         return found
+
+    def base(self, problem: Problem, moves: int) -> str:
+        """The text that words are added to after so many moves: the last with room that was gone to at least half of the way."""
+        gone_to = (move["text"] for move in reversed(problem.moves[:moves]) if move["strength"] >= 0.5)
+        return next((text for text in gone_to if self.has_room(text)), problem.target)
+
+    def has_room(self, text: str) -> bool:
+        """Whether words can be added to a text."""
+        longest = max(self.tokens)
+        return len(token_lists(self.tower.tokenizer, [text])[0]) + int(self.added) * longest <= self.tower.length - 2
+
+    def check(self, prompt: str) -> None:
+        """Refuses prompts that have no room for more words."""
+        super().check(prompt)
+        if not self.has_room(prompt):
+            raise UserError(
+                f"The prompt {prompt!r} leaves no room for more words in the text encoder, which takes {self.tower.length} tokens "
+                "with start and end; shorten it, or lower --model.added."
+            )
 
     def ends(self, texts: Sequence[str], text: str) -> Tensor:
         """Where the changes that lead from a text to T others lead from here, (T, S, L, D)."""
@@ -140,9 +159,9 @@ class HumanFeedback(Steering):
         """One round: what is chosen becomes where one is."""
         (problem,) = self.problems
         texts = self.variations(problem, len(problem.moves), problem.others)
-        ends = self.ends(texts, base(problem, len(problem.moves)))
-        chosen = farthest(torch.cat([self.at[-1][None], ends])[:, 0, -1], 1 + int(self.candidates))[1:]
-        texts, ends = [texts[i - 1] for i in chosen], ends[[i - 1 for i in chosen]]
+        ends = self.ends(texts, self.base(problem, len(problem.moves)))
+        chosen = farthest((ends - self.at[-1])[:, 0, -1], int(self.candidates))
+        texts, ends = [texts[i] for i in chosen], ends[chosen]
         reach = 0.5 ** (problem.others % NEARER)
 
         @cache
@@ -234,19 +253,3 @@ class HumanFeedback(Steering):
         super().on_train_start()
         if self.problems:
             self.score()  # a checkpoint's embeddings may be older, too
-
-
-def base(problem: Problem, moves: int) -> str:
-    """The text that the variations after so many moves are made from: the last one that was gone to at least half of the way."""
-    return next((move["text"] for move in reversed(problem.moves[:moves]) if move["strength"] >= 0.5), problem.target)
-
-
-def vary(text: Sequence[str], words: Sequence[str], rng: random.Random) -> list[str]:
-    """The words of a text with one added, exchanged or, unless it is the only one, left out."""
-    change, varied = rng.choice(["add", "exchange", "leave out"]), list(text)
-    place = rng.randrange(len(text) + (change == "add"))
-    if change == "leave out" and len(text) > 1:
-        del varied[place]
-    else:
-        varied[place : place + (change != "add")] = [rng.choice(words)]
-    return varied
