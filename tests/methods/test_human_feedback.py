@@ -214,6 +214,19 @@ def clip_file(tmp_path_factory):
     return file
 
 
+def test_scripted_chooser_likes_its_picture_most(tiny, clip_file):
+    backbone = HumanFeedback(backbone=tiny, chooser=Answers(), **SMALL).backbone
+    chooser = Scripted(str(clip_file))
+    chooser.open(backbone, offline=True)
+    near, far = chooser.wanted * 0.9, -chooser.wanted
+    likes = chooser.likes([chooser.wanted, near, far])
+    assert float(likes[0]) == pytest.approx(1)
+    assert likes[0] > likes[1] > likes[2]
+    features = chooser.clip.features(torch.stack([chooser.wanted, far]))
+    expected = features[0] @ features[1] - 0.5 * (far - chooser.wanted).square().mean()
+    torch.testing.assert_close(likes[2], expected)
+
+
 def test_scripted_chooser_goes_to_what_is_most_like_its_picture(tiny, clip_file, monkeypatch):
     backbone = HumanFeedback(backbone=tiny, chooser=Answers(), **SMALL).backbone
     chooser = Scripted(str(clip_file), strengths=[0.5, 1.0])
