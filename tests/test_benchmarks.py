@@ -56,3 +56,12 @@ def test_better_prompts_in_the_docs_are_those_of_the_figures(task):
     assert files
     for file in files:
         assert len(file.read_text().splitlines()) == 101
+
+
+def test_metric_guidance_in_the_docs_is_that_of_the_figures():
+    import metric_guidance
+
+    assert metric_guidance.table() in (ROOT / "docs" / "metric_guidance.md").read_text()
+    for line in ("sharpness", "blurriness", "quality"):
+        prompts = [row["prompt"] for row in metric_guidance.rows_of(line)]
+        assert prompts == [prompt for prompt, _ in metric_guidance.captions(metric_guidance.SEED, 50)]

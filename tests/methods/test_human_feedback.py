@@ -255,7 +255,7 @@ def test_scripted_chooser_goes_to_what_is_most_like_its_picture(tiny, clip_file,
     [
         (lambda tiny, file: HumanFeedback(backbone=tiny, texts=3), "5 candidates from 3 texts"),
         (lambda tiny, file: HumanFeedback(backbone=tiny, words=[]), "--model.words has no words"),
-        (lambda tiny, file: Page(port=70000), "from 1 to 65535, not 70000"),
+        (lambda tiny, file: Page(port=70000), "at most 65535, not 70000"),
         (lambda tiny, file: Scripted(file, strengths=[]), "between 0 and 1"),
         (lambda tiny, file: Scripted(file, strengths=[1.5]), "between 0 and 1"),
     ],

@@ -17,6 +17,7 @@ from lightning_prompts.backbones import Backbone
 from lightning_prompts.callbacks.grid import to_image
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.human_feedback.choices import Choice, Chooser, Round
+from lightning_prompts.ranges import NotNegative
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +62,13 @@ class Page(Chooser):
     Everything that it shows is the run's, so it can be reloaded or closed and opened again.
 
     Args:
-        port: Where it listens on 127.0.0.1; None for the first free one from 7860.
+        port: Where it listens on 127.0.0.1; 0 for the first free one from 7860.
         show: Open it in the browser.
     """
 
-    def __init__(self, port: int | None = None, show: bool = True) -> None:
-        if port is not None and not 0 < port < 65536:
-            raise UserError(f"A port is a number from 1 to 65535, not {port}; change --model.chooser.port.")
+    def __init__(self, port: NotNegative = 0, show: bool = True) -> None:
+        if port > 65535:
+            raise UserError(f"A port is at most 65535, not {port}; change --model.chooser.port.")
         self.port, self.show = port, show
         self.view = View()
         self.asked: queue.Queue[Asked] = queue.Queue()
@@ -84,13 +85,13 @@ class Page(Chooser):
             raise UserError(
                 "The page needs gradio, which is not installed; run pip install 'lightning-prompts[page]'."
             ) from None
-        if self.port is not None and not _free(self.port):
+        if self.port and not _free(self.port):
             raise UserError(
-                f"Port {self.port} is in use; give --model.chooser.port another one, or none to take one that is free."
+                f"Port {self.port} is in use; give --model.chooser.port another one, or 0 to take one that is free."
             )
         self.server = self.build(gradio)
         _, address, _ = self.server.launch(
-            server_name=HOST, server_port=self.port, share=False, inbrowser=self.show, quiet=True, prevent_thread_lock=True,
+            server_name=HOST, server_port=self.port or None, share=False, inbrowser=self.show, quiet=True, prevent_thread_lock=True,
             ssr_mode=False, theme=gradio.themes.Default(font="sans-serif", font_mono="monospace"), head=KEYS, footer_links=[],
         )  # fmt: skip
         log.info("Choose on %s; Ctrl-C stops, and what is chosen by then is kept.", address)
