@@ -115,6 +115,8 @@ class Page(Chooser):
                 continue
             if asked.question != number:  # a second click on what has been answered
                 continue
+            if asked.look and not self.asked.empty():  # a slider that moves asks for more than can be drawn
+                continue
             if not asked.look:
                 self.publish(ready=False, status=f"**{question.prompt}**: on the way.")
                 return asked.choice
@@ -205,8 +207,8 @@ class Page(Chooser):
 
             quiet = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
             gallery.select(picked, None, candidate, **quiet)
-            for part in (candidate.change, strength.release, strength.change):
-                part(look, [question, candidate, strength], None, **quiet)
+            for changed in (candidate.change, strength.change):
+                changed(look, [question, candidate, strength], None, **quiet)
             buttons[0].click(go, [question, candidate, strength], None, **quiet)
             for button, action in zip(buttons[1:], ("others", "undo", "finish"), strict=True):
                 button.click(lambda of, action=action: ask(of, Choice(action)), question, None, **quiet)
@@ -225,7 +227,7 @@ def _plane(question: Round) -> Image.Image:
     """The map: the way here, which ends in a dot, and the candidates' numbers."""
     points = torch.cat([question.trail, question.ends])
     low, high = points.min(0).values, points.max(0).values
-    places = ((points - low) / (high - low).max() * (SIDE - 40) + 20).tolist()
+    places = ((points - low) / (high - low).max().clamp(min=1e-6) * (SIDE - 40) + 20).tolist()
     canvas, here = Image.new("RGB", (SIDE, SIDE), "white"), len(question.trail) - 1
     pen = ImageDraw.Draw(canvas)
     pen.line([tuple(place) for place in places[: here + 1]], fill="orange", width=2)
