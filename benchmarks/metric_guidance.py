@@ -34,7 +34,7 @@ from lightning_prompts.emoji import world
 from lightning_prompts.methods import MetricGuidance
 from lightning_prompts.objectives import Blurriness, ClipQuality, ClipSimilarity, Objective, Sharpness
 
-SEED, TOGETHER, FRESH_SEEDS = 20_261_130, 10, 100
+SEED, COUNT, TOGETHER, FRESH_SEEDS = 20_261_130, 50, 10, 100
 CONFIG = yaml.safe_load(Path("configs/metric_guidance.yaml").read_text())["model"]["init_args"]
 FIGURES = Path(__file__).parent / "figures" / "metric_guidance"
 GOOD, BAD = "a photo", "a blurry dark grainy photo"  # looks that the embedded model's captions know
@@ -103,12 +103,12 @@ def measure(line: str, some: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def table() -> str:
-    """The lines that are measured."""
+    """The lines that are measured to the end."""
     head = ("right way, optimised", "right way, fresh", "fresh before", "gain on fresh", "object kept, prompts", "object kept, pictures",
             "held-out similarity", "held-out quality", "seconds a prompt", "gain a second")  # fmt: skip
     found = [f"| objective | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for line in LINES:
-        if not (rows := rows_of(line)):
+        if len(rows := rows_of(line)) < COUNT:
             continue
         sign = 1 if objective(line).higher_is_better else -1
         gain = {
@@ -148,10 +148,9 @@ def rows_of(line: str) -> list[dict[str, Any]]:
 def main() -> None:
     """Measures what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=50)
-    parser.add_argument("--only", choices=LINES, help="measure one line")
+        parser.add_argument("--only", choices=LINES, help="measure one line")
     args = parser.parse_args()
-    chosen = captions(SEED, args.count)
+    chosen = captions(SEED, COUNT)
     FIGURES.mkdir(parents=True, exist_ok=True)
     for line in [args.only] if args.only else LINES:
         known = {row["prompt"] for row in rows_of(line)}

@@ -65,3 +65,12 @@ def test_metric_guidance_in_the_docs_is_that_of_the_figures():
     for line in ("sharpness", "blurriness", "quality"):
         prompts = [row["prompt"] for row in metric_guidance.rows_of(line)]
         assert prompts == [prompt for prompt, _ in metric_guidance.captions(metric_guidance.SEED, 50)]
+
+
+@pytest.mark.parametrize("targets", ["outside", "evaluation"])
+def test_human_feedback_in_the_docs_is_that_of_the_figures(targets):
+    import human_feedback
+
+    rows = human_feedback.rows_of(targets)
+    assert human_feedback.table(rows) in (ROOT / "docs" / "human_feedback.md").read_text()
+    assert [row["picture"] for row in rows] == [file.name for _, file in human_feedback.wanted(targets)]
