@@ -148,7 +148,7 @@ def rows_of(line: str) -> list[dict[str, Any]]:
 def main() -> None:
     """Measures what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-        parser.add_argument("--only", choices=LINES, help="measure one line")
+    parser.add_argument("--only", choices=LINES, help="measure one line")
     args = parser.parse_args()
     chosen = captions(SEED, COUNT)
     FIGURES.mkdir(parents=True, exist_ok=True)
