@@ -11,13 +11,13 @@ wanted picture the last one is by the held-out CLIP. Settings were tried on othe
 
 from __future__ import annotations
 
-import csv
 import random
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import tables
 import torch
 import yaml
 from inversion import TARGETS, interval, words_of
@@ -88,11 +88,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A line a picture, and what they say together."""
     head = ("said", "picture", "before", "by moves", "by edits of words")
     found = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    moves, edits = ([float(row[f"by_{way}"]) for row in rows] for way in ("moves", "edits"))
+    moves, edits = ([row[f"by_{way}"] for row in rows] for way in ("moves", "edits"))
     for row, by_moves, by_edits in zip(rows, moves, edits, strict=True):
-        found.append(
-            f"| {row['said']} | {row['picture']} | {float(row['before']):.3f} | {by_moves:.3f} | {by_edits:.3f} |"
-        )
+        found.append(f"| {row['said']} | {row['picture']} | {row['before']:.3f} | {by_moves:.3f} | {by_edits:.3f} |")
     nearer = sum(by_moves > by_edits for by_moves, by_edits in zip(moves, edits, strict=True))
     difference = interval([by_moves - by_edits for by_moves, by_edits in zip(moves, edits, strict=True)])
     return "\n".join([*found, "", f"Nearer by moves: {nearer} of {len(rows)}; by moves less by edits {difference}."])
@@ -100,20 +98,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def rows_of(targets: str) -> list[dict[str, Any]]:
     """The figures, a row a picture."""
-    with (FIGURES / f"{targets}.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    return tables.read(FIGURES / f"{targets}.csv")
 
 
 def main() -> None:
     """Measures what is missing and prints the tables."""
     for targets in ("outside", "evaluation"):
-        if not (FIGURES / f"{targets}.csv").exists():
-            rows = [measure(said, file, i) for i, (said, file) in enumerate(wanted(targets))]
-            FIGURES.mkdir(parents=True, exist_ok=True)
-            with (FIGURES / f"{targets}.csv").open("w", newline="") as stream:
-                writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        known = {row["picture"] for row in rows_of(targets)}
+        for i, (said, file) in enumerate(wanted(targets)):
+            if file.name not in known:
+                tables.add(FIGURES / f"{targets}.csv", [measure(said, file, i)])
         print(f"{targets}\n\n{table(rows_of(targets))}\n")
 
 

@@ -11,7 +11,6 @@ prompt go to benchmarks/figures/, a file a line; what is there is not measured a
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import tempfile
 import time
@@ -21,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
+import tables
 import torch
 import yaml
 from inversion import interval, share, spread
@@ -45,8 +45,6 @@ LINES: dict[str, dict[str, Any]] = {
     "sharpness, 5 calls": {"grad_steps": 5},
     "sharpness, all calls": {"grad_steps": CONFIG["sampling_steps"]},
 }
-COLUMNS = ["prompt", "optimised_before", "optimised_after", "fresh_before", "fresh_after", "object_before", "object_after",
-           "object_kept", "heldout_before", "heldout_after", "heldout_quality_before", "heldout_quality_after", "seconds"]  # fmt: skip
 
 
 def captions(seed: int, count: int) -> list[tuple[str, str]]:
@@ -139,10 +137,7 @@ def file_of(line: str) -> Path:
 
 def rows_of(line: str) -> list[dict[str, Any]]:
     """The figures of a line, a row a prompt."""
-    if not file_of(line).exists():
-        return []
-    with file_of(line).open(newline="") as stream:
-        return [{k: v if k == "prompt" else float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+    return tables.read(file_of(line))
 
 
 def main() -> None:
@@ -151,18 +146,11 @@ def main() -> None:
     parser.add_argument("--only", choices=LINES, help="measure one line")
     args = parser.parse_args()
     chosen = captions(SEED, COUNT)
-    FIGURES.mkdir(parents=True, exist_ok=True)
     for line in [args.only] if args.only else LINES:
         known = {row["prompt"] for row in rows_of(line)}
         missing = [caption for caption in chosen if caption[0] not in known]
         for some in (missing[i : i + TOGETHER] for i in range(0, len(missing), TOGETHER)):
-            rows = measure(line, some)
-            with file_of(line).open("a", newline="") as stream:
-                writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-                if not stream.tell():
-                    writer.writeheader()
-                for row in rows:
-                    writer.writerow({name: f"{v:.5f}" if isinstance(v, float) else v for name, v in row.items()})
+            tables.add(file_of(line), measure(line, some))
     print(table())
 
 

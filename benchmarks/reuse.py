@@ -8,13 +8,13 @@ goes the right way; and what it does to the held-out similarity of pictures and 
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
+import tables
 import torch
 from inversion import interval, share, spread
 from metric_guidance import CONFIG, captions, judge, objective
@@ -85,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         some = [row for row in rows if row["objective"] == kind]
         by_prompt = [
             {
-                name: fmean(float(row[name]) for row in some if row["prompt"] == prompt)
+                name: fmean(row[name] for row in some if row["prompt"] == prompt)
                 for name in ("own", "added", "heldout_own", "heldout_added")
             }
             for prompt in dict.fromkeys(row["prompt"] for row in some)
@@ -96,7 +96,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{fmean(own):.4f} ± {spread(own):.4f}",
             f"{fmean(added):.4f} ± {spread(added):.4f}",
             f"{fmean(added) / fmean(own):.2f}",
-            share([float(row["added"]) > 0 for row in some]),
+            share([row["added"] > 0 for row in some]),
             interval([row["heldout_own"] for row in by_prompt]),
             interval([row["heldout_added"] for row in by_prompt]),
         ]
@@ -106,14 +106,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measures, unless it is there, and prints the table."""
-    if not FIGURES.exists():
-        measured = [row for kind in ("sharpness", "blurriness", "quality") for row in measure(kind)]
-        with FIGURES.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(measured[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()} for row in measured)
-    with FIGURES.open(newline="") as stream:
-        print(table(list(csv.DictReader(stream))))
+    known = {row["objective"] for row in tables.read(FIGURES)}
+    for kind in ("sharpness", "blurriness", "quality"):
+        if kind not in known:
+            tables.add(FIGURES, measure(kind))
+    print(table(tables.read(FIGURES)))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ captions.
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
+import tables
 import torch
 import yaml
 from inversion import interval
@@ -46,17 +46,6 @@ LINES: dict[str, dict[str, Any]] = {
     "as in the paper": {**PAPER, "embedding": "one_row", "unconditional": False},
 }
 FIGURES = Path(__file__).parent / "figures" / "seed_invariance"
-COLUMNS = [
-    "prompt",
-    "target",
-    "clip_before",
-    "clip_after",
-    "error_before",
-    "error_after",
-    "psnr_before",
-    "psnr_after",
-    "seconds",
-]
 
 
 def measure(line: str, prompt: str) -> list[dict[str, Any]]:
@@ -88,17 +77,14 @@ def measure(line: str, prompt: str) -> list[dict[str, Any]]:
     return rows
 
 
-def rows_of(line: str) -> list[dict[str, Any]]:
-    """The figures of a line, a row a target."""
-    if not file_of(line).exists():
-        return []
-    with file_of(line).open(newline="") as stream:
-        return [{k: v if k == "prompt" else float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
-
-
 def file_of(line: str) -> Path:
     """Where the figures of a line are."""
     return FIGURES / f"{line.replace(' ', '_')}.csv"
+
+
+def rows_of(line: str) -> list[dict[str, Any]]:
+    """The figures of a line, a row a target."""
+    return tables.read(file_of(line))
 
 
 def table() -> str:
@@ -111,8 +97,9 @@ def table() -> str:
             by_caption.setdefault(row["prompt"], []).append(row)
         if not by_caption:
             continue
-        mean = [{k: fmean(row[k] for row in rows) for k in COLUMNS[2:]} for rows in by_caption.values()]
-        whole = {k: fmean(row[k] for row in mean) for k in COLUMNS[2:]}
+        names = by_caption[next(iter(by_caption))][0].keys() - {"prompt", "target"}
+        mean = [{name: fmean(row[name] for row in rows) for name in names} for rows in by_caption.values()]
+        whole = {name: fmean(row[name] for row in mean) for name in names}
         cells = [
             str(len(mean)),
             f"{whole['clip_before']:.4f} → {whole['clip_after']:.4f}",
@@ -131,17 +118,10 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=CAPTIONS, help="how many of them")
     parser.add_argument("--only", choices=LINES, help="measure one line")
     args = parser.parse_args()
-    FIGURES.mkdir(parents=True, exist_ok=True)
     for line in [args.only] if args.only else LINES:
         known = {row["prompt"] for row in rows_of(line)}
         for prompt in [prompt for prompt, _ in captions(SEED, CAPTIONS)[: args.captions] if prompt not in known]:
-            rows = measure(line, prompt)
-            with file_of(line).open("a", newline="") as stream:
-                writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-                if not stream.tell():
-                    writer.writeheader()
-                for row in rows:
-                    writer.writerow({name: f"{v:.6f}" if isinstance(v, float) else v for name, v in row.items()})
+            tables.add(file_of(line), measure(line, prompt))
     print(table())
 
 
