@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_prompts.embeddings import farthest, lerp, nearest_rows, shift, slerp, transfer
+from lightning_prompts.embeddings import farthest, lerp, nearest_rows, principal_axes, shift, slerp, transfer
 
 
 def paper(a, b, value):
@@ -114,3 +114,13 @@ def test_transfer_brings_a_difference_along():
     assert torch.allclose(transfer(a, a, b), b, atol=1e-6)
     assert torch.allclose(transfer(c, a, b, 0.5), c + (b - a) / 2, atol=1e-6)
     assert torch.equal(transfer(c, a, a), c)
+
+
+def test_principal_axes_are_those_of_the_covariance():
+    vectors = torch.randn(40, 5, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.1, 3.0, 0.5], dtype=torch.float64) + 7
+    _, expected = torch.linalg.eigh(vectors.T.cov())
+    found = principal_axes(vectors, 2)
+    for axis, wanted in zip(found, (expected[:, -1], expected[:, -2]), strict=True):
+        assert float(axis @ wanted) ** 2 == pytest.approx(1)
+        assert float(axis.norm()) == pytest.approx(1)
+        assert axis[axis.abs().argmax()] > 0
