@@ -74,3 +74,12 @@ def test_human_feedback_in_the_docs_is_that_of_the_figures(targets):
     rows = human_feedback.rows_of(targets)
     assert human_feedback.table(rows) in (ROOT / "docs" / "human_feedback.md").read_text()
     assert [row["picture"] for row in rows] == [file.name for _, file in human_feedback.wanted(targets)]
+
+
+def test_seed_invariance_in_the_docs_is_that_of_the_figures():
+    import seed_invariance
+
+    assert seed_invariance.table() in (ROOT / "docs" / "seed_invariance.md").read_text()
+    rows = seed_invariance.rows_of("all rows")
+    prompts = [prompt for prompt, _ in seed_invariance.captions(seed_invariance.SEED, seed_invariance.CAPTIONS)]
+    assert list(dict.fromkeys(row["prompt"] for row in rows)) == prompts[: len(rows) // seed_invariance.TARGETS]

@@ -370,8 +370,9 @@ def test_a_person_chooses_in_a_browser(tiny, tmp_path, browser):
     wait_for_question(page, 2)
     page.keyboard.press("u")
     wait_for_question(page, 1)
+    before = page.locator("#candidates").inner_text()
     page.keyboard.press("o")
-    page.wait_for_function("document.querySelector('#go').disabled")
+    page.wait_for_function("before => document.querySelector('#candidates').innerText != before", arg=before)
     wait_for_question(page, 1)
     page.keyboard.press("f")
     page.wait_for_function(

@@ -163,6 +163,7 @@ def test_ph2p_goes_down(optimizer, own, tiny, pictures, tmp_path):
             super().search(batch, rows)
 
     module = Watched(backbone=tiny, tokens=3, sampling_steps=2, optimizer=optimizer, **own)
+    module.backbone.name = "tiny"  # what is drawn depends on it, and the folder has another name every time
     search(module, [pictures], tmp_path / "run", steps=12, validation_samples=3)
     assert (losses[-1] < losses[0]).all()
     assert (torch.stack(losses).diff(dim=0) < 0).float().mean() > 0.6
