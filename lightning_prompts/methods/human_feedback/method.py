@@ -246,10 +246,9 @@ class HumanFeedback(Steering):
 
     def on_train_start(self) -> None:
         """Goes on where the records are, which may be newer than a checkpoint."""
-        newest = {key: (list(problem.moves), problem.others) for key, problem in self.data.records.items()}
-        if self._resumed:
-            for record in self._resumed["records"]:
-                record["moves"], record["others"] = newest[record["key"]]
+        for record in self._resumed["records"] if self._resumed else []:
+            newest = self.data.records[record["key"]]
+            record["moves"], record["others"] = newest.moves, newest.others
         super().on_train_start()
         if self.problems:
             self.score()  # a checkpoint's embeddings may be older, too
