@@ -41,6 +41,7 @@ PAPER = {
 }
 LINES: dict[str, dict[str, Any]] = {
     "all rows": {},
+    "the CLIP alone": {"pixels": 0.0},
     "one row": {"embedding": "one_row"},
     "what is told alone": {"unconditional": False},
     "as in the paper": {**PAPER, "embedding": "one_row", "unconditional": False},

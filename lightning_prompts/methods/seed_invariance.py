@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ class SeedInvariance(Steering):
     in gradually: the noise goes on an arc from the target's to theirs, all the way.
 
     The paper compares latents after 1, 2 and 3 calls, with a gradient through the last one. That hardly changes the pictures; what
-    changes them is the default: the finished pictures by a CLIP, with a gradient through all calls.
+    changes them is the default: the finished pictures by a CLIP and by their pixels, with a gradient through all calls.
 
     Args:
         target_seeds: Seeds, as those of `predict`, whose pictures are wanted; each is a problem of its own.
@@ -41,6 +42,7 @@ class SeedInvariance(Steering):
         compare: What is compared, by the cosine: `clip`, the features of the pictures by the CLIP that goes with the backbone, or
             the `latents`.
         clip: Folder or hub id of another CLIP.
+        pixels: Weight, in [0, 1], of the cosine of the pictures themselves against that of their features.
         stages: Calls of the denoiser after which each stage compares; None for a stage after all of them.
         grad_steps: How many of the last of these calls pass a gradient on; None for all.
         ramp: Share of a stage in which the noise goes from the target's to the new seeds'; 1 in the paper.
@@ -61,6 +63,7 @@ class SeedInvariance(Steering):
         towards: str | None = None,
         compare: Literal["clip", "latents"] = "clip",
         clip: str | None = None,
+        pixels: float = 0.3,
         stages: list[Positive] | None = None,
         grad_steps: Positive | None = None,
         ramp: float = 0.3,
@@ -75,11 +78,14 @@ class SeedInvariance(Steering):
         calls = self.backbone.calls(self.sampling_steps, 1)
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
         self.towards, self.seeds_per_step, self.weight, self.lr, self.eps = towards, seeds_per_step, weight, lr, eps
+        self.pixels = pixels
         self.grad_steps, self.ramp = int(grad_steps or calls), ramp
         if max(self.stages) > calls:
             raise UserError(
                 f"The stages {self.stages} go beyond the sampler's {calls} calls; change --model.stages or --model.sampling_steps."
             )
+        if not 0 <= pixels <= 1:
+            raise UserError(f"The weight of the pixels is a share from 0 to 1, not {pixels:g}; change --model.pixels.")
         if not 0 <= ramp <= 1:
             raise UserError(f"The ramp is a share of a stage from 0 to 1, not {ramp:g}; change --model.ramp.")
         self.clip = None
@@ -121,7 +127,12 @@ class SeedInvariance(Steering):
 
     def seen(self, latents: Tensor) -> Tensor:
         """What is compared of clean latents (B, C, h, w): vectors (B, E)."""
-        return self.clip.features(self.backbone.decode(latents)) if self.clip else latents.flatten(1)
+        if not self.clip:
+            return latents.flatten(1)
+        pictures = self.backbone.decode(latents)
+        features, pixels = self.clip.features(pictures), F.normalize(pictures.flatten(1), dim=1)
+        # The cosine of two such vectors is the weighted sum of both cosines.
+        return torch.cat([math.sqrt(1 - self.pixels) * features, math.sqrt(self.pixels) * pixels], dim=1)
 
     def target_noise(self, problems: Sequence[Problem]) -> Tensor:
         """Noise (P, C, h, w) of the seeds whose pictures are wanted."""
