@@ -44,7 +44,7 @@ def main() -> None:
     told: list[Tensor] = []
     seen: dict[str, list[Tensor]] = {"pixels": [], "held-out CLIP": []}
     for number, (one, other) in enumerate(zip(ends[::2], ends[1::2], strict=True)):
-        a, b = method.encode([one, other]).prompt_embeds
+        a, b = method.encode([one, other])
         arc = torch.stack([slerp(a, b, float(value)) for value in torch.linspace(0, 1, FRAMES)])
         pictures = method.draw_embeds(
             arc[:, None], noise_of([number], method.backbone.latent_shape).expand(FRAMES, 1, -1, -1, -1)

@@ -28,7 +28,7 @@ CALLS = [*((before, 1) for before in range(8)), (4, 4), (0, 8)]  # before the gr
 def changes(method: Small, table: Table, choice: list[int], before: int, grad_steps: int) -> list[tuple[float, float]]:
     """Predicted and true changes of the loss for each word that can stand in the place of one of as many tokens."""
     space, words = method.prompt.spaces[0], method.prompt.word_ids[0]
-    ids = [encode_text(method.tower.tokenizer, [text], method.tower.length) for text in space.texts(choice)]
+    ids = [encode_text(method.vocabulary.tokenizer, [text], method.vocabulary.length) for text in space.texts(choice)]
     embeddings = [method.prompt.table[row].clone().requires_grad_() for row in ids]
     told, away = (method.backbone.encode(*pair) for pair in zip(ids, embeddings, strict=True))
     method.grad_steps = grad_steps

@@ -51,10 +51,21 @@ def transfer(embeds: Tensor, before: Tensor, after: Tensor, strength: float = 1.
 
 
 def shift(embeds: Tensor, like: Tensor) -> Tensor:
-    """Moves embeddings (..., L, D) to the mean and the standard deviation of others (..., L, D), each over its L D numbers."""
-    std, mean = torch.std_mean(embeds, dim=(-2, -1), keepdim=True)
-    wanted_std, wanted_mean = torch.std_mean(like, dim=(-2, -1), keepdim=True)
-    return (embeds - mean) / std * wanted_std + wanted_mean
+    """Moves embeddings (..., L, D) to the mean and the standard deviation of others (..., L, D), each over its L D numbers.
+
+    Rows that are zeros in the others are padding, which counts for nothing and stays what it is.
+    """
+    counts = (like != 0).any(-1, keepdim=True)
+    (mean, std), (wanted_mean, wanted_std) = (_mean_and_std(x, counts) for x in (embeds, like))
+    return torch.where(counts, (embeds - mean) / std * wanted_std + wanted_mean, embeds)
+
+
+def _mean_and_std(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Over those rows of (..., L, D) that count, (..., L, 1)."""
+    numbers = counts.sum(-2, keepdim=True) * x.shape[-1]
+    mean = (x * counts).sum((-2, -1), keepdim=True) / numbers
+    square = ((x - mean) * counts).square().sum((-2, -1), keepdim=True)
+    return mean, (square / (numbers - 1)).sqrt()
 
 
 def farthest(vectors: Tensor, count: int, first: int = 0) -> list[int]:

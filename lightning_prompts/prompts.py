@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prompts.backbones import TextTower
+from lightning_prompts.backbones import Vocabulary
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
 from lightning_prompts.substitutes.space import Part, Space
@@ -26,7 +26,7 @@ class TokenEmbeddings(nn.Module):
     """M token embeddings for each of P problems, standing in a template of fixed tokens.
 
     Args:
-        tower: The text encoder whose vocabulary is searched.
+        vocabulary: The vocabulary that is searched.
         template: Fixed words around the prompt, with `{}` where it goes.
         tokens: M, how many tokens the prompt has.
         blocked: Words, or parts of words, that no token may contain.
@@ -41,7 +41,7 @@ class TokenEmbeddings(nn.Module):
 
     def __init__(
         self,
-        tower: TextTower,
+        vocabulary: Vocabulary,
         template: str = "{}",
         tokens: int = 8,
         blocked: tuple[str, ...] = (),
@@ -53,12 +53,12 @@ class TokenEmbeddings(nn.Module):
             raise UserError(
                 f"A prompt of {tokens} tokens was asked for; it needs at least one, so raise --model.tokens."
             )
-        ids, positions = template_ids(tower.tokenizer, template, tokens, tower.length)
+        ids, positions = template_ids(vocabulary.tokenizer, template, tokens, vocabulary.length)
         self.metric: Metric = metric
         self.register_buffer("template", ids, persistent=False)
         self.register_buffer("positions", positions, persistent=False)
-        self.register_buffer("table", tower.table, persistent=False)
-        self.register_buffer("allowed", allowed_tokens(tower.tokenizer, blocked, words), persistent=False)
+        self.register_buffer("table", vocabulary.table, persistent=False)
+        self.register_buffer("allowed", allowed_tokens(vocabulary.tokenizer, blocked, words), persistent=False)
         self.embeddings = nn.Parameter(torch.empty(0, tokens, self.table.shape[1]))
 
     @torch.no_grad()
@@ -110,44 +110,55 @@ class TokenEmbeddings(nn.Module):
 
 
 class PromptEmbeds(nn.Module):
-    """Encoded prompts (P, S, L, D) of P problems: S is 1 for what the denoiser is told, 2 with what it is led away from.
-
-    The row of the start of the text never changes; it is the same for all prompts.
+    """Encoded prompts (P, S, R, D) of P problems: S is 1 for what the denoiser is told, 2 with what it is led away from.
 
     Args:
-        one_row: The others are one row, repeated; it starts as the last one of the encoded prompt.
+        moving: Gives which rows of encoded prompts change, (R,) bool.
+        one_row: These are one row, repeated; it starts as the last of them that is not zeros.
     """
 
     initial: Tensor
+    moving: Tensor
 
-    def __init__(self, one_row: bool = False) -> None:
+    def __init__(self, moving: Callable[[Tensor], Tensor], one_row: bool = False) -> None:
         super().__init__()
-        self.one_row = one_row
+        self.one_row, self.which = one_row, moving
+        self.register_buffer("moving", torch.empty(0, dtype=torch.long), persistent=False)
         self.register_buffer("initial", torch.empty(0, 1, 1, 0), persistent=False)
-        self.rows = nn.Parameter(torch.empty(0, 1, 0, 0))  # (P, S, L - 1, D), or (P, S, 1, D)
+        self.rows = nn.Parameter(torch.empty(0, 1, 0, 0))  # (P, S, M, D) of the M moving rows, or (P, S, 1, D)
 
     def show(self, initial: Tensor) -> None:
-        """Makes encoded prompts (P, S, L, D) those that the search starts from."""
+        """Makes encoded prompts (P, S, R, D) those that the search starts from."""
         self.initial = initial.detach().float()
+        self.moving = self.which(initial).nonzero().squeeze(1)
 
     @torch.no_grad()
     def begin(self) -> None:
         """Starts there."""
         self.rows.grad = None
-        self.rows.data = self.initial[:, :, -1:].clone() if self.one_row else self.initial[:, :, 1:].clone()
+        rows = self.of(self.initial)
+        if self.one_row:
+            number = torch.arange(rows.shape[2], device=rows.device)
+            last = (number * (rows != 0).any(3)).argmax(2)[..., None, None]
+            rows = rows.gather(2, last.expand(-1, -1, 1, rows.shape[3]))
+        self.rows.data = rows.clone()
+
+    def of(self, embeds: Tensor) -> Tensor:
+        """The moving rows (..., M, D) of encoded prompts (..., R, D)."""
+        return embeds.index_select(-2, self.moving)
 
     def sound(self) -> Tensor:
         """Which problems' embeddings are finite, (P,)."""
         return self.rows.detach().isfinite().flatten(1).all(1)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Encoded prompts (Q, S, L, D) of the problems `rows` (Q,)."""
-        others = self.rows[rows].expand(-1, -1, self.initial.shape[2] - 1, -1)
-        return torch.cat([self.initial[rows, :, :1], others], dim=2)
+        """Encoded prompts (Q, S, R, D) of the problems `rows` (Q,)."""
+        moved = self.rows[rows].expand(-1, -1, len(self.moving), -1)
+        return self.initial[rows].index_copy(2, self.moving, moved)
 
 
 class PromptArc(nn.Module):
-    """Encoded prompts (P, 1, L, D) on the arc from P prompts to another one; how far each is, is all that trains.
+    """Encoded prompts (P, 1, R, D) on the arc from P prompts to another one; how far each is, is all that trains.
 
     Args:
         start: The logistic function of it is the place on the arc to start from, 0 for the prompt and 1 for the other.
@@ -164,7 +175,7 @@ class PromptArc(nn.Module):
         self.place = nn.Parameter(torch.empty(0, 1, 1, 1))
 
     def show(self, initial: Tensor) -> None:
-        """Makes encoded prompts (P, 1, L, D) those that the search starts from."""
+        """Makes encoded prompts (P, 1, R, D) those that the search starts from."""
         self.initial = initial.detach().float()
 
     @torch.no_grad()
@@ -178,7 +189,7 @@ class PromptArc(nn.Module):
         return self.place.detach().isfinite().flatten(1).all(1)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Encoded prompts (Q, 1, L, D) of the problems `rows` (Q,)."""
+        """Encoded prompts (Q, 1, R, D) of the problems `rows` (Q,)."""
         return slerp(self.initial[rows], self.other.expand(len(rows), -1, -1, -1), self.place[rows].sigmoid())
 
 
@@ -186,22 +197,24 @@ class WordChoices(nn.Module):
     """For each of P problems a word to choose for each of S slots, as logits (P, S, W); W is that of the longest slot.
 
     Args:
-        tower: The text encoder.
+        vocabulary: The vocabulary that the words' tokens are of.
     """
 
     table: Tensor
 
-    def __init__(self, tower: TextTower) -> None:
+    def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__()
-        self.tower = tower
-        self.register_buffer("table", tower.table, persistent=False)
+        self.vocabulary = vocabulary
+        self.register_buffer("table", vocabulary.table, persistent=False)
         self.logits = nn.Parameter(torch.empty(0, 0, 0))
         self.show([])
 
     def show(self, spaces: Sequence[Space]) -> None:
         """Makes the spaces those that the logits choose from."""
         self.spaces = list(spaces)
-        self.word_ids = [[token_lists(self.tower.tokenizer, slot.words) for slot in space.slots] for space in spaces]
+        self.word_ids = [
+            [token_lists(self.vocabulary.tokenizer, slot.words) for slot in space.slots] for space in spaces
+        ]
         slots = max((len(space.slots) for space in spaces), default=0)
         words = max((len(slot.words) for space in spaces for slot in space.slots), default=0)
         self.counts = torch.full((len(spaces), slots, words), -1)  # tokens of each word, -1 where there is none
@@ -233,7 +246,7 @@ class WordChoices(nn.Module):
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a piece of text, without start and end."""
-        return token_lists(self.tower.tokenizer, [text])[0]
+        return token_lists(self.vocabulary.tokenizer, [text])[0]
 
     def perturbed(self, rows: Tensor, gumbel: Tensor) -> Tensor:
         """Logits (Q, S, W) of some problems, plus noise (Q, S, W); minus infinity where there is no word."""
@@ -270,8 +283,8 @@ class WordChoices(nn.Module):
         self, word_ids: Sequence[Sequence[Sequence[int]]], parts: Sequence[Part], choice: Sequence[int], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Ids (L,) and embeddings (L, D) of a text whose slots are mixtures by weights (S, W)."""
-        ids = encode_text(self.tower.tokenizer, ["".join(part.text for part in parts)], self.tower.length)[0]
-        ids, place = ids.to(self.table.device), 1
+        ids = encode_text(self.vocabulary.tokenizer, ["".join(part.text for part in parts)], self.vocabulary.length)[0]
+        ids, place = ids.to(self.table.device), self.vocabulary.first
         embeddings = self.table[ids].to(self.logits.dtype)
         for part in parts:
             if part.slot is None:

@@ -10,14 +10,16 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
 from lightning_prompts.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Metric = Literal["euclidean", "cosine"]
 
@@ -219,19 +221,21 @@ def _listed(name: str, words: Iterable[str]) -> list[str]:
     return list(words)
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Tensor:
-    """Encodes texts with start, end and padding, and cuts none.
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, cut: bool = False) -> Tensor:
+    """Encodes texts with start, end and padding.
 
     Args:
         tokenizer: The tokenizer.
         texts: P texts.
         length: How many tokens the text encoder takes, start and end included.
+        cut: Cut off words at the end of texts that are too long, instead of refusing these.
 
     Returns:
         Token ids, (P, length).
     """
     texts = _listed("texts", texts)
-    rows = token_lists(tokenizer, texts, add_special_tokens=True, padding="max_length", max_length=length)
+    how = {"add_special_tokens": True, "padding": "max_length", "max_length": length, "truncation": cut}
+    rows = token_lists(tokenizer, texts, **how)
     for text, row in zip(texts, rows, strict=True):
         if len(row) > length:
             start = text if len(text) <= 60 else f"{text[:60]}…"

@@ -3,17 +3,16 @@
 import os
 import shutil
 
+import families
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
-    CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
     GPT2Config,
@@ -21,17 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
-
 torch.set_num_threads(1)  # networks this small only wait for a second thread
 os.environ["OMP_NUM_THREADS"] = "1"  # nor do the processes that tests start need one, beside the other tests
-
-CAPTIONS = [
-    "a red square on a blue background",
-    "a photo of a small cat in the top left corner",
-    "two dogs beside a large tree, blurry",
-    "a dark picture of a green circle",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +32,13 @@ def seed():
 @pytest.fixture(scope="session")
 def sd1(tmp_path_factory):
     """A folder laid out as Stable Diffusion 1.5: epsilon, PNDM, padding with the end of text, legacy end-of-text id."""
-    scheduler = PNDMScheduler(**NOISE, skip_prk_steps=True)
-    return _save(
-        tmp_path_factory.mktemp("sd1"), scheduler, width=32, pad="<|endoftext|>", hidden_act="quick_gelu", eos=2
-    )
+    return families.save("sd1", tmp_path_factory.mktemp("sd1"))
 
 
 @pytest.fixture(scope="session")
 def sd2(tmp_path_factory):
     """A folder laid out as Stable Diffusion 2.1: v-prediction, DDIM, padding with "!", another width and activation."""
-    scheduler = DDIMScheduler(**NOISE, prediction_type="v_prediction", clip_sample=False)
-    return _save(tmp_path_factory.mktemp("sd2"), scheduler, width=48, pad="!", hidden_act="gelu", projection_dim=16)
+    return families.save("sd2", tmp_path_factory.mktemp("sd2"))
 
 
 @pytest.fixture(scope="session", params=["sd1", "sd2"])
@@ -101,35 +87,3 @@ def pictures(tmp_path):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
-
-
-NOISE = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False,
-}  # fmt: skip
-
-
-def _save(folder, scheduler, width, pad, eos=None, **text):
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(CAPTIONS, 40, folder / "learned")
-    tokenizer.pad_token = pad
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, hidden_size=width, intermediate_size=2 * width,
-            num_hidden_layers=2, num_attention_heads=4, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos or tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id, **text,
-        )
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=width, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16), norm_num_groups=8, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.save_pretrained(folder / "model")
-    return folder / "model"

@@ -6,175 +6,250 @@ import inspect
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lightning_prompts.backbones.towers import Kind, Said, TextTower, Vocabulary, at_least_float32
 from lightning_prompts.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from typing_extensions import Self
 
 
-class TextTower(nn.Module):
-    """A text encoder with its tokenizer.
+class Reads(NamedTuple):
+    """A text tower of a family: the component's name, its class, and how the family reads it, see `TextTower`."""
 
-    Args:
-        tokenizer: The tokenizer.
-        encoder: The text encoder, a transformers model.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder: nn.Module) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.encoder: Any = encoder
-
-    @property
-    def table(self) -> Tensor:
-        """The embedding of each token, (V, D) float32; of an encoder in half precision a copy, so take it once."""
-        return _at_least_float32(self.encoder.get_input_embeddings().weight.detach())
-
-    @property
-    def length(self) -> int:
-        """L, how many tokens the encoder takes, start and end included."""
-        most: int = self.tokenizer.model_max_length
-        return min(most, getattr(self.encoder.config, "max_position_embeddings", most))
-
-    def forward(self, ids: Tensor, embeddings: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Encodes tokens.
-
-        Args:
-            ids: Token ids, (P, L). With embeddings they still say where the text ends.
-            embeddings: What stands in place of the tokens' embeddings, (P, L, D). `table[ids]` changes nothing.
-
-        Returns:
-            The last hidden state, (P, L, D'), and the pooled output, (P, D''), of encoders that have one.
-        """
-        if embeddings is None:
-            output = self.encoder(ids)
-        else:  # encoders that take embeddings as an argument then lack the ids, and CLIP's takes none
-            layer = self.encoder.get_input_embeddings()
-            with layer.register_forward_hook(lambda module, args, replaced: embeddings.to(replaced.dtype)):
-                output = self.encoder(ids)
-        return output.last_hidden_state, output.get("pooler_output")
-
-
-@dataclass(frozen=True, eq=False)
-class Conditioning:
-    """What the denoiser is told about P prompts: hidden states (P, L, D') and, in some families, a pooled (P, D'')."""
-
-    prompt_embeds: Tensor
-    pooled: Tensor | None = None
-
-    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
-        """Selects prompts, as rows of a tensor."""
-        return Conditioning(self.prompt_embeds[rows], None if self.pooled is None else self.pooled[rows])
-
-    def repeat_interleave(self, repeats: int) -> Conditioning:
-        """Repeats each prompt for its samples: a, b becomes a, a, b, b."""
-
-        def repeat(x: Tensor) -> Tensor:  # the gradient of `expand` is a sum, which is deterministic on every device
-            return x.unsqueeze(1).expand(-1, repeats, *x.shape[1:]).flatten(0, 1)
-
-        return Conditioning(repeat(self.prompt_embeds), None if self.pooled is None else repeat(self.pooled))
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Puts prompts one after the other."""
-        pooled = [part.pooled for part in parts if part.pooled is not None]
-        return Conditioning(torch.cat([part.prompt_embeds for part in parts]), torch.cat(pooled) if pooled else None)
+    part: str
+    network: Literal["CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"]
+    layer: int = -1
+    length: int | None = None
+    masked: bool = False
+    optional: bool = False
+    lower: bool = False  # the pipeline lower-cases what it is told
 
 
 class Backbone(nn.Module, ABC):
     """A frozen text-to-image model: no parameter requires a gradient and it never leaves evaluation mode.
 
-    A family says how text becomes a conditioning (`encode`), how the denoiser is called (`denoise`) and where in the picture it
-    uses which token (`attention_maps`). Latents, noise and images outside of the networks are float32, whatever the networks'
-    precision.
+    An encoded prompt is rows (R, D): one a token, which the denoiser attends to, and below them, in families that have one, the
+    pooled vector, filled up with zeros. So whatever is done row by row is done with all that the denoiser is told.
+
+    A family says how these rows come from what its towers say (`combine`) and how the denoiser is called (`denoise`). Latents,
+    noise and images outside of the networks are float32, whatever the networks' precision.
 
     Args:
         name: How the person named it.
-        towers: The text encoders.
+        towers: The text encoders, in the order of `reads`, less those that are optional and absent.
         denoiser: The diffusers model that predicts noise or velocity.
         vae: The diffusers autoencoder.
         scheduler: The diffusers scheduler: noise schedule, prediction type and sampler.
+        vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
+        image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
+        zero_empty: The encoding of an empty text to lead away from is zeros.
     """
+
+    pipelines: ClassVar[tuple[str, ...]]  # of diffusers, that the family reads
+    reads: ClassVar[tuple[Reads, ...]]
+    denoises: ClassVar[tuple[str, str]]  # the denoiser's component and class
+    searched: ClassVar[Kind] = "clip"
+    predicts: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
+    pipeline_steps: ClassVar[int]  # sampling steps that diffusers takes unless told otherwise
+    pipeline_guidance: ClassVar[float]  # and its guidance
+    fixed: ClassVar[int] = 1  # rows at the beginning of an encoded prompt that are the same for all
+    cross_attends: ClassVar[bool] = False  # whether it has `attention_maps`
+    patch: ClassVar[int] = 1  # latents that the denoiser takes together, a side
 
     towers: Sequence[TextTower]
     alphas_cumprod: Tensor
 
     def __init__(
-        self, name: str, towers: Sequence[TextTower], denoiser: nn.Module, vae: nn.Module, scheduler: Any
+        self,
+        name: str,
+        towers: Sequence[TextTower],
+        denoiser: nn.Module,
+        vae: nn.Module,
+        scheduler: Any,
+        vocabulary: Kind | None = None,
+        image_size: int | None = None,
+        zero_empty: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.scheduler = name, scheduler
+        self.name, self.scheduler, self.zero_empty = name, scheduler, zero_empty
         self.towers = cast("Sequence[TextTower]", nn.ModuleList(towers))
         self.denoiser: Any = denoiser
         self.vae: Any = vae
-        self.prediction_type: str = scheduler.config.get("prediction_type", "flow")
-        if self.prediction_type not in ("epsilon", "v_prediction"):
+        kind = vocabulary or self.searched
+        if not (same := [tower for tower in towers if tower.kind == kind]):
             raise UserError(
-                f"The model {name!r} predicts {self.prediction_type!r}, and only 'epsilon' and 'v_prediction' are supported; "
-                "choose another model."
+                f"The model {name!r} has no {kind} text encoder whose tokens could be searched; leave out --model.vocabulary."
             )
-        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.float().clone(), persistent=False)
+        self.vocabulary = Vocabulary(same)
+        self.prediction_type: str = scheduler.config.get("prediction_type", "flow_prediction")
+        if self.prediction_type not in self.predicts:
+            raise UserError(
+                f"The model {name!r} has a scheduler for {self.prediction_type!r}, and its family predicts "
+                f"{' or '.join(map(repr, self.predicts))}; choose another."
+            )
+        for what, (given, taken) in self.widths().items():
+            if given != taken:
+                raise UserError(
+                    f"The {what} of the model {name!r} are {given} wide and its denoiser takes {taken}; they are of different models, so "
+                    "fetch or write the whole model again."
+                )
+        alphas = torch.empty(0) if self.prediction_type == "flow_prediction" else scheduler.alphas_cumprod.float()
+        self.register_buffer("alphas_cumprod", alphas.clone(), persistent=False)
+        self.image_size = image_size or self.trained_size
+        if self.image_size % (self.factor * self.patch):
+            raise UserError(
+                f"Pictures of {self.image_size} pixels were asked for, and the model {name!r} draws multiples of "
+                f"{self.factor * self.patch}; change --model.image_size."
+            )
+        self.default_steps, self.default_guidance = self._defaults()
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode, also when the module that holds it is put into training mode."""
         return super().train(False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.alphas_cumprod.device
+
     @abstractmethod
-    def encode(self, ids: Tensor, embeddings: Tensor | None = None) -> Conditioning:
-        """Turns P prompts into what the denoiser is told.
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """What has to fit the denoiser: the width that there is and the one that it takes."""
+
+    # --- text
+
+    @abstractmethod
+    def combine(self, said: Sequence[Said]) -> Tensor:
+        """Encoded prompts (P, R, D) of what each tower says of P prompts."""
+
+    def encode(self, ids: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """Encodes prompts of the vocabulary that is searched; towers of another one read what their tokens spell.
 
         Args:
             ids: Token ids with start, end and padding, (P, L).
             embeddings: What stands in place of the tokens' embeddings, (P, L, D); gradients flow to it.
+
+        Returns:
+            Encoded prompts, (P, R, D').
+        """
+        said = self.vocabulary.say(ids, embeddings)
+        others = [tower for tower in self.towers if tower not in said]
+        texts = self.vocabulary.texts(ids) if others else []
+        said |= {tower: tower.read(texts, self.device, cut=True) for tower in others}
+        return self.combine([said[tower] for tower in self.towers])
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Encoded prompts (P, R, D) of P texts, as the family's pipeline reads them.
+
+        A text that is too long for what is searched is refused. Of what is too long for the other towers the end is cut off.
+        """
+        parts = [tower.read(texts, self.device, cut=tower not in self.vocabulary.towers) for tower in self.towers]
+        return self.combine(parts)
+
+    def split(self, prompts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encoded prompts (..., R, D) as what the denoiser attends to, (..., L, D), and the pooled vectors (..., D')."""
+        if not self.pooled_width:
+            return prompts, None
+        below = -(-self.pooled_width // prompts.shape[-1])
+        return prompts[..., :-below, :], prompts[..., -below:, :].flatten(-2)[..., : self.pooled_width]
+
+    def join(self, hidden: Tensor, pooled: Tensor) -> Tensor:
+        """Encoded prompts (..., R, D) of what the denoiser attends to, (..., L, D), and the pooled vectors (..., D')."""
+        width = hidden.shape[-1]
+        filled = F.pad(pooled, (0, -pooled.shape[-1] % width))
+        return torch.cat([hidden, filled.unflatten(-1, (-1, width)).to(hidden.dtype)], dim=-2)
+
+    def moving(self, prompts: Tensor, pooled: bool) -> Tensor:
+        """Which rows of encoded prompts (..., R, D) a search may move, (R,): not CLIP's start of the text, and the pooled if told to."""
+        moving = torch.arange(prompts.shape[-2], device=prompts.device) >= self.fixed
+        if not pooled:
+            moving[self.split(prompts)[0].shape[-2] :] = False
+        return moving
+
+    def gist(self, prompts: Tensor) -> Tensor:
+        """The one row (..., D) of encoded prompts (..., R, D) that says most: the pooled vector's, or the last token's."""
+        return prompts[..., -1, :]
+
+    # --- denoiser
+
+    @abstractmethod
+    def denoise(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, guidance_scale: float = 1.0) -> Tensor:
+        """Calls the denoiser.
+
+        Args:
+            noisy: Noisy latents, (B, C, h, w).
+            timesteps: (B,).
+            prompts: Encoded, (B, R, D).
+            guidance_scale: What models are told that have learned to guide themselves.
+
+        Returns:
+            What it predicts, (B, C, h, w) float32.
         """
 
-    @abstractmethod
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Calls the denoiser on noisy latents (B, C, h, w), timesteps (B,) and B prompts; gives (B, C, h, w) float32."""
-
-    @abstractmethod
-    def attention_maps(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def attention_maps(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
         """How much each place of a picture looks at each token of its prompt while `denoise` runs; no gradient.
 
         Args:
             noisy: Noisy latents, (B, C, h, w).
             timesteps: (B,).
-            conditioning: B prompts.
+            prompts: Encoded, (B, R, D).
 
         Returns:
             Cross-attention probabilities (B, L, h, w) float32, the mean over heads and layers; in [0, 1], and over the L tokens of
             a place they sum to one.
         """
+        raise NotImplementedError(f"The places and the tokens of a {type(self).__name__} share one attention.")
+
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether a picture is led away from a negative prompt, which takes two calls of the denoiser a step."""
+        return guidance_scale > 1 and not self.guides_itself
+
+    @property
+    def guides_itself(self) -> bool:
+        """Whether the denoiser has learned what guidance does; then nothing can be led away from."""
+        return False
+
+    @property
+    def pooled_width(self) -> int:
+        """Numbers of the pooled vector; 0 in families without one."""
+        return 0
 
     @property
     def num_train_timesteps(self) -> int:
         """How many noise levels there are; timesteps are 0, ..., num_train_timesteps - 1."""
-        return len(self.alphas_cumprod)
+        count: int = self.scheduler.config.num_train_timesteps
+        return count
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a latent, a side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def trained_size(self) -> int:
+        """Height and width, in pixels, of the images that the denoiser was trained on."""
+        return int(self.denoiser.config.sample_size) * self.factor
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents that the denoiser was trained on."""
-        config = self.denoiser.config
-        return config.in_channels, config.sample_size, config.sample_size
-
-    @property
-    def image_size(self) -> int:
-        """Height and width, in pixels, of the images that the denoiser was trained on."""
-        factor: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.latent_shape[1] * factor
+        """(C, h, w) of the latents of what is drawn."""
+        side = self.image_size // self.factor
+        return self.vae.config.latent_channels, side, side
 
     def _signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of latents and noise in noisy latents, (B, 1, 1, 1) each."""
-        alphas = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        if self.prediction_type == "flow_prediction":
+            sigma = (timesteps.to(self.alphas_cumprod) / self.num_train_timesteps).view(-1, 1, 1, 1)
+            return 1 - sigma, sigma
+        alphas = self.alphas_cumprod[timesteps.long()].view(-1, 1, 1, 1)
         return alphas.sqrt(), (1 - alphas).sqrt()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -184,31 +259,47 @@ class Backbone(nn.Module, ABC):
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser should answer, (B, C, h, w), for latents and noise (B, C, h, w) and timesteps (B,)."""
+        if self.prediction_type == "flow_prediction":
+            return noise - latents
         a, s = self._signal_and_noise(timesteps)
         return noise if self.prediction_type == "epsilon" else a * noise - s * latents
 
     def predict_x0(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
         """The clean latents (B, C, h, w) that the denoiser's output (B, C, h, w) for noisy latents stands for."""
         a, s = self._signal_and_noise(timesteps)
+        if self.prediction_type == "flow_prediction":
+            return noisy - s * output
         return (noisy - s * output) / a if self.prediction_type == "epsilon" else a * noisy - s * output
+
+    # --- pictures
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w), the mean of the posterior, of images (B, 3, H, W) in [-1, 1]."""
-        latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean
-        return cast("Tensor", _at_least_float32(latents) * self.vae.config.scaling_factor)
+        latents = at_least_float32(self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean)
+        mean, std = self._latent_statistics(latents)
+        return cast("Tensor", (latents - mean) * (self.vae.config.scaling_factor / std))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of latents (B, C, h, w).
 
         What is scored is what can be saved: values beyond the range are cut off, and no gradient comes from those pixels.
         """
-        images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
-        return _at_least_float32(images).clamp(-1, 1)
+        mean, std = self._latent_statistics(latents)
+        images: Tensor = self.vae.decode(
+            (latents * std / self.vae.config.scaling_factor + mean).to(self.vae.dtype)
+        ).sample
+        return at_least_float32(images).clamp(-1, 1)
+
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, by channel, of what the autoencoder gives, as far as its config states them."""
+        config = self.vae.config
+        mean, std = config.get("latents_mean") or config.get("shift_factor") or 0.0, config.get("latents_std") or 1.0
+        return torch.as_tensor(mean).to(like).view(-1, 1, 1), torch.as_tensor(std).to(like).view(-1, 1, 1)
 
     def sample(
         self,
-        conditioning: Conditioning,
-        negative: Conditioning,
+        prompts: Tensor,
+        negative: Tensor,
         noise: Tensor,
         steps: int = 25,
         guidance_scale: float = 7.5,
@@ -222,8 +313,8 @@ class Backbone(nn.Module, ABC):
         backward pass do not depend on the number of steps.
 
         Args:
-            conditioning: P prompts.
-            negative: What to lead away from, 1 or P prompts; not used without guidance.
+            prompts: P encoded prompts, (P, R, D).
+            negative: What to lead away from, 1 or P encoded prompts; not used without guidance.
             noise: Standard normal, (P, C, h, w). It decides everything, also what samplers such as ancestral ones add later.
             steps: Sampling steps.
             guidance_scale: Weight of the prompt against the negative one; up to 1 there is no guidance, as in diffusers.
@@ -236,30 +327,50 @@ class Backbone(nn.Module, ABC):
         """
         scheduler = self._sampler(steps, noise.device)
         extra = {"generator": _generators(noise)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        scale = getattr(scheduler, "scale_model_input", lambda latents, t: latents)  # those of flows have none
         calls = len(scheduler.timesteps) if stop is None else stop
         first = 0 if grad_steps >= steps else calls - grad_steps
-        tracking, guided = torch.is_grad_enabled(), guidance_scale > 1
+        tracking, guided = torch.is_grad_enabled(), self.guided(guidance_scale)
         if guided:
-            if len(negative.prompt_embeds) == 1:
-                negative = negative.repeat_interleave(len(noise))
-            conditioning = Conditioning.cat([negative, conditioning])
-        latents: Tensor = noise * scheduler.init_noise_sigma
+            prompts = torch.cat([repeat(negative, len(noise)) if len(negative) == 1 else negative, prompts])
+        latents: Tensor = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         for i, t in enumerate(scheduler.timesteps):
             with torch.set_grad_enabled(tracking and i >= first):
-                scaled = scheduler.scale_model_input(latents, t)
-                output = self._denoise_lean(torch.cat([scaled, scaled]) if guided else scaled, t, conditioning)
+                scaled = scale(latents, t)
+                output = self._denoise_lean(
+                    torch.cat([scaled, scaled]) if guided else scaled, t, prompts, guidance_scale
+                )
                 if guided:
                     unconditional, conditional = output.chunk(2)
                     output = unconditional + guidance_scale * (conditional - unconditional)
                 if i + 1 == stop:
                     # Some samplers' latents are scaled; what the denoiser is shown never is.
-                    return self.predict_x0(scaled, output, t.long().expand(len(scaled)).to(noise.device))
+                    return self.predict_x0(scaled, output, t.expand(len(scaled)).to(noise.device))
                 latents = scheduler.step(output, t, latents, **extra).prev_sample
         return latents
 
     def calls(self, steps: int, guidance_scale: float = 7.5) -> int:
         """Denoiser samples that `sample` spends on a picture; some samplers call the denoiser more often than they take steps."""
-        return len(self._sampler(steps, "cpu").timesteps) * (2 if guidance_scale > 1 else 1)
+        return len(self._sampler(steps, "cpu").timesteps) * (2 if self.guided(guidance_scale) else 1)
+
+    def schedule(self, steps: int) -> dict[str, Any]:
+        """What the family's pipeline tells the scheduler beside the number of steps."""
+        config = self.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        tokens = (self.latent_shape[1] // self.patch) ** 2
+        short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return {"mu": low + (high - low) * (tokens - short) / (long - short)}
+
+    def _defaults(self) -> tuple[int, float]:
+        """Sampling steps and guidance: the family's, or those of models that draw in a few steps, which their schedulers tell."""
+        config = self.scheduler.config
+        if type(self.scheduler).__name__ == "LCMScheduler":
+            return 4, 8.5 if self.guides_itself else 1.0
+        if "Euler" in type(self.scheduler).__name__ and config.get("timestep_spacing") == "trailing":  # Turbo
+            return 1, 1.0
+        return self.pipeline_steps, self.pipeline_guidance
 
     def _sampler(self, steps: int, device: torch.device | str) -> Any:
         """A fresh one, for samplers keep state between steps."""
@@ -268,19 +379,28 @@ class Backbone(nn.Module, ABC):
                 f"Pictures were to be drawn in {steps} steps and the model has {self.num_train_timesteps} noise levels; give fewer."
             )
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        scheduler.set_timesteps(steps, device=device)
+        try:
+            known = inspect.signature(scheduler.set_timesteps).parameters
+            told = {name: value for name, value in self.schedule(steps).items() if name in known}
+            scheduler.set_timesteps(steps, device=device, **told)
+        except ValueError as error:
+            raise UserError(
+                f"The {type(scheduler).__name__} of the model {self.name!r} cannot draw in {steps} steps ({error})."
+            ) from error
         return scheduler
 
-    def _denoise_lean(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def _denoise_lean(self, noisy: Tensor, t: Tensor, prompts: Tensor, guidance_scale: float) -> Tensor:
         """`denoise` without keeping activations; a scheduler's step has a state and must not run twice, this may."""
-        arguments = noisy, t.expand(len(noisy)), conditioning
+        arguments = noisy, t.expand(len(noisy)), prompts, guidance_scale
         if not torch.is_grad_enabled():
             return self.denoise(*arguments)
         return checkpoint(self.denoise, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def repeat(x: Tensor, times: int) -> Tensor:
+    """Repeats each row for its samples: a, b becomes a, a, b, b."""
+    # The gradient of `expand` is a sum, which is deterministic on every device.
+    return x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1)
 
 
 def _generators(noise: Tensor) -> list[torch.Generator]:

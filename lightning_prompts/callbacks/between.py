@@ -44,7 +44,7 @@ class Between(pl.Callback):
             return
         one, other = (encoded(end, pl_module) for end in self.ends)
         if len(one) != len(other):  # only one of them says what to lead away from
-            empty = pl_module.encode([""]).prompt_embeds.to(one)
+            empty = pl_module.encode_negative([""]).to(one)
             one, other = (x if len(x) == 2 else torch.cat([x, empty]) for x in (one, other))
         values = torch.linspace(0, 1, self.frames, device=one.device)
         embeds = torch.stack([slerp(one, other, float(value)) for value in values])
@@ -63,8 +63,8 @@ class Between(pl.Callback):
 
 
 def encoded(end: str, module: Any) -> Tensor:
-    """An encoded prompt (S, L, D): of a text, or the one in a file."""
-    told: Tensor = module.encode(["" if _is_file(end) else end]).prompt_embeds.float()
+    """An encoded prompt (S, R, D): of a text, or the one in a file."""
+    told: Tensor = module.encode(["" if _is_file(end) else end]).float()
     if not _is_file(end):
         return told
     found = read_prompt_embeds(Path(end), module.backbone, told.shape[1:])

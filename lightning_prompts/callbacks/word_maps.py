@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prompts.backbones import Backbone, Conditioning
+from lightning_prompts.backbones import Backbone, repeat
 from lightning_prompts.callbacks.grid import to_image
 from lightning_prompts.data.addresses import WORD_MAPS, draw_noise, validation_timesteps
 from lightning_prompts.problems import Problem
@@ -21,7 +21,7 @@ HEAT = (255, 70, 0)
 
 
 def word_maps(
-    backbone: Backbone, prompt: Conditioning, latents: Tensor, noise: Tensor, first: int, tokens: int, batch: int = 16
+    backbone: Backbone, prompt: Tensor, latents: Tensor, noise: Tensor, first: int, tokens: int, batch: int = 16
 ) -> Tensor:
     """Where a picture looks at each of a prompt's tokens more than it does elsewhere.
 
@@ -31,7 +31,7 @@ def word_maps(
 
     Args:
         backbone: The frozen model.
-        prompt: One prompt.
+        prompt: One encoded prompt, (1, R, D).
         latents: Of the picture, (C, h, w).
         noise: Standard normal, (N, C, h, w); it is added at N timesteps from the middle half of the schedule.
         first: Position of the prompt's first token.
@@ -45,7 +45,7 @@ def word_maps(
     timesteps = validation_timesteps(count, steps // 4, steps - steps // 4).to(noise.device)
     noisy = backbone.add_noise(latents.expand_as(noise), noise, timesteps)
     parts = zip(noisy.split(batch), timesteps.split(batch), strict=True)
-    maps = torch.cat([backbone.attention_maps(x, t, prompt.repeat_interleave(len(x))) for x, t in parts]).mean(0)
+    maps = torch.cat([backbone.attention_maps(x, t, repeat(prompt, len(x))) for x, t in parts]).mean(0)
     share = maps[first : first + tokens + 1]
     share = (share / share.sum(0))[:tokens]
     return (share - share.mean((1, 2), keepdim=True)).clamp(min=0)
@@ -73,7 +73,7 @@ def token_texts(tokenizer: Any, problem: Problem) -> list[str]:
 
 def word_picture(method: Any, problems: Sequence[Problem], targets: Sequence[Tensor]) -> Image.Image:
     """The maps of what an inverter has found in its targets (3, H, W) in [-1, 1]."""
-    tokens = [token_texts(method.tower.tokenizer, problem) for problem in problems]
+    tokens = [token_texts(method.vocabulary.tokenizer, problem) for problem in problems]
     return word_rows(targets, found_word_maps(method, problems), [problem.target for problem in problems], tokens)
 
 

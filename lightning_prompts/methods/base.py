@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_prompts.backbones import Backbone, Conditioning, load_backbone
+from lightning_prompts.backbones import Backbone, Kind, load_backbone, repeat
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import draw_noise
@@ -23,7 +23,6 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem, RunFolder
 from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
-from lightning_prompts.vocabulary import encode_text
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +36,20 @@ class PromptMethod(pl.LightningModule, ABC):
     wave's prompts and optimiser state alone.
 
     Args:
-        backbone: `emoji`, a folder or a hub id.
+        backbone: `emoji`, a folder, a short name such as `sdxl`, or a hub id.
         dtype: Precision of the frozen weights.
         offline: Do not connect to the hub.
         revision: Branch, tag or commit on the hub.
+        vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
+        scheduler: Class of another scheduler of diffusers; None for the model's own.
+        image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
         patience: A problem is finished after this many scorings without a better one.
         microbatch: Samples per call of the denoiser.
         score_every: Steps between scorings.
         sample_every: Steps between the pictures that TensorBoard shows during the search; 0 for none.
-        sampling_steps: Denoising steps of the pictures that `fit`, `test` and `predict` draw.
-        guidance_scale: Weight of the prompt when these are drawn.
+        sampling_steps: Denoising steps of the pictures that `fit`, `test` and `predict` draw; None for as many as the model is
+            drawn with unless told otherwise.
+        guidance_scale: Weight of the prompt when these are drawn; None for the model's.
     """
 
     strict_loading = False  # a checkpoint has no backbone
@@ -63,25 +66,35 @@ class PromptMethod(pl.LightningModule, ABC):
         dtype: Dtype = "float32",
         offline: bool = False,
         revision: str | None = None,
+        vocabulary: Kind | None = None,
+        scheduler: str | None = None,
+        image_size: Positive | None = None,
         patience: Positive = 1000,
         microbatch: Positive = 16,
         score_every: Positive = 1,
         sample_every: NotNegative = 40,
-        sampling_steps: Positive = 25,
-        guidance_scale: float = 3.0,
+        sampling_steps: Positive | None = None,
+        guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.offline, self.patience, self.microbatch = offline, patience, microbatch
         self.score_every, self.sample_every = score_every, sample_every
-        self.sampling_steps, self.guidance_scale = sampling_steps, guidance_scale
-        self.backbone: Backbone = load_backbone(backbone, dtype, offline, revision)
-        self.backbone.calls(sampling_steps)  # refuses more steps than the sampler has
-        self.tower = self.backbone.towers[0]
+        size = image_size and int(image_size)
+        self.backbone: Backbone = load_backbone(backbone, dtype, offline, revision, vocabulary, scheduler, size)
+        self.sampling_steps = int(sampling_steps or self.backbone.default_steps)
+        self.guidance_scale = self.backbone.default_guidance if guidance_scale is None else guidance_scale
+        self.backbone.calls(self.sampling_steps)  # refuses more steps than the sampler has
+        self.vocabulary = self.backbone.vocabulary
         self.problems = []
         self.active = torch.empty(0, dtype=torch.bool)
         self.stale: list[int] = []  # scorings without a better one, a problem
         self._resumed: dict[str, Any] | None = None
+
+    @property
+    def few(self) -> bool:
+        """Whether pictures are drawn in so few calls of the denoiser that a gradient can go through all of them."""
+        return self.backbone.calls(self.sampling_steps, 1) <= 4
 
     # --- the wave
 
@@ -244,21 +257,25 @@ class PromptMethod(pl.LightningModule, ABC):
     def predict_step(self, batch: int, batch_idx: int) -> None:
         """All is done by the `Results` callback."""
 
-    def encode(self, texts: Sequence[str]) -> Conditioning:
-        """What the denoiser is told for prompts that a person has pasted."""
-        return self.backbone.encode(encode_text(self.tower.tokenizer, texts, self.tower.length).to(self.device))
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Encoded prompts (P, R, D) of what a person has pasted."""
+        return self.backbone.encode_text(texts)
+
+    def encode_negative(self, texts: Sequence[str]) -> Tensor:
+        """Encoded prompts (P, R, D) to lead away from."""
+        embeds = self.encode(texts)
+        empty = torch.tensor([not text for text in texts], device=embeds.device) & self.backbone.zero_empty
+        return embeds.masked_fill(empty.view(-1, 1, 1), 0)
 
     @torch.no_grad()
     def draw(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of B texts from noise (B, C, h, w), led away from a negative text or B of them."""
-        if any([negative] if isinstance(negative, str) else negative) and self.guidance_scale <= 1:
-            raise UserError(
-                f"With a guidance of {self.guidance_scale:g} a negative prompt does nothing; give --model.guidance_scale above 1."
-            )
+        if any([negative] if isinstance(negative, str) else negative):
+            self.check_guided("a negative prompt does nothing")
         parts = []
         for rows in range(0, len(noise), self.microbatch):
             some = slice(rows, rows + self.microbatch)
-            away = self.encode([negative] if isinstance(negative, str) else negative[some])
+            away = self.encode_negative([negative] if isinstance(negative, str) else negative[some])
             parts.append(self.draw_from(self.encode(texts[some]), away, noise[some], self.sampling_steps).cpu())
         return torch.cat(parts)
 
@@ -274,7 +291,7 @@ class PromptMethod(pl.LightningModule, ABC):
 
     @torch.no_grad()
     def draw_embeds(self, embeds: Tensor, noise: Tensor) -> Tensor:
-        """Pictures (P, N, 3, H, W) of encoded prompts (P, S, L, D) from noise (P, N, C, h, w)."""
+        """Pictures (P, N, 3, H, W) of encoded prompts (P, S, R, D) from noise (P, N, C, h, w)."""
         (told, away), flat = self.sides(embeds, noise.shape[1]), noise.flatten(0, 1)
         parts = [
             self.draw_from(told[some], away[some], flat[some], self.sampling_steps).cpu()
@@ -283,22 +300,31 @@ class PromptMethod(pl.LightningModule, ABC):
         pictures = torch.cat(parts)
         return pictures.view(*noise.shape[:2], *pictures.shape[1:])
 
-    def sides(self, embeds: Tensor, count: int = 1) -> tuple[Conditioning, Conditioning]:
-        """What the denoiser is told, and led away from, by encoded prompts (Q, S, L, D), each repeated for so many pictures."""
-        told = Conditioning(embeds[:, 0])
-        away = (
-            Conditioning(embeds[:, 1]) if embeds.shape[1] == 2 else self.encode([""])[torch.zeros(len(embeds)).long()]
-        )
-        return told.repeat_interleave(count), away.repeat_interleave(count)
+    def sides(self, embeds: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+        """What the denoiser is told, and led away from, by encoded prompts (Q, S, R, D), each repeated for so many pictures."""
+        told = embeds[:, 0]
+        away = embeds[:, 1] if embeds.shape[1] == 2 else self.encode_negative([""]).expand(len(embeds), -1, -1)
+        return repeat(told, count), repeat(away, count)
 
-    def draw_from(self, told: Conditioning, away: Conditioning, noise: Tensor, steps: int) -> Tensor:
+    def check_guided(self, otherwise: str, instead: str = "leave it out") -> None:
+        """Refuses what only guidance gives a meaning."""
+        if self.backbone.guides_itself:
+            raise UserError(
+                f"The model {self.backbone.name!r} guides itself, so that {otherwise}; {instead}, or choose another model."
+            )
+        if not self.backbone.guided(self.guidance_scale):
+            raise UserError(
+                f"With a guidance of {self.guidance_scale:g} {otherwise}; give --model.guidance_scale above 1, or {instead}."
+            )
+
+    def draw_from(self, told: Tensor, away: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts from noise (B, C, h, w), led away from 1 or B others."""
         return self.backbone.decode(self.backbone.sample(told, away, noise, steps, self.guidance_scale))
 
     def judged(
         self,
-        told: Conditioning,
-        away: Conditioning,
+        told: Tensor,
+        away: Tensor,
         noise: Tensor,
         judge: Callable[[Tensor, Tensor], Tensor],
         grad_steps: int = 0,
@@ -307,8 +333,8 @@ class PromptMethod(pl.LightningModule, ABC):
         """What is said of B drawn latents; no more than a microbatch of them is held at once, with or without a gradient.
 
         Args:
-            told: B prompts.
-            away: B prompts to lead away from.
+            told: B encoded prompts, (B, R, D).
+            away: B encoded prompts to lead away from, (B, R, D).
             noise: (B, C, h, w).
             judge: Gives values (b,) of the drawn latents (b, C, h, w) and their numbers (b,) among the B.
             grad_steps: Last calls of the denoiser that pass a gradient on to both prompts, see `Backbone.sample`.
@@ -317,16 +343,15 @@ class PromptMethod(pl.LightningModule, ABC):
         Returns:
             Values (B,).
         """
-        sides, tracking = (told.prompt_embeds, away.prompt_embeds), grad_steps > 0 and torch.is_grad_enabled()
+        sides, tracking = (told, away), grad_steps > 0 and torch.is_grad_enabled()
         leaves = [side.detach().requires_grad_(tracking) for side in sides]
         values, slopes = [], [torch.zeros_like(side) for side in leaves]
         for some in torch.arange(len(noise), device=noise.device).split(self.microbatch):
             with torch.set_grad_enabled(tracking):
                 parts = [leaf[some] for leaf in leaves]
                 latents = self.backbone.sample(
-                    Conditioning(parts[0]), Conditioning(parts[1]), noise[some], self.sampling_steps, self.guidance_scale,
-                    grad_steps, calls,
-                )  # fmt: skip
+                    parts[0], parts[1], noise[some], self.sampling_steps, self.guidance_scale, grad_steps, calls
+                )
                 value = judge(latents, some)
             if tracking:
                 gradients = torch.autograd.grad(value.sum(), parts, allow_unused=True)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_prompts.backbones import Conditioning
+from lightning_prompts.backbones import repeat
 from lightning_prompts.callbacks.grid import before_and_after, to_png
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import FRESH, SEARCH, generator
@@ -56,8 +56,9 @@ class DPODiff(PromptMethod):
         gradient_share: Part of the budget for gradients, with `gradient` and `hybrid`.
         seeds: Pictures that a candidate is judged by.
         schedule: Calls of the denoiser before the gradient: `step-a-b` begins at a and goes one on every b steps, `rand-a-b` is
-            random in [a, b), `fix-a` is a.
-        grad_steps: Calls that pass a gradient on; as many as `sampling_steps`, with `fix-0`, are the full gradient.
+            random in [a, b), `fix-a` is a. None: `step-15-2`, or `fix-0` with models that draw in few calls.
+        grad_steps: Calls that pass a gradient on; as many as there are, with `fix-0`, are the full gradient. None: all, without a
+            schedule, of those models that draw in few, else 1.
         unchanged: Chance that a draw from the logits leaves a slot as it is, at the beginning. None: the first word's logit is 1,
             as in the paper.
         temperature: Of the Gumbel-softmax, at the first step and, on a geometric line, at the last.
@@ -89,8 +90,8 @@ class DPODiff(PromptMethod):
         budget: Positive = 40,
         gradient_share: float = 0.1,
         seeds: Positive = 3,
-        schedule: str = "step-15-2",
-        grad_steps: Positive = 1,
+        schedule: str | None = None,
+        grad_steps: Positive | None = None,
         unchanged: float | None = 0.5,
         temperature: tuple[float, float] = (1.0, 1.0),
         lr: float = 0.1,
@@ -110,17 +111,25 @@ class DPODiff(PromptMethod):
             self.positive = ["neighbours"]
         if negative is None and task == "improve":
             self.negative = ["library"]
-        self.budget, self.seeds, self.schedule, self.grad_steps = budget, seeds, schedule, grad_steps
+        if self.negative:
+            self.check_guided(
+                "a negative prompt does nothing",
+                "search other words for the prompt with --model.negative [] --model.positive [synonyms]",
+            )
+        self.budget, self.seeds = budget, seeds
+        self.schedule = schedule or ("fix-0" if self.few else "step-15-2")
+        whole = self.few and schedule is None
+        self.grad_steps = int(grad_steps or (self.backbone.calls(self.sampling_steps, 1) if whole else 1))
         self.gradient_share = gradient_share if solver in ("gradient", "hybrid") else 0.0
         self.unchanged, self.temperature, self.lr = unchanged, temperature, lr
         self.population, self.select, self.mutation, self.threshold = population, select, mutation, threshold
         self._check()
-        self.prompt = WordChoices(self.tower)
+        self.prompt = WordChoices(self.vocabulary)
         self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline)
         self.meaning = Meaning(self.clip, sentence_encoder, self.offline)
         neighbours = neighbours or (5 if task == "improve" else 60)
         self.sources = Sources(
-            self.tower, self.positive, self.negative, dictionary, task == "improve", int(neighbours), keep or (), self.offline
+            self.vocabulary, self.positive, self.negative, dictionary, task == "improve", int(neighbours), keep or (), self.offline
         )  # fmt: skip
         self._spaces: dict[str, Space] = {}
         self._plans: dict[int, list[int]] = {}
@@ -233,7 +242,7 @@ class DPODiff(PromptMethod):
         sides = self.prompt(rows, self.gumbel(rows, step), temperature)
         told, away = (self.backbone.encode(ids, embeddings) for ids, embeddings in sides)
         loss = self.shortcut_loss(rows, told, away, before + self.grad_steps)
-        calls, guided = before + 2 * self.grad_steps, 2 if self.guidance_scale > 1 else 1
+        calls, guided = before + 2 * self.grad_steps, 2 if self.backbone.guided(self.guidance_scale) else 1
         self.count(rows, calls * guided * self.seeds)
         for row in rows.tolist():
             self.spend(row, calls / self.backbone.calls(self.sampling_steps, 1))
@@ -243,11 +252,11 @@ class DPODiff(PromptMethod):
             self.prompt.logits.copy_(self.prompt.logits.clamp(min=0).minimum(most))
         self.log("train/loss", loss.detach().mean(), prog_bar=True)
 
-    def shortcut_loss(self, rows: Tensor, told: Conditioning, away: Conditioning, calls: int) -> Tensor:
+    def shortcut_loss(self, rows: Tensor, told: Tensor, away: Tensor, calls: int) -> Tensor:
         """What is minimised, (Q,), at the clean pictures that are predicted after so many calls of the denoiser."""
         noise, wanted = self.noise[rows].flatten(0, 1), self.wanted[rows].repeat_interleave(self.seeds, 0)
         losses = self.judged(
-            told.repeat_interleave(self.seeds), away.repeat_interleave(self.seeds), noise,
+            repeat(told, self.seeds), repeat(away, self.seeds), noise,
             lambda latents, some: self.loss(self.backbone.decode(latents), wanted[some]), self.grad_steps, calls,
         )  # fmt: skip
         return losses.view(len(rows), self.seeds).mean(1)
@@ -358,7 +367,8 @@ class DPODiff(PromptMethod):
         if not texts:
             return noise.new_zeros(0, noise.shape[1])
         count = noise.shape[1]
-        told, away = (self.encode([pair[side] for pair in texts]).repeat_interleave(count) for side in (0, 1))
+        told = repeat(self.encode([text for text, _ in texts]), count)
+        away = repeat(self.encode_negative([negative for _, negative in texts]), count)
         wanted = wanted.repeat_interleave(count, 0)
         losses = self.judged(
             told, away, noise.flatten(0, 1), lambda latents, some: self.loss(self.backbone.decode(latents), wanted[some])

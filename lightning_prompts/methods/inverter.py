@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_prompts.backbones import Conditioning
+from lightning_prompts.backbones import repeat
 from lightning_prompts.callbacks.grid import grid, regenerate, to_png
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.callbacks.word_maps import word_picture
@@ -113,7 +113,7 @@ class Inverter(PromptMethod):
         super().__init__(**kwargs)
         self.template, self.blocked, self.start = template, tuple(blocked), start
         words = None if words is None else tuple(words)
-        self.prompt = TokenEmbeddings(self.tower, template, tokens, self.blocked, words, metric)
+        self.prompt = TokenEmbeddings(self.vocabulary, template, tokens, self.blocked, words, metric)
         self.denoising = Denoising(self.microbatch)
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         self._clip_name, self._clip = clip or clip_of(self.backbone.name), cast("ClipSimilarity | None", None)
@@ -187,20 +187,21 @@ class Inverter(PromptMethod):
             told = self.backbone.encode(ids, embeddings)
             terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, told, samples)
         if self.clip_weight:
-            terms["clip"] = self.clip_weight * self.clip(ids, embeddings, self.features(rows))
+            own = self.vocabulary.of_width(embeddings, self.clip.width)
+            terms["clip"] = self.clip_weight * self.clip(ids, own, self.features(rows))
         if len(terms) > 1 and torch.is_grad_enabled():
             self.log_dict({f"train/{name}": term.detach().mean() for name, term in terms.items()})
         return torch.stack(list(terms.values())).sum(0)
 
-    def denoising_loss(self, rows: Tensor, conditioning: Conditioning, samples: Samples) -> Tensor:
-        """Denoising losses (Q,) of Q prompts, less those of the pictures to lead away from."""
+    def denoising_loss(self, rows: Tensor, told: Tensor, samples: Samples) -> Tensor:
+        """Denoising losses (Q,) of Q encoded prompts (Q, R, D), less those of the pictures to lead away from."""
         passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
         self.count(rows, passes)
-        loss: Tensor = self.denoising(self.backbone, conditioning, samples.latents, samples.timesteps, samples.noise)
+        loss: Tensor = self.denoising(self.backbone, told, samples.latents, samples.timesteps, samples.noise)
         if samples.negative is None:
             return loss
         self.count(rows, passes)
-        other: Tensor = self.denoising(self.backbone, conditioning, samples.negative, samples.timesteps, samples.noise)
+        other: Tensor = self.denoising(self.backbone, told, samples.negative, samples.timesteps, samples.noise)
         return loss - self.negative_weight * other
 
     @property
@@ -208,11 +209,12 @@ class Inverter(PromptMethod):
         """The CLIP that searches, loaded when it is first needed."""
         if self._clip is None:
             clip = ClipSimilarity(self._clip_name, self.offline)
-            config, (tokens, width) = clip.clip.config.text_config, self.prompt.table.shape
-            if config.vocab_size != tokens or (self.clip_weight and config.hidden_size != width):
+            tokens, widths = len(self.prompt.table), self.vocabulary.widths
+            if clip.vocab_size != tokens or (self.clip_weight and clip.width not in widths):
                 raise UserError(
-                    f"The CLIP {self._clip_name!r} reads {config.vocab_size} tokens of width {config.hidden_size} and the model's "
-                    f"text encoder {tokens} of width {width}; name the CLIP that this text encoder was taken from as --model.clip."
+                    f"The CLIP {self._clip_name!r} reads {clip.vocab_size} tokens of width {clip.width} and the model's text encoder "
+                    f"{tokens} of width {' and '.join(map(str, widths))}; name the CLIP that this text encoder was taken from as "
+                    "--model.clip, or search without one."
                 )
             self._clip = clip.to(self.device)
         return self._clip
@@ -229,18 +231,18 @@ class Inverter(PromptMethod):
         return self._features[problem.key]
 
     @torch.no_grad()
-    def validation_loss(self, rows: Tensor, conditioning: Conditioning) -> Tensor:
+    def validation_loss(self, rows: Tensor, told: Tensor) -> Tensor:
         """The one definition of best: losses (Q,) of prompts as a person would paste them, on noise that never trains."""
         timesteps = validation_timesteps(self.data.validation_samples, *self.data.timesteps)
         samples = self.samples(rows, Step(VALIDATION, timesteps.expand(len(self.problems), -1)))
-        loss = self.denoising_loss(rows, conditioning, samples)
-        return loss + self.trial_weight * self.trial_loss(rows, conditioning) if self.trial_weight else loss
+        loss = self.denoising_loss(rows, told, samples)
+        return loss + self.trial_weight * self.trial_loss(rows, told) if self.trial_weight else loss
 
-    def trial_loss(self, rows: Tensor, conditioning: Conditioning) -> Tensor:
+    def trial_loss(self, rows: Tensor, told: Tensor) -> Tensor:
         """One minus the CLIP's mean cosine of the targets and a few pictures that Q prompts draw, (Q,) in [0, 2]."""
         count, keys = self.trial_pictures, [self.problems[row].key for row in rows.tolist()]
         noise = draw_noise(self.data.seed, keys, TRIAL, count, self.backbone.latent_shape, self.device).flatten(0, 1)
-        told, away = conditioning.repeat_interleave(count), self.encode([""])
+        told, away = repeat(told, count), self.encode_negative([""])
         features = [
             self.clip.features(self.draw_from(told[some], away, noise[some], self.trial_steps))
             for some in torch.arange(len(noise), device=self.device).split(self.microbatch)
@@ -272,14 +274,14 @@ class Inverter(PromptMethod):
                 better.append(problem)
         return better
 
-    def found(self, rows: Tensor) -> tuple[list[Found], Conditioning]:
+    def found(self, rows: Tensor) -> tuple[list[Found], Tensor]:
         """What the search has come to for the problems `rows` (Q,), written down and read again: the nearest tokens' text."""
         found = self.written(self.prompt.project()[rows.to(self.device)].cpu())
         return found, self.encode([candidate.prompt for candidate in found])
 
     def written(self, token_ids: Tensor) -> list[Found]:
         """Prompts of tokens (Q, M) as text in the template, and whether they are sound."""
-        texts, survives = round_trip(self.tower.tokenizer, token_ids)
+        texts, survives = round_trip(self.vocabulary.tokenizer, token_ids)
         texts = [fill_template(self.template, text) for text in texts]
         sound = [
             ok and not contains_blocked(text, self.blocked) for ok, text in zip(survives.tolist(), texts, strict=True)
@@ -296,14 +298,16 @@ class Inverter(PromptMethod):
         scores.measure(self, problems, drawn)
         some, targets = problems[:SHOWN], [several[0] for several in self.data.pictures(problems[:SHOWN])]
         atomic_write(folder.grid, to_png(grid(targets, drawn[:SHOWN], some)))
-        words = word_picture(self, some, targets)
-        atomic_write(folder.words, to_png(words))
+        words = word_picture(self, some, targets) if self.backbone.cross_attends else None
+        if words:
+            atomic_write(folder.words, to_png(words))
         tensors = {problem.key: self.embedded(problem).float().cpu().contiguous() for problem in problems}
         prompts = {problem.key: str(problem.prompt) for problem in problems}
         atomic_write(folder.embedding, save(tensors, {"format": "pt", "backbone": self.backbone.name, **prompts}))
         if board:
             board.add_images("regenerations", (drawn[:SHOWN].flatten(0, 1) + 1) / 2)
-            board.add_image("words", pil_to_tensor(words))
+            if words:
+                board.add_image("words", pil_to_tensor(words))
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """The validation loss of the decoded prompts."""

@@ -31,7 +31,8 @@ class MetricGuidance(Steering):
         watch: A further one that is not improved. Embeddings by which it is worse than the person's prompt are not kept, and a
             problem is finished after `patience` such scorings.
         watch_tolerance: By how much it may be worse.
-        grad_steps: Last calls of the denoiser that pass a gradient on; 1 in the paper.
+        grad_steps: Last calls of the denoiser that pass a gradient on. None: all of those models that draw in few, else 1 as in
+            the paper.
         seeds_per_step: Pictures that a step looks at, in turns; None for all `seeds`.
         optimizer: The paper's `adam_on_lion`, or `adam`, `adamw` or `sgd`.
         lr: Step size.
@@ -49,7 +50,7 @@ class MetricGuidance(Steering):
         objective: Objective | list[Objective],
         watch: Objective | None = None,
         watch_tolerance: float = 0.0,
-        grad_steps: Positive = 1,
+        grad_steps: Positive | None = None,
         seeds_per_step: Positive | None = None,
         optimizer: Literal["adam_on_lion", "adam", "adamw", "sgd"] = "adam_on_lion",
         lr: float = 0.01,
@@ -76,7 +77,8 @@ class MetricGuidance(Steering):
         for one in (*objectives, *([watch] if watch else [])):
             one.attach(self.backbone, self.offline)
         self.higher_is_better = len(objectives) > 1 or objectives[0].higher_is_better
-        self.watch_tolerance, self.grad_steps, self.seeds_per_step = watch_tolerance, grad_steps, seeds_per_step
+        self.watch_tolerance, self.seeds_per_step = watch_tolerance, seeds_per_step
+        self.grad_steps = int(grad_steps or (self.backbone.calls(self.sampling_steps, 1) if self.few else 1))
         self.optimizer, self.lr, self.eps, self.shift_every = optimizer, lr, eps, shift_every
 
     @property
@@ -119,12 +121,15 @@ class MetricGuidance(Steering):
         losses, values = self.measured(
             self.prompt(rows.to(self.device)), self.noise[rows][:, turns], problems, self.grad_steps
         )
-        calls, guided = self.backbone.calls(self.sampling_steps, 1), 2 if self.guidance_scale > 1 else 1
+        calls, guided = (
+            self.backbone.calls(self.sampling_steps, 1),
+            2 if self.backbone.guided(self.guidance_scale) else 1,
+        )
         self.count(rows, count * guided * (calls + min(self.grad_steps, calls)))
         self.step_active(self.optimizers(), losses.mean(1))
         if self.shift_every and (batch.step + 1) % self.shift_every == 0:
             with torch.no_grad():
-                self.prompt.rows.copy_(shift(self.prompt.rows, self.prompt.initial[:, :, 1:]))
+                self.prompt.rows.copy_(shift(self.prompt.rows, self.prompt.of(self.prompt.initial)))
             self.forget()
         self.log("train/loss", losses.detach().mean(), prog_bar=True)
         self.log_dict({f"train/{name}": value.mean() for name, value in values.items()})

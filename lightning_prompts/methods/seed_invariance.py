@@ -97,7 +97,7 @@ class SeedInvariance(Steering):
             )
         if embedding == "arc" and self.unconditional:
             raise UserError("An arc moves what the denoiser is told alone; give --model.unconditional false.")
-        self.prompt = PromptArc() if embedding == "arc" else PromptEmbeds(one_row=embedding == "one_row")
+        self.prompt = PromptArc() if embedding == "arc" else PromptEmbeds(self.moving, one_row=embedding == "one_row")
         self._pictures: dict[str, Tensor] = {}
 
     @property
@@ -110,7 +110,7 @@ class SeedInvariance(Steering):
         """Makes problems the wave, and finds what their targets look like after the calls of each stage."""
         super().take(problems)
         if isinstance(self.prompt, PromptArc):
-            self.prompt.other = self.encode([str(self.towards)]).prompt_embeds[:, None].float()
+            self.prompt.other = self.encode([str(self.towards)])[:, None].float()
         self.starts = self.target_noise(problems)  # (P, C, h, w)
         told, away = self.sides(self.prompt.initial)
         found: list[Tensor] = []
@@ -177,7 +177,10 @@ class SeedInvariance(Steering):
             lambda latents, some: self.weight * (1 - F.cosine_similarity(self.seen(latents), wanted[some], dim=1)),
             min(self.grad_steps, calls), calls,
         )  # fmt: skip
-        self.count(rows, count * (calls + min(self.grad_steps, calls)) * (2 if self.guidance_scale > 1 else 1))
+        self.count(
+            rows,
+            count * (calls + min(self.grad_steps, calls)) * (2 if self.backbone.guided(self.guidance_scale) else 1),
+        )
         self.step_active(self.optimizers(), losses.view(-1, count).mean(1))
         self.log("train/loss", losses.detach().mean(), prog_bar=True)
 

@@ -31,6 +31,7 @@ class Steering(PromptMethod):
 
     Args:
         unconditional: Move what the denoiser is led away from, too, which begins as the encoded empty text.
+        pooled: Move the pooled vector, too, in families that have one.
         seeds: N, pictures of a prompt that the search looks at.
         steps: Steps of the search.
         **kwargs: See `PromptMethod`.
@@ -41,28 +42,40 @@ class Steering(PromptMethod):
     higher_is_better: bool  # of the metric
 
     def __init__(
-        self, *, unconditional: bool = False, seeds: Positive = 4, steps: Positive = 50, **kwargs: Any
+        self,
+        *,
+        unconditional: bool = False,
+        pooled: bool = False,
+        seeds: Positive = 4,
+        steps: Positive = 50,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if unconditional and self.guidance_scale <= 1:
+        if unconditional:
+            self.check_guided("nothing is led away from", "give --model.unconditional false")
+        if pooled and not self.backbone.pooled_width:
             raise UserError(
-                f"With a guidance of {self.guidance_scale:g} nothing is led away from; give --model.guidance_scale above 1 or "
-                "--model.unconditional false."
+                f"The model {self.backbone.name!r} has no pooled vector to move; give --model.pooled false."
             )
-        self.unconditional, self.seeds, self.steps = unconditional, seeds, steps
-        self.prompt = PromptEmbeds()  # what trains, unless a method says otherwise
-        self.best = torch.empty(0, 1, 1, 0)  # (P, S, L, D)
+        self.unconditional, self.pooled, self.seeds, self.steps = unconditional, pooled, seeds, steps
+        self.prompt = PromptEmbeds(self.moving)  # what trains, unless a method says otherwise
+        self.best = torch.empty(0, 1, 1, 0)  # (P, S, R, D)
 
     # --- the wave
 
     @property
     def identities(self) -> list[dict[str, Any]]:
         """What makes two problems of one prompt: of each problem its settings."""
-        return [{"method": type(self).__name__, "unconditional": self.unconditional}]
+        moved = {"pooled": True} if self.pooled else {}
+        return [{"method": type(self).__name__, "unconditional": self.unconditional, **moved}]
 
     def check(self, prompt: str) -> None:
         """Refuses prompts that the text encoder would cut off."""
-        encode_text(self.tower.tokenizer, [prompt], self.tower.length)
+        encode_text(self.vocabulary.tokenizer, [prompt], self.vocabulary.length)
+
+    def moving(self, embeds: Tensor) -> Tensor:
+        """Which rows of encoded prompts (..., R, D) are moved, (R,)."""
+        return self.backbone.moving(embeds, self.pooled)
 
     @torch.no_grad()
     def take(self, problems: list[Problem]) -> None:
@@ -73,9 +86,9 @@ class Steering(PromptMethod):
         self.best = self.prompt.initial.clone()
 
     def initial(self, problems: Sequence[Problem]) -> Tensor:
-        """What P problems start from, (P, S, L, D)."""
-        told = self.encode([problem.target for problem in problems]).prompt_embeds
-        away = self.encode([""]).prompt_embeds.expand_as(told)
+        """What P problems start from, (P, S, R, D)."""
+        told = self.encode([problem.target for problem in problems])
+        away = self.encode_negative([""]).expand_as(told)
         return torch.stack([told, away] if self.unconditional else [told], dim=1).float()
 
     def begin_wave(self) -> None:
@@ -104,7 +117,7 @@ class Steering(PromptMethod):
     def measured(
         self, embeds: Tensor, noise: Tensor, problems: Sequence[Problem], grad_steps: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (Q, N), and values (Q, N) by name, of what encoded prompts (Q, S, L, D) draw from noise (Q, N, C, h, w)."""
+        """Losses (Q, N), and values (Q, N) by name, of what encoded prompts (Q, S, R, D) draw from noise (Q, N, C, h, w)."""
         count, seen = noise.shape[1], []
         told, away = self.sides(embeds, count)
 
@@ -156,13 +169,13 @@ class Steering(PromptMethod):
     # --- results
 
     def file(self, problems: Sequence[Problem], embeds: Tensor) -> bytes:
-        """The content of a safetensors file with encoded prompts (P, S, L, D) of P problems."""
+        """The content of a safetensors file with encoded prompts (P, S, R, D) of P problems."""
         by_key = dict(zip((problem.key for problem in problems), embeds, strict=True))
         return pack_prompt_embeds(by_key, [problem.target for problem in problems], self.backbone)
 
     def found(self, problems: Sequence[Problem]) -> Tensor:
-        """The best encoded prompts (P, S, L, D) of P problems, as they are on disk."""
-        shape = self.encode([""]).prompt_embeds.shape[1:]
+        """The best encoded prompts (P, S, R, D) of P problems, as they are on disk."""
+        shape = self.encode([""]).shape[1:]
         files = ((problem.key, self.data.folder.embeds_of(problem.key)) for problem in problems)
         return torch.stack([read_prompt_embeds(file, self.backbone, shape)[key] for key, file in files]).to(self.device)
 
@@ -174,7 +187,7 @@ class Steering(PromptMethod):
         """Pictures (N, 3, H, W) of a problem's embeddings; see `PromptMethod.draw_found`."""
         embeds = self.found([problem])
         if negative:
-            embeds = torch.stack([embeds[:, 0], self.encode([negative]).prompt_embeds.to(embeds)], dim=1)
+            embeds = torch.stack([embeds[:, 0], self.encode_negative([negative]).to(embeds)], dim=1)
         return self.draw_embeds(embeds, noise[None])[0]
 
     def shown(self, problems: list[Problem]) -> Image.Image:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prompts.backbones import Conditioning
 from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inverter import Found, Inverter
 from lightning_prompts.problems import Problem
-from lightning_prompts.vocabulary import FILLERS, encode_text, fill_template
+from lightning_prompts.vocabulary import FILLERS, encode_text, fill_template, nearest_tokens
 
 PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
 
@@ -44,19 +43,19 @@ class TextualInversion(Inverter):
         self.step_active(optimizer, loss)
         self.log("train/loss", loss.mean().detach(), prog_bar=True)
 
-    def found(self, rows: Tensor) -> tuple[list[Found], Conditioning]:
+    def found(self, rows: Tensor) -> tuple[list[Found], Tensor]:
         """The embeddings as they are, under their pseudo-words."""
         told = self.backbone.encode(*self.prompt(rows.to(self.device)))
         embeddings = self.prompt.embeddings.detach()[rows.to(self.device)].tolist()
         words = [fill_template(self.template, pseudo_word(self.problems[row])) for row in rows.tolist()]
         return [Found(word, None, rows) for word, rows in zip(words, embeddings, strict=True)], told
 
-    def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Texts in which pseudo-words of this run stand for what was found."""
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Encoded prompts (P, R, D) of texts in which pseudo-words of this run stand for what was found."""
         known = {pseudo_word(p): self.embedded(p) for p in self.data.records.values() if p.embedding}
-        return Conditioning.cat([self._encode(text, known) for text in texts])
+        return torch.cat([self._encode(text, known) for text in texts])
 
-    def _encode(self, text: str, known: dict[str, Tensor]) -> Conditioning:
+    def _encode(self, text: str, known: dict[str, Tensor]) -> Tensor:
         parts = re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
         if unknown := re.search(PSEUDO_WORD, "".join(part for part in parts if part not in known)):
             raise UserError(f"This run knows no {unknown[0]}; it has {', '.join(known) or 'found nothing yet'}.")
@@ -67,9 +66,12 @@ class TextualInversion(Inverter):
             " ".join(" ".join([word] * len(known[part])) if part in known else part.strip() for part in parts)
             for word in FILLERS
         ]
-        ids, others = encode_text(self.tower.tokenizer, filled, self.tower.length).to(self.device)
-        places = (ids != others).nonzero().squeeze(1)
-        embeddings = self.prompt.table[ids].index_copy(0, places, torch.cat(found).to(self.prompt.table))
+        ids, others = encode_text(self.vocabulary.tokenizer, filled, self.vocabulary.length).to(self.device)
+        places, free = (ids != others).nonzero().squeeze(1), torch.cat(found).to(self.prompt.table)
+        ids = ids.index_copy(
+            0, places, nearest_tokens(free, self.prompt.table, self.prompt.allowed)
+        )  # for other encoders
+        embeddings = self.prompt.table[ids].index_copy(0, places, free)
         return self.backbone.encode(ids[None], embeddings[None])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -71,6 +71,18 @@ class ClipSimilarity(nn.Module):
         self.name, self.offline = name, offline
         self.clip = load_clip(name, offline)
 
+    @property
+    def vocab_size(self) -> int:
+        """V, how many tokens it reads."""
+        size: int = self.clip.config.text_config.vocab_size
+        return size
+
+    @property
+    def width(self) -> int:
+        """D, of its tokens' embeddings."""
+        width: int = self.clip.config.text_config.hidden_size
+        return width
+
     @cached_property
     def tokenizer(self) -> Any:
         """The CLIP's own, loaded when it is first needed: a search brings its tokens along."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_prompts.backbones import Backbone, Conditioning
+from lightning_prompts.backbones import Backbone, repeat
 
 
 class Denoising(nn.Module):
@@ -20,31 +20,28 @@ class Denoising(nn.Module):
         super().__init__()
         self.microbatch = microbatch
 
-    def forward(
-        self, backbone: Backbone, conditioning: Conditioning, latents: Tensor, timesteps: Tensor, noise: Tensor
-    ) -> Tensor:
+    def forward(self, backbone: Backbone, prompts: Tensor, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """Mean squared error over the N samples of each of P problems.
 
         Args:
             backbone: The frozen model.
-            conditioning: P prompts.
+            prompts: P encoded prompts, (P, R, D).
             latents: Of the targets, (P, N, C, h, w).
             timesteps: (P, N).
             noise: Standard normal, (P, N, C, h, w).
 
         Returns:
-            A loss a problem, (P,), with a gradient to the conditioning where gradients are enabled.
+            A loss a problem, (P,), with a gradient to the prompts where gradients are enabled.
         """
         count, samples = timesteps.shape
-        told = conditioning.repeat_interleave(samples)
-        embeds = told.prompt_embeds.detach().requires_grad_(torch.is_grad_enabled())
+        told = repeat(prompts, samples)
+        embeds = told.detach().requires_grad_(torch.is_grad_enabled())
         flat = latents.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten()
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for rows in torch.arange(count * samples, device=embeds.device).split(self.microbatch):
             part, (x, eps, t) = embeds[rows], (tensor[rows] for tensor in flat)
-            pooled = None if told.pooled is None else told.pooled[rows]
-            output = backbone.denoise(backbone.add_noise(x, eps, t), t, Conditioning(part, pooled))
+            output = backbone.denoise(backbone.add_noise(x, eps, t), t, part)
             squares = (output - backbone.target(x, eps, t)).square().flatten(1)
             losses.append(squares.detach().mean(1))
             if squares.requires_grad:  # of the sum: through a float16 denoiser that of the mean would vanish
@@ -54,5 +51,5 @@ class Denoising(nn.Module):
         if not gradients:
             return value
         # Zero in value, and in gradient what the calls above have computed.
-        slope = (told.prompt_embeds - embeds.detach()) * torch.cat(gradients)
+        slope = (told - embeds.detach()) * torch.cat(gradients)
         return value + slope.flatten(1).sum(1).view(count, samples).mean(1)

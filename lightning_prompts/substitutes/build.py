@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from lightning_prompts.backbones import TextTower
+from lightning_prompts.backbones import Vocabulary
 from lightning_prompts.errors import UserError
 from lightning_prompts.metrics.words import all_words, content_words
 from lightning_prompts.substitutes.file import from_file
@@ -29,7 +29,7 @@ class Sources:
     """Where the words come from that can stand in prompts and in their negative prompts.
 
     Args:
-        tower: The text encoder.
+        vocabulary: The vocabulary that is searched.
         positive: Where words for a prompt's come from.
         negative: Where words of the negative prompt come from.
         dictionary: Where synonyms and antonyms come from: `wordnet`, a folder with its files, a JSON file in DPO-Diff's layout, or
@@ -42,7 +42,7 @@ class Sources:
 
     def __init__(
         self,
-        tower: TextTower,
+        vocabulary: Vocabulary,
         positive: Sequence[Source],
         negative: Sequence[Source],
         dictionary: str = "wordnet",
@@ -51,7 +51,7 @@ class Sources:
         keep: Sequence[str] = (),
         offline: bool = False,
     ) -> None:
-        self.tower, self.positive, self.negative = tower, positive, negative
+        self.vocabulary, self.positive, self.negative = vocabulary, positive, negative
         self.dictionary, self.empty, self.count, self.offline = dictionary, empty, neighbours, offline
         self.keep = {word for text in keep for word in all_words(text)}
 
@@ -69,7 +69,7 @@ class Sources:
         others = {name: words for name, words in others.items() if self.keep.isdisjoint(all_words(name))}
         fixed, slots = positive_slots(prompt, others, self.empty)
         space = Space(fixed, slots, negative_slots(prompt, merged(by_kind[kind] for kind in self.negative)))
-        space = fitting(space, self.tower)
+        space = fitting(space, self.vocabulary)
         if not space.slots:
             raise UserError(
                 f"The prompt {prompt!r} has no word that {', '.join(by_kind) or 'nothing'} can replace; name other "
@@ -98,7 +98,7 @@ class Sources:
     @cached_property
     def neighbours(self) -> Neighbours:
         """The text encoder's."""
-        return Neighbours(self.tower, self.count)
+        return Neighbours(self.vocabulary, self.count)
 
     @cached_property
     def look_up(self) -> WordNet | LanguageModel | Mapping[str, Mapping[str, Substitutes]]:
@@ -119,51 +119,53 @@ def merged(sources: Iterable[Substitutes]) -> dict[str, list[str]]:
     return together
 
 
-def fitting(space: Space, tower: TextTower) -> Space:
+def fitting(space: Space, vocabulary: Vocabulary) -> Space:
     """A space of which every choice is read as it was put together, and fits into the text encoder."""
-    slots = [_sound(space, number, tower) for number in range(len(space.slots))]
-    split, room = len(space.positive), tower.length - 2
-    fixed = sum(map(len, token_lists(tower.tokenizer, space.fixed)))
-    positive = _short(slots[:split], room - fixed, 0, tower)
-    negative = _short(slots[split:], room + 1, 1, tower)
-    while negative and _longest(negative, 1, tower) > room + 1:
+    slots = [_sound(space, number, vocabulary) for number in range(len(space.slots))]
+    split, room = len(space.positive), vocabulary.length - 2
+    fixed = sum(map(len, token_lists(vocabulary.tokenizer, space.fixed)))
+    positive = _short(slots[:split], room - fixed, 0, vocabulary)
+    negative = _short(slots[split:], room + 1, 1, vocabulary)
+    while negative and _longest(negative, 1, vocabulary) > room + 1:
         negative = negative[:-1]
     return replace(space, negative=space.negative[: len(negative)]).with_slots([*positive, *negative])
 
 
-def _sound(space: Space, number: int, tower: TextTower) -> Slot:
+def _sound(space: Space, number: int, vocabulary: Vocabulary) -> Slot:
     """A slot without the words that are read otherwise in their place."""
     slot = space.slots[number]
-    sound = [all(_joins(tower, parts) for parts in space.parts(choice)) for choice in space.alone(number)]
+    sound = [all(_joins(vocabulary, parts) for parts in space.parts(choice)) for choice in space.alone(number)]
     return Slot(slot.name, tuple(word for i, word in enumerate(slot.words) if i == 0 or sound[i]))
 
 
-def _joins(tower: TextTower, parts: Sequence[Part]) -> bool:
+def _joins(vocabulary: Vocabulary, parts: Sequence[Part]) -> bool:
     """Whether a text has the tokens of its parts."""
     whole, *pieces = token_lists(
-        tower.tokenizer, ["".join(part.text for part in parts), *(part.text for part in parts)]
+        vocabulary.tokenizer, ["".join(part.text for part in parts), *(part.text for part in parts)]
     )
     return whole == list(chain.from_iterable(pieces))
 
 
-def _short(slots: Sequence[Slot], room: int, comma: int, tower: TextTower) -> list[Slot]:
+def _short(slots: Sequence[Slot], room: int, comma: int, vocabulary: Vocabulary) -> list[Slot]:
     """Slots without their longest words, as far as the longest choice would have more tokens than there is room for.
 
     Words of one token stay, and those that are no longer than what they replace.
     """
     words = [word for slot in slots for word in slot.words]
-    counts = dict(zip(words, map(len, token_lists(tower.tokenizer, words)), strict=True))
+    counts = dict(zip(words, map(len, token_lists(vocabulary.tokenizer, words)), strict=True))
     shorter = list(slots)
     for most in range(max(counts.values(), default=1), 0, -1):
         shorter = [
             Slot(slot.name, tuple(word for word in slot.words if counts[word] <= max(most, counts[slot.words[0]])))
             for slot in slots
         ]
-        if _longest(shorter, comma, tower) <= room:
+        if _longest(shorter, comma, vocabulary) <= room:
             break
     return shorter
 
 
-def _longest(slots: Sequence[Slot], comma: int, tower: TextTower) -> int:
+def _longest(slots: Sequence[Slot], comma: int, vocabulary: Vocabulary) -> int:
     """Tokens of the longest choice, beside the fixed text's."""
-    return sum(comma + max(map(len, token_lists(tower.tokenizer, slot.words))) for slot in slots if len(slot.words) > 1)
+    return sum(
+        comma + max(map(len, token_lists(vocabulary.tokenizer, slot.words))) for slot in slots if len(slot.words) > 1
+    )

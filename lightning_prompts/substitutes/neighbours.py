@@ -7,7 +7,7 @@ import re
 import torch
 from torch.nn import functional as F
 
-from lightning_prompts.backbones import TextTower
+from lightning_prompts.backbones import Vocabulary
 from lightning_prompts.vocabulary import allowed_tokens, token_lists
 
 
@@ -15,14 +15,14 @@ class Neighbours:
     """The nearest words of a word, by the cosine of token embeddings.
 
     Args:
-        tower: The text encoder.
+        vocabulary: The vocabulary that is searched.
         count: Neighbours of a word.
     """
 
-    def __init__(self, tower: TextTower, count: int = 5) -> None:
-        self.tower, self.count = tower, count
-        self.tokens = allowed_tokens(tower.tokenizer).nonzero().squeeze(1).tolist()
-        texts = [tower.tokenizer.decode([token]).strip() for token in self.tokens]
+    def __init__(self, vocabulary: Vocabulary, count: int = 5) -> None:
+        self.vocabulary, self.count = vocabulary, count
+        self.tokens = allowed_tokens(vocabulary.tokenizer).nonzero().squeeze(1).tolist()
+        texts = [vocabulary.tokenizer.decode([token]).strip() for token in self.tokens]
         self.words = {
             text: token for text, token in zip(texts, self.tokens, strict=True) if re.fullmatch(r"[^\W\d_]{2,}", text)
         }
@@ -30,10 +30,10 @@ class Neighbours:
     @torch.no_grad()
     def __call__(self, word: str) -> list[str]:
         """The neighbours of a word, the nearest first; of a word of several tokens, those of the tokens' mean."""
-        (ids,) = token_lists(self.tower.tokenizer, [word])
+        (ids,) = token_lists(self.vocabulary.tokenizer, [word])
         if not ids:
             return []
-        table = F.normalize(self.tower.table.float(), dim=1)
+        table = F.normalize(self.vocabulary.table.float(), dim=1)
         names = [name for name in self.words if name != word.casefold()]
         rows = table[torch.tensor([self.words[name] for name in names], device=table.device)]
         cosines = rows @ F.normalize(table[ids].mean(0), dim=0)

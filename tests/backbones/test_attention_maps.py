@@ -24,7 +24,7 @@ def hooks(backbone):
 
 
 @torch.no_grad()
-def slowly(backbone, noisy, timesteps, conditioning):
+def slowly(backbone, noisy, timesteps, told):
     """Own softmax(q k' / sqrt(d)), one layer, row, head and place at a time, from what goes into each layer."""
     layers = [
         block.attn2
@@ -40,7 +40,7 @@ def slowly(backbone, noisy, timesteps, conditioning):
         )
         for layer in layers
     ]
-    backbone.denoise(noisy, timesteps, conditioning)
+    backbone.denoise(noisy, timesteps, told)
     for handle in handles:
         handle.remove()
     maps = []
@@ -86,10 +86,10 @@ def test_half_precision_is_close(sd):
 
 
 def test_batch_equals_its_parts(backbone):
-    noisy, timesteps, conditioning = inputs(backbone)
-    together = backbone.attention_maps(noisy, timesteps, conditioning)
+    noisy, timesteps, told = inputs(backbone)
+    together = backbone.attention_maps(noisy, timesteps, told)
     for row in (slice(0, 1), slice(1, 3)):
-        alone = backbone.attention_maps(noisy[row], timesteps[row], conditioning[row])
+        alone = backbone.attention_maps(noisy[row], timesteps[row], told[row])
         torch.testing.assert_close(alone, together[row], atol=1e-6, rtol=1e-4)
 
 
@@ -107,8 +107,8 @@ def test_looking_changes_nothing(backbone, monkeypatch):
 
 
 def test_hooks_are_removed_after_an_exception(backbone):
-    noisy, timesteps, conditioning = inputs(backbone)
+    noisy, timesteps, told = inputs(backbone)
     count = hooks(backbone)
     with pytest.raises(RuntimeError):
-        backbone.attention_maps(noisy[:, :3], timesteps, conditioning)
+        backbone.attention_maps(noisy[:, :3], timesteps, told)
     assert hooks(backbone) == count

@@ -50,8 +50,8 @@ def test_frames_are_those_of_the_arc(run, tiny):
         shown = pixels(grid)
     with torch.no_grad():
         for i in range(4):
-            told = type(one)(slerp(one.prompt_embeds, other.prompt_embeds, i / 3).repeat(2, 1, 1))
-            drawn = backbone.decode(backbone.sample(told, empty, noise, 3, 3.0))
+            told = slerp(one, other, i / 3).repeat(2, 1, 1)
+            drawn = backbone.decode(backbone.sample(told, empty, noise, 3, 7.5))
             for n, picture in enumerate(drawn):  # the grid shows each pixel as a square of 6 x 6
                 top, left = n * 100 + (6 if n else 2), i * 104 + 4
                 found = shown[top : top + 96, left : left + 96][3::6, 3::6]

@@ -35,7 +35,7 @@ def slowly(backbone, prompt, latents, noise, positions):
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_as_a_slow_reference(sd, tokens):
     backbone = load_backbone(str(sd))
-    tower = backbone.towers[0]
+    tower = backbone.vocabulary
     prompt = backbone.encode(encode_text(tower.tokenizer, ["red cat tree"], tower.length))
     latents, noise = torch.randn(4, 8, 8), torch.randn(5, 4, 8, 8)
     maps = word_maps(backbone, prompt, latents, noise, 1, tokens, batch=2)

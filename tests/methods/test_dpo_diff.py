@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from lightning_prompts.backbones import Conditioning, load_backbone
+from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import PromptCheckpoint
 from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.problems import Step
@@ -34,7 +34,7 @@ SPACE = Space(
 
 @pytest.fixture
 def choices(tiny):
-    module = WordChoices(load_backbone(tiny).towers[0])
+    module = WordChoices(load_backbone(tiny).vocabulary)
     module.show([SPACE])
     module.begin()
     return module
@@ -47,7 +47,7 @@ def test_one_hot_logits_are_the_decoded_text(choices):
         with torch.no_grad():
             sides = choices(torch.tensor([0]), noise)
         for (ids, embeddings), text in zip(sides, SPACE.texts(choice), strict=True):
-            expected = encode_text(choices.tower.tokenizer, [text], choices.tower.length)
+            expected = encode_text(choices.vocabulary.tokenizer, [text], choices.vocabulary.length)
             assert torch.equal(ids, expected)
             assert torch.equal(embeddings, choices.table[expected])
 
@@ -117,7 +117,7 @@ def drawn(backbone, sides, noise, guidance, before, held=None, grad_steps=1, ste
 def test_shortcut_gradient_is_that_of_finite_differences(before, grad_steps, guidance, sd):
     backbone = load_backbone(str(sd)).double()
     backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, clip_sample=False)
-    choices = WordChoices(backbone.towers[0])
+    choices = WordChoices(backbone.vocabulary)
     choices.show([SPACE])
     choices.begin()
     choices.logits.data = choices.logits.data.double()
@@ -128,7 +128,7 @@ def test_shortcut_gradient_is_that_of_finite_differences(before, grad_steps, gui
     def sides_at(logits):
         choices.logits.data = logits.detach()
         return [
-            backbone.encode(ids, embeddings).repeat_interleave(2)
+            backbone.encode(ids, embeddings).repeat_interleave(2, 0)
             for ids, embeddings in choices(torch.tensor([0]), gumbel)
         ]
 
@@ -156,8 +156,8 @@ def test_all_steps_is_plain_autograd_through_the_sampler(sd):
     backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, clip_sample=False)
     noise = torch.randn(2, *backbone.latent_shape, dtype=torch.float64)
     ids = encode_text(backbone.towers[0].tokenizer, ["a small cat", "dark"], backbone.towers[0].length)
-    leaves = [embeds.detach().requires_grad_() for embeds in backbone.encode(ids).prompt_embeds.split(1)]
-    told, away = (Conditioning(leaf.expand(2, -1, -1)) for leaf in leaves)
+    leaves = [embeds.detach().requires_grad_() for embeds in backbone.encode(ids).split(1)]
+    told, away = (leaf.expand(2, -1, -1) for leaf in leaves)
     shortcut = torch.autograd.grad(backbone.decode(backbone.sample(told, away, noise, 5, 3.0, 5, 5)).sum(), leaves)
     plain = torch.autograd.grad(drawn(backbone, (told, away), noise, 3.0, 0, noise, 5).sum(), leaves)
     for one, other in zip(shortcut, plain, strict=True):
@@ -338,7 +338,7 @@ def test_gradient_goes_through_the_text_encoder(attached):
     noise[:, :, 1] = 2  # at first the negative prompt is empty
     sides = module.prompt(torch.tensor([0]), noise)
     for ids, embeddings in sides:
-        told = module.backbone.encode(ids, embeddings).prompt_embeds
+        told = module.backbone.encode(ids, embeddings)
         (gradient,) = torch.autograd.grad(told[0, -1, 0], module.prompt.logits, retain_graph=True)
         assert gradient.abs().max() > 0  # the last position, which no word stands at, depends on the words
 
@@ -349,7 +349,7 @@ def test_shortcut_loss_is_the_mean_over_seeds_with_its_gradient(attached):
     told, away = (module.backbone.encode(*side) for side in module.prompt(rows, noise))
     value = module.shortcut_loss(rows, told, away, 2)
     (gradient,) = torch.autograd.grad(value.sum(), module.prompt.logits)
-    told, away = (module.backbone.encode(*side).repeat_interleave(2) for side in module.prompt(rows, noise))
+    told, away = (module.backbone.encode(*side).repeat_interleave(2, 0) for side in module.prompt(rows, noise))
     latents = module.backbone.sample(told, away, module.noise[0], 3, module.guidance_scale, 1, 2)
     plain = module.loss(module.backbone.decode(latents), module.wanted[[0, 0]]).mean()
     (expected,) = torch.autograd.grad(plain, module.prompt.logits)

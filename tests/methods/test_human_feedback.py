@@ -69,7 +69,7 @@ def test_a_move_goes_so_far_on_the_arc_to_the_candidates_text(tiny, tmp_path):
     (first, drawn), (second, _) = chooser.questions
     assert first.prompt == PROMPT
     assert drawn.shape == (3, 3, 16, 16)
-    start, end = (module.encode([text]).prompt_embeds for text in (PROMPT, first.texts[1]))
+    start, end = (module.encode([text]) for text in (PROMPT, first.texts[1]))
     expected = slerp(start, end, 0.5)
     torch.testing.assert_close(module.found([problem])[0], expected)
     noise = module.noise[:, :1]
@@ -108,15 +108,15 @@ def test_undo_goes_back_to_the_same_candidates_and_others_are_others(tiny, tmp_p
 def test_others_are_nearer_and_after_some_rounds_far_again(tiny, tmp_path):
     others = [Choice("others")] * 4
     module, chooser, (problem,) = search(tiny, tmp_path, *others[:2], Choice("go", 0, 0.5), *others, FINISH)
-    start = module.encode([PROMPT]).prompt_embeds[0]
+    start = module.encode([PROMPT])[0]
     for (question, drawn), reach in zip(chooser.questions[:3], (1, 0.5, 0.25), strict=True):
-        end = slerp(start, module.encode([question.texts[0]]).prompt_embeds[0], reach)
+        end = slerp(start, module.encode([question.texts[0]])[0], reach)
         torch.testing.assert_close(drawn[0], module.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
     assert problem.moves[0]["strength"] == 0.125
     assert module.base(problem, 1) == PROMPT  # it is still the nearest
     here, reaches = module.at[-1][0], (1, 0.5, 0.25, 0.125, 1)
     for (question, drawn), reach in zip(chooser.questions[3:], reaches, strict=True):
-        change = module.encode([question.texts[0]]).prompt_embeds[0] - start
+        change = module.encode([question.texts[0]])[0] - start
         end = slerp(here, here + change, reach)
         torch.testing.assert_close(drawn[0], module.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
 
@@ -125,10 +125,10 @@ def test_candidates_lie_in_directions_that_are_far_apart(tiny, tmp_path):
     """The nearest two of them are no nearer than the nearest two of most choices at random."""
     module, chooser, (problem,) = search(tiny, tmp_path, FINISH, texts=30)
     ((question, _),) = chooser.questions
-    start = module.encode([PROMPT]).prompt_embeds[:, -1]
+    start = module.encode([PROMPT])[:, -1]
 
     def nearest(texts):
-        units = torch.nn.functional.normalize(module.encode(texts).prompt_embeds[:, -1] - start, dim=-1)
+        units = torch.nn.functional.normalize(module.encode(texts)[:, -1] - start, dim=-1)
         return float((1 - units @ units.T + 9 * torch.eye(len(units))).min())
 
     every, rng = module.variations(problem, 0, 0), random.Random(0)

@@ -176,10 +176,10 @@ def test_prompts_survive_being_written_down(hard, tiny, pictures, tmp_path):
         assert text.startswith("a photo of ")
         assert text.endswith(" background")
         words = text.removeprefix("a photo of ").removesuffix(" background")
-        texts, same = round_trip(module.tower.tokenizer, torch.tensor([problem.token_ids]))
+        texts, same = round_trip(module.vocabulary.tokenizer, torch.tensor([problem.token_ids]))
         assert texts == [words]
         assert same.all()
-        whole = encode_text(module.tower.tokenizer, [text], module.tower.length)
+        whole = encode_text(module.vocabulary.tokenizer, [text], module.vocabulary.length)
         assert torch.equal(module.prompt.ids(torch.tensor([problem.token_ids])), whole)
 
 
@@ -266,9 +266,9 @@ def test_one_word_alone_is_the_prompt(hard, tiny, pictures, tmp_path):
 
 def test_clip_words_are_the_result_even_if_random_tokens_score_better(tiny, pictures, tmp_path):
     class Disliked(ClipWords):
-        def validation_loss(self, rows, conditioning):
+        def validation_loss(self, rows, told):
             self.scored = getattr(self, "scored", 0) + 1
-            return super().validation_loss(rows, conditioning) + self.scored
+            return super().validation_loss(rows, told) + self.scored
 
     module = Disliked(backbone=tiny, **settings(ClipWords))
     problems = search(module, [pictures], tmp_path / "run", steps=1)
@@ -279,7 +279,7 @@ def test_clip_words_are_the_result_even_if_random_tokens_score_better(tiny, pict
 
 def test_losses_that_are_never_finite_are_a_failure(hard, tiny, pictures, tmp_path):
     class Broken(hard):
-        def validation_loss(self, rows, conditioning):
+        def validation_loss(self, rows, told):
             return torch.full((len(rows),), torch.nan)
 
     for problem in search(Broken(backbone=tiny, **settings(hard)), [pictures], tmp_path / "run"):
@@ -424,7 +424,7 @@ def test_records_and_results_are_written_by_lightning_alone(tiny, pictures, tmp_
 def double(sd):
     """Each of the two backbones in float64, and what a loss needs: embeddings (2, L, D) and 3 samples a problem."""
     backbone = load_backbone(str(sd)).double()
-    tower = backbone.towers[0]
+    tower = backbone.vocabulary
     ids = encode_text(tower.tokenizer, ["a red cat", "two dogs beside a tree"], tower.length)
     samples = torch.randn(4, 2, 3, *backbone.latent_shape, dtype=torch.float64)
     embeddings = tower.table[ids] + 0.01 * torch.randn(2, tower.length, tower.table.shape[1])
@@ -440,10 +440,10 @@ def slope(double, loss):
     return losses.detach(), gradient
 
 
-def plain(backbone, conditioning, latents, timesteps, noise):
+def plain(backbone, told, latents, timesteps, noise):
     """The loss as one writes it down, in one batch."""
     told, (x, eps), t = (
-        conditioning.repeat_interleave(3),
+        told.repeat_interleave(3, 0),
         (v.flatten(0, 1) for v in (latents, noise)),
         timesteps.flatten(),
     )
@@ -619,7 +619,7 @@ def test_negative_picture_that_cannot_be_read_is_named(tiny, pictures, tmp_path,
 
 def test_straight_through_is_the_gradient_at_the_projected(sd):
     backbone = load_backbone(str(sd))
-    tower = backbone.towers[0]
+    tower = backbone.vocabulary
     prompt = TokenEmbeddings(tower, "a {} cat", 3)
     start = prompt.allowed.nonzero()[:6, 0].view(2, 3)
     prompt.begin(prompt.table[start])
@@ -627,7 +627,7 @@ def test_straight_through_is_the_gradient_at_the_projected(sd):
     assert torch.equal(prompt.project(), start)
 
     def loss(embeddings, ids):
-        return backbone.encode(ids, embeddings).prompt_embeds[:, :8].sin().sum()
+        return backbone.encode(ids, embeddings)[:, :8].sin().sum()
 
     ids, embeddings = prompt(torch.arange(2), straight_through=True)
     torch.testing.assert_close(embeddings.detach(), prompt.table[ids])
@@ -641,7 +641,7 @@ def test_straight_through_is_the_gradient_at_the_projected(sd):
 
 
 def test_rows_of_a_prompt(sd):
-    prompt = TokenEmbeddings(load_backbone(str(sd)).towers[0], "{}", 2)
+    prompt = TokenEmbeddings(load_backbone(str(sd)).vocabulary, "{}", 2)
     prompt.begin(prompt.table[prompt.allowed.nonzero()[:6, 0].view(3, 2)])
     ids, embeddings = prompt(torch.tensor([2, 0]))
     everything = prompt(torch.arange(3))

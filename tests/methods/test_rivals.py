@@ -112,7 +112,7 @@ def test_screen_keeps_what_the_clip_finds_most_similar(tiny, pictures, tmp_path)
     module = All(backbone=tiny, tokens=2, candidates=5, topk=8, screen=3, sampling_steps=2)
     (problem,) = fit(module, pictures / "0.png", tmp_path, steps=1)
     assert problem.unet_samples == 2 * 2 + 2 * 2 + 5 * 2
-    clip, tokenizer, feature = module.clip, module.tower.tokenizer, module.features_of(problem)
+    clip, tokenizer, feature = module.clip, module.vocabulary.tokenizer, module.features_of(problem)
 
     def similarity(token_ids):
         text = clip.clip.get_text_features(input_ids=encode_text(tokenizer, [tokenizer.decode(token_ids)], 32))
@@ -147,7 +147,7 @@ def test_more_swaps_than_tokens_are_refused(tiny):
 @pytest.fixture
 def matching(tiny):
     """A CLIP, prompts of two tokens in its vocabulary, and features of three pictures."""
-    tower = load_backbone(tiny).towers[0]
+    tower = load_backbone(tiny).vocabulary
     prompt = TokenEmbeddings(tower, "a photo of {} , blurry", 2, words=tuple("abcdefghijk"))
     clip = ClipSimilarity(f"{tiny}/clip")
     return clip, prompt, clip.features(torch.rand(3, 3, 32, 32) * 2 - 1), tower.tokenizer
@@ -185,14 +185,14 @@ def test_wide_beam_finds_the_best_pair(matching):
 def test_no_word_is_taken_twice_while_another_is_left(tiny, matching):
     clip, _, features, _ = matching
     for count in (2, 3, 4):
-        prompt = TokenEmbeddings(load_backbone(tiny).towers[0], "{}", 3, words=tuple("abcd"[:count]))
+        prompt = TokenEmbeddings(load_backbone(tiny).vocabulary, "{}", 3, words=tuple("abcd"[:count]))
         for beams in (1, 8):
             for words in best_words(clip, prompt, features, beams).tolist():
                 assert len(set(words)) == min(count, 3)
 
 
 def test_shorter_prompts_stand_in_the_template_as_their_text_does(sd):
-    tower = load_backbone(str(sd)).towers[0]
+    tower = load_backbone(str(sd)).vocabulary
     prompt = TokenEmbeddings(tower, "a photo of {} , blurry", 4)
     token_ids = prompt.allowed.nonzero()[:8, 0].view(2, 4)
     for count in (1, 3, 4):
@@ -218,24 +218,26 @@ def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
         assert torch.equal(exported[problem.key], torch.tensor(problem.embedding))
         ids, embeddings = module.prompt.ids(torch.tensor([[5, 5]])), torch.tensor(problem.embedding)
         replaced = module.prompt.table[ids].index_copy(1, module.prompt.positions, embeddings[None])
-        own = module.backbone.encode(ids, replaced).prompt_embeds[:, : module.prompt.positions[-1] + 1]
-        read = module.encode([problem.prompt]).prompt_embeds[:, : module.prompt.positions[-1] + 1]
+        own = module.backbone.encode(ids, replaced)[:, : module.prompt.positions[-1] + 1]
+        read = module.encode([problem.prompt])[:, : module.prompt.positions[-1] + 1]
         torch.testing.assert_close(read, own)
         rows = torch.tensor([row])
         again = float(module.validation_loss(rows, module.encode([problem.prompt])))
         assert problem.validation_loss == pytest.approx(again, abs=1e-6)
     assert (problems[0].validation_loss or 1) < (problems[0].initial_validation_loss or 0)
     one, other = (pseudo_word(problem) for problem in problems[:2])
-    both = module.encode([f"two dogs beside {one}, a {other} and {one}"]).prompt_embeds
-    ids = encode_text(module.tower.tokenizer, ["two dogs beside w w , a w w and w w"], module.tower.length)
-    (places,) = (ids[0] == module.tower.tokenizer("w", add_special_tokens=False).input_ids[0]).nonzero(as_tuple=True)
+    both = module.encode([f"two dogs beside {one}, a {other} and {one}"])
+    ids = encode_text(module.vocabulary.tokenizer, ["two dogs beside w w , a w w and w w"], module.vocabulary.length)
+    (places,) = (ids[0] == module.vocabulary.tokenizer("w", add_special_tokens=False).input_ids[0]).nonzero(
+        as_tuple=True
+    )
     said = torch.tensor(problems[0].embedding + problems[1].embedding + problems[0].embedding)
     replaced = module.prompt.table[ids].index_copy(1, places, said[None])
-    torch.testing.assert_close(both, module.backbone.encode(ids, replaced).prompt_embeds)
+    torch.testing.assert_close(both, module.backbone.encode(ids, replaced))
     with pytest.raises(UserError, match=rf"knows no <cat-01234567>; it has {one}, {other}, "):
         module.encode([f"{one} and <cat-01234567>"])
     elsewhere = module.encode([f"two dogs beside {problems[0].prompt}", "two dogs"])
-    assert torch.equal(elsewhere.prompt_embeds[1:], PEZ(backbone=tiny).encode(["two dogs"]).prompt_embeds)
+    assert torch.equal(elsewhere[1:], PEZ(backbone=tiny).encode(["two dogs"]))
 
 
 # --- starts

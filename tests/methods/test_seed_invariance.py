@@ -85,7 +85,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
 
     start = noise_of([4], (4, 8, 8)).double()
     plain = module.prompt.initial[0, 0]
-    away = module.encode([""]).prompt_embeds[0]
+    away = module.encode([""])[0]
 
     def clean(first, last, latents):
         """What is compared of the clean latents that the second call predicts, the first told one embedding and the second another."""

@@ -33,6 +33,7 @@ def search(tiny, folder, prompts, **settings):
         "sampling_steps": 3,
         "seeds": 2,
         "steps": 3,
+        "grad_steps": 1,
         "lr": 0.05,
         "sample_every": 0,
         "objective": Sharpness(),
@@ -312,7 +313,7 @@ def test_diffusers_draws_what_we_draw(finished, tiny):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     told = embeds[f"{key}.prompt_embeds"]
     theirs = pipeline(
-        prompt_embeds=told[None], negative_prompt="", latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="pt"
+        prompt_embeds=told[None], negative_prompt="", latents=noise, num_inference_steps=3, guidance_scale=7.5, output_type="pt"
     ).images[0]  # fmt: skip
     main(["predict", "--run", str(finished), "--seeds", "5", "--trainer.accelerator", "cpu"])
     with Image.open(finished / "pictures" / f"{key}-seed5.png") as picture:

@@ -53,7 +53,7 @@ def test_negative_prompt_has_commas_between_what_is_chosen():
 
 
 def test_kept_words_have_no_slot(tiny):
-    tower = load_backbone(tiny).towers[0]
+    tower = load_backbone(tiny).vocabulary
     for keep, names in (([], ["small", "red", "cat"]), (["Red cat", "car"], ["small"])):
         found = Sources(tower, ["neighbours"], ["library"], empty=True, keep=keep).space("a small, red cat")
         assert [slot.name for slot in found.positive] == names
@@ -66,7 +66,7 @@ def test_words_are_there_once():
 
 
 def test_every_choice_fits_and_is_read_as_it_was_put_together(tiny):
-    tower = load_backbone(tiny).towers[0]
+    tower = load_backbone(tiny).vocabulary
     words = {
         "cat": ["dog", "a very small cat in the corner of a picture of two dogs beside a tree"],
         "small": ["large", "2big"],
@@ -87,7 +87,7 @@ def test_every_choice_fits_and_is_read_as_it_was_put_together(tiny):
 
 
 def test_neighbours_are_the_nearest_rows_of_the_table(tiny):
-    tower = load_backbone(tiny).towers[0]
+    tower = load_backbone(tiny).vocabulary
     near = Neighbours(tower, 3)
     word = next(iter(near.words))
     found = near(word)
@@ -99,7 +99,7 @@ def test_neighbours_are_the_nearest_rows_of_the_table(tiny):
 
 
 def test_prompt_without_replaceable_words_is_refused(tiny):
-    tower = load_backbone(tiny).towers[0]
+    tower = load_backbone(tiny).vocabulary
     with pytest.raises(UserError, match=r"'of the' has no word"):
         Sources(tower, ["neighbours"], []).space("of the")
 

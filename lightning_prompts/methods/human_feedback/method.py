@@ -47,7 +47,7 @@ class HumanFeedback(Steering):
 
     together = 1
     prompt: PromptEmbeds
-    at: list[Tensor]  # encoded prompts (S, L, D) on the way, from the person's to here
+    at: list[Tensor]  # encoded prompts (S, R, D) on the way, from the person's to here
     drawn: list[Tensor]  # their pictures
     axes: Tensor  # of the map, (2, D)
 
@@ -69,13 +69,13 @@ class HumanFeedback(Steering):
             )
         self.chooser, self.candidates, self.texts, self.added = chooser or Page(), candidates, texts, added
         if words is None:
-            allowed = allowed_tokens(self.tower.tokenizer).nonzero()
-            words = [word.strip() for word in self.tower.tokenizer.batch_decode(allowed)]
+            allowed = allowed_tokens(self.vocabulary.tokenizer).nonzero()
+            words = [word.strip() for word in self.vocabulary.tokenizer.batch_decode(allowed)]
             words = [word for word in words if word.isalpha()]
         if not words:
             raise UserError("--model.words has no words; give some, or leave it out.")
         self.words = words
-        self.tokens = [len(ids) for ids in token_lists(self.tower.tokenizer, words)]
+        self.tokens = [len(ids) for ids in token_lists(self.vocabulary.tokenizer, words)]
         self.finished: set[str] = set()
 
     # --- where one is
@@ -91,32 +91,36 @@ class HumanFeedback(Steering):
         super().take(problems)
         self.at, self.drawn = [], []
         self.arrive(self.initial(problems)[0])
-        self.axes = principal_axes(self.encoded(self.variations(problems[0], 0, 0))[:, 0, -1], 2)
+        self.axes = principal_axes(self.gists(self.encoded(self.variations(problems[0], 0, 0))), 2)
         for i, move in enumerate(problems[0].moves):
             (end,) = self.ends([move["text"]], self.base(problems[0], i))
             self.arrive(slerp(self.at[-1], end, move["strength"]))
 
     def arrive(self, embeds: Tensor) -> None:
-        """Makes an encoded prompt (S, L, D) where one is."""
+        """Makes an encoded prompt (S, R, D) where one is."""
         self.at.append(embeds)
         self.drawn.append(self.picture(embeds))
 
     @torch.no_grad()
     def stay(self) -> None:
         """Makes where one is the prompt."""
-        self.prompt.rows.copy_(self.at[-1][None, :, 1:])
+        self.prompt.rows.copy_(self.prompt.of(self.at[-1][None]))
 
     def encoded(self, texts: Sequence[str]) -> Tensor:
-        """Encoded texts (T, S, L, D)."""
-        return self.encode(texts).prompt_embeds.unsqueeze(1).float()
+        """Encoded texts (T, S, R, D)."""
+        return self.encode(texts).unsqueeze(1).float()
 
     def picture(self, embeds: Tensor) -> Tensor:
-        """What an encoded prompt (S, L, D) draws, (3, H, W), always from the same noise."""
+        """What an encoded prompt (S, R, D) draws, (3, H, W), always from the same noise."""
         return self.draw_embeds(embeds[None], self.noise[:, :1])[0, 0]
 
     def places(self, embeds: Sequence[Tensor]) -> Tensor:
-        """Where N encoded prompts (S, L, D) are on the map, (N, 2): by their last rows, from the person's prompt."""
-        return (torch.stack([x[0, -1] for x in embeds]) - self.at[0][0, -1]) @ self.axes.T
+        """Where N encoded prompts (S, R, D) are on the map, (N, 2): by what they say, from the person's prompt."""
+        return (self.gists(torch.stack(list(embeds))) - self.gists(self.at[0][None])) @ self.axes.T
+
+    def gists(self, embeds: Tensor) -> Tensor:
+        """One row (T, D) for each of T encoded prompts (T, S, R, D), see `Backbone.gist`."""
+        return self.backbone.gist(embeds[:, 0])
 
     # --- where one could go
 
@@ -139,19 +143,22 @@ class HumanFeedback(Steering):
     def has_room(self, text: str) -> bool:
         """Whether words can be added to a text."""
         longest = max(self.tokens)
-        return len(token_lists(self.tower.tokenizer, [text])[0]) + int(self.added) * longest <= self.tower.length - 2
+        return (
+            len(token_lists(self.vocabulary.tokenizer, [text])[0]) + int(self.added) * longest
+            <= self.vocabulary.length - 2
+        )
 
     def check(self, prompt: str) -> None:
         """Refuses prompts that have no room for more words."""
         super().check(prompt)
         if not self.has_room(prompt):
             raise UserError(
-                f"The prompt {prompt!r} leaves no room for more words in the text encoder, which takes {self.tower.length} tokens "
+                f"The prompt {prompt!r} leaves no room for more words in the text encoder, which takes {self.vocabulary.length} tokens "
                 "with start and end; shorten it, or lower --model.added."
             )
 
     def ends(self, texts: Sequence[str], text: str) -> Tensor:
-        """Where the changes that lead from a text to T others lead from here, (T, S, L, D)."""
+        """Where the changes that lead from a text to T others lead from here, (T, S, R, D)."""
         return transfer(self.at[-1], self.encoded([text]), self.encoded(texts))
 
     @torch.no_grad()
@@ -160,7 +167,7 @@ class HumanFeedback(Steering):
         (problem,) = self.problems
         texts = self.variations(problem, len(problem.moves), problem.others)
         ends = self.ends(texts, self.base(problem, len(problem.moves)))
-        chosen = farthest((ends - self.at[-1])[:, 0, -1], int(self.candidates))
+        chosen = farthest(self.gists(ends) - self.gists(self.at[-1][None]), int(self.candidates))
         texts, ends = [texts[i] for i in chosen], ends[chosen]
         reach = 0.5 ** (problem.others % NEARER)
 

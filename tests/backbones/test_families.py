@@ -1,0 +1,288 @@
+"""Every family against diffusers' own pipeline."""
+
+import json
+import shutil
+
+import diffusers
+import families
+import pytest
+import torch
+
+from lightning_prompts.backbones import base, load_backbone
+from lightning_prompts.errors import UserError
+from lightning_prompts.vocabulary import encode_text
+
+TEXTS = ["a red square on a blue background", "two dogs and a Cat"]
+
+
+@pytest.fixture(scope="module", params=families.BUILD)
+def family(request, tmp_path_factory):
+    """The name of a family and its folder."""
+    return request.param, families.save(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def backbone(family):
+    return load_backbone(str(family[1]), image_size=16)
+
+
+@pytest.fixture
+def pipeline(family):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(family[1])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def latents_of(pipeline, noise, guidance):
+    """What the pipeline draws, as latents (B, C, h, w)."""
+    how = {"height": 16, "width": 16, "guidance_scale": guidance, "num_inference_steps": 3, "output_type": "latent"}
+    if isinstance(pipeline, diffusers.FluxPipeline):
+        packed = pipeline._pack_latents(noise, *noise.shape[:1], noise.shape[1], *noise.shape[2:])
+        drawn = pipeline(TEXTS, latents=packed, **how).images
+        return pipeline._unpack_latents(drawn, 16, 16, 2)
+    if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
+        how |= {"use_resolution_binning": False, "clean_caption": False}
+    if isinstance(pipeline, diffusers.LatentConsistencyModelPipeline):
+        how["generator"] = base._generators(noise)  # it adds noise at each step, which is the row's with us
+    return pipeline(TEXTS, latents=noise, **how).images
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_draws_as_the_pipeline(guidance, backbone, pipeline):
+    noise = torch.randn(2, *backbone.latent_shape)
+    expected = latents_of(pipeline, noise, guidance)
+    with torch.no_grad():
+        empty = backbone.encode_text([""])
+        away = torch.zeros_like(empty) if backbone.zero_empty else empty
+        drawn = backbone.sample(backbone.encode_text(TEXTS), away, noise, 3, guidance)
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+    assert drawn.std() > 0.1
+
+
+def test_tokens_say_what_their_text_says(backbone, family):
+    for kind in {tower.kind for tower in backbone.towers}:
+        other = load_backbone(str(family[1]), vocabulary=kind, image_size=16)
+        vocabulary = other.vocabulary
+        ids = encode_text(vocabulary.tokenizer, ["a red cat", ""], vocabulary.length)
+        encoded = other.encode_text(["a red cat", ""])
+        torch.testing.assert_close(other.encode(ids), encoded)
+        torch.testing.assert_close(other.encode(ids, vocabulary.table[ids]), encoded)
+        torch.testing.assert_close(encoded, backbone.encode_text(["a red cat", ""]))
+        assert not torch.allclose(other.encode(ids, vocabulary.table[ids.flip(0)])[0], encoded[0])
+
+
+def slope(function, x, direction, eps):
+    with torch.no_grad():
+        return (function(x + eps * direction) - function(x - eps * direction)).item() / (2 * eps)
+
+
+def test_gradient_to_the_tokens(backbone):
+    """Of the denoising loss, through all text encoders that read the tokens."""
+    backbone.double()
+    vocabulary = backbone.vocabulary
+    ids = encode_text(vocabulary.tokenizer, ["a red cat"], vocabulary.length)
+    weights = [tower.encoder.get_input_embeddings().weight for tower in vocabulary.towers]
+    x = torch.cat(weights, dim=1)[ids].detach().requires_grad_()
+    latents, noise = torch.randn(2, 1, *backbone.latent_shape, dtype=torch.float64)
+    timesteps = torch.tensor([600])
+    noisy, target = backbone.add_noise(latents, noise, timesteps), backbone.target(latents, noise, timesteps)
+
+    def loss(x):
+        return (backbone.denoise(noisy, timesteps, backbone.encode(ids, x), 2.0) - target).square().mean()
+
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    for part in gradient.split([weight.shape[1] for weight in weights], dim=2):
+        assert part.abs().sum() > 0
+    direction = torch.randn_like(x) * x.std()
+    eps, tolerance = (1e-3, 1e-2) if vocabulary.towers[0].kind == "t5" else (1e-4, 1e-5)  # T5 has float32 within
+    assert (gradient * direction).sum().item() == pytest.approx(slope(loss, x, direction, eps), rel=tolerance)
+
+
+def test_gradient_to_the_encoded_prompt(backbone, family):
+    """Of what is drawn in three steps, to all rows, that of the pooled vector among them."""
+    backbone.double()
+    noise, weight = torch.randn(2, 1, *backbone.latent_shape, dtype=torch.float64)
+    with torch.no_grad():
+        x, empty = backbone.encode_text(["a red cat"]), backbone.encode_text([""])
+
+    def value(x, grad_steps=0):
+        return (backbone.sample(x, empty, noise, 3, 3.0, grad_steps) * weight).sum()
+
+    (gradient,) = torch.autograd.grad(value(x.requires_grad_(), 3), x)
+    direction = torch.randn_like(x) * x.std() * (x != 0).any(2, keepdim=True)  # zeros are PixArt's padding
+    eps, tolerance = (
+        (1e-4, 1e-5) if family[0] in ("sd1", "sd2", "lcm") else (1e-2, 1e-2)
+    )  # float32 within the others' schedulers
+    assert (gradient * direction).sum().item() == pytest.approx(slope(value, x, direction, eps), rel=tolerance)
+    hidden, pooled = backbone.split(gradient)
+    assert hidden.abs().sum() > 0
+    assert pooled is None or pooled.abs().sum() > 0
+
+
+def test_rows(backbone):
+    encoded = torch.randn(2, *backbone.encode_text(TEXTS).shape)
+    hidden, pooled = backbone.split(encoded)
+    if pooled is None:
+        assert not backbone.pooled_width
+        assert torch.equal(hidden, encoded)
+    else:
+        assert pooled.shape[2:] == (backbone.pooled_width,)
+        again = backbone.split(backbone.join(hidden, pooled))
+        assert torch.equal(again[0], hidden)
+        assert torch.equal(again[1], pooled)
+    rows = encoded.shape[2]
+    some, everything = (backbone.moving(encoded, pooled) for pooled in (False, True))
+    one, other = backbone.encode_text(TEXTS)
+    assert not (one != other).any(1)[~everything].any()  # the start of the text
+    assert int((everything != some).sum()) == rows - hidden.shape[2]
+
+
+def test_wide_pooled_vectors_take_several_rows(backbone):
+    class Wide(type(backbone)):
+        pooled_width = 11
+
+    backbone.__class__ = Wide
+    hidden, pooled = torch.randn(2, 3, 4), torch.randn(2, 11)
+    joined = backbone.join(hidden, pooled)
+    assert joined.shape == (2, 6, 4)
+    assert torch.equal(backbone.split(joined)[1], pooled)
+    assert backbone.moving(joined, False).tolist() == [i >= backbone.fixed and i < 3 for i in range(6)]
+
+
+def test_noise_target_and_x0(backbone):
+    backbone.double()
+    latents, noise = torch.randn(2, 3, *backbone.latent_shape, dtype=torch.float64)
+    timesteps = torch.tensor([10, 500, 999])
+    noisy, target = backbone.add_noise(latents, noise, timesteps), backbone.target(latents, noise, timesteps)
+    torch.testing.assert_close(backbone.predict_x0(noisy, target, timesteps), latents)
+    torch.testing.assert_close(backbone.add_noise(latents, noise, torch.tensor([0] * 3)), latents, atol=0.2, rtol=0)
+
+
+def test_flow_noise_is_the_schedulers(tmp_path):
+    backbone = load_backbone(str(families.save("sd3", tmp_path)))
+    scheduler, (latents, noise) = backbone.scheduler, torch.randn(2, 1, *backbone.latent_shape)
+    scheduler.set_timesteps(5)
+    for t in scheduler.timesteps:
+        expected = scheduler.scale_noise(latents, t.view(1), noise)
+        torch.testing.assert_close(backbone.add_noise(latents, noise, t.view(1)), expected)
+
+
+DEFAULTS = {
+    "sd1": (50, 7.5), "sd2": (50, 7.5), "sd-turbo": (1, 1.0), "lcm": (4, 8.5), "sdxl": (50, 5.0), "sd3": (28, 7.0), "flux": (28, 3.5),
+    "flux-schnell": (4, 1.0), "pixart": (20, 4.5),
+}  # fmt: skip
+
+
+def test_sampling_defaults(backbone, family):
+    assert (backbone.default_steps, backbone.default_guidance) == DEFAULTS[family[0]]
+    assert backbone.guided(3.0) == (family[0] not in ("lcm", "flux", "flux-schnell"))
+    assert not backbone.guided(1.0)
+
+
+def test_image_coding(backbone, pipeline):
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents, config = backbone.encode_image(images), pipeline.vae.config
+    shift = config.shift_factor or 0
+    expected = (pipeline.vae.encode(images).latent_dist.mean - shift) * config.scaling_factor
+    torch.testing.assert_close(latents, expected)
+    expected = pipeline.vae.decode(latents / config.scaling_factor + shift).sample.clamp(-1, 1)
+    torch.testing.assert_close(backbone.decode(latents), expected)
+
+
+def test_half_precision(family):
+    backbone = load_backbone(str(family[1]), dtype="bfloat16", image_size=16)
+    dtypes = {parameter.dtype for parameter in backbone.parameters()}
+    assert dtypes == {torch.bfloat16, torch.float32} if family[0] == "sd3" else {torch.bfloat16}  # diffusers keeps some
+    x, noise = backbone.encode_text(TEXTS[:1]).float().requires_grad_(), torch.randn(1, *backbone.latent_shape)
+    pictures = backbone.decode(backbone.sample(x, backbone.encode_text([""]), noise, 2, 3.0, 2))
+    assert pictures.dtype == torch.float32
+    pictures.sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().sum() > 0
+
+
+# What is refused
+
+
+def spoil(family, change):
+    """A changed index."""
+    index = json.loads((family / "model_index.json").read_text())
+    change(index)
+    (family / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def copy(family, tmp_path):
+    return shutil.copytree(family[1], tmp_path / "copy")
+
+
+def test_every_component_is_needed(copy, family):
+    kind = base.Backbone
+    index = json.loads((copy / "model_index.json").read_text())
+    parts = [
+        part
+        for part, value in index.items()
+        if isinstance(value, list) and value[0] and not part.startswith(("tok", "sch"))
+    ]
+    for part in parts:
+        spoil(copy, lambda index, part=part: index.update({part: [None, None]}))
+        if family[0] == "sd3" and part == "text_encoder_3":
+            backbone = load_backbone(str(copy))
+            assert not backbone.encode_text(["a cat"])[0, 77:-1].any()
+            with pytest.raises(UserError, match="has no t5 text encoder"):
+                load_backbone(str(copy), vocabulary="t5")
+        else:
+            with pytest.raises(UserError, match=f"has no {part}, which every"):
+                load_backbone(str(copy))
+        spoil(copy, lambda index, part=part: index.update({part: ["x", type(kind).__name__]}))
+        with pytest.raises(UserError, match=f"The {part} of the model .* is a .*; only"):
+            load_backbone(str(copy))
+        (copy / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("one", "part", "other", "theirs"),
+    [
+        ("sd1", "text_encoder", "sd2", "text_encoder"),
+        ("sd2", "unet", "sdxl", "unet"),
+        ("sdxl", "text_encoder", "sd2", "text_encoder"),
+        ("sd3", "text_encoder_3", "flux", "text_encoder_2"),
+        ("flux", "text_encoder_2", "pixart", "text_encoder"),
+        ("flux", "text_encoder", "sd2", "text_encoder"),
+        ("pixart", "text_encoder", "flux", "text_encoder_2"),
+    ],
+)
+def test_mixed_families(one, part, other, theirs, tmp_path):
+    folders = {name: families.save(name, tmp_path / name) for name in (one, other)}
+    shutil.rmtree(folders[one] / part)
+    shutil.copytree(folders[other] / theirs, folders[one] / part)
+    with pytest.raises(
+        UserError, match=r"The .* of the model .* are \d+ wide and its denoiser takes \d+; they are of different"
+    ):
+        load_backbone(str(folders[one]))
+
+
+def test_another_scheduler(family):
+    name, folder = family
+    flows = name in ("sd3", "flux", "flux-schnell")
+    fits, other = (
+        ("FlowMatchHeunDiscreteScheduler", "DDIMScheduler")
+        if flows
+        else ("HeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
+    )
+    backbone = load_backbone(str(folder), scheduler=fits, image_size=16)
+    assert type(backbone.scheduler).__name__ == fits
+    noise = torch.randn(1, *backbone.latent_shape)
+    with torch.no_grad():
+        empty = backbone.encode_text([""])
+        assert backbone.sample(empty, empty, noise, 3, 1.0).isfinite().all()
+    for wrong in (other, "AutoencoderKL", "Heun"):
+        with pytest.raises(
+            UserError, match=f"The scheduler '{wrong}' does not fit this model, whose own is .*; use one of"
+        ):
+            load_backbone(str(folder), scheduler=wrong)
+
+
+def test_sizes_that_do_not_fit(family):
+    with pytest.raises(UserError, match=r"Pictures of 15 pixels were asked for, and the model .* draws multiples of"):
+        load_backbone(str(family[1]), image_size=15)

@@ -1,0 +1,182 @@
+"""Tiny pipelines of every family, with random weights, in the layouts that are found on the hub."""
+
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
+
+CAPTIONS = [
+    "a red square on a blue background",
+    "a photo of a small cat in the top left corner",
+    "two dogs beside a large tree, blurry",
+    "a dark picture of a green circle",
+]
+NOISE = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+}  # fmt: skip
+
+
+def clip(folder, width, pad="<|endoftext|>", eos=None, kind=CLIPTextModel, **text):
+    """A CLIP text encoder and its tokenizer."""
+    tokenizer = train_tokenizer(CAPTIONS, 40, Path(folder) / "learned")
+    tokenizer.pad_token = pad
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=2, num_attention_heads=4, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **text,
+    )  # fmt: skip
+    return tokenizer, kind(config)
+
+
+def t5(width):
+    """A T5 encoder and its tokenizer, which knows the captions' words and letters."""
+    words = dict.fromkeys(word.strip(",") for caption in CAPTIONS for word in caption.split())
+    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, **{f"▁{word}": -2.0 for word in words}, "▁b": -2.5, "▁": -3.0}
+    pieces |= dict.fromkeys("abcdefghijklmnopqrstuvwxyz,.!-'", -4.0)
+    config = T5Config(
+        vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )  # fmt: skip
+    return T5TokenizerFast(vocab=list(pieces.items()), extra_ids=0), T5EncoderModel(config)
+
+
+def vae(**config):
+    """An autoencoder of two pixels a latent."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=8, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, **config,
+    )  # fmt: skip
+
+
+def unet(width, **config):
+    """A UNet for pictures of 16 pixels."""
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=width, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **config,
+    )  # fmt: skip
+
+
+def stable_diffusion(folder, scheduler, width, pipeline="StableDiffusionPipeline", time_cond=None, **text):
+    """One CLIP and a UNet."""
+    tokenizer, encoder = clip(folder, width, **text)
+    return getattr(diffusers, pipeline)(
+        vae=vae(), text_encoder=encoder, tokenizer=tokenizer, unet=unet(width, time_cond_proj_dim=time_cond), scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def sdxl(folder, scheduler):
+    """Two CLIPs that pad differently, a pooled vector, sizes."""
+    one, first = clip(folder, 32)
+    two, second = clip(folder, 48, "!", kind=CLIPTextModelWithProjection, projection_dim=24)
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 72,
+    }
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(force_upcast=True), text_encoder=first, text_encoder_2=second, tokenizer=one, tokenizer_2=two, unet=unet(80, **added),
+        scheduler=scheduler,
+    )  # fmt: skip
+
+
+def sd3(folder, scheduler):
+    """Two CLIPs and a T5, flow matching."""
+    one, first = clip(folder, 32, kind=CLIPTextModelWithProjection, projection_dim=24)
+    two, second = clip(folder, 48, "!", kind=CLIPTextModelWithProjection, projection_dim=40)
+    three, third = t5(96)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=96, caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=16,
+    )  # fmt: skip
+    return diffusers.StableDiffusion3Pipeline(
+        transformer, scheduler, vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        first, one, second, two, third, three,
+    )  # fmt: skip
+
+
+def flux(folder, scheduler, guidance=True):
+    """A CLIP's pooled vector and a T5, guidance distilled."""
+    one, first = clip(folder, 32)
+    two, second = t5(48)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance,
+    )  # fmt: skip
+    return diffusers.FluxPipeline(
+        scheduler, vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False), first, one, second,
+        two, transformer,
+    )  # fmt: skip
+
+
+def pixart(scheduler):
+    """A T5 whose padding is masked."""
+    tokenizer, encoder = t5(32)
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=4, caption_channels=32, in_channels=4,
+        cross_attention_dim=32, out_channels=8, use_additional_conditions=False,
+    )  # fmt: skip
+    return diffusers.PixArtSigmaPipeline(tokenizer, encoder, vae(), transformer, scheduler)
+
+
+def flow(**config):
+    """The scheduler of flows."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
+
+
+BUILD = {
+    "sd1": lambda folder: stable_diffusion(
+        folder, diffusers.PNDMScheduler(**NOISE, set_alpha_to_one=False, skip_prk_steps=True), 32, hidden_act="quick_gelu", eos=2
+    ),
+    "sd2": lambda folder: stable_diffusion(
+        folder, diffusers.DDIMScheduler(**NOISE, set_alpha_to_one=False, prediction_type="v_prediction", clip_sample=False), 48, pad="!", hidden_act="gelu",
+        projection_dim=16,
+    ),
+    "sd-turbo": lambda folder: stable_diffusion(
+        folder, diffusers.EulerDiscreteScheduler(**NOISE, timestep_spacing="trailing"), 48, pad="!"
+    ),
+    "lcm": lambda folder: stable_diffusion(
+        folder, diffusers.LCMScheduler(**NOISE), 32, "LatentConsistencyModelPipeline", 16
+    ),
+    "sdxl": lambda folder: sdxl(folder, diffusers.EulerDiscreteScheduler(**NOISE)),
+    "sd3": lambda folder: sd3(folder, flow(shift=3.0)),
+    "flux": lambda folder: flux(folder, flow(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)),
+    "flux-schnell": lambda folder: flux(folder, flow(shift=1.0), guidance=False),
+    "pixart": lambda folder: pixart(diffusers.DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++")),
+}  # fmt: skip
+
+
+def save(family, folder):
+    """Writes a family's folder."""
+    torch.manual_seed(0)
+    pipeline = BUILD[family](folder)
+    pipeline.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def save_with_clip(family, folder):
+    """Writes a family's folder with a CLIP beside its components, as whole runs need it."""
+    model = save(family, folder)
+    torch.manual_seed(0)
+    tokenizer, text = clip(folder, 32)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    own = CLIPConfig(text_config=text.config.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    CLIPModel(own).save_pretrained(model / "clip")
+    tokenizer.save_pretrained(model / "clip")
+    return str(model)
