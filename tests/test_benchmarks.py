@@ -62,7 +62,7 @@ def test_metric_guidance_in_the_docs_is_that_of_the_figures():
     import metric_guidance
 
     assert metric_guidance.table() in (ROOT / "docs" / "metric_guidance.md").read_text()
-    for line in ("sharpness", "blurriness", "quality"):
+    for line in metric_guidance.LINES:
         prompts = [row["prompt"] for row in metric_guidance.rows_of(line)]
         assert prompts == [prompt for prompt, _ in metric_guidance.captions(metric_guidance.SEED, 50)]
 
@@ -76,10 +76,20 @@ def test_human_feedback_in_the_docs_is_that_of_the_figures(targets):
     assert [row["picture"] for row in rows] == [file.name for _, file in human_feedback.wanted(targets)]
 
 
+def test_reuse_in_the_docs_is_that_of_the_figures():
+    import reuse
+    import tables
+
+    rows = tables.read(reuse.FIGURES)
+    assert reuse.table(rows) in (ROOT / "docs" / "metric_guidance.md").read_text()
+    assert all(row["prompt"] != row["learned_on"] for row in rows)
+
+
 def test_seed_invariance_in_the_docs_is_that_of_the_figures():
     import seed_invariance
 
     assert seed_invariance.table() in (ROOT / "docs" / "seed_invariance.md").read_text()
-    rows = seed_invariance.rows_of("all rows")
     prompts = [prompt for prompt, _ in seed_invariance.captions(seed_invariance.SEED, seed_invariance.CAPTIONS)]
-    assert list(dict.fromkeys(row["prompt"] for row in rows)) == prompts[: len(rows) // seed_invariance.TARGETS]
+    for line in seed_invariance.LINES:
+        rows = seed_invariance.rows_of(line)
+        assert list(dict.fromkeys(row["prompt"] for row in rows)) == prompts[: len(rows) // seed_invariance.TARGETS]
