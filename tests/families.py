@@ -1,6 +1,9 @@
 """Tiny pipelines of every family, with random weights, in the layouts that are found on the hub."""
 
+import copy
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import diffusers
 import torch
@@ -30,9 +33,16 @@ NOISE = {
 }  # fmt: skip
 
 
-def clip(folder, width, pad="<|endoftext|>", eos=None, kind=CLIPTextModel, **text):
+@cache
+def tokenizer_of_captions():
+    """Trained once, as ties between merges are not always broken the same way."""
+    with TemporaryDirectory() as folder:
+        return train_tokenizer(CAPTIONS, 40, Path(folder))
+
+
+def clip(width, pad="<|endoftext|>", eos=None, kind=CLIPTextModel, **text):
     """A CLIP text encoder and its tokenizer."""
-    tokenizer = train_tokenizer(CAPTIONS, 40, Path(folder) / "learned")
+    tokenizer = copy.deepcopy(tokenizer_of_captions())
     tokenizer.pad_token = pad
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, hidden_size=width, intermediate_size=2 * width,
@@ -72,7 +82,7 @@ def unet(width, **config):
 
 def stable_diffusion(folder, scheduler, width, pipeline="StableDiffusionPipeline", time_cond=None, **text):
     """One CLIP and a UNet."""
-    tokenizer, encoder = clip(folder, width, **text)
+    tokenizer, encoder = clip(width, **text)
     return getattr(diffusers, pipeline)(
         vae=vae(), text_encoder=encoder, tokenizer=tokenizer, unet=unet(width, time_cond_proj_dim=time_cond), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -81,8 +91,8 @@ def stable_diffusion(folder, scheduler, width, pipeline="StableDiffusionPipeline
 
 def sdxl(folder, scheduler):
     """Two CLIPs that pad differently, a pooled vector, sizes."""
-    one, first = clip(folder, 32)
-    two, second = clip(folder, 48, "!", kind=CLIPTextModelWithProjection, projection_dim=24)
+    one, first = clip(32)
+    two, second = clip(48, "!", kind=CLIPTextModelWithProjection, projection_dim=24)
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -96,8 +106,8 @@ def sdxl(folder, scheduler):
 
 def sd3(folder, scheduler):
     """Two CLIPs and a T5, flow matching."""
-    one, first = clip(folder, 32, kind=CLIPTextModelWithProjection, projection_dim=24)
-    two, second = clip(folder, 48, "!", kind=CLIPTextModelWithProjection, projection_dim=40)
+    one, first = clip(32, kind=CLIPTextModelWithProjection, projection_dim=24)
+    two, second = clip(48, "!", kind=CLIPTextModelWithProjection, projection_dim=40)
     three, third = t5(96)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
@@ -111,7 +121,7 @@ def sd3(folder, scheduler):
 
 def flux(folder, scheduler, guidance=True):
     """A CLIP's pooled vector and a T5, guidance distilled."""
-    one, first = clip(folder, 32)
+    one, first = clip(32)
     two, second = t5(48)
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
@@ -172,7 +182,7 @@ def save_with_clip(family, folder):
     """Writes a family's folder with a CLIP beside its components, as whole runs need it."""
     model = save(family, folder)
     torch.manual_seed(0)
-    tokenizer, text = clip(folder, 32)
+    tokenizer, text = clip(32)
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
     )

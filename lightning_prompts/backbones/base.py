@@ -87,6 +87,11 @@ class Backbone(nn.Module, ABC):
             raise UserError(
                 f"The model {name!r} has no {kind} text encoder whose tokens could be searched; leave out --model.vocabulary."
             )
+        if any(tower.tokenizer.get_vocab() != same[0].tokenizer.get_vocab() for tower in same[1:]):
+            raise UserError(
+                f"The {kind} text encoders of the model {name!r} have different tokenizers; they are of different models, so fetch or "
+                "write the whole model again."
+            )
         self.vocabulary = Vocabulary(same)
         self.prediction_type: str = scheduler.config.get("prediction_type", "flow_prediction")
         if self.prediction_type not in self.predicts:
