@@ -89,14 +89,14 @@ def rows_of(line: str) -> list[dict[str, Any]]:
 
 
 def table() -> str:
-    """The lines that are measured."""
+    """The lines that are measured, on two captions at least."""
     head = ("captions", "held-out similarity", "closed", "PSNR in dB", "squared error closed", "seconds a target")
     found = [f"| embedding | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for line in LINES:
         by_caption: dict[str, list[dict[str, Any]]] = {}
         for row in rows_of(line):
             by_caption.setdefault(row["prompt"], []).append(row)
-        if not by_caption:
+        if len(by_caption) < 2:  # no interval
             continue
         names = by_caption[next(iter(by_caption))][0].keys() - {"prompt", "target"}
         mean = [{name: fmean(row[name] for row in rows) for name in names} for rows in by_caption.values()]
