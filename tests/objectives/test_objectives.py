@@ -114,7 +114,9 @@ def test_gradients_are_finite_differences(name, tiny, reference, pictures):
     step = 1e-5
     with torch.no_grad():
         ahead, behind = (objective(pictures + sign * step * direction, PROMPTS).sum() for sign in (1, -1))
-    assert float((gradient * direction).sum()) == pytest.approx(float(ahead - behind) / (2 * step), rel=1e-4)
+    assert float((gradient * direction).sum()) == pytest.approx(
+        float(ahead - behind) / (2 * step), rel=1e-4, abs=1e-10
+    )  # a saturated quality differs by rounding errors
 
 
 def test_values_by_clip_are_those_of_transformers(tiny):
