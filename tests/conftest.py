@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 import families
 import numpy as np
@@ -27,6 +28,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # nor do the processes that tests start nee
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Lightning switches Ctrl-C off when it has been pressed."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -28,14 +28,6 @@ METHODS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def ctrl_c():
-    """Lightning switches Ctrl-C off when it has been pressed."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Two pictures."""

@@ -1,7 +1,6 @@
 """Every method on every family: searched, resumed, tested and drawn from, or refused in one sentence."""
 
 import json
-import signal
 
 import families
 import numpy as np
@@ -53,14 +52,6 @@ class Stopping(PromptCheckpoint):
         self._save(trainer)
         if batch.step == 1:
             raise KeyboardInterrupt
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c():
-    """Lightning switches Ctrl-C off when it has been pressed."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
