@@ -161,25 +161,20 @@ def embedding_in(pipeline: Any, backbone: Backbone, embedding: Tensor, token: st
         token: What stands for it in a prompt, such as `<fox>`.
     """
     own = [tower in backbone.vocabulary.towers for tower in backbone.towers]
-    read = [reads.part for reads in backbone.reads if getattr(pipeline, reads.part, None) is not None]
-    parts = [part for part, searched in zip(read, own, strict=True) if searched]
-    before = {part: getattr(pipeline, _tokenizer(part)) for part in parts}
+    read = [reads for reads in backbone.reads if getattr(pipeline, reads.part, None) is not None]
+    searched = [reads for reads, ours in zip(read, own, strict=True) if ours]
+    before = {reads.tokenizer: getattr(pipeline, reads.tokenizer) for reads in searched}
     with ExitStack() as hooks:
         try:
-            for part, rows in zip(parts, backbone.vocabulary.split(embedding), strict=True):
-                encoder = getattr(pipeline, part)
-                tokenizer, first = _with_token(before[part], token, len(rows))
-                setattr(pipeline, _tokenizer(part), tokenizer)
-                for handle in _replacing(encoder, rows, first):
+            for reads, rows in zip(searched, backbone.vocabulary.split(embedding), strict=True):
+                tokenizer, first = _with_token(before[reads.tokenizer], token, len(rows))
+                setattr(pipeline, reads.tokenizer, tokenizer)
+                for handle in _replacing(getattr(pipeline, reads.part), rows, first):
                     hooks.callback(handle.remove)
             yield pipeline
         finally:
-            for part, tokenizer in before.items():
-                setattr(pipeline, _tokenizer(part), tokenizer)
-
-
-def _tokenizer(part: str) -> str:
-    return part.replace("text_encoder", "tokenizer")
+            for name, tokenizer in before.items():
+                setattr(pipeline, name, tokenizer)
 
 
 def _with_token(tokenizer: Any, token: str, count: int) -> tuple[Any, int]:

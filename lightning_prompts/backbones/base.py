@@ -31,6 +31,11 @@ class Reads(NamedTuple):
     optional: bool = False
     lower: bool = False  # the pipeline lower-cases what it is told
 
+    @property
+    def tokenizer(self) -> str:
+        """The component of its tokenizer."""
+        return self.part.replace("text_encoder", "tokenizer")
+
 
 class Backbone(nn.Module, ABC):
     """A frozen text-to-image model: no parameter requires a gradient and it never leaves evaluation mode.

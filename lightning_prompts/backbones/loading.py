@@ -152,7 +152,7 @@ def _read_tokenizer(folder: Path, reads: Reads) -> Any:
     from tokenizers import normalizers
     from transformers import CLIPTokenizer, T5TokenizerFast
 
-    part = reads.part.replace("text_encoder", "tokenizer")
+    part = reads.tokenizer
     files = {path.name for path in (folder / part).glob("*")}
     own = {"spiece.model"} if reads.network == "T5EncoderModel" else {"vocab.json", "merges.txt"}
     if "tokenizer.json" not in files and not own <= files:  # transformers would make an empty one
