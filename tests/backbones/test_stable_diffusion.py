@@ -408,9 +408,13 @@ def test_text_encoder_is_float32_although_its_file_says_half(sd1, tmp_path):
 
 def test_layout_of_old_files(sd1, copy):
     """Vocabulary and merges instead of tokenizer.json, names with `text_model.`, and positions among the weights."""
-    (copy / "tokenizer/tokenizer.json").unlink()
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(sd1.parent / "learned" / name, copy / "tokenizer" / name)
+    whole = copy / "tokenizer/tokenizer.json"
+    model = json.loads(whole.read_text())["model"]
+    whole.unlink()
+    (copy / "tokenizer/vocab.json").write_text(json.dumps(model["vocab"]))
+    (copy / "tokenizer/merges.txt").write_text(
+        "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in model["merges"])
+    )
     file = copy / "text_encoder/model.safetensors"
     weights = {f"text_model.{key}": value for key, value in load_file(file).items()}
     weights["text_model.embeddings.position_ids"] = torch.arange(32).view(1, -1)
