@@ -89,7 +89,7 @@ class Scores:
             if clip := self.heldout(method.backbone.name, method.offline):
                 wanted = clip.to(method.device).features_of([problem.target for problem in problems]).unsqueeze(1)
                 found = [
-                    (clip.features_of_many(drawn, method.microbatch) * wanted).sum(2).tolist()
+                    (clip.features_of_many(drawn, method.microbatch.size) * wanted).sum(2).tolist()
                     for drawn in (before, after)
                 ]
                 for problem, *cosines in zip(problems, *found, strict=True):

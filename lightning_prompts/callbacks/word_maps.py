@@ -56,7 +56,7 @@ def found_word_maps(method: Any, problems: Sequence[Problem]) -> list[Tensor]:
     shape, keys = method.backbone.latent_shape, [problem.key for problem in problems]
     noise = draw_noise(method.data.seed, keys, WORD_MAPS, SAMPLES, shape, method.device)
     latents = [several[0].to(method.device) for several in method.data.latents(method.backbone, problems)]
-    first, batch = int(method.prompt.positions[0]), method.microbatch
+    first, batch = int(method.prompt.positions[0]), method.microbatch.size
     maps = []
     for problem, x, eps in zip(problems, latents, noise, strict=True):
         prompt, tokens = method.encode([str(problem.prompt)]), len(problem.token_ids or problem.embedding or ())

@@ -20,6 +20,7 @@ from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import draw_noise
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
+from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.problems import Problem, RunFolder
 from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
@@ -44,7 +45,7 @@ class PromptMethod(pl.LightningModule, ABC):
         scheduler: Class of another scheduler of diffusers; None for the model's own.
         image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
         patience: A problem is finished after this many scorings without a better one.
-        microbatch: Samples per call of the denoiser.
+        microbatch: Samples per call of the denoiser; half as many whenever the device runs out of memory.
         score_every: Steps between scorings.
         sample_every: Steps between the pictures that TensorBoard shows during the search; 0 for none.
         sampling_steps: Denoising steps of the pictures that `fit`, `test` and `predict` draw; None for as many as the model is
@@ -78,7 +79,7 @@ class PromptMethod(pl.LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.offline, self.patience, self.microbatch = offline, patience, microbatch
+        self.offline, self.patience, self.microbatch = offline, patience, Microbatch(microbatch)
         self.score_every, self.sample_every = score_every, sample_every
         size = image_size and int(image_size)
         self.backbone: Backbone = load_backbone(backbone, dtype, offline, revision, vocabulary, scheduler, size)
@@ -272,12 +273,15 @@ class PromptMethod(pl.LightningModule, ABC):
         """Pictures (B, 3, H, W) in [-1, 1] of B texts from noise (B, C, h, w), led away from a negative text or B of them."""
         if any([negative] if isinstance(negative, str) else negative):
             self.check_guided("a negative prompt does nothing")
-        parts = []
-        for rows in range(0, len(noise), self.microbatch):
-            some = slice(rows, rows + self.microbatch)
-            away = self.encode_negative([negative] if isinstance(negative, str) else negative[some])
-            parts.append(self.draw_from(self.encode(texts[some]), away, noise[some], self.sampling_steps).cpu())
-        return torch.cat(parts)
+
+        def call(some: Tensor) -> Tensor:
+            told = self.encode([texts[i] for i in some.tolist()])
+            away = self.encode_negative(
+                [negative] if isinstance(negative, str) else [negative[i] for i in some.tolist()]
+            )
+            return self.draw_from(told, away, noise[some], self.sampling_steps).cpu()
+
+        return torch.cat(self.microbatch.over(len(noise), call, noise.device))
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
         """Pictures (N, 3, H, W) in [-1, 1] of what was found for a problem, from noise (N, C, h, w).
@@ -293,11 +297,11 @@ class PromptMethod(pl.LightningModule, ABC):
     def draw_embeds(self, embeds: Tensor, noise: Tensor) -> Tensor:
         """Pictures (P, N, 3, H, W) of encoded prompts (P, S, R, D) from noise (P, N, C, h, w)."""
         (told, away), flat = self.sides(embeds, noise.shape[1]), noise.flatten(0, 1)
-        parts = [
-            self.draw_from(told[some], away[some], flat[some], self.sampling_steps).cpu()
-            for some in torch.arange(len(flat), device=flat.device).split(self.microbatch)
-        ]
-        pictures = torch.cat(parts)
+
+        def call(some: Tensor) -> Tensor:
+            return self.draw_from(told[some], away[some], flat[some], self.sampling_steps).cpu()
+
+        pictures = torch.cat(self.microbatch.over(len(flat), call, flat.device))
         return pictures.view(*noise.shape[:2], *pictures.shape[1:])
 
     def sides(self, embeds: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -336,7 +340,8 @@ class PromptMethod(pl.LightningModule, ABC):
             told: B encoded prompts, (B, R, D).
             away: B encoded prompts to lead away from, (B, R, D).
             noise: (B, C, h, w).
-            judge: Gives values (b,) of the drawn latents (b, C, h, w) and their numbers (b,) among the B.
+            judge: Gives values (b,) of the drawn latents (b, C, h, w) and their numbers (b,) among the B. It is asked again about
+                the same ones when the memory has not held so many.
             grad_steps: Last calls of the denoiser that pass a gradient on to both prompts, see `Backbone.sample`.
             calls: Calls after which the clean latents are predicted; None to draw to the end.
 
@@ -345,8 +350,9 @@ class PromptMethod(pl.LightningModule, ABC):
         """
         sides, tracking = (told, away), grad_steps > 0 and torch.is_grad_enabled()
         leaves = [side.detach().requires_grad_(tracking) for side in sides]
-        values, slopes = [], [torch.zeros_like(side) for side in leaves]
-        for some in torch.arange(len(noise), device=noise.device).split(self.microbatch):
+        slopes = [torch.zeros_like(side) for side in leaves]
+
+        def call(some: Tensor) -> Tensor:
             with torch.set_grad_enabled(tracking):
                 parts = [leaf[some] for leaf in leaves]
                 latents = self.backbone.sample(
@@ -358,8 +364,9 @@ class PromptMethod(pl.LightningModule, ABC):
                 for slope, gradient in zip(slopes, gradients, strict=True):
                     if gradient is not None:  # nothing is led away from without guidance
                         slope[some] = gradient
-            values.append(value.detach())
-        found = torch.cat(values)
+            return value.detach()
+
+        found = torch.cat(self.microbatch.over(len(noise), call, noise.device))
         if tracking:
             for side, slope in zip(sides, slopes, strict=True):  # adds nothing but the gradient that was computed
                 found = found + ((side - side.detach()) * slope).flatten(1).sum(1)

@@ -433,7 +433,7 @@ class DPODiff(PromptMethod):
         scores.compare(self, problems, *drawn)
         wanted = self.clip.features_of([problem.target for problem in problems]).unsqueeze(1)  # (P, 1, E)
         before, after = (
-            self.distance(self.clip.features_of_many(pictures, self.microbatch), wanted) for pictures in drawn
+            self.distance(self.clip.features_of_many(pictures, self.microbatch.size), wanted) for pictures in drawn
         )
         for p, problem in enumerate(problems):
             problem.fresh_loss_before, problem.fresh_loss_after = before[p].tolist(), after[p].tolist()

@@ -96,7 +96,7 @@ class GCG(Inverter):
         """Losses (Q, B) of the sound candidates, infinite for the others."""
         which = sound.nonzero()[:, 0]  # the place in `rows` of each sound candidate
         token_ids, losses = candidates[sound.to(self.device)], [torch.empty(0, device=self.device)]
-        size = max(self.microbatch // samples.timesteps.shape[1], 1)
+        size = max(self.microbatch.size // samples.timesteps.shape[1], 1)
         for part in torch.arange(len(which)).split(size) if len(which) else ():
             ids = self.prompt.ids(token_ids[part.to(self.device)])
             losses.append(

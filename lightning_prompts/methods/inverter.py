@@ -243,10 +243,11 @@ class Inverter(PromptMethod):
         count, keys = self.trial_pictures, [self.problems[row].key for row in rows.tolist()]
         noise = draw_noise(self.data.seed, keys, TRIAL, count, self.backbone.latent_shape, self.device).flatten(0, 1)
         told, away = repeat(told, count), self.encode_negative([""])
-        features = [
-            self.clip.features(self.draw_from(told[some], away, noise[some], self.trial_steps))
-            for some in torch.arange(len(noise), device=self.device).split(self.microbatch)
-        ]
+
+        def call(some: Tensor) -> Tensor:
+            return self.clip.features(self.draw_from(told[some], away, noise[some], self.trial_steps))
+
+        features = self.microbatch.over(len(noise), call, self.device)
         self.count(rows, count * self.backbone.calls(self.trial_steps, self.guidance_scale))
         return 1 - (torch.cat(features).view(len(rows), count, -1).mean(1) * self.features(rows)).sum(1)
 

@@ -113,17 +113,17 @@ class SeedInvariance(Steering):
             self.prompt.other = self.encode([str(self.towards)])[:, None].float()
         self.starts = self.target_noise(problems)  # (P, C, h, w)
         told, away = self.sides(self.prompt.initial)
-        found: list[Tensor] = []
+        found: dict[int, Tensor] = {}  # by the first one's number
 
         def look(latents: Tensor, some: Tensor) -> Tensor:
-            found.append(self.seen(latents))
+            found[int(some[0])] = self.seen(latents)
             return latents.flatten(1).sum(1)
 
         self.wanted: dict[int, Tensor] = {}  # (P, E) by stage
         for calls in set(self.stages):
             found.clear()
             self.judged(told, away, self.starts, look, calls=calls)
-            self.wanted[calls] = torch.cat(found)
+            self.wanted[calls] = torch.cat(list(found.values()))
 
     def seen(self, latents: Tensor) -> Tensor:
         """What is compared of clean latents (B, C, h, w): vectors (B, E)."""

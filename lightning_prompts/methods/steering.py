@@ -118,16 +118,17 @@ class Steering(PromptMethod):
         self, embeds: Tensor, noise: Tensor, problems: Sequence[Problem], grad_steps: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (Q, N), and values (Q, N) by name, of what encoded prompts (Q, S, R, D) draw from noise (Q, N, C, h, w)."""
-        count, seen = noise.shape[1], []
+        count, seen = noise.shape[1], dict[str, Tensor]()
         told, away = self.sides(embeds, count)
 
         def judge(latents: Tensor, some: Tensor) -> Tensor:
             values = self.values(self.backbone.decode(latents), [problems[i // count] for i in some.tolist()])
-            seen.append({name: value.detach() for name, value in values.items()})
+            for name, value in values.items():
+                seen.setdefault(name, value.new_empty(len(told)))[some] = value.detach()
             return self.loss(values)
 
         losses = self.judged(told, away, noise.flatten(0, 1), judge, grad_steps).view(len(embeds), count)
-        return losses, {name: torch.cat([part[name] for part in seen]).view(len(embeds), count) for name in seen[0]}
+        return losses, {name: value.view(len(embeds), count) for name, value in seen.items()}
 
     @torch.no_grad()
     def score(self) -> list[Problem]:
@@ -214,10 +215,9 @@ class Steering(PromptMethod):
     def values_of(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Values (P, N) by name of pictures (P, N, 3, H, W)."""
         flat, whose = pictures.flatten(0, 1), [problem for problem in problems for _ in range(pictures.shape[1])]
-        parts = [
-            self.values(flat[some].to(self.device), [whose[i] for i in some.tolist()])
-            for some in torch.arange(len(flat)).split(self.microbatch)
-        ]
+        parts = self.microbatch.over(
+            len(flat), lambda some: self.values(flat[some].to(self.device), [whose[i] for i in some.tolist()])
+        )
         return {name: torch.cat([part[name] for part in parts]).view(pictures.shape[:2]) for name in parts[0]}
 
     def validation_step(self, batch: int, batch_idx: int) -> None:

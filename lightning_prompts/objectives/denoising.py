@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prompts.backbones import Backbone, repeat
+from lightning_prompts.microbatch import Microbatch
 
 
 class Denoising(nn.Module):
@@ -16,7 +17,7 @@ class Denoising(nn.Module):
             number of problems or samples, and at a fixed microbatch a problem's result does not depend on the others.
     """
 
-    def __init__(self, microbatch: int = 16) -> None:
+    def __init__(self, microbatch: Microbatch) -> None:
         super().__init__()
         self.microbatch = microbatch
 
@@ -37,17 +38,22 @@ class Denoising(nn.Module):
         told = repeat(prompts, samples)
         embeds = told.detach().requires_grad_(torch.is_grad_enabled())
         flat = latents.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten()
-        losses: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for rows in torch.arange(count * samples, device=embeds.device).split(self.microbatch):
+
+        def call(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+            """Losses (b,) of some of the samples, and their gradients (b, R, D)."""
             part, (x, eps, t) = embeds[rows], (tensor[rows] for tensor in flat)
             output = backbone.denoise(backbone.add_noise(x, eps, t), t, part)
             squares = (output - backbone.target(x, eps, t)).square().flatten(1)
-            losses.append(squares.detach().mean(1))
-            if squares.requires_grad:  # of the sum: through a float16 denoiser that of the mean would vanish
-                (gradient,) = torch.autograd.grad(squares.sum(), part)
-                gradients.append(gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / squares.shape[1])
-        value = torch.cat(losses).view(count, samples).mean(1)
+            losses = squares.detach().mean(1)
+            if not squares.requires_grad:
+                return losses, None
+            # Of the sum: through a float16 denoiser the gradient of the mean would vanish.
+            (gradient,) = torch.autograd.grad(squares.sum(), part)
+            return losses, gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / squares.shape[1]
+
+        parts = self.microbatch.over(count * samples, call, embeds.device)
+        value = torch.cat([losses for losses, _ in parts]).view(count, samples).mean(1)
+        gradients = [gradient for _, gradient in parts if gradient is not None]
         if not gradients:
             return value
         # Zero in value, and in gradient what the calls above have computed.

@@ -27,6 +27,7 @@ from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.data.inversion import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
+from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.vocabulary import encode_text, round_trip
@@ -453,7 +454,7 @@ def plain(backbone, told, latents, timesteps, noise):
 
 @pytest.mark.parametrize("microbatch", [1, 2, 4, 16])
 def test_denoising_gradient_is_that_of_autograd(double, microbatch):
-    losses, gradient = slope(double, Denoising(microbatch))
+    losses, gradient = slope(double, Denoising(Microbatch(microbatch)))
     expected, expected_gradient = slope(double, plain)
     torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-11)
     assert expected_gradient.abs().max() > 1e-8
@@ -463,7 +464,7 @@ def test_denoising_gradient_is_that_of_autograd(double, microbatch):
 def test_denoising_without_gradients(double):
     backbone, ids, embeddings, *rest = double
     with torch.no_grad():
-        losses = Denoising(4)(backbone, backbone.encode(ids, embeddings), *rest)
+        losses = Denoising(Microbatch(4))(backbone, backbone.encode(ids, embeddings), *rest)
     assert not losses.requires_grad
     torch.testing.assert_close(losses, slope(double, plain)[0], rtol=1e-9, atol=1e-11)
 

@@ -20,6 +20,7 @@ from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
 from lightning_prompts.methods import MetricGuidance
+from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Blurriness, ClipText, LatentDistance, Objective, Sharpness
 from lightning_prompts.problems import Problem
 
@@ -96,7 +97,7 @@ def test_memory_of_a_microbatch_gives_the_same_gradient(exact):
     problems, noise = [Problem("a", PROMPTS[0])], torch.randn(1, 4, *exact.backbone.latent_shape, dtype=torch.float64)
     found = []
     for microbatch in (1, 3, 16):
-        exact.microbatch = microbatch
+        exact.microbatch = Microbatch(microbatch)
         leaf = exact.initial(problems).double().requires_grad_()
         losses, values = exact.measured(leaf, noise, problems, 1)
         found.append((losses.detach(), values["Sharpness"], torch.autograd.grad(losses.sum(), leaf)[0]))

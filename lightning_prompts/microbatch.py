@@ -1,0 +1,72 @@
+"""Work on many samples in calls of as many as the memory holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from lightning_prompts.errors import UserError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Microbatch:
+    """How many samples a call takes; half as many from then on whenever the device runs out of memory.
+
+    Args:
+        size: Samples of a call.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = int(size)
+
+    def over(self, samples: int, work: Callable[[torch.Tensor], T], device: torch.device | None = None) -> list[T]:
+        """What `work` gives for the numbers (b,) of the samples of each call, which are on the device.
+
+        Work that has run out of memory is done again, so it must leave nothing behind before it ends.
+
+        Raises:
+            UserError: The memory does not hold a single sample.
+        """
+        given: list[T] = []
+        begun = 0
+        while begun < samples:
+            some = torch.arange(begun, min(begun + self.size, samples), device=device)
+            try:
+                given.append(work(some))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if len(some) == 1:
+                    raise UserError(OUT_OF_MEMORY) from error
+            else:
+                begun += len(some)
+                continue
+            # Only here is the error gone, and with it what its traceback has held.
+            self.size = len(some) // 2
+            torch.cuda.empty_cache()
+            log.warning("The memory holds no %d samples at once; going on with %d.", len(some), self.size)
+        return given
+
+
+OUT_OF_MEMORY = (
+    "The device is out of memory; lower --model.microbatch, or give --model.gradient_checkpointing true, --model.cpu_offload true "
+    "or --model.dtype bfloat16."
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine, had no more memory to give."""
+    said = (
+        "can't allocate memory",
+        "not enough memory",
+        "backend out of memory",
+    )  # by the CPU, on Windows, and by Apple's
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in said)
+    )

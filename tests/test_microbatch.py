@@ -1,0 +1,134 @@
+"""Running out of memory: smaller calls, the same results."""
+
+import logging
+
+import pytest
+import torch
+
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods import MetricGuidance
+from lightning_prompts.microbatch import Microbatch
+from lightning_prompts.objectives import Denoising, Sharpness
+from lightning_prompts.problems import Problem
+from lightning_prompts.vocabulary import encode_text
+
+
+def holding(most, work):
+    """Work in a memory that holds so many samples."""
+
+    def done(some):
+        if len(some) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return work(some)
+
+    return done
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "left", "told"), [(16, 16, 16, 0), (16, 5, 4, 2), (3, 1, 1, 1), (100, 20, 11, 1), (1, 1, 1, 0)]
+)
+def test_every_sample_is_worked_on_once(size, most, left, told, caplog):
+    microbatch = Microbatch(size)
+    given = microbatch.over(23, holding(most, lambda some: some))
+    assert torch.cat(given).tolist() == list(range(23))
+    assert microbatch.size == left
+    assert max(map(len, given)) <= most
+    assert len(caplog.records) == told
+
+
+def test_a_smaller_size_stays(caplog):
+    microbatch = Microbatch(8)
+    microbatch.over(8, holding(2, len))
+    caplog.clear()
+    assert microbatch.over(8, holding(2, len)) == [2, 2, 2, 2]
+    assert caplog.records == []
+
+
+def test_memory_for_not_even_one():
+    with pytest.raises(UserError, match=r"out of memory; lower --model\.microbatch"):
+        Microbatch(4).over(4, holding(0, len))
+
+
+def test_other_errors_are_not_taken_for_it():
+    def wrong(some):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    microbatch = Microbatch(4)
+    with pytest.raises(RuntimeError, match="mat1"):
+        microbatch.over(4, wrong)
+    assert microbatch.size == 4
+
+
+def test_the_memory_of_a_cpu():
+    def too_much(some):
+        return torch.empty(2**62 if len(some) > 2 else 1, dtype=torch.uint8)
+
+    assert len(Microbatch(4).over(4, too_much)) == 2
+
+
+def too_small(monkeypatch, backbone, most):
+    """Has the denoiser run out of memory in larger calls: before it has begun, or when it has ended."""
+    denoise, seen = backbone.denoise, []
+
+    def limited(noisy, *args):
+        seen.append(len(noisy))
+        if len(noisy) > most and len(seen) % 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        output = denoise(noisy, *args)
+        if len(noisy) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return output
+
+    monkeypatch.setattr(backbone, "denoise", limited)
+    return seen
+
+
+def test_denoising_goes_on_with_less(tiny, monkeypatch):
+    backbone = load_backbone(tiny)
+    ids = encode_text(backbone.vocabulary.tokenizer, ["a red cat", "two dogs"], backbone.vocabulary.length)
+    latents, noise = torch.randn(2, 2, 6, *backbone.latent_shape)
+    timesteps = torch.randint(1000, (2, 6))
+
+    def slope(microbatch):
+        told = backbone.encode(ids).requires_grad_()
+        losses = Denoising(microbatch)(backbone, told, latents, timesteps, noise)
+        return losses.detach(), torch.autograd.grad(losses.sum(), told)[0]
+
+    expected = slope(Microbatch(3))
+    seen = too_small(monkeypatch, backbone, 3)
+    found = slope(Microbatch(12))
+    assert seen == [12, 6, 3, 3, 3, 3]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("grad_steps", [0, 1, 3])
+def test_drawing_goes_on_with_less(tiny, monkeypatch, grad_steps):
+    how = {"sampling_steps": 3, "guidance_scale": 3.0, "objective": Sharpness()}
+    problems = [Problem("a", "a red cat"), Problem("b", "two dogs")]
+
+    def measured(module):
+        embeds = module.initial(problems).requires_grad_()
+        losses, values = module.measured(embeds, noise, problems, grad_steps)
+        gradient = torch.autograd.grad(losses.sum(), embeds)[0] if grad_steps else losses
+        return losses.detach(), values["Sharpness"], gradient, module.draw_embeds(embeds.detach(), noise)
+
+    module = MetricGuidance(backbone=tiny, microbatch=2, **how)
+    noise = torch.randn(2, 4, *module.backbone.latent_shape)
+    expected = measured(module)
+    limited = MetricGuidance(backbone=tiny, microbatch=8, **how)
+    seen = too_small(monkeypatch, limited.backbone, 4)  # with guidance two samples a picture
+    found = measured(limited)
+    assert max(seen) == 16
+    assert limited.microbatch.size == 2
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_said_once_a_size(tiny, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    module = MetricGuidance(backbone=tiny, microbatch=8, sampling_steps=2, objective=Sharpness())
+    too_small(monkeypatch, module.backbone, 8)
+    module.draw(["a red cat"] * 20, torch.randn(20, *module.backbone.latent_shape))
+    assert [record.message for record in caplog.records] == ["The memory holds no 8 samples at once; going on with 4."]
