@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -42,6 +41,7 @@ from lightning_prompts.data.problems import ProblemData
 from lightning_prompts.data.prompts import Prompts, read_prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import DPODiff, PromptMethod
+from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.problems import RunFolder
 from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import own_rank
@@ -69,6 +69,9 @@ MAY_CHANGE = {
     "steps",
     "patience",
     "microbatch",
+    "gradient_checkpointing",
+    "vae_tiling",
+    "cpu_offload",
     "score_every",
     "sample_every",
     "sampling_steps",
@@ -289,8 +292,10 @@ def _run(args: Sequence[str]) -> None:
         if isinstance(stop.__context__, KeyboardInterrupt):
             sys.exit(128 + signal.SIGINT)
         raise
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError("The device is out of memory; lower --model.microbatch.") from error
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise UserError(OUT_OF_MEMORY) from error
+        raise
 
 
 def _with_data_class(args: list[str]) -> list[str]:

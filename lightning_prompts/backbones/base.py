@@ -68,6 +68,7 @@ class Backbone(nn.Module, ABC):
     cross_attends: ClassVar[bool] = False  # whether it has `attention_maps`
     patch: ClassVar[int] = 1  # latents that the denoiser takes together, a side
 
+    offloaded = False  # see `save_memory`
     towers: Sequence[TextTower]
     alphas_cumprod: Tensor
 
@@ -120,6 +121,10 @@ class Backbone(nn.Module, ABC):
             )
         self.default_steps, self.default_guidance = self._defaults()
         self.requires_grad_(False).eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves what it holds to a device, but for networks that come there only when they are called."""
+        return cast("Self", super()._apply(fn, recurse and not self.offloaded))  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode, also when the module that holds it is put into training mode."""

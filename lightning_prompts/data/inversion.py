@@ -15,6 +15,7 @@ from lightning_prompts.data.addresses import draw_timesteps
 from lightning_prompts.data.images import Fit, Target, content_key, find_targets, load_image, to_tensor
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
+from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.problems import Problem
 from lightning_prompts.ranges import Positive
 
@@ -158,5 +159,8 @@ class ImagesToPrompts(ProblemData):
 
 def _encoded(backbone: Backbone, pictures: Tensor, batch: int = 4) -> Tensor:
     """Latents (I, C, h, w), on the CPU, of pictures (I, 3, H, W); the autoencoder takes much memory a picture."""
-    device = backbone.alphas_cumprod.device
-    return torch.cat([backbone.encode_image(part.to(device)).cpu() for part in pictures.split(batch)])
+
+    def call(some: Tensor) -> Tensor:
+        return backbone.encode_image(pictures[some].to(backbone.device)).cpu()
+
+    return torch.cat(Microbatch(batch).over(len(pictures), call))

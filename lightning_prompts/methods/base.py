@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_prompts.backbones import Backbone, Kind, load_backbone, repeat
+from lightning_prompts.backbones import Backbone, Kind, load_backbone, repeat, save_memory
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import draw_noise
@@ -44,6 +44,9 @@ class PromptMethod(pl.LightningModule, ABC):
         vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
         scheduler: Class of another scheduler of diffusers; None for the model's own.
         image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        vae_tiling: Decode large pictures in tiles, which changes them a little.
+        cpu_offload: Have the text encoders, the denoiser and the autoencoder on the device one at a time.
         patience: A problem is finished after this many scorings without a better one.
         microbatch: Samples per call of the denoiser; half as many whenever the device runs out of memory.
         score_every: Steps between scorings.
@@ -70,6 +73,9 @@ class PromptMethod(pl.LightningModule, ABC):
         vocabulary: Kind | None = None,
         scheduler: str | None = None,
         image_size: Positive | None = None,
+        gradient_checkpointing: bool = False,
+        vae_tiling: bool = False,
+        cpu_offload: bool = False,
         patience: Positive = 1000,
         microbatch: Positive = 16,
         score_every: Positive = 1,
@@ -83,6 +89,7 @@ class PromptMethod(pl.LightningModule, ABC):
         self.score_every, self.sample_every = score_every, sample_every
         size = image_size and int(image_size)
         self.backbone: Backbone = load_backbone(backbone, dtype, offline, revision, vocabulary, scheduler, size)
+        save_memory(self.backbone, gradient_checkpointing, vae_tiling, cpu_offload)
         self.sampling_steps = int(sampling_steps or self.backbone.default_steps)
         self.guidance_scale = self.backbone.default_guidance if guidance_scale is None else guidance_scale
         self.backbone.calls(self.sampling_steps)  # refuses more steps than the sampler has

@@ -1,0 +1,116 @@
+"""The same results in less memory."""
+
+import families
+import pytest
+import torch
+
+from lightning_prompts.backbones import load_backbone, save_memory
+from lightning_prompts.backbones.memory import Visitor
+from lightning_prompts.microbatch import Microbatch
+from lightning_prompts.objectives import Denoising
+from lightning_prompts.vocabulary import encode_text
+
+
+@pytest.fixture(scope="module", params=families.BUILD)
+def folder(request, tmp_path_factory):
+    """The folder of a family."""
+    return str(families.save(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+def computed(backbone):
+    """A loss through text encoders and denoiser, one through denoiser and decoder, and latents, with their gradients."""
+    torch.manual_seed(0)
+    vocabulary, shape = backbone.vocabulary, backbone.latent_shape
+    ids = encode_text(vocabulary.tokenizer, ["a red cat", "two dogs"], vocabulary.length)
+    embeddings = vocabulary.table[ids].clone().requires_grad_()
+    noise, latents = torch.randn(2, 2, 2, *shape)
+    told = backbone.encode(ids, embeddings)
+    losses = Denoising(Microbatch(3))(backbone, told, latents, torch.tensor([[1, 999], [500, 300]]), noise)
+    given = torch.autograd.grad(losses.sum(), embeddings)
+    embeds = told.detach().requires_grad_()
+    drawn = backbone.decode(backbone.sample(embeds, embeds.detach().flip(0), noise[:, 0], 2, 3.0, grad_steps=2))
+    given += torch.autograd.grad(drawn.square().sum(), embeds)
+    return *given, losses.detach(), drawn.detach(), backbone.encode_image(drawn.detach())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"cpu_offload": True}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "cpu_offload": True}],
+    ids=["offload", "checkpointing", "both"],
+)
+def test_gives_the_same(folder, how, monkeypatch):
+    """Weights that have left are no numbers here, so that whatever computed with them would show.
+
+    Tables of embeddings are left alone: they are looked up where they are.
+    """
+    there, tables = set(), set()
+
+    def come(visitor, device):
+        there.add(id(visitor))
+        assert len(there) == 1
+        for tensor, data in visitor.weights:
+            tensor.data = data
+
+    def leave(visitor):
+        there.discard(id(visitor))
+        for tensor, data in visitor.weights:
+            if data.is_floating_point() and id(tensor) not in tables:
+                tensor.data = torch.full_like(data, torch.nan)
+
+    expected = computed(load_backbone(folder, image_size=16))
+    monkeypatch.setattr(Visitor, "come", come)
+    monkeypatch.setattr(Visitor, "leave", leave)
+    backbone = load_backbone(folder, image_size=16)
+    tables |= {id(tower.encoder.get_input_embeddings().weight) for tower in backbone.towers}
+    save_memory(backbone, **{"gradient_checkpointing": False, "vae_tiling": False, "cpu_offload": False} | how)
+    for a, b in zip(computed(backbone), expected, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert len(there) == (1 if "cpu_offload" in how else 0)
+
+
+def test_networks_stay_where_they_are(sd1):
+    """Of an offloaded model only what is small moves with the module that holds it."""
+    backbone = load_backbone(str(sd1))
+    save_memory(backbone, False, False, True)
+    weights = {name: tensor.data_ptr() for name, tensor in backbone.state_dict().items()}
+    holder = torch.nn.ModuleList([backbone]).to("meta")
+    assert holder[0].device == torch.device("meta")
+    assert {name: tensor.data_ptr() for name, tensor in backbone.state_dict().items()} == weights
+
+
+def test_checkpointing_keeps_fewer_activations(sd1):
+    def kept(backbone):
+        """Numbers that the backward pass of a call of the denoiser keeps, less the weights."""
+        ids = {parameter.data_ptr() for parameter in backbone.parameters()}
+        numbers = {}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in ids:
+                numbers[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        told = backbone.encode_text(["a red cat"]).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            backbone.denoise(torch.randn(1, *backbone.latent_shape), torch.tensor([500]), told)
+        return sum(numbers.values())
+
+    backbone = load_backbone(str(sd1))
+    plain = kept(backbone)
+    save_memory(backbone, True, False, False)
+    assert kept(backbone) < plain / 2
+
+
+def test_tiles_are_decoded_nearly_as_the_whole(sd1):
+    backbone = load_backbone(str(sd1), image_size=48)
+    latents = torch.randn(1, *backbone.latent_shape)
+    whole = backbone.decode(latents)
+    save_memory(backbone, False, True, False)
+    tiles = []
+    decoder = backbone.vae.decoder
+    decoder.register_forward_hook(lambda module, args, output: tiles.append(output.shape[-1]))
+    drawn = backbone.decode(latents)
+    assert drawn.shape == whole.shape
+    assert len(tiles) > 1
+    assert max(tiles) < 48
+    assert (drawn - whole).abs().mean() < 0.3 * whole.std()
