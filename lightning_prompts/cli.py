@@ -11,6 +11,7 @@ import pydoc
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -28,6 +29,7 @@ from lightning_prompts import methods
 from lightning_prompts.callbacks import (
     AtomicCheckpointIO,
     Between,
+    DryRun,
     Mix,
     PromptCheckpoint,
     Results,
@@ -40,7 +42,7 @@ from lightning_prompts.callbacks import (
 from lightning_prompts.data.problems import ProblemData
 from lightning_prompts.data.prompts import Prompts, read_prompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import DPODiff, PromptMethod
+from lightning_prompts.methods import DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.problems import RunFolder
 from lightning_prompts.ranges import Positive
@@ -59,6 +61,7 @@ TRAINER = {
     "enable_model_summary": False,
     "enable_progress_bar": False,
 }
+LIGHTNINGS = ("fit", "validate", "test", "predict")  # commands
 HALF = ("16", "16-true", "16-mixed", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 # Settings that a search can go on with when they differ from those it was begun with.
@@ -113,7 +116,7 @@ class CLI(LightningCLI):
 
     run: Path | None = None
     made: RunFolder | None = None  # by this command, and gone again if it is refused
-    only_space = False  # for `show-space`, which is a `fit` that ends before it begins
+    instead = ""  # `show-space`, which is a `fit` that ends before it begins, or `dry-run`, one that ends after a step
     saved = ""  # settings of a `fit`, as they are written
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -145,7 +148,7 @@ class CLI(LightningCLI):
                 f"The precision {config.trainer.precision} would round the prompts or their gradients to half precision, which "
                 "ruins their optimisation; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
             )
-        if self.only_space:
+        if self.instead == "show-space":
             config.trainer.logger = False
             return
         mix = config.mix if command == "predict" else None
@@ -157,6 +160,10 @@ class CLI(LightningCLI):
         if (command in ("fit", "test") or mix) and own_rank() == 0:
             self.scores.check(config.model.init_args.offline)
         method = "mix" if mix else config.model.class_path.rsplit(".", 1)[-1]
+        if self.instead == "dry-run":
+            self.scratch = tempfile.TemporaryDirectory()
+            config.trainer.default_root_dir, config.trainer.logger = self.scratch.name, False
+            return
         self.folder = RunFolder(self.run or Path("runs") / _run_name(method))
         if command == "fit":
             self._prepare(config)
@@ -215,7 +222,9 @@ class CLI(LightningCLI):
 
     def fit(self, model: PromptMethod, datamodule: ProblemData, **kwargs: Any) -> None:
         """Searches, or shows what would be searched."""
-        if not self.only_space:
+        if self.instead == "dry-run" and isinstance(model, HumanFeedback):
+            raise UserError("A person's choices cannot be measured; give dry-run the config of another method.")
+        if self.instead != "show-space":
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
         elif not isinstance(model, DPODiff) or not isinstance(datamodule, Prompts):
             raise UserError("Only DPODiff has a space to show; give --config configs/dpo_diff.yaml.")
@@ -226,8 +235,9 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Adds this package's callbacks to the person's."""
-        if self.only_space:
-            return super().instantiate_trainer(**kwargs)
+        if self.instead:
+            measuring = [DryRun(self.scores)] if self.instead == "dry-run" else []
+            return super().instantiate_trainer(**kwargs, callbacks=measuring)
         command = self.config.subcommand
         config = self.config[command]
         settings = {part: config[part].init_args.as_dict() for part in ("model", "data")}
@@ -255,7 +265,7 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.ERROR)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
-    CLI.run, CLI.made, CLI.only_space = run, None, args[0] == "show-space"
+    CLI.run, CLI.made, CLI.instead = run, None, "" if args[0] in LIGHTNINGS else args[0]
     try:
         _run(args)
     except UserError:
@@ -278,7 +288,7 @@ def _run(args: Sequence[str]) -> None:
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=_with_data_class(["fit" if CLI.only_space else args[0], *args[1:]]),
+            args=_with_data_class(["fit" if CLI.instead else args[0], *args[1:]]),
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error

@@ -9,6 +9,7 @@ from lightning_prompts.callbacks.checkpoint import (
     is_checkpoint,
     last_checkpoint,
 )
+from lightning_prompts.callbacks.dry_run import DryRun
 from lightning_prompts.callbacks.grid import SampleGrid
 from lightning_prompts.callbacks.guard import NonFiniteGuard
 from lightning_prompts.callbacks.mix import Mix, parents_of
@@ -21,6 +22,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "BestPrompt",
     "Between",
+    "DryRun",
     "Mix",
     "NonFiniteGuard",
     "PromptCheckpoint",

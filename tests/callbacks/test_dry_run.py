@@ -1,0 +1,73 @@
+"""What a search would take, measured and not kept."""
+
+import re
+
+import pytest
+import torch
+
+from lightning_prompts.callbacks.dry_run import duration, forget_peak, peak
+from lightning_prompts.main import main
+
+CPU = ["--trainer.accelerator", "cpu"]
+DRAWN = ["--model.sampling_steps", "2", "--model.microbatch", "8"]
+
+
+def test_tells_and_keeps_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    data = ["--data", "ImagesToPrompts", "--data.images", str(pictures), "--data.steps", "40"]
+    main(["dry-run", "--model", "PH2P", "--model.backbone", tiny, "--model.score_every", "8", *data, *DRAWN, *CPU])
+    told = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "3 problems, microbatch 8" in told
+    for part in ("weights", "scoring", "a step", "the results"):
+        (most,) = re.findall(rf"{part} +([\d.]+) GiB", told)
+        assert 0 < float(most) < 20 if part != "weights" else float(most) < 0.1
+    assert "A search of 40 steps and 6 scorings would take" in told
+    for setting in ("dtype bfloat16", "microbatch 4", "gradient_checkpointing true", "image_size 8"):
+        assert f"--model.{setting} " in told
+    assert "cpu_offload" not in told  # on the CPU there is nothing to move
+
+
+@pytest.mark.parametrize(
+    "method",
+    [["MetricGuidance", "--model.objective", "Sharpness"], ["DPODiff", "--model.positive", "[neighbours]", "--model.negative", "[]"]],
+    ids=["embeddings", "words"],
+)  # fmt: skip
+def test_of_prompts(method, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    extra = ["--model.schedule", "fix-0"] if method[0] == "DPODiff" else ["--model.gradient_checkpointing", "true"]
+    main(["dry-run", "--model", *method, "--model.backbone", tiny, "--data.prompts", "a red cat", *extra, *DRAWN, *CPU])
+    told = capsys.readouterr().out
+    assert "the results" in told
+    assert ("gradient_checkpointing" in told) == (method[0] == "DPODiff")
+
+
+def test_a_person_cannot_be_measured(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["dry-run", "--model", "HumanFeedback", "--model.backbone", tiny, "--data.prompts", "a red cat", *CPU])
+    assert stop.value.code == 2
+    assert "A person's choices cannot be measured" in capsys.readouterr().err
+
+
+def test_the_peak_is_of_what_was_taken_since():
+    device, size = torch.device("cpu"), 2**28
+    forget_peak(device)
+    before = peak(device)
+    taken = torch.ones(size, dtype=torch.uint8)
+    assert peak(device) - before >= 0.9 * size
+    del taken
+    assert peak(device) - before >= 0.9 * size
+    forget_peak(device)
+    assert peak(device) - before < 0.5 * size
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (12.3, 99.4, 130, 5900, 9000)] == [
+        "12 s",
+        "99 s",
+        "2 min",
+        "98 min",
+        "2.5 h",
+    ]
