@@ -28,11 +28,10 @@ from prompt_pool import Written, written
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import FRESH, SEARCH, draw_noise
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.emoji import world
-from lightning_prompts.methods import DPODiff
+from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.objectives.clip import ClipSimilarity
 
 SEED, POOL, TOGETHER, FRESH_SEEDS = 20_261_123, 400, 20, 10

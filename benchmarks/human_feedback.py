@@ -24,9 +24,8 @@ from inversion import TARGETS, interval, words_of
 from metric_guidance import judge
 from torch import Tensor
 
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.prompts import Prompts
-from lightning_prompts.methods import HumanFeedback
+from lightning_prompts.methods import TRAINER, HumanFeedback
 from lightning_prompts.methods.human_feedback import Scripted
 
 COUNT, CHOICES, STRENGTHS = 8, 20, (0.5, 1.0)

@@ -27,11 +27,10 @@ from inversion import interval, share, spread
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import FRESH
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.emoji import world
-from lightning_prompts.methods import MetricGuidance
+from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Blurriness, ClipQuality, ClipSimilarity, Objective, Sharpness
 
 SEED, COUNT, TOGETHER, FRESH_SEEDS = 20_261_130, 50, 10, 100

@@ -20,11 +20,10 @@ from inversion import interval, share, spread
 from metric_guidance import CONFIG, captions, judge, objective
 from torch import Tensor
 
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import FRESH
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.embeddings import transfer
-from lightning_prompts.methods import MetricGuidance
+from lightning_prompts.methods import TRAINER, MetricGuidance
 
 SEED, PROMPTS, SOURCES, FRESH_SEEDS = 20_261_160, 21, 5, 10
 FIGURES = Path(__file__).parent / "figures" / "reuse.csv"

@@ -23,10 +23,9 @@ import yaml
 from inversion import interval
 from metric_guidance import captions, judge
 
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import FRESH
 from lightning_prompts.data.prompts import Prompts
-from lightning_prompts.methods import SeedInvariance
+from lightning_prompts.methods import TRAINER, SeedInvariance
 
 SEED, CAPTIONS, TARGETS, FRESH_SEEDS = 20_261_140, 10, 10, 20
 CONFIG = yaml.safe_load(Path("configs/seed_invariance.yaml").read_text())["model"]["init_args"]

@@ -24,10 +24,9 @@ from inversion import interval, spread
 from prompt_pool import written
 from torch import Tensor
 
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import SEARCH, draw_noise
 from lightning_prompts.data.prompts import Prompts
-from lightning_prompts.methods import DPODiff
+from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.substitutes import Slot, Space
 
 SEED, PROMPTS, WORDS = 20_261_122, 20, 5

@@ -1,3 +1,21 @@
 """Searches the prompt space of frozen text-to-image diffusion models."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_prompts.api import Result, guide, hold, invert, prefer, reword
+    from lightning_prompts.backbones import load_backbone
+
 __version__ = "0.1.0"
+__all__ = ["Result", "guide", "hold", "invert", "load_backbone", "prefer", "reword"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for: Lightning takes seconds, which `--help` need not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_prompts import api
+
+    return getattr(api, name)

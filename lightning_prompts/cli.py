@@ -42,25 +42,12 @@ from lightning_prompts.callbacks import (
 from lightning_prompts.data.problems import ProblemData
 from lightning_prompts.data.prompts import Prompts, read_prompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import DPODiff, HumanFeedback, PromptMethod
+from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.problems import RunFolder
 from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import own_rank
 
-TRAINER = {
-    "devices": 1,  # with more, choose the strategy `problems`
-    "max_epochs": -1,  # waves of problems until none is open
-    "enable_checkpointing": False,  # ours is atomic, and the command line adds it
-    "num_sanity_val_steps": 0,
-    "limit_val_batches": 1,
-    "check_val_every_n_epoch": None,
-    "val_check_interval": 10**9,  # scoring is the BestPrompt callback's
-    "use_distributed_sampler": False,
-    "log_every_n_steps": 1,
-    "enable_model_summary": False,
-    "enable_progress_bar": False,
-}
 LIGHTNINGS = ("fit", "validate", "test", "predict")  # commands
 HALF = ("16", "16-true", "16-mixed", "bf16-true", "transformer-engine", "transformer-engine-float16")
 

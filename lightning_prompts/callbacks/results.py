@@ -31,6 +31,7 @@ class Results(pl.Callback):
         settings: What to record as the run's settings.
         prompts: What `predict` draws instead of the found prompts.
         negative: What `predict` leads away from.
+        tell: Print what was found.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Results(pl.Callback):
         settings: dict[str, Any] | None = None,
         prompts: Sequence[str] = (),
         negative: str = "",
+        tell: bool = True,
     ) -> None:
         self.scores, self.seeds, self.settings = scores or Scores(), tuple(seeds), settings or {}
-        self.prompts, self.negative = tuple(prompts), negative
+        self.prompts, self.negative, self.tell = tuple(prompts), negative, tell
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Scores and writes; when `on_fit_end` is called Lightning has moved the model to the CPU."""
@@ -81,7 +83,8 @@ class Results(pl.Callback):
 
     def _finish(self, trainer: pl.Trainer, module: Any) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        wait_for_all()
+        if trainer.world_size > 1:
+            wait_for_all()
         if not trainer.is_global_zero:
             return
         found = data.folder.load()  # by other ranks too
@@ -93,7 +96,8 @@ class Results(pl.Callback):
         for problem in problems:
             data.folder.save(problem)
         data.folder.write_result(type(module).__name__, module.backbone.name, data.seed, self.settings, versions())
-        _report(data.folder, list(data.records.values()))
+        if self.tell:
+            _report(data.folder, list(data.records.values()))
 
 
 def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -72,7 +72,8 @@ class ImagesToPrompts(ProblemData):
         wanted = (self.folder.path, self.method.backbone.name, self.method.template)
         if self._read == wanted:
             return
-        self._read, self.records, self._negatives, self._negative_latents = None, {}, [], None
+        self._read, self.records, self.keys = None, {}, []
+        self._negatives, self._negative_latents = [], None
         known = self.folder.load()
         for target in find_targets(self.negative_images) if self.negative_images else ():
             self._negatives += [self._load(str(path)) for path in target.paths]
@@ -116,6 +117,7 @@ class ImagesToPrompts(ProblemData):
                 raise
             failed = Problem(unreadable, target.name, paths, target.caption, index, "failed", str(error))
             self.records[unreadable] = failed
+            self.keys.append(unreadable)
             return
         if unreadable in known:  # of an earlier try
             self.folder.forget(unreadable)
@@ -132,6 +134,7 @@ class ImagesToPrompts(ProblemData):
         if key in self.records:
             log.warning("%s has the pixels of %s; they share one result.", target.name, self.records[key].target)
         self.records.setdefault(key, problem)
+        self.keys.append(key)
         self._loaded[key] = torch.stack([to_tensor(picture) for picture in pictures])
 
     def _load(self, path: str) -> Image.Image:

@@ -50,6 +50,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         super().__init__()
         self.seed = seed
         self.records: dict[str, Problem] = {}
+        self.keys: list[str] = []  # of what was given, in its order; the same twice has one record
 
     @property
     def method(self) -> Any:

@@ -40,7 +40,7 @@ class Prompts(ProblemData):
 
     def setup(self, stage: str) -> None:
         """Reads the prompts; what is done is skipped."""
-        known, self.records = self.folder.load(), {}
+        known, self.records, self.keys = self.folder.load(), {}, []
         prompts = read_prompts(self.prompts)
         for prompt, identity in itertools.product(prompts, self.method.identities):
             settings = {"prompt": prompt, "backbone": self.method.backbone.name, **identity}
@@ -58,6 +58,7 @@ class Prompts(ProblemData):
                     raise
                 problem.status, problem.reason = "failed", str(error)
             self.records.setdefault(key, problem)
+            self.keys.append(key)
 
 
 def read_prompts(sources: list[str]) -> list[str]:

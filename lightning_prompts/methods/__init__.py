@@ -1,6 +1,6 @@
 """One paper, one file, one LightningModule."""
 
-from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.base import TRAINER, PromptMethod
 from lightning_prompts.methods.baselines import ClipWords, RandomTokens
 from lightning_prompts.methods.dpo_diff import DPODiff
 from lightning_prompts.methods.gcg import GCG
@@ -15,6 +15,7 @@ __all__ = [
     "GCG",
     "PEZ",
     "PH2P",
+    "TRAINER",
     "ClipWords",
     "DPODiff",
     "HumanFeedback",

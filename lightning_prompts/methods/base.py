@@ -29,6 +29,21 @@ log = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+TRAINER: dict[str, Any] = {
+    "devices": 1,  # with more, choose the strategy `problems`
+    "max_epochs": -1,  # waves of problems until none is open
+    "enable_checkpointing": False,  # ours is atomic, and who wants it adds it
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 1,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 10**9,  # scoring is the BestPrompt callback's
+    "use_distributed_sampler": False,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+"""What a Trainer has to be told to search prompts."""
+
 
 class PromptMethod(pl.LightningModule, ABC):
     """A search for the prompts of P problems under a frozen backbone; nothing but the prompts trains.
@@ -37,7 +52,8 @@ class PromptMethod(pl.LightningModule, ABC):
     wave's prompts and optimiser state alone.
 
     Args:
-        backbone: `emoji`, a folder, a short name such as `sdxl`, or a hub id.
+        backbone: `emoji`, a folder, a short name such as `sdxl`, or a hub id; in Python also what `load_backbone` has given, to which
+            the settings of loading and memory do not apply.
         dtype: Precision of the frozen weights.
         offline: Do not connect to the hub.
         revision: Branch, tag or commit on the hub.
@@ -66,7 +82,7 @@ class PromptMethod(pl.LightningModule, ABC):
     def __init__(
         self,
         *,
-        backbone: str = "emoji",
+        backbone: str | Backbone = "emoji",
         dtype: Dtype = "float32",
         offline: bool = False,
         revision: str | None = None,
@@ -87,9 +103,11 @@ class PromptMethod(pl.LightningModule, ABC):
         self.automatic_optimization = False
         self.offline, self.patience, self.microbatch = offline, patience, Microbatch(microbatch)
         self.score_every, self.sample_every = score_every, sample_every
-        size = image_size and int(image_size)
-        self.backbone: Backbone = load_backbone(backbone, dtype, offline, revision, vocabulary, scheduler, size)
-        save_memory(self.backbone, gradient_checkpointing, vae_tiling, cpu_offload)
+        if isinstance(backbone, str):
+            size = image_size and int(image_size)
+            backbone = load_backbone(backbone, dtype, offline, revision, vocabulary, scheduler, size)
+            save_memory(backbone, gradient_checkpointing, vae_tiling, cpu_offload)
+        self.backbone: Backbone = backbone
         self.sampling_steps = int(sampling_steps or self.backbone.default_steps)
         self.guidance_scale = self.backbone.default_guidance if guidance_scale is None else guidance_scale
         self.backbone.calls(self.sampling_steps)  # refuses more steps than the sampler has

@@ -7,9 +7,8 @@ import pytest
 import pytorch_lightning as pl
 
 from lightning_prompts.callbacks import PromptProgress
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.inversion import ImagesToPrompts
-from lightning_prompts.methods import PEZ
+from lightning_prompts.methods import PEZ, TRAINER
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

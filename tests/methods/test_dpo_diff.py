@@ -11,12 +11,11 @@ from PIL import Image
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import PromptCheckpoint
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.problems import Step
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
-from lightning_prompts.methods import DPODiff
+from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.methods.dpo_diff import calls_before_gradient
 from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.prompts import WordChoices

@@ -13,7 +13,6 @@ from transformers import CLIPModel
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import Results
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import (
     TRIAL,
     VALIDATION,
@@ -26,7 +25,7 @@ from lightning_prompts.data.addresses import (
 from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.data.inversion import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
+from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, RandomTokens, TextualInversion
 from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.prompts import TokenEmbeddings

@@ -11,10 +11,9 @@ from transformers import CLIPConfig, CLIPModel
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import Results
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, TextualInversion
+from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, TextualInversion
 from lightning_prompts.methods.start import best_words
 from lightning_prompts.methods.textual_inversion import pseudo_word
 from lightning_prompts.objectives import ClipSimilarity

@@ -10,12 +10,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from lightning_prompts.callbacks.results import noise_of
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
-from lightning_prompts.methods import SeedInvariance
+from lightning_prompts.methods import TRAINER, SeedInvariance
 from lightning_prompts.problems import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -14,12 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import PromptCheckpoint
-from lightning_prompts.cli import TRAINER
 from lightning_prompts.data.addresses import SEARCH, draw_noise
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
-from lightning_prompts.methods import MetricGuidance
+from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Blurriness, ClipText, LatentDistance, Objective, Sharpness
 from lightning_prompts.problems import Problem
