@@ -159,10 +159,20 @@ def embedding_in(pipeline: Any, backbone: Backbone, embedding: Tensor, token: st
         backbone: The model that the embedding was found for.
         embedding: (M, D).
         token: What stands for it in a prompt, such as `<fox>`.
+
+    Raises:
+        UserError: The pipeline is of another family or width, or the token means something already.
     """
     own = [tower in backbone.vocabulary.towers for tower in backbone.towers]
-    read = [reads for reads in backbone.reads if getattr(pipeline, reads.part, None) is not None]
-    searched = [reads for reads, ours in zip(read, own, strict=True) if ours]
+    parts = {name for name, part in pipeline.components.items() if name.startswith("text_encoder") and part is not None}
+    read = [reads for reads in backbone.reads if reads.part in parts]
+    searched = [reads for reads, ours in zip(read, own, strict=False) if ours]
+    widths = [getattr(pipeline, reads.part).get_input_embeddings().weight.shape[1] for reads in searched]
+    if not len(parts) == len(read) == len(own) or widths != backbone.vocabulary.widths:
+        raise UserError(
+            f"The embedding was found for {backbone.name} ({type(backbone).__name__}), whose text encoders a "
+            f"{type(pipeline).__name__} does not have; give a pipeline of that model."
+        )
     before = {reads.tokenizer: getattr(pipeline, reads.tokenizer) for reads in searched}
     with ExitStack() as hooks:
         try:
@@ -247,7 +257,7 @@ def pack_prompt_embeds(embeds: Mapping[str, Tensor], prompts: Sequence[str], bac
             if pooled is not None:
                 tensors[f"{key}.{_pooled(side)}"] = pooled
             if any(tower.masked for tower in backbone.towers):
-                tensors[f"{key}.{side.replace('embeds', 'attention_mask')}"] = (hidden != 0).any(-1).long()
+                tensors[f"{key}.{_mask(side)}"] = (hidden != 0).any(-1).long()
     shape = list(next(iter(embeds.values())).shape[1:])
     metadata = {
         "format": "pt",
@@ -262,6 +272,9 @@ def pack_prompt_embeds(embeds: Mapping[str, Tensor], prompts: Sequence[str], bac
 def read_prompt_embeds(path: Path, backbone: Backbone, shape: Sequence[int]) -> dict[str, Tensor]:
     """Encoded prompts by key, (S, R, D) each, of a file that `pack_prompt_embeds` has made.
 
+    Also of one that holds what a diffusers pipeline's `encode_prompt` gives, under its names: `prompt_embeds` (B, L, D),
+    `negative_prompt_embeds`, `pooled_prompt_embeds`, `prompt_attention_mask` and so on, whose keys are numbers.
+
     Args:
         path: The file.
         backbone: The model that is to be told.
@@ -273,20 +286,19 @@ def read_prompt_embeds(path: Path, backbone: Backbone, shape: Sequence[int]) -> 
     try:
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        made_for = metadata["family"], json.loads(metadata["shape"])
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"The file {path} cannot be read as embeddings ({error}); give one that `fit` has written."
         ) from error
-    except (LookupError, ValueError) as error:
-        raise UserError(
-            f"The file {path} does not say which model it was made for; give one that `fit` has written."
-        ) from error
-    here = type(backbone).__name__, list(shape)
-    if made_for != here:
+    if "family" not in metadata:
+        tensors = _numbered(tensors, path, backbone, shape)
+    elif (made_for := (metadata["family"], metadata.get("shape"))) != (
+        type(backbone).__name__,
+        json.dumps(list(shape)),
+    ):
         raise UserError(
             f"The embeddings in {path} were made for {metadata.get('backbone')} ({made_for[0]}, {made_for[1]}) and the model "
-            f"{backbone.name} is {here[0]}, {here[1]}; give the model that they were made for."
+            f"{backbone.name} is {type(backbone).__name__}, {list(shape)}; give the model that they were made for."
         )
     found: dict[str, Tensor] = {}
     for key in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
@@ -296,6 +308,46 @@ def read_prompt_embeds(path: Path, backbone: Backbone, shape: Sequence[int]) -> 
             rows = [backbone.join(x, tensors[f"{key}.{_pooled(side)}"]) for x, side in zip(rows, sides, strict=True)]
         found[key] = torch.stack(rows)
     return found
+
+
+def _numbered(tensors: Mapping[str, Tensor], path: Path, backbone: Backbone, shape: Sequence[int]) -> dict[str, Tensor]:
+    """What a pipeline gives for B prompts, under numbers and with nothing in place of padding."""
+    wanted = backbone.split(torch.empty(*shape))[0].shape
+    found: dict[str, Tensor] = {}
+    for side in SIDES:
+        if side not in tensors:
+            continue
+        hidden = tensors[side].reshape(-1, *tensors[side].shape[-2:])
+        if hidden.shape[1:] != wanted:
+            raise UserError(
+                f"The file {path} holds {side} of {list(hidden.shape[1:])}, and the model {backbone.name!r} is told {list(wanted)}; give "
+                "embeddings that were made for it."
+            )
+        if (mask := tensors.get(_mask(side))) is not None:
+            hidden = hidden * mask.reshape(len(hidden), -1, 1)
+        if backbone.pooled_width and _pooled(side) not in tensors:
+            raise UserError(f"The file {path} has no {_pooled(side)}, which the model {backbone.name!r} needs; add it.")
+        for i, rows in enumerate(hidden):
+            found[f"{i}.{side}"] = rows
+            if backbone.pooled_width:
+                found[f"{i}.{_pooled(side)}"] = tensors[_pooled(side)].reshape(len(hidden), -1)[i]
+    if SIDES[0] not in tensors:
+        raise UserError(
+            f"The file {path} holds no encoded prompt; give one that `fit` has written, or one with prompt_embeds."
+        )
+    return found
+
+
+def base_prompts(path: Path) -> dict[str, str]:
+    """What a person has written for the encoded prompts of a file, by key; empty where it does not say."""
+    with safe_open(path, "pt") as file:
+        found: dict[str, str] = json.loads((file.metadata() or {}).get("base_prompts", "{}"))
+    return found
+
+
+def _mask(side: str) -> str:
+    """Diffusers' name of the mask of padding: `prompt_attention_mask`, `negative_prompt_attention_mask`."""
+    return side.replace("embeds", "attention_mask")
 
 
 def _pooled(side: str) -> str:

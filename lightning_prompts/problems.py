@@ -201,6 +201,7 @@ class RunFolder:
         self.grid = self.path / "grid.png"
         self.words = self.path / "words.png"
         self.embedding = self.path / "embedding.safetensors"
+        self.embeddings = self.path / "embeddings"  # in the layout of other tools, a file a pseudo-word
         self.prompt_embeds = self.path / "prompt_embeds.safetensors"
         self.generations = self.path / "generations.json"  # of a mix of two runs
 

@@ -133,10 +133,10 @@ class PromptEmbeds(nn.Module):
         self.moving = self.which(initial).nonzero().squeeze(1)
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Starts there."""
+    def begin(self, first: Tensor) -> None:
+        """Starts at encoded prompts (P, S, R, D)."""
         self.rows.grad = None
-        rows = self.of(self.initial)
+        rows = self.of(first.to(self.initial))
         if self.one_row:
             number = torch.arange(rows.shape[2], device=rows.device)
             last = (number * (rows != 0).any(3)).argmax(2)[..., None, None]
@@ -179,10 +179,10 @@ class PromptArc(nn.Module):
         self.initial = initial.detach().float()
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """Starts near them."""
+    def begin(self, first: Tensor) -> None:
+        """Starts near them, which is where P problems begin."""
         self.place.grad = None
-        self.place.data = torch.full((len(self.initial), 1, 1, 1), self.start, device=self.initial.device)
+        self.place.data = torch.full((len(first), 1, 1, 1), self.start, device=self.initial.device)
 
     def sound(self) -> Tensor:
         """Which problems' places are finite, (P,)."""

@@ -8,7 +8,7 @@ from safetensors.torch import load, save_file
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.errors import UserError
-from lightning_prompts.interop import embedding_in, encoder_names, pack_embedding, read_embedding
+from lightning_prompts.interop import embedding_in, encoder_names, pack_embedding, read_embedding, read_prompt_embeds
 from lightning_prompts.vocabulary import encode_text
 
 FAMILIES = ["sd1", "sd2", "sdxl", "sd3", "flux", "pixart"]
@@ -174,3 +174,52 @@ def test_pictures_of_diffusers_own_loader(tmp_path):
         prompt, empty = encoded(backbone, embedding[:2]), backbone.encode_text([""])
         ours = backbone.decode(backbone.sample(prompt, empty, noise, 3, 7.5))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_pipeline_of_another_family(tmp_path):
+    folders = {name: families.save(name, tmp_path / name) for name in ("sd1", "sd2", "sdxl", "sd3")}
+    for name, other in (("sd1", "sd2"), ("sd1", "sdxl"), ("sdxl", "sd1"), ("sdxl", "sd3")):
+        backbone, pipeline = load_backbone(str(folders[name]), image_size=16), pipeline_of(folders[other])
+        before = {part: getattr(pipeline, part) for part in pipeline.components}
+        embedding = torch.randn(2, sum(backbone.vocabulary.widths))
+        with (
+            pytest.raises(UserError, match="give a pipeline of that model"),
+            embedding_in(pipeline, backbone, embedding, "<a>"),
+        ):
+            pass
+        assert {part: getattr(pipeline, part) for part in pipeline.components} == before
+
+
+def test_what_a_pipeline_has_encoded_is_read(backbone, family, tmp_path):
+    """Under diffusers' names, padding masked; a batch is numbered."""
+    pipeline, texts = pipeline_of(family), ["a red cat", "two dogs beside a large tree"]
+    said = [told(pipeline, text) for text in texts]
+    tensors = {"prompt_embeds": torch.cat([hidden for hidden, _ in said]).contiguous()}
+    if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
+        raw = [pipeline.encode_prompt(text, do_classifier_free_guidance=False) for text in texts]
+        tensors = {
+            "prompt_embeds": torch.cat([one[0] for one in raw]),
+            "prompt_attention_mask": torch.cat([one[1] for one in raw]),
+        }
+    if backbone.pooled_width:
+        tensors["pooled_prompt_embeds"] = torch.cat([pooled for _, pooled in said]).contiguous()
+    save_file(tensors, tmp_path / "told.safetensors")
+    expected = backbone.encode_text(texts)
+    found = read_prompt_embeds(tmp_path / "told.safetensors", backbone, expected.shape[1:])
+    assert list(found) == ["0", "1"]
+    torch.testing.assert_close(torch.cat([found["0"], found["1"]]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_encoded_prompts_that_cannot_be_read(tmp_path):
+    backbone = load_backbone(str(families.save("sdxl", tmp_path)), image_size=16)
+    shape = backbone.encode_text([""]).shape[1:]
+    length, pooled = backbone.split(torch.empty(shape))[0].shape[0], torch.zeros(1, 24)
+    right = torch.zeros(1, length, 80)
+    for tensors, said in (
+        ({"prompt_embeds": right}, "has no pooled_prompt_embeds"),
+        ({"prompt_embeds": right[..., :32], "pooled_prompt_embeds": pooled}, r"is told \[32, 80\]"),
+        ({"latents": right}, "holds no encoded prompt"),
+    ):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "told.safetensors")
+        with pytest.raises(UserError, match=said):
+            read_prompt_embeds(tmp_path / "told.safetensors", backbone, shape)

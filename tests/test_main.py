@@ -515,7 +515,7 @@ def test_mistake_found_before_the_search_leaves_no_folder(fit, pictures, capsys)
             fit(*mistake)
         assert stopped.value.code == 2
     assert not (pictures.parent / "run").exists()
-    assert "The run clip_word to start from has no prompt for 0.png" in capsys.readouterr().err
+    assert "The start 'clip_word' is unknown; did you mean --model.start clip_words?" in capsys.readouterr().err
     assert results(fit())["problems"][0]["prompt"]
 
 

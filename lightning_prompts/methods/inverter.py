@@ -21,7 +21,7 @@ from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.base import PromptMethod
-from lightning_prompts.methods.start import best_words, earlier, random_tokens
+from lightning_prompts.methods.start import best_words, earlier, given, random_tokens
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem, RunFolder, atomic_write
@@ -69,8 +69,9 @@ class Inverter(PromptMethod):
         blocked: Words, or parts of words, that must not appear.
         words: The only words that may be used.
         metric: Distance by which embeddings are replaced with tokens.
-        start: What the search starts from: `random` tokens, the best `clip_words`, or the folder of a run, whatever its method,
-            that has prompts for these pictures.
+        start: What the search starts from: `random` tokens, the best `clip_words`, the folder of a run, whatever its method, that
+            has prompts for these pictures, the file of an embedding in any usual layout, or a text.
+        allow_pickle: Read this file also if it is a pickle, as far as it holds tensors and nothing else.
         denoising_weight: Weight of the denoising loss in what is minimised.
         negative_weight: Weight of the denoising loss of `--data.negative_images` against that of the target's.
         clip_weight: Weight of one minus the CLIP's cosine of prompt and pictures in what is minimised.
@@ -95,6 +96,7 @@ class Inverter(PromptMethod):
         words: Sequence[str] | None = None,
         metric: Metric = "euclidean",
         start: str = "random",
+        allow_pickle: bool = False,
         denoising_weight: float = 1.0,
         negative_weight: float = 0.2,
         clip_weight: float = 0.0,
@@ -114,6 +116,7 @@ class Inverter(PromptMethod):
         self.template, self.blocked, self.start = template, tuple(blocked), start
         words = None if words is None else tuple(words)
         self.prompt = TokenEmbeddings(self.vocabulary, template, tokens, self.blocked, words, metric)
+        self.given = given(start, self.backbone, tokens, allow_pickle)
         self.denoising = Denoising(self.microbatch)
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         self._clip_name, self._clip = clip or clip_of(self.backbone.name), cast("ClipSimilarity | None", None)
@@ -145,6 +148,8 @@ class Inverter(PromptMethod):
 
     def initial_embeddings(self) -> Tensor:
         """What the wave starts from, (P, M, D); a shorter prompt of another run is filled up with random tokens."""
+        if self.given is not None:
+            return self.given.to(self.device).expand(len(self.problems), -1, -1)
         if self.start == "clip_words":
             return self.prompt.table[self.clip_words()].float()
         embeddings = self.prompt.table[self.random_tokens(START)].float()

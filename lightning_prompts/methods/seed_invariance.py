@@ -95,6 +95,8 @@ class SeedInvariance(Steering):
             raise UserError(
                 "An arc leads to another prompt; give --model.embedding arc and --model.towards, or neither."
             )
+        if embedding == "arc" and self.started:
+            raise UserError("An arc begins at the prompt; leave out --model.start, or give --model.embedding rows.")
         if embedding == "arc" and self.unconditional:
             raise UserError("An arc moves what the denoiser is told alone; give --model.unconditional false.")
         self.prompt = PromptArc() if embedding == "arc" else PromptEmbeds(self.moving, one_row=embedding == "one_row")

@@ -1,18 +1,26 @@
-"""Where a search can start: random tokens, words that a CLIP chooses, or what an earlier run has found."""
+"""Where a search can start: random tokens, words that a CLIP chooses, an earlier run, a text or an embedding's file."""
 
 from __future__ import annotations
 
+import difflib
+import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_prompts.backbones import Backbone
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.errors import UserError
+from lightning_prompts.interop import read_embedding
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.problems import Problem, RunFolder
 from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.vocabulary import token_lists
+
+log = logging.getLogger(__name__)
 
 SHORTLIST = 64
 """Words a picture, the best ones alone, that are tried at each place."""
@@ -83,3 +91,40 @@ def earlier(folder: str | Path, problems: Sequence[Problem]) -> list[Problem]:
                 "folder of a run that has searched these pictures, or --model.start random or clip_words."
             )
     return [record for record in found if record]
+
+
+def given(start: str, backbone: Backbone, tokens: int, pickle: bool) -> Tensor | None:
+    """Embeddings (M, D) of a text or in a file, repeated or cut to M tokens.
+
+    Args:
+        start: What a person has named.
+        backbone: The model.
+        tokens: M.
+        pickle: Whether the file may be a pickle.
+
+    Returns:
+        None where it is the folder of a run, `random` or `clip_words`.
+
+    Raises:
+        UserError: It is none of all these.
+    """
+    if not start.strip():
+        raise UserError(
+            "There is nothing to start from in --model.start ''; give a text, a file, a run, random or clip_words."
+        )
+    if start in ("random", "clip_words") or Path(start).is_dir():
+        return None
+    if Path(start).is_file():
+        found = read_embedding(start, backbone, pickle)
+    elif os.sep in start or Path(start).suffix in (".safetensors", ".pt", ".bin"):
+        raise UserError(f"There is neither a run nor an embedding in {start!r} to start from; check --model.start.")
+    elif close := difflib.get_close_matches(start, ("random", "clip_words"), 1, 0.8):
+        raise UserError(f"The start {start!r} is unknown; did you mean --model.start {close[0]}?")
+    else:
+        ids = token_lists(backbone.vocabulary.tokenizer, [start])[0]
+        if not ids:
+            raise UserError(f"The text {start!r} to start from has no token; give another --model.start.")
+        found = backbone.vocabulary.table[torch.tensor(ids)]
+    if len(found) > tokens:
+        log.warning("%r has %d tokens, and the search starts from the first %d.", start, len(found), tokens)
+    return found.repeat(-(-tokens // len(found)), 1)[:tokens].float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import FRESH, SEARCH
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.interop import pack_prompt_embeds, read_prompt_embeds
+from lightning_prompts.interop import base_prompts, pack_prompt_embeds, read_prompt_embeds
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.problems import Problem, RunFolder, atomic_write
 from lightning_prompts.prompts import PromptArc, PromptEmbeds
@@ -32,6 +33,8 @@ class Steering(PromptMethod):
     Args:
         unconditional: Move what the denoiser is led away from, too, which begins as the encoded empty text.
         pooled: Move the pooled vector, too, in families that have one.
+        start: What the search starts from instead of the encoded prompt: the folder of a run that has found embeddings, whatever its
+            method, or a file of encoded prompts. Those of the same prompt are taken, or the only ones.
         seeds: N, pictures of a prompt that the search looks at.
         steps: Steps of the search.
         **kwargs: See `PromptMethod`.
@@ -46,6 +49,7 @@ class Steering(PromptMethod):
         *,
         unconditional: bool = False,
         pooled: bool = False,
+        start: str | None = None,
         seeds: Positive = 4,
         steps: Positive = 50,
         **kwargs: Any,
@@ -58,6 +62,9 @@ class Steering(PromptMethod):
                 f"The model {self.backbone.name!r} has no pooled vector to move; give --model.pooled false."
             )
         self.unconditional, self.pooled, self.seeds, self.steps = unconditional, pooled, seeds, steps
+        self.started = (
+            self._started(Path(start)) if start else {}
+        )  # encoded prompts (S, R, D) by what a person has written
         self.prompt = PromptEmbeds(self.moving)  # what trains, unless a method says otherwise
         self.best = torch.empty(0, 1, 1, 0)  # (P, S, R, D)
 
@@ -92,12 +99,39 @@ class Steering(PromptMethod):
         return torch.stack([told, away] if self.unconditional else [told], dim=1).float()
 
     def begin_wave(self) -> None:
-        """Starts from the encoded prompts."""
+        """Starts from the encoded prompts, or from those of an earlier search."""
         for problem in self.problems:
             problem.metric_before = None
             problem.forget_prompt()
-        self.prompt.begin()
+        self.prompt.begin(self.first(self.problems))
         self.forget()
+
+    def first(self, problems: Sequence[Problem]) -> Tensor:
+        """Where the search for P problems begins, (P, S, R, D)."""
+        initial = self.initial(problems)
+        if not self.started:
+            return initial
+        only = next(iter(self.started.values())) if len(self.started) == 1 else None
+        for row, problem in zip(initial, problems, strict=True):
+            found = self.started.get(problem.target, only)
+            if found is None:
+                raise UserError(
+                    f"The embeddings to start from are of other prompts than {problem.target!r}; give --model.start another file or run."
+                )
+            sides = min(len(found), len(row))  # what is led away from may be given or wanted alone
+            row[:sides] = found[:sides]
+        return initial
+
+    def _started(self, start: Path) -> dict[str, Tensor]:
+        """Reads encoded prompts by what a person has written."""
+        file = RunFolder(start).prompt_embeds if start.is_dir() else start
+        if not file.is_file():
+            raise UserError(
+                f"There are no embeddings in {start} to start from; give --model.start a run or a file of them."
+            )
+        found = read_prompt_embeds(file, self.backbone, self.encode([""]).shape[1:])
+        prompts = base_prompts(file)
+        return {prompts.get(key, key): embeds for key, embeds in found.items()}
 
     # --- what is best
 

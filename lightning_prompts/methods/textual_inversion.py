@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
+from lightning_prompts.interop import pack_embedding
 from lightning_prompts.methods.inverter import Found, Inverter
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import Problem, RunFolder, atomic_write
 from lightning_prompts.vocabulary import FILLERS, encode_text, fill_template, nearest_tokens
 
 PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
@@ -22,8 +24,8 @@ PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
 class TextualInversion(Inverter):
     """Adam on the denoising loss of free embeddings, which are never projected.
 
-    The prompt of a problem holds a pseudo-word in angle brackets that stands for its M embeddings; they are in the record and in
-    `embedding.safetensors`. In `test` and `predict` pseudo-words of the run may stand in any text, several in one.
+    The prompt of a problem holds a pseudo-word in angle brackets that stands for its M embeddings; they are in the record, in
+    `embedding.safetensors`, and, for other tools, in a file of their own in `embeddings/`. In `test` and `predict` pseudo-words of the run may stand in any text, several in one.
 
     Args:
         lr: Learning rate of AdamW.
@@ -73,6 +75,14 @@ class TextualInversion(Inverter):
         )  # for other encoders
         embeddings = self.prompt.table[ids].index_copy(0, places, free)
         return self.backbone.encode(ids[None], embeddings[None])
+
+    def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
+        """As other inverters, and a file a problem that diffusers, AUTOMATIC1111 and ComfyUI read."""
+        super().report(problems, folder, scores, board)
+        for problem in problems:
+            word = pseudo_word(problem)
+            content = pack_embedding(self.embedded(problem), self.backbone, word)
+            atomic_write(folder.embeddings / f"{word[1:-1]}.safetensors", content)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, as the released code."""

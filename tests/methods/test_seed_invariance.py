@@ -72,7 +72,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     monkeypatch.setattr(module, "draw_noise", lambda problems, step, count: others[:, :count])
     module.take([problem])
     module.active = torch.ones(1, dtype=torch.bool)
-    module.prompt.double().begin()
+    module.prompt.double().begin(module.prompt.initial)
     module.prompt.initial, module.starts = module.prompt.initial.double(), module.starts.double()
     losses = []
     monkeypatch.setattr(module, "step_active", lambda optimizer, loss: losses.append(loss))

@@ -82,7 +82,7 @@ class HumanFeedback(Steering):
 
     def begin_wave(self) -> None:
         """Starts from the encoded prompt, or where a person has stopped."""
-        self.prompt.begin()
+        self.prompt.begin(self.prompt.initial)
         self.stay()
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ class HumanFeedback(Steering):
         """Makes a problem the wave, and goes its way again."""
         super().take(problems)
         self.at, self.drawn = [], []
-        self.arrive(self.initial(problems)[0])
+        self.arrive(self.first(problems)[0])
         self.axes = principal_axes(self.gists(self.encoded(self.variations(problems[0], 0, 0))), 2)
         for i, move in enumerate(problems[0].moves):
             (end,) = self.ends([move["text"]], self.base(problems[0], i))

@@ -1,0 +1,149 @@
+"""Searches that begin at an embedding's file, at a text, or where an earlier search has ended."""
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_prompts import guide, invert, load_backbone, prefer
+from lightning_prompts.errors import UserError
+from lightning_prompts.interop import pack_embedding, read_embedding
+from lightning_prompts.methods import GCG, PEZ, MetricGuidance, SeedInvariance, TextualInversion
+from lightning_prompts.methods.human_feedback import Choice
+from lightning_prompts.objectives import Sharpness
+from lightning_prompts.problems import Problem
+
+SHORT = {"steps": 1, "sampling_steps": 2, "device": "cpu"}
+
+
+@pytest.fixture
+def picture(pictures):
+    return sorted(pictures.iterdir())[0]
+
+
+@pytest.fixture
+def backbone(tiny):
+    return load_backbone(tiny)
+
+
+def begun(module, problems=2):
+    """Where a method begins with so many problems."""
+    module.problems = [Problem(str(i), "") for i in range(problems)]
+    return module.initial_embeddings()
+
+
+@pytest.mark.parametrize("layout", ["ours", "vector", "string_to_param"])
+def test_file_of_an_embedding(layout, backbone, tmp_path, caplog):
+    embedding = torch.randn(1 if layout == "vector" else 3, 32)
+    file = tmp_path / "fox.pt"
+    if layout == "ours":
+        file.write_bytes(pack_embedding(embedding, backbone, "<fox>"))
+    elif layout == "vector":
+        save_file({"emb_params": embedding[0].contiguous()}, file)
+    else:
+        torch.save({"string_to_param": {"*": embedding}, "name": "fox"}, file)
+        with pytest.raises(UserError, match="is a pickle"):
+            PEZ(backbone=backbone, start=str(file))
+    for tokens in (2, 3, 7):
+        module = TextualInversion(
+            backbone=backbone, tokens=tokens, start=str(file), allow_pickle=layout == "string_to_param"
+        )
+        found = begun(module)
+        assert found.shape == (2, tokens, 32)
+        for i in range(tokens):
+            assert torch.equal(found[0, i], embedding[i % len(embedding)])
+    assert ("starts from the first 2" in caplog.text) == (layout != "vector")
+
+
+def test_text(backbone, caplog):
+    caplog.set_level(logging.WARNING)
+    ids = torch.tensor(backbone.vocabulary.tokenizer("a red cat", add_special_tokens=False)["input_ids"])
+    table = backbone.vocabulary.table
+    found = begun(GCG(backbone=backbone, tokens=len(ids) + 1, start="a red cat"))
+    assert torch.equal(found[1], table[torch.cat([ids, ids[:1]])])
+    assert caplog.text == ""
+    found = begun(GCG(backbone=backbone, tokens=1, start="a red cat"))
+    assert torch.equal(found[1], table[ids[:1]])
+    assert f"'a red cat' has {len(ids)} tokens, and the search starts from the first 1." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("runs/none", "There is neither a run nor an embedding in 'runs/none'"),
+        ("fox.safetensors", "There is neither a run nor an embedding"),
+        ("clip words", "did you mean --model.start clip_words"),
+        ("randon", "did you mean --model.start random"),
+        ("", "There is nothing to start from"),
+    ],
+)
+def test_starts_that_are_none(start, said, backbone):
+    with pytest.raises(UserError, match=said):
+        PEZ(backbone=backbone, start=start)
+
+
+def test_embedding_of_another_model(backbone, tmp_path):
+    save_file({"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 1280)}, tmp_path / "sdxl.safetensors")
+    PEZ(backbone=backbone, start=str(tmp_path / "sdxl.safetensors"))  # whose first encoder is this model's
+    save_file({"fox": torch.randn(2, 1024)}, tmp_path / "sd2.safetensors")
+    with pytest.raises(UserError, match="1024 wide, which is for Stable Diffusion 2, and the model"):
+        PEZ(backbone=backbone, start=str(tmp_path / "sd2.safetensors"))
+
+
+def test_textual_inversion_goes_on_from_its_own_file(backbone, picture, tmp_path):
+    """What a search has found is a file of its own, which other tools read and another search goes on from."""
+    how = {"method": "textual_inversion", "backbone": backbone, "tokens": 2, **SHORT, "steps": 3}
+    first = invert(picture, folder=tmp_path / "run", **how)
+    (file,) = (tmp_path / "run/embeddings").iterdir()
+    assert f"<{file.stem}>" == first.prompt
+    assert torch.equal(read_embedding(file, backbone), first.embedding)
+    assert torch.equal(load_file(file)[first.prompt], first.embedding)
+    second = invert(picture, start=str(file), **how)
+    assert second.record.initial_validation_loss == pytest.approx(first.record.validation_loss, rel=1e-5)
+
+
+def seen(module, prompts):
+    """Where a method that steers begins, and what it compares with."""
+    problems = [Problem(str(i), prompt) for i, prompt in enumerate(prompts)]
+    return module.first(problems), module.initial(problems)
+
+
+def test_embeddings_of_an_earlier_run(backbone, tmp_path):
+    prompts = ["a red cat", "two dogs"]
+    found = guide(prompts, Sharpness(), backbone=backbone, folder=tmp_path / "run", seeds=[0], **SHORT)
+    expected = torch.stack([result.prompt_embeds for result in found])
+    for start in (tmp_path / "run", tmp_path / "run/prompt_embeds.safetensors"):
+        how = {"backbone": backbone, "sampling_steps": 2, "start": str(start)}
+        first, initial = seen(MetricGuidance(objective=Sharpness(), **how), prompts[::-1])
+        assert torch.equal(first[:, 0], expected.flip(0))
+        assert not torch.equal(first, initial)
+        first, initial = seen(SeedInvariance(unconditional=True, **how), prompts)
+        assert torch.equal(first[:, 0], expected)
+        assert torch.equal(first[:, 1], initial[:, 1])
+        with pytest.raises(UserError, match="are of other prompts than 'a tree'"):
+            seen(MetricGuidance(objective=Sharpness(), **how), ["a tree"])
+        with pytest.raises(UserError, match="An arc begins at the prompt"):
+            SeedInvariance(embedding="arc", towards="a tree", **how)
+
+
+def test_what_was_found_is_compared_with_the_prompt_all_the_same(backbone, tmp_path):
+    """A search that begins where another one has ended begins with its metric, and tells how much the prompt has gained."""
+    how = {"backbone": backbone, **SHORT, "lr": 0.05}
+    one = guide("a red cat", Sharpness(), folder=tmp_path / "one", **how)
+    two = guide("a red cat", Sharpness(), start=str(tmp_path / "one"), **how | {"lr": 1e-12})
+    assert two.record.metric_before == pytest.approx(one.record.metric_before)
+    assert two.record.metric_after == pytest.approx(one.record.metric_after)
+
+
+def test_a_person_goes_on_from_there(backbone, tmp_path):
+    found = guide("a red cat", Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
+    how = {"backbone": backbone, "sampling_steps": 2, "texts": 6, "device": "cpu"}
+    same = prefer("a red cat", lambda question: Choice("finish"), start=str(tmp_path / "run"), **how)
+    torch.testing.assert_close(same.prompt_embeds, found.prompt_embeds)
+
+
+def test_no_embeddings_there(backbone, tmp_path):
+    for start in (tmp_path, tmp_path / "none.safetensors"):
+        with pytest.raises(UserError, match="There are no embeddings in"):
+            MetricGuidance(objective=Sharpness(), backbone=backbone, start=str(start))
