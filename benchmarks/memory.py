@@ -1,0 +1,320 @@
+"""Memory of every family at its full size: `python benchmarks/memory.py`.
+
+Weights and activations are counted on the meta device, where tensors have a size and no content, so no model is downloaded and
+any machine gives the same figures. Weights are bfloat16. Activations are what autograd keeps of one call of the denoiser for one
+noisy picture at the family's own size, with a gradient to the prompt.
+
+`python benchmarks/memory.py --search ph2p` or `--search dpo_diff` measures instead: it writes a model of the size of Stable
+Diffusion 1.5, with random weights, and the CLIP beside it into a folder, searches for two steps as the command line does, and
+prints the most memory that the process has taken and the seconds of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from lightning_prompts.backbones import EMOJI, Backbone, TextTower
+from lightning_prompts.backbones.flux import Flux
+from lightning_prompts.backbones.pixart import PixArt
+from lightning_prompts.backbones.sd3 import StableDiffusion3
+from lightning_prompts.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
+from lightning_prompts.backbones.towers import Said
+
+GIB = 2**30
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+T5_XXL = {
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"
+}  # fmt: skip
+SDXL_UNET = {
+    "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+SD35_MEDIUM = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+}  # fmt: skip
+PIXART = {
+    "sample_size": 128, "num_layers": 28, "patch_size": 2, "attention_head_dim": 72, "num_attention_heads": 16, "in_channels": 4,
+    "out_channels": 8, "caption_channels": 4096, "cross_attention_dim": 1152, "use_additional_conditions": False,
+}  # fmt: skip
+
+
+def clip(projection: int | None = None, **config: int) -> tuple[Any, Any]:
+    """A CLIP text encoder, and a tokenizer that stands for CLIP's."""
+    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+    tokenizer.model_max_length = 77
+    own = CLIPTextConfig(vocab_size=49408, **config, **({"projection_dim": projection} if projection else {}))
+    return tokenizer, (CLIPTextModelWithProjection if projection else CLIPTextModel)(own)
+
+
+def t5() -> tuple[Any, Any]:
+    """The T5 that three families read."""
+    tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)], extra_ids=0)
+    return tokenizer, T5EncoderModel(T5Config(**T5_XXL))
+
+
+def vae(channels: int = 4, **config: Any) -> Any:
+    """The autoencoder of Stable Diffusion, or one of more channels."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=channels, sample_size=512, **config,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+
+
+def unet(**config: Any) -> Any:
+    return diffusers.UNet2DConditionModel(**config)
+
+
+def backbone(
+    family: type[Backbone], texts: list[tuple[Any, Any]], denoiser: Any, autoencoder: Any, scheduler: Any
+) -> Backbone:
+    """A model of these parts."""
+    towers = [TextTower(*text, reads.layer, reads.length, reads.masked) for text, reads in zip(texts, family.reads, strict=True)]
+    return family(family.__name__, towers, denoiser, autoencoder, scheduler)
+
+
+EPSILON = diffusers.DDIMScheduler()
+V = diffusers.DDIMScheduler(prediction_type="v_prediction")
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler()
+NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
+
+MODELS: dict[str, Callable[[], Backbone]] = {
+    "Stable Diffusion 1.5": lambda: backbone(
+        StableDiffusion, [clip(**CLIP_L)], unet(sample_size=64, cross_attention_dim=768, attention_head_dim=8), vae(), EPSILON
+    ),
+    "Stable Diffusion 2.1": lambda: backbone(
+        StableDiffusion, [clip(**CLIP_H)],
+        unet(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True), vae(), V,
+    ),
+    "SDXL": lambda: backbone(
+        StableDiffusionXL, [clip(**CLIP_L), clip(1280, **CLIP_G)], unet(**SDXL_UNET), vae(), EPSILON
+    ),
+    "PixArt-Sigma": lambda: backbone(PixArt, [t5()], diffusers.PixArtTransformer2DModel(**PIXART), vae(), EPSILON),
+    "Stable Diffusion 3.5 medium": lambda: backbone(
+        StableDiffusion3, [clip(768, **CLIP_L), clip(1280, **CLIP_G), t5()], diffusers.SD3Transformer2DModel(**SD35_MEDIUM),
+        vae(16, **NO_QUANT), FLOW,
+    ),
+    "FLUX.1 dev": lambda: backbone(
+        Flux, [clip(**CLIP_L), t5()], diffusers.FluxTransformer2DModel(guidance_embeds=True), vae(16, **NO_QUANT), FLOW
+    ),
+}  # fmt: skip
+
+
+def weights(network: Any) -> int:
+    """Bytes of a network."""
+    return sum(weight.nbytes for weight in network.parameters())
+
+
+class Kept:
+    """What autograd keeps while this is entered, weights apart."""
+
+    def __init__(self, network: Any) -> None:
+        self.weights = {weight.untyped_storage()._cdata for weight in network.parameters()}
+        self.tensors: dict[int, Tensor] = {}  # held, so that no other takes a storage's place
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Keeps a tensor."""
+        if tensor.untyped_storage()._cdata not in self.weights:
+            self.tensors[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Of all storages together."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
+
+class FusedAttention(torch.autograd.Function):
+    """Keeps what fused kernels keep; on the meta device torch has none and would keep each head's matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Gives something of the right shape."""
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+
+def kept_of(network: Any, call: Callable[[], Tensor], checkpointing: bool) -> int:
+    """Bytes that autograd keeps of a call of a network; with gradient checkpointing also of the largest block's second call."""
+    kept, blocks = Kept(network), [0]
+
+    def block(module: Any, *args: Any) -> Any:
+        within = Kept(network)
+        with within.hooks:
+            given = module(*args)
+        blocks.append(within.bytes)
+        for tensor in args:
+            if isinstance(tensor, Tensor):
+                kept.add(tensor)
+        return given
+
+    if checkpointing:
+        network.enable_gradient_checkpointing(block)
+    with kept.hooks:
+        output = call()
+    assert output.requires_grad
+    return kept.bytes + max(blocks)
+
+
+def activations(model: Backbone) -> list[int]:
+    """Bytes that autograd keeps of a call of the denoiser, plain and with gradient checkpointing, and of the decoder, the same."""
+    said = []
+    for tower, reads in zip(
+        model.towers, model.reads, strict=True
+    ):  # they cannot be called: T5 looks at what its mask holds
+        pooled = tower.encoder.config.projection_dim if reads.network.endswith("Projection") else tower.width
+        said.append(
+            Said(torch.empty(1, tower.length, tower.width, device="meta"), torch.empty(1, pooled, device="meta"))
+        )
+    told = model.combine(said).to(torch.bfloat16).requires_grad_()
+    latents, timesteps = torch.empty(1, *model.latent_shape, device="meta"), torch.zeros(1, device="meta")
+    calls: list[tuple[Any, Callable[[], Tensor]]] = [
+        (model.denoiser, lambda: model.denoise(latents, timesteps, told)),
+        (model.vae, lambda: model.decode(latents.requires_grad_())),
+    ]
+    return [kept_of(*call, checkpointing) for call in calls for checkpointing in (False, True)]
+
+
+def table() -> str:
+    """Weights and activations of each family."""
+    head = (
+        "pixels",
+        "text encoders",
+        "denoiser",
+        "autoencoder",
+        "a call",
+        "checkpointed",
+        "a decoding",
+        "checkpointed",
+    )
+    lines = [f"| GiB | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
+    for name, build in MODELS.items():
+        with torch.device("meta"):
+            model = build().to(torch.bfloat16).to("meta")
+        parts = [weights(part) for part in (model.towers, model.denoiser, model.vae)]
+        figures = [size / GIB for size in (*parts, *activations(model))]
+        lines.append(f"| {name} | {model.image_size} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
+    return "\n".join(lines)
+
+
+SEARCHES = {
+    "ph2p": (
+        "--config configs/ph2p.yaml --data.images docs/images/demo.png --data.steps 2 --data.samples 1 --data.validation_samples 1 "
+        "--model.sampling_steps 2 --model.guidance_scale 7.5"
+    ),
+    "dpo_diff": (
+        "--config configs/dpo_diff.yaml --data.prompts dog --model.solver gradient --model.budget 2 --model.gradient_share 0.5 "
+        "--model.seeds 1 --model.sampling_steps 2 --model.schedule fix-1 --model.guidance_scale 7.5"
+    ),
+}
+
+
+def write_model(folder: Path) -> None:
+    """A model of the size of Stable Diffusion 1.5, and the CLIP of which its text encoder is."""
+    model = MODELS["Stable Diffusion 1.5"]()
+    vocabulary = json.loads((EMOJI / "tokenizer/vocab.json").read_text())
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    words = [word for word in vocabulary if word not in (start, end)]
+    words += [f"unused-{i}" for i in range(49408 - len(words) - 2)]  # which no text is read as
+    shutil.copytree(EMOJI / "tokenizer", folder / "learned")
+    (folder / "learned/vocab.json").write_text(json.dumps({word: i for i, word in enumerate([*words, start, end])}))
+    files = [str(folder / "learned" / name) for name in ("vocab.json", "merges.txt")]
+    tokenizer = CLIPTokenizer(*files, model_max_length=77)
+    encoder = model.towers[0].encoder
+    encoder.config.eos_token_id = encoder.config.pad_token_id = 49407
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=model.vae, text_encoder=encoder, tokenizer=tokenizer, unet=model.denoiser, scheduler=model.scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.to(torch.bfloat16).save_pretrained(folder / "model")
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+    )
+    own = CLIPConfig(text_config=encoder.config.to_dict(), vision_config=vision.to_dict(), projection_dim=768)
+    CLIPModel(own).to(torch.bfloat16).save_pretrained(folder / "model/clip")
+    tokenizer.save_pretrained(folder / "model/clip")
+
+
+def measure(search: str, settings: list[str]) -> str:
+    """Two steps as the command line takes them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_model(Path(scratch))
+        run = Path(scratch) / "run"
+        how = [
+            "--model.backbone",
+            f"{scratch}/model",
+            "--model.offline",
+            "true",
+            "--model.microbatch",
+            "1",
+            "--run",
+            str(run),
+        ]
+        command = [
+            sys.executable,
+            "train.py",
+            "fit",
+            *SEARCHES[search].split(),
+            *how,
+            *settings,
+            "--trainer.accelerator",
+            "cpu",
+        ]
+        begun = time.perf_counter()
+        subprocess.run(command, check=True)
+        (problem,) = json.loads((run / "result.json").read_text())["problems"]
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / GIB
+    told = f"{most:.1f} GiB at most, {problem['seconds'] / 2:.0f} s a step, {time.perf_counter() - begun:.0f} s in all"
+    return f"{search} {' '.join(settings)}: {told}"
+
+
+def main() -> None:
+    """Counts or measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--search", choices=SEARCHES, help="measure a search; what follows are settings of it")
+    args, settings = parser.parse_known_args()
+    if args.search:
+        print(measure(args.search, settings))
+        return
+    torch.nn.functional.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: FusedAttention.apply(
+        query, key, value
+    )
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
