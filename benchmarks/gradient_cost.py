@@ -38,7 +38,8 @@ def measured(kind: str, steps: int) -> str:
     from lightning_prompts.objectives.spherical import spherical_distance
     from lightning_prompts.vocabulary import encode_text
 
-    backbone, clip = load_backbone("emoji"), ClipSimilarity(clip_of("emoji"))
+    backbone = load_backbone("emoji")
+    clip = ClipSimilarity(clip_of(backbone))
     prompt = "a small bunny on a crimson background"
     ids = encode_text(backbone.towers[0].tokenizer, [prompt, "blurry"], backbone.towers[0].length)
     noise = torch.randn(PICTURES, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))

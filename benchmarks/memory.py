@@ -101,7 +101,10 @@ def backbone(
     family: type[Backbone], texts: list[tuple[Any, Any]], denoiser: Any, autoencoder: Any, scheduler: Any
 ) -> Backbone:
     """A model of these parts."""
-    towers = [TextTower(*text, reads.layer, reads.length, reads.masked) for text, reads in zip(texts, family.reads, strict=True)]
+    towers = [
+        TextTower(*text, reads.layer, reads.length, reads.masked)
+        for text, reads in zip(texts, family.reads, strict=True)
+    ]
     return family(family.__name__, towers, denoiser, autoencoder, scheduler)
 
 

@@ -99,7 +99,7 @@ class Scores:
         """Scores problems by their drawn pictures (N, 3, H, W) and their targets (I, 3, H, W)."""
         name, offline = method.backbone.name, method.offline
         with _told():
-            own = ClipSimilarity(clip_of(name), offline).to(method.device)
+            own = ClipSimilarity(clip_of(method.backbone), offline).to(method.device)
             similarity, diversity, agreement = ClipImageSimilarity(own), Diversity(own), ClipTextSimilarity(own)
             for problem, drawn, target in rows:
                 problem.clip_similarity = float(similarity(drawn, target))

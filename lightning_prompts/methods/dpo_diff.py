@@ -125,7 +125,7 @@ class DPODiff(PromptMethod):
         self.population, self.select, self.mutation, self.threshold = population, select, mutation, threshold
         self._check()
         self.prompt = WordChoices(self.vocabulary)
-        self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline)
+        self.clip = ClipSimilarity(clip or clip_of(self.backbone), self.offline)
         self.meaning = Meaning(self.clip, sentence_encoder, self.offline)
         neighbours = neighbours or (5 if task == "improve" else 60)
         self.sources = Sources(

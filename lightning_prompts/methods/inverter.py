@@ -119,7 +119,7 @@ class Inverter(PromptMethod):
         self.given = given(start, self.backbone, tokens, allow_pickle)
         self.denoising = Denoising(self.microbatch)
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
-        self._clip_name, self._clip = clip or clip_of(self.backbone.name), cast("ClipSimilarity | None", None)
+        self._clip_name, self._clip = clip or clip_of(self.backbone), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
         self.trial_weight, self.trial_pictures, self.trial_steps = trial_weight, trial_pictures, trial_steps
         if trial_weight:

@@ -90,7 +90,7 @@ class SeedInvariance(Steering):
             raise UserError(f"The ramp is a share of a stage from 0 to 1, not {ramp:g}; change --model.ramp.")
         self.clip = None
         if compare == "clip":
-            self.clip = ClipSimilarity(clip or clip_of(self.backbone.name), self.offline)
+            self.clip = ClipSimilarity(clip or clip_of(self.backbone), self.offline)
         if (embedding == "arc") != (towards is not None):
             raise UserError(
                 "An arc leads to another prompt; give --model.embedding arc and --model.towards, or neither."

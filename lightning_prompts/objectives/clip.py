@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_prompts.backbones import EMOJI
+from lightning_prompts.backbones import EMOJI, Backbone
 from lightning_prompts.errors import UserError
 
-STABLE_DIFFUSION_CLIP = "openai/clip-vit-large-patch14"  # the one whose text tower Stable Diffusion 1 uses
+CLIPS = {  # whose text towers Stable Diffusion 1, SDXL, 3 and FLUX, and Stable Diffusion 2, have taken, by their width
+    768: "openai/clip-vit-large-patch14",
+    1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+}
 
 
 def load_clip(name: str, offline: bool = False) -> Any:
@@ -52,10 +55,12 @@ def load_tokenizer(name: str, offline: bool = False) -> Any:
     return tokenizer
 
 
-def clip_of(backbone: str) -> str:
-    """The CLIP that goes with a backbone: the folder `clip` beside its components, else Stable Diffusion's."""
-    folder = EMOJI if backbone == "emoji" else Path(backbone).expanduser()
-    return str(folder / "clip") if (folder / "clip").is_dir() else STABLE_DIFFUSION_CLIP
+def clip_of(backbone: Backbone) -> str:
+    """The CLIP that goes with a backbone: the folder `clip` beside its components, else that of its (first) text encoder."""
+    folder = EMOJI if backbone.name == "emoji" else Path(backbone.name).expanduser()
+    if (folder / "clip").is_dir():
+        return str(folder / "clip")
+    return next((CLIPS[tower.width] for tower in backbone.towers if tower.width in CLIPS), CLIPS[768])
 
 
 class ClipSimilarity(nn.Module):

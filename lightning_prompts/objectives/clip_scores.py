@@ -34,7 +34,7 @@ class _ByClip(Objective):
 
     def attach(self, backbone: Backbone, offline: bool) -> None:
         """Loads the CLIP."""
-        self.clip = ClipSimilarity(self.name or clip_of(backbone.name), offline)
+        self.clip = ClipSimilarity(self.name or clip_of(backbone), offline)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (B, E) of texts, each computed once."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lightning_prompts.backbones import EMOJI
 from lightning_prompts.errors import UserError
-from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+from lightning_prompts.objectives.clip import ClipSimilarity
 from lightning_prompts.substitutes import Meaning, Slot, Space, keeping
 
 SPACE = Space(("a ", " on a ", " mat"), (Slot("cat", ("cat", "dog", "red fox")), Slot("big", ("big", "huge"))))
@@ -15,7 +16,7 @@ SPACE = Space(("a ", " on a ", " mat"), (Slot("cat", ("cat", "dog", "red fox")),
 
 @pytest.fixture
 def clip():
-    return ClipSimilarity(clip_of("emoji"))
+    return ClipSimilarity(str(EMOJI / "clip"))
 
 
 def test_cosines_are_those_of_the_clips_texts(clip):

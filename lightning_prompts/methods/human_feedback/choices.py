@@ -91,7 +91,7 @@ class Scripted(Chooser):
 
     def open(self, backbone: Backbone, offline: bool) -> None:
         """Looks at the wanted picture."""
-        self.clip = ClipSimilarity(self.clip_name or clip_of(backbone.name), offline)
+        self.clip = ClipSimilarity(self.clip_name or clip_of(backbone), offline)
         self.wanted = to_tensor(load_image(self.wants, backbone.image_size))
 
     @torch.no_grad()
