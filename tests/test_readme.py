@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from lightning_prompts.main import main
 
@@ -47,6 +49,7 @@ def place(tmp_path, monkeypatch):
     colors = {"photo": "red", "photos/a": "green", "photos/b": "blue", "fox": "orange", "ball": "white"}
     for name, color in colors.items():
         Image.new("RGB", (80, 64), color).save(tmp_path / f"{name}.png")
+    save_file({"<fox>": torch.randn(1, 128)}, tmp_path / "fox.safetensors")
     (tmp_path / "prompts.txt").write_text("a small dog on a red background\na bicycle on a crimson background\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody answers
@@ -63,7 +66,9 @@ def test_commands_of_the_page_run(page, place, tiny):
             if "--data.prompts" in args:
                 method = Path(args[args.index("--config") + 1]).stem
                 short = ["--model.sampling_steps=2", "--model.seeds=1", *SHORT_OF_PROMPTS[method]]
-            short = [*short, "--trainer.accelerator=cpu"] if args[0] == "fit" else []
+            short = [*short, "--trainer.accelerator=cpu"] if args[0] in ("fit", "dry-run") else []
+            if any(word.startswith("configs/models/") for word in args):  # of which there are no weights here
+                short += ["--model.backbone", tiny, "--model.image_size=16"]
             main([*args, *short, *(["--generations=2", "--population=2"] if "--mix" in args else [])])
         elif program == "tensorboard":
             shown = subprocess.run(
@@ -82,3 +87,13 @@ def test_commands_of_the_page_run(page, place, tiny):
         assert not missing
         assert listed
         assert len(list((run / "pictures").iterdir())) == 2 * 4
+
+
+def test_python_of_the_page_runs(place, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    names = {}
+    exec(compile(code, "docs/python.md", "exec"), names)
+    assert names["result"].prompt in capsys.readouterr().out
+    assert (place / "again.png").exists()
+    assert sum(names["sharp"].record.metric_after) > sum(names["sharp"].record.metric_before)
+    assert names["held"].record.target_seed == 7

@@ -1,6 +1,7 @@
 """Every method on every family: searched, resumed, tested and drawn from, or refused in one sentence."""
 
 import json
+from pathlib import Path
 
 import families
 import numpy as np
@@ -100,6 +101,14 @@ def found(run):
     (problem,) = json.loads((run / "result.json").read_text())["problems"]
     problem["similarity"] = round(problem.get("similarity") or 0.0, 5)
     return {name: value for name, value in problem.items() if name != "seconds"}, files
+
+
+def test_table_of_the_docs_is_what_is_tested():
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    lines = page[page.index("| | sd-turbo") :].partition("\n\n")[0].splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    told = {(row[0], family): cell == "yes" for row in rows for family, cell in zip(head[1:], row[1:], strict=True)}
+    assert told == {(method, family): (method, family) not in REFUSED for method in METHODS for family in FAMILIES}
 
 
 @pytest.mark.parametrize("method", METHODS)
