@@ -232,7 +232,7 @@ def search(
     known = of_data | _settings_of(kind)
     for name, value in how.items():
         _check(name, value, known)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _apart(where), tempfile.TemporaryDirectory() as scratch:
         method: PromptMethod = kind(**{name: value for name, value in how.items() if name not in of_data})
         data = data_kind(**{name: value for name, value in how.items() if name in of_data})
@@ -297,6 +297,16 @@ def _file(picture: Picture, scratch: Path) -> str:
     kept = picture if picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else picture.convert("RGB")
     kept.save(scratch, exif=picture.getexif())  # in which the orientation is
     return str(scratch)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has been built without CUDA
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"The device {name!r} cannot be used ({reason}); give 'cpu', or 'cuda:0' if there is a GPU."
+        ) from error
 
 
 def _settings_of(kind: type) -> dict[str, str]:

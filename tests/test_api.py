@@ -222,6 +222,7 @@ print(sorted({{"gradio", "tensorboard", "nltk", "diffusers.pipelines.flux"}} & s
         "nothing": (lambda first: invert([]), "No pictures were given"),
         "no prompt": (lambda first: reword([" "]), "A prompt is empty"),
         "objective": (lambda first: guide("a cat", []), "There is nothing to improve"),
+        "device": (lambda first: invert(first, device="gpu"), "The device 'gpu' cannot be used"),
         "model": (lambda first: invert(first, backbone="no/thing/here"), "is neither 'emoji' nor"),
     }.values(),
 )

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lightning_prompts import cli
+from lightning_prompts import cli, guide, invert
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import PromptCheckpoint
 from lightning_prompts.main import main
+from lightning_prompts.objectives import Sharpness
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -109,6 +110,35 @@ def test_table_of_the_docs_is_what_is_tested():
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     told = {(row[0], family): cell == "yes" for row in rows for family, cell in zip(head[1:], row[1:], strict=True)}
     assert told == {(method, family): (method, family) not in REFUSED for method in METHODS for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_company_changes_nothing(family, folders, tmp_path):
+    """Three problems together come to what each of them comes to alone."""
+    backbone = load_backbone(folders(family), image_size=16)
+    files = []
+    for i in range(3):
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(files[-1])
+    how = {"backbone": backbone, "sampling_steps": 2, "steps": 2, "device": "cpu"}
+    pictured = {
+        "method": "textual_inversion",
+        "start": "random",
+        "tokens": 2,
+        "samples": 2,
+        "validation_samples": 2,
+        "lr": 0.02,
+    }
+    prompts = ["a red cat", "two dogs beside a tree", "a small square"]
+    together = [*invert(files, **pictured, **how), *guide(prompts, Sharpness(), **how)]
+    alone = [*(invert(file, **pictured, **how) for file in files), *(guide(one, Sharpness(), **how) for one in prompts)]
+    for one, other in zip(together, alone, strict=True):
+        assert one.record.key == other.record.key
+        assert one.record.validation_loss == pytest.approx(other.record.validation_loss, rel=1e-4)
+        for found, expected in ((one.embedding, other.embedding), (one.prompt_embeds, other.prompt_embeds)):
+            assert (found is None) == (expected is None)
+            if found is not None:
+                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
