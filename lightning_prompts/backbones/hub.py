@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning_prompts.errors import UserError
 
@@ -40,14 +43,35 @@ FILES = [  # safetensors and what describes them; no pickles, other precisions o
 ]
 
 
+class File(NamedTuple):
+    """A file of a model on the hub, with its size in bytes."""
+
+    name: str
+    size: int
+    cached: bool
+
+
 def find_model(name: str, offline: bool, revision: str | None) -> Path:
     """The folder of a model, downloaded if need be."""
+    return local_folder(name) or _from_hub(hub_name(name), offline or is_offline(), revision)
+
+
+def commit_of(name: str, offline: bool, revision: str | None) -> str | None:
+    """The commit of a model on the hub, which is downloaded if need be; of other models the revision as it is."""
+    return revision if local_folder(name) else find_model(name, offline, revision).name
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of a model that is no hub's."""
     folder = EMOJI if name == "emoji" else Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if name == "emoji":
+    if name == "emoji" and not folder.is_dir():
         raise UserError(f"The embedded model 'emoji' is not in {folder}; install lightning-prompts again.")
-    if folder.is_file():
+    return folder if folder.is_dir() else None
+
+
+def hub_name(name: str) -> str:
+    """The name on the hub, as `owner/name`, of a model that is no folder."""
+    if Path(name).expanduser().is_file():
         raise UserError(
             f"The model {name!r} is a single file, and a folder is needed; write one with "
             "`StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)`."
@@ -58,31 +82,126 @@ def find_model(name: str, offline: bool, revision: str | None) -> Path:
             f"The model {name!r} is neither 'emoji' nor an existing folder nor one of {', '.join(SHORT_NAMES)} nor a name on the "
             "Hugging Face hub, which reads 'owner/name'; correct it."
         )
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    return _download(name, offline, revision)
+    return name
 
 
-def _download(name: str, offline: bool, revision: str | None) -> Path:
+def is_offline() -> bool:
+    """Whether the environment forbids connections to the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _from_hub(name: str, offline: bool, revision: str | None) -> Path:
     """A hub model's folder in the local cache, with the files that are read and no others."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    refused: UserError | None = None
+    if not offline:
+        try:
+            return fetch(name, revision, files_on_hub(name, revision))
+        except Unanswered as error:
+            refused = error
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=offline, allow_patterns=FILES))
-    except GatedRepoError as error:
-        advice = f"is gated; accept its terms on https://huggingface.co/{name} and log in with `hf auth login`."
-        raise UserError(f"The model {name!r} {advice}") from error
-    except RepositoryNotFoundError as error:
-        advice = "correct the name or, if the model is private, log in with `hf auth login`."
-        raise UserError(f"The model {name!r} is neither a folder nor on the Hugging Face hub; {advice}") from error
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=FILES))
+    except LocalEntryNotFoundError as error:
+        raise refused or UserError(
+            f"The model {name!r} is no folder here and has not been downloaded completely, and this run is offline; run "
+            f"`train.py prefetch {name}` once online."
+        ) from error
+
+
+class Unanswered(UserError):
+    """The hub has not said which files a model has, so what was downloaded before has to do."""
+
+
+def files_on_hub(name: str, revision: str | None) -> list[File]:
+    """The files of a model on the hub that are read.
+
+    Raises:
+        Unanswered: The hub cannot be reached or does not let us in.
+        UserError: There is no such revision, or the model is none of diffusers'.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    try:  # with a time-out, without which snapshot_download would wait for ever
+        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
     except RevisionNotFoundError as error:
         raise UserError(
-            f"The model {name!r} has no revision {revision!r}; give one of its branches or tags."
+            f"The model {name!r} has no revision {revision!r}; give one of its branches, tags or commits."
         ) from error
-    except Exception as error:  # connection, proxy, time-out, full disk: their classes differ between versions
-        if offline:
-            problem, advice = "has not been downloaded completely, and this run is offline", "run once online"
+    except GatedRepoError as error:
+        raise Unanswered(_gated(name)) from error
+    except RepositoryNotFoundError as error:
+        advice = "correct the name or, if the model is private, log in with `hf auth login`."
+        raise Unanswered(f"The model {name!r} is neither a folder nor on the Hugging Face hub; {advice}") from error
+    except Exception as error:  # connection, proxy: their classes differ between versions
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+            problem = "was refused by the Hugging Face hub"
+            advice = "log in again with `hf auth login` or unset HF_TOKEN"
         else:
-            problem = f"could not be fetched from the Hugging Face hub ({type(error).__name__})"
-            advice = "check the name, the connection and the disk, or use 'emoji', which needs no download"
-        raise UserError(f"The model {name!r} is no folder here and {problem}; {advice}.") from error
+            problem = f"could not be fetched from the Hugging Face hub ({_reason(error, timeout)})"
+            advice = "check the connection, or use 'emoji', which needs no download"
+        raise Unanswered(f"The model {name!r} is no folder here and {problem}; {advice}.") from error
+    read = {
+        file.rfilename: file.size or 0
+        for file in info.siblings or []
+        if any(fnmatch(file.rfilename, pattern) for pattern in FILES)
+    }
+    if "model_index.json" not in read:
+        raise UserError(
+            f"The model {name!r} on the Hugging Face hub has no model_index.json; give one in diffusers' layout."
+        )
+    return [
+        File(file, size, isinstance(try_to_load_from_cache(name, file, revision=info.sha), str))
+        for file, size in read.items()
+    ]
+
+
+def fetch(name: str, revision: str | None, files: list[File]) -> Path:
+    """Downloads what is missing of a model on the hub, with a progress bar, and gives its folder, which is named by the commit."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    cache = Path(constants.HF_HUB_CACHE)
+    missing = sum(file.size for file in files if not file.cached)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())).free
+    elsewhere = "free some, or set HF_HOME to a folder on another disk"
+    if missing > free:
+        raise UserError(
+            f"The model {name!r} needs {megabytes(missing)} and {cache} has room for {megabytes(free)}; {elsewhere}."
+        )
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except GatedRepoError as error:  # of a model whose list of files everybody may see
+        raise UserError(_gated(name)) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            reason = error.strerror or error
+            raise UserError(f"The model {name!r} could not be written to {cache} ({reason}); {elsewhere}.") from error
+        reason = _reason(error, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        raise UserError(
+            f"The download of the model {name!r} broke off ({reason}); check the connection and run again, which fetches only what is "
+            "missing."
+        ) from error
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes, to be read."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _gated(name: str) -> str:
+    return f"The model {name!r} is gated; accept its terms on https://huggingface.co/{name} and log in with `hf auth login`."
+
+
+def _reason(error: BaseException, timeout: int) -> str:
+    """What the hub or the connection to it has done."""
+    while error.__cause__:
+        error = error.__cause__
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # of httpx or httpx2, whichever the hub's library uses
+    if kinds & {"TimeoutException", "TimeoutError"}:
+        return f"it timed out after {timeout} seconds"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return f"it answered {status}" if status else type(error).__name__

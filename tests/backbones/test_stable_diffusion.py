@@ -2,7 +2,6 @@ import inspect
 import json
 import logging
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -550,92 +549,3 @@ def test_emoji_is_the_packaged_folder(sd1, tmp_path, monkeypatch):
 def test_backbone_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         Backbone("x", [], torch.nn.Identity(), torch.nn.Identity(), None)
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """An empty download folder and no network; gives the attempts to reach it."""
-    attempts = []
-
-    def refuse(*args, **kwargs):
-        attempts.append(args)
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return attempts
-
-
-def test_hub_out_of_reach(hub):
-    with pytest.raises(
-        UserError, match=r"'owner/model' is no folder here and could not be fetched .*use 'emoji'"
-    ) as error:
-        load_backbone("owner/model")
-    assert hub
-    assert_one_sentence(error)
-
-
-@pytest.mark.parametrize("how", ["argument", "environment"])
-def test_offline_asks_nobody(hub, monkeypatch, how):
-    if how == "environment":
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        UserError, match=r"has not been downloaded completely, and this run is offline; run once"
-    ) as error:
-        load_backbone("owner/model", offline=how == "argument")
-    assert not hub
-    assert_one_sentence(error)
-
-
-def test_offline_reads_what_was_downloaded(hub, sd1, tmp_path):
-    store = tmp_path / "hub/models--owner--model"
-    shutil.copytree(sd1, store / "snapshots" / ("0" * 40))
-    (store / "refs").mkdir()
-    (store / "refs/main").write_text("0" * 40)
-    backbone = load_backbone("owner/model", offline=True)
-    assert backbone.name == "owner/model"
-    assert torch.equal(backbone.towers[0].table, load_backbone(str(sd1)).towers[0].table)
-    assert not hub
-
-
-@pytest.mark.parametrize(
-    ("problem", "message"),
-    [
-        ("GatedRepoError", r"is gated; accept its terms on https://huggingface\.co/owner/model"),
-        ("RepositoryNotFoundError", r"neither a folder nor on the Hugging Face hub; correct the name"),
-        ("RevisionNotFoundError", r"has no revision 'v9'"),
-    ],
-)
-def test_answers_of_the_hub(monkeypatch, problem, message):
-    import huggingface_hub.errors
-
-    cls = getattr(huggingface_hub.errors, problem)
-
-    def answer(*args, **kwargs):
-        assert kwargs["revision"] == "v9"
-        raise cls.__new__(cls)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", answer)
-    with pytest.raises(UserError, match=message) as error:
-        load_backbone("owner/model", revision="v9")
-    assert_one_sentence(error)
-
-
-def test_downloads_only_what_is_read(monkeypatch, sd1):
-    """No other precision, no pickles, no safety checker."""
-    from huggingface_hub.utils import filter_repo_objects
-
-    wanted = [str(path.relative_to(sd1)) for path in sd1.rglob("*") if path.is_file()]
-    others = [
-        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors",
-        "v1-5-pruned.safetensors", "text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
-    ]  # fmt: skip
-    shard = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
-    seen = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: seen.update(kwargs) or str(sd1))
-    load_backbone("owner/model")
-    found = set(filter_repo_objects([*wanted, *others, shard], allow_patterns=seen["allow_patterns"]))
-    assert found == {*wanted, shard}
-    assert not seen["local_files_only"]

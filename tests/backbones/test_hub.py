@@ -1,0 +1,244 @@
+"""Models on the Hugging Face hub, of which a small one runs here."""
+
+import errno
+import os
+import shutil
+import socket
+import time
+from types import SimpleNamespace
+
+import families
+import huggingface_hub
+import pytest
+import torch
+from hub import Hub
+
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones.hub import find_model
+from lightning_prompts.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty download folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def hub(monkeypatch, cache):
+    """A hub without models."""
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """No network; what has tried to reach it."""
+    attempts = []
+
+    def refuse(*args, **kwargs):
+        attempts.append(args)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+    return attempts
+
+
+def refused(match, function=load_backbone, name="owner/model", **how):
+    """Loads what must be refused in one sentence."""
+    with pytest.raises(UserError, match=match) as error:
+        function(name, **how)
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert ". " not in text
+
+
+OTHERS = [  # other precisions, pickles, what is not read
+    "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors",
+    "v1-5-pruned.safetensors", "text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors", "README.md",
+]  # fmt: skip
+
+
+@pytest.fixture
+def published(hub, sd1, tmp_path):
+    """A model with other files beside those that are read."""
+    folder = shutil.copytree(sd1, tmp_path / "published")
+    for name in OTHERS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return hub.push("owner/model", folder)
+
+
+def names(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+# Fetching
+
+
+def test_fetches_only_what_is_read(hub, published, sd1):
+    folder = find_model("owner/model", False, None)
+    assert names(folder) == names(sd1)
+    assert folder.name == published
+    backbone = load_backbone("owner/model")
+    assert backbone.name == "owner/model"
+    assert torch.equal(backbone.towers[0].table, load_backbone(str(sd1)).towers[0].table)
+    assert len({path for method, path in hub.asked if method == "GET" and "/resolve/" in path}) == len(names(sd1))
+
+
+def test_shards_are_fetched(hub, sd1, tmp_path):
+    folder = shutil.copytree(sd1, tmp_path / "sharded")
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    shutil.rmtree(folder / "unet")
+    unet.save_pretrained(folder / "unet", max_shard_size="1MB")
+    assert len(list((folder / "unet").glob("*-of-*.safetensors"))) > 1
+    hub.push("owner/model", folder)
+    loaded = load_backbone("owner/model").denoiser.state_dict()
+    for key, value in unet.state_dict().items():
+        assert torch.equal(loaded[key], value)
+
+
+def test_revisions(hub, published, sd1, sd2):
+    older = published
+    newer = hub.push("owner/model", sd2)
+    hub.push("owner/model", sd1, "v1")
+    assert find_model("owner/model", False, None).name == newer
+    assert load_backbone("owner/model", revision=older).prediction_type == "epsilon"
+    assert load_backbone("owner/model").prediction_type == "v_prediction"
+    assert find_model("owner/model", True, None).name == newer
+    assert find_model("owner/model", True, older).name == older
+    refused("has not been downloaded completely", revision="v1", offline=True)
+    assert load_backbone("owner/model", revision="v1").prediction_type == "epsilon"
+    refused(r"has no revision 'v9'; give one of its branches, tags or commits", revision="v9")
+    refused("has no revision", revision="0" * 40)
+
+
+# Its answers
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "headers", "match"),
+    [
+        ("/api", 401, {"X_Error_Code": "RepoNotFound"}, r"neither a folder nor on the Hugging Face hub; correct the name"),
+        ("/api", 404, {"X_Error_Code": "RepoNotFound"}, r"neither a folder nor on the Hugging Face hub; correct the name"),
+        (
+            "/api", 401, {"X_Error_Message": "Invalid credentials in Authorization header"},
+            r"was refused by the Hugging Face hub; log in again with `hf auth login` or unset HF_TOKEN",
+        ),
+        ("/api", 403, {"X_Error_Code": "GatedRepo"}, r"is gated; accept its terms on https://huggingface\.co/owner/model and log in"),
+        ("/owner", 403, {"X_Error_Code": "GatedRepo"}, r"is gated; accept its terms on https://huggingface\.co/owner/model and log in"),
+        ("/owner", 401, {"X_Error_Code": "GatedRepo"}, r"is gated; accept its terms on https://huggingface\.co/owner/model and log in"),
+        ("/api", 500, {}, r"could not be fetched from the Hugging Face hub \(it answered 500\); check the connection, or use 'emoji'"),
+        ("/owner", 403, {}, r"download of the model 'owner/model' broke off \(it answered 403\); check the connection and run again"),
+    ],
+)  # fmt: skip
+def test_answers(hub, published, path, status, headers, match):
+    hub.answer[path] = (status, headers)
+    refused(match)
+    refused("has not been downloaded completely", offline=True)
+    hub.answer.clear()
+    assert load_backbone("owner/model").name == "owner/model"
+    hub.answer[path] = (status, headers)
+    assert load_backbone("owner/model").name == "owner/model"  # downloaded before
+
+
+def test_hub_that_hangs(hub, published, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 1)
+    hub.hangs = True
+    begun = time.monotonic()
+    refused(r"could not be fetched from the Hugging Face hub \(it timed out after 1 seconds\); check the connection")
+    assert time.monotonic() - begun < 3
+    hub.hangs = False
+    find_model("owner/model", False, None)
+    hub.hangs = True
+    assert find_model("owner/model", False, None).name == published
+
+
+def test_hub_out_of_reach(cache, attempts):
+    refused(r"'owner/model' is no folder here and could not be fetched .*\(\w+\); check the connection, or use 'emoji'")
+    assert attempts
+
+
+def test_model_that_is_no_pipeline(hub, language_model, cache):
+    hub.push("owner/model", language_model)
+    refused(r"'owner/model' on the Hugging Face hub has no model_index\.json; give one in diffusers' layout")
+    assert not cache.exists()
+
+
+def test_transfer_that_breaks_off(hub, published, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries
+    hub.broken = "unet/diffusion_pytorch_model.safetensors"
+    refused(r"The download of the model 'owner/model' broke off \(\w+\); check the connection and run again")
+    refused("has not been downloaded completely", offline=True)
+    refused("has not been downloaded completely", offline=True, revision=published)
+    hub.broken, hub.asked[:] = None, []
+    load_backbone("owner/model")
+    assert [path for method, path in hub.asked if method == "GET" and "/resolve/" in path] == [
+        f"/owner/model/resolve/{published}/unet/diffusion_pytorch_model.safetensors"
+    ]
+    load_backbone("owner/model", offline=True)
+
+
+def test_disk_with_too_little_room(hub, published, monkeypatch, cache):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    refused(r"'owner/model' needs [\d.]+ MB and .*hub has room for 0\.1 MB; free some, or set HF_HOME to")
+    assert not cache.exists()
+
+
+def test_disk_that_is_full_in_the_middle(hub, published, monkeypatch):
+    def write(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.file_download.http_get", write)
+        refused(
+            r"'owner/model' could not be written to .*hub \(No space left on device\); free some, or set HF_HOME to"
+        )
+    refused("has not been downloaded completely", offline=True)
+    load_backbone("owner/model")
+
+
+# Offline
+
+
+@pytest.fixture(scope="module", params=families.BUILD)
+def family(request, tmp_path_factory):
+    """The folder of each family."""
+    return families.save(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_offline_asks_nobody(cache, attempts, monkeypatch, how):
+    if how == "environment":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(
+        r"has not been downloaded completely, and this run is offline; run `train\.py prefetch owner/model` once online",
+        offline=how == "argument",
+    )
+    assert not attempts
+
+
+def test_offline_reads_without_a_connection(hub, family, monkeypatch, request):
+    hub.push("owner/model", family)
+    folder = find_model("owner/model", False, None)
+    huggingface_hub.utils.close_session()
+    attempts = request.getfixturevalue("attempts")
+    expected = load_backbone(str(family), offline=True).denoiser.state_dict()
+    for how in ({"offline": True}, {"offline": True, "revision": folder.name}, {"offline": False}):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "" if how["offline"] else "1")
+        read = load_backbone("owner/model", **how).denoiser.state_dict()
+        assert all(torch.equal(read[key], value) for key, value in expected.items())
+    assert not attempts
