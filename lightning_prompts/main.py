@@ -16,7 +16,7 @@ from typing import NoReturn
 from lightning_prompts.errors import UserError
 from lightning_prompts.problems import RunFolder
 
-COMMANDS = ("fit", "validate", "test", "predict", "show-space", "dry-run")
+COMMANDS = ("fit", "validate", "test", "predict", "show-space", "dry-run", "prefetch")
 HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
 
   fit       search prompts:         train.py fit --config configs/invert.yaml --data.images photo.png
@@ -26,6 +26,7 @@ HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
             mix two found prompts:  train.py predict --mix runs/NAME runs/OTHER
   show-space  words that a search would choose from:  train.py show-space --config configs/dpo_diff.yaml --data.prompts "a dog"
   dry-run   memory and time that a search would take, and how to lower them:  train.py dry-run (settings of fit)
+  prefetch  download models to be used later or offline:  train.py prefetch sdxl
 
 General settings of a command: train.py COMMAND --help; of a method: train.py fit --model.help PH2P;
 of the pictures and the schedule: train.py fit --data.help ImagesToPrompts
@@ -41,10 +42,14 @@ def main(args: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(HELP)  # without importing Lightning, which takes seconds
-        return
+        return None
     _manners()
     try:
         _check_order(args)
+        if args[0] == "prefetch":
+            from lightning_prompts.prefetch import prefetch
+
+            return prefetch(args[1:])
         run, args = _with_run_config(args)
         _check_configs(args)
         from lightning_prompts.cli import run_command  # takes seconds to import

@@ -4,6 +4,8 @@ import errno
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from hub import Hub
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.hub import find_model
 from lightning_prompts.errors import UserError
+from lightning_prompts.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
 
@@ -209,6 +212,64 @@ def test_disk_that_is_full_in_the_middle(hub, published, monkeypatch):
         )
     refused("has not been downloaded completely", offline=True)
     load_backbone("owner/model")
+
+
+# Fetching before
+
+
+def test_prefetch(hub, published, cache, sd1, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)  # is not imported
+    monkeypatch.setitem(sys.modules, "lightning_prompts.cli", None)
+    monkeypatch.setattr("lightning_prompts.backbones.hub.SHORT_NAMES", {"short": "owner/model"})
+    main(["prefetch", "short", "emoji", str(sd1)])
+    told = capsys.readouterr()
+    size = sum(path.stat().st_size for path in sd1.rglob("*") if path.is_file()) / 1e6
+    snapshot = cache / "models--owner--model" / "snapshots" / published
+    lines = told.out.splitlines()
+    assert lines[0] == "owner/model:"
+    assert {line.split()[-1] for line in lines[1:-4]} == names(sd1)
+    assert lines[-4].split() == f"{size:.1f} MB in all, of which 0.0 MB are in the cache".split()
+    assert lines[-3] == f"The model 'owner/model' is in {snapshot}, commit {published}."
+    assert "nothing has to be fetched" in lines[-2]
+    assert lines[-1] == f"The model {str(sd1)!r} is the folder {sd1}, and nothing has to be fetched."
+    assert "MB" in told.err or "%" in told.err or "B/s" in told.err
+    main(["prefetch", "short"])
+    told = capsys.readouterr().out
+    assert f"of which {size:.1f} MB are in the cache" in told
+    assert told.count("(in the cache)") == len(names(sd1))
+
+
+@pytest.mark.parametrize(
+    ("args", "environment", "told"),
+    [
+        (["owner/model", "nowhere"], {}, "The model 'nowhere' is neither"),
+        (["owner/model", "--revision", "v9"], {}, "has no revision 'v9'"),
+        (["owner/model", "--revision"], {}, "argument --revision: expected one argument; the command reads: train.py prefetch NAME"),
+        ([], {}, "the following arguments are required: NAME; the command reads"),
+        (["owner/model"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids the connection that prefetch needs; unset it."),
+    ],
+)  # fmt: skip
+def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment, told):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        main(["prefetch", *args])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert told in error
+    assert not any("/resolve/" in path for _, path in hub.asked)
+
+
+def test_prefetch_as_a_program(hub, published, tmp_path):
+    """Where the environment says where hub and cache are, and nothing of Lightning is imported."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    code = "import sys; from lightning_prompts.main import main; main(['prefetch', 'owner/model']); assert 'pytorch_lightning' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"commit {published}." in done.stdout
+    assert str(tmp_path / "home" / "hub") in done.stdout
 
 
 # Offline
