@@ -26,6 +26,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_prompts import methods
+from lightning_prompts.backbones.hub import commit_of
 from lightning_prompts.callbacks import (
     AtomicCheckpointIO,
     Between,
@@ -188,11 +189,18 @@ class CLI(LightningCLI):
                 f"There is no checkpoint of a search in {config.ckpt_path}; give another or --ckpt_path last."
             )
         if own_rank() == 0:
-            dumped = self._parser("fit").dump(config.clone())
-            if config.ckpt_path and self.folder.config.exists():
-                _check_same(self.folder, dumped)
             CLI.made = None if self.folder.path.exists() else self.folder
             self.folder.prepare(resume=bool(config.ckpt_path))
+        begun = bool(config.ckpt_path) and self.folder.config.exists()
+        model = config.model.init_args
+        if begun and model.revision is None:
+            model.revision = self.folder.saved_settings()["model"]["init_args"].get("revision")
+        # What is saved is the commit, so that later commands read the same model.
+        model.revision = commit_of(model.backbone, model.offline, model.revision)
+        if own_rank() == 0:
+            dumped = self._parser("fit").dump(config.clone())
+            if begun:
+                _check_same(self.folder, dumped)
             self.saved = re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped)
         if config.ckpt_path == "last":
             found = last_checkpoint(self.folder.checkpoints)

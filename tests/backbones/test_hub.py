@@ -1,6 +1,7 @@
 """Models on the Hugging Face hub, of which a small one runs here."""
 
 import errno
+import json
 import os
 import shutil
 import socket
@@ -270,6 +271,62 @@ def test_prefetch_as_a_program(hub, published, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"commit {published}." in done.stdout
     assert str(tmp_path / "home" / "hub") in done.stdout
+
+
+# The commit of a run
+
+
+def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    fit = [
+        "fit",
+        "--run",
+        str(run),
+        "--trainer.accelerator",
+        "cpu",
+        "--model",
+        "PEZ",
+        "--model.backbone",
+        "owner/model",
+    ]
+    fit += ["--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(pictures / "0.png")]
+    fit += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
+
+    def commit():
+        return json.loads((run / "result.json").read_text())["settings"]["model"]["revision"]
+
+    def refused_by_main(*args):
+        with pytest.raises(SystemExit) as stopped:
+            main([*fit, *args])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    main(fit)
+    assert commit() == published
+    newer = hub.push("owner/model", sd2)
+    hub.push("owner/model", sd1, "v1")
+    hub.asked.clear()
+    for command in ("test", "predict"):
+        main([command, "--run", str(run)])
+        assert commit() == published
+    fit += ["--data.images", str(pictures), "--data.steps", "3"]
+    main([*fit, "--ckpt_path", "last"])
+    assert commit() == published
+    assert len(json.loads((run / "result.json").read_text())["problems"]) == 3
+    main([*fit, "--ckpt_path", "last", "--model.revision", published])
+    assert not any(newer in path for _, path in hub.asked)
+    told = refused_by_main("--ckpt_path", "last", "--model.revision", "v1")
+    assert (
+        f'was begun with --model.revision "{published}" and cannot go on with "{hub.models["owner/model"][0]["v1"]}"'
+        in told
+    )
+    main(["test", "--run", str(run), "--model.offline", "true"])
+    assert commit() == published
+    hub.answer["/api"] = (401, {"X_Error_Code": "RepoNotFound"})
+    fit[2] = str(tmp_path / "other")
+    told = refused_by_main("--model.revision", "v2")
+    assert "neither a folder nor on the Hugging Face hub" in told
+    assert not (tmp_path / "other").exists()
 
 
 # Offline
