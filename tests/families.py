@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import diffusers
+import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import (
@@ -20,7 +21,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from lightning_prompts.backbones import load_backbone
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
+from lightning_prompts.errors import UserError
 
 CAPTIONS = [
     "a red square on a blue background",
@@ -190,3 +193,14 @@ def save_with_clip(family, folder):
     CLIPModel(own).save_pretrained(model / "clip")
     tokenizer.save_pretrained(model / "clip")
     return str(model)
+
+
+def refused(match, name, **how):
+    """Loads what must be refused in one sentence."""
+    with pytest.raises(UserError, match=match) as error:
+        load_backbone(str(name), **how)
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert ". " not in text
+    return text

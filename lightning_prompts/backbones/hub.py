@@ -63,7 +63,7 @@ def commit_of(name: str, offline: bool, revision: str | None) -> str | None:
 
 def local_folder(name: str) -> Path | None:
     """The folder of a model that is no hub's."""
-    folder = EMOJI if name == "emoji" else Path(name).expanduser()
+    folder = EMOJI if name == "emoji" else Path(os.path.expanduser(name))
     if name == "emoji" and not folder.is_dir():
         raise UserError(f"The embedded model 'emoji' is not in {folder}; install lightning-prompts again.")
     return folder if folder.is_dir() else None
@@ -71,7 +71,7 @@ def local_folder(name: str) -> Path | None:
 
 def hub_name(name: str) -> str:
     """The name on the hub, as `owner/name`, of a model that is no folder."""
-    if Path(name).expanduser().is_file():
+    if Path(os.path.expanduser(name)).is_file():
         raise UserError(
             f"The model {name!r} is a single file, and a folder is needed; write one with "
             "`StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)`."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,27 +55,27 @@ def load_backbone(
         image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
     """
     import diffusers
-    from safetensors import SafetensorError
 
     folder = find_model(name, offline, revision)
     family, index = _check(name, folder)
     part, kind = family.denoises
-    try:
-        with quiet():
+    towers = []
+    with quiet():
+        with _unreadable(name, "scheduler"):
             read = _read_scheduler(index["scheduler"][1], folder)
-            if scheduler:
-                read = _replaced(read, scheduler)
-            towers = [
-                TextTower(_read_tokenizer(folder, reads), _read(folder, reads.part, reads.network, dtype), *reads[2:5])
-                for reads in family.reads
-                if index.get(reads.part, (None, None))[1]
-            ]
-            denoiser, vae = _read(folder, part, kind, dtype), _read(folder, "vae", "AutoencoderKL", dtype)
-    except UserError:
-        raise
-    except (AttributeError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(f"The model {name!r} cannot be read ({reason}); fetch or write it again.") from error
+        if scheduler:
+            read = _replaced(read, scheduler)
+        for reads in family.reads:
+            if index.get(reads.part, (None, None))[1]:
+                with _unreadable(name, reads.tokenizer):
+                    tokenizer = _read_tokenizer(folder, reads)
+                with _unreadable(name, reads.part):
+                    encoder = _read(folder, reads.part, reads.network, dtype)
+                    towers.append(TextTower(tokenizer, encoder, *reads[2:5]))
+        with _unreadable(name, part):
+            denoiser = _read(folder, part, kind, dtype)
+        with _unreadable(name, "vae"):
+            vae = _read(folder, "vae", "AutoencoderKL", dtype)
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
         denoiser.to(memory_format=torch.channels_last)  # in which convolutions are a tenth to a fifth faster
     if dtype == "float16" and vae.config.get("force_upcast"):  # SDXL's leaves the range of half precision
@@ -84,6 +85,20 @@ def load_backbone(
     if name == "emoji":
         backbone.default_steps, backbone.default_guidance = 25, 3.0  # docs/embedded_model.md
     return backbone
+
+
+@contextmanager
+def _unreadable(name: str, part: str) -> Iterator[None]:
+    """Makes a sentence of what the libraries say of a broken component."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        reason = re.split(r"\n|\. ", str(error))[0].rstrip(" .:") or type(error).__name__
+        raise UserError(
+            f"The {part} of the model {name!r} cannot be read ({reason}); fetch or write the model again."
+        ) from error
 
 
 def _check(name: str, folder: Path) -> tuple[type[Backbone], dict[str, Any]]:
@@ -101,7 +116,9 @@ def _check(name: str, folder: Path) -> tuple[type[Backbone], dict[str, Any]]:
         found = {part: (index.get(part) or (None, None))[1] for part in parts}
         index["scheduler"][1]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"The file {path} is not a pipeline's; fetch or write the model again.") from error
+        raise UserError(
+            f"The model_index.json of the model {name!r} is not a pipeline's; fetch or write it again."
+        ) from error
     if not family:
         raise UserError(
             f"The model {name!r} is a {pipeline}, and what can be read is {', '.join(FAMILIES)}; choose another."
@@ -119,11 +136,14 @@ def _check(name: str, folder: Path) -> tuple[type[Backbone], dict[str, Any]]:
                 f"The {part} of the model {name!r} is a {found[part]}; only {supported} is supported, choose another."
             )
         file = folder / part / f"{stem}.safetensors"
-        if not file.is_file() and not Path(f"{file}.index.json").is_file():
+        if file.is_file() or Path(f"{file}.index.json").is_file():
+            continue
+        if any(other.suffix in (".bin", ".ckpt") for other in file.parent.glob("*")):
             raise UserError(
                 f"The model {name!r} has no {part}/{file.name}, and pickle weights (.bin, .ckpt) are refused because they "
                 "can run code; convert it with `save_pretrained(folder, safe_serialization=True)`."
             )
+        raise UserError(f"The model {name!r} has no {part}/{file.name}; fetch or write the whole model again.")
     return family, index
 
 
@@ -144,7 +164,7 @@ def _read(folder: Path, part: str, kind: str, dtype: str) -> Any:
         folder, subfolder=part, use_safetensors=True, output_loading_info=True, **ours
     )
     if missing := sorted(info["missing_keys"]):  # the libraries fill them at random and only warn
-        raise ValueError(f"{part} lacks {len(missing)} weights such as {missing[0]}")
+        raise ValueError(f"it lacks {len(missing)} weights such as {missing[0]}")
     return model
 
 
@@ -156,7 +176,7 @@ def _read_tokenizer(folder: Path, reads: Reads) -> Any:
     files = {path.name for path in (folder / part).glob("*")}
     own = {"spiece.model"} if reads.network == "T5EncoderModel" else {"vocab.json", "merges.txt"}
     if "tokenizer.json" not in files and not own <= files:  # transformers would make an empty one
-        raise ValueError(f"{part} has neither tokenizer.json nor {' with '.join(sorted(own, reverse=True))}")
+        raise ValueError(f"it has neither tokenizer.json nor {' with '.join(sorted(own, reverse=True))}")
     kind = T5TokenizerFast if reads.network == "T5EncoderModel" else CLIPTokenizer
     tokenizer = kind.from_pretrained(folder, subfolder=part)
     if reads.lower:

@@ -7,6 +7,7 @@ import diffusers
 import families
 import pytest
 import torch
+from families import refused
 
 from lightning_prompts.backbones import base, load_backbone
 from lightning_prompts.errors import UserError
@@ -238,6 +239,114 @@ def test_every_component_is_needed(copy, family):
         with pytest.raises(UserError, match=f"The {part} of the model .* is a .*; only"):
             load_backbone(str(copy))
         (copy / "model_index.json").write_text(json.dumps(index))
+
+
+def parts(folder):
+    """The components that a folder has."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return [part for part, value in index.items() if isinstance(value, list) and value[0]]
+
+
+def again(folder, part):
+    """What is said of a component that cannot be read."""
+    return rf"The {part} of the model {str(folder)!r} cannot be read \(.+\); fetch or write the model again\.$"
+
+
+def test_component_that_is_not_there(copy):
+    for part in parts(copy):
+        (copy / part).rename(copy / "elsewhere")
+        if part.startswith(("scheduler", "tokenizer")):
+            refused(again(copy, part), copy)
+        else:
+            refused(rf"{str(copy)!r} has no {part}/\w+\.safetensors; fetch or write the whole model again", copy)
+        (copy / "elsewhere").rename(copy / part)
+    load_backbone(str(copy))
+
+
+def loop(file):
+    file.unlink()
+    file.symlink_to(file.name)
+
+
+def in_shards(text):
+    """An index in place of weights."""
+    return lambda file: (file.unlink(), file.with_name(f"{file.name}.index.json").write_text(text))
+
+
+WEIGHTS = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-100]),
+    "begun": lambda file: file.write_bytes(file.read_bytes()[:50]),
+    "empty": lambda file: file.write_bytes(b""),
+    "loop": loop,
+    "shards: empty": in_shards(""),
+    "shards: no json": in_shards("{"),
+    "shards: list": in_shards("[]"),
+    "shards: null": in_shards("null"),
+    "shards: none": in_shards("{}"),
+    "shards: gone": in_shards('{"metadata": {}, "weight_map": {"x": "gone.safetensors"}}'),
+}
+
+
+@pytest.mark.parametrize("how", WEIGHTS)
+def test_weights_that_are_broken(copy, how):
+    for file in list(copy.rglob("*.safetensors")):
+        content, part = file.read_bytes(), file.parent.name
+        WEIGHTS[how](file)
+        refused(f"{str(copy)!r} has no {part}/" if how == "loop" else again(copy, part), copy)
+        file.unlink(missing_ok=True)
+        file.with_name(f"{file.name}.index.json").unlink(missing_ok=True)
+        file.write_bytes(content)
+    load_backbone(str(copy))
+
+
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name:FutureWarning")
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_descriptions_that_are_broken(copy, text):
+    for file in list(copy.rglob("*.json")):
+        content = file.read_text()
+        file.write_text(text)
+        if file.name == "model_index.json":
+            refused(rf"The model_index\.json of the model {str(copy)!r} is not a pipeline's", copy)
+        else:
+            refused(again(copy, file.parent.name), copy)
+        file.write_text(content)
+    load_backbone(str(copy))
+
+
+def test_folder_that_is_a_loop(family, tmp_path):
+    (tmp_path / "model").symlink_to(tmp_path / "model")
+    refused("neither 'emoji' nor an existing folder", tmp_path / "model")
+
+
+OTHERS = {
+    "CLIPTextModel": ("pixart", "text_encoder"),
+    "CLIPTextModelWithProjection": ("pixart", "text_encoder"),
+    "T5EncoderModel": ("sd1", "text_encoder"),
+    "UNet2DConditionModel": ("pixart", "transformer"),
+    "SD3Transformer2DModel": ("flux", "transformer"),
+    "FluxTransformer2DModel": ("sd3", "transformer"),
+    "PixArtTransformer2DModel": ("sd3", "transformer"),
+    "AutoencoderKL": ("sd1", "unet"),
+}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """A component of another class for each class."""
+    folders = {name: families.save(name, tmp_path_factory.mktemp("other")) for name in ("sd1", "sd3", "flux", "pixart")}
+    return {kind: folders[name] / part for kind, (name, part) in OTHERS.items()}
+
+
+def test_components_of_another_class(copy, others):
+    index = json.loads((copy / "model_index.json").read_text())
+    for part in parts(copy):
+        if not part.startswith(("scheduler", "tokenizer")):
+            (copy / part).rename(copy / "elsewhere")
+            shutil.copytree(others[index[part][1]], copy / part)
+            refused(again(copy, part), copy)
+            shutil.rmtree(copy / part)
+            (copy / "elsewhere").rename(copy / part)
+    load_backbone(str(copy))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import families
 import pytest
 import torch
 import transformers
@@ -469,11 +470,6 @@ def drop_weight(folder):
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def truncate(folder):
-    file = folder / "text_encoder/model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
 def predict(folder, what):
     file = folder / "scheduler/scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": what}))
@@ -481,8 +477,6 @@ def predict(folder, what):
 
 SPOILED = {
     "no index": (lambda f: (f / "model_index.json").unlink(), r"has no model_index\.json; give a folder"),
-    "bad index": (lambda f: write(f, "model_index.json", "[]"), r"model_index\.json is not a pipeline's"),
-    "no json": (lambda f: write(f, "model_index.json", "{"), r"model_index\.json is not a pipeline's"),
     "no unet": (lambda f: edit_index(f, unet=None), "has no unet, which every StableDiffusionPipeline needs"),
     "family": (
         lambda f: edit_index(f, _class_name="KandinskyPipeline"),
@@ -494,12 +488,11 @@ SPOILED = {
     ),
     "scheduler": (
         lambda f: edit_index(f, scheduler=["diffusers", "FancyScheduler"]),
-        r"FancyScheduler.*write it again",
+        r"FancyScheduler.*write the model again",
     ),
     "no scheduler": (lambda f: edit_index(f, scheduler=["diffusers", "AutoencoderKL"]), r"is not a scheduler"),
     "pickles": (pickles, r"unet/diffusion_pytorch_model\.safetensors, and pickle.* refused.*safe_serialization=True"),
-    "missing weight": (drop_weight, r"unet lacks 1 weights such as conv_in\.bias"),
-    "truncated": (truncate, r"cannot be read \(.+\); fetch or write it again"),
+    "missing weight": (drop_weight, r"The unet of .* lacks 1 weights such as conv_in\.bias"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), r"neither tokenizer\.json nor vocab\.json"),
     "predicts x0": (
         lambda f: predict(f, "sample"),
@@ -512,30 +505,17 @@ SPOILED = {
 def test_spoiled_folders(copy, case):
     spoil, message = SPOILED[case]
     spoil(copy)
-    with pytest.raises(UserError, match=message) as error:
-        load_backbone(str(copy))
-    assert_one_sentence(error)
+    families.refused(message, copy)
 
 
-def assert_one_sentence(error):
-    text = str(error.value)
-    assert "\n" not in text
-    assert text.endswith(".")
-    assert ". " not in text
-
-
-@pytest.mark.parametrize("name", ["stable-diffusion", "./missing", "/no/such/folder", "a/b/c"])
+@pytest.mark.parametrize("name", ["stable-diffusion", "./missing", "/no/such/folder", "a/b/c", "~nobody/model"])
 def test_unknown_names(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"neither 'emoji' nor an existing folder nor .* 'owner/name'") as error:
-        load_backbone(name)
-    assert_one_sentence(error)
+    families.refused(r"neither 'emoji' nor an existing folder nor .* 'owner/name'", name)
 
 
 def test_single_file(sd1):
-    with pytest.raises(UserError, match=r"is a single file.*from_single_file") as error:
-        load_backbone(str(sd1 / "unet/diffusion_pytorch_model.safetensors"))
-    assert_one_sentence(error)
+    families.refused(r"is a single file.*from_single_file", sd1 / "unet/diffusion_pytorch_model.safetensors")
 
 
 def test_emoji_is_the_packaged_folder(sd1, tmp_path, monkeypatch):
