@@ -6,7 +6,17 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lightning_prompts.backbones.hub import fetch, files_on_hub, hub_name, is_offline, local_folder, megabytes
+from lightning_prompts.backbones.hub import (
+    CONFIGURATION,
+    FILES,
+    fetch,
+    files_on_hub,
+    hub_name,
+    is_offline,
+    local_folder,
+    megabytes,
+)
+from lightning_prompts.backbones.single_file import described_by, single_file
 from lightning_prompts.errors import UserError
 
 
@@ -22,22 +32,32 @@ def prefetch(args: Sequence[str]) -> None:
         args: Names of models, and --revision.
     """
     parser = _Parser("train.py prefetch", description="Downloads the files of models that a run would read.")
-    parser.add_argument("names", nargs="+", metavar="NAME", help="a model on the hub or a short name such as sdxl")
+    parser.add_argument(
+        "names", nargs="+", metavar="NAME", help="a model on the hub, a short name such as sdxl, or a safetensors file"
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     given = parser.parse_args(args)
-    folders = {name: local_folder(name) for name in given.names}
-    hub_names = {name: hub_name(name) for name, folder in folders.items() if not folder}  # refuses before it fetches
-    if hub_names and is_offline():
+    wanted = [(name, *_wanted(name)) for name in given.names]  # refuses a wrong name before it fetches the others
+    if is_offline() and any(files for *_, files in wanted):
         raise UserError("HF_HUB_OFFLINE forbids the connection that prefetch needs; unset it.")
-    for name, folder in folders.items():
-        if folder:
-            print(f"The model {name!r} is the folder {folder}, and nothing has to be fetched.")
+    for name, model, files in wanted:
+        if files:
+            _prefetch(model, given.revision, files)
         else:
-            _prefetch(hub_names[name], given.revision)
+            print(f"The model {name!r} is the folder {model}, and nothing has to be fetched.")
 
 
-def _prefetch(name: str, revision: str | None) -> None:
-    files = files_on_hub(name, revision)
+def _wanted(name: str) -> tuple[str, list[str]]:
+    """A folder, or a model on the hub and which of its files a run would read."""
+    if folder := local_folder(name):
+        return str(folder), []
+    if file := single_file(name):
+        return hub_name(described_by(file)), CONFIGURATION
+    return hub_name(name), FILES
+
+
+def _prefetch(name: str, revision: str | None, wanted: list[str]) -> None:
+    files = files_on_hub(name, revision, wanted)
     print(f"{name}:")
     for file in files:
         print(f"{megabytes(file.size):>14}  {file.name}{' (in the cache)' if file.cached else ''}")

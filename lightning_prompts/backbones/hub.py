@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,9 @@ FILES = [  # safetensors and what describes them; no pickles, other precisions o
     ),
 ]
 
+CONFIGURATION = [pattern for pattern in FILES if "safetensors" not in pattern]
+"""What describes a model, without its weights."""
+
 
 class File(NamedTuple):
     """A file of a model on the hub, with its size in bytes."""
@@ -51,14 +55,15 @@ class File(NamedTuple):
     cached: bool
 
 
-def find_model(name: str, offline: bool, revision: str | None) -> Path:
-    """The folder of a model, downloaded if need be."""
-    return local_folder(name) or _from_hub(hub_name(name), offline or is_offline(), revision)
+def find_model(name: str, offline: bool, revision: str | None, wanted: Sequence[str] = FILES) -> Path:
+    """The folder of a model, downloaded if need be, or of the files of it that are wanted."""
+    return local_folder(name) or _from_hub(hub_name(name), offline or is_offline(), revision, wanted)
 
 
 def commit_of(name: str, offline: bool, revision: str | None) -> str | None:
     """The commit of a model on the hub, which is downloaded if need be; of other models the revision as it is."""
-    return revision if local_folder(name) else find_model(name, offline, revision).name
+    here = os.path.isfile(os.path.expanduser(name)) or local_folder(name)
+    return revision if here else find_model(name, offline, revision).name
 
 
 def local_folder(name: str) -> Path | None:
@@ -71,11 +76,6 @@ def local_folder(name: str) -> Path | None:
 
 def hub_name(name: str) -> str:
     """The name on the hub, as `owner/name`, of a model that is no folder."""
-    if Path(os.path.expanduser(name)).is_file():
-        raise UserError(
-            f"The model {name!r} is a single file, and a folder is needed; write one with "
-            "`StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)`."
-        )
     name = SHORT_NAMES.get(name, name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise UserError(
@@ -90,7 +90,7 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _from_hub(name: str, offline: bool, revision: str | None) -> Path:
+def _from_hub(name: str, offline: bool, revision: str | None, wanted: Sequence[str]) -> Path:
     """A hub model's folder in the local cache, with the files that are read and no others."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -98,11 +98,11 @@ def _from_hub(name: str, offline: bool, revision: str | None) -> Path:
     refused: UserError | None = None
     if not offline:
         try:
-            return fetch(name, revision, files_on_hub(name, revision))
+            return fetch(name, revision, files_on_hub(name, revision, wanted))
         except Unanswered as error:
             refused = error
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=FILES))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(wanted)))
     except LocalEntryNotFoundError as error:
         raise refused or UserError(
             f"The model {name!r} is no folder here and has not been downloaded completely, and this run is offline; run "
@@ -114,8 +114,8 @@ class Unanswered(UserError):
     """The hub has not said which files a model has, so what was downloaded before has to do."""
 
 
-def files_on_hub(name: str, revision: str | None) -> list[File]:
-    """The files of a model on the hub that are read.
+def files_on_hub(name: str, revision: str | None, wanted: Sequence[str] = FILES) -> list[File]:
+    """The files of a model on the hub, by default those that are read.
 
     Raises:
         Unanswered: The hub cannot be reached or does not let us in.
@@ -147,7 +147,7 @@ def files_on_hub(name: str, revision: str | None) -> list[File]:
     read = {
         file.rfilename: file.size or 0
         for file in info.siblings or []
-        if any(fnmatch(file.rfilename, pattern) for pattern in FILES)
+        if any(fnmatch(file.rfilename, pattern) for pattern in wanted)
     }
     if "model_index.json" not in read:
         raise UserError(
@@ -160,7 +160,7 @@ def files_on_hub(name: str, revision: str | None) -> list[File]:
 
 
 def fetch(name: str, revision: str | None, files: list[File]) -> Path:
-    """Downloads what is missing of a model on the hub, with a progress bar, and gives its folder, which is named by the commit."""
+    """Downloads what is missing of these files, with a progress bar, and gives its folder, which is named by the commit."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
@@ -173,7 +173,7 @@ def fetch(name: str, revision: str | None, files: list[File]) -> Path:
             f"The model {name!r} needs {megabytes(missing)} and {cache} has room for {megabytes(free)}; {elsewhere}."
         )
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[file.name for file in files]))
     except GatedRepoError as error:  # of a model whose list of files everybody may see
         raise UserError(_gated(name)) from error
     except Exception as error:

@@ -17,6 +17,7 @@ from lightning_prompts.backbones.flux import Flux
 from lightning_prompts.backbones.hub import EMOJI, find_model
 from lightning_prompts.backbones.pixart import PixArt
 from lightning_prompts.backbones.sd3 import StableDiffusion3
+from lightning_prompts.backbones.single_file import find_configuration, read_single_file, single_file
 from lightning_prompts.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_prompts.backbones.towers import Kind, TextTower
 from lightning_prompts.errors import UserError
@@ -39,28 +40,42 @@ def load_backbone(
     vocabulary: Kind | None = None,
     scheduler: str | None = None,
     image_size: int | None = None,
+    config: str | None = None,
 ) -> Backbone:
     """Loads a model, on the CPU.
 
     Weights are read from safetensors only, since pickles can run code. The safety checker is not loaded.
 
     Args:
-        name: `emoji` for the embedded model, a folder, a short name such as `sdxl`, or a model on the Hugging Face hub as
-            `owner/name`.
+        name: `emoji` for the embedded model, a folder, a short name such as `sdxl`, a model on the Hugging Face hub as
+            `owner/name`, or a safetensors file of Stable Diffusion 1, 2 or XL in their original layout.
         dtype: Precision of the networks, whatever the files' is.
         offline: Use downloaded files only, as the environment variable HF_HUB_OFFLINE=1 does.
         revision: Branch, tag or commit on the hub.
         vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
         scheduler: Class of another scheduler of diffusers; None for the model's own.
         image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
+        config: The model or folder whose configuration and tokenizers go with a file; None for the first of its family.
     """
     import diffusers
 
-    folder = find_model(name, offline, revision)
-    family, index = _check(name, folder)
+    if file := single_file(name):
+        folder = find_configuration(file, config, offline, revision)
+    elif config:
+        raise UserError(f"The model {name!r} has a configuration and is no file; leave out --model.config.")
+    else:
+        folder = find_model(name, offline, revision)
+    family, index = _check(config or name, folder, weights=not file)
     part, kind = family.denoises
     towers = []
     with quiet():
+        if file:
+            with _unreadable(name, "networks", "fetch it again or give a model that describes it as --model.config"):
+                networks = read_single_file(file, folder, index, set(components(family)), dtype)
+
+        def network(part: str, kind: str) -> Any:
+            return networks[part] if file else _read(folder, part, kind, dtype)
+
         with _unreadable(name, "scheduler"):
             read = _read_scheduler(index["scheduler"][1], folder)
         if scheduler:
@@ -70,12 +85,12 @@ def load_backbone(
                 with _unreadable(name, reads.tokenizer):
                     tokenizer = _read_tokenizer(folder, reads)
                 with _unreadable(name, reads.part):
-                    encoder = _read(folder, reads.part, reads.network, dtype)
+                    encoder = network(reads.part, reads.network)
                     towers.append(TextTower(tokenizer, encoder, *reads[2:5]))
         with _unreadable(name, part):
-            denoiser = _read(folder, part, kind, dtype)
+            denoiser = network(part, kind)
         with _unreadable(name, "vae"):
-            vae = _read(folder, "vae", "AutoencoderKL", dtype)
+            vae = network("vae", "AutoencoderKL")
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
         denoiser.to(memory_format=torch.channels_last)  # in which convolutions are a tenth to a fifth faster
     if dtype == "float16" and vae.config.get("force_upcast"):  # SDXL's leaves the range of half precision
@@ -88,7 +103,7 @@ def load_backbone(
 
 
 @contextmanager
-def _unreadable(name: str, part: str) -> Iterator[None]:
+def _unreadable(name: str, part: str, advice: str = "fetch or write the model again") -> Iterator[None]:
     """Makes a sentence of what the libraries say of a broken component."""
     from safetensors import SafetensorError
 
@@ -96,12 +111,10 @@ def _unreadable(name: str, part: str) -> Iterator[None]:
         yield
     except (AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = re.split(r"\n|\. ", str(error))[0].rstrip(" .:") or type(error).__name__
-        raise UserError(
-            f"The {part} of the model {name!r} cannot be read ({reason}); fetch or write the model again."
-        ) from error
+        raise UserError(f"The {part} of the model {name!r} cannot be read ({reason}); {advice}.") from error
 
 
-def _check(name: str, folder: Path) -> tuple[type[Backbone], dict[str, Any]]:
+def _check(name: str, folder: Path, weights: bool) -> tuple[type[Backbone], dict[str, Any]]:
     """Refuses what is not a supported pipeline in safetensors; gives its family and its index."""
     path = folder / "model_index.json"
     if not path.is_file():
@@ -136,7 +149,7 @@ def _check(name: str, folder: Path) -> tuple[type[Backbone], dict[str, Any]]:
                 f"The {part} of the model {name!r} is a {found[part]}; only {supported} is supported, choose another."
             )
         file = folder / part / f"{stem}.safetensors"
-        if file.is_file() or Path(f"{file}.index.json").is_file():
+        if not weights or file.is_file() or Path(f"{file}.index.json").is_file():
             continue
         if any(other.suffix in (".bin", ".ckpt") for other in file.parent.glob("*")):
             raise UserError(

@@ -52,7 +52,7 @@ class PromptMethod(pl.LightningModule, ABC):
     wave's prompts and optimiser state alone.
 
     Args:
-        backbone: `emoji`, a folder, a short name such as `sdxl`, or a hub id; in Python also what `load_backbone` has given, to which
+        backbone: `emoji`, a folder, a short name such as `sdxl`, a hub id, or a safetensors file; in Python also what `load_backbone` has given, to which
             the settings of loading and memory do not apply.
         dtype: Precision of the frozen weights.
         offline: Do not connect to the hub.
@@ -60,6 +60,7 @@ class PromptMethod(pl.LightningModule, ABC):
         vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
         scheduler: Class of another scheduler of diffusers; None for the model's own.
         image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
+        config: The model or folder whose configuration and tokenizers go with a safetensors file; None for the first of its family.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         vae_tiling: Decode large pictures in tiles, which changes them a little.
         cpu_offload: Have the text encoders, the denoiser and the autoencoder on the device one at a time.
@@ -89,6 +90,7 @@ class PromptMethod(pl.LightningModule, ABC):
         vocabulary: Kind | None = None,
         scheduler: str | None = None,
         image_size: Positive | None = None,
+        config: str | None = None,
         gradient_checkpointing: bool = False,
         vae_tiling: bool = False,
         cpu_offload: bool = False,
@@ -105,7 +107,7 @@ class PromptMethod(pl.LightningModule, ABC):
         self.score_every, self.sample_every = score_every, sample_every
         if isinstance(backbone, str):
             size = image_size and int(image_size)
-            backbone = load_backbone(backbone, dtype, offline, revision, vocabulary, scheduler, size)
+            backbone = load_backbone(backbone, dtype, offline, revision, vocabulary, scheduler, size, config)
             save_memory(backbone, gradient_checkpointing, vae_tiling, cpu_offload)
         self.backbone: Backbone = backbone
         self.sampling_steps = int(sampling_steps or self.backbone.default_steps)

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,47 +13,12 @@ import families
 import huggingface_hub
 import pytest
 import torch
-from hub import Hub
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.hub import find_model
 from lightning_prompts.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
-
-
-@pytest.fixture
-def cache(monkeypatch, tmp_path):
-    """An empty download folder."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return tmp_path / "hub"
-
-
-@pytest.fixture
-def hub(monkeypatch, cache):
-    """A hub without models."""
-    hub = Hub()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    yield hub
-    hub.close()
-
-
-@pytest.fixture
-def attempts(monkeypatch):
-    """No network; what has tried to reach it."""
-    attempts = []
-
-    def refuse(*args, **kwargs):
-        attempts.append(args)
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
-    return attempts
 
 
 def refused(match, name="owner/model", **how):

@@ -514,10 +514,6 @@ def test_unknown_names(name, tmp_path, monkeypatch):
     families.refused(r"neither 'emoji' nor an existing folder nor .* 'owner/name'", name)
 
 
-def test_single_file(sd1):
-    families.refused(r"is a single file.*from_single_file", sd1 / "unet/diffusion_pytorch_model.safetensors")
-
-
 def test_emoji_is_the_packaged_folder(sd1, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_prompts.backbones.hub.EMOJI", sd1)
     assert load_backbone("emoji").name == "emoji"

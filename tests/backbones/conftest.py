@@ -1,0 +1,38 @@
+import socket
+
+import pytest
+from hub import Hub
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty download folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def hub(monkeypatch, cache):
+    """A hub without models."""
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """No network; what has tried to reach it."""
+    attempts = []
+
+    def refuse(*args, **kwargs):
+        attempts.append(args)
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+    return attempts
