@@ -29,10 +29,10 @@ SEED = 20_261_123  # no other captions have it
 
 def recognised(scenes: list[world.Scene], pictures: Tensor) -> dict[str, float]:
     """Shares of pictures whose object and whose background the held-out CLIP names."""
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizerFast
 
     folder = EMOJI.parent / "scorer"
-    scorer, tokenizer = load_clip(str(folder)), CLIPTokenizer.from_pretrained(folder)
+    scorer, tokenizer = load_clip(str(folder)), CLIPTokenizerFast.from_pretrained(folder)
     objects, colors = list(world.OBJECTS), list(world.COLORS)
     texts = [f"{word}, {color} background" for word in objects for color in colors]
     seen = F.normalize(scorer.get_image_features(pixel_values=pictures).pooler_output, dim=-1)

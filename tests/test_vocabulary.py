@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
 from lightning_prompts.errors import UserError
@@ -48,7 +48,7 @@ def clip(tmp_path_factory):
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    return CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
 
 
 @pytest.fixture(scope="session")
@@ -182,7 +182,7 @@ def test_allowed_tokens_are_visible_word_final_text(small):
 
 def test_added_tokens_are_not_allowed(small, tmp_path):
     small.save_pretrained(tmp_path)
-    more = CLIPTokenizer.from_pretrained(tmp_path)
+    more = CLIPTokenizerFast.from_pretrained(tmp_path)
     more.add_tokens(["sks"])
     allowed = allowed_tokens(more)
     assert more("sks")["input_ids"][1:-1] == [len(more) - 1]
@@ -367,7 +367,7 @@ def test_templates_that_are_refused(small, template, tokens, message):
 
 def test_template_of_a_tokenizer_without_a_length(small, tmp_path):
     small.save_pretrained(tmp_path)
-    loaded = CLIPTokenizer.from_pretrained(tmp_path, model_max_length=None)
+    loaded = CLIPTokenizerFast.from_pretrained(tmp_path, model_max_length=None)
     loaded.model_max_length = int(1e30)
     with pytest.raises(UserError, match="give the length"):
         template_ids(loaded, "{}", 2)

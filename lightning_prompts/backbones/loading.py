@@ -183,14 +183,14 @@ def _read(folder: Path, part: str, kind: str, dtype: str) -> Any:
 
 def _read_tokenizer(folder: Path, reads: Reads) -> Any:
     from tokenizers import normalizers
-    from transformers import CLIPTokenizer, T5TokenizerFast
+    from transformers import CLIPTokenizerFast, T5TokenizerFast
 
     part = reads.tokenizer
     files = {path.name for path in (folder / part).glob("*")}
     own = {"spiece.model"} if reads.network == "T5EncoderModel" else {"vocab.json", "merges.txt"}
     if "tokenizer.json" not in files and not own <= files:  # transformers would make an empty one
         raise ValueError(f"it has neither tokenizer.json nor {' with '.join(sorted(own, reverse=True))}")
-    kind = T5TokenizerFast if reads.network == "T5EncoderModel" else CLIPTokenizer
+    kind = T5TokenizerFast if reads.network == "T5EncoderModel" else CLIPTokenizerFast  # transformers 5 has no other
     tokenizer = kind.from_pretrained(folder, subfolder=part)
     if reads.lower:
         backend = tokenizer.backend_tokenizer

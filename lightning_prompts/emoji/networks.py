@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from lightning_prompts.emoji import world
 from lightning_prompts.emoji.tokenizer import CONTEXT
 
 
-def clip(tokenizer: CLIPTokenizer, vision: tuple[int, int], text: tuple[int, int]) -> CLIPModel:
+def clip(tokenizer: CLIPTokenizerFast, vision: tuple[int, int], text: tuple[int, int]) -> CLIPModel:
     """A new CLIP with `(width, layers)` for each tower and patches of 8 pixels."""
 
     def tower(width: int, layers: int) -> dict[str, Any]:

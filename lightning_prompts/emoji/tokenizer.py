@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
 CONTEXT = 32
 """Longest token sequence that the text encoder takes, start and end included."""
@@ -15,7 +15,7 @@ CONTEXT = 32
 _PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""  # CLIP's
 
 
-def train_tokenizer(captions: Iterable[str], merges: int, folder: Path) -> CLIPTokenizer:
+def train_tokenizer(captions: Iterable[str], merges: int, folder: Path) -> CLIPTokenizerFast:
     """Learns merges and writes `vocab.json`, `merges.txt` and `tokenizer.json`.
 
     The vocabulary is laid out as CLIP's: 256 bytes, the same 256 at the end of a word, one token a merge, start, end. All bytes
@@ -54,6 +54,6 @@ def train_tokenizer(captions: Iterable[str], merges: int, folder: Path) -> CLIPT
         json.dumps({token: i for i, token in enumerate(dict.fromkeys(tokens))}, ensure_ascii=False)
     )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in learned))
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT)
+    tokenizer = CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=CONTEXT)
     tokenizer.save_pretrained(folder)
     return tokenizer

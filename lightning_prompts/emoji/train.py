@@ -22,7 +22,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizerFast
 
 from lightning_prompts.emoji import world
 from lightning_prompts.emoji.networks import autoencoder, clip, denoiser, scheduler
@@ -37,7 +37,7 @@ def render(seed: int, count: int, tokenizer_folder: Path) -> tuple[np.ndarray, n
     rng = random.Random(seed)
     scenes = [world.random_scene(rng) for _ in range(count)]
     captions = [world.caption(scene, rng) for scene in scenes for _ in range(CAPTIONS)]
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = CLIPTokenizerFast.from_pretrained(tokenizer_folder)
     ids = tokenizer(captions, padding="max_length", max_length=CONTEXT, return_tensors="np").input_ids
     pictures = np.stack([np.asarray(world.draw(scene)) for scene in scenes]).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(pictures), ids.astype(np.int32).reshape(count, CAPTIONS, CONTEXT)
@@ -60,7 +60,7 @@ def train(stage: str, work: Path, steps: int, batch_size: int, lr: float, seed: 
     """Trains one stage and saves its averaged weights in `work / stage`."""
     pl.seed_everything(seed + 17 * (stage == "scorer"), verbose=False)
     scenes = load_file(work / ("scenes-scorer.safetensors" if stage == "scorer" else "scenes.safetensors"))
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    tokenizer = CLIPTokenizerFast.from_pretrained(work / "tokenizer")
     shared: dict[str, Any] = {
         "scenes": scenes,
         "batch_size": batch_size,
@@ -119,7 +119,7 @@ def _scaling_factor(module: AutoencoderTraining) -> float:
 
 def export(work: Path, folder: Path) -> None:
     """Writes the pipeline with its CLIP, and the held-out scorer, as float16 safetensors."""
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    tokenizer = CLIPTokenizerFast.from_pretrained(work / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(work / "clip")
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "autoencoder"), text_encoder=text_encoder, tokenizer=tokenizer,

@@ -42,10 +42,10 @@ def load_clip(name: str, offline: bool = False) -> Any:
 
 def load_tokenizer(name: str, offline: bool = False) -> Any:
     """Loads the tokenizer of a CLIP from the same folder or the hub."""
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizerFast
 
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(name, local_files_only=offline)
+        tokenizer = CLIPTokenizerFast.from_pretrained(name, local_files_only=offline)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes when there are no files
             raise ValueError("it has no tokens")
     except (OSError, ValueError) as error:

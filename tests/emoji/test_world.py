@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.emoji import world
@@ -132,7 +132,7 @@ def test_shipped_model_is_a_diffusers_pipeline():
 @pytest.mark.parametrize("folder", ["model/tokenizer", "model/clip", "scorer"])
 def test_tokenizer_knows_every_character(folder):
     path = EMOJI.parent / folder
-    tokenizer = CLIPTokenizer.from_pretrained(path)
+    tokenizer = CLIPTokenizerFast.from_pretrained(path)
     for text in ("café", "naïve 日本 🙂", "a t-shirt, don't!"):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.unk_token_id not in ids
@@ -142,7 +142,7 @@ def test_tokenizer_knows_every_character(folder):
 
 
 def test_captions_fit_the_encoder():
-    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+    tokenizer = CLIPTokenizerFast.from_pretrained(EMOJI / "tokenizer")
     rng = random.Random(3)
     texts = [caption(world.random_scene(rng), rng, keep=1) for _ in range(500)]
     assert max(len(ids) for ids in tokenizer(texts).input_ids) <= tokenizer.model_max_length

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
 from lightning_prompts.errors import UserError
 from lightning_prompts.metrics import ClipImageSimilarity, ClipTextSimilarity
@@ -58,7 +58,8 @@ def logits(clip, ids, pixels):
 
 def test_texts_are_compared_by_their_mean_cosine(tiny):
     pictures = torch.rand(3, 3, 32, 32) * 2 - 1
-    clip, tokenizer = CLIPModel.from_pretrained(f"{tiny}/clip").eval(), CLIPTokenizer.from_pretrained(f"{tiny}/clip")
+    clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
+    tokenizer = CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
     own = [logits(clip, tokenizer([text], return_tensors="pt").input_ids, pictures)[i] for i, text in enumerate(TEXTS)]
     metric = ClipTextSimilarity(f"{tiny}/clip")
     assert float(metric(pictures, TEXTS)) == pytest.approx(float(torch.stack(own).mean()), abs=1e-5)
@@ -76,7 +77,7 @@ def test_picture_as_the_processor_makes_it(tiny, tmp_path):
     config.vision_config.image_size, config.vision_config.patch_size = 224, 56
     clip = CLIPModel(config).eval()
     clip.save_pretrained(tmp_path)
-    tokenizer = CLIPTokenizer.from_pretrained(f"{tiny}/clip")
+    tokenizer = CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
     tokenizer.save_pretrained(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     seen = CLIPImageProcessor()(Image.fromarray(pixels), return_tensors="pt").pixel_values
@@ -87,7 +88,7 @@ def test_picture_as_the_processor_makes_it(tiny, tmp_path):
 
 def test_text_that_is_too_long_keeps_its_end_of_text_token(tiny, scored):
     picture, text = scored[0][:1], "two dogs beside a large tree, " * 20
-    scorer, tokenizer = ClipSimilarity(f"{tiny}/clip"), CLIPTokenizer.from_pretrained(f"{tiny}/clip")
+    scorer, tokenizer = ClipSimilarity(f"{tiny}/clip"), CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
     words, length = (
         tokenizer(text, add_special_tokens=False).input_ids,
         scorer.clip.config.text_config.max_position_embeddings,

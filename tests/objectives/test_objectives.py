@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizerFast, CLIPVisionConfig
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.errors import UserError
@@ -50,7 +50,7 @@ def vit_l(tiny, tmp_path_factory):
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56)  # fmt: skip
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=768)).save_pretrained(folder)  # fmt: skip
-    CLIPTokenizer.from_pretrained(f"{tiny}/clip").save_pretrained(folder)
+    CLIPTokenizerFast.from_pretrained(f"{tiny}/clip").save_pretrained(folder)
     return str(folder)
 
 
@@ -120,7 +120,8 @@ def test_gradients_are_finite_differences(name, tiny, reference, pictures):
 
 def test_values_by_clip_are_those_of_transformers(tiny):
     pictures = torch.rand(3, 3, 32, 32) * 2 - 1
-    clip, tokenizer = CLIPModel.from_pretrained(f"{tiny}/clip").eval(), CLIPTokenizer.from_pretrained(f"{tiny}/clip")
+    clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
+    tokenizer = CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
 
     def logits(texts):
         with torch.no_grad():
