@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -55,6 +56,17 @@ def clip(width, pad="<|endoftext|>", eos=None, kind=CLIPTextModel, **text):
     return tokenizer, kind(config)
 
 
+def unigram(pieces):
+    """A T5 tokenizer of pieces and their scores; read from a file, as transformers 4 and 5 take other arguments."""
+    tokenizer = Tokenizer(models.Unigram(list(pieces.items()), unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    with TemporaryDirectory() as folder:
+        tokenizer.save(f"{folder}/tokenizer.json")
+        return T5TokenizerFast.from_pretrained(folder, extra_ids=0)
+
+
 def t5(width):
     """A T5 encoder and its tokenizer, which knows the captions' words and letters."""
     words = dict.fromkeys(word.strip(",") for caption in CAPTIONS for word in caption.split())
@@ -64,7 +76,7 @@ def t5(width):
         vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )  # fmt: skip
-    return T5TokenizerFast(vocab=list(pieces.items()), extra_ids=0), T5EncoderModel(config)
+    return unigram(pieces), T5EncoderModel(config)
 
 
 def vae(**config):
