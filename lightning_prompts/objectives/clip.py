@@ -46,9 +46,9 @@ def load_tokenizer(name: str, offline: bool = False) -> Any:
 
     try:
         tokenizer = CLIPTokenizerFast.from_pretrained(name, local_files_only=offline)
-        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes when there are no files
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers 5 makes when there are no files
             raise ValueError("it has no tokens")
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # a TypeError is what transformers 4 says without files
         raise UserError(
             f"The CLIP {name!r} has no tokenizer that can be loaded; put vocab.json and merges.txt, or tokenizer.json, there."
         ) from error
