@@ -99,7 +99,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
                 vae = module.backbone.vae
                 pictures = vae.decode(found.pred_original_sample / vae.config.scaling_factor).sample.clamp(-1, 1)
                 seen = F.interpolate(pictures, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
-                return [module.clip.clip.get_image_features(pixel_values=seen).pooler_output, pictures]
+                return [module.clip.clip.visual_projection(module.clip.clip.vision_model(seen).pooler_output), pictures]
             latents = found.prev_sample
         return None
 

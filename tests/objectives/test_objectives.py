@@ -99,14 +99,17 @@ def test_gradients_are_finite_differences(name, tiny, reference, pictures):
     objective.attach(backbone, True)
     objective.double()
     if name in ("ClipText", "ClipQuality", "Preference"):  # whose features are float32 whatever the precision
+        clip = objective.clip.clip
         objective.clip.features = lambda x: F.normalize(
-            objective.clip.clip.get_image_features(
-                pixel_values=F.interpolate(x, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
-            ).pooler_output,
+            clip.visual_projection(
+                clip.vision_model(
+                    F.interpolate(x, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+                ).pooler_output
+            ),
             dim=-1,
         )
         objective.clip.features_of = lambda texts: F.normalize(  # near each other, so that no quality is saturated
-            1 + 0.05 * objective.clip.clip.get_text_features(input_ids=objective.clip.encode(texts)).pooler_output,
+            1 + 0.05 * clip.text_projection(clip.text_model(objective.clip.encode(texts)).pooler_output),
             dim=-1,
         )
     pictures.requires_grad_()
