@@ -1,11 +1,13 @@
 """Every family against diffusers' own pipeline."""
 
+import io
 import json
 import shutil
 
 import diffusers
 import families
 import pytest
+import sentencepiece
 import torch
 from families import refused
 
@@ -70,6 +72,24 @@ def test_tokens_say_what_their_text_says(backbone, family):
         torch.testing.assert_close(other.encode(ids, vocabulary.table[ids]), encoded)
         torch.testing.assert_close(encoded, backbone.encode_text(["a red cat", ""]))
         assert not torch.allclose(other.encode(ids, vocabulary.table[ids.flip(0)])[0], encoded[0])
+
+
+def test_vocabulary_of_sentencepiece(tmp_path):
+    """Some T5 encoders come with spiece.model and no tokenizer.json."""
+    folder = families.save("pixart", tmp_path)
+    (folder / "tokenizer/tokenizer.json").unlink()
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(families.CAPTIONS), model_writer=trained, vocab_size=40, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer/spiece.model").write_bytes(trained.getvalue())
+    (folder / "tokenizer/tokenizer_config.json").write_text('{"extra_ids": 0}')
+    vocabulary = load_backbone(str(folder)).vocabulary
+    expected = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    texts = ["a small cat, two dogs", "a red  square"]
+    ids = encode_text(vocabulary.tokenizer, texts, 20)
+    assert [row[: row.index(0)] for row in ids.tolist()] == [[*expected.encode(text), 1] for text in texts]
 
 
 def slope(function, x, direction, eps):
