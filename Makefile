@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 
-.PHONY: demo test lint types format check clean
+.PHONY: demo test test-oldest lint types format check clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -10,11 +11,20 @@ $(BIN)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml  # pip cannot be asked for the oldest, uv can
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable . --group dev
+	touch $@
+
 demo: $(BIN)/.installed  ## inverts a picture on the embedded model
 	$(BIN)/python train.py fit --config configs/invert.yaml --data.images docs/images/demo.png
 
 test: $(BIN)/.installed  ## passes in a few minutes
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-oldest: $(OLDEST)/.installed  ## the same with the oldest dependencies that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
@@ -30,4 +40,4 @@ format: $(BIN)/.installed
 check: lint types test
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache
