@@ -32,7 +32,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
+    CLIPTokenizerFast,
     CLIPVisionConfig,
     T5Config,
     T5EncoderModel,
@@ -73,7 +73,7 @@ PIXART = {
 
 def clip(projection: int | None = None, **config: int) -> tuple[Any, Any]:
     """A CLIP text encoder, and a tokenizer that stands for CLIP's."""
-    tokenizer = CLIPTokenizer.from_pretrained(EMOJI / "tokenizer")
+    tokenizer = CLIPTokenizerFast.from_pretrained(EMOJI / "tokenizer")
     tokenizer.model_max_length = 77
     own = CLIPTextConfig(vocab_size=49408, **config, **({"projection_dim": projection} if projection else {}))
     return tokenizer, (CLIPTextModelWithProjection if projection else CLIPTextModel)(own)
@@ -256,7 +256,7 @@ def write_model(folder: Path) -> None:
     shutil.copytree(EMOJI / "tokenizer", folder / "learned")
     (folder / "learned/vocab.json").write_text(json.dumps({word: i for i, word in enumerate([*words, start, end])}))
     files = [str(folder / "learned" / name) for name in ("vocab.json", "merges.txt")]
-    tokenizer = CLIPTokenizer(*files, model_max_length=77)
+    tokenizer = CLIPTokenizerFast(*files, model_max_length=77)
     encoder = model.towers[0].encoder
     encoder.config.eos_token_id = encoder.config.pad_token_id = 49407
     pipeline = diffusers.StableDiffusionPipeline(
