@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from lightning_prompts.backbones.hub import (
+    CLIP_FILES,
     CONFIGURATION,
     FILES,
+    clip_beside,
     fetch,
     files_on_hub,
     hub_name,
@@ -26,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def prefetch(args: Sequence[str]) -> None:
-    """Downloads the files of models that a run would read.
+    """Downloads the files of models that a run would read, and of the CLIPs that search and judge there.
 
     Args:
         args: Names of models, and --revision.
@@ -40,11 +44,21 @@ def prefetch(args: Sequence[str]) -> None:
     wanted = [(name, *_wanted(name)) for name in given.names]  # refuses a wrong name before it fetches the others
     if is_offline() and any(files for *_, files in wanted):
         raise UserError("HF_HUB_OFFLINE forbids the connection that prefetch needs; unset it.")
+    clips = []
     for name, model, files in wanted:
         if files:
-            _prefetch(model, given.revision, files)
+            folder = _prefetch(model, given.revision, files)
+            clips += [] if (folder / "clip").is_dir() else [clip_beside(_widths(folder))]
         else:
             print(f"The model {name!r} is the folder {model}, and nothing has to be fetched.")
+    for clip in dict.fromkeys(clips):
+        _prefetch(clip, None, CLIP_FILES)
+
+
+def _widths(folder: Path) -> list[int]:
+    """Of the text encoders of a model."""
+    configs = [json.loads(file.read_text()) for file in sorted(folder.glob("text_encoder*/config.json"))]
+    return [int(config.get("hidden_size", config.get("d_model", 0))) for config in configs]
 
 
 def _wanted(name: str) -> tuple[str, list[str]]:
@@ -56,7 +70,8 @@ def _wanted(name: str) -> tuple[str, list[str]]:
     return hub_name(name), FILES
 
 
-def _prefetch(name: str, revision: str | None, wanted: list[str]) -> None:
+def _prefetch(name: str, revision: str | None, wanted: list[str]) -> Path:
+    """Lists and downloads; gives the folder."""
     files = files_on_hub(name, revision, wanted)
     print(f"{name}:")
     for file in files:
@@ -66,3 +81,4 @@ def _prefetch(name: str, revision: str | None, wanted: list[str]) -> None:
     print(f"{megabytes(total):>14}  in all, of which {megabytes(cached)} are in the cache", flush=True)
     folder = fetch(name, revision, files)
     print(f"The model {name!r} is in {folder}, commit {folder.name}.")
+    return folder

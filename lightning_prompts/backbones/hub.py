@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,19 @@ FILES = [  # safetensors and what describes them; no pickles, other precisions o
 
 CONFIGURATION = [pattern for pattern in FILES if "safetensors" not in pattern]
 """What describes a model, without its weights."""
+
+CLIPS = {  # whose text towers Stable Diffusion 1, SDXL, 3 and FLUX, and Stable Diffusion 2, have taken, by their width
+    768: "openai/clip-vit-large-patch14",
+    1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+}
+CLIP_FILES = [
+    "config.json",
+    "model.safetensors",
+    "merges.txt",
+    "vocab.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+]
 
 
 class File(NamedTuple):
@@ -149,14 +162,18 @@ def files_on_hub(name: str, revision: str | None, wanted: Sequence[str] = FILES)
         for file in info.siblings or []
         if any(fnmatch(file.rfilename, pattern) for pattern in wanted)
     }
-    if "model_index.json" not in read:
-        raise UserError(
-            f"The model {name!r} on the Hugging Face hub has no model_index.json; give one in diffusers' layout."
-        )
+    if wanted[0] not in read:
+        layout = "diffusers' layout" if wanted[0] == "model_index.json" else "transformers' layout"
+        raise UserError(f"The model {name!r} on the Hugging Face hub has no {wanted[0]}; give one in {layout}.")
     return [
         File(file, size, isinstance(try_to_load_from_cache(name, file, revision=info.sha), str))
         for file, size in read.items()
     ]
+
+
+def clip_beside(widths: Iterable[int]) -> str:
+    """The CLIP that goes with a model whose text encoders are so wide."""
+    return next((CLIPS[width] for width in widths if width in CLIPS), CLIPS[768])
 
 
 def fetch(name: str, revision: str | None, files: list[File]) -> Path:

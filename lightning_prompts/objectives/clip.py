@@ -13,12 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import EMOJI, Backbone
+from lightning_prompts.backbones.hub import clip_beside
 from lightning_prompts.errors import UserError
-
-CLIPS = {  # whose text towers Stable Diffusion 1, SDXL, 3 and FLUX, and Stable Diffusion 2, have taken, by their width
-    768: "openai/clip-vit-large-patch14",
-    1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-}
 
 
 def load_clip(name: str, offline: bool = False) -> Any:
@@ -60,7 +56,7 @@ def clip_of(backbone: Backbone) -> str:
     folder = EMOJI if backbone.name == "emoji" else Path(backbone.name).expanduser()
     if (folder / "clip").is_dir():
         return str(folder / "clip")
-    return next((CLIPS[tower.width] for tower in backbone.towers if tower.width in CLIPS), CLIPS[768])
+    return clip_beside(tower.width for tower in backbone.towers)
 
 
 class ClipSimilarity(nn.Module):

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.backbones.hub import find_model
+from lightning_prompts.backbones.hub import CLIPS, find_model
 from lightning_prompts.main import main
+from lightning_prompts.objectives.clip import load_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
 
@@ -39,6 +40,12 @@ def published(hub, sd1, tmp_path):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     return hub.push("owner/model", folder)
+
+
+@pytest.fixture
+def clip(hub, tiny):
+    """The CLIP that goes with it; its commit."""
+    return hub.push(CLIPS[768], f"{tiny}/clip")
 
 
 def names(folder):
@@ -175,7 +182,7 @@ def test_disk_that_is_full_in_the_middle(hub, published, monkeypatch):
 # Fetching before
 
 
-def test_prefetch(hub, published, cache, sd1, capsys, monkeypatch):
+def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)  # is not imported
     monkeypatch.setitem(sys.modules, "lightning_prompts.cli", None)
     monkeypatch.setattr("lightning_prompts.backbones.hub.SHORT_NAMES", {"short": "owner/model"})
@@ -183,18 +190,23 @@ def test_prefetch(hub, published, cache, sd1, capsys, monkeypatch):
     told = capsys.readouterr()
     size = sum(path.stat().st_size for path in sd1.rglob("*") if path.is_file()) / 1e6
     snapshot = cache / "models--owner--model" / "snapshots" / published
-    lines = told.out.splitlines()
+    model, _, beside = told.out.partition(f"{CLIPS[768]}:\n")
+    lines = model.splitlines()
     assert lines[0] == "owner/model:"
     assert {line.split()[-1] for line in lines[1:-4]} == names(sd1)
     assert lines[-4].split() == f"{size:.1f} MB in all, of which 0.0 MB are in the cache".split()
     assert lines[-3] == f"The model 'owner/model' is in {snapshot}, commit {published}."
     assert "nothing has to be fetched" in lines[-2]
     assert lines[-1] == f"The model {str(sd1)!r} is the folder {sd1}, and nothing has to be fetched."
+    listed = {line.split()[-1] for line in beside.splitlines()[:-2]}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= listed
+    assert beside.endswith(f"commit {clip}.\n")
+    assert load_clip(CLIPS[768], offline=True)
     assert "MB" in told.err or "%" in told.err or "B/s" in told.err
     main(["prefetch", "short"])
     told = capsys.readouterr().out
     assert f"of which {size:.1f} MB are in the cache" in told
-    assert told.count("(in the cache)") == len(names(sd1))
+    assert told.count("(in the cache)") == len(names(sd1)) + len(listed)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +232,7 @@ def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment
     assert not any("/resolve/" in path for _, path in hub.asked)
 
 
-def test_prefetch_as_a_program(hub, published, tmp_path):
+def test_prefetch_as_a_program(hub, published, clip, tmp_path):
     """Where the environment says where hub and cache are, and nothing of Lightning is imported."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     code = "import sys; from lightning_prompts.main import main; main(['prefetch', 'owner/model']); assert 'pytorch_lightning' not in sys.modules"
