@@ -7,7 +7,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from lightning_prompts.backbones import hub, loading
+from lightning_prompts.backbones import hub
 from lightning_prompts.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,7 +33,7 @@ def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatc
     Image.new("RGB", (16, 16), "red").save(picture)
     folder = families.save_with_clip(FAMILY_OF.get(config.stem, config.stem), tmp_path)
     monkeypatch.setitem(hub.SHORT_NAMES, config.stem, "no/model")
-    monkeypatch.setattr(loading, "find_model", lambda name, *args: Path(folder) if name == config.stem else Path(name))
+    monkeypatch.setattr(hub, "local_folder", lambda name: Path(folder if name == config.stem else name))
     given = [
         "--config",
         "configs/gcg.yaml",

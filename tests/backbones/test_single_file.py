@@ -12,7 +12,7 @@ from families import refused
 from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.backbones.hub import SHORT_NAMES
+from lightning_prompts.backbones.hub import CLIPS, SHORT_NAMES
 from lightning_prompts.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
@@ -157,7 +157,7 @@ def test_file_is_the_folder(model, dtype):
 # Its configuration
 
 
-def test_configuration_comes_from_the_hub(model, hub, monkeypatch, request, capsys):
+def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request, capsys):
     family, folder, _, file = model
     monkeypatch.setitem(SHORT_NAMES, SHORT[family], "owner/model")
     match = (
@@ -167,9 +167,10 @@ def test_configuration_comes_from_the_hub(model, hub, monkeypatch, request, caps
     refused(match, file, offline=True)
     refused("holds weights alone, and .* neither a folder nor on the Hugging Face hub", file)
     hub.push("owner/model", folder)
+    hub.push(CLIPS[768], f"{tiny}/clip")
     main(["prefetch", str(file)])
-    assert "safetensors" not in capsys.readouterr().out
-    assert not any(path.endswith(".safetensors") for _, path in hub.asked)
+    assert "safetensors" not in capsys.readouterr().out.partition(f"{CLIPS[768]}:")[0]
+    assert not any(path.startswith("/owner/model") and path.endswith(".safetensors") for _, path in hub.asked)
     huggingface_hub.utils.close_session()
     attempts = request.getfixturevalue("attempts")
     same(load_backbone(str(file), offline=True), load_backbone(str(folder)))
