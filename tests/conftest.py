@@ -1,5 +1,6 @@
 """Tiny pipelines with random weights, in the layouts that are found on the hub."""
 
+import logging
 import os
 import shutil
 import signal
@@ -54,6 +55,12 @@ def float64():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AttentionMaskConverter, "_make_causal_mask", staticmethod(mask))
         yield
+
+
+@pytest.fixture(autouse=True)
+def silent():
+    """The command line turns messages on, which other tests in the same process would have, too."""
+    logging.getLogger("lightning_prompts").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
