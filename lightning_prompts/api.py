@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_prompts import methods
 from lightning_prompts.backbones import Backbone, load_backbone
+from lightning_prompts.backbones.hub import commit_of
 from lightning_prompts.callbacks import Results, Scores
 from lightning_prompts.callbacks.grid import to_image
 from lightning_prompts.callbacks.results import noise_of
@@ -232,6 +233,9 @@ def search(
     known = of_data | _settings_of(kind)
     for name, value in how.items():
         _check(name, value, known)
+    model = how.get("backbone", "emoji")
+    if isinstance(model, str):  # what is recorded is the commit of a model from the hub
+        how["revision"] = commit_of(model, bool(how.get("offline")), how.get("revision"))
     where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _apart(where), tempfile.TemporaryDirectory() as scratch:
         method: PromptMethod = kind(**{name: value for name, value in how.items() if name not in of_data})

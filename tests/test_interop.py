@@ -176,6 +176,35 @@ def test_pictures_of_diffusers_own_loader(tmp_path):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+def test_pictures_of_diffusers_own_loader_with_two_encoders(tmp_path):
+    """Which takes an encoder's tensor at a time."""
+    folder = families.save("sdxl", tmp_path)
+    backbone, pipeline = load_backbone(str(folder), image_size=16), pipeline_of(folder)
+    embedding = torch.randn(2, 80)
+    tensors = load(pack_embedding(embedding, backbone, "<fox>"))
+    read = (
+        ("clip_l", pipeline.text_encoder, pipeline.tokenizer),
+        ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),
+    )
+    for name, encoder, tokenizer in read:
+        pipeline.load_textual_inversion(tensors[name], token="<fox>", text_encoder=encoder, tokenizer=tokenizer)
+    noise = torch.randn(1, *backbone.latent_shape)
+    how = {
+        "num_inference_steps": 3,
+        "guidance_scale": 7.5,
+        "output_type": "pt",
+        "latents": noise,
+        "height": 16,
+        "width": 16,
+    }
+    theirs = pipeline(TEXT.format("<fox>"), **how).images * 2 - 1
+    with torch.no_grad():
+        prompt, empty = encoded(backbone, embedding), backbone.encode_text([""])
+        away = torch.zeros_like(empty) if backbone.zero_empty else empty
+        ours = backbone.decode(backbone.sample(prompt, away, noise, 3, 7.5))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
 def test_pipeline_of_another_family(tmp_path):
     folders = {name: families.save(name, tmp_path / name) for name in ("sd1", "sd2", "sdxl", "sd3")}
     for name, other in (("sd1", "sd2"), ("sd1", "sdxl"), ("sdxl", "sd1"), ("sdxl", "sd3")):
