@@ -37,7 +37,7 @@ from lightning_prompts.methods.human_feedback import Choice, Chooser, Page, Roun
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives import Objective
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import Problem, RunFolder
 
 __all__ = ["Result", "guide", "hold", "invert", "load_backbone", "prefer", "reword", "search"]
 
@@ -65,7 +65,7 @@ class Result:
         embedding: Of the prompt's tokens, (M, D), where tokens or embeddings of them were searched.
         prompt_embeds: The encoded prompt (R, D), where that was moved.
         negative_prompt_embeds: What it is led away from, (R, D), where that was moved.
-        pictures: Drawn from what was found, one from each seed.
+        pictures: Drawn from what was found, one from each of `draw_seeds`.
         record: All that was measured.
     """
 
@@ -200,7 +200,7 @@ def search(
     config: str,
     settings: Mapping[str, Any],
     *,
-    seeds: Sequence[int] = (0,),
+    draw_seeds: Sequence[int] = (0,),
     folder: str | Path | None = None,
     device: str | None = None,
     scores: Scores | None = None,
@@ -213,7 +213,7 @@ def search(
         config: The config's name, such as `ph2p`, whose settings are the default.
         settings: Settings of the method and its data by name, such as `backbone`, `tokens` or `steps`; `backbone` may be a name or
             what `load_backbone` has given, which saves loading it again.
-        seeds: Seeds that the results' pictures are drawn from.
+        draw_seeds: Seeds that the results' pictures are drawn from.
         folder: Where the files that a run writes are kept; None for none.
         device: Where it computes, such as `cuda:1`; None for a GPU if there is one.
         scores: What scores the results, see `Scores`.
@@ -233,6 +233,8 @@ def search(
     known = of_data | _settings_of(kind)
     for name, value in how.items():
         _check(name, value, known)
+    if folder and any(RunFolder(folder).problems.glob("*.json")):
+        raise UserError(f"The folder {str(folder)!r} holds an earlier search; give another.")
     model = how.get("backbone", "emoji")
     if isinstance(model, str):  # what is recorded is the commit of a model from the hub
         how["revision"] = commit_of(model, bool(how.get("offline")), how.get("revision"))
@@ -249,7 +251,7 @@ def search(
         )
         trainer.fit(method, datamodule=data)
         method.to(where)  # which Lightning has left
-        noise = noise_of(seeds, method.backbone.latent_shape).to(where)
+        noise = noise_of(draw_seeds, method.backbone.latent_shape).to(where)
         return [_result(method, data.records[key], noise) for key in data.keys]
 
 
@@ -279,7 +281,7 @@ def _of_prompts(config: str, prompts: str | Sequence[str], settings: dict[str, A
 
 def _searched(config: str, settings: dict[str, Any]) -> list[Result]:
     """Calls `search` with what is its own taken out of the settings."""
-    own = {name: settings.pop(name) for name in ("seeds", "folder", "device", "scores") if name in settings}
+    own = {name: settings.pop(name) for name in ("draw_seeds", "folder", "device", "scores") if name in settings}
     return search(config, settings, **own)
 
 

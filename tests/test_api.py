@@ -29,7 +29,7 @@ def first(pictures):
 
 
 def test_finds_what_the_command_line_finds(tiny, pictures, tmp_path, capsys):
-    found = invert(sorted(pictures.iterdir()), method="ph2p", backbone=tiny, seeds=(3, 4), **SHORT)
+    found = invert(sorted(pictures.iterdir()), method="ph2p", backbone=tiny, draw_seeds=(3, 4), **SHORT)
     assert capsys.readouterr() == ("", "")
     run = tmp_path / "run"
     how = ["--model.backbone", tiny, "--data.steps", "2", "--model.sampling_steps", "2", "--trainer.accelerator", "cpu"]
@@ -99,9 +99,14 @@ def test_words_for_a_prompt(tiny):
 
 def test_embeddings_of_a_prompt(tiny, tmp_path):
     how = {"backbone": tiny, **SHORT}
-    sharp = guide("a red cat", Sharpness(), seeds=(0, 1), folder=tmp_path / "kept", unconditional=True, **how)
+    sharp = guide(
+        "a red cat", Sharpness(), seeds=3, draw_seeds=(0, 1), folder=tmp_path / "kept", unconditional=True, **how
+    )
     assert sharp.prompt_embeds.shape == sharp.negative_prompt_embeds.shape == (32, 32)
     assert len(sharp.pictures) == 2
+    assert len(sharp.record.metric_after) == 3  # seeds that it was searched on
+    with pytest.raises(UserError, match="holds an earlier search; give another"):
+        guide("a red cat", Sharpness(), folder=tmp_path / "kept", **how)
     assert (tmp_path / "kept/prompt_embeds.safetensors").exists()
     held = hold(["a red cat", "two dogs"], seed=7, unconditional=False, **how)
     assert [result.record.target_seed for result in held] == [7, 7]
