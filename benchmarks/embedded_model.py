@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lightning_prompts.backbones import EMOJI, Backbone, load_backbone
 from lightning_prompts.data.images import to_tensor
 from lightning_prompts.emoji import world
-from lightning_prompts.objectives.clip import load_clip
+from lightning_prompts.objectives.clip import ClipSimilarity
 from lightning_prompts.vocabulary import encode_text
 
 EVALUATION = Path(__file__).parent / "targets" / "evaluation"
@@ -29,16 +29,10 @@ SEED = 20_261_123  # no other captions have it
 
 def recognised(scenes: list[world.Scene], pictures: Tensor) -> dict[str, float]:
     """Shares of pictures whose object and whose background the held-out CLIP names."""
-    from transformers import CLIPTokenizerFast
-
-    folder = EMOJI.parent / "scorer"
-    scorer, tokenizer = load_clip(str(folder)), CLIPTokenizerFast.from_pretrained(folder)
+    scorer = ClipSimilarity(str(EMOJI.parent / "scorer"))
     objects, colors = list(world.OBJECTS), list(world.COLORS)
     texts = [f"{word}, {color} background" for word in objects for color in colors]
-    seen = F.normalize(scorer.get_image_features(pixel_values=pictures).pooler_output, dim=-1)
-    ids = encode_text(tokenizer, texts, tokenizer.model_max_length)
-    said = F.normalize(scorer.get_text_features(input_ids=ids).pooler_output, dim=-1)
-    best = (seen @ said.T).argmax(1)
+    best = (scorer.features(pictures) @ scorer.features_of(texts).T).argmax(1)
     object_right = [objects[i // len(colors)] == scene.object for i, scene in zip(best.tolist(), scenes, strict=True)]
     color_right = [colors[i % len(colors)] == scene.background for i, scene in zip(best.tolist(), scenes, strict=True)]
     return {"object": float(np.mean(object_right)), "background": float(np.mean(color_right))}
