@@ -98,7 +98,7 @@ def load_backbone(
     zero_empty = bool(index.get("force_zeros_for_empty_prompt"))
     backbone = family(name, towers, denoiser, vae, read, vocabulary, image_size, zero_empty)
     if name == "emoji":
-        backbone.default_steps, backbone.default_guidance = 25, 3.0  # docs/embedded_model.md
+        backbone.default_steps, backbone.default_guidance = 25, 3.0  # docs/emoji.md
     return backbone
 
 

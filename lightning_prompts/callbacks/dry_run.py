@@ -32,8 +32,8 @@ class DryRun(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Has the parts measured from now on."""
         self.asked = pl_module.microbatch.size
-        pl_module.score = self._measured("scoring", pl_module.score, pl_module.device)
-        pl_module.search = self._measured("a step", pl_module.search, pl_module.device)
+        pl_module.score = self._measured("scoring", pl_module.score, pl_module)
+        pl_module.search = self._measured("a step", pl_module.search, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Ends the search."""
@@ -44,16 +44,16 @@ class DryRun(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         found = [problem for problem in data.records.values() if problem.prompt and problem.status != "failed"]
         if found:
-            report = self._measured("the results", pl_module.report, pl_module.device)
+            report = self._measured("the results", pl_module.report, pl_module)
             report(found, data.folder, self.scores, None)
         print(self._table(pl_module, len(pl_module.problems)))
 
-    def _measured(self, name: str, work: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    def _measured(self, name: str, work: Callable[..., Any], module: Any) -> Callable[..., Any]:
         def done(*args: Any, **kwargs: Any) -> Any:
-            forget_peak(device)
+            forget_peak(module.device)
             begun = time.perf_counter()
             given = work(*args, **kwargs)
-            most = peak(device)
+            most = peak(module.device)
             most_before, _ = self.taken.get(name, (0, 0.0))
             self.taken[name] = max(most, most_before), time.perf_counter() - begun
             return given
