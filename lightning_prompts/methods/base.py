@@ -52,8 +52,8 @@ class PromptMethod(pl.LightningModule, ABC):
     wave's prompts and optimiser state alone.
 
     Args:
-        backbone: `emoji`, a folder, a short name such as `sdxl`, a hub id, or a safetensors file; in Python also what `load_backbone` has given, to which
-            the settings of loading and memory do not apply.
+        backbone: `emoji`, a folder, a short name such as `sdxl`, a hub id, or a safetensors file; in Python also what
+            `load_backbone` has given, to which the settings of loading and memory do not apply.
         dtype: Precision of the frozen weights.
         offline: Do not connect to the hub.
         revision: Branch, tag or commit on the hub.
