@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+
 
 class Hub:
     """Serves the files of models.
@@ -85,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             ]).encode(), Content_Type="application/json")  # fmt: skip
         if api:
             siblings = [{"rfilename": str(path.relative_to(folder))} for path in files]
-            if "blobs=true" in self.path:
+            if "blobs=true" in self.path.lower():
                 siblings = [{**file, "size": path.stat().st_size} for file, path in zip(siblings, files, strict=True)]
             body = json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode()
             return self.reply(200, body, Content_Type="application/json")
@@ -109,6 +111,12 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[begin : len(body) // 2])
             return
         self.reply(206 if begin else 200, body[begin:], **headers)
+
+
+def forget_connections():
+    """Those that are open would be used again where there should be none."""
+    utils = huggingface_hub.utils
+    (utils.close_session if hasattr(utils, "close_session") else utils.reset_sessions)()  # the latter in old versions
 
 
 def etag(path):

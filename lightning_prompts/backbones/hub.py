@@ -105,22 +105,30 @@ def is_offline() -> bool:
 
 def _from_hub(name: str, offline: bool, revision: str | None, wanted: Sequence[str]) -> Path:
     """A hub model's folder in the local cache, with the files that are read and no others."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     refused: UserError | None = None
     if not offline:
         try:
             return fetch(name, revision, files_on_hub(name, revision, wanted))
         except Unanswered as error:
             refused = error
+    if folder := _downloaded(name, revision, wanted):
+        return folder
+    raise refused or UserError(
+        f"The model {name!r} is no folder here and has not been downloaded completely, and this run is offline; run "
+        f"`train.py prefetch {name}` once online."
+    )
+
+
+def _downloaded(name: str, revision: str | None, wanted: Sequence[str]) -> Path | None:
+    """The folder of a model that was downloaded before."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(wanted)))
-    except LocalEntryNotFoundError as error:
-        raise refused or UserError(
-            f"The model {name!r} is no folder here and has not been downloaded completely, and this run is offline; run "
-            f"`train.py prefetch {name}` once online."
-        ) from error
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(wanted)))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if (folder / wanted[0]).is_file() else None  # old versions of the library do not look what is there
 
 
 class Unanswered(UserError):
@@ -217,8 +225,10 @@ def _reason(error: BaseException, timeout: int) -> str:
     """What the hub or the connection to it has done."""
     while error.__cause__:
         error = error.__cause__
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # of httpx or httpx2, whichever the hub's library uses
-    if kinds & {"TimeoutException", "TimeoutError"}:
+    kinds = {
+        kind.__name__ for kind in type(error).__mro__
+    }  # of httpx, httpx2 or requests, whichever the hub's library uses
+    if kinds & {"TimeoutException", "TimeoutError", "Timeout"}:
         return f"it timed out after {timeout} seconds"
     status = getattr(getattr(error, "response", None), "status_code", None)
     return f"it answered {status}" if status else type(error).__name__

@@ -5,10 +5,10 @@ import re
 import shutil
 
 import families
-import huggingface_hub
 import pytest
 import torch
 from families import refused
+from hub import forget_connections
 from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import load_backbone
@@ -171,10 +171,12 @@ def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request
     main(["prefetch", str(file)])
     assert "safetensors" not in capsys.readouterr().out.partition(f"{CLIPS[768]}:")[0]
     assert not any(path.startswith("/owner/model") and path.endswith(".safetensors") for _, path in hub.asked)
-    huggingface_hub.utils.close_session()
+    forget_connections()
     attempts = request.getfixturevalue("attempts")
     same(load_backbone(str(file), offline=True), load_backbone(str(folder)))
-    refused("'owner/model' is no folder here and has not been downloaded completely", "owner/model", offline=True)
+    # As old versions of huggingface_hub do not look whether all is there, the loader does.
+    incomplete = r"has not been downloaded completely|has no text_encoder/model\.safetensors; fetch"
+    refused(incomplete, "owner/model", offline=True)
     assert not attempts
 
 
