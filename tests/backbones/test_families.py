@@ -322,7 +322,12 @@ def test_weights_that_are_broken(copy, how):
 @pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name:FutureWarning")
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_descriptions_that_are_broken(copy, text):
-    for file in list(copy.rglob("*.json")):
+    beside = {
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "vocab.json",
+    }  # tokenizer.json, and not read, as old versions write
+    for file in [file for file in copy.rglob("*.json") if file.name not in beside]:
         content = file.read_text()
         file.write_text(text)
         if file.name == "model_index.json":
