@@ -105,9 +105,11 @@ def load_backbone(
 @contextmanager
 def _unreadable(name: str, part: str, advice: str = "fetch or write the model again") -> Iterator[None]:
     """Makes a sentence of what the libraries say of a broken component."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except Exception as error:  # of several libraries, of which tokenizers has no class of its own
+    except (AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = re.split(r"\n|\. ", str(error))[0].rstrip(" .:") or type(error).__name__
         raise UserError(f"The {part} of the model {name!r} cannot be read ({reason}); {advice}.") from error
 
@@ -189,7 +191,10 @@ def _read_tokenizer(folder: Path, reads: Reads) -> Any:
     if "tokenizer.json" not in files and not own <= files:  # transformers would make an empty one
         raise ValueError(f"it has neither tokenizer.json nor {' with '.join(sorted(own, reverse=True))}")
     kind = T5TokenizerFast if reads.network == "T5EncoderModel" else CLIPTokenizerFast  # transformers 5 has no other
-    tokenizer = kind.from_pretrained(folder, subfolder=part)
+    try:
+        tokenizer = kind.from_pretrained(folder, subfolder=part)
+    except Exception as error:  # what tokenizers raises of broken files has no class of its own
+        raise ValueError(str(error)) from error
     if reads.lower:
         backend = tokenizer.backend_tokenizer
         before = [backend.normalizer] if backend.normalizer else []
