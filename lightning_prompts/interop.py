@@ -112,7 +112,7 @@ def _load(path: Path, pickle: bool) -> Any:
         if not pickle:
             raise UserError(
                 f"The file {path} is a pickle, which can run code, and is not read; give a safetensors file or, if you trust it, "
-                "allow it with pickle=True."
+                "allow it with --model.allow_pickle true, in Python with pickle=True."
             )
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

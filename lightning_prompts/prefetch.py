@@ -17,10 +17,11 @@ from lightning_prompts.backbones.hub import (
     files_on_hub,
     hub_name,
     is_offline,
+    local_file,
     local_folder,
     megabytes,
 )
-from lightning_prompts.backbones.single_file import described_by, single_file
+from lightning_prompts.backbones.single_file import described_by
 from lightning_prompts.errors import UserError
 
 
@@ -65,7 +66,7 @@ def _wanted(name: str) -> tuple[str, list[str]]:
     """A folder, or a model on the hub and which of its files a run would read."""
     if folder := local_folder(name):
         return str(folder), []
-    if file := single_file(name):
+    if file := local_file(name):
         return hub_name(described_by(file)), CONFIGURATION
     return hub_name(name), FILES
 

@@ -75,8 +75,7 @@ def find_model(name: str, offline: bool, revision: str | None, wanted: Sequence[
 
 def commit_of(name: str, offline: bool, revision: str | None) -> str | None:
     """The commit of a model on the hub, which is downloaded if need be; of other models the revision as it is."""
-    here = os.path.isfile(os.path.expanduser(name)) or local_folder(name)
-    return revision if here else find_model(name, offline, revision).name
+    return revision if local_file(name) or local_folder(name) else find_model(name, offline, revision).name
 
 
 def local_folder(name: str) -> Path | None:
@@ -85,6 +84,12 @@ def local_folder(name: str) -> Path | None:
     if name == "emoji" and not folder.is_dir():
         raise UserError(f"The embedded model 'emoji' is not in {folder}; install lightning-prompts again.")
     return folder if folder.is_dir() else None
+
+
+def local_file(name: str) -> Path | None:
+    """The file of a model that is one."""
+    path = Path(os.path.expanduser(name))
+    return path if path.is_file() else None
 
 
 def hub_name(name: str) -> str:

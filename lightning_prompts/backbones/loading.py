@@ -14,10 +14,10 @@ import torch
 
 from lightning_prompts.backbones.base import Backbone, Reads
 from lightning_prompts.backbones.flux import Flux
-from lightning_prompts.backbones.hub import EMOJI, find_model
+from lightning_prompts.backbones.hub import EMOJI, find_model, local_file
 from lightning_prompts.backbones.pixart import PixArt
 from lightning_prompts.backbones.sd3 import StableDiffusion3
-from lightning_prompts.backbones.single_file import find_configuration, read_single_file, single_file
+from lightning_prompts.backbones.single_file import find_configuration, read_single_file
 from lightning_prompts.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_prompts.backbones.towers import Kind, TextTower
 from lightning_prompts.errors import UserError
@@ -59,7 +59,7 @@ def load_backbone(
     """
     import diffusers
 
-    if file := single_file(name):
+    if file := local_file(name):
         folder = find_configuration(file, config, offline, revision)
     elif config:
         raise UserError(f"The model {name!r} has a configuration and is no file; leave out --model.config.")

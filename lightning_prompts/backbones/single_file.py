@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +17,6 @@ DESCRIBED_BY = {  # how the names of weights begin, and the model that they are 
     "cond_stage_model.transformer.": "sd15",
     "cond_stage_model.model.": "sd21",
 }
-
-
-def single_file(name: str) -> Path | None:
-    """The file of a model that is one."""
-    path = Path(os.path.expanduser(name))
-    return path if path.is_file() else None
 
 
 def described_by(file: Path) -> str:

@@ -103,14 +103,14 @@ class Steering(PromptMethod):
         for problem in self.problems:
             problem.metric_before = None
             problem.forget_prompt()
-        self.prompt.begin(self.first(self.problems))
+        self.prompt.begin(self.first(self.problems, self.prompt.initial))
         self.forget()
 
-    def first(self, problems: Sequence[Problem]) -> Tensor:
-        """Where the search for P problems begins, (P, S, R, D)."""
-        initial = self.initial(problems)
+    def first(self, problems: Sequence[Problem], initial: Tensor) -> Tensor:
+        """Where the search for P problems begins, (P, S, R, D), whose encoded prompts these are."""
         if not self.started:
             return initial
+        initial = initial.clone()
         only = next(iter(self.started.values())) if len(self.started) == 1 else None
         for row, problem in zip(initial, problems, strict=True):
             found = self.started.get(problem.target, only)

@@ -106,7 +106,8 @@ def test_textual_inversion_goes_on_from_its_own_file(backbone, picture, tmp_path
 def seen(module, prompts):
     """Where a method that steers begins, and what it compares with."""
     problems = [Problem(str(i), prompt) for i, prompt in enumerate(prompts)]
-    return module.first(problems), module.initial(problems)
+    initial = module.initial(problems)
+    return module.first(problems, initial), initial
 
 
 def test_embeddings_of_an_earlier_run(backbone, tmp_path):

@@ -90,7 +90,7 @@ class HumanFeedback(Steering):
         """Makes a problem the wave, and goes its way again."""
         super().take(problems)
         self.at, self.drawn = [], []
-        self.arrive(self.first(problems)[0])
+        self.arrive(self.first(problems, self.prompt.initial)[0])
         self.axes = principal_axes(self.gists(self.encoded(self.variations(problems[0], 0, 0))), 2)
         for i, move in enumerate(problems[0].moves):
             (end,) = self.ends([move["text"]], self.base(problems[0], i))
