@@ -133,7 +133,7 @@ def measure(task: str, space: str, solver: str, prompts: list[Written], file: Pa
             pl.Trainer(**how).fit(search, datamodule=data)
         rows = []
         for one in prompts:
-            (problem,) = (problem for problem in data.records.values() if problem.target == one.prompt)
+            (problem,) = (problem for problem in data.folder.load().values() if problem.target == one.prompt)
             row: dict[str, Any] = {"prompt": one.prompt, "found": problem.prompt, "negative": problem.negative_prompt}
             if problem.prompt:
                 for when, text, negative, losses in (

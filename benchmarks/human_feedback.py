@@ -79,7 +79,7 @@ def measure(said: str, file: Path, seed: int) -> dict[str, Any]:
     clip, _ = judge()
     seen = clip.features(torch.stack([chooser.wanted, method.drawn[0], method.drawn[-1], by_words]))
     similar = dict(zip(("before", "by_moves", "by_edits"), (seen[1:] @ seen[0]).tolist(), strict=True))
-    (problem,) = data.records.values()
+    (problem,) = data.folder.load().values()
     return {"said": said, "picture": file.name, **similar, "moves": len(problem.moves), "edited": prompt}
 
 

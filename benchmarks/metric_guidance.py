@@ -79,7 +79,7 @@ def measure(line: str, some: list[tuple[str, str]]) -> list[dict[str, Any]]:
             begun = time.perf_counter()
             pl.Trainer(**how).fit(method, datamodule=data)
             seconds = (time.perf_counter() - begun) / len(some)
-            problems = list(data.records.values())
+            problems = list(data.folder.load().values())
             pictures = method.both(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
     clip, things = judge()
     good, bad = clip.features_of([GOOD, BAD])

@@ -36,7 +36,7 @@ def measure(kind: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         how: dict[str, Any] = {**TRAINER, "accelerator": "cpu", "logger": False, "default_root_dir": scratch}
         pl.Trainer(**how).fit(method, datamodule=data)
-        problems = list(data.records.values())
+        problems = list(data.folder.load().values())
         with torch.no_grad():
             noise, before, found = (
                 method.draw_noise(problems, FRESH, FRESH_SEEDS),

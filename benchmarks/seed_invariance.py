@@ -55,7 +55,7 @@ def measure(line: str, prompt: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         how: dict[str, Any] = {**TRAINER, "accelerator": "cpu", "logger": False, "default_root_dir": scratch}
         pl.Trainer(**how).fit(method, datamodule=data)
-        problems = list(data.records.values())
+        problems = list(data.folder.load().values())
         with torch.no_grad():
             drawn = method.both(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
             wanted = method.pictures(problems).unsqueeze(1)

@@ -243,7 +243,12 @@ def search(
         method: PromptMethod = kind(**{name: value for name, value in how.items() if name not in of_data})
         data = data_kind(**{name: value for name, value in how.items() if name in of_data})
         trainer = pl.Trainer(
-            **TRAINER | {"devices": [where.index or 0] if where.type != "cpu" else 1, "accelerator": where.type},
+            **TRAINER
+            | {
+                "devices": [where.index or 0] if where.type != "cpu" else 1,
+                "accelerator": where.type,
+                "enable_checkpointing": True,
+            },
             strategy=SingleDeviceStrategy(where),
             logger=False,
             callbacks=[Results(scores, settings={name: str(value) for name, value in how.items()}, tell=False)],
@@ -252,7 +257,8 @@ def search(
         trainer.fit(method, datamodule=data)
         method.to(where)  # which Lightning has left
         noise = noise_of(draw_seeds, method.backbone.latent_shape).to(where)
-        return [_result(method, data.records[key], noise) for key in data.keys]
+        records = data.folder.load()
+        return [_result(method, records[key], noise) for key in data.keys]
 
 
 def _result(method: Any, problem: Problem, noise: Tensor) -> Result:

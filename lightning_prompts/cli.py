@@ -59,6 +59,9 @@ MAY_CHANGE = {
     "prompts",
     "steps",
     "patience",
+    "together",
+    "workers",
+    "retry",
     "microbatch",
     "gradient_checkpointing",
     "vae_tiling",
@@ -242,9 +245,9 @@ class CLI(LightningCLI):
         saving = [SavedConfig(self.folder.config, self.saved)] if self.saved else []
         return super().instantiate_trainer(
             **kwargs,
-            enable_checkpointing=True,  # for our callback, no other is added
+            enable_checkpointing=True,  # for our callbacks, no other is added
             logger=pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if command == "fit" else False,
-            callbacks=[*given, *saving, PromptCheckpoint(self.folder.checkpoints), results],
+            callbacks=[*given, *saving, results, PromptCheckpoint(self.folder.checkpoints)],
             plugins=[AtomicCheckpointIO()],
         )
 

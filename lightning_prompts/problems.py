@@ -15,13 +15,13 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import IO, Any, Literal, TypedDict, get_args, get_type_hints
 
 import yaml
 
@@ -135,6 +135,7 @@ class Problem:
     unet_samples: int = 0  # forward and backward counted each
     seconds: float = 0.0
     history: list[Better] = field(default_factory=list)  # of the best prompt, oldest first
+    stamps: list[str] = field(default_factory=list)  # of each file, by which it is known again without being read
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
@@ -152,9 +153,17 @@ class Problem:
         self.prompt, self.validation_loss, self.token_ids, self.embedding = prompt, loss, token_ids, embedding
         self.history.append({"unet_samples": self.unet_samples, "validation_loss": loss, "prompt": prompt})
 
-    def move_to(self, here: Problem) -> None:
-        """Takes over what the inputs say now: the pictures may have moved or been renamed, and others come before them."""
-        self.target, self.paths, self.caption, self.index = here.target, here.paths, here.caption, here.index
+    def move_to(self, here: Problem) -> bool:
+        """Takes over what the inputs say now: the pictures may have moved or been renamed, and others come before them.
+
+        Returns:
+            Whether anything is new.
+        """
+        names = ("target", "paths", "stamps", "caption", "index")
+        new = [name for name in names if getattr(self, name) != getattr(here, name)]
+        for name in new:
+            setattr(self, name, getattr(here, name))
+        return bool(new)
 
     def forget_prompt(self) -> None:
         """Takes away the best prompt, so that the next one is kept whatever its loss."""
@@ -196,6 +205,9 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.yaml"
         self.result = self.path / "result.json"
+        self.lines = self.path / "results.jsonl"  # while a search goes on, of rank 0's problems
+        self.table = self.path / "results.parquet"
+        self.failed = self.path / "failed.jsonl"
         self.prompt = self.path / "prompt.txt"
         self.negative_prompt = self.path / "negative_prompt.txt"
         self.grid = self.path / "grid.png"
@@ -271,10 +283,30 @@ class RunFolder:
         except OSError as error:
             log.warning("The embeddings of %s could not be written (%s); the run goes on.", key, error)
 
+    def read(self, key: str) -> Problem | None:
+        """The record of a problem, if there is one."""
+        file = self.problems / f"{key}.json"
+        return _read_record(file) if file.exists() else None
+
+    def records(self) -> Iterator[Problem]:
+        """Reads one record after the other; what is no record is left out with a warning."""
+        for file in self.problems.glob("*.json"):
+            if problem := _read_record(file):
+                yield problem
+
+    def ordered(self) -> Iterator[Problem]:
+        """As `records`, in the order of the inputs; no more than one is held at a time."""
+        for _, key in sorted((problem.index, problem.key) for problem in self.records()):
+            if problem := self.read(key):
+                yield problem
+
     def load(self) -> dict[str, Problem]:
-        """Reads all records by key, in the order of the inputs; what is no record is left out with a warning."""
-        problems = [problem for file in self.problems.glob("*.json") if (problem := _read_record(file))]
-        return {problem.key: problem for problem in sorted(problems, key=lambda problem: (problem.index, problem.key))}
+        """All records by key, in the order of the inputs."""
+        return {problem.key: problem for problem in self.ordered()}
+
+    def found(self) -> Iterator[Problem]:
+        """The records that have a prompt, in the order of the inputs."""
+        return (problem for problem in self.ordered() if problem.prompt and problem.status != "failed")
 
     def saved_config(self) -> Path:
         """The file of the settings of a run that has begun; a UserError where there is none."""
@@ -296,7 +328,7 @@ class RunFolder:
     def hard_prompts(self) -> list[Problem]:
         """The records that have a prompt, in the order of the inputs; a UserError where there is none or it is no text."""
         self.saved_config()
-        found = [problem for problem in self.load().values() if problem.prompt and problem.status != "failed"]
+        found = list(self.found())
         if not found:
             raise UserError(f"The run {self.path} has no prompt yet; let its fit go on or give another run.")
         if any(problem.token_ids is None for problem in found):
@@ -306,36 +338,127 @@ class RunFolder:
             )
         return found
 
+    def tell(self, problem: Problem, rank: int = 0) -> None:
+        """Adds a line about a problem that is finished; when all are, `write_result` writes them in their order."""
+        path = self.lines_of(rank)
+        try:
+            with path.open("ab") as file:
+                file.write(_line(problem))
+        except OSError as error:
+            log.warning("The line of %s could not be written (%s); the run goes on.", problem.target, error)
+
+    def lines_of(self, rank: int) -> Path:
+        """Where a rank adds the lines of its problems."""
+        return self.lines if rank == 0 else self.path / f"results-rank{rank}.jsonl"
+
+    def write_lines(self) -> None:
+        """Writes the lines of all problems that are finished; those of earlier ranks are among them."""
+        with atomic_writer(self.lines) as file:
+            for problem in self.ordered():
+                if problem.status != "open":
+                    file.write(_line(problem))
+
     def write_result(
         self, method: str, backbone: str, seed: int, settings: Mapping[str, Any], versions: Mapping[str, str]
     ) -> None:
-        """Merges all records into `result.json` and `prompt.txt`; the latter has one line a problem, empty without a prompt.
+        """Merges all records into `result.json`, `results.jsonl`, `results.parquet`, `failed.jsonl` and `prompt.txt`.
 
-        So has `negative_prompt.txt`, if the method searches negative prompts.
+        The latter has one line a problem, empty without a prompt; so has `negative_prompt.txt`, if the method searches negative
+        prompts. No more than a thousand records are held at a time.
         """
-        records = self.load().values()
-        result = {
+        head = {
             "schema_version": SCHEMA_VERSION,
             "method": method,
             "backbone": backbone,
             "seed": seed,
             "settings": settings,
             "versions": versions,
-            "problems": [_result_entry(asdict(problem)) for problem in records],
         }
-        # str: a path or a dtype among the settings must not cost the results at the end of a run.
-        atomic_write(self.result, to_json(result, default=str))
-        atomic_write(self.prompt, _lines(problem.prompt for problem in records))
-        if any(problem.negative_prompt is not None for problem in records):
-            atomic_write(self.negative_prompt, _lines(problem.negative_prompt for problem in records))
+        prompts, negatives, failed = list[str | None](), list[str | None](), list[bytes]()
+        with atomic_writer(self.result) as file:
+            # str: a path or a dtype among the settings must not cost the results at the end of a run.
+            file.write(to_json(head, default=str)[: -len("\n}\n")] + b',\n  "problems": [')
+            for number, problem in enumerate(self.ordered()):
+                entry = to_json(_result_entry(asdict(problem))).rstrip().replace(b"\n", b"\n    ")
+                file.write((b",\n    " if number else b"\n    ") + entry)
+                prompts.append(problem.prompt)
+                negatives.append(problem.negative_prompt)
+                if problem.status == "failed":
+                    failed.append(_failed_line(problem))
+            file.write(b"\n  ]\n}\n" if prompts else b"]\n}\n")
+        self.write_lines()
+        write_table(self.table, self.ordered())
+        atomic_write(self.prompt, _lines(prompts))
+        if any(negative is not None for negative in negatives):
+            atomic_write(self.negative_prompt, _lines(negatives))
+        if failed:
+            atomic_write(self.failed, b"".join(failed))
+        else:
+            self.failed.unlink(missing_ok=True)
 
 
 def _lines(texts: Iterable[str | None]) -> bytes:
     return "".join(" ".join((text or "").splitlines()) + "\n" for text in texts).encode(errors="backslashreplace")
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file in one piece: whoever reads it, whenever the process dies, finds the old content or the new.
+def _line(problem: Problem) -> bytes:
+    """The line of a problem in `results.jsonl`."""
+    return _compact(_result_entry(asdict(problem)))
+
+
+def _failed_line(problem: Problem) -> bytes:
+    """A line that names what has failed, as a list of inputs does."""
+    files = [os.path.abspath(path) for path in problem.paths]
+    named = {"file": files[0] if len(files) == 1 else files} if files else {"prompt": problem.target}
+    caption = {"caption": problem.caption} if problem.caption else {}
+    return _compact({**named, **caption, "reason": problem.reason})
+
+
+def _compact(value: Any) -> bytes:
+    return (json.dumps(_finite(value), ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def write_table(path: Path, problems: Iterable[Problem], rows: int = 1000) -> None:
+    """Writes what records hold of texts, numbers and lists of these as a Parquet file, so many rows at a time."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    plain = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    columns: dict[str, pa.DataType] = {}
+    for name, kind in get_type_hints(Problem).items():
+        kind = next((part for part in get_args(kind) if part is not type(None)), kind) if _optional(kind) else kind
+        if kind in plain:
+            columns[name] = plain[kind]
+        elif kind == Status:
+            columns[name] = pa.string()
+        elif getattr(kind, "__origin__", None) is list and get_args(kind)[0] in plain:
+            columns[name] = pa.list_(plain[get_args(kind)[0]])
+    del columns["stamps"]
+    schema = pa.schema(list(columns.items()))
+    with atomic_writer(path) as file, parquet.ParquetWriter(file, schema) as writer:
+        several: list[dict[str, Any]] = []
+        for problem in problems:
+            several.append({name: _clean(getattr(problem, name)) for name in columns})
+            if len(several) == rows:
+                writer.write_table(pa.Table.from_pylist(several, schema))
+                several.clear()
+        writer.write_table(pa.Table.from_pylist(several, schema))
+
+
+def _optional(kind: Any) -> bool:
+    return type(None) in get_args(kind)
+
+
+def _clean(value: Any) -> Any:
+    """Numbers that are finite, and texts that UTF-8 has."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return [_clean(item) for item in value] if isinstance(value, list) else _finite(value)
+
+
+@contextmanager
+def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Gives a file to write, which comes in its place in one piece: whoever reads it finds the old content or the new.
 
     Missing folders are created.
 
@@ -348,15 +471,22 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
+            written = file.tell()
         os.replace(temporary, path)
     finally:
         with suppress(OSError):  # it is gone after the replacement, and the first error is the one to hear about
             temporary.unlink()
-    if (size := path.stat().st_size) != len(data):  # network file systems have been seen to lose data silently
-        raise OSError(f"{path} has {size} bytes after {len(data)} were written")
+    if (size := path.stat().st_size) != written:  # network file systems have been seen to lose data silently
+        raise OSError(f"{path} has {size} bytes after {written} were written")
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file in one piece, see `atomic_writer`."""
+    with atomic_writer(path) as file:
+        file.write(data)
 
 
 def versions() -> dict[str, str]:

@@ -133,15 +133,19 @@ class PromptEmbeds(nn.Module):
         self.moving = self.which(initial).nonzero().squeeze(1)
 
     @torch.no_grad()
-    def begin(self, first: Tensor) -> None:
-        """Starts at encoded prompts (P, S, R, D)."""
-        self.rows.grad = None
+    def start(self, first: Tensor) -> Tensor:
+        """What trains, (Q, S, M, D), where it starts at encoded prompts (Q, S, R, D)."""
         rows = self.of(first.to(self.initial))
         if self.one_row:
             number = torch.arange(rows.shape[2], device=rows.device)
             last = (number * (rows != 0).any(3)).argmax(2)[..., None, None]
             rows = rows.gather(2, last.expand(-1, -1, 1, rows.shape[3]))
-        self.rows.data = rows.clone()
+        return rows
+
+    def begin(self, first: Tensor) -> None:
+        """Starts at encoded prompts (P, S, R, D)."""
+        self.rows.grad = None
+        self.rows.data = self.start(first).clone()
 
     def of(self, embeds: Tensor) -> Tensor:
         """The moving rows (..., M, D) of encoded prompts (..., R, D)."""
@@ -169,7 +173,7 @@ class PromptArc(nn.Module):
 
     def __init__(self, start: float = -5.0) -> None:
         super().__init__()
-        self.start = start
+        self.near = start
         for name in ("initial", "other"):
             self.register_buffer(name, torch.empty(0, 1, 1, 0), persistent=False)
         self.place = nn.Parameter(torch.empty(0, 1, 1, 1))
@@ -178,11 +182,9 @@ class PromptArc(nn.Module):
         """Makes encoded prompts (P, 1, R, D) those that the search starts from."""
         self.initial = initial.detach().float()
 
-    @torch.no_grad()
-    def begin(self, first: Tensor) -> None:
-        """Starts near them, which is where P problems begin."""
-        self.place.grad = None
-        self.place.data = torch.full((len(first), 1, 1, 1), self.start, device=self.initial.device)
+    def start(self, first: Tensor) -> Tensor:
+        """What trains, (Q, 1, 1, 1), where it starts: near the prompts."""
+        return torch.full((len(first), 1, 1, 1), self.near, device=self.initial.device)
 
     def sound(self) -> Tensor:
         """Which problems' places are finite, (P,)."""
@@ -222,13 +224,17 @@ class WordChoices(nn.Module):
             for s, ids in enumerate(row):
                 self.counts[p, s, : len(ids)] = torch.tensor([len(word) for word in ids])
 
-    @torch.no_grad()
+    def start(self, unchanged: float | None = None) -> Tensor:
+        """Logits (P, S, W) of 0, and `initial` for what stands in each slot before the search."""
+        logits = torch.zeros(self.counts.shape, device=self.table.device)
+        if logits.numel():
+            logits[:, :, 0] = self.initial(unchanged).to(logits)
+        return logits
+
     def begin(self, unchanged: float | None = None) -> None:
-        """Starts at logits of 0, and `initial` for what stands in each slot before the search."""
+        """Starts there."""
         self.logits.grad = None
-        self.logits.data = torch.zeros(self.counts.shape, device=self.table.device)
-        if self.logits.numel():
-            self.logits[:, :, 0] = self.initial(unchanged).to(self.logits)
+        self.logits.data = self.start(unchanged)
 
     def initial(self, unchanged: float | None = None) -> Tensor:
         """Logits (P, S) of what stands in each slot before the search.

@@ -75,7 +75,7 @@ def stopping(step, error=KeyboardInterrupt):
     class Stopping(PromptCheckpoint):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             self._save(trainer)
-            if batch.step + 1 == step:
+            if batch.steps[0] + 1 == step:
                 raise error
 
     return Stopping
@@ -173,7 +173,7 @@ def test_other_pictures_are_refused(command, whole, tmp_path, monkeypatch, pictu
 def test_told_to_stop_and_resumed_is_as_unbroken(command, whole, tmp_path, monkeypatch):
     class Told(PromptCheckpoint):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.should_stop = batch.step == 2  # as --trainer.max_time does
+            trainer.should_stop = batch.steps[0] == 2  # as --trainer.max_time does
 
     with monkeypatch.context() as patch:
         patch.setattr(cli, "PromptCheckpoint", Told)
@@ -319,7 +319,7 @@ torch.set_num_threads(1)
 class Killed(cli.PromptCheckpoint):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._save(trainer)
-        if batch.step == 3:
+        if batch.steps[0] == 3:
             os.kill(os.getpid(), signal.SIG{})
 
 cli.PromptCheckpoint = Killed

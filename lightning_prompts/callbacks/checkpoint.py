@@ -56,7 +56,8 @@ class PromptCheckpoint(Checkpoint):
 
     Args:
         folder: Where they go.
-        seconds: Time between saves; the end of every wave is saved too.
+        seconds: Time between saves. Whenever a problem has finished is saved too: so what has left the wave is never searched
+            again, and what joins it does so in the same company, when a search that was killed goes on.
     """
 
     def __init__(self, folder: Path, seconds: float = 20) -> None:
@@ -65,11 +66,11 @@ class PromptCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Saves when it is time."""
-        if time.monotonic() - self._saved >= self.seconds:
+        if time.monotonic() - self._saved >= self.seconds or not pl_module.active.all():
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Saves at the end of a wave."""
+        """Saves at the end."""
         self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:

@@ -42,10 +42,8 @@ class DryRun(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws results, if there are any already, and prints."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        found = [problem for problem in data.records.values() if problem.prompt and problem.status != "failed"]
-        if found:
-            report = self._measured("the results", pl_module.report, pl_module)
-            report(found, data.folder, self.scores, None)
+        if found := list(data.folder.found()):
+            self._measured("the results", pl_module.measure, pl_module)(found, self.scores)
         print(self._table(pl_module, len(pl_module.problems)))
 
     def _measured(self, name: str, work: Callable[..., Any], module: Any) -> Callable[..., Any]:

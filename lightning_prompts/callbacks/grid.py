@@ -20,8 +20,8 @@ class SampleGrid(pl.Callback):
     """Shows in TensorBoard, while the search runs, what the best prompts so far draw.
 
     Args:
-        every: Steps between grids; 0 for none.
-        most: Problems of a wave that are drawn, one picture each, from the same noise every time.
+        every: Steps of the wave between grids; 0 for none.
+        most: Problems of the wave that are drawn, one picture each, from the same noise every time.
     """
 
     def __init__(self, every: int = 40, most: int = 4) -> None:
@@ -29,12 +29,13 @@ class SampleGrid(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Draws when it is time."""
-        if not self.every or (batch.step + 1) % self.every or not trainer.logger:
+        step = trainer.fit_loop.total_batch_idx + 1
+        if not self.every or step % self.every or not trainer.logger:
             return
         problems = [problem for problem in pl_module.problems if problem.prompt][: self.most]
         if problems:
             shown = pil_to_tensor(pl_module.shown(problems))
-            trainer.logger.experiment.add_image("samples", shown, batch.step + 1)  # type: ignore[attr-defined]
+            trainer.logger.experiment.add_image("samples", shown, step)  # type: ignore[attr-defined]
 
 
 def regenerate(method: Any, problems: Sequence[Problem], count: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,14 +30,12 @@ class PromptProgress(pl.Callback):
         self._bar: tqdm[Any] | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Opens the bar of a wave and shows the prompts that it begins with."""
+        """Opens the bar and shows the prompts that the search begins with."""
         if self._bar is None:
             self._open.enter_context(logging_redirect_tqdm([logging.getLogger()]))
-            steps = pl_module.data.steps
             self._bar = self._open.enter_context(
                 tqdm(
-                    total=steps,
-                    initial=batch.step,
+                    total=self._share(pl_module) * pl_module.data.steps,
                     unit="step",
                     file=sys.stdout,
                     disable=None if trainer.is_global_zero else True,
@@ -45,16 +44,20 @@ class PromptProgress(pl.Callback):
                     miniters=1,
                 )
             )
-            self._show(pl_module, batch.step, begins=True)
+            self._advance(pl_module)
+        self._show(
+            pl_module, [row for row, step in enumerate(batch.steps) if step == 0 or not self._shown], begins=True
+        )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Shows what has changed."""
-        self._show(pl_module, batch.step + 1)
-        if self._bar is not None:
-            self._bar.update()
+        self._show(pl_module, range(len(pl_module.problems)))
+        self._advance(pl_module)
+        for row in (~pl_module.active).nonzero().squeeze(1).tolist():
+            self._shown.pop(pl_module.problems[row].key, None)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Closes the bar of a wave."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Closes the bar."""
         self._open.close()
         self._bar = None
 
@@ -62,18 +65,29 @@ class PromptProgress(pl.Callback):
         """Leaves the terminal as it was."""
         self._open.close()
 
-    def _show(self, module: Any, step: int, begins: bool = False) -> None:
-        problems = [problem for problem in module.problems if problem.prompt]
+    def _share(self, module: Any) -> int:
+        """How many problems are this rank's."""
+        return sum(module.data.owns(place) for place in range(module.data.total))
+
+    def _advance(self, module: Any) -> None:
+        """Moves the bar to the steps that were taken, those of finished problems counted in full."""
+        if self._bar is not None:
+            finished = len(module.data.seen) - int(module.active.sum())
+            self._bar.update(finished * module.data.steps + sum(module.done) - self._bar.n)
+
+    def _show(self, module: Any, rows: Iterable[int], begins: bool = False) -> None:
+        problems = [module.problems[row] for row in rows if module.problems[row].prompt]
         better = [problem for problem in problems if self._shown.get(problem.key) != problem.validation_loss]
         self._shown.update({problem.key: problem.validation_loss for problem in better})
         if not better:
             return
         if len(module.problems) <= self.most:
             for problem in better:
+                step = module.done[module.problems.index(problem)]
                 log.info("step %d  %s  %.5f  %s", step, problem.target, problem.validation_loss, problem.prompt)
         else:
             mean = sum(problem.validation_loss for problem in problems) / len(problems)
             which = f"{len(problems)} prompts" if begins else f"{len(better)} of {len(problems)} prompts better"
-            log.info("step %d  %s, mean loss %.5f", step, which, mean)
+            log.info("step %d  %s, mean loss %.5f", max(module.done), which, mean)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{better[-1].validation_loss:.5f} {better[-1].prompt}"[:80])

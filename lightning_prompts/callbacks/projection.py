@@ -9,7 +9,7 @@ import torch
 
 
 class VocabularyProjection(pl.Callback):
-    """Replaces the active problems' embeddings by their nearest tokens' after every n-th step.
+    """Replaces the embeddings of active problems by their nearest tokens' after every n-th step of each.
 
     The optimiser's curvature belongs to the point before the jump, so it is forgotten.
 
@@ -23,11 +23,7 @@ class VocabularyProjection(pl.Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Projects."""
-        if (batch.step + 1) % self.every:
-            return
-        prompt, active = pl_module.prompt, pl_module.active.to(pl_module.device)
-        projected = prompt.table[prompt.project()].float()
-        prompt.embeddings.copy_(torch.where(active.view(-1, 1, 1), projected, prompt.embeddings))
-        for optimizer in trainer.optimizers:
-            if hasattr(optimizer, "reset_history"):
-                optimizer.reset_history(active)
+        due = torch.tensor([step % self.every == 0 for step in pl_module.done]) & pl_module.active
+        rows = (due & pl_module.prompt.sound().cpu()).nonzero().squeeze(1)
+        if len(rows):
+            pl_module.jump(rows, pl_module.prompt.table[pl_module.prompt.project()[rows.to(pl_module.device)]])

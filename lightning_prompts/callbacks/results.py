@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from lightning_prompts.callbacks.grid import to_image, to_png
@@ -19,11 +22,16 @@ from lightning_prompts.metrics import lpips_lacks
 from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
 from lightning_prompts.ranks import wait_for_all
 
+SHOWN = 24  # problems in the grid
+EXPORTED = 1000  # problems in the files for other tools
 
-class Results(pl.Callback):
-    """Writes the files of a run, `result.json`, `prompt.txt`, `grid.png` and so on, when `fit` or `test` ends.
 
-    Scores are measured here and nowhere else, after everything has been selected.
+class Results(Checkpoint):
+    """Scores each problem when its search has ended, and writes the files of a run when `fit` or `test` ends.
+
+    Scores are measured here and nowhere else, after everything has been selected. As a `Checkpoint` it comes after what finishes a
+    search, and has to be named before what saves states. `results.jsonl` gets a line as soon as a problem is
+    scored; `result.json`, `prompt.txt`, `grid.png` and so on are written at the end, by rank 0 of what all ranks have found.
 
     Args:
         scores: What measures them.
@@ -46,14 +54,38 @@ class Results(pl.Callback):
         self.scores, self.seeds, self.settings = scores or Scores(), tuple(seeds), settings or {}
         self.prompts, self.negative, self.tell = tuple(prompts), negative, tell
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Has the lines say what earlier processes have finished."""
+        folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
+        if trainer.global_rank:
+            folder.lines_of(trainer.global_rank).unlink(missing_ok=True)
+        else:
+            folder.write_lines()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Scores what has finished."""
+        self._score(trainer, pl_module)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Scores and writes; when `on_fit_end` is called Lightning has moved the model to the CPU."""
-        self._finish(trainer, pl_module)
+        """Writes; when `on_fit_end` is called Lightning has moved the model to the CPU."""
+        self._score(trainer, pl_module)
+        if trainer.world_size > 1:
+            wait_for_all()
+        if trainer.is_global_zero:
+            self._write(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws again from the text, scores and writes."""
-        self._finish(trainer, pl_module)
-        pictured = any(problem.paths for problem in trainer.datamodule.records.values())  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            return
+        folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
+        found = folder.found()
+        while problems := list(islice(found, pl_module.together)):
+            pl_module.measure(problems, self.scores)
+            for problem in problems:
+                folder.save(problem)
+        self._write(trainer, pl_module)
+        pictured = any(problem.paths for problem in folder.found())
         if pictured and (reason := lpips_lacks(weights=self.scores.lpips_weights)):
             print(reason)
 
@@ -64,16 +96,15 @@ class Results(pl.Callback):
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
         without = f"-without-{file_name(self.negative)}" if self.negative else ""
-        found = _found(trainer)
-        if not self.prompts and not found:
+        if not self.prompts and not any(folder.found()):
             raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
-        for name, text, pictures in self._drawn(pl_module, found, noise):
+        for name, text, pictures in self._drawn(pl_module, folder.found(), noise):
             for seed, picture in zip(self.seeds, pictures, strict=True):
                 path = folder.path / "pictures" / f"{name}{without}-seed{seed}.png"
                 atomic_write(path, to_png(to_image(picture)))
                 print(f"{path}  {text}")
 
-    def _drawn(self, module: Any, found: Sequence[Problem], noise: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+    def _drawn(self, module: Any, found: Iterable[Problem], noise: Tensor) -> Iterator[tuple[str, str, Tensor]]:
         """A name, the text and pictures, one from each noise, of the person's own prompts or else of what was found."""
         for text in dict.fromkeys(self.prompts):
             yield file_name(text), text, module.draw([text] * len(noise), noise, self.negative)
@@ -81,23 +112,27 @@ class Results(pl.Callback):
             for problem in found:
                 yield problem.key, str(problem.prompt), module.draw_found(problem, noise, self.negative)
 
-    def _finish(self, trainer: pl.Trainer, module: Any) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.world_size > 1:
-            wait_for_all()
-        if not trainer.is_global_zero:
-            return
-        found = data.folder.load()  # by other ranks too
-        data.records.update({key: found[key] for key in data.records if key in found})
-        problems = _found(trainer)
+    def _score(self, trainer: pl.Trainer, module: Any) -> None:
+        """Scores and saves what has finished since the last time, and tells it."""
+        problems = [problem for problem in module.finished if problem.prompt and problem.status != "failed"]
         if problems:
+            module.measure(problems, self.scores)
+        for problem in module.save_finished():
+            trainer.datamodule.folder.tell(problem, trainer.global_rank)  # type: ignore[attr-defined]
+
+    def _write(self, trainer: pl.Trainer, module: Any) -> None:
+        """Writes the files of the run, and prints what was found."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        folder: RunFolder = data.folder
+        if shown := list(islice(folder.found(), SHOWN)):
             board = trainer.logger.experiment if trainer.logger else None  # type: ignore[attr-defined]
-            module.report(problems, data.folder, self.scores, board)
-        for problem in problems:
-            data.folder.save(problem)
-        data.folder.write_result(type(module).__name__, module.backbone.name, data.seed, self.settings, versions())
+            module.present(shown, folder, board)
+            module.export(list(islice(folder.found(), EXPORTED)), folder)
+        folder.write_result(type(module).__name__, module.backbone.name, data.seed, self.settings, versions())
+        for lines in folder.path.glob("results-rank*.jsonl"):
+            lines.unlink()
         if self.tell:
-            _report(data.folder, list(data.records.values()))
+            _report(folder)
 
 
 def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -111,20 +146,20 @@ def file_name(text: str) -> str:
     return f"{start}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 
 
-def _found(trainer: pl.Trainer) -> list[Problem]:
-    records = trainer.datamodule.records.values()  # type: ignore[attr-defined]
-    return [problem for problem in records if problem.prompt and problem.status != "failed"]
-
-
-def _report(folder: RunFolder, problems: list[Problem]) -> None:
-    for problem in problems:
+def _report(folder: RunFolder) -> None:
+    counts = Counter(problem.status for problem in folder.records())
+    for problem in islice(folder.ordered(), SHOWN):
         note = f"  ({problem.status}: {problem.reason})" if problem.reason else ""
         print(f"{problem.target}: {problem.shown or '-'}{_score(problem)}{note}")
-    print(
-        f"Results are in {folder.path}; look at {folder.grid}"
-        if folder.grid.exists()
-        else f"Results are in {folder.path}"
-    )
+    if (total := sum(counts.values())) > SHOWN:
+        print(
+            f"... and {total - SHOWN} more: {', '.join(f'{count} {status}' for status, count in counts.most_common())}"
+        )
+    if counts["failed"] and total > 1:
+        print(
+            f"Why {counts['failed']} of {total} failed is in {folder.failed}; --ckpt_path last --data.retry true tries them again."
+        )
+    print(f"Results are in {folder.path}" + (f"; look at {folder.grid}" if folder.grid.exists() else ""))
 
 
 def _score(problem: Problem) -> str:

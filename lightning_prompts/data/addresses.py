@@ -46,20 +46,38 @@ def generator(seed: int, key: str, step: int, sample: int) -> torch.Generator:
 
 
 def draw_noise(
-    seed: int, keys: Sequence[str], step: int, samples: int, shape: Sequence[int], device: torch.device | str
+    seed: int,
+    keys: Sequence[str],
+    step: int | Sequence[int],
+    samples: int,
+    shape: Sequence[int],
+    device: torch.device | str,
 ) -> Tensor:
-    """Standard normal noise (P, N, *shape) for N samples of P problems at a step."""
-    draws = [torch.randn(*shape, generator=generator(seed, key, step, k)) for key in keys for k in range(samples)]
+    """Standard normal noise (P, N, *shape) for N samples of P problems, each at a step."""
+    draws = [
+        torch.randn(*shape, generator=generator(seed, key, at, k))
+        for key, at in zip(keys, _each(step, keys), strict=True)
+        for k in range(samples)
+    ]
     return torch.stack(draws).view(len(keys), samples, *shape).to(device)
 
 
-def draw_timesteps(seed: int, keys: Sequence[str], step: int, samples: int, low: int, high: int) -> Tensor:
+def draw_timesteps(
+    seed: int, keys: Sequence[str], step: int | Sequence[int], samples: int, low: int, high: int
+) -> Tensor:
     """Timesteps (P, N) in [low, high): sample k from the k-th of N equal parts of the range, uniformly."""
     draws = [
-        float(torch.rand((), generator=generator(seed, f"{key}/t", step, k))) for key in keys for k in range(samples)
+        float(torch.rand((), generator=generator(seed, f"{key}/t", at, k)))
+        for key, at in zip(keys, _each(step, keys), strict=True)
+        for k in range(samples)
     ]
     parts = torch.tensor(draws, dtype=torch.float64).view(len(keys), samples) + torch.arange(samples)
     return (low + parts / samples * (high - low)).long().clamp(max=high - 1)
+
+
+def _each(step: int | Sequence[int], keys: Sequence[str]) -> Sequence[int]:
+    """The step of each key."""
+    return [step] * len(keys) if isinstance(step, int) else step
 
 
 def picture_turns(step: int, samples: int, pictures: int) -> Tensor:

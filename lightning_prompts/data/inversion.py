@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.data.addresses import draw_timesteps
@@ -17,7 +20,7 @@ from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.problems import Problem
-from lightning_prompts.ranges import Positive
+from lightning_prompts.ranges import NotNegative, Positive
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ class ImagesToPrompts(ProblemData):
         validation_samples: Noise/timestep pairs that prompts are scored on.
         negative_images: Pictures to lead away from, whose denoising loss is to be high: as `images`, for all targets.
         seed: Addresses every random draw.
+        retry: Search those again that have failed, and no others.
+        workers: Processes that read pictures ahead of the search, where there are more than are searched at a time.
     """
 
     given = "pictures that are not among --data.images"
@@ -52,45 +57,41 @@ class ImagesToPrompts(ProblemData):
         validation_samples: Positive = 8,
         negative_images: str | list[str] | None = None,
         seed: int = 0,
+        retry: bool = False,
+        workers: NotNegative = 2,
     ) -> None:
-        super().__init__(seed)
+        super().__init__(seed, retry)
         self.images = [images] if isinstance(images, str) else images
         self.negative_images = [negative_images] if isinstance(negative_images, str) else negative_images or []
         self.fit, self.one_subject = fit, one_subject
         self.background: tuple[int, int, int] = background
         self.steps, self.samples, self.timesteps = steps, samples, timesteps
-        self.validation_samples = validation_samples
-        self._read: tuple[Path, str, str] | None = None  # run, model and template that the records are of
+        self.validation_samples, self.workers = validation_samples, workers
+        self.targets: list[Target] = []
+        self._pictures: dict[str, Tensor] = {}  # (I, 3, H, W) in 0..255, of the wave's problems by key
         self._latents: dict[str, Tensor] = {}
-        self._loaded: dict[str, Tensor] = {}
         self._negatives: list[Image.Image] = []
         self._negative_latents: Tensor | None = None
+        self._known: dict[tuple[str, ...], str] = {}  # keys by files and their stamps
 
     def setup(self, stage: str) -> None:
-        """Reads the pictures; what is done is skipped, and a file that cannot be read becomes a failed record."""
+        """Finds the pictures, and reads those to lead away from."""
         self._check_schedule(self.method.backbone.num_train_timesteps)
-        wanted = (self.folder.path, self.method.backbone.name, self.method.template)
-        if self._read == wanted:
-            return
-        self._read, self.records, self.keys = None, {}, []
         self._negatives, self._negative_latents = [], None
-        known = self.folder.load()
         for target in find_targets(self.negative_images) if self.negative_images else ():
-            self._negatives += [self._load(str(path)) for path in target.paths]
+            self._negatives += [self._reading().image(str(path)) for path in target.paths]
         self._check_scoring("--data.negative_images", len(self._negatives))
-        targets = find_targets(self.images, self.one_subject)
-        for index, target in enumerate(targets):
-            self._add(index, target, known, alone=len(targets) == 1)
-        if not any(problem.status != "failed" for problem in self.records.values()):
-            raise UserError(
-                f"None of the {len(targets)} pictures can be read: {next(iter(self.records.values())).reason}"
-            )
-        self._read = wanted
+        if stage == "fit":
+            self.targets = find_targets(self.images, self.one_subject)
+            most = max(self.targets, key=lambda target: len(target.paths))
+            self._check_scoring(most.name, len(most.paths))
+            self._known = {(*record.paths, *record.stamps): record.key for record in self.folder.records()}
+            self.begin()
 
-    def step(self, number: int) -> Step:
-        """The timesteps of a step, each problem's from its own address."""
-        keys = [problem.key for problem in self.method.problems]
-        return Step(number, draw_timesteps(self.seed, keys, number, self.samples, *self.timesteps))
+    def step(self) -> Step:
+        """The timesteps of the wave's next step, each problem's from its own address."""
+        keys, steps = [problem.key for problem in self.method.problems], list(self.method.done)
+        return Step(steps, draw_timesteps(self.seed, keys, steps, self.samples, *self.timesteps))
 
     def _check_schedule(self, end: int) -> None:
         low, high = self.timesteps
@@ -107,49 +108,103 @@ class ImagesToPrompts(ProblemData):
                 f"would not count; give --data.validation_samples {pictures} or more."
             )
 
-    def _add(self, index: int, target: Target, known: dict[str, Problem], alone: bool) -> None:
+    # --- which problems there are
+
+    @property
+    def total(self) -> int:
+        """As many as there are targets."""
+        return len(self.targets)
+
+    def coming(self) -> Iterator[Problem]:
+        """See `ProblemData.coming`; what an earlier process has finished is not read again."""
+        own = (place for place in range(self.total) if self.owns(place) and not self._finished(place))
+        for read in self._read(own):
+            here = self._here(read.place, read.key)
+            if problem := self.known(here):
+                if read.error:
+                    problem.status, problem.reason = "failed", read.error
+                elif read.pictures is not None:
+                    self._pictures[problem.key] = read.pictures
+                    self.folder.forget(unreadable(problem.paths))  # of an earlier try
+                yield problem
+            elif self.targets[read.place].name != self.seen[read.key]:
+                log.warning(
+                    "%s has the pixels of %s; they share one result.",
+                    self.targets[read.place].name,
+                    self.seen[read.key],
+                )
+
+    def find(self, records: Sequence[Problem]) -> None:
+        """See `ProblemData.find`; where files have moved, all that are not known have to be read."""
+        given = {tuple(map(str, target.paths)): place for place, target in enumerate(self.targets)}
+        places = {problem.key: given.get(tuple(problem.paths), -1) for problem in records}
+        moved = {key for key, place in places.items() if place < 0 or self._key_of(place) != key}
+        if moved:
+            unknown = (place for place in range(self.total) if self._key_of(place) is None)
+            places |= {read.key: read.place for read in self._read(unknown) if read.key in moved}
+        for problem in records:
+            place = places[problem.key]
+            problem.index = -1
+            if place >= 0:
+                problem.move_to(self._here(place, problem.key))
+
+    def _here(self, place: int, key: str) -> Problem:
+        """The problem at a place, as new."""
+        target = self.targets[place]
         paths = [str(path) for path in target.paths]
-        unreadable = content_key([], {"unreadable": paths})
-        try:
-            pictures = [self._load(path) for path in paths]
-        except UserError as error:
-            if alone:
-                raise
-            failed = Problem(unreadable, target.name, paths, target.caption, index, "failed", str(error))
-            self.records[unreadable] = failed
-            self.keys.append(unreadable)
-            return
-        if unreadable in known:  # of an earlier try
-            self.folder.forget(unreadable)
-        self._check_scoring(target.name, len(pictures))
-        settings = {"backbone": self.method.backbone.name, "template": self.method.template}
+        return Problem(key, target.name, paths, target.caption, place, stamps=stamps_of(paths))
+
+    def _key_of(self, place: int) -> str | None:
+        """The key of a target of which there is a record, if its files are still the same."""
+        paths = [str(path) for path in self.targets[place].paths]
+        return self._known.get((*paths, *stamps_of(paths)))
+
+    def _finished(self, place: int) -> bool:
+        """Whether a target need not be read; what has to be known of it is taken from its record."""
+        key = self._key_of(place)
+        record = self.folder.read(key) if key else None
+        if key is None or record is None or record.status == ("failed" if self.retry else "open"):
+            return False  # also if it is new: its files may be known under other names
+        return key in self.seen or self.known(self._here(place, key)) is None
+
+    # --- reading
+
+    def _reading(self) -> Reading:
+        settings: dict[str, object] = {"backbone": self.method.backbone.name, "template": self.method.template}
         if self._negatives:
             settings["negative"] = content_key(self._negatives, {})
-        key = content_key(pictures, settings)
-        here = Problem(key, target.name, paths, target.caption, index)
-        problem = known.get(key, here)
-        problem.move_to(here)
-        if problem.status == "failed":
-            problem.status, problem.reason = "open", None
-        if key in self.records:
-            log.warning("%s has the pixels of %s; they share one result.", target.name, self.records[key].target)
-        self.records.setdefault(key, problem)
-        self.keys.append(key)
-        self._loaded[key] = torch.stack([to_tensor(picture) for picture in pictures])
+        size = self.method.backbone.image_size
+        return Reading(self.targets, settings, (size, self.fit, self.background))
 
-    def _load(self, path: str) -> Image.Image:
-        return load_image(path, self.method.backbone.image_size, self.fit, self.background)
+    def _read(self, places: Iterator[int]) -> Iterable[Read]:
+        """Reads targets, by workers where there are many."""
+        workers = int(self.workers) if self.total > self.method.together else 0
+        return DataLoader(self._reading(), None, sampler=places, num_workers=workers, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def pictures(self, problems: Sequence[Problem]) -> list[Tensor]:
         """The pictures (I, 3, H, W) in [-1, 1] of each problem."""
-        return [self._loaded[problem.key] for problem in problems]
+        return [self._pictures_of(problem).float() / 127.5 - 1 for problem in problems]
+
+    def _pictures_of(self, problem: Problem) -> Tensor:
+        if problem.key in self._pictures:
+            return self._pictures[problem.key]
+        reading = self._reading()
+        pictures = stacked([reading.image(path) for path in problem.paths])
+        if problem in self.method.problems:
+            self._pictures[problem.key] = pictures
+        return pictures
 
     def latents(self, backbone: Backbone, problems: Sequence[Problem]) -> list[Tensor]:
-        """The latents (I, C, h, w) of each problem's pictures, encoded once."""
+        """The latents (I, C, h, w) of each of the wave's problems' pictures, encoded once."""
         for problem in problems:
             if problem.key not in self._latents:
-                self._latents[problem.key] = _encoded(backbone, self._loaded[problem.key])
+                self._latents[problem.key] = _encoded(backbone, self.pictures([problem])[0])
         return [self._latents[problem.key] for problem in problems]
+
+    def release(self, problem: Problem) -> None:
+        """See `ProblemData.release`."""
+        self._pictures.pop(problem.key, None)
+        self._latents.pop(problem.key, None)
 
     def negative_latents(self, backbone: Backbone) -> Tensor | None:
         """Latents (I, C, h, w) of the pictures to lead away from, encoded once; None without any."""
@@ -158,6 +213,68 @@ class ImagesToPrompts(ProblemData):
                 backbone, torch.stack([to_tensor(picture) for picture in self._negatives])
             )
         return self._negative_latents
+
+
+class Read(NamedTuple):
+    """A target that was read: its place, its key, and its pictures (I, 3, H, W) in 0..255 or why there are none."""
+
+    place: int
+    key: str
+    pictures: Tensor | None
+    error: str | None
+
+
+class Reading(Dataset[Read]):
+    """Reads targets, in whatever process.
+
+    Args:
+        targets: Which.
+        settings: What else makes a key.
+        how: Size, fit and background, see `load_image`.
+    """
+
+    def __init__(
+        self, targets: list[Target], settings: dict[str, object], how: tuple[int, Fit, tuple[int, int, int]]
+    ) -> None:
+        self.targets, self.settings, self.how = targets, settings, how
+
+    def __getitem__(self, place: int) -> Read:
+        paths = [str(path) for path in self.targets[place].paths]
+        try:
+            pictures = [self.image(path) for path in paths]
+        except UserError as error:
+            return Read(place, unreadable(paths), None, str(error))
+        return Read(place, content_key(pictures, self.settings), stacked(pictures), None)
+
+    def image(self, path: str) -> Image.Image:
+        """A picture as the model sees it."""
+        return load_image(path, *self.how)
+
+
+def unreadable(paths: list[str]) -> str:
+    """The key of a target that cannot be read."""
+    return content_key([], {"unreadable": paths})
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as (I, 3, H, W) in 0..255."""
+    return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2).contiguous()
+
+
+def stamps_of(paths: Sequence[str]) -> list[str]:
+    """What tells a file that has changed from one that has not, without reading it: its size and its time."""
+    return [f"{found.st_size}-{found.st_mtime_ns}" for path in paths if (found := _stat(path))]
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def _as_it_is(read: Read) -> Read:
+    return read
 
 
 def _encoded(backbone: Backbone, pictures: Tensor, batch: int = 4) -> Tensor:

@@ -1,56 +1,59 @@
-"""What all data modules share: the records of the problems, and the steps of a wave."""
+"""What all data modules share: which problems are open, in what order they come, and the steps of the wave."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 from torch import Tensor
 
+from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem, RunFolder
 
 
 class Step(NamedTuple):
-    """The addresses of one step: its number and, where noise is drawn, the timesteps (P, N) of the wave's problems."""
+    """The addresses of one step: how many steps each of P problems has taken and, where noise is drawn, timesteps (P, N)."""
 
-    step: int
+    steps: Sequence[int]
     timesteps: Tensor
 
 
 class StepLoader:
-    """Gives the steps of a wave from where it is; a resumed run puts it where the wave was."""
+    """Gives steps as long as the wave has problems."""
 
     def __init__(self, data: ProblemData) -> None:
-        self.data, self.step = data, 0
+        self.data = data
 
     def __len__(self) -> int:
-        return self.data.steps
+        return 10**9  # of a loader without a length Lightning fetches a step ahead, before the wave has changed
 
     def __iter__(self) -> Iterator[Step]:
-        while self.step < self.data.steps:
-            self.step += 1
-            yield self.data.step(self.step - 1)
-        self.step = 0
+        while self.data.method.fill():
+            yield self.data.step()
 
 
 class ProblemData(pl.LightningDataModule, ABC):
     """Problems to search prompts for.
 
+    A problem is read when its search begins, and forgotten when it has ended, so memory does not grow with their number.
+
     Args:
         seed: Addresses every random draw.
+        retry: Search those again that have failed, and no others.
     """
 
     steps: int
     given: str  # "... that are not among" what a person has named
-    loader: StepLoader
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, retry: bool = False) -> None:
         super().__init__()
-        self.seed = seed
-        self.records: dict[str, Problem] = {}
-        self.keys: list[str] = []  # of what was given, in its order; the same twice has one record
+        self.seed, self.retry = seed, retry
+        self.arrivals: Iterator[Problem] = iter(())
+        self.seen: dict[str, str] = {}  # what to call the problem of each key that has come
+        self.skipped = 0  # problems that were finished before
+        self._keys: dict[int, str] = {}  # by place among the inputs
 
     @property
     def method(self) -> Any:
@@ -62,24 +65,78 @@ class ProblemData(pl.LightningDataModule, ABC):
         """The run's folder."""
         return RunFolder(self.trainer.default_root_dir)  # type: ignore[union-attr]
 
+    @property
+    def keys(self) -> list[str]:
+        """Of what was given, in its order, once all of it has come; the same twice has one key."""
+        return [self._keys[place] for place in range(self.total)]
+
+    @property
     @abstractmethod
-    def step(self, number: int) -> Step:
-        """A step of the wave."""
+    def total(self) -> int:
+        """How many problems were given, to all ranks."""
 
-    def save(self) -> None:
-        """Writes this rank's records when a search begins or goes on."""
-        for problem in self.own():
-            self.folder.save(problem)
+    @abstractmethod
+    def coming(self) -> Iterator[Problem]:
+        """This rank's problems in their order, each read when it is asked for; open or failed, but not finished before."""
 
-    def own(self) -> list[Problem]:
-        """The problems of this rank: every n-th, with n ranks."""
+    @abstractmethod
+    def find(self, records: Sequence[Problem]) -> None:
+        """Gives records of an earlier process the place that they have among the inputs now, `index`; -1 without one."""
+
+    def release(self, problem: Problem) -> None:
+        """Forgets what is remembered of a problem that has left the wave."""
+
+    @abstractmethod
+    def step(self) -> Step:
+        """The next step of the wave."""
+
+    def owns(self, place: int) -> bool:
+        """Whether the problem at a place among the inputs is this rank's: every n-th is, with n ranks."""
         rank, ranks = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
-        return list(self.records.values())[rank::ranks]
+        return place % ranks == rank
+
+    def begin(self) -> None:
+        """Begins to read, up to the first problem that can be searched.
+
+        Raises:
+            UserError: There is none, and never was.
+        """
+        self.seen, self.skipped, self._keys = {}, 0, {}
+        coming, come = self.coming(), list[Problem]()
+        for problem in coming:
+            come.append(problem)
+            if problem.status != "failed":
+                break
+        only_failed = bool(come) and come[-1].status == "failed" and not self.skipped
+        if only_failed and self.trainer.world_size == 1:  # type: ignore[union-attr]
+            reason = str(come[0].reason)
+            raise UserError(reason if self.total == 1 else f"None of the {self.total} inputs can be searched: {reason}")
+        self.arrivals = _chained(come, coming)
+
+    def known(self, here: Problem) -> Problem | None:
+        """The record to go on with for a problem that comes now; None if there is nothing to do for it.
+
+        What is on disk is of an earlier process, or of another rank where the same picture is given twice.
+        """
+        self._keys[here.index] = here.key
+        if here.key in self.seen:
+            return None
+        self.seen[here.key] = here.target
+        record = self.folder.read(here.key)
+        if record is None:
+            return None if self.retry else here
+        moved = record.move_to(here)
+        if record.status == ("failed" if self.retry else "open"):
+            record.status, record.reason = "open", None
+            return record
+        self.skipped += 1
+        if moved:
+            self.folder.save(record)
+        return None
 
     def train_dataloader(self) -> StepLoader:
-        """The steps of a wave."""
-        self.loader = StepLoader(self)
-        return self.loader
+        """The steps of the wave."""
+        return StepLoader(self)
 
     def test_dataloader(self) -> list[int]:
         """One item: all problems are looked at together."""
@@ -90,3 +147,10 @@ class ProblemData(pl.LightningDataModule, ABC):
     def val_dataloader(self) -> list[int]:
         """As in `test`; but none in `fit`, where Lightning would validate in the middle of a wave when it is told to stop."""
         return [] if self.trainer.state.fn == "fit" else [0]  # type: ignore[union-attr]
+
+
+def _chained(first: list[Problem], rest: Iterator[Problem]) -> Iterator[Problem]:
+    """As itertools.chain, which would hold on to the first ones."""
+    while first:
+        yield first.pop(0)
+    yield from rest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,44 +22,61 @@ class Prompts(ProblemData):
     Args:
         prompts: A prompt; a text file with one a line; a CSV or JSONL list with the column or key `prompt`; or a list of these.
         seed: Addresses every random draw.
+        retry: Search those again that have failed, and no others.
     """
 
     given = "prompts that are not among --data.prompts"
 
-    def __init__(self, prompts: str | list[str], seed: int = 0) -> None:
-        super().__init__(seed)
+    def __init__(self, prompts: str | list[str], seed: int = 0, retry: bool = False) -> None:
+        super().__init__(seed, retry)
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
+        self._read: list[str] = []
 
     @property
     def steps(self) -> int:  # type: ignore[override]
         """As many as the method takes at most."""
         return int(self.method.steps)
 
-    def step(self, number: int) -> Step:
+    def step(self) -> Step:
         """A step, whose noise is the method's."""
-        return Step(number, torch.empty(len(self.method.problems), 0, dtype=torch.long))
+        return Step(list(self.method.done), torch.empty(len(self.method.problems), 0, dtype=torch.long))
 
     def setup(self, stage: str) -> None:
-        """Reads the prompts; what is done is skipped."""
-        known, self.records, self.keys = self.folder.load(), {}, []
-        prompts = read_prompts(self.prompts)
-        for prompt, identity in itertools.product(prompts, self.method.identities):
+        """Reads the prompts."""
+        if stage == "fit":
+            self._read = read_prompts(self.prompts)
+            self.begin()
+
+    @property
+    def total(self) -> int:
+        """As many as there are prompts, each as often as the method makes a problem of it."""
+        return len(self._read) * len(self.method.identities)
+
+    def coming(self) -> Iterator[Problem]:
+        """See `ProblemData.coming`."""
+        for here in self._given():
+            if self.owns(here.index) and (problem := self.known(here)):
+                try:
+                    self.method.check(problem.target)
+                except UserError as error:
+                    problem.status, problem.reason = "failed", str(error)
+                yield problem
+
+    def find(self, records: Sequence[Problem]) -> None:
+        """See `ProblemData.find`."""
+        given = {here.key: here for here in self._given()} if records else {}
+        for problem in records:
+            problem.index = -1
+            if here := given.get(problem.key):
+                problem.move_to(here)
+
+    def _given(self) -> Iterator[Problem]:
+        """Every problem as new."""
+        pairs = itertools.product(self._read, self.method.identities)
+        for index, (prompt, identity) in enumerate(pairs):
             settings = {"prompt": prompt, "backbone": self.method.backbone.name, **identity}
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-            here = Problem(key, prompt, index=len(self.records), target_seed=identity.get("target_seed"))
-            problem = known.get(key, here)
-            problem.move_to(here)
-            if problem.status == "failed":
-                problem.status, problem.reason = "open", None
-            try:
-                if stage == "fit" and problem.status == "open":
-                    self.method.check(prompt)
-            except UserError as error:
-                if len(prompts) == 1:
-                    raise
-                problem.status, problem.reason = "failed", str(error)
-            self.records.setdefault(key, problem)
-            self.keys.append(key)
+            yield Problem(key, prompt, index=index, target_seed=identity.get("target_seed"))
 
 
 def read_prompts(sources: list[str]) -> list[str]:

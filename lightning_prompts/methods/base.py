@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -21,6 +22,7 @@ from lightning_prompts.data.addresses import draw_noise
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.microbatch import Microbatch
+from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.problems import Problem, RunFolder
 from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
@@ -48,8 +50,8 @@ TRAINER: dict[str, Any] = {
 class PromptMethod(pl.LightningModule, ABC):
     """A search for the prompts of P problems under a frozen backbone; nothing but the prompts trains.
 
-    A wave of problems is optimised together; each of them leaves it when its score has stopped falling. Checkpoints hold the
-    wave's prompts and optimiser state alone.
+    A wave of problems is optimised together; each of them leaves it when its score has stopped falling, and the next one joins.
+    Checkpoints hold the wave's prompts and optimiser state alone.
 
     Args:
         backbone: `emoji`, a folder, a short name such as `sdxl`, a hub id, or a safetensors file; in Python also what
@@ -64,6 +66,7 @@ class PromptMethod(pl.LightningModule, ABC):
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         vae_tiling: Decode large pictures in tiles, which changes them a little.
         cpu_offload: Have the text encoders, the denoiser and the autoencoder on the device one at a time.
+        together: P, problems that are searched at a time; when one is finished the next takes its place.
         patience: A problem is finished after this many scorings without a better one.
         microbatch: Samples per call of the denoiser; half as many whenever the device runs out of memory.
         score_every: Steps between scorings.
@@ -77,7 +80,9 @@ class PromptMethod(pl.LightningModule, ABC):
     prompt: TokenEmbeddings | WordChoices | PromptEmbeds | PromptArc
     problems: list[Problem]
     data_class: type[ProblemData]
-    together: int | None = None  # problems of a wave; None for all that are open
+    done: list[int]  # steps that each has taken
+    stale: list[int]  # scorings of each without a better one
+    lowered: list[int]  # how often the steps of each have been halved
     decisive: frozenset[str] = frozenset()  # settings that other searches can go on without
 
     def __init__(
@@ -94,6 +99,7 @@ class PromptMethod(pl.LightningModule, ABC):
         gradient_checkpointing: bool = False,
         vae_tiling: bool = False,
         cpu_offload: bool = False,
+        together: Positive = 16,
         patience: Positive = 1000,
         microbatch: Positive = 16,
         score_every: Positive = 1,
@@ -103,6 +109,7 @@ class PromptMethod(pl.LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.together = int(together)
         self.offline, self.patience, self.microbatch = offline, patience, Microbatch(microbatch)
         self.score_every, self.sample_every = score_every, sample_every
         if isinstance(backbone, str):
@@ -114,9 +121,9 @@ class PromptMethod(pl.LightningModule, ABC):
         self.guidance_scale = self.backbone.default_guidance if guidance_scale is None else guidance_scale
         self.backbone.calls(self.sampling_steps)  # refuses more steps than the sampler has
         self.vocabulary = self.backbone.vocabulary
-        self.problems = []
+        self.problems, self.done, self.stale, self.lowered = [], [], [], []
+        self.finished: list[Problem] = []  # not yet saved
         self.active = torch.empty(0, dtype=torch.bool)
-        self.stale: list[int] = []  # scorings without a better one, a problem
         self._resumed: dict[str, Any] | None = None
 
     @property
@@ -132,62 +139,108 @@ class PromptMethod(pl.LightningModule, ABC):
         data: ProblemData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
 
-    def on_train_start(self) -> None:
-        """Goes on with the wave that a checkpoint holds."""
-        if self._resumed:
-            saved = [Problem(**record) for record in self._resumed["records"]]
-            for problem in saved:
-                problem.move_to(self.data.records[problem.key])
-                if problem.status != "failed":  # what failed is tried again in the next wave
-                    self.data.records[problem.key] = problem
-            self.data.save()
-            if saved:  # it has none when an earlier command had nothing left to search
-                self.take(saved)
-            self.active, self.stale = torch.tensor(self._resumed["active"]), list(self._resumed["stale"])
-            self.data.loader.step = self._resumed["step"]
-            self._resumed = None
-        elif not self.problems:
-            self.on_train_epoch_start()
-
-    def on_train_epoch_start(self) -> None:
-        """Begins a wave: first prompts and a fresh optimiser."""
-        if self._resumed or self.active.any():
-            return
-        self.problems = [problem for problem in self.data.own() if problem.status == "open"][: self.together]
-        if self.problems:
-            self.take(self.problems)
-            self.begin_wave()
-        self.data.save()
-        self.active, self.stale = torch.ones(len(self.problems), dtype=torch.bool), [0] * len(self.problems)
-
-    @abstractmethod
-    def begin_wave(self) -> None:
-        """Puts the wave's problems where their search starts."""
-
     @property
     def parameter(self) -> torch.nn.Parameter:
         """What trains, (P, ...)."""
         (parameter,) = (value for value in self.prompt.parameters() if value.requires_grad)
         return parameter
 
-    def on_train_epoch_end(self) -> None:
-        """Ends the wave, and the run when no problem is open."""
-        if self.trainer.should_stop:  # as by --trainer.max_time; what is open can go on later
-            return
-        self.data.loader.step = 0  # also of a wave that ended early
-        self.trainer.should_stop = all(problem.status != "open" for problem in self.data.own())
+    def on_train_start(self) -> None:
+        """Goes on with the wave that a checkpoint holds."""
+        if self._resumed:
+            wave, self._resumed = self._resumed, None
+            problems = [Problem(**record) for record in wave["records"]]
+            self.data.seen |= {problem.key: problem.target for problem in problems}
+            for problem in problems:
+                self.data.folder.save(problem)
+            self.active, self.done, self.stale = torch.tensor(wave["active"]).bool(), wave["done"], wave["stale"]
+            self.lowered = wave["lowered"]
+            if problems:
+                self.take(problems)
 
-    def forget(self) -> None:
-        """Makes the optimiser forget the steps it has taken, which were elsewhere."""
-        for optimizer in self.trainer.optimizers:
-            optimizer.state.clear()
+    def fill(self) -> bool:
+        """Lets what is finished out of the wave, and new problems in, as many as it has room for.
+
+        Returns:
+            Whether there is anything to search.
+        """
+        kept, gone = self.active.nonzero().squeeze(1), [self.problems[row] for row in (~self.active).nonzero()]
+        new, here = list[Problem](), {problem.key for problem in self.problems}
+        while len(kept) + len(new) < self.together and (problem := next(self.data.arrivals, None)):
+            if problem.key not in here:  # a checkpoint had it
+                (self.finished if problem.status == "failed" else new).append(problem)
+        if not len(kept) + len(new):
+            self.problems = []
+        elif gone or new:
+            self._change(kept, new)
+        for problem in gone:
+            self.release(problem)
+        return bool(self.problems)
+
+    def _change(self, kept: Tensor, new: list[Problem]) -> None:
+        """Makes the problems `kept` (Q,) of the wave, as far as they have come, and new ones the wave."""
+        before, states = self.parameter.data[kept.to(self.device)], self._states()
+        rows, added = kept.tolist(), [0] * len(new)
+        self.take([*(self.problems[row] for row in rows), *new])
+        self.done, self.stale, self.lowered = (
+            [several[row] for row in rows] + added for several in (self.done, self.stale, self.lowered)
+        )
+        self.active = torch.ones(len(self.problems), dtype=torch.bool)
+        joined = torch.arange(len(rows), len(self.problems))
+        first = self.first(joined)
+        self.parameter.grad = None
+        self.parameter.data = torch.cat([fitted(before, first.shape[1:]), first])
+        for state, name, value in states:
+            shape = first.shape[1:] if value.shape[1:] == before.shape[1:] else value.shape[1:]
+            state[name] = torch.cat([fitted(value[kept.to(value.device)], shape), value.new_zeros(len(new), *shape)])
+        self.forget(joined)
+        for problem in new:
+            self.data.folder.save(problem)
+
+    @abstractmethod
+    def first(self, rows: Tensor) -> Tensor:
+        """Where the search for the problems `rows` (Q,) of the wave starts: the values of what trains, (Q, ...)."""
 
     def take(self, problems: list[Problem]) -> None:
         """Makes problems the wave."""
         self.problems, self._begun = problems, time.perf_counter()
 
+    def release(self, problem: Problem) -> None:
+        """Forgets what is remembered of a problem that has left the wave."""
+        self.data.release(problem)
+
+    def _states(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """What the optimiser holds with a row a problem, and where."""
+        return [
+            (state, name, value)
+            for optimizer in self.trainer.optimizers
+            for state in optimizer.state.values()
+            for name, value in state.items()
+            if isinstance(value, Tensor) and value.dim()
+        ]
+
+    def forget(self, rows: Tensor) -> None:
+        """Makes the optimiser forget the steps it has taken of the problems `rows` (Q,), which were elsewhere."""
+        for _, _, value in self._states():
+            value[rows.to(value.device)] = 0
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, BatchedLBFGS):
+                mask = torch.zeros(len(self.problems), dtype=torch.bool)
+                mask[rows] = True
+                optimizer.reset_history(mask)
+
+    @torch.no_grad()
+    def jump(self, rows: Tensor, there: Tensor) -> None:
+        """Puts the problems `rows` (Q,) elsewhere (Q, ...); what the optimiser knows of the points before is forgotten."""
+        self.parameter[rows.to(self.device)] = there.to(self.parameter)
+        self.forget(rows)
+
+    def on_train_epoch_end(self) -> None:
+        """Ends the run when no problem is open; what is open when it was told to stop can go on later."""
+        self.trainer.should_stop = self.trainer.should_stop or not self.problems
+
     def on_train_batch_start(self, batch: Step, batch_idx: int) -> int | None:
-        """Ends the wave when no problem is left in it."""
+        """Has the wave filled again when no problem is left in it."""
         return None if self.active.any() else -1
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
@@ -196,7 +249,19 @@ class PromptMethod(pl.LightningModule, ABC):
         self.search(batch, rows)
         elapsed, self._begun = time.perf_counter() - self._begun, time.perf_counter()
         for row in rows.tolist():
+            self.done[row] += 1
             self.problems[row].seconds += elapsed / len(rows)
+
+    def on_train_batch_end(self, outputs: Any, batch: Step, batch_idx: int) -> None:
+        """Saves what is finished, where no callback scores it before."""
+        self.save_finished()
+
+    def save_finished(self) -> list[Problem]:
+        """Saves what is finished."""
+        finished, self.finished = self.finished, []
+        for problem in finished:
+            self.data.folder.save_or_warn(problem)
+        return finished
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """What moves the embeddings; nothing where tokens are exchanged."""
@@ -207,19 +272,26 @@ class PromptMethod(pl.LightningModule, ABC):
         """Moves the prompts of the problems `rows` (Q,) by one optimiser step."""
 
     @abstractmethod
-    def score(self) -> list[Problem]:
-        """Scores what the active problems have come to and keeps what is best.
+    def score(self, rows: Tensor) -> list[Problem]:
+        """Scores what the problems `rows` (Q,) have come to and keeps what is best.
 
         Returns:
             The problems that now have a better prompt.
         """
 
-    def step_active(self, optimizer: Any, loss: Tensor, clip: float | None = None) -> None:
-        """One step of a torch optimiser down the losses (Q,) of the active problems; the other rows stay where they are.
+    def due(self) -> Tensor:
+        """The active problems that are scored now, (Q,): after every n-th step of each, and after its last one."""
+        rows = self.active.nonzero().squeeze(1).tolist()
+        every, last = int(self.score_every), int(self.data.steps)
+        return torch.tensor(
+            [row for row in rows if self.done[row] % every == 0 or self.done[row] >= last], dtype=torch.long
+        )
 
-        With `clip` each element of the gradient is cut to [-clip, clip].
+    def step_active(self, optimizer: Any, loss: Tensor, rows: Tensor, clip: float | None = None) -> None:
+        """One step of a torch optimiser down the losses (Q,) of the problems `rows` (Q,); the others stay where they are.
 
-        So does, for this step, a problem whose gradient is not finite.
+        So does, for this step, a problem whose gradient is not finite. With `clip` each element of the gradient is cut to
+        [-clip, clip].
         """
         parameter = self.parameter
         before = parameter.detach().clone()
@@ -227,31 +299,37 @@ class PromptMethod(pl.LightningModule, ABC):
         if loss.requires_grad:  # it does not where slots are left empty, in all problems
             self.manual_backward(loss.sum())
         gradient = parameter.grad
-        sound, active = gradient.isfinite().flatten(1).all(1), self.active.to(self.device)
-        for row in (active & ~sound).nonzero().squeeze(1).tolist():
-            log.warning("The gradient of %s is not finite; it is left out of this step.", self.problems[row].target)
+        sound = gradient.isfinite().flatten(1).all(1)
         gradient[~sound] = 0
         if clip is not None:
             gradient.clamp_(-clip, clip)
         optimizer.step()
+        share = torch.zeros(len(parameter))  # of the step that is taken
+        share[rows] = 0.5 ** torch.tensor([float(self.lowered[row]) for row in rows.tolist()])
+        share = share.to(parameter).where(sound, 0).view(-1, *(1,) * (parameter.dim() - 1))
         with torch.no_grad():  # momentum and weight decay move rows without a gradient too
-            moving = (active & sound).view(-1, *(1,) * (parameter.dim() - 1))
-            parameter.copy_(torch.where(moving, parameter, before))
+            parameter.copy_(torch.where(share > 0, torch.lerp(before, parameter, share), before))
 
     def count(self, rows: Tensor, samples: int) -> None:
         """Adds denoiser samples to the problems' counters; a backward counts as one."""
         for row in rows.tolist():
             self.problems[row].unet_samples += samples
 
-    def retire(self, last: bool) -> list[Problem]:
-        """Takes finished problems out of the wave: those that no longer improve, or all after the last step."""
-        finished = []
-        for row in self.active.nonzero().squeeze(1).tolist():
-            if last or self.stale[row] >= self.patience:
-                self.active[row] = False
-                self.problems[row].finish()
-                finished.append(self.problems[row])
-        return finished
+    def retire(self, rows: Tensor) -> None:
+        """Finishes those of the problems `rows` (Q,) that no longer improve or have taken all their steps."""
+        for row in rows.tolist():
+            if self.done[row] >= self.data.steps or self.stale[row] >= self.patience:
+                self.end(row)
+
+    def end(self, row: int) -> None:
+        """Finishes a problem, which leaves the wave."""
+        self.active[row] = False
+        self.problems[row].finish()
+        self.finished.append(self.problems[row])
+
+    @abstractmethod
+    def best(self, row: int) -> Tensor:
+        """Where the search for a problem has found its best, (...), to go back there; where it starts if there is none."""
 
     def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
         """Noise (P, N, C, h, w) for pictures of P problems, at a step's address."""
@@ -265,19 +343,47 @@ class PromptMethod(pl.LightningModule, ABC):
         """What some problems' best prompts draw so far, as one picture."""
 
     @abstractmethod
-    def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
-        """Scores problems that have a prompt and writes what a person looks at into the run's folder.
+    def measure(self, problems: list[Problem], scores: Scores) -> None:
+        """Scores problems that have a prompt and are finished, by what is drawn from it.
 
         Args:
             problems: The records.
-            folder: The run's folder.
             scores: What scores them.
+        """
+
+    @abstractmethod
+    def present(self, problems: list[Problem], folder: RunFolder, board: Any) -> None:
+        """Writes what a person looks at into the run's folder.
+
+        Args:
+            problems: The records that have a prompt, the first `SHOWN` of the run.
+            folder: The run's folder.
             board: TensorBoard's writer, or None.
         """
 
+    def export(self, problems: list[Problem], folder: RunFolder) -> None:
+        """Writes what other tools read into the run's folder."""
+
+    @abstractmethod
+    def validation_losses(self, problems: list[Problem]) -> Tensor:
+        """The losses (P,) by which the best prompts of P problems were chosen, computed again."""
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        """The validation losses of what was found."""
+        found, losses = self.data.folder.found(), list[float]()
+        while problems := list(islice(found, self.together)):
+            values = self.validation_losses(problems).tolist()
+            losses += values
+            if self.trainer.is_global_zero:
+                for problem, loss in zip(problems, values, strict=True):
+                    print(f"{abs(loss):.5f}  {problem.target}  {problem.shown}")
+        if not losses:
+            raise UserError("This run has no prompts yet; run `fit` first.")
+        self.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
+
     def configure_callbacks(self) -> list[pl.Callback]:
         """What every search needs around its steps."""
-        return [NonFiniteGuard(), BestPrompt(self.score_every), SampleGrid(self.sample_every), PromptProgress()]
+        return [NonFiniteGuard(), BestPrompt(), SampleGrid(self.sample_every), PromptProgress()]
 
     def test_step(self, batch: int, batch_idx: int) -> None:
         """All is done by the `Results` callback."""
@@ -410,18 +516,38 @@ class PromptMethod(pl.LightningModule, ABC):
         checkpoint["wave"] = {
             "records": [asdict(problem) for problem in self.problems],
             "active": self.active.tolist(),
+            "done": self.done,
             "stale": self.stale,
-            "step": self.data.loader.step,
+            "lowered": self.lowered,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes room for the checkpoint's problems; refuses those whose pictures are not given now."""
-        gone = [record for record in checkpoint["wave"]["records"] if record["key"] not in self.data.records]
-        if gone:
+        wave = checkpoint["wave"]
+        records = [Problem(**record) for record in wave["records"]]
+        self.data.find(records)
+        if gone := [problem for problem in records if problem.index < 0]:
             raise UserError(
                 f"The checkpoint goes on with {len(gone)} {self.data.given} now; give the same ones and the same settings, or "
                 "another --run."
             )
-        self._resumed = checkpoint["wave"]
+        wave["records"] = [asdict(problem) for problem in records]
+        self._resumed = wave
         (saved,) = checkpoint["state_dict"].values()
         self.parameter.data = torch.empty_like(saved)
+
+
+def fitted(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows (Q, ...) in another shape (Q, *shape): cut off, or filled up with zeros, at the end of each axis."""
+    if rows.shape[1:] == torch.Size(shape):
+        return rows
+    new = rows.new_zeros(len(rows), *shape)
+    common = tuple(slice(min(*sizes)) for sizes in zip(rows.shape, new.shape, strict=True))
+    new[common] = rows[common]
+    return new
+
+
+def by_step(batch: Step, rows: Tensor) -> list[tuple[int, Tensor]]:
+    """The problems `rows` (Q,) by the number of steps that they have taken."""
+    steps = torch.tensor(batch.steps)[rows]
+    return [(int(step), rows[steps == step]) for step in steps.unique()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_prompts.data.problems import Step
@@ -20,8 +21,8 @@ class RandomTokens(Inverter):
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """Draws."""
-        drawn = self.prompt.table[self.random_tokens(batch.step)].float()
-        self.prompt.embeddings.data[rows] = drawn[rows]
+        drawn = self.random_tokens(rows, [batch.steps[row] for row in rows.tolist()])
+        self.prompt.embeddings.data[rows.to(self.device)] = self.prompt.table[drawn].float()
 
 
 class ClipWords(Inverter):
@@ -38,7 +39,10 @@ class ClipWords(Inverter):
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """Finds all words; they are the result, also where the random tokens of the start have a lower validation loss."""
-        if batch.step == 0:
-            self.prompt.embeddings.data[rows] = self.prompt.table[self.clip_words(self.beams)][rows].float()
-            for row in rows.tolist():
+        new = torch.tensor([row for row in rows.tolist() if batch.steps[row] == 0], dtype=torch.long)
+        if len(new):
+            self.prompt.embeddings.data[new.to(self.device)] = self.prompt.table[
+                self.clip_words(new, self.beams)
+            ].float()
+            for row in new.tolist():
                 self.problems[row].forget_prompt()

@@ -18,7 +18,7 @@ from lightning_prompts.data.addresses import FRESH, SEARCH, generator
 from lightning_prompts.data.problems import Step
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.base import PromptMethod, by_step
 from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
 from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.problems import Candidate, Problem, RunFolder, atomic_write
@@ -134,7 +134,7 @@ class DPODiff(PromptMethod):
         self._spaces: dict[str, Space] = {}
         self._plans: dict[int, list[int]] = {}
         self._better: list[Problem] = []
-        self._paid: dict[tuple[str, str, str], list[float]] = {}
+        self._paid: dict[str, dict[tuple[str, str], list[float]]] = {}  # by problem and texts
         self.plan(0)  # refuses schedules
 
     def _check(self) -> None:
@@ -184,21 +184,21 @@ class DPODiff(PromptMethod):
         """Steps that a search takes at most: each learns or evaluates a candidate."""
         return len(self.plan(self.data.seed)) + int(self.budget)
 
-    def on_train_start(self) -> None:
-        """Remembers what an earlier process has paid for after its last checkpoint."""
-        self._paid = {
-            (problem.key, c["prompt"], c["negative_prompt"]): c["losses"]
-            for problem in self.data.records.values()
-            for c in problem.candidates
-        }
-        super().on_train_start()
-
     def take(self, problems: list[Problem]) -> None:
-        """Makes problems the wave, with the words that can be chosen for them."""
+        """Makes problems the wave, with the words that can be chosen for them, and remembers what was paid for."""
+        for problem in problems:
+            if problem.key not in self._paid:  # by an earlier process, after its last checkpoint
+                self._paid[problem.key] = {(c["prompt"], c["negative_prompt"]): c["losses"] for c in problem.candidates}
         super().take(problems)
         self.prompt.show([self.space(problem.target) for problem in problems])
         self.wanted = self.clip.features_of([problem.target for problem in problems])  # (P, E)
         self.noise = self.draw_noise(problems, SEARCH, self.seeds)
+
+    def release(self, problem: Problem) -> None:
+        """Forgets what is remembered of a problem that has left the wave."""
+        super().release(problem)
+        self._paid.pop(problem.key, None)
+        self._spaces.pop(problem.target, None)
 
     @property
     def identities(self) -> list[dict[str, Any]]:
@@ -215,38 +215,49 @@ class DPODiff(PromptMethod):
             self._spaces[prompt] = keeping(self.sources.space(prompt), self.meaning, self.threshold)
         return self._spaces[prompt]
 
-    def begin_wave(self) -> None:
-        """Starts from the persons' prompts; what was evaluated before, without a state to go on from, is at hand as paid."""
-        for problem in self.problems:
+    def first(self, rows: Tensor) -> Tensor:
+        """The persons' prompts; what was evaluated before, without a state to go on from, is at hand as paid."""
+        for row in rows.tolist():
+            problem = self.problems[row]
             problem.candidates, problem.budget, problem.loss_before = [], 0.0, None
-        self.prompt.begin(self.unchanged)
-        self.forget()
+        return self.prompt.start(self.unchanged)[rows].to(self.device)
+
+    def best(self, row: int) -> Tensor:
+        """The person's prompt, as logits do not say what has been found."""
+        return self.prompt.start(self.unchanged)[row].to(self.device)
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step of the gradient, or the evaluation of a population."""
-        plan = self.plan(self.data.seed)
-        if batch.step < len(plan):
-            warm, cold = self.temperature
-            done = batch.step / max(1, len(plan) - 1)
-            self.descend(rows, batch.step, plan[batch.step], warm ** (1 - done) * cold**done)
-        else:
-            wanted = [(row, choice) for row in rows.tolist() for choice in self.propose(row, batch.step, len(plan))]
-            self.evaluate(wanted)
-            for row in set(rows.tolist()) - {row for row, _ in wanted}:  # nothing new is left
-                self.stale[row] = int(self.patience)
+        first, losses, learning = len(self.plan(self.data.seed)), list[Tensor](), list[Tensor]()
+        for step, some in by_step(batch, rows):
+            if step < first:
+                losses.append(self.shortcut(some, step))
+                learning.append(some)
+        if losses:
+            self.descend(torch.cat(losses), torch.cat(learning))
+        trying = [row for row in rows.tolist() if batch.steps[row] >= first]
+        wanted = [(row, choice) for row in trying for choice in self.propose(row, batch.steps[row], first)]
+        self.evaluate(wanted)
+        for row in set(trying) - {row for row, _ in wanted}:  # nothing new is left
+            self.stale[row] = int(self.patience)
 
     # --- the shortcut text gradient
 
-    def descend(self, rows: Tensor, step: int, before: int, temperature: float) -> None:
-        """Moves the logits of the problems `rows` (Q,) down the gradient of the loss at predicted clean pictures."""
-        sides = self.prompt(rows, self.gumbel(rows, step), temperature)
+    def shortcut(self, rows: Tensor, step: int) -> Tensor:
+        """Losses (Q,) of the mixtures of words that the problems `rows` (Q,) draw at a step, at predicted clean pictures."""
+        plan, (warm, cold) = self.plan(self.data.seed), self.temperature
+        before, done = plan[step], step / max(1, len(plan) - 1)
+        sides = self.prompt(rows, self.gumbel(rows, step), warm ** (1 - done) * cold**done)
         told, away = (self.backbone.encode(ids, embeddings) for ids, embeddings in sides)
-        loss = self.shortcut_loss(rows, told, away, before + self.grad_steps)
         calls, guided = before + 2 * self.grad_steps, 2 if self.backbone.guided(self.guidance_scale) else 1
         self.count(rows, calls * guided * self.seeds)
         for row in rows.tolist():
             self.spend(row, calls / self.backbone.calls(self.sampling_steps, 1))
-        self.step_active(self.optimizers(), loss, clip=0.025)
+        return self.shortcut_loss(rows, told, away, before + self.grad_steps)
+
+    def descend(self, loss: Tensor, rows: Tensor) -> None:
+        """Moves the logits of the problems `rows` (Q,) down the gradient of their losses (Q,)."""
+        self.step_active(self.optimizers(), loss, rows, clip=0.025)
         with torch.no_grad():
             most = self.prompt.initial(self.unchanged).clamp(min=3).unsqueeze(2).to(self.device)
             self.prompt.logits.copy_(self.prompt.logits.clamp(min=0).minimum(most))
@@ -334,16 +345,17 @@ class DPODiff(PromptMethod):
     def evaluate(self, wanted: Sequence[tuple[int, Choice]], cost: float = 1) -> None:
         """Draws and judges candidates of problems, all in one batch, and keeps what is best; none is drawn twice."""
         texts = [self.prompt.spaces[row].texts(choice) for row, choice in wanted]
-        keys = [(self.problems[row].key, *pair) for (row, _), pair in zip(wanted, texts, strict=True)]
-        new = [i for i, key in enumerate(keys) if key not in self._paid]
+        paid = [self._paid[self.problems[row].key] for row, _ in wanted]
+        new = [i for i, pair in enumerate(texts) if pair not in paid[i]]
         rows = torch.tensor([wanted[i][0] for i in new], dtype=torch.long)
         with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
-            losses = self.losses([texts[i] for i in new], self.noise[rows], self.wanted[rows])
-        self._paid |= zip([keys[i] for i in new], losses.tolist(), strict=True)
-        for (row, choice), pair, key in zip(wanted, texts, keys, strict=True):
+            losses = self.losses([texts[i] for i in new], self.noise[rows], self.wanted[rows]).tolist()
+        for i, values in zip(new, losses, strict=True):
+            paid[i][texts[i]] = values
+        for (row, choice), pair, known in zip(wanted, texts, paid, strict=True):
             self.count(torch.tensor([row]), self.seeds * self.backbone.calls(self.sampling_steps, self.guidance_scale))
             self.spend(row, cost)
-            self.keep(row, choice, pair, self._paid[key])
+            self.keep(row, choice, pair, known[pair])
         for row in {row for row, _ in wanted}:
             self.data.folder.save_or_warn(self.problems[row])
 
@@ -381,9 +393,9 @@ class DPODiff(PromptMethod):
 
     # --- results
 
-    def score(self) -> list[Problem]:
+    def score(self, rows: Tensor) -> list[Problem]:
         """Judges the persons' prompts before the first step; afterwards says which problems have got better."""
-        new = [row for row, problem in enumerate(self.problems) if problem.loss_before is None and self.active[row]]
+        new = [row for row in rows.tolist() if self.problems[row].loss_before is None]
         if new:  # the persons' own prompts are free
             self.evaluate([(row, (0,) * len(self.prompt.spaces[row].slots)) for row in new], cost=0)
         for row in new:
@@ -393,23 +405,18 @@ class DPODiff(PromptMethod):
         better, self._better = self._better, []
         return better
 
-    def retire(self, last: bool) -> list[Problem]:
+    def retire(self, rows: Tensor) -> None:
         """Takes out of the wave what has spent its budget."""
-        for row, problem in enumerate(self.problems):
-            if (problem.budget or 0) + 1 > self.budget + 1e-6:
+        for row in rows.tolist():
+            if (self.problems[row].budget or 0) + 1 > self.budget + 1e-6:
                 self.stale[row] = int(self.patience)
-        return super().retire(last)
+        super().retire(rows)
 
-    def validation_step(self, batch: int, batch_idx: int) -> None:
+    def validation_losses(self, problems: list[Problem]) -> Tensor:
         """The losses of the found prompts, drawn again from the seeds of the search."""
-        found = [problem for problem in self.data.records.values() if problem.prompt]
-        pairs = [(str(problem.prompt), problem.negative_prompt or "") for problem in found]
-        wanted = self.clip.features_of([problem.target for problem in found])
-        losses = self.losses(pairs, self.draw_noise(found, SEARCH, self.seeds), wanted).mean(1)
-        if self.trainer.is_global_zero:
-            for problem, loss in zip(found, losses.tolist(), strict=True):
-                print(f"{loss:.5f}  {problem.shown}")
-        self.log("validation/loss", losses.mean(), batch_size=len(found))
+        pairs = [(str(problem.prompt), problem.negative_prompt or "") for problem in problems]
+        wanted = self.clip.features_of([problem.target for problem in problems])
+        return self.losses(pairs, self.draw_noise(problems, SEARCH, self.seeds), wanted).mean(1)
 
     def shown(self, problems: list[Problem]) -> Image.Image:
         """What the persons' prompts draw above what the found ones draw, from the seeds of the search."""
@@ -427,8 +434,8 @@ class DPODiff(PromptMethod):
         return drawn[0].unflatten(0, noise.shape[:2]), drawn[1].unflatten(0, noise.shape[:2])
 
     @torch.no_grad()
-    def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
-        """Judges the found prompts on fresh seeds, also by the held-out CLIP, and draws them below the persons'."""
+    def measure(self, problems: list[Problem], scores: Scores) -> None:
+        """Judges the found prompts on fresh seeds, also by the held-out CLIP."""
         drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
         scores.compare(self, problems, *drawn)
         wanted = self.clip.features_of([problem.target for problem in problems]).unsqueeze(1)  # (P, 1, E)
@@ -438,6 +445,9 @@ class DPODiff(PromptMethod):
         for p, problem in enumerate(problems):
             problem.fresh_loss_before, problem.fresh_loss_after = before[p].tolist(), after[p].tolist()
             problem.similarity = float(self.meaning(problem.target, [str(problem.prompt)]))
+
+    def present(self, problems: list[Problem], folder: RunFolder, board: Any) -> None:
+        """What the found prompts draw below what the persons' draw."""
         atomic_write(folder.grid, to_png(self.shown(problems[:SHOWN])))
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:

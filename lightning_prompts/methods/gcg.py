@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,14 +56,16 @@ class GCG(Inverter):
         embeddings = self.prompt.table[ids].requires_grad_()
         loss = self.loss(rows, ids, embeddings, samples)
         (gradient,) = torch.autograd.grad(loss.sum(), embeddings)
-        proposed, sound = self._propose(batch.step, rows, token_ids, gradient[:, self.prompt.positions])
+        proposed, sound = self._propose(batch.steps, rows, token_ids, gradient[:, self.prompt.positions])
         losses = self._losses(rows, proposed, sound, samples)
         least, best = losses.min(1)
         taken = torch.where((least < loss.detach()).unsqueeze(1), proposed[torch.arange(len(rows)), best], token_ids)
         self.prompt.embeddings.data[here] = self.prompt.table[taken].float()
         self.log("train/loss", torch.minimum(least, loss.detach()).mean(), prog_bar=True)
 
-    def _propose(self, step: int, rows: Tensor, token_ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def _propose(
+        self, steps: Sequence[int], rows: Tensor, token_ids: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Candidates (Q, B, M), and which of them (Q, B) survive being written down and read again, and are allowed."""
         change = gradient @ self.prompt.table.T  # of the loss, to first order and but for a constant a place, (Q, M, V)
         change = change.masked_fill(~self.prompt.allowed, torch.inf).scatter(2, token_ids.unsqueeze(2), torch.inf)
@@ -71,7 +74,7 @@ class GCG(Inverter):
         drawn = self.candidates * self.screen
         candidates = token_ids.cpu().unsqueeze(1).repeat(1, drawn, 1)
         for q, row in enumerate(rows.tolist()):
-            draw = generator(self.data.seed, f"{self.problems[row].key}/swaps", step, 0)
+            draw = generator(self.data.seed, f"{self.problems[row].key}/swaps", steps[row], 0)
             places = torch.rand(drawn, token_ids.shape[1], generator=draw).argsort(1)[:, : self.swaps]
             ranks = torch.randint(best.shape[2], places.shape, generator=draw)
             candidates[q].scatter_(1, places, best[q, places, ranks])

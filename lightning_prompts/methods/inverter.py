@@ -121,6 +121,7 @@ class Inverter(PromptMethod):
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         self._clip_name, self._clip = clip or clip_of(self.backbone), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
+        self._drawn: dict[str, Tensor] = {}  # for the grid, in 0..255
         self.trial_weight, self.trial_pictures, self.trial_steps = trial_weight, trial_pictures, trial_steps
         if trial_weight:
             self.backbone.calls(trial_steps)
@@ -133,35 +134,38 @@ class Inverter(PromptMethod):
         super().take(problems)
         self.latents = [latents.to(self.device) for latents in self.data.latents(self.backbone, problems)]
 
-    def random_tokens(self, step: int) -> Tensor:
-        """Allowed tokens (P, M) for the wave, drawn at a step's address."""
-        return random_tokens(self.prompt, self.problems, self.data.seed, step)
+    def release(self, problem: Problem) -> None:
+        """Forgets what is remembered of a problem that has left the wave."""
+        super().release(problem)
+        self._features.pop(problem.key, None)
 
-    def begin_wave(self) -> None:
-        """Puts the wave where it starts."""
-        self.begin(self.initial_embeddings())
+    def random_tokens(self, rows: Tensor, step: int | Sequence[int]) -> Tensor:
+        """Allowed tokens (Q, M) for the problems `rows` (Q,), each drawn at a step's address."""
+        keys = [self.problems[row].key for row in rows.tolist()]
+        return random_tokens(self.prompt, keys, self.data.seed, step)
 
-    def begin(self, embeddings: Tensor) -> None:
-        """Puts the wave's problems there (P, M, D); what the optimiser knows of the points before the jump is forgotten."""
-        self.prompt.begin(embeddings)
-        self.forget()
-
-    def initial_embeddings(self) -> Tensor:
-        """What the wave starts from, (P, M, D); a shorter prompt of another run is filled up with random tokens."""
+    def first(self, rows: Tensor) -> Tensor:
+        """What P problems start from, (P, M, D); a shorter prompt of another run is filled up with random tokens."""
+        problems = [self.problems[row] for row in rows.tolist()]
         if self.given is not None:
-            return self.given.to(self.device).expand(len(self.problems), -1, -1)
-        if self.start == "clip_words":
-            return self.prompt.table[self.clip_words()].float()
-        embeddings = self.prompt.table[self.random_tokens(START)].float()
-        if self.start != "random":
-            for row, record in enumerate(earlier(self.start, self.problems)):
+            return self.given.to(self.device).repeat(len(rows), 1, 1)
+        if self.start == "clip_words" and problems:
+            return self.prompt.table[self.clip_words(rows)].float()
+        embeddings = self.prompt.table[self.random_tokens(rows, START)].float()
+        if self.start not in ("random", "clip_words"):
+            for place, record in enumerate(earlier(self.start, problems)):
                 found = self.embedded(record)[: embeddings.shape[1]]
-                embeddings[row, : len(found)] = found
+                embeddings[place, : len(found)] = found
         return embeddings
 
-    def clip_words(self, beams: int = 1) -> Tensor:
-        """The words (P, M) that the CLIP finds most similar to each of the wave's pictures."""
-        return best_words(self.clip, self.prompt, self.features(torch.arange(len(self.problems))), beams)
+    def best(self, row: int) -> Tensor:
+        """The embeddings (M, D) of the best prompt so far."""
+        problem = self.problems[row]
+        return self.embedded(problem) if problem.prompt else self.first(torch.tensor([row]))[0]
+
+    def clip_words(self, rows: Tensor, beams: int = 1) -> Tensor:
+        """The words (Q, M) that the CLIP finds most similar to the pictures of each of the problems `rows` (Q,)."""
+        return best_words(self.clip, self.prompt, self.features(rows), beams)
 
     def embedded(self, record: Problem) -> Tensor:
         """The embeddings (M, D) of what was found for a problem."""
@@ -175,14 +179,20 @@ class Inverter(PromptMethod):
         """Latents, timesteps and noise of a step of the problems `rows` (Q,); several pictures of one subject take turns."""
         timesteps = batch.timesteps.to(self.device)[rows]
         keys, count = [self.problems[row].key for row in rows.tolist()], timesteps.shape[1]
-        noise = draw_noise(self.data.seed, keys, batch.step, count, self.backbone.latent_shape, self.device)
+        steps = [batch.steps[row] for row in rows.tolist()]
+        noise = draw_noise(self.data.seed, keys, steps, count, self.backbone.latent_shape, self.device)
 
-        def turns(pictures: Tensor) -> Tensor:
-            return pictures[picture_turns(max(batch.step, 0), count, len(pictures)).to(pictures.device)]
+        def turns(pictures: Sequence[Tensor]) -> Tensor:
+            """Of each problem's pictures (I, C, h, w) those of its step, (Q, N, C, h, w)."""
+            seen = [
+                some[picture_turns(max(step, 0), count, len(some)).to(some.device)]
+                for some, step in zip(pictures, steps, strict=True)
+            ]
+            return torch.stack(seen)
 
-        latents = torch.stack([turns(self.latents[row]) for row in rows.tolist()])
+        latents = turns([self.latents[row] for row in rows.tolist()])
         others = self.data.negative_latents(self.backbone)
-        negative = None if others is None else turns(others.to(self.device)).expand_as(latents)
+        negative = None if others is None else turns([others.to(self.device)] * len(steps))
         return Samples(latents, timesteps, noise, negative)
 
     def loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples) -> Tensor:
@@ -239,7 +249,8 @@ class Inverter(PromptMethod):
     def validation_loss(self, rows: Tensor, told: Tensor) -> Tensor:
         """The one definition of best: losses (Q,) of prompts as a person would paste them, on noise that never trains."""
         timesteps = validation_timesteps(self.data.validation_samples, *self.data.timesteps)
-        samples = self.samples(rows, Step(VALIDATION, timesteps.expand(len(self.problems), -1)))
+        everyone = len(self.problems)
+        samples = self.samples(rows, Step([VALIDATION] * everyone, timesteps.expand(everyone, -1)))
         loss = self.denoising_loss(rows, told, samples)
         return loss + self.trial_weight * self.trial_loss(rows, told) if self.trial_weight else loss
 
@@ -259,13 +270,12 @@ class Inverter(PromptMethod):
     # --- results
 
     @torch.no_grad()
-    def score(self) -> list[Problem]:
-        """Scores the active problems' nearest tokens and keeps what is best.
+    def score(self, rows: Tensor) -> list[Problem]:
+        """Scores the nearest tokens of the problems `rows` (Q,) and keeps what is best.
 
         Returns:
             The problems that now have a better prompt.
         """
-        rows = self.active.nonzero().squeeze(1)
         found, told = self.found(rows)
         losses, better = self.validation_loss(rows, told).tolist(), []
         for row, candidate, loss in zip(rows.tolist(), found, losses, strict=True):
@@ -298,33 +308,43 @@ class Inverter(PromptMethod):
         """The targets above a picture from each prompt."""
         return grid([several[0] for several in self.data.pictures(problems)], regenerate(self, problems, 1), problems)
 
-    def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
-        """Four pictures from each prompt, their scores, where the words act, and the prompts' embeddings."""
+    def measure(self, problems: list[Problem], scores: Scores) -> None:
+        """Draws four pictures from each prompt and scores them."""
         drawn = regenerate(self, problems, REGENERATIONS)
         scores.measure(self, problems, drawn)
-        some, targets = problems[:SHOWN], [several[0] for several in self.data.pictures(problems[:SHOWN])]
-        atomic_write(folder.grid, to_png(grid(targets, drawn[:SHOWN], some)))
-        words = word_picture(self, some, targets) if self.backbone.cross_attends else None
+        for problem, pictures in zip(problems, drawn, strict=True):
+            if problem.index < SHOWN:
+                self._drawn[problem.key] = ((pictures + 1) * 127.5).round().byte()
+
+    def present(self, problems: list[Problem], folder: RunFolder, board: Any) -> None:
+        """The grid, and where the words act."""
+        targets = [several[0] for several in self.data.pictures(problems)]
+        drawn = torch.stack([self._pictures_of(problem) for problem in problems])
+        atomic_write(folder.grid, to_png(grid(targets, drawn, problems)))
+        words = word_picture(self, problems, targets) if self.backbone.cross_attends else None
         if words:
             atomic_write(folder.words, to_png(words))
-        tensors = {problem.key: self.embedded(problem).float().cpu().contiguous() for problem in problems}
-        prompts = {problem.key: str(problem.prompt) for problem in problems}
-        atomic_write(folder.embedding, save(tensors, {"format": "pt", "backbone": self.backbone.name, **prompts}))
         if board:
-            board.add_images("regenerations", (drawn[:SHOWN].flatten(0, 1) + 1) / 2)
+            board.add_images("regenerations", (drawn.flatten(0, 1) + 1) / 2)
             if words:
                 board.add_image("words", pil_to_tensor(words))
 
-    def validation_step(self, batch: int, batch_idx: int) -> None:
-        """The validation loss of the decoded prompts."""
-        found = [problem for problem in self.data.records.values() if problem.prompt]
-        if not found:
-            raise UserError("This run has no prompts yet; run `fit` first.")
-        self.take(found)
+    def _pictures_of(self, problem: Problem) -> Tensor:
+        """What a problem's prompt has drawn, (4, 3, H, W) in [-1, 1]."""
+        if problem.key in self._drawn:
+            return self._drawn[problem.key] / 127.5 - 1
+        return regenerate(self, [problem], REGENERATIONS)[0]
+
+    def export(self, problems: list[Problem], folder: RunFolder) -> None:
+        """The embeddings of the prompts."""
+        tensors = {problem.key: self.embedded(problem).float().cpu().contiguous() for problem in problems}
+        prompts = {problem.key: str(problem.prompt) for problem in problems}
+        atomic_write(folder.embedding, save(tensors, {"format": "pt", "backbone": self.backbone.name, **prompts}))
+
+    def validation_losses(self, problems: list[Problem]) -> Tensor:
+        """The validation losses of the decoded prompts."""
+        self.take(problems)
         with torch.autocast(self.device.type, enabled=False):  # as `fit` has scored
-            told = self.encode([str(problem.prompt) for problem in found])
-            losses = self.validation_loss(torch.arange(len(found)), told)
-        if self.trainer.is_global_zero:
-            for problem, loss in zip(found, losses.tolist(), strict=True):
-                print(f"{loss:.5f}  {problem.target}  {problem.prompt}")
-        self.log("validation/loss", losses.mean(), batch_size=len(found))
+            return self.validation_loss(
+                torch.arange(len(problems)), self.encode([str(problem.prompt) for problem in problems])
+            )

@@ -14,7 +14,7 @@ from lightning_prompts.embeddings import shift
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives.base import Objective
-from lightning_prompts.optimizers import AdamOnLion
+from lightning_prompts.optimizers import AdamOnLion, BatchedAdam
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptEmbeds
 from lightning_prompts.ranges import NotNegative, Positive
@@ -117,20 +117,20 @@ class MetricGuidance(Steering):
         """One step down the gradient of this step's pictures."""
         problems = [self.problems[row] for row in rows.tolist()]
         count = int(self.seeds_per_step or self.seeds)
-        turns = (batch.step * count + torch.arange(count)) % self.seeds
+        number = torch.tensor([batch.steps[row] for row in rows.tolist()]).unsqueeze(1) * count + torch.arange(count)
         losses, values = self.measured(
-            self.prompt(rows.to(self.device)), self.noise[rows][:, turns], problems, self.grad_steps
+            self.prompt(rows.to(self.device)), self.noise[rows[:, None], number % self.seeds], problems, self.grad_steps
         )
         calls, guided = (
             self.backbone.calls(self.sampling_steps, 1),
             2 if self.backbone.guided(self.guidance_scale) else 1,
         )
         self.count(rows, count * guided * (calls + min(self.grad_steps, calls)))
-        self.step_active(self.optimizers(), losses.mean(1))
-        if self.shift_every and (batch.step + 1) % self.shift_every == 0:
-            with torch.no_grad():
-                self.prompt.rows.copy_(shift(self.prompt.rows, self.prompt.of(self.prompt.initial)))
-            self.forget()
+        self.step_active(self.optimizers(), losses.mean(1), rows)
+        if self.shift_every:
+            due = rows[[(batch.steps[row] + 1) % self.shift_every == 0 for row in rows.tolist()]]
+            begun = self.prompt.of(self.prompt.initial[due.to(self.device)])
+            self.jump(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
         self.log("train/loss", losses.detach().mean(), prog_bar=True)
         self.log_dict({f"train/{name}": value.mean() for name, value in values.items()})
 
@@ -141,8 +141,7 @@ class MetricGuidance(Steering):
             return AdamOnLion(rows, lr=self.lr, eps=self.eps)
         if self.optimizer == "sgd":
             return torch.optim.SGD(rows, lr=self.lr)
-        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return kind(rows, lr=self.lr, eps=self.eps)
+        return BatchedAdam(rows, lr=self.lr, eps=self.eps, weight_decay=0.01 if self.optimizer == "adamw" else 0.0)
 
     # --- what is watched
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_prompts.data.problems import Step
 from lightning_prompts.methods.inverter import Inverter
+from lightning_prompts.optimizers import BatchedAdam
 from lightning_prompts.vocabulary import Metric
 
 
@@ -34,9 +35,9 @@ class PEZ(Inverter):
         optimizer: Any = self.optimizers()
         ids, embeddings = self.prompt(rows.to(self.device), straight_through=True)
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
-        self.step_active(optimizer, loss)
+        self.step_active(optimizer, loss, rows)
         self.log("train/loss", loss.mean().detach(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, as the released code."""
-        return torch.optim.AdamW([self.prompt.embeddings], lr=self.lr, weight_decay=self.weight_decay)
+        return BatchedAdam([self.prompt.embeddings], lr=self.lr, weight_decay=self.weight_decay)

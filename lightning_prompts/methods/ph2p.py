@@ -12,7 +12,7 @@ from lightning_prompts.callbacks import VocabularyProjection
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.problems import Step
 from lightning_prompts.methods.inverter import Inverter
-from lightning_prompts.optimizers import BatchedLBFGS
+from lightning_prompts.optimizers import BatchedAdam, BatchedLBFGS
 from lightning_prompts.ranges import NotNegative, Positive
 
 
@@ -75,8 +75,10 @@ class PH2P(Inverter):
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step on this step's noise: up to `max_iter` iterations of L-BFGS, or one of Adam or SGD."""
-        if self.restart_every and batch.step and batch.step % self.restart_every == 0:
-            self._restart(batch.step)
+        if self.restart_every:
+            self._restart(
+                [row for row in rows.tolist() if batch.steps[row] and batch.steps[row] % self.restart_every == 0]
+            )
         optimizer: Any = self.optimizers()
         everyone, samples = self.active.to(self.device), self.samples(rows, batch)
 
@@ -89,29 +91,32 @@ class PH2P(Inverter):
 
         if self.optimizer != "lbfgs":
             loss = losses(everyone)
-            self.step_active(optimizer, loss)
+            self.step_active(optimizer, loss, rows)
         else:
             loss = optimizer.step(
                 closure=lambda: losses(optimizer.optimizer.needed), active=everyone, new_function=True
             )
         self.log("train/loss", loss[everyone].mean().detach(), prog_bar=True)
 
-    def _restart(self, step: int) -> None:
-        """Begins again at the best prompts (P, M), half of whose tokens are drawn anew."""
-        drawn = self.random_tokens(step)
-        for row, problem in enumerate(self.problems):
-            if problem.token_ids:
+    def _restart(self, rows: list[int]) -> None:
+        """Begins again at the best prompts, half of whose tokens are drawn anew."""
+        if not rows:
+            return
+        steps = [self.done[row] for row in rows]
+        drawn = self.random_tokens(torch.tensor(rows), steps)
+        for place, (row, step) in enumerate(zip(rows, steps, strict=True)):
+            if self.problems[row].token_ids:
                 order = torch.randperm(
-                    drawn.shape[1], generator=generator(self.data.seed, f"{problem.key}/kept", step, 0)
+                    drawn.shape[1], generator=generator(self.data.seed, f"{self.problems[row].key}/kept", step, 0)
                 )
                 kept = order[: len(order) // 2]
-                drawn[row, kept] = torch.tensor(problem.token_ids)[kept].to(drawn)
-        self.begin(self.prompt.table[drawn].float())
+                drawn[place, kept] = torch.tensor(self.problems[row].token_ids)[kept].to(drawn)
+        self.jump(torch.tensor(rows), self.prompt.table[drawn].float())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Batched L-BFGS, one curvature history a problem, Adam or SGD."""
         if self.optimizer == "adam":
-            return torch.optim.Adam([self.prompt.embeddings], lr=self.lr)
+            return BatchedAdam([self.prompt.embeddings], lr=self.lr)
         if self.optimizer == "sgd":
             return torch.optim.SGD([self.prompt.embeddings], lr=self.lr)
         return BatchedLBFGS([self.prompt.embeddings], **self.settings)

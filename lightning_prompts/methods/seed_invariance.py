@@ -11,12 +11,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_prompts.backbones import repeat
 from lightning_prompts.callbacks.grid import sheet
 from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.data.addresses import SEARCH
 from lightning_prompts.data.problems import Step
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
+from lightning_prompts.methods.base import by_step
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
 from lightning_prompts.optimizers import AdamOnLion
@@ -101,6 +103,7 @@ class SeedInvariance(Steering):
             raise UserError("An arc moves what the denoiser is told alone; give --model.unconditional false.")
         self.prompt = PromptArc() if embedding == "arc" else PromptEmbeds(self.moving, one_row=embedding == "one_row")
         self._pictures: dict[str, Tensor] = {}
+        self._wanted: dict[str, dict[int, Tensor]] = {}  # vectors (E,) by problem and stage
 
     @property
     def identities(self) -> list[dict[str, Any]]:
@@ -109,25 +112,32 @@ class SeedInvariance(Steering):
 
     @torch.no_grad()
     def take(self, problems: list[Problem]) -> None:
-        """Makes problems the wave, and finds what their targets look like after the calls of each stage."""
+        """Makes problems the wave, and finds what the targets of new ones look like after the calls of each stage."""
         super().take(problems)
         if isinstance(self.prompt, PromptArc):
             self.prompt.other = self.encode([str(self.towards)])[:, None].float()
         self.starts = self.target_noise(problems)  # (P, C, h, w)
-        told, away = self.sides(self.prompt.initial)
+        new = [row for row, problem in enumerate(problems) if problem.key not in self._wanted]
+        told, away = self.sides(self.prompt.initial[new])
         found: dict[int, Tensor] = {}  # by the first one's number
 
         def look(latents: Tensor, some: Tensor) -> Tensor:
-            found[int(some[0])] = self.seen(latents)
+            found[int(some[0])] = self.compared(latents)
             return latents.flatten(1).sum(1)
 
-        self.wanted: dict[int, Tensor] = {}  # (P, E) by stage
-        for calls in set(self.stages):
+        for calls in set(self.stages) if new else ():
             found.clear()
-            self.judged(told, away, self.starts, look, calls=calls)
-            self.wanted[calls] = torch.cat(list(found.values()))
+            self.judged(told, away, self.starts[new], look, calls=calls)
+            for row, vector in zip(new, torch.cat(list(found.values())), strict=True):
+                self._wanted.setdefault(problems[row].key, {})[calls] = vector
 
-    def seen(self, latents: Tensor) -> Tensor:
+    def release(self, problem: Problem) -> None:
+        """Forgets what is remembered of a problem that has left the wave."""
+        super().release(problem)
+        self._wanted.pop(problem.key, None)
+        self._pictures.pop(problem.key, None)
+
+    def compared(self, latents: Tensor) -> Tensor:
         """What is compared of clean latents (B, C, h, w): vectors (B, E)."""
         if not self.clip:
             return latents.flatten(1)
@@ -166,25 +176,30 @@ class SeedInvariance(Steering):
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step towards the target's latents on new seeds."""
-        calls, value = self.stage(batch.step)
-        count = int(self.seeds_per_step)
-        others = self.draw_noise([self.problems[row] for row in rows.tolist()], batch.step, count)  # (Q, N, C, h, w)
-        on_device = rows.to(self.device)
+        parts = [(some, self.distances(some, step)) for step, some in by_step(batch, rows)]
+        losses = torch.cat([loss for _, loss in parts])
+        self.step_active(self.optimizers(), losses, torch.cat([some for some, _ in parts]))
+        self.log("train/loss", losses.detach().mean(), prog_bar=True)
+
+    def distances(self, rows: Tensor, step: int) -> Tensor:
+        """Losses (Q,) of the problems `rows` (Q,) at a step."""
+        calls, value = self.stage(step)
+        count, problems = int(self.seeds_per_step), [self.problems[row] for row in rows.tolist()]
+        others, on_device = self.draw_noise(problems, step, count), rows.to(self.device)  # (Q, N, C, h, w)
         starts = self.starts[on_device].unsqueeze(1).expand_as(others)
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
-        wanted = self.wanted[calls][on_device].repeat_interleave(count, 0)
+        wanted = repeat(torch.stack([self._wanted[problem.key][calls] for problem in problems]), count)
         told, away = self.sides(self.prompt(on_device), count)
         losses = self.judged(
             told, away, noise,
-            lambda latents, some: self.weight * (1 - F.cosine_similarity(self.seen(latents), wanted[some], dim=1)),
+            lambda latents, some: self.weight * (1 - F.cosine_similarity(self.compared(latents), wanted[some], dim=1)),
             min(self.grad_steps, calls), calls,
         )  # fmt: skip
         self.count(
             rows,
             count * (calls + min(self.grad_steps, calls)) * (2 if self.backbone.guided(self.guidance_scale) else 1),
         )
-        self.step_active(self.optimizers(), losses.view(-1, count).mean(1))
-        self.log("train/loss", losses.detach().mean(), prog_bar=True)
+        return losses.view(-1, count).mean(1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The paper's."""

@@ -68,12 +68,13 @@ def best_words(
     return words[:, 0]
 
 
-def random_tokens(prompt: TokenEmbeddings, problems: Sequence[Problem], seed: int, step: int) -> Tensor:
-    """Allowed tokens (P, M) drawn at a step's address."""
+def random_tokens(prompt: TokenEmbeddings, keys: Sequence[str], seed: int, step: int | Sequence[int]) -> Tensor:
+    """Allowed tokens (P, M) for P problems, each drawn at a step's address."""
     allowed, tokens = prompt.allowed.nonzero().squeeze(1).cpu(), len(prompt.positions)
-    draws = [generator(seed, f"{problem.key}/tokens", step, 0) for problem in problems]
-    drawn = torch.stack([allowed[torch.randint(len(allowed), (tokens,), generator=draw)] for draw in draws])
-    return drawn.to(prompt.table.device)
+    steps = [step] * len(keys) if isinstance(step, int) else step
+    draws = [generator(seed, f"{key}/tokens", at, 0) for key, at in zip(keys, steps, strict=True)]
+    drawn = [allowed[torch.randint(len(allowed), (tokens,), generator=draw)] for draw in draws]
+    return torch.stack(drawn).to(prompt.table.device) if drawn else allowed.new_empty(0, tokens)
 
 
 def earlier(folder: str | Path, problems: Sequence[Problem]) -> list[Problem]:
@@ -82,8 +83,7 @@ def earlier(folder: str | Path, problems: Sequence[Problem]) -> list[Problem]:
     Raises:
         UserError: There is none for one of them.
     """
-    records = RunFolder(folder).load()
-    found = [records.get(problem.key) for problem in problems]
+    found = [RunFolder(folder).read(problem.key) for problem in problems]
     for problem, record in zip(problems, found, strict=True):
         if record is None or record.prompt is None:
             raise UserError(

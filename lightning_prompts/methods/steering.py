@@ -66,7 +66,7 @@ class Steering(PromptMethod):
             self._started(Path(start)) if start else {}
         )  # encoded prompts (S, R, D) by what a person has written
         self.prompt = PromptEmbeds(self.moving)  # what trains, unless a method says otherwise
-        self.best = torch.empty(0, 1, 1, 0)  # (P, S, R, D)
+        self.bests: list[Tensor] = []  # of each problem, (S, R, D)
 
     # --- the wave
 
@@ -87,10 +87,12 @@ class Steering(PromptMethod):
     @torch.no_grad()
     def take(self, problems: list[Problem]) -> None:
         """Makes problems the wave."""
+        best = dict(zip((problem.key for problem in self.problems), self.bests, strict=True))
         super().take(problems)
         self.prompt.show(self.initial(problems))
         self.noise = self.draw_noise(problems, SEARCH, self.seeds)
-        self.best = self.prompt.initial.clone()
+        kept = zip(problems, self.prompt.initial, strict=True)
+        self.bests = [best.get(problem.key, initial.clone()) for problem, initial in kept]
 
     def initial(self, problems: Sequence[Problem]) -> Tensor:
         """What P problems start from, (P, S, R, D)."""
@@ -98,28 +100,33 @@ class Steering(PromptMethod):
         away = self.encode_negative([""]).expand_as(told)
         return torch.stack([told, away] if self.unconditional else [told], dim=1).float()
 
-    def begin_wave(self) -> None:
-        """Starts from the encoded prompts, or from those of an earlier search."""
-        for problem in self.problems:
-            problem.metric_before = None
-            problem.forget_prompt()
-        self.prompt.begin(self.first(self.problems, self.prompt.initial))
-        self.forget()
+    def first(self, rows: Tensor) -> Tensor:
+        """The rows that move of the encoded prompts, or of those of an earlier search."""
+        for row in rows.tolist():
+            self.problems[row].metric_before = None
+            self.problems[row].forget_prompt()
+        return self.prompt.start(self.beginnings(rows))
 
-    def first(self, problems: Sequence[Problem], initial: Tensor) -> Tensor:
-        """Where the search for P problems begins, (P, S, R, D), whose encoded prompts these are."""
+    def best(self, row: int) -> Tensor:
+        """The best embeddings so far."""
+        return self.prompt.start(self.bests[row][None])[0]
+
+    def beginnings(self, rows: Tensor) -> Tensor:
+        """Where the search for the problems `rows` (Q,) begins: encoded prompts (Q, S, R, D)."""
+        initial = self.prompt.initial[rows.to(self.device)]
         if not self.started:
             return initial
         initial = initial.clone()
         only = next(iter(self.started.values())) if len(self.started) == 1 else None
-        for row, problem in zip(initial, problems, strict=True):
+        for embeds, row in zip(initial, rows.tolist(), strict=True):
+            problem = self.problems[row]
             found = self.started.get(problem.target, only)
             if found is None:
                 raise UserError(
                     f"The embeddings to start from are of other prompts than {problem.target!r}; give --model.start another file or run."
                 )
-            sides = min(len(found), len(row))  # what is led away from may be given or wanted alone
-            row[:sides] = found[:sides]
+            sides = min(len(found), len(embeds))  # what is led away from may be given or wanted alone
+            embeds[:sides] = found[:sides]
         return initial
 
     def _started(self, start: Path) -> dict[str, Tensor]:
@@ -165,15 +172,15 @@ class Steering(PromptMethod):
         return losses, {name: value.view(len(embeds), count) for name, value in seen.items()}
 
     @torch.no_grad()
-    def score(self) -> list[Problem]:
-        """Measures the active problems' embeddings on the seeds of the search and keeps what is best.
+    def score(self, rows: Tensor) -> list[Problem]:
+        """Measures the embeddings of the problems `rows` (Q,) on the seeds of the search and keeps what is best.
 
         At first it measures what the text encoder says of the person's prompt, wherever the search starts.
 
         Returns:
             The problems that now have better ones.
         """
-        rows, better = self.active.nonzero().squeeze(1), []
+        better: list[Problem] = []
         problems = [self.problems[row] for row in rows.tolist()]
         first = torch.tensor([problem.metric_before is None for problem in problems], device=self.device)
         on_device = rows.to(self.device)
@@ -191,7 +198,7 @@ class Steering(PromptMethod):
             best = float("inf") if problem.validation_loss is None else problem.validation_loss
             if loss < best and self.acceptable(problem, seen):
                 problem.metric_after, problem.values_after = metric, seen
-                self.stale[row], self.best[row] = 0, embeds[i]
+                self.stale[row], self.bests[row] = 0, embeds[i].clone()
                 self.data.folder.save_embeds(problem.key, self.file([problem], embeds[i : i + 1]))
                 problem.keep(problem.target, loss)
                 better.append(problem)
@@ -209,10 +216,14 @@ class Steering(PromptMethod):
         return pack_prompt_embeds(by_key, [problem.target for problem in problems], self.backbone)
 
     def found(self, problems: Sequence[Problem]) -> Tensor:
-        """The best encoded prompts (P, S, R, D) of P problems, as they are on disk."""
-        shape = self.encode([""]).shape[1:]
-        files = ((problem.key, self.data.folder.embeds_of(problem.key)) for problem in problems)
-        return torch.stack([read_prompt_embeds(file, self.backbone, shape)[key] for key, file in files]).to(self.device)
+        """The best encoded prompts (P, S, R, D) of P problems: the wave's, or as they are on disk."""
+        shape, here = self.encode([""]).shape[1:], [problem.key for problem in self.problems]
+        return torch.stack([self._found(problem.key, here, shape) for problem in problems]).to(self.device)
+
+    def _found(self, key: str, here: list[str], shape: torch.Size) -> Tensor:
+        if key in here:
+            return self.bests[here.index(key)]
+        return read_prompt_embeds(self.data.folder.embeds_of(key), self.backbone, shape)[key].to(self.device)
 
     def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (P, N, 3, H, W) of the persons' prompts, and of the found embeddings, from noise (P, N, C, h, w)."""
@@ -231,8 +242,8 @@ class Steering(PromptMethod):
         return before_and_after(*drawn, [problem.target for problem in problems])
 
     @torch.no_grad()
-    def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
-        """Measures the found embeddings on fresh seeds, also by the held-out CLIP, and writes them and the grid."""
+    def measure(self, problems: list[Problem], scores: Scores) -> None:
+        """Measures the found embeddings on fresh seeds, also by the held-out CLIP."""
         drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
         scores.compare(self, problems, *drawn)
         before, after = (self.values_of(pictures, problems) for pictures in drawn)
@@ -243,8 +254,14 @@ class Steering(PromptMethod):
             problem.fresh_values_before, problem.fresh_values_after = (
                 {name: value[p].tolist() for name, value in x.items()} for x in (before, after)
             )
-        atomic_write(folder.prompt_embeds, self.file(problems, self.found(problems)))
+
+    def present(self, problems: list[Problem], folder: RunFolder, board: Any) -> None:
+        """The grid."""
         atomic_write(folder.grid, to_png(self.shown(problems[:SHOWN])))
+
+    def export(self, problems: list[Problem], folder: RunFolder) -> None:
+        """The encoded prompts."""
+        atomic_write(folder.prompt_embeds, self.file(problems, self.found(problems)))
 
     def values_of(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Values (P, N) by name of pictures (P, N, 3, H, W)."""
@@ -254,35 +271,24 @@ class Steering(PromptMethod):
         )
         return {name: torch.cat([part[name] for part in parts]).view(pictures.shape[:2]) for name in parts[0]}
 
-    def validation_step(self, batch: int, batch_idx: int) -> None:
-        """The metric of the found embeddings, drawn again from the seeds of the search."""
-        found = [problem for problem in self.data.records.values() if problem.prompt]
-        if not found:
-            raise UserError("This run has no prompts yet; run `fit` first.")
-        losses, values = self.measured(self.found(found), self.draw_noise(found, SEARCH, self.seeds), found)
-        if self.trainer.is_global_zero:
-            for problem, metric in zip(found, self.metric(values).mean(1).tolist(), strict=True):
-                print(f"{metric:.5f}  {problem.target}")
-        self.log("validation/loss", losses.mean(), batch_size=len(found))
+    def validation_losses(self, problems: list[Problem]) -> Tensor:
+        """The metrics of the found embeddings, drawn again from the seeds of the search."""
+        _, values = self.measured(self.found(problems), self.draw_noise(problems, SEARCH, self.seeds), problems)
+        return self.metric(values).mean(1)
 
     # --- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the best embeddings, which the records do not hold."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["best"] = self.best
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps them until the wave goes on."""
-        super().on_load_checkpoint(checkpoint)
-        self._saved_best = checkpoint["best"]
+        checkpoint["wave"]["bests"] = self.bests
 
     def on_train_start(self) -> None:
         """Goes on with the wave that a checkpoint holds, and with its embeddings on disk."""
-        resumed = self._resumed is not None
+        bests = self._resumed["bests"] if self._resumed else []
         super().on_train_start()
-        if resumed and self.problems:
-            self.best = self._saved_best.to(self.device)
-            for problem, embeds in zip(self.problems, self.best, strict=True):
+        if bests:
+            self.bests = [embeds.to(self.device) for embeds in bests]
+            for problem, embeds in zip(self.problems, self.bests, strict=True):
                 if problem.prompt:
                     self.data.folder.save_embeds(problem.key, self.file([problem], embeds[None]))

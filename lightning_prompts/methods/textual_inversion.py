@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.interop import pack_embedding
 from lightning_prompts.methods.inverter import Found, Inverter
-from lightning_prompts.problems import Problem, RunFolder, atomic_write
+from lightning_prompts.optimizers import BatchedAdam
+from lightning_prompts.problems import Problem, atomic_write
 from lightning_prompts.vocabulary import FILLERS, encode_text, fill_template, nearest_tokens
 
 PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
@@ -42,7 +44,7 @@ class TextualInversion(Inverter):
         optimizer: Any = self.optimizers()
         ids, embeddings = self.prompt(rows.to(self.device))
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
-        self.step_active(optimizer, loss)
+        self.step_active(optimizer, loss, rows)
         self.log("train/loss", loss.mean().detach(), prog_bar=True)
 
     def found(self, rows: Tensor) -> tuple[list[Found], Tensor]:
@@ -54,13 +56,11 @@ class TextualInversion(Inverter):
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Encoded prompts (P, R, D) of texts in which pseudo-words of this run stand for what was found."""
-        known = {pseudo_word(p): self.embedded(p) for p in self.data.records.values() if p.embedding}
-        return torch.cat([self._encode(text, known) for text in texts])
+        return torch.cat([self._encode(text) for text in texts])
 
-    def _encode(self, text: str, known: dict[str, Tensor]) -> Tensor:
+    def _encode(self, text: str) -> Tensor:
+        known = {word: self.embedded(self._record(word)) for word in re.findall(PSEUDO_WORD, text)}
         parts = re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
-        if unknown := re.search(PSEUDO_WORD, "".join(part for part in parts if part not in known)):
-            raise UserError(f"This run knows no {unknown[0]}; it has {', '.join(known) or 'found nothing yet'}.")
         found = [known[part] for part in parts if part in known]
         if not found:
             return super().encode([text])
@@ -76,17 +76,27 @@ class TextualInversion(Inverter):
         embeddings = self.prompt.table[ids].index_copy(0, places, free)
         return self.backbone.encode(ids[None], embeddings[None])
 
-    def report(self, problems: list[Problem], folder: RunFolder, scores: Scores, board: Any) -> None:
+    def _record(self, word: str) -> Problem:
+        """What a pseudo-word stands for."""
+        begun, folder = word[-9:-1], self.data.folder
+        files = [file.stem for file in folder.problems.glob(f"{begun}*.json")]
+        for problem in (*self.problems, *map(folder.read, files)):
+            if problem and problem.embedding and pseudo_word(problem) == word:
+                return cast("Problem", problem)
+        known = [pseudo_word(problem) for problem in islice(folder.found(), 5)]
+        raise UserError(f"This run knows no {word}; it has {', '.join(known) or 'found nothing yet'}.")
+
+    def measure(self, problems: list[Problem], scores: Scores) -> None:
         """As other inverters, and a file a problem that diffusers, AUTOMATIC1111 and ComfyUI read."""
-        super().report(problems, folder, scores, board)
+        super().measure(problems, scores)
         for problem in problems:
             word = pseudo_word(problem)
             content = pack_embedding(self.embedded(problem), self.backbone, word)
-            atomic_write(folder.embeddings / f"{word[1:-1]}.safetensors", content)
+            atomic_write(self.data.folder.embeddings / f"{word[1:-1]}.safetensors", content)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, as the released code."""
-        return torch.optim.AdamW([self.prompt.embeddings], lr=self.lr, weight_decay=self.weight_decay)
+        return BatchedAdam([self.prompt.embeddings], lr=self.lr, weight_decay=self.weight_decay)
 
 
 def pseudo_word(problem: Problem) -> str:

@@ -1,6 +1,7 @@
 """Optimizers that treat every row of a parameter as a problem of its own."""
 
+from lightning_prompts.optimizers.adam import BatchedAdam
 from lightning_prompts.optimizers.adam_on_lion import AdamOnLion
 from lightning_prompts.optimizers.lbfgs import BatchedLBFGS
 
-__all__ = ["AdamOnLion", "BatchedLBFGS"]
+__all__ = ["AdamOnLion", "BatchedAdam", "BatchedLBFGS"]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prompts.optimizers.adam import unbiased
+
 
 class AdamOnLion(torch.optim.Optimizer):
     """Steps along the signs of Lion's momentum, as long as Adam's step would be.
@@ -61,13 +63,15 @@ class AdamOnLion(torch.optim.Optimizer):
         assert gradient is not None
         gradient = gradient + group["weight_decay"] * parameter
         if not state:
-            state["step"] = 0
+            state["step"] = parameter.new_zeros(
+                *parameter.shape[:-2], 1, 1
+            )  # of each embedding, as problems join others
             for name in ("mean", "square", "momentum"):
                 state[name] = torch.zeros_like(parameter)
         state["step"] += 1
         (first, second), (share, stays), step = group["betas"], group["lion_betas"], state["step"]
-        mean = state["mean"].lerp_(gradient, 1 - first) / (1 - first**step)
-        square = state["square"].lerp_(gradient.square(), 1 - second) / (1 - second**step)
+        mean = state["mean"].lerp_(gradient, 1 - first) / unbiased(step, first)
+        square = state["square"].lerp_(gradient.square(), 1 - second) / unbiased(step, second)
         adam = mean / (square.sqrt() + group["eps"])
         lion = (share * state["momentum"] + (1 - share) * gradient).sign()
         state["momentum"].lerp_(gradient, 1 - stays)

@@ -25,7 +25,7 @@ def search(tiny, pictures, tmp_path):
     def run(logger=False, raises=None, **settings):
         class Broken(PEZ):
             def search(self, batch, rows):
-                if batch.step == raises:
+                if batch.steps[0] == raises:
                     raise RuntimeError("broken")
                 super().search(batch, rows)
 
@@ -33,7 +33,7 @@ def search(tiny, pictures, tmp_path):
         data = ImagesToPrompts(str(pictures), steps=4, samples=1, validation_samples=2)
         trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=logger, default_root_dir=tmp_path / "run")
         trainer.fit(module, datamodule=data)
-        return list(data.records.values())
+        return list(data.arrivals)
 
     return run
 

@@ -180,7 +180,7 @@ def search(tiny, folder, prompts, **settings):
     module = DPODiff(backbone=tiny, **given)
     data = Prompts(prompts)
     pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder).fit(module, datamodule=data)
-    return list(data.records.values())
+    return list(data.arrivals)
 
 
 PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
@@ -285,7 +285,7 @@ def attached(tiny, tmp_path):
         trainer.datamodule, data.trainer = data, trainer
         trainer.strategy.connect(module)
         data.setup("fit")
-        module.take(list(data.records.values()))
+        module.take(list(data.arrivals))
         module.begin_wave()
         module.active, module.stale = torch.ones(1, dtype=torch.bool), [0]
         module.score()

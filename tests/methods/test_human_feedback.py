@@ -57,7 +57,7 @@ def search(tiny, folder, *answers, prompts=PROMPT, **settings):
     data = Prompts(prompts)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})
     trainer.fit(module, datamodule=data)
-    return module, chooser, list(data.records.values())
+    return module, chooser, list(data.arrivals)
 
 
 GO, FINISH = Choice("go", 1, 0.5), Choice("finish")

@@ -43,7 +43,7 @@ def search(module, images, folder, **data):
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder)
     data = ImagesToPrompts([str(image) for image in images], **{**DATA, **data})
     trainer.fit(module, datamodule=data)
-    return list(data.records.values())
+    return list(data.arrivals)
 
 
 @pytest.fixture(params=METHODS)
@@ -298,8 +298,8 @@ def test_data_read_for_one_run_are_read_again_for_another(tiny, pictures, tmp_pa
         data.seed = seed
         trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path / name)
         trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=data)
-        assert all(problem.unet_samples for problem in data.records.values())
-        prompts.append([problem.prompt for problem in data.records.values()])
+        assert all(problem.unet_samples for problem in data.folder.load().values())
+        prompts.append([problem.prompt for problem in data.folder.load().values()])
     assert prompts[0] != prompts[1]
 
 
@@ -368,7 +368,7 @@ def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, picture
             before = self.prompt.embeddings.detach().clone()
             super().search(batch, rows)
             moved = (self.prompt.embeddings.detach() != before).flatten(1).any(1).tolist()
-            assert moved == [batch.step != 1, True, True]
+            assert moved == [batch.steps[0] != 1, True, True]
 
     problems = search(Poisoned(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run")
     assert caplog.text.count("0.png is not finite") == 1
@@ -382,7 +382,7 @@ def test_prompt_that_is_no_number_keeps_the_best_before(method, extra, value, ti
     class Poisoned(method):
         def search(self, batch, rows):
             super().search(batch, rows)
-            if batch.step == 1:
+            if batch.steps[0] == 1:
                 self.prompt.embeddings.data[0] = value
 
     problems = search(Poisoned(backbone=tiny, **settings(method), **extra), [pictures], tmp_path / "run")
@@ -493,7 +493,7 @@ def opposed(sd, pictures, tmp_path):
     data.trainer, trainer.datamodule, module.trainer = trainer, data, trainer
     data.setup("fit")
     module.double()
-    module.take(list(data.records.values()))
+    module.take(list(data.arrivals))
     module.latents = [latents.double() for latents in module.latents]
     return module, data
 

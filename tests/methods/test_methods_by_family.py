@@ -52,7 +52,7 @@ class Stopping(PromptCheckpoint):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._save(trainer)
-        if batch.step == 1:
+        if batch.steps[0] == 1:
             raise KeyboardInterrupt
 
 

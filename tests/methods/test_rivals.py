@@ -28,7 +28,7 @@ def fit(module, images, folder, callbacks=(), **data):
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder, callbacks=list(callbacks))
     data = ImagesToPrompts(str(images), **{"steps": 2, "samples": 2, "validation_samples": 2, **data})
     trainer.fit(module, datamodule=data)
-    return list(data.records.values())
+    return list(data.arrivals)
 
 
 # --- GCG

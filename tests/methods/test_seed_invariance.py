@@ -29,7 +29,7 @@ def search(tiny, folder, prompts=PROMPTS[0], **settings):
     module, data = SeedInvariance(backbone=tiny, **settings), Prompts(prompts)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})
     trainer.fit(module, datamodule=data)
-    return module, list(data.records.values())
+    return module, list(data.arrivals)
 
 
 def test_seeds_come_in_all_the_way_in_each_stage(tiny):

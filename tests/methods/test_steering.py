@@ -41,7 +41,7 @@ def search(tiny, folder, prompts, **settings):
     module, data = MetricGuidance(backbone=tiny, **settings), Prompts(prompts)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})
     trainer.fit(module, datamodule=data)
-    return module, list(data.records.values())
+    return module, list(data.arrivals)
 
 
 # --- the gradient

@@ -45,7 +45,6 @@ class HumanFeedback(Steering):
         **kwargs: See `Steering`.
     """
 
-    together = 1
     prompt: PromptEmbeds
     at: list[Tensor]  # encoded prompts (S, R, D) on the way, from the person's to here
     drawn: list[Tensor]  # their pictures
@@ -62,7 +61,7 @@ class HumanFeedback(Steering):
         steps: Positive = 100,
         **kwargs: Any,
     ) -> None:
-        super().__init__(unconditional=False, steps=steps, **kwargs)
+        super().__init__(unconditional=False, steps=steps, **{**kwargs, "together": 1})
         if texts < candidates:
             raise UserError(
                 f"There cannot be {candidates} candidates from {texts} texts; raise --model.texts or lower --model.candidates."
@@ -76,21 +75,20 @@ class HumanFeedback(Steering):
             raise UserError("--model.words has no words; give some, or leave it out.")
         self.words = words
         self.tokens = [len(ids) for ids in token_lists(self.vocabulary.tokenizer, words)]
-        self.finished: set[str] = set()
+        self.ended: set[str] = set()  # by the person
 
     # --- where one is
 
-    def begin_wave(self) -> None:
-        """Starts from the encoded prompt, or where a person has stopped."""
-        self.prompt.begin(self.prompt.initial)
-        self.stay()
+    def first(self, rows: Tensor) -> Tensor:
+        """Where a person has stopped, or the encoded prompt."""
+        return self.prompt.of(torch.stack([self.at[-1]] * len(rows)))
 
     @torch.no_grad()
     def take(self, problems: list[Problem]) -> None:
         """Makes a problem the wave, and goes its way again."""
         super().take(problems)
         self.at, self.drawn = [], []
-        self.arrive(self.first(problems, self.prompt.initial)[0])
+        self.arrive(self.beginnings(torch.tensor([0]))[0])
         self.axes = principal_axes(self.gists(self.encoded(self.variations(problems[0], 0, 0))), 2)
         for i, move in enumerate(problems[0].moves):
             (end,) = self.ends([move["text"]], self.base(problems[0], i))
@@ -196,7 +194,7 @@ class HumanFeedback(Steering):
     def answer(self, problem: Problem, choice: Choice, texts: Sequence[str], ends: Tensor, reach: float) -> None:
         """Does what was chosen."""
         if choice.action == "finish":
-            self.finished.add(problem.key)
+            self.ended.add(problem.key)
         elif choice.action == "others":
             problem.others += 1
         elif choice.action == "undo" and problem.moves:
@@ -212,21 +210,26 @@ class HumanFeedback(Steering):
 
     # --- what is kept
 
-    def score(self) -> list[Problem]:
+    def score(self, rows: Tensor) -> list[Problem]:
         """Keeps where one is, which is the best by definition."""
         (problem,) = self.problems
         problem.prompt = problem.target
-        self.best = self.at[-1][None]
-        self.data.folder.save_embeds(problem.key, self.file([problem], self.best))
+        self.bests = [self.at[-1]]
+        self.data.folder.save_embeds(problem.key, self.file([problem], self.at[-1][None]))
         return [problem]
 
-    def retire(self, last: bool) -> list[Problem]:
+    def retire(self, rows: Tensor) -> None:
         """Finishes what the person has finished."""
-        finished = super().retire(last or self.problems[0].key in self.finished)
-        for problem in finished:
-            if not problem.moves:
-                problem.status, problem.reason = "not improved", "Nothing was chosen."
-        return finished
+        if len(rows) and self.problems[0].key in self.ended:
+            self.end(0)
+        else:
+            super().retire(rows)
+
+    def end(self, row: int) -> None:
+        """Finishes a problem, which leaves the wave."""
+        super().end(row)
+        if not self.problems[row].moves:
+            self.problems[row].status, self.problems[row].reason = "not improved", "Nothing was chosen."
 
     def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Nothing: what a person likes is not measured."""
@@ -254,8 +257,8 @@ class HumanFeedback(Steering):
     def on_train_start(self) -> None:
         """Goes on where the records are, which may be newer than a checkpoint."""
         for record in self._resumed["records"] if self._resumed else []:
-            newest = self.data.records[record["key"]]
-            record["moves"], record["others"] = newest.moves, newest.others
+            if newest := self.data.folder.read(record["key"]):
+                record["moves"], record["others"] = newest.moves, newest.others
         super().on_train_start()
         if self.problems:
-            self.score()  # a checkpoint's embeddings may be older, too
+            self.score(torch.tensor([0]))  # a checkpoint's embeddings may be older, too
