@@ -30,7 +30,7 @@ def negatives(prompt: str) -> list[tuple[str, str]]:
     """The person's prompt, and it with different negative ones, as drawn from the logits at the beginning."""
     space, choices = method().space(prompt), method().prompt
     choices.show([space])
-    choices.begin(method().unchanged)
+    choices.logits.data = choices.start(method().unchanged)
     words = torch.distributions.Categorical(logits=choices.perturbed(torch.tensor([0]), torch.zeros(1))[0])
     found = {space.texts((0,) * len(space.slots)): None}
     torch.manual_seed(SEED)

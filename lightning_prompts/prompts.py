@@ -62,12 +62,6 @@ class TokenEmbeddings(nn.Module):
         self.embeddings = nn.Parameter(torch.empty(0, tokens, self.table.shape[1]))
 
     @torch.no_grad()
-    def begin(self, embeddings: Tensor) -> None:
-        """Starts P problems at embeddings (P, M, D)."""
-        self.embeddings.grad = None
-        self.embeddings.data = embeddings.clone()
-
-    @torch.no_grad()
     def project(self) -> Tensor:
         """Ids of the nearest allowed tokens, (P, M)."""
         return nearest_tokens(self.embeddings, self.table, self.allowed, self.metric)
@@ -141,11 +135,6 @@ class PromptEmbeds(nn.Module):
             last = (number * (rows != 0).any(3)).argmax(2)[..., None, None]
             rows = rows.gather(2, last.expand(-1, -1, 1, rows.shape[3]))
         return rows
-
-    def begin(self, first: Tensor) -> None:
-        """Starts at encoded prompts (P, S, R, D)."""
-        self.rows.grad = None
-        self.rows.data = self.start(first).clone()
 
     def of(self, embeds: Tensor) -> Tensor:
         """The moving rows (..., M, D) of encoded prompts (..., R, D)."""
@@ -230,11 +219,6 @@ class WordChoices(nn.Module):
         if logits.numel():
             logits[:, :, 0] = self.initial(unchanged).to(logits)
         return logits
-
-    def begin(self, unchanged: float | None = None) -> None:
-        """Starts there."""
-        self.logits.grad = None
-        self.logits.data = self.start(unchanged)
 
     def initial(self, unchanged: float | None = None) -> Tensor:
         """Logits (P, S) of what stands in each slot before the search.

@@ -273,7 +273,7 @@ def test_picture_added_after_a_wave_that_ended_early_is_searched_whole(command, 
         assert grown[1][name] == pytest.approx(whole_one[name], rel=1e-5)
 
 
-def test_what_failed_is_tried_again(command, whole, tmp_path, monkeypatch):
+def test_what_failed_is_tried_again_when_asked_to(command, whole, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken"), 3)
     (newest,) = checkpoints(tmp_path / "broken")[-1:]
     checkpoint = torch.load(newest, weights_only=True)
@@ -290,6 +290,10 @@ def test_what_failed_is_tried_again(command, whole, tmp_path, monkeypatch):
     record = tmp_path / "broken" / "problems" / f"{checkpoint['wave']['records'][1]['key']}.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), **checkpoint["wave"]["records"][1]}))
     main([*command("broken"), "--ckpt_path", "last"])
+    assert [problem["status"] == "failed" for problem in found(tmp_path / "broken")["problems"]] == [False, True]
+    assert "stopped being finite" in (tmp_path / "broken" / "failed.jsonl").read_text()
+    main([*command("broken"), "--ckpt_path", "last", "--data.retry", "true"])
+    assert not (tmp_path / "broken" / "failed.jsonl").exists()
     again, unbroken = found(tmp_path / "broken")["problems"], found(whole())["problems"]
     for one, other in zip(again, unbroken, strict=True):  # in other company, so the last digits differ
         assert one["status"] == other["status"]

@@ -12,9 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(pl.Callback):
-    """Takes problems whose prompts have no nearest token back to their best, from where they go on in steps half as long.
+    """Takes problems that have stopped being numbers back to their best, from where they go on in steps half as long.
 
-    Looks when they are scored, as a look makes the device wait.
+    These are prompts without a nearest token, and those that had no finite gradient in any step. It looks when they are scored, as a
+    look makes the device wait.
 
     Args:
         most: Times that a problem may go back, before its best prompt so far is its result.
@@ -25,19 +26,33 @@ class NonFiniteGuard(pl.Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Looks at the prompts."""
+        """Looks at the prompts and at what their steps have left out."""
         rows = pl_module.due()
-        for row in rows[~pl_module.prompt.sound().cpu()[rows]].tolist():
-            problem, left = pl_module.problems[row], "stopped being finite or grew beyond 1e18"
-            pl_module.jump(torch.tensor([row]), pl_module.best(row)[None])
-            pl_module.lowered[row] += 1
-            if pl_module.lowered[row] <= self.most:
+        sound, left_out = pl_module.prompt.sound().cpu()[rows], pl_module.left_out.cpu()[rows]
+        pl_module.left_out[rows.to(pl_module.left_out.device)] = 0
+        for row, is_sound, steps in zip(rows.tolist(), sound.tolist(), left_out.tolist(), strict=True):
+            target, step = pl_module.problems[row].target, pl_module.done[row]
+            if steps:
                 log.warning(
-                    "The prompt of %s %s at step %d; it goes on from its best, in half as long steps.",
-                    *(problem.target, left, pl_module.done[row]),
+                    "The gradient of %s was not finite in %d of the steps up to %d, which were left out.",
+                    target,
+                    steps,
+                    step,
                 )
-                continue
-            pl_module.end(row)
-            if problem.prompt is None:
-                problem.status = "failed"
-            problem.reason = f"The prompt {left} at step {pl_module.done[row]}, time and again; lower --model.lr."
+            if not is_sound:
+                self._go_back(pl_module, row, "The prompt stopped being finite or grew beyond 1e18")
+            elif steps >= pl_module.score_every:
+                self._go_back(pl_module, row, "The gradient was not finite")
+
+    def _go_back(self, module: Any, row: int, reason: str) -> None:
+        problem, step = module.problems[row], module.done[row]
+        module.jump(torch.tensor([row]), module.best(row)[None])
+        module.lowered[row] += 1
+        if module.lowered[row] <= self.most:
+            log.warning(
+                "%s for %s at step %d; it goes on from its best, in half as long steps.", reason, problem.target, step
+            )
+            return
+        module.end(row)
+        if problem.status != "failed":
+            problem.reason = f"{reason} at step {step}, for the {self.most + 1}th time; lower --model.lr."

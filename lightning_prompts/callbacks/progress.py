@@ -73,7 +73,9 @@ class PromptProgress(pl.Callback):
         """Moves the bar to the steps that were taken, those of finished problems counted in full."""
         if self._bar is not None:
             finished = len(module.data.seen) - int(module.active.sum())
-            self._bar.update(finished * module.data.steps + sum(module.done) - self._bar.n)
+            self._bar.update(
+                finished * module.data.steps + sum(module.done[row] for row in module.active.nonzero()) - self._bar.n
+            )
 
     def _show(self, module: Any, rows: Iterable[int], begins: bool = False) -> None:
         problems = [module.problems[row] for row in rows if module.problems[row].prompt]

@@ -43,7 +43,7 @@ class ImagesToPrompts(ProblemData):
         workers: Processes that read pictures ahead of the search, where there are more than are searched at a time.
     """
 
-    given = "pictures that are not among --data.images"
+    given = ("pictures", "--data.images")
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytorch_lightning as pl
 from torch import Tensor
@@ -45,7 +45,7 @@ class ProblemData(pl.LightningDataModule, ABC):
     """
 
     steps: int
-    given: str  # "... that are not among" what a person has named
+    given: ClassVar[tuple[str, str]]  # what the problems are made of, and the setting that names it
 
     def __init__(self, seed: int = 0, retry: bool = False) -> None:
         super().__init__()
@@ -110,8 +110,16 @@ class ProblemData(pl.LightningDataModule, ABC):
         only_failed = bool(come) and come[-1].status == "failed" and not self.skipped
         if only_failed and self.trainer.world_size == 1:  # type: ignore[union-attr]
             reason = str(come[0].reason)
-            raise UserError(reason if self.total == 1 else f"None of the {self.total} inputs can be searched: {reason}")
+            raise UserError(
+                reason if self.total == 1 else f"None of the {self.total} {self.given[0]} can be searched: {reason}"
+            )
         self.arrivals = _chained(come, coming)
+
+    def go_on(self, searched: dict[str, str]) -> None:
+        """Has what a checkpoint goes on with, names by key, not come another time; the first may have been read already."""
+        self.seen |= searched
+        coming = self.arrivals
+        self.arrivals = (problem for problem in coming if problem.key not in searched)
 
     def known(self, here: Problem) -> Problem | None:
         """The record to go on with for a problem that comes now; None if there is nothing to do for it.

@@ -25,7 +25,7 @@ class Prompts(ProblemData):
         retry: Search those again that have failed, and no others.
     """
 
-    given = "prompts that are not among --data.prompts"
+    given = ("prompts", "--data.prompts")
 
     def __init__(self, prompts: str | list[str], seed: int = 0, retry: bool = False) -> None:
         super().__init__(seed, retry)

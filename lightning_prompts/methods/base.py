@@ -124,6 +124,8 @@ class PromptMethod(pl.LightningModule, ABC):
         self.problems, self.done, self.stale, self.lowered = [], [], [], []
         self.finished: list[Problem] = []  # not yet saved
         self.active = torch.empty(0, dtype=torch.bool)
+        self.left_out = torch.empty(0, dtype=torch.long)  # steps of each since it was scored, without a finite gradient
+        self.over = False  # nothing is left to search
         self._resumed: dict[str, Any] | None = None
 
     @property
@@ -150,11 +152,11 @@ class PromptMethod(pl.LightningModule, ABC):
         if self._resumed:
             wave, self._resumed = self._resumed, None
             problems = [Problem(**record) for record in wave["records"]]
-            self.data.seen |= {problem.key: problem.target for problem in problems}
             for problem in problems:
                 self.data.folder.save(problem)
+            self.data.go_on({p.key: p.target for p, active in zip(problems, wave["active"], strict=True) if active})
             self.active, self.done, self.stale = torch.tensor(wave["active"]).bool(), wave["done"], wave["stale"]
-            self.lowered = wave["lowered"]
+            self.lowered, self.left_out = wave["lowered"], torch.tensor(wave["left_out"]).to(self.device).long()
             if problems:
                 self.take(problems)
 
@@ -165,17 +167,15 @@ class PromptMethod(pl.LightningModule, ABC):
             Whether there is anything to search.
         """
         kept, gone = self.active.nonzero().squeeze(1), [self.problems[row] for row in (~self.active).nonzero()]
-        new, here = list[Problem](), {problem.key for problem in self.problems}
+        new = list[Problem]()
         while len(kept) + len(new) < self.together and (problem := next(self.data.arrivals, None)):
-            if problem.key not in here:  # a checkpoint had it
-                (self.finished if problem.status == "failed" else new).append(problem)
-        if not len(kept) + len(new):
-            self.problems = []
-        elif gone or new:
+            (self.finished if problem.status == "failed" else new).append(problem)
+        self.over = not len(kept) + len(new)
+        if not self.over and (gone or new):
             self._change(kept, new)
-        for problem in gone:
-            self.release(problem)
-        return bool(self.problems)
+            for problem in gone:
+                self.release(problem)
+        return not self.over
 
     def _change(self, kept: Tensor, new: list[Problem]) -> None:
         """Makes the problems `kept` (Q,) of the wave, as far as they have come, and new ones the wave."""
@@ -186,6 +186,8 @@ class PromptMethod(pl.LightningModule, ABC):
             [several[row] for row in rows] + added for several in (self.done, self.stale, self.lowered)
         )
         self.active = torch.ones(len(self.problems), dtype=torch.bool)
+        left_out = self.left_out.to(self.device)
+        self.left_out = torch.cat([left_out[kept.to(self.device)], left_out.new_zeros(len(new))])
         joined = torch.arange(len(rows), len(self.problems))
         first = self.first(joined)
         self.parameter.grad = None
@@ -237,7 +239,7 @@ class PromptMethod(pl.LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Ends the run when no problem is open; what is open when it was told to stop can go on later."""
-        self.trainer.should_stop = self.trainer.should_stop or not self.problems
+        self.trainer.should_stop = self.trainer.should_stop or self.over
 
     def on_train_batch_start(self, batch: Step, batch_idx: int) -> int | None:
         """Has the wave filled again when no problem is left in it."""
@@ -290,7 +292,7 @@ class PromptMethod(pl.LightningModule, ABC):
     def step_active(self, optimizer: Any, loss: Tensor, rows: Tensor, clip: float | None = None) -> None:
         """One step of a torch optimiser down the losses (Q,) of the problems `rows` (Q,); the others stay where they are.
 
-        So does, for this step, a problem whose gradient is not finite. With `clip` each element of the gradient is cut to
+        So does, for this step, a problem whose gradient is not finite; `NonFiniteGuard` tells it. With `clip` each element of the gradient is cut to
         [-clip, clip].
         """
         parameter = self.parameter
@@ -306,6 +308,7 @@ class PromptMethod(pl.LightningModule, ABC):
         optimizer.step()
         share = torch.zeros(len(parameter))  # of the step that is taken
         share[rows] = 0.5 ** torch.tensor([float(self.lowered[row]) for row in rows.tolist()])
+        self.left_out += ~sound
         share = share.to(parameter).where(sound, 0).view(-1, *(1,) * (parameter.dim() - 1))
         with torch.no_grad():  # momentum and weight decay move rows without a gradient too
             parameter.copy_(torch.where(share > 0, torch.lerp(before, parameter, share), before))
@@ -519,6 +522,7 @@ class PromptMethod(pl.LightningModule, ABC):
             "done": self.done,
             "stale": self.stale,
             "lowered": self.lowered,
+            "left_out": self.left_out.tolist(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -528,8 +532,8 @@ class PromptMethod(pl.LightningModule, ABC):
         self.data.find(records)
         if gone := [problem for problem in records if problem.index < 0]:
             raise UserError(
-                f"The checkpoint goes on with {len(gone)} {self.data.given} now; give the same ones and the same settings, or "
-                "another --run."
+                f"The checkpoint goes on with {len(gone)} {self.data.given[0]} that are not among {self.data.given[1]} now; give the "
+                "same ones and the same settings, or another --run."
             )
         wave["records"] = [asdict(problem) for problem in records]
         self._resumed = wave

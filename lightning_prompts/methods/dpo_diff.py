@@ -184,11 +184,17 @@ class DPODiff(PromptMethod):
         """Steps that a search takes at most: each learns or evaluates a candidate."""
         return len(self.plan(self.data.seed)) + int(self.budget)
 
+    def on_train_start(self) -> None:
+        """Remembers what an earlier process has paid for after its last checkpoint."""
+        for record in self._resumed["records"] if self._resumed else []:
+            if newest := self.data.folder.read(record["key"]):
+                self._paid[newest.key] = _losses(newest.candidates)
+        super().on_train_start()
+
     def take(self, problems: list[Problem]) -> None:
-        """Makes problems the wave, with the words that can be chosen for them, and remembers what was paid for."""
+        """Makes problems the wave, with the words that can be chosen for them."""
         for problem in problems:
-            if problem.key not in self._paid:  # by an earlier process, after its last checkpoint
-                self._paid[problem.key] = {(c["prompt"], c["negative_prompt"]): c["losses"] for c in problem.candidates}
+            self._paid.setdefault(problem.key, _losses(problem.candidates))
         super().take(problems)
         self.prompt.show([self.space(problem.target) for problem in problems])
         self.wanted = self.clip.features_of([problem.target for problem in problems])  # (P, E)
@@ -453,6 +459,11 @@ class DPODiff(PromptMethod):
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """RMSprop with momentum, as in the released code."""
         return torch.optim.RMSprop([self.prompt.logits], lr=self.lr, alpha=0.99, eps=1e-8, momentum=0.5)
+
+
+def _losses(candidates: Sequence[Candidate]) -> dict[tuple[str, str], list[float]]:
+    """By texts."""
+    return {(one["prompt"], one["negative_prompt"]): one["losses"] for one in candidates}
 
 
 def calls_before_gradient(schedule: str, step: int, draw: torch.Generator) -> int:

@@ -129,8 +129,9 @@ class MetricGuidance(Steering):
         self.step_active(self.optimizers(), losses.mean(1), rows)
         if self.shift_every:
             due = rows[[(batch.steps[row] + 1) % self.shift_every == 0 for row in rows.tolist()]]
-            begun = self.prompt.of(self.prompt.initial[due.to(self.device)])
-            self.jump(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
+            if len(due):
+                begun = self.prompt.of(self.prompt.initial[due.to(self.device)])
+                self.jump(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
         self.log("train/loss", losses.detach().mean(), prog_bar=True)
         self.log_dict({f"train/{name}": value.mean() for name, value in values.items()})
 

@@ -33,7 +33,7 @@ def search(tiny, pictures, tmp_path):
         data = ImagesToPrompts(str(pictures), steps=4, samples=1, validation_samples=2)
         trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=logger, default_root_dir=tmp_path / "run")
         trainer.fit(module, datamodule=data)
-        return list(data.arrivals)
+        return list(data.folder.load().values())
 
     return run
 
@@ -42,7 +42,7 @@ def test_terminal_shows_step_and_newest_prompt(search, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     problems = search()
     shown = terminal.getvalue()
-    assert "4/4" in shown
+    assert "12/12" in shown  # three pictures, four steps each
     assert any(f"{problem.validation_loss:.5f} {problem.prompt}" in shown for problem in problems)
 
 

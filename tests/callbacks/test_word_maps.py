@@ -49,7 +49,7 @@ def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, pictures, 
     module = method(backbone=str(sd1), tokens=3, template="a photo of {} in the corner", sampling_steps=2)
     data = ImagesToPrompts([str(pictures)], steps=2, samples=1, validation_samples=1)
     pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path).fit(module, datamodule=data)
-    problems = list(data.arrivals)
+    problems = list(data.folder.load().values())
     maps = found_word_maps(module, problems)
     assert len(maps) == 3
     for problem, found in zip(problems, maps, strict=True):

@@ -36,7 +36,7 @@ SPACE = Space(
 def choices(tiny):
     module = WordChoices(load_backbone(tiny).vocabulary)
     module.show([SPACE])
-    module.begin()
+    module.logits.data = module.start()
     return module
 
 
@@ -69,7 +69,7 @@ def test_only_words_of_the_drawn_number_of_tokens_are_mixed(choices):
 def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
     module = DPODiff(backbone=tiny, sampling_steps=4, schedule="fix-1")
     module.prompt.show([SPACE])
-    module.prompt.begin()
+    module.prompt.logits.data = module.prompt.start()
     module.prompt.logits.data[0, 1, :4] = torch.tensor([0.0, 1.0, 2.0, 0.5])
     module.problems = [type("Problem", (), {"key": "some"})]
     module.trainer = type("Trainer", (), {"datamodule": type("Data", (), {"seed": 0})})
@@ -81,7 +81,7 @@ def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
 
 @pytest.mark.parametrize("chance", [0.2, 0.7])
 def test_slots_stay_as_they_are_with_the_chance_that_was_given(choices, chance):
-    choices.begin(chance)
+    choices.logits.data = choices.start(chance)
     weights = choices.perturbed(torch.tensor([0]), torch.zeros_like(choices.logits)).softmax(2)
     torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), chance))
 
@@ -119,7 +119,7 @@ def test_shortcut_gradient_is_that_of_finite_differences(before, grad_steps, gui
     backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, clip_sample=False)
     choices = WordChoices(backbone.vocabulary)
     choices.show([SPACE])
-    choices.begin()
+    choices.logits.data = choices.start()
     choices.logits.data = choices.logits.data.double()
     noise = torch.randn(2, *backbone.latent_shape, dtype=torch.float64)
     weights = torch.randn(3, backbone.image_size, backbone.image_size, dtype=torch.float64)
@@ -180,7 +180,7 @@ def search(tiny, folder, prompts, **settings):
     module = DPODiff(backbone=tiny, **given)
     data = Prompts(prompts)
     pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder).fit(module, datamodule=data)
-    return list(data.arrivals)
+    return list(data.folder.load().values())
 
 
 PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
@@ -285,10 +285,8 @@ def attached(tiny, tmp_path):
         trainer.datamodule, data.trainer = data, trainer
         trainer.strategy.connect(module)
         data.setup("fit")
-        module.take(list(data.arrivals))
-        module.begin_wave()
-        module.active, module.stale = torch.ones(1, dtype=torch.bool), [0]
-        module.score()
+        module.fill()
+        module.score(torch.tensor([0]))
         return module
 
     return make
@@ -299,7 +297,7 @@ def test_hybrid_begins_with_what_the_gradient_has_learned(attached):
     for solver, share in (("hybrid", 1.0), ("gradient", 1.0), ("evolution", 0.1)):
         module = attached(solver=solver)
         module.prompt.logits.data.zero_()
-        module.prompt.begin()
+        module.prompt.logits.data = module.prompt.start()
         if solver != "evolution":
             module.prompt.logits.data[0].scatter_(1, torch.tensor(wanted).unsqueeze(1), 20.0)
         first = module.propose(0, 5, 5)
@@ -375,10 +373,14 @@ def test_attack_without_words_that_keep_the_meaning_is_refused(tiny, tmp_path):
 
 def test_temperature_goes_from_the_first_to_the_last(attached, monkeypatch):
     module, seen = attached(temperature=(4.0, 1.0), gradient_share=0.5), []
-    monkeypatch.setattr(module, "descend", lambda rows, step, before, temperature: seen.append(temperature))
+    monkeypatch.setattr(module, "descend", lambda loss, rows: None)
+    mixed = module.prompt.forward
+    monkeypatch.setattr(
+        module.prompt, "forward", lambda rows, noise, warmth: seen.append(warmth) or mixed(rows, noise, warmth)
+    )
     steps = len(module.plan(0))
     for step in range(steps):
-        module.search(Step(step, torch.empty(1, 0)), torch.tensor([0]))
+        module.search(Step([step], torch.empty(1, 0)), torch.tensor([0]))
     assert seen[0] == pytest.approx(4)
     assert seen[-1] == pytest.approx(1)
     ratios = [b / a for a, b in itertools.pairwise(seen)]

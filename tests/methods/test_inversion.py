@@ -43,7 +43,7 @@ def search(module, images, folder, **data):
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder)
     data = ImagesToPrompts([str(image) for image in images], **{**DATA, **data})
     trainer.fit(module, datamodule=data)
-    return list(data.arrivals)
+    return list(data.folder.load().values())
 
 
 @pytest.fixture(params=METHODS)
@@ -127,9 +127,9 @@ def test_seed_changes_the_search(method, tiny, pictures, tmp_path):
     seen = []
 
     class Watched(method):
-        def begin(self, embeddings):
-            seen.append(embeddings)
-            super().begin(embeddings)
+        def first(self, rows):
+            seen.append(super().first(rows))
+            return seen[-1]
 
         def search(self, batch, rows):
             samples = self.samples(rows, batch)
@@ -156,7 +156,9 @@ def test_ph2p_goes_down(optimizer, own, tiny, pictures, tmp_path):
 
     class Watched(PH2P):
         def search(self, batch, rows):
-            samples = self.samples(rows, Step(0, batch.timesteps))  # of the first step's noise, for all steps to share
+            samples = self.samples(
+                rows, Step([0] * len(batch.steps), batch.timesteps)
+            )  # of the first step's noise, for all steps to share
             self.samples = lambda rows, batch: samples
             with torch.no_grad():
                 losses.append(self.loss(rows, *self.prompt(rows), samples))
@@ -272,7 +274,7 @@ def test_clip_words_are_the_result_even_if_random_tokens_score_better(tiny, pict
 
     module = Disliked(backbone=tiny, **settings(ClipWords))
     problems = search(module, [pictures], tmp_path / "run", steps=1)
-    for problem, words in zip(problems, module.clip_words(2).tolist(), strict=True):
+    for problem, words in zip(problems, module.clip_words(torch.arange(len(problems)), 2).tolist(), strict=True):
         assert problem.token_ids == words
         assert problem.status == "not improved"
 
@@ -333,18 +335,18 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
     seen = []
 
     class Watched(PH2P):
-        def begin(self, embeddings):
-            super().begin(embeddings)
+        def jump(self, rows, there):
+            super().jump(rows, there)
             token_ids = self.prompt.project()
-            assert not self.trainer.optimizers[0].state
+            (state,) = self.trainer.optimizers[0].state.values()
+            assert not any(value.any() for value in state.values())
             seen.append(
                 [(problem.token_ids, ids) for problem, ids in zip(self.problems, token_ids.tolist(), strict=True)]
             )
 
     module = Watched(backbone=tiny, optimizer="adam", restart_every=2, tokens=6, sampling_steps=2)
     search(module, [pictures], tmp_path / "run", steps=7)
-    start, *restarts = seen
-    assert [best for best, _ in start] == [None] * 3
+    restarts = seen
     assert len(restarts) == 3  # before the steps 2, 4 and 6
     for best, begun in (pair for restart in restarts for pair in restart):
         assert sum(one == other for one, other in zip(best, begun, strict=True)) in (
@@ -371,26 +373,40 @@ def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, picture
             assert moved == [batch.steps[0] != 1, True, True]
 
     problems = search(Poisoned(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run")
-    assert caplog.text.count("0.png is not finite") == 1
+    assert caplog.text.count("0.png was not finite in 1 of the steps up to 2") == 1
     healthy = search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "healthy")
     assert [p.token_ids for p in problems[1:]] == [p.token_ids for p in healthy[1:]]
 
 
 @pytest.mark.parametrize("value", [torch.nan, 1e30])
 @pytest.mark.parametrize(("method", "extra"), [(PEZ, {}), (PH2P, {"continue_from": "projected"})])
-def test_prompt_that_is_no_number_keeps_the_best_before(method, extra, value, tiny, pictures, tmp_path):
+@pytest.mark.parametrize("times", [1, 6])
+def test_prompt_that_is_no_number_goes_on_from_the_best_before(
+    times, method, extra, value, tiny, pictures, tmp_path, caplog
+):
     class Poisoned(method):
         def search(self, batch, rows):
+            before = self.prompt.embeddings.detach().clone()
             super().search(batch, rows)
-            if batch.steps[0] == 1:
+            if batch.steps[0] in range(1, 1 + times) and self.problems[0].target == "0.png":
                 self.prompt.embeddings.data[0] = value
+            elif batch.steps[0] == 2:  # after the first time
+                best = self.embedded(self.problems[0])
+                assert torch.equal(before[0], best)
+                assert self.lowered == [1, 0, 0]
+                if method is PEZ:  # Adam's first step is as long as its step size
+                    assert float((self.prompt.embeddings[0] - best).abs().max().detach()) == pytest.approx(
+                        0.5 * self.lr, rel=0.2
+                    )
 
-    problems = search(Poisoned(backbone=tiny, **settings(method), **extra), [pictures], tmp_path / "run")
+    problems = search(Poisoned(backbone=tiny, **settings(method), **extra), [pictures], tmp_path / "run", steps=8)
     first, *others = problems
-    assert "finite" in first.reason
+    assert caplog.text.count("goes on from its best, in half as long steps") == min(times, 5)
+    assert ("finite" in str(first.reason)) == (times == 6)
     assert first.prompt
+    assert (first.unet_samples < others[0].unet_samples) == (times == 6)
     assert all(problem.status in ("done", "not improved") and "finite" not in str(problem.reason) for problem in others)
-    alone = search(method(backbone=tiny, **settings(method), **extra), [pictures], tmp_path / "healthy")
+    alone = search(method(backbone=tiny, **settings(method), **extra), [pictures], tmp_path / "healthy", steps=8)
     assert [p.token_ids for p in alone[1:]] == [p.token_ids for p in others]
 
 
@@ -411,7 +427,8 @@ def test_prompt_that_leaves_the_numbers_within_a_step_takes_the_step_back(projec
 
 def test_records_and_results_are_written_by_lightning_alone(tiny, pictures, tmp_path):
     """Everything works from Python, too, without the command line."""
-    trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[Results()])
+    how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
+    trainer = pl.Trainer(**how, default_root_dir=tmp_path, callbacks=[Results()])
     trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=ImagesToPrompts(str(pictures), **DATA))
     result = json.loads((tmp_path / "result.json").read_text())
     assert [problem["target"] for problem in result["problems"]] == ["0.png", "1.png", "2.png"]
@@ -476,7 +493,8 @@ def test_results_are_drawn_before_the_model_leaves_its_device(tiny, pictures, tm
         leave(self)
 
     monkeypatch.setattr(Strategy, "teardown", teardown)
-    trainer = pl.Trainer(**TRAINER, callbacks=[Results()], logger=False, default_root_dir=tmp_path / "run")
+    how = TRAINER | {"logger": False, "enable_checkpointing": True}
+    trainer = pl.Trainer(**how, callbacks=[Results()], default_root_dir=tmp_path / "run")
     trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=ImagesToPrompts(str(pictures), **DATA))
     assert seen == [True]
 
@@ -539,7 +557,7 @@ def test_negative_pictures_take_turns(opposed):
     negatives = data.negative_latents(module.backbone)
     assert len(negatives) == 2
     for step in (VALIDATION, 0, 1, 2):
-        samples = module.samples(torch.arange(2), Step(step, torch.full((2, 3), 700)))
+        samples = module.samples(torch.arange(2), Step([step] * 2, torch.full((2, 3), 700)))
         assert samples.negative.shape == samples.latents.shape == samples.noise.shape
         turns = picture_turns(max(step, 0), 3, 2)
         for row in range(2):
@@ -552,9 +570,9 @@ def test_negative_pictures_take_turns(opposed):
 def test_loss_with_negative_pictures_is_a_difference(opposed):
     """At equal timesteps and noise, each side computed as one writes it down."""
     module, data = opposed
-    rows, batch = torch.arange(2), Step(1, torch.tensor([[10, 500, 999], [0, 700, 300]]))
+    rows, batch = torch.arange(2), Step([1] * 2, torch.tensor([[10, 500, 999], [0, 700, 300]]))
     samples, backbone = module.samples(rows, batch), module.backbone
-    module.prompt.begin(module.initial_embeddings().double())
+    module.prompt.embeddings.data = module.first(torch.arange(2)).double()
     ids, embeddings = module.prompt(rows)
     told = backbone.encode(ids, embeddings)
     here, there = (
@@ -577,8 +595,8 @@ def test_loss_with_negative_pictures_is_a_difference(opposed):
 def test_gradient_with_negative_pictures_is_that_of_differences(opposed):
     module, _ = opposed
     rows = torch.arange(2)
-    samples = module.samples(rows, Step(0, torch.tensor([[10, 500, 999], [0, 700, 300]])))
-    module.prompt.begin(module.initial_embeddings().double())
+    samples = module.samples(rows, Step([0] * 2, torch.tensor([[10, 500, 999], [0, 700, 300]])))
+    module.prompt.embeddings.data = module.first(torch.arange(2)).double()
     prompts = module.prompt.embeddings
     (gradient,) = torch.autograd.grad(module.loss(rows, *module.prompt(rows), samples).sum(), prompts)
     direction = torch.randn_like(prompts)
@@ -622,7 +640,7 @@ def test_straight_through_is_the_gradient_at_the_projected(sd):
     tower = backbone.vocabulary
     prompt = TokenEmbeddings(tower, "a {} cat", 3)
     start = prompt.allowed.nonzero()[:6, 0].view(2, 3)
-    prompt.begin(prompt.table[start])
+    prompt.embeddings.data = prompt.table[start]
     prompt.embeddings.data += 1e-3 * torch.randn_like(prompt.embeddings)
     assert torch.equal(prompt.project(), start)
 
@@ -642,7 +660,7 @@ def test_straight_through_is_the_gradient_at_the_projected(sd):
 
 def test_rows_of_a_prompt(sd):
     prompt = TokenEmbeddings(load_backbone(str(sd)).vocabulary, "{}", 2)
-    prompt.begin(prompt.table[prompt.allowed.nonzero()[:6, 0].view(3, 2)])
+    prompt.embeddings.data = prompt.table[prompt.allowed.nonzero()[:6, 0].view(3, 2)]
     ids, embeddings = prompt(torch.tensor([2, 0]))
     everything = prompt(torch.arange(3))
     assert torch.equal(ids, everything[0][[2, 0]])

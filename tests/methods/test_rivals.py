@@ -23,12 +23,20 @@ from lightning_prompts.vocabulary import encode_text, fill_template
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def first_step(module):
+    """The step that the search of the problems has begun with, which are made the wave again."""
+    module.take(list(module.data.folder.load().values()))
+    module.done = [0] * len(module.problems)
+    return module.data.step()
+
+
 def fit(module, images, folder, callbacks=(), **data):
     """Runs a search and gives its problems."""
-    trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder, callbacks=list(callbacks))
+    how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": bool(callbacks)}
+    trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=list(callbacks))
     data = ImagesToPrompts(str(images), **{"steps": 2, "samples": 2, "validation_samples": 2, **data})
     trainer.fit(module, datamodule=data)
-    return list(data.arrivals)
+    return list(data.folder.load().values())
 
 
 # --- GCG
@@ -72,7 +80,7 @@ def test_step_finds_the_best_of_all_tokens(tiny, pictures, tmp_path):
     ((before, after, *_),) = module.steps
     allowed = module.prompt.allowed.nonzero()
     rows = torch.zeros(len(allowed), dtype=torch.long)
-    samples = module.samples(torch.tensor([0]), next(iter(module.data.train_dataloader())))[rows]
+    samples = module.samples(torch.tensor([0]), first_step(module))[rows]
     with torch.no_grad():
         ids = module.prompt.ids(allowed)
         losses = module.loss(rows, ids, module.prompt.table[ids], samples)
@@ -88,7 +96,7 @@ def test_proposals_are_those_of_the_one_hot_gradient(tiny, pictures, tmp_path):
     one_hot = F.one_hot(token_ids[0], len(table)).float().requires_grad_()
     ids = module.prompt.ids(token_ids)
     embeddings = table[ids].index_copy(1, module.prompt.positions, (one_hot @ table)[None])
-    samples = module.samples(rows, next(iter(module.data.train_dataloader())))
+    samples = module.samples(rows, first_step(module))
     (slope,) = torch.autograd.grad(module.loss(rows, ids, embeddings, samples).sum(), one_hot)
     for place in range(2):
         usable = [v for v in allowed.nonzero().flatten().tolist() if v != token_ids[0, place]]
@@ -250,9 +258,9 @@ def test_search_starts_from_the_result_of_another(source, method, tiny, pictures
     seen = []
 
     class Begun(method):
-        def begin(self, embeddings):
-            seen.append(embeddings)
-            super().begin(embeddings)
+        def first(self, rows):
+            seen.append(super().first(rows))
+            return seen[-1]
 
     module = Begun(backbone=tiny, tokens=4, start=str(tmp_path / "first"), sampling_steps=2, **own)
     fit(module, pictures, tmp_path / "second", steps=1)

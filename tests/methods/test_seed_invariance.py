@@ -10,6 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from lightning_prompts.callbacks.results import noise_of
+from lightning_prompts.data.problems import Step
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
@@ -29,7 +30,7 @@ def search(tiny, folder, prompts=PROMPTS[0], **settings):
     module, data = SeedInvariance(backbone=tiny, **settings), Prompts(prompts)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})
     trainer.fit(module, datamodule=data)
-    return module, list(data.arrivals)
+    return module, list(data.folder.load().values())
 
 
 def test_seeds_come_in_all_the_way_in_each_stage(tiny):
@@ -71,14 +72,14 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     others = torch.randn(1, 2, 4, 8, 8, dtype=torch.float64)
     monkeypatch.setattr(module, "draw_noise", lambda problems, step, count: others[:, :count])
     module.take([problem])
-    module.active = torch.ones(1, dtype=torch.bool)
-    module.prompt.double().begin(module.prompt.initial)
+    module.done = [1]
+    module.parameter.data = module.prompt.double().start(module.prompt.initial)
     module.prompt.initial, module.starts = module.prompt.initial.double(), module.starts.double()
     losses = []
-    monkeypatch.setattr(module, "step_active", lambda optimizer, loss: losses.append(loss))
+    monkeypatch.setattr(module, "step_active", lambda optimizer, loss, rows: losses.append(loss))
     monkeypatch.setattr(module, "optimizers", lambda: None)
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
-    module.search(type("Batch", (), {"step": 1})(), torch.tensor([0]))
+    module.search(Step([1], torch.empty(1, 0)), torch.tensor([0]))
     (loss,) = losses
     (gradient,) = torch.autograd.grad(loss.sum(), module.parameter)
 
@@ -128,7 +129,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
 @pytest.mark.parametrize("embedding", ["rows", "one_row"])
 def test_what_is_found(embedding, tiny, tmp_path):
     module, (problem,) = search(tiny, tmp_path, embedding=embedding, target_seeds=[7])
-    best = module.best[0, 0]
+    best = module.bests[0][0]
     assert torch.equal(best[0], module.prompt.initial[0, 0, 0])
     if embedding == "one_row" and problem.status == "done":
         assert (best[1:] == best[1]).all()

@@ -30,7 +30,7 @@ def backbone(tiny):
 def begun(module, problems=2):
     """Where a method begins with so many problems."""
     module.problems = [Problem(str(i), "") for i in range(problems)]
-    return module.initial_embeddings()
+    return module.first(torch.arange(problems))
 
 
 @pytest.mark.parametrize("layout", ["ours", "vector", "string_to_param"])
@@ -105,9 +105,9 @@ def test_textual_inversion_goes_on_from_its_own_file(backbone, picture, tmp_path
 
 def seen(module, prompts):
     """Where a method that steers begins, and what it compares with."""
-    problems = [Problem(str(i), prompt) for i, prompt in enumerate(prompts)]
-    initial = module.initial(problems)
-    return module.first(problems, initial), initial
+    module.problems = [Problem(str(i), prompt) for i, prompt in enumerate(prompts)]
+    module.prompt.show(module.initial(module.problems))
+    return module.beginnings(torch.arange(len(prompts))), module.prompt.initial
 
 
 def test_embeddings_of_an_earlier_run(backbone, tmp_path):

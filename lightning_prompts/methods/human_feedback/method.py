@@ -61,7 +61,8 @@ class HumanFeedback(Steering):
         steps: Positive = 100,
         **kwargs: Any,
     ) -> None:
-        super().__init__(unconditional=False, steps=steps, **{**kwargs, "together": 1})
+        super().__init__(unconditional=False, steps=steps, **kwargs)
+        self.together = 1
         if texts < candidates:
             raise UserError(
                 f"There cannot be {candidates} candidates from {texts} texts; raise --model.texts or lower --model.candidates."
