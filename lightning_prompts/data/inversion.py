@@ -26,7 +26,7 @@ class ImagesToPrompts(ProblemData):
     """Target pictures, one problem each, and the schedule of their inversion.
 
     Args:
-        images: Pictures, folders, patterns, or CSV / JSONL lists of pictures.
+        images: Pictures, folders, patterns, WebDataset shards (.tar), or CSV / JSONL lists of pictures.
         fit: Make pictures square by cropping their middle or by padding.
         background: What stands behind transparent pictures and in the padding, red, green, blue in 0..255.
         one_subject: All pictures show one subject and get one prompt.
@@ -76,11 +76,14 @@ class ImagesToPrompts(ProblemData):
         self._negatives, self._negative_latents = [], None
         known = self.folder.load()
         for target in find_targets(self.negative_images) if self.negative_images else ():
-            self._negatives += [self._load(str(path)) for path in target.paths]
+            self._negatives += self._pictures(target)
         self._check_scoring("--data.negative_images", len(self._negatives))
         targets = find_targets(self.images, self.one_subject)
         for index, target in enumerate(targets):
             self._add(index, target, known, alone=len(targets) == 1)
+        for key, problem in known.items():  # of a line that has been corrected, say
+            if stage == "fit" and key not in self.records and key == content_key([], {"unreadable": [problem.target]}):
+                self.folder.forget(key)
         if not any(problem.status != "failed" for problem in self.records.values()):
             raise UserError(
                 f"None of the {len(targets)} pictures can be read: {next(iter(self.records.values())).reason}"
@@ -108,10 +111,10 @@ class ImagesToPrompts(ProblemData):
             )
 
     def _add(self, index: int, target: Target, known: dict[str, Problem], alone: bool) -> None:
-        paths = [str(path) for path in target.paths]
-        unreadable = content_key([], {"unreadable": paths})
+        paths = list(target.paths)
+        unreadable = content_key([], {"unreadable": [target.name] if target.error else paths})
         try:
-            pictures = [self._load(path) for path in paths]
+            pictures = self._pictures(target)
         except UserError as error:
             if alone:
                 raise
@@ -136,6 +139,11 @@ class ImagesToPrompts(ProblemData):
         self.records.setdefault(key, problem)
         self.keys.append(key)
         self._loaded[key] = torch.stack([to_tensor(picture) for picture in pictures])
+
+    def _pictures(self, target: Target) -> list[Image.Image]:
+        if target.error:
+            raise UserError(target.error)
+        return [self._load(path) for path in target.paths]
 
     def _load(self, path: str) -> Image.Image:
         return load_image(path, self.method.backbone.image_size, self.fit, self.background)

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from lightning_prompts.data.prompts import read_prompts
+from lightning_prompts.data.prompts import Line, find_prompts, read_prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
 
@@ -24,6 +24,7 @@ def test_prompts_from_all_kinds_of_lists(tmp_path):
     [
         ("a.jsonl", '{"prompt": "a"}\n{"prompt"', "Line 2 of"),
         ("a.jsonl", '{"text": "a"}', "no text under 'prompt'"),
+        ("a.jsonl", '{"prompt": 3}\n{"prompt": " "}', "Line 1 of .* no text under 'prompt'"),
         ("a.csv", "name\nx\n", "no column 'prompt'"),
         ("a.txt", "\n \n", "No prompts were given"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
@@ -37,6 +38,29 @@ def test_lists_that_are_none(name, content, told, tmp_path):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=told):
         read_prompts([source])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "told"),
+    [
+        ("a.txt", b"a dog\n\ncaf\xe9\na cat", 3, "is not UTF-8"),
+        ("a.csv", b'prompt\na dog\n"a\na cat\n', 3, "is not valid CSV"),
+        ("a.csv", b"prompt\na dog\ncaf\xe9\na cat\n", 3, "is not UTF-8"),
+        ("a.jsonl", b'{"prompt": "a dog"}\n{"prompt"\n{"prompt": "a cat"}', 2, "is not valid JSON"),
+        ("a.jsonl", b'{"prompt": "a dog"}\n{"text": "x"}\n{"prompt": "a cat"}', 2, "has no text under 'prompt'"),
+        ("a.jsonl", b'{"prompt": "a dog"}\n[]\n{"prompt": "a cat"}', 2, "has no text under 'prompt'"),
+    ],
+)
+def test_a_broken_line_leaves_the_other_prompts(name, content, line, told, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    first, broken, last = find_prompts([str(path)])
+    assert (first, last) == (Line("a dog"), Line("a cat"))
+    assert broken.text == f"line {line} of {path}"
+    assert broken.error.startswith(f"Line {line} of '{path}' {told}")
+    assert find_prompts([str(path), "a cat", str(path)]) == [first, broken, last]
+    with pytest.raises(UserError, match=told):
+        read_prompts([str(path)])
 
 
 @pytest.mark.parametrize(
