@@ -166,7 +166,7 @@ def _opened(shard: str) -> Iterator[tuple[BinaryIO, tarfile.TarFile]]:
                 archive = tarfile.TarFile(fileobj=file, encoding="utf-8")
             except (tarfile.TarError, ValueError) as error:
                 raise UserError(
-                    f"'{shard}' is no .tar archive, or a compressed one; give a .tar of pictures that is not compressed."
+                    f"'{shard}' is no .tar archive, is compressed, or ends within its first file; give a whole, uncompressed .tar."
                 ) from error
             yield file, archive
     except OSError as error:
