@@ -142,10 +142,8 @@ def test_pictures_are_read_by_their_addresses(tmp_path):
     listed, missing = find_targets([tmp_path / "list.csv"])
     assert (listed.paths, listed.caption) == ((f"{path}/0002.png",), "mine")
     assert "Line 3 of" in missing.error
-    captions = {target.caption for target in find_targets([path, tmp_path / "list.csv"])}
-    assert captions == {"caption 0" * 50, "caption 1" * 50, None, "Line"} - {
-        "Line"
-    }  # two captions of one picture give none
+    both = find_targets([path, tmp_path / "list.csv"])  # with two captions of one picture
+    assert [target.caption for target in both] == ["caption 0" * 50, "caption 1" * 50, None, None]
 
 
 def test_addresses_that_mean_nothing(tmp_path):
@@ -156,7 +154,7 @@ def test_addresses_that_mean_nothing(tmp_path):
             load_image(path / name, 16)
         with pytest.raises(UserError, match="There is no file or folder"):
             find_targets([path / name])
-    with pytest.raises(UserError, match="There is no file '.*001.tar/0000.png'"):
+    with pytest.raises(UserError, match=r"There is no file '.*001.tar/0000.png'"):
         load_image(tmp_path / "001.tar" / "0000.png", 16)
     with pytest.raises(UserError, match="more than the 99 bytes"):
         load_image(path / "0000.png", 16, max_bytes=99)
@@ -205,7 +203,7 @@ def test_compressed_shards(tmp_path):
     assert [bool(target.error) for target in found] == [True, False, False, False]
     with tarfile.open(tmp_path / "c.tar", "w:gz") as tar:
         tar.add(tmp_path / "b.tar", "a.png")
-    with pytest.raises(UserError, match=r"c.tar' is no .tar archive, or a compressed one"):
+    with pytest.raises(UserError, match=r"c.tar' is no .tar archive, is compressed"):
         find_targets([tmp_path / "c.tar"])
 
 
@@ -263,9 +261,7 @@ def test_a_shard_that_ends_early(tmp_path, format):
         cut = begun // 3 if inside else None
         names = [f"{i:04}" for i in range(whole) if i != cut]
         if not names:
-            with pytest.raises(
-                UserError, match=r"is damaged or ends early \(samples found: 0\)|ends early or is damaged"
-            ):
+            with pytest.raises(UserError, match=r"ends within its first file|\(samples found: 0\)"):
                 find_targets([path])
             continue
         *found, failed = find_targets([path])
@@ -369,9 +365,9 @@ def test_of_two_with_one_name_the_later_counts(tmp_path):
 
 
 def test_only_headers_and_captions_are_read(tmp_path):
-    """A sparse file: to read its pictures would take minutes, and memory that is not there."""
+    """A file with holes: to read its pictures would take minutes."""
     path = tmp_path / "a.tar"
-    size = 8_000_000_000
+    size = 1_000_000_000
     with open(path, "wb") as file:
         for i in range(20):
             info = tarfile.TarInfo(f"{i}.png")
@@ -423,4 +419,4 @@ def test_runs_go_on_without_broken_inputs(tiny, tmp_path):
     after = problems()
     assert [problem["target"] for problem in after] == [*(f"a.tar/{i:04}.png" for i in range(3)), "b.png", "c.png"]
     assert all(problem["prompt"] for problem in after)
-    assert after[0] == first
+    assert (after[0]["key"], after[0]["prompt"]) == (first["key"], first["prompt"])
