@@ -178,8 +178,9 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
     try:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-            if archive.offset <= member.offset:  # a size below zero, with which it would go round for ever
-                raise tarfile.ReadError("the next header is no further")
+            # Damaged sizes may be below zero, with which it would go round for ever, or more than any file has.
+            if not 0 <= member.size < 2**63 or archive.offset <= member.offset:
+                raise tarfile.ReadError("a size is none")
             path = PurePosixPath(member.name.lstrip("/"))  # "./0001.jpg" is "0001.jpg"
             if member.isreg() and not member.issparse() and not any(part.startswith(".") for part in path.parts):
                 yield str(path), member
