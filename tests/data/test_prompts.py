@@ -126,3 +126,27 @@ def test_a_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):
     assert "has no word" in failed["reason"]
     assert found["status"] in ("done", "not improved")
     assert len(found["fresh_loss_after"]) == 10
+
+
+def test_a_broken_line_is_a_failed_record_until_it_is_corrected(tiny, tmp_path):
+    path, run = tmp_path / "prompts.jsonl", tmp_path / "run"
+    args = ["fit", "--run", str(run), "--model", "DPODiff", "--model.backbone", tiny, "--trainer.accelerator", "cpu"]
+    args += ["--model.positive", "[neighbours]", "--model.negative", "[]", "--model.sampling_steps", "2"]
+    args += ["--model.schedule", "fix-1", "--model.budget", "2", "--model.population", "2"]
+    args += ["--data", "Prompts", "--data.prompts", str(path)]
+
+    def problems():
+        return json.loads((run / "result.json").read_text())["problems"]
+
+    path.write_text('{"prompt": "a dog"}\n{"prompt": 3}\n')
+    main(args)
+    dog, broken = problems()
+    assert (dog["target"], broken["target"]) == ("a dog", f"line 2 of {path}")
+    assert (broken["status"], broken["prompt"]) == ("failed", None)
+    assert broken["reason"] == f"Line 2 of '{path}' has no text under 'prompt'."
+    main([*args, "--ckpt_path", "last"])
+    assert [problem["key"] for problem in problems()] == [dog["key"], broken["key"]]
+    path.write_text('{"prompt": "a dog"}\n{"prompt": "a cat"}\n')
+    main([*args, "--ckpt_path", "last"])
+    assert [problem["target"] for problem in problems()] == ["a dog", "a cat"]
+    assert "failed" not in [problem["status"] for problem in problems()]
