@@ -22,6 +22,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _CAPTION_BYTES = 1_000_000  # more is no caption
 _BLOCK = 512
+_DAMAGE = (tarfile.TarError, ValueError, OverflowError, LookupError)  # what tarfile raises on damaged headers
 
 
 class Sample(NamedTuple):
@@ -164,7 +165,7 @@ def _opened(shard: str) -> Iterator[tuple[BinaryIO, tarfile.TarFile]]:
         with open(shard, "rb") as file:
             try:
                 archive = tarfile.TarFile(fileobj=file, encoding="utf-8")
-            except (tarfile.TarError, ValueError) as error:
+            except _DAMAGE as error:
                 raise UserError(
                     f"'{shard}' is no .tar archive, is compressed, or ends within its first file; give a whole, uncompressed .tar."
                 ) from error
@@ -188,7 +189,7 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(_BLOCK) != bytes(_BLOCK):
             raise tarfile.ReadError("there is no end")
-    except (ValueError, OverflowError, LookupError) as error:  # of damaged headers, depending on Python's version
+    except _DAMAGE as error:
         raise tarfile.ReadError(str(error)) from error
 
 

@@ -546,6 +546,7 @@ def test_malformed_lists(folder, name, content, match):
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(match.format(path), find_targets, [path])
+    refused(match.format(path), find_targets, [folder / "c.webp", path])
 
 
 @pytest.mark.parametrize(

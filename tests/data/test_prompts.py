@@ -40,6 +40,12 @@ def test_lists_that_are_none(name, content, told, tmp_path):
         read_prompts([source])
 
 
+def test_a_list_without_a_usable_line_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": 3}\n{"prompt": " "}\n{"prompt": 4}')
+    with pytest.raises(UserError, match="Line 1 of"):
+        find_prompts(["a dog", str(tmp_path / "a.jsonl")])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "line", "told"),
     [

@@ -91,7 +91,15 @@ def test_files_of_a_sample_need_not_be_neighbours(tmp_path):
     path = tmp_path / "a.tar"
     archive(
         path,
-        [("a.jpg", b"x"), ("b.jpg", b"x"), ("b.txt", b"bee"), ("a.txt", b"ay"), ("c.txt", b"see"), ("c.jpg", b"x")],
+        [
+            ("a.jpg", b"x"),
+            ("b.jpg", b"x"),
+            ("b.txt", b"bee"),
+            ("b.json", b'{"caption": "B"}'),
+            ("a.txt", b"ay"),
+            ("c.txt", b"see"),
+            ("c.jpg", b"x"),
+        ],
     )
     assert [found.caption for found in find_targets([path])] == ["ay", "bee", "see"]
 
@@ -329,12 +337,13 @@ def test_any_damage_is_told_or_harmless(tmp_path):
     assert 100 < told < 400
 
 
-@pytest.mark.parametrize("size", [-2048, -1, 2**80])
-def test_a_size_that_is_none_ends(tmp_path, size):
+@pytest.mark.parametrize("size", [-2048, -2, 2**80])
+@pytest.mark.parametrize("name", [b"b.txt", b"b.png"])
+def test_a_size_that_is_none_ends(tmp_path, size, name):
     path = tmp_path / "a.tar"
-    archive(path, [("a.png", encoded(0)), ("b.txt", b"x"), ("b.png", b"x")], format=tarfile.GNU_FORMAT)
+    archive(path, [("a.png", encoded(0)), ("b.txt", b"x"), ("b.png", b"")], format=tarfile.GNU_FORMAT)
     data = bytearray(path.read_bytes())
-    start = data.index(b"b.txt")
+    start = data.index(name)
     data[start + 124 : start + 136] = (size % 2**96 | 2**95).to_bytes(12, "big")  # as GNU writes what needs more
     data[start + 148 : start + 156] = b" " * 8
     data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
@@ -345,6 +354,18 @@ def test_a_size_that_is_none_ends(tmp_path, size):
     good, failed = find_targets([path])
     assert (good.name, "(samples found: 1)" in failed.error) == ("a.tar/a.png", True)
     assert np.array_equal(load_image(*good.paths, 16), pixels(0))
+
+
+def test_headers_that_are_none_end(tmp_path):
+    path = tmp_path / "a.tar"
+    sparse = tarfile.TarInfo("b.png")
+    sparse.pax_headers = {"GNU.sparse.map": "no numbers"}
+    archive(path, [("a.png", encoded(0)), (sparse, b"x"), ("c.png", b"x")], format=tarfile.PAX_FORMAT)
+    good, failed = find_targets([path])
+    assert (good.name, "(samples found: 1)" in failed.error) == ("a.tar/a.png", True)
+    archive(path, [(sparse, b"x"), ("c.png", b"x")], format=tarfile.PAX_FORMAT)
+    with pytest.raises(UserError, match=r"is no .tar archive"):
+        find_targets([path])
 
 
 def test_a_shard_is_looked_through_once(tmp_path, monkeypatch):
