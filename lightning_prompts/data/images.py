@@ -6,10 +6,11 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,11 +19,20 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lightning_prompts.data.lists import read_rows
+from lightning_prompts.data.lists import Row, read_rows
+from lightning_prompts.data.shards import (
+    COMPRESSED,
+    SUFFIXES,
+    exists,
+    find_samples,
+    is_picture,
+    is_shard,
+    read_member,
+    split_address,
+)
 from lightning_prompts.errors import UserError
 
 Fit = Literal["crop", "pad"]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MIN_SIDE = 8
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # nothing that runs another program, as EPS does
 _KINDS = "PNG, JPEG, WebP, BMP, GIF or TIFF"
@@ -30,21 +40,23 @@ _DAMAGE = (  # what Pillow's decoders raise on damaged files
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
     *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
 )
-_COLUMNS = {"file", "caption", "subject"}
+_COLUMNS = {"file", "caption", "subject", "reason"}  # the last in lists of what has failed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """What one problem searches a prompt for: one picture, or several pictures of one subject.
 
     Attributes:
-        paths: The picture files, at least one.
+        paths: The picture files, or their addresses in shards; at least one, or with an error those that are known.
         caption: The words that came with the pictures, None without any.
-        name: What to show the person: a file's, folder's or subject's name.
+        error: Why there is nothing to search for, in one sentence, such as of a broken line in a list; None if there is.
+        name: What to show the person: a file's, folder's or subject's name. With an error, where it is, and no other target has it.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[str, ...]  # as text: a Path takes ten times as much memory, and there may be many
     caption: str | None = None
+    error: str | None = None
     name: str = field(kw_only=True)
 
 
@@ -59,7 +71,7 @@ def load_image(
     """Reads a picture of any usual kind as a square; of an animation, the first frame.
 
     Args:
-        path: The picture file.
+        path: The picture file, or its address in a WebDataset shard, such as `shards/000.tar/0001.jpg`.
         size: Side of the result in pixels, at least 1.
         fit: "crop" cuts a centred square, "pad" fills up to a square with the background.
         background: Colour behind transparent pixels and around a padded picture, each number in [0, 255].
@@ -89,28 +101,40 @@ def find_targets(sources: Sequence[str | Path], one_subject: bool = False) -> li
     """Finds the pictures that a person names; a target that is named twice is kept once.
 
     Args:
-        sources: Each a picture file, a folder of pictures, a glob pattern, or a list of pictures: a `.csv` with the
-            columns, or a `.jsonl` with the keys, `file` and optionally `caption` and `subject`.
+        sources: Each a picture file; a WebDataset shard, which is an uncompressed `.tar`; a folder of pictures or shards; a glob
+            pattern of these; or a list of pictures: a `.csv` with the columns, or a `.jsonl` with the keys, `file` and optionally
+            `caption` and `subject`. A range of numbers may be written as `{000..009}`.
         one_subject: Makes a single target of all pictures.
 
     Returns:
-        The targets in the order given, at least one. Captions that disagree within a target give none.
+        The targets in the order given, at least one that has no error. Captions that disagree within a target give none.
 
     Raises:
-        UserError: A source has no pictures, or a list is malformed.
+        UserError: A source has no pictures, or cannot be read.
     """
     if not sources:
-        raise UserError("No pictures were given; name a picture, a folder, a pattern, or a .csv or .jsonl list.")
-    same: dict[frozenset[str], list[Target]] = {}
+        raise UserError(
+            "No pictures were given; name a picture, a folder, a pattern, a shard, or a .csv or .jsonl list."
+        )
+    first: dict[object, Target] = {}
+    again: dict[object, list[Target]] = {}
     for source in [sources] if isinstance(sources, str | Path) else sources:
         for target in _expand(os.fspath(source)):
-            same.setdefault(frozenset(map(os.path.abspath, target.paths)), []).append(target)
-    targets = [_merge(group, group[0].name) for group in same.values()]
-    if not one_subject or len(targets) == 1:
+            same = _identity(target)
+            if first.setdefault(same, target) is not target:
+                again.setdefault(same, []).append(target)
+    for same, others in again.items():
+        first[same] = _merge([first[same], *others], first[same].name)
+    targets = list(first.values())
+    usable = [target for target in targets if not target.error]
+    if not usable:
+        raise UserError(str(targets[0].error))
+    if not one_subject or len(usable) == 1:
         return targets
-    whole = _merge(targets, "")
-    folders = {Path(os.path.abspath(path)).parent.name for path in whole.paths}
-    return [_merge([whole], (folders.pop() if len(folders) == 1 else "") or _several(whole.paths))]
+    whole = _merge(usable, "")
+    folders = {os.path.basename(os.path.dirname(os.path.abspath(path))) for path in whole.paths}
+    name = (folders.pop() if len(folders) == 1 else "") or _several(whole.paths)
+    return [_merge([whole], name), *(target for target in targets if target.error)]
 
 
 def content_key(images: Sequence[Image.Image], settings: Mapping[str, object]) -> str:
@@ -138,8 +162,11 @@ def _require_rgb(image: Image.Image) -> None:
 
 def _read(path: Path, max_bytes: int) -> bytes:
     try:
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+        if address := split_address(path):
+            data = read_member(*address, limit=max_bytes + 1)
+        else:
+            with path.open("rb") as file:
+                data = file.read(max_bytes + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"There is no file '{path}'; check the path of the picture.") from error
     except IsADirectoryError as error:
@@ -211,55 +238,130 @@ def _square(image: Image.Image, size: int, fit: Fit, background: tuple[int, int,
     return square
 
 
-def _several(paths: Sequence[Path]) -> str:
-    return paths[0].name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+def _several(paths: Sequence[str]) -> str:
+    return os.path.basename(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def _shown(name: str) -> str:
+    """Text for a name, as file systems have names that no terminal can show."""
+    return name if name.isascii() else name.encode(errors="backslashreplace").decode()
+
+
+def _identity(target: Target) -> object:
+    """What two targets share that are the same."""
+    if target.error:
+        return target.name, target.error
+    if len(target.paths) == 1:  # nearly always, and a set is large
+        return os.path.abspath(target.paths[0])
+    return frozenset(map(os.path.abspath, target.paths))
 
 
 def _merge(parts: Sequence[Target], name: str) -> Target:
-    paths: dict[str, Path] = {}
+    paths: dict[str, str] = {}
     for path in (path for part in parts for path in part.paths):
         paths.setdefault(os.path.abspath(path), path)
     captions = {part.caption for part in parts if part.caption}
-    shown = name.encode(errors="backslashreplace").decode()  # file systems have names that no terminal can show
-    return Target(tuple(paths.values()), captions.pop() if len(captions) == 1 else None, name=shown)
+    return Target(
+        tuple(paths.values()), captions.pop() if len(captions) == 1 else None, parts[0].error, name=_shown(name)
+    )
 
 
-def _expand(source: str) -> list[Target]:
-    if os.path.isfile(source):
-        path = Path(source)
-        return _read_list(path) if path.suffix.lower() in (".csv", ".jsonl") else [Target((path,), name=path.name)]
-    folder = os.path.isdir(source)
-    if not folder and not glob.has_magic(source):
+def _expand(source: str) -> Iterator[Target]:
+    """The targets of one source."""
+    if os.path.isdir(source):
+        yield from _found(_in_folder(source), f"folder '{source}' has")
+    elif exists(source):
+        yield from _of_file(str(Path(source)))
+    elif numbers := re.search(r"\{([0-9]+)\.\.([0-9]+)\}", source):
+        first, last = numbers.groups()
+        # As in a shell: a leading zero anywhere means that all have as many digits.
+        width = max(len(first), len(last)) if any(end[0] == "0" and len(end) > 1 for end in (first, last)) else 0
+        step = 1 if int(first) <= int(last) else -1
+        for number in range(int(first), int(last) + step, step):
+            yield from _expand(f"{source[: numbers.start()]}{number:0{width}}{source[numbers.end() :]}")
+    elif glob.has_magic(source):
+        matches = sorted(glob.glob(source, recursive=True))  # none hidden
+        yield from _found(filter(os.path.isfile, matches), f"pattern '{source}' matches")
+    else:
         raise UserError(f"There is no file or folder '{source}'; check the path.")
-    matches = glob.glob(os.path.join(glob.escape(source), "*") if folder else source, recursive=True)  # none hidden
-    paths = [Path(match) for match in sorted(matches) if os.path.isfile(match)]
-    targets = [Target((path,), name=path.name) for path in paths if path.suffix.lower() in SUFFIXES]
-    if not targets:
-        given = f"folder '{source}' has" if folder else f"pattern '{source}' matches"
-        raise UserError(f"The {given} no pictures; they are the files ending in {', '.join(SUFFIXES)}.")
-    return targets
+
+
+def _in_folder(folder: str) -> list[str]:
+    """The files that are not hidden, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.name[0] != "." and _is_file(entry))
+    except OSError as error:
+        raise UserError(f"The folder '{folder}' cannot be read ({error.strerror}); check its permissions.") from error
+    beginning = str(Path(folder, "_"))[:-1]
+    return [beginning + name for name in names]
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    # An entry knows what it is without asking the file system again, unless it is a link, which may lead nowhere.
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+
+
+def _found(paths: Iterable[str], given: str) -> Iterator[Target]:
+    """The targets of those files in a folder or of a pattern that are pictures or shards."""
+    none = True
+    for path in paths:
+        if is_picture(path) or is_shard(path):
+            none = False
+            yield from _of_file(path)
+    if none:
+        raise UserError(f"The {given} no pictures; they are the files ending in {', '.join(SUFFIXES)}, or .tar shards.")
+
+
+def _of_file(path: str) -> Iterator[Target]:
+    name = _shown(os.path.basename(path))
+    if path.lower().endswith((".csv", ".jsonl")):
+        yield from _read_list(Path(path))
+    elif path.lower().endswith(COMPRESSED):
+        # Nothing in it can be read without unpacking all that stands before.
+        yield Target(
+            (), error=f"The shard '{path}' is compressed; unpack it to a .tar, which is hardly larger.", name=path
+        )
+    elif is_shard(path):
+        for picture, caption, error in find_samples(path):
+            paths = (f"{path}/{picture}",) if picture else ()
+            yield Target(paths, caption, error, name=_shown(path) if error else f"{name}/{_shown(picture)}")
+    else:
+        yield Target((path,), name=name)
 
 
 def _read_list(path: Path) -> list[Target]:
     groups: dict[str | int, list[Target]] = {}
-    for line, row in read_rows(path, "file", "file,caption"):
-        where = f"Line {line} of '{path}'"
-        if not isinstance(row, dict) or not row.keys() <= _COLUMNS:
-            raise UserError(
-                f"{where} is not just 'file', 'caption' and 'subject'; drop the rest, put commas in quotes."
-            )
-        files = row.get("file")
-        files = files if isinstance(files, list) else [files]
-        if not files or not all(isinstance(file, str) and file.strip() for file in files):
-            raise UserError(f"{where} has no usable 'file'; give the path of a picture, or in JSONL a list of paths.")
-        caption, subject = (row.get(key) or "" for key in ("caption", "subject"))
-        if not isinstance(caption, str) or not isinstance(subject, str):
-            raise UserError(f"{where} has a 'caption' or 'subject' that is not text; put it in quotes.")
-        paths = tuple(path.parent / file.strip() for file in files)
-        for missing in (file for file in paths if not os.path.isfile(file)):
-            raise UserError(f"{where} names '{missing}', which is no file; give a path relative to the list's folder.")
-        target = Target(paths, caption.strip() or None, name=subject.strip() or _several(paths))
-        groups.setdefault(subject.strip() or line, []).append(target)
-    if not groups:
+    for row in read_rows(path, "file", "file,caption"):
+        try:
+            subject, target = _listed(path, row)
+        except UserError as error:
+            subject, target = "", Target((), error=str(error), name=f"line {row.line} of {path}")
+        groups.setdefault(subject or row.line, []).append(target)
+    targets = [_merge(group, group[0].name) for group in groups.values()]
+    if not targets:
         raise UserError(f"The list '{path}' names no pictures; give it at least one 'file'.")
-    return [_merge(group, group[0].name) for group in groups.values()]
+    if all(target.error for target in targets):
+        raise UserError(str(targets[0].error))
+    return targets
+
+
+def _listed(path: Path, row: Row) -> tuple[str, Target]:
+    """The subject, "" if none is given, and the target of a line; a UserError if it is broken."""
+    if row.error:
+        raise UserError(row.error)
+    where, value = f"Line {row.line} of '{path}'", row.value
+    if not isinstance(value, dict) or not value.keys() <= _COLUMNS:
+        raise UserError(f"{where} is not just 'file', 'caption' and 'subject'; drop the rest, put commas in quotes.")
+    files = value.get("file")
+    files = files if isinstance(files, list) else [files]
+    if not files or not all(isinstance(file, str) and file.strip() for file in files):
+        raise UserError(f"{where} has no usable 'file'; give the path of a picture, or in JSONL a list of paths.")
+    caption, subject = (value.get(key) or "" for key in ("caption", "subject"))
+    if not isinstance(caption, str) or not isinstance(subject, str):
+        raise UserError(f"{where} has a 'caption' or 'subject' that is not text; put it in quotes.")
+    paths = tuple(str(path.parent / file.strip()) for file in files)
+    for missing in (file for file in paths if not exists(file)):
+        raise UserError(f"{where} names '{missing}', which is no file; give a path relative to the list's folder.")
+    subject = subject.strip()
+    return subject, Target(paths, caption.strip() or None, name=subject or _several(paths))

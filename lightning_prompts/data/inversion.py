@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from lightning_prompts.backbones import Backbone
 from lightning_prompts.data.addresses import draw_timesteps
 from lightning_prompts.data.images import Fit, Target, content_key, find_targets, load_image, to_tensor
 from lightning_prompts.data.problems import ProblemData, Step
+from lightning_prompts.data.shards import split_address
 from lightning_prompts.errors import UserError
 from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.problems import Problem
@@ -79,13 +81,13 @@ class ImagesToPrompts(ProblemData):
         self._check_schedule(self.method.backbone.num_train_timesteps)
         self._negatives, self._negative_latents = [], None
         for target in find_targets(self.negative_images) if self.negative_images else ():
-            self._negatives += [self._reading().image(str(path)) for path in target.paths]
+            self._negatives += self._reading().images(target)
         self._check_scoring("--data.negative_images", len(self._negatives))
         if stage == "fit":
             self.targets = find_targets(self.images, self.one_subject)
             most = max(self.targets, key=lambda target: len(target.paths))
             self._check_scoring(most.name, len(most.paths))
-            self._known = {(*record.paths, *record.stamps): record.key for record in self.folder.records()}
+            self._remember()
             self.begin()
 
     def step(self) -> Step:
@@ -109,6 +111,15 @@ class ImagesToPrompts(ProblemData):
             )
 
     # --- which problems there are
+
+    def _remember(self) -> None:
+        """Makes known what earlier processes have read, and forgets what was wrong with lines that have been corrected."""
+        wrong = {target.name for target in self.targets if target.error}
+        for record in self.folder.records():
+            if record.key == unreadable([record.target]) and record.target not in wrong:
+                self.folder.forget(record.key)
+            else:
+                self._known[(*record.paths, *record.stamps)] = record.key
 
     @property
     def total(self) -> int:
@@ -136,7 +147,7 @@ class ImagesToPrompts(ProblemData):
 
     def find(self, records: Sequence[Problem]) -> None:
         """See `ProblemData.find`; where files have moved, all that are not known have to be read."""
-        given = {tuple(map(str, target.paths)): place for place, target in enumerate(self.targets)}
+        given = {target.paths: place for place, target in enumerate(self.targets)}
         places = {problem.key: given.get(tuple(problem.paths), -1) for problem in records}
         moved = {key for key, place in places.items() if place < 0 or self._key_of(place) != key}
         if moved:
@@ -151,13 +162,12 @@ class ImagesToPrompts(ProblemData):
     def _here(self, place: int, key: str) -> Problem:
         """The problem at a place, as new."""
         target = self.targets[place]
-        paths = [str(path) for path in target.paths]
-        return Problem(key, target.name, paths, target.caption, place, stamps=stamps_of(paths))
+        return Problem(key, target.name, list(target.paths), target.caption, place, stamps=stamps_of(target.paths))
 
     def _key_of(self, place: int) -> str | None:
         """The key of a target of which there is a record, if its files are still the same."""
-        paths = [str(path) for path in self.targets[place].paths]
-        return self._known.get((*paths, *stamps_of(paths)))
+        target = self.targets[place]
+        return unreadable([target.name]) if target.error else self._known.get((*target.paths, *stamps_of(target.paths)))
 
     def _finished(self, place: int) -> bool:
         """Whether a target need not be read; what has to be known of it is taken from its record."""
@@ -188,8 +198,7 @@ class ImagesToPrompts(ProblemData):
     def _pictures_of(self, problem: Problem) -> Tensor:
         if problem.key in self._pictures:
             return self._pictures[problem.key]
-        reading = self._reading()
-        pictures = stacked([reading.image(path) for path in problem.paths])
+        pictures = stacked(self._reading().images(Target(tuple(problem.paths), name=problem.target)))
         if problem in self.method.problems:
             self._pictures[problem.key] = pictures
         return pictures
@@ -239,21 +248,23 @@ class Reading(Dataset[Read]):
         self.targets, self.settings, self.how = targets, settings, how
 
     def __getitem__(self, place: int) -> Read:
-        paths = [str(path) for path in self.targets[place].paths]
+        target = self.targets[place]
         try:
-            pictures = [self.image(path) for path in paths]
+            pictures = self.images(target)
         except UserError as error:
-            return Read(place, unreadable(paths), None, str(error))
+            return Read(place, unreadable([target.name] if target.error else target.paths), None, str(error))
         return Read(place, content_key(pictures, self.settings), stacked(pictures), None)
 
-    def image(self, path: str) -> Image.Image:
-        """A picture as the model sees it."""
-        return load_image(path, *self.how)
+    def images(self, target: Target) -> list[Image.Image]:
+        """The pictures of a target as the model sees them; a UserError if one cannot be read."""
+        if target.error:
+            raise UserError(target.error)
+        return [load_image(path, *self.how) for path in target.paths]
 
 
-def unreadable(paths: list[str]) -> str:
-    """The key of a target that cannot be read."""
-    return content_key([], {"unreadable": paths})
+def unreadable(paths: Sequence[str]) -> str:
+    """The key of a target that cannot be read, by its files or by where it was named."""
+    return content_key([], {"unreadable": list(paths)})
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Tensor:
@@ -269,6 +280,9 @@ def stamps_of(paths: Sequence[str]) -> list[str]:
 def _stat(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
+    except NotADirectoryError:  # an address in a shard
+        address = split_address(Path(path))
+        return os.stat(address[0]) if address else None
     except OSError:
         return None
 

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_prompts.errors import UserError
 
 
-def read_text(path: Path) -> str:
-    """The text of a list.
+class Row(NamedTuple):
+    """A line of a list: its number, and what it says or why that cannot be known, in one sentence."""
+
+    line: int
+    value: Any = None
+    error: str | None = None
+
+
+def read_lines(path: Path) -> Iterator[Row]:
+    """Gives each line of a text that is not blank.
 
     Raises:
-        UserError: It cannot be read or is not UTF-8.
+        UserError: The list cannot be read.
     """
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
-    except OSError as error:
-        raise UserError(f"The list '{path}' cannot be read ({error.strerror}); check its permissions.") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"Line {line} of '{path}' is not UTF-8 text; save the list as UTF-8.") from error
+    for line, content in enumerate(_read(path).splitlines(), start=1):
+        if content.strip():
+            yield Row(line, content, _encoding_error(path, line, content))
 
 
-def read_rows(path: Path, column: str, header: str) -> Iterator[tuple[int, Any]]:
-    """Gives each row of a list with the number of its (last) line.
+def read_rows(path: Path, column: str, header: str) -> Iterator[Row]:
+    """Gives each row of a list with the number of its line, the last if it has several; a broken one has an error.
 
     Args:
         path: A `.csv`, or JSON values, one a line.
@@ -36,24 +41,64 @@ def read_rows(path: Path, column: str, header: str) -> Iterator[tuple[int, Any]]
         header: Such a header, as an example.
 
     Raises:
-        UserError: The list cannot be read, or a line is malformed.
+        UserError: The list cannot be read, or its header is none.
     """
-    text = read_text(path)
+    text = _read(path)
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-        try:
-            if column not in (reader.fieldnames or ()):
-                raise UserError(f"Line 1 of '{path}' has no column '{column}'; begin with a header such as {header}.")
-            for row in reader:
-                yield reader.reader.line_num, row  # DictReader's own number stops at blank lines
-        except csv.Error as error:
-            line = reader.reader.line_num
-            raise UserError(f"Line {line} of '{path}' is not valid CSV ({error}); correct it.") from error
+        yield from _read_table(path, text, column, header)
         return
     for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
+            error = _encoding_error(path, line, content)
+            value = None
             try:
-                row = json.loads(content)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"Line {line} of '{path}' is not valid JSON; write one object a line.") from error
-            yield line, row
+                value = None if error else json.loads(content)
+            except (ValueError, RecursionError):
+                error = f"Line {line} of '{path}' is not valid JSON; write one object a line."
+            yield Row(line, value, error)
+
+
+def _read_table(path: Path, text: str, column: str, header: str) -> Iterator[Row]:
+    lines = list(io.StringIO(text, newline=""))
+    reader = csv.reader(lines, strict=True, skipinitialspace=True)
+    try:
+        names = next(reader, [])
+    except csv.Error as error:
+        raise UserError(_malformed(path, 1, error)) from error
+    if wrong := _encoding_error(path, 1, "".join(names)):
+        raise UserError(wrong)
+    if column not in names:
+        raise UserError(f"Line 1 of '{path}' has no column '{column}'; begin with a header such as {header}.")
+    read = reader.line_num
+    while read < len(lines):
+        before = read
+        reader = csv.reader(itertools.islice(lines, before, None), strict=True, skipinitialspace=True)
+        try:
+            for cells in reader:
+                read = before + reader.line_num
+                if cells:
+                    row = dict(itertools.zip_longest(names, cells))  # what is too much has the name None
+                    yield Row(read, row, _encoding_error(path, read, "".join(cells)))
+        except csv.Error as error:
+            read += 1  # and not to where the reader is: a lone quote takes in all lines up to the next quote
+            yield Row(read, None, _malformed(path, read, error))
+
+
+def _malformed(path: Path, line: int, error: csv.Error) -> str:
+    return f"Line {line} of '{path}' is not valid CSV ({error}); correct it."
+
+
+def _read(path: Path) -> str:
+    try:
+        # Spreadsheets write a byte order mark; what is not UTF-8 is found line by line.
+        return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise UserError(f"The list '{path}' cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def _encoding_error(path: Path, line: int, text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"Line {line} of '{path}' is not UTF-8 text; save the list as UTF-8."
+    return None

@@ -7,10 +7,12 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from lightning_prompts.data.lists import read_rows, read_text
+from lightning_prompts.data.images import content_key
+from lightning_prompts.data.lists import Row, read_lines, read_rows
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem
@@ -30,7 +32,7 @@ class Prompts(ProblemData):
     def __init__(self, prompts: str | list[str], seed: int = 0, retry: bool = False) -> None:
         super().__init__(seed, retry)
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
-        self._read: list[str] = []
+        self._read: list[Line] = []
 
     @property
     def steps(self) -> int:  # type: ignore[override]
@@ -42,9 +44,13 @@ class Prompts(ProblemData):
         return Step(list(self.method.done), torch.empty(len(self.method.problems), 0, dtype=torch.long))
 
     def setup(self, stage: str) -> None:
-        """Reads the prompts."""
+        """Reads the prompts, and forgets what was wrong with lines that have been corrected."""
         if stage == "fit":
-            self._read = read_prompts(self.prompts)
+            self._read = find_prompts(self.prompts)
+            given = {_unreadable(line.text) for line in self._read if line.error}
+            for record in self.folder.records():
+                if record.key == _unreadable(record.target) and record.key not in given:
+                    self.folder.forget(record.key)
             self.begin()
 
     @property
@@ -54,9 +60,11 @@ class Prompts(ProblemData):
 
     def coming(self) -> Iterator[Problem]:
         """See `ProblemData.coming`."""
-        for here in self._given():
+        for here, error in self._given():
             if self.owns(here.index) and (problem := self.known(here)):
                 try:
+                    if error:
+                        raise UserError(error)
                     self.method.check(problem.target)
                 except UserError as error:
                     problem.status, problem.reason = "failed", str(error)
@@ -64,50 +72,83 @@ class Prompts(ProblemData):
 
     def find(self, records: Sequence[Problem]) -> None:
         """See `ProblemData.find`."""
-        given = {here.key: here for here in self._given()} if records else {}
+        given = {here.key: here for here, _ in self._given()} if records else {}
         for problem in records:
             problem.index = -1
             if here := given.get(problem.key):
                 problem.move_to(here)
 
-    def _given(self) -> Iterator[Problem]:
-        """Every problem as new."""
+    def _given(self) -> Iterator[tuple[Problem, str | None]]:
+        """Every problem as new, and what is wrong with it."""
         pairs = itertools.product(self._read, self.method.identities)
-        for index, (prompt, identity) in enumerate(pairs):
+        for index, ((prompt, error), identity) in enumerate(pairs):
             settings = {"prompt": prompt, "backbone": self.method.backbone.name, **identity}
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-            yield Problem(key, prompt, index=index, target_seed=identity.get("target_seed"))
+            key = _unreadable(prompt) if error else key
+            yield Problem(key, prompt, index=index, target_seed=identity.get("target_seed")), error
+
+
+class Line(NamedTuple):
+    """A prompt, or why a line of a list has none, in one sentence.
+
+    Attributes:
+        text: The prompt, or where the broken line is.
+        error: What is wrong with the line.
+    """
+
+    text: str
+    error: str | None = None
+
+
+def find_prompts(sources: list[str]) -> list[Line]:
+    """The prompts that a person names, each once, in their order, and the broken lines of lists.
+
+    Raises:
+        UserError: There is no prompt, one is empty, or a list cannot be read or has only broken lines.
+    """
+    lines = [line for source in sources for line in _expand(source)]
+    if not lines:
+        raise UserError("No prompts were given; give --data.prompts a text, or a .txt, .csv or .jsonl file of prompts.")
+    return list(dict.fromkeys(lines))
 
 
 def read_prompts(sources: list[str]) -> list[str]:
     """The prompts that a person names, each once, in their order.
 
     Raises:
-        UserError: There is none, one is empty, or a list is malformed.
+        UserError: There is none, one is empty, or a list has a broken line.
     """
-    prompts = [prompt for source in sources for prompt in _expand(source)]
-    if not prompts:
-        raise UserError("No prompts were given; give --data.prompts a text, or a .txt, .csv or .jsonl file of prompts.")
-    return list(dict.fromkeys(prompts))
+    lines = find_prompts(sources)
+    for line in lines:
+        if line.error:
+            raise UserError(line.error)
+    return [line.text for line in lines]
 
 
-def _expand(source: str) -> list[str]:
+def _expand(source: str) -> list[Line]:
     path = Path(source)
     if path.suffix.lower() not in (".txt", ".csv", ".jsonl"):
         if not source.strip():
             raise UserError("A prompt is empty; write what the picture is to show.")
-        return [" ".join(source.split())]
+        return [Line(" ".join(source.split()))]
     if not path.exists():
         raise UserError(f"There is no list {source!r}; check the path.")
-    prompts = read_text(path).splitlines() if path.suffix.lower() == ".txt" else _listed(path)
-    return [" ".join(prompt.split()) for prompt in prompts if prompt.strip()]
+    lines = [line for line in (_listed(path, row) for row in _rows(path)) if line.text]
+    if lines and all(line.error for line in lines):
+        raise UserError(str(lines[0].error))
+    return lines
 
 
-def _listed(path: Path) -> list[str]:
-    prompts = []
-    for line, row in read_rows(path, "prompt", "prompt"):
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, str):
-            raise UserError(f"Line {line} of '{path}' has no text under 'prompt'.")
-        prompts.append(prompt)
-    return prompts
+def _rows(path: Path) -> Iterator[Row]:
+    return read_lines(path) if path.suffix.lower() == ".txt" else read_rows(path, "prompt", "prompt")
+
+
+def _listed(path: Path, row: Row) -> Line:
+    value = row.value.get("prompt") if isinstance(row.value, dict) else row.value
+    if not row.error and isinstance(value, str):
+        return Line(" ".join(value.split()))
+    return Line(f"line {row.line} of {path}", row.error or f"Line {row.line} of '{path}' has no text under 'prompt'.")
+
+
+def _unreadable(where: str) -> str:
+    return content_key([], {"unreadable": [where]})

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from lightning_prompts.data.prompts import read_prompts
+from lightning_prompts.data.prompts import Line, find_prompts, read_prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
 
@@ -24,6 +24,7 @@ def test_prompts_from_all_kinds_of_lists(tmp_path):
     [
         ("a.jsonl", '{"prompt": "a"}\n{"prompt"', "Line 2 of"),
         ("a.jsonl", '{"text": "a"}', "no text under 'prompt'"),
+        ("a.jsonl", '{"prompt": 3}\n{"prompt": " "}', "Line 1 of .* no text under 'prompt'"),
         ("a.csv", "name\nx\n", "no column 'prompt'"),
         ("a.txt", "\n \n", "No prompts were given"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
@@ -37,6 +38,35 @@ def test_lists_that_are_none(name, content, told, tmp_path):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=told):
         read_prompts([source])
+
+
+def test_a_list_without_a_usable_line_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": 3}\n{"prompt": " "}\n{"prompt": 4}')
+    with pytest.raises(UserError, match="Line 1 of"):
+        find_prompts(["a dog", str(tmp_path / "a.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "told"),
+    [
+        ("a.txt", b"a dog\n\ncaf\xe9\na cat", 3, "is not UTF-8"),
+        ("a.csv", b'prompt\na dog\n"a\na cat\n', 3, "is not valid CSV"),
+        ("a.csv", b"prompt\na dog\ncaf\xe9\na cat\n", 3, "is not UTF-8"),
+        ("a.jsonl", b'{"prompt": "a dog"}\n{"prompt"\n{"prompt": "a cat"}', 2, "is not valid JSON"),
+        ("a.jsonl", b'{"prompt": "a dog"}\n{"text": "x"}\n{"prompt": "a cat"}', 2, "has no text under 'prompt'"),
+        ("a.jsonl", b'{"prompt": "a dog"}\n[]\n{"prompt": "a cat"}', 2, "has no text under 'prompt'"),
+    ],
+)
+def test_a_broken_line_leaves_the_other_prompts(name, content, line, told, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    first, broken, last = find_prompts([str(path)])
+    assert (first, last) == (Line("a dog"), Line("a cat"))
+    assert broken.text == f"line {line} of {path}"
+    assert broken.error.startswith(f"Line {line} of '{path}' {told}")
+    assert find_prompts([str(path), "a cat", str(path)]) == [first, broken, last]
+    with pytest.raises(UserError, match=told):
+        read_prompts([str(path)])
 
 
 @pytest.mark.parametrize(
@@ -102,3 +132,27 @@ def test_a_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):
     assert "has no word" in failed["reason"]
     assert found["status"] in ("done", "not improved")
     assert len(found["fresh_loss_after"]) == 10
+
+
+def test_a_broken_line_is_a_failed_record_until_it_is_corrected(tiny, tmp_path):
+    path, run = tmp_path / "prompts.jsonl", tmp_path / "run"
+    args = ["fit", "--run", str(run), "--model", "DPODiff", "--model.backbone", tiny, "--trainer.accelerator", "cpu"]
+    args += ["--model.positive", "[neighbours]", "--model.negative", "[]", "--model.sampling_steps", "2"]
+    args += ["--model.schedule", "fix-1", "--model.budget", "2", "--model.population", "2"]
+    args += ["--data", "Prompts", "--data.prompts", str(path)]
+
+    def problems():
+        return json.loads((run / "result.json").read_text())["problems"]
+
+    path.write_text('{"prompt": "a dog"}\n{"prompt": 3}\n')
+    main(args)
+    dog, broken = problems()
+    assert (dog["target"], broken["target"]) == ("a dog", f"line 2 of {path}")
+    assert (broken["status"], broken["prompt"]) == ("failed", None)
+    assert broken["reason"] == f"Line 2 of '{path}' has no text under 'prompt'."
+    main([*args, "--ckpt_path", "last"])
+    assert [problem["key"] for problem in problems()] == [dog["key"], broken["key"]]
+    path.write_text('{"prompt": "a dog"}\n{"prompt": "a cat"}\n')
+    main([*args, "--ckpt_path", "last"])
+    assert [problem["target"] for problem in problems()] == ["a dog", "a cat"]
+    assert "failed" not in [problem["status"] for problem in problems()]
