@@ -261,9 +261,13 @@ class RunFolder:
         """Writes the record of a problem; after an OSError, such as a full disk, its previous state is still there."""
         atomic_write(self.problems / f"{problem.key}.json", to_json(asdict(problem)))
 
-    def forget(self, key: str) -> None:
-        """Deletes a record, if there is one."""
-        (self.problems / f"{key}.json").unlink(missing_ok=True)
+    def forget(self, key: str) -> bool:
+        """Deletes a record; tells whether there was one."""
+        try:
+            (self.problems / f"{key}.json").unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def save_or_warn(self, problem: Problem) -> None:
         """Writes a record in the middle of a search, which is worth more than this write: the next one tries again."""
@@ -283,10 +287,13 @@ class RunFolder:
         except OSError as error:
             log.warning("The embeddings of %s could not be written (%s); the run goes on.", key, error)
 
+    def has(self, key: str) -> bool:
+        """Whether there is a record of a problem."""
+        return (self.problems / f"{key}.json").exists()
+
     def read(self, key: str) -> Problem | None:
         """The record of a problem, if there is one."""
-        file = self.problems / f"{key}.json"
-        return _read_record(file) if file.exists() else None
+        return _read_record(self.problems / f"{key}.json") if self.has(key) else None
 
     def records(self) -> Iterator[Problem]:
         """Reads one record after the other; what is no record is left out with a warning."""

@@ -56,8 +56,8 @@ class PromptCheckpoint(Checkpoint):
 
     Args:
         folder: Where they go.
-        seconds: Time between saves. Whenever a problem has finished is saved too: so what has left the wave is never searched
-            again, and what joins it does so in the same company, when a search that was killed goes on.
+        seconds: Time between saves. It is saved, too, whenever a problem has finished or has taken its first step: so when a search
+            that was killed goes on, what has left the wave is not searched again, and what joins does so in the same company.
     """
 
     def __init__(self, folder: Path, seconds: float = 20) -> None:
@@ -66,7 +66,7 @@ class PromptCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Saves when it is time."""
-        if time.monotonic() - self._saved >= self.seconds or not pl_module.active.all():
+        if time.monotonic() - self._saved >= self.seconds or not pl_module.active.all() or 1 in pl_module.done:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -130,13 +130,13 @@ class ImagesToPrompts(ProblemData):
         """See `ProblemData.coming`; what an earlier process has finished is not read again."""
         own = (place for place in range(self.total) if self.owns(place) and not self._finished(place))
         for read in self._read(own):
-            here = self._here(read.place, read.key)
-            if problem := self.known(here):
+            problem = self._here(read.place, read.key)
+            failed = read.pictures is not None and self.folder.forget(unreadable(problem.paths))  # in an earlier try
+            if self.wanted(problem, failed):
                 if read.error:
                     problem.status, problem.reason = "failed", read.error
                 elif read.pictures is not None:
                     self._pictures[problem.key] = read.pictures
-                    self.folder.forget(unreadable(problem.paths))  # of an earlier try
                 yield problem
             elif self.targets[read.place].name != self.seen[read.key]:
                 log.warning(
@@ -175,7 +175,7 @@ class ImagesToPrompts(ProblemData):
         record = self.folder.read(key) if key else None
         if key is None or record is None or record.status == ("failed" if self.retry else "open"):
             return False  # also if it is new: its files may be known under other names
-        return key in self.seen or self.known(self._here(place, key)) is None
+        return not self.wanted(self._here(place, key))
 
     # --- reading
 
@@ -198,17 +198,19 @@ class ImagesToPrompts(ProblemData):
     def _pictures_of(self, problem: Problem) -> Tensor:
         if problem.key in self._pictures:
             return self._pictures[problem.key]
-        pictures = stacked(self._reading().images(Target(tuple(problem.paths), name=problem.target)))
-        if problem in self.method.problems:
-            self._pictures[problem.key] = pictures
-        return pictures
+        return stacked(self._reading().images(Target(tuple(problem.paths), name=problem.target)))
 
     def latents(self, backbone: Backbone, problems: Sequence[Problem]) -> list[Tensor]:
-        """The latents (I, C, h, w) of each of the wave's problems' pictures, encoded once."""
-        for problem in problems:
-            if problem.key not in self._latents:
-                self._latents[problem.key] = _encoded(backbone, self.pictures([problem])[0])
-        return [self._latents[problem.key] for problem in problems]
+        """The latents (I, C, h, w) of each problem's pictures; of those that are searched they are encoded once."""
+        return [self._latents_of(problem, backbone) for problem in problems]
+
+    def _latents_of(self, problem: Problem, backbone: Backbone) -> Tensor:
+        latents = self._latents.get(problem.key)
+        if latents is None:
+            latents = _encoded(backbone, self.pictures([problem])[0])
+            if any(problem.key == searched.key for searched in self.method.problems):
+                self._latents[problem.key] = latents
+        return latents
 
     def release(self, problem: Problem) -> None:
         """See `ProblemData.release`."""

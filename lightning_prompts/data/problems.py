@@ -121,26 +121,29 @@ class ProblemData(pl.LightningDataModule, ABC):
         coming = self.arrivals
         self.arrivals = (problem for problem in coming if problem.key not in searched)
 
-    def known(self, here: Problem) -> Problem | None:
-        """The record to go on with for a problem that comes now; None if there is nothing to do for it.
+    def wanted(self, here: Problem, failed: bool = False) -> bool:
+        """Whether a problem that comes now is to be searched, from its beginning.
 
-        What is on disk is of an earlier process, or of another rank where the same picture is given twice.
+        What is on disk is of an earlier process, or of another rank where the same picture is given twice. Of one that is open and
+        that no checkpoint goes on with, the record stays until a better prompt is found than the first.
+
+        Args:
+            here: The problem, as new.
+            failed: Whether an earlier process has not been able to read it.
         """
         self._keys[here.index] = here.key
         if here.key in self.seen:
-            return None
+            return False
         self.seen[here.key] = here.target
         record = self.folder.read(here.key)
         if record is None:
-            return None if self.retry else here
-        moved = record.move_to(here)
+            return failed or not self.retry
         if record.status == ("failed" if self.retry else "open"):
-            record.status, record.reason = "open", None
-            return record
+            return True
         self.skipped += 1
-        if moved:
+        if record.move_to(here):
             self.folder.save(record)
-        return None
+        return False
 
     def train_dataloader(self) -> StepLoader:
         """The steps of the wave."""

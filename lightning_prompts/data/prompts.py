@@ -60,11 +60,11 @@ class Prompts(ProblemData):
 
     def coming(self) -> Iterator[Problem]:
         """See `ProblemData.coming`."""
-        for here, error in self._given():
-            if self.owns(here.index) and (problem := self.known(here)):
+        for problem, wrong in self._given():
+            if self.owns(problem.index) and self.wanted(problem):
                 try:
-                    if error:
-                        raise UserError(error)
+                    if wrong:
+                        raise UserError(wrong)
                     self.method.check(problem.target)
                 except UserError as error:
                     problem.status, problem.reason = "failed", str(error)

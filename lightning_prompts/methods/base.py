@@ -152,13 +152,13 @@ class PromptMethod(pl.LightningModule, ABC):
         if self._resumed:
             wave, self._resumed = self._resumed, None
             problems = [Problem(**record) for record in wave["records"]]
-            for problem in problems:
-                self.data.folder.save(problem)
             self.data.go_on({p.key: p.target for p, active in zip(problems, wave["active"], strict=True) if active})
             self.active, self.done, self.stale = torch.tensor(wave["active"]).bool(), wave["done"], wave["stale"]
             self.lowered, self.left_out = wave["lowered"], torch.tensor(wave["left_out"]).to(self.device).long()
             if problems:
                 self.take(problems)
+            for problem in problems:
+                self.data.folder.save(problem)
 
     def fill(self) -> bool:
         """Lets what is finished out of the wave, and new problems in, as many as it has room for.
@@ -197,7 +197,8 @@ class PromptMethod(pl.LightningModule, ABC):
             state[name] = torch.cat([fitted(value[kept.to(value.device)], shape), value.new_zeros(len(new), *shape)])
         self.forget(joined)
         for problem in new:
-            self.data.folder.save(problem)
+            if not self.data.folder.has(problem.key):
+                self.data.folder.save(problem)
 
     @abstractmethod
     def first(self, rows: Tensor) -> Tensor:

@@ -184,17 +184,11 @@ class DPODiff(PromptMethod):
         """Steps that a search takes at most: each learns or evaluates a candidate."""
         return len(self.plan(self.data.seed)) + int(self.budget)
 
-    def on_train_start(self) -> None:
-        """Remembers what an earlier process has paid for after its last checkpoint."""
-        for record in self._resumed["records"] if self._resumed else []:
-            if newest := self.data.folder.read(record["key"]):
-                self._paid[newest.key] = _losses(newest.candidates)
-        super().on_train_start()
-
     def take(self, problems: list[Problem]) -> None:
-        """Makes problems the wave, with the words that can be chosen for them."""
-        for problem in problems:
-            self._paid.setdefault(problem.key, _losses(problem.candidates))
+        """Makes problems the wave, with the words that can be chosen for them, and remembers what an earlier process has paid for."""
+        for key in {problem.key for problem in problems} - self._paid.keys():
+            newest = self.data.folder.read(key)
+            self._paid[key] = _losses(newest.candidates) if newest else {}
         super().take(problems)
         self.prompt.show([self.space(problem.target) for problem in problems])
         self.wanted = self.clip.features_of([problem.target for problem in problems])  # (P, E)
@@ -222,10 +216,7 @@ class DPODiff(PromptMethod):
         return self._spaces[prompt]
 
     def first(self, rows: Tensor) -> Tensor:
-        """The persons' prompts; what was evaluated before, without a state to go on from, is at hand as paid."""
-        for row in rows.tolist():
-            problem = self.problems[row]
-            problem.candidates, problem.budget, problem.loss_before = [], 0.0, None
+        """The persons' prompts."""
         return self.prompt.start(self.unchanged)[rows].to(self.device)
 
     def best(self, row: int) -> Tensor:

@@ -102,9 +102,6 @@ class Steering(PromptMethod):
 
     def first(self, rows: Tensor) -> Tensor:
         """The rows that move of the encoded prompts, or of those of an earlier search."""
-        for row in rows.tolist():
-            self.problems[row].metric_before = None
-            self.problems[row].forget_prompt()
         return self.prompt.start(self.beginnings(rows))
 
     def best(self, row: int) -> Tensor:

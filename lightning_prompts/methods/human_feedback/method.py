@@ -87,6 +87,8 @@ class HumanFeedback(Steering):
     @torch.no_grad()
     def take(self, problems: list[Problem]) -> None:
         """Makes a problem the wave, and goes its way again."""
+        if newest := self.data.folder.read(problems[0].key):  # which may be newer than a checkpoint
+            problems[0].moves, problems[0].others = newest.moves, newest.others
         super().take(problems)
         self.at, self.drawn = [], []
         self.arrive(self.beginnings(torch.tensor([0]))[0])
@@ -256,10 +258,7 @@ class HumanFeedback(Steering):
         self.chooser.close(f"Finished. The files are in {self.data.folder.path}.")
 
     def on_train_start(self) -> None:
-        """Goes on where the records are, which may be newer than a checkpoint."""
-        for record in self._resumed["records"] if self._resumed else []:
-            if newest := self.data.folder.read(record["key"]):
-                record["moves"], record["others"] = newest.moves, newest.others
+        """Goes on where the record is."""
         super().on_train_start()
         if self.problems:
             self.score(torch.tensor([0]))  # a checkpoint's embeddings may be older, too

@@ -1,0 +1,236 @@
+"""More problems than are searched at a time: each as if it were alone, in whatever company and after whatever interruption."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from lightning_prompts import cli
+from lightning_prompts.callbacks import PromptCheckpoint
+from lightning_prompts.main import main
+from lightning_prompts.methods import PEZ, PH2P, GCG
+from lightning_prompts.problems import RunFolder
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+METHODS = {
+    "PEZ": ["--model", "PEZ"],
+    "PH2P": ["--model", "PH2P", "--model.max_iter", "2"],
+    "PH2P adam": ["--model", "PH2P", "--model.optimizer", "adam", "--model.lr", "0.1", "--model.restart_every", "2"],
+    "GCG": ["--model", "GCG", "--model.candidates", "3"],
+    "DPODiff": [
+        *("--model", "DPODiff", "--model.schedule", "fix-1", "--model.gradient_share", "0.4", "--model.seeds", "1"),
+        *("--model.budget", "8", "--model.population", "4", "--model.guidance_scale", "2"),
+    ],
+    "MetricGuidance": [
+        *("--model", "MetricGuidance", "--model.objective", "Sharpness", "--model.seeds", "2", "--model.steps", "4"),
+        *("--model.seeds_per_step", "1", "--model.optimizer", "adam", "--model.shift_every", "3"),
+    ],
+    "SeedInvariance": [
+        *("--model", "SeedInvariance", "--model.seeds", "1", "--model.steps", "4", "--model.stages", "[1, 2]"),
+        *("--model.compare", "latents"),
+    ],
+}  # fmt: skip
+INVERTERS = ("PEZ", "PH2P", "PH2P adam", "GCG")
+PROMPTS = ["a cat", "two dogs beside a large tree", "a red square", "snow", "a small b"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five pictures and five prompts."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for i in range(5):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(tiny, folder):
+    """The arguments of a search."""
+
+    def arguments(run, method, *extra, images=None):
+        args = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", *METHODS[method], "--model.backbone", tiny]
+        args += ["--model.sampling_steps", "3", "--model.sample_every", "0"]
+        if method in INVERTERS:
+            args += ["--data.images", str(images or folder), "--model.tokens", "2", "--data.steps", "4"]
+            args += ["--data.samples", "1", "--data.validation_samples", "2"]
+        else:
+            args += ["--data.prompts", str(folder / "prompts.txt")]
+        return [*args, *extra]
+
+    return arguments
+
+
+def found(run):
+    """The results, without what differs between runs of the same."""
+    problems = json.loads((Path(run) / "result.json").read_text())["problems"]
+    for problem in problems:
+        del problem["seconds"]
+    return problems
+
+
+def assert_alike(some, others):
+    """The same results, but for the last digits, which depend on the company in a call."""
+    for one, other in zip(some, others, strict=True):
+        assert one.keys() == other.keys()
+        for name in ("target", "key", "status", "prompt", "negative_prompt", "unet_samples", "words"):
+            assert one.get(name) == other.get(name), name
+        assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+        assert one["initial_validation_loss"] == pytest.approx(other["initial_validation_loss"], rel=1e-4)
+
+
+class Watched(PromptCheckpoint):
+    """Looks who is searched together, and stops the program after one of the steps."""
+
+    seen: list[list[tuple[str, int]]] = []  # noqa: RUF012
+    stop = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pairs = zip(pl_module.problems, pl_module.done, strict=True)
+        self.seen.append([(problem.target, done) for problem, done in pairs])
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if len(self.seen) == self.stop:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    monkeypatch.setattr(cli, "PromptCheckpoint", Watched)
+    monkeypatch.setattr(Watched, "seen", [])
+    monkeypatch.setattr(Watched, "stop", 0)
+    return Watched
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_company_changes_nothing(method, make, tmp_path, watched):
+    main(make(tmp_path / "all", method))
+    together = len(watched.seen[0])
+    assert together == 5
+    watched.seen.clear()
+    main(make(tmp_path / "two", method, "--model.together", "2"))
+    assert max(len(wave) for wave in watched.seen) == 2
+    assert_alike(found(tmp_path / "two"), found(tmp_path / "all"))
+
+
+def test_who_is_finished_makes_room(make, tmp_path, watched):
+    """With patience they do not end at the same step, so that the wave's problems are at different steps."""
+    how = ("--data.steps", "8", "--model.patience", "2")
+    main(make(tmp_path / "all", "PEZ", *how))
+    watched.seen.clear()
+    main(make(tmp_path / "two", "PEZ", *how, "--model.together", "2"))
+    assert any(len({done for _, done in wave}) == 2 for wave in watched.seen)
+    order = list(dict.fromkeys(target for wave in watched.seen for target, _ in wave))
+    assert order == [f"{i}.png" for i in range(5)]
+    assert_alike(found(tmp_path / "two"), found(tmp_path / "all"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_any_step_is_as_unbroken(method, make, tmp_path, watched):
+    how = (*(["--model.patience", "2"] if method == "PEZ" else []), "--model.together", "2")
+    main(make(tmp_path / "whole", method, *how))
+    steps, whole = len(watched.seen), found(tmp_path / "whole")
+    for stop in range(1, steps, 3 if method in INVERTERS else 5):
+        run = tmp_path / str(stop)
+        watched.seen.clear()
+        watched.stop = stop
+        with pytest.raises(SystemExit) as stopped:
+            main(make(run, method, *how))
+        assert stopped.value.code == 130
+        watched.stop = 0
+        main([*make(run, method, *how), "--ckpt_path", "last"])
+        for one, other in zip(found(run), whole, strict=True):
+            assert one == other, (stop, {name for name in one if one[name] != other[name]})
+
+
+def test_finished_problems_are_not_read_again(make, folder, tmp_path, watched, monkeypatch):
+    """They are known by their files, so that going on does not begin with reading all that is done."""
+    from lightning_prompts.data import inversion
+
+    read = []
+    load = inversion.load_image
+    monkeypatch.setattr(inversion, "load_image", lambda path, *how: read.append(Path(path).name) or load(path, *how))
+    watched.stop = 9  # in the last step of the fifth picture's company
+    how = ("--model.together", "1", "--data.workers", "0")
+    with pytest.raises(SystemExit):
+        main(make(tmp_path / "run", "PEZ", *how))
+    read.clear()
+    watched.stop = 0
+    main([*make(tmp_path / "run", "PEZ", *how), "--ckpt_path", "last"])
+    assert "0.png" not in read[: read.index("4.png")]
+    assert [problem["status"] != "open" for problem in found(tmp_path / "run")] == [True] * 5
+
+
+def test_lines_come_as_soon_as_a_problem_is_done(make, tmp_path, watched, monkeypatch):
+    lines = []
+    tell = RunFolder.tell
+
+    def told(self, problem, rank=0):
+        tell(self, problem, rank)
+        lines.append(len((self.path / "results.jsonl").read_text().splitlines()))
+
+    monkeypatch.setattr(RunFolder, "tell", told)
+    main(make(tmp_path / "run", "PEZ", "--model.together", "2"))
+    assert lines == [1, 2, 3, 4, 5]
+    problems = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]
+    assert [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()] == problems
+    assert all(problem["clip_similarity"] is None or problem["clip_similarity"] <= 1 for problem in problems)
+    table = pq.read_table(tmp_path / "run" / "results.parquet")
+    for name in ("key", "prompt", "validation_loss", "unet_samples", "status", "token_ids"):
+        assert table[name].to_pylist() == [problem[name] for problem in problems]
+
+
+def test_workers_read_the_same(make, tmp_path):
+    for workers in ("0", "2"):
+        main(make(tmp_path / workers, "PEZ", "--model.together", "2", "--data.workers", workers))
+    assert found(tmp_path / "0") == found(tmp_path / "2")
+
+
+def test_what_has_failed_is_listed_and_searched_alone(make, folder, tmp_path, capsys, watched):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(3):
+        Image.open(folder / f"{i}.png").save(images / f"{i}.png")
+    good = (images / "1.png").read_bytes()
+    (images / "1.png").write_bytes(good[: len(good) // 2])
+    run = tmp_path / "run"
+    main(make(run, "PEZ", images=images))
+    assert [problem["status"] for problem in found(run)].count("failed") == 1
+    (line,) = (json.loads(line) for line in (run / "failed.jsonl").read_text().splitlines())
+    assert line["file"] == str(images / "1.png")
+    assert "damaged or cut short" in line["reason"]
+    assert "Why 1 of 3 failed is in" in capsys.readouterr().out
+    watched.seen.clear()
+    main([*make(run, "PEZ", images=images), "--ckpt_path", "last"])
+    assert watched.seen == []  # it is known to be damaged
+    (images / "1.png").write_bytes(good)
+    main([*make(run, "PEZ", images=images), "--ckpt_path", "last", "--data.retry", "true"])
+    assert {target for wave in watched.seen for target, _ in wave} == {"1.png"}
+    assert not (run / "failed.jsonl").exists()
+    whole = make(tmp_path / "whole", "PEZ", images=images)
+    main(whole)
+    assert_alike(found(run), found(tmp_path / "whole"))
+    (images / "1.png").write_bytes(b"nothing")
+    main(make(tmp_path / "other", "PEZ", images=images))
+    (images / "1.png").write_bytes(good)
+    main(make(tmp_path / "alone", "PEZ", images=tmp_path / "other" / "failed.jsonl"))
+    (alone,) = found(tmp_path / "alone")
+    assert alone["validation_loss"] == pytest.approx(found(run)[1]["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", [PEZ, PH2P, GCG])
+def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch):
+    modules = []
+    monkeypatch.setattr(method, "on_train_end", lambda self: modules.append(self), raising=False)
+    main(make(tmp_path / "run", method.__name__, "--model.together", "1", "--model.trial_weight", "1"))
+    (module,) = modules
+    data = module.trainer.datamodule
+    for kept in (data._pictures, data._latents, module._features):
+        assert len(kept) <= 1
+    assert len(module.problems) == len(module.latents) == 1
+    assert torch.isfinite(module.parameter).all()
