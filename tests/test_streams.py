@@ -118,12 +118,13 @@ def test_company_changes_nothing(method, make, tmp_path, watched):
     assert_alike(found(tmp_path / "two"), found(tmp_path / "all"))
 
 
-def test_who_is_finished_makes_room(make, tmp_path, watched):
+@pytest.mark.parametrize("method", ["GCG", "PH2P adam"])
+def test_who_is_finished_makes_room(method, make, tmp_path, watched):
     """With patience they do not end at the same step, so that the wave's problems are at different steps."""
-    how = ("--data.steps", "8", "--model.patience", "2")
-    main(make(tmp_path / "all", "PEZ", *how))
+    how = ("--data.steps", "12", "--model.patience", "2", "--model.tokens", "4")
+    main(make(tmp_path / "all", method, *how))
     watched.seen.clear()
-    main(make(tmp_path / "two", "PEZ", *how, "--model.together", "2"))
+    main(make(tmp_path / "two", method, *how, "--model.together", "2"))
     assert any(len({done for _, done in wave}) == 2 for wave in watched.seen)
     order = list(dict.fromkeys(target for wave in watched.seen for target, _ in wave))
     assert order == [f"{i}.png" for i in range(5)]
