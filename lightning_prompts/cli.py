@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
+import torch
 import yaml
 from jsonargparse import set_parsing_settings
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -39,15 +41,20 @@ from lightning_prompts.callbacks import (
     is_checkpoint,
     last_checkpoint,
     parents_of,
+    parts_of,
+    ranks_in,
 )
+from lightning_prompts.data.images import find_targets
 from lightning_prompts.data.problems import ProblemData
-from lightning_prompts.data.prompts import Prompts, read_prompts
+from lightning_prompts.data.prompts import Prompts, find_prompts, read_prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.problems import RunFolder
 from lightning_prompts.ranges import Positive
-from lightning_prompts.ranks import own_rank
+from lightning_prompts.ranks import Launched, own_rank
+
+log = logging.getLogger(__name__)
 
 LIGHTNINGS = ("fit", "validate", "test", "predict")  # commands
 HALF = ("16", "16-true", "16-mixed", "bf16-true", "transformer-engine", "transformer-engine-float16")
@@ -142,6 +149,7 @@ class CLI(LightningCLI):
         if self.instead == "show-space":
             config.trainer.logger = False
             return
+        parts = self._divide(config, command)
         mix = config.mix if command == "predict" else None
         try:
             self.seeds = [int(seed) for seed in (config.seeds or ("0,1,2,3" if mix else "0")).split(",")]
@@ -157,7 +165,7 @@ class CLI(LightningCLI):
             return
         self.folder = RunFolder(self.run or Path("runs") / _run_name(method))
         if command == "fit":
-            self._prepare(config)
+            self._prepare(config, parts)
         else:
             config.ckpt_path = None
         if command == "predict":
@@ -186,7 +194,41 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Reads no settings from checkpoints, as Lightning does; the run's folder has them."""
 
-    def _prepare(self, config: Any) -> None:
+    def _divide(self, config: Any, command: str) -> int:
+        """Chooses how the ranks divide the work, before the model is loaded; into how many parts the problems are divided."""
+        launched = Launched.detect()
+        if launched and launched.processes * launched.machines > 1 and not self.run and not self.instead:
+            raise UserError(f"Processes started by {launched.by} need a common folder; give --run runs/NAME.")
+        config.trainer.devices, config.trainer.num_nodes, ranks = ranks_of(config.trainer, launched)
+        if command != "fit" or self.instead:
+            config.trainer.strategy = "auto"
+            if not launched:
+                config.trainer.devices = config.trainer.num_nodes = 1
+            return 1
+        if ranks == 1:
+            config.trainer.strategy = "auto"
+            return 1
+        if config.model.class_path.endswith("HumanFeedback"):
+            raise UserError("HumanFeedback asks one person, so that it runs in one process; give --trainer.devices 1.")
+        strategy = config.trainer.strategy
+        if strategy not in ("auto", "problems", "samples"):
+            raise UserError(
+                f"The strategy {strategy!r} divides a model or its gradients, of which there are none here; give --trainer.strategy "
+                "problems (each process its own) or samples (all the same, each a share of the work)."
+            )
+        given = count_of(config.data)
+        if strategy == "auto":
+            strategy = config.trainer.strategy = "problems" if given >= ranks else "samples"
+        if strategy == "problems" and given < ranks and own_rank() == 0:
+            log.warning(
+                "%d of %d processes have nothing to do, as there are %d problems; --trainer.strategy samples divides the work on each.",
+                *(ranks - given, ranks, given),
+            )
+        return ranks if strategy == "problems" else 1
+
+    def _prepare(self, config: Any, parts: int) -> None:
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.ckpt_path is None:
+            config.ckpt_path = "last"  # torchrun has started the processes again, as one of them was lost
         if config.ckpt_path not in (None, "last") and not is_checkpoint(Path(config.ckpt_path)):
             raise UserError(
                 f"There is no checkpoint of a search in {config.ckpt_path}; give another or --ckpt_path last."
@@ -206,9 +248,17 @@ class CLI(LightningCLI):
                 _check_same(self.folder, dumped)
             self.saved = re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped)
         if config.ckpt_path == "last":
-            found = last_checkpoint(self.folder.checkpoints)
-            config.ckpt_path = str(found) if found else None
+            config.ckpt_path = self._last(own_rank() if parts > 1 else 0, parts)
         config.weights_only = True
+
+    def _last(self, rank: int, parts: int) -> str | None:
+        """The checkpoint to go on from: this rank's or, if the problems were divided into other parts, any rank's, as all are read."""
+        folder = self.folder.checkpoints
+        if own := last_checkpoint(folder, rank):
+            return str(own)
+        others = (last_checkpoint(folder, other) for other in ranks_in(folder))
+        other = next(filter(None, others), None)
+        return str(other) if other and parts_of(other) != parts else None
 
     def instantiate_classes(self) -> None:
         """Refuses a method that gets another method's data."""
@@ -248,8 +298,50 @@ class CLI(LightningCLI):
             enable_checkpointing=True,  # for our callbacks, no other is added
             logger=pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if command == "fit" else False,
             callbacks=[*given, *saving, results, PromptCheckpoint(self.folder.checkpoints)],
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), *_environment()],
         )
+
+
+def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
+    """Devices of each machine, machines and processes in all; a UserError where there are not so many."""
+    asked, machines = trainer.devices, int(trainer.num_nodes)
+    on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
+    there = torch.cuda.device_count() if on_gpu else None
+    if str(asked) in ("auto", "-1"):
+        here = there or 1
+    elif isinstance(asked, str) and "," in asked:
+        here = len([name for name in asked.split(",") if name.strip()])
+    else:
+        here = len(asked) if isinstance(asked, list) else int(asked)
+    if launched:
+        if (here, machines) not in ((1, 1), launched[1:]):
+            raise UserError(
+                f"{launched.by} has started {launched.processes} processes on {launched.machines} machines, and --trainer.devices "
+                f"{asked} with --trainer.num_nodes {machines} are others; leave both out."
+            )
+        asked = here = launched.processes
+        machines = launched.machines
+    elif machines > 1:
+        raise UserError("Several machines are not reached from here; start the command on them with torchrun or srun.")
+    if there is not None and isinstance(asked, int) and here > there:
+        raise UserError(
+            f"{here} GPUs were asked for and this machine has {there}; give --trainer.devices {there or 1}."
+        )
+    return asked, machines, here * machines
+
+
+def count_of(data: Any) -> int:
+    """How many problems the inputs are, at least."""
+    how = data.init_args
+    if data.class_path.endswith("Prompts") and not data.class_path.endswith("ImagesToPrompts"):
+        return len(find_prompts([how.prompts] if isinstance(how.prompts, str) else how.prompts))
+    return len(find_targets([how.images] if isinstance(how.images, str) else how.images, how.one_subject))
+
+
+def _environment() -> list[Any]:
+    """Tells Lightning that the job's script has itself queued again, as it goes on from the checkpoints of all ranks."""
+    launched = Launched.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if launched and launched.by == "srun" else []
 
 
 def run_command(args: Sequence[str], run: Path | None) -> None:
@@ -317,15 +409,19 @@ def _check_same(folder: RunFolder, wanted: str) -> None:
     """Refuses to go on with a search under settings that would make its past and its future two different searches."""
     before, now = folder.saved_settings(), yaml.safe_load(wanted)
     may_change = MAY_CHANGE - getattr(methods, now["model"]["class_path"].rpartition(".")[2]).decisive
+    differ: list[tuple[str, str, str]] = []
     for part in ("model", "data"):
         old, new = ({**run[part]["init_args"], "class_path": run[part].get("class_path")} for run in (before, now))
         for name in sorted(old.keys() & new.keys() - may_change):
             if old[name] != new[name]:
                 setting = f"--{part}" if name == "class_path" else f"--{part}.{name}"
-                raise UserError(
-                    f"The run in {folder.path} was begun with {setting} {json.dumps(old[name])} and cannot go on with "
-                    f"{json.dumps(new[name])}; give the former or another --run."
-                )
+                differ.append((setting, json.dumps(old[name]), json.dumps(new[name])))
+    if differ:
+        begun = ", ".join(f"{setting} {old}" for setting, old, _ in differ)
+        wanted = ", ".join(new for *_, new in differ)
+        raise UserError(
+            f"The run in {folder.path} was begun with {begun} and cannot go on with {wanted}; give the former or another --run."
+        )
 
 
 def negative_text(given: str) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch.utils import _pytree as pytree
 
 from lightning_prompts.errors import UserError
+from lightning_prompts.ranks import gathered, shared
 
 log = logging.getLogger(__name__)
 
@@ -24,19 +26,22 @@ class Microbatch:
 
     def __init__(self, size: int) -> None:
         self.size = int(size)
+        self.ranks = 1  # among which the samples are divided
 
-    def over(self, samples: int, work: Callable[[torch.Tensor], T], device: torch.device | None = None) -> list[T]:
-        """What `work` gives for the numbers (b,) of the samples of each call, which are on the device.
+    def over(self, samples: int, work: Callable[[torch.Tensor], T], device: torch.device | None = None) -> T:
+        """What `work` gives for the numbers (b,) of the samples of each call, which are on the device, as of one call.
 
-        Work that has run out of memory is done again, so it must leave nothing behind before it ends.
+        These are tensors (b, ...), or tuples or dictionaries of them. With more ranks than one each works on its share and gets what
+        the others have found. Work that has run out of memory is done again, so it must leave nothing behind before it ends.
 
         Raises:
             UserError: The memory does not hold a single sample.
         """
+        numbers = torch.arange(samples, device=device) if self.ranks == 1 else shared(samples, device)
         given: list[T] = []
         begun = 0
-        while begun < samples:
-            some = torch.arange(begun, min(begun + self.size, samples), device=device)
+        while begun < len(numbers):
+            some = numbers[begun : begun + self.size]
             try:
                 given.append(work(some))
             except RuntimeError as error:
@@ -51,7 +56,8 @@ class Microbatch:
             self.size = len(some) // 2
             torch.cuda.empty_cache()
             log.warning("The memory holds no %d samples at once; going on with %d.", len(some), self.size)
-        return given
+        whole: T = pytree.tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *given)
+        return whole if self.ranks == 1 else gathered(whole, samples)
 
 
 OUT_OF_MEMORY = (

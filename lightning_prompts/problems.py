@@ -197,10 +197,15 @@ class Problem:
 
 
 class RunFolder:
-    """The folder of a run, usually `runs/<name>/`, and where things are in it; it need not exist."""
+    """The folder of a run, usually `runs/<name>/`, and where things are in it; it need not exist.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    Args:
+        path: Where it is.
+        writes: Whether this process writes to it; of ranks that search the same problems only the first does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
         self.problems = self.path / "problems"
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.yaml"
@@ -259,15 +264,19 @@ class RunFolder:
 
     def save(self, problem: Problem) -> None:
         """Writes the record of a problem; after an OSError, such as a full disk, its previous state is still there."""
-        atomic_write(self.problems / f"{problem.key}.json", to_json(asdict(problem)))
+        self.write(self.problems / f"{problem.key}.json", to_json(asdict(problem)))
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Writes a file of the run in one piece, see `atomic_writer`."""
+        if self.writes:
+            atomic_write(path, content)
 
     def forget(self, key: str) -> bool:
         """Deletes a record; tells whether there was one."""
-        try:
-            (self.problems / f"{key}.json").unlink()
-        except FileNotFoundError:
-            return False
-        return True
+        there = self.has(key)
+        if there and self.writes:
+            (self.problems / f"{key}.json").unlink(missing_ok=True)
+        return there
 
     def save_or_warn(self, problem: Problem) -> None:
         """Writes a record in the middle of a search, which is worth more than this write: the next one tries again."""
@@ -283,7 +292,7 @@ class RunFolder:
     def save_embeds(self, key: str, content: bytes) -> None:
         """Writes the best encoded prompt of a problem, or warns, as the search is worth more than this write."""
         try:
-            atomic_write(self.embeds_of(key), content)
+            self.write(self.embeds_of(key), content)
         except OSError as error:
             log.warning("The embeddings of %s could not be written (%s); the run goes on.", key, error)
 
@@ -347,9 +356,10 @@ class RunFolder:
 
     def tell(self, problem: Problem, rank: int = 0) -> None:
         """Adds a line about a problem that is finished; when all are, `write_result` writes them in their order."""
-        path = self.lines_of(rank)
+        if not self.writes:
+            return
         try:
-            with path.open("ab") as file:
+            with self.lines_of(rank).open("ab") as file:
                 file.write(_line(problem))
         except OSError as error:
             log.warning("The line of %s could not be written (%s); the run goes on.", problem.target, error)

@@ -1,22 +1,67 @@
-"""Several processes, each with its own problems: `--trainer.devices 2 --trainer.strategy problems`."""
+"""Several processes: `--trainer.devices 8`, torchrun or srun; each with its own problems, or all with a share of every problem's work."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
+
+LONG = timedelta(days=30)  # of a rank's work until it meets the others; torchrun and srun notice those that are lost
+
+
+class Launched(NamedTuple):
+    """What another launcher than Lightning's has started: how many processes on how many machines."""
+
+    by: str
+    processes: int
+    machines: int
+
+    @classmethod
+    def detect(cls) -> Launched | None:
+        """Looks into the environment, where torchrun and srun tell it."""
+        told = os.environ
+        if TorchElasticEnvironment.detect():
+            everywhere, here = int(told["WORLD_SIZE"]), int(told["LOCAL_WORLD_SIZE"])
+            return cls("torchrun", here, everywhere // here)
+        if SLURMEnvironment.detect():
+            machines = int(told["SLURM_NNODES"])
+            return cls("srun", int(told["SLURM_NTASKS"]) // machines, machines)
+        return None
 
 
 def own_rank() -> int:
     """This process's number, known before Lightning is set up: launchers pass it in the environment."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    launched = Launched.detect()
+    name = {"torchrun": "RANK", "srun": "SLURM_PROCID"}[launched.by] if launched else "LOCAL_RANK"
+    return int(os.environ.get(name, "0"))
 
 
-class ProblemParallel(DDPStrategy):
+class _Apart(DDPStrategy):
+    """Processes of which Lightning reduces nothing: there is no gradient of a wrapped module to exchange."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(process_group_backend=kwargs.pop("process_group_backend", None), timeout=LONG, **kwargs)
+
+    def configure_ddp(self) -> None:
+        """Leaves the module as it is."""
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Does not wait."""
+
+
+class ProblemParallel(_Apart):
     """Ranks do not speak to each other between start and end.
 
     Each has as many problems as fall to it, takes as many steps as these need and writes its own checkpoints; records by key are
@@ -25,22 +70,18 @@ class ProblemParallel(DDPStrategy):
 
     strategy_name = "problems"
 
-    def __init__(self, **kwargs: Any) -> None:
-        # Rank 0 waits for the others at the end, however long they take.
-        super().__init__(
-            process_group_backend=kwargs.pop("process_group_backend", None), timeout=timedelta(days=30), **kwargs
-        )
-
     def setup(self, trainer: pl.Trainer) -> None:
-        """Has no rank tell the others at each step whether it was told to stop: they may be at different steps."""
+        """Has no rank tell the others that it was told to stop: they may be at different steps, or gone."""
         super().setup(trainer)
+        connector = trainer._signal_connector
+
+        def told(signum: int, frame: Any) -> None:
+            if not connector.received_sigterm and self.launcher:
+                self.launcher.kill(signum)
+            connector.received_sigterm = True
+
+        connector._sigterm_notifier_fn = told  # type: ignore[method-assign,assignment]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-
-    def configure_ddp(self) -> None:
-        """Leaves the module as it is: there is no gradient to exchange."""
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Does not wait."""
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Keeps one's own."""
@@ -59,11 +100,86 @@ class ProblemParallel(DDPStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
 
+class SampleParallel(_Apart):
+    """All ranks search the same problems, in the same steps, and divide the samples of every call, see `shared`.
+
+    Rank 0 writes.
+    """
+
+    strategy_name = "samples"
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Has all ranks stop at the same step, whichever of them was told to."""
+        super().setup(trainer)
+        connector, heard = trainer._signal_connector, torch.zeros(1, device=self.root_device)
+
+        def told(signum: int, frame: Any) -> None:
+            if not heard and self.launcher:
+                self.launcher.kill(signum)
+            heard.fill_(1)
+
+        def agree() -> None:
+            anyone = heard.clone()
+            dist.all_reduce(anyone, dist.ReduceOp.MAX)
+            if anyone:
+                connector.received_sigterm = True
+                raise SIGTERMException
+
+        connector._sigterm_notifier_fn = told  # type: ignore[method-assign,assignment]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = agree  # type: ignore[method-assign]
+
+
+def sharing(trainer: pl.Trainer) -> int:
+    """How many ranks divide the samples of every call; 1 where each has its own problems, or is alone."""
+    return trainer.world_size if isinstance(trainer.strategy, SampleParallel) else 1
+
+
+def shared(count: int, device: torch.device | None) -> Tensor:
+    """The numbers of those of `count` samples that are this rank's, as many for every rank; some may be the last one's again."""
+    share = -(-count // dist.get_world_size())
+    own = torch.arange(dist.get_rank() * share, (dist.get_rank() + 1) * share, device=device)
+    return own.clamp(max=count - 1)
+
+
+def gathered(own: T, count: int) -> T:
+    """What all ranks have found for their `shared` samples: tensors (share, ...) in any structure become (count, ...)."""
+
+    def whole(tensor: Tensor) -> Tensor:
+        here = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+        parts = here.new_empty(dist.get_world_size() * len(here), *here.shape[1:])
+        dist.all_gather_into_tensor(parts, here.contiguous())
+        return parts[:count].to(tensor.device)
+
+    found: T = pytree.tree_map_only(Tensor, whole, own)
+    return found
+
+
+def of_rank_zero(value: T) -> T:
+    """What rank 0 has; for all that ranks compute alike, of which a last digit that differs must not lead them apart."""
+    if isinstance(value, Tensor):
+        there = value.detach().clone()
+        dist.broadcast(there, 0)
+        return there  # type: ignore[return-value]
+    holder = [value]
+    dist.broadcast_object_list(holder)
+    return holder[0]
+
+
+def of_all_ranks(value: T) -> list[T]:
+    """What each rank has."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def wait_for_all() -> None:
     """Waits until every rank has come here; returns at once where there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
-if ProblemParallel.strategy_name not in StrategyRegistry:
-    StrategyRegistry.register(ProblemParallel.strategy_name, ProblemParallel, description=ProblemParallel.__doc__)
+for _strategy in (ProblemParallel, SampleParallel):
+    if _strategy.strategy_name not in StrategyRegistry:
+        StrategyRegistry.register(_strategy.strategy_name, _strategy, description=_strategy.__doc__)

@@ -30,24 +30,24 @@ def holding(most, work):
 )
 def test_every_sample_is_worked_on_once(size, most, left, told, caplog):
     microbatch = Microbatch(size)
-    given = microbatch.over(23, holding(most, lambda some: some))
-    assert torch.cat(given).tolist() == list(range(23))
+    given, sizes = microbatch.over(23, holding(most, lambda some: (some, {"size": torch.full_like(some, len(some))})))
+    assert given.tolist() == list(range(23))
     assert microbatch.size == left
-    assert max(map(len, given)) <= most
+    assert int(sizes["size"].max()) <= most
     assert len(caplog.records) == told
 
 
 def test_a_smaller_size_stays(caplog):
     microbatch = Microbatch(8)
-    microbatch.over(8, holding(2, len))
+    microbatch.over(8, holding(2, torch.clone))
     caplog.clear()
-    assert microbatch.over(8, holding(2, len)) == [2, 2, 2, 2]
+    assert microbatch.over(8, holding(2, torch.clone)).tolist() == list(range(8))
     assert caplog.records == []
 
 
 def test_memory_for_not_even_one():
     with pytest.raises(UserError, match=r"out of memory; lower --model\.microbatch"):
-        Microbatch(4).over(4, holding(0, len))
+        Microbatch(4).over(4, holding(0, torch.clone))
 
 
 def test_other_errors_are_not_taken_for_it():
@@ -64,7 +64,9 @@ def test_the_memory_of_a_cpu():
     def too_much(some):
         return torch.empty(2**62 if len(some) > 2 else 1, dtype=torch.uint8)
 
-    assert len(Microbatch(4).over(4, too_much)) == 2
+    microbatch = Microbatch(4)
+    assert microbatch.over(4, too_much).shape == (2,)
+    assert microbatch.size == 2
 
 
 def too_small(monkeypatch, backbone, most):

@@ -12,7 +12,7 @@ from PIL import Image
 from lightning_prompts import cli
 from lightning_prompts.callbacks import PromptCheckpoint
 from lightning_prompts.main import main
-from lightning_prompts.methods import PEZ, PH2P, GCG
+from lightning_prompts.methods import GCG, PEZ, PH2P
 from lightning_prompts.problems import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")

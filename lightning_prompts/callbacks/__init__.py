@@ -6,8 +6,11 @@ from lightning_prompts.callbacks.checkpoint import (
     AtomicCheckpointIO,
     PromptCheckpoint,
     SavedConfig,
+    checkpoints_of_all,
     is_checkpoint,
     last_checkpoint,
+    parts_of,
+    ranks_in,
 )
 from lightning_prompts.callbacks.dry_run import DryRun
 from lightning_prompts.callbacks.grid import SampleGrid
@@ -32,7 +35,10 @@ __all__ = [
     "SavedConfig",
     "Scores",
     "VocabularyProjection",
+    "checkpoints_of_all",
     "is_checkpoint",
     "last_checkpoint",
     "parents_of",
+    "parts_of",
+    "ranks_in",
 ]

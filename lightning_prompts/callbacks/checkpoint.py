@@ -16,7 +16,6 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_prompts.problems import atomic_write
-from lightning_prompts.ranks import own_rank
 
 log = logging.getLogger(__name__)
 
@@ -80,29 +79,44 @@ class PromptCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved = time.monotonic()
+        rank = trainer.datamodule.part[0]  # type: ignore[attr-defined]
         try:
-            trainer.save_checkpoint(
-                self.folder / f"rank{own_rank()}-step{trainer.fit_loop.total_batch_idx + 1:08d}.ckpt"
-            )
+            trainer.save_checkpoint(self.folder / f"rank{rank}-step{trainer.fit_loop.total_batch_idx + 1:08d}.ckpt")
         except OSError as error:  # prompts are safe in their records; an older state is still there to go on from
             log.warning("The checkpoint could not be written (%s); the run goes on.", error)
             return
-        for old in _newest_first(self.folder)[2:]:
+        for old in _newest_first(self.folder, rank)[2:] if trainer.datamodule.folder.writes else ():  # type: ignore[attr-defined]
             old.unlink(missing_ok=True)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """This rank's newest checkpoint that can be read; a broken one is passed over for the one before."""
-    for path in _newest_first(folder):
+def last_checkpoint(folder: Path, rank: int = 0) -> Path | None:
+    """A rank's newest checkpoint that can be read; a broken one is passed over for the one before."""
+    for path in _newest_first(folder, rank):
         if is_checkpoint(path):
             return path
         log.warning("The checkpoint %s is broken; the one before is used.", path)
     return None
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    """This rank's; a search that went on from an older one is at a lower step than those that it has left behind."""
-    paths = folder.glob(f"rank{own_rank()}-step*.ckpt")
+def checkpoints_of_all(folder: Path) -> list[dict[str, Any]]:
+    """The newest checkpoint of every rank that has left one."""
+    paths = [path for rank in ranks_in(folder) if (path := last_checkpoint(folder, rank))]
+    return [torch.load(path, weights_only=True, map_location="cpu") for path in paths]
+
+
+def ranks_in(folder: Path) -> list[int]:
+    """The ranks that have left checkpoints."""
+    return sorted({int(path.name[len("rank") :].split("-")[0]) for path in folder.glob("rank*-step*.ckpt")})
+
+
+def parts_of(path: Path) -> int:
+    """Into how many parts the problems were divided when a checkpoint was saved."""
+    return int(torch.load(path, weights_only=True, map_location="cpu")["wave"]["parts"])
+
+
+def _newest_first(folder: Path, rank: int) -> list[Path]:
+    """A rank's; a search that went on from an older one is at a lower step than those that it has left behind."""
+    paths = folder.glob(f"rank{rank}-step*.ckpt")
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 

@@ -57,10 +57,10 @@ class Results(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Has the lines say what earlier processes have finished."""
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
-        if trainer.global_rank:
-            folder.lines_of(trainer.global_rank).unlink(missing_ok=True)
-        else:
+        if trainer.is_global_zero:
             folder.write_lines()
+        elif folder.writes:
+            folder.lines_of(trainer.global_rank).unlink(missing_ok=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Scores what has finished."""
@@ -71,6 +71,7 @@ class Results(Checkpoint):
         self._score(trainer, pl_module)
         if trainer.world_size > 1:
             wait_for_all()
+        pl_module.microbatch.ranks = 1  # the others are done
         if trainer.is_global_zero:
             self._write(trainer, pl_module)
 
@@ -78,6 +79,7 @@ class Results(Checkpoint):
         """Draws again from the text, scores and writes."""
         if not trainer.is_global_zero:
             return
+        pl_module.microbatch.ranks = 1
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         found = folder.found()
         while problems := list(islice(found, pl_module.together)):

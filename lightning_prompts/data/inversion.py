@@ -84,7 +84,7 @@ class ImagesToPrompts(ProblemData):
             self._negatives += self._reading().images(target)
         self._check_scoring("--data.negative_images", len(self._negatives))
         if stage == "fit":
-            self.targets = find_targets(self.images, self.one_subject)
+            self.targets = self.same(lambda: find_targets(self.images, self.one_subject))
             most = max(self.targets, key=lambda target: len(target.paths))
             self._check_scoring(most.name, len(most.paths))
             self._remember()
@@ -299,4 +299,4 @@ def _encoded(backbone: Backbone, pictures: Tensor, batch: int = 4) -> Tensor:
     def call(some: Tensor) -> Tensor:
         return backbone.encode_image(pictures[some].to(backbone.device)).cpu()
 
-    return torch.cat(Microbatch(batch).over(len(pictures), call))
+    return Microbatch(batch).over(len(pictures), call)

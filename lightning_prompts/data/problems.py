@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pytorch_lightning as pl
 from torch import Tensor
 
 from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem, RunFolder
+from lightning_prompts.ranks import of_all_ranks, sharing
+
+T = TypeVar("T")
 
 
 class Step(NamedTuple):
@@ -63,7 +67,8 @@ class ProblemData(pl.LightningDataModule, ABC):
     @property
     def folder(self) -> RunFolder:
         """The run's folder."""
-        return RunFolder(self.trainer.default_root_dir)  # type: ignore[union-attr]
+        trainer: pl.Trainer = self.trainer  # type: ignore[assignment]
+        return RunFolder(trainer.default_root_dir, writes=sharing(trainer) == 1 or trainer.is_global_zero)
 
     @property
     def keys(self) -> list[str]:
@@ -90,10 +95,47 @@ class ProblemData(pl.LightningDataModule, ABC):
     def step(self) -> Step:
         """The next step of the wave."""
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of the problems is this rank's, and of how many; ranks that share the work on each have all."""
+        if sharing(self.trainer) > 1:  # type: ignore[arg-type]
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
+
     def owns(self, place: int) -> bool:
         """Whether the problem at a place among the inputs is this rank's: every n-th is, with n ranks."""
-        rank, ranks = self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
-        return place % ranks == rank
+        number, parts = self.part
+        return place % parts == number
+
+    def still_open(self, problem: Problem) -> bool:
+        """Whether a problem of a checkpoint is this rank's and has not been finished since."""
+        record = self.folder.read(problem.key)
+        return self.owns(problem.index) and (record is None or record.status == "open")
+
+    def same(self, find: Callable[[], list[T]]) -> list[T]:
+        """What is found, which has to be the same for all ranks.
+
+        Raises:
+            UserError: Nothing was found, here or by another rank, or not the same.
+        """
+        found, error = list[T](), None
+        try:
+            found = find()
+        except UserError as mistake:
+            error = mistake
+        digest = hashlib.sha256(repr(found).encode(errors="backslashreplace")).hexdigest()
+        everyone = of_all_ranks((len(found), digest, error and str(error)))
+        if error:
+            raise error
+        for rank, (count, other, wrong) in enumerate(everyone):
+            if wrong:
+                raise UserError(f"Rank {rank} has found no {self.given[0]}: {wrong}")
+            if other != everyone[0][1]:
+                raise UserError(
+                    f"The ranks see different {self.given[0]}: rank 0 has {everyone[0][0]} and rank {rank} has {count}"
+                    f"{', but not the same' * (count == everyone[0][0])}; let all machines read the same files in {self.given[1]}."
+                )
+        return found
 
     def begin(self) -> None:
         """Begins to read, up to the first problem that can be searched.
@@ -108,7 +150,7 @@ class ProblemData(pl.LightningDataModule, ABC):
             if problem.status != "failed":
                 break
         only_failed = bool(come) and come[-1].status == "failed" and not self.skipped
-        if only_failed and self.trainer.world_size == 1:  # type: ignore[union-attr]
+        if only_failed and self.part[1] == 1:
             reason = str(come[0].reason)
             raise UserError(
                 reason if self.total == 1 else f"None of the {self.total} {self.given[0]} can be searched: {reason}"

@@ -46,7 +46,7 @@ class Prompts(ProblemData):
     def setup(self, stage: str) -> None:
         """Reads the prompts, and forgets what was wrong with lines that have been corrected."""
         if stage == "fit":
-            self._read = find_prompts(self.prompts)
+            self._read = self.same(lambda: find_prompts(self.prompts))
             given = {_unreadable(line.text) for line in self._read if line.error}
             for record in self.folder.records():
                 if record.key == _unreadable(record.target) and record.key not in given:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_prompts.backbones import Backbone, Kind, load_backbone, repeat, save_memory
-from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
+from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid, checkpoints_of_all
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import draw_noise
 from lightning_prompts.data.problems import ProblemData, Step
@@ -26,13 +26,16 @@ from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.problems import Problem, RunFolder
 from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
+from lightning_prompts.ranks import of_rank_zero, sharing
+from lightning_prompts.waves import fitted, merged
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 TRAINER: dict[str, Any] = {
-    "devices": 1,  # with more, choose the strategy `problems`
+    "devices": 1,
     "max_epochs": -1,  # waves of problems until none is open
     "enable_checkpointing": False,  # ours is atomic, and who wants it adds it
     "num_sanity_val_steps": 0,
@@ -147,6 +150,16 @@ class PromptMethod(pl.LightningModule, ABC):
         (parameter,) = (value for value in self.prompt.parameters() if value.requires_grad)
         return parameter
 
+    def setup(self, stage: str) -> None:
+        """Divides the samples among the ranks that share them."""
+        self.microbatch.ranks = sharing(self.trainer)
+        if self.microbatch.ranks > 1:
+            self.parameter.register_hook(of_rank_zero)
+
+    def agreed(self, value: T) -> T:
+        """What all ranks go on with of something that each has computed for itself; see `of_rank_zero`."""
+        return value if self.microbatch.ranks == 1 else of_rank_zero(value)
+
     def on_train_start(self) -> None:
         """Goes on with the wave that a checkpoint holds."""
         if self._resumed:
@@ -250,6 +263,8 @@ class PromptMethod(pl.LightningModule, ABC):
         """One step of the problems that are still active."""
         rows = self.active.nonzero().squeeze(1)
         self.search(batch, rows)
+        if self.microbatch.ranks > 1:
+            self.parameter.data = of_rank_zero(self.parameter.data)
         elapsed, self._begun = time.perf_counter() - self._begun, time.perf_counter()
         for row in rows.tolist():
             self.done[row] += 1
@@ -418,7 +433,7 @@ class PromptMethod(pl.LightningModule, ABC):
             )
             return self.draw_from(told, away, noise[some], self.sampling_steps).cpu()
 
-        return torch.cat(self.microbatch.over(len(noise), call, noise.device))
+        return self.microbatch.over(len(noise), call, noise.device)
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
         """Pictures (N, 3, H, W) in [-1, 1] of what was found for a problem, from noise (N, C, h, w).
@@ -438,7 +453,7 @@ class PromptMethod(pl.LightningModule, ABC):
         def call(some: Tensor) -> Tensor:
             return self.draw_from(told[some], away[some], flat[some], self.sampling_steps).cpu()
 
-        pictures = torch.cat(self.microbatch.over(len(flat), call, flat.device))
+        pictures = self.microbatch.over(len(flat), call, flat.device)
         return pictures.view(*noise.shape[:2], *pictures.shape[1:])
 
     def sides(self, embeds: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -467,47 +482,43 @@ class PromptMethod(pl.LightningModule, ABC):
         told: Tensor,
         away: Tensor,
         noise: Tensor,
-        judge: Callable[[Tensor, Tensor], Tensor],
+        judge: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
         grad_steps: int = 0,
         calls: int | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is said of B drawn latents; no more than a microbatch of them is held at once, with or without a gradient.
 
         Args:
             told: B encoded prompts, (B, R, D).
             away: B encoded prompts to lead away from, (B, R, D).
             noise: (B, C, h, w).
-            judge: Gives values (b,) of the drawn latents (b, C, h, w) and their numbers (b,) among the B. It is asked again about
-                the same ones when the memory has not held so many.
+            judge: Gives values (b,) of the drawn latents (b, C, h, w) and their numbers (b,) among the B, and by name what else
+                there is to tell of them, (b, ...).
             grad_steps: Last calls of the denoiser that pass a gradient on to both prompts, see `Backbone.sample`.
             calls: Calls after which the clean latents are predicted; None to draw to the end.
 
         Returns:
-            Values (B,).
+            Values (B,), with a gradient, and what else there is to tell, (B, ...).
         """
         sides, tracking = (told, away), grad_steps > 0 and torch.is_grad_enabled()
         leaves = [side.detach().requires_grad_(tracking) for side in sides]
-        slopes = [torch.zeros_like(side) for side in leaves]
 
-        def call(some: Tensor) -> Tensor:
+        def call(some: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
             with torch.set_grad_enabled(tracking):
                 parts = [leaf[some] for leaf in leaves]
                 latents = self.backbone.sample(
                     parts[0], parts[1], noise[some], self.sampling_steps, self.guidance_scale, grad_steps, calls
                 )
-                value = judge(latents, some)
-            if tracking:
-                gradients = torch.autograd.grad(value.sum(), parts, allow_unused=True)
-                for slope, gradient in zip(slopes, gradients, strict=True):
-                    if gradient is not None:  # nothing is led away from without guidance
-                        slope[some] = gradient
-            return value.detach()
+                value, more = judge(latents, some)
+            # There is none for what is led away from without guidance.
+            slopes = torch.autograd.grad(value.sum(), parts, allow_unused=True) if tracking else (None, None)
+            return value.detach(), {name: told.detach() for name, told in more.items()}, list(slopes)
 
-        found = torch.cat(self.microbatch.over(len(noise), call, noise.device))
-        if tracking:
-            for side, slope in zip(sides, slopes, strict=True):  # adds nothing but the gradient that was computed
+        found, more, slopes = self.microbatch.over(len(noise), call, noise.device)
+        for side, slope in zip(sides, slopes, strict=True):
+            if slope is not None:  # adds nothing but the gradient that was computed
                 found = found + ((side - side.detach()) * slope).flatten(1).sum(1)
-        return found
+        return found, more
 
     # --- checkpoints: the prompt and nothing of the backbone
 
@@ -524,32 +535,33 @@ class PromptMethod(pl.LightningModule, ABC):
             "stale": self.stale,
             "lowered": self.lowered,
             "left_out": self.left_out.tolist(),
+            "parts": self.data.part[1],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes room for the checkpoint's problems; refuses those whose pictures are not given now."""
-        wave = checkpoint["wave"]
-        records = [Problem(**record) for record in wave["records"]]
-        self.data.find(records)
-        if gone := [problem for problem in records if problem.index < 0]:
+        """Makes room for the checkpoint's problems; refuses those whose pictures are not given now.
+
+        When others than this many ranks have begun, what is open of all their problems is divided anew.
+        """
+        several = [checkpoint]
+        if checkpoint["wave"]["parts"] != self.data.part[1]:
+            several = checkpoints_of_all(self.data.folder.checkpoints)
+        records = {record["key"]: Problem(**record) for one in several for record in one["wave"]["records"]}
+        self.data.find(list(records.values()))
+        if gone := [problem for problem in records.values() if problem.index < 0]:
             raise UserError(
                 f"The checkpoint goes on with {len(gone)} {self.data.given[0]} that are not among {self.data.given[1]} now; give the "
                 "same ones and the same settings, or another --run."
             )
-        wave["records"] = [asdict(problem) for problem in records]
-        self._resumed = wave
+        if len(several) > 1 or several[0] is not checkpoint:
+            checkpoint |= merged(several, lambda record: self.data.still_open(records[record["key"]]))
+        self._resumed = wave = checkpoint["wave"]
+        wave["records"] = [asdict(Problem(**record)) for record in wave["records"]]
+        for record in wave["records"]:
+            here = records[record["key"]]
+            record |= {name: getattr(here, name) for name in ("target", "paths", "stamps", "caption", "index")}
         (saved,) = checkpoint["state_dict"].values()
         self.parameter.data = torch.empty_like(saved)
-
-
-def fitted(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Rows (Q, ...) in another shape (Q, *shape): cut off, or filled up with zeros, at the end of each axis."""
-    if rows.shape[1:] == torch.Size(shape):
-        return rows
-    new = rows.new_zeros(len(rows), *shape)
-    common = tuple(slice(min(*sizes)) for sizes in zip(rows.shape, new.shape, strict=True))
-    new[common] = rows[common]
-    return new
 
 
 def by_step(batch: Step, rows: Tensor) -> list[tuple[int, Tensor]]:

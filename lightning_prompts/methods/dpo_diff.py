@@ -233,7 +233,7 @@ class DPODiff(PromptMethod):
         if losses:
             self.descend(torch.cat(losses), torch.cat(learning))
         trying = [row for row in rows.tolist() if batch.steps[row] >= first]
-        wanted = [(row, choice) for row in trying for choice in self.propose(row, batch.steps[row], first)]
+        wanted = [(row, choice) for row in trying for choice in self.agreed(self.propose(row, batch.steps[row], first))]
         self.evaluate(wanted)
         for row in set(trying) - {row for row, _ in wanted}:  # nothing new is left
             self.stale[row] = int(self.patience)
@@ -263,9 +263,9 @@ class DPODiff(PromptMethod):
     def shortcut_loss(self, rows: Tensor, told: Tensor, away: Tensor, calls: int) -> Tensor:
         """What is minimised, (Q,), at the clean pictures that are predicted after so many calls of the denoiser."""
         noise, wanted = self.noise[rows].flatten(0, 1), self.wanted[rows].repeat_interleave(self.seeds, 0)
-        losses = self.judged(
+        losses, _ = self.judged(
             repeat(told, self.seeds), repeat(away, self.seeds), noise,
-            lambda latents, some: self.loss(self.backbone.decode(latents), wanted[some]), self.grad_steps, calls,
+            lambda latents, some: (self.loss(self.backbone.decode(latents), wanted[some]), {}), self.grad_steps, calls,
         )  # fmt: skip
         return losses.view(len(rows), self.seeds).mean(1)
 
@@ -379,8 +379,8 @@ class DPODiff(PromptMethod):
         told = repeat(self.encode([text for text, _ in texts]), count)
         away = repeat(self.encode_negative([negative for _, negative in texts]), count)
         wanted = wanted.repeat_interleave(count, 0)
-        losses = self.judged(
-            told, away, noise.flatten(0, 1), lambda latents, some: self.loss(self.backbone.decode(latents), wanted[some])
+        losses, _ = self.judged(
+            told, away, noise.flatten(0, 1), lambda latents, some: (self.loss(self.backbone.decode(latents), wanted[some]), {})
         )  # fmt: skip
         return losses.view(len(texts), count)
 

@@ -56,12 +56,13 @@ class GCG(Inverter):
         embeddings = self.prompt.table[ids].requires_grad_()
         loss = self.loss(rows, ids, embeddings, samples)
         (gradient,) = torch.autograd.grad(loss.sum(), embeddings)
-        proposed, sound = self._propose(batch.steps, rows, token_ids, gradient[:, self.prompt.positions])
-        losses = self._losses(rows, proposed, sound, samples)
+        gradient = self.agreed(gradient[:, self.prompt.positions])
+        proposed, sound = (self.agreed(drawn) for drawn in self._propose(batch.steps, rows, token_ids, gradient))
+        losses, loss = self.agreed(self._losses(rows, proposed, sound, samples)), self.agreed(loss.detach())
         least, best = losses.min(1)
-        taken = torch.where((least < loss.detach()).unsqueeze(1), proposed[torch.arange(len(rows)), best], token_ids)
+        taken = torch.where((least < loss).unsqueeze(1), proposed[torch.arange(len(rows)), best], token_ids)
         self.prompt.embeddings.data[here] = self.prompt.table[taken].float()
-        self.log("train/loss", torch.minimum(least, loss.detach()).mean(), prog_bar=True)
+        self.log("train/loss", torch.minimum(least, loss).mean(), prog_bar=True)
 
     def _propose(
         self, steps: Sequence[int], rows: Tensor, token_ids: Tensor, gradient: Tensor
@@ -99,7 +100,7 @@ class GCG(Inverter):
         """Losses (Q, B) of the sound candidates, infinite for the others."""
         which = sound.nonzero()[:, 0]  # the place in `rows` of each sound candidate
         token_ids, losses = candidates[sound.to(self.device)], [torch.empty(0, device=self.device)]
-        size = max(self.microbatch.size // samples.timesteps.shape[1], 1)
+        size = max(self.microbatch.size * self.microbatch.ranks // samples.timesteps.shape[1], 1)
         for part in torch.arange(len(which)).split(size) if len(which) else ():
             ids = self.prompt.ids(token_ids[part.to(self.device)])
             losses.append(

@@ -265,7 +265,7 @@ class Inverter(PromptMethod):
 
         features = self.microbatch.over(len(noise), call, self.device)
         self.count(rows, count * self.backbone.calls(self.trial_steps, self.guidance_scale))
-        return 1 - (torch.cat(features).view(len(rows), count, -1).mean(1) * self.features(rows)).sum(1)
+        return 1 - (features.view(len(rows), count, -1).mean(1) * self.features(rows)).sum(1)
 
     # --- results
 
@@ -277,7 +277,7 @@ class Inverter(PromptMethod):
             The problems that now have a better prompt.
         """
         found, told = self.found(rows)
-        losses, better = self.validation_loss(rows, told).tolist(), []
+        losses, better = self.agreed(self.validation_loss(rows, told)).tolist(), []
         for row, candidate, loss in zip(rows.tolist(), found, losses, strict=True):
             problem = self.problems[row]
             if problem.initial_validation_loss is None:

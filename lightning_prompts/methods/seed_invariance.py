@@ -119,16 +119,13 @@ class SeedInvariance(Steering):
         self.starts = self.target_noise(problems)  # (P, C, h, w)
         new = [row for row, problem in enumerate(problems) if problem.key not in self._wanted]
         told, away = self.sides(self.prompt.initial[new])
-        found: dict[int, Tensor] = {}  # by the first one's number
 
-        def look(latents: Tensor, some: Tensor) -> Tensor:
-            found[int(some[0])] = self.compared(latents)
-            return latents.flatten(1).sum(1)
+        def look(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return latents.flatten(1).sum(1), {"seen": self.compared(latents)}
 
         for calls in set(self.stages) if new else ():
-            found.clear()
-            self.judged(told, away, self.starts[new], look, calls=calls)
-            for row, vector in zip(new, torch.cat(list(found.values())), strict=True):
+            _, found = self.judged(told, away, self.starts[new], look, calls=calls)
+            for row, vector in zip(new, found["seen"], strict=True):
                 self._wanted.setdefault(problems[row].key, {})[calls] = vector
 
     def release(self, problem: Problem) -> None:
@@ -190,11 +187,11 @@ class SeedInvariance(Steering):
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
         wanted = repeat(torch.stack([self._wanted[problem.key][calls] for problem in problems]), count)
         told, away = self.sides(self.prompt(on_device), count)
-        losses = self.judged(
-            told, away, noise,
-            lambda latents, some: self.weight * (1 - F.cosine_similarity(self.compared(latents), wanted[some], dim=1)),
-            min(self.grad_steps, calls), calls,
-        )  # fmt: skip
+
+        def far(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.weight * (1 - F.cosine_similarity(self.compared(latents), wanted[some], dim=1)), {}
+
+        losses, _ = self.judged(told, away, noise, far, min(self.grad_steps, calls), calls)
         self.count(
             rows,
             count * (calls + min(self.grad_steps, calls)) * (2 if self.backbone.guided(self.guidance_scale) else 1),

@@ -156,17 +156,15 @@ class Steering(PromptMethod):
         self, embeds: Tensor, noise: Tensor, problems: Sequence[Problem], grad_steps: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (Q, N), and values (Q, N) by name, of what encoded prompts (Q, S, R, D) draw from noise (Q, N, C, h, w)."""
-        count, seen = noise.shape[1], dict[str, Tensor]()
+        count = noise.shape[1]
         told, away = self.sides(embeds, count)
 
-        def judge(latents: Tensor, some: Tensor) -> Tensor:
+        def judge(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             values = self.values(self.backbone.decode(latents), [problems[i // count] for i in some.tolist()])
-            for name, value in values.items():
-                seen.setdefault(name, value.new_empty(len(told)))[some] = value.detach()
-            return self.loss(values)
+            return self.loss(values), values
 
-        losses = self.judged(told, away, noise.flatten(0, 1), judge, grad_steps).view(len(embeds), count)
-        return losses, {name: value.view(len(embeds), count) for name, value in seen.items()}
+        losses, values = self.judged(told, away, noise.flatten(0, 1), judge, grad_steps)
+        return losses.view(len(embeds), count), {name: value.view(len(embeds), count) for name, value in values.items()}
 
     @torch.no_grad()
     def score(self, rows: Tensor) -> list[Problem]:
@@ -263,10 +261,10 @@ class Steering(PromptMethod):
     def values_of(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Values (P, N) by name of pictures (P, N, 3, H, W)."""
         flat, whose = pictures.flatten(0, 1), [problem for problem in problems for _ in range(pictures.shape[1])]
-        parts = self.microbatch.over(
+        values = self.microbatch.over(
             len(flat), lambda some: self.values(flat[some].to(self.device), [whose[i] for i in some.tolist()])
         )
-        return {name: torch.cat([part[name] for part in parts]).view(pictures.shape[:2]) for name in parts[0]}
+        return {name: value.view(pictures.shape[:2]) for name, value in values.items()}
 
     def validation_losses(self, problems: list[Problem]) -> Tensor:
         """The metrics of the found embeddings, drawn again from the seeds of the search."""

@@ -17,7 +17,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.interop import pack_embedding
 from lightning_prompts.methods.inverter import Found, Inverter
 from lightning_prompts.optimizers import BatchedAdam
-from lightning_prompts.problems import Problem, atomic_write
+from lightning_prompts.problems import Problem
 from lightning_prompts.vocabulary import FILLERS, encode_text, fill_template, nearest_tokens
 
 PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
@@ -92,7 +92,7 @@ class TextualInversion(Inverter):
         for problem in problems:
             word = pseudo_word(problem)
             content = pack_embedding(self.embedded(problem), self.backbone, word)
-            atomic_write(self.data.folder.embeddings / f"{word[1:-1]}.safetensors", content)
+            self.data.folder.write(self.data.folder.embeddings / f"{word[1:-1]}.safetensors", content)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, as the released code."""

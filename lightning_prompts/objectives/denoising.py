@@ -51,11 +51,10 @@ class Denoising(nn.Module):
             (gradient,) = torch.autograd.grad(squares.sum(), part)
             return losses, gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / squares.shape[1]
 
-        parts = self.microbatch.over(count * samples, call, embeds.device)
-        value = torch.cat([losses for losses, _ in parts]).view(count, samples).mean(1)
-        gradients = [gradient for _, gradient in parts if gradient is not None]
-        if not gradients:
+        losses, gradient = self.microbatch.over(count * samples, call, embeds.device)
+        value = losses.view(count, samples).mean(1)
+        if gradient is None:
             return value
         # Zero in value, and in gradient what the calls above have computed.
-        slope = (told - embeds.detach()) * torch.cat(gradients)
+        slope = (told - embeds.detach()) * gradient
         return value + slope.flatten(1).sum(1).view(count, samples).mean(1)
