@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -189,7 +190,8 @@ class ImagesToPrompts(ProblemData):
     def _read(self, places: Iterator[int]) -> Iterable[Read]:
         """Reads targets, by workers where there are many."""
         workers = int(self.workers) if self.total > self.method.together else 0
-        return DataLoader(self._reading(), None, sampler=places, num_workers=workers, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        how: dict[str, Any] = {"num_workers": workers, "collate_fn": _as_it_is, "worker_init_fn": _deaf}
+        return DataLoader(self._reading(), None, sampler=places, **how)
 
     def pictures(self, problems: Sequence[Problem]) -> list[Tensor]:
         """The pictures (I, 3, H, W) in [-1, 1] of each problem."""
@@ -291,6 +293,12 @@ def _stat(path: str) -> os.stat_result | None:
 
 def _as_it_is(read: Read) -> Read:
     return read
+
+
+def _deaf(worker: int) -> None:
+    """Leaves it to the process that searches to stop when all are told to, as by a cluster."""
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, signal.SIG_IGN)
 
 
 def _encoded(backbone: Backbone, pictures: Tensor, batch: int = 4) -> Tensor:

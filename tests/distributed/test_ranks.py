@@ -44,7 +44,17 @@ def inputs(tmp_path_factory):
 def arguments(tiny, inputs, run, method, *extra):
     steered = method in ("dpo_diff", "metric_guidance")
     given = ["--data.prompts", str(inputs / "prompts.txt")] if steered else ["--data.images", str(inputs)]
-    command = ["train.py", "fit", "--config", f"configs/{method}.yaml", *given, "--run", str(run), "--model.backbone", str(tiny)]
+    command = [
+        "train.py",
+        "fit",
+        "--config",
+        f"configs/{method}.yaml",
+        *given,
+        "--run",
+        str(run),
+        "--model.backbone",
+        str(tiny),
+    ]
     return [*command, "--model.sampling_steps", "2", "--trainer.accelerator", "cpu", *METHODS[method], *extra]
 
 
@@ -87,7 +97,11 @@ def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs,
     two = ("--trainer.devices", "2")  # which chooses the strategy
     together = fit(*arguments(tiny, inputs, tmp_path / "two", method, *two))
     for one, other in zip(together, alone(method), strict=True):
-        assert (one["key"], one["prompt"], one["unet_samples"]) == (other["key"], other["prompt"], other["unet_samples"])
+        assert (one["key"], one["prompt"], one["unet_samples"]) == (
+            other["key"],
+            other["prompt"],
+            other["unet_samples"],
+        )
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
     assert {path.name.split("-")[0] for path in (tmp_path / "two" / "checkpoints").iterdir()} == {"rank0", "rank1"}
     lines = (tmp_path / "two" / "results.jsonl").read_text().splitlines()

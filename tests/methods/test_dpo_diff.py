@@ -433,6 +433,8 @@ def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints,
     drawn = []
     if checkpoints:  # a state every step, instead of one in twenty seconds
         monkeypatch.setattr(PromptCheckpoint, "on_train_batch_end", lambda self, trainer, *_: self._save(trainer))
+    else:
+        monkeypatch.setattr(PromptCheckpoint, "_save", lambda self, trainer: None)
     losses = DPODiff.losses
 
     def counted(self, texts, noise, wanted):
@@ -458,11 +460,6 @@ def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints,
         signal.signal(signal.SIGINT, before)
     main([*run(tiny, tmp_path / "broken"), "--ckpt_path", "last"])
     for broken, unbroken in zip(problems(tmp_path / "broken"), problems(tmp_path / "whole"), strict=True):
-        if not checkpoints:  # gradients are taken again
-            assert broken.pop("unet_samples") >= unbroken.pop("unet_samples")
-            broken["history"], unbroken["history"] = (
-                [entry["prompt"] for entry in p["history"]] for p in (broken, unbroken)
-            )
         assert broken == unbroken
     assert sorted(drawn) == sorted(whole)
 
