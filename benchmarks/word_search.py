@@ -112,7 +112,9 @@ def searched(solver: str, budget: int, seed: int, tables: dict[str, Table], file
             how: dict[str, Any] = {**TRAINER, "accelerator": "cpu", "logger": False, "default_root_dir": scratch}
             pl.Trainer(**how).fit(method, datamodule=data)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({problem.target: problem.validation_loss for problem in data.folder.load().values()}))
+        file.write_text(
+            json.dumps({problem.target: problem.validation_loss for problem in data.folder.load().values()})
+        )
     found: dict[str, float] = json.loads(file.read_text())
     return found
 

@@ -248,6 +248,8 @@ class RunFolder:
             hint = "give --ckpt_path last to go on with it or another --run" if search else "give another --run"
             raise UserError(f"The folder {self.path} already holds a run; {hint}.")
         try:
+            for left in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):  # by a process that was killed
+                left.unlink()
             for folder in (self.path, self.problems, self.checkpoints) if search else (self.path,):
                 atomic_write(folder / ".write-test", b"test")
                 (folder / ".write-test").unlink()

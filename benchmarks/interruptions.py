@@ -1,0 +1,105 @@
+"""Whether a search that was interrupted at any moment finds what an unbroken one finds: `python benchmarks/interruptions.py`.
+
+Fifty searches are killed at random moments (SIGKILL), ten are told to stop (SIGTERM), and of five with two processes under torchrun
+one process is killed. Each goes on by the same command. What is there already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jobs
+import tables
+
+FIGURES = jobs.FIGURES / "interruptions.csv"
+COUNTS = {"SIGKILL": 50, "SIGTERM": 10, "a rank killed": 5}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "3", "--")
+
+
+def main() -> None:
+    """Measures what is missing and prints the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    done = tables.read(FIGURES)
+    with tempfile.TemporaryDirectory() as scratch:
+        whole: dict[tuple[str, bool], tuple[float, list[dict[str, Any]]]] = {}
+        for kind, count in COUNTS.items():
+            for number in range(sum(row["kind"] == kind for row in done), count):
+                method = list(jobs.METHODS)[number % len(jobs.METHODS)]
+                ranks = kind == "a rank killed"
+                if (method, ranks) not in whole:
+                    whole[method, ranks] = unbroken(method, ranks, Path(scratch))
+                tables.add(FIGURES, [interrupted(kind, number, method, *whole[method, ranks], Path(scratch))])
+    print(table(tables.read(FIGURES)))
+
+
+def unbroken(method: str, ranks: bool, scratch: Path) -> tuple[float, list[dict[str, Any]]]:
+    """Seconds, and what was found."""
+    begun, run = time.perf_counter(), scratch / f"{method}-{ranks}"
+    jobs.finish(jobs.start(jobs.command(method, scratch, run), TORCHRUN if ranks else ()))
+    return time.perf_counter() - begun, jobs.results(run)
+
+
+def interrupted(
+    kind: str, number: int, method: str, seconds: float, expected: list[dict[str, Any]], scratch: Path
+) -> dict[str, Any]:
+    """Interrupts a search at a moment, has it go on, and compares."""
+    run = scratch / f"{kind}-{number}"
+    moment = random.Random(f"{kind}{number}").uniform(0.1, 1) * seconds
+    args, ranks = jobs.command(method, scratch, run, "--ckpt_path", "last"), kind == "a rank killed"
+    process = jobs.start(args, TORCHRUN if ranks else ())
+    time.sleep(moment)
+    broken, reached = 0, process.poll() is None
+    if ranks and reached:
+        reached = kill_rank(process.pid)
+        jobs.finish(process)
+    elif reached:
+        os.killpg(process.pid, getattr(signal, kind))
+        process.communicate()
+        broken = len([file for file in jobs.unreadable(run) if not file.endswith(".tmp")])  # as others would find it
+        jobs.finish(jobs.start(args))
+    else:
+        jobs.finish(process)
+    return {
+        "kind": kind, "method": method, "moment": moment / seconds, "reached": int(reached), "code": process.returncode,
+        "identical": int(jobs.results(run) == expected), "unreadable": broken + len(jobs.unreadable(run)),
+    }  # fmt: skip
+
+
+def kill_rank(agent: int) -> bool:
+    """Kills the second process that torchrun has started; whether there was one."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            told = (entry / "environ").read_bytes().split(b"\0")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == agent and b"RANK=1" in told:
+            os.kill(int(entry.name), signal.SIGKILL)
+            return True
+    return False
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a kind of interruption."""
+    lines = [
+        "| interruption | searches | stopped before their end | identical results | unreadable files |",
+        "|---|---|---|---|---|",
+    ]
+    for kind in COUNTS:
+        some = [row for row in rows if row["kind"] == kind]
+        sums = (sum(int(row[name]) for row in some) for name in ("reached", "identical", "unreadable"))
+        lines.append(f"| {kind} | {len(some)} | " + " | ".join(map(str, sums)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
