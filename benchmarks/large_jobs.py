@@ -1,0 +1,110 @@
+"""What many pictures cost, and what a second process saves: `python benchmarks/large_jobs.py scaling` or `processes`.
+
+`processes` measures in turns and wants a machine on which nothing else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jobs
+import tables
+
+COUNTS = (10, 100, 1000)
+ROUNDS = 3
+SHORT = ("--data.steps", "4", "--data.samples", "2", "--data.validation_samples", "4", "--model.score_every", "4",
+         "--model.sampling_steps", "2", "--model.restart_every", "0", "--model.sample_every", "0")  # fmt: skip
+LONG = ("--data.steps", "120", "--model.restart_every", "30", "--model.sample_every", "0")
+
+
+def search(scratch: Path, count: int, name: str, *settings: str) -> tuple[float, float, list[dict[str, Any]]]:
+    """Seconds, the most memory of the first process in MB, and what was found, of a search for so many pictures."""
+    inputs, run = jobs.pictures(scratch / f"pictures{count}", count), scratch / name
+    args = ["train.py", "fit", "--config", "configs/ph2p.yaml", "--data.images", str(inputs), "--run", str(run),
+            "--trainer.accelerator", "cpu", *settings]  # fmt: skip
+    begun, process, most = time.perf_counter(), jobs.start(args), 0.0
+    while process.poll() is None:
+        most = max(most, memory(process.pid))
+        time.sleep(0.2)
+    seconds = time.perf_counter() - begun
+    jobs.finish(process)
+    return seconds, most, jobs.results(run)
+
+
+def memory(pid: int) -> float:
+    """The most memory, in MB, that a process has held so far."""
+    try:
+        told = Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # it has just ended
+        return 0.0
+    return int(told.split("VmHWM:")[1].split()[0]) / 1024 if "VmHWM:" in told else 0.0
+
+
+def scaling(scratch: Path) -> None:
+    """Measures one process with one thread."""
+    done = [row["pictures"] for row in tables.read(FIGURES["scaling"])]
+    for count in COUNTS:
+        if count not in done:
+            seconds, most, found = search(scratch, count, f"run{count}", *SHORT)
+            samples = sum(problem["unet_samples"] for problem in found)
+            row = {"pictures": count, "results": len(found), "samples": samples, "seconds": seconds, "megabytes": most}
+            tables.add(FIGURES["scaling"], [row])
+
+
+def processes(scratch: Path) -> None:
+    """Measures one process and two, with one thread each, in turns."""
+    for number in range(len(tables.read(FIGURES["processes"])) // 2, ROUNDS):
+        for count in (1, 2):
+            seconds, _, found = search(scratch, 16, f"{count}-{number}", *LONG, "--trainer.devices", str(count))
+            # Of the search alone: loading the model is not divided, and weighs more here than in a large job.
+            rows = [{"processes": count, "seconds": seconds, "samples": sum(p["unet_samples"] for p in found)}]
+            tables.add(FIGURES["processes"], rows)
+
+
+FIGURES = {name: jobs.FIGURES / f"large_jobs_{name}.csv" for name in ("scaling", "processes")}
+MEASURE = {"scaling": scaling, "processes": processes}
+
+
+def scaling_table(rows: list[dict[str, Any]]) -> str:
+    """One line a number of pictures."""
+    lines = ["| pictures | seconds | seconds a further picture | memory, MB |", "|---|---|---|---|"]
+    for before, row in zip([None, *rows], rows, strict=False):
+        more = (row["seconds"] - before["seconds"]) / (row["pictures"] - before["pictures"]) if before else None
+        cells = (
+            f"{row['pictures']:.0f}",
+            f"{row['seconds']:.0f}",
+            f"{more:.3f}" if more else "",
+            f"{row['megabytes']:.0f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def processes_table(rows: list[dict[str, Any]]) -> str:
+    """One line a number of processes, the median of the rounds."""
+    lines = ["| processes, a thread each | seconds | times as fast |", "|---|---|---|"]
+    seconds = {count: median(row["seconds"] for row in rows if row["processes"] == count) for count in (1, 2)}
+    lines += [f"| {count} | {value:.0f} | {seconds[1] / value:.2f} |" for count, value in seconds.items()]
+    return "\n".join(lines)
+
+
+TABLES = {"scaling": scaling_table, "processes": processes_table}
+
+
+def main() -> None:
+    """Measures what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=list(MEASURE))
+    what = parser.parse_args().what
+    with tempfile.TemporaryDirectory() as scratch:
+        MEASURE[what](Path(scratch))
+    print(TABLES[what](tables.read(FIGURES[what])))
+
+
+if __name__ == "__main__":
+    main()
