@@ -25,7 +25,7 @@ class Microbatch:
     """
 
     def __init__(self, size: int) -> None:
-        self.size = int(size)
+        self.size = self.asked = int(size)
         self.ranks = 1  # among which the samples are divided
 
     def over(self, samples: int, work: Callable[[torch.Tensor], T], device: torch.device | None = None) -> T:
@@ -37,7 +37,7 @@ class Microbatch:
         Raises:
             UserError: The memory does not hold a single sample.
         """
-        numbers = torch.arange(samples, device=device) if self.ranks == 1 else shared(samples, device)
+        numbers = torch.arange(samples, device=device) if self.ranks == 1 else shared(samples, self.asked, device)
         given: list[T] = []
         begun = 0
         while begun < len(numbers):

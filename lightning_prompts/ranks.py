@@ -134,9 +134,13 @@ def sharing(trainer: pl.Trainer) -> int:
     return trainer.world_size if isinstance(trainer.strategy, SampleParallel) else 1
 
 
-def shared(count: int, device: torch.device | None) -> Tensor:
-    """The numbers of those of `count` samples that are this rank's, as many for every rank; some may be the last one's again."""
+def shared(count: int, size: int, device: torch.device | None) -> Tensor:
+    """The numbers of those of `count` samples that are this rank's, as many for every rank; some may be the last one's again.
+
+    Where that is more than one call of `size` samples, these are the calls that a process alone would make.
+    """
     share = -(-count // dist.get_world_size())
+    share = -(-share // size) * size if share > size else share
     own = torch.arange(dist.get_rank() * share, (dist.get_rank() + 1) * share, device=device)
     return own.clamp(max=count - 1)
 

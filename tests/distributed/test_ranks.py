@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from lightning_prompts.main import main
+
 ROOT = Path(__file__).parents[2]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lightning_prompts.cli", "lightning_prompts.backbones.loading"])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 METHODS = {
     "ph2p": ["--model.restart_every", "3", "--model.score_every", "2", "--model.microbatch", "4", "--data.steps", "8",
@@ -56,12 +66,34 @@ def arguments(tiny, inputs, run, method, *extra):
     return [*command, "--model.sampling_steps", "2", "--trainer.accelerator", "cpu", *METHODS[method], *extra]
 
 
-def fit(*args, launcher=(), environment=ENVIRONMENT, run=None):
-    done = subprocess.run(
-        [sys.executable, *launcher, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def fit(*args, ranks=1):
+    """A search by so many processes, as torchrun starts them, but with everything imported already."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    everyone = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": str(ranks),
+    }
+    several = [{**everyone, "LOCAL_WORLD_SIZE": str(ranks), "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
+    said = Path(args[args.index("--run") + 1]).with_suffix(".log")
+    processes = [FORKS.Process(target=child, args=(args[1:], told if ranks > 1 else {}, said)) for told in several]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(250)
+        assert process.exitcode == 0, said.read_text()[-3000:]
     return found(args[args.index("--run") + 1])
+
+
+def child(args, environment, said):
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    with said.open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        main(args)
 
 
 def found(run):
@@ -85,15 +117,14 @@ def alone(tiny, inputs, tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_that_share_samples_find_exactly_what_one_finds(method, tiny, inputs, alone, tmp_path):
     """At one microbatch and one thread: every call has the same samples, whichever rank makes it."""
-    two = ("--trainer.devices", "2", "--trainer.strategy", "samples")
-    assert fit(*arguments(tiny, inputs, tmp_path / "two", method, *two)) == alone(method)
+    two = arguments(tiny, inputs, tmp_path / "two", method, "--trainer.strategy", "samples")
+    assert fit(*two, ranks=2) == alone(method)
     assert [path.name.split("-")[0] for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["rank0"] * 2
 
 
 @pytest.mark.parametrize("method", ["ph2p", "dpo_diff", "metric_guidance"])
 def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs, alone, tmp_path):
-    two = ("--trainer.devices", "2")  # which chooses the strategy
-    together = fit(*arguments(tiny, inputs, tmp_path / "two", method, *two))
+    together = fit(*arguments(tiny, inputs, tmp_path / "two", method), ranks=2)  # the strategy is chosen
     for one, other in zip(together, alone(method), strict=True):
         assert (one["key"], one["prompt"], one["unet_samples"]) == (
             other["key"],
@@ -108,7 +139,92 @@ def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs,
 
 
 def test_ranks_need_not_take_the_same_number_of_steps(tiny, inputs, alone, tmp_path):
-    """One has nothing to do."""
+    """One has nothing to do; Lightning starts them."""
     one = ("--data.images", str(inputs / "0.png"), "--trainer.devices", "2", "--trainer.strategy", "problems")
-    (together,) = fit(*arguments(tiny, inputs, tmp_path / "two", "ph2p", *one))
+    process = started(*arguments(tiny, inputs, tmp_path / "two", "ph2p", *one))
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors[-3000:]
+    (together,) = found(tmp_path / "two")
     assert together["prompt"] == alone("ph2p")[0]["prompt"]
+
+
+def started(*args, launcher=()):
+    """A search in a process group of its own, which can be killed as a whole."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, *args], cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(done, process, seconds=200):
+    end = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def checkpoints(run, rank):
+    return list((run / "checkpoints").glob(f"rank{rank}-*.ckpt"))
+
+
+def assert_alike(some, others):
+    for one, other in zip(some, others, strict=True):
+        assert (one["key"], one["prompt"], one["unet_samples"]) == (
+            other["key"],
+            other["prompt"],
+            other["unet_samples"],
+        )
+        assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_other_ranks_go_on_where_two_were_killed(ranks, tiny, inputs, alone, tmp_path):
+    run = tmp_path / "run"
+    how = arguments(tiny, inputs, run, "ph2p", "--trainer.strategy", "problems", "--ckpt_path", "last")
+    process = started(*how, "--trainer.devices", "2")
+    wait_for(lambda: checkpoints(run, 0) and checkpoints(run, 1), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert_alike(fit(*how, ranks=ranks), alone("ph2p"))
+
+
+def test_a_lost_rank_is_started_again_and_loses_nothing(tiny, inputs, alone, tmp_path):
+    """Without --ckpt_path: that the processes were started before is known from torchrun."""
+    run = tmp_path / "run"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", "--")
+    process = started(*arguments(tiny, inputs, run, "ph2p", "--trainer.strategy", "problems"), launcher=torchrun)
+    wait_for(lambda: checkpoints(run, 0) and checkpoints(run, 1), process)
+    (pid,) = ranks_of(process.pid, 1)
+    os.kill(pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors[-3000:]
+    assert_alike(found(run), alone("ph2p"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_share_stop_together(rank, tiny, inputs, alone, tmp_path):
+    """Whichever of them is told to; told in different steps, they would wait for each other for ever."""
+    run = tmp_path / "run"
+    how = arguments(
+        tiny, inputs, run, "ph2p", "--trainer.strategy", "samples", "--ckpt_path", "last", "--data.steps", "400"
+    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
+    process = started(*how, launcher=torchrun)
+    wait_for(lambda: checkpoints(run, 0), process)
+    (pid,) = ranks_of(process.pid, rank)
+    os.kill(pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert [json.loads(file.read_text())["status"] for file in (run / "problems").glob("*.json")] == ["open"] * 3
+
+
+def ranks_of(agent, rank):
+    """The process of a rank that torchrun has started."""
+    for entry in Path("/proc").iterdir():
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue
+        if parent == agent and f"RANK={rank}".encode() in environment:
+            yield int(entry.name)
