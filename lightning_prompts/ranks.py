@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,6 +55,16 @@ class _Apart(DDPStrategy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(process_group_backend=kwargs.pop("process_group_backend", None), timeout=LONG, **kwargs)
+
+    def setup_distributed(self) -> None:
+        """Meets the other processes that torchrun has started; after a restart its store still tells of those before."""
+        if TorchElasticEnvironment.detect() and not dist.is_initialized():
+            store, rank, ranks = next(dist.rendezvous("env://"))
+            device = self.root_device if self.root_device.type != "cpu" else None
+            store = dist.PrefixStore(met(store, rank, ranks), store)
+            backend = self._get_process_group_backend()
+            dist.init_process_group(backend, timeout=LONG, world_size=ranks, rank=rank, store=store, device_id=device)
+        super().setup_distributed()
 
     def configure_ddp(self) -> None:
         """Leaves the module as it is."""
@@ -127,6 +139,24 @@ class SampleParallel(_Apart):
 
         connector._sigterm_notifier_fn = told  # type: ignore[method-assign,assignment]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = agree  # type: ignore[method-assign]
+
+
+def met(store: Any, rank: int, ranks: int) -> str:
+    """A name that the processes which are alive agree on, through a store in which dead ones have left theirs."""
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello/{rank}", own)
+        name = str(store.get(f"welcome/{own}").decode())  # nobody but a rank 0 that is alive can have written this
+        store.set(f"met/{name}/{rank}", "")
+        return name
+    left = set(range(1, ranks))
+    while left:
+        for other in left:
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+        left = {other for other in left if not store.check([f"met/{own}/{other}"])}
+        time.sleep(0.05)
+    return own
 
 
 def sharing(trainer: pl.Trainer) -> int:
