@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_prompts.backbones import Backbone, load_backbone, save_memory
+from lightning_prompts.backbones import Backbone, load_backbone, repeat
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.methods import PEZ, PH2P, TRAINER
 from lightning_prompts.microbatch import Microbatch
@@ -43,6 +43,7 @@ from lightning_prompts.prompts import TokenEmbeddings
 FIGURES = Path(__file__).parent / "figures"
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "speed.png"
 TOKENS, SAMPLES, MICROBATCH, LOW, HIGH = 8, 2, 32, 450, 1000
+WARM = 2  # steps that are not timed
 COUNTS = (1, 4, 16)  # targets
 BATCHES = (1, 4, 16, 32, 64)  # samples a call of the denoiser
 HOW: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -67,21 +68,22 @@ def targets(count: int) -> list[str]:
 
 
 class Clock(pl.Callback):
-    """Notes when each step begins.
+    """Notes when each step begins; the scoring before the first step is not a step's, nor is the warming up.
 
     Args:
-        recorder: Records what is computed from the third step on.
+        steps: Of the search.
+        recorder: Records what is computed meanwhile.
     """
 
-    def __init__(self, recorder: Any = None) -> None:
+    def __init__(self, steps: int, recorder: Any = None) -> None:
+        self.steps, self.recorder = steps, recorder
         self.begun: list[float] = []
-        self.recorder = recorder
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Notes it; the scoring before the first step is not a step's, nor is the warming up."""
-        if self.recorder and batch.step in (2, pl_module.data.steps - 1):
-            (self.recorder.start if batch.step == 2 else self.recorder.stop)()
-        if batch.step >= 2:
+        """Notes it."""
+        if self.recorder and batch_idx in (WARM, self.steps - 1):
+            (self.recorder.start if batch_idx == WARM else self.recorder.stop)()
+        if batch_idx >= WARM:
             self.begun.append(time.perf_counter())
 
 
@@ -92,9 +94,9 @@ def search(backbone: Backbone, name: str, count: int, steps: int, recorder: Any 
         backbone=backbone, tokens=TOKENS, microbatch=MICROBATCH, score_every=10**9, sample_every=0, **settings
     )
     data = ImagesToPrompts(
-        targets(count), steps=steps + 3, samples=SAMPLES, timesteps=(LOW, HIGH), validation_samples=1
+        targets(count), steps=steps + WARM + 1, samples=SAMPLES, timesteps=(LOW, HIGH), validation_samples=1
     )
-    clock = Clock(recorder)
+    clock = Clock(data.steps, recorder)
     with tempfile.TemporaryDirectory() as run, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu"}, logger=False, callbacks=[clock], default_root_dir=run)
@@ -136,7 +138,7 @@ def plain(backbone: Backbone, name: str, latents: Tensor, steps: int) -> float:
                 told = backbone.encode(ids, table[ids].index_copy(1, prompt.positions, inserted.unsqueeze(0)))
                 t, noise = torch.randint(LOW, HIGH, (1,)), torch.randn(1, *latent.shape)
                 output = backbone.denoise(backbone.add_noise(latent.unsqueeze(0), noise, t), t, told)
-                (F.mse_loss(output, noise) / SAMPLES).backward()  # type: ignore[no-untyped-call]
+                (F.mse_loss(output, noise) / SAMPLES).backward()
             optimizer.step()
     return (time.perf_counter() - begun) / steps
 
@@ -149,14 +151,18 @@ def nearest_in_numpy(row: Tensor, table: Tensor, allowed: Tensor) -> int:
 
 
 def gradient(
-    backbone: Backbone, count: int, samples: int = SAMPLES, microbatch: int = MICROBATCH
+    backbone: Backbone,
+    count: int,
+    samples: int = SAMPLES,
+    microbatch: int = MICROBATCH,
+    objective: Callable[..., Tensor] | None = None,
 ) -> Callable[[], Tensor]:
     """The arithmetic of a step without what is around it: text encoder and denoiser, forward and backward.
 
     Returns:
         A function that gives gradients (P, L, D), always the same.
     """
-    draw, denoising = torch.Generator().manual_seed(0), Denoising(Microbatch(microbatch))
+    draw, denoising = torch.Generator().manual_seed(0), objective or Denoising(Microbatch(microbatch))
     prompt = TokenEmbeddings(backbone.vocabulary, tokens=TOKENS)
     ids = prompt.ids(prompt.allowed.nonzero().squeeze(1)[: count * TOKENS].view(count, TOKENS))
     latents, noise = torch.randn(2, count, samples, *backbone.latent_shape, generator=draw)
@@ -165,10 +171,18 @@ def gradient(
     def compute() -> Tensor:
         embeddings = prompt.table[ids].float().requires_grad_()
         loss = denoising(backbone, backbone.encode(ids, embeddings), latents, timesteps, noise)
-        (slope,) = torch.autograd.grad(loss.sum(), embeddings)
+        loss.sum().backward()
+        slope: Tensor = embeddings.grad  # type: ignore[assignment]
         return slope
 
     return compute
+
+
+def whole_graph(backbone: Backbone, prompts: Tensor, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    """The loss of `Denoising` in one call, with a graph that reaches all that asks for a gradient."""
+    x, eps, t = latents.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten()
+    output = backbone.denoise(backbone.add_noise(x, eps, t), t, repeat(prompts, timesteps.shape[1]))
+    return (output - eps).square().flatten(1).mean(1).view(timesteps.shape).mean(1)
 
 
 # --- how it is measured
@@ -184,7 +198,7 @@ def flops(compute: Callable[[], Any]) -> int:
     """Floating-point operations of products and convolutions; attention is counted as the products that it is made of."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         compute()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 @torch.no_grad()
@@ -287,49 +301,90 @@ def measure_profile(backbone: Backbone, steps: int = 12) -> list[dict[str, Any]]
 
 
 def measure_settings(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
-    """Speed, against the default in the same round, and gradient of the arithmetic of a step computed in other ways."""
+    """What other ways are worth: of a step's arithmetic, and of pictures' gradients with respect to latents."""
     count = COUNTS[-1]
 
-    def other(change: Callable[[Backbone], Any], dtype: Any = "float32") -> Backbone:
+    def other(change: Callable[[Any], Any], dtype: Any = "float32") -> Backbone:
         changed = load_backbone("emoji", dtype)
         change(changed)
         return changed
 
-    def compiled(changed: Backbone) -> None:
-        changed.denoiser.compile()
+    def unfused(changed: Backbone) -> None:
+        changed.denoiser.set_attn_processor(AttnProcessor())
 
-    ways: dict[str, Callable[[], Tensor]] = {
-        "default": gradient(backbone, count),
+    def contiguous(changed: Backbone) -> None:
+        changed.to(memory_format=torch.contiguous_format)
+
+    torch.compiler.config.force_disable_caches = True  # the first call is to be a first one
+    weights = other(lambda changed: changed.denoiser.requires_grad_(True))
+    checkpointed = other(lambda changed: changed.denoiser.enable_gradient_checkpointing())
+    steps = {
+        "a step as it is": gradient(backbone, count),
         "one sample a call": gradient(backbone, count, microbatch=1),
-        "gradients for the denoiser's weights": gradient(
-            other(lambda changed: changed.denoiser.requires_grad_(True)), count
-        ),
-        "contiguous, not channels last": gradient(
-            other(lambda changed: changed.denoiser.to(memory_format=torch.contiguous_format)), count
-        ),
-        "attention not fused": gradient(
-            other(lambda changed: changed.denoiser.set_attn_processor(AttnProcessor())), count
-        ),
-        "gradient checkpointing": gradient(other(lambda changed: save_memory(changed, True, False, False)), count),
-        "torch.compile": gradient(other(compiled), count),
+        "gradients of the denoiser's weights": gradient(weights, count, objective=whole_graph),
+        "contiguous instead of channels-last": gradient(other(contiguous), count),
+        "attention that is not fused": gradient(other(unfused), count),
+        "torch.compile": gradient(other(lambda changed: changed.denoiser.compile()), count),
         "bfloat16 autocast": within(gradient(backbone, count), lambda: torch.autocast("cpu", torch.bfloat16)),
         "bfloat16 weights": gradient(other(lambda changed: None, "bfloat16"), count),
+        "bfloat16 weights, attention that is not fused": gradient(other(unfused, "bfloat16"), count),
         "float32 products in bfloat16": within(gradient(backbone, count), lambda: products_in("medium")),
+        "linear layers as convolutions": gradient(other(lambda changed: convolve(changed.denoiser)), count),
         "denormals to zero": within(gradient(backbone, count), flushed),
+        "gradient checkpointing": gradient(checkpointed, count),
     }
+    pictures = {
+        "four pictures as they are": decoded(backbone),
+        "four pictures, contiguous instead of channels-last": decoded(other(contiguous)),
+    }
+    return compared(steps, rounds) + compared(pictures, rounds)
+
+
+def compared(ways: dict[str, Callable[[], Tensor]], rounds: int) -> list[dict[str, Any]]:
+    """Speed of each way against that of the first one in the same round, and how far its gradient is from the first one's."""
     first = {name: seconds(compute) for name, compute in ways.items()}
     gradients = {name: compute() for name, compute in ways.items()}
     times = [{name: seconds(compute) for name, compute in ways.items()} for _ in range(2 * rounds)]
-    exact = gradients["default"]
+    base = next(iter(ways))
     return [
         {
             "setting": name,
-            "speed": statistics.median(round["default"] / round[name] for round in times),
-            "difference": float((gradients[name] - exact).norm() / exact.norm()),
+            "speed": statistics.median(turn[base] / turn[name] for turn in times),
+            "difference": float((gradients[name] - gradients[base]).norm() / gradients[base].norm()),
             "first_call": first[name],
         }
         for name in ways
     ]
+
+
+def decoded(backbone: Backbone) -> Callable[[], Tensor]:
+    """Gradients (4, C, h, w) of decoded pictures with respect to their latents."""
+    latents = torch.randn(4, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def compute() -> Tensor:
+        leaf = latents.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(backbone.decode(leaf).square().sum(), leaf)
+        return slope
+
+    return compute
+
+
+def convolve(network: nn.Module) -> None:
+    """Has linear layers computed by the library that convolves, which on some processors multiplies faster; nothing is copied."""
+
+    def convolved(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+        kernel = layer.weight[..., None, None]
+
+        def forward(x: Tensor) -> Tensor:
+            if x.dim() != 3:
+                return F.linear(x, layer.weight, layer.bias)
+            return F.conv2d(x.transpose(1, 2).unsqueeze(2), kernel, layer.bias).squeeze(2).transpose(1, 2)
+
+        return forward
+
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            setattr(module, "forward", convolved(module))  # noqa: B010
 
 
 def within(compute: Callable[[], Tensor], context: Callable[[], Any]) -> Callable[[], Tensor]:
