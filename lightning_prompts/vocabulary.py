@@ -30,20 +30,20 @@ FILLERS = ("a", "b")  # two words that are one token each wherever a byte is a t
 
 @torch.no_grad()
 def nearest_tokens(
-    embeddings: Tensor, table: Tensor, allowed: Tensor, metric: Metric = "euclidean", chunk: int = 8192
+    embeddings: Tensor, table: Tensor, allowed: Tensor, metric: Metric = "euclidean", chunk: int | None = None
 ) -> Tensor:
     """Projects embeddings onto the vocabulary.
 
     A matrix product rules out the rows that cannot be nearest and the few that remain are measured by their difference, which
     loses no digits; the answer is the same whether the product runs in float32, TF32 or bfloat16. Of rows that are equally near,
-    the one with the lowest id is returned.
+    the one with the lowest id is returned. The host waits for the device once a product, to learn how many rows remain.
 
     Args:
         embeddings: What to project, (..., D), such as (P, M, D).
         table: The text encoder's token embeddings, (V, D).
         allowed: Which tokens may be returned, (V,) bool.
         metric: By which distance; with "cosine" a row of zeros is never nearest.
-        chunk: Rows of the table that are compared at a time, which bounds the memory.
+        chunk: Rows of the table in a product, which bounds the memory; None for all, as far as that is 8 MB of distances.
 
     Returns:
         Token ids, (...), such as (P, M), on the device of the embeddings.
@@ -56,36 +56,39 @@ def nearest_tokens(
             "use the tokenizer that belongs to the text encoder."
         )
     x = embeddings.float().reshape(-1, embeddings.shape[-1])  # (N, D)
-    if not (x.norm(dim=-1) < LARGEST).all():
-        raise UserError("The embeddings to project are not finite or larger than 1e18; lower the learning rate.")
-    queries = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30) if metric == "cosine" else x
+    length = x.norm(dim=-1, keepdim=True)
+    sound, cosine = (length < LARGEST).all(), metric == "cosine"
+    queries = x / length.clamp_min(1e-30) if cosine else x
     length = queries.norm(dim=-1, keepdim=True)
     rounding = (x.shape[-1] + 8) * 2.0**-22  # of a sum of D float32 products, relative to the norms
     bound = x.new_full((len(x), 1), torch.inf)  # the nearest row is no farther, (N, 1)
     candidates = []
-    for ids in torch.split(allowed.to(table.device).nonzero().squeeze(1), chunk):
-        rows = table[ids].to(x)  # (C, D)
+    chunk = chunk or max(2**21 // max(len(x), 1), 1)
+    for first in range(0, len(table), chunk):
+        rows = table[first : first + chunk].to(x)  # (C, D)
         norms = rows.norm(dim=-1)
-        usable = (norms < LARGEST) & ((norms > 0) | (metric != "cosine"))
-        ids, rows, norms = ids.to(x.device)[usable], rows[usable], norms[usable]
-        if metric == "cosine":
-            rows, norms = rows / norms.unsqueeze(1), torch.ones_like(norms)
-        if len(ids):
-            with torch.autocast(x.device.type, enabled=False):
-                scores = norms.square() - 2 * (queries @ rows.T)  # squared distances less that of the origin, (N, C)
-            error = norms * ((0.016 + rounding) * length + rounding * norms)  # 0.016: factors cut to bfloat16's 8 bits
-            bound = torch.minimum(bound, (scores + error).amin(1, keepdim=True))
-            which, near = (scores - error <= bound).nonzero(as_tuple=True)
-            candidates.append(torch.stack([which, ids[near]]))
-    if not candidates:
-        raise UserError("No token is allowed that has an embedding to compare with; block fewer words or allow more.")
+        usable = allowed[first : first + chunk].to(x.device) & (norms < LARGEST) & ((norms > 0) | (not cosine))
+        with torch.autocast(x.device.type, enabled=False):
+            scores = queries @ rows.T
+        if cosine:
+            scores, norms = scores / norms, torch.ones_like(norms)
+        scores = norms.square() - 2 * scores  # squared distances less that of the origin, (N, C)
+        error = norms * ((0.016 + rounding) * length + rounding * norms)  # 0.016: factors cut to bfloat16's 8 bits
+        farthest = (scores + error).masked_fill(~usable, torch.inf)
+        bound = torch.minimum(bound, farthest.amin(1, keepdim=True))
+        which, near = (usable & (scores - error <= bound)).nonzero(as_tuple=True)
+        candidates.append(torch.stack([which, first + near]))
+    if not sound:
+        raise UserError("The embeddings to project are not finite or larger than 1e18; lower the learning rate.")
     which, ids = torch.cat(candidates, 1)
-    pairs = zip(torch.split(which, chunk), torch.split(ids.to(table.device), chunk), strict=True)
+    if len(x) and not len(which):
+        raise UserError("No token is allowed that has an embedding to compare with; block fewer words or allow more.")
+    pairs = zip(which.split(8192), ids.to(table.device).split(8192), strict=True)
     distances = torch.cat([_distances(x[n], table[i].to(x), metric) for n, i in pairs])
     # A few numbers, so on the CPU, where scatter_reduce is deterministic.
     which, ids, distances = which.cpu(), ids.cpu(), distances.cpu()
     least = distances.new_full((len(x),), torch.inf).scatter_reduce(0, which, distances, "amin")
-    slack = 1e-14 if metric == "cosine" else 0.0  # multiples of one row are equally near but for the last digit
+    slack = 1e-14 if cosine else 0.0  # multiples of one row are equally near but for the last digit
     nearest = distances <= least[which] + slack
     found: Tensor = ids.new_full((len(x),), len(table)).scatter_reduce(0, which[nearest], ids[nearest], "amin")
     return found.reshape(embeddings.shape[:-1]).to(x.device)

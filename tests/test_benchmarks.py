@@ -93,3 +93,23 @@ def test_seed_invariance_in_the_docs_is_that_of_the_figures():
     for line in seed_invariance.LINES:
         rows = seed_invariance.rows_of(line)
         assert list(dict.fromkeys(row["prompt"] for row in rows)) == prompts[: len(rows) // seed_invariance.TARGETS]
+
+
+@pytest.mark.parametrize("part", ["throughput", "share", "profile", "settings"])
+def test_speed_in_the_docs_is_that_of_the_figures(part):
+    import speed
+    import tables
+
+    table = speed.PARTS[part][1]
+    assert table(tables.read(speed.figures(part))) in (ROOT / "docs" / "speed.md").read_text()
+
+
+def test_speed_reaches_what_is_wanted():
+    import speed
+    import tables
+
+    ratios = {row["method"]: row["ratio"] for row in tables.read(speed.figures("throughput")) if row["targets"] == 16}
+    assert set(ratios) == set(speed.HOW)
+    assert min(ratios.values()) >= 3
+    steps = [row for row in tables.read(speed.figures("share")) if row["what"].endswith("targets")]
+    assert min(row["share_of_best"] for row in steps) >= 0.3

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTokenizerFast
 
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
@@ -147,6 +148,20 @@ def test_nearest_takes_half_precision_and_gives_no_gradient():
     found = nearest_tokens(torch.eye(6).flip(0).bfloat16().requires_grad_(), table, torch.ones(6, dtype=torch.bool))
     assert found.tolist() == [5, 4, 3, 2, 1, 0]
     assert not found.requires_grad
+
+
+def test_nearest_of_a_few_prompts_is_one_product():
+    names = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.__name__)
+            return function(*args, **kwargs or {})
+
+    table, allowed = torch.randn(1000, 8), torch.rand(1000) < 0.5
+    with Record():
+        nearest_tokens(torch.randn(4, 8, 8), table, allowed)
+    assert names.count("mm.default") == names.count("nonzero.default") == 1
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,12 @@ class Backbone(nn.Module, ABC):
                 f"{self.factor * self.patch}; change --model.image_size."
             )
         self.default_steps, self.default_guidance = self._defaults()
+        self._empty: dict[torch.dtype | None, Tensor] = {}
         self.requires_grad_(False).eval()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moves what it holds to a device, but for networks that come there only when they are called."""
+        self._empty = {}
         return cast("Self", super()._apply(fn, recurse and not self.offloaded))  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Self:
@@ -164,8 +166,19 @@ class Backbone(nn.Module, ABC):
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Encoded prompts (P, R, D) of P texts, as the family's pipeline reads them.
 
-        A text that is too long for what is searched is refused. Of what is too long for the other towers the end is cut off.
+        A text that is too long for what is searched is refused. Of what is too long for the other towers the end is cut off. The
+        empty text alone, which is led away from again and again, is encoded once.
         """
+        if list(texts) != [""]:
+            return self._encode_text(texts)
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if autocast not in self._empty:
+            with torch.inference_mode(False), torch.no_grad():  # a search may use what a test has encoded
+                self._empty[autocast] = self._encode_text(texts)
+        return self._empty[autocast]
+
+    def _encode_text(self, texts: Sequence[str]) -> Tensor:
         parts = [tower.read(texts, self.device, cut=tower not in self.vocabulary.towers) for tower in self.towers]
         return self.combine(parts)
 

@@ -93,6 +93,7 @@ def load_backbone(
             vae = network("vae", "AutoencoderKL")
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
         denoiser.to(memory_format=torch.channels_last)  # in which convolutions are a tenth to a fifth faster
+    vae.to(memory_format=torch.channels_last)
     if dtype == "float16" and vae.config.get("force_upcast"):  # SDXL's leaves the range of half precision
         vae.float()
     zero_empty = bool(index.get("force_zeros_for_empty_prompt"))

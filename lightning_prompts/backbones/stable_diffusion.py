@@ -95,6 +95,6 @@ class StableDiffusionXL(StableDiffusion):
 
     def added(self, pooled: Tensor) -> dict[str, Tensor]:
         """The pooled vectors, and the sizes of the picture, of what was cropped, and of what is drawn."""
-        size = (self.image_size, self.image_size)
-        sizes = torch.tensor([*size, 0, 0, *size], device=pooled.device, dtype=pooled.dtype)
+        sizes = pooled.new_full((6,), self.image_size)  # made on the device; from a list the host would wait for it
+        sizes[2:4] = 0
         return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}

@@ -1,0 +1,512 @@
+"""How fast one process searches: `python benchmarks/speed.py`, on the embedded model; `--print` for the tables of what was measured.
+
+Four tables: the search against a plain loop, which takes one target after the other and one noise sample a call as the released codes
+do; the share of the arithmetic that the machine does in large products; where the time of a step goes; and what each way of computing
+is worth. Things that are compared take turns, and what is reported is the median of the rounds. Beside another program give
+`--threads 1`, and what is compared still has the same threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import random
+import re
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import tables
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from inversion import TARGETS
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_prompts.backbones import Backbone, load_backbone, repeat
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.methods import PEZ, PH2P, TRAINER
+from lightning_prompts.microbatch import Microbatch
+from lightning_prompts.objectives import Denoising
+from lightning_prompts.prompts import TokenEmbeddings
+
+FIGURES = Path(__file__).parent / "figures"
+IMAGE = Path(__file__).parents[1] / "docs" / "images" / "speed.png"
+TOKENS, SAMPLES, MICROBATCH, LOW, HIGH = 8, 2, 32, 450, 1000
+WARM = 2  # steps that are not timed
+COUNTS = (1, 4, 16)  # targets
+BATCHES = (1, 4, 16, 32, 64)  # samples a call of the denoiser
+HOW: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "PH2P, Adam": (PH2P, {"optimizer": "adam", "lr": 0.02, "metric": "cosine"}),
+    "PEZ": (PEZ, {"lr": 0.1, "weight_decay": 0.1}),
+}
+KINDS = {  # by how their names in the profile begin or go on; the first that fits
+    "convolutions": ("convolution",),
+    "matrix products": ("::mm", "::bmm", "addmm", "baddbmm"),
+    "attention": ("scaled_dot_product",),
+    "normalisation, activation": ("norm", "silu", "gelu", "softmax"),
+    "copies": ("copy_", "::cat", "fill_", "zero_", "upsample", "index", "slice_backward", "gather", "embedding"),
+}
+OTHER, PYTHON = "other operations", "Python and calls"
+
+
+# --- what is measured
+
+
+def targets(count: int) -> list[str]:
+    return [str(path) for path in sorted((TARGETS / "development").glob("*.png"))[:count]]
+
+
+class Clock(pl.Callback):
+    """Notes when each step begins; the scoring before the first step is not a step's, nor is the warming up.
+
+    Args:
+        steps: Of the search.
+        recorder: Records what is computed meanwhile.
+    """
+
+    def __init__(self, steps: int, recorder: Any = None) -> None:
+        self.steps, self.recorder = steps, recorder
+        self.begun: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Notes it."""
+        if self.recorder and batch_idx in (WARM, self.steps - 1):
+            (self.recorder.start if batch_idx == WARM else self.recorder.stop)()
+        if batch_idx >= WARM:
+            self.begun.append(time.perf_counter())
+
+
+def search(backbone: Backbone, name: str, count: int, steps: int, recorder: Any = None) -> float:
+    """Seconds of a step of the search, with everything that a step does but scoring."""
+    kind, settings = HOW[name]
+    method = kind(
+        backbone=backbone, tokens=TOKENS, microbatch=MICROBATCH, score_every=10**9, sample_every=0, **settings
+    )
+    data = ImagesToPrompts(
+        targets(count), steps=steps + WARM + 1, samples=SAMPLES, timesteps=(LOW, HIGH), validation_samples=1
+    )
+    clock = Clock(data.steps, recorder)
+    with tempfile.TemporaryDirectory() as run, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu"}, logger=False, callbacks=[clock], default_root_dir=run)
+        trainer.fit(method, datamodule=data)
+    return (clock.begun[-1] - clock.begun[0]) / (len(clock.begun) - 1)
+
+
+def plain(backbone: Backbone, name: str, latents: Tensor, steps: int) -> float:
+    """Seconds of a step of the plain loop.
+
+    It does what the released codes of PH2P and PEZ do: one target after the other, one noise sample a call, a network whose weights
+    ask for gradients, and at each call a search for the nearest tokens in NumPy, token by token through the whole vocabulary. Spared
+    is what they do besides: PH2P's encodes the picture anew at each call.
+
+    Args:
+        backbone: The model, whose denoiser's weights ask for gradients.
+        name: Which method.
+        latents: Of the targets, (P, C, h, w).
+        steps: How many, for each target.
+    """
+    prompt, projected = TokenEmbeddings(backbone.vocabulary, tokens=TOKENS), name == "PEZ"
+    table, allowed = prompt.table, prompt.allowed
+    begun = time.perf_counter()
+    for latent in latents:
+        start = allowed.nonzero().squeeze(1)[torch.randint(int(allowed.sum()), (TOKENS,))]
+        embeddings = nn.Parameter(table[start].clone())
+        settings = HOW[name][1]
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW([embeddings], lr=settings["lr"], weight_decay=settings["weight_decay"])
+            if projected
+            else torch.optim.Adam([embeddings], lr=settings["lr"])
+        )
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for _ in range(SAMPLES):
+                nearest = torch.tensor([nearest_in_numpy(row, table, allowed) for row in embeddings.detach()])
+                ids = prompt.ids(nearest.unsqueeze(0))
+                inserted = table[nearest] + embeddings - embeddings.detach() if projected else embeddings
+                told = backbone.encode(ids, table[ids].index_copy(1, prompt.positions, inserted.unsqueeze(0)))
+                t, noise = torch.randint(LOW, HIGH, (1,)), torch.randn(1, *latent.shape)
+                output = backbone.denoise(backbone.add_noise(latent.unsqueeze(0), noise, t), t, told)
+                (F.mse_loss(output, noise) / SAMPLES).backward()
+            optimizer.step()
+    return (time.perf_counter() - begun) / steps
+
+
+def nearest_in_numpy(row: Tensor, table: Tensor, allowed: Tensor) -> int:
+    """The nearest token of an embedding (D,), by cosine."""
+    rows = table.cpu().numpy()
+    cosines = rows @ row.numpy() / np.linalg.norm(rows, axis=1)
+    return int(np.where(allowed.numpy(), cosines, -np.inf).argmax())
+
+
+def gradient(
+    backbone: Backbone,
+    count: int,
+    samples: int = SAMPLES,
+    microbatch: int = MICROBATCH,
+    objective: Callable[..., Tensor] | None = None,
+) -> Callable[[], Tensor]:
+    """The arithmetic of a step without what is around it: text encoder and denoiser, forward and backward.
+
+    Returns:
+        A function that gives gradients (P, L, D), always the same.
+    """
+    draw, denoising = torch.Generator().manual_seed(0), objective or Denoising(Microbatch(microbatch))
+    prompt = TokenEmbeddings(backbone.vocabulary, tokens=TOKENS)
+    ids = prompt.ids(prompt.allowed.nonzero().squeeze(1)[: count * TOKENS].view(count, TOKENS))
+    latents, noise = torch.randn(2, count, samples, *backbone.latent_shape, generator=draw)
+    timesteps = torch.randint(LOW, HIGH, (count, samples), generator=draw)
+
+    def compute() -> Tensor:
+        embeddings = prompt.table[ids].float().requires_grad_()
+        loss = denoising(backbone, backbone.encode(ids, embeddings), latents, timesteps, noise)
+        loss.sum().backward()
+        slope: Tensor = embeddings.grad  # type: ignore[assignment]
+        return slope
+
+    return compute
+
+
+def whole_graph(backbone: Backbone, prompts: Tensor, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    """The loss of `Denoising` in one call, with a graph that reaches all that asks for a gradient."""
+    x, eps, t = latents.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten()
+    output = backbone.denoise(backbone.add_noise(x, eps, t), t, repeat(prompts, timesteps.shape[1]))
+    return (output - eps).square().flatten(1).mean(1).view(timesteps.shape).mean(1)
+
+
+# --- how it is measured
+
+
+def seconds(compute: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    compute()
+    return time.perf_counter() - begun
+
+
+def flops(compute: Callable[[], Any]) -> int:
+    """Floating-point operations of products and convolutions; attention is counted as the products that it is made of."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        compute()
+    return int(counter.get_total_flops())
+
+
+@torch.no_grad()
+def rates() -> tuple[float, float]:
+    """Operations a second of a large float32 matrix product, and of the fastest product or convolution of the machine's libraries.
+
+    On some processors the two differ: what multiplies matrices and what convolves are different libraries.
+    """
+    size, channels, images, side = 2048, 128, 64, 16
+    a, b = torch.randn(2, size, size)
+    x = torch.randn(images, channels, side, side).to(memory_format=torch.channels_last)
+    kernel = torch.randn(channels, channels, 3, 3).to(memory_format=torch.channels_last)
+    product = 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(8))
+    operations = 2 * images * channels**2 * 9 * side**2
+    convolution = operations / min(seconds(lambda: F.conv2d(x, kernel, padding=1)) for _ in range(8))
+    return product, max(product, convolution)
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Multiplies float32 matrices in another precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# --- the tables
+
+
+def measure_throughput(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
+    """Denoiser samples a second of the search and of the plain loop, and the median ratio of rounds in which they take turns."""
+    unfrozen, rows = load_backbone("emoji"), []
+    unfrozen.denoiser.requires_grad_(True).to(memory_format=torch.contiguous_format)
+    for name in HOW:
+        for count in COUNTS:
+            latents = torch.randn(count, *backbone.latent_shape)
+            pairs = [
+                (
+                    search(backbone, name, count, max(40 // count, 5)),
+                    plain(unfrozen, name, latents, max(16 // count, 2)),
+                )
+                for _ in range(rounds)
+            ]
+            samples = 2 * count * SAMPLES  # a backward counts as one
+            ours, theirs = (samples / statistics.median(times) for times in zip(*pairs, strict=True))
+            ratio = statistics.median(loop / step for step, loop in pairs)
+            rows.append({"method": name, "targets": count, "search": ours, "plain": theirs, "ratio": ratio})
+    return rows
+
+
+def measure_share(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
+    """Operations a second, of gradients by samples a call and of whole steps of the search, and the shares that they are."""
+    product, best = (statistics.median(found) for found in zip(*(rates() for _ in range(rounds)), strict=True))
+    measured = []
+    for batch in BATCHES:
+        compute = gradient(backbone, batch, 1, batch)
+        compute()
+        measured.append((f"gradient, {batch}", batch, flops(compute), [seconds(compute) for _ in range(2 * rounds)]))
+    count = COUNTS[-1]
+    for name in HOW:
+        whole = flops(gradient(backbone, count))
+        measured.append(
+            (
+                f"{name}, {count} targets",
+                count * SAMPLES,
+                whole,
+                [search(backbone, name, count, 8) for _ in range(rounds)],
+            )
+        )
+    return [
+        {
+            "what": what,
+            "samples": samples,
+            "gigaflop_a_sample": operations / samples / 1e9,
+            "samples_a_second": 2 * samples / statistics.median(times),
+            "gigaflops": (rate := operations / statistics.median(times)) / 1e9,
+            "product_gigaflops": product / 1e9,
+            "best_gigaflops": best / 1e9,
+            "share": rate / product,
+            "share_of_best": rate / best,
+        }
+        for what, samples, operations, times in measured
+    ]
+
+
+def measure_profile(backbone: Backbone, steps: int = 12) -> list[dict[str, Any]]:
+    """Milliseconds of a step of PH2P with Adam by kind of operation."""
+    recorder = profile(activities=[ProfilerActivity.CPU])
+    step = 1000 * search(backbone, "PH2P, Adam", COUNTS[-1], steps, recorder)
+    spent = dict.fromkeys([*KINDS, OTHER], 0.0)
+    for event in recorder.key_averages():
+        if event.key.startswith(("aten::", "mkldnn::")):
+            kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), OTHER)
+            spent[kind] += event.self_cpu_time_total / 1000 / steps
+    spent[PYTHON] = step - sum(spent.values())
+    return [{"kind": kind, "milliseconds": time, "share": time / step} for kind, time in spent.items()]
+
+
+def measure_settings(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
+    """What other ways are worth: of a step's arithmetic, and of pictures' gradients with respect to latents."""
+    count = COUNTS[-1]
+
+    def other(change: Callable[[Any], Any], dtype: Any = "float32") -> Backbone:
+        changed = load_backbone("emoji", dtype)
+        change(changed)
+        return changed
+
+    def unfused(changed: Backbone) -> None:
+        changed.denoiser.set_attn_processor(AttnProcessor())
+
+    def contiguous(changed: Backbone) -> None:
+        changed.to(memory_format=torch.contiguous_format)
+
+    torch.compiler.config.force_disable_caches = True  # the first call is to be a first one
+    weights = other(lambda changed: changed.denoiser.requires_grad_(True))
+    checkpointed = other(lambda changed: changed.denoiser.enable_gradient_checkpointing())
+    steps = {
+        "a step as it is": gradient(backbone, count),
+        "one sample a call": gradient(backbone, count, microbatch=1),
+        "gradients of the denoiser's weights": gradient(weights, count, objective=whole_graph),
+        "contiguous instead of channels-last": gradient(other(contiguous), count),
+        "attention that is not fused": gradient(other(unfused), count),
+        "torch.compile": gradient(other(lambda changed: changed.denoiser.compile()), count),
+        "bfloat16 autocast": within(gradient(backbone, count), lambda: torch.autocast("cpu", torch.bfloat16)),
+        "bfloat16 weights": gradient(other(lambda changed: None, "bfloat16"), count),
+        "bfloat16 weights, attention that is not fused": gradient(other(unfused, "bfloat16"), count),
+        "float32 products in bfloat16": within(gradient(backbone, count), lambda: products_in("medium")),
+        "linear layers as convolutions": gradient(other(lambda changed: convolve(changed.denoiser)), count),
+        "denormals to zero": within(gradient(backbone, count), flushed),
+        "gradient checkpointing": gradient(checkpointed, count),
+    }
+    pictures = {
+        "four pictures as they are": decoded(backbone),
+        "four pictures, contiguous instead of channels-last": decoded(other(contiguous)),
+    }
+    return compared(steps, rounds) + compared(pictures, rounds)
+
+
+def compared(ways: dict[str, Callable[[], Tensor]], rounds: int) -> list[dict[str, Any]]:
+    """Speed of each way against that of the first one in the same round, and how far its gradient is from the first one's."""
+    first = {name: seconds(compute) for name, compute in ways.items()}
+    gradients = {name: compute() for name, compute in ways.items()}
+    times, base = [], next(iter(ways))
+    for _ in range(4 * rounds):
+        names = random.sample(list(ways), len(ways))  # what one leaves in the caches is not always the same one's
+        times.append({name: seconds(ways[name]) for name in names})
+    return [
+        {
+            "setting": name,
+            "speed": statistics.median(turn[base] / turn[name] for turn in times),
+            "difference": float((gradients[name] - gradients[base]).norm() / gradients[base].norm()),
+            "first_call": first[name],
+        }
+        for name in ways
+    ]
+
+
+def decoded(backbone: Backbone) -> Callable[[], Tensor]:
+    """Gradients (4, C, h, w) of decoded pictures with respect to their latents."""
+    latents = torch.randn(4, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def compute() -> Tensor:
+        leaf = latents.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(backbone.decode(leaf).square().sum(), leaf)
+        return slope
+
+    return compute
+
+
+def convolve(network: nn.Module) -> None:
+    """Has linear layers computed by the library that convolves, which on some processors multiplies faster; nothing is copied."""
+
+    def convolved(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+        kernel = layer.weight[..., None, None]
+
+        def forward(x: Tensor) -> Tensor:
+            if x.dim() != 3:
+                return F.linear(x, layer.weight, layer.bias)
+            return F.conv2d(x.transpose(1, 2).unsqueeze(2), kernel, layer.bias).squeeze(2).transpose(1, 2)
+
+        return forward
+
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            setattr(module, "forward", convolved(module))  # noqa: B010
+
+
+def within(compute: Callable[[], Tensor], context: Callable[[], Any]) -> Callable[[], Tensor]:
+    """The same in a context."""
+
+    def inside() -> Tensor:
+        with context():
+            return compute()
+
+    return inside
+
+
+@contextmanager
+def flushed() -> Iterator[None]:
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+# --- what is printed
+
+
+def throughput_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| method | targets | search, samples/s | plain loop, samples/s | ratio |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['method']} | {row['targets']:.0f} | {row['search']:.0f} | {row['plain']:.0f} | {row['ratio']:.1f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def share_table(rows: list[dict[str, Any]]) -> str:
+    product, best = rows[0]["product_gigaflops"], rows[0]["best_gigaflops"]
+    lines = [
+        f"| | samples/s | GFLOP/s | of the matrix product's {product:.0f} | of the machine's best, {best:.0f} |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['what']} | {row['samples_a_second']:.0f} | {row['gigaflops']:.0f} | {row['share']:.0%} | {row['share_of_best']:.0%} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def profile_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| operations | ms a step | share |", "|---|---|---|"]
+    lines += [f"| {row['kind']} | {row['milliseconds']:.1f} | {row['share']:.0%} |" for row in rows]
+    return "\n".join(lines)
+
+
+def settings_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| | speed | difference of the gradient | first call, s |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['setting']} | {row['speed']:.2f} | {row['difference']:.0e} | {row['first_call']:.1f} |" for row in rows
+    ]
+    return "\n".join(lines)
+
+
+PARTS: dict[str, tuple[Callable[[Backbone, int], list[dict[str, Any]]], Callable[[list[dict[str, Any]]], str]]] = {
+    "throughput": (measure_throughput, throughput_table),
+    "share": (measure_share, share_table),
+    "profile": (lambda backbone, rounds: measure_profile(backbone), profile_table),
+    "settings": (measure_settings, settings_table),
+}
+
+
+def figures(part: str) -> Path:
+    return FIGURES / f"speed_{part}.csv"
+
+
+def plot() -> None:
+    """The search and the plain loop by targets, and where the time of a step goes."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=[1, 1.6], layout="constrained")
+    rows = [row for row in tables.read(figures("throughput")) if row["method"] == "PH2P, Adam"]
+    for name, label in (("search", "search"), ("plain", "plain loop")):
+        left.plot([str(int(row["targets"])) for row in rows], [row[name] for row in rows], "o-", label=label)
+    left.set(xlabel="targets", ylabel="denoiser samples a second", ylim=(0, None), title="PH2P with Adam")
+    left.legend()
+    rows = tables.read(figures("profile"))[::-1]
+    right.barh([row["kind"] for row in rows], [100 * row["share"] for row in rows])
+    right.set(xlabel="per cent of a step, 16 targets", title="Where the time goes")
+    figure.savefig(IMAGE, dpi=80)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=list(PARTS), nargs="+", default=list(PARTS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--print", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    backbone = load_backbone("emoji")
+    print(f"{machine()}, {args.threads} threads, torch {torch.__version__}, float32\n")
+    for part in args.part:
+        measure, table = PARTS[part]
+        if not args.print:
+            rows = measure(backbone, args.rounds)
+            figures(part).unlink(missing_ok=True)
+            tables.add(figures(part), rows)
+        print(f"{table(tables.read(figures(part)))}\n", flush=True)
+    if not args.print and all(figures(part).exists() for part in PARTS):
+        plot()
+
+
+def machine() -> str:
+    """The processor, as far as it says."""
+    said = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", said.read_text()) if said.exists() else []
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()
