@@ -16,6 +16,8 @@ from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
@@ -59,9 +61,9 @@ class _Apart(DDPStrategy):
     def setup_distributed(self) -> None:
         """Meets the other processes that torchrun has started; after a restart its store still tells of those before."""
         if TorchElasticEnvironment.detect() and not dist.is_initialized():
-            store, rank, ranks = next(dist.rendezvous("env://"))
+            store, rank, ranks = next(rendezvous("env://"))
             device = self.root_device if self.root_device.type != "cpu" else None
-            store = dist.PrefixStore(met(store, rank, ranks), store)
+            store = PrefixStore(met(store, rank, ranks), store)
             backend = self._get_process_group_backend()
             dist.init_process_group(backend, timeout=LONG, world_size=ranks, rank=rank, store=store, device_id=device)
         super().setup_distributed()

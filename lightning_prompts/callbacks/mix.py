@@ -127,7 +127,7 @@ class Mix(pl.Callback):
             raise UserError(
                 f"No mixture of {one.prompt!r} and {other.prompt!r} can be written down and read again; give other runs."
             )
-        self._finish(pl_module, best, self.scores.heldout(pl_module.backbone.name, pl_module.offline))
+        self._finish(pl_module, best, self.scores.heldout(pl_module))
 
     def keep(self, generation: int, everyone: list[Member], candidates: list[Member]) -> list[Member]:
         """Shows a generation, and keeps the fittest or whom the person names."""

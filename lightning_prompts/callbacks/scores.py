@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
@@ -27,6 +28,8 @@ from lightning_prompts.metrics import (
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import clip_of, load_clip
 from lightning_prompts.problems import Problem
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ class Scores:
         if self.lpips_weights:
             Lpips(weights=self.lpips_weights)
 
-    def heldout(self, backbone: str, offline: bool) -> ClipSimilarity | None:
+    def heldout(self, method: Any) -> ClipSimilarity | None:
         """The CLIP that takes no part in any search, where there is one."""
-        name = self.scorer or (str(EMOJI.parent / "scorer") if backbone == "emoji" else None)
-        return ClipSimilarity(name, offline) if name else None
+        name = self.scorer or (str(EMOJI.parent / "scorer") if method.backbone.name == "emoji" else None)
+        return _clip(method, name) if name else None
 
     def measure(self, method: Any, problems: Sequence[Problem], drawn: Tensor) -> None:
         """Scores P problems that have a prompt, by it and by the pictures (P, N, 3, H, W) drawn from each.
@@ -75,6 +78,7 @@ class Scores:
             problem.forget_scores()
         self._score_pictures(method, list(zip(problems, drawn, method.data.pictures(problems), strict=True)))
         self._score_texts(method, problems)
+        _leave_the_device(method)
 
     def compare(self, method: Any, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:
         """Tells how similar the pictures of P problems are to the person's prompt, by the CLIP that takes no part in any search.
@@ -86,20 +90,20 @@ class Scores:
             after: What was found draws, (P, N, 3, H, W).
         """
         with _told():
-            if clip := self.heldout(method.backbone.name, method.offline):
-                wanted = clip.to(method.device).features_of([problem.target for problem in problems]).unsqueeze(1)
+            if clip := self.heldout(method):
+                wanted = clip.features_of([problem.target for problem in problems]).unsqueeze(1)
                 found = [
                     (clip.features_of_many(drawn, method.microbatch.size) * wanted).sum(2).tolist()
                     for drawn in (before, after)
                 ]
                 for problem, *cosines in zip(problems, *found, strict=True):
                     problem.heldout_before, problem.heldout_after = cosines
+        _leave_the_device(method)
 
     def _score_pictures(self, method: Any, rows: Sequence[tuple[Problem, Tensor, Tensor]]) -> None:
         """Scores problems by their drawn pictures (N, 3, H, W) and their targets (I, 3, H, W)."""
-        name, offline = method.backbone.name, method.offline
         with _told():
-            own = ClipSimilarity(clip_of(method.backbone), offline).to(method.device)
+            own = _clip(method, clip_of(method.backbone))
             similarity, diversity, agreement = ClipImageSimilarity(own), Diversity(own), ClipTextSimilarity(own)
             for problem, drawn, target in rows:
                 problem.clip_similarity = float(similarity(drawn, target))
@@ -108,14 +112,14 @@ class Scores:
                 if problem.embedding is None:  # the others' prompts are pseudo-words, which only their backbone knows
                     problem.clip_text_similarity = float(agreement(target, [str(problem.prompt)] * len(target)))
         with _told():
-            if clip := self.heldout(name, offline):
-                similarity, diversity = ClipImageSimilarity(clip.to(method.device)), Diversity(clip)
+            if clip := self.heldout(method):
+                similarity, diversity = ClipImageSimilarity(clip), Diversity(clip)
                 for problem, drawn, target in rows:
                     problem.heldout_clip_similarity = float(similarity(drawn, target))
                     problem.diversity = float(diversity(drawn[None]))  # rather than by a CLIP that may have searched
         with _told():
             if not lpips_lacks(weights=self.lpips_weights):
-                lpips = Lpips(weights=self.lpips_weights)
+                lpips = _kept(method, "lpips", lambda: Lpips(weights=self.lpips_weights))
                 for problem, drawn, target in rows:
                     problem.lpips = float(lpips(drawn, target))
 
@@ -129,15 +133,37 @@ class Scores:
                 problem.word_recall = float(recall([str(problem.prompt)], [problem.caption]))
             problem.special_characters = float(special([str(problem.prompt)]))
         with _told():
-            if known := read_dictionary(self.dictionary) if self.dictionary else words:
+            name = self.dictionary
+            if known := _kept(method, name, lambda: read_dictionary(str(name))) if name else words:
                 dictionary = DictionaryWords(known)
                 for problem in texts:
                     problem.dictionary_words = float(dictionary([str(problem.prompt)]))
         with _told():
             if self.language_model:
-                perplexity = Perplexity(self.language_model, method.offline)
+                model = self.language_model
+                perplexity = _kept(method, model, lambda: Perplexity(model, method.offline))
                 for problem in texts:
                     problem.perplexity = float(perplexity([str(problem.prompt)]))
+
+
+def _kept(method: Any, name: str, load: Callable[[], T]) -> T:
+    """What scores, loaded once a run, as problems are finished one after the other."""
+    if name not in method.scorers:
+        method.scorers[name] = load()
+    kept: T = method.scorers[name]
+    return kept
+
+
+def _clip(method: Any, name: str) -> ClipSimilarity:
+    """A CLIP on the device."""
+    return _kept(method, f"CLIP {name}", lambda: ClipSimilarity(name, method.offline)).to(method.device)
+
+
+def _leave_the_device(method: Any) -> None:
+    """Leaves the device's memory to the search."""
+    for scorer in method.scorers.values():
+        if isinstance(scorer, torch.nn.Module):
+            scorer.to("cpu")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +127,7 @@ class ImagesToPrompts(ProblemData):
         """As many as there are targets."""
         return len(self.targets)
 
-    def coming(self) -> Iterator[Problem]:
+    def coming(self) -> Generator[Problem, None, None]:
         """See `ProblemData.coming`; what an earlier process has finished is not read again."""
         own = (place for place in range(self.total) if self.owns(place) and not self._finished(place))
         for read in self._read(own):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pytorch_lightning as pl
@@ -54,7 +54,8 @@ class ProblemData(pl.LightningDataModule, ABC):
     def __init__(self, seed: int = 0, retry: bool = False) -> None:
         super().__init__()
         self.seed, self.retry = seed, retry
-        self.arrivals: Iterator[Problem] = iter(())
+        self._coming: Generator[Problem, None, None] = (problem for problem in list[Problem]())
+        self.arrivals: Iterator[Problem] = self._coming
         self.seen: dict[str, str] = {}  # what to call the problem of each key that has come
         self.skipped = 0  # problems that were finished before
         self._keys: dict[int, str] = {}  # by place among the inputs
@@ -81,7 +82,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         """How many problems were given, to all ranks."""
 
     @abstractmethod
-    def coming(self) -> Iterator[Problem]:
+    def coming(self) -> Generator[Problem, None, None]:
         """This rank's problems in their order, each read when it is asked for; open or failed, but not finished before."""
 
     @abstractmethod
@@ -144,8 +145,8 @@ class ProblemData(pl.LightningDataModule, ABC):
             UserError: There is none, and never was.
         """
         self.seen, self.skipped, self._keys = {}, 0, {}
-        coming, come = self.coming(), list[Problem]()
-        for problem in coming:
+        self._coming, come = self.coming(), list[Problem]()
+        for problem in self._coming:
             come.append(problem)
             if problem.status != "failed":
                 break
@@ -155,7 +156,19 @@ class ProblemData(pl.LightningDataModule, ABC):
             raise UserError(
                 reason if self.total == 1 else f"None of the {self.total} {self.given[0]} can be searched: {reason}"
             )
-        self.arrivals = _chained(come, coming)
+        self.arrivals = _chained(come, self._coming)
+
+    def stop(self) -> None:
+        """Ends what reads ahead; its processes would otherwise wait for this one, which waits for them at its end."""
+        self._coming.close()
+
+    def teardown(self, stage: str) -> None:
+        """Ends what reads ahead."""
+        self.stop()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends what reads ahead."""
+        self.stop()
 
     def go_on(self, searched: dict[str, str]) -> None:
         """Has what a checkpoint goes on with, names by key, not come another time; the first may have been read already."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ class Prompts(ProblemData):
         """As many as there are prompts, each as often as the method makes a problem of it."""
         return len(self._read) * len(self.method.identities)
 
-    def coming(self) -> Iterator[Problem]:
+    def coming(self) -> Generator[Problem, None, None]:
         """See `ProblemData.coming`."""
         for problem, wrong in self._given():
             if self.owns(problem.index) and self.wanted(problem):

@@ -128,6 +128,7 @@ class PromptMethod(pl.LightningModule, ABC):
         self.finished: list[Problem] = []  # not yet saved
         self.active = torch.empty(0, dtype=torch.bool)
         self.left_out = torch.empty(0, dtype=torch.long)  # steps of each since it was scored, without a finite gradient
+        self.scorers: dict[str, Any] = {}  # what scores results, by name
         self.over = False  # nothing is left to search
         self._resumed: dict[str, Any] | None = None
 
