@@ -323,7 +323,7 @@ def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
         machines = launched.machines
     elif machines > 1:
         raise UserError("Several machines are not reached from here; start the command on them with torchrun or srun.")
-    if there is not None and isinstance(asked, int) and here > there:
+    if there is not None and here > there:
         raise UserError(
             f"{here} GPUs were asked for and this machine has {there}; give --trainer.devices {there or 1}."
         )

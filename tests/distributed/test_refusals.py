@@ -1,0 +1,226 @@
+"""What cannot be divided is refused before the model is loaded, and what ranks do not agree on before anything is searched."""
+
+import re
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from lightning_prompts import cli
+from lightning_prompts.data import problems
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.main import main
+from lightning_prompts.methods import PEZ, TRAINER
+from lightning_prompts.ranks import met, shared
+from lightning_prompts.waves import fitted, merged
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, color in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def refused(pictures, tmp_path, monkeypatch, capsys):
+    """What is said of settings; the model must not be loaded for it."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("lightning_prompts.methods.base.load_backbone", loaded)
+
+    def run(*settings, command="fit", config="configs/pez.yaml", given=True, name=True):
+        inputs = ["--data.images", str(pictures)] if given else []
+        folder = ["--run", str(tmp_path / "run")] if name else []
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--config", config, *inputs, *folder, *settings])
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["--trainer.devices", "2", "--trainer.strategy", "ddp"], "give --trainer.strategy problems"),
+        (["--trainer.devices", "2", "--trainer.strategy", "fsdp"], "The strategy 'fsdp' divides a model"),
+        (["--trainer.devices", "4", "--trainer.accelerator", "gpu"], "4 GPUs were asked for and this machine has 0"),
+        (["--trainer.num_nodes", "2"], "start the command on them with torchrun or srun"),
+    ],
+)
+def test_what_does_not_fit(refused, settings, told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert told in refused(*settings)
+
+
+def test_a_person_is_one(refused):
+    settings = ("--trainer.devices", "2", "--data.prompts", "a cat")
+    assert "asks one person" in refused(*settings, config="configs/human_feedback.yaml", given=False)
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """The environment of the second of four processes, two on each of two machines."""
+    told = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_other_devices_than_torchrun_has_started(refused, torchrun):
+    told = refused("--trainer.devices", "8")
+    assert "torchrun has started 2 processes on 2 machines, and --trainer.devices 8" in told
+    assert "leave both out" in told
+
+
+def test_processes_of_a_launcher_need_a_common_folder(refused, torchrun):
+    assert "need a common folder; give --run runs/NAME" in refused(name=False)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "given", "chosen", "parts"),
+    [
+        ("auto", 3, "problems", 2),
+        ("auto", 1, "samples", 1),
+        ("samples", 3, "samples", 1),
+        ("problems", 1, "problems", 2),
+    ],
+)
+def test_strategy_fits_what_is_given(strategy, given, chosen, parts, pictures, monkeypatch, caplog):
+    class Reached(Exception):
+        pass
+
+    seen = []
+
+    def prepared(self, config, parts):
+        seen.append((config.trainer.strategy, parts))
+        raise Reached
+
+    monkeypatch.setattr(cli.CLI, "_prepare", prepared)
+    images = str(pictures) if given == 3 else str(pictures / "0.png")
+    with pytest.raises(Reached):
+        main(["fit", "--config", "configs/pez.yaml", "--data.images", images, "--run", "x", "--trainer.accelerator", "cpu",
+              "--trainer.devices", "2", "--trainer.strategy", strategy])  # fmt: skip
+    assert seen == [(chosen, parts)]
+    assert ("1 of 2 processes have nothing to do" in caplog.text) == (strategy == "problems")
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ((2, "x", None), "The ranks see different pictures: rank 0 has 3 and rank 1 has 2;"),
+        ((3, "x", None), "rank 0 has 3 and rank 1 has 3, but not the same;"),
+        (
+            (0, "x", "There is no file or folder 'pictures'; check the path."),
+            "Rank 1 has found no pictures: There is no",
+        ),
+    ],
+)
+def test_ranks_that_see_different_files(other, told, tiny, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(problems, "of_all_ranks", lambda own: [own, other])
+    trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    with pytest.raises(UserError, match=re.escape(told)):
+        trainer.fit(PEZ(backbone=tiny, tokens=2, sampling_steps=2), datamodule=ImagesToPrompts(str(pictures), steps=1))
+
+
+def test_all_differences_from_an_earlier_run_are_told(tiny, pictures, tmp_path, capsys):
+    args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", tiny,
+            "--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(pictures), "--data.steps", "1",
+            "--data.validation_samples", "1"]  # fmt: skip
+    main(args)
+    with pytest.raises(SystemExit):
+        main([*args, "--ckpt_path", "last", "--model.lr", "0.5", "--data.seed", "3"])
+    assert "was begun with --model.lr 0.1, --data.seed 0 and cannot go on with 0.5, 3;" in capsys.readouterr().err
+
+
+# --- what ranks do with each other
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (4, 4), (12, 4), (13, 4), (40, 16), (7, 1)])
+def test_every_sample_is_some_ranks_and_calls_are_those_of_one_process(count, size, ranks, monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
+    several = []
+    for rank in range(ranks):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        several.append(shared(count, size, None).tolist())
+    assert len({len(numbers) for numbers in several}) == 1  # they exchange as many
+    assert [number for numbers in several for number in numbers][:count] == list(range(count))
+    if len(several[0]) > size:
+        assert all(numbers[0] % size == 0 or numbers[0] == count - 1 for numbers in several)
+
+
+def test_the_living_meet_through_a_store_of_the_dead():
+    """Each process reads what others, perhaps of an earlier start, have left."""
+    from threading import Thread
+
+    store = torch.distributed.HashStore()
+    for attempt in range(3):
+        names = {}
+
+        def meet(rank, names=names):
+            names[rank] = met(store, rank, 3)
+
+        threads = [Thread(target=meet, args=(rank,)) for rank in ((2, 1, 0) if attempt % 2 else (0, 1, 2))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert len(names) == 3
+        assert len(set(names.values())) == 1
+
+
+def checkpoint(keys, done, width, **wave):
+    """A wave of problems whose rows hold their numbers of steps."""
+    rows = torch.tensor(done, dtype=torch.float).view(-1, 1).expand(-1, width).clone()
+    state = {0: {"mean": rows.clone(), "step": torch.tensor(done), "lr": torch.tensor(0.5)}} if keys else {}
+    return {
+        "epoch": 1,
+        "wave": {
+            "records": [{"key": key} for key in keys],
+            "done": done,
+            "active": [True] * len(keys),
+            "parts": 2,
+            **wave,
+        },
+        "state_dict": {"prompt": rows},
+        "optimizer_states": [{"state": state, "param_groups": []}],
+    }
+
+
+def test_checkpoints_of_several_ranks_are_merged():
+    some = [
+        checkpoint(["a", "b"], [3, 5], 2),
+        checkpoint(["c", "d", "b"], [4, 2, 7], 3, active=[True, False, True]),
+        checkpoint(["e"], [9], 1),
+    ]
+    whole = merged(some, lambda record: record["key"] != "e")
+    assert [record["key"] for record in whole["wave"]["records"]] == ["a", "c", "b"]  # b where it has come farthest
+    assert whole["wave"]["done"] == [3, 4, 7]
+    assert whole["state_dict"]["prompt"].tolist() == [[3, 3, 0], [4, 4, 4], [7, 7, 7]]
+    state = whole["optimizer_states"][0]["state"][0]
+    assert state["mean"].tolist() == whole["state_dict"]["prompt"].tolist()
+    assert state["step"].tolist() == [3, 4, 7]
+    assert float(state["lr"]) == 0.5
+    assert whole["epoch"] == 1
+
+
+def test_nothing_is_left_of_checkpoints_whose_problems_are_finished():
+    whole = merged([checkpoint(["a"], [1], 2)], lambda record: False)
+    assert whole["wave"]["records"] == []
+    assert whole["state_dict"]["prompt"].shape == (0, 2)
+
+
+def test_rows_are_cut_off_or_filled_up():
+    rows = torch.arange(6.0).view(1, 2, 3)
+    assert fitted(rows, (2, 3)) is rows
+    assert fitted(rows, (1, 4)).tolist() == [[[0, 1, 2, 0]]]
+    assert fitted(rows, (3, 2)).tolist() == [[[0, 1], [3, 4], [0, 0]]]
