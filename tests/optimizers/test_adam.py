@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from lightning_prompts.optimizers import AdamOnLion, BatchedAdam
+
+
+def losses(x):
+    return ((x - 1) ** 2 * torch.linspace(0.1, 5, x[0].numel(), dtype=x.dtype).view(x[0].shape)).flatten(1).sum(1)
+
+
+def step(optimizer, x):
+    optimizer.zero_grad()
+    losses(x).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("torchs", "settings"),
+    [
+        (torch.optim.Adam, {"lr": 0.1, "eps": 1e-3}),
+        (torch.optim.Adam, {"lr": 0.02, "betas": (0.5, 0.9999)}),
+        (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.3}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_row_takes_the_steps_of_torchs_alone(torchs, settings, dtype):
+    rows = torch.randn(3, 4, 5, dtype=dtype)
+    together = rows.clone().requires_grad_()
+    alone = [row[None].clone().requires_grad_() for row in rows]
+    optimizers = [torchs([x], **settings) for x in alone]
+    own = BatchedAdam([together], **settings)
+    for _ in range(200):
+        step(own, together)
+        for optimizer, x in zip(optimizers, alone, strict=True):
+            step(optimizer, x)
+    expected = torch.cat(alone).detach()
+    torch.testing.assert_close(together.detach(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [BatchedAdam, AdamOnLion])
+def test_a_row_that_joins_later_steps_as_it_would_alone(optimizer):
+    """With PyTorch's, which count the steps of the parameter, its first steps would be too short."""
+    first, later = torch.randn(2, 1, 4, 5)
+    x = first.clone().requires_grad_()
+    own = optimizer([x], lr=0.1)
+    for _ in range(7):
+        step(own, x)
+    (state,) = own.state.values()
+    x.data = torch.cat([x.data, later])
+    for name, value in state.items():
+        state[name] = torch.cat([value, torch.zeros_like(value)])
+    alone = later.clone().requires_grad_()
+    single = optimizer([alone], lr=0.1)
+    for _ in range(5):
+        step(own, x)
+        step(single, alone)
+    torch.testing.assert_close(x.detach()[1:], alone.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_happens_without_a_gradient():
+    x = torch.randn(2, 3).requires_grad_()
+    before = x.detach().clone()
+    BatchedAdam([x], weight_decay=0.1).step()
+    assert torch.equal(x.detach(), before)
+    assert BatchedAdam([x]).step(lambda: 5) == 5
