@@ -128,6 +128,7 @@ class PromptMethod(pl.LightningModule, ABC):
         self.finished: list[Problem] = []  # not yet saved
         self.active = torch.empty(0, dtype=torch.bool)
         self.left_out = torch.empty(0, dtype=torch.long)  # steps of each since it was scored, without a finite gradient
+        self.terms: dict[str, Tensor] = {}  # of the last loss, if it is a sum
         self.scorers: dict[str, Any] = {}  # what scores results, by name
         self.over = False  # nothing is left to search
         self._resumed: dict[str, Any] | None = None
@@ -319,7 +320,7 @@ class PromptMethod(pl.LightningModule, ABC):
             self.manual_backward(loss.sum())
         gradient = parameter.grad
         sound = gradient.isfinite().flatten(1).all(1)
-        gradient[~sound] = 0
+        gradient.masked_fill_(~sound.view(-1, *(1,) * (parameter.dim() - 1)), 0)
         if clip is not None:
             gradient.clamp_(-clip, clip)
         optimizer.step()
@@ -329,6 +330,12 @@ class PromptMethod(pl.LightningModule, ABC):
         share = share.to(parameter).where(sound, 0).view(-1, *(1,) * (parameter.dim() - 1))
         with torch.no_grad():  # momentum and weight decay move rows without a gradient too
             parameter.copy_(torch.where(share > 0, torch.lerp(before, parameter, share), before))
+
+    def tell(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
+        """Logs values of a step after which one of the problems `rows` (Q,) is scored; a look makes the device wait."""
+        if any((batch.steps[row] + 1) % self.score_every == 0 for row in rows.tolist()):
+            told = {**values, **self.terms}
+            self.log_dict({f"train/{name}": value.detach().mean() for name, value in told.items()})
 
     def count(self, rows: Tensor, samples: int) -> None:
         """Adds denoiser samples to the problems' counters; a backward counts as one."""

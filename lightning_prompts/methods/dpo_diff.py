@@ -232,6 +232,7 @@ class DPODiff(PromptMethod):
                 learning.append(some)
         if losses:
             self.descend(torch.cat(losses), torch.cat(learning))
+            self.tell(batch, rows, loss=torch.cat(losses))
         trying = [row for row in rows.tolist() if batch.steps[row] >= first]
         wanted = [(row, choice) for row in trying for choice in self.agreed(self.propose(row, batch.steps[row], first))]
         self.evaluate(wanted)
@@ -258,7 +259,6 @@ class DPODiff(PromptMethod):
         with torch.no_grad():
             most = self.prompt.initial(self.unchanged).clamp(min=3).unsqueeze(2).to(self.device)
             self.prompt.logits.copy_(self.prompt.logits.clamp(min=0).minimum(most))
-        self.log("train/loss", loss.detach().mean(), prog_bar=True)
 
     def shortcut_loss(self, rows: Tensor, told: Tensor, away: Tensor, calls: int) -> Tensor:
         """What is minimised, (Q,), at the clean pictures that are predicted after so many calls of the denoiser."""

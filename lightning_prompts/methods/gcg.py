@@ -62,7 +62,7 @@ class GCG(Inverter):
         least, best = losses.min(1)
         taken = torch.where((least < loss).unsqueeze(1), proposed[torch.arange(len(rows)), best], token_ids)
         self.prompt.embeddings.data[here] = self.prompt.table[taken].float()
-        self.log("train/loss", torch.minimum(least, loss).mean(), prog_bar=True)
+        self.tell(batch, rows, loss=torch.minimum(least, loss))
 
     def _propose(
         self, steps: Sequence[int], rows: Tensor, token_ids: Tensor, gradient: Tensor

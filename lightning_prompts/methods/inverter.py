@@ -204,8 +204,8 @@ class Inverter(PromptMethod):
         if self.clip_weight:
             own = self.vocabulary.of_width(embeddings, self.clip.width)
             terms["clip"] = self.clip_weight * self.clip(ids, own, self.features(rows))
-        if len(terms) > 1 and torch.is_grad_enabled():
-            self.log_dict({f"train/{name}": term.detach().mean() for name, term in terms.items()})
+        if torch.is_grad_enabled():
+            self.terms = {name: term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
         return torch.stack(list(terms.values())).sum(0)
 
     def denoising_loss(self, rows: Tensor, told: Tensor, samples: Samples) -> Tensor:

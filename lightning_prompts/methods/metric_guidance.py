@@ -132,8 +132,7 @@ class MetricGuidance(Steering):
             if len(due):
                 begun = self.prompt.of(self.prompt.initial[due.to(self.device)])
                 self.jump(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
-        self.log("train/loss", losses.detach().mean(), prog_bar=True)
-        self.log_dict({f"train/{name}": value.mean() for name, value in values.items()})
+        self.tell(batch, rows, loss=losses, **values)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """What moves the embeddings."""

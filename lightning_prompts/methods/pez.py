@@ -36,7 +36,7 @@ class PEZ(Inverter):
         ids, embeddings = self.prompt(rows.to(self.device), straight_through=True)
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
         self.step_active(optimizer, loss, rows)
-        self.log("train/loss", loss.mean().detach(), prog_bar=True)
+        self.tell(batch, rows, loss=loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, as the released code."""

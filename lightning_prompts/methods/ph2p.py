@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_prompts.callbacks import VocabularyProjection
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.problems import Step
-from lightning_prompts.methods.inverter import Inverter
+from lightning_prompts.methods.inverter import Inverter, Samples
 from lightning_prompts.optimizers import BatchedAdam, BatchedLBFGS
 from lightning_prompts.ranges import NotNegative, Positive
 
@@ -80,23 +80,27 @@ class PH2P(Inverter):
                 [row for row in rows.tolist() if batch.steps[row] and batch.steps[row] % self.restart_every == 0]
             )
         optimizer: Any = self.optimizers()
-        everyone, samples = self.active.to(self.device), self.samples(rows, batch)
-
-        def losses(needed: Tensor) -> Tensor:
-            """Losses (P,), of which those of the problems `needed` (P,) are computed."""
-            among = needed.cpu()[rows].nonzero().squeeze(1)
-            ids, embeddings = self.prompt(rows[among].to(self.device), straight_through=self.projection == "immediate")
-            loss = self.loss(rows[among], ids, embeddings, samples[among])
-            return loss.new_zeros(len(needed)).index_put((rows[among].to(self.device),), loss)
-
+        samples = self.samples(rows, batch)
         if self.optimizer != "lbfgs":
-            loss = losses(everyone)
+            loss = self.losses(rows, samples)
             self.step_active(optimizer, loss, rows)
         else:
-            loss = optimizer.step(
-                closure=lambda: losses(optimizer.optimizer.needed), active=everyone, new_function=True
-            )
-        self.log("train/loss", loss[everyone].mean().detach(), prog_bar=True)
+            everyone = torch.zeros(len(self.problems), dtype=torch.bool)
+            everyone[rows] = True
+
+            def losses() -> Tensor:
+                """Losses (P,), of which those of the problems that the optimiser needs are computed."""
+                among = optimizer.optimizer.needed.cpu()[rows].nonzero().squeeze(1)
+                some = self.losses(rows[among], samples[among])
+                return some.new_zeros(len(everyone)).index_put((rows[among].to(self.device),), some)
+
+            loss = optimizer.step(closure=losses, active=everyone.to(self.device), new_function=True)[rows]
+        self.tell(batch, rows, loss=loss)
+
+    def losses(self, rows: Tensor, samples: Samples) -> Tensor:
+        """Losses (Q,) of the problems `rows` (Q,)."""
+        ids, embeddings = self.prompt(rows.to(self.device), straight_through=self.projection == "immediate")
+        return self.loss(rows, ids, embeddings, samples)
 
     def _restart(self, rows: list[int]) -> None:
         """Begins again at the best prompts, half of whose tokens are drawn anew."""

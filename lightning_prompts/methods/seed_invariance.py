@@ -176,7 +176,7 @@ class SeedInvariance(Steering):
         parts = [(some, self.distances(some, step)) for step, some in by_step(batch, rows)]
         losses = torch.cat([loss for _, loss in parts])
         self.step_active(self.optimizers(), losses, torch.cat([some for some, _ in parts]))
-        self.log("train/loss", losses.detach().mean(), prog_bar=True)
+        self.tell(batch, rows, loss=losses)
 
     def distances(self, rows: Tensor, step: int) -> Tensor:
         """Losses (Q,) of the problems `rows` (Q,) at a step."""

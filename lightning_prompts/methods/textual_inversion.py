@@ -45,7 +45,7 @@ class TextualInversion(Inverter):
         ids, embeddings = self.prompt(rows.to(self.device))
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
         self.step_active(optimizer, loss, rows)
-        self.log("train/loss", loss.mean().detach(), prog_bar=True)
+        self.tell(batch, rows, loss=loss)
 
     def found(self, rows: Tensor) -> tuple[list[Found], Tensor]:
         """The embeddings as they are, under their pseudo-words."""
