@@ -93,6 +93,20 @@ def processes_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Seconds and memory by the number of pictures."""
+    from matplotlib import pyplot as plt
+
+    figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(8, 3))
+    counts = [row["pictures"] for row in rows]
+    time_axis.loglog(counts, [row["seconds"] for row in rows], "o-")
+    time_axis.set(xlabel="pictures", ylabel="seconds", title="time, one thread")
+    memory_axis.semilogx(counts, [row["megabytes"] for row in rows], "o-")
+    memory_axis.set(xlabel="pictures", ylabel="MB", title="most memory", ylim=(0, None))
+    figure.tight_layout()
+    figure.savefig(jobs.ROOT / "docs" / "images" / "large_jobs.png", dpi=110)
+
+
 TABLES = {"scaling": scaling_table, "processes": processes_table}
 
 
@@ -103,6 +117,8 @@ def main() -> None:
     what = parser.parse_args().what
     with tempfile.TemporaryDirectory() as scratch:
         MEASURE[what](Path(scratch))
+    if what == "scaling":
+        plot(tables.read(FIGURES[what]))
     print(TABLES[what](tables.read(FIGURES[what])))
 
 

@@ -113,3 +113,20 @@ def test_speed_reaches_what_is_wanted():
     assert min(ratios.values()) >= 3
     steps = [row for row in tables.read(speed.figures("share")) if row["what"].endswith("targets")]
     assert min(row["share_of_best"] for row in steps) >= 0.3
+
+
+@pytest.mark.parametrize("what", ["scaling", "processes"])
+def test_large_jobs_in_the_docs_are_those_of_the_figures(what):
+    import large_jobs
+    import tables
+
+    rows = tables.read(large_jobs.FIGURES[what])
+    assert large_jobs.TABLES[what](rows) in (ROOT / "docs" / "large_jobs.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["interruptions", "two_machines"])
+def test_interruptions_and_machines_in_the_docs_are_those_of_the_figures(name):
+    import tables
+
+    benchmark = __import__(name)
+    assert benchmark.table(tables.read(benchmark.FIGURES)) in (ROOT / "docs" / "large_jobs.md").read_text()

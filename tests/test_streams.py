@@ -1,6 +1,9 @@
 """More problems than are searched at a time: each as if it were alone, in whatever company and after whatever interruption."""
 
 import json
+import shutil
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +238,46 @@ def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch
         assert len(kept) <= 1
     assert len(module.problems) == len(module.latents) == 1
     assert torch.isfinite(module.parameter).all()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if not shutil.which("mount") or subprocess.run(mounted, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("method", ["PEZ", "MetricGuidance"])
+def test_a_disk_that_fills_up(method, make, small_disk, tmp_path, monkeypatch, capsys, caplog):
+    """The search goes on, says what it could not write, and can go on when there is room again."""
+    how = ("--model.together", "2")
+    main(make(tmp_path / "whole", method, *how))
+
+    class Filling(PromptCheckpoint):
+        steps = 0
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            Filling.steps += 1
+            if Filling.steps == 2:
+                with suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as ballast:
+                    while True:
+                        ballast.write(bytes(512))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "PromptCheckpoint", Filling)
+        with pytest.raises(SystemExit) as stopped:
+            main(make(small_disk / "run", method, *how))
+    assert stopped.value.code == 2
+    assert "No space left" in capsys.readouterr().err
+    assert "could not be written" in caplog.text
+    assert "the run goes on" in caplog.text
+    (small_disk / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    main([*make(small_disk / "run", method, *how), "--ckpt_path", "last"])
+    assert found(small_disk / "run") == found(tmp_path / "whole")
