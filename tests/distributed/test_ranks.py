@@ -66,26 +66,49 @@ def arguments(tiny, inputs, run, method, *extra):
     return [*command, "--model.sampling_steps", "2", "--trainer.accelerator", "cpu", *METHODS[method], *extra]
 
 
-def fit(*args, ranks=1):
-    """A search by so many processes, as torchrun starts them, but with everything imported already."""
+def fit(*args, ranks=1, launcher="torchrun"):
+    """A search by so many processes, as a launcher starts them, but with everything imported already."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    everyone = {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test",
-        "WORLD_SIZE": str(ranks),
-    }
-    several = [{**everyone, "LOCAL_WORLD_SIZE": str(ranks), "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     said = Path(args[args.index("--run") + 1]).with_suffix(".log")
-    processes = [FORKS.Process(target=child, args=(args[1:], told if ranks > 1 else {}, said)) for told in several]
+    told = [{**where, **LAUNCHERS[launcher](rank, ranks)} if ranks > 1 else {} for rank in range(ranks)]
+    processes = [FORKS.Process(target=child, args=(args[1:], environment, said)) for environment in told]
     for process in processes:
         process.start()
     for process in processes:
         process.join(250)
         assert process.exitcode == 0, said.read_text()[-3000:]
     return found(args[args.index("--run") + 1])
+
+
+def torchrun(rank, ranks):
+    """What torchrun tells a process."""
+    told = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    return {name: str(value) for name, value in told.items()}
+
+
+def srun(rank, ranks):
+    """What srun tells a process."""
+    told = {
+        "NTASKS": ranks,
+        "NNODES": 1,
+        "PROCID": rank,
+        "LOCALID": rank,
+        "NODEID": 0,
+        "JOB_ID": 14321,
+        "JOB_NAME": "prompts",
+    }
+    return {f"SLURM_{name}": str(value) for name, value in told.items()}
+
+
+LAUNCHERS = {"torchrun": torchrun, "srun": srun}
 
 
 def child(args, environment, said):
@@ -136,6 +159,11 @@ def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs,
     lines = (tmp_path / "two" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == [problem["key"] for problem in together]
     assert not list((tmp_path / "two").glob("results-rank*"))
+
+
+def test_ranks_that_slurm_has_started(tiny, inputs, alone, tmp_path):
+    together = fit(*arguments(tiny, inputs, tmp_path / "two", "ph2p"), ranks=2, launcher="srun")
+    assert_alike(together, alone("ph2p"))
 
 
 def test_ranks_need_not_take_the_same_number_of_steps(tiny, inputs, alone, tmp_path):
