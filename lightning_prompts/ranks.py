@@ -20,6 +20,8 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
+from lightning_prompts.errors import UserError
+
 T = TypeVar("T")
 
 LONG = timedelta(days=30)  # of a rank's work until it meets the others; torchrun and srun notice those that are lost
@@ -40,6 +42,10 @@ class Launched(NamedTuple):
             everywhere, here = int(told["WORLD_SIZE"]), int(told["LOCAL_WORLD_SIZE"])
             return cls("torchrun", here, everywhere // here)
         if SLURMEnvironment.detect():
+            if int(told["SLURM_NTASKS"]) > 1 and "SLURM_NTASKS_PER_NODE" not in told:
+                raise UserError(
+                    "SLURM was asked for --ntasks, which may put any number on a machine; give --ntasks-per-node."
+                )
             machines = int(told["SLURM_NNODES"])
             return cls("srun", int(told["SLURM_NTASKS"]) // machines, machines)
         return None

@@ -98,6 +98,7 @@ def srun(rank, ranks):
     """What srun tells a process."""
     told = {
         "NTASKS": ranks,
+        "NTASKS_PER_NODE": ranks,
         "NNODES": 1,
         "PROCID": rank,
         "LOCALID": rank,

@@ -85,6 +85,12 @@ def test_processes_of_a_launcher_need_a_common_folder(refused, torchrun):
     assert "need a common folder; give --run runs/NAME" in refused(name=False)
 
 
+def test_tasks_that_slurm_may_put_anywhere(refused, monkeypatch):
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert "give --ntasks-per-node" in refused()
+
+
 @pytest.mark.parametrize(
     ("strategy", "given", "chosen", "parts"),
     [
