@@ -115,7 +115,7 @@ def test_speed_reaches_what_is_wanted():
     assert min(row["share_of_best"] for row in steps) >= 0.3
 
 
-@pytest.mark.parametrize("what", ["scaling", "processes"])
+@pytest.mark.parametrize("what", ["scaling"])
 def test_large_jobs_in_the_docs_are_those_of_the_figures(what):
     import large_jobs
     import tables
