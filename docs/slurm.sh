@@ -20,4 +20,9 @@ run=$2
 shift 2
 srun --kill-on-bad-exit=1 python train.py fit --config configs/invert.yaml --data.images "$pictures" \
   --run "$run" --ckpt_path last --trainer.precision bf16-mixed "$@" &
-wait $!
+search=$!
+while kill -0 "$search" 2>/dev/null; do  # the signal ends a wait before the search has ended
+  wait "$search"
+  code=$?
+done
+exit "$code"
