@@ -139,7 +139,7 @@ def test_killed_at_any_step_is_as_unbroken(method, make, tmp_path, watched):
     how = (*(["--model.patience", "2"] if method == "PEZ" else []), "--model.together", "2")
     main(make(tmp_path / "whole", method, *how))
     steps, whole = len(watched.seen), found(tmp_path / "whole")
-    for stop in range(1, steps, 3 if method in INVERTERS else 5):
+    for stop in (1, steps // 2, steps - 1):
         run = tmp_path / str(stop)
         watched.seen.clear()
         watched.stop = stop
