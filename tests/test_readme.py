@@ -1,6 +1,7 @@
 """Every command that the README and the docs show for train.py, run as it stands but for its length."""
 
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -40,10 +41,19 @@ def content(file):
     return Path(file[1]).read_text().rstrip("\n")
 
 
+def processes(args):
+    """Runs what begins several processes, two instead of many on one machine instead of four."""
+    here = {"8": "2", "4": "1", "N": "0", "HOST": "localhost", "runs/big": f"runs/{args[0]}"}
+    command = [sys.executable, *(here.get(word, word) for word in args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder like the repository's root with pictures in it."""
-    for name in ("benchmarks", "configs"):
+    for name in ("benchmarks", "configs", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "photos").mkdir()
     colors = {"photo": "red", "photos/a": "green", "photos/b": "blue", "fox": "orange", "ball": "white"}
@@ -69,7 +79,12 @@ def test_commands_of_the_page_run(page, place, tiny):
             short = [*short, "--trainer.accelerator=cpu"] if args[0] in ("fit", "dry-run") else []
             if any(word.startswith("configs/models/") for word in args):  # of which there are no weights here
                 short += ["--model.backbone", tiny, "--model.image_size=16"]
-            main([*args, *short, *(["--generations=2", "--population=2"] if "--mix" in args else [])])
+            if "--trainer.devices" in args:
+                processes(["train.py", *args, *short])
+            else:
+                main([*args, *short, *(["--generations=2", "--population=2"] if "--mix" in args else [])])
+        elif program == "torchrun":
+            processes(["-m", "torch.distributed.run", *args, *SHORT, "--trainer.accelerator=cpu"])
         elif program == "tensorboard":
             shown = subprocess.run(
                 [sys.executable, "-m", "tensorboard.main", "--inspect", *args],
