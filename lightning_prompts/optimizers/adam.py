@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,35 @@ import torch
 from torch import Tensor
 
 
-class BatchedAdam(torch.optim.Optimizer):
+class OfRows(torch.optim.Optimizer, ABC):
+    """An optimiser that says how a parameter moves along its gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step down the gradients.
+
+        Args:
+            closure: Computes the loss, and the gradients with it.
+
+        Returns:
+            What the closure returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.move(parameter, parameter.grad, group)
+        return loss
+
+    @abstractmethod
+    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Moves a parameter, by the settings of its group."""
+
+
+class BatchedAdam(OfRows):
     """Adam and AdamW (arXiv 1412.6980, 1711.05101) that count the steps of every row for itself.
 
     PyTorch's count those of the parameter, so that a problem which joins others would not take the steps that it takes alone.
@@ -32,27 +61,8 @@ class BatchedAdam(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes a step down the gradients.
-
-        Args:
-            closure: Computes the loss, and the gradients with it.
-
-        Returns:
-            What the closure returns.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
-        return loss
-
-    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """See `OfRows`."""
         state, (first, second) = self.state[parameter], group["betas"]
         if not state:
             state["step"] = parameter.new_zeros(len(parameter))

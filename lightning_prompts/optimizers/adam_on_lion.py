@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_prompts.optimizers.adam import unbiased
+from lightning_prompts.optimizers.adam import OfRows, unbiased
 
 
-class AdamOnLion(torch.optim.Optimizer):
+class AdamOnLion(OfRows):
     """Steps along the signs of Lion's momentum, as long as Adam's step would be.
 
     Each embedding (L, D), the last two dimensions of a parameter (..., L, D), has a length of its own, so that problems beside
@@ -38,29 +38,9 @@ class AdamOnLion(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "lion_betas": lion_betas, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes a step down the gradients.
-
-        Args:
-            closure: Computes the loss, and the gradients with it.
-
-        Returns:
-            What the closure returns.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, group)
-        return loss
-
-    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
+    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """See `OfRows`."""
+        state = self.state[parameter]
         gradient = gradient + group["weight_decay"] * parameter
         if not state:
             state["step"] = parameter.new_zeros(
