@@ -374,6 +374,7 @@ def test_attack_without_words_that_keep_the_meaning_is_refused(tiny, tmp_path):
 def test_temperature_goes_from_the_first_to_the_last(attached, monkeypatch):
     module, seen = attached(temperature=(4.0, 1.0), gradient_share=0.5), []
     monkeypatch.setattr(module, "descend", lambda loss, rows: None)
+    monkeypatch.setattr(module, "tell", lambda batch, rows, loss: None)
     mixed = module.prompt.forward
     monkeypatch.setattr(
         module.prompt, "forward", lambda rows, noise, warmth: seen.append(warmth) or mixed(rows, noise, warmth)
