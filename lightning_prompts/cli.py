@@ -333,7 +333,7 @@ def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
 def count_of(data: Any) -> int:
     """How many problems the inputs are, at least."""
     how = data.init_args
-    if data.class_path.endswith("Prompts") and not data.class_path.endswith("ImagesToPrompts"):
+    if data.class_path.rpartition(".")[2] == Prompts.__name__:
         return len(find_prompts([how.prompts] if isinstance(how.prompts, str) else how.prompts))
     return len(find_targets([how.images] if isinstance(how.images, str) else how.images, how.one_subject))
 
