@@ -37,7 +37,8 @@ from lightning_prompts.methods.human_feedback import Choice, Chooser, Page, Roun
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives import Objective
-from lightning_prompts.problems import Problem, RunFolder
+from lightning_prompts.problems import Problem
+from lightning_prompts.run_folder import RunFolder
 
 __all__ = ["Result", "guide", "hold", "invert", "load_backbone", "prefer", "reword", "search"]
 

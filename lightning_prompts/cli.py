@@ -50,9 +50,9 @@ from lightning_prompts.data.prompts import Prompts, find_prompts, read_prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
-from lightning_prompts.problems import RunFolder
 from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import Launched, own_rank
+from lightning_prompts.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.problems import RunFolder
+from lightning_prompts.run_folder import RunFolder
 
 COMMANDS = ("fit", "validate", "test", "predict", "show-space", "dry-run", "prefetch")
 HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]

@@ -16,7 +16,7 @@ from lightning_prompts import cli
 from lightning_prompts.callbacks import PromptCheckpoint
 from lightning_prompts.main import main
 from lightning_prompts.methods import GCG, PEZ, PH2P
-from lightning_prompts.problems import RunFolder
+from lightning_prompts.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

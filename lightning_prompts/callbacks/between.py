@@ -16,8 +16,9 @@ from lightning_prompts.callbacks.grid import sheet, to_image, to_png
 from lightning_prompts.callbacks.results import file_name, noise_of
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
+from lightning_prompts.files import atomic_write
 from lightning_prompts.interop import read_prompt_embeds
-from lightning_prompts.problems import RunFolder, atomic_write
+from lightning_prompts.run_folder import RunFolder
 
 MILLISECONDS = 150  # of a frame
 

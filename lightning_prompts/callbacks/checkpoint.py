@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from lightning_prompts.problems import atomic_write
+from lightning_prompts.files import atomic_write
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,12 @@ from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.errors import UserError
 from lightning_prompts.evolution import Member, evolve, fittest
+from lightning_prompts.files import atomic_write, to_json
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import clip_of
-from lightning_prompts.problems import SCHEMA_VERSION, Problem, RunFolder, atomic_write, to_json, versions
+from lightning_prompts.problems import Problem
+from lightning_prompts.reports import SCHEMA_VERSION, versions
+from lightning_prompts.run_folder import RunFolder
 
 ACROSS = 8  # prompts beside each other in a generation's picture
 

@@ -18,9 +18,12 @@ from torch import Tensor
 from lightning_prompts.callbacks.grid import to_image, to_png
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.errors import UserError
+from lightning_prompts.files import atomic_write
 from lightning_prompts.metrics import lpips_lacks
-from lightning_prompts.problems import Problem, RunFolder, atomic_write, versions
+from lightning_prompts.problems import Problem
 from lightning_prompts.ranks import wait_for_all
+from lightning_prompts.reports import versions
+from lightning_prompts.run_folder import RunFolder
 
 SHOWN = 24  # problems in the grid
 EXPORTED = 1000  # problems in the files for other tools

@@ -11,8 +11,9 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.problems import Problem, RunFolder
+from lightning_prompts.problems import Problem
 from lightning_prompts.ranks import of_all_ranks, sharing
+from lightning_prompts.run_folder import RunFolder
 
 T = TypeVar("T")
 

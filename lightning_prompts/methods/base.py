@@ -23,10 +23,11 @@ from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.optimizers import BatchedLBFGS
-from lightning_prompts.problems import Problem, RunFolder
+from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
 from lightning_prompts.ranks import of_rank_zero, sharing
+from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.waves import fitted, merged
 
 log = logging.getLogger(__name__)

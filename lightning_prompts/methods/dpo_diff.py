@@ -18,12 +18,14 @@ from lightning_prompts.data.addresses import FRESH, SEARCH, generator
 from lightning_prompts.data.problems import Step
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
+from lightning_prompts.files import atomic_write
 from lightning_prompts.methods.base import PromptMethod, by_step
 from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
 from lightning_prompts.objectives.spherical import spherical_distance
-from lightning_prompts.problems import Candidate, Problem, RunFolder, atomic_write
+from lightning_prompts.problems import Candidate, Problem
 from lightning_prompts.prompts import WordChoices
 from lightning_prompts.ranges import Positive
+from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.substitutes import Meaning, Source, Sources, Space, keeping
 
 TRIES = 50  # draws for each candidate that is wanted, before a step makes do with fewer

@@ -20,13 +20,15 @@ from lightning_prompts.data.addresses import START, TRIAL, VALIDATION, draw_nois
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
+from lightning_prompts.files import atomic_write
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.methods.start import best_words, earlier, given, random_tokens
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
-from lightning_prompts.problems import Problem, RunFolder, atomic_write
+from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.ranges import Positive
+from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.vocabulary import Metric, contains_blocked, fill_template, round_trip
 
 REGENERATIONS = 4

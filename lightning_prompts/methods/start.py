@@ -16,8 +16,9 @@ from lightning_prompts.data.addresses import generator
 from lightning_prompts.errors import UserError
 from lightning_prompts.interop import read_embedding
 from lightning_prompts.objectives import ClipSimilarity
-from lightning_prompts.problems import Problem, RunFolder
+from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.vocabulary import token_lists
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,13 @@ from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import FRESH, SEARCH
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
+from lightning_prompts.files import atomic_write
 from lightning_prompts.interop import base_prompts, pack_prompt_embeds, read_prompt_embeds
 from lightning_prompts.methods.base import PromptMethod
-from lightning_prompts.problems import Problem, RunFolder, atomic_write
+from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptArc, PromptEmbeds
 from lightning_prompts.ranges import Positive
+from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.vocabulary import encode_text
 
 SHOWN = 12  # problems in the grid

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.problems import atomic_write
+from lightning_prompts.files import atomic_write
 
 Kind = Literal["synonyms", "antonyms"]
 ASKS = 5  # times that a prompt is asked about before it is given up

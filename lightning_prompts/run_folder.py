@@ -1,0 +1,260 @@
+"""The folder of a run, with a file for the record of each problem: the only code that writes results.
+
+A run is a set of independent problems. Each has one small file that only its owner writes, and always in one piece, so a run that
+ends in any way leaves the best prompts found so far. `result.json` and `prompt.txt` are merged from these files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_prompts.errors import UserError
+from lightning_prompts.files import atomic_write, atomic_writer, to_json
+from lightning_prompts.problems import Problem
+from lightning_prompts.reports import SCHEMA_VERSION, failed_line, prompt_lines, result_entry, result_line, write_table
+
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """The folder of a run, usually `runs/<name>/`, and where things are in it; it need not exist.
+
+    Args:
+        path: Where it is.
+        writes: Whether this process writes to it; of ranks that search the same problems only the first does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
+        self.problems = self.path / "problems"
+        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.yaml"
+        self.result = self.path / "result.json"
+        self.lines = self.path / "results.jsonl"  # while a search goes on, of rank 0's problems
+        self.table = self.path / "results.parquet"
+        self.failed = self.path / "failed.jsonl"
+        self.prompt = self.path / "prompt.txt"
+        self.negative_prompt = self.path / "negative_prompt.txt"
+        self.grid = self.path / "grid.png"
+        self.words = self.path / "words.png"
+        self.embedding = self.path / "embedding.safetensors"
+        self.embeddings = self.path / "embeddings"  # in the layout of other tools, a file a pseudo-word
+        self.prompt_embeds = self.path / "prompt_embeds.safetensors"
+        self.generations = self.path / "generations.json"  # of a mix of two runs
+
+    @staticmethod
+    def name(method: str, now: datetime) -> str:
+        """Returns the default name of a run, such as `2026-11-20_14-03-22_ph2p`, which is safe in paths and shells."""
+        return f"{now:%Y-%m-%d_%H-%M-%S}_{re.sub(r'[^a-z0-9._-]+', '-', method.lower())}"
+
+    def prepare(self, resume: bool, search: bool = True) -> None:
+        """Creates the folders and tries whether they can be written, before any time is spent.
+
+        To be called by one process before any other writes, whose records it would otherwise take for an earlier run.
+
+        Args:
+            resume: Whether to go on with the run that the folder holds.
+            search: Whether there will be records and checkpoints, which a mix of runs has none of.
+
+        Raises:
+            UserError: The folder holds a run that is not to be resumed, is a file or cannot be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"The run folder {self.path} is a file; give another --run.")
+        begun = any(self.problems.glob("*.json")) or self.generations.exists()
+        foreign = self.config.exists() and not self.problems.is_dir()
+        # A search that was stopped before its first record leaves a config and no records.
+        if not resume and (begun or foreign):
+            hint = "give --ckpt_path last to go on with it or another --run" if search else "give another --run"
+            raise UserError(f"The folder {self.path} already holds a run; {hint}.")
+        try:
+            for left in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):  # by a process that was killed
+                left.unlink()
+            for folder in (self.path, self.problems, self.checkpoints) if search else (self.path,):
+                atomic_write(folder / ".write-test", b"test")
+                (folder / ".write-test").unlink()
+        except OSError as error:
+            hint = "give another --run, or free space or permit writing there"
+            raise UserError(
+                f"The run folder {self.path} cannot be written ({error.strerror or error}); {hint}."
+            ) from error
+
+    def discard(self) -> None:
+        """Deletes the folder if no search has begun in it."""
+        if not any(self.problems.glob("*.json")):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def save(self, problem: Problem) -> None:
+        """Writes the record of a problem; after an OSError, such as a full disk, its previous state is still there."""
+        self.write(self.problems / f"{problem.key}.json", to_json(asdict(problem)))
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Writes a file of the run in one piece, see `atomic_writer`."""
+        if self.writes:
+            atomic_write(path, content)
+
+    def forget(self, key: str) -> bool:
+        """Deletes a record; tells whether there was one."""
+        there = self.has(key)
+        if there and self.writes:
+            (self.problems / f"{key}.json").unlink(missing_ok=True)
+        return there
+
+    def save_or_warn(self, problem: Problem) -> None:
+        """Writes a record in the middle of a search, which is worth more than this write: the next one tries again."""
+        try:
+            self.save(problem)
+        except OSError as error:
+            log.warning("The record of %s could not be written (%s); the run goes on.", problem.target, error)
+
+    def embeds_of(self, key: str) -> Path:
+        """The file of the best encoded prompt of a problem."""
+        return self.problems / f"{key}.safetensors"
+
+    def save_embeds(self, key: str, content: bytes) -> None:
+        """Writes the best encoded prompt of a problem, or warns, as the search is worth more than this write."""
+        try:
+            self.write(self.embeds_of(key), content)
+        except OSError as error:
+            log.warning("The embeddings of %s could not be written (%s); the run goes on.", key, error)
+
+    def has(self, key: str) -> bool:
+        """Whether there is a record of a problem."""
+        return (self.problems / f"{key}.json").exists()
+
+    def read(self, key: str) -> Problem | None:
+        """The record of a problem, if there is one."""
+        return _read_record(self.problems / f"{key}.json") if self.has(key) else None
+
+    def records(self) -> Iterator[Problem]:
+        """Reads one record after the other; what is no record is left out with a warning."""
+        for file in self.problems.glob("*.json"):
+            if problem := _read_record(file):
+                yield problem
+
+    def ordered(self) -> Iterator[Problem]:
+        """As `records`, in the order of the inputs; no more than one is held at a time."""
+        for _, key in sorted((problem.index, problem.key) for problem in self.records()):
+            if problem := self.read(key):
+                yield problem
+
+    def load(self) -> dict[str, Problem]:
+        """All records by key, in the order of the inputs."""
+        return {problem.key: problem for problem in self.ordered()}
+
+    def found(self) -> Iterator[Problem]:
+        """The records that have a prompt, in the order of the inputs."""
+        return (problem for problem in self.ordered() if problem.prompt and problem.status != "failed")
+
+    def saved_config(self) -> Path:
+        """The file of the settings of a run that has begun; a UserError where there is none."""
+        if not self.config.exists():
+            raise UserError(
+                f"There is no run in {self.path} (it has no config.yaml); give the folder of an earlier fit."
+            )
+        return self.config
+
+    def saved_settings(self) -> dict[str, Any]:
+        """The settings of a run that has begun: `model` and `data`, each with its `init_args`; a UserError without any."""
+        path = self.saved_config()
+        try:
+            config = yaml.safe_load(path.read_bytes())
+            return {part: {**config[part], "init_args": {**config[part]["init_args"]}} for part in ("model", "data")}
+        except (yaml.YAMLError, KeyError, TypeError):
+            raise UserError(f"{path} is not the config of a run; give the folder of an earlier fit.") from None
+
+    def hard_prompts(self) -> list[Problem]:
+        """The records that have a prompt, in the order of the inputs; a UserError where there is none or it is no text."""
+        self.saved_config()
+        found = list(self.found())
+        if not found:
+            raise UserError(f"The run {self.path} has no prompt yet; let its fit go on or give another run.")
+        if any(problem.token_ids is None for problem in found):
+            raise UserError(
+                f"The run {self.path} has found embeddings, as textual inversion does, and a prompt of tokens is needed; "
+                "give a run of another method."
+            )
+        return found
+
+    def tell(self, problem: Problem, rank: int = 0) -> None:
+        """Adds a line about a problem that is finished; when all are, `write_result` writes them in their order."""
+        if not self.writes:
+            return
+        try:
+            with self.lines_of(rank).open("ab") as file:
+                file.write(result_line(problem))
+        except OSError as error:
+            log.warning("The line of %s could not be written (%s); the run goes on.", problem.target, error)
+
+    def lines_of(self, rank: int) -> Path:
+        """Where a rank adds the lines of its problems."""
+        return self.lines if rank == 0 else self.path / f"results-rank{rank}.jsonl"
+
+    def write_lines(self) -> None:
+        """Writes the lines of all problems that are finished; those of earlier ranks are among them."""
+        with atomic_writer(self.lines) as file:
+            for problem in self.ordered():
+                if problem.status != "open":
+                    file.write(result_line(problem))
+
+    def write_result(
+        self, method: str, backbone: str, seed: int, settings: Mapping[str, Any], versions: Mapping[str, str]
+    ) -> None:
+        """Merges all records into `result.json`, `results.jsonl`, `results.parquet`, `failed.jsonl` and `prompt.txt`.
+
+        The latter has one line a problem, empty without a prompt; so has `negative_prompt.txt`, if the method searches negative
+        prompts. No more than a thousand records are held at a time.
+        """
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "method": method,
+            "backbone": backbone,
+            "seed": seed,
+            "settings": settings,
+            "versions": versions,
+        }
+        prompts, negatives, failed = list[str | None](), list[str | None](), list[bytes]()
+        with atomic_writer(self.result) as file:
+            # str: a path or a dtype among the settings must not cost the results at the end of a run.
+            file.write(to_json(head, default=str)[: -len("\n}\n")] + b',\n  "problems": [')
+            for number, problem in enumerate(self.ordered()):
+                entry = to_json(result_entry(asdict(problem))).rstrip().replace(b"\n", b"\n    ")
+                file.write((b",\n    " if number else b"\n    ") + entry)
+                prompts.append(problem.prompt)
+                negatives.append(problem.negative_prompt)
+                if problem.status == "failed":
+                    failed.append(failed_line(problem))
+            file.write(b"\n  ]\n}\n" if prompts else b"]\n}\n")
+        self.write_lines()
+        write_table(self.table, self.ordered())
+        atomic_write(self.prompt, prompt_lines(prompts))
+        if any(negative is not None for negative in negatives):
+            atomic_write(self.negative_prompt, prompt_lines(negatives))
+        if failed:
+            atomic_write(self.failed, b"".join(failed))
+        else:
+            self.failed.unlink(missing_ok=True)
+
+
+def _read_record(file: Path) -> Problem | None:
+    """Returns the record, or None with a warning if the file, written by someone else, is none."""
+    try:
+        problem = Problem(**json.loads(file.read_bytes()))
+        if problem.key != file.stem:
+            raise ValueError(f"it has the key {problem.key}")
+    except (ValueError, TypeError) as error:
+        warnings.warn(f"{file} is not the record of a problem and is ignored: {error}", stacklevel=3)
+        return None
+    return problem

@@ -1,0 +1,58 @@
+import errno
+import os
+
+import pytest
+
+from lightning_prompts.files import atomic_write
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("fsync", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        ("replace", OSError(errno.EIO, os.strerror(errno.EIO))),
+        ("replace", KeyboardInterrupt()),
+    ],
+)
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call, error):
+    def fail(*args):
+        raise error
+
+    file = tmp_path / "file"
+    atomic_write(file, b"old")
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(type(error)) as caught:
+        atomic_write(file, b"new content")
+    assert caught.value is error
+    assert os.listdir(tmp_path) == ["file"]
+    assert file.read_bytes() == b"old"
+
+
+def test_data_reach_the_disk_before_the_file_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+    atomic_write(tmp_path / "file", b"x")
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_save_that_was_swallowed_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda source, target: None)
+    with pytest.raises(FileNotFoundError):
+        atomic_write(tmp_path / "file", b"content")
+
+
+def test_a_save_that_was_cut_short_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda source, target: target.write_bytes(b"con"))
+    with pytest.raises(OSError, match="file has 3 bytes after 7 were written"):
+        atomic_write(tmp_path / "file", b"content")
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    old = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "file", b"x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640

@@ -1,0 +1,352 @@
+import errno
+import json
+import math
+import multiprocessing
+import os
+import re
+import resource
+import time
+import warnings
+from dataclasses import replace
+from datetime import datetime
+
+import pytest
+
+from lightning_prompts.errors import UserError
+from lightning_prompts.problems import Problem
+from lightning_prompts.run_folder import RunFolder
+
+# Children that only write files; forked, so that a test does not wait for imports.
+fork = multiprocessing.get_context("fork")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+FULL = Problem(
+    key="0123456789abcdef",
+    target="photo.png",
+    paths=["images/photo.png"],
+    caption="a red car",
+    index=3,
+    status="failed",
+    reason="The image is empty.",
+    prompt="red car 🚗",
+    token_ids=[5, 7],
+    validation_loss=0.1 + 0.2,
+    initial_validation_loss=0.5,
+    clip_similarity=0.25,
+    heldout_clip_similarity=0.2,
+    clip_text_similarity=0.3,
+    diversity=0.1,
+    lpips=0.6,
+    word_recall=1.0,
+    dictionary_words=0.5,
+    special_characters=0.05,
+    perplexity=60.0,
+    unet_samples=640,
+    seconds=1.5,
+)
+
+
+def key(number):
+    return f"{number:016x}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path / "runs" / "a run")
+    folder.prepare(resume=False)
+    return folder
+
+
+def write_result(folder, **settings):
+    folder.write_result("PH2P", "emoji", 7, settings, {"torch": "2.6"})
+    return json.loads(folder.result.read_bytes())
+
+
+# Records
+
+
+def test_a_record_comes_back_as_it_was(folder):
+    folder.save(FULL)
+    assert folder.load() == {FULL.key: FULL}
+    folder.save(Problem(key(1), "b.png"))
+    assert folder.load()[key(1)] == Problem(key(1), "b.png")
+
+
+def test_records_come_in_the_order_of_the_inputs(folder):
+    for index, number in enumerate((9, 3, 12, 1)):
+        folder.save(Problem(key(number), "x", index=index))
+    assert list(folder.load()) == [key(9), key(3), key(12), key(1)]
+
+
+def test_records_of_equal_index_come_in_the_order_of_their_keys(folder):
+    for number in (9, 3, 12, 1):
+        folder.save(Problem(key(number), "x"))
+    assert list(folder.load()) == [key(1), key(3), key(9), key(12)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null_in_the_file(folder, value):
+    folder.save(Problem(key(1), "x", validation_loss=value, lpips=value, clip_similarity=0.5))
+    record = json.loads((folder.problems / f"{key(1)}.json").read_bytes())
+    assert (record["validation_loss"], record["lpips"], record["clip_similarity"]) == (None, None, 0.5)
+
+
+def test_a_value_that_is_no_plain_number_is_refused_and_the_record_stays(folder):
+    folder.save(FULL)
+    with pytest.raises(TypeError):
+        folder.save(Problem(FULL.key, "x", validation_loss=object()))
+    assert folder.load() == {FULL.key: FULL}
+
+
+def test_file_names_that_are_not_utf8_come_back(folder):
+    name = os.fsdecode(b"caf\xe9.png")
+    folder.save(Problem(key(1), name, paths=[name], prompt=name))
+    assert folder.load()[key(1)].paths == [name]
+    assert write_result(folder)["problems"][0]["target"] == name
+    for file in (folder.problems / f"{key(1)}.json", folder.result, folder.prompt):
+        assert r"caf\udce9.png" in file.read_text("utf-8")
+
+
+def test_other_scripts_can_be_read_in_the_file(folder):
+    folder.save(FULL)
+    assert "red car 🚗" in (folder.problems / f"{FULL.key}.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"key": "00000000',
+        b"[]",
+        b"\xff\xfe\x00",
+        b'{"key": "0000000000000001"}',  # no target
+        b'{"key": "0000000000000001", "target": "x", "unknown": 1}',
+        b'{"key": "0000000000000002", "target": "x"}',  # another file's key
+        b'{"key": "0000000000000001", "target": "x", "status": "opne"}',
+    ],
+)
+def test_a_broken_record_is_absent_and_does_no_harm_to_others(folder, content):
+    folder.save(FULL)
+    (folder.problems / f"{key(1)}.json").write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{key(1)}.json is not the record"):
+        assert list(folder.load()) == [FULL.key]
+
+
+# Writing
+
+
+def names(path):
+    return sorted(file.name for file in path.iterdir())
+
+
+def test_a_disk_that_fills_in_mid_write_leaves_the_old_record_and_nothing_else(folder):
+    folder.save(FULL)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # the kernel takes this much of a file, no more
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            folder.save(Problem(FULL.key, "x" * (3 << 20)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(folder.problems) == [f"{FULL.key}.json"]
+    assert folder.load() == {FULL.key: FULL}
+
+
+def save_many(path, barrier, numbers):
+    barrier.wait()
+    for number in numbers:
+        RunFolder(path).save(Problem(key(number), "x", index=number, unet_samples=number))
+
+
+def test_two_processes_write_their_own_records(folder):
+    barrier = fork.Barrier(2)
+    halves = (range(0, 50, 2), range(1, 50, 2))
+    processes = [fork.Process(target=save_many, args=(folder.path, barrier, half)) for half in halves]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [problem.unet_samples for problem in folder.load().values()] == list(range(50))
+    assert names(folder.problems) == [f"{key(number)}.json" for number in range(50)]
+
+
+def save_forever(path):
+    while True:
+        for length in (1 << 20, 3 << 19):
+            RunFolder(path).save(Problem(key(1), "x", prompt="a" * length))
+
+
+def test_no_reader_and_no_kill_meets_half_a_record(folder):
+    folder.save(Problem(key(1), "x", prompt="start"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # what load() says of a broken record
+        for _ in range(4):
+            process = fork.Process(target=save_forever, args=(folder.path,), daemon=True)
+            process.start()
+            end = time.monotonic() + 0.2
+            while time.monotonic() < end:
+                assert set(folder.load()) == {key(1)}
+            assert process.is_alive()
+            process.kill()
+            process.join(30)
+            assert set(folder.load()) == {key(1)}
+    assert folder.load()[key(1)].prompt != "start"
+
+
+# Results
+
+
+def test_the_result_has_exactly_these_keys(folder):
+    folder.save(FULL)
+    folder.save(Problem(key(1), "b.png", index=4))
+    result = write_result(folder, steps=10)
+    assert list(result) == ["schema_version", "method", "backbone", "seed", "settings", "versions", "problems"]
+    assert result["schema_version"] == 1
+    assert (result["method"], result["backbone"], result["seed"]) == ("PH2P", "emoji", 7)
+    assert (result["settings"], result["versions"]) == ({"steps": 10}, {"torch": "2.6"})
+    always = {
+        *("target", "key", "status", "reason", "prompt", "token_ids", "validation_loss", "clip_similarity"),
+        *("heldout_clip_similarity", "initial_validation_loss", "unet_samples", "seconds", "history"),
+    }
+    full, bare = result["problems"]
+    assert set(bare) == always
+    assert set(full) == always | {
+        *("clip_text_similarity", "diversity", "lpips"),
+        *("word_recall", "dictionary_words", "special_characters", "perplexity"),
+    }
+    assert all(full[name] == getattr(FULL, name) for name in full)
+    assert (bare["target"], bare["status"], bare["prompt"], bare["unet_samples"]) == ("b.png", "open", None, 0)
+
+
+def test_scores_are_forgotten(folder):
+    problem = replace(FULL)
+    problem.forget_scores()
+    folder.save(problem)
+    entry = write_result(folder)["problems"][0]
+    assert (entry["clip_similarity"], entry["heldout_clip_similarity"], entry["validation_loss"]) == (
+        None,
+        None,
+        0.1 + 0.2,
+    )
+    assert not {"lpips", "diversity", "perplexity"} & set(entry)
+
+
+def test_results_and_prompts_come_in_the_order_of_the_inputs(folder):
+    for index, (number, prompt) in enumerate([(9, "a cat"), (3, None), (12, "two\nlines"), (1, "ein Hündchen 🐶")]):
+        folder.save(Problem(key(number), "x", index=index, prompt=prompt))
+    result = write_result(folder)
+    assert [entry["key"] for entry in result["problems"]] == [key(9), key(3), key(12), key(1)]
+    assert folder.prompt.read_bytes().decode() == "a cat\n\ntwo lines\nein Hündchen 🐶\n"
+
+
+def test_settings_of_any_kind_do_not_cost_the_result(folder, tmp_path):
+    settings = write_result(folder, clip=math.inf, nested={"lr": [0.1, math.nan], "pair": (1, 2)}, path=tmp_path)
+    assert settings["settings"] == {
+        "clip": None,
+        "nested": {"lr": [0.1, None], "pair": [1, 2]},
+        "path": str(tmp_path),
+    }
+
+
+# The folder
+
+
+def test_prepare_leaves_an_empty_folder_that_can_be_prepared_again(folder):
+    assert names(folder.path) == ["checkpoints", "problems"]
+    assert names(folder.problems) == names(folder.checkpoints) == []
+    folder.prepare(resume=False)
+
+
+def test_a_run_that_found_a_mistake_before_its_search_can_be_begun_again(folder):
+    folder.config.write_text("seed: 1\n")
+    folder.prepare(resume=False)
+
+
+@pytest.mark.parametrize("what", ["record", "config"])
+def test_a_run_is_resumed_but_not_overwritten(folder, what):
+    if what == "record":
+        folder.save(FULL)
+    else:  # somebody else's
+        folder.config.write_text("seed: 1\n")
+        folder.problems.rmdir()
+    with pytest.raises(UserError, match="already holds a run; give --ckpt_path last to go on with it or another --run"):
+        folder.prepare(resume=False)
+    folder.prepare(resume=True)
+    assert list(folder.load()) == ([FULL.key] if what == "record" else [])
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_file_is_no_run_folder(tmp_path, resume):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is a file; give another --run"):
+        RunFolder(tmp_path / "file").prepare(resume)
+    with pytest.raises(UserError, match=r"file/run cannot be written \(Not a directory\); give another --run"):
+        RunFolder(tmp_path / "file" / "run").prepare(resume)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_without_permission_is_the_users_mistake(tmp_path, monkeypatch):
+    def refuse(*args):  # not chmod, which stops nobody who runs the tests as root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match=r"run cannot be written \(Permission denied\); give another --run"):
+        RunFolder(tmp_path / "run").prepare(resume=False)
+
+
+def test_the_layout(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    files = [folder.problems, folder.result, folder.prompt, folder.grid, folder.words, folder.embedding, folder.config]
+    assert [file.relative_to(tmp_path).as_posix() for file in [*files, folder.checkpoints]] == [
+        *(
+            "problems",
+            "result.json",
+            "prompt.txt",
+            "grid.png",
+            "words.png",
+            "embedding.safetensors",
+            "config.yaml",
+            "checkpoints",
+        )
+    ]
+
+
+def test_the_default_name_has_time_and_method():
+    assert RunFolder.name("PH2P", datetime(2026, 11, 20, 14, 3, 22)) == "2026-11-20_14-03-22_ph2p"
+
+
+@pytest.mark.parametrize("method", ["../a b", "ünï/cödé", "a\nb", "C:\\x;$(y)", "x.Y_z-1"])
+def test_the_default_name_is_safe(method):
+    assert re.fullmatch(r"2026-01-02_03-04-05_[A-Za-z0-9._-]+", RunFolder.name(method, datetime(2026, 1, 2, 3, 4, 5)))
+
+
+def test_mix_of_runs_needs_no_records(tmp_path):
+    folder = RunFolder(tmp_path / "mix")
+    folder.prepare(resume=False, search=False)
+    assert list(folder.path.iterdir()) == []
+    folder.generations.write_text("[]")
+    for search in (False, True):
+        with pytest.raises(UserError, match="mix already holds a run"):
+            folder.prepare(resume=False, search=search)
+
+
+def test_hard_prompts_are_those_that_were_found(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        folder.hard_prompts()
+    folder.config.write_text("model:\n")
+    assert folder.saved_config() == folder.config
+    with pytest.raises(UserError, match="no prompt yet"):
+        folder.hard_prompts()
+    kept = [Problem(f"{i:016}", f"{i}.png", index=9 - i, prompt=f"word {i}", token_ids=[i]) for i in range(2)]
+    others = [
+        Problem("a" * 16, "open.png"),
+        Problem("b" * 16, "bad.png", status="failed", prompt="word", token_ids=[1]),
+    ]
+    for problem in (*kept, *others):
+        folder.save(problem)
+    assert folder.hard_prompts() == kept[::-1]
+    folder.save(Problem("c" * 16, "soft.png", prompt="<soft>", embedding=[[0.0]]))
+    with pytest.raises(UserError, match="textual inversion"):
+        folder.hard_prompts()
