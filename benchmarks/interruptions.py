@@ -36,6 +36,7 @@ def main() -> None:
                 if (method, ranks) not in whole:
                     whole[method, ranks] = unbroken(method, ranks, Path(scratch))
                 tables.add(FIGURES, [interrupted(kind, number, method, *whole[method, ranks], Path(scratch))])
+    plot(tables.read(FIGURES))
     print(table(tables.read(FIGURES)))
 
 
@@ -99,6 +100,36 @@ def table(rows: list[dict[str, Any]]) -> str:
         sums = (sum(int(row[name]) for row in some) for name in ("reached", "identical", "unreadable"))
         lines.append(f"| {kind} | {len(some)} | " + " | ".join(map(str, sums)) + " |")
     return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """When each search was interrupted, and whether it found the same."""
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 2.6))
+    kinds = list(COUNTS)
+    for method in jobs.METHODS:
+        some = [row for row in rows if row["method"] == method and row["identical"]]
+        places = [kinds.index(row["kind"]) + 0.1 * (list(jobs.METHODS).index(method) - 2) for row in some]
+        axis.scatter([100 * row["moment"] for row in some], places, s=18, label=method)
+    others = [row for row in rows if not row["identical"]]
+    axis.scatter(
+        [100 * row["moment"] for row in others],
+        [kinds.index(row["kind"]) for row in others],
+        c="red",
+        marker="x",
+        label="not identical",
+    )
+    axis.set(
+        xlabel="% of the time of an unbroken search",
+        xlim=(0, 100),
+        yticks=range(len(kinds)),
+        yticklabels=kinds,
+        title="Interrupted, gone on, identical",
+    )
+    axis.invert_yaxis()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.savefig(jobs.ROOT / "docs" / "images" / "interruptions.png", dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":

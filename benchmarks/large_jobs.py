@@ -93,7 +93,7 @@ def processes_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def plot_scaling(rows: list[dict[str, Any]]) -> None:
     """Seconds and memory by the number of pictures."""
     from matplotlib import pyplot as plt
 
@@ -107,6 +107,20 @@ def plot(rows: list[dict[str, Any]]) -> None:
     figure.savefig(jobs.ROOT / "docs" / "images" / "large_jobs.png", dpi=110)
 
 
+def plot_processes(rows: list[dict[str, Any]]) -> None:
+    """How many times as fast two processes are, of each round."""
+    from matplotlib import pyplot as plt
+
+    one, two = ([row["seconds"] for row in rows if row["processes"] == count] for count in (1, 2))
+    figure, axis = plt.subplots(figsize=(4, 3))
+    axis.bar([str(number + 1) for number in range(len(two))], [a / b for a, b in zip(one, two, strict=True)])
+    axis.axhline(2, color="grey", linestyle=":")
+    axis.set(xlabel="round", ylabel="times as fast", title="two processes against one", ylim=(0, 2.2))
+    figure.tight_layout()
+    figure.savefig(jobs.ROOT / "docs" / "images" / "processes.png", dpi=110)
+
+
+PLOTS = {"scaling": plot_scaling, "processes": plot_processes}
 TABLES = {"scaling": scaling_table, "processes": processes_table}
 
 
@@ -117,9 +131,9 @@ def main() -> None:
     what = parser.parse_args().what
     with tempfile.TemporaryDirectory() as scratch:
         MEASURE[what](Path(scratch))
-    if what == "scaling":
-        plot(tables.read(FIGURES[what]))
-    print(TABLES[what](tables.read(FIGURES[what])))
+    rows = tables.read(FIGURES[what])
+    PLOTS[what](rows)
+    print(TABLES[what](rows))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def main() -> None:
                     tables.add(FIGURES, [{"method": method, "way": way, "strategy": strategy, **compared}])
         finally:
             disconnect()
+    plot(tables.read(FIGURES))
     print(table(tables.read(FIGURES)))
 
 
@@ -116,6 +117,25 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """How far the losses are from those of one process."""
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 2.6))
+    lines = [(way, strategy) for way in WAYS for strategy in STRATEGIES]
+    for method in METHODS:
+        some = [row for row in rows if row["method"] == method]
+        places = [lines.index((row["way"], row["strategy"])) + 0.15 * (METHODS.index(method) - 1) for row in some]
+        axis.scatter([float(row["largest_difference"]) for row in some], places, s=24, label=method)
+    axis.axvline(0.01, color="grey", linestyle=":")
+    axis.set_xscale("symlog", linthresh=1e-8)
+    axis.set(xlabel="largest relative difference of a loss; the line is at 1%", xlim=(-1e-9, 0.1), yticks=range(len(lines)),
+             yticklabels=[f"{way}, {strategy}" for way, strategy in lines], title="Two processes against one")  # fmt: skip
+    axis.invert_yaxis()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.savefig(jobs.ROOT / "docs" / "images" / "two_machines.png", dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":
