@@ -16,16 +16,20 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ALL = 2**31  # more samples than there ever are
+
 
 class Microbatch:
     """How many samples a call takes; half as many from then on whenever the device runs out of memory.
 
     Args:
-        size: Samples of a call.
+        size: Samples of a call; None for as many as the memory holds, for which the first calls are halved.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = self.asked = int(size)
+    def __init__(self, size: int | None) -> None:
+        self.fitted = size is None
+        self.size = self.asked = ALL if size is None else int(size)
+        self.most = 0  # samples that a call has taken
         self.ranks = 1  # among which the samples are divided
 
     def over(self, samples: int, work: Callable[[torch.Tensor], T], device: torch.device | None = None) -> T:
@@ -50,7 +54,7 @@ class Microbatch:
                 if len(some) == 1:
                     raise UserError(OUT_OF_MEMORY) from error
             else:
-                begun += len(some)
+                begun, self.most = begun + len(some), max(self.most, len(some))
                 continue
             # Only here is the error gone, and with it what its traceback has held.
             self.size = len(some) // 2

@@ -123,12 +123,23 @@ class RunFolder:
         """The file of the best encoded prompt of a problem."""
         return self.problems / f"{key}.safetensors"
 
+    def drawn_of(self, key: str) -> Path:
+        """The file of what a problem's prompt draws."""
+        return self.problems / f"{key}.png"
+
     def save_embeds(self, key: str, content: bytes) -> None:
         """Writes the best encoded prompt of a problem, or warns, as the search is worth more than this write."""
+        self._write_or_warn(self.embeds_of(key), content, "embeddings")
+
+    def save_drawn(self, key: str, content: bytes) -> None:
+        """Writes what a problem's prompt draws, or warns."""
+        self._write_or_warn(self.drawn_of(key), content, "pictures")
+
+    def _write_or_warn(self, path: Path, content: bytes, what: str) -> None:
         try:
-            self.write(self.embeds_of(key), content)
+            self.write(path, content)
         except OSError as error:
-            log.warning("The embeddings of %s could not be written (%s); the run goes on.", key, error)
+            log.warning("The %s of %s could not be written (%s); the run goes on.", what, path.stem, error)
 
     def has(self, key: str) -> bool:
         """Whether there is a record of a problem."""

@@ -3,11 +3,14 @@
 import logging
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from lightning_prompts.backbones import load_backbone
+from lightning_prompts.callbacks import PromptCheckpoint, last_checkpoint
+from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import MetricGuidance
+from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Denoising, Sharpness
 from lightning_prompts.problems import Problem
@@ -43,6 +46,43 @@ def test_a_smaller_size_stays(caplog):
     caplog.clear()
     assert microbatch.over(8, holding(2, torch.clone)).tolist() == list(range(8))
     assert caplog.records == []
+
+
+def test_as_many_as_the_memory_holds(caplog):
+    caplog.set_level(logging.WARNING)
+    microbatch = Microbatch(None)
+    for count in (23, 50, 7):
+        assert microbatch.over(count, holding(6, torch.clone)).tolist() == list(range(count))
+    assert (microbatch.size, microbatch.most) == (5, 5)
+    assert [record.message for record in caplog.records] == [
+        "The memory holds no 23 samples at once; going on with 11.",
+        "The memory holds no 11 samples at once; going on with 5.",
+    ]
+
+
+def test_what_was_fitted_stays_when_a_search_goes_on(tiny, tmp_path, monkeypatch):
+    """On a device that says when it is full, for which the CPU stands here."""
+    from lightning_prompts.methods import base
+
+    monkeypatch.setattr(base, "ENDLESS", ())
+    data = {"prompts": ["a red cat", "two dogs"]}
+    sizes = []
+    for path, steps in ((None, 2), ("last", 4)):
+        module = MetricGuidance(
+            backbone=tiny, microbatch=None, sampling_steps=2, objective=Sharpness(), seeds=4, steps=steps, sample_every=0
+        )  # fmt: skip
+        if path is None:
+            too_small(monkeypatch, module.backbone, 6)
+        else:
+            path = last_checkpoint(tmp_path / "checkpoints")
+        checkpoint = PromptCheckpoint(tmp_path / "checkpoints")
+        trainer = pl.Trainer(
+            **TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path, "enable_checkpointing": True},
+            callbacks=[checkpoint],
+        )  # fmt: skip
+        trainer.fit(module, datamodule=Prompts(**data), ckpt_path=path)
+        sizes.append(module.microbatch.size)
+    assert sizes == [2, 2]
 
 
 def test_memory_for_not_even_one():

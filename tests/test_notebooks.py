@@ -8,12 +8,21 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
+SHORTER = {  # in place of what is in a notebook, whose searches are of a length that shows something
+    "metric_guidance": ('"fit", *config', '"fit", *config, "--model.steps", "5"'),
+    "seed_invariance": ('"30"', '"6"'),
+    "evolve_and_remove": ('"90"', '"20"'),
+}
+
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_names_what_it_found(path):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells if path.stem in SHORTER else ():
+        cell.source = cell.source.replace(*SHORTER[path.stem])
+    assert path.stem not in SHORTER or SHORTER[path.stem][1] in "".join(cell.source for cell in notebook.cells)
     nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(path.parent)}}).execute()
     printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
     assert "similarity" in printed

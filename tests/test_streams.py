@@ -39,12 +39,12 @@ METHODS = {
     ],
 }  # fmt: skip
 INVERTERS = ("PEZ", "PH2P", "PH2P adam", "GCG")
-PROMPTS = ["a cat", "two dogs beside a large tree", "a red square", "snow", "a small b"]
+PROMPTS = ["a cat", "two dogs beside a large tree", "a red square"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Five pictures and five prompts."""
+    """Five pictures and three prompts."""
     folder = tmp_path_factory.mktemp("inputs")
     for i in range(5):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -113,8 +113,7 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_company_changes_nothing(method, make, tmp_path, watched):
     main(make(tmp_path / "all", method))
-    together = len(watched.seen[0])
-    assert together == 5
+    assert len(watched.seen[0]) == (5 if method in INVERTERS else 3)
     watched.seen.clear()
     main(make(tmp_path / "two", method, "--model.together", "2"))
     assert max(len(wave) for wave in watched.seen) == 2

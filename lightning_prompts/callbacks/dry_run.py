@@ -66,7 +66,7 @@ class DryRun(pl.Callback):
         dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
         which = ", ".join(f"{name} {size:.2f}" for name, size in sizes.items())
         lines = [
-            f"{module.device}, {memory_of(module.device) / GIB:.1f} GiB; {problems} {'problem' if problems == 1 else 'problems'}, microbatch {module.microbatch.size}",
+            f"{module.device}, {memory_of(module.device) / GIB:.1f} GiB; {problems} {'problem' if problems == 1 else 'problems'}, microbatch {_calls(module)}",
             f"{'weights':<12}{sum(sizes.values()):7.2f} GiB            {which}; {dtype}",
         ]
         lines += [f"{name:<12}{most / GIB:7.2f} GiB {seconds:8.1f} s" for name, (most, seconds) in self.taken.items()]
@@ -75,7 +75,7 @@ class DryRun(pl.Callback):
         scorings = 1 + math.ceil(steps / module.score_every)
         seconds = steps * self.taken["a step"][1] + scorings * self.taken["scoring"][1]
         lines.append(f"A search of {steps} steps and {scorings} scorings would take about {duration(seconds)}.")
-        if module.microbatch.size < self.asked:
+        if module.microbatch.size < self.asked and not module.microbatch.fitted:
             lines.append(f"The memory does not hold a microbatch of {self.asked}.")
         return "\n".join([*lines, "Less memory, and mostly more time:", *(f"  {line}" for line in _advice(module))])
 
@@ -85,8 +85,8 @@ def _advice(module: Any) -> list[str]:
     backbone, advice = module.backbone, []
     if next(backbone.denoiser.parameters()).dtype == torch.float32:
         advice.append("--model.dtype bfloat16                 half the weights and activations of the frozen model")
-    if module.microbatch.size > 1:
-        half = f"--model.microbatch {module.microbatch.size // 2}"
+    if _calls(module) > 1:
+        half = f"--model.microbatch {_calls(module) // 2}"
         advice.append(f"{half:<38} half the activations")
     if not backbone.denoiser.is_gradient_checkpointing:
         advice.append("--model.gradient_checkpointing true    activations of one block at a time in the backward pass")
@@ -96,6 +96,12 @@ def _advice(module: Any) -> list[str]:
         advice.append("--model.vae_tiling true                pictures are decoded in tiles")
     smaller = f"--model.image_size {backbone.image_size // 2}"
     return [*advice, f"{smaller:<38} a quarter of the activations; the model may draw worse"]
+
+
+def _calls(module: Any) -> int:
+    """How many samples a call takes: no more than the memory holds, and than there are."""
+    microbatch = module.microbatch
+    return int(min(microbatch.size, microbatch.most) if microbatch.fitted else microbatch.size)
 
 
 def forget_peak(device: torch.device) -> None:

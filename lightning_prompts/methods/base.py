@@ -33,6 +33,7 @@ from lightning_prompts.waves import fitted, merged
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+ENDLESS = ("cpu",)  # devices that do not say when their memory is full
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 TRAINER: dict[str, Any] = {
@@ -72,7 +73,8 @@ class PromptMethod(pl.LightningModule, ABC):
         cpu_offload: Have the text encoders, the denoiser and the autoencoder on the device one at a time.
         together: P, problems that are searched at a time; when one is finished the next takes its place.
         patience: A problem is finished after this many scorings without a better one.
-        microbatch: Samples per call of the denoiser; half as many whenever the device runs out of memory.
+        microbatch: Samples per call of the denoiser, half as many whenever the device runs out of memory; None for as many as the
+            memory of a GPU holds.
         score_every: Steps between scorings.
         sample_every: Steps between the pictures that TensorBoard shows during the search; 0 for none.
         sampling_steps: Denoising steps of the pictures that `fit`, `test` and `predict` draw; None for as many as the model is
@@ -105,7 +107,7 @@ class PromptMethod(pl.LightningModule, ABC):
         cpu_offload: bool = False,
         together: Positive = 16,
         patience: Positive = 1000,
-        microbatch: Positive = 16,
+        microbatch: Positive | None = 16,
         score_every: Positive = 1,
         sample_every: NotNegative = 40,
         sampling_steps: Positive | None = None,
@@ -154,7 +156,12 @@ class PromptMethod(pl.LightningModule, ABC):
         return parameter
 
     def setup(self, stage: str) -> None:
-        """Divides the samples among the ranks that share them."""
+        """Divides the samples among the ranks that share them; refuses a microbatch that nothing would limit."""
+        if self.microbatch.fitted and self.trainer.strategy.root_device.type in ENDLESS:
+            raise UserError(
+                "A CPU's memory has no end that a program is told of, so that no microbatch can be fitted to it; give "
+                "--model.microbatch 16."
+            )
         self.microbatch.ranks = sharing(self.trainer)
         if self.microbatch.ranks > 1:
             self.parameter.register_hook(of_rank_zero)
@@ -545,6 +552,7 @@ class PromptMethod(pl.LightningModule, ABC):
             "lowered": self.lowered,
             "left_out": self.left_out.tolist(),
             "parts": self.data.part[1],
+            "microbatch": self.microbatch.size,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -571,6 +579,8 @@ class PromptMethod(pl.LightningModule, ABC):
             record |= {name: getattr(here, name) for name in ("target", "paths", "stamps", "caption", "index")}
         (saved,) = checkpoint["state_dict"].values()
         self.parameter.data = torch.empty_like(saved)
+        if self.microbatch.fitted:  # as before, so that calls round alike
+            self.microbatch.size = wave["microbatch"]
 
 
 def by_step(batch: Step, rows: Tensor) -> list[tuple[int, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_prompts.backbones import repeat
-from lightning_prompts.callbacks.grid import grid, regenerate, to_png
+from lightning_prompts.callbacks.grid import grid, regenerate, to_image, to_png
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.callbacks.word_maps import word_picture
 from lightning_prompts.data.addresses import START, TRIAL, VALIDATION, draw_noise, picture_turns, validation_timesteps
@@ -123,7 +123,6 @@ class Inverter(PromptMethod):
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         self._clip_name, self._clip = clip or clip_of(self.backbone), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
-        self._drawn: dict[str, Tensor] = {}  # for the grid, in 0..255
         self.trial_weight, self.trial_pictures, self.trial_steps = trial_weight, trial_pictures, trial_steps
         if trial_weight:
             self.backbone.calls(trial_steps)
@@ -315,8 +314,8 @@ class Inverter(PromptMethod):
         drawn = regenerate(self, problems, REGENERATIONS)
         scores.measure(self, problems, drawn)
         for problem, pictures in zip(problems, drawn, strict=True):
-            if problem.index < SHOWN:
-                self._drawn[problem.key] = ((pictures + 1) * 127.5).round().byte()
+            if problem.index < SHOWN:  # for whoever makes the grid
+                self.data.folder.save_drawn(problem.key, to_png(to_image(torch.cat([*pictures], dim=2))))
 
     def present(self, problems: list[Problem], folder: RunFolder, board: Any) -> None:
         """The grid, and where the words act."""
@@ -332,10 +331,12 @@ class Inverter(PromptMethod):
                 board.add_image("words", pil_to_tensor(words))
 
     def _pictures_of(self, problem: Problem) -> Tensor:
-        """What a problem's prompt has drawn, (4, 3, H, W) in [-1, 1]."""
-        if problem.key in self._drawn:
-            return self._drawn[problem.key] / 127.5 - 1
-        return regenerate(self, [problem], REGENERATIONS)[0]
+        """What a problem's prompt has drawn, (4, 3, H, W) in [-1, 1], in 8 bits."""
+        try:
+            drawn = pil_to_tensor(Image.open(self.data.folder.drawn_of(problem.key)))
+        except OSError:  # it has not been measured, or the file could not be written
+            return regenerate(self, [problem], REGENERATIONS)[0]
+        return torch.stack(drawn.chunk(REGENERATIONS, dim=2)) / 127.5 - 1
 
     def export(self, problems: list[Problem], folder: RunFolder) -> None:
         """The embeddings of the prompts."""

@@ -166,12 +166,16 @@ def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
     assert (((wanted + 1) * 127.5).round() - drawn).abs().max() <= 1
 
 
-def test_batch_equals_its_parts(tiny, tmp_path):
+def test_batch_equals_its_parts(tiny, tmp_path, monkeypatch):
+    """With plain steps: the sign that AdamOnLion takes turns where a gradient is next to nothing."""
+    monkeypatch.setattr(SeedInvariance, "configure_optimizers", lambda self: torch.optim.SGD([self.parameter], lr=1e-3))
     module, together = search(tiny, tmp_path / "both", PROMPTS, target_seeds=[1, 2])
     assert [(p.target, p.target_seed) for p in together] == [(prompt, seed) for prompt in PROMPTS for seed in (1, 2)]
     one, (alone,) = search(tiny, tmp_path / "one", PROMPTS[1], target_seeds=[2])
     assert alone.metric_before == pytest.approx(together[3].metric_before, abs=1e-3)
-    torch.testing.assert_close(one.prompt.rows[0], module.prompt.rows[3], atol=2e-2, rtol=0)
+    moved = (one.prompt(torch.tensor([0])) - one.prompt.initial).abs()
+    assert moved.max() > 0.01
+    torch.testing.assert_close(one.prompt.rows[0], module.prompt.rows[3], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
