@@ -18,6 +18,7 @@ import tables
 
 COUNTS = (10, 100, 1000)
 ROUNDS = 3
+PICTURES = 32  # for two processes, of which each searches 16 at a time, as in a large job
 SHORT = ("--data.steps", "4", "--data.samples", "2", "--data.validation_samples", "4", "--model.score_every", "4",
          "--model.sampling_steps", "2", "--model.restart_every", "0", "--model.sample_every", "0")  # fmt: skip
 LONG = ("--data.steps", "120", "--model.restart_every", "30", "--model.sample_every", "0")
@@ -61,7 +62,7 @@ def processes(scratch: Path) -> None:
     """Measures one process and two, with one thread each, in turns."""
     for number in range(len(tables.read(FIGURES["processes"])) // 2, ROUNDS):
         for count in (1, 2):
-            seconds, _, found = search(scratch, 16, f"{count}-{number}", *LONG, "--trainer.devices", str(count))
+            seconds, _, found = search(scratch, PICTURES, f"{count}-{number}", *LONG, "--trainer.devices", str(count))
             # Loading the model is not divided, and weighs more here than in a large job.
             told = json.loads((scratch / f"{count}-{number}" / "result.json").read_text())["problems"]
             longest = max(sum(problem["seconds"] for problem in told[rank::count]) for rank in range(count))

@@ -1,6 +1,7 @@
 """The tables in the docs are those that the committed figures give."""
 
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -115,13 +116,26 @@ def test_speed_reaches_what_is_wanted():
     assert min(row["share_of_best"] for row in steps) >= 0.3
 
 
-@pytest.mark.parametrize("what", ["scaling"])
+@pytest.mark.parametrize("what", ["scaling", "processes"])
 def test_large_jobs_in_the_docs_are_those_of_the_figures(what):
     import large_jobs
     import tables
 
     rows = tables.read(large_jobs.FIGURES[what])
     assert large_jobs.TABLES[what](rows) in (ROOT / "docs" / "large_jobs.md").read_text()
+
+
+def test_a_second_process_is_worth_it():
+    import large_jobs
+    import tables
+
+    search = {
+        count: median(
+            row["search"] for row in tables.read(large_jobs.FIGURES["processes"]) if row["processes"] == count
+        )
+        for count in (1, 2)
+    }
+    assert search[1] / search[2] >= 1.8
 
 
 @pytest.mark.parametrize("name", ["interruptions", "two_machines"])

@@ -8,6 +8,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lightning_prompts.optimizers import BatchedLBFGS
+
 log = logging.getLogger(__name__)
 
 
@@ -49,9 +51,9 @@ class NonFiniteGuard(pl.Callback):
         module.jump(torch.tensor([row]), module.best(row)[None])
         module.lowered[row] += 1
         if module.lowered[row] <= self.most:
-            log.warning(
-                "%s for %s at step %d; it goes on from its best, in half as long steps.", reason, problem.target, step
-            )
+            lbfgs = any(isinstance(optimizer, BatchedLBFGS) for optimizer in module.trainer.optimizers)
+            how = "" if lbfgs else ", in half as long steps"  # the history of L-BFGS is of whole steps
+            log.warning("%s for %s at step %d; it goes on from its best%s.", reason, problem.target, step, how)
             return
         module.end(row)
         if problem.status != "failed":

@@ -33,6 +33,9 @@ SEARCH = -6
 FRESH = -7
 """The step of the draws of pictures that the result is judged by."""
 
+FRESH_SEEDS = 10
+"""How many these are."""
+
 
 def address(seed: int, key: str, step: int, sample: int) -> int:
     """A seed in 0, ..., 2**63 - 1 for sample `sample` at step `step` of the problem `key`."""

@@ -42,7 +42,7 @@ class ImagesToPrompts(ProblemData):
         validation_samples: Noise/timestep pairs that prompts are scored on.
         negative_images: Pictures to lead away from, whose denoising loss is to be high: as `images`, for all targets.
         seed: Addresses every random draw.
-        retry: Search those again that have failed, and no others.
+        retry: Search those again that have failed, and of the others only what a checkpoint goes on with.
         workers: Processes that read pictures ahead of the search, where there are more than are searched at a time.
     """
 

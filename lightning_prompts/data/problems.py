@@ -46,7 +46,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     Args:
         seed: Addresses every random draw.
-        retry: Search those again that have failed, and no others.
+        retry: Search those again that have failed, and of the others only what a checkpoint goes on with.
     """
 
     steps: int

@@ -24,7 +24,7 @@ class Prompts(ProblemData):
     Args:
         prompts: A prompt; a text file with one a line; a CSV or JSONL list with the column or key `prompt`; or a list of these.
         seed: Addresses every random draw.
-        retry: Search those again that have failed, and no others.
+        retry: Search those again that have failed, and of the others only what a checkpoint goes on with.
     """
 
     given = ("prompts", "--data.prompts")

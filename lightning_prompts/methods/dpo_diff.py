@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_prompts.backbones import repeat
 from lightning_prompts.callbacks.grid import before_and_after, to_png
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.data.addresses import FRESH, SEARCH, generator
+from lightning_prompts.data.addresses import FRESH, FRESH_SEEDS, SEARCH, generator
 from lightning_prompts.data.problems import Step
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
@@ -29,7 +29,6 @@ from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.substitutes import Meaning, Source, Sources, Space, keeping
 
 TRIES = 50  # draws for each candidate that is wanted, before a step makes do with fewer
-FRESH_SEEDS = 10
 SHOWN = 12  # problems in the grid
 Choice = tuple[int, ...]
 Solver = Literal["gradient", "evolution", "hybrid", "random"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_prompts.callbacks.grid import before_and_after, to_png
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.data.addresses import FRESH, SEARCH
+from lightning_prompts.data.addresses import FRESH, FRESH_SEEDS, SEARCH
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
@@ -26,7 +26,6 @@ from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.vocabulary import encode_text
 
 SHOWN = 12  # problems in the grid
-FRESH_SEEDS = 10
 
 
 class Steering(PromptMethod):
