@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 import logging
 import os
-import pydoc
 import re
 import signal
 import sys
@@ -19,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
@@ -51,8 +47,9 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.ranges import Positive
-from lightning_prompts.ranks import Launched, own_rank
+from lightning_prompts.ranks import Launched, own_rank, ranks_of
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.sentences import mistake_in, one_sentence
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +103,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of printing thirty lines."""
-        raise UserError(_one_sentence(message, self))
+        raise UserError(one_sentence(message, self))
 
 
 class CLI(LightningCLI):
@@ -302,34 +299,6 @@ class CLI(LightningCLI):
         )
 
 
-def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
-    """Devices of each machine, machines and processes in all; a UserError where there are not so many."""
-    asked, machines = trainer.devices, int(trainer.num_nodes)
-    on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
-    there = torch.cuda.device_count() if on_gpu else None
-    if str(asked) in ("auto", "-1"):
-        here = there or 1
-    elif isinstance(asked, str) and "," in asked:
-        here = len([name for name in asked.split(",") if name.strip()])
-    else:
-        here = len(asked) if isinstance(asked, list) else int(asked)
-    if launched:
-        if (here, machines) not in ((1, 1), launched[1:]):
-            raise UserError(
-                f"{launched.by} has started {launched.processes} processes on {launched.machines} machines, and --trainer.devices "
-                f"{asked} with --trainer.num_nodes {machines} are others; leave both out."
-            )
-        asked = here = launched.processes
-        machines = launched.machines
-    elif machines > 1:
-        raise UserError("Several machines are not reached from here; start the command on them with torchrun or srun.")
-    if there is not None and here > there:
-        raise UserError(
-            f"{here} GPUs were asked for and this machine has {there}; give --trainer.devices {there or 1}."
-        )
-    return asked, machines, here * machines
-
-
 def count_of(data: Any) -> int:
     """How many problems the inputs are, at least."""
     how = data.init_args
@@ -383,7 +352,7 @@ def _run(args: Sequence[str]) -> None:
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except ValueError as error:
-        if mistake := _mistake(error):
+        if mistake := mistake_in(error):
             raise mistake from None
         raise
     except SIGTERMException:  # a SystemExit with code 0
@@ -432,13 +401,6 @@ def negative_text(given: str) -> str:
     return given
 
 
-def _mistake(error: BaseException | None) -> UserError | None:
-    """The person's mistake that a constructor has reported and jsonargparse wrapped."""
-    while error and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error if isinstance(error, UserError) else None
-
-
 def _run_name(method: str) -> str:
     """The default name; further ranks, which run the same command, learn it from rank 0 and not from their own clock."""
     if own_rank() == 0:
@@ -446,56 +408,3 @@ def _run_name(method: str) -> str:
     elif "LIGHTNING_PROMPTS_RUN" not in os.environ:
         raise UserError("Processes started by another launcher need a common folder; give --run runs/NAME.")
     return os.environ["LIGHTNING_PROMPTS_RUN"]
-
-
-def _choice(message: str) -> str:
-    """The classes that could stand where the parser has refused one."""
-    base = re.search(r"<class '(lightning_prompts\.[\w.]+)'>", message)
-    open_, found = [pydoc.locate(base[1])] if base else [], set()
-    while open_:
-        kind: Any = open_.pop()
-        open_ += kind.__subclasses__()
-        if not inspect.isabstract(kind):
-            found.add(kind.__name__)
-    return f"one of {', '.join(sorted(found))}" if found else "one that --help names"
-
-
-def _one_sentence(message: str, parser: Any) -> str:
-    """The parser's many lines as one sentence, with the nearest setting that exists."""
-    text = re.sub(r"\s+", " ", message).strip()
-    if missing := re.search(r"following arguments are required: (.*)", text):
-        absent = [f"--{name.lstrip('-').rpartition('.')[2]}" for name in missing[1].split(", ")]
-        return f"{' and '.join(absent)} must be given, here or in a config file such as configs/invert.yaml."
-    key = re.match(r'Parser key "([\w.]+)": ?', text)
-    nested = re.search(r"Errors: - (?!Expected)(.*?) - (?:Expected a <class|The setting)", text)
-    if key and nested:  # what the parser of a class has said, in which settings lack the class's own name
-        text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested[1], count=2)
-    elif key:
-        text = text[key.end() :]
-    unknown = re.search(
-        r"unrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected|(?:Option|option) '([\w.]+)'", text
-    )
-    if unknown:
-        given = next(filter(None, unknown.groups()))
-        names = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-        close = difflib.get_close_matches(given, sorted(names), 1)
-        hint = f"; did you mean --{close[0]}?" if close else "; see --help for all settings."
-        return f"The setting --{given} is unknown{hint}"
-    imported = re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text)
-    if key and imported:
-        name = next(filter(None, imported.groups()))
-        return f"The class {name!r} cannot be --{key[1]}; choose {_choice(message)}."
-    if key and (
-        whole := re.match(r"Not of type (Positive|NonNegative)Int: (?:.* base 10: '(.*)'|(.*) does not conform)", text)
-    ):
-        wanted = "above 0" if whole[1] == "Positive" else "from 0 on"
-        return f"The setting --{key[1]} cannot be {whole[2] or whole[3]}; it takes a whole number {wanted}."
-    value = re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text)
-    if key and value:
-        wanted = f"one of {value[2]}" if value[2] else value[1] or value[3]
-        text = f"{value[4]!r}; it takes {wanted}."
-        return f"The setting --{key[1]} cannot be {text[:400]}"
-    if key and not nested:
-        text = f"--{key[1]}: {text}"
-    text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
-    return text[:400]

@@ -59,6 +59,7 @@ class TokenEmbeddings(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("table", vocabulary.table, persistent=False)
         self.register_buffer("allowed", allowed_tokens(vocabulary.tokenizer, blocked, words), persistent=False)
+        self.some_token = int(self.allowed.int().argmax())
         self.embeddings = nn.Parameter(torch.empty(0, tokens, self.table.shape[1]))
 
     @torch.no_grad()
@@ -90,15 +91,17 @@ class TokenEmbeddings(nn.Module):
             straight_through: Use the nearest tokens' embeddings and pass their gradient on to the continuous ones (PEZ).
 
         Returns:
-            Ids (Q, L) and embeddings (Q, L, D); those of a problem that has left the numbers are not numbers, so that neither its
+            Ids (Q, L), those of the nearest tokens or else of any, and embeddings (Q, L, D); those of a problem that has left the numbers are not numbers, so that neither its
             loss nor its gradient is taken for one, and the other problems go on.
         """
         embeddings = self.embeddings[rows]
         sound = self.sound()[rows].view(-1, 1, 1)
-        token_ids = nearest_tokens(embeddings.detach().where(sound, 0), self.table, self.allowed, self.metric)
-        embeddings = embeddings.where(sound, torch.nan)
         if straight_through:
+            token_ids = nearest_tokens(embeddings.detach().where(sound, 0), self.table, self.allowed, self.metric)
             embeddings = self.table[token_ids] + embeddings - embeddings.detach()
+        else:  # all that an id says beside an embedding is that a token stands there
+            token_ids = self.positions.new_full((len(rows), len(self.positions)), self.some_token)
+        embeddings = embeddings.where(sound, torch.nan)
         ids = self.ids(token_ids)
         return ids, self.table[ids].index_copy(1, self.positions, embeddings.to(self.table.dtype))
 

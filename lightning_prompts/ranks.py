@@ -58,6 +58,34 @@ def own_rank() -> int:
     return int(os.environ.get(name, "0"))
 
 
+def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
+    """Devices of each machine, machines and processes in all; a UserError where there are not so many."""
+    asked, machines = trainer.devices, int(trainer.num_nodes)
+    on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
+    there = torch.cuda.device_count() if on_gpu else None
+    if str(asked) in ("auto", "-1"):
+        here = there or 1
+    elif isinstance(asked, str) and "," in asked:
+        here = len([name for name in asked.split(",") if name.strip()])
+    else:
+        here = len(asked) if isinstance(asked, list) else int(asked)
+    if launched:
+        if (here, machines) not in ((1, 1), launched[1:]):
+            raise UserError(
+                f"{launched.by} has started {launched.processes} processes on {launched.machines} machines, and --trainer.devices "
+                f"{asked} with --trainer.num_nodes {machines} are others; leave both out."
+            )
+        asked = here = launched.processes
+        machines = launched.machines
+    elif machines > 1:
+        raise UserError("Several machines are not reached from here; start the command on them with torchrun or srun.")
+    if there is not None and here > there:
+        raise UserError(
+            f"{here} GPUs were asked for and this machine has {there}; give --trainer.devices {there or 1}."
+        )
+    return asked, machines, here * machines
+
+
 class _Apart(DDPStrategy):
     """Processes of which Lightning reduces nothing: there is no gradient of a wrapped module to exchange."""
 

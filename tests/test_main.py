@@ -328,7 +328,9 @@ def test_bad_picture_is_refused(base, pictures, capsys, how):
     [
         (["--model.tokens", "500"], ["500", "takes 32"]),
         (["--model.tokens", "0"], "0"),
-        (["--model.microbatch", "0"], ["--model.microbatch", "0"]),
+        (["--model.microbatch", "0"], ["--model.microbatch", "0", "above 0, or null"]),
+        (["--model.image_size", "many"], ["--model.image_size", "many", "above 0"]),
+        (["--model.microbatch", "null"], ["CPU", "--model.microbatch 16"]),
         (["--model.score_every", "0"], ["--model.score_every", "0"]),
         (["--data.steps", "0"], ["--data.steps", "0"]),
         (["--data.samples", "-1"], ["--data.samples", "-1"]),
@@ -639,7 +641,7 @@ def test_what_cannot_be_mixed_is_refused(finished, other, done, tiny, tmp_path, 
     (done / "config.yaml").write_text("model:\n  init_args: [\n")
     refused(capsys, "predict", "--mix", finished, done, "--run", mix, names=[done / "config.yaml"])
     (done / "config.yaml").write_text(config)
-    for path in (done / "problems").iterdir():
+    for path in (done / "problems").glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"token_ids": None, "embedding": [[0.0] * 32] * 2}))
     refused(capsys, "predict", "--mix", finished, done, "--run", mix, names=[done, "textual inversion"])
     refused(capsys, "predict", "--run", finished, "--negative", done, names=[done, "textual inversion"])

@@ -64,7 +64,7 @@ def draw_noise(
     ]
     drawn = torch.stack(draws).view(len(keys), samples, *shape)
     # From memory that stays in its place a GPU fetches it while it computes, and nobody waits.
-    return drawn.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else drawn.to(device)
+    return (drawn.pin_memory() if torch.device(device).type == "cuda" else drawn).to(device, non_blocking=True)
 
 
 def draw_timesteps(

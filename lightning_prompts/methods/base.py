@@ -166,6 +166,10 @@ class PromptMethod(pl.LightningModule, ABC):
         if self.microbatch.ranks > 1:
             self.parameter.register_hook(of_rank_zero)
 
+    def here(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host's on the device, without waiting until that has done all else."""
+        return tensor.to(self.device, non_blocking=True)
+
     def agreed(self, value: T) -> T:
         """What all ranks go on with of something that each has computed for itself; see `of_rank_zero`."""
         return value if self.microbatch.ranks == 1 else of_rank_zero(value)
@@ -258,7 +262,7 @@ class PromptMethod(pl.LightningModule, ABC):
     @torch.no_grad()
     def jump(self, rows: Tensor, there: Tensor) -> None:
         """Puts the problems `rows` (Q,) elsewhere (Q, ...); what the optimiser knows of the points before is forgotten."""
-        self.parameter[rows.to(self.device)] = there.to(self.parameter)
+        self.parameter[self.here(rows)] = there.to(self.parameter)
         self.forget(rows)
 
     def on_train_epoch_end(self) -> None:
@@ -335,7 +339,7 @@ class PromptMethod(pl.LightningModule, ABC):
         share = torch.zeros(len(parameter))  # of the step that is taken
         share[rows] = 0.5 ** torch.tensor([float(self.lowered[row]) for row in rows.tolist()])
         self.left_out += ~sound
-        share = share.to(parameter).where(sound, 0).view(-1, *(1,) * (parameter.dim() - 1))
+        share = self.here(share).to(parameter).where(sound, 0).view(-1, *(1,) * (parameter.dim() - 1))
         with torch.no_grad():  # momentum and weight decay move rows without a gradient too
             parameter.copy_(torch.where(share > 0, torch.lerp(before, parameter, share), before))
 

@@ -178,7 +178,7 @@ class Inverter(PromptMethod):
 
     def samples(self, rows: Tensor, batch: Step) -> Samples:
         """Latents, timesteps and noise of a step of the problems `rows` (Q,); several pictures of one subject take turns."""
-        timesteps = batch.timesteps.to(self.device)[rows]
+        timesteps = self.here(batch.timesteps[rows])
         keys, count = [self.problems[row].key for row in rows.tolist()], timesteps.shape[1]
         steps = [batch.steps[row] for row in rows.tolist()]
         noise = draw_noise(self.data.seed, keys, steps, count, self.backbone.latent_shape, self.device)
@@ -186,7 +186,7 @@ class Inverter(PromptMethod):
         def turns(pictures: Sequence[Tensor]) -> Tensor:
             """Of each problem's pictures (I, C, h, w) those of its step, (Q, N, C, h, w)."""
             seen = [
-                some[picture_turns(max(step, 0), count, len(some)).to(some.device)]
+                some[self.here(picture_turns(max(step, 0), count, len(some)))]
                 for some, step in zip(pictures, steps, strict=True)
             ]
             return torch.stack(seen)

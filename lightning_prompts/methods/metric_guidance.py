@@ -119,7 +119,7 @@ class MetricGuidance(Steering):
         count = int(self.seeds_per_step or self.seeds)
         number = torch.tensor([batch.steps[row] for row in rows.tolist()]).unsqueeze(1) * count + torch.arange(count)
         losses, values = self.measured(
-            self.prompt(rows.to(self.device)), self.noise[rows[:, None], number % self.seeds], problems, self.grad_steps
+            self.prompt(self.here(rows)), self.noise[rows[:, None], number % self.seeds], problems, self.grad_steps
         )
         calls, guided = (
             self.backbone.calls(self.sampling_steps, 1),

@@ -33,7 +33,7 @@ class PEZ(Inverter):
     def search(self, batch: Step, rows: Tensor) -> None:
         """One AdamW step."""
         optimizer: Any = self.optimizers()
-        ids, embeddings = self.prompt(rows.to(self.device), straight_through=True)
+        ids, embeddings = self.prompt(self.here(rows), straight_through=True)
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
         self.step_active(optimizer, loss, rows)
         self.tell(batch, rows, loss=loss)

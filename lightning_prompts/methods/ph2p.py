@@ -99,7 +99,7 @@ class PH2P(Inverter):
 
     def losses(self, rows: Tensor, samples: Samples) -> Tensor:
         """Losses (Q,) of the problems `rows` (Q,)."""
-        ids, embeddings = self.prompt(rows.to(self.device), straight_through=self.projection == "immediate")
+        ids, embeddings = self.prompt(self.here(rows), straight_through=self.projection == "immediate")
         return self.loss(rows, ids, embeddings, samples)
 
     def _restart(self, rows: list[int]) -> None:

@@ -182,7 +182,7 @@ class SeedInvariance(Steering):
         """Losses (Q,) of the problems `rows` (Q,) at a step."""
         calls, value = self.stage(step)
         count, problems = int(self.seeds_per_step), [self.problems[row] for row in rows.tolist()]
-        others, on_device = self.draw_noise(problems, step, count), rows.to(self.device)  # (Q, N, C, h, w)
+        others, on_device = self.draw_noise(problems, step, count), self.here(rows)  # (Q, N, C, h, w)
         starts = self.starts[on_device].unsqueeze(1).expand_as(others)
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
         wanted = repeat(torch.stack([self._wanted[problem.key][calls] for problem in problems]), count)

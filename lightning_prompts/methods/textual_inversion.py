@@ -42,7 +42,7 @@ class TextualInversion(Inverter):
     def search(self, batch: Step, rows: Tensor) -> None:
         """One AdamW step."""
         optimizer: Any = self.optimizers()
-        ids, embeddings = self.prompt(rows.to(self.device))
+        ids, embeddings = self.prompt(self.here(rows))
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
         self.step_active(optimizer, loss, rows)
         self.tell(batch, rows, loss=loss)

@@ -1,0 +1,75 @@
+"""What the parser of the command line, or a constructor that it calls, has to say of a mistake, as one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import pydoc
+import re
+from typing import Any
+
+from lightning_prompts.errors import UserError
+
+
+def one_sentence(message: str, parser: Any) -> str:
+    """The parser's many lines as one sentence, with the nearest setting that exists."""
+    text = re.sub(r"\s+", " ", message).strip()
+    if missing := re.search(r"following arguments are required: (.*)", text):
+        absent = [f"--{name.lstrip('-').rpartition('.')[2]}" for name in missing[1].split(", ")]
+        return f"{' and '.join(absent)} must be given, here or in a config file such as configs/invert.yaml."
+    key = re.match(r'Parser key "([\w.]+)": ?', text)
+    optional = re.search(r"Not of type (Positive|NonNegative)Int: .*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
+    if key and optional:
+        wanted = "above 0" if optional[1] == "Positive" else "from 0 on"
+        return f"The setting --{key[1]}.{optional[2]} cannot be {optional[3]}; it takes a whole number {wanted}, or null."
+    nested = re.search(r"Errors: - (?!Expected)(.*?) - (?:Expected a <class|The setting)", text)
+    if key and nested:  # what the parser of a class has said, in which settings lack the class's own name
+        text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested[1], count=2)
+    elif key:
+        text = text[key.end() :]
+    unknown = re.search(
+        r"unrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected|(?:Option|option) '([\w.]+)'", text
+    )
+    if unknown:
+        given = next(filter(None, unknown.groups()))
+        names = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        close = difflib.get_close_matches(given, sorted(names), 1)
+        hint = f"; did you mean --{close[0]}?" if close else "; see --help for all settings."
+        return f"The setting --{given} is unknown{hint}"
+    imported = re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text)
+    if key and imported:
+        name = next(filter(None, imported.groups()))
+        return f"The class {name!r} cannot be --{key[1]}; choose {_choice(message)}."
+    if key and (
+        whole := re.match(r"Not of type (Positive|NonNegative)Int: (?:.* base 10: '(.*)'|(.*) does not conform)", text)
+    ):
+        wanted = "above 0" if whole[1] == "Positive" else "from 0 on"
+        return f"The setting --{key[1]} cannot be {whole[2] or whole[3]}; it takes a whole number {wanted}."
+    value = re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text)
+    if key and value:
+        wanted = f"one of {value[2]}" if value[2] else value[1] or value[3]
+        text = f"{value[4]!r}; it takes {wanted}."
+        return f"The setting --{key[1]} cannot be {text[:400]}"
+    if key and not nested:
+        text = f"--{key[1]}: {text}"
+    text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
+    return text[:400]
+
+
+def _choice(message: str) -> str:
+    """The classes that could stand where the parser has refused one."""
+    base = re.search(r"<class '(lightning_prompts\.[\w.]+)'>", message)
+    open_, found = [pydoc.locate(base[1])] if base else [], set()
+    while open_:
+        kind: Any = open_.pop()
+        open_ += kind.__subclasses__()
+        if not inspect.isabstract(kind):
+            found.add(kind.__name__)
+    return f"one of {', '.join(sorted(found))}" if found else "one that --help names"
+
+
+def mistake_in(error: BaseException | None) -> UserError | None:
+    """The person's mistake that a constructor has reported and jsonargparse wrapped."""
+    while error and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error if isinstance(error, UserError) else None

@@ -1,0 +1,91 @@
+"""Nothing in a step of an inverter makes the host wait for the device."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_prompts.data.problems import Step
+from lightning_prompts.methods import PH2P, TextualInversion
+from lightning_prompts.problems import Problem
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+DEVICE = torch.device(
+    "meta"
+)  # whose tensors have no content: to look at one, as a GPU would make us wait for it, raises
+PROBLEMS = [Problem("a", "a red cat"), Problem("b", "two dogs")]
+
+
+class Copies(TorchDispatchMode):
+    """Notes copies to the device that wait until it has done all else: all but those that are said not to."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        here = [x for x in given if x.device != DEVICE and x.dim()]
+        to_device = any(x.device == DEVICE for x in pytree.tree_leaves(result) if isinstance(x, Tensor))
+        asks = kwargs.get("non_blocking", False) or (func is torch.ops.aten.copy_.default and len(args) > 2 and args[2])
+        if here and to_device and not asks:
+            self.waiting.append(str(func))
+        return result
+
+
+def wave(module, monkeypatch):
+    """Makes two problems, at different steps, the wave of a module that is on the device."""
+    module.to(DEVICE)
+    module.problems, module.done, module.stale, module.lowered = PROBLEMS, [1, 2], [0, 0], [0, 1]
+    module.active, module.left_out = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.long, device=DEVICE)
+    data = SimpleNamespace(seed=0, steps=100, negative_latents=lambda backbone: None)
+    monkeypatch.setattr(type(module), "data", data)
+    optimizer = module.configure_optimizers()
+    monkeypatch.setattr(module, "optimizers", lambda: optimizer)
+    monkeypatch.setattr(module, "manual_backward", lambda loss: loss.backward())
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # which this device does not know
+    timesteps = torch.randint(1000, (2, 3))
+    return Step([1, 2], timesteps), torch.arange(2)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (PH2P, {"optimizer": "adam", "restart_every": 0}),
+        (TextualInversion, {}),
+    ],
+)
+def test_a_step_does_not_wait(method, settings, tiny, monkeypatch):
+    module = method(backbone=tiny, tokens=3, score_every=10**6, **settings)
+    module.prompt.embeddings = nn.Parameter(torch.zeros(2, 3, module.prompt.table.shape[1]))
+    batch, rows = wave(module, monkeypatch)
+    module.latents = [torch.zeros(1, *module.backbone.latent_shape, device=DEVICE)] * 2
+    with Copies() as copies:
+        module.search(batch, rows)
+    assert not copies.waiting
+    assert module.parameter.device == DEVICE
+    assert len(module.optimizers().state) == 1  # a step was taken
+
+
+def test_what_waits_is_noticed():
+    here, there = torch.zeros(3), torch.zeros(3, device=DEVICE)
+    with Copies() as copies:
+        there + here.to(DEVICE, non_blocking=True)
+        there.copy_(here, non_blocking=True)
+        there[:2] * 3
+        assert not copies.waiting
+        there + here.to(DEVICE)
+        there[torch.tensor([0, 1])]
+        there.copy_(here)
+    assert len(copies.waiting) == 3
+    with pytest.raises(RuntimeError):
+        there.sum().item()
+    with pytest.raises(NotImplementedError):
+        there.nonzero()
