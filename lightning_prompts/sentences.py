@@ -21,7 +21,9 @@ def one_sentence(message: str, parser: Any) -> str:
     optional = re.search(r"Not of type (Positive|NonNegative)Int: .*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
     if key and optional:
         wanted = "above 0" if optional[1] == "Positive" else "from 0 on"
-        return f"The setting --{key[1]}.{optional[2]} cannot be {optional[3]}; it takes a whole number {wanted}, or null."
+        return (
+            f"The setting --{key[1]}.{optional[2]} cannot be {optional[3]}; it takes a whole number {wanted}, or null."
+        )
     nested = re.search(r"Errors: - (?!Expected)(.*?) - (?:Expected a <class|The setting)", text)
     if key and nested:  # what the parser of a class has said, in which settings lack the class's own name
         text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested[1], count=2)
