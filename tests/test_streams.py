@@ -53,12 +53,18 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def beside_the_model(tiny, monkeypatch):
+    """The model has the same name each time, on which random draws hang, too: GCG's words are sometimes equally good."""
+    monkeypatch.chdir(Path(tiny).parent)
+
+
 @pytest.fixture(scope="module")
 def make(tiny, folder):
     """The arguments of a search."""
 
     def arguments(run, method, *extra, images=None):
-        args = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", *METHODS[method], "--model.backbone", tiny]
+        args = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", *METHODS[method], "--model.backbone", Path(tiny).name]
         args += ["--model.sampling_steps", "3", "--model.sample_every", "0"]
         if method in INVERTERS:
             args += ["--data.images", str(images or folder), "--model.tokens", "2", "--data.steps", "4"]
