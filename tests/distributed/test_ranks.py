@@ -146,7 +146,7 @@ def test_ranks_that_share_samples_find_exactly_what_one_finds(method, tiny, inpu
     assert [path.name.split("-")[0] for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["rank0"] * 2
 
 
-@pytest.mark.parametrize("method", ["ph2p", "dpo_diff", "metric_guidance"])
+@pytest.mark.parametrize("method", ["invert", "dpo_diff", "metric_guidance"])
 def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs, alone, tmp_path):
     together = fit(*arguments(tiny, inputs, tmp_path / "two", method), ranks=2)  # the strategy is chosen
     for one, other in zip(together, alone(method), strict=True):
@@ -160,6 +160,7 @@ def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs,
     lines = (tmp_path / "two" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == [problem["key"] for problem in together]
     assert not list((tmp_path / "two").glob("results-rank*"))
+    assert fit(*arguments(tiny, inputs, tmp_path / "two", method, "--ckpt_path", "last")) == together  # goes on alone
 
 
 def test_ranks_that_slurm_has_started(tiny, inputs, alone, tmp_path):
