@@ -237,19 +237,25 @@ class RunFolder:
             "versions": versions,
         }
         prompts, negatives, failed = list[str | None](), list[str | None](), list[bytes]()
-        with atomic_writer(self.result) as file:
+        with atomic_writer(self.result) as file, atomic_writer(self.lines) as lines:
+
+            def told() -> Iterator[Problem]:
+                """Each problem, when it has been written to the other files: thousands of records are read once."""
+                for number, problem in enumerate(self.ordered()):
+                    entry = to_json(result_entry(asdict(problem))).rstrip().replace(b"\n", b"\n    ")
+                    file.write((b",\n    " if number else b"\n    ") + entry)
+                    if problem.status != "open":
+                        lines.write(result_line(problem))
+                    if problem.status == "failed":
+                        failed.append(failed_line(problem))
+                    prompts.append(problem.prompt)
+                    negatives.append(problem.negative_prompt)
+                    yield problem
+
             # str: a path or a dtype among the settings must not cost the results at the end of a run.
             file.write(to_json(head, default=str)[: -len("\n}\n")] + b',\n  "problems": [')
-            for number, problem in enumerate(self.ordered()):
-                entry = to_json(result_entry(asdict(problem))).rstrip().replace(b"\n", b"\n    ")
-                file.write((b",\n    " if number else b"\n    ") + entry)
-                prompts.append(problem.prompt)
-                negatives.append(problem.negative_prompt)
-                if problem.status == "failed":
-                    failed.append(failed_line(problem))
+            write_table(self.table, told())
             file.write(b"\n  ]\n}\n" if prompts else b"]\n}\n")
-        self.write_lines()
-        write_table(self.table, self.ordered())
         atomic_write(self.prompt, prompt_lines(prompts))
         if any(negative is not None for negative in negatives):
             atomic_write(self.negative_prompt, prompt_lines(negatives))

@@ -64,7 +64,16 @@ def make(tiny, folder):
     """The arguments of a search."""
 
     def arguments(run, method, *extra, images=None):
-        args = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", *METHODS[method], "--model.backbone", Path(tiny).name]
+        args = [
+            "fit",
+            "--run",
+            str(run),
+            "--trainer.accelerator",
+            "cpu",
+            *METHODS[method],
+            "--model.backbone",
+            Path(tiny).name,
+        ]
         args += ["--model.sampling_steps", "3", "--model.sample_every", "0"]
         if method in INVERTERS:
             args += ["--data.images", str(images or folder), "--model.tokens", "2", "--data.steps", "4"]
