@@ -461,19 +461,33 @@ def figures(part: str) -> Path:
 
 
 def plot() -> None:
-    """The search and the plain loop by targets, and where the time of a step goes."""
+    """The search and the plain loop by targets, the share of the arithmetic, where the time goes, and what each way is worth."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=[1, 1.6], layout="constrained")
-    rows = [row for row in tables.read(figures("throughput")) if row["method"] == "PH2P, Adam"]
-    for name, label in (("search", "search"), ("plain", "plain loop")):
-        left.plot([str(int(row["targets"])) for row in rows], [row[name] for row in rows], "o-", label=label)
-    left.set(xlabel="targets", ylabel="denoiser samples a second", ylim=(0, None), title="PH2P with Adam")
-    left.legend()
-    rows = tables.read(figures("profile"))[::-1]
-    right.barh([row["kind"] for row in rows], [100 * row["share"] for row in rows])
-    right.set(xlabel="per cent of a step, 16 targets", title="Where the time goes")
+    figure, ((first, share), (profile, settings)) = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    rows = tables.read(figures("throughput"))
+    for method, style in (("PH2P, Adam", "o-"), ("PEZ", "s--")):
+        own = [row for row in rows if row["method"] == method]
+        for name, color in (("search", "C0"), ("plain", "C1")):
+            label = f"{method}, {'search' if name == 'search' else 'plain loop'}"
+            first.plot(
+                [str(int(row["targets"])) for row in own], [row[name] for row in own], style, color=color, label=label
+            )
+    first.set(xlabel="targets", ylabel="denoiser samples a second", ylim=(0, None), title="Against a plain loop")
+    first.legend(fontsize="small")
+    _bars(share, "share", "what", "share_of_best", "per cent of the machine's best", "Share of the arithmetic")
+    share.axvline(30, color="grey", linestyle=":")
+    _bars(profile, "profile", "kind", "share", "per cent of a step, 16 targets", "Where the time goes")
+    _bars(settings, "settings", "setting", "speed", "per cent of the speed as it is", "What each way is worth")
+    settings.axvline(100, color="grey", linestyle=":")
+    settings.tick_params("y", labelsize="x-small")
     figure.savefig(IMAGE, dpi=80)
+
+
+def _bars(axis: Any, part: str, name: str, value: str, label: str, title: str) -> None:
+    rows = tables.read(figures(part))[::-1]
+    axis.barh([row[name] for row in rows], [100 * row[value] for row in rows])
+    axis.set(xlabel=label, title=title)
 
 
 def main() -> None:
