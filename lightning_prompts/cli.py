@@ -109,10 +109,16 @@ class Parser(LightningArgumentParser):
 class CLI(LightningCLI):
     """`fit`, `validate`, `test` and `predict` in a run's folder."""
 
+    command = "fit"
     run: Path | None = None
     made: RunFolder | None = None  # by this command, and gone again if it is refused
     instead = ""  # `show-space`, which is a `fit` that ends before it begins, or `dry-run`, one that ends after a step
     saved = ""  # settings of a `fit`, as they are written
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The one that was asked for; each has hundreds of settings, whose parser takes time to build."""
+        return {CLI.command: LightningCLI.subcommands()[CLI.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what belongs to no class."""
@@ -325,6 +331,7 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.ERROR)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
     CLI.run, CLI.made, CLI.instead = run, None, "" if args[0] in LIGHTNINGS else args[0]
+    CLI.command = "fit" if CLI.instead else args[0]
     try:
         _run(args)
     except UserError:
@@ -347,7 +354,7 @@ def _run(args: Sequence[str]) -> None:
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=_with_data_class(["fit" if CLI.instead else args[0], *args[1:]]),
+            args=_with_data_class([CLI.command, *args[1:]]),
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error

@@ -11,7 +11,8 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SHORTER = {  # in place of what is in a notebook, whose searches are of a length that shows something
     "metric_guidance": ('"fit", *config', '"fit", *config, "--model.steps", "5"'),
     "seed_invariance": ('"30"', '"6"'),
-    "evolve_and_remove": ('"90"', '"20"'),
+    "evolve_and_remove": ('"90"', '"10"'),
+    "better_prompts": ('"12"', '"4"'),
 }
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_prompts.main import main
+from lightning_prompts.methods import dpo_diff, steering
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -104,7 +105,9 @@ def test_commands_of_the_page_run(page, place, tiny):
         assert len(list((run / "pictures").iterdir())) == 2 * 4
 
 
-def test_python_of_the_page_runs(place, capsys):
+def test_python_of_the_page_runs(place, capsys, monkeypatch):
+    for module in (steering, dpo_diff):
+        monkeypatch.setattr(module, "FRESH_SEEDS", 2)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
     short = code.replace("steps=30", "steps=6").replace("steps=5", "steps=2")
     assert short.count("steps=2") == 2

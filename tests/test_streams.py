@@ -153,7 +153,7 @@ def test_killed_at_any_step_is_as_unbroken(method, make, tmp_path, watched):
     how = (*(["--model.patience", "2"] if method == "PEZ" else []), "--model.together", "2")
     main(make(tmp_path / "whole", method, *how))
     steps, whole = len(watched.seen), found(tmp_path / "whole")
-    for stop in (1, steps // 2, steps - 1):
+    for stop in (1, steps // 2, steps - 1) if method in INVERTERS else (steps // 2,):  # others have such tests, too
         run = tmp_path / str(stop)
         watched.seen.clear()
         watched.stop = stop

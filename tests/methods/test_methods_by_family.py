@@ -114,10 +114,10 @@ def test_table_of_the_docs_is_what_is_tested():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_company_changes_nothing(family, folders, tmp_path):
-    """Three problems together come to what each of them comes to alone."""
+    """Two problems together come to what each of them comes to alone."""
     backbone = load_backbone(folders(family), image_size=16)
     files = []
-    for i in range(3):
+    for i in range(2):
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(files[-1])
     how = {"backbone": backbone, "sampling_steps": 2, "steps": 2, "device": "cpu"}
@@ -129,7 +129,7 @@ def test_company_changes_nothing(family, folders, tmp_path):
         "validation_samples": 2,
         "lr": 0.02,
     }
-    prompts = ["a red cat", "two dogs beside a tree", "a small square"]
+    prompts = ["a red cat", "two dogs beside a tree"]
     smooth = {"optimizer": "sgd", "lr": 1.0}  # the sign that AdamOnLion takes turns where a gradient is next to nothing
     together = [*invert(files, **pictured, **how), *guide(prompts, Sharpness(), **smooth, **how)]
     alone = [invert(file, **pictured, **how) for file in files]
