@@ -62,11 +62,11 @@ def processes(scratch: Path) -> None:
     """Measures one process and two, with one thread each, in turns."""
     for number in range(len(tables.read(FIGURES["processes"])) // 2, ROUNDS):
         for count in (1, 2):
-            seconds, _, found = search(scratch, PICTURES, f"{count}-{number}", *LONG, "--trainer.devices", str(count))
+            seconds, _, _ = search(scratch, PICTURES, f"{count}-{number}", *LONG, "--trainer.devices", str(count))
             # Loading the model is not divided, and weighs more here than in a large job.
             told = json.loads((scratch / f"{count}-{number}" / "result.json").read_text())["problems"]
             longest = max(sum(problem["seconds"] for problem in told[rank::count]) for rank in range(count))
-            samples = sum(problem["unet_samples"] for problem in found)
+            samples = sum(problem["unet_samples"] for problem in told)
             row = {"processes": count, "search": longest, "whole": seconds, "samples": samples}
             tables.add(FIGURES["processes"], [row])
 

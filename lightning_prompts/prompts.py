@@ -91,8 +91,8 @@ class TokenEmbeddings(nn.Module):
             straight_through: Use the nearest tokens' embeddings and pass their gradient on to the continuous ones (PEZ).
 
         Returns:
-            Ids (Q, L), those of the nearest tokens or else of any, and embeddings (Q, L, D); those of a problem that has left the numbers are not numbers, so that neither its
-            loss nor its gradient is taken for one, and the other problems go on.
+            Ids (Q, L), those of the nearest tokens or, where none are asked for, of any; and embeddings (Q, L, D). Those of a
+            problem that has left the numbers are not numbers, so that neither its loss nor its gradient is taken for one, and the other problems go on.
         """
         embeddings = self.embeddings[rows]
         sound = self.sound()[rows].view(-1, 1, 1)

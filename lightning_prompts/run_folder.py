@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.files import atomic_write, atomic_writer, to_json
+from lightning_prompts.files import atomic_write, atomic_writer, json_line, to_json
 from lightning_prompts.problems import Problem
 from lightning_prompts.reports import SCHEMA_VERSION, failed_line, prompt_lines, result_entry, result_line, write_table
 
@@ -242,10 +242,11 @@ class RunFolder:
             def told() -> Iterator[Problem]:
                 """Each problem, when it has been written to the other files: thousands of records are read once."""
                 for number, problem in enumerate(self.ordered()):
-                    entry = to_json(result_entry(asdict(problem))).rstrip().replace(b"\n", b"\n    ")
-                    file.write((b",\n    " if number else b"\n    ") + entry)
+                    entry = result_entry(asdict(problem))
+                    indented = to_json(entry).rstrip().replace(b"\n", b"\n    ")
+                    file.write((b",\n    " if number else b"\n    ") + indented)
                     if problem.status != "open":
-                        lines.write(result_line(problem))
+                        lines.write(json_line(entry))
                     if problem.status == "failed":
                         failed.append(failed_line(problem))
                     prompts.append(problem.prompt)

@@ -20,10 +20,7 @@ def one_sentence(message: str, parser: Any) -> str:
     key = re.match(r'Parser key "([\w.]+)": ?', text)
     optional = re.search(r"Not of type (Positive|NonNegative)Int: .*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
     if key and optional:
-        wanted = "above 0" if optional[1] == "Positive" else "from 0 on"
-        return (
-            f"The setting --{key[1]}.{optional[2]} cannot be {optional[3]}; it takes a whole number {wanted}, or null."
-        )
+        return _whole(f"{key[1]}.{optional[2]}", optional[3], optional[1], ", or null")
     nested = re.search(r"Errors: - (?!Expected)(.*?) - (?:Expected a <class|The setting)", text)
     if key and nested:  # what the parser of a class has said, in which settings lack the class's own name
         text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested[1], count=2)
@@ -45,8 +42,7 @@ def one_sentence(message: str, parser: Any) -> str:
     if key and (
         whole := re.match(r"Not of type (Positive|NonNegative)Int: (?:.* base 10: '(.*)'|(.*) does not conform)", text)
     ):
-        wanted = "above 0" if whole[1] == "Positive" else "from 0 on"
-        return f"The setting --{key[1]} cannot be {whole[2] or whole[3]}; it takes a whole number {wanted}."
+        return _whole(key[1], whole[2] or whole[3], whole[1])
     value = re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text)
     if key and value:
         wanted = f"one of {value[2]}" if value[2] else value[1] or value[3]
@@ -56,6 +52,12 @@ def one_sentence(message: str, parser: Any) -> str:
         text = f"--{key[1]}: {text}"
     text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
     return text[:400]
+
+
+def _whole(setting: str, given: str, kind: str, otherwise: str = "") -> str:
+    """What a setting takes that is a whole number, see `ranges`."""
+    wanted = "above 0" if kind == "Positive" else "from 0 on"
+    return f"The setting --{setting} cannot be {given}; it takes a whole number {wanted}{otherwise}."
 
 
 def _choice(message: str) -> str:
