@@ -14,8 +14,8 @@ from lightning_prompts.substitutes.space import Part, Space
 from lightning_prompts.vocabulary import (
     LARGEST,
     Metric,
-    allowed_tokens,
-    encode_text,
+    decode,
+    fill_template,
     nearest_tokens,
     template_ids,
     token_lists,
@@ -53,12 +53,13 @@ class TokenEmbeddings(nn.Module):
             raise UserError(
                 f"A prompt of {tokens} tokens was asked for; it needs at least one, so raise --model.tokens."
             )
-        ids, positions = template_ids(vocabulary.tokenizer, template, tokens, vocabulary.length)
+        ids, positions = template_ids(vocabulary.tokenizer, template, tokens, vocabulary.length, vocabulary.rows)
+        self.vocabulary, self.words_around = vocabulary, template
         self.metric: Metric = metric
         self.register_buffer("template", ids, persistent=False)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("table", vocabulary.table, persistent=False)
-        self.register_buffer("allowed", allowed_tokens(vocabulary.tokenizer, blocked, words), persistent=False)
+        self.register_buffer("allowed", vocabulary.allowed(blocked, words), persistent=False)
         self.some_token = int(self.allowed.int().argmax())
         self.embeddings = nn.Parameter(torch.empty(0, tokens, self.table.shape[1]))
 
@@ -66,6 +67,12 @@ class TokenEmbeddings(nn.Module):
     def project(self) -> Tensor:
         """Ids of the nearest allowed tokens, (P, M)."""
         return nearest_tokens(self.embeddings, self.table, self.allowed, self.metric)
+
+    @torch.no_grad()
+    def nearest(self, rows: Tensor) -> Tensor:
+        """Find the nearest allowed tokens (Q, M) of the problems `rows` (Q,); any where the embeddings are not finite."""
+        sound = self.sound()[rows].view(-1, 1, 1)
+        return nearest_tokens(self.embeddings[rows].where(sound, 0), self.table, self.allowed, self.metric)
 
     def sound(self) -> Tensor:
         """Which problems' embeddings are numbers that have a nearest token, (P,) bool."""
@@ -83,6 +90,10 @@ class TokenEmbeddings(nn.Module):
         ends = self.positions[used]
         return torch.cat([ids[:, :ends], ids[:, rest:], ids[:, -1:].expand(-1, int(rest - ends))], dim=1)
 
+    def texts(self, token_ids: Tensor) -> list[str]:
+        """Write prompts (P, m) as P texts in the template, as a user would paste them."""
+        return [fill_template(self.words_around, text) for text in decode(self.vocabulary.tokenizer, token_ids)]
+
     def forward(self, rows: Tensor, straight_through: bool = False) -> tuple[Tensor, Tensor]:
         """What the text encoder is given for some of the problems.
 
@@ -97,7 +108,7 @@ class TokenEmbeddings(nn.Module):
         embeddings = self.embeddings[rows]
         sound = self.sound()[rows].view(-1, 1, 1)
         if straight_through:
-            token_ids = nearest_tokens(embeddings.detach().where(sound, 0), self.table, self.allowed, self.metric)
+            token_ids = self.nearest(rows)
             embeddings = self.table[token_ids] + embeddings - embeddings.detach()
         else:  # all that an id says beside an embedding is that a token stands there
             token_ids = self.positions.new_full((len(rows), len(self.positions)), self.some_token)
@@ -206,9 +217,7 @@ class WordChoices(nn.Module):
     def show(self, spaces: Sequence[Space]) -> None:
         """Makes the spaces those that the logits choose from."""
         self.spaces = list(spaces)
-        self.word_ids = [
-            [token_lists(self.vocabulary.tokenizer, slot.words) for slot in space.slots] for space in spaces
-        ]
+        self.word_ids = [[self.vocabulary.token_lists(slot.words) for slot in space.slots] for space in spaces]
         slots = max((len(space.slots) for space in spaces), default=0)
         words = max((len(slot.words) for space in spaces for slot in space.slots), default=0)
         self.counts = torch.full((len(spaces), slots, words), -1)  # tokens of each word, -1 where there is none
@@ -276,7 +285,7 @@ class WordChoices(nn.Module):
         self, word_ids: Sequence[Sequence[Sequence[int]]], parts: Sequence[Part], choice: Sequence[int], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Ids (L,) and embeddings (L, D) of a text whose slots are mixtures by weights (S, W)."""
-        ids = encode_text(self.vocabulary.tokenizer, ["".join(part.text for part in parts)], self.vocabulary.length)[0]
+        ids = self.vocabulary.encode_text(["".join(part.text for part in parts)])[0]
         ids, place = ids.to(self.table.device), self.vocabulary.first
         embeddings = self.table[ids].to(self.logits.dtype)
         for part in parts:

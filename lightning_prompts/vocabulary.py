@@ -25,7 +25,14 @@ Metric = Literal["euclidean", "cosine"]
 
 _BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are drawn as nothing
 LARGEST = 1e18  # norm of an embedding, whose square still has room in float32
-FILLERS = ("a", "b")  # two words that are one token each wherever a byte is a token
+FILLERS = (
+    "a",
+    "b",
+    "the",
+    "of",
+    "in",
+    "to",
+)  # CLIP has a token for each letter that is a word, T5 only for longer words
 
 
 @torch.no_grad()
@@ -104,7 +111,11 @@ def _distances(x: Tensor, rows: Tensor, metric: Metric) -> Tensor:
 
 
 def allowed_tokens(
-    tokenizer: PreTrainedTokenizerBase, blocked: Iterable[str] = (), words: Iterable[str] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    blocked: Iterable[str] = (),
+    words: Iterable[str] | None = None,
+    rows: int | None = None,
+    others: Sequence[PreTrainedTokenizerBase] = (),
 ) -> Tensor:
     """Finds the tokens that a search may use.
 
@@ -116,19 +127,31 @@ def allowed_tokens(
         tokenizer: The tokenizer.
         blocked: Texts that no token may contain, in whatever case. Words of several tokens are `contains_blocked`'s.
         words: The only words that may be used; those of several tokens cannot be.
+        rows: V, rows of the table of token embeddings, which may have more or fewer rows than the tokenizer has tokens (T5's
+            has 32128 rows for 32100 tokens); None for as many as there are tokens. Rows without a token are not allowed.
+        others: Tokenizers with the same vocabulary that must read a token's text as this token, too. SDXL's second one reads
+            "!" as its padding.
 
     Returns:
         Which tokens are allowed, (V,) bool.
     """
     blocked, size = _listed("blocked", blocked), max(tokenizer.get_vocab().values()) + 1
-    texts, allowed = round_trip(tokenizer, torch.arange(size).unsqueeze(1))
-    allowed[list(tokenizer.get_added_vocab().values())] = False
-    allowed &= torch.tensor([_visible(text) for text in texts])
+    rows = size if rows is None else rows
+    ids = torch.arange(min(size, rows)).unsqueeze(1)
+    texts, survives = round_trip(tokenizer, ids)
+    survives[[i for i in tokenizer.get_added_vocab().values() if i < len(ids)]] = False
+    survives &= torch.tensor([_visible(text) for text in texts], dtype=torch.bool)
+    for other in others:
+        kept = survives.nonzero().flatten().tolist()
+        again = token_lists(other, [texts[i] for i in kept])
+        survives[[i for i, row in zip(kept, again, strict=True) if row != [i]]] = False
+    allowed = torch.zeros(rows, dtype=torch.bool)
+    allowed[: len(ids)] = survives
     settings, before = [], int(allowed.sum())
     if words is not None:
         words = _listed("words", words)
-        single = torch.zeros(size, dtype=torch.bool)
-        single[[ids[0] for ids in token_lists(tokenizer, words) if len(ids) == 1]] = True
+        single = torch.zeros(rows, dtype=torch.bool)
+        single[[row[0] for row in token_lists(tokenizer, words) if len(row) == 1 and row[0] < rows]] = True
         allowed &= single
         settings.append(f"words ({len(words)} given, which are {int(allowed.sum())} of these)")
     if blocked:
@@ -159,12 +182,17 @@ def round_trip(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> tuple[list[st
         The P texts, words apart by one space, and which of them are read as exactly these ids, (P,) bool. A special token is no
         text, so that a row with one does not survive.
     """
-    rows = ids.tolist()
-    decoded = rows and tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    texts, special = [" ".join(text.split()) for text in decoded], set(tokenizer.all_special_ids)
+    rows, texts, special = ids.tolist(), decode(tokenizer, ids), set(tokenizer.all_special_ids)
     again = token_lists(tokenizer, texts)
     same = [row == other and special.isdisjoint(row) for row, other in zip(rows, again, strict=True)]
     return texts, torch.tensor(same, dtype=torch.bool, device=ids.device)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
+    """Write token ids (P, M), without start, end and padding, as P texts whose words are one space apart."""
+    rows = ids.tolist()
+    decoded = rows and tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [" ".join(text.split()) for text in decoded]
 
 
 def token_lists(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> list[list[int]]:
@@ -174,6 +202,30 @@ def token_lists(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **opti
     options = {"add_special_tokens": False, "truncation": False, "verbose": False, **options}
     ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
     return ids
+
+
+def check_embedded(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ids: Sequence[Sequence[int]], rows: int
+) -> None:
+    """Refuse texts with a token that the text encoder has no embedding for, such as one that was added to the tokenizer alone.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: P texts.
+        ids: Their token ids.
+        rows: Rows of the text encoder's table of token embeddings.
+    """
+    for text, row in zip(texts, ids, strict=True):
+        if row and max(row) >= rows:
+            raise UserError(
+                f"The text {_shortened(text)!r} contains the token {tokenizer.convert_ids_to_tokens(max(row))!r}, for which the "
+                f"text encoder's table of {rows} rows has no embedding; leave it out, or use the tokenizer that belongs to the "
+                "text encoder."
+            )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def contains_blocked(text: str, blocked: Iterable[str]) -> bool:
@@ -224,7 +276,13 @@ def _listed(name: str, words: Iterable[str]) -> list[str]:
     return list(words)
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, cut: bool = False) -> Tensor:
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    length: int,
+    cut: bool = False,
+    rows: int | None = None,
+) -> Tensor:
     """Encodes texts with start, end and padding.
 
     Args:
@@ -232,24 +290,46 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length
         texts: P texts.
         length: How many tokens the text encoder takes, start and end included.
         cut: Cut off words at the end of texts that are too long, instead of refusing these.
+        rows: Rows of the text encoder's table of token embeddings; texts with a token beyond them are refused. None for any.
 
     Returns:
         Token ids, (P, length).
     """
     texts = _listed("texts", texts)
     how = {"add_special_tokens": True, "padding": "max_length", "max_length": length, "truncation": cut}
-    rows = token_lists(tokenizer, texts, **how)
-    for text, row in zip(texts, rows, strict=True):
-        if len(row) > length:
-            start = text if len(text) <= 60 else f"{text[:60]}…"
+    lists = token_lists(tokenizer, texts, **how)
+    for text, ids in zip(texts, lists, strict=True):
+        if len(ids) > length:
             raise UserError(
-                f"The text {start!r} has {len(row)} tokens with start and end, and the text encoder takes {length}; shorten it."
+                f"The text {_shortened(text)!r} has {len(ids)} tokens with start and end, and the text encoder takes {length}; "
+                "shorten it."
             )
-    return torch.tensor(rows, dtype=torch.long).reshape(len(texts), length)
+    if rows is not None:
+        check_embedded(tokenizer, texts, lists, rows)
+    return torch.tensor(lists, dtype=torch.long).reshape(len(texts), length)
+
+
+def fillers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Find two words that are one token each, to find out where a prompt's tokens are in a text."""
+    special = set(tokenizer.all_special_ids)
+    single = [
+        word
+        for word, ids in zip(FILLERS, token_lists(tokenizer, FILLERS), strict=True)
+        if len(ids) == 1 and ids[0] not in special
+    ]
+    if len(single) < 2:
+        raise UserError(
+            f"The tokenizer does not read two of {', '.join(FILLERS)} as one token each; use CLIP's or T5's."
+        )
+    return single[0], single[1]
 
 
 def template_ids(
-    tokenizer: PreTrainedTokenizerBase, template: str, tokens: int, length: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    tokens: int,
+    length: int | None = None,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encodes a template and says where the prompt's tokens belong.
 
@@ -258,6 +338,7 @@ def template_ids(
         template: A text with one `{}`, such as "a photo of {} background".
         tokens: M, how many tokens the prompt has.
         length: L, how many tokens the text encoder takes; by default what the tokenizer says.
+        rows: Rows of its table of token embeddings; a template with a token beyond them is refused. None for any.
 
     Returns:
         The ids with start, end and padding, (L,), in which any token stands in the prompt's place, and the positions of the
@@ -268,7 +349,7 @@ def template_ids(
         raise UserError("The tokenizer does not say how many tokens the text encoder takes; give the length.")
     if tokens < 1:
         raise UserError(f"A prompt of {tokens} tokens was asked for; it needs at least 1.")
-    texts = [fill_template(template, " ".join([word] * tokens)) for word in FILLERS]
+    texts = [fill_template(template, " ".join([word] * tokens)) for word in fillers(tokenizer)]
     used = len(token_lists(tokenizer, texts, add_special_tokens=True)[0])
     if used > length:
         room = length - used + tokens
@@ -277,11 +358,8 @@ def template_ids(
             f"The template {template!r} has {used} tokens with start, end and {tokens} of the prompt, and the text encoder "
             f"takes {length}; {advice}."
         )
-    ids, others = encode_text(tokenizer, texts, length)
-    positions = (ids != others).nonzero().flatten()
-    if len(positions) != tokens:
-        raise UserError(f"The tokenizer does not read {FILLERS[0]!r} and {FILLERS[1]!r} as a token each; use CLIP's.")
-    return ids, positions
+    ids, others = encode_text(tokenizer, texts, length, rows=rows)
+    return ids, (ids != others).nonzero().flatten()
 
 
 def fill_template(template: str, text: str) -> str:

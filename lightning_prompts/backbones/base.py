@@ -147,20 +147,26 @@ class Backbone(nn.Module, ABC):
     def combine(self, said: Sequence[Said]) -> Tensor:
         """Encoded prompts (P, R, D) of what each tower says of P prompts."""
 
-    def encode(self, ids: Tensor, embeddings: Tensor | None = None) -> Tensor:
-        """Encodes prompts of the vocabulary that is searched; towers of another one read what their tokens spell.
+    @property
+    def others(self) -> list[TextTower]:
+        """The text encoders whose tokens are not searched."""
+        return [tower for tower in self.towers if tower not in self.vocabulary.towers]
+
+    def encode(self, ids: Tensor, embeddings: Tensor | None = None, texts: Sequence[str] | None = None) -> Tensor:
+        """Encodes prompts of the vocabulary that is searched; the other text encoders read text.
 
         Args:
             ids: Token ids with start, end and padding, (P, L).
             embeddings: What stands in place of the tokens' embeddings, (P, L, D); gradients flow to it.
+            texts: What the other text encoders read, P texts; None for what the ids spell.
 
         Returns:
             Encoded prompts, (P, R, D').
         """
         said = self.vocabulary.say(ids, embeddings)
-        others = [tower for tower in self.towers if tower not in said]
-        texts = self.vocabulary.texts(ids) if others else []
-        said |= {tower: tower.read(texts, self.device, cut=True) for tower in others}
+        if others := self.others:
+            texts = self.vocabulary.texts(ids) if texts is None else texts
+            said |= {tower: tower.read(texts, self.device, cut=True) for tower in others}
         return self.combine([said[tower] for tower in self.towers])
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prompts.vocabulary import encode_text, token_lists
+from lightning_prompts.vocabulary import allowed_tokens, check_embedded, encode_text, token_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +67,12 @@ class TextTower(nn.Module):
         return at_least_float32(self.encoder.get_input_embeddings().weight.detach())
 
     @property
+    def rows(self) -> int:
+        """V, rows of the table of token embeddings; the tokenizer may have fewer or more tokens."""
+        rows: int = self.encoder.get_input_embeddings().weight.shape[0]
+        return rows
+
+    @property
     def length(self) -> int:
         """L, how many tokens are read, start and end included."""
         if self._length:
@@ -112,7 +118,7 @@ class TextTower(nn.Module):
                 log.warning(
                     "One of the text encoders reads %d tokens, and of %d the last are cut off.", self.length, most
                 )
-        ids = encode_text(self.tokenizer, texts, self.length, cut)
+        ids = encode_text(self.tokenizer, texts, self.length, cut, self.rows)
         said: Said = self(ids.to(device))
         return said
 
@@ -142,15 +148,35 @@ class Vocabulary:
         return min(tower.length for tower in self.towers)
 
     @property
+    def rows(self) -> int:
+        """V, how many ids have an embedding in all towers."""
+        return min(tower.rows for tower in self.towers)
+
+    @property
     def table(self) -> Tensor:
         """The embedding of each token, (V, D) float32; a copy where there are several towers or in half precision."""
-        tables = [tower.table for tower in self.towers]
+        tables = [tower.table[: self.rows] for tower in self.towers]
         return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
 
     @property
     def widths(self) -> list[int]:
         """D_i, of the embeddings in each tower."""
         return [tower.encoder.get_input_embeddings().weight.shape[1] for tower in self.towers]
+
+    def allowed(self, blocked: Iterable[str] = (), words: Iterable[str] | None = None) -> Tensor:
+        """Find the tokens (V,) bool that a search may use and that all towers read alike; see `allowed_tokens`."""
+        others = [tower.tokenizer for tower in self.towers[1:]]
+        return allowed_tokens(self.tokenizer, blocked, words, self.rows, others)
+
+    def token_lists(self, texts: Sequence[str]) -> list[list[int]]:
+        """Read texts as token ids, without start and end; refuse those with a token that has no embedding."""
+        ids = token_lists(self.tokenizer, texts)
+        check_embedded(self.tokenizer, texts, ids, self.rows)
+        return ids
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Encode texts as ids (P, L) with start, end and padding; see `encode_text`."""
+        return encode_text(self.tokenizer, texts, self.length, rows=self.rows)
 
     def split(self, embeddings: Tensor) -> list[Tensor]:
         """Embeddings (..., D) as those in each tower, (..., D_i)."""

@@ -19,6 +19,8 @@ class RandomTokens(Inverter):
         **kwargs: See `Inverter`.
     """
 
+    moves_embeddings = False
+
     def search(self, batch: Step, rows: Tensor) -> None:
         """Draws."""
         drawn = self.random_tokens(rows, [batch.steps[row] for row in rows.tolist()])
@@ -32,6 +34,8 @@ class ClipWords(Inverter):
         beams: Prompts that are kept at each length; 1 is greedy.
         **kwargs: See `Inverter`.
     """
+
+    moves_embeddings = False
 
     def __init__(self, *, beams: Positive = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -207,7 +207,8 @@ class DPODiff(PromptMethod):
         return [{"task": self.task}]
 
     def check(self, prompt: str) -> None:
-        """Refuses prompts without words to choose."""
+        """Refuses prompts without words to choose, and those with a token that the text encoder has no embedding for."""
+        self.vocabulary.token_lists([prompt])
         self.space(prompt)
 
     def space(self, prompt: str) -> Space:

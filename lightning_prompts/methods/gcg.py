@@ -12,6 +12,7 @@ from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inverter import Inverter, Samples
+from lightning_prompts.methods.start import prompt_features
 from lightning_prompts.ranges import Positive
 
 
@@ -30,6 +31,8 @@ class GCG(Inverter):
             pictures are evaluated; a text costs it little beside the denoiser's samples.
         **kwargs: See `Inverter`.
     """
+
+    moves_embeddings = False
 
     def __init__(
         self,
@@ -92,8 +95,9 @@ class GCG(Inverter):
 
     def _distances(self, rows: Tensor, candidates: Tensor) -> Tensor:
         """One minus the CLIP's cosine of each candidate (Q, B, M) with its problem's pictures, (Q, B)."""
-        ids = self.prompt.ids(candidates.flatten(0, 1)).unflatten(0, candidates.shape[:2])
-        return 1 - self.clip.cosines(ids, self.features(rows))
+        clip = self.clip  # loaded before it is known what it reads
+        text = prompt_features(clip, self.prompt, candidates.flatten(0, 1), self.clip_reads_text)
+        return 1 - torch.bmm(text.view(*candidates.shape[:2], -1), self.features(rows).unsqueeze(2)).squeeze(2)
 
     @torch.no_grad()
     def _losses(self, rows: Tensor, candidates: Tensor, sound: Tensor, samples: Samples) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -22,7 +23,7 @@ from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 from lightning_prompts.methods.base import PromptMethod
-from lightning_prompts.methods.start import best_words, earlier, given, random_tokens
+from lightning_prompts.methods.start import best_words, earlier, given, prompt_features, random_tokens, reads_tokens
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem
@@ -30,6 +31,8 @@ from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.ranges import Positive
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.vocabulary import Metric, contains_blocked, fill_template, round_trip
+
+log = logging.getLogger(__name__)
 
 REGENERATIONS = 4
 SHOWN = 24  # problems in the grid and in the word maps
@@ -76,17 +79,19 @@ class Inverter(PromptMethod):
         allow_pickle: Read this file also if it is a pickle, as far as it holds tensors and nothing else.
         denoising_weight: Weight of the denoising loss in what is minimised.
         negative_weight: Weight of the denoising loss of `--data.negative_images` against that of the target's.
-        clip_weight: Weight of one minus the CLIP's cosine of prompt and pictures in what is minimised.
+        clip_weight: Weight of one minus the CLIP's cosine of prompt and pictures in what is minimised. Methods that move embeddings
+            need a CLIP with the vocabulary that is searched; GCG's candidates are also compared by a CLIP that reads their text.
         clip: Folder or hub id of this CLIP; None for the one that goes with the backbone.
         trial_weight: Weight in the validation loss of one minus the CLIP's cosine of the targets and pictures that the prompt
             draws; 0 for none.
         trial_pictures: Pictures that are drawn at each scoring.
-        trial_steps: Denoising steps of these.
+        trial_steps: Denoising steps of these; None for as many as the model draws with by default, at most 10.
         **kwargs: See `PromptMethod`.
     """
 
     prompt: TokenEmbeddings
     data_class = ImagesToPrompts
+    moves_embeddings: ClassVar[bool] = True  # down the gradient of the whole loss, the CLIP's term included
     latents: list[Tensor]  # of each problem's pictures, (I, C, h, w)
 
     def __init__(
@@ -105,7 +110,7 @@ class Inverter(PromptMethod):
         clip: str | None = None,
         trial_weight: float = 0.0,
         trial_pictures: Positive = 2,
-        trial_steps: Positive = 10,
+        trial_steps: Positive | None = None,
         **kwargs: Any,
     ) -> None:
         if not denoising_weight and not clip_weight:
@@ -115,6 +120,8 @@ class Inverter(PromptMethod):
                 f"The template {template!r} holds a blocked word; change --model.template or --model.blocked."
             )
         super().__init__(**kwargs)
+        if clip_weight and self.vocabulary.towers[0].kind != "clip":
+            self._check_clip_weight(clip or clip_of(self.backbone), denoising_weight)
         self.template, self.blocked, self.start = template, tuple(blocked), start
         words = None if words is None else tuple(words)
         self.prompt = TokenEmbeddings(self.vocabulary, template, tokens, self.blocked, words, metric)
@@ -123,9 +130,10 @@ class Inverter(PromptMethod):
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         self._clip_name, self._clip = clip or clip_of(self.backbone), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
-        self.trial_weight, self.trial_pictures, self.trial_steps = trial_weight, trial_pictures, trial_steps
+        self.trial_weight, self.trial_pictures = trial_weight, trial_pictures
+        self.trial_steps = int(trial_steps or min(10, self.backbone.default_steps))
         if trial_weight:
-            self.backbone.calls(trial_steps)
+            self.backbone.calls(self.trial_steps)
         self.latents = []
 
     # --- where the search starts
@@ -196,18 +204,37 @@ class Inverter(PromptMethod):
         negative = None if others is None else turns([others.to(self.device)] * len(steps))
         return Samples(latents, timesteps, noise, negative)
 
-    def loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples) -> Tensor:
-        """What is minimised, (Q,): the weighted objectives of prompts (Q, L) with embeddings (Q, L, D) on a step's samples."""
+    def loss(
+        self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples, texts: Sequence[str] | None = None
+    ) -> Tensor:
+        """Compute what is minimised for the problems `rows` (Q,): the weighted objectives on a step's samples, (Q,).
+
+        Args:
+            rows: Numbers of the problems, (Q,).
+            ids: Token ids of their prompts, (Q, L).
+            embeddings: What stands in place of the tokens' embeddings, (Q, L, D).
+            samples: The step's samples.
+            texts: What is read by text encoders that are not searched, Q texts; None for the text of the tokens.
+        """
         terms = {}
         if self.denoising_weight:
-            told = self.backbone.encode(ids, embeddings)
+            if texts is None and self.backbone.others:
+                texts = self.prompt.texts(ids[:, self.prompt.positions])
+            told = self.backbone.encode(ids, embeddings, texts)
             terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, told, samples)
         if self.clip_weight:
-            own = self.vocabulary.of_width(embeddings, self.clip.width)
-            terms["clip"] = self.clip_weight * self.clip(ids, own, self.features(rows))
+            terms["clip"] = self.clip_weight * self.clip_loss(rows, ids, embeddings)
         if torch.is_grad_enabled():
             self.terms = {name: term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
         return torch.stack(list(terms.values())).sum(0)
+
+    def clip_loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor) -> Tensor:
+        """One minus the CLIP's cosine of prompts (Q, L) and pictures, (Q,); without a gradient where the CLIP reads text."""
+        clip, features = self.clip, self.features(rows)
+        if self.clip_differentiable:
+            return cast("Tensor", clip(ids, self.vocabulary.of_width(embeddings, clip.width), features))
+        token_ids = ids[:, self.prompt.positions]
+        return 1 - (prompt_features(clip, self.prompt, token_ids, self.clip_reads_text) * features).sum(1)
 
     def denoising_loss(self, rows: Tensor, told: Tensor, samples: Samples) -> Tensor:
         """Denoising losses (Q,) of Q encoded prompts (Q, R, D), less those of the pictures to lead away from."""
@@ -225,15 +252,35 @@ class Inverter(PromptMethod):
         """The CLIP that searches, loaded when it is first needed."""
         if self._clip is None:
             clip = ClipSimilarity(self._clip_name, self.offline)
-            tokens, widths = len(self.prompt.table), self.vocabulary.widths
-            if clip.vocab_size != tokens or (self.clip_weight and clip.width not in widths):
-                raise UserError(
-                    f"The CLIP {self._clip_name!r} reads {clip.vocab_size} tokens of width {clip.width} and the model's text encoder "
-                    f"{tokens} of width {' and '.join(map(str, widths))}; name the CLIP that this text encoder was taken from as "
-                    "--model.clip, or search without one."
+            self.clip_reads_text = not reads_tokens(clip, self.prompt)
+            self.clip_differentiable = not self.clip_reads_text and clip.width in self.vocabulary.widths
+            if self.clip_weight and not self.clip_differentiable:
+                self._check_clip_weight(self._clip_name, self.denoising_weight)
+                log.info(
+                    "The CLIP %r has no embeddings of the searched tokens: its term of the loss decides between candidates, and the "
+                    "gradient that proposes them is that of the denoising loss alone.",
+                    self._clip_name,
                 )
             self._clip = clip.to(self.device)
         return self._clip
+
+    def _check_clip_weight(self, name: str, denoising_weight: float) -> None:
+        """Refuse a weight of the CLIP's loss whose gradient is needed where it has none."""
+        if not self.moves_embeddings and denoising_weight:
+            return
+        kind, instead = self.vocabulary.towers[0].kind, ""
+        if kind != "clip" and any(tower.kind == "clip" for tower in self.backbone.towers):
+            instead = ", or search the CLIP encoder's tokens with --model.vocabulary clip"
+        if self.moves_embeddings:
+            instead = f"give --model.clip_weight 0{instead}"
+        else:
+            instead = f"give --model.denoising_weight above 0{instead}"
+        if kind == "clip":
+            instead += ", or name the CLIP that this text encoder was taken from as --model.clip"
+        raise UserError(
+            f"{type(self).__name__} needs the gradient of the CLIP loss, and the CLIP {name!r} does not have the token embeddings of "
+            f"the model's {'T5' if kind == 't5' else 'CLIP'} text encoder; {instead}."
+        )
 
     def features(self, rows: Tensor) -> Tensor:
         """Mean features (Q, E) of the pictures of the problems `rows` (Q,) in this CLIP."""

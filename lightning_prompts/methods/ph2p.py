@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -80,9 +81,9 @@ class PH2P(Inverter):
                 [row for row in rows.tolist() if batch.steps[row] and batch.steps[row] % self.restart_every == 0]
             )
         optimizer: Any = self.optimizers()
-        samples = self.samples(rows, batch)
+        samples, texts = self.samples(rows, batch), self.nearest_texts(rows)
         if self.optimizer != "lbfgs":
-            loss = self.losses(rows, samples)
+            loss = self.losses(rows, samples, texts)
             self.step_active(optimizer, loss, rows)
         else:
             everyone = torch.zeros(len(self.problems), dtype=torch.bool)
@@ -91,16 +92,26 @@ class PH2P(Inverter):
             def losses() -> Tensor:
                 """Losses (P,), of which those of the problems that the optimiser needs are computed."""
                 among = optimizer.optimizer.needed.cpu()[rows].nonzero().squeeze(1)
-                some = self.losses(rows[among], samples[among])
+                some = self.losses(rows[among], samples[among], texts and [texts[i] for i in among.tolist()])
                 return some.new_zeros(len(everyone)).index_put((rows[among].to(self.device),), some)
 
             loss = optimizer.step(closure=losses, active=everyone.to(self.device), new_function=True)[rows]
         self.tell(batch, rows, loss=loss)
 
-    def losses(self, rows: Tensor, samples: Samples) -> Tensor:
-        """Losses (Q,) of the problems `rows` (Q,)."""
+    def losses(self, rows: Tensor, samples: Samples, texts: Sequence[str] | None = None) -> Tensor:
+        """Losses (Q,) of the problems `rows` (Q,), with the texts that encoders read which are not searched."""
         ids, embeddings = self.prompt(self.here(rows), straight_through=self.projection == "immediate")
-        return self.loss(rows, ids, embeddings, samples)
+        return self.loss(rows, ids, embeddings, samples, texts)
+
+    def nearest_texts(self, rows: Tensor) -> list[str] | None:
+        """The nearest tokens' texts at the beginning of a step, for encoders that are not searched; None where there are none.
+
+        Free embeddings spell no text. That of their nearest tokens is what is scored, and stays the same within a step, whose
+        losses have to be those of one function.
+        """
+        if not self.backbone.others or self.projection == "immediate":
+            return None
+        return self.prompt.texts(self.prompt.nearest(self.here(rows)))
 
     def _restart(self, rows: list[int]) -> None:
         """Begins again at the best prompts, half of whose tokens are drawn anew."""

@@ -19,12 +19,47 @@ from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.run_folder import RunFolder
-from lightning_prompts.vocabulary import token_lists
 
 log = logging.getLogger(__name__)
 
 SHORTLIST = 64
 """Words a picture, the best ones alone, that are tried at each place."""
+
+
+def reads_tokens(clip: ClipSimilarity, prompt: TokenEmbeddings) -> bool:
+    """Tell whether a CLIP has the vocabulary of the prompts, so that it can read their token ids."""
+    used = torch.cat([prompt.allowed.nonzero().squeeze(1), prompt.template]).unique()
+    return clip.knows(prompt.vocabulary.tokenizer, used)
+
+
+@torch.no_grad()
+def prompt_features(
+    clip: ClipSimilarity, prompt: TokenEmbeddings, token_ids: Tensor, as_text: bool, chunk: int = 256
+) -> Tensor:
+    """Encode prompts in their template with a CLIP.
+
+    Args:
+        clip: The CLIP.
+        prompt: The template.
+        token_ids: Token ids of B prompts of m tokens, (B, m).
+        as_text: Decode the tokens and have the CLIP's own tokenizer read the text, for a CLIP with another vocabulary.
+        chunk: Prompts that are encoded at a time.
+
+    Returns:
+        Unit vectors, (B, E).
+    """
+    if as_text:
+        texts = prompt.texts(token_ids)
+        return torch.cat([clip.features_of(texts[i : i + chunk]) for i in range(0, len(texts), chunk)])
+    return torch.cat([clip.text_features(part) for part in prompt.ids(token_ids).split(chunk)])
+
+
+def word_features(clip: ClipSimilarity, prompt: TokenEmbeddings, as_text: bool, chunk: int = 256) -> Tensor:
+    """Encode each allowed token alone in the template: unit vectors (A, E) in the order of `prompt.allowed.nonzero()`.
+
+    The same for every picture and run with this CLIP, vocabulary, template and list of words.
+    """
+    return prompt_features(clip, prompt, prompt.allowed.nonzero(), as_text, chunk)
 
 
 @torch.no_grad()
@@ -34,7 +69,7 @@ def best_words(
     """Builds prompts word by word, each time adding what raises the cosine most; no word is taken twice.
 
     Args:
-        clip: The CLIP, with the vocabulary of the prompt's text encoder.
+        clip: The CLIP; with another vocabulary than the prompt's it reads the decoded text.
         prompt: Says which tokens are allowed and in which template they stand.
         features: Mean features of each problem's pictures, (P, E).
         beams: Prompts that are kept at each length; 1 is greedy.
@@ -43,13 +78,14 @@ def best_words(
     Returns:
         Token ids, (P, M).
     """
-    allowed = prompt.allowed.nonzero().squeeze(1)
+    allowed, as_text = prompt.allowed.nonzero().squeeze(1), not reads_tokens(clip, prompt)
 
     def cosines(words: Tensor) -> Tensor:
-        """Of the pictures with B prompts of m words for each, (P, B, m) or (1, B, m) for the same ones: (P, B)."""
-        return clip.cosines(prompt.ids(words.flatten(0, 1)).unflatten(0, words.shape[:2]), features, chunk)
+        """Cosines (P, B) of the pictures with B prompts of m words each, (P, B, m)."""
+        text = prompt_features(clip, prompt, words.flatten(0, 1), as_text, chunk)
+        return torch.bmm(text.view(*words.shape[:2], -1), features.unsqueeze(2)).squeeze(2)
 
-    alone = cosines(allowed.view(1, -1, 1))
+    alone = features @ word_features(clip, prompt, as_text, chunk).T
     score, best = alone.topk(min(SHORTLIST, len(allowed)))
     shortlist = allowed[best]  # (P, S)
     words, score = shortlist[:, :beams].unsqueeze(2), score[:, :beams]
@@ -122,7 +158,7 @@ def given(start: str, backbone: Backbone, tokens: int, pickle: bool) -> Tensor |
     elif close := difflib.get_close_matches(start, ("random", "clip_words"), 1, 0.8):
         raise UserError(f"The start {start!r} is unknown; did you mean --model.start {close[0]}?")
     else:
-        ids = token_lists(backbone.vocabulary.tokenizer, [start])[0]
+        ids = backbone.vocabulary.token_lists([start])[0]
         if not ids:
             raise UserError(f"The text {start!r} to start from has no token; give another --model.start.")
         found = backbone.vocabulary.table[torch.tensor(ids)]

@@ -23,7 +23,6 @@ from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptArc, PromptEmbeds
 from lightning_prompts.ranges import Positive
 from lightning_prompts.run_folder import RunFolder
-from lightning_prompts.vocabulary import encode_text
 
 SHOWN = 12  # problems in the grid
 
@@ -79,7 +78,7 @@ class Steering(PromptMethod):
 
     def check(self, prompt: str) -> None:
         """Refuses prompts that the text encoder would cut off."""
-        encode_text(self.vocabulary.tokenizer, [prompt], self.vocabulary.length)
+        self.vocabulary.encode_text([prompt])
 
     def moving(self, embeds: Tensor) -> Tensor:
         """Which rows of encoded prompts (..., R, D) are moved, (R,)."""

@@ -18,7 +18,7 @@ from lightning_prompts.interop import pack_embedding
 from lightning_prompts.methods.inverter import Found, Inverter
 from lightning_prompts.optimizers import BatchedAdam
 from lightning_prompts.problems import Problem
-from lightning_prompts.vocabulary import FILLERS, encode_text, fill_template, nearest_tokens
+from lightning_prompts.vocabulary import fill_template, fillers
 
 PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
 
@@ -28,6 +28,9 @@ class TextualInversion(Inverter):
 
     The prompt of a problem holds a pseudo-word in angle brackets that stands for its M embeddings; they are in the record, in
     `embedding.safetensors`, and, for other tools, in a file of their own in `embeddings/`. In `test` and `predict` pseudo-words of the run may stand in any text, several in one.
+
+    A text encoder that is not searched, such as the CLIP of FLUX, always reads the pseudo-word itself as text: during the search,
+    when it is scored and when it is drawn. That is what diffusers gives it after `load_textual_inversion` into the others.
 
     Args:
         lr: Learning rate of AdamW.
@@ -43,16 +46,21 @@ class TextualInversion(Inverter):
         """One AdamW step."""
         optimizer: Any = self.optimizers()
         ids, embeddings = self.prompt(self.here(rows))
-        loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
+        loss = self.loss(rows, ids, embeddings, self.samples(rows, batch), self.texts(rows))
         self.step_active(optimizer, loss, rows)
         self.tell(batch, rows, loss=loss)
 
     def found(self, rows: Tensor) -> tuple[list[Found], Tensor]:
         """The embeddings as they are, under their pseudo-words."""
-        told = self.backbone.encode(*self.prompt(rows.to(self.device)))
-        embeddings = self.prompt.embeddings.detach()[rows.to(self.device)].tolist()
-        words = [fill_template(self.template, pseudo_word(self.problems[row])) for row in rows.tolist()]
-        return [Found(word, None, rows) for word, rows in zip(words, embeddings, strict=True)], told
+        texts = self.texts(rows)
+        ids, embeddings = self.prompt(rows.to(self.device))
+        told = self.backbone.encode(ids, embeddings, texts)
+        free = self.prompt.embeddings.detach()[rows.to(self.device)].tolist()
+        return [Found(text, None, embedding) for text, embedding in zip(texts, free, strict=True)], told
+
+    def texts(self, rows: Tensor) -> list[str]:
+        """Write the pseudo-words of the problems `rows` (Q,) in the template."""
+        return [fill_template(self.template, pseudo_word(self.problems[row])) for row in rows.tolist()]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Encoded prompts (P, R, D) of texts in which pseudo-words of this run stand for what was found."""
@@ -66,15 +74,12 @@ class TextualInversion(Inverter):
             return super().encode([text])
         filled = [
             " ".join(" ".join([word] * len(known[part])) if part in known else part.strip() for part in parts)
-            for word in FILLERS
+            for word in fillers(self.vocabulary.tokenizer)
         ]
-        ids, others = encode_text(self.vocabulary.tokenizer, filled, self.vocabulary.length).to(self.device)
+        ids, others = self.vocabulary.encode_text(filled).to(self.device)
         places, free = (ids != others).nonzero().squeeze(1), torch.cat(found).to(self.prompt.table)
-        ids = ids.index_copy(
-            0, places, nearest_tokens(free, self.prompt.table, self.prompt.allowed)
-        )  # for other encoders
         embeddings = self.prompt.table[ids].index_copy(0, places, free)
-        return self.backbone.encode(ids[None], embeddings[None])
+        return self.backbone.encode(ids[None], embeddings[None], [text])
 
     def _record(self, word: str) -> Problem:
         """What a pseudo-word stands for."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_prompts.backbones import EMOJI, Backbone
 from lightning_prompts.backbones.hub import clip_beside
 from lightning_prompts.errors import UserError
+from lightning_prompts.vocabulary import check_embedded
 
 
 def load_clip(name: str, offline: bool = False) -> Any:
@@ -63,7 +64,7 @@ class ClipSimilarity(nn.Module):
     """One minus the cosine between pictures and prompts, in [0, 2], lower is better; the loss of PEZ (arXiv 2302.03668).
 
     Args:
-        name: Folder or hub id of a CLIPModel whose text tower has the backbone's vocabulary.
+        name: Folder or hub id of a CLIPModel.
         offline: Do not connect to the hub.
     """
 
@@ -86,7 +87,7 @@ class ClipSimilarity(nn.Module):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The CLIP's own, loaded when it is first needed: a search brings its tokens along."""
+        """The CLIP's own, loaded when it is first needed."""
         return load_tokenizer(self.name, self.offline)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
@@ -95,7 +96,16 @@ class ClipSimilarity(nn.Module):
         ids: Tensor = self.tokenizer(
             list(texts), truncation=True, max_length=length, padding=True, return_tensors="pt"
         ).input_ids
+        check_embedded(self.tokenizer, texts, ids.tolist(), self.vocab_size)
         return ids.to(self.clip.device)
+
+    def knows(self, tokenizer: Any, ids: Tensor) -> bool:
+        """Tell whether the ids (N,) of another tokenizer are the same tokens in this CLIP's vocabulary."""
+        numbers = ids.tolist()
+        if max(numbers) >= self.vocab_size:
+            return False
+        same: bool = self.tokenizer.convert_ids_to_tokens(numbers) == tokenizer.convert_ids_to_tokens(numbers)
+        return same
 
     def features(self, pictures: Tensor) -> Tensor:
         """Unit vectors (B, E) of pictures (B, 3, H, W) in [-1, 1]."""
@@ -136,12 +146,6 @@ class ClipSimilarity(nn.Module):
     def features_of(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (P, E) of P texts."""
         return self.text_features(self.encode(texts))
-
-    @torch.no_grad()
-    def cosines(self, ids: Tensor, features: Tensor, chunk: int = 256) -> Tensor:
-        """Of P problems' features (P, E) with B texts each, (P, B, L) or (1, B, L) for the same ones: (P, B)."""
-        text = torch.cat([self.text_features(part) for part in ids.flatten(0, 1).split(chunk)]).view(*ids.shape[:2], -1)
-        return features @ text[0].T if len(text) == 1 else (text @ features.unsqueeze(2)).squeeze(2)
 
 
 def _tensor(output: Any) -> Tensor:

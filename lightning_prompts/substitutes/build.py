@@ -139,11 +139,11 @@ def _sound(space: Space, number: int, vocabulary: Vocabulary) -> Slot:
 
 
 def _joins(vocabulary: Vocabulary, parts: Sequence[Part]) -> bool:
-    """Whether a text has the tokens of its parts."""
+    """Whether a text has the tokens of its parts, and the text encoder an embedding for each."""
     whole, *pieces = token_lists(
         vocabulary.tokenizer, ["".join(part.text for part in parts), *(part.text for part in parts)]
     )
-    return whole == list(chain.from_iterable(pieces))
+    return whole == list(chain.from_iterable(pieces)) and max(whole, default=0) < vocabulary.rows
 
 
 def _short(slots: Sequence[Slot], room: int, comma: int, vocabulary: Vocabulary) -> list[Slot]:

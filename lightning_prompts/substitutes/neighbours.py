@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import Vocabulary
-from lightning_prompts.vocabulary import allowed_tokens, token_lists
 
 
 class Neighbours:
@@ -21,7 +20,7 @@ class Neighbours:
 
     def __init__(self, vocabulary: Vocabulary, count: int = 5) -> None:
         self.vocabulary, self.count = vocabulary, count
-        self.tokens = allowed_tokens(vocabulary.tokenizer).nonzero().squeeze(1).tolist()
+        self.tokens = vocabulary.allowed().nonzero().squeeze(1).tolist()
         texts = [vocabulary.tokenizer.decode([token]).strip() for token in self.tokens]
         self.words = {
             text: token for text, token in zip(texts, self.tokens, strict=True) if re.fullmatch(r"[^\W\d_]{2,}", text)
@@ -30,7 +29,7 @@ class Neighbours:
     @torch.no_grad()
     def __call__(self, word: str) -> list[str]:
         """The neighbours of a word, the nearest first; of a word of several tokens, those of the tokens' mean."""
-        (ids,) = token_lists(self.vocabulary.tokenizer, [word])
+        (ids,) = self.vocabulary.token_lists([word])
         if not ids:
             return []
         table = F.normalize(self.vocabulary.table.float(), dim=1)

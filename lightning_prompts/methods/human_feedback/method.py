@@ -21,7 +21,7 @@ from lightning_prompts.methods.steering import Steering
 from lightning_prompts.problems import Move, Problem
 from lightning_prompts.prompts import PromptEmbeds
 from lightning_prompts.ranges import Positive
-from lightning_prompts.vocabulary import allowed_tokens, token_lists
+from lightning_prompts.vocabulary import token_lists
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class HumanFeedback(Steering):
             )
         self.chooser, self.candidates, self.texts, self.added = chooser or Page(), candidates, texts, added
         if words is None:
-            allowed = allowed_tokens(self.vocabulary.tokenizer).nonzero()
+            allowed = self.vocabulary.allowed().nonzero()
             words = [word.strip() for word in self.vocabulary.tokenizer.batch_decode(allowed)]
             words = [word for word in words if word.isalpha()]
         if not words:
