@@ -133,7 +133,8 @@ class Results(Checkpoint):
             board = trainer.logger.experiment if trainer.logger else None  # type: ignore[attr-defined]
             module.present(shown, folder, board)
             module.export(list(islice(folder.found(), EXPORTED)), folder)
-        folder.write_result(type(module).__name__, module.backbone.name, data.seed, self.settings, versions())
+        settings = {**self.settings, "drawing": module.drawing}
+        folder.write_result(type(module).__name__, module.backbone.name, data.seed, settings, versions())
         for lines in folder.path.glob("results-rank*.jsonl"):
             lines.unlink()
         if self.tell:

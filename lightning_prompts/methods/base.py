@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 ENDLESS = ("cpu",)  # devices that do not say when their memory is full
 Dtype = Literal["float32", "bfloat16", "float16"]
+MOST_STEPS = 10  # sampling steps of pictures that a search draws again and again, unless a user asks for more
 
 TRAINER: dict[str, Any] = {
     "devices": 1,
@@ -78,7 +79,7 @@ class PromptMethod(pl.LightningModule, ABC):
         score_every: Steps between scorings.
         sample_every: Steps between the pictures that TensorBoard shows during the search; 0 for none.
         sampling_steps: Denoising steps of the pictures that `fit`, `test` and `predict` draw; None for as many as the model is
-            drawn with unless told otherwise.
+            drawn with by default, at most 10 in methods whose search itself draws many pictures.
         guidance_scale: Weight of the prompt when these are drawn; None for the model's.
     """
 
@@ -90,6 +91,7 @@ class PromptMethod(pl.LightningModule, ABC):
     stale: list[int]  # scorings of each without a better one
     lowered: list[int]  # how often the steps of each have been halved
     decisive: frozenset[str] = frozenset()  # settings that other searches can go on without
+    draws: ClassVar[bool] = False  # whether every step of the search draws pictures
 
     def __init__(
         self,
@@ -123,7 +125,8 @@ class PromptMethod(pl.LightningModule, ABC):
             backbone = load_backbone(backbone, dtype, offline, revision, vocabulary, scheduler, size, config)
             save_memory(backbone, gradient_checkpointing, vae_tiling, cpu_offload)
         self.backbone: Backbone = backbone
-        self.sampling_steps = int(sampling_steps or self.backbone.default_steps)
+        own = self.backbone.default_steps
+        self.sampling_steps = int(sampling_steps or (min(own, MOST_STEPS) if self.draws else own))
         self.guidance_scale = self.backbone.default_guidance if guidance_scale is None else guidance_scale
         self.backbone.calls(self.sampling_steps)  # refuses more steps than the sampler has
         self.vocabulary = self.backbone.vocabulary
@@ -135,6 +138,11 @@ class PromptMethod(pl.LightningModule, ABC):
         self.scorers: dict[str, Any] = {}  # what scores results, by name
         self.over = False  # nothing is left to search
         self._resumed: dict[str, Any] | None = None
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How pictures are drawn, with the model's own values where no setting was given; recorded with the results."""
+        return {"sampling_steps": self.sampling_steps, "guidance_scale": self.guidance_scale}
 
     @property
     def few(self) -> bool:

@@ -57,7 +57,8 @@ class DPODiff(PromptMethod):
         gradient_share: Part of the budget for gradients, with `gradient` and `hybrid`.
         seeds: Pictures that a candidate is judged by.
         schedule: Calls of the denoiser before the gradient: `step-a-b` begins at a and goes one on every b steps, `rand-a-b` is
-            random in [a, b), `fix-a` is a. None: `step-15-2`, or `fix-0` with models that draw in few calls.
+            random in [a, b), `fix-a` is a. None: on a line from 30% to 50% of the sampler's calls, which is the paper's `step-15-2`
+            with its 50 calls and 20 steps, or `fix-0` with models that draw in few calls.
         grad_steps: Calls that pass a gradient on; as many as there are, with `fix-0`, are the full gradient. None: all, without a
             schedule, of those models that draw in few, else 1.
         unchanged: Chance that a draw from the logits leaves a slot as it is, at the beginning. None: the first word's logit is 1,
@@ -76,6 +77,7 @@ class DPODiff(PromptMethod):
     prompt: WordChoices
     data_class = Prompts
     decisive = frozenset({"sampling_steps"})  # the search itself draws
+    draws = True
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class DPODiff(PromptMethod):
                 "search other words for the prompt with --model.negative [] --model.positive [synonyms]",
             )
         self.budget, self.seeds = budget, seeds
-        self.schedule = schedule or ("fix-0" if self.few else "step-15-2")
+        self.schedule = schedule or ("fix-0" if self.few else None)
         whole = self.few and schedule is None
         self.grad_steps = int(grad_steps or (self.backbone.calls(self.sampling_steps, 1) if whole else 1))
         self.gradient_share = gradient_share if solver in ("gradient", "hybrid") else 0.0
@@ -167,6 +169,8 @@ class DPODiff(PromptMethod):
     def _planned(self, seed: int) -> list[int]:
         before: list[int] = []
         spent, share, calls = 0.0, self.gradient_share * self.budget, self.backbone.calls(self.sampling_steps, 1)
+        if self.schedule is None:
+            return linear_plan(calls, self.grad_steps, share)
         while share:
             number = calls_before_gradient(self.schedule, len(before), generator(seed, "schedule", len(before), 0))
             if number + self.grad_steps > calls:
@@ -479,6 +483,35 @@ def calls_before_gradient(schedule: str, step: int, draw: torch.Generator) -> in
     if kind == "rand" and second and int(first) < int(second):
         return int(torch.randint(int(first), int(second), (), generator=draw))
     raise UserError(f"The schedule {schedule!r} is unknown; give --model.schedule step-15-2, rand-15-25 or fix-20.")
+
+
+def linear_plan(calls: int, grad_steps: int, share: float) -> list[int]:
+    """Plan calls of the denoiser before those that pass a gradient on: from 30% to 50% of a sampler's calls, on a line.
+
+    Args:
+        calls: Calls of the sampler.
+        grad_steps: Calls that pass a gradient on, which cost twice.
+        share: Generations that the steps may cost together; a generation is `calls` calls.
+
+    Returns:
+        floor(calls * (0.3 + 0.2 * i / n)) for each of the n steps that the share pays for.
+
+    Raises:
+        UserError: So many calls with a gradient do not fit behind them.
+    """
+    plan: list[int] = []
+    while True:
+        count = len(plan) + 1
+        longer = [calls * (3 * count + 2 * i) // (10 * count) for i in range(count)]
+        if sum(number + 2 * grad_steps for number in longer) > (share + 1e-6) * calls:
+            break
+        plan = longer
+    if plan and plan[-1] + grad_steps > calls:
+        raise UserError(
+            f"{grad_steps} calls with a gradient after {plan[-1]} others go beyond the sampler's {calls} calls; lower "
+            "--model.grad_steps, or give --model.schedule fix-0."
+        )
+    return plan
 
 
 def uniform(space: Space, draw: torch.Generator) -> Choice:

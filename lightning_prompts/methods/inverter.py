@@ -22,7 +22,7 @@ from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
-from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.base import MOST_STEPS, PromptMethod
 from lightning_prompts.methods.start import best_words, earlier, given, prompt_features, random_tokens, reads_tokens
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
@@ -131,10 +131,15 @@ class Inverter(PromptMethod):
         self._clip_name, self._clip = clip or clip_of(self.backbone), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
         self.trial_weight, self.trial_pictures = trial_weight, trial_pictures
-        self.trial_steps = int(trial_steps or min(10, self.backbone.default_steps))
+        self.trial_steps = int(trial_steps or min(self.backbone.default_steps, MOST_STEPS))
         if trial_weight:
             self.backbone.calls(self.trial_steps)
         self.latents = []
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How pictures are drawn, also those of scoring; see `PromptMethod.drawing`."""
+        return {**super().drawing, **({"trial_steps": self.trial_steps} if self.trial_weight else {})}
 
     # --- where the search starts
 

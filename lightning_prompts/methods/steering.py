@@ -42,6 +42,7 @@ class Steering(PromptMethod):
 
     prompt: PromptEmbeds | PromptArc
     data_class = Prompts
+    draws = True
     higher_is_better: bool  # of the metric
 
     def __init__(
