@@ -1,6 +1,12 @@
-"""Tiny pipelines of every family, with random weights, in the layouts that are found on the hub."""
+"""Tiny pipelines of every family, with random weights, in the layouts that are found on the hub.
+
+They are as awkward as published models: T5's table has more rows than its tokenizer has tokens and no token for "a"; CLIP's tokenizers
+come without tokenizer.json and their text encoders' configs have the end-of-text id 2, which no tokenizer has; keys that
+model_index.json has got later are absent.
+"""
 
 import copy
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +32,7 @@ from lightning_prompts.backbones import load_backbone
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
 from lightning_prompts.errors import UserError
 
+EXTRA, PADDED = 3, 28  # T5's tokens without a text of their own, and rows of its table without a token; 100 and 28 are published
 CAPTIONS = [
     "a red square on a blue background",
     "a photo of a small cat in the top left corner",
@@ -44,14 +51,14 @@ def tokenizer_of_captions():
         return train_tokenizer(CAPTIONS, 40, Path(folder))
 
 
-def clip(width, pad="<|endoftext|>", eos=None, kind=CLIPTextModel, **text):
-    """A CLIP text encoder and its tokenizer."""
+def clip(width, pad="<|endoftext|>", new=False, kind=CLIPTextModel, **text):
+    """A CLIP text encoder, whose config has the ids that old files have unless it is `new`, and its tokenizer."""
     tokenizer = copy.deepcopy(tokenizer_of_captions())
     tokenizer.pad_token = pad
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=2, num_attention_heads=4, bos_token_id=tokenizer.bos_token_id, eos_token_id=eos or tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **text,
+        num_hidden_layers=2, num_attention_heads=4, bos_token_id=tokenizer.bos_token_id if new else 0,
+        eos_token_id=tokenizer.eos_token_id if new else 2, pad_token_id=tokenizer.pad_token_id if new else 1, **text,
     )  # fmt: skip
     return tokenizer, kind(config)
 
@@ -62,18 +69,20 @@ def unigram(pieces):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens([f"<extra_id_{i}>" for i in range(EXTRA)])
     with TemporaryDirectory() as folder:
         tokenizer.save(f"{folder}/tokenizer.json")
-        return T5TokenizerFast.from_pretrained(folder, extra_ids=0)
+        return T5TokenizerFast.from_pretrained(folder, extra_ids=EXTRA)
 
 
 def t5(width):
-    """A T5 encoder and its tokenizer, which knows the captions' words and letters."""
-    words = dict.fromkeys(word.strip(",") for caption in CAPTIONS for word in caption.split())
-    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, **{f"▁{word}": -2.0 for word in words}, "▁b": -2.5, "▁": -3.0}
+    """A T5 encoder, whose table has rows without a token, and its tokenizer, which knows the captions' words and letters."""
+    words = dict.fromkeys(word.strip(",") for caption in CAPTIONS for word in caption.split() if len(word) > 1)
+    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, **{f"▁{word}": -2.0 for word in words}, "▁": -3.0}
     pieces |= dict.fromkeys("abcdefghijklmnopqrstuvwxyz,.!-'", -4.0)
+    pieces |= {f"<extra_id_{i}>": 0.0 for i in reversed(range(EXTRA))}
     config = T5Config(
-        vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        vocab_size=len(pieces) + PADDED, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )  # fmt: skip
     return unigram(pieces), T5EncoderModel(config)
@@ -165,11 +174,11 @@ def flow(**config):
 
 BUILD = {
     "sd1": lambda folder: stable_diffusion(
-        folder, diffusers.PNDMScheduler(**NOISE, set_alpha_to_one=False, skip_prk_steps=True), 32, hidden_act="quick_gelu", eos=2
+        folder, diffusers.PNDMScheduler(**NOISE, set_alpha_to_one=False, skip_prk_steps=True), 32, hidden_act="quick_gelu"
     ),
     "sd2": lambda folder: stable_diffusion(
         folder, diffusers.DDIMScheduler(**NOISE, set_alpha_to_one=False, prediction_type="v_prediction", clip_sample=False), 48, pad="!", hidden_act="gelu",
-        projection_dim=16,
+        projection_dim=16, new=True,
     ),
     "sd-turbo": lambda folder: stable_diffusion(
         folder, diffusers.EulerDiscreteScheduler(**NOISE, timestep_spacing="trailing"), 48, pad="!"
@@ -190,7 +199,26 @@ def save(family, folder):
     torch.manual_seed(0)
     pipeline = BUILD[family](folder)
     pipeline.save_pretrained(folder / "model")
+    for tokenizer in (folder / "model").glob("tokenizer*"):
+        without_tokenizer_json(tokenizer)
+    index = json.loads((folder / "model/model_index.json").read_text())
+    index = {name: value for name, value in index.items() if name not in NEWER}
+    (folder / "model/model_index.json").write_text(json.dumps(index))
     return folder / "model"
+
+
+NEWER = ("feature_extractor", "image_encoder", "requires_safety_checker", "safety_checker")
+"""Keys of model_index.json that a model need not have."""
+
+
+def without_tokenizer_json(folder):
+    """Leaves vocab.json and merges.txt in a folder of CLIP's tokenizer, as older versions of transformers have written it."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    if model["type"] == "BPE":
+        merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+        (folder / "tokenizer.json").unlink()
 
 
 def save_with_clip(family, folder):
@@ -204,7 +232,15 @@ def save_with_clip(family, folder):
     own = CLIPConfig(text_config=text.config.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
     CLIPModel(own).save_pretrained(model / "clip")
     tokenizer.save_pretrained(model / "clip")
+    without_tokenizer_json(model / "clip")
     return str(model)
+
+
+def correct_end(encoder, tokenizer):
+    """Makes a CLIP text encoder pool at the end of the text; with an old config's id transformers pools at an added token."""
+    for part in encoder.modules():
+        if hasattr(part, "eos_token_id"):
+            part.eos_token_id = tokenizer.eos_token_id
 
 
 def refused(match, name, **how):

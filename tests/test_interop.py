@@ -9,7 +9,7 @@ from safetensors.torch import load, save_file
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.errors import UserError
 from lightning_prompts.interop import embedding_in, encoder_names, pack_embedding, read_embedding, read_prompt_embeds
-from lightning_prompts.vocabulary import encode_text
+from lightning_prompts.vocabulary import encode_text, fillers
 
 FAMILIES = ["sd1", "sd2", "sdxl", "sd3", "flux", "pixart"]
 TEXT = "a red {} on a blue background"
@@ -33,7 +33,7 @@ def embedding(backbone):
 def encoded(backbone, embedding):
     """What is told for the text with the embedding in it."""
     vocabulary = backbone.vocabulary
-    ids, others = encode_text(vocabulary.tokenizer, [TEXT.format(f"{x} {x}") for x in "ab"], vocabulary.length)
+    ids, others = encode_text(vocabulary.tokenizer, [TEXT.format(f"{x} {x}") for x in fillers(vocabulary.tokenizer)], vocabulary.length)
     places = (ids != others).nonzero().squeeze(1)
     return backbone.encode(ids[None], vocabulary.table[ids].index_copy(0, places, embedding)[None])
 
@@ -187,6 +187,7 @@ def test_pictures_of_diffusers_own_loader_with_two_encoders(tmp_path):
         ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),
     )
     for name, encoder, tokenizer in read:
+        families.correct_end(encoder, tokenizer)
         pipeline.load_textual_inversion(tensors[name], token="<fox>", text_encoder=encoder, tokenizer=tokenizer)
     noise = torch.randn(1, *backbone.latent_shape)
     how = {

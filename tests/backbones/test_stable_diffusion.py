@@ -458,9 +458,12 @@ def test_text_encoder_is_float32_although_its_file_says_half(sd1, tmp_path):
 
 
 def test_layout_of_old_files(sd1, copy):
-    """Vocabulary and merges instead of tokenizer.json, names with `text_model.`, and positions among the weights."""
-    (copy / "tokenizer/tokenizer.json").unlink()
-    families.tokenizer_of_captions().backend_tokenizer.model.save(str(copy / "tokenizer"))
+    """Names with `text_model.` and positions among the weights; vocabulary and merges are read as tokenizer.json."""
+    before = {path.name for path in (copy / "tokenizer").iterdir()}
+    families.tokenizer_of_captions().save_pretrained(copy / "tokenizer")
+    for name in ("vocab.json", "merges.txt"):
+        (copy / "tokenizer" / name).unlink()
+    assert {path.name for path in (copy / "tokenizer").iterdir()} - before >= {"tokenizer.json"}
     file = copy / "text_encoder/model.safetensors"
     weights = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
     weights["text_model.embeddings.position_ids"] = torch.arange(32).view(1, -1)
