@@ -32,7 +32,10 @@ from lightning_prompts.backbones import load_backbone
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
 from lightning_prompts.errors import UserError
 
-EXTRA, PADDED = 3, 28  # T5's tokens without a text of their own, and rows of its table without a token; 100 and 28 are published
+EXTRA, PADDED = (
+    3,
+    28,
+)  # T5's tokens without a text of their own, and rows of its table without a token; 100 and 28 are published
 CAPTIONS = [
     "a red square on a blue background",
     "a photo of a small cat in the top left corner",

@@ -33,7 +33,9 @@ def embedding(backbone):
 def encoded(backbone, embedding):
     """What is told for the text with the embedding in it."""
     vocabulary = backbone.vocabulary
-    ids, others = encode_text(vocabulary.tokenizer, [TEXT.format(f"{x} {x}") for x in fillers(vocabulary.tokenizer)], vocabulary.length)
+    ids, others = encode_text(
+        vocabulary.tokenizer, [TEXT.format(f"{x} {x}") for x in fillers(vocabulary.tokenizer)], vocabulary.length
+    )
     places = (ids != others).nonzero().squeeze(1)
     return backbone.encode(ids[None], vocabulary.table[ids].index_copy(0, places, embedding)[None])
 

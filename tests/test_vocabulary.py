@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPTokenizerFast
+from transformers import CLIPTokenizerFast, T5TokenizerFast
 
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
 from lightning_prompts.errors import UserError
@@ -15,12 +15,14 @@ from lightning_prompts.vocabulary import (
     contains_blocked,
     encode_text,
     fill_template,
+    fillers,
     nearest_tokens,
     round_trip,
     template_ids,
 )
 
 MERGES = Path(__file__).parents[1].parent / "shared" / "data" / "bpe_simple_vocab_16e6.txt.gz"
+PUBLISHED = MERGES.parent / "published"
 TEMPLATES = ["{}", "a photo of {} background", "a photo of {}, oil on canvas!", "#{}'s 'cat", "  ({}) ", "2024 {} 7"]
 CAPTIONS = [
     "a photo of a cat on a green background",
@@ -204,6 +206,48 @@ def test_added_tokens_are_not_allowed(small, tmp_path):
     assert len(allowed) == len(more)
     assert not allowed[-1]
     assert torch.equal(allowed[:-1], allowed_tokens(small))
+
+
+def test_mask_is_as_long_as_the_table(small):
+    """Rows without a token are not allowed; tokens without a row are not in it."""
+    own = allowed_tokens(small)
+    assert torch.equal(allowed_tokens(small, rows=len(small) + 28), torch.cat([own, torch.zeros(28, dtype=torch.bool)]))
+    assert torch.equal(allowed_tokens(small, rows=len(small) - 90), own[:-90])
+    last = small.decode(own.nonzero()[-1]).strip()
+    assert allowed_tokens(small, words=["a", last], rows=len(small) - 90).nonzero().flatten().tolist() == ids_of(
+        small, "a"
+    )
+    table = torch.zeros(len(small) + 28, 4)
+    table[: len(small)] = 1 + torch.rand(len(small), 4)
+    found = nearest_tokens(torch.zeros(1, 3, 4), table, allowed_tokens(small, rows=len(table)))
+    assert own[found].all()
+
+
+def test_text_without_an_embedding_is_refused(small):
+    assert encode_text(small, ["a cat"], 8, rows=len(small)).shape == (1, 8)
+    with pytest.raises(
+        UserError, match=r"'a cat' contains the token '<\|endoftext\|>', for which the .* table of 9 rows has no"
+    ):
+        encode_text(small, ["a cat"], 8, rows=9)
+    with pytest.raises(UserError, match="contains the token"):
+        template_ids(small, "{} cat", 2, rows=9)
+
+
+@pytest.mark.parametrize("name", ["flux-dev/tokenizer_2", "sd3/tokenizer_3"])
+def test_vocabulary_of_t5(name):
+    """32128 rows and 32100 tokens, of which none is the letter a."""
+    if not PUBLISHED.exists():
+        pytest.skip(f"The published tokenizers are not at {PUBLISHED}")
+    t5 = T5TokenizerFast.from_pretrained(PUBLISHED / name)
+    allowed = allowed_tokens(t5, rows=32128)
+    assert (len(t5), len(allowed)) == (32100, 32128)
+    assert not allowed[32000:].any()  # extra ids, and rows without a token
+    assert 21_900 < int(allowed.sum()) < 22_000
+    assert [len(ids_of(t5, word)) for word in fillers(t5)] == [1, 1]
+    usable = allowed.nonzero().flatten()
+    rows = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(6))[:8000]].view(-1, 8)
+    for template in TEMPLATES:
+        check_template(t5, template, rows, 512)
 
 
 def test_blocked_substrings_and_words(small):

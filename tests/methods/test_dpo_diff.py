@@ -3,10 +3,13 @@ import json
 import math
 import re
 import signal
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from diffusers import DDIMScheduler
 from PIL import Image
 
@@ -17,7 +20,7 @@ from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
 from lightning_prompts.methods import TRAINER, DPODiff
-from lightning_prompts.methods.dpo_diff import calls_before_gradient
+from lightning_prompts.methods.dpo_diff import calls_before_gradient, linear_plan
 from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.prompts import WordChoices
 from lightning_prompts.substitutes import Slot, Space, keeping
@@ -395,6 +398,32 @@ def test_temperature_goes_from_the_first_to_the_last(attached, monkeypatch):
 def test_schedules(schedule, expected):
     draw = torch.Generator().manual_seed(0)
     assert [calls_before_gradient(schedule, step, draw) for step in range(5)] == expected
+
+
+def test_plan_is_the_papers_at_fifty_calls():
+    """15 to 24 calls before one with a gradient, one more on every second of 20 steps."""
+    share = sum(15 + i // 2 + 2 for i in range(20)) / 50
+    draw = torch.Generator()
+    assert linear_plan(50, 1, share) == [calls_before_gradient("step-15-2", i, draw) for i in range(20)]
+    assert linear_plan(50, 1, share - 0.01) != linear_plan(50, 1, share)
+    assert linear_plan(10, 1, 4.4) == [3, 3, 3, 3, 4, 4, 4, 4]
+    assert linear_plan(10, 1, 0.49) == []
+    for calls, grad_steps, share in itertools.product((5, 7, 25, 28, 50), (1, 3), (0.8, 4.0, 13.0)):
+        plan = linear_plan(calls, grad_steps, share)
+        assert plan == [math.floor(calls * Fraction(3 * len(plan) + 2 * i, 10 * len(plan))) for i in range(len(plan))]
+        assert sum(number + 2 * grad_steps for number in plan) <= share * calls + 1e-4
+    with pytest.raises(
+        UserError, match="8 calls with a gradient after 4 others go beyond the sampler's 10 calls; lower"
+    ):
+        linear_plan(10, 8, 10)
+
+
+def test_plan_of_the_config_on_the_embedded_model():
+    """As it was with 10 steps and the schedule step-3-4."""
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs/dpo_diff.yaml").read_text())["model"]["init_args"]
+    module = DPODiff(**config)
+    assert (module.sampling_steps, module.grad_steps, module.plan(0)) == (10, 1, [3, 3, 3, 3, 4, 4, 4])
+    assert DPODiff(**config, schedule="step-3-4").plan(0) == module.plan(0)
 
 
 def test_random_schedule_is_uniform():

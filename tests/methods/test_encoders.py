@@ -1,0 +1,321 @@
+"""Text encoders that are not searched, CLIPs with another vocabulary, and tables of another length than the tokenizer."""
+
+import logging
+import shutil
+
+import diffusers
+import families
+import pytest
+import pytorch_lightning as pl
+import torch
+from diffusers.loaders import TextualInversionLoaderMixin
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
+
+from lightning_prompts import guide, reword
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones.towers import TextTower
+from lightning_prompts.callbacks import Results
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, RandomTokens, TextualInversion
+from lightning_prompts.methods.start import best_words, reads_tokens, word_features
+from lightning_prompts.objectives import ClipSimilarity, Sharpness
+from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.vocabulary import round_trip
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SMALL = {"tokens": 2, "sampling_steps": 2, "image_size": 16, "sample_every": 0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The families' folders, written when they are first asked for."""
+    found = {}
+
+    def folder(family):
+        if family not in found:
+            found[family] = families.save_with_clip(family, tmp_path_factory.mktemp(family))
+        return found[family]
+
+    return folder
+
+
+def fit(module, images, folder, callbacks=(), **data):
+    """Runs a search and gives its problems."""
+    how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": bool(callbacks)}
+    trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=list(callbacks))
+    data = ImagesToPrompts(str(images), **{"steps": 2, "samples": 2, "validation_samples": 2, **data})
+    trainer.fit(module, datamodule=data)
+    return list(data.folder.load().values())
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """All texts that text encoders have read."""
+    seen, original = [], TextTower.read
+
+    def spy(self, texts, *args, **kwargs):
+        seen.append((self.kind, list(texts)))
+        return original(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(TextTower, "read", spy)
+    return seen
+
+
+def samples_of(module, problems):
+    """The samples that validation takes, and the rows of the problems."""
+    module.take(problems)
+    module.done = [0] * len(problems)
+    return torch.arange(len(problems)), module.samples(torch.arange(len(problems)), module.data.step())
+
+
+# --- encoders that are not searched
+
+
+@pytest.mark.parametrize(("family", "vocabulary"), [("flux", None), ("sd3", None), ("sd3", "t5")])
+def test_textual_inversion_has_one_loss(family, vocabulary, folders, pictures, read, tmp_path):
+    """Encoders that are not searched read the pseudo-word as it is written, in the search and whenever it is scored or drawn."""
+    module = TextualInversion(
+        backbone=folders(family), vocabulary=vocabulary, lr=0.05, template="A photo of {}", **SMALL
+    )
+    problems = fit(module, pictures, tmp_path)
+    other = "t5" if module.vocabulary.towers[0].kind == "clip" else "clip"
+    written = {text for kind, texts in read if kind == other for text in texts}
+    assert written - {""} == {problem.prompt for problem in problems}
+    again = module.validation_losses(problems)
+    assert [problem.validation_loss for problem in problems] == pytest.approx(again.tolist(), abs=1e-6)
+    rows, samples = samples_of(module, problems)
+    module.prompt.embeddings.data = torch.tensor([problem.embedding for problem in problems])
+    with torch.no_grad():
+        ids, embeddings = module.prompt(rows)
+        searched = module.loss(rows, ids, embeddings, samples, module.texts(rows))
+        drawn = module.denoising_loss(rows, module.encode([str(problem.prompt) for problem in problems]), samples)
+        spelled = module.loss(
+            rows, ids, embeddings, samples
+        )  # with the text of the ids that stand beside the embeddings
+    torch.testing.assert_close(searched, drawn, atol=1e-6, rtol=0)
+    assert not torch.allclose(spelled, drawn, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_exported_embedding_draws_the_same_in_diffusers(family, folders, pictures, tmp_path):
+    folder = folders(family)
+    module = TextualInversion(backbone=folder, lr=0.5, guidance_scale=3.0, **SMALL)
+    (problem,) = fit(module, pictures / "0.png", tmp_path, [Results()], steps=3)
+    (file,) = (tmp_path / "embeddings").glob("*.safetensors")
+    word, text, tensors = f"<{file.stem}>", f"a red {problem.prompt} on a blue background", load_file(file)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.__class__ = type("Loading", (type(pipeline), TextualInversionLoaderMixin), {})  # that of SD3 does not
+    noise = torch.randn(1, *module.backbone.latent_shape)
+    how = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt", "height": 16, "width": 16}
+    if family == "flux":
+        read = [("t5xxl", pipeline.text_encoder_2, pipeline.tokenizer_2)]
+    else:
+        read = [
+            ("clip_l", pipeline.text_encoder, pipeline.tokenizer),
+            ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),
+        ]
+    for name, encoder, tokenizer in read:
+        families.correct_end(encoder, pipeline.tokenizer)
+        pipeline.load_textual_inversion(tensors[name], token=word, text_encoder=encoder, tokenizer=tokenizer)
+    if family == "flux":
+        how["latents"] = pipeline._pack_latents(noise, *noise.shape)
+    else:
+        converted = [pipeline.maybe_convert_prompt(text, tokenizer) for _, _, tokenizer in read]
+        how |= {"latents": noise, "prompt_2": converted[1], "prompt_3": text}
+        text = converted[0]
+    theirs = pipeline(text, **how).images * 2 - 1
+    ours = module.draw([f"a red {problem.prompt} on a blue background"], noise)
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    plain = module.draw(["a red cat on a blue background"], noise)
+    assert (ours - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
+    optimizer, folders, pictures, read, tmp_path
+):
+    """What the CLIP of FLUX reads while T5's embeddings move; it stays the same within a step."""
+
+    class Watched(PH2P):
+        def search(self, batch, rows):
+            nearest = self.prompt.texts(self.prompt.project()[rows])
+            read.clear()
+            super().search(batch, rows)
+            seen.append(([texts for kind, texts in read if kind == "clip"], nearest))
+
+    seen = []
+    module = Watched(
+        backbone=folders("flux"), optimizer=optimizer, lr=0.5, max_iter=3, template="A photo of {}", **SMALL
+    )
+    fit(module, pictures, tmp_path, steps=3)
+    assert len(seen) == 3
+    for texts, nearest in seen:
+        assert texts
+        assert all(set(some) <= set(nearest) for some in texts)
+
+
+@pytest.mark.parametrize(("family", "method"), [("sd3", GCG), ("flux", GCG), ("sd3", PEZ)])
+def test_search_and_scoring_read_one_text(family, method, folders, pictures, tmp_path):
+    """A template's capitals are lost among CLIP's tokens and not in the text that T5 reads."""
+    module = method(backbone=folders(family), template="A Red {} Background", **SMALL)
+    problems = fit(module, pictures, tmp_path)
+    rows, samples = samples_of(module, problems)
+    token_ids = torch.tensor([problem.token_ids for problem in problems])
+    ids = module.prompt.ids(token_ids)
+    with torch.no_grad():
+        searched = module.loss(rows, ids, module.prompt.table[ids], samples)
+        scored = module.denoising_loss(rows, module.encode([str(problem.prompt) for problem in problems]), samples)
+    torch.testing.assert_close(searched, scored, atol=1e-6, rtol=0)
+
+
+# --- a CLIP with another vocabulary
+
+
+def cosine(clip, feature, text):
+    """Of a picture with a text that the CLIP's own tokenizer reads, alone and without padding."""
+    ids = torch.tensor([clip.tokenizer(text)["input_ids"]])
+    hidden = clip.clip.text_model(ids).last_hidden_state[:, -1]
+    return float(F.cosine_similarity(clip.clip.text_projection(hidden)[0], feature, dim=0))
+
+
+@pytest.mark.parametrize(("family", "vocabulary"), [("flux", None), ("pixart", None), ("sd3", "t5")])
+def test_words_of_a_clip_that_reads_text(family, vocabulary, folders):
+    folder = folders(family)
+    backbone, clip = load_backbone(folder, vocabulary=vocabulary), ClipSimilarity(f"{folder}/clip")
+    tokenizer = backbone.vocabulary.tokenizer
+    prompt = TokenEmbeddings(backbone.vocabulary, "a photo of {} , blurry", 2)
+    assert not reads_tokens(clip, prompt)
+    features = clip.features(torch.rand(3, 3, 32, 32) * 2 - 1)
+    words = [tokenizer.decode([i]).strip() for i in prompt.allowed.nonzero().flatten().tolist()]
+    assert {"red", "two", "dogs"} <= set(words)
+    alone = word_features(clip, prompt, as_text=True, chunk=5)
+    for feature, found in zip(features, best_words(clip, prompt, features, chunk=7).tolist(), strict=True):
+        expected = [cosine(clip, feature, f"a photo of {word} , blurry") for word in words]
+        assert (alone @ feature).tolist() == pytest.approx(expected, abs=1e-5)
+        first = words[max(range(len(words)), key=expected.__getitem__)]
+        others = [word for word in words if word != first]
+        second = max(others, key=lambda word: cosine(clip, feature, f"a photo of {first} {word} , blurry"))
+        assert tokenizer.decode(found).split() == [first, second]
+
+
+def test_clip_that_reads_text_decides_between_candidates(folders, pictures, caplog, tmp_path):
+    """The CLIP's term of GCG's loss, whose gradient is that of the denoising loss alone; said once."""
+    folder = folders("flux")
+    plain = GCG(backbone=folder, candidates=4, **SMALL)
+    module = GCG(backbone=folder, candidates=4, screen=2, clip_weight=0.7, start="clip_words", **SMALL)
+    with caplog.at_level(logging.INFO, "lightning_prompts"):
+        problems = fit(module, pictures, tmp_path / "run")
+    assert sum("the gradient that proposes them is that of the denoising loss alone" in x for x in caplog.messages) == 1
+    fit(plain, pictures, tmp_path / "plain")
+    rows, samples = samples_of(module, problems)
+    ids = module.prompt.ids(module.prompt.allowed.nonzero()[:6, 0].view(3, 2))
+    gradients, losses = [], []
+    samples_of(plain, problems)
+    for one in (plain, module):
+        embeddings = one.prompt.table[ids].requires_grad_()
+        losses.append(one.loss(rows, ids, embeddings, samples))
+        gradients.append(torch.autograd.grad(losses[-1].sum(), embeddings)[0])
+    assert torch.equal(*gradients)
+    texts = module.prompt.texts(ids[:, module.prompt.positions])
+    expected = [
+        1 - cosine(module.clip, feature, text) for feature, text in zip(module.features(rows), texts, strict=True)
+    ]
+    torch.testing.assert_close(losses[1] - losses[0], 0.7 * torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", [PEZ, PH2P, TextualInversion])
+@pytest.mark.parametrize(("family", "vocabulary"), [("flux", None), ("pixart", None), ("sd3", "t5")])
+def test_gradient_of_a_clip_that_reads_text_is_refused(
+    method, family, vocabulary, folders, pictures, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("lightning_prompts.objectives.clip.load_clip", None)  # before it is loaded
+    with pytest.raises(UserError) as error:
+        method(backbone=folders(family), vocabulary=vocabulary, clip_weight=0.1, **SMALL)
+    instead = "" if family == "pixart" else ", or search the CLIP encoder's tokens with --model.vocabulary clip"
+    assert str(error.value) == (
+        f"{method.__name__} needs the gradient of the CLIP loss, and the CLIP '{folders(family)}/clip' does not have the token "
+        f"embeddings of the model's T5 text encoder; give --model.clip_weight 0{instead}."
+    )
+    monkeypatch.undo()
+    if instead:  # what is advised works
+        fit(method(backbone=folders(family), vocabulary="clip", clip_weight=0.1, **SMALL), pictures / "0.png", tmp_path)
+
+
+def test_candidates_without_any_gradient_are_refused(folders):
+    with pytest.raises(UserError, match=r"GCG needs the gradient .* give --model.denoising_weight above 0, or search"):
+        GCG(backbone=folders("flux"), clip_weight=1, denoising_weight=0, **SMALL)
+
+
+# --- tables of another length than the tokenizer
+
+
+@pytest.fixture
+def longer(folders, tmp_path):
+    """SDXL whose two text encoders have 7 and 3 rows more than their tokenizers have tokens."""
+    folder = shutil.copytree(folders("sdxl"), tmp_path / "longer")
+    for part, kind, more in (("text_encoder", CLIPTextModel, 7), ("text_encoder_2", CLIPTextModelWithProjection, 3)):
+        encoder = kind.from_pretrained(folder / part)
+        encoder.resize_token_embeddings(encoder.config.vocab_size + more, mean_resizing=False)
+        encoder.save_pretrained(folder / part)
+    return str(folder)
+
+
+@pytest.fixture
+def shorter(folders, tmp_path):
+    """Stable Diffusion whose tokenizer has an added token, for which its text encoder has no row."""
+    folder = shutil.copytree(folders("sd-turbo"), tmp_path / "shorter")
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["<sks>"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return str(folder)
+
+
+def test_rows_without_a_token_are_no_results(longer, folders, pictures, tmp_path):
+    vocabulary, expected = (load_backbone(folder).vocabulary for folder in (longer, folders("sdxl")))
+    assert [tower.rows for tower in vocabulary.towers] == [561, 557]
+    assert vocabulary.table.shape == (557, 80)
+    assert torch.equal(vocabulary.allowed(), F.pad(expected.allowed(), (0, 3)))
+    for method in (PH2P, PEZ, GCG, RandomTokens, ClipWords, TextualInversion):
+        module = method(backbone=longer, **SMALL)
+        module.prompt.table[554:] = 0  # nearest to everything
+        problems = fit(module, pictures / "0.png", tmp_path / method.__name__)
+        assert all(max(problem.token_ids or [0]) < 554 for problem in problems)
+    backbone = load_backbone(folders("flux"))
+    table, allowed = backbone.vocabulary.table, backbone.vocabulary.allowed()
+    assert (len(table), len(backbone.vocabulary.tokenizer), len(allowed)) == (90, 62, 90)
+    assert not allowed[59:].any()  # extra ids and padding
+
+
+def test_tokens_that_the_encoders_of_one_model_read_differently_are_not_allowed(folders):
+    """SDXL's second tokenizer pads with "!", and reads it as padding."""
+    vocabulary = load_backbone(folders("sdxl")).vocabulary
+    one, other = (tower.tokenizer for tower in vocabulary.towers)
+    (mark,) = one("!", add_special_tokens=False)["input_ids"]
+    assert other("!", add_special_tokens=False)["input_ids"] != [mark]
+    ids = vocabulary.allowed().nonzero()
+    assert [mark] not in ids.tolist()
+    assert all(round_trip(tokenizer, ids)[1].all() for tokenizer in (one, other))
+
+
+def test_tokens_without_a_row_are_refused(shorter, pictures, tmp_path):
+    backbone = load_backbone(shorter)
+    assert (len(backbone.vocabulary.tokenizer), backbone.vocabulary.rows) == (555, 554)
+    sentence = r"The text '.*<sks>.*' contains the token '<sks>', for which the text encoder's table of 554 rows has no embedding; "
+    how = {"backbone": backbone, "device": "cpu"}
+    for refused in (
+        lambda: backbone.encode_text(["a red <sks> cat"]),
+        lambda: GCG(backbone=backbone, template="a <sks> {}", tokens=2),
+        lambda: GCG(backbone=backbone, start="a <sks>", tokens=2),
+        lambda: guide("a red <sks> cat", Sharpness(), **how),
+        lambda: reword("a red <sks> cat", negative=[], positive=["neighbours"], **how),
+    ):
+        with pytest.raises(UserError, match=sentence) as error:
+            refused()
+        assert ". " not in str(error.value)
+        assert "\n" not in str(error.value)
+    (problem,) = fit(GCG(backbone=backbone, tokens=2, sampling_steps=1), pictures / "0.png", tmp_path)
+    assert max(problem.token_ids) < 554
