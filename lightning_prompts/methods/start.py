@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_prompts.backbones import Backbone
+from lightning_prompts.cache import cached, fingerprint
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.errors import UserError
 from lightning_prompts.interop import read_embedding
@@ -19,6 +22,9 @@ from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +63,28 @@ def prompt_features(
 def word_features(clip: ClipSimilarity, prompt: TokenEmbeddings, as_text: bool, chunk: int = 256) -> Tensor:
     """Encode each allowed token alone in the template: unit vectors (A, E) in the order of `prompt.allowed.nonzero()`.
 
-    The same for every picture and run with this CLIP, vocabulary, template and list of words.
+    Those of the whole vocabulary are computed once for a CLIP, a vocabulary and a template, and kept in the cache. Of a list of
+    words only these are encoded.
     """
-    return prompt_features(clip, prompt, prompt.allowed.nonzero(), as_text, chunk)
+    allowed, count = prompt.allowed.nonzero(), len(prompt.table)
+    if prompt.listed:
+        return prompt_features(clip, prompt, allowed, as_text, chunk)
+    every = torch.arange(count, device=allowed.device).unsqueeze(1)
+    texts = [clip.tokenizer, prompt.vocabulary.tokenizer] if as_text else []
+    depends_on: dict[str, str | int] = {
+        "clip": fingerprint(clip.clip.text_model) + fingerprint(clip.clip.text_projection),
+        "template": f"{prompt.positions[0]} {prompt.ids(every[:1]).tolist()}",
+        "rows": count,
+        "tokenizers": " ".join(_digest(tokenizer) for tokenizer in texts),
+        "device": allowed.device.type,  # they round differently
+    }
+    features = cached("words", depends_on, lambda: prompt_features(clip, prompt, every, as_text, chunk))
+    return features.to(allowed.device)[allowed.squeeze(1)]
+
+
+def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash all that a tokenizer does."""
+    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
 
 
 @torch.no_grad()

@@ -1,0 +1,110 @@
+"""What is kept between runs is what would be computed, whatever happens to its files."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.cache import cache_folder, cached, fingerprint
+from lightning_prompts.methods import start
+from lightning_prompts.methods.start import word_features
+from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.prompts import TokenEmbeddings
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_PROMPTS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def counted(values):
+    """Make a function that computes, and a list of its calls."""
+    calls = []
+    return lambda: calls.append(1) or torch.tensor(values), calls
+
+
+def test_is_computed_once(folder):
+    compute, calls = counted([1.0, 2.0])
+    for _ in range(3):
+        assert cached("words", {"clip": "a"}, compute).tolist() == [1.0, 2.0]
+    assert len(calls) == 1
+    assert cached("words", {"clip": "b"}, counted([3.0])[0]).tolist() == [3.0]
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "nan", "empty", "folder"])
+def test_a_damaged_file_is_computed_again(damage, folder):
+    cached("words", {"clip": "a"}, counted([1.0, 2.0])[0])
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    elif damage == "other":
+        save_file({"words": torch.tensor([5.0])}, file, {"description": "something else"})
+    elif damage == "nan":
+        file.write_bytes(whole[:-8] + torch.tensor([1.0, float("nan")]).numpy().tobytes())
+    else:
+        file.write_bytes(whole[:-3] if damage == "cut" else b"")
+    compute, calls = counted([1.0, 2.0])
+    assert cached("words", {"clip": "a"}, compute).tolist() == [1.0, 2.0]
+    assert len(calls) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LIGHTNING_PROMPTS_CACHE", str(tmp_path / "file" / "cache"))
+    assert cached("words", {"clip": "a"}, counted([1.0])[0]).tolist() == [1.0]
+
+
+def test_the_folder_is_the_users_choice(monkeypatch, tmp_path):
+    monkeypatch.delenv("LIGHTNING_PROMPTS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "lightning_prompts"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path.home() / ".cache" / "lightning_prompts"
+
+
+def test_fingerprints_see_every_value():
+    layer = torch.nn.Linear(3, 2)
+    before = fingerprint(layer)
+    assert before == fingerprint(layer)
+    with torch.no_grad():
+        layer.bias[1] += 1e-6
+    assert fingerprint(layer) != before
+    assert fingerprint(layer.to(torch.bfloat16)) != before
+
+
+def test_features_of_words_are_the_same_from_the_cache(tiny, folder, monkeypatch):
+    backbone, clip = load_backbone(tiny), ClipSimilarity(os.path.join(tiny, "clip"))
+    prompt = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 3, blocked=("cat",))
+    expected = start.prompt_features(clip, prompt, prompt.allowed.nonzero(), as_text=False)
+    computed = word_features(clip, prompt, as_text=False)
+    torch.testing.assert_close(computed, expected, atol=1e-6, rtol=0)
+    calls = []
+    monkeypatch.setattr(start, "prompt_features", lambda *args: calls.append(args))
+    assert torch.equal(word_features(clip, prompt, as_text=False), computed)
+    other = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 2, blocked=("dog",))  # of another length and list
+    assert word_features(clip, other, as_text=False).shape == (int(other.allowed.sum()), computed.shape[1])
+    assert not calls
+
+
+def test_what_changes_the_features_is_no_longer_the_same_file(tiny, folder):
+    backbone, clip = load_backbone(tiny), ClipSimilarity(os.path.join(tiny, "clip"))
+    for template in ("{}", "a {}"):
+        word_features(clip, TokenEmbeddings(backbone.vocabulary, template, 2), as_text=False)
+    prompt = TokenEmbeddings(backbone.vocabulary, "{}", 2)
+    word_features(clip, prompt, as_text=True)
+    clip.clip.text_projection.weight.data[0, 0] += 1
+    word_features(clip, prompt, as_text=False)
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_a_few_words_are_not_worth_a_vocabulary(tiny, folder):
+    backbone, clip = load_backbone(tiny), ClipSimilarity(os.path.join(tiny, "clip"))
+    prompt = TokenEmbeddings(backbone.vocabulary, "{}", 2, words=("red", "cat"))
+    assert word_features(clip, prompt, as_text=False).shape[0] == 2
+    assert not folder.exists()
