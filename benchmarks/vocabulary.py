@@ -1,4 +1,4 @@
-"""Where the time of `fit` goes with vocabularies of real size: `python benchmarks/vocabulary.py FOLDER --config configs/pez.yaml ...`.
+"""Where the time of `fit` goes with vocabularies of real size: `python benchmarks/vocabulary.py FOLDER`.
 
 FOLDER is a diffusers pipeline, best one whose networks are small and whose tokenizers are a published model's, so that what grows
 with the vocabulary shows. Runs the configs of methods in this process, one image or prompt each, and prints the seconds of CPU time
@@ -11,10 +11,14 @@ from __future__ import annotations
 import argparse
 import cProfile
 import functools
+import json
 import pstats
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +88,15 @@ def watch(clock: Clock) -> None:
     patch(Trainer, "fit", "rest")
 
 
-def run(config: str, folder: str, extra: list[str]) -> tuple[Clock, cProfile.Profile]:
-    """Run `fit` with a config in this process."""
+def run(config: str, folder: str, extra: list[str], profiled: bool) -> dict[str, float]:
+    """Run `fit` with a config in this process; return the CPU seconds of each part."""
     clock, profile = Clock(), cProfile.Profile()
     from lightning_prompts.main import main
 
     watch(clock)
-    given = (
-        ["--data.images", str(IMAGE)]
-        if not (config in EXTRA or config == "seed_invariance")
-        else ["--data.prompts", PROMPT]
-    )
-    with tempfile.TemporaryDirectory() as scratch:
+    prompted = config in ("dpo_diff", "metric_guidance", "seed_invariance", "human_feedback")
+    given = ["--data.prompts", PROMPT] if prompted else ["--data.images", str(IMAGE)]
+    with tempfile.TemporaryDirectory() as scratch, profile if profiled else nullcontext():
         command = [
             "fit",
             "--config",
@@ -106,8 +107,38 @@ def run(config: str, folder: str, extra: list[str]) -> tuple[Clock, cProfile.Pro
             "--run",
             f"{scratch}/run",
         ]
-        profile.enable()
         main([*command, "--trainer.accelerator", "cpu", *EXTRA.get(config, []), *extra])
-        profile.disable()
     clock.switch()
-    return clock, profile
+    if profiled:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(30)
+    return clock.seconds
+
+
+def main() -> None:
+    """Print a table, a line a config; each runs in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--configs", nargs="+", default=CONFIGS, choices=CONFIGS)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args, extra = parser.parse_known_args()
+    if args.one:
+        print(f"\n{json.dumps(run(args.one, args.folder, extra, args.profile))}")
+        return
+    print(
+        f"| | {' | '.join(f'{part}, s' for part in PARTS)} | share of the rest |\n|{'---|' * (2 + len(PARTS))}",
+        flush=True,
+    )
+    for config in args.configs:
+        options = ["--profile"] if args.profile else []
+        command = [sys.executable, __file__, args.folder, "--one", config, *options, *extra]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        if args.profile:
+            print(done.stdout)
+        seconds = json.loads(done.stdout.splitlines()[-1])
+        share = seconds["rest"] / sum(seconds.values())
+        print(f"| {config} | {' | '.join(f'{seconds[part]:.1f}' for part in PARTS)} | {share:.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

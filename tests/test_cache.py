@@ -106,5 +106,5 @@ def test_what_changes_the_features_is_no_longer_the_same_file(tiny, folder):
 def test_a_few_words_are_not_worth_a_vocabulary(tiny, folder):
     backbone, clip = load_backbone(tiny), ClipSimilarity(os.path.join(tiny, "clip"))
     prompt = TokenEmbeddings(backbone.vocabulary, "{}", 2, words=("red", "cat"))
-    assert word_features(clip, prompt, as_text=False).shape[0] == 2
+    assert 1 <= len(word_features(clip, prompt, as_text=False)) == int(prompt.allowed.sum()) <= 2
     assert not folder.exists()
