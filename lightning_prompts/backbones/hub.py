@@ -57,6 +57,8 @@ CLIP_FILES = [
     "vocab.json",
     "tokenizer*.json",
     "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",  # in which newer versions of transformers save it
 ]
 
 

@@ -201,7 +201,7 @@ def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
     assert "nothing has to be fetched" in lines[-2]
     assert lines[-1] == f"The model {str(sd1)!r} is the folder {sd1}, and nothing has to be fetched."
     listed = {line.split()[-1] for line in beside.splitlines()[:-2]}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= listed
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= listed
     assert beside.endswith(f"commit {clip}.\n")
     (folder,) = (cache / f"models--{CLIPS[768].replace('/', '--')}" / "snapshots").iterdir()
     assert load_clip(str(folder), offline=True)
