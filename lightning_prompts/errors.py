@@ -24,8 +24,13 @@ def printable(text: str) -> str:
     )
 
 
-def listed(names: Iterable[str], length: int = 40, most: int = 8) -> str:
-    """Quote names that may come from a file, each cut to a length, and count those beyond the first few."""
-    all_names = [name if len(name) <= length else f"{name[: length - 1]}…" for name in names]
-    shown = ", ".join(repr(printable(name)) for name in all_names[:most])
-    return shown + (f" and {len(all_names) - most} more" if len(all_names) > most else "")
+def shortened(text: str, length: int = 40) -> str:
+    """Cut a text that may come from a file to a length, and escape what a terminal would act on."""
+    return printable(text if len(text) <= length else f"{text[: length - 1]}…")
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Quote names that may come from a file, and count those beyond the first few."""
+    quoted = [repr(shortened(name)) for name in names]
+    more = [f"{len(quoted) - most} more"] if len(quoted) > most else []
+    return " and ".join([", ".join(quoted[:most]), *more])
