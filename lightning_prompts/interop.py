@@ -28,6 +28,8 @@ ENCODERS = ("clip_l", "clip_g", "t5xxl")
 """What AUTOMATIC1111 and ComfyUI call the text encoders that an embedding is for."""
 ENCODER_NAMES = {**{name: name for name in ENCODERS}, "t5": "t5xxl", "t5_xxl": "t5xxl"}
 """These by the names that files use for them."""
+BUNDLED = rf"bundle_emb\.(.*)\.(?:string_to_param\.\*|({'|'.join(ENCODER_NAMES)}))"
+"""The name of a tensor of an embedding that is bundled with a LoRA: the embedding's name, and the encoder that it is for."""
 
 FOREIGN = {
     "the weights of a LoRA": r"\blora_(?:up|down|A|B|mid)\b|\.lora[._]|\b(?:hada|lokr)_w\d",
@@ -181,8 +183,8 @@ def _embeddings(loaded: Any, path: Path) -> dict[str, dict[str, Tensor]]:
         return {name: {"": tensor} for name, tensor in rows.items()}
     rows, found = _rows(loaded), dict[str, dict[str, Tensor]]()
     for name, tensor in rows.items():
-        if match := re.fullmatch(r"bundle_emb\.(.*)\.(?:string_to_param\.\*|(\w+))", name, re.DOTALL):
-            found.setdefault(match[1], {})[ENCODER_NAMES.get(match[2], match[2]) or ""] = tensor
+        if match := re.fullmatch(BUNDLED, name, re.DOTALL):
+            found.setdefault(match[1], {})[ENCODER_NAMES[match[2]] if match[2] else ""] = tensor
     if not found and (parts := {ENCODER_NAMES[name]: tensor for name, tensor in rows.items() if name in ENCODER_NAMES}):
         found = {"": parts}
     if not found and "emb_params" in rows:

@@ -180,7 +180,7 @@ def hub_name(name: str) -> str:
     name = SHORT_NAMES.get(name, name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise UserError(
-            f"The model {name!r} is neither 'emoji' nor an existing folder or file nor one of {', '.join(SHORT_NAMES)} nor a name on the "
+            f"The model {name!r} is neither 'emoji' nor an existing folder nor one of {', '.join(SHORT_NAMES)} nor a name on the "
             "Hugging Face hub, which reads 'owner/name'; correct it."
         )
     return name
