@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_prompts import methods
 from lightning_prompts.backbones import Backbone, load_backbone
-from lightning_prompts.backbones.hub import commit_of
+from lightning_prompts.backbones.hub import pinned
 from lightning_prompts.callbacks import Results, Scores
 from lightning_prompts.callbacks.grid import to_image
 from lightning_prompts.callbacks.results import noise_of
@@ -237,8 +237,9 @@ def search(
     if folder and any(RunFolder(folder).problems.glob("*.json")):
         raise UserError(f"The folder {str(folder)!r} holds an earlier search; give another.")
     model = how.get("backbone", "emoji")
-    if isinstance(model, str):  # what is recorded is the commit of a model from the hub
-        how["revision"] = commit_of(model, bool(how.get("offline")), how.get("revision"))
+    if isinstance(model, str):  # what is recorded is the commit of a model from the hub, and the variant that is read
+        how["revision"], variant = pinned(model, bool(how.get("offline")), how.get("revision"), how.get("variant"))
+        how |= {"variant": variant} if variant else {}
     where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _apart(where), tempfile.TemporaryDirectory() as scratch:
         method: PromptMethod = kind(**{name: value for name, value in how.items() if name not in of_data})

@@ -24,7 +24,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_prompts import methods
-from lightning_prompts.backbones.hub import commit_of
+from lightning_prompts.backbones.hub import pinned
 from lightning_prompts.callbacks import (
     AtomicCheckpointIO,
     Between,
@@ -241,10 +241,11 @@ class CLI(LightningCLI):
             self.folder.prepare(resume=bool(config.ckpt_path))
         begun = bool(config.ckpt_path) and self.folder.config.exists()
         model = config.model.init_args
-        if begun and model.revision is None:
-            model.revision = self.folder.saved_settings()["model"]["init_args"].get("revision")
-        # What is saved is the commit, so that later commands read the same model.
-        model.revision = commit_of(model.backbone, model.offline, model.revision)
+        for name in ("revision", "variant"):
+            if begun and model[name] is None:
+                model[name] = self.folder.saved_settings()["model"]["init_args"].get(name)
+        # What is saved is the commit and the variant, so that later commands read the same weights.
+        model.revision, model.variant = pinned(model.backbone, model.offline, model.revision, model.variant)
         if own_rank() == 0:
             dumped = self._parser("fit").dump(config.clone())
             if begun:

@@ -1,9 +1,36 @@
-"""The one exception for a person's mistake."""
+"""The one exception for a person's mistake, and names from files made fit for a message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
     """A mistake of the person who runs the program.
 
     Its message is one sentence that says what was given, what is allowed and what to do. The command line prints it without a
-    traceback and exits with code 2.
+    traceback and exits with code 2. Characters that would act on a terminal are escaped, since names may come from files.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Escape the characters of a text that a terminal would act on; white space of any kind becomes a space."""
+    return "".join(
+        char if char.isprintable() else " " if char.isspace() else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def shortened(text: str, length: int = 40) -> str:
+    """Cut a text that may come from a file to a length, and escape what a terminal would act on."""
+    return printable(text if len(text) <= length else f"{text[: length - 1]}…")
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Quote names that may come from a file, and count those beyond the first few."""
+    quoted = [repr(shortened(name)) for name in names]
+    more = [f"{len(quoted) - most} more"] if len(quoted) > most else []
+    return " and ".join([", ".join(quoted[:most]), *more])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,11 +19,24 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_prompts.backbones import Backbone
-from lightning_prompts.errors import UserError
+from lightning_prompts.errors import UserError, listed, shortened
+
+log = logging.getLogger(__name__)
 
 SIDES = ("prompt_embeds", "negative_prompt_embeds")
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 """What AUTOMATIC1111 and ComfyUI call the text encoders that an embedding is for."""
+ENCODER_NAMES = {**{name: name for name in ENCODERS}, "t5": "t5xxl", "t5_xxl": "t5xxl"}
+"""These by the names that files use for them."""
+BUNDLED = rf"bundle_emb\.(.*)\.(?:string_to_param\.\*|({'|'.join(ENCODER_NAMES)}))"
+"""The name of a tensor of an embedding that is bundled with a LoRA: the embedding's name, and the encoder that it is for."""
+
+FOREIGN = {
+    "the weights of a LoRA": r"\blora_(?:up|down|A|B|mid)\b|\.lora[._]|\b(?:hada|lokr)_w\d",
+    "the state of an optimizer": r"\b(?:exp_avg|exp_avg_sq|momentum_buffer|optimizer|param_groups)\b",
+    "the weights of a model": r"\.(?:weight|bias)$|^state_dict$",
+}
+"""What the names in a file say that it holds where it is not an embedding."""
 
 WIDTHS = {
     768: "Stable Diffusion 1 (clip_l)",
@@ -57,24 +73,35 @@ def pack_embedding(embedding: Tensor, backbone: Backbone, token: str) -> bytes:
     return save(dict(zip(names, parts, strict=True)), metadata)
 
 
+def split_name(path: str | Path) -> tuple[Path, str | None]:
+    """Split `file#name` into the file and the name of an embedding in it, which is None where the whole is a file or none is."""
+    text = str(path)
+    if not os.path.isfile(text):  # unlike pathlib's, takes a text of any length
+        for place in (match.start() for match in re.finditer("#", text)):
+            if os.path.isfile(text[:place]):
+                return Path(text[:place]), text[place + 1 :]
+    return Path(text), None
+
+
 def read_embedding(path: str | Path, backbone: Backbone, pickle: bool = False) -> Tensor:
     """An embedding (M, D) of the tokens that are searched, from a file of any of the layouts that people have.
 
-    These are diffusers', AUTOMATIC1111's `string_to_param`, kohya's `emb_params`, `clip_l`, `clip_g` and `t5xxl` also bundled with
-    a LoRA, and bare tensors; a row alone may be a vector.
+    These are diffusers', AUTOMATIC1111's `string_to_param`, kohya's `emb_params`, `clip_l`, `clip_g` and `t5xxl` (or `t5`) also
+    bundled with a LoRA, and bare tensors; a row alone may be a vector. What a file holds for encoders that are not searched is not
+    used, and a log line says so.
 
     Args:
-        path: The file; what it holds counts, and not its name.
+        path: The file; what it holds counts, and not its name. Of a file with several embeddings, `file#name`.
         backbone: The model that is to read it.
-        pickle: Read pickles, too, as far as they hold tensors and nothing else.
+        pickle: Read pickles, too, as far as they hold tensors, also in an `nn.ParameterDict`, and nothing else.
 
     Raises:
         UserError: It is none of these, or for another model.
     """
-    path = Path(path)
-    parts = {name: tensor.reshape(-1, tensor.shape[-1]).float() for name, tensor in _parts(_load(path, pickle), path)}
+    path, name = split_name(path)
+    parts = _chosen(_embeddings(_load(path, pickle), path), name, path)
     names, widths = encoder_names(backbone), backbone.vocabulary.widths
-    if len(names) == 1 and len(parts) == 1 and "" in parts:
+    if len(names) == 1 and list(parts) == [""]:
         parts = {names[0]: parts[""]}
     if missing := [name for name in names if name not in parts]:
         held = " and ".join(f"{name or 'an embedding'} of width {x.shape[1]}" for name, x in parts.items())
@@ -90,13 +117,23 @@ def read_embedding(path: str | Path, backbone: Backbone, pickle: bool = False) -
             )
     if len({len(parts[name]) for name in names}) > 1:
         raise UserError(f"The file {path} has different numbers of rows for its text encoders; give another.")
-    return torch.cat([parts[name] for name in names], dim=1)
+    if unused := [name for name in ENCODERS if name in parts and name not in names]:
+        searched = " and ".join(names)
+        log.info("The embedding in %r for %s is not used, as the tokens of %s are searched.", str(path), " and ".join(unused), searched)  # fmt: skip
+    embedding = torch.cat([parts[name] for name in names], dim=1)
+    if not len(embedding) or not embedding.isfinite().all():
+        raise UserError(f"The embedding in {path} has no row, or numbers that are not finite; give another.")
+    return embedding
 
 
 def _for(parts: Mapping[str, Tensor]) -> str:
     """Which family an embedding's width belongs to, where that is known."""
     known = [WIDTHS[part.shape[1]] for part in parts.values() if part.shape[1] in WIDTHS]
     return f", which is for {known[0]}" if len(known) == 1 else ""
+
+
+class _ParameterDict:
+    """Stands in for `nn.ParameterDict` in a pickle, so that nothing of a module is run; its tensors are in `_parameters`."""
 
 
 def _load(path: Path, pickle: bool) -> Any:
@@ -114,37 +151,80 @@ def _load(path: Path, pickle: bool) -> Any:
                 f"The file {path} is a pickle, which can run code, and is not read; give a safetensors file or, if you trust it, "
                 "allow it with --model.allow_pickle true, in Python with pickle=True."
             )
-        return torch.load(path, map_location="cpu", weights_only=True)
+        stand_in: Any = (_ParameterDict, "torch.nn.modules.container.ParameterDict")
+        with open(path, "rb") as file, torch.serialization.safe_globals([stand_in]):  # by path its name would count
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"The file {path} cannot be read ({error.strerror or error}); give another.") from error
+    except UnpicklingError as error:
+        raise UserError(
+            f"The file {path} is broken or holds more than tensors, such as a module in the format of torch before 1.6, which is not "
+            "unpickled because it could run code; give a safetensors file."
+        ) from error
     except UserError:
         raise
-    except Exception as error:  # torch, zipfile and pickle have classes of their own
+    except Exception as error:  # torch, zipfile and safetensors have classes of their own
+        reason = re.split(r"\n|\. ", str(error))[0].rstrip(" .")
         raise UserError(
-            f"The file {path} cannot be read as an embedding ({str(error).partition(chr(10))[0][:100]}); fetch or write it again."
+            f"The file {path} cannot be read as an embedding ({shortened(reason, 100)}); fetch or write it again."
         ) from error
 
 
-def _parts(loaded: Any, path: Path) -> list[tuple[str, Tensor]]:
-    """The tensors of a file by the encoder that they are for, or by "" where it does not say."""
+def _embeddings(loaded: Any, path: Path) -> dict[str, dict[str, Tensor]]:
+    """Give the embeddings of a file by name, each by the encoder that it is for; "" where the file does not say."""
     if isinstance(loaded, Tensor):
-        return [("", loaded)]
-    if isinstance(loaded, Mapping):
-        if "string_to_param" in loaded:
-            loaded = dict(loaded["string_to_param"])
-        found = {
-            name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor) and tensor.is_floating_point()
-        }
-        for name in list(found):
-            if match := re.fullmatch(r"bundle_emb\..*\.(?:string_to_param\.\*|(\w+))", name):
-                found[match[1] or ""] = found[name]
-        if named := [(name, found[name]) for name in ENCODERS if name in found]:
-            return named
-        if len(found) == 1 or "" in found:
-            return [("", found.get("", next(iter(found.values()))))]
-        if found:
-            raise UserError(f"The file {path} has {len(found)} embeddings, and one is needed; give a file of one.")
-    raise UserError(f"The file {path} holds no embedding; give another.")
+        loaded = {"": loaded}
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"The file {path} holds no embedding; give another.")
+    if "string_to_param" in loaded:
+        loaded = loaded["string_to_param"]
+        loaded = vars(loaded).get("_parameters", {}) if isinstance(loaded, _ParameterDict) else loaded
+        rows = _rows(loaded)
+        return {name: {"": tensor} for name, tensor in rows.items()}
+    rows, found = _rows(loaded), dict[str, dict[str, Tensor]]()
+    for name, tensor in rows.items():
+        if match := re.fullmatch(BUNDLED, name, re.DOTALL):
+            found.setdefault(match[1], {})[ENCODER_NAMES[match[2]] if match[2] else ""] = tensor
+    if not found and (parts := {ENCODER_NAMES[name]: tensor for name, tensor in rows.items() if name in ENCODER_NAMES}):
+        found = {"": parts}
+    if not found and "emb_params" in rows:
+        found = {"": {"": rows["emb_params"]}}
+    if found:
+        read = sum(len(parts) for parts in found.values())
+        if len(loaded) > read:
+            log.info("%d other entries of the file %r are not read.", len(loaded) - read, str(path))
+        return found
+    for kind, pattern in FOREIGN.items():
+        if any(isinstance(name, str) and re.search(pattern, name) for name in loaded):
+            raise UserError(f"The file {path} holds {kind} and no embedding; give the file of an embedding.")
+    return {name: {"": tensor} for name, tensor in rows.items()}
+
+
+def _rows(loaded: Any) -> dict[str, Tensor]:
+    """Give the tensors that can be embeddings by name, float32 (M, D)."""
+    tensors = {name: x for name, x in loaded.items() if isinstance(x, Tensor)} if isinstance(loaded, Mapping) else {}
+    return {
+        str(name): x.detach().reshape(-1, x.shape[-1]).float()
+        for name, x in tensors.items()
+        if x.is_floating_point() and x.dim() and x.shape[-1] and all(length == 1 for length in x.shape[:-2])
+    }
+
+
+def _chosen(embeddings: Mapping[str, dict[str, Tensor]], name: str | None, path: Path) -> dict[str, Tensor]:
+    """Give the one embedding of a file, or the one of a name."""
+    if not embeddings:
+        raise UserError(f"The file {path} holds no embedding; give another.")
+    if name is None and len(embeddings) == 1:
+        return next(iter(embeddings.values()))
+    if name in embeddings and name is not None:
+        return embeddings[name]
+    if list(embeddings) == [""]:
+        raise UserError(f"The file {path} holds one embedding, which has no name; leave out #{shortened(str(name))}.")
+    example = next(iter(embeddings))
+    wanted = f"no {shortened(name)!r} but" if name is not None else f"{len(embeddings)} embeddings,"
+    raise UserError(
+        f"The file {path} has {wanted} {listed(embeddings)}; name one of them, such as '{path}#{shortened(example)}'."
+    )
 
 
 @contextmanager
@@ -297,17 +377,31 @@ def read_prompt_embeds(path: Path, backbone: Backbone, shape: Sequence[int]) -> 
         json.dumps(list(shape)),
     ):
         raise UserError(
-            f"The embeddings in {path} were made for {metadata.get('backbone')} ({made_for[0]}, {made_for[1]}) and the model "
+            f"The embeddings in {path} were made for {shortened(metadata.get('backbone', 'a model'))} "
+            f"({shortened(made_for[0])}, {shortened(str(made_for[1]))}) and the model "
             f"{backbone.name} is {type(backbone).__name__}, {list(shape)}; give the model that they were made for."
         )
     found: dict[str, Tensor] = {}
     for key in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
         sides = [side for side in SIDES if f"{key}.{side}" in tensors]
         rows = [tensors[f"{key}.{side}"] for side in sides]
-        if backbone.pooled_width:
-            rows = [backbone.join(x, tensors[f"{key}.{_pooled(side)}"]) for x, side in zip(rows, sides, strict=True)]
-        found[key] = torch.stack(rows)
+        try:
+            if backbone.pooled_width:
+                rows = [
+                    backbone.join(x, tensors[f"{key}.{_pooled(side)}"]) for x, side in zip(rows, sides, strict=True)
+                ]
+            found[key] = torch.stack(rows)
+        except (LookupError, RuntimeError) as error:
+            raise _incomplete(path) from error
+        if found[key].shape[1:] != tuple(shape):
+            raise _incomplete(path)
     return found
+
+
+def _incomplete(path: Path) -> UserError:
+    return UserError(
+        f"The encoded prompts in {path} are incomplete or of other shapes than its metadata says; give another."
+    )
 
 
 def _numbered(tensors: Mapping[str, Tensor], path: Path, backbone: Backbone, shape: Sequence[int]) -> dict[str, Tensor]:
@@ -341,8 +435,11 @@ def _numbered(tensors: Mapping[str, Tensor], path: Path, backbone: Backbone, sha
 def base_prompts(path: Path) -> dict[str, str]:
     """What a person has written for the encoded prompts of a file, by key; empty where it does not say."""
     with safe_open(path, "pt") as file:
-        found: dict[str, str] = json.loads((file.metadata() or {}).get("base_prompts", "{}"))
-    return found
+        try:
+            found = json.loads((file.metadata() or {}).get("base_prompts", "{}"))
+        except ValueError as error:
+            raise UserError(f"The metadata of {path} are damaged; give a file that `fit` has written.") from error
+    return {key: str(prompt) for key, prompt in found.items()} if isinstance(found, dict) else {}
 
 
 def _mask(side: str) -> str:

@@ -21,26 +21,29 @@ from lightning_prompts.backbones.hub import (
     local_folder,
     megabytes,
 )
-from lightning_prompts.backbones.single_file import described_by
+from lightning_prompts.backbones.single_file import configuration_of, read_header
 from lightning_prompts.errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; the command reads: {self.prog} NAME [NAME ...] [--revision REVISION].")
+        raise UserError(
+            f"{message}; the command reads: {self.prog} NAME [NAME ...] [--revision REVISION] [--variant VARIANT]."
+        )
 
 
 def prefetch(args: Sequence[str]) -> None:
     """Downloads the files of models that a run would read, and of the CLIPs that search and judge there.
 
     Args:
-        args: Names of models, and --revision.
+        args: Names of models, --revision and --variant.
     """
     parser = _Parser("train.py prefetch", description="Downloads the files of models that a run would read.")
     parser.add_argument(
         "names", nargs="+", metavar="NAME", help="a model on the hub, a short name such as sdxl, or a safetensors file"
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--variant", help="which weights, such as fp16, of components that have them")
     given = parser.parse_args(args)
     wanted = [(name, *_wanted(name)) for name in given.names]  # refuses a wrong name before it fetches the others
     if is_offline() and any(files for *_, files in wanted):
@@ -48,12 +51,12 @@ def prefetch(args: Sequence[str]) -> None:
     clips = []
     for name, model, files in wanted:
         if files:
-            folder = _prefetch(model, given.revision, files)
+            folder = _prefetch(model, given.revision, files, given.variant)
             clips += [] if (folder / "clip").is_dir() else [clip_beside(_widths(folder))]
         else:
             print(f"The model {name!r} is the folder {model}, and nothing has to be fetched.")
     for clip in dict.fromkeys(clips):
-        _prefetch(clip, None, CLIP_FILES)
+        _prefetch(clip, None, CLIP_FILES, None)
 
 
 def _widths(folder: Path) -> list[int]:
@@ -67,13 +70,13 @@ def _wanted(name: str) -> tuple[str, list[str]]:
     if folder := local_folder(name):
         return str(folder), []
     if file := local_file(name):
-        return hub_name(described_by(file)), CONFIGURATION
+        return hub_name(configuration_of(read_header(file))), CONFIGURATION
     return hub_name(name), FILES
 
 
-def _prefetch(name: str, revision: str | None, wanted: list[str]) -> Path:
+def _prefetch(name: str, revision: str | None, wanted: list[str], variant: str | None) -> Path:
     """Lists and downloads; gives the folder."""
-    files = files_on_hub(name, revision, wanted)
+    files = files_on_hub(name, revision, wanted, variant)
     print(f"{name}:")
     for file in files:
         print(f"{megabytes(file.size):>14}  {file.name}{' (in the cache)' if file.cached else ''}")

@@ -100,6 +100,7 @@ def tiny(sd1, tmp_path_factory):
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
     CLIPModel(config).save_pretrained(folder / "clip")
+    families.save_image_processor(folder / "clip")
     CLIPTokenizerFast.from_pretrained(folder / "tokenizer").save_pretrained(folder / "clip")
     return str(folder)
 

@@ -224,6 +224,12 @@ def without_tokenizer_json(folder):
         (folder / "tokenizer.json").unlink()
 
 
+def save_image_processor(folder, size=32, mean=0.5, std=0.5):
+    """Writes the preprocessor_config.json of a CLIP that takes pixels in [-1, 1], as this project's own do."""
+    config = {"size": {"shortest_edge": size}, "crop_size": size, "image_mean": [mean] * 3, "image_std": [std] * 3}
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(config))
+
+
 def save_with_clip(family, folder):
     """Writes a family's folder with a CLIP beside its components, as whole runs need it."""
     model = save(family, folder)
@@ -234,6 +240,7 @@ def save_with_clip(family, folder):
     )
     own = CLIPConfig(text_config=text.config.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
     CLIPModel(own).save_pretrained(model / "clip")
+    save_image_processor(model / "clip")
     tokenizer.save_pretrained(model / "clip")
     without_tokenizer_json(model / "clip")
     return str(model)

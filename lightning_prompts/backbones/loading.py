@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +15,15 @@ import torch
 
 from lightning_prompts.backbones.base import Backbone, Reads
 from lightning_prompts.backbones.flux import Flux
-from lightning_prompts.backbones.hub import EMOJI, find_model, local_file
+from lightning_prompts.backbones.hub import EMOJI, choose_variant, files_in, find_model, local_file
 from lightning_prompts.backbones.pixart import PixArt
 from lightning_prompts.backbones.sd3 import StableDiffusion3
-from lightning_prompts.backbones.single_file import find_configuration, read_single_file
+from lightning_prompts.backbones.single_file import as_stated, find_configuration, read_header, read_single_file
 from lightning_prompts.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_prompts.backbones.towers import Kind, TextTower
 from lightning_prompts.errors import UserError
+
+log = logging.getLogger(__name__)
 
 __all__ = ["EMOJI", "FAMILIES", "load_backbone", "quiet"]
 
@@ -41,6 +44,7 @@ def load_backbone(
     scheduler: str | None = None,
     image_size: int | None = None,
     config: str | None = None,
+    variant: str | None = None,
 ) -> Backbone:
     """Loads a model, on the CPU.
 
@@ -55,29 +59,39 @@ def load_backbone(
         vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
         scheduler: Class of another scheduler of diffusers; None for the model's own.
         image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
-        config: The model or folder whose configuration and tokenizers go with a file; None for the first of its family.
+        config: The model or folder whose configuration and tokenizers go with a file; None for the first of its family. What the
+            file states of its prediction type and noise levels goes before it.
+        variant: Which of a folder's or repository's weights are read, such as `fp16`, by components that have it; None for those
+            without a variant or, where there are none, for the only one.
     """
     import diffusers
 
+    checkpoint, variants = None, dict[str, str | None]()
     if file := local_file(name):
-        folder = find_configuration(file, config, offline, revision)
+        if variant:
+            raise UserError(f"The model {name!r} is a file, which has no variants; leave out --model.variant.")
+        checkpoint = read_header(file)
+        folder = find_configuration(checkpoint, config, offline, revision)
     elif config:
         raise UserError(f"The model {name!r} has a configuration and is no file; leave out --model.config.")
     else:
-        folder = find_model(name, offline, revision)
-    family, index = _check(config or name, folder, weights=not file)
+        folder = find_model(name, offline, revision, variant=variant)
+        variants = _variants(name, folder, variant)
+    family, index = _check(config or name, folder, None if checkpoint else variants)
     part, kind = family.denoises
     towers = []
     with quiet():
-        if file:
+        if checkpoint:
             with _unreadable(name, "networks", "fetch it again or give a model that describes it as --model.config"):
-                networks = read_single_file(file, folder, index, set(components(family)), dtype)
+                networks = read_single_file(checkpoint, folder, index, set(components(family)), dtype)
 
         def network(part: str, kind: str) -> Any:
-            return networks[part] if file else _read(folder, part, kind, dtype)
+            return networks[part] if checkpoint else _read(folder, part, kind, dtype, variants[part])
 
         with _unreadable(name, "scheduler"):
             read = _read_scheduler(index["scheduler"][1], folder)
+        if checkpoint:
+            read = as_stated(read, checkpoint)
         if scheduler:
             read = _replaced(read, scheduler)
         for reads in family.reads:
@@ -115,8 +129,24 @@ def _unreadable(name: str, part: str, advice: str = "fetch or write the model ag
         raise UserError(f"The {part} of the model {name!r} cannot be read ({reason}); {advice}.") from error
 
 
-def _check(name: str, folder: Path, weights: bool) -> tuple[type[Backbone], dict[str, Any]]:
-    """Refuses what is not a supported pipeline in safetensors; gives its family and its index."""
+def _variants(name: str, folder: Path, variant: str | None) -> dict[str, str | None]:
+    """Choose the weights of each component, and say what was not asked for."""
+    chosen, read = choose_variant(name, files_in(folder), variant)
+    if chosen != variant:
+        log.info("The model %r has weights as the variant %r alone, which is read.", name, chosen)
+    if without := [part for part, own in read.items() if own != chosen]:
+        log.info("Of the model %r, %s has no variant %r and is read without one.", name, ", ".join(without), chosen)
+    return read
+
+
+def _check(name: str, folder: Path, weights: Mapping[str, str | None] | None) -> tuple[type[Backbone], dict[str, Any]]:
+    """Refuses what is not a supported pipeline in safetensors; gives its family and its index.
+
+    Args:
+        name: The model, for messages.
+        folder: Where it is.
+        weights: The components of which weights were found, by variant; None if the folder needs none.
+    """
     path = folder / "model_index.json"
     if not path.is_file():
         raise UserError(
@@ -150,7 +180,7 @@ def _check(name: str, folder: Path, weights: bool) -> tuple[type[Backbone], dict
                 f"The {part} of the model {name!r} is a {found[part]}; only {supported} is supported, choose another."
             )
         file = folder / part / f"{stem}.safetensors"
-        if not weights or file.is_file() or Path(f"{file}.index.json").is_file():
+        if weights is None or part in weights:
             continue
         if any(other.suffix in (".bin", ".ckpt") for other in file.parent.glob("*")):
             raise UserError(
@@ -168,14 +198,14 @@ def components(family: type[Backbone]) -> dict[str, tuple[str, str]]:
     return {**texts, part: (kind, "diffusion_pytorch_model"), "vae": ("AutoencoderKL", "diffusion_pytorch_model")}
 
 
-def _read(folder: Path, part: str, kind: str, dtype: str) -> Any:
+def _read(folder: Path, part: str, kind: str, dtype: str, variant: str | None) -> Any:
     import diffusers
     import transformers
 
     ours = {("dtype" if part.startswith("text_encoder") else "torch_dtype"): getattr(torch, dtype)}
     network = getattr(transformers if part.startswith("text_encoder") else diffusers, kind)
     model, info = network.from_pretrained(
-        folder, subfolder=part, use_safetensors=True, output_loading_info=True, **ours
+        folder, subfolder=part, use_safetensors=True, output_loading_info=True, variant=variant, **ours
     )
     if missing := sorted(info["missing_keys"]):  # the libraries fill them at random and only warn
         raise ValueError(f"it lacks {len(missing)} weights such as {missing[0]}")

@@ -2,25 +2,86 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lightning_prompts.backbones.hub import CONFIGURATION, SHORT_NAMES, find_model
-from lightning_prompts.errors import UserError
+from lightning_prompts.errors import UserError, shortened
 
-DESCRIBED_BY = {  # how the names of weights begin, and the model that they are described by
+log = logging.getLogger(__name__)
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+TEXT = {  # how the names of the text encoder's weights begin, and whose they are
     "conditioner.embedders.1.model.": "sdxl",
     "cond_stage_model.transformer.": "sd15",
     "cond_stage_model.model.": "sd21",
 }
+OLD_TEXT = "cond_stage_model.transformer."  # in old files not followed by "text_model."
+
+OTHERS = {  # what else a file can be, by the names of its weights
+    "a LoRA": r"^lora_|\blora_(up|down|A|B|mid)\b|\.lora[._]|\b(hada|lokr)_w\d",
+    "a ControlNet": r"^control_model\.|^controlnet_|^input_hint_block\.",
+    "FLUX": r"(^|\.)double_blocks\.0\.",
+    "Stable Diffusion 3": r"(^|\.)joint_blocks\.0\.",
+    "Playground v2.5, an EDM model": r"^edm_mean$",
+    "CosXL, an EDM model": r"^edm_vpred\.sigma_max$",
+    "an unCLIP model": r"^noise_augmentor\.|^embedder\.model\.",
+    "an embedding, which --model.start takes": r"^(clip_[lg]|t5(_?xxl)?|emb_params|string_to_param)$",
+}
+CHANNELS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
+ALONE = {  # one component alone, in either layout
+    "a UNet alone": rf"^{re.escape(UNET)}|^(down_blocks|input_blocks)\.0\.",
+    "an autoencoder (VAE) alone": rf"^{re.escape(VAE)}|^decoder\.conv_in\.",
+    "a text encoder alone": r"^(text_model|cond_stage_model|conditioner|shared|token_embedding|transformer\.resblocks)\b",
+}
+SUPPORTED = "Stable Diffusion 1, 2 or XL with text encoder, UNet and autoencoder in their original layout"
+
+PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+"""Diffusers' names of the values of `modelspec.prediction_type`."""
+ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
+"""Prediction types by the `modelspec.architecture` that implies them."""
+SD2_BIAS = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+SD2_SPREAD = 0.09
+"""ComfyUI tells Stable Diffusion 2's v-prediction from epsilon by the standard deviation of this bias."""
 
 
-def described_by(file: Path) -> str:
-    """The short name of the model whose configuration and tokenizers go with a file."""
+class Checkpoint(NamedTuple):
+    """What a checkpoint says about itself, read from its header.
+
+    Attributes:
+        file: Where it is.
+        model: Short name of the model whose configuration and tokenizers it is described by; None where Stable Diffusion 2's two
+            prediction types cannot be told apart.
+        prediction_type: What its weights predict, if it states that.
+        zero_snr: Whether it states a terminal signal-to-noise ratio of zero.
+        old_text: Whether its text encoder's names are those of old files.
+        unet_weights: How many weights its UNet has.
+    """
+
+    file: Path
+    model: str | None
+    prediction_type: str | None
+    zero_snr: bool
+    old_text: bool
+    unet_weights: int
+
+
+def read_header(file: Path) -> Checkpoint:
+    """Tell what a checkpoint is, without loading its weights.
+
+    The prediction type is stated by the empty tensors `v_pred` and `ztsnr`, as ComfyUI and Forge read them, else by the metadata
+    `modelspec.prediction_type` or `modelspec.architecture`.
+
+    Raises:
+        UserError: The file cannot be read or is not such a checkpoint; the message says what it is.
+    """
     from safetensors import SafetensorError, safe_open
 
     if file.suffix != ".safetensors":
@@ -30,35 +91,103 @@ def described_by(file: Path) -> str:
         )
     try:
         with safe_open(file, framework="pt") as weights:
-            names = list(weights.keys())
+            names, metadata = set(weights.keys()), weights.metadata() or {}
+            first = f"{UNET}input_blocks.0.0.weight"
+            shape = weights.get_slice(first).get_shape() if first in names else []
+            bias = weights.get_tensor(SD2_BIAS).float() if SD2_BIAS in names else torch.zeros(1)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"The file {str(file)!r} cannot be read ({error}); fetch it again.") from error
-    for start, model in DESCRIBED_BY.items():
-        if any(name.startswith(start) for name in names):
-            return model
-    raise UserError(
-        f"The file {str(file)!r} has no text encoder of Stable Diffusion 1, 2 or XL in their original layout; give a folder in "
-        "diffusers' layout."
+        reason = shortened(str(error).partition("\n")[0], 100)
+        raise UserError(f"The file {str(file)!r} cannot be read ({reason}); fetch it again.") from error
+    model = next((model for start, model in TEXT.items() if any(name.startswith(start) for name in names)), None)
+    if kind := _other_kind(names, model, shape):
+        raise UserError(f"The file {str(file)!r} is {kind}; give {SUPPORTED}, or a folder in diffusers' layout.")
+    stated = PREDICTIONS.get(metadata.get("modelspec.prediction_type", "")) or ARCHITECTURES.get(
+        metadata.get("modelspec.architecture", "")
     )
+    stated = "v_prediction" if "v_pred" in names else stated
+    if model == "sd21":
+        spread = float(bias.std(correction=0))
+        guess = None if spread == 0 else "v_prediction" if spread > SD2_SPREAD else "epsilon"
+        model = {"v_prediction": "sd21", "epsilon": "sd21-base", None: None}[stated or guess]
+    old = model == "sd15" and not any(name.startswith(f"{OLD_TEXT}text_model.") for name in names)
+    unet_weights = sum(name.startswith(UNET) for name in names)
+    return Checkpoint(file, model, stated, "ztsnr" in names, old, unet_weights)
 
 
-def find_configuration(file: Path, config: str | None, offline: bool, revision: str | None) -> Path:
+def _other_kind(names: set[str], model: str | None, shape: list[int]) -> str | None:
+    """Tell what a file is that holds no whole Stable Diffusion 1, 2 or XL.
+
+    Args:
+        names: Names of its tensors.
+        model: Whose text encoder it has.
+        shape: Of the UNet's first convolution, in the original layout.
+    """
+    for kind, pattern in OTHERS.items():
+        if any(re.search(pattern, name) for name in names):
+            return kind
+    labels = f"{UNET}label_emb.0.0.weight" in names
+    if model is None and labels and any(name.startswith("conditioner.embedders.0.model.") for name in names):
+        return "the refiner of SDXL"
+    if model == "sd21" and labels:
+        return "an unCLIP model"
+    if len(shape) == 4 and shape[1] != 4:
+        return CHANNELS.get(shape[1], f"a model with {shape[1]} input channels")
+    found = [kind for kind, pattern in ALONE.items() if any(re.search(pattern, name) for name in names)]
+    if model and any(name.startswith(UNET) for name in names) and any(name.startswith(VAE) for name in names):
+        return None
+    if len(found) == 1:
+        return found[0]
+    return " and ".join(kind.removesuffix(" alone") for kind in found) + " alone" if found else "something else"
+
+
+def configuration_of(checkpoint: Checkpoint) -> str:
+    """Give the short name of the model that describes a checkpoint, where that is known."""
+    if checkpoint.model is None:
+        raise UserError(
+            f"The file {str(checkpoint.file)!r} is a Stable Diffusion 2 and does not say whether it predicts epsilon or v; name what "
+            "describes it with --model.config, which takes sd21-base (512 pixels, epsilon), sd21 (768 pixels, v), another model or a folder."
+        )
+    return checkpoint.model
+
+
+def find_configuration(checkpoint: Checkpoint, config: str | None, offline: bool, revision: str | None) -> Path:
     """The folder of the configuration and tokenizers that go with a file, downloaded if need be."""
-    wanted = described_by(file)
+    wanted = config or configuration_of(checkpoint)
     try:
-        return find_model(config or wanted, offline, revision, CONFIGURATION)
+        return find_model(wanted, offline, revision, CONFIGURATION)
     except UserError as error:
         raise UserError(
-            f"The file {str(file)!r} holds weights alone, and the configuration of {config or SHORT_NAMES[wanted]!r} is missing, in "
-            f"whose place --model.config can name another model or folder: {error}"
+            f"The file {str(checkpoint.file)!r} holds weights alone, and the configuration of {config or SHORT_NAMES[wanted]!r} is missing, "
+            f"in whose place --model.config can name another model or folder: {error}"
         ) from error
 
 
-def read_single_file(file: Path, folder: Path, index: Mapping[str, Any], read: set[str], dtype: str) -> dict[str, Any]:
+def as_stated(scheduler: Any, checkpoint: Checkpoint) -> Any:
+    """Give a scheduler with the prediction type and the noise levels that a checkpoint states, whatever its configuration says.
+
+    Zero terminal SNR is stated by `ztsnr` beside v-prediction: betas are rescaled, and sampling starts at the last timestep. A
+    scheduler that cannot do so is replaced with DDIM.
+    """
+    import diffusers
+
+    config, kind = scheduler.config, type(scheduler)
+    stated: dict[str, Any] = {"prediction_type": checkpoint.prediction_type or config.get("prediction_type", "epsilon")}
+    if checkpoint.zero_snr and stated["prediction_type"] == "v_prediction":
+        stated |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
+            kind, stated = diffusers.DDIMScheduler, {**stated, "clip_sample": False}
+    if differing := [f"{key} {value}" for key, value in stated.items() if config.get(key) != value]:
+        log.info("The file %r says %s, unlike its configuration.", str(checkpoint.file), ", ".join(differing))
+    return kind.from_config(config, **stated)
+
+
+def read_single_file(
+    checkpoint: Checkpoint, folder: Path, index: Mapping[str, Any], read: set[str], dtype: str
+) -> dict[str, Any]:
     """The networks in a file.
 
     Args:
-        file: The weights.
+        checkpoint: The weights.
         folder: Where configuration and tokenizers are.
         index: The content of the folder's model_index.json.
         read: The components to read.
@@ -68,15 +197,40 @@ def read_single_file(file: Path, folder: Path, index: Mapping[str, Any], read: s
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     others = [part for part, value in index.items() if isinstance(value, list) and part not in read]
-    unused = {part: None for part in others if not part.startswith(("scheduler", "tokenizer"))}
+    given = dict.fromkeys(part for part in others if not part.startswith(("scheduler", "tokenizer")))
     try:
         with _complete():
+            if checkpoint.old_text:
+                given["text_encoder"] = _old_text_encoder(checkpoint.file, folder, dtype)
             pipeline = getattr(diffusers, index["_class_name"]).from_single_file(
-                str(file), config=str(folder), local_files_only=True, torch_dtype=getattr(torch, dtype), **unused
-            )
+                str(checkpoint.file), config=str(folder), local_files_only=True, torch_dtype=getattr(torch, dtype), **given
+            )  # fmt: skip
     except SingleFileComponentError as error:
         raise ValueError(str(error.message).partition("\n")[0].replace(". ", ": ")) from error
-    return {part: pipeline.components[part] for part in read}
+    networks = {part: pipeline.components[part] for part in read}
+    for network in networks.values():  # with the package accelerate, diffusers leaves what is missing without values
+        if missing := [name for name, weight in network.named_parameters() if weight.is_meta]:
+            raise _lacking(network, missing)
+    if more := checkpoint.unet_weights - len(networks["unet"].state_dict()):  # such as those of consistency models
+        raise ValueError(f"its UNet has {more} weights more than it is described by")
+    return networks
+
+
+def _old_text_encoder(file: Path, folder: Path, dtype: str) -> Any:
+    """The text encoder of Stable Diffusion 1 under the names of old files, which diffusers does not look for."""
+    from safetensors import safe_open
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
+    start = "text_model." if hasattr(encoder, "text_model") else ""  # some versions of transformers have it
+    with safe_open(file, framework="pt") as weights:
+        old = [name for name in weights.keys() if name.startswith(OLD_TEXT)]  # noqa: SIM118
+        encoder.load_state_dict({start + name.removeprefix(OLD_TEXT): weights.get_tensor(name) for name in old}, strict=False)  # fmt: skip
+    return encoder.to(getattr(torch, dtype)).eval()
+
+
+def _lacking(network: torch.nn.Module, missing: list[str]) -> ValueError:
+    return ValueError(f"the {type(network).__name__} lacks {len(missing)} weights such as {missing[0]}")
 
 
 @contextmanager
@@ -87,7 +241,7 @@ def _complete() -> Iterator[None]:
     def load_all(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         loaded = load(module, *args, **kwargs)
         if missing := sorted(loaded.missing_keys):
-            raise ValueError(f"the {type(module).__name__} lacks {len(missing)} weights such as {missing[0]}")
+            raise _lacking(module, missing)
         return loaded
 
     torch.nn.Module.load_state_dict = load_all  # type: ignore[assignment, method-assign]

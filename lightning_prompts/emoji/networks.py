@@ -32,6 +32,16 @@ def clip(tokenizer: CLIPTokenizerFast, vision: tuple[int, int], text: tuple[int,
     )
 
 
+def image_processor() -> dict[str, Any]:
+    """Give the preprocessor_config.json of the CLIPs, which are trained on pixels in [-1, 1]."""
+    size = {"height": world.SIZE, "width": world.SIZE}
+    return {
+        "crop_size": size, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "image_mean": [0.5] * 3, "image_processor_type": "CLIPImageProcessor", "image_std": [0.5] * 3, "resample": 3,
+        "rescale_factor": 1 / 255, "size": {"shortest_edge": world.SIZE},
+    }  # fmt: skip
+
+
 def autoencoder() -> AutoencoderKL:
     """A new autoencoder: 64 x 64 x 3 to 16 x 16 x 4."""
     return AutoencoderKL(

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizerFast
 
 from lightning_prompts.emoji import world
-from lightning_prompts.emoji.networks import autoencoder, clip, denoiser, scheduler
+from lightning_prompts.emoji.networks import autoencoder, clip, denoiser, image_processor, scheduler
 from lightning_prompts.emoji.stages import CAPTIONS, AutoencoderTraining, ClipTraining, DenoiserTraining, Training
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
 
@@ -130,6 +130,7 @@ def export(work: Path, folder: Path) -> None:
     for name, target in (("clip", folder / "model" / "clip"), ("scorer", folder / "scorer")):
         CLIPModel.from_pretrained(work / name).half().save_pretrained(target)
         tokenizer.save_pretrained(target)
+        (target / "preprocessor_config.json").write_text(json.dumps(image_processor(), indent=2) + "\n")
     for target in (folder / "model" / "tokenizer", folder / "model" / "clip", folder / "scorer"):
         for name in ("vocab.json", "merges.txt"):  # transformers saves tokenizer.json alone; other tools read these
             (target / name).write_bytes((work / "tokenizer" / name).read_bytes())

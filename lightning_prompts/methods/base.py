@@ -69,6 +69,8 @@ class PromptMethod(pl.LightningModule, ABC):
         scheduler: Class of another scheduler of diffusers; None for the model's own.
         image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
         config: The model or folder whose configuration and tokenizers go with a safetensors file; None for the first of its family.
+        variant: Which of a folder's or repository's weights are read, such as `fp16`; None for those without a variant or, where there
+            are none, for the only one.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         vae_tiling: Decode large pictures in tiles, which changes them a little.
         cpu_offload: Have the text encoders, the denoiser and the autoencoder on the device one at a time.
@@ -104,6 +106,7 @@ class PromptMethod(pl.LightningModule, ABC):
         scheduler: str | None = None,
         image_size: Positive | None = None,
         config: str | None = None,
+        variant: str | None = None,
         gradient_checkpointing: bool = False,
         vae_tiling: bool = False,
         cpu_offload: bool = False,
@@ -122,7 +125,9 @@ class PromptMethod(pl.LightningModule, ABC):
         self.score_every, self.sample_every = score_every, sample_every
         if isinstance(backbone, str):
             size = image_size and int(image_size)
-            backbone = load_backbone(backbone, dtype, offline, revision, vocabulary, scheduler, size, config)
+            backbone = load_backbone(
+                backbone, dtype, offline, revision, vocabulary, scheduler, size, config, variant=variant
+            )
             save_memory(backbone, gradient_checkpointing, vae_tiling, cpu_offload)
         self.backbone: Backbone = backbone
         own = self.backbone.default_steps

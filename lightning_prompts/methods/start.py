@@ -17,7 +17,7 @@ from lightning_prompts.backbones import Backbone
 from lightning_prompts.cache import cached, fingerprint
 from lightning_prompts.data.addresses import generator
 from lightning_prompts.errors import UserError
-from lightning_prompts.interop import read_embedding
+from lightning_prompts.interop import read_embedding, split_name
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
@@ -174,11 +174,11 @@ def given(start: str, backbone: Backbone, tokens: int, pickle: bool) -> Tensor |
         raise UserError(
             "There is nothing to start from in --model.start ''; give a text, a file, a run, random or clip_words."
         )
-    if start in ("random", "clip_words") or Path(start).is_dir():
+    if start in ("random", "clip_words") or os.path.isdir(start):  # unlike pathlib's, takes a text of any length
         return None
-    if Path(start).is_file():
+    if os.path.isfile(split_name(start)[0]):
         found = read_embedding(start, backbone, pickle)
-    elif os.sep in start or Path(start).suffix in (".safetensors", ".pt", ".bin"):
+    elif os.sep in start or Path(start.partition("#")[0]).suffix in (".safetensors", ".pt", ".bin"):
         raise UserError(f"There is neither a run nor an embedding in {start!r} to start from; check --model.start.")
     elif close := difflib.get_close_matches(start, ("random", "clip_words"), 1, 0.8):
         raise UserError(f"The start {start!r} is unknown; did you mean --model.start {close[0]}?")

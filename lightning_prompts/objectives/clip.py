@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_prompts.backbones import EMOJI, Backbone
 from lightning_prompts.backbones.hub import clip_beside
 from lightning_prompts.errors import UserError
+from lightning_prompts.objectives.image_processor import load_image_processor
 from lightning_prompts.vocabulary import check_embedded
 
 
@@ -72,6 +73,9 @@ class ClipSimilarity(nn.Module):
         super().__init__()
         self.name, self.offline = name, offline
         self.clip = load_clip(name, offline)
+        size = self.clip.config.vision_config.image_size
+        self.image_processor = load_image_processor(name, size, offline)
+        self.pixels(torch.zeros(1, 3, size, size))  # refuses an image processor of another CLIP
 
     @property
     def vocab_size(self) -> int:
@@ -109,14 +113,19 @@ class ClipSimilarity(nn.Module):
 
     def features(self, pictures: Tensor) -> Tensor:
         """Unit vectors (B, E) of pictures (B, 3, H, W) in [-1, 1]."""
-        size, pictures = self.clip.config.vision_config.image_size, pictures.to(self.clip.device)
-        if pictures.shape[-1] != size:
-            pictures = F.interpolate(pictures, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-        if size > 64:  # checkpoints that were not trained on this project's own pictures expect CLIP's statistics
-            mean = pictures.new_tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-            std = pictures.new_tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-            pictures = ((pictures + 1) / 2 - mean) / std
-        return F.normalize(_tensor(self.clip.get_image_features(pixel_values=pictures)).float(), dim=-1)
+        pixels = self.pixels(pictures.to(self.clip.device))
+        return F.normalize(_tensor(self.clip.get_image_features(pixel_values=pixels)).float(), dim=-1)
+
+    def pixels(self, pictures: Tensor) -> Tensor:
+        """Resize, crop and normalize pictures (B, 3, H, W) in [-1, 1] as the CLIP's own image processor does."""
+        pixels, size = self.image_processor(pictures), self.clip.config.vision_config.image_size
+        if pixels.shape[-2:] != (size, size):
+            made = " x ".join(map(str, pixels.shape[-2:]))
+            raise UserError(
+                f"The CLIP {self.name!r} takes pictures of {size} x {size} pixels and its image processor makes {made}; correct its "
+                "preprocessor_config.json."
+            )
+        return pixels
 
     @torch.no_grad()
     def features_of_many(self, pictures: Tensor, batch: int) -> Tensor:

@@ -201,7 +201,7 @@ def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
     assert "nothing has to be fetched" in lines[-2]
     assert lines[-1] == f"The model {str(sd1)!r} is the folder {sd1}, and nothing has to be fetched."
     listed = {line.split()[-1] for line in beside.splitlines()[:-2]}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= listed
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= listed
     assert beside.endswith(f"commit {clip}.\n")
     (folder,) = (cache / f"models--{CLIPS[768].replace('/', '--')}" / "snapshots").iterdir()
     assert load_clip(str(folder), offline=True)
@@ -332,3 +332,167 @@ def test_offline_reads_without_a_connection(hub, family, monkeypatch, request):
         read = load_backbone("owner/model", **how).denoiser.state_dict()
         assert all(torch.equal(read[key], value) for key, value in expected.items())
     assert not attempts
+
+
+# Variants
+
+
+def as_variant(folder, variant="fp16", parts=("text_encoder", "unet", "vae"), keep=False, shards=None, source=None):
+    """Adds the weights of parts in half precision as a variant, as the libraries save them, in the place of the others."""
+    import diffusers
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source or folder)
+    for part in parts:
+        network = getattr(pipeline, part).half()
+        if not keep:
+            for file in (folder / part).glob("*.safetensors"):
+                file.unlink()
+        network.save_pretrained(folder / part, variant=variant, **({"max_shard_size": shards} if shards else {}))
+    return folder
+
+
+def halves(folder):
+    """What is read of a folder's weights in half precision, by part."""
+    full = load_backbone(str(folder))
+    parts = {"text_encoder": full.towers[0].encoder, "unet": full.denoiser, "vae": full.vae}
+    return {part: {key: x.half().float() for key, x in network.state_dict().items()} for part, network in parts.items()}
+
+
+def check_read(backbone, half, full, parts=("text_encoder", "unet", "vae")):
+    """The parts were read in half precision, and the others in full."""
+    read = {"text_encoder": backbone.towers[0].encoder, "unet": backbone.denoiser, "vae": backbone.vae}
+    whole = {"text_encoder": full.towers[0].encoder, "unet": full.denoiser, "vae": full.vae}
+    for part, network in read.items():
+        expected = half[part] if part in parts else whole[part].state_dict()
+        for key, x in network.state_dict().items():
+            assert x.dtype == torch.float32
+            assert torch.equal(x, expected[key]), (part, key)
+
+
+@pytest.fixture(scope="module")
+def full(sd1):
+    return load_backbone(str(sd1))
+
+
+@pytest.fixture(scope="module")
+def half(sd1):
+    return halves(sd1)
+
+
+@pytest.mark.parametrize("shards", [None, "60KB"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_variant_of_a_folder(sd1, full, half, tmp_path, caplog, shards, variant):
+    """Found by itself where there is no other, also in shards."""
+    folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), shards=shards)
+    names_of = {path.name for path in folder.glob("*/*")}
+    if shards:
+        assert {"model.safetensors.index.fp16.json", "diffusion_pytorch_model.safetensors.index.fp16.json"} <= names_of
+        assert "model.fp16-00001-of-00002.safetensors" in names_of
+    else:
+        assert {"model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"} <= names_of
+    with caplog.at_level("INFO", "lightning_prompts"):
+        check_read(load_backbone(str(folder), variant=variant), half, full)
+    assert ("as the variant 'fp16' alone, which is read" in caplog.text) == (variant is None)
+    assert load_backbone(str(folder), "float16").denoiser.dtype == torch.float16
+
+
+def test_variant_of_some_components(sd1, full, half, tmp_path, caplog):
+    """The others are read without one, as in diffusers, and a line says so."""
+    folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), parts=["unet", "text_encoder"], keep=True)
+    check_read(load_backbone(str(folder)), half, full, [])  # what has no variant goes first
+    with caplog.at_level("INFO", "lightning_prompts"):
+        check_read(load_backbone(str(folder), variant="fp16"), half, full, ["unet", "text_encoder"])
+    assert "vae has no variant 'fp16' and is read without one" in caplog.text
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    check_read(load_backbone(str(folder)), half, full, ["unet", "text_encoder"])  # and then as if it had been given
+
+
+def test_variants_that_are_none(sd1, tmp_path):
+    folder = shutil.copytree(sd1, tmp_path / "model")
+    refused("has no variant 'fp16' but no variants; leave out --model.variant", folder, variant="fp16")
+    refused("'emoji' has no variant 'fp16' but no variants; leave out --model.variant", "emoji", variant="fp16")
+    as_variant(folder, "bf16", keep=True)
+    as_variant(folder, "non_ema", ["unet"], keep=True)
+    refused("has no variant 'fp16' but the variants bf16, non_ema; give one of these", folder, variant="fp16")
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    refused("has weights only as the variants bf16, non_ema; choose one with --model.variant", folder)
+    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert load_backbone(str(folder), variant="bf16")
+    refused(
+        "The vae of the model .* has neither the variant 'non_ema' nor weights without one, only bf16; choose another",
+        folder,
+        variant="non_ema",
+    )
+    assert load_backbone(str(folder))  # the only one that all have which need one
+    (folder / "vae/diffusion_pytorch_model.bf16.safetensors").unlink()
+    (folder / "unet/diffusion_pytorch_model.non_ema.safetensors").unlink()
+    refused(r"has no vae/diffusion_pytorch_model\.safetensors; fetch", folder)
+    save = tmp_path / "file.safetensors"
+    save.write_bytes(b"x")
+    refused("is a file, which has no variants; leave out --model.variant", save, variant="fp16")
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_variant_of_a_repository(hub, sd1, full, half, tmp_path, variant, request):
+    """And of what was downloaded before."""
+    folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), shards="60KB")
+    hub.push("owner/model", folder)
+    check_read(load_backbone("owner/model", variant=variant), half, full)
+    assert names(find_model("owner/model", False, None)) == names(folder)
+    refused("has no variant 'bf16' but the variants fp16; give one", variant="bf16")
+    forget_connections()
+    attempts = request.getfixturevalue("attempts")
+    check_read(load_backbone("owner/model", offline=True, variant=variant), half, full)
+    refused("run `train.py prefetch owner/model --variant bf16` once online", offline=True, variant="bf16")
+    assert not attempts
+
+
+def test_only_what_is_read_is_fetched_of_variants(hub, sd1, full, half, tmp_path, clip, capsys):
+    folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), parts=["unet", "text_encoder"], keep=True)
+    hub.push("owner/model", folder)
+    main(["prefetch", "owner/model", "--variant", "fp16"])
+    listed = capsys.readouterr().out.partition(f"{CLIPS[768]}:")[0]
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in listed
+    assert "vae/diffusion_pytorch_model.safetensors" in listed
+    assert "unet/diffusion_pytorch_model.safetensors" not in listed
+    snapshot = find_model("owner/model", True, None, variant="fp16")
+    left_out = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    assert names(snapshot) == names(folder) - left_out
+    check_read(load_backbone("owner/model", offline=True, variant="fp16"), half, full, ["unet", "text_encoder"])
+    # Offline it is the only one.
+    check_read(load_backbone("owner/model", offline=True), half, full, ["unet", "text_encoder"])
+    check_read(load_backbone("owner/model"), half, full, [])  # and online it is not
+    check_read(load_backbone("owner/model", offline=True), half, full, [])
+    with pytest.raises(SystemExit):
+        main(["prefetch", "owner/model", "--variant", "bf16"])
+    assert "has no variant 'bf16' but the variants fp16" in capsys.readouterr().err
+
+
+def test_variant_that_was_not_downloaded_completely(hub, sd1, tmp_path, monkeypatch):
+    hub.push("owner/model", as_variant(shutil.copytree(sd1, tmp_path / "model"), shards="60KB"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries
+    hub.broken = "text_encoder/model.fp16-00002-of-00002.safetensors"
+    refused("broke off")
+    hub.broken = None
+    refused(r"has not been downloaded completely|cannot be read|has no \w+/[\w.]+; fetch", offline=True)
+    load_backbone("owner/model")
+    load_backbone("owner/model", offline=True)
+
+
+def test_a_run_keeps_its_variant(hub, sd1, pictures, tmp_path, capsys, caplog):
+    folder = as_variant(shutil.copytree(sd1, tmp_path / "model"))
+    run = tmp_path / "run"
+    fit = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(folder)]
+    fit += ["--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(pictures / "0.png")]
+    fit += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
+    main(fit)
+    assert "as the variant 'fp16' alone, which is read" in caplog.text
+    assert json.loads((run / "result.json").read_text())["settings"]["model"]["variant"] == "fp16"
+    as_variant(folder, "bf16", keep=True, source=sd1)
+    main([*fit, "--data.steps", "3", "--ckpt_path", "last"])
+    main(["test", "--run", str(run)])
+    assert json.loads((run / "result.json").read_text())["settings"]["model"]["variant"] == "fp16"
+    with pytest.raises(SystemExit) as stopped:
+        main([*fit, "--ckpt_path", "last", "--model.variant", "bf16"])
+    assert stopped.value.code == 2
+    assert 'was begun with --model.variant "fp16" and cannot go on with "bf16"' in capsys.readouterr().err

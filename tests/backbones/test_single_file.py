@@ -1,9 +1,11 @@
 """Checkpoints in one file, in the layout that people have them."""
 
 import json
+import logging
 import re
 import shutil
 
+import diffusers
 import families
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.hub import CLIPS, SHORT_NAMES
+from lightning_prompts.backbones.single_file import SD2_BIAS
 from lightning_prompts.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
@@ -109,10 +112,10 @@ TEXTS = {
 SHORT = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
 
 
-def original(family, folder):
+def original(family, folder, layers=1):
     """The weights of a pipeline's folder in the original layout."""
     unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
-    weights = {f"model.diffusion_model.{unet_key(key)}": value for key, value in unet.items()}
+    weights = {f"model.diffusion_model.{unet_key(key, layers)}": value for key, value in unet.items()}
     weights |= {f"first_stage_model.{key}": value for key, value in (vae_weight(*item) for item in vae.items())}
     weights |= TEXTS[family](folder)
     weights |= {"model_ema.decay": torch.ones(1), "alphas_cumprod": torch.ones(1000)}  # what is there and not read
@@ -157,8 +160,11 @@ def test_file_is_the_folder(model, dtype):
 # Its configuration
 
 
-def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request, capsys):
+def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request, capsys, tmp_path):
     family, folder, _, file = model
+    if family == "sd2":  # which has to say what it predicts
+        file = tmp_path / "file.safetensors"
+        save_file(load_file(model[3]), file, {"modelspec.architecture": "stable-diffusion-v2-768-v"})
     monkeypatch.setitem(SHORT_NAMES, SHORT[family], "owner/model")
     match = (
         f"The file '{file}' holds weights alone, and the configuration of 'owner/model' is missing, in whose place --model.config can "
@@ -220,8 +226,15 @@ def test_weight_that_is_missing(model, tmp_path, part):
     )
 
 
-@pytest.mark.parametrize("start", ["model.diffusion_model.", "first_stage_model."])
-def test_network_that_is_missing(model, tmp_path, start):
+@pytest.mark.parametrize(
+    ("start", "left"),
+    [
+        ("model.diffusion_model.", r"an autoencoder \(VAE\) and a text encoder"),
+        ("first_stage_model.", "a UNet and a text encoder"),
+        ("c", r"a UNet and an autoencoder \(VAE\)"),
+    ],
+)
+def test_network_that_is_missing(model, tmp_path, start, left):
     """All of its weights."""
     _, _, config, file = model
     save_file(
@@ -229,8 +242,20 @@ def test_network_that_is_missing(model, tmp_path, start):
         tmp_path / "less.safetensors",
     )
     refused(
-        r"The networks of the model '.*less.safetensors' cannot be read \(.+\); fetch",
+        rf"less.safetensors' is {left} alone; give Stable Diffusion 1, 2 or XL with text encoder, UNet and autoencoder",
         tmp_path / "less.safetensors",
+        config=str(config),
+    )
+
+
+def test_weights_that_are_not_described(model, tmp_path):
+    """As a consistency model's embedding of the guidance, which would be left out."""
+    _, _, config, file = model
+    more = {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(32, 16)}
+    save_file(load_file(file) | more, tmp_path / "more.safetensors")
+    refused(
+        r"cannot be read \(its UNet has 1 weights more than it is described by\); fetch it again or give a model that describes it",
+        tmp_path / "more.safetensors",
         config=str(config),
     )
 
@@ -246,9 +271,239 @@ def test_files_that_are_none(model, tmp_path):
     ):
         (tmp_path / name).write_bytes(data)
         refused(match, tmp_path / name, config=str(config))
-    weights = {key: value for key, value in load_file(file).items() if key.startswith("model.diffusion_model.")}
-    save_file(weights, tmp_path / "unet.safetensors")
-    refused(r"unet\.safetensors' has no text encoder of Stable Diffusion 1, 2 or XL", tmp_path / "unet.safetensors")
+
+
+UNET_IN, CLIP_KEY = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x"
+SD1_KEYS = [CLIP_KEY, UNET_IN, "first_stage_model.x"]
+SD2_KEYS = ["cond_stage_model.model.ln_final.bias", UNET_IN, "first_stage_model.x"]
+SDXL_KEYS = ["conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x", UNET_IN, "first_stage_model.x"]
+KINDS = {
+    "a LoRA": ["lora_unet_mid_block.lora_down.weight", "lora_unet_mid_block.alpha"],
+    "a LoRA ": ["unet.mid_block.to_q.lora_A.weight"],
+    "a LoRA  ": ["lycoris.hada_w1_a"],
+    "a ControlNet": ["control_model.input_blocks.0.0.weight"],
+    "FLUX": ["double_blocks.0.img_attn.norm.key_norm.scale", "img_in.weight"],
+    "FLUX ": ["model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "vae.decoder.conv_in.weight"],
+    "Stable Diffusion 3": ["model.diffusion_model.joint_blocks.0.context_block.x", "text_encoders.clip_l.x"],
+    "Playground v2.5, an EDM model": [*SDXL_KEYS, "edm_mean", "edm_std"],
+    "CosXL, an EDM model": [*SDXL_KEYS, "edm_vpred.sigma_max"],
+    "an unCLIP model": [*SD2_KEYS, "model.diffusion_model.label_emb.0.0.weight"],
+    "the refiner of SDXL": ["conditioner.embedders.0.model.x", "model.diffusion_model.label_emb.0.0.weight", UNET_IN, "first_stage_model.x"],
+    "a UNet alone": [UNET_IN, "model.diffusion_model.out.2.bias"],
+    "a UNet alone ": ["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"],
+    "an autoencoder (VAE) alone": ["first_stage_model.decoder.conv_in.weight"],
+    "an autoencoder (VAE) alone ": ["decoder.conv_in.weight", "encoder.conv_in.weight"],
+    "a text encoder alone": ["text_model.final_layer_norm.bias"],
+    "a text encoder alone ": ["cond_stage_model.model.ln_final.bias"],
+    "an embedding, which --model.start takes": ["clip_l", "clip_g"],
+    "something else": ["\x1b[31mweights\n", "n" * 10_000],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_another_kind(kind, tmp_path):
+    save_file({key: torch.zeros(4, 4, 3, 3) for key in KINDS[kind]}, tmp_path / "file.safetensors")
+    text = refused(
+        rf"file\.safetensors' is {re.escape(kind.strip())}; give Stable Diffusion", tmp_path / "file.safetensors"
+    )
+    assert text.isprintable()
+    assert len(text) < 500
+
+
+@pytest.mark.parametrize("keys", [SD1_KEYS, SD2_KEYS, SDXL_KEYS], ids=["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize(
+    ("channels", "kind"),
+    [
+        (9, "an inpainting model"),
+        (8, "an InstructPix2Pix model"),
+        (5, "a depth-to-image model"),
+        (7, "an upscaler"),
+        (6, "a model with 6 input channels"),
+    ],
+)
+def test_denoisers_of_more_than_latents(keys, channels, kind, tmp_path):
+    save_file({key: torch.zeros(32, channels, 3, 3) for key in keys}, tmp_path / "file.safetensors")
+    refused(rf"is {kind}; give", tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.ckpt", "model.txt", "short.safetensors", "empty.safetensors", "folder", "none.safetensors"]
+)
+def test_mistakes_on_the_command_line(name, tmp_path, capsys, attempts):
+    """One sentence and exit code 2."""
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif name != "none.safetensors":
+        path.write_bytes(b"" if "empty" in name else b"\x1b[31m and some more bytes")
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            [
+                "fit",
+                "--run",
+                str(tmp_path / "run"),
+                "--model",
+                "PEZ",
+                "--model.backbone",
+                str(path),
+                "--data.images",
+                "x.png",
+            ]
+        )
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert error.startswith("error: The ")
+    assert error.strip().isprintable()
+    assert name in error
+
+
+# What the weights predict
+
+
+def stated(model, tmp_path, keys=(), metadata=None):
+    """The file with empty tensors and metadata that say what it predicts."""
+    file = tmp_path / "stated.safetensors"
+    save_file(load_file(model[3]) | {key: torch.tensor([]) for key in keys}, file, metadata)
+    return file
+
+
+def zero_snr(alphas):
+    """Rescaled so that the last is 0: algorithm 1 of arXiv 2305.08891."""
+    root = alphas.double().sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+
+V, EPSILON = {"modelspec.prediction_type": "v"}, {"modelspec.prediction_type": "epsilon"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "metadata", "prediction", "zero"),
+    [
+        (["v_pred"], None, "v_prediction", False),
+        (["v_pred", "ztsnr"], None, "v_prediction", True),
+        (["v_pred", "ztsnr"], EPSILON, "v_prediction", True),
+        (["ztsnr"], V, "v_prediction", True),
+        (["ztsnr"], EPSILON, "epsilon", False),
+        ([], V, "v_prediction", False),
+        ([], EPSILON, "epsilon", False),
+        ([], {"modelspec.prediction_type": "\x1b"}, None, False),
+        ([], {"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v_prediction", False),
+        ([], {"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon", False),
+    ],
+)
+def test_what_a_file_states(model, tmp_path, caplog, keys, metadata, prediction, zero):
+    """It goes before its configuration's scheduler, of which the rest is kept."""
+    _, folder, config, _ = model
+    with caplog.at_level(logging.INFO, "lightning_prompts"):
+        found = load_backbone(str(stated(model, tmp_path, keys, metadata)), image_size=16, config=str(config))
+    plain = load_backbone(str(folder), image_size=16)
+    assert found.prediction_type == (prediction or plain.prediction_type)
+    same(found.denoiser, plain.denoiser)
+    own = found.scheduler.config
+    assert ("unlike its configuration" in caplog.text) == (found.prediction_type != plain.prediction_type or zero)
+    if zero:
+        assert own.rescale_betas_zero_snr
+        assert own.timestep_spacing == "trailing"
+        expected = zero_snr(plain.alphas_cumprod)
+        torch.testing.assert_close(found.alphas_cumprod[:-1].double(), expected[:-1], atol=1e-6, rtol=1e-4)
+        assert 0 <= float(found.alphas_cumprod[-1]) < 1e-7
+        found.scheduler.set_timesteps(10)
+        assert int(found.scheduler.timesteps[0]) == 999
+        assert not own.get("clip_sample")
+    else:
+        assert type(found.scheduler) is type(plain.scheduler)
+        assert dict(own) == {**plain.scheduler.config, "prediction_type": found.prediction_type}
+        assert torch.equal(found.alphas_cumprod, plain.alphas_cumprod)
+
+
+def test_pictures_of_zero_terminal_snr(tmp_path):
+    """Are those of diffusers' pipeline with the scheduler that its documentation gives such models."""
+    folder = families.save("sdxl", tmp_path)
+    file = tmp_path / "file.safetensors"
+    save_file(original("sdxl", folder) | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, file)
+    ours = load_backbone(str(file), image_size=16, config=str(folder))
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **settings)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, *ours.latent_shape)
+    how = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent", "height": 16, "width": 16}
+    theirs = pipeline("a red square", latents=noise, **how).images
+    with torch.no_grad():
+        drawn = ours.sample(ours.encode_text(["a red square"]), ours.encode_text([""]), noise, 4, 1.0)
+    torch.testing.assert_close(drawn, theirs, atol=1e-4, rtol=1e-4)
+    other = load_backbone(str(file), image_size=16, config=str(folder), scheduler="DDIMScheduler")
+    assert other.scheduler.config.rescale_betas_zero_snr
+    assert float(other.alphas_cumprod[-1]) < 1e-7
+
+
+SPREADS = {"v": (0.2, "sd21", "v_prediction"), "epsilon": (0.03, "sd21-base", "epsilon"), "undecided": (0, None, None)}
+
+
+@pytest.mark.parametrize("case", SPREADS)
+def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, capsys):
+    """As ComfyUI tells it, from the spread of a bias."""
+    spread, short, prediction = SPREADS[case]
+    torch.manual_seed(0)
+    pipeline = families.BUILD["sd2"](tmp_path)
+    pipeline.unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,) * 4, layers_per_block=2, norm_num_groups=8, cross_attention_dim=48, attention_head_dim=8,
+        use_linear_projection=True, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )  # fmt: skip
+    bias = pipeline.unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias
+    torch.nn.init.normal_(bias, std=1)
+    with torch.no_grad():
+        bias.mul_(spread / bias.std(correction=0))
+    folders = {}
+    for name, kind in (("sd21", "v_prediction"), ("sd21-base", "epsilon")):
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=kind)
+        pipeline.save_pretrained(tmp_path / name)
+        folders[name] = tmp_path / name
+        monkeypatch.setitem(SHORT_NAMES, name, f"owner/{name}")
+        hub.push(f"owner/{name}", folders[name])
+    file = tmp_path / "file.safetensors"
+    weights = original("sd2", folders["sd21"], layers=2)
+    assert SD2_BIAS in weights
+    save_file(weights, file)
+    if short is None:
+        refused(
+            r"is a Stable Diffusion 2 and does not say whether it predicts epsilon or v; name .* --model\.config", file
+        )
+        with pytest.raises(SystemExit):
+            main(["prefetch", str(file)])
+        assert "--model.config, which takes sd21-base" in capsys.readouterr().err
+    else:
+        found = load_backbone(str(file))
+        assert found.prediction_type == prediction
+        same(found.denoiser, load_backbone(str(folders[short])).denoiser)
+    for name, kind in (("sd21", "v_prediction"), ("sd21-base", "epsilon")):  # what is given goes before a guess
+        assert load_backbone(str(file), config=name).prediction_type == kind
+    save_file(weights, file, {"modelspec.prediction_type": "epsilon"})  # and what is stated before both
+    assert load_backbone(str(file)).prediction_type == "epsilon"
+    assert load_backbone(str(file), config="sd21").prediction_type == "epsilon"
+
+
+def test_old_names_of_the_text_encoder(tmp_path):
+    """Without `text_model.`, as the first files of Stable Diffusion 1 have them."""
+    folder = families.save("sd1", tmp_path)
+    weights, prefix = original("sd1", folder), "cond_stage_model.transformer."
+    old = {key.replace(f"{prefix}text_model.", prefix): value for key, value in weights.items()}
+    old[f"{prefix}embeddings.position_ids"] = torch.arange(32)[None]
+    save_file(old, tmp_path / "old.safetensors")
+    for dtype in ("float32", "bfloat16"):
+        one = load_backbone(str(folder), dtype)
+        other = load_backbone(str(tmp_path / "old.safetensors"), dtype, config=str(folder))
+        same(one, other)
+        assert torch.equal(one.encode_text(["a red square"]), other.encode_text(["a red square"]))
+    del old[f"{prefix}final_layer_norm.bias"]
+    save_file(old, tmp_path / "old.safetensors")
+    refused(
+        r"the CLIPTextModel lacks 1 weights such as [\w.]*final_layer_norm\.bias",
+        tmp_path / "old.safetensors",
+        config=str(folder),
+    )
 
 
 def test_a_search(model, pictures, tmp_path, attempts):

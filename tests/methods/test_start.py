@@ -68,11 +68,27 @@ def test_text(backbone, caplog):
     assert f"'a red cat' has {len(ids)} tokens, and the search starts from the first 1." in caplog.text
 
 
+def test_one_embedding_of_several(backbone, tmp_path):
+    save_file({"fox": torch.randn(1, 32), "dog": torch.full((1, 32), 0.5)}, tmp_path / "two.safetensors")
+    with pytest.raises(UserError, match="has 2 embeddings, 'dog', 'fox'"):
+        PEZ(backbone=backbone, start=f"{tmp_path}/two.safetensors")
+    found = begun(TextualInversion(backbone=backbone, tokens=2, start=f"{tmp_path}/two.safetensors#dog"))
+    assert torch.equal(found, torch.full((2, 2, 32), 0.5))
+
+
+def test_long_text(backbone):
+    """Longer than the name of a file may be."""
+    text = "a red cat " * 500
+    first = begun(GCG(backbone=backbone, tokens=2, start=text))
+    assert torch.equal(first, begun(GCG(backbone=backbone, tokens=2, start="a red cat")))
+
+
 @pytest.mark.parametrize(
     ("start", "said"),
     [
         ("runs/none", "There is neither a run nor an embedding in 'runs/none'"),
         ("fox.safetensors", "There is neither a run nor an embedding"),
+        ("fox.safetensors#dog", "There is neither a run nor an embedding"),
         ("clip words", "did you mean --model.start clip_words"),
         ("randon", "did you mean --model.start random"),
         ("", "There is nothing to start from"),

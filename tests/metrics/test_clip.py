@@ -113,7 +113,7 @@ def test_each_picture_needs_its_text(tiny, scored):
 def test_clip_without_a_tokenizer_compares_pictures_only(tiny, tmp_path, scored):
     folder = shutil.copytree(f"{tiny}/clip", tmp_path / "clip")
     for path in folder.iterdir():
-        if path.name not in ("config.json", "model.safetensors"):
+        if path.name not in ("config.json", "model.safetensors", "preprocessor_config.json"):
             path.unlink()
     drawn, targets = scored
     scorer = ClipSimilarity(str(folder))
