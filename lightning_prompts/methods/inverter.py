@@ -23,6 +23,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.methods.start import best_words, earlier, given, random_tokens
+from lightning_prompts.microbatch import ALL
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem
@@ -196,15 +197,22 @@ class Inverter(PromptMethod):
         negative = None if others is None else turns([others.to(self.device)] * len(steps))
         return Samples(latents, timesteps, noise, negative)
 
-    def loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples) -> Tensor:
-        """What is minimised, (Q,): the weighted objectives of prompts (Q, L) with embeddings (Q, L, D) on a step's samples."""
-        terms = {}
+    def loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples, chunk: int = ALL) -> Tensor:
+        """What is minimised, (Q,): the weighted objectives of prompts (Q, L) with embeddings (Q, L, D) on a step's samples.
+
+        With `chunk` the text encoders read so many prompts at a time.
+        """
+        terms, prompts = {}, list(zip(ids.split(chunk), embeddings.split(chunk), strict=True))
         if self.denoising_weight:
-            told = self.backbone.encode(ids, embeddings)
+            told = torch.cat([self.backbone.encode(some, those) for some, those in prompts])
             terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, told, samples)
         if self.clip_weight:
-            own = self.vocabulary.of_width(embeddings, self.clip.width)
-            terms["clip"] = self.clip_weight * self.clip(ids, own, self.features(rows))
+            parts = zip(prompts, self.features(rows).split(chunk), strict=True)
+            distances = [
+                self.clip(some, self.vocabulary.of_width(those, self.clip.width), features)
+                for (some, those), features in parts
+            ]
+            terms["clip"] = self.clip_weight * torch.cat(distances)
         if torch.is_grad_enabled():
             self.terms = {name: term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
         return torch.stack(list(terms.values())).sum(0)
