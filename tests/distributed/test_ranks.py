@@ -10,16 +10,19 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from rounding import rounding_by_shape
 
 from lightning_prompts.main import main
+from lightning_prompts.microbatch import Microbatch
 
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
@@ -153,6 +156,73 @@ def test_ranks_that_share_samples_find_exactly_what_one_finds(method, tiny, inpu
     two = arguments(tiny, inputs, tmp_path / "two", method, "--trainer.strategy", "samples")
     assert fit(*two, ranks=2, rounding=True) == one
     assert [path.name.split("-")[0] for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["rank0"] * 2
+
+
+def answer(some):
+    """What differs with the shape of the call, with a structure as that of `judged`."""
+    size = torch.full_like(some, len(some))
+    return some + size / 64, {"numbers": some.view(-1, 1).expand(-1, 2)}, [size.bool(), None]
+
+
+def share_samples(rank, ranks, port, results):
+    """One of the ranks: what it finds, and the calls that it makes, for many numbers of samples and sizes of calls."""
+    try:
+        dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=ranks)
+        found = {}
+        for count in (1, 2, 3, 4, 5, 7, 9, 10, 11, 13, 17, 18):
+            for size in (1, 3, 4):
+                microbatch, calls = Microbatch(size), []
+                microbatch.ranks = ranks
+
+                def work(some, calls=calls, microbatch=microbatch):
+                    calls.append(some.tolist())
+                    # Ranks that are at different samples must not wait for each other.
+                    own = microbatch.over(int(some[-1]) + 1, torch.clone)
+                    assert own.tolist() == list(range(int(some[-1]) + 1))
+                    return answer(some)
+
+                value, more, (flags, none) = microbatch.over(count, work)
+                assert none is None
+                assert microbatch.ranks == ranks
+                found[count, size] = calls, value.tolist(), more["numbers"].tolist(), flags.tolist(), str(flags.dtype)
+        results.put((rank, found))
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
+
+
+@pytest.mark.exact
+def test_ranks_that_share_samples_make_the_calls_of_one_process():
+    ranks = 3
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    results = FORKS.Queue()
+    processes = [FORKS.Process(target=share_samples, args=(rank, ranks, port, results)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    assert [one for one in found.values() if isinstance(one, str)] == []
+    for count, size in found[0]:
+        expected, calls = [], [one[count, size][0] for _, one in sorted(found.items())]
+        value, more, _ = Microbatch(size).over(count, lambda some, e=expected: e.append(some.tolist()) or answer(some))
+        made = list(calls[0])
+        for own in calls[1:]:
+            if made[-1][-1] == count - 1:
+                assert own == [[count - 1]]  # nothing is left for this rank
+            else:
+                made += own
+        for _, numbers, *others in (one[count, size] for one in found.values()):
+            assert others == [more["numbers"].tolist(), [True] * count, "torch.bool"]
+            assert [round(number) for number in numbers] == list(range(count))
+            assert numbers == value.tolist() or -(-count // ranks) < size
+        if -(-count // ranks) >= size:
+            assert made == expected
+        else:  # a call for each rank, of as many samples as the others have
+            assert [number for call in made for number in call] == list(range(count))
+            assert {len(call) for call in made[:-1]} <= {-(-count // ranks)}
 
 
 @pytest.mark.parametrize("method", ["invert", "dpo_diff", "metric_guidance"])
