@@ -43,6 +43,7 @@ METHODS = {  # odd numbers of samples and seeds, so that the last call of a step
     "seed_invariance": ["--model.seeds", "3", "--model.steps", "2", "--model.seeds_per_step", "3", "--model.microbatch", "4"],
 }  # fmt: skip
 STEERED = ("dpo_diff", "metric_guidance", "seed_invariance")
+ALIKE = ("ph2p_lbfgs", "textual_inversion")  # `make test-exact` leaves them out: others make the same calls
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +149,9 @@ def alone(tiny, inputs, tmp_path_factory):
     return run
 
 
-@pytest.mark.exact
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in ALIKE else pytest.mark.exact) for name in METHODS]
+)
 def test_ranks_that_share_samples_find_exactly_what_one_finds(method, tiny, inputs, tmp_path):
     """Where there are microbatches enough for all ranks, they make the calls that one process makes."""
     one = fit(*arguments(tiny, inputs, tmp_path / "one", method), rounding=True)
@@ -240,6 +242,17 @@ def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs,
     assert [json.loads(line)["key"] for line in lines] == [problem["key"] for problem in together]
     assert not list((tmp_path / "two").glob("results-rank*"))
     assert fit(*arguments(tiny, inputs, tmp_path / "two", method, "--ckpt_path", "last")) == together  # goes on alone
+
+
+@pytest.mark.parametrize("method", ["ph2p", "metric_guidance"])
+def test_ranks_that_share_less_than_a_microbatch_each_find_nearly_the_same(method, tiny, inputs, alone, tmp_path):
+    """The samples are divided evenly then, so that calls are smaller ones."""
+    how = ("--trainer.strategy", "samples", "--model.microbatch", "32")
+    two = fit(*arguments(tiny, inputs, tmp_path / "two", method, *how), ranks=2)
+    assert_alike(two, alone(method))
+    for one, other in zip(two, alone(method), strict=True):
+        for name in ("initial_validation_loss", "metric_after", "fresh_metric_after"):
+            assert one.get(name) == pytest.approx(other.get(name), rel=1e-4), name
 
 
 def test_ranks_that_slurm_has_started(tiny, inputs, alone, tmp_path):
