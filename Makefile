@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest lint types format check clean
+.PHONY: demo test test-exact test-oldest lint types format check clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ demo: $(BIN)/.installed  ## inverts a picture on the embedded model
 
 test: $(BIN)/.installed  ## passes in a few minutes
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-exact: $(BIN)/.installed  ## those that compare to the last bit, with kernels as other processors have them
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m exact
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m exact
 
 test-oldest: $(OLDEST)/.installed  ## the same with the oldest dependencies that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal

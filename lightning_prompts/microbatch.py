@@ -35,13 +35,24 @@ class Microbatch:
     def over(self, samples: int, work: Callable[[torch.Tensor], T], device: torch.device | None = None) -> T:
         """What `work` gives for the numbers (b,) of the samples of each call, which are on the device, as of one call.
 
-        These are tensors (b, ...), or tuples or dictionaries of them. With more ranks than one each works on its share and gets what
-        the others have found. Work that has run out of memory is done again, so it must leave nothing behind before it ends.
+        These are tensors (b, ...), or tuples or dictionaries of them. With more ranks than one each works on its share, see `shared`,
+        and gets what the others have found. Work that has run out of memory is done again, so it must leave nothing behind before it
+        ends. Where it calls `over` itself, each rank does that part alone: the others are at other samples.
 
         Raises:
             UserError: The memory does not hold a single sample.
         """
-        numbers = torch.arange(samples, device=device) if self.ranks == 1 else shared(samples, self.asked, device)
+        if self.ranks == 1:
+            return self._over(torch.arange(samples, device=device), work)
+        own, share = shared(samples, self.asked)
+        ranks, self.ranks = self.ranks, 1
+        try:
+            found = self._over(torch.arange(own.start, own.stop, device=device), work)
+        finally:
+            self.ranks = ranks
+        return gathered(found, share, samples)
+
+    def _over(self, numbers: torch.Tensor, work: Callable[[torch.Tensor], T]) -> T:
         given: list[T] = []
         begun = 0
         while begun < len(numbers):
@@ -61,7 +72,7 @@ class Microbatch:
             torch.cuda.empty_cache()
             log.warning("The memory holds no %d samples at once; going on with %d.", len(some), self.size)
         whole: T = pytree.tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *given)
-        return whole if self.ranks == 1 else gathered(whole, samples)
+        return whole
 
 
 OUT_OF_MEMORY = (

@@ -149,7 +149,7 @@ class ProblemParallel(_Apart):
 
 
 class SampleParallel(_Apart):
-    """All ranks search the same problems, in the same steps, and divide the samples of every call, see `shared`.
+    """All ranks search the same problems, in the same steps, and divide the samples of every step, see `shared`.
 
     Rank 0 writes.
     """
@@ -200,24 +200,41 @@ def sharing(trainer: pl.Trainer) -> int:
     return trainer.world_size if isinstance(trainer.strategy, SampleParallel) else 1
 
 
-def shared(count: int, size: int, device: torch.device | None) -> Tensor:
-    """The numbers of those of `count` samples that are this rank's, as many for every rank; some may be the last one's again.
+def shared(count: int, size: int) -> tuple[range, int]:
+    """Divide the numbers of `count` samples among the ranks.
 
-    Where that is more than one call of `size` samples, these are the calls that a process alone would make.
+    With at least `size` samples for every rank each gets whole calls of `size`, so that all ranks together make exactly the calls of
+    a single process, the last and smaller one included. With fewer, each gets about as many samples as the others. A rank for which
+    none are left gets the last sample, too, so that what it computes has the structure of what the others compute.
+
+    Returns:
+        This rank's samples, and the most that any rank has.
     """
     share = -(-count // dist.get_world_size())
-    share = -(-share // size) * size if share > size else share
-    own = torch.arange(dist.get_rank() * share, (dist.get_rank() + 1) * share, device=device)
-    return own.clamp(max=count - 1)
+    if share > size:
+        share = -(-share // size) * size
+    begin = min(dist.get_rank() * share, count - 1)
+    return range(begin, min(begin + share, count)), share
 
 
-def gathered(own: T, count: int) -> T:
-    """What all ranks have found for their `shared` samples: tensors (share, ...) in any structure become (count, ...)."""
+def gathered(own: T, share: int, count: int) -> T:
+    """Collect what all ranks have computed for their `shared` samples.
+
+    Args:
+        own: Tensors (b, ...), in any structure, of this rank's b <= `share` samples.
+        share: The most samples that any rank has.
+        count: How many samples there are in all.
+
+    Returns:
+        The same structure, with tensors (count, ...).
+    """
 
     def whole(tensor: Tensor) -> Tensor:
         here = tensor.cuda() if dist.get_backend() == "nccl" else tensor
-        parts = here.new_empty(dist.get_world_size() * len(here), *here.shape[1:])
-        dist.all_gather_into_tensor(parts, here.contiguous())
+        filled = here.new_zeros(share, *here.shape[1:])  # every rank sends as much as the others
+        filled[: len(here)] = here
+        parts = here.new_empty(dist.get_world_size() * share, *here.shape[1:])
+        dist.all_gather_into_tensor(parts, filled)
         return parts[:count].to(tensor.device)
 
     found: T = pytree.tree_map_only(Tensor, whole, own)

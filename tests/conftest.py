@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rounding import rounding_by_shape
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPConfig,
@@ -69,6 +70,13 @@ def float64():
 def silent():
     """The command line turns messages on, which other tests in the same process would have, too."""
     logging.getLogger("lightning_prompts").setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def rounding():
+    """Has layers round by the shape of each call, see `rounding_by_shape`."""
+    with rounding_by_shape():
+        yield
 
 
 @pytest.fixture(scope="session")

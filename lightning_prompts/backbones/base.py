@@ -340,7 +340,7 @@ class Backbone(nn.Module, ABC):
         grad_steps: int = 0,
         stop: int | None = None,
     ) -> Tensor:
-        """Draws P images with the model's own sampler; what a row becomes does not depend on the rows beside it.
+        """Draws P images with the model's own sampler; what a row becomes depends on the rows beside it by rounding alone.
 
         With `stop` it is the shortcut of DPO-Diff (arXiv 2407.01606, section 3.3): from what the denoiser says at the last call the
         clean latents are predicted at once. With `grad_steps` 1 no more than that call passes a gradient on, so that memory and the

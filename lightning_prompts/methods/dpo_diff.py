@@ -317,9 +317,9 @@ class DPODiff(PromptMethod):
                     drawn.append(uniform(space, draw))
                 else:
                     drawn.append(self.learned(row, step, attempt, mode=step == first and attempt == 0))
-            chosen |= self.allowed(
-                problem, {texts: choice for choice in drawn if (texts := space.texts(choice)) not in known}
-            )
+            new = {texts: choice for choice in drawn if (texts := space.texts(choice)) not in known}
+            known |= new.keys()
+            chosen |= self.allowed(problem, new)
             if len(chosen) >= count:
                 break
         return list(chosen.values())[:count]
@@ -346,10 +346,15 @@ class DPODiff(PromptMethod):
 
     @torch.no_grad()
     def evaluate(self, wanted: Sequence[tuple[int, Choice]], cost: float = 1) -> None:
-        """Draws and judges candidates of problems, all in one batch, and keeps what is best; none is drawn twice."""
+        """Draws and judges candidates of problems, all in one batch, and keeps what is best.
+
+        None is drawn again if an earlier process has judged them all. If it was killed while it wrote that down, all are drawn, so
+        that the calls are those of a search that was not interrupted.
+        """
         texts = [self.prompt.spaces[row].texts(choice) for row, choice in wanted]
         paid = [self._paid[self.problems[row].key] for row, _ in wanted]
-        new = [i for i, pair in enumerate(texts) if pair not in paid[i]]
+        judged = all(pair in losses for pair, losses in zip(texts, paid, strict=True))
+        new = range(0 if judged else len(wanted))
         rows = torch.tensor([wanted[i][0] for i in new], dtype=torch.long)
         with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
             losses = self.losses([texts[i] for i in new], self.noise[rows], self.wanted[rows]).tolist()

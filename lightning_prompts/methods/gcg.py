@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,11 +105,17 @@ class GCG(Inverter):
         """Losses (Q, B) of the sound candidates, infinite for the others."""
         which = sound.nonzero()[:, 0]  # the place in `rows` of each sound candidate
         token_ids, losses = candidates[sound.to(self.device)], [torch.empty(0, device=self.device)]
-        size = max(self.microbatch.size * self.microbatch.ranks // samples.timesteps.shape[1], 1)
-        for part in torch.arange(len(which)).split(size) if len(which) else ():
+        # The samples of a chunk of candidates fill whole calls, and each rank has its share of a group's. So calls are the same
+        # whatever the number of ranks; what is left over joins the last group, as a few samples would be divided otherwise.
+        chunk = self.microbatch.size // math.gcd(self.microbatch.size, samples.timesteps.shape[1])
+        group = chunk * self.microbatch.ranks
+        groups = torch.arange(len(which)).tensor_split(tuple(range(group, len(which) - group + 1, group)))
+        for part in groups if len(which) else ():
             ids = self.prompt.ids(token_ids[part.to(self.device)])
             losses.append(
-                self.loss(rows[which[part]], ids, self.prompt.table[ids], samples[which[part].to(self.device)])
+                self.loss(
+                    rows[which[part]], ids, self.prompt.table[ids], samples[which[part].to(self.device)], chunk=chunk
+                )
             )
         result = torch.full(sound.shape, torch.inf, device=self.device)
         result[sound.to(self.device)] = torch.cat(losses)

@@ -24,6 +24,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 from lightning_prompts.methods.base import MOST_STEPS, PromptMethod
 from lightning_prompts.methods.start import best_words, earlier, given, prompt_features, random_tokens, reads_tokens
+from lightning_prompts.microbatch import ALL
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem
@@ -210,7 +211,13 @@ class Inverter(PromptMethod):
         return Samples(latents, timesteps, noise, negative)
 
     def loss(
-        self, rows: Tensor, ids: Tensor, embeddings: Tensor, samples: Samples, texts: Sequence[str] | None = None
+        self,
+        rows: Tensor,
+        ids: Tensor,
+        embeddings: Tensor,
+        samples: Samples,
+        texts: Sequence[str] | None = None,
+        chunk: int = ALL,
     ) -> Tensor:
         """Compute what is minimised for the problems `rows` (Q,): the weighted objectives on a step's samples, (Q,).
 
@@ -220,15 +227,17 @@ class Inverter(PromptMethod):
             embeddings: What stands in place of the tokens' embeddings, (Q, L, D).
             samples: The step's samples.
             texts: What is read by text encoders that are not searched, Q texts; None for the text of the tokens.
+            chunk: Prompts that the text encoders read at a time.
         """
-        terms = {}
+        terms, parts = {}, [slice(begun, begun + chunk) for begun in range(0, max(len(ids), 1), chunk)]
         if self.denoising_weight:
             if texts is None and self.backbone.others:
                 texts = self.prompt.texts(ids[:, self.prompt.positions])
-            told = self.backbone.encode(ids, embeddings, texts)
-            terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, told, samples)
+            encoded = [self.backbone.encode(ids[part], embeddings[part], texts and texts[part]) for part in parts]
+            terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, torch.cat(encoded), samples)
         if self.clip_weight:
-            terms["clip"] = self.clip_weight * self.clip_loss(rows, ids, embeddings)
+            distances = [self.clip_loss(rows[part], ids[part], embeddings[part]) for part in parts]
+            terms["clip"] = self.clip_weight * torch.cat(distances)
         if torch.is_grad_enabled():
             self.terms = {name: term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
         return torch.stack(list(terms.values())).sum(0)

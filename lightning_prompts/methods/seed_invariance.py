@@ -118,15 +118,15 @@ class SeedInvariance(Steering):
             self.prompt.other = self.encode([str(self.towards)])[:, None].float()
         self.starts = self.target_noise(problems)  # (P, C, h, w)
         new = [row for row, problem in enumerate(problems) if problem.key not in self._wanted]
-        told, away = self.sides(self.prompt.initial[new])
 
         def look(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return latents.flatten(1).sum(1), {"seen": self.compared(latents)}
 
-        for calls in set(self.stages) if new else ():
-            _, found = self.judged(told, away, self.starts[new], look, calls=calls)
-            for row, vector in zip(new, found["seen"], strict=True):
-                self._wanted.setdefault(problems[row].key, {})[calls] = vector
+        for row in new:  # one by one: a search that goes on finds them in another batch
+            told, away = self.sides(self.prompt.initial[row : row + 1])
+            for calls in set(self.stages):
+                _, found = self.judged(told, away, self.starts[row : row + 1], look, calls=calls)
+                self._wanted.setdefault(problems[row].key, {})[calls] = found["seen"][0]
 
     def release(self, problem: Problem) -> None:
         """Forgets what is remembered of a problem that has left the wave."""
@@ -150,11 +150,11 @@ class SeedInvariance(Steering):
         )
 
     def pictures(self, problems: Sequence[Problem]) -> Tensor:
-        """The wanted pictures (P, 3, H, W), each drawn once."""
-        new = [problem for problem in {p.key: p for p in problems}.values() if problem.key not in self._pictures]
-        if new:
-            drawn = self.draw_embeds(self.initial(new), self.target_noise(new).unsqueeze(1))[:, 0]
-            self._pictures |= {problem.key: picture for problem, picture in zip(new, drawn, strict=True)}
+        """The wanted pictures (P, 3, H, W), each drawn once, and alone, so that it does not depend on the batch."""
+        for problem in problems:
+            if problem.key not in self._pictures:
+                drawn = self.draw_embeds(self.initial([problem]), self.target_noise([problem]).unsqueeze(1))
+                self._pictures[problem.key] = drawn[0, 0]
         return torch.stack([self._pictures[problem.key] for problem in problems])
 
     def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:

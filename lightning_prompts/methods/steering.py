@@ -96,8 +96,8 @@ class Steering(PromptMethod):
         self.bests = [best.get(problem.key, initial.clone()) for problem, initial in kept]
 
     def initial(self, problems: Sequence[Problem]) -> Tensor:
-        """What P problems start from, (P, S, R, D)."""
-        told = self.encode([problem.target for problem in problems])
+        """What P problems start from, (P, S, R, D); each is encoded alone, so that it does not depend on the batch."""
+        told = torch.cat([self.encode([problem.target]) for problem in problems])
         away = self.encode_negative([""]).expand_as(told)
         return torch.stack([told, away] if self.unconditional else [told], dim=1).float()
 

@@ -38,9 +38,10 @@ class _ByClip(Objective):
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (B, E) of texts, each computed once."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if new:
-            self._known |= dict(zip(new, self.clip.features_of(new), strict=True))
+        for text in dict.fromkeys(texts):
+            # Alone: what is asked for together depends on the batch, and on when a search goes on.
+            if text not in self._known:
+                self._known[text] = self.clip.features_of([text])[0]
         return torch.stack([self._known[text] for text in texts]).to(self.clip.clip.device)
 
     def forward(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -14,7 +14,7 @@ class Denoising(nn.Module):
 
     Args:
         microbatch: Samples per call of the denoiser. The gradient is computed call by call, so memory does not grow with the
-            number of problems or samples, and at a fixed microbatch a problem's result does not depend on the others.
+            number of problems or samples, and a problem's result does not depend on the others, but for how a call's kernels round.
     """
 
     def __init__(self, microbatch: Microbatch) -> None:

@@ -31,18 +31,22 @@ class Meaning:
     def __init__(self, clip: ClipSimilarity, name: str | None = None, offline: bool = False) -> None:
         self.clip, self.name = clip, name
         self.encoder = None if name is None else _load(name, offline)
-        self._known: dict[str, Tensor] = {}
 
     def kept(self, text: str, others: Sequence[str], threshold: float) -> list[bool]:
         """Which of B other texts mean the same, at a cosine of at least a threshold."""
-        return [] if not others else (self(text, others) >= threshold - ROUNDING).tolist()
+        if all(other == text for other in others):
+            return [True] * len(others)
+        return (self(text, others) >= threshold - ROUNDING).tolist()
 
     def __call__(self, text: str, others: Sequence[str]) -> Tensor:
-        """Cosines (B,) in [-1, 1] of a text and B others."""
-        new = [one for one in dict.fromkeys([text, *others]) if one not in self._known]
-        if new:
-            self._known |= zip(new, self._encode(new).cpu(), strict=True)
-        return (torch.stack([self._known[other] for other in others]) * self._known[text]).sum(1)
+        """Cosines (B,) in [-1, 1] of a text and B others.
+
+        They are encoded together and not remembered: what an earlier call has encoded is not there when a search goes on.
+        """
+        texts = list(dict.fromkeys([text, *others]))
+        rows = dict(zip(texts, self._encode(texts).cpu(), strict=True))
+        cosines: Tensor = (torch.stack([rows[other] for other in others]) * rows[text]).sum(1)
+        return cosines
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> Tensor:

@@ -23,6 +23,7 @@ from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.methods.dpo_diff import calls_before_gradient, linear_plan
 from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.prompts import WordChoices
+from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.substitutes import Slot, Space, keeping
 from lightning_prompts.vocabulary import encode_text
 
@@ -458,8 +459,31 @@ def problems(folder):
     return [{name: value for name, value in problem.items() if name != "seconds"} for problem in found]
 
 
+@pytest.mark.exact
+@pytest.mark.parametrize("records", [1, 2, 4, 7])
+def test_killed_while_records_are_written_is_as_unbroken(records, tiny, tmp_path, monkeypatch, rounding):
+    """Some prompts' candidates are on disk then and others' are not, and no other checkpoint than that of the first step."""
+    how = ("--model.task", "attack", "--model.neighbours", "5", "--model.threshold", "-1")
+    main([*run(tiny, tmp_path / "whole"), *how])
+    before, written = signal.getsignal(signal.SIGINT), itertools.count(1)
+
+    def interrupted(self, problem, *, save=RunFolder.save_or_warn):
+        save(self, problem)
+        if next(written) == records:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_or_warn", interrupted)
+        with pytest.raises(SystemExit):
+            main([*run(tiny, tmp_path / "broken"), *how])
+    signal.signal(signal.SIGINT, before)
+    main([*run(tiny, tmp_path / "broken"), *how, "--ckpt_path", "last"])
+    assert problems(tmp_path / "broken") == problems(tmp_path / "whole")
+
+
+@pytest.mark.exact
 @pytest.mark.parametrize("checkpoints", [True, False])
-def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints, tiny, tmp_path, monkeypatch):
+def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints, tiny, tmp_path, monkeypatch, rounding):
     drawn = []
     if checkpoints:  # a state every step, instead of one in twenty seconds
         monkeypatch.setattr(PromptCheckpoint, "on_train_batch_end", lambda self, trainer, *_: self._save(trainer))

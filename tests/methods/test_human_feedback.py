@@ -156,7 +156,8 @@ def test_one_prompt_after_the_other(tiny, tmp_path):
     assert len(module.found(problems)) == 2
 
 
-def test_a_run_that_is_killed_goes_on_where_the_person_was(tiny, tmp_path):
+@pytest.mark.exact
+def test_a_run_that_is_killed_goes_on_where_the_person_was(tiny, tmp_path, rounding):
     """Without a checkpoint: the record holds the moves, from which everything follows."""
     whole, _, (expected,) = search(tiny, tmp_path / "whole", GO, Choice("others"), Choice("go", 2, 1.0), FINISH)
     before = signal.getsignal(signal.SIGINT)

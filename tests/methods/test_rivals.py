@@ -16,6 +16,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, TextualInversion
 from lightning_prompts.methods.start import best_words
 from lightning_prompts.methods.textual_inversion import pseudo_word
+from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import load_tokenizer
 from lightning_prompts.prompts import TokenEmbeddings
@@ -104,6 +105,41 @@ def test_proposals_are_those_of_the_one_hot_gradient(tiny, pictures, tmp_path):
         best = sorted(usable, key=lambda v: float(slope[place, v]))[:3]
         seen = set(proposed[0, :, place].tolist()) - {int(token_ids[0, place])}
         assert seen == set(best)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("samples", [1, 2, 3, 5])
+def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks(
+    samples, tiny, pictures, tmp_path, monkeypatch, rounding
+):
+    """And only the last call of the denoiser is not a whole microbatch."""
+    found = []
+
+    class Compared(GCG):
+        def _losses(self, *given):
+            for ranks in (1, 2, 3):
+                calls, self.microbatch.ranks = [], ranks
+                with monkeypatch.context() as patch:
+                    patch.setattr(Microbatch, "over", lambda self, n, work, on: self._over(torch.arange(n), work))
+                    for part in ("encode", "denoise"):
+                        noted(patch, self.backbone, part, calls)
+                    found.append((calls, super()._losses(*given)))
+            self.microbatch.ranks = 1
+            return found[-1][1]
+
+    def noted(patch, backbone, part, calls):
+        call = getattr(backbone, part)
+        patch.setattr(backbone, part, lambda x, *rest: calls.append((part, len(x))) or call(x, *rest))
+
+    how = {"candidates": 9, "topk": 16, "clip_weight": 0.1, "microbatch": 4, "sampling_steps": 2}
+    fit(Compared(backbone=tiny, tokens=3, **how), pictures, tmp_path, steps=1, samples=samples)
+    calls, losses = found[0]
+    sizes = [size for part, size in calls if part == "denoise"]
+    assert set(sizes[:-1]) == {4}
+    for others, other_losses in found[1:]:
+        for part in ("encode", "denoise"):
+            assert [call for call in others if call[0] == part] == [call for call in calls if call[0] == part]
+        assert torch.equal(other_losses, losses)
 
 
 def test_screen_keeps_what_the_clip_finds_most_similar(tiny, pictures, tmp_path):

@@ -178,6 +178,25 @@ def test_batch_equals_its_parts(tiny, tmp_path, monkeypatch):
     torch.testing.assert_close(one.prompt.rows[0], module.prompt.rows[3], atol=1e-4, rtol=0)
 
 
+@pytest.mark.exact
+def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding):
+    """A search that goes on finds it again, in another batch than that in which its problem began."""
+    module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=4, stages=[1, 2], microbatch=3)
+    monkeypatch.setattr(module, "draw_noise", lambda problems, *at: torch.zeros(len(problems), 1, 4, 8, 8))
+    first, second, third = (Problem(str(seed), PROMPTS[seed % 2], target_seed=seed) for seed in (3, 4, 5))
+    found = []
+    for batches in ([[second]], [[first, second], [second, third]], [[third, second, first]]):
+        module._wanted.clear()
+        module._pictures.clear()
+        for batch in batches:
+            module.take(batch)
+            pictures = module.pictures(batch)
+        place = batch.index(second)
+        found.append((module.prompt.initial[place], pictures[place], *module._wanted["4"].values()))
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

@@ -240,9 +240,20 @@ def problems(folder):
     return [{name: value for name, value in problem.items() if name != "seconds"} for problem in found]
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("stop", [0, 1, 3])
-def test_killed_at_a_step_is_as_unbroken(stop, tiny, tmp_path, monkeypatch):
-    main(run(tiny, tmp_path / "whole", "--model.unconditional", "true"))
+def test_killed_at_a_step_is_as_unbroken(stop, tiny, tmp_path, monkeypatch, rounding):
+    how = (
+        "--model.unconditional",
+        "true",
+        "--model.objective",
+        "ClipText",
+        "--model.seeds_per_step",
+        "1",
+        "--model.microbatch",
+        "2",
+    )
+    main(run(tiny, tmp_path / "whole", *how))
     monkeypatch.setattr(PromptCheckpoint, "on_train_batch_end", lambda self, trainer, *_: self._save(trainer))
     before, steps = signal.getsignal(signal.SIGINT), itertools.count()
 
@@ -251,7 +262,7 @@ def test_killed_at_a_step_is_as_unbroken(stop, tiny, tmp_path, monkeypatch):
         if next(steps) == stop:
             raise KeyboardInterrupt
 
-    again = [*run(tiny, tmp_path / "broken", "--model.unconditional", "true"), "--ckpt_path", "last"]
+    again = [*run(tiny, tmp_path / "broken", *how), "--ckpt_path", "last"]
     with monkeypatch.context() as patch:
         patch.setattr(MetricGuidance, "search", interrupted)
         with pytest.raises(SystemExit):

@@ -39,6 +39,16 @@ def test_text_means_the_same_as_itself(clip):
     assert Meaning(clip).kept("a cat", [], 1.0) == []
 
 
+@pytest.mark.exact
+def test_cosines_do_not_depend_on_what_was_asked_for_before(clip, rounding):
+    meaning, others = Meaning(clip), ["a dog", "a cat on a red mat"]
+    first = meaning("a cat", others)
+    meaning("a tree", ["a dog", "a cat"])
+    meaning("a cat", ["a cat on a red mat", "a fox beside a very large green tree", "a red square"])
+    assert torch.equal(meaning("a cat", others), first)
+    assert torch.equal(Meaning(clip)("a cat", others), first)
+
+
 class Encoder:
     """Features that are not of unit length: how often each letter stands in a text."""
 

@@ -191,10 +191,10 @@ class HumanFeedback(Steering):
             self.chooser.close("The run was stopped. What was chosen is kept.")
             raise
         if choice:
-            self.answer(problem, choice, texts, ends, reach)
+            self.answer(problem, choice, texts, reach)
         self.stay()
 
-    def answer(self, problem: Problem, choice: Choice, texts: Sequence[str], ends: Tensor, reach: float) -> None:
+    def answer(self, problem: Problem, choice: Choice, texts: Sequence[str], reach: float) -> None:
         """Does what was chosen."""
         if choice.action == "finish":
             self.ended.add(problem.key)
@@ -206,9 +206,10 @@ class HumanFeedback(Steering):
             self.drawn.pop()
         elif choice.action == "go":
             text, strength = texts[choice.candidate], reach * choice.strength
+            end = self.ends([text], self.base(problem, len(problem.moves)))  # alone, as when a search goes on
             problem.moves.append(Move(text=text, strength=strength, candidate=choice.candidate, others=problem.others))
             problem.others = 0
-            self.arrive(slerp(self.at[-1], ends[choice.candidate], strength))
+            self.arrive(slerp(self.at[-1], end[0], strength))
             log.info("%s: move %d, %.2f of the way to %r", problem.target, len(problem.moves), strength, text)
 
     # --- what is kept
