@@ -37,6 +37,14 @@ def losses(gain, right_is_lower=True):
     return Losses(right, right * (1.5 if right_is_lower else 0.5), empty, 1000)
 
 
+def levels(text):
+    """Read the numbers of the lines of the losses."""
+    return [
+        [float(number) for number in re.findall(r"-?[\d.]+(?:e-\d+)?", line)]
+        for line in re.findall(r"^ +\[\d+, \d+\) .*%$", text, re.MULTILINE)
+    ]
+
+
 def test_suggested_timesteps_span_the_levels_of_nearly_the_largest_gain():
     gain = [0.0, 0.1, 0.5, 0.3, 0.45, 0.6, 0.40, 0.1, 0.0, -0.2]
     found = losses(gain)
@@ -100,12 +108,22 @@ def test_what_is_written_keeps_the_settings_and_takes_the_suggestion():
 def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsys):
     config = tmp_path / "mine.yaml"
     targets = ["--data.images", str(ROOT / "benchmarks/targets/development/targets.jsonl")]
-    assert run("--config", str(ROOT / "configs/ph2p.yaml"), *targets, *FEW, "--write", str(config)) == 0
+    assert (
+        run(
+            "--config", str(ROOT / "configs/ph2p.yaml"), *targets, *FEW, "--model.together", "4", "--write", str(config)
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     verdicts = dict(re.findall(r"^(\w+) +.*? (ok|weak|no)$", out, re.MULTILINE))
     assert verdicts["image"] == verdicts["CLIP"] == verdicts["memory"] == "ok"
-    assert "lower under the caption than under another's in 100% of 60 comparisons" in out
+    assert "lower under the caption than under another's in 100% of 80 comparisons" in out
     assert "A search can work." in out
+    page = (ROOT / "docs" / "check.md").read_text()
+    assert len(levels(page)) == 10
+    for shown, printed in zip(levels(page), levels(out), strict=True):
+        assert shown[:5] == pytest.approx(printed[:5], rel=0.02)
+        assert shown[5] == pytest.approx(printed[5], abs=1)
     settings = yaml.safe_load(config.read_text())
     low, high = settings["data"]["init_args"]["timesteps"]
     assert 300 <= low <= 550  # where docs/ablations.md finds most
