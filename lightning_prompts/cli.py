@@ -40,10 +40,12 @@ from lightning_prompts.callbacks import (
     parts_of,
     ranks_in,
 )
+from lightning_prompts.commands.check import check, written
 from lightning_prompts.data.images import find_targets
 from lightning_prompts.data.problems import ProblemData
 from lightning_prompts.data.prompts import Prompts, find_prompts, read_prompts
 from lightning_prompts.errors import UserError
+from lightning_prompts.files import atomic_write
 from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.ranges import Positive
@@ -112,7 +114,7 @@ class CLI(LightningCLI):
     command = "fit"
     run: Path | None = None
     made: RunFolder | None = None  # by this command, and gone again if it is refused
-    instead = ""  # `show-space`, which is a `fit` that ends before it begins, or `dry-run`, one that ends after a step
+    instead = ""  # `show-space`, a `fit` that ends before it begins, or `dry-run` or `check`, which end after a step
     saved = ""  # settings of a `fit`, as they are written
 
     @staticmethod
@@ -125,6 +127,10 @@ class CLI(LightningCLI):
         help = "seeds that `predict` draws from, such as 0,1,2,3; by default 0, for a mix 0,1,2,3"
         parser.add_argument("--seeds", type=str | None, default=None, help=help)
         parser.add_class_arguments(Scores)
+        if self.instead == "check":
+            parser.add_argument(
+                "--write", type=str, default="", help="write the settings with what `check` suggests to this file"
+            )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Adds what `predict` alone takes."""
@@ -162,7 +168,9 @@ class CLI(LightningCLI):
         if (command in ("fit", "test") or mix) and own_rank() == 0:
             self.scores.check(config.model.init_args.offline)
         method = "mix" if mix else config.model.class_path.rsplit(".", 1)[-1]
-        if self.instead == "dry-run":
+        if self.instead == "check":
+            self._prepare_check(config)
+        if self.instead in ("check", "dry-run"):
             self.scratch = tempfile.TemporaryDirectory()
             config.trainer.default_root_dir, config.trainer.logger = self.scratch.name, False
             return
@@ -174,6 +182,32 @@ class CLI(LightningCLI):
         if command == "predict":
             self.drawn = self._predicted(config)
         config.trainer.default_root_dir = str(RunFolder(mix[0]).path if mix else self.folder.path)
+
+    def _prepare_check(self, config: Any) -> None:
+        """Keep the settings that `--write` writes; refuse a file that exists before anything is loaded."""
+        logging.getLogger("lightning_prompts").setLevel(logging.WARNING)  # one step is no progress to report
+        self.write = Path(config.write) if config.write else None
+        if self.write and self.write.exists():
+            raise UserError(
+                f"--write must name a new file, and {str(self.write)!r} exists; give another name or remove it."
+            )
+        if self.write:
+            given = yaml.safe_load(self._parser("fit").dump(config.clone()))
+            self.settings = {
+                part: {name: given[part][name] for name in ("class_path", "init_args")} for part in ("model", "data")
+            }
+
+    def _check(self, model: PromptMethod, datamodule: ProblemData) -> None:
+        """Check the model on the problems of the step that was taken, and exit with 1 if it does not react to its prompt."""
+        (measured,) = (callback for callback in self.trainer.callbacks if isinstance(callback, DryRun))  # type: ignore[attr-defined]
+        with self.trainer.precision_plugin.forward_context():
+            report = check(model.to(self.trainer.strategy.root_device), datamodule.seed, measured)
+        print("\n".join(report.lines), flush=True)
+        if self.write:
+            atomic_write(self.write, written(self.settings, report.suggestion).encode())
+            print(f"These settings are in {self.write}: train.py fit --config {self.write}")
+        if not report.reacts:
+            sys.exit(1)
 
     def _predicted(self, config: Any) -> pl.Callback:
         """What draws for `predict`: the found prompts, other texts or a mix of two runs."""
@@ -274,10 +308,12 @@ class CLI(LightningCLI):
 
     def fit(self, model: PromptMethod, datamodule: ProblemData, **kwargs: Any) -> None:
         """Searches, or shows what would be searched."""
-        if self.instead == "dry-run" and isinstance(model, HumanFeedback):
-            raise UserError("A person's choices cannot be measured; give dry-run the config of another method.")
+        if self.instead in ("check", "dry-run") and isinstance(model, HumanFeedback):
+            raise UserError(f"A person's choices cannot be measured; give {self.instead} the config of another method.")
         if self.instead != "show-space":
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
+            if self.instead == "check":
+                self._check(model, datamodule)
         elif not isinstance(model, DPODiff) or not isinstance(datamodule, Prompts):
             raise UserError("Only DPODiff has a space to show; give --config configs/dpo_diff.yaml.")
         else:
@@ -288,7 +324,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Adds this package's callbacks to the person's."""
         if self.instead:
-            measuring = [DryRun(self.scores)] if self.instead == "dry-run" else []
+            measuring = [] if self.instead == "show-space" else [DryRun(self.scores, self.instead == "check")]
             return super().instantiate_trainer(**kwargs, callbacks=measuring)
         command = self.config.subcommand
         config = self.config[command]

@@ -16,7 +16,7 @@ from typing import NoReturn
 from lightning_prompts.errors import UserError
 from lightning_prompts.run_folder import RunFolder
 
-COMMANDS = ("fit", "validate", "test", "predict", "show-space", "dry-run", "prefetch")
+COMMANDS = ("fit", "validate", "test", "predict", "show-space", "check", "dry-run", "prefetch")
 HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
 
   fit       search prompts:         train.py fit --config configs/invert.yaml --data.images photo.png
@@ -25,6 +25,7 @@ HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
   predict   draw more pictures:     train.py predict --run runs/NAME --seeds 0,1,2,3
             mix two found prompts:  train.py predict --mix runs/NAME runs/OTHER
   show-space  words that a search would choose from:  train.py show-space --config configs/dpo_diff.yaml --data.prompts "a dog"
+  check     measure whether a search can work on a model:  train.py check (settings of fit) --write mine.yaml
   dry-run   memory and time that a search would take, and how to lower them:  train.py dry-run (settings of fit)
   prefetch  download models to be used later or offline:  train.py prefetch sdxl
 
@@ -122,7 +123,7 @@ def _with_run_config(args: list[str]) -> tuple[Path | None, list[str]]:
             run = Path(arg.split("=", 1)[1] if taken == 1 else args[i + 1])
             args = args[:i] + args[i + taken :]
             break
-    if args[0] in ("fit", "show-space", "dry-run") or "--help" in args or "-h" in args:
+    if args[0] in ("fit", "show-space", "check", "dry-run") or "--help" in args or "-h" in args:
         return run, args
     looked_at = _first_to_mix(args) or run  # a mix has a folder of its own
     if looked_at is None:

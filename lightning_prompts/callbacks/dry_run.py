@@ -23,10 +23,11 @@ class DryRun(pl.Callback):
 
     Args:
         scores: What the results would be scored by.
+        silent: Measure the step alone, without drawing results, and print nothing.
     """
 
-    def __init__(self, scores: Scores) -> None:
-        self.scores = scores
+    def __init__(self, scores: Scores, silent: bool = False) -> None:
+        self.scores, self.silent = scores, silent
         self.taken: dict[str, tuple[int, float]] = {}  # bytes and seconds of each part
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -41,6 +42,8 @@ class DryRun(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws results, if there are any already, and prints."""
+        if self.silent:
+            return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if found := list(data.folder.found()):
             self._measured("the results", pl_module.measure, pl_module)(found, self.scores)
@@ -58,9 +61,16 @@ class DryRun(pl.Callback):
 
         return done
 
+    def whole_search(self, module: Any) -> str:
+        """How long a search would take whose steps and scorings all take as long as those that were measured."""
+        steps = int(module.data.steps)
+        scorings = 1 + math.ceil(steps / module.score_every)
+        seconds = steps * self.taken["a step"][1] + scorings * self.taken["scoring"][1]
+        return f"A search of {steps} steps and {scorings} scorings would take about {duration(seconds)}."
+
     def _table(self, module: Any, problems: int) -> str:
         """What was measured, and what would lower it."""
-        backbone, steps = module.backbone, int(module.data.steps)
+        backbone = module.backbone
         parts = {"text encoders": backbone.towers, "denoiser": backbone.denoiser, "autoencoder": backbone.vae}
         sizes = {name: sum(weight.nbytes for weight in part.parameters()) / GIB for name, part in parts.items()}
         dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
@@ -72,9 +82,7 @@ class DryRun(pl.Callback):
         lines += [f"{name:<12}{most / GIB:7.2f} GiB {seconds:8.1f} s" for name, (most, seconds) in self.taken.items()]
         if module.device.type == "cpu":
             lines.append("(Memory is the whole process's at that time, with what the libraries take.)")
-        scorings = 1 + math.ceil(steps / module.score_every)
-        seconds = steps * self.taken["a step"][1] + scorings * self.taken["scoring"][1]
-        lines.append(f"A search of {steps} steps and {scorings} scorings would take about {duration(seconds)}.")
+        lines.append(self.whole_search(module))
         if module.microbatch.size < self.asked and not module.microbatch.fitted:
             lines.append(f"The memory does not hold a microbatch of {self.asked}.")
         return "\n".join([*lines, "Less memory, and mostly more time:", *(f"  {line}" for line in _advice(module))])

@@ -33,6 +33,9 @@ SEARCH = -6
 FRESH = -7
 """The step of the draws of pictures that the result is judged by."""
 
+CHECK = -100
+"""The first of the steps of the draws that `check` measures with; it goes down from here."""
+
 FRESH_SEEDS = 10
 """How many these are."""
 

@@ -1,0 +1,369 @@
+"""Check whether a search can work on a model, before searching: `train.py check`."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor
+
+from lightning_prompts.backbones import repeat
+from lightning_prompts.callbacks.dry_run import GIB, DryRun, forget_peak, memory_of, peak
+from lightning_prompts.data.addresses import CHECK, draw_noise, draw_timesteps
+from lightning_prompts.methods.base import PromptMethod
+from lightning_prompts.methods.inverter import Inverter
+from lightning_prompts.methods.start import random_tokens
+from lightning_prompts.microbatch import Microbatch, out_of_memory
+from lightning_prompts.objectives import Denoising
+
+Verdict = Literal["ok", "weak", "no"]
+
+IMAGES = 4  # that losses are measured on
+LEVELS = 20  # equal parts of the timesteps
+SAMPLES = 2  # noise samples of each image and level
+SETS, SIZES = 4, (1, 2, 4, 8)  # independent estimates of the gradient, and the samples a step that they are made for
+LEAST_CHANGE = 0.02  # of a drawn image, RMS on a scale of 0 to 1, that counts as a reaction to the prompt
+NEARLY = 0.75  # of the gain at the best quarter of the levels; levels that reach it are suggested
+ENOUGH = 0.3  # signal-to-noise ratio of a step's gradient
+SLOW = 4.0  # seconds of a call beyond which no larger microbatch is tried
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Denoising losses of P images at T timestep levels under three prompts, mean over the noise.
+
+    Attributes:
+        right: Under the image's own text, (P, T).
+        wrong: Under a wrong text, (P, T).
+        empty: Under the empty prompt, (P, T).
+        num_train_timesteps: Timesteps that the T levels divide.
+    """
+
+    right: Tensor
+    wrong: Tensor
+    empty: Tensor
+    num_train_timesteps: int
+
+    @property
+    def gain(self) -> Tensor:
+        """Return the share of the empty prompt's loss that the right text removes, by level: (T,), at most 1."""
+        return 1 - (self.right / self.empty).log().mean(0).exp()
+
+    @property
+    def told_apart(self) -> float:
+        """Return the share of images and levels with a lower loss under the right text than under the wrong one."""
+        return float((self.right < self.wrong).float().mean())
+
+    @property
+    def verdict(self) -> Verdict:
+        """Judge whether the loss can lead a search: the right text has to beat the wrong one, and the empty prompt somewhere."""
+        apart = judge_share(self.told_apart, self.right.numel(), chance=0.5)
+        return apart if (self.gain > 0).any() else "no"
+
+    def timesteps(self) -> tuple[int, int]:
+        """Return the range [low, high) from the first to the last level that gains nearly as much as the best quarter of them."""
+        gain = self.gain.nan_to_num(-torch.inf)
+        best = gain.topk(max(len(gain) // 4, 1)).values.mean()  # of one level it would hang on a few noise samples
+        levels = (gain >= NEARLY * best).nonzero().squeeze(1)
+        edges = level_edges(self.num_train_timesteps, len(gain))
+        return edges[int(levels[0])], edges[int(levels[-1]) + 1]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings that the measurements speak for; None where they say nothing."""
+
+    timesteps: tuple[int, int] | None = None
+    samples: int | None = None
+    microbatch: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Hold what a check found.
+
+    Attributes:
+        lines: The table to print.
+        reacts: Whether the model reacts to its prompt; a search cannot work where it does not.
+        suggestion: Settings for `fit`.
+    """
+
+    lines: list[str]
+    reacts: bool
+    suggestion: Suggestion
+
+
+def check(method: PromptMethod, seed: int, measured: DryRun) -> Report:
+    """Measure whether a search can work, on the problems of a batch that has taken one step.
+
+    Args:
+        method: The method, on its device, with its problems.
+        seed: Seed of every random draw.
+        measured: Memory and time of that step.
+    """
+    device, backbone, inverter = method.device, method.backbone, method if isinstance(method, Inverter) else None
+    rows = torch.arange(min(IMAGES, len(method.problems)))
+    texts, source = right_texts(inverter, rows) if inverter else ([method.problems[0].target], "prompt")
+    forget_peak(device)
+    change = image_change(method, texts[0], method.problems[0].key, seed)
+    most = max([peak(device), *(memory for memory, _ in measured.taken.values())])
+    halved = method.microbatch.size < method.microbatch.asked and not method.microbatch.fitted
+    dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
+    memory = f"{most / GIB:.2f} GiB at most of the {memory_of(device) / GIB:.1f} GiB of the {device.type}"
+    reacts: Verdict = "ok" if change >= LEAST_CHANGE else "no"
+    lines = [
+        _line("model", f"{backbone.name} ({type(backbone).__name__}), {dtype} on {device}"),
+        _line("memory", f"{memory}{', with a smaller microbatch than asked for' if halved else ''}", "weak" if halved else "ok"),
+        _line("time", f"{measured.taken['a step'][1]:.2f} s a step. {measured.whole_search(method)}"),
+        _line("image", f"leaving out the {source} changes it by {change:.3f} (RMS, from 0 to 1)", reacts),
+    ]  # fmt: skip
+    reason = "" if reacts == "ok" else "the prompt changes nothing that is drawn"
+    suggestion = Suggestion()
+    if inverter:
+        losses, other = denoising_losses(inverter, rows, texts, seed)
+        schedule = (inverter.data.timesteps[0], inverter.data.timesteps[1])
+        if losses.verdict == "no":
+            reason = reason or f"the denoising loss does not tell the {source} from {other}"
+        else:
+            schedule = losses.timesteps()
+        ratios = gradient_ratios(inverter, rows[:2], schedule, seed)
+        enough = next((size for size, ratio in zip(SIZES, ratios, strict=True) if ratio >= ENOUGH), SIZES[-1])
+        samples = max(int(inverter.data.samples), enough)
+        microbatch, rate = fastest_microbatch(inverter, schedule, seed, inverter.together * samples)
+        lines += [
+            *_loss_lines(losses, source, other),
+            _clip_line(inverter, texts, source == "caption"),
+            _gradient_line(ratios, schedule),
+            _line("speed", f"{rate:.1f} samples/s with a gradient, {microbatch} a call"),
+        ]
+        if not reason:
+            suggestion = Suggestion(schedule, samples, microbatch)
+    lines.append(f"A search cannot work: {reason}." if reason else "A search can work.")
+    if suggestion.timesteps:
+        low, high = suggestion.timesteps
+        lines.append(
+            f"Suggested: --data.timesteps '[{low},{high}]' --data.samples {samples} --model.microbatch {microbatch}"
+        )
+    return Report(lines, not reason, suggestion)
+
+
+def written(settings: dict[str, Any], suggestion: Suggestion) -> str:
+    """Return a config that `fit` takes, as YAML: the given settings of model and data with what a check suggests."""
+    settings = copy.deepcopy(settings)
+    data, model = settings["data"]["init_args"], settings["model"]["init_args"]
+    if suggestion.timesteps:
+        data |= {"timesteps": list(suggestion.timesteps), "samples": suggestion.samples}
+        model["microbatch"] = suggestion.microbatch
+    return f"# Written by `train.py check` for {model['backbone']}.\n{yaml.safe_dump(settings, sort_keys=False)}"
+
+
+# --- measurements
+
+
+def right_texts(method: Inverter, rows: Tensor) -> tuple[list[str], str]:
+    """Return a text for each image, and what it is: its caption or, where one is missing, the words that the CLIP finds."""
+    captions = [method.problems[row].caption for row in rows.tolist()]
+    if all(captions):
+        return [str(caption) for caption in captions], "caption"
+    return [found.prompt for found in method.written(method.clip_words(rows).cpu())], "CLIP's words"
+
+
+def wrong_texts(method: Inverter, texts: Sequence[str], seed: int) -> tuple[list[str], str]:
+    """Return the text of another image for each image, or random tokens where texts repeat, and which of both."""
+    if len(set(texts)) == len(texts) > 1:
+        return [*texts[1:], texts[0]], "another's"
+    keys = [problem.key for problem in method.problems[: len(texts)]]
+    return [
+        found.prompt for found in method.written(random_tokens(method.prompt, keys, seed, CHECK).cpu())
+    ], "random tokens"
+
+
+@torch.no_grad()
+def image_change(method: PromptMethod, text: str, key: str, seed: int) -> float:
+    """Return how much a drawn image changes when its prompt is left out: RMS on a scale of 0 to 1; 0 if it is not finite."""
+    noise = draw_noise(seed, [key], CHECK, 1, method.backbone.latent_shape, method.device)[0].expand(2, -1, -1, -1)
+    with_text, without = method.draw([text, ""], noise)
+    change = float((with_text - without).square().mean().sqrt()) / 2
+    return change if math.isfinite(change) else 0.0
+
+
+@torch.no_grad()
+def denoising_losses(method: Inverter, rows: Tensor, texts: Sequence[str], seed: int) -> tuple[Losses, str]:
+    """Measure the losses of images under their own text, a wrong one and the empty prompt, on the same noise.
+
+    Returns:
+        The losses, and what the wrong texts are.
+    """
+    wrong, other = wrong_texts(method, texts, seed)
+    backbone, denoising = method.backbone, Denoising(method.microbatch)
+    keys = [method.problems[row].key for row in rows.tolist()]
+    latents = torch.stack([method.latents[row][0] for row in rows.tolist()])
+    prompts = [method.encode(some) for some in (texts, wrong, [""] * len(texts))]
+    edges = level_edges(backbone.num_train_timesteps)
+    by_prompt: list[list[Tensor]] = [[], [], []]
+    for level in range(LEVELS):
+        timesteps = draw_timesteps(seed, keys, CHECK - level, SAMPLES, edges[level], edges[level + 1]).to(method.device)
+        noise = draw_noise(seed, keys, CHECK - level, SAMPLES, backbone.latent_shape, method.device)
+        same = latents.unsqueeze(1).expand_as(noise)
+        for losses, prompt_embeds in zip(by_prompt, prompts, strict=True):
+            losses.append(denoising(backbone, prompt_embeds, same, timesteps, noise).cpu())
+    right, of_wrong, empty = (torch.stack(losses, dim=1) for losses in by_prompt)
+    return Losses(right, of_wrong, empty, backbone.num_train_timesteps), other
+
+
+def level_edges(num_train_timesteps: int, levels: int = LEVELS) -> list[int]:
+    """Return the levels + 1 edges of equal parts of the timesteps."""
+    return [round(num_train_timesteps * i / levels) for i in range(levels + 1)]
+
+
+def sample_gradients(method: Inverter, row: int, timesteps: Tensor, noise: Tensor, microbatch: Microbatch) -> Tensor:
+    """Compute the gradient of each sample's denoising loss with respect to the prompt's M token embeddings.
+
+    Args:
+        method: The method.
+        row: Which problem of the batch; the gradient is taken where its search is.
+        timesteps: (N,).
+        noise: (N, C, h, w).
+        microbatch: Samples a call.
+
+    Returns:
+        (N, M * D) float32, on the CPU.
+    """
+    backbone, latents = method.backbone, method.latents[row][:1]
+    ids, embeddings = (tensor.detach() for tensor in method.prompt(torch.tensor([row], device=method.device)))
+
+    def call(some: Tensor) -> Tensor:
+        clean, eps, t = latents.expand(len(some), -1, -1, -1), noise[some], timesteps[some]
+        with torch.enable_grad():
+            own = repeat(embeddings, len(some)).clone().requires_grad_()
+            prompt_embeds = backbone.encode(ids.expand(len(some), -1), own)
+            output = backbone.denoise(backbone.add_noise(clean, eps, t), t, prompt_embeds)
+            loss = (output - backbone.target(clean, eps, t)).square().flatten(1).mean(1).sum()
+            (gradient,) = torch.autograd.grad(loss, own)
+        return gradient[:, method.prompt.positions].flatten(1).float().cpu()
+
+    return microbatch.over(len(timesteps), call, method.device)
+
+
+def gradient_ratios(method: Inverter, rows: Tensor, schedule: tuple[int, int], seed: int) -> list[float]:
+    """Measure the signal-to-noise ratio of the gradient of 1, 2, 4 and 8 samples, root mean square over problems."""
+    ratios, most = torch.zeros(len(rows), len(SIZES)), SIZES[-1]
+    for place, row in enumerate(rows.tolist()):
+        key = [method.problems[row].key]
+        steps = [CHECK - LEVELS - number for number in range(SETS)]
+        timesteps = torch.cat([draw_timesteps(seed, key, step, most, *schedule)[0] for step in steps])
+        noise = torch.cat(
+            [draw_noise(seed, key, step, most, method.backbone.latent_shape, method.device)[0] for step in steps]
+        )
+        gradients = sample_gradients(method, row, timesteps.to(method.device), noise, method.microbatch)
+        ratios[place] = torch.tensor(signal_to_noise(gradients.view(SETS, most, -1)))
+    found: list[float] = ratios.square().mean(0).sqrt().tolist()
+    return found
+
+
+def signal_to_noise(gradients: Tensor) -> list[float]:
+    """Estimate the signal-to-noise ratio of the mean gradient of n stratified samples, for each n of `SIZES`.
+
+    It is the norm of the expected gradient over the root mean squared distance of a step's gradient from it.
+
+    Args:
+        gradients: S independent sets of samples, the k-th of each from the k-th of 8 equal parts of the schedule, (S, 8, D).
+    """
+    ratios = []
+    for size in SIZES:
+        apart = gradients.shape[1] // size  # samples k, k + apart, ... come from n different parts of the schedule
+        steps = gradients.unflatten(1, (size, apart)).mean(1).flatten(0, 1).double()
+        noise = steps.var(0).sum()
+        signal = steps.mean(0).square().sum() - noise / len(steps)  # the mean has noise of its own
+        ratios.append(float((signal.clamp(min=0) / noise.clamp(min=1e-300)).sqrt()))
+    return ratios
+
+
+def fastest_microbatch(method: Inverter, schedule: tuple[int, int], seed: int, most: int) -> tuple[int, float]:
+    """Find the smallest microbatch that is nearly as fast a sample as any that the memory holds.
+
+    Args:
+        method: The method.
+        schedule: Range of the timesteps.
+        seed: Seed of the draws.
+        most: Samples that a step has.
+
+    Returns:
+        Samples a call, a power of two, and samples a second.
+    """
+    key, rates = [method.problems[0].key], dict[int, float]()
+    for size in (2**power for power in range(7)):
+        timesteps = draw_timesteps(seed, key, CHECK, size, *schedule)[0].to(method.device)
+        noise = draw_noise(seed, key, CHECK, size, method.backbone.latent_shape, method.device)[0]
+        seconds = math.inf
+        try:
+            for _ in range(3):  # the first call of a shape chooses its kernels
+                begun = time.perf_counter()
+                sample_gradients(method, 0, timesteps, noise, Microbatch(size))
+                seconds = min(seconds, time.perf_counter() - begun)
+                if seconds > SLOW:
+                    break
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            break
+        rates[size] = size / seconds
+        if 2 * size > most or seconds > SLOW:
+            break
+    fastest = max(rates.values(), default=0.0)
+    return next(((size, rate) for size, rate in rates.items() if rate >= 0.95 * fastest), (1, 0.0))
+
+
+# --- the table
+
+
+def _line(name: str, said: str, verdict: Verdict | None = None) -> str:
+    return f"{name:<10}{said:<88}{verdict or ''}".rstrip()
+
+
+def _loss_lines(losses: Losses, source: str, other: str) -> list[str]:
+    """Show the losses of pairs of levels, and whether they tell the right text from a wrong one."""
+    lines = [_line("loss", f"{'timesteps':<16}{source:>15}{other:>15}{'empty prompt':>15}{'gain':>8}")]
+    edges, columns = level_edges(losses.num_train_timesteps), (losses.right, losses.wrong, losses.empty)
+    for level in range(0, LEVELS, 2):
+        means = "".join(f"{float(column[:, level : level + 2].mean()):>14.4g}" for column in columns)
+        gain = float(losses.gain[level : level + 2].mean())
+        lines.append(_line("", f"{f'[{edges[level]}, {edges[level + 2]})':<16}{means}{gain:>8.0%}"))
+    said = (
+        f"lower under the {source} than under {other} in {losses.told_apart:.0%} of {losses.right.numel()} comparisons"
+    )
+    return [*lines, _line("", said, losses.verdict)]
+
+
+def _clip_line(method: Inverter, texts: Sequence[str], captioned: bool) -> str:
+    """Say how well the CLIP tells the images apart: by their captions or, without, by the cosine of the two most alike."""
+    features = method.features(torch.arange(len(method.problems)))
+    if len(features) == 1:
+        return _line("CLIP", "one image, so that there is nothing to tell apart")
+    if captioned:
+        nearest = (method.clip.features_of(texts) @ features[: len(texts)].T).argmax(1).tolist()
+        share = sum(place == found for place, found in enumerate(nearest)) / len(texts)
+        said = f"finds {share:.0%} of {len(texts)} images by their captions"
+        return _line("CLIP", said, judge_share(share, len(texts), 1 / len(texts)))
+    alike = float((features @ features.T - 2 * torch.eye(len(features), device=features.device)).max())
+    verdict: Verdict = "ok" if alike < 0.9 else "weak" if alike < 0.98 else "no"
+    return _line("CLIP", f"the two images most alike of {len(features)} have a cosine of {alike:.3f}", verdict)
+
+
+def _gradient_line(ratios: Sequence[float], schedule: tuple[int, int]) -> str:
+    shown = f"{', '.join(f'{ratio:.2f}' for ratio in ratios)} with {', '.join(map(str, SIZES))}"
+    verdict: Verdict = "ok" if max(ratios) >= ENOUGH else "weak" if max(ratios) >= ENOUGH / 3 else "no"
+    return _line("gradient", f"signal to noise in [{schedule[0]}, {schedule[1]}): {shown} samples a step", verdict)
+
+
+def judge_share(share: float, count: int, chance: float) -> Verdict:
+    """Judge a share of successes: `no` where chance explains it (two standard errors), `ok` from 0.8 on."""
+    if share <= chance + 2 * math.sqrt(chance * (1 - chance) / count):
+        return "no"
+    return "ok" if share >= 0.8 else "weak"

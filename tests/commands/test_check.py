@@ -1,0 +1,189 @@
+"""`check` against formulas, and what it prints, writes and refuses."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from lightning_prompts.backbones import repeat
+from lightning_prompts.commands.check import Losses, Suggestion, judge_share, sample_gradients, signal_to_noise, written
+from lightning_prompts.main import main
+from lightning_prompts.methods import PH2P
+from lightning_prompts.microbatch import Microbatch
+from lightning_prompts.objectives import Denoising
+
+ROOT = Path(__file__).parents[2]
+CPU = ["--trainer.accelerator", "cpu"]
+FEW = ["--model.sampling_steps", "4", "--model.together", "3"]
+
+
+def run(*args):
+    """Run the command and return its exit code."""
+    try:
+        main(["check", *args, *CPU])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def losses(gain, right_is_lower=True):
+    """Make losses of two images with a given gain at each level."""
+    empty = torch.full((2, len(gain)), 2.0)
+    right = empty * (1 - torch.tensor(gain))
+    return Losses(right, right * (1.5 if right_is_lower else 0.5), empty, 1000)
+
+
+def levels(text):
+    """Read the numbers of the lines of the losses."""
+    return [
+        [float(number) for number in re.findall(r"-?[\d.]+(?:e-\d+)?", line)]
+        for line in re.findall(r"^ +\[\d+, \d+\) .*%$", text, re.MULTILINE)
+    ]
+
+
+def test_suggested_timesteps_span_the_levels_of_nearly_the_largest_gain():
+    gain = [0.0, 0.1, 0.5, 0.3, 0.45, 0.6, 0.40, 0.1, 0.0, -0.2]
+    found = losses(gain)
+    torch.testing.assert_close(found.gain, torch.tensor(gain))
+    assert found.timesteps() == (200, 600)  # 0.75 of the mean of 0.6 and 0.5 is 0.4125
+    assert found.verdict == "ok"
+
+
+def test_a_loss_that_prefers_the_wrong_text_or_the_empty_prompt_leads_nowhere():
+    assert losses([0.5] * 10, right_is_lower=False).verdict == "no"
+    assert losses([-0.1] * 10).verdict == "no"
+    assert losses([float("nan")] * 10).verdict == "no"
+
+
+def test_judgement_of_a_share_knows_chance():
+    assert [judge_share(share, 80, 0.5) for share in (0.5, 0.61, 0.62, 0.79, 0.8)] == ["no", "no", "weak", "weak", "ok"]
+    assert judge_share(1.0, 4, 0.25) == "ok"
+
+
+def test_signal_to_noise_of_known_gradients():
+    """Independent samples gain the square root of their number; what differs between strata costs single samples only."""
+    draw = torch.Generator().manual_seed(0)
+    mean = torch.zeros(1000)
+    mean[0] = 10.0
+    noise = torch.randn(400, 8, 1000, generator=draw)
+    expected = [10 / 1000**0.5 * size**0.5 for size in (1, 2, 4, 8)]
+    assert signal_to_noise(mean + noise) == pytest.approx(expected, rel=0.05)
+    strata = torch.linspace(-1, 1, 8).view(8, 1) * torch.ones(1000) * 3
+    ratios = signal_to_noise(mean + noise + strata)
+    assert ratios[3] == pytest.approx(expected[3], rel=0.05)
+    assert ratios[0] < 0.5 * expected[0]
+    assert signal_to_noise(torch.randn(400, 8, 50, generator=draw)) == pytest.approx([0] * 4, abs=0.05)
+
+
+def test_gradients_of_samples_add_up_to_that_of_the_loss(tiny):
+    method = PH2P(backbone=tiny, tokens=3)
+    allowed = method.prompt.allowed.nonzero().squeeze(1)
+    method.prompt.embeddings.data = method.prompt.table[allowed[:3]][None].clone()
+    noise = torch.randn(5, *method.backbone.latent_shape)
+    timesteps, latents = torch.tensor([0, 200, 450, 700, 999]), torch.randn(1, *method.backbone.latent_shape)
+    method.latents = [latents]
+    found = sample_gradients(method, 0, timesteps, noise, Microbatch(2))
+    prompt_embeds = method.backbone.encode(*method.prompt(torch.tensor([0])))
+    loss = Denoising(Microbatch(5))(
+        method.backbone, prompt_embeds, repeat(latents, 5)[None], timesteps[None], noise[None]
+    )
+    (expected,) = torch.autograd.grad(loss.sum(), method.prompt.embeddings)
+    torch.testing.assert_close(found.mean(0), expected.flatten(), atol=1e-6, rtol=1e-4)
+    assert found.norm(dim=1).min() > 0
+
+
+def test_what_is_written_keeps_the_settings_and_takes_the_suggestion():
+    given = {"model": {"class_path": "PH2P", "init_args": {"backbone": "emoji", "microbatch": 16, "lr": 0.1}},
+             "data": {"class_path": "ImagesToPrompts", "init_args": {"images": "a: b.png", "samples": 2, "timesteps": [0, 9]}}}  # fmt: skip
+    content = yaml.safe_load(written(given, Suggestion((450, 850), 4, 8)))
+    assert content["model"]["init_args"] == {"backbone": "emoji", "microbatch": 8, "lr": 0.1}
+    assert content["data"]["init_args"] == {"images": "a: b.png", "samples": 4, "timesteps": [450, 850]}
+    assert yaml.safe_load(written(given, Suggestion())) == given
+
+
+def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    targets = ["--data.images", str(ROOT / "benchmarks/targets/development/targets.jsonl")]
+    assert (
+        run(
+            "--config", str(ROOT / "configs/ph2p.yaml"), *targets, *FEW, "--model.together", "4", "--write", str(config)
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    verdicts = dict(re.findall(r"^(\w+) +.*? (ok|weak|no)$", out, re.MULTILINE))
+    assert verdicts["image"] == verdicts["CLIP"] == verdicts["memory"] == "ok"
+    assert "lower under the caption than under another's in 100% of 80 comparisons" in out
+    assert "A search can work." in out
+    page = (ROOT / "docs" / "check.md").read_text()
+    assert len(levels(page)) == 10
+    for shown, printed in zip(levels(page), levels(out), strict=True):
+        assert shown[:5] == pytest.approx(printed[:5], rel=0.02)
+        assert shown[5] == pytest.approx(printed[5], abs=1)
+    settings = yaml.safe_load(config.read_text())
+    low, high = settings["data"]["init_args"]["timesteps"]
+    assert 300 <= low <= 550  # where docs/ablations.md finds most
+    assert 750 <= high <= 1000
+    samples, microbatch = settings["data"]["init_args"]["samples"], settings["model"]["init_args"]["microbatch"]
+    assert f"--data.timesteps '[{low},{high}]' --data.samples {samples} --model.microbatch {microbatch}" in out
+    assert settings["model"]["init_args"]["restart_every"] == 60
+    picture = ["--data.images", str(ROOT / "docs/images/demo.png")]
+    main(["fit", "--config", str(config), *picture, "--data.steps", "1", "--run", str(tmp_path / "run"), *CPU])
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_without_captions_the_words_that_the_clip_finds_stand_for_them(tiny, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    run("--model", "GCG", "--model.tokens", "2", "--model.backbone", tiny, "--data.images", str(pictures), *FEW)
+    out = capsys.readouterr().out
+    assert re.search(r"lower under the CLIP's words than under (another's|random tokens) in", out)
+    assert re.search(r"CLIP +the two images most alike of 3 have a cosine of [\d.]+ +(ok|weak|no)", out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_that_does_not_read_its_prompt_fails(tiny, pictures, tmp_path, capsys):
+    """The denoiser's cross-attention gives nothing, as where a text encoder's output does not arrive."""
+
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    silenced = {name: tensor * 0 if ".attn2.to_out" in name else tensor for name, tensor in tensors.items()}
+    assert any(".attn2.to_out" in name for name in tensors)
+    save_file(silenced, weights, {"format": "pt"})
+    config = tmp_path / "mine.yaml"
+    how = ["--model", "PH2P", "--model.tokens", "2", "--data.timesteps", "[100,900]", "--write", str(config)]
+    assert run(*how, "--model.backbone", str(broken), "--data.images", str(pictures), *FEW) == 1
+    captured = capsys.readouterr()
+    assert re.search(r"image +leaving out .* changes it by 0.000 .* no", captured.out)
+    assert "A search cannot work: the prompt changes nothing that is drawn." in captured.out
+    assert "Suggested" not in captured.out
+    assert yaml.safe_load(config.read_text())["data"]["init_args"]["timesteps"] == [100, 900]
+
+
+def test_methods_that_start_from_prompts_are_checked_without_images(tiny, capsys):
+    how = ["--model", "MetricGuidance", "--model.objective", "Sharpness", "--data.prompts", "a red cat", *FEW]
+    assert run(*how, "--model.backbone", tiny) in (0, 1)
+    out = capsys.readouterr().out
+    assert re.search(r"image +leaving out the prompt changes it by [\d.]+", out)
+    assert "loss" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (["--model", "HumanFeedback", "--data.prompts", "a red cat"], "A person's choices cannot be measured"),
+        (["--model", "PH2P", "--data.images", "{pictures}", "--write", "{pictures}/0.png"], "must name a new file"),
+        (["--model", "PH2P", "--data.images", "nowhere"], "nowhere"),
+    ],
+)
+def test_refuses(args, match, tiny, pictures, capsys):
+    given = [arg.format(pictures=pictures) for arg in args]
+    assert run(*given, "--model.backbone", tiny) == 2
+    captured = capsys.readouterr()
+    assert match in captured.err
+    assert captured.err.count("\n") == 1
