@@ -12,19 +12,24 @@ prints the most memory that the process has taken and the seconds of the steps.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
-import shutil
+import string
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     CLIPConfig,
@@ -39,7 +44,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from lightning_prompts.backbones import EMOJI, Backbone, TextTower
+from lightning_prompts.backbones import Backbone, TextTower
 from lightning_prompts.backbones.flux import Flux
 from lightning_prompts.backbones.pixart import PixArt
 from lightning_prompts.backbones.sd3 import StableDiffusion3
@@ -53,6 +58,13 @@ CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 3
 T5_XXL = {
     "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"
 }  # fmt: skip
+VIT_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
 SDXL_UNET = {
     "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
     "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
@@ -71,18 +83,59 @@ PIXART = {
 }  # fmt: skip
 
 
-def clip(projection: int | None = None, **config: int) -> tuple[Any, Any]:
-    """A CLIP text encoder, and a tokenizer that stands for CLIP's."""
-    tokenizer = CLIPTokenizerFast.from_pretrained(EMOJI / "tokenizer")
-    tokenizer.model_max_length = 77
-    own = CLIPTextConfig(vocab_size=49408, **config, **({"projection_dim": projection} if projection else {}))
+def words() -> Iterator[str]:
+    """Every word of one to four letters, the short ones first."""
+    return (
+        "".join(letters) for size in range(1, 5) for letters in itertools.product(string.ascii_lowercase, repeat=size)
+    )
+
+
+@cache
+def clip_tokenizer(size: int = 49408, pad: str = "<|endoftext|>") -> Any:
+    """A tokenizer in CLIP's layout whose tokens are words of up to four letters, each of which survives the round trip.
+
+    A word is merged from its end, `a b c</w>` to `a bc</w>` to `abc</w>`, so that no two merges compete.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merged = list(itertools.islice(words(), 26, 26 + size - 2 * len(alphabet) - 2))  # a word of one letter is a byte
+    tokens = [*alphabet, *(f"{word}</w>" for word in (*alphabet, *merged)), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        Path(folder, "merges.txt").write_text(
+            "#version: 0.2\n" + "".join(f"{word[0]} {word[1:]}</w>\n" for word in merged)
+        )
+        return CLIPTokenizerFast.from_pretrained(folder, model_max_length=77, pad_token=pad)
+
+
+@cache
+def t5_tokenizer(size: int = 32128) -> Any:
+    """A tokenizer in T5's layout, of letters and of words of up to four letters."""
+    letters = string.ascii_lowercase + string.digits + ",.!-'"
+    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -4.0, **dict.fromkeys(letters, -4.0)}
+    pieces |= {f"▁{word}": -2.0 for word in itertools.islice(words(), size - len(pieces))}
+    tokenizer = Tokenizer(models.Unigram(list(pieces.items()), unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(f"{folder}/tokenizer.json")
+        return T5TokenizerFast.from_pretrained(folder, extra_ids=0)
+
+
+def clip(projection: int | None = None, tokenizer: Any = None, **config: int) -> tuple[Any, Any]:
+    """A CLIP text encoder and its tokenizer, by default one that stands for CLIP's."""
+    tokenizer = tokenizer or clip_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    own = CLIPTextConfig(
+        vocab_size=len(tokenizer), **ids, **config, **({"projection_dim": projection} if projection else {})
+    )
     return tokenizer, (CLIPTextModelWithProjection if projection else CLIPTextModel)(own)
 
 
-def t5() -> tuple[Any, Any]:
-    """The T5 that three families read."""
-    tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)], extra_ids=0)
-    return tokenizer, T5EncoderModel(T5Config(**T5_XXL))
+def t5(tokenizer: Any = None, **config: Any) -> tuple[Any, Any]:
+    """The T5 that three families read, or a smaller one."""
+    tokenizer = tokenizer or t5_tokenizer()
+    return tokenizer, T5EncoderModel(T5Config(**T5_XXL | config | {"vocab_size": len(tokenizer)}))
 
 
 def vae(channels: int = 4, **config: Any) -> Any:
@@ -122,11 +175,11 @@ MODELS: dict[str, Callable[[], Backbone]] = {
         unet(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True), vae(), V,
     ),
     "SDXL": lambda: backbone(
-        StableDiffusionXL, [clip(**CLIP_L), clip(1280, **CLIP_G)], unet(**SDXL_UNET), vae(), EPSILON
+        StableDiffusionXL, [clip(**CLIP_L), clip(1280, clip_tokenizer(pad="!"), **CLIP_G)], unet(**SDXL_UNET), vae(), EPSILON
     ),
     "PixArt-Sigma": lambda: backbone(PixArt, [t5()], diffusers.PixArtTransformer2DModel(**PIXART), vae(), EPSILON),
     "Stable Diffusion 3.5 medium": lambda: backbone(
-        StableDiffusion3, [clip(768, **CLIP_L), clip(1280, **CLIP_G), t5()], diffusers.SD3Transformer2DModel(**SD35_MEDIUM),
+        StableDiffusion3, [clip(768, **CLIP_L), clip(1280, clip_tokenizer(pad="!"), **CLIP_G), t5()], diffusers.SD3Transformer2DModel(**SD35_MEDIUM),
         vae(16, **NO_QUANT), FLOW,
     ),
     "FLUX.1 dev": lambda: backbone(
@@ -158,6 +211,17 @@ class Kept:
     def bytes(self) -> int:
         """Of all storages together."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Has attention keep meanwhile what fused kernels keep, see `FusedAttention`."""
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return FusedAttention.apply(query, key, value)
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused):
+        yield
 
 
 class FusedAttention(torch.autograd.Function):
@@ -193,23 +257,34 @@ def kept_of(network: Any, call: Callable[[], Tensor], checkpointing: bool) -> in
     return kept.bytes + max(blocks)
 
 
-def activations(model: Backbone) -> list[int]:
-    """Bytes that autograd keeps of a call of the denoiser, plain and with gradient checkpointing, and of the decoder, the same."""
+def on_meta(build: Callable[[], Backbone]) -> Backbone:
+    """A model in bfloat16 without content."""
+    with torch.device("meta"):
+        return build().to(torch.bfloat16).to("meta")
+
+
+def calls(model: Backbone) -> list[tuple[Any, Callable[[], Tensor]]]:
+    """Calls of the denoiser and of the decoder for one picture, with a gradient to the prompt and to the latents."""
     said = []
     for tower, reads in zip(
         model.towers, model.reads, strict=True
-    ):  # they cannot be called: T5 looks at what its mask holds
+    ):  # without content they cannot be called: T5 looks at what its mask holds
         pooled = tower.encoder.config.projection_dim if reads.network.endswith("Projection") else tower.width
-        said.append(
-            Said(torch.empty(1, tower.length, tower.width, device="meta"), torch.empty(1, pooled, device="meta"))
-        )
+        shapes = (1, tower.length, tower.width), (1, pooled)
+        said.append(Said(*(torch.zeros(shape, device=model.device) for shape in shapes)))
     told = model.combine(said).to(torch.bfloat16).requires_grad_()
-    latents, timesteps = torch.empty(1, *model.latent_shape, device="meta"), torch.zeros(1, device="meta")
-    calls: list[tuple[Any, Callable[[], Tensor]]] = [
+    latents = torch.zeros(1, *model.latent_shape, device=model.device)
+    timesteps = torch.zeros(1, device=model.device)
+    return [
         (model.denoiser, lambda: model.denoise(latents, timesteps, told)),
         (model.vae, lambda: model.decode(latents.requires_grad_())),
     ]
-    return [kept_of(*call, checkpointing) for call in calls for checkpointing in (False, True)]
+
+
+def activations(model: Backbone) -> list[int]:
+    """Bytes that autograd keeps of a call of the denoiser, plain and with gradient checkpointing, and of the decoder, the same."""
+    with fused_attention():
+        return [kept_of(*call, checkpointing) for call in calls(model) for checkpointing in (False, True)]
 
 
 def table() -> str:
@@ -226,8 +301,7 @@ def table() -> str:
     )
     lines = [f"| GiB | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for name, build in MODELS.items():
-        with torch.device("meta"):
-            model = build().to(torch.bfloat16).to("meta")
+        model = on_meta(build)
         parts = [weights(part) for part in (model.towers, model.denoiser, model.vae)]
         figures = [size / GIB for size in (*parts, *activations(model))]
         lines.append(f"| {name} | {model.image_size} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
@@ -246,29 +320,24 @@ SEARCHES = {
 }
 
 
+def clip_model(text: Any, projection: int = 768, **vision: Any) -> Any:
+    """The CLIP of which a text encoder of this configuration is."""
+    pictures = CLIPVisionConfig(**vision)
+    return CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=pictures.to_dict(), projection_dim=projection)
+    )
+
+
 def write_model(folder: Path) -> None:
     """A model of the size of Stable Diffusion 1.5, and the CLIP of which its text encoder is."""
     model = MODELS["Stable Diffusion 1.5"]()
-    vocabulary = json.loads((EMOJI / "tokenizer/vocab.json").read_text())
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    words = [word for word in vocabulary if word not in (start, end)]
-    words += [f"unused-{i}" for i in range(49408 - len(words) - 2)]  # which no text is read as
-    shutil.copytree(EMOJI / "tokenizer", folder / "learned")
-    (folder / "learned/vocab.json").write_text(json.dumps({word: i for i, word in enumerate([*words, start, end])}))
-    files = [str(folder / "learned" / name) for name in ("vocab.json", "merges.txt")]
-    tokenizer = CLIPTokenizerFast(*files, model_max_length=77)
-    encoder = model.towers[0].encoder
-    encoder.config.eos_token_id = encoder.config.pad_token_id = 49407
+    tokenizer, encoder = model.towers[0].tokenizer, model.towers[0].encoder
     pipeline = diffusers.StableDiffusionPipeline(
         vae=model.vae, text_encoder=encoder, tokenizer=tokenizer, unet=model.denoiser, scheduler=model.scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.to(torch.bfloat16).save_pretrained(folder / "model")
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
-    )
-    own = CLIPConfig(text_config=encoder.config.to_dict(), vision_config=vision.to_dict(), projection_dim=768)
-    CLIPModel(own).to(torch.bfloat16).save_pretrained(folder / "model/clip")
+    clip_model(encoder.config, **VIT_L).to(torch.bfloat16).save_pretrained(folder / "model/clip")
     tokenizer.save_pretrained(folder / "model/clip")
 
 
@@ -313,9 +382,6 @@ def main() -> None:
     if args.search:
         print(measure(args.search, settings))
         return
-    torch.nn.functional.scaled_dot_product_attention = lambda query, key, value, *args, **kwargs: FusedAttention.apply(
-        query, key, value
-    )
     print(table())
 
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +164,10 @@ def gradient(
         A function that gives gradients (P, L, D), always the same.
     """
     draw, denoising = torch.Generator().manual_seed(0), objective or Denoising(Microbatch(microbatch))
-    prompt = TokenEmbeddings(backbone.vocabulary, tokens=TOKENS)
+    prompt = TokenEmbeddings(backbone.vocabulary, tokens=TOKENS).to(backbone.device)
     ids = prompt.ids(prompt.allowed.nonzero().squeeze(1)[: count * TOKENS].view(count, TOKENS))
-    latents, noise = torch.randn(2, count, samples, *backbone.latent_shape, generator=draw)
-    timesteps = torch.randint(LOW, HIGH, (count, samples), generator=draw)
+    latents, noise = torch.randn(2, count, samples, *backbone.latent_shape, generator=draw).to(backbone.device)
+    timesteps = torch.randint(LOW, HIGH, (count, samples), generator=draw).to(backbone.device)
 
     def compute() -> Tensor:
         embeddings = prompt.table[ids].float().requires_grad_()
@@ -195,11 +195,22 @@ def seconds(compute: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def flops(compute: Callable[[], Any]) -> int:
-    """Floating-point operations of products and convolutions; attention is counted as the products that it is made of."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+def flops(compute: Callable[[], Any], device: str = "cpu") -> int:
+    """Floating-point operations of products and convolutions; attention is counted as the products that it is made of.
+
+    The counter knows the fused attention of a GPU. It does not know a CPU's, in whose place the products are computed.
+    """
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = Everything()  # its own cannot follow calls without a gradient on tensors that require one
+    with counter, sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
         compute()
     return int(counter.get_total_flops())
+
+
+class Everything(nullcontext[None]):
+    """Has operations counted without telling modules apart."""
+
+    parents = ("Global",)
 
 
 @torch.no_grad()

@@ -1,0 +1,479 @@
+"""How fast a GPU searches at the sizes of Stable Diffusion 1.5, SDXL and FLUX.1: `python benchmarks/gpu.py`; `--print` for the tables.
+
+Weights are random and made on the GPU, in bfloat16 but for the CLIP's, so nothing is downloaded. Measured are the methods in their
+Trainer against plain loops, and as a share of the rate of a matrix product; peak memory against what `benchmarks/memory.py` counts; the
+denoiser with and without torch.compile; and, where there are two GPUs, two processes against one.
+
+Every measurement has a limit in seconds, and one whose limit is longer than what is left of `--minutes` is skipped and named. Results
+are written after each, and the same command measures what is missing. `--tiny` does all of it with small models on a CPU, as a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import memory
+import plain_loops
+import pytorch_lightning as pl
+import random_models
+import speed
+import tables
+import torch
+import yaml
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from two_machines import compare
+
+from lightning_prompts.api import CONFIGS
+from lightning_prompts.backbones import Backbone
+from lightning_prompts.callbacks.dry_run import forget_peak, peak
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.methods import GCG, PH2P, TRAINER, DPODiff, MetricGuidance
+from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
+from lightning_prompts.objectives import Sharpness, clip
+from lightning_prompts.run_folder import RunFolder
+
+FIGURES = Path(__file__).parent / "figures"
+SEED = 0
+WARM = 1  # steps that are not timed
+
+
+class Work(NamedTuple):
+    """How much of each kind of work fills a GPU of 80 GB and still lets a step take no more than a few seconds."""
+
+    images: int  # that PH2P searches together
+    problems: int  # that the other methods search together
+    microbatch: int  # of the inverters
+    pictures: int  # microbatch where pictures are drawn; a gradient then goes through the decoder
+    steps: int  # num_inference_steps
+    seeds: int
+    population: int
+    candidates: int
+
+
+SD15, SDXL, FLUX = "Stable Diffusion 1.5", "SDXL", "FLUX.1 dev"
+WORK = {
+    SD15: Work(images=16, problems=4, microbatch=32, pictures=8, steps=10, seeds=4, population=4, candidates=24),
+    SDXL: Work(images=8, problems=1, microbatch=8, pictures=4, steps=10, seeds=4, population=2, candidates=24),
+    FLUX: Work(images=2, problems=1, microbatch=1, pictures=1, steps=4, seeds=2, population=2, candidates=4),
+}
+TINY_WORK = Work(images=2, problems=2, microbatch=2, pictures=2, steps=3, seeds=2, population=2, candidates=2)
+
+
+# --- a search
+
+
+class Case(NamedTuple):
+    """A method, how many problems it searches together, what its config is changed in, and its plain loop."""
+
+    kind: Any
+    config: str
+    problems: int
+    settings: dict[str, Any]
+    plain: Callable[[Any], Iterator[int]]
+
+
+def cases(work: Work, guides_itself: bool) -> dict[str, Case]:
+    """The methods. DPO-Diff learns in some steps and evaluates candidates in others, which are measured apart."""
+    tokens = {"microbatch": work.microbatch}
+    drawn = {"microbatch": work.pictures, "sampling_steps": work.steps, "seeds": work.seeds}
+    words = drawn | ({"negative": [], "positive": ["neighbours"], "threshold": -1.0} if guides_itself else {})
+    learning = words | {"solver": "gradient", "gradient_share": 1.0, "budget": 1000, "schedule": "fix-1"}
+    evaluating = words | {"solver": "evolution", "population": work.population, "budget": 10**6}
+    metric = drawn | {"objective": Sharpness(), "steps": 10**6}
+    several = work.problems
+    return {
+        "PH2P": Case(PH2P, "ph2p", work.images, tokens, plain_loops.ph2p),
+        "GCG": Case(GCG, "gcg", several, tokens | {"candidates": work.candidates}, plain_loops.gcg),
+        "DPO-Diff, gradients": Case(DPODiff, "dpo_diff", several, learning, plain_loops.dpo_diff_gradients),
+        "DPO-Diff, candidates": Case(DPODiff, "dpo_diff", several, evaluating, plain_loops.dpo_diff_candidates),
+        "MetricGuidance": Case(MetricGuidance, "metric_guidance", several, metric, plain_loops.metric_guidance),
+    }
+
+
+class Stay(SingleDeviceStrategy):
+    """A device on which the model is left when a search has ended; Lightning would copy it to the CPU."""
+
+    def teardown(self) -> None:
+        """Leaves it there."""
+
+
+class Clock(pl.Callback):
+    """Times a search after its first steps for so many seconds, counts the operations of one more step, and ends it.
+
+    It waits for the device at the beginning and at the end alone, so that the search may run ahead of the device.
+    """
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+        self.rate, self.operations, self.peak = 0.0, 0.0, 0  # samples a second, operations a sample, bytes
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Begins to time, or ends it."""
+        if batch_idx == WARM:
+            synchronize(self.device)
+            forget_peak(self.device)
+            self.begun, self.before = time.perf_counter(), samples_of(pl_module)
+        elif batch_idx > WARM and time.perf_counter() - self.begun >= self.seconds:
+            synchronize(self.device)
+            self.rate = (samples_of(pl_module) - self.before) / (time.perf_counter() - self.begun)
+            self.peak = peak(self.device)
+            pl_module.search = partial(self.counted, pl_module, pl_module.search)
+            trainer.should_stop = True
+
+    def counted(self, module: Any, search: Callable[..., None], *args: Any) -> None:
+        """Takes a step and counts its operations."""
+        before = samples_of(module)
+        operations = speed.flops(lambda: search(*args), self.device.type)
+        self.operations = operations / (samples_of(module) - before)
+
+
+def samples_of(method: Any) -> int:
+    """Denoiser samples that a search has taken, of which a backward pass counts as one."""
+    return sum(problem.unet_samples for problem in method.problems)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def search(model: Backbone, case: Case, steps: int, folder: str, *callbacks: pl.Callback, **trainer: Any) -> Any:
+    """Searches as `fit` does with the method's config, but for the results, and gives the method."""
+    config = yaml.safe_load((CONFIGS / f"{case.config}.yaml").read_text())
+    settings = config["model"]["init_args"] | {"score_every": 10**9, "sample_every": 0} | case.settings
+    method = case.kind(**settings | {"backbone": model, "together": case.problems})
+    data: Any = Prompts(plain_loops.PROMPTS[: case.problems])
+    if case.kind.data_class is ImagesToPrompts:
+        schedule = config["data"]["init_args"] | {"steps": steps, "validation_samples": 1}
+        data = ImagesToPrompts(speed.targets(case.problems), **schedule)
+    own = {"accelerator": "gpu" if model.device.type == "cuda" else "cpu", "strategy": Stay(model.device)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = pl.Trainer(**TRAINER | own | trainer, logger=False, callbacks=[*callbacks], default_root_dir=folder).fit
+        fit(method, datamodule=data)
+    return method
+
+
+# --- what is measured
+
+MEMORY = ("weights", "a call", "a call, checkpointed", "a decoding", "a decoding, checkpointed")  # as it is counted
+COMPILED = ("repeated blocks", "whole denoiser")
+STRATEGIES = ("problems", "samples")
+
+
+class Bench:
+    """Where it is measured, for how many seconds at a time, and the one model that is loaded.
+
+    Args:
+        tiny: On a CPU with small models.
+        device: Where else.
+    """
+
+    def __init__(self, tiny: bool, device: str = "cuda:0") -> None:
+        self.tiny, self.seconds = tiny, 0.01 if tiny else 4.0
+        self.device = torch.device("cpu" if tiny else device)
+        self.name = "CPU, tiny" if tiny else torch.cuda.get_device_name(self.device)
+        self.models = random_models.TINY if tiny else memory.MODELS
+        self.work = dict.fromkeys(WORK, TINY_WORK) if tiny else WORK
+        self.loaded: dict[str, Backbone] = {}
+
+    def model(self, name: str) -> Backbone:
+        """A model, which takes the place of the one before."""
+        if name not in self.loaded:
+            self.free(models=True)
+            self.loaded[name] = random_models.backbone(self.models[name], self.device)
+        return self.loaded[name]
+
+    def free(self, models: bool = False) -> None:
+        """Gives the memory back that is no longer used."""
+        if models:
+            self.loaded.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    @cached_property
+    def product(self) -> float:
+        """Operations a second, in units of 10**12, of the product of two bfloat16 matrices."""
+        size = 256 if self.tiny else 8192
+        a, b = torch.randn(2, size, size, device=self.device).bfloat16()
+        return 2e-12 * size**3 / self.repeated(lambda: a @ b)
+
+    def repeated(self, compute: Callable[[], Any]) -> float:
+        """Seconds of a computation, the median of those that follow the first."""
+        times, begun = list[float](), time.perf_counter()
+        while len(times) < 4 or time.perf_counter() - begun < self.seconds / 2:
+            synchronize(self.device)
+            times.append(speed.seconds(lambda: (compute(), synchronize(self.device))))
+        return statistics.median(times[1:])
+
+    def throughput(self, name: str, what: str) -> dict[str, Any]:
+        """Denoiser samples a second of a search and of its plain loop, and the search's share of the rate of a product."""
+        model = self.model(name)
+        clock, case = Clock(self.device, self.seconds), cases(self.work[name], model.guides_itself)[what]
+        with tempfile.TemporaryDirectory() as folder:
+            method = search(model, case, 10**9, folder, clock)
+        if not clock.operations:
+            raise RuntimeError(f"The search by {what} ended before it was timed.")
+        loop = case.plain(method)
+        next(loop)  # is not timed
+        synchronize(self.device)
+        begun, samples = time.perf_counter(), 0
+        while not samples or time.perf_counter() - begun < self.seconds:
+            samples += next(loop)
+            synchronize(self.device)
+        plain, teraflops = samples / (time.perf_counter() - begun), clock.rate * clock.operations / 1e12
+        size = {"problems": case.problems, "microbatch": method.microbatch.size, "peak": clock.peak / memory.GIB}
+        rates = {"search": clock.rate, "plain": plain, "ratio": clock.rate / plain, "teraflops": teraflops}
+        return size | rates | {"product": self.product, "share": teraflops / self.product}
+
+    def memory(self, name: str, what: str) -> dict[str, Any]:
+        """GiB that are taken at most, beside what was held before, against what is counted on the meta device."""
+        place = MEMORY.index(what)
+        if not place:
+            self.free(models=True)
+            taken = self.taken(lambda: self.model(name))
+        else:
+            network, call = memory.calls(self.model(name))[(place - 1) // 2]
+            if not place % 2:
+                network.enable_gradient_checkpointing()
+            try:
+                taken = self.taken(lambda: call().sum().backward())
+            finally:
+                network.disable_gradient_checkpointing()
+        empty = memory.on_meta(self.models[name])
+        weights = sum(map(memory.weights, (empty.towers, empty.denoiser, empty.vae)))
+        counted = [weights, *memory.activations(empty)][place]
+        return {"counted": counted / memory.GIB, "measured": taken / memory.GIB, "ratio": taken / counted}
+
+    def taken(self, work: Callable[[], Any]) -> int:
+        """Bytes that some work takes at most."""
+        forget_peak(self.device)
+        before = peak(self.device)
+        work()
+        synchronize(self.device)
+        return peak(self.device) - before
+
+    def compiled(self, name: str, what: str) -> dict[str, Any]:
+        """Samples a second of gradients alone, without and with torch.compile, whose first call is timed apart."""
+        work, model = self.work[name], self.model(name)
+        compute = speed.gradient(model, work.images, microbatch=work.microbatch)
+        operations, gradient = speed.flops(compute, self.device.type) / 1e12, compute()
+        plain = self.repeated(compute)
+        compile = model.denoiser.compile if what == COMPILED[1] else model.denoiser.compile_repeated_blocks
+        compile(dynamic=False, backend="aot_eager" if self.tiny else "inductor")
+        try:
+            first, other = speed.seconds(lambda: (compute(), synchronize(self.device))), compute()
+            compiled = self.repeated(compute)
+        finally:
+            for module in model.denoiser.modules():
+                module._compiled_call_impl = None
+            torch.compiler.reset()
+        samples, difference = 2 * work.images * speed.SAMPLES, float((other - gradient).norm() / gradient.norm())
+        rates = {"microbatch": work.microbatch, "plain": samples / plain, "compiled": samples / compiled}
+        shares = {"plain_share": operations / plain / self.product, "share": operations / compiled / self.product}
+        return rates | {"ratio": plain / compiled} | shares | {"difference": difference, "first": first}
+
+    def two_processes(self, name: str, strategy: str) -> dict[str, Any]:
+        """How alike what two processes find with PH2P and what one finds are."""
+        with tempfile.TemporaryDirectory() as scratch:
+            one, two = f"{scratch}/one", f"{scratch}/two"
+            self.fixed(name, one)
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+            program = [*torchrun, __file__, "--rank-of", strategy, two, *["--tiny"] * self.tiny]
+            process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True)
+            try:
+                _, errors = process.communicate()
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+            if process.returncode:
+                raise RuntimeError(f"The processes have ended with {process.returncode}:\n{errors[-3000:]}")
+            return compare(found_in(one), found_in(two))
+
+    def fixed(self, name: str, folder: str, **trainer: Any) -> None:
+        """A search with PH2P of as many steps on any machine."""
+        settings = {"microbatch": self.work[name].microbatch, "score_every": 2}
+        case = Case(PH2P, "ph2p", self.work[name].images, settings, plain_loops.ph2p)
+        search(self.model(name), case, 4, folder, **trainer)
+
+
+def found_in(folder: str) -> list[dict[str, Any]]:
+    """What a search has found, in the order of its images."""
+    records = sorted(RunFolder(folder).load().values(), key=lambda record: record.index)
+    return [{"prompt": record.prompt, "validation_loss": record.validation_loss} for record in records]
+
+
+# --- how the measurements follow each other
+
+
+class OutOfTime(BaseException):
+    """A measurement has reached its limit; not an Exception, which libraries would take for an error of their own."""
+
+
+class Cell(NamedTuple):
+    """A measurement: its part, model and line, its limit in seconds, and what gives its figures."""
+
+    part: str
+    model: str
+    what: str
+    limit: float
+    measure: Callable[[str, str], dict[str, Any]]
+
+
+def plan(bench: Bench) -> list[Cell]:
+    """The measurements in their order; compiling takes long and comes last."""
+    cells = list[Cell]()
+    for name in WORK:
+        cells += [Cell("throughput", name, what, 45, bench.throughput) for what in cases(TINY_WORK, False)]
+        cells += [Cell("memory", name, what, 20, bench.memory) for what in MEMORY]
+    if bench.tiny or torch.cuda.device_count() > 1:
+        cells += [Cell("processes", SD15, strategy, 90, bench.two_processes) for strategy in STRATEGIES]
+    for what, limit in zip(COMPILED, (60, 240), strict=True):
+        cells += [Cell("compile", name, what, limit, bench.compiled) for name in WORK]
+    return cells
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises `OutOfTime` after so many seconds."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(bench: Bench, cells: list[Cell], folder: Path, minutes: float) -> bool:
+    """Measures what is missing and fits into the time; gives whether nothing but memory and time was lacking."""
+    end, sound = time.monotonic() + 60 * minutes, True
+    for cell in cells:
+        file, key = file_of(folder, cell.part), {"device": bench.name, "model": cell.model, "what": cell.what}
+        if any(key.items() <= row.items() for row in tables.read(file)):
+            continue
+        row, said, begun = dict[str, Any](), "not measured: no time left", time.monotonic()
+        if begun + cell.limit <= end:
+            try:
+                with limited(cell.limit):
+                    row = cell.measure(cell.model, cell.what)
+                said = f"measured in {time.monotonic() - begun:.0f} s"
+            except OutOfTime:
+                said = f"not measured: no time left of its {cell.limit:.0f} s"
+            except Exception as error:
+                if out_of_memory(error) or str(error) == OUT_OF_MEMORY:
+                    said, row = "out of memory", dict.fromkeys(FORMATS[cell.part], "out of memory")
+                else:
+                    traceback.print_exc()
+                    said, sound = "failed", False
+            bench.free()
+        if row:
+            tables.add(file, [key | {column: row[column] for column in FORMATS[cell.part]}])
+        print(f"{cell.model}, {cell.part}, {cell.what}: {said}", flush=True)
+    return sound
+
+
+# --- what is printed
+
+FORMATS: dict[str, dict[str, tuple[str, str]]] = {  # by part and column, heading and format
+    "throughput": {
+        "problems": ("together", ".0f"), "microbatch": ("microbatch", ".0f"), "search": ("search, samples/s", ".1f"),
+        "plain": ("plain loop, samples/s", ".1f"), "ratio": ("ratio", ".1f"), "teraflops": ("TFLOP/s", ".0f"),
+        "product": ("matrix product, TFLOP/s", ".0f"), "share": ("share", ".0%"), "peak": ("peak memory, GiB", ".1f"),
+    },
+    "memory": {"counted": ("counted, GiB", ".2f"), "measured": ("measured, GiB", ".2f"), "ratio": ("ratio", ".2f")},
+    "compile": {
+        "microbatch": ("microbatch", ".0f"), "plain": ("off, samples/s", ".1f"), "compiled": ("on, samples/s", ".1f"),
+        "ratio": ("ratio", ".2f"), "plain_share": ("share of the product, off", ".0%"), "share": ("on", ".0%"),
+        "difference": ("difference of the gradient", ".0e"), "first": ("first call, s", ".0f"),
+    },
+    "processes": {
+        "prompts": ("prompts", ".0f"), "same_prompts": ("the same as one process", ".0f"),
+        "largest_difference": ("largest relative difference of a loss", ".0e"),
+    },
+}  # fmt: skip
+
+
+def file_of(folder: Path, part: str) -> Path:
+    return folder / f"gpu_{part}.csv"
+
+
+def table(part: str, rows: list[dict[str, Any]]) -> str:
+    """A line a measurement."""
+    columns = FORMATS[part]
+    lines = [f"| device | model | {part} | {' | '.join(heading for heading, _ in columns.values())} |"]
+    lines.append("|---" * (3 + len(columns)) + "|")
+    for row in rows:
+        cells = (
+            row[name] if isinstance(row[name], str) else f"{row[name]:{how}}" for name, (_, how) in columns.items()
+        )
+        lines.append(f"| {row['device']} | {row['model']} | {row['what']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, help="that it takes at most, from when everything is imported"
+    )
+    parser.add_argument("--part", choices=list(FORMATS), nargs="+", default=list(FORMATS))
+    parser.add_argument("--folder", type=Path, default=FIGURES, help="where the figures are written")
+    parser.add_argument("--tiny", action="store_true", help="test it with small models on a CPU")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--rank-of", nargs=2, metavar=("STRATEGY", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    sound = args.print or measure(args)
+    for part in () if args.rank_of else args.part:
+        print(f"\n{table(part, tables.read(file_of(args.folder, part)))}")
+    sys.exit(0 if sound else 1)
+
+
+def measure(args: argparse.Namespace) -> bool:
+    """Measures, in the process that was asked or in one of those that it has started."""
+    if not args.tiny and not torch.cuda.is_available():
+        print("There is no GPU here; give --tiny to test this benchmark with small models on the CPU.", file=sys.stderr)
+        sys.exit(2)
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning_prompts"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if args.tiny:
+        torch.set_num_threads(1)  # networks this small only wait for a second thread
+    bench = Bench(args.tiny, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    tokenizer, network = random_models.clip(bench.device, args.tiny)
+    with ExitStack() as stack:
+        for loads, given in (("load_clip", network), ("load_tokenizer", tokenizer)):
+            stack.enter_context(mock.patch.object(clip, loads, lambda *args, given=given: given))
+        if args.rank_of:
+            strategy, folder = args.rank_of
+            bench.fixed(SD15, folder, strategy=strategy, devices=2)
+            return True
+        if not args.tiny and torch.cuda.device_count() < 2 and "processes" in args.part:
+            print("Two processes are not measured, as this machine has one GPU.")
+        print(f"{bench.name}, torch {torch.__version__}, matrix product {bench.product:.0f} TFLOP/s", flush=True)
+        return run(bench, [cell for cell in plan(bench) if cell.part in args.part], args.folder, args.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Plain loops: one image or prompt at a time, one noise sample or picture a call, as the released codes of the methods do.
+
+Each takes a method that has searched, for its settings, and yields after every step how many denoiser samples it took, of which a
+backward pass counts as one. No weight asks for a gradient, and nearest tokens are looked up on the device, both of which the released
+codes of PH2P and PEZ do not spare; nor is there any of what they do besides, such as encoding the image anew or decoding candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_prompts.backbones import Backbone
+from lightning_prompts.objectives import Sharpness
+from lightning_prompts.objectives.spherical import spherical_distance
+from lightning_prompts.vocabulary import encode_text
+
+PROMPTS = ["the big red dog and the old car", "two cats sit on a wet log", "a tree by the sea", "one fat bee on a bun"]
+LOW, HIGH = 450, 1000  # timesteps
+
+
+def noise_loss(model: Backbone, prompt_embeds: Tensor, latents: Tensor) -> Tensor:
+    """The denoising loss of one noise sample of one image (1, C, h, w)."""
+    timesteps, noise = torch.randint(LOW, HIGH, (1,), device=model.device), torch.randn_like(latents)
+    output = model.denoise(model.add_noise(latents, noise, timesteps), timesteps, prompt_embeds)
+    return F.mse_loss(output, model.target(latents, noise, timesteps))
+
+
+def picture(
+    method: Any, prompt_embeds: Tensor, negative: Tensor, grad_steps: int = 0, stop: int | None = None
+) -> Tensor:
+    """A picture (1, 3, H, W), drawn alone; guidance takes two samples a call, as in diffusers' pipelines."""
+    model = method.backbone
+    noise = torch.randn(1, *model.latent_shape, device=model.device)
+    steps, scale = method.sampling_steps, method.guidance_scale
+    picture: Tensor = model.decode(model.sample(prompt_embeds, negative, noise, steps, scale, grad_steps, stop))
+    return picture
+
+
+def ph2p(method: Any) -> Iterator[int]:
+    """Adam on the embeddings, whose nearest tokens are looked up for each noise sample, as in the released code."""
+    model, prompt, count = method.backbone, method.prompt, int(method.data.samples)
+    table, rows = F.normalize(prompt.table), prompt.allowed.nonzero().squeeze(1)
+    embeddings = nn.Parameter(prompt.table[rows[: len(prompt.positions)]].clone())
+    optimizer, latents = (
+        torch.optim.Adam([embeddings], lr=0.02),
+        torch.randn(1, *model.latent_shape, device=model.device),
+    )
+    while True:
+        optimizer.zero_grad()
+        for _ in range(count):
+            cosines = F.normalize(embeddings.detach()) @ table.T
+            ids = prompt.ids(cosines.masked_fill(~prompt.allowed, -torch.inf).argmax(1)[None])
+            inserted = prompt.table[ids].index_copy(1, prompt.positions, embeddings[None])
+            (noise_loss(model, model.encode(ids, inserted), latents) / count).backward()
+        optimizer.step()
+        yield 2 * count
+
+
+def gcg(method: Any) -> Iterator[int]:
+    """Exchanges of a token that the gradient proposes; each candidate is encoded and evaluated alone."""
+    model, prompt, count = method.backbone, method.prompt, int(method.data.samples)
+    tokens = prompt.allowed.nonzero().squeeze(1)[: len(prompt.positions)]
+    latents = torch.randn(1, *model.latent_shape, device=model.device)
+    while True:
+        ids = prompt.ids(tokens[None])
+        embeddings = prompt.table[ids].requires_grad_()
+        for _ in range(count):
+            noise_loss(model, model.encode(ids, embeddings), latents).backward()
+        change = embeddings.grad[0, prompt.positions] @ prompt.table.T
+        best = change.masked_fill(~prompt.allowed, torch.inf).topk(method.topk, largest=False).indices
+        candidates, losses = tokens.repeat(method.candidates, 1), []
+        for candidate in candidates:
+            place, number = (int(torch.randint(size, ())) for size in best.shape)
+            candidate[place] = best[place, number]
+            with torch.no_grad():
+                embeds = model.encode(prompt.ids(candidate[None]))
+                losses.append(torch.stack([noise_loss(model, embeds, latents) for _ in range(count)]).mean())
+        tokens = candidates[torch.stack(losses).argmin()]
+        yield (2 + method.candidates) * count
+
+
+def dpo_diff_gradients(method: Any) -> Iterator[int]:
+    """DPO-Diff's gradient, by RMSprop on the embeddings of the prompt's tokens."""
+    model, before = method.backbone, method.plan(0)[0]
+    text, away = (
+        encode_text(method.vocabulary.tokenizer, PROMPTS[:1], method.vocabulary.length),
+        method.encode_negative([""]),
+    )
+    ids = text.to(model.device)
+    embeddings = nn.Parameter(method.prompt.table[ids].clone())
+    optimizer, wanted = torch.optim.RMSprop([embeddings], lr=0.1, momentum=0.5), method.clip.features_of(PROMPTS[:1])
+    while True:
+        optimizer.zero_grad()
+        for _ in range(method.seeds):
+            drawn = picture(method, model.encode(ids, embeddings), away, 1, before + 1)
+            spherical_distance(method.clip.features(drawn), wanted).sum().backward()
+        optimizer.step()
+        yield method.seeds * model.calls(before + 2, method.guidance_scale)
+
+
+@torch.no_grad()
+def dpo_diff_candidates(method: Any) -> Iterator[int]:
+    """DPO-Diff's candidates: each is encoded, drawn from every seed and judged by the CLIP."""
+    wanted = method.clip.features_of(PROMPTS[:1])
+    while True:
+        for _ in range(method.population):
+            sides = method.encode(PROMPTS[:1]), method.encode_negative(["blurry"])
+            for _ in range(method.seeds):
+                spherical_distance(method.clip.features(picture(method, *sides)), wanted).sum().item()
+        yield method.population * method.seeds * method.backbone.calls(method.sampling_steps, method.guidance_scale)
+
+
+def metric_guidance(method: Any) -> Iterator[int]:
+    """MetricGuidance's gradient, by Adam on the encoded prompt."""
+    embeds, away = nn.Parameter(method.encode(PROMPTS[:1]).float()), method.encode_negative([""])
+    optimizer, objective = torch.optim.Adam([embeds], lr=0.01), Sharpness()
+    while True:
+        optimizer.zero_grad()
+        for _ in range(method.seeds):
+            (-objective(picture(method, embeds, away, 1), PROMPTS[:1])).sum().backward()
+        optimizer.step()
+        yield method.seeds * method.backbone.calls(method.sampling_steps + 1, method.guidance_scale)
