@@ -225,7 +225,7 @@ class Inverter(PromptMethod):
         if self.denoising_weight:
             if texts is None and self.backbone.others:
                 texts = self.prompt.texts(ids[:, self.prompt.positions])
-            told = self.backbone.encode(ids, embeddings, texts)
+            told = self.backbone.encode(ids, embeddings, texts=texts)
             terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, told, samples)
         if self.clip_weight:
             terms["clip"] = self.clip_weight * self.clip_loss(rows, ids, embeddings)
