@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-exact test-oldest lint types format check clean
+.PHONY: demo test test-exact test-published test-oldest lint types format check clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ test: $(BIN)/.installed  ## passes in a few minutes
 test-exact: $(BIN)/.installed  ## those that compare to the last bit, with kernels as other processors have them
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m exact
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m exact
+
+test-published: $(BIN)/.installed  ## every method on the configurations of published models, where these are at hand
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m published
 
 test-oldest: $(OLDEST)/.installed  ## the same with the oldest dependencies that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal

@@ -25,14 +25,8 @@ Metric = Literal["euclidean", "cosine"]
 
 _BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are drawn as nothing
 LARGEST = 1e18  # norm of an embedding, whose square still has room in float32
-FILLERS = (
-    "a",
-    "b",
-    "the",
-    "of",
-    "in",
-    "to",
-)  # CLIP has a token for each letter that is a word, T5 only for longer words
+# CLIP has a token for each letter as a word of its own, and T5 for longer words.
+FILLERS = ("a", "b", "the", "of", "in", "to")
 
 
 @torch.no_grad()

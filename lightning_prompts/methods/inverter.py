@@ -233,7 +233,7 @@ class Inverter(PromptMethod):
         if self.denoising_weight:
             if texts is None and self.backbone.others:
                 texts = self.prompt.texts(ids[:, self.prompt.positions])
-            encoded = [self.backbone.encode(ids[part], embeddings[part], texts and texts[part]) for part in parts]
+            encoded = [self.backbone.encode(ids[part], embeddings[part], texts=texts and texts[part]) for part in parts]
             terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, torch.cat(encoded), samples)
         if self.clip_weight:
             distances = [self.clip_loss(rows[part], ids[part], embeddings[part]) for part in parts]

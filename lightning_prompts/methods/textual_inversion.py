@@ -54,7 +54,7 @@ class TextualInversion(Inverter):
         """The embeddings as they are, under their pseudo-words."""
         texts = self.texts(rows)
         ids, embeddings = self.prompt(rows.to(self.device))
-        told = self.backbone.encode(ids, embeddings, texts)
+        told = self.backbone.encode(ids, embeddings, texts=texts)
         free = self.prompt.embeddings.detach()[rows.to(self.device)].tolist()
         return [Found(text, None, embedding) for text, embedding in zip(texts, free, strict=True)], told
 
@@ -79,7 +79,7 @@ class TextualInversion(Inverter):
         ids, others = self.vocabulary.encode_text(filled).to(self.device)
         places, free = (ids != others).nonzero().squeeze(1), torch.cat(found).to(self.prompt.table)
         embeddings = self.prompt.table[ids].index_copy(0, places, free)
-        return self.backbone.encode(ids[None], embeddings[None], [text])
+        return self.backbone.encode(ids[None], embeddings[None], texts=[text])
 
     def _record(self, word: str) -> Problem:
         """What a pseudo-word stands for."""

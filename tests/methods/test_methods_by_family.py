@@ -11,9 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lightning_prompts import cli, guide, invert
+from lightning_prompts.api import CONFIGS
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import PromptCheckpoint
 from lightning_prompts.main import main
+from lightning_prompts.methods import PEZ, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
 from lightning_prompts.objectives import Sharpness
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -23,11 +25,12 @@ SEARCH = {"--model.sampling_steps": "2", "--model.image_size": "16", "--model.sa
 PICTURE = {"--data.samples": "2", "--data.validation_samples": "2", "--model.tokens": "2"}
 PROMPTED = {"--data.prompts": PROMPT, "--model.seeds": "2"}
 METHODS = {
-    "PH2P": PICTURE,
+    "PH2P": {**PICTURE, "--model.max_iter": "3"},
     "PEZ": PICTURE,
     "GCG": {**PICTURE, "--model.candidates": "3"},
     "TextualInversion": PICTURE,
     "ClipWords": PICTURE,
+    "RandomTokens": PICTURE,
     "DPODiff": {
         "--data.prompts": PROMPT, "--model.budget": "4", "--model.population": "1", "--model.select": "1", "--model.seeds": "1",
         "--model.gradient_share": "0.5", "--model.schedule": "fix-0", "--model.positive": "[neighbours]", "--model.negative": "[library]",
@@ -40,11 +43,19 @@ METHODS = {
 }  # fmt: skip
 GUIDES_ITSELF = ("lcm", "flux", "flux-schnell")
 REFUSED = {
-    **{("ClipWords", family): "reads 554 tokens of width 32 and the model's text encoder" for family in ("flux", "flux-schnell", "pixart")},
     **{("DPODiff", family): "guides itself, so that a negative prompt does nothing; search other words" for family in GUIDES_ITSELF},
     ("DPODiff", "sd-turbo"): "With a guidance of 1 a negative prompt does nothing; give --model.guidance_scale above 1",
 }  # fmt: skip
-FAMILIES = [family for family in families.BUILD if family not in ("sd1", "sd2")]  # which the other tests are about
+FAMILIES = [
+    "sd-turbo",
+    "lcm",
+    "sdxl",
+    "sd3",
+    "sd3, T5",
+    "flux",
+    "flux-schnell",
+    "pixart",
+]  # sd1 and sd2 are the other tests'
 
 
 class Stopping(PromptCheckpoint):
@@ -62,6 +73,7 @@ def folders(tmp_path_factory):
     found = {}
 
     def folder(family):
+        family = family.partition(",")[0]
         if family not in found:
             found[family] = families.save_with_clip(family, tmp_path_factory.mktemp(family))
         return found[family]
@@ -84,9 +96,9 @@ def command(name, run, *args):
     return 0
 
 
-def settings(method, folder, picture, steps):
+def settings(family, method, folder, picture, steps):
     """A search of so many steps."""
-    given = {**SEARCH, **METHODS[method]}
+    given = {**SEARCH, **METHODS[method], **({"--model.vocabulary": "t5"} if family.endswith("T5") else {})}
     if "--data.prompts" not in given:
         given["--data.images"] = picture
     if method == "HumanFeedback":
@@ -112,7 +124,7 @@ def test_table_of_the_docs_is_what_is_tested():
     assert told == {(method, family): (method, family) not in REFUSED for method in METHODS for family in FAMILIES}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "," not in family])
 def test_company_changes_nothing(family, folders, tmp_path):
     """Two problems together come to what each of them comes to alone."""
     backbone = load_backbone(folders(family), image_size=16)
@@ -147,9 +159,9 @@ def test_company_changes_nothing(family, folders, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cell(family, method, folders, picture, tmp_path, capsys, monkeypatch):
     folder = folders(family)
-    before = load_backbone(folder).state_dict()
-    run, again = tmp_path / "run", tmp_path / "again"
-    code = command("fit", run, *settings(method, folder, picture, 3))
+    before = files_of(folder)
+    run, again, given = tmp_path / "run", tmp_path / "again", settings(family, method, folder, picture, 3)
+    code = command("fit", run, *given)
     if reason := REFUSED.get((method, family)):
         assert code == 2
         assert reason in capsys.readouterr().err
@@ -157,8 +169,8 @@ def test_cell(family, method, folders, picture, tmp_path, capsys, monkeypatch):
     assert code == 0, capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(cli, "PromptCheckpoint", Stopping)
-        assert command("fit", again, *settings(method, folder, picture, 3)) == 130
-    assert command("fit", again, *settings(method, folder, picture, 3), "--ckpt_path", "last") == 0
+        assert command("fit", again, *given) == 130
+    assert command("fit", again, *given, "--ckpt_path", "last") == 0
     (one, files), (other, theirs) = found(run), found(again)
     assert one == other
     assert files.keys() == theirs.keys()
@@ -171,5 +183,75 @@ def test_cell(family, method, folders, picture, tmp_path, capsys, monkeypatch):
     assert found(run)[0] == one
     assert command("predict", run, "--seeds", "3") == 0
     assert len(list((run / "pictures").glob("*.png"))) == 1
-    after = load_backbone(folder).state_dict()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert files_of(folder) == before
+
+
+def files_of(folder):
+    """The files of a model."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*.*")}
+
+
+FEW = {"sd-turbo": 1, "lcm": 4, "flux-schnell": 4}
+WITHOUT_NEGATIVE = {
+    "dpo_diff": ["--model.negative", "[]", "--model.positive", "[neighbours]", "--model.threshold", "-1"],
+    "seed_invariance": ["--model.unconditional", "false"],
+}
+SHORT = {
+    "invert": ["--data.steps", "1", "--model.candidates", "2"],
+    "textual_inversion": ["--data.steps", "1"],
+    "dpo_diff": ["--model.budget", "1", "--model.population", "1", "--model.solver", "random", "--model.seeds", "1"],
+    "metric_guidance": ["--model.steps", "1", "--model.seeds", "1"],
+    "seed_invariance": ["--model.steps", "1", "--model.seeds", "1"],
+    "human_feedback": ["--model.steps", "1", "--model.seeds", "1", "--model.texts", "5", "--model.chooser", "Scripted"],
+}
+
+
+@pytest.mark.parametrize("config", SHORT)
+@pytest.mark.parametrize("family", FEW)
+def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture, tmp_path, capsys):
+    """Few-step models in their own one or four, with the configs as they are but for their length."""
+    args = [
+        "--config",
+        str(CONFIGS / f"{config}.yaml"),
+        "--model.backbone",
+        folders(family),
+        "--model.image_size",
+        "16",
+    ]
+    args += SHORT[config] + WITHOUT_NEGATIVE.get(config, [])
+    args += (
+        ["--data.images", picture, "--data.samples", "1"]
+        if "--data.steps" in SHORT[config]
+        else ["--data.prompts", PROMPT]
+    )
+    if config == "human_feedback":
+        args += ["--model.chooser.wants", picture]
+    assert command("fit", tmp_path / "run", *args) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    drawn = result["settings"]["drawing"]
+    assert result["settings"]["model"]["sampling_steps"] is None
+    assert drawn["sampling_steps"] == FEW[family]
+    assert drawn.get("trial_steps") == (FEW[family] if config == "invert" else None)
+    if config == "dpo_diff":  # three pictures of the prompt and of each of its candidates
+        assert result["problems"][0]["unet_samples"] == 2 * FEW[family]
+
+
+def test_steps_of_the_model_are_what_a_setting_does_not_say(folders):
+    """At most 10 where the search itself draws; what is given counts."""
+    objective = {"objective": Sharpness()}
+    turbo, schnell, flux = (
+        load_backbone(folders(name), image_size=16) for name in ("sd-turbo", "flux-schnell", "flux")
+    )
+    for backbone, own, most in ((turbo, 1, 1), (schnell, 4, 4), (flux, 28, 10)):
+        drawing = [
+            DPODiff(backbone=backbone, negative=[]),
+            SeedInvariance(backbone=backbone),
+            HumanFeedback(backbone=backbone),
+        ]
+        assert [method.sampling_steps for method in [*drawing, MetricGuidance(backbone=backbone, **objective)]] == [
+            most
+        ] * 4
+        inverter = PEZ(backbone=backbone, tokens=2)
+        assert (inverter.sampling_steps, inverter.trial_steps) == (own, most)
+        assert MetricGuidance(backbone=backbone, sampling_steps=12, **objective).sampling_steps == 12
+        assert PEZ(backbone=backbone, tokens=2, trial_steps=12).trial_steps == 12

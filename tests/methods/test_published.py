@@ -1,0 +1,246 @@
+"""Every method on models with the configurations and tokenizers of published ones: searched, resumed, tested and drawn from.
+
+The models are loaded once, and what only depends on a vocabulary of real size is computed once. By default a part of the table runs in
+which every model and every method is; `pytest -m published` runs the rest.
+"""
+
+import importlib.util
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from lightning_prompts import methods
+from lightning_prompts.api import CONFIGS
+from lightning_prompts.backbones import Vocabulary, load_backbone
+from lightning_prompts.callbacks import PromptCheckpoint, Results
+from lightning_prompts.callbacks.checkpoint import AtomicCheckpointIO
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods import TRAINER, start
+from lightning_prompts.methods.human_feedback import Scripted
+from lightning_prompts.methods.inverter import Inverter
+from lightning_prompts.objectives import Sharpness, clip
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(not (SHARED / "data/published").is_dir(), reason=f"no published configurations in {SHARED}"),
+]
+
+PROMPT = "a small cat on a red background"
+PICTURE = {"tokens": 2, "samples": 2, "validation_samples": 2, "steps": 2}
+PROMPTED = {"seeds": 1, "steps": 2}
+CELLS = {
+    "PH2P": {**PICTURE, "max_iter": 2},
+    "PEZ": PICTURE,
+    "GCG": {**PICTURE, "candidates": 3},
+    "TextualInversion": PICTURE,
+    "ClipWords": PICTURE,
+    "RandomTokens": PICTURE,
+    "DPODiff": {"budget": 3, "population": 1, "select": 1, "seeds": 1, "gradient_share": 0.5, "schedule": "fix-0",
+                "positive": ["neighbours"], "negative": ["library"], "threshold": -1},
+    "MetricGuidance": {**PROMPTED, "objective": Sharpness()},
+    "SeedInvariance": {**PROMPTED, "seeds_per_step": 1},
+    "HumanFeedback": {**PROMPTED, "texts": 3, "candidates": 2, "words": ["red", "blue", "large"]},
+    "configs/invert.yaml": {"candidates": 3, "samples": 2, "validation_samples": 2, "steps": 2},
+    "configs/textual_inversion.yaml": {"samples": 1, "validation_samples": 2, "steps": 2},
+}  # fmt: skip
+MODELS = ["sd15", "sd21", "sdxl", "playground25", "sd3", "sd3, T5", "flux-dev", "flux-schnell", "pixart"]
+REFUSED = {
+    ("DPODiff", model): "guides itself, so that a negative prompt does nothing; search other words for the prompt with "
+    r"--model.negative \[\] --model.positive \[synonyms\], or choose another model"
+    for model in ("flux-dev", "flux-schnell")
+}
+PENDING = {"playground25": "schedulers in EDM's preconditioning cannot be read yet"}
+DEFAULT = {
+    *(("configs/invert.yaml", model) for model in ("sd15", "sd3, T5", "flux-dev", "pixart")),
+    ("configs/textual_inversion.yaml", "flux-schnell"), ("configs/textual_inversion.yaml", "sd3"), ("PH2P", "flux-dev"), ("PEZ", "pixart"),
+    ("GCG", "playground25"), ("TextualInversion", "sdxl"), ("ClipWords", "sd21"), ("RandomTokens", "flux-schnell"), ("DPODiff", "sd3, T5"),
+    ("DPODiff", "flux-dev"), ("MetricGuidance", "pixart"), ("SeedInvariance", "sd21"), ("HumanFeedback", "sd3"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The models, loaded when they are first asked for."""
+    spec = importlib.util.spec_from_file_location("published", SHARED / "tools/published.py")
+    published = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(published)
+
+    @cache
+    def folder(name):
+        path = tmp_path_factory.mktemp(name) / "model"
+        return pixart(folder("flux-dev"), path) if name == "pixart" else published.build(name, path)
+
+    @cache
+    def model(name):
+        return load_backbone(
+            str(folder(name.partition(",")[0])), vocabulary="t5" if name.endswith("T5") else None, image_size=64
+        )
+
+    return model
+
+
+def pixart(flux, folder):
+    """PixArt-Sigma XL 2 1024 MS as it is documented, of less width and depth, with the T5 of FLUX, which it shares."""
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=16, num_attention_heads=2, in_channels=4, out_channels=8,
+        caption_channels=64, cross_attention_dim=32, attention_bias=True, activation_fn="gelu-approximate", interpolation_scale=2,
+        norm_elementwise_affine=False, norm_eps=1e-6, norm_type="ada_norm_single", num_embeds_ada_norm=1000, use_additional_conditions=False,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32,) * 4, latent_channels=4, sample_size=64, scaling_factor=0.13025, force_upcast=True,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.0001,
+        beta_end=0.02,
+        beta_schedule="linear",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+    )
+    tokenizer = transformers.T5TokenizerFast.from_pretrained(flux / "tokenizer_2")
+    encoder = transformers.T5EncoderModel.from_pretrained(flux / "text_encoder_2")
+    diffusers.PixArtSigmaPipeline(tokenizer, encoder, vae.eval(), transformer.eval(), scheduler).save_pretrained(folder)
+    shutil.copytree(flux / "clip", folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def once():
+    """Computes what only depends on a vocabulary or a CLIP once."""
+    allowed, features = Vocabulary.allowed, start.word_features
+    known = {}
+
+    def allowed_once(self, blocked=(), words=None):
+        key = id(self), tuple(blocked), words
+        if key not in known:
+            known[key] = self, allowed(self, blocked, words)  # the vocabulary is kept, and so is its id
+        return known[key][1].clone()
+
+    def features_once(clip, prompt, as_text, chunk=256):
+        key = clip.name, id(prompt.vocabulary), prompt.words_around, as_text
+        if key not in known:
+            known[key] = features(clip, prompt, as_text, chunk)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Vocabulary, "allowed", allowed_once)
+        patch.setattr(start, "word_features", features_once)
+        patch.setattr(clip, "load_clip", cache(clip.load_clip))
+        patch.setattr(clip, "load_tokenizer", cache(clip.load_tokenizer))
+        yield
+
+
+class Stopping(PromptCheckpoint):
+    """Saves after the first step and stops the program."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._save(trainer)
+        raise KeyboardInterrupt
+
+
+class Cell:
+    """A method, or a config, on a model."""
+
+    def __init__(self, name, backbone, picture):
+        self.kind, given = getattr(methods, name, None), CELLS[name]
+        if self.kind is None:
+            config = yaml.safe_load((CONFIGS.parent / name).read_text())
+            self.kind = getattr(methods, config["model"]["class_path"])
+            given = {**config["model"]["init_args"], **config["data"]["init_args"], **given}
+        data = {"samples", "validation_samples", "timesteps", *(["steps"] if issubclass(self.kind, Inverter) else [])}
+        self.data = {key: value for key, value in given.items() if key in data}
+        self.model = {key: value for key, value in given.items() if key not in data}
+        self.model |= {"backbone": backbone, "sampling_steps": 2, "sample_every": 0}
+        self.picture = picture
+        if name == "HumanFeedback":
+            self.model["chooser"] = Scripted(picture)
+
+    def run(self, command, folder, saving=PromptCheckpoint, ckpt_path=None):
+        """Does what a command does, in its own module and Trainer."""
+        module = self.kind(**self.model)
+        data = ImagesToPrompts(self.picture, **self.data) if issubclass(self.kind, Inverter) else Prompts(PROMPT)
+        how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
+        callbacks = [Results(seeds=(3,), tell=False), saving(folder / "checkpoints")]
+        trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
+        if command == "fit":
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        else:
+            getattr(trainer, command)(module, datamodule=data)
+
+
+def found(run):
+    """What a run has found, but for the seconds it took and the last digit of a cosine."""
+    files = {path.name: load_file(path) for path in run.glob("*.safetensors")}
+    (problem,) = json.loads((run / "result.json").read_text())["problems"]
+    problem["similarity"] = round(problem.get("similarity") or 0.0, 4)
+    return {name: value for name, value in problem.items() if name != "seconds"}, files
+
+
+def params():
+    """All cells; those that are not in the part that runs by default are marked."""
+    for model in MODELS:
+        for name in CELLS:
+            marks = [] if (name, model) in DEFAULT else [pytest.mark.published]
+            if model in PENDING:
+                marks.append(pytest.mark.xfail(reason=PENDING[model], strict=True))
+            yield pytest.param(name, model, marks=marks, id=f"{model.replace(', ', '-')}-{Path(name).stem}")
+
+
+def test_default_part_has_every_model_and_method():
+    assert {model for _, model in DEFAULT} == set(MODELS)
+    assert {name for name, _ in DEFAULT} == set(CELLS)
+
+
+def test_table_of_the_docs_is_what_is_tested():
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    lines = page[page.index("| | sd15 ") :].partition("\n\n")[0].splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    told = {(row[0].strip("`"), model): cell for row in rows for model, cell in zip(head[1:], row[1:], strict=True)}
+    works = {(name, model): "yes" for name in CELLS for model in MODELS if model not in PENDING}
+    assert told == works | dict.fromkeys(REFUSED, "positive words only")
+
+
+@pytest.mark.parametrize(("name", "model"), params())
+def test_cell(name, model, models, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "p.png")
+    cell, run, again = Cell(name, models(model), str(tmp_path / "p.png")), tmp_path / "run", tmp_path / "again"
+    before = {key: tensor.clone() for key, tensor in cell.model["backbone"].state_dict().items()}
+    if reason := REFUSED.get((name, model)):
+        with pytest.raises(UserError, match=reason):
+            cell.run("fit", run)
+        cell.model |= {"negative": []}
+    cell.run("fit", run)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        cell.run("fit", again, Stopping)
+    (last,) = (again / "checkpoints").glob("*.ckpt")
+    cell.run("fit", again, ckpt_path=str(last))
+    (one, files), (other, theirs) = found(run), found(again)
+    assert one == other
+    assert one["status"] in ("done", "not improved"), one
+    assert files.keys() == theirs.keys()
+    for file, tensors in files.items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, theirs[file][key], atol=1e-5, rtol=1e-5)
+    cell.run("test", run)
+    assert found(run)[0] == one
+    cell.run("predict", run)
+    assert len(list((run / "pictures").glob("*.png"))) == 1
+    after = cell.model["backbone"].state_dict()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
