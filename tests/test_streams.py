@@ -39,7 +39,7 @@ METHODS = {
     ],
 }  # fmt: skip
 INVERTERS = ("PEZ", "PH2P", "PH2P adam", "GCG")
-ALIKE = ("PEZ", "PH2P adam")  # `make test-exact` leaves them out: others make the same calls
+ALIKE = ("PEZ", "PH2P adam", "GCG")  # `make test-exact` leaves them out: others make the same calls
 PROMPTS = ["a cat", "two dogs beside a large tree", "a red square"]
 
 
