@@ -353,7 +353,15 @@ class Backbone(nn.Module, ABC):
             sigma = (4 * self.condition(timesteps).to(self.sigmas)).exp().view(-1, 1, 1, 1)
             c_in = (sigma**2 + self.sigma_data**2).rsqrt()
             return c_in, sigma * c_in
-        alphas = self.alphas_cumprod[timesteps.long()].view(-1, 1, 1, 1)
+        before = timesteps.long()
+        alphas = self.alphas_cumprod[before]
+        if (
+            timesteps.is_floating_point()
+        ):  # some samplers step between two timesteps of training, where sigma is interpolated
+            after = self.alphas_cumprod[(before + 1).clamp(max=self.num_train_timesteps - 1)]
+            low, high, share = (1 / alphas - 1).sqrt(), (1 / after - 1).sqrt(), (timesteps - before).to(alphas)
+            alphas = torch.where(share > 0, 1 / (1 + low.lerp(high, share).square()), alphas)
+        alphas = alphas.view(-1, 1, 1, 1)
         return alphas.sqrt(), (1 - alphas).sqrt()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -459,7 +467,9 @@ class Backbone(nn.Module, ABC):
             Latents, (P, C, h, w).
         """
         scheduler = self._sampler(steps, noise.device)
-        extra = {"generator": _generators(noise)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        # Of eta, how much noise DDIM and TCD add, diffusers' pipelines make 0 whatever the class's default is.
+        taken = inspect.signature(scheduler.step).parameters
+        extra = {name: value for name, value in (("generator", generators_of(noise)), ("eta", 0.0)) if name in taken}
         scale = getattr(scheduler, "scale_model_input", lambda latents, t: latents)  # those of flows have none
         calls = len(scheduler.timesteps) if stop is None else stop
         first = 0 if grad_steps >= steps else calls - grad_steps
@@ -571,7 +581,7 @@ def repeat(x: Tensor, times: int) -> Tensor:
     return x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1)
 
 
-def _generators(noise: Tensor) -> list[torch.Generator]:
+def generators_of(noise: Tensor) -> list[torch.Generator]:
     """One generator a row, seeded by the row, for samplers that add noise at each step."""
     rows = noise.detach().float().cpu().numpy()
     return [torch.Generator().manual_seed(zlib.crc32(row.tobytes())) for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -241,8 +242,9 @@ def _read_scheduler(name: str, folder: Path, pipeline: str) -> Any:
 def _replaced(own: Any, name: str, model: str) -> Any:
     """Return another scheduler with the noise levels and the prediction type of a model's own.
 
-    Its config is what diffusers' `from_config` makes of the own one's, but for `clip_sample` and `thresholding`, which are off unless
-    they are on in the own one: latents are not confined to [-1, 1].
+    Its config is what diffusers' `from_config` makes of the own one's, with two corrections. What decides the noise levels and the
+    prediction type is the own one's also where that has it from the defaults of its class, which differ between classes. And
+    `clip_sample` and `thresholding` are off unless they are on in the own one, as latents are not confined to [-1, 1].
 
     Args:
         own: The model's scheduler.
@@ -254,18 +256,17 @@ def _replaced(own: Any, name: str, model: str) -> Any:
     """
     import diffusers
 
-    known, its = EXCHANGEABLE[_sort(type(own).__name__)], type(own).__name__
+    known, its = exchangeable(own), type(own).__name__
     if name not in known:
         raise UserError(
             f"The scheduler {name!r} does not fit this model, whose own is {its}; use one of diffusers' such as {', '.join(known)}."
         )
     kind = getattr(diffusers, name)
     try:
-        other = kind.from_config(own.config)
-        if off := {
-            key: False for key in ("clip_sample", "thresholding") if other.config.get(key) and not own.config.get(key)
-        }:
-            other = kind.from_config(own.config, **off)
+        taken = inspect.signature(kind).parameters
+        kept = {key: own.config[key] for key in NOISE_LEVELS if key in taken and key in own.config}
+        off = {key: bool(own.config.get(key)) for key in ("clip_sample", "thresholding") if key in taken}
+        other = kind.from_config(own.config, **kept, **off)
     except (ImportError, NotImplementedError, ValueError) as error:
         reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(" .:")
         raise UserError(
@@ -282,10 +283,27 @@ def _replaced(own: Any, name: str, model: str) -> Any:
     return other
 
 
+def exchangeable(scheduler: Any) -> tuple[str, ...]:
+    """Return the classes of diffusers that can take a scheduler's place, its own among them."""
+    own = type(scheduler).__name__
+    return tuple(dict.fromkeys((own, *EXCHANGEABLE[_sort(own)])))
+
+
 def _sort(name: str) -> str:
     """Return which schedulers can take the place of the one of a class: those of flows, of EDM, or "" for the others."""
     return next((sort for sort in ("FlowMatch", "EDM") if name.startswith(sort)), "")
 
+
+NOISE_LEVELS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+"""What of a scheduler's config decides its noise levels and what the denoiser predicts."""
 
 EXCHANGEABLE = {
     "": (

@@ -44,7 +44,9 @@ REFUSED = {
     **{("DPODiff", family): "guides itself, so that a negative prompt does nothing; search other words" for family in GUIDES_ITSELF},
     ("DPODiff", "sd-turbo"): "With a guidance of 1 a negative prompt does nothing; give --model.guidance_scale above 1",
 }  # fmt: skip
-FAMILIES = [family for family in families.BUILD if family not in ("sd1", "sd2")]  # which the other tests are about
+FAMILIES = [
+    family for family in families.BUILD if family not in ("sd1", "sd2", "playground")
+]  # which other tests are about
 
 
 class Stopping(PromptCheckpoint):
