@@ -8,6 +8,7 @@ tokenizers. Cells that diffusers' pipeline refuses are left out.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import sys
@@ -121,14 +122,12 @@ def unclipped(own: Any, scheduler: str) -> dict[str, bool]:
 def models() -> dict[str, tuple[Callable[[Path], Path], int]]:
     """What writes each model into a folder, and the pixels of its pictures."""
     sys.path[:0] = [str(ROOT / "tests"), str(SHARED / "tools")]
-    import families
-
+    families = importlib.import_module("families")
     found: dict[str, tuple[Callable[[Path], Path], int]] = {
         f"{name}, small": (partial(families.save, name), 16) for name in families.BUILD
     }
     if SHARED.is_dir():
-        import published
-
+        published = importlib.import_module("published")
         found |= {
             f"{name}, published": (partial(published.build, name, clip=False), 128) for name in published.NAMES
         }  # at 64 pixels the UNets' innermost norms see two numbers a group, and a rounding error turns their signs
