@@ -70,6 +70,7 @@ def pack_embedding(embedding: Tensor, backbone: Backbone, token: str) -> bytes:
     parts = [part.detach().float().cpu().contiguous() for part in backbone.vocabulary.split(embedding)]
     names = [token] if len(backbone.towers) == 1 and backbone.towers[0].kind == "clip" else encoder_names(backbone)
     metadata = {"format": "pt", "family": type(backbone).__name__, "backbone": backbone.name, "token": token}
+    metadata |= _clip_skip(backbone)
     return save(dict(zip(names, parts, strict=True)), metadata)
 
 
@@ -81,6 +82,11 @@ def split_name(path: str | Path) -> tuple[Path, str | None]:
             if os.path.isfile(text[:place]):
                 return Path(text[:place]), text[place + 1 :]
     return Path(text), None
+
+
+def _clip_skip(backbone: Backbone) -> dict[str, str]:
+    """Return the metadata that says with how many skipped layers an embedding was found, if with any."""
+    return {"clip_skip": str(backbone.clip_skip)} if backbone.clip_skip else {}
 
 
 def read_embedding(path: str | Path, backbone: Backbone, pickle: bool = False) -> Tensor:
@@ -345,6 +351,7 @@ def pack_prompt_embeds(embeds: Mapping[str, Tensor], prompts: Sequence[str], bac
         "backbone": backbone.name,
         "shape": json.dumps(shape),
         "base_prompts": json.dumps(dict(zip(embeds, prompts, strict=True))),
+        **_clip_skip(backbone),
     }
     return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
 

@@ -116,7 +116,7 @@ def stable_diffusion(folder, scheduler, width, pipeline="StableDiffusionPipeline
     )  # fmt: skip
 
 
-def sdxl(folder, scheduler):
+def sdxl(folder, scheduler, **autoencoder):
     """Two CLIPs that pad differently, a pooled vector, sizes."""
     one, first = clip(32)
     two, second = clip(48, "!", kind=CLIPTextModelWithProjection, projection_dim=24)
@@ -126,7 +126,7 @@ def sdxl(folder, scheduler):
         "projection_class_embeddings_input_dim": 72,
     }
     return diffusers.StableDiffusionXLPipeline(
-        vae=vae(force_upcast=True), text_encoder=first, text_encoder_2=second, tokenizer=one, tokenizer_2=two, unet=unet(80, **added),
+        vae=vae(force_upcast=True, **autoencoder), text_encoder=first, text_encoder_2=second, tokenizer=one, tokenizer_2=two, unet=unet(80, **added),
         scheduler=scheduler,
     )  # fmt: skip
 
@@ -190,11 +190,21 @@ BUILD = {
         folder, diffusers.LCMScheduler(**NOISE), 32, "LatentConsistencyModelPipeline", 16
     ),
     "sdxl": lambda folder: sdxl(folder, diffusers.EulerDiscreteScheduler(**NOISE)),
+    "playground": lambda folder: sdxl(
+        folder, diffusers.EDMDPMSolverMultistepScheduler(), scaling_factor=0.5, latents_mean=[-1.6, 1.9, -1.4, 2.5], latents_std=[8.5, 5.9, 6.5, 5.2]
+    ),
     "sd3": lambda folder: sd3(folder, flow(shift=3.0)),
     "flux": lambda folder: flux(folder, flow(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)),
     "flux-schnell": lambda folder: flux(folder, flow(shift=1.0), guidance=False),
     "pixart": lambda folder: pixart(diffusers.DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++")),
 }  # fmt: skip
+
+
+def edit(file, change):
+    """Changes the content of a JSON file."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
 
 
 def save(family, folder):
@@ -207,6 +217,8 @@ def save(family, folder):
     index = json.loads((folder / "model/model_index.json").read_text())
     index = {name: value for name, value in index.items() if name not in NEWER}
     (folder / "model/model_index.json").write_text(json.dumps(index))
+    if family == "sdxl":  # whose default is true
+        edit(folder / "model/model_index.json", lambda index: index.pop("force_zeros_for_empty_prompt"))
     return folder / "model"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import zlib
 from abc import ABC, abstractmethod
@@ -28,6 +29,7 @@ class Reads(NamedTuple):
     layer: int = -1
     length: int | None = None
     masked: bool = False
+    obeys_mask: bool = False
     optional: bool = False
     lower: bool = False  # the pipeline lower-cases what it is told
 
@@ -55,6 +57,8 @@ class Backbone(nn.Module, ABC):
         vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
         image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
         zero_empty: The encoding of an empty text to lead away from is zeros.
+        clip_skip: How many of the CLIP text encoders' last layers are skipped when a prompt is encoded, as diffusers' pipelines
+            do; a negative prompt is encoded with all layers, as theirs is. None for all layers.
     """
 
     pipelines: ClassVar[tuple[str, ...]]  # of diffusers, that the family reads
@@ -67,10 +71,15 @@ class Backbone(nn.Module, ABC):
     fixed: ClassVar[int] = 1  # rows at the beginning of an encoded prompt that are the same for all
     cross_attends: ClassVar[bool] = False  # whether it has `attention_maps`
     patch: ClassVar[int] = 1  # latents that the denoiser takes together, a side
+    takes_clip_skip: ClassVar[bool] = False  # whether diffusers' pipelines of the family do
+    vae_statistics: ClassVar[
+        tuple[str, ...]
+    ] = ()  # keys of the autoencoder's config that the pipeline obeys, if all are set
 
     offloaded = False  # see `save_memory`
     towers: Sequence[TextTower]
     alphas_cumprod: Tensor
+    sigmas: Tensor
 
     def __init__(
         self,
@@ -82,9 +91,11 @@ class Backbone(nn.Module, ABC):
         vocabulary: Kind | None = None,
         image_size: int | None = None,
         zero_empty: bool = False,
+        clip_skip: int | None = None,
     ) -> None:
         super().__init__()
         self.name, self.scheduler, self.zero_empty = name, scheduler, zero_empty
+        self.clip_skip = clip_skip
         self.towers = cast("Sequence[TextTower]", nn.ModuleList(towers))
         self.denoiser: Any = denoiser
         self.vae: Any = vae
@@ -99,6 +110,8 @@ class Backbone(nn.Module, ABC):
                 "write the whole model again."
             )
         self.vocabulary = Vocabulary(same)
+        if clip_skip is not None:
+            self._check_clip_skip(clip_skip)
         self.prediction_type: str = scheduler.config.get("prediction_type", "flow_prediction")
         if self.prediction_type not in self.predicts:
             raise UserError(
@@ -111,8 +124,14 @@ class Backbone(nn.Module, ABC):
                     f"The {what} of the model {name!r} are {given} wide and its denoiser takes {taken}; they are of different models, so "
                     "fetch or write the whole model again."
                 )
-        alphas = torch.empty(0) if self.prediction_type == "flow_prediction" else scheduler.alphas_cumprod.float()
-        self.register_buffer("alphas_cumprod", alphas.clone(), persistent=False)
+        alphas = getattr(scheduler, "alphas_cumprod", torch.empty(0))  # flows and EDM have none
+        self.register_buffer("alphas_cumprod", alphas.float().clone(), persistent=False)
+        sigmas = torch.empty(0)
+        if (
+            self.sigma_data is not None
+        ):  # diffusers' table begins with the largest, and may end beyond the training timesteps
+            sigmas = scheduler.sigmas[: self.num_train_timesteps].flip(0).float()
+        self.register_buffer("sigmas", sigmas.clone(), persistent=False)
         self.image_size = image_size or self.trained_size
         if self.image_size % (self.factor * self.patch):
             raise UserError(
@@ -120,8 +139,22 @@ class Backbone(nn.Module, ABC):
                 f"{self.factor * self.patch}; change --model.image_size."
             )
         self.default_steps, self.default_guidance = self._defaults()
-        self._empty: dict[torch.dtype | None, Tensor] = {}
+        self._empty: dict[tuple[torch.dtype | None, bool], Tensor] = {}
         self.requires_grad_(False).eval()
+
+    def _check_clip_skip(self, clip_skip: int) -> None:
+        """Refuse to skip layers where diffusers' pipeline does not, and more layers than there are."""
+        if not self.takes_clip_skip:
+            raise UserError(
+                f"The pipeline of the model {self.name!r} skips no layers of its text encoders, and --model.clip_skip {clip_skip} was "
+                "given; leave it out."
+            )
+        most = min(tower.most_skipped for tower in self.towers if tower.kind == "clip")
+        if not 1 <= clip_skip <= most:
+            raise UserError(
+                f"--model.clip_skip must be between 1 and {most}, the layers of the text encoders of the model {self.name!r} that can be "
+                f"skipped, got {clip_skip}; leave it out to skip none."
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moves what it holds to a device, but for networks that come there only when they are called."""
@@ -152,41 +185,68 @@ class Backbone(nn.Module, ABC):
         """The text encoders whose tokens are not searched."""
         return [tower for tower in self.towers if tower not in self.vocabulary.towers]
 
-    def encode(self, ids: Tensor, embeddings: Tensor | None = None, texts: Sequence[str] | None = None) -> Tensor:
+    def encode(
+        self,
+        ids: Tensor,
+        embeddings: Tensor | None = None,
+        texts: Sequence[str] | None = None,
+        negative: bool = False,
+    ) -> Tensor:
         """Encodes prompts of the vocabulary that is searched; the other text encoders read text.
 
         Args:
             ids: Token ids with start, end and padding, (P, L).
             embeddings: What stands in place of the tokens' embeddings, (P, L, D); gradients flow to it.
             texts: What the other text encoders read, P texts; None for what the ids spell.
+            negative: These are negative prompts, see `encode_text`.
 
         Returns:
             Encoded prompts, (P, R, D').
         """
-        said = self.vocabulary.say(ids, embeddings)
+        skip = self._skipped(negative)
+        said = self.vocabulary.say(ids, embeddings, skip)
         if others := self.others:
             texts = self.vocabulary.texts(ids) if texts is None else texts
-            said |= {tower: tower.read(texts, self.device, cut=True) for tower in others}
-        return self.combine([said[tower] for tower in self.towers])
+            said |= {tower: tower.read(texts, self.device, cut=True, skip=skip) for tower in others}
+        encoded = self.combine([said[tower] for tower in self.towers])
+        return self._zeroed(encoded, self.vocabulary.empty(ids)) if negative else encoded
 
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Encoded prompts (P, R, D) of P texts, as the family's pipeline reads them.
+    def encode_text(self, texts: Sequence[str], negative: bool = False) -> Tensor:
+        """Encode texts as the family's pipeline does.
 
         A text that is too long for what is searched is refused. Of what is too long for the other towers the end is cut off. The
         empty text alone, which is led away from again and again, is encoded once.
+
+        Args:
+            texts: P texts.
+            negative: These are negative prompts: no layer of the text encoders is skipped, and the empty text is zeros with
+                `zero_empty`.
+
+        Returns:
+            Encoded prompts, (P, R, D).
         """
         if list(texts) != [""]:
-            return self._encode_text(texts)
+            return self._encode_text(texts, negative)
         kind = self.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        if autocast not in self._empty:
+        key = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None, negative
+        if key not in self._empty:
             with torch.inference_mode(False), torch.no_grad():  # a search may use what a test has encoded
-                self._empty[autocast] = self._encode_text(texts)
-        return self._empty[autocast]
+                self._empty[key] = self._encode_text(texts, negative)
+        return self._empty[key]
 
-    def _encode_text(self, texts: Sequence[str]) -> Tensor:
-        parts = [tower.read(texts, self.device, cut=tower not in self.vocabulary.towers) for tower in self.towers]
-        return self.combine(parts)
+    def _encode_text(self, texts: Sequence[str], negative: bool) -> Tensor:
+        skip, searched = self._skipped(negative), self.vocabulary.towers
+        parts = [tower.read(texts, self.device, cut=tower not in searched, skip=skip) for tower in self.towers]
+        encoded = self.combine(parts)
+        return self._zeroed(encoded, torch.tensor([not text.strip() for text in texts])) if negative else encoded
+
+    def _skipped(self, negative: bool) -> int:
+        """Return how many layers of the CLIP text encoders are skipped; diffusers skips none for negative prompts."""
+        return 0 if negative else self.clip_skip or 0
+
+    def _zeroed(self, encoded: Tensor, empty: Tensor) -> Tensor:
+        """Return encoded negative prompts (P, R, D), those of empty texts (P,) as zeros if the model was trained so."""
+        return encoded.masked_fill(empty.to(encoded.device).view(-1, 1, 1), 0) if self.zero_empty else encoded
 
     def split(self, prompts: Tensor) -> tuple[Tensor, Tensor | None]:
         """Encoded prompts (..., R, D) as what the denoiser attends to, (..., L, D), and the pooled vectors (..., D')."""
@@ -220,7 +280,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             noisy: Noisy latents, (B, C, h, w).
-            timesteps: (B,).
+            timesteps: (B,), see `condition`.
             prompts: Encoded, (B, R, D).
             guidance_scale: What models are told that have learned to guide themselves.
 
@@ -270,7 +330,7 @@ class Backbone(nn.Module, ABC):
     @property
     def trained_size(self) -> int:
         """Height and width, in pixels, of the images that the denoiser was trained on."""
-        return int(self.denoiser.config.sample_size) * self.factor
+        return square_size(self.denoiser.config.sample_size, self.name) * self.factor
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -278,31 +338,90 @@ class Backbone(nn.Module, ABC):
         side = self.image_size // self.factor
         return self.vae.config.latent_channels, side, side
 
+    @property
+    def sigma_data(self) -> float | None:
+        """The data's standard deviation in EDM's preconditioning (arXiv 2206.00364, table 1); None for other noise schedules."""
+        value: float | None = self.scheduler.config.get("sigma_data")
+        return value
+
+    def condition(self, timesteps: Tensor) -> Tensor:
+        """Return what the denoiser is told of the noise level, (B,): the timesteps, or with EDM `c_noise`, ln(sigma) / 4.
+
+        Args:
+            timesteps: (B,). Integers 0, ..., num_train_timesteps - 1 are those of training, a larger one is noisier; with EDM they
+                number the rows of the scheduler's table of sigmas, from the smallest on. With EDM, floating-point timesteps are those
+                of its sampler, which are `c_noise` already.
+        """
+        if self.sigma_data is None or timesteps.is_floating_point():
+            return timesteps
+        return self.sigmas[timesteps.long()].log() / 4
+
     def _signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of latents and noise in noisy latents, (B, 1, 1, 1) each."""
         if self.prediction_type == "flow_prediction":
             sigma = (timesteps.to(self.alphas_cumprod) / self.num_train_timesteps).view(-1, 1, 1, 1)
             return 1 - sigma, sigma
-        alphas = self.alphas_cumprod[timesteps.long()].view(-1, 1, 1, 1)
+        if self.sigma_data is not None:
+            sigma = (4 * self.condition(timesteps).to(self.sigmas)).exp().view(-1, 1, 1, 1)
+            c_in = (sigma**2 + self.sigma_data**2).rsqrt()
+            return c_in, sigma * c_in
+        before = timesteps.long()
+        alphas = self.alphas_cumprod[before]
+        if (
+            timesteps.is_floating_point()
+        ):  # some samplers step between two timesteps of training, where sigma is interpolated
+            after = self.alphas_cumprod[(before + 1).clamp(max=self.num_train_timesteps - 1)]
+            low, high, share = (1 / alphas - 1).sqrt(), (1 / after - 1).sqrt(), (timesteps - before).to(alphas)
+            alphas = torch.where(share > 0, 1 / (1 + low.lerp(high, share).square()), alphas)
+        alphas = alphas.view(-1, 1, 1, 1)
         return alphas.sqrt(), (1 - alphas).sqrt()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noisy latents (B, C, h, w) from latents and noise (B, C, h, w) and timesteps (B,)."""
+        """Return noisy latents (B, C, h, w) as the denoiser is shown them, with EDM times `c_in`.
+
+        Args:
+            latents: (B, C, h, w).
+            noise: Standard normal, (B, C, h, w).
+            timesteps: (B,), see `condition`.
+        """
         a, s = self._signal_and_noise(timesteps)
         return a * latents + s * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should answer, (B, C, h, w), for latents and noise (B, C, h, w) and timesteps (B,)."""
+        """Return what the denoiser should answer, (B, C, h, w).
+
+        With EDM it is the target of the network F itself, `(x0 - c_skip * x) / c_out`, whose variance is 1 at every noise level, so that
+        squared errors of all timesteps weigh alike.
+
+        Args:
+            latents: (B, C, h, w).
+            noise: Standard normal, (B, C, h, w).
+            timesteps: (B,), see `condition`.
+        """
         if self.prediction_type == "flow_prediction":
             return noise - latents
         a, s = self._signal_and_noise(timesteps)
+        if self.sigma_data is not None:
+            # With x0 / sigma_data for x0, EDM's factors are those of a variance-preserving schedule, and F is its velocity; "epsilon"
+            # has the other sign of c_out.
+            velocity = self.sigma_data * a * noise - s / self.sigma_data * latents
+            return -velocity if self.prediction_type == "epsilon" else velocity
         return noise if self.prediction_type == "epsilon" else a * noise - s * latents
 
     def predict_x0(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
-        """The clean latents (B, C, h, w) that the denoiser's output (B, C, h, w) for noisy latents stands for."""
+        """Return the clean latents (B, C, h, w) that the denoiser's output stands for.
+
+        Args:
+            noisy: Noisy latents as the denoiser was shown them, (B, C, h, w).
+            output: What it has answered, (B, C, h, w).
+            timesteps: (B,), see `condition`.
+        """
         a, s = self._signal_and_noise(timesteps)
         if self.prediction_type == "flow_prediction":
             return noisy - s * output
+        if self.sigma_data is not None:
+            velocity = -output if self.prediction_type == "epsilon" else output
+            return self.sigma_data * (self.sigma_data * a * noisy - s * velocity)
         return (noisy - s * output) / a if self.prediction_type == "epsilon" else a * noisy - s * output
 
     # --- pictures
@@ -325,9 +444,9 @@ class Backbone(nn.Module, ABC):
         return at_least_float32(images).clamp(-1, 1)
 
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, by channel, of what the autoencoder gives, as far as its config states them."""
-        config = self.vae.config
-        mean, std = config.get("latents_mean") or config.get("shift_factor") or 0.0, config.get("latents_std") or 1.0
+        """Mean and standard deviation, by channel, of what the autoencoder gives, as far as the family's pipeline obeys its config."""
+        stated = [self.vae.config.get(key) for key in self.vae_statistics]
+        mean, std = (*stated, 1.0)[:2] if stated and None not in stated else (0.0, 1.0)
         return torch.as_tensor(mean).to(like).view(-1, 1, 1), torch.as_tensor(std).to(like).view(-1, 1, 1)
 
     def sample(
@@ -360,7 +479,9 @@ class Backbone(nn.Module, ABC):
             Latents, (P, C, h, w).
         """
         scheduler = self._sampler(steps, noise.device)
-        extra = {"generator": _generators(noise)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        # Of eta, how much noise DDIM and TCD add, diffusers' pipelines make 0 whatever the class's default is.
+        taken = inspect.signature(scheduler.step).parameters
+        extra = {name: value for name, value in (("generator", generators_of(noise)), ("eta", 0.0)) if name in taken}
         scale = getattr(scheduler, "scale_model_input", lambda latents, t: latents)  # those of flows have none
         calls = len(scheduler.timesteps) if stop is None else stop
         first = 0 if grad_steps >= steps else calls - grad_steps
@@ -402,9 +523,21 @@ class Backbone(nn.Module, ABC):
         config = self.scheduler.config
         if type(self.scheduler).__name__ == "LCMScheduler":
             return 4, 8.5 if self.guides_itself else 1.0
-        if "Euler" in type(self.scheduler).__name__ and config.get("timestep_spacing") == "trailing":  # Turbo
+        trailing = config.get("timestep_spacing") == "trailing" and self.prediction_type == "epsilon"
+        if (
+            "Euler" in type(self.scheduler).__name__ and trailing
+        ):  # Turbo; models of velocity begin at pure noise with it
             return 1, 1.0
         return self.pipeline_steps, self.pipeline_guidance
+
+    def replace_scheduler(self, scheduler: Any) -> None:
+        """Draw with another scheduler of the same noise levels.
+
+        The default steps and guidance stay those of the model, unless the scheduler is for latent consistency models.
+        """
+        self.scheduler = scheduler
+        if type(scheduler).__name__ == "LCMScheduler":
+            self.default_steps, self.default_guidance = self._defaults()
 
     def _sampler(self, steps: int, device: torch.device | str) -> Any:
         """A fresh one, for samplers keep state between steps."""
@@ -412,7 +545,7 @@ class Backbone(nn.Module, ABC):
             raise UserError(
                 f"Pictures were to be drawn in {steps} steps and the model has {self.num_train_timesteps} noise levels; give fewer."
             )
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = copy.deepcopy(self.scheduler)
         try:
             known = inspect.signature(scheduler.set_timesteps).parameters
             told = {name: value for name, value in self.schedule(steps).items() if name in known}
@@ -431,13 +564,36 @@ class Backbone(nn.Module, ABC):
         return checkpoint(self.denoise, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
+def square_size(sample_size: int | Sequence[int] | None, name: str) -> int:
+    """Return the latents a side that a denoiser's config states, as a number or as height and width.
+
+    Args:
+        sample_size: What the config states.
+        name: The model's, for messages.
+
+    Raises:
+        UserError: Nothing is stated, or height and width differ.
+    """
+    if sample_size is None:
+        raise UserError(
+            f"The denoiser of the model {name!r} does not state the size of its pictures; give --model.image_size in pixels."
+        )
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    if height != width:
+        raise UserError(
+            f"The model {name!r} was trained on {height} x {width} latents, and only square pictures are drawn; give --model.image_size "
+            "in pixels."
+        )
+    return height
+
+
 def repeat(x: Tensor, times: int) -> Tensor:
     """Repeats each row for its samples: a, b becomes a, a, b, b."""
     # The gradient of `expand` is a sum, which is deterministic on every device.
     return x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1)
 
 
-def _generators(noise: Tensor) -> list[torch.Generator]:
+def generators_of(noise: Tensor) -> list[torch.Generator]:
     """One generator a row, seeded by the row, for samplers that add noise at each step."""
     rows = noise.detach().float().cpu().numpy()
     return [torch.Generator().manual_seed(zlib.crc32(row.tobytes())) for row in rows]

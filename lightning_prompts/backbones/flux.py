@@ -26,6 +26,7 @@ class Flux(Backbone):
     pipeline_steps, pipeline_guidance = 28, 3.5
     fixed = 0
     patch = 2
+    vae_statistics = ("shift_factor",)
     guides_itself = True
 
     def widths(self) -> dict[str, tuple[int, int]]:

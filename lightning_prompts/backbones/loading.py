@@ -45,6 +45,7 @@ def load_backbone(
     image_size: int | None = None,
     config: str | None = None,
     variant: str | None = None,
+    clip_skip: int | None = None,
 ) -> Backbone:
     """Loads a model, on the CPU.
 
@@ -63,6 +64,8 @@ def load_backbone(
             file states of its prediction type and noise levels goes before it.
         variant: Which of a folder's or repository's weights are read, such as `fp16`, by components that have it; None for those
             without a variant or, where there are none, for the only one.
+        clip_skip: How many of the CLIP text encoders' last layers are skipped when a prompt is encoded, as in diffusers' pipelines;
+            a negative prompt is encoded with all layers. None for all layers.
     """
     import diffusers
 
@@ -78,6 +81,12 @@ def load_backbone(
         folder = find_model(name, offline, revision, variant=variant)
         variants = _variants(name, folder, variant)
     family, index = _check(config or name, folder, None if checkpoint else variants)
+    pipeline: str = index["_class_name"]
+    if clip_skip is not None and not family.takes_clip_skip:
+        raise UserError(
+            f"The {pipeline} of the model {name!r} skips no layers of its text encoders, and --model.clip_skip {clip_skip} was given; "
+            "leave it out."
+        )
     part, kind = family.denoises
     towers = []
     with quiet():
@@ -85,24 +94,24 @@ def load_backbone(
             with _unreadable(name, "networks", "fetch it again or give a model that describes it as --model.config"):
                 networks = read_single_file(checkpoint, folder, index, set(components(family)), dtype)
 
-        def network(part: str, kind: str) -> Any:
-            return networks[part] if checkpoint else _read(folder, part, kind, dtype, variants[part])
+        def network(part: str, kind: str, **changed: Any) -> Any:
+            return networks[part] if checkpoint else _read(folder, part, kind, dtype, variants[part], **changed)
 
         with _unreadable(name, "scheduler"):
-            read = _read_scheduler(index["scheduler"][1], folder)
+            own = _read_scheduler(index["scheduler"][1], folder, pipeline)
         if checkpoint:
-            read = as_stated(read, checkpoint)
-        if scheduler:
-            read = _replaced(read, scheduler)
+            own = as_stated(own, checkpoint)
+        other = _replaced(own, scheduler, name) if scheduler else None
         for reads in family.reads:
             if index.get(reads.part, (None, None))[1]:
                 with _unreadable(name, reads.tokenizer):
                     tokenizer = _read_tokenizer(folder, reads)
                 with _unreadable(name, reads.part):
                     encoder = network(reads.part, reads.network)
-                    towers.append(TextTower(tokenizer, encoder, *reads[2:5]))
+                    towers.append(TextTower(tokenizer, encoder, *reads[2:6]))
         with _unreadable(name, part):
-            denoiser = network(part, kind)
+            denoiser = network(part, kind, **_size_of_positions(folder / part, name))
+            _correct_sample_size(denoiser, pipeline)
         with _unreadable(name, "vae"):
             vae = network("vae", "AutoencoderKL")
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
@@ -110,8 +119,11 @@ def load_backbone(
     vae.to(memory_format=torch.channels_last)
     if dtype == "float16" and vae.config.get("force_upcast"):  # SDXL's leaves the range of half precision
         vae.float()
-    zero_empty = bool(index.get("force_zeros_for_empty_prompt"))
-    backbone = family(name, towers, denoiser, vae, read, vocabulary, image_size, zero_empty)
+    # The key is SDXL's alone, and true where it is absent.
+    zero_empty = pipeline == "StableDiffusionXLPipeline" and bool(index.get("force_zeros_for_empty_prompt", True))
+    backbone = family(name, towers, denoiser, vae, own, vocabulary, image_size, zero_empty, clip_skip)
+    if other is not None:
+        backbone.replace_scheduler(other)
     if name == "emoji":
         backbone.default_steps, backbone.default_guidance = 25, 3.0  # docs/emoji.md
     return backbone
@@ -124,6 +136,8 @@ def _unreadable(name: str, part: str, advice: str = "fetch or write the model ag
 
     try:
         yield
+    except UserError:
+        raise
     except (AttributeError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = re.split(r"\n|\. ", str(error))[0].rstrip(" .:") or type(error).__name__
         raise UserError(f"The {part} of the model {name!r} cannot be read ({reason}); {advice}.") from error
@@ -198,14 +212,15 @@ def components(family: type[Backbone]) -> dict[str, tuple[str, str]]:
     return {**texts, part: (kind, "diffusion_pytorch_model"), "vae": ("AutoencoderKL", "diffusion_pytorch_model")}
 
 
-def _read(folder: Path, part: str, kind: str, dtype: str, variant: str | None) -> Any:
+def _read(folder: Path, part: str, kind: str, dtype: str, variant: str | None, **changed: Any) -> Any:
+    """Read a network, with values of its config changed."""
     import diffusers
     import transformers
 
     ours = {("dtype" if part.startswith("text_encoder") else "torch_dtype"): getattr(torch, dtype)}
     network = getattr(transformers if part.startswith("text_encoder") else diffusers, kind)
     model, info = network.from_pretrained(
-        folder, subfolder=part, use_safetensors=True, output_loading_info=True, variant=variant, **ours
+        folder, subfolder=part, use_safetensors=True, output_loading_info=True, variant=variant, **ours, **changed
     )
     if missing := sorted(info["missing_keys"]):  # the libraries fill them at random and only warn
         raise ValueError(f"it lacks {len(missing)} weights such as {missing[0]}")
@@ -233,49 +248,138 @@ def _read_tokenizer(folder: Path, reads: Reads) -> Any:
     return tokenizer
 
 
-def _read_scheduler(name: str, folder: Path) -> Any:
+def _read_scheduler(name: str, folder: Path, pipeline: str) -> Any:
+    """Read a model's own scheduler and correct its config as the model's pipeline does."""
     import diffusers
 
-    scheduler = getattr(diffusers, name)
-    if not issubclass(scheduler, diffusers.SchedulerMixin):
+    kind = getattr(diffusers, name)
+    if not issubclass(kind, diffusers.SchedulerMixin):
         raise TypeError(f"{name} is not a scheduler")
-    config = scheduler.from_pretrained(folder, subfolder="scheduler").config
-    corrected = {"steps_offset": 1, "clip_sample": False}  # as StableDiffusionPipeline does with old files
-    return scheduler.from_config(config, **{key: value for key, value in corrected.items() if key in config})
+    scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+    if (
+        not (_sort(name) or hasattr(scheduler, "alphas_cumprod"))
+        or scheduler.config.get("timestep_type") == "continuous"
+    ):
+        raise TypeError(f"the noise levels of this {name} are not supported")
+    if (
+        pipeline == "StableDiffusionPipeline"
+    ):  # alone corrects old files, which would clip latents and begin a timestep early
+        corrected = {"steps_offset": 1, "clip_sample": False}
+        scheduler.register_to_config(**{key: value for key, value in corrected.items() if key in scheduler.config})
+    return scheduler
 
 
-def _replaced(scheduler: Any, name: str) -> Any:
-    """Another scheduler with the same noise levels."""
+def _replaced(own: Any, name: str, model: str) -> Any:
+    """Return another scheduler with the noise levels and the prediction type of a model's own.
+
+    Its config is what diffusers' `from_config` makes of the own one's, with two corrections. What decides the noise levels and the
+    prediction type is the own one's also where that has it from the defaults of its class, which differ between classes. And
+    `clip_sample` and `thresholding` are off unless they are on in the own one, as latents are not confined to [-1, 1].
+
+    Args:
+        own: The model's scheduler.
+        name: Class of the other one.
+        model: The model's name, for messages.
+
+    Raises:
+        UserError: There is no such scheduler, it is for other noise levels, or it would change them.
+    """
     import diffusers
 
-    kind = getattr(diffusers, name, None)
-    known = [
-        other
-        for other in dir(diffusers)
-        if other.endswith("Scheduler")
-        and not other.startswith("Flax")
-        and ("FlowMatch" in other) == ("FlowMatch" in type(scheduler).__name__)
-    ]
-    if name not in known or kind is None:
+    known, its = exchangeable(own), type(own).__name__
+    if name not in known:
         raise UserError(
-            f"The scheduler {name!r} does not fit this model, whose own is {type(scheduler).__name__}; use one of diffusers' such as "
-            f"{', '.join(other for other in known if other in COMMON)}."
+            f"The scheduler {name!r} does not fit this model, whose own is {its}; use one of diffusers' such as {', '.join(known)}."
         )
-    taken = inspect.signature(kind).parameters
-    return kind.from_config({key: value for key, value in scheduler.config.items() if key in taken})
+    kind = getattr(diffusers, name)
+    try:
+        taken = inspect.signature(kind).parameters
+        kept = {key: own.config[key] for key in NOISE_LEVELS if key in taken and key in own.config}
+        off = {key: bool(own.config.get(key)) for key in ("clip_sample", "thresholding") if key in taken}
+        other = kind.from_config(own.config, **kept, **off)
+    except (ImportError, NotImplementedError, ValueError) as error:
+        reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(" .:")
+        raise UserError(
+            f"The scheduler {name!r} cannot be set up as the {its} of the model {model!r} ({reason}); leave out --model.scheduler or "
+            "choose another."
+        ) from error
+    levels = [getattr(scheduler, "alphas_cumprod", torch.empty(0)) for scheduler in (own, other)]
+    same = all(own.config.get(key) == other.config.get(key) for key in ("prediction_type", "sigma_data"))
+    if not same or not torch.allclose(levels[0], levels[1], rtol=0, atol=1e-6):
+        raise UserError(
+            f"The scheduler {name!r} would change the noise levels or the prediction type of the model {model!r}, whose own is {its}; "
+            "leave out --model.scheduler or choose another."
+        )
+    return other
 
 
-COMMON = (
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler",
-    "LCMScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
+def exchangeable(scheduler: Any) -> tuple[str, ...]:
+    """Return the classes of diffusers that can take a scheduler's place, its own among them."""
+    own = type(scheduler).__name__
+    return tuple(dict.fromkeys((own, *EXCHANGEABLE[_sort(own)])))
+
+
+def _sort(name: str) -> str:
+    """Return which schedulers can take the place of the one of a class: those of flows, of EDM, or "" for the others."""
+    return next((sort for sort in ("FlowMatch", "EDM") if name.startswith(sort)), "")
+
+
+NOISE_LEVELS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
 )
+"""What of a scheduler's config decides its noise levels and what the denoiser predicts."""
+
+EXCHANGEABLE = {
+    "": (
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LCMScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "TCDScheduler",
+        "UniPCMultistepScheduler",
+    ),
+    "EDM": ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"),
+    "FlowMatch": ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+}
+"""The schedulers of diffusers that can take each other's place, by the sort of their noise levels."""
+
+
+def _size_of_positions(part: Path, name: str) -> dict[str, int]:
+    """Return the number that stands for a transformer's `sample_size` given as a list, of which diffusers makes no positions."""
+    size = json.loads((part / "config.json").read_text(encoding="utf-8")).get("sample_size")
+    if part.name != "transformer" or not isinstance(size, list):
+        return {}
+    if len(set(size)) > 1:
+        raise UserError(
+            f"The model {name!r} was trained on {' x '.join(map(str, size))} latents, and only square pictures are drawn; choose another."
+        )
+    return {"sample_size": int(size[0])}
+
+
+def _correct_sample_size(denoiser: Any, pipeline: str) -> None:
+    """Take 64 latents a side for UNets of old files that state fewer, as StableDiffusionPipeline does."""
+    from packaging import version
+
+    written = denoiser.config.get("_diffusers_version")
+    old = written is not None and version.parse(version.parse(written).base_version) < version.parse("0.9.0.dev0")
+    size = denoiser.config.get("sample_size")
+    if pipeline == "StableDiffusionPipeline" and old and isinstance(size, int) and size < 64:
+        denoiser.register_to_config(sample_size=64)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class PixArt(Backbone):
             noisy.to(dtype),
             encoder_hidden_states=prompts.to(dtype),
             encoder_attention_mask=(prompts != 0).any(2).to(dtype),
-            timestep=timesteps,
+            timestep=self.condition(timesteps),
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample
         return at_least_float32(output[:, : noisy.shape[1]])

@@ -28,6 +28,8 @@ class StableDiffusion3(Backbone):
     predicts = ("flow_prediction",)
     pipeline_steps, pipeline_guidance = 28, 7.0
     patch = 2
+    takes_clip_skip = True
+    vae_statistics = ("shift_factor",)
 
     def widths(self) -> dict[str, tuple[int, int]]:
         """See `Backbone.widths`."""

@@ -17,8 +17,9 @@ class StableDiffusion(Backbone):
     """One CLIP text tower; the UNet attends to its last hidden state after the final layer norm."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
-    reads: ClassVar[tuple[Reads, ...]] = (Reads("text_encoder", "CLIPTextModel"),)
+    reads: ClassVar[tuple[Reads, ...]] = (Reads("text_encoder", "CLIPTextModel", obeys_mask=True),)
     cross_attends = True
+    takes_clip_skip = True
     denoises = ("unet", "UNet2DConditionModel")
     pipeline_steps, pipeline_guidance = 50, 7.5
 
@@ -45,7 +46,7 @@ class StableDiffusion(Backbone):
         told, pooled = self.split(prompts.to(dtype))
         output: Tensor = self.denoiser(
             noisy.to(dtype),
-            timesteps,
+            self.condition(timesteps),
             told,
             timestep_cond=self._guidance(guidance_scale, len(noisy)) if self.guides_itself else None,
             added_cond_kwargs=None if pooled is None else self.added(pooled),
@@ -81,6 +82,7 @@ class StableDiffusionXL(StableDiffusion):
         Reads("text_encoder_2", "CLIPTextModelWithProjection", layer=-2),
     )
     pipeline_steps, pipeline_guidance = 50, 5.0
+    vae_statistics = ("latents_mean", "latents_std")
 
     @property
     def pooled_width(self) -> int:

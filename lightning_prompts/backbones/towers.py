@@ -35,6 +35,8 @@ class TextTower(nn.Module):
         layer: Which hidden state is read; -1 for the last one, after the final norm.
         length: L, how many tokens are read, start and end included; None for as many as the encoder takes.
         masked: Padding is not attended to, and its hidden states are zeros.
+        obeys_mask: The family's pipeline obeys `use_attention_mask` in the encoder's config: padding behind the end of the text is
+            not attended to, and its hidden states stay what they are.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class TextTower(nn.Module):
         layer: int = -1,
         length: int | None = None,
         masked: bool = False,
+        obeys_mask: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.encoder: Any = encoder
         self.layer, self._length, self.masked = layer, length, masked
+        self.ends_at_eos = obeys_mask and bool(getattr(encoder.config, "use_attention_mask", False))
 
     @property
     def kind(self) -> Kind:
@@ -60,6 +64,11 @@ class TextTower(nn.Module):
         """D', of the hidden states."""
         width: int = self.encoder.config.hidden_size
         return width
+
+    @property
+    def most_skipped(self) -> int:
+        """The most layers that `skip` can leave out: what is read then is the token embeddings."""
+        return int(self.encoder.config.num_hidden_layers) + 1 + self.layer
 
     @property
     def table(self) -> Tensor:
@@ -80,37 +89,50 @@ class TextTower(nn.Module):
         most: int = self.tokenizer.model_max_length
         return min(most, getattr(self.encoder.config, "max_position_embeddings", most))
 
-    def forward(self, ids: Tensor, embeddings: Tensor | None = None) -> Said:
+    def forward(self, ids: Tensor, embeddings: Tensor | None = None, skip: int = 0) -> Said:
         """Encodes tokens.
 
         Args:
             ids: Token ids, (P, L). With embeddings they still say where the text ends.
             embeddings: What stands in place of the tokens' embeddings, (P, L, D). `table[ids]` changes nothing.
+            skip: How many layers before `layer` the hidden states are read, in a CLIP; a last layer that is not the last one still
+                passes the final norm, as in diffusers. The pooled output stays that of all layers.
         """
+        layer = self.layer - skip if self.kind == "clip" else self.layer
         counts = ids != self.tokenizer.pad_token_id
         options: dict[str, Any] = {"attention_mask": counts} if self.masked else {}
-        if self.layer != -1:
+        if self.ends_at_eos:
+            end = (ids == self.tokenizer.eos_token_id).int()
+            options["attention_mask"] = (
+                end.cumsum(1) == end
+            ).long()  # 0 behind the first end, though padding may be that token
+        if layer != -1:
             options["output_hidden_states"] = True
         if embeddings is None:
             output = self.encoder(ids, **options)
         elif self.kind == "t5":
             output = self.encoder(inputs_embeds=embeddings.to(self.encoder.dtype), **options)
         else:  # CLIP's takes none as an argument, and needs the ids beside them
-            layer = self.encoder.get_input_embeddings()
-            with layer.register_forward_hook(lambda module, args, replaced: embeddings.to(replaced.dtype)):
+            table = self.encoder.get_input_embeddings()
+            with table.register_forward_hook(lambda module, args, replaced: embeddings.to(replaced.dtype)):
                 output = self.encoder(ids, **options)
-        hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
+        hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        if self.layer == -1 and layer != -1:
+            hidden = getattr(self.encoder, "text_model", self.encoder).final_layer_norm(
+                hidden
+            )  # as transformers 4, or 5, has it
         if self.masked:
             hidden = hidden * counts.unsqueeze(2)
         return Said(hidden, output.get("text_embeds", output.get("pooler_output")))
 
-    def read(self, texts: Sequence[str], device: torch.device, cut: bool = False) -> Said:
+    def read(self, texts: Sequence[str], device: torch.device, cut: bool = False, skip: int = 0) -> Said:
         """Encodes texts.
 
         Args:
             texts: P texts.
             device: Where.
             cut: Cut off the end of those that are too long, and say so, instead of refusing them.
+            skip: See `forward`.
         """
         if cut:
             lengths = [len(ids) for ids in token_lists(self.tokenizer, texts, add_special_tokens=True)]
@@ -119,7 +141,7 @@ class TextTower(nn.Module):
                     "One of the text encoders reads %d tokens, and of %d the last are cut off.", self.length, most
                 )
         ids = encode_text(self.tokenizer, texts, self.length, cut, self.rows)
-        said: Said = self(ids.to(device))
+        said: Said = self(ids.to(device), skip=skip)
         return said
 
 
@@ -186,8 +208,13 @@ class Vocabulary:
         """Of embeddings (..., D) those in the first tower of a width, (..., width)."""
         return self.split(embeddings)[self.widths.index(width)]
 
-    def say(self, ids: Tensor, embeddings: Tensor | None = None) -> dict[TextTower, Said]:
-        """What each tower says of token ids (P, L) with embeddings (P, L, D) in place of the tokens'."""
+    def empty(self, ids: Tensor) -> Tensor:
+        """Return which of token ids (P, L) are those of the empty text, (P,)."""
+        end: int = self.tokenizer.eos_token_id
+        return ids[:, self.first] == end
+
+    def say(self, ids: Tensor, embeddings: Tensor | None = None, skip: int = 0) -> dict[TextTower, Said]:
+        """What each tower says of token ids (P, L) with embeddings (P, L, D) in place of the tokens'; see `TextTower.forward`."""
         parts = [None] * len(self.towers) if embeddings is None else self.split(embeddings)
         end = ids == self.tokenizer.eos_token_id
         behind = (end.cumsum(1) - end.int()) > 0
@@ -197,7 +224,7 @@ class Vocabulary:
             if part is not None and tower is not self.towers[0]:
                 weight = tower.encoder.get_input_embeddings().weight
                 part = part.where(~behind.unsqueeze(2), weight[tower.tokenizer.pad_token_id].to(part))
-            said[tower] = tower(own, part)
+            said[tower] = tower(own, part, skip)
         return said
 
     def texts(self, ids: Tensor) -> list[str]:

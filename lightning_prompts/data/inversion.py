@@ -181,7 +181,7 @@ class ImagesToPrompts(ProblemData):
     # --- reading
 
     def _reading(self) -> Reading:
-        settings: dict[str, object] = {"backbone": self.method.backbone.name, "template": self.method.template}
+        settings: dict[str, object] = {**self.model_identity, "template": self.method.template}
         if self._negatives:
             settings["negative"] = content_key(self._negatives, {})
         size = self.method.backbone.image_size

@@ -73,6 +73,12 @@ class ProblemData(pl.LightningDataModule, ABC):
         return RunFolder(trainer.default_root_dir, writes=sharing(trainer) == 1 or trainer.is_global_zero)
 
     @property
+    def model_identity(self) -> dict[str, Any]:
+        """What of the model makes two problems of one input: its name and, where layers are skipped, how many."""
+        backbone = self.method.backbone
+        return {"backbone": backbone.name, **({"clip_skip": backbone.clip_skip} if backbone.clip_skip else {})}
+
+    @property
     def keys(self) -> list[str]:
         """Of what was given, in its order, once all of it has come; the same twice has one key."""
         return [self._keys[place] for place in range(self.total)]

@@ -82,7 +82,7 @@ class Prompts(ProblemData):
         """Every problem as new, and what is wrong with it."""
         pairs = itertools.product(self._read, self.method.identities)
         for index, ((prompt, error), identity) in enumerate(pairs):
-            settings = {"prompt": prompt, "backbone": self.method.backbone.name, **identity}
+            settings = {"prompt": prompt, **self.model_identity, **identity}
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
             key = _unreadable(prompt) if error else key
             yield Problem(key, prompt, index=index, target_seed=identity.get("target_seed")), error

@@ -71,6 +71,8 @@ class PromptMethod(pl.LightningModule, ABC):
         config: The model or folder whose configuration and tokenizers go with a safetensors file; None for the first of its family.
         variant: Which of a folder's or repository's weights are read, such as `fp16`; None for those without a variant or, where there
             are none, for the only one.
+        clip_skip: How many of the CLIP text encoders' last layers are skipped when a prompt is encoded, as in diffusers' pipelines of
+            Stable Diffusion 1 to 3 and SDXL; negative prompts are encoded with all layers. None for all layers.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         vae_tiling: Decode large pictures in tiles, which changes them a little.
         cpu_offload: Have the text encoders, the denoiser and the autoencoder on the device one at a time.
@@ -107,6 +109,7 @@ class PromptMethod(pl.LightningModule, ABC):
         image_size: Positive | None = None,
         config: str | None = None,
         variant: str | None = None,
+        clip_skip: Positive | None = None,
         gradient_checkpointing: bool = False,
         vae_tiling: bool = False,
         cpu_offload: bool = False,
@@ -125,8 +128,9 @@ class PromptMethod(pl.LightningModule, ABC):
         self.score_every, self.sample_every = score_every, sample_every
         if isinstance(backbone, str):
             size = image_size and int(image_size)
+            skip = clip_skip and int(clip_skip)
             backbone = load_backbone(
-                backbone, dtype, offline, revision, vocabulary, scheduler, size, config, variant=variant
+                backbone, dtype, offline, revision, vocabulary, scheduler, size, config, variant, skip
             )
             save_memory(backbone, gradient_checkpointing, vae_tiling, cpu_offload)
         self.backbone: Backbone = backbone
@@ -443,15 +447,13 @@ class PromptMethod(pl.LightningModule, ABC):
     def predict_step(self, batch: int, batch_idx: int) -> None:
         """All is done by the `Results` callback."""
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Encoded prompts (P, R, D) of what a person has pasted."""
-        return self.backbone.encode_text(texts)
+    def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
+        """Encoded prompts (P, R, D) of what a person has pasted; see `Backbone.encode_text`."""
+        return self.backbone.encode_text(texts, negative)
 
     def encode_negative(self, texts: Sequence[str]) -> Tensor:
         """Encoded prompts (P, R, D) to lead away from."""
-        embeds = self.encode(texts)
-        empty = torch.tensor([not text for text in texts], device=embeds.device) & self.backbone.zero_empty
-        return embeds.masked_fill(empty.view(-1, 1, 1), 0)
+        return self.encode(texts, negative=True)
 
     @torch.no_grad()
     def draw(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:

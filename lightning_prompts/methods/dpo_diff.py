@@ -252,7 +252,10 @@ class DPODiff(PromptMethod):
         plan, (warm, cold) = self.plan(self.data.seed), self.temperature
         before, done = plan[step], step / max(1, len(plan) - 1)
         sides = self.prompt(rows, self.gumbel(rows, step), warm ** (1 - done) * cold**done)
-        told, away = (self.backbone.encode(ids, embeddings) for ids, embeddings in sides)
+        told, away = (
+            self.backbone.encode(ids, embeddings, negative=negative)
+            for (ids, embeddings), negative in zip(sides, (False, True), strict=True)
+        )
         calls, guided = before + 2 * self.grad_steps, 2 if self.backbone.guided(self.guidance_scale) else 1
         self.count(rows, calls * guided * self.seeds)
         for row in rows.tolist():

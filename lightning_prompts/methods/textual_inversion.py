@@ -62,16 +62,16 @@ class TextualInversion(Inverter):
         """Write the pseudo-words of the problems `rows` (Q,) in the template."""
         return [fill_template(self.template, pseudo_word(self.problems[row])) for row in rows.tolist()]
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
+    def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
         """Encoded prompts (P, R, D) of texts in which pseudo-words of this run stand for what was found."""
-        return torch.cat([self._encode(text) for text in texts])
+        return torch.cat([self._encode(text, negative) for text in texts])
 
-    def _encode(self, text: str) -> Tensor:
+    def _encode(self, text: str, negative: bool) -> Tensor:
         known = {word: self.embedded(self._record(word)) for word in re.findall(PSEUDO_WORD, text)}
         parts = re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
         found = [known[part] for part in parts if part in known]
         if not found:
-            return super().encode([text])
+            return super().encode([text], negative)
         filled = [
             " ".join(" ".join([word] * len(known[part])) if part in known else part.strip() for part in parts)
             for word in fillers(self.vocabulary.tokenizer)
@@ -79,7 +79,7 @@ class TextualInversion(Inverter):
         ids, others = self.vocabulary.encode_text(filled).to(self.device)
         places, free = (ids != others).nonzero().squeeze(1), torch.cat(found).to(self.prompt.table)
         embeddings = self.prompt.table[ids].index_copy(0, places, free)
-        return self.backbone.encode(ids[None], embeddings[None], texts=[text])
+        return self.backbone.encode(ids[None], embeddings[None], texts=[text], negative=negative)
 
     def _record(self, word: str) -> Problem:
         """What a pseudo-word stands for."""

@@ -46,7 +46,7 @@ def latents_of(pipeline, noise, guidance):
     if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
         how |= {"use_resolution_binning": False, "clean_caption": False}
     if isinstance(pipeline, diffusers.LatentConsistencyModelPipeline):
-        how["generator"] = base._generators(noise)  # it adds noise at each step, which is the row's with us
+        how["generator"] = base.generators_of(noise)  # it adds noise at each step, which is the row's with us
     return pipeline(TEXTS, latents=noise, **how).images
 
 
@@ -176,7 +176,9 @@ def test_noise_target_and_x0(backbone):
     timesteps = torch.tensor([10, 500, 999])
     noisy, target = backbone.add_noise(latents, noise, timesteps), backbone.target(latents, noise, timesteps)
     torch.testing.assert_close(backbone.predict_x0(noisy, target, timesteps), latents)
-    torch.testing.assert_close(backbone.add_noise(latents, noise, torch.tensor([0] * 3)), latents, atol=0.2, rtol=0)
+    scale = 1 / backbone.scheduler.config.get("sigma_data", 1.0)  # EDM shows the denoiser latents of variance 1
+    first = backbone.add_noise(latents, noise, torch.tensor([0] * 3))
+    torch.testing.assert_close(first, scale * latents, atol=0.2, rtol=0)
 
 
 def test_flow_noise_is_the_schedulers(tmp_path):
@@ -189,7 +191,7 @@ def test_flow_noise_is_the_schedulers(tmp_path):
 
 
 DEFAULTS = {
-    "sd1": (50, 7.5), "sd2": (50, 7.5), "sd-turbo": (1, 1.0), "lcm": (4, 8.5), "sdxl": (50, 5.0), "sd3": (28, 7.0), "flux": (28, 3.5),
+    "sd1": (50, 7.5), "sd2": (50, 7.5), "sd-turbo": (1, 1.0), "lcm": (4, 8.5), "sdxl": (50, 5.0), "playground": (50, 5.0), "sd3": (28, 7.0), "flux": (28, 3.5),
     "flux-schnell": (4, 1.0), "pixart": (20, 4.5),
 }  # fmt: skip
 
@@ -203,10 +205,11 @@ def test_sampling_defaults(backbone, family):
 def test_image_coding(backbone, pipeline):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     latents, config = backbone.encode_image(images), pipeline.vae.config
-    shift = config.shift_factor or 0
-    expected = (pipeline.vae.encode(images).latent_dist.mean - shift) * config.scaling_factor
+    shift = torch.tensor(config.latents_mean or config.shift_factor or 0.0).view(-1, 1, 1)
+    scale = config.scaling_factor / torch.tensor(config.latents_std or 1.0).view(-1, 1, 1)
+    expected = (pipeline.vae.encode(images).latent_dist.mean - shift) * scale
     torch.testing.assert_close(latents, expected)
-    expected = pipeline.vae.decode(latents / config.scaling_factor + shift).sample.clamp(-1, 1)
+    expected = pipeline.vae.decode(latents / scale + shift).sample.clamp(-1, 1)
     torch.testing.assert_close(backbone.decode(latents), expected)
 
 
@@ -398,12 +401,11 @@ def test_mixed_families(one, part, other, theirs, tmp_path):
 
 def test_another_scheduler(family):
     name, folder = family
-    flows = name in ("sd3", "flux", "flux-schnell")
-    fits, other = (
-        ("FlowMatchHeunDiscreteScheduler", "DDIMScheduler")
-        if flows
-        else ("HeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
-    )
+    fits, other = "HeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"
+    if name in ("sd3", "flux", "flux-schnell"):
+        fits, other = "FlowMatchHeunDiscreteScheduler", "EDMEulerScheduler"
+    elif name == "playground":
+        fits, other = "EDMEulerScheduler", "EulerDiscreteScheduler"
     backbone = load_backbone(str(folder), scheduler=fits, image_size=16)
     assert type(backbone.scheduler).__name__ == fits
     noise = torch.randn(1, *backbone.latent_shape)

@@ -1,0 +1,162 @@
+"""How far pictures are from those of diffusers' pipelines: `python benchmarks/pipelines.py`.
+
+Draws from the same latents and prompts with this package and with diffusers' own pipeline of each model, in all cells of scheduler,
+guidance and prompt length, and prints the largest absolute difference of a pixel, in [0, 1], a model. The models have random weights:
+those of `tests/families.py`, and, where the folder `shared` is beside the checkout, reduced models with published configurations and
+tokenizers. Cells that diffusers' pipeline refuses are left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+import tempfile
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import tables
+import torch
+from torch import Tensor
+
+from lightning_prompts.backbones import Backbone, load_backbone
+from lightning_prompts.backbones.base import generators_of
+from lightning_prompts.backbones.loading import exchangeable
+from lightning_prompts.vocabulary import token_lists
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+FIGURES = Path(__file__).parent / "figures" / "pipelines.csv"
+STEPS, GUIDANCE, LENGTHS = 4, (1.0, 5.0), ("short", "long")
+SHORT = ["a red square", "two dogs and a Cat"]
+WORDS = "a photo of a small cat in the top left corner beside a large tree on a blue background".split()
+
+
+def prompts_of(backbone: Backbone, length: str) -> list[str]:
+    """Two prompts, short ones or ones that nearly fill what the searched text encoders read."""
+    if length == "short":
+        return SHORT
+    tokenizer, most = backbone.vocabulary.tokenizer, backbone.vocabulary.length
+    found = []
+    for start in (0, 5):
+        texts = [" ".join((WORDS * most)[start:end]) for end in range(start + 1, start + most)]
+        lengths = [len(ids) for ids in token_lists(tokenizer, texts, add_special_tokens=True)]
+        found.append(texts[bisect_right(lengths, most) - 1])
+    return found
+
+
+@torch.no_grad()
+def ours(backbone: Backbone, texts: Sequence[str], noise: Tensor, guidance: float) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1]."""
+    prompt, negative = backbone.encode_text(texts), backbone.encode_text([""], negative=True)
+    return backbone.decode(backbone.sample(prompt, negative, noise, STEPS, guidance)) / 2 + 0.5
+
+
+def theirs(pipeline: Any, texts: Sequence[str], noise: Tensor, guidance: float, size: int) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1]."""
+    how: dict[str, Any] = {"height": size, "width": size, "guidance_scale": guidance, "num_inference_steps": STEPS}
+    if isinstance(pipeline, diffusers.FluxPipeline):
+        noise = pipeline._pack_latents(noise, *noise.shape[:2], *noise.shape[2:])
+    if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
+        how |= {"use_resolution_binning": False, "clean_caption": False}
+    # What samplers add at each step is decided by the latents here.
+    pictures: Tensor = pipeline(
+        list(texts), latents=noise, generator=generators_of(noise), output_type="pt", **how
+    ).images
+    return pictures
+
+
+def compare(
+    name: str, folder: Path, size: int, schedulers: Sequence[str] | None = None, guidance: Sequence[float] = GUIDANCE
+) -> list[dict[str, Any]]:
+    """Compare a model's pictures in all cells.
+
+    Args:
+        name: What to call the model.
+        folder: The model.
+        size: Pixels of a side.
+        schedulers: Classes to draw with; None for all that the model can be drawn with.
+        guidance: Guidance scales.
+
+    Returns:
+        A row a cell, with the largest absolute difference of a pixel.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    unused = dict.fromkeys({"safety_checker", "feature_extractor"} & set(index))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **unused)
+    pipeline.set_progress_bar_config(disable=True)
+    own, rows = pipeline.scheduler, []
+    for scheduler in schedulers or exchangeable(own):
+        other = scheduler != type(own).__name__
+        backbone = load_backbone(str(folder), scheduler=scheduler if other else None, image_size=size)
+        pipeline.scheduler = own
+        if other:
+            pipeline.scheduler = getattr(diffusers, scheduler).from_config(own.config, **unclipped(own, scheduler))
+        noise = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+        for scale, length in itertools.product(guidance, LENGTHS):
+            texts = prompts_of(backbone, length)
+            try:
+                expected = theirs(pipeline, texts, noise, scale, size)
+            except (TypeError, ValueError):  # the pipeline cannot draw with this scheduler
+                continue
+            difference = float((ours(backbone, texts, noise, scale) - expected).abs().max())
+            rows.append({
+                "model": name, "scheduler": scheduler, "guidance": scale, "prompt": length, "difference": difference,
+                "spread": float(expected.std()),
+            })  # fmt: skip
+    return rows
+
+
+def unclipped(own: Any, scheduler: str) -> dict[str, bool]:
+    """What a class would switch on by default, which latents are not made for."""
+    taken = getattr(diffusers, scheduler)._get_init_keys(getattr(diffusers, scheduler))
+    return {key: bool(own.config.get(key)) for key in ("clip_sample", "thresholding") if key in taken}
+
+
+def models() -> dict[str, tuple[Callable[[Path], Path], int]]:
+    """What writes each model into a folder, and the pixels of its pictures."""
+    sys.path[:0] = [str(ROOT / "tests"), str(SHARED / "tools")]
+    families = importlib.import_module("families")
+    found: dict[str, tuple[Callable[[Path], Path], int]] = {
+        f"{name}, small": (partial(families.save, name), 16) for name in families.BUILD
+    }
+    if SHARED.is_dir():
+        published = importlib.import_module("published")
+        found |= {
+            f"{name}, published": (partial(published.build, name, clip=False), 128) for name in published.NAMES
+        }  # at 64 pixels the UNets' innermost norms see two numbers a group, and a rounding error turns their signs
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a model."""
+    lines = ["| model | schedulers | cells | largest difference of a pixel |", "|---|---|---|---|"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        some = [row for row in rows if row["model"] == model]
+        schedulers = {row["scheduler"] for row in some}
+        lines.append(f"| {model} | {len(schedulers)} | {len(some)} | {max(row['difference'] for row in some):.0e} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print the table."""
+    warnings.filterwarnings("ignore")
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # networks this small only wait for a second one
+    FIGURES.unlink(missing_ok=True)
+    for name, (build, size) in models().items():
+        with tempfile.TemporaryDirectory() as folder:
+            tables.add(FIGURES, compare(name, build(Path(folder)), size))
+            print(name, flush=True)
+    print(table(tables.read(FIGURES)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Layers of the text encoders that are skipped, as diffusers' pipelines do."""
+
+import json
+from types import SimpleNamespace
+
+import diffusers
+import families
+import pytest
+import torch
+from families import refused
+from safetensors import safe_open
+
+from lightning_prompts import guide, invert
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.data.images import content_key, load_image
+from lightning_prompts.interop import pack_embedding, pack_prompt_embeds
+from lightning_prompts.main import main
+from lightning_prompts.objectives import Sharpness
+from lightning_prompts.vocabulary import encode_text
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TEXTS = ["a red square on a blue background", "two dogs and a cat"]  # as T5 is told what CLIP's tokens spell
+MOST = {"sd1": 2, "sd2": 2, "sdxl": 1, "sd3": 1, "lcm": 2}  # of two layers; SDXL and SD3 begin at the last but one
+CELLS = [(family, skip) for family, most in MOST.items() for skip in range(1, most + 1)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {family: str(families.save(family, tmp_path_factory.mktemp(family))) for family in (*MOST, "flux", "pixart")}
+
+
+def pipeline_of(folder):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    encoder = pipeline.text_encoder
+    if not hasattr(encoder, "text_model"):  # diffusers 0.42 looks for the norm where transformers 4 has it
+        object.__setattr__(
+            encoder, "text_model", SimpleNamespace(final_layer_norm=getattr(encoder, "final_layer_norm", None))
+        )
+    return pipeline
+
+
+@pytest.mark.parametrize(("family", "skip"), CELLS)
+def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
+    backbone, pipeline = load_backbone(folders[family], clip_skip=skip, image_size=16), pipeline_of(folders[family])
+    more = {"sdxl": {"prompt_2": None}, "sd3": {"prompt_2": None, "prompt_3": None}}.get(family, {})
+    found = pipeline.encode_prompt(
+        TEXTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=["blurry", "dark"],
+        clip_skip=skip, **more,
+    )  # fmt: skip
+    prompt, negative = (
+        found if len(found) == 2 else (backbone.join(found[0], found[2]), backbone.join(found[1], found[3]))
+    )
+    torch.testing.assert_close(backbone.encode_text(TEXTS), prompt, atol=1e-5, rtol=1e-5)
+    # diffusers skips no layer of a negative prompt
+    torch.testing.assert_close(backbone.encode_text(["blurry", "dark"], negative=True), negative, atol=1e-5, rtol=1e-5)
+    vocabulary = backbone.vocabulary
+    ids = encode_text(vocabulary.tokenizer, TEXTS, vocabulary.length)
+    torch.testing.assert_close(backbone.encode(ids), prompt, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(backbone.encode(ids, vocabulary.table[ids]), prompt, atol=1e-5, rtol=1e-5)
+    away = encode_text(vocabulary.tokenizer, ["blurry", "dark"], vocabulary.length)
+    torch.testing.assert_close(
+        backbone.encode(away, vocabulary.table[away], negative=True), negative, atol=1e-5, rtol=1e-5
+    )
+    plain = load_backbone(folders[family], image_size=16)
+    assert not torch.allclose(plain.encode_text(TEXTS), prompt, atol=1e-3)
+    assert torch.equal(plain.encode_text(["dark"], negative=True), plain.encode_text(["dark"]))
+    if family == "lcm":  # whose sampler adds noise
+        return
+    noise = torch.randn(2, *backbone.latent_shape)
+    how = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16, "output_type": "pt"}
+    theirs = pipeline(TEXTS, latents=noise, clip_skip=skip, **how).images
+    with torch.no_grad():
+        latents = backbone.sample(backbone.encode_text(TEXTS), backbone.encode_text([""], negative=True), noise, 2, 3.0)
+        ours = backbone.decode(latents) / 2 + 0.5
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_gradient_goes_through_the_layers_that_are_left(folders):
+    backbone = load_backbone(folders["sd1"], clip_skip=1).double()
+    ids = encode_text(backbone.vocabulary.tokenizer, TEXTS, backbone.vocabulary.length)
+    x = backbone.towers[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
+    weight = torch.randn(backbone.encode(ids).shape, dtype=torch.float64)
+
+    def value(x):
+        return (backbone.encode(ids, x) * weight).sum()
+
+    (gradient,) = torch.autograd.grad(value(x), x)
+    direction = torch.randn_like(x) * x.std()
+    with torch.no_grad():
+        slope = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_refused_where_no_pipeline_skips(family, folders):
+    refused(
+        "skips no layers of its text encoders, and --model.clip_skip 1 was given; leave it out",
+        folders[family],
+        clip_skip=1,
+    )
+
+
+@pytest.mark.parametrize("family", MOST)
+def test_refused_beyond_the_layers(family, folders):
+    for skip in (-1, 0, MOST[family] + 1):
+        refused(
+            f"--model.clip_skip must be between 1 and {MOST[family]}, .*got {skip}", folders[family], clip_skip=skip
+        )
+
+
+def test_command_refuses_what_is_no_number_of_layers(capsys, tmp_path):
+    for value in ("0", "-1", "x"):
+        with pytest.raises(SystemExit) as stop:
+            main(
+                ["fit", "--run", str(tmp_path), "--model", "PH2P", "--data.images", "x.png", "--model.clip_skip", value]
+            )
+        assert stop.value.code == 2
+        assert "--model.clip_skip" in capsys.readouterr().err
+
+
+def metadata(content, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("skip", [None, 1])
+def test_exports_say_it(skip, folders, tmp_path):
+    backbone = load_backbone(folders["sd1"], clip_skip=skip)
+    expected = {"clip_skip": "1"} if skip else {}
+    token = metadata(pack_embedding(backbone.vocabulary.table[5:7], backbone, "<x>"), tmp_path)
+    prompt = metadata(pack_prompt_embeds({"x": backbone.encode_text(["a cat"])}, ["a cat"], backbone), tmp_path)
+    for found in (token, prompt):
+        assert {key: value for key, value in found.items() if key == "clip_skip"} == expected
+
+
+def test_runs_record_it_and_have_keys_of_their_own(tiny, pictures, tmp_path):
+    """Keys without skipped layers are those of a run that knows no such setting."""
+    how = {"backbone": tiny, "sampling_steps": 1, "steps": 1, "device": "cpu", "image_size": 16}
+    noisy = {"method": "ph2p", "samples": 1, "validation_samples": 1, "tokens": 2}
+    plain = invert(pictures / "0.png", **noisy, **how)
+    skipped = invert(pictures / "0.png", **noisy, **how, clip_skip=1, folder=tmp_path / "run")
+    image = load_image(pictures / "0.png", 16, "crop", (255, 255, 255))
+    assert plain.record.key == content_key([image], {"backbone": tiny, "template": "{}"})
+    assert skipped.record.key == content_key([image], {"backbone": tiny, "template": "{}", "clip_skip": 1})
+    assert json.loads((tmp_path / "run/result.json").read_text())["settings"]["clip_skip"] == "1"
+    keys = {
+        guide("a red cat", Sharpness(), seeds=1, **how, **more).record.key
+        for more in ({}, {"clip_skip": 1}, {"clip_skip": 2})
+    }
+    assert len(keys) == 3

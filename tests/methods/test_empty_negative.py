@@ -1,0 +1,139 @@
+"""The empty negative prompt of SDXL is zeros, both where a gradient is taken and where candidates are evaluated."""
+
+import diffusers
+import families
+import pytest
+import torch
+
+from lightning_prompts import guide, hold, reword
+from lightning_prompts.backbones import load_backbone
+from lightning_prompts.methods import DPODiff, MetricGuidance, SeedInvariance
+from lightning_prompts.objectives import Sharpness
+from lightning_prompts.problems import Problem
+from lightning_prompts.substitutes import Slot, Space
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PROMPT = "a small cat on a blue background"
+SPACE = Space(
+    ("a ", " on a blue background"),
+    (Slot("small", ("small cat", "large dog")),),
+    (Slot("light", ("", "dark", "blurry")), Slot("form", ("", "corner", "top left", "photo"))),
+)
+CHOICES = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 2), (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return families.save_with_clip("sdxl", tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def backbone(folder):
+    return load_backbone(folder, image_size=16)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def method(backbone):
+    method = DPODiff(
+        backbone=backbone, sampling_steps=3, seeds=1, schedule="fix-1", gradient_share=1.0, guidance_scale=3.0
+    )
+    method.prompt.show([SPACE])
+    method.prompt.logits.data = method.prompt.start()
+    method.problems = [Problem("key", PROMPT)]
+    method.trainer = type("Trainer", (), {"datamodule": type("Data", (), {"seed": 0})})
+    return method
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_gradient_and_candidates_are_told_the_same(choice, method, pipeline, monkeypatch):
+    """With one-hot weights the relaxed prompts are the candidate's, which are those of diffusers' pipeline."""
+    gumbel, relaxed, candidates = torch.zeros(method.prompt.logits.shape), [], []
+    gumbel[0].scatter_(1, torch.tensor(choice).unsqueeze(1), 1e4)
+    monkeypatch.setattr(method, "gumbel", lambda rows, step: gumbel)
+    monkeypatch.setattr(
+        method, "shortcut_loss", lambda rows, told, away, calls: (relaxed.extend([told, away]), torch.zeros(1))[1]
+    )
+    monkeypatch.setattr(
+        method, "judged", lambda told, away, noise, *rest: (candidates.extend([told, away]), (torch.zeros(1), {}))[1]
+    )
+    method.shortcut(torch.tensor([0]), 0)
+    prompt, negative = SPACE.texts(choice)
+    noise = torch.randn(1, 1, *method.backbone.latent_shape)
+    method.losses([(prompt, negative)], noise, torch.zeros(1, 16))
+    for one, other in zip(relaxed, candidates, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert bool(relaxed[1].any()) == bool(negative)
+    expected = pipeline.encode_prompt(prompt, device="cpu", negative_prompt=negative or None)
+    torch.testing.assert_close(candidates[0], method.backbone.join(expected[0], expected[2]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(candidates[1], method.backbone.join(expected[1], expected[3]), atol=1e-5, rtol=1e-5)
+    theirs = pipeline(
+        prompt, negative_prompt=negative or None, latents=noise[0], num_inference_steps=3, guidance_scale=3.0, height=16, width=16,
+        output_type="pt",
+    ).images  # fmt: skip
+    torch.testing.assert_close(method.draw([prompt], noise[0], negative) / 2 + 0.5, theirs, atol=2e-5, rtol=0)
+
+
+def test_some_problems_are_empty_and_others_are_not(method):
+    """Each row of a batch is zeros or not by itself."""
+    method.prompt.show([SPACE, SPACE])
+    method.prompt.logits.data = method.prompt.start()
+    gumbel = torch.zeros(method.prompt.logits.shape)
+    gumbel[0, :, 0], gumbel[1, :, 1] = 1e4, 1e4
+    _, (ids, embeddings) = method.prompt(torch.tensor([0, 1]), gumbel)
+    away = method.backbone.encode(ids, embeddings, negative=True)
+    assert not away[0].any()
+    torch.testing.assert_close(away[1:], method.encode_negative(["dark, corner"]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(method.encode_negative(["", "dark, corner"]), away, atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad(away.square().sum(), method.prompt.logits)
+    assert gradient.isfinite().all()
+    assert not gradient[0].any()
+
+
+def test_searches_start_from_zeros(backbone, pipeline):
+    problems = [Problem("key", PROMPT)]
+    metric = MetricGuidance(
+        backbone=backbone, objective=Sharpness(), sampling_steps=3, unconditional=True, guidance_scale=3.0
+    )
+    initial = metric.initial(problems)
+    expected = pipeline.encode_prompt(PROMPT, device="cpu")
+    torch.testing.assert_close(initial[:, 0], backbone.join(expected[0], expected[2]), atol=1e-5, rtol=1e-5)
+    assert not initial[:, 1].any()
+    one_row = SeedInvariance(
+        backbone=backbone, sampling_steps=3, unconditional=True, embedding="one_row", guidance_scale=3.0
+    )
+    one_row.prompt.show(initial)
+    start = one_row.prompt.start(initial)
+    assert start.shape == (1, 2, 1, initial.shape[-1])
+    assert not start[:, 1].any()
+    assert start[:, 0].any()
+    one_row.prompt.rows.data = start
+    assert not one_row.prompt(torch.tensor([0]))[:, 1].any()
+
+
+def test_searches_from_zeros_move_and_stay_finite(backbone):
+    how = {"backbone": backbone, "sampling_steps": 2, "guidance_scale": 3.0, "device": "cpu"}
+    moved = guide("a red cat", Sharpness(), unconditional=True, steps=3, seeds=1, grad_steps=2, lr=0.1, **how)
+    held = hold("a red cat", unconditional=True, embedding="one_row", steps=3, seeds=1, seeds_per_step=1, lr=0.1, **how)
+    for result in (moved, held):
+        assert result.negative_prompt_embeds.isfinite().all()
+    assert moved.negative_prompt_embeds.any()
+    result = reword(
+        "a red cat",
+        positive=[],
+        negative=["library"],
+        budget=6,
+        population=2,
+        seeds=1,
+        schedule="fix-0",
+        gradient_share=0.5,
+        **how,
+    )
+    assert result.record.loss_after[0] <= result.record.loss_before[0]
