@@ -26,7 +26,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_prompts"
 
 
-def cached(what: str, depends_on: Mapping[str, str | int], compute: Callable[[], Tensor]) -> Tensor:
+def cached(what: str, depends_on: Mapping[str, str], compute: Callable[[], Tensor]) -> Tensor:
     """Return a tensor from the cache, or compute it and keep it there.
 
     A file that is damaged, or of something else, is computed again. A cache that cannot be written to costs time and nothing else.

@@ -56,7 +56,7 @@ class TokenEmbeddings(nn.Module):
         ids, positions = template_ids(vocabulary.tokenizer, template, tokens, vocabulary.length, vocabulary.rows)
         self.vocabulary, self.words_around = vocabulary, template
         self.metric: Metric = metric
-        self.listed = words is not None  # only tokens of a list are allowed
+        self.blocked, self.listed = blocked, words is not None
         self.register_buffer("template", ids, persistent=False)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("table", vocabulary.table, persistent=False)

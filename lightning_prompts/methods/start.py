@@ -66,20 +66,21 @@ def word_features(clip: ClipSimilarity, prompt: TokenEmbeddings, as_text: bool, 
     Those of the whole vocabulary are computed once for a CLIP, a vocabulary and a template, and kept in the cache. Of a list of
     words only these are encoded.
     """
-    allowed, count = prompt.allowed.nonzero(), len(prompt.table)
+    allowed = prompt.allowed.nonzero()
     if prompt.listed:
         return prompt_features(clip, prompt, allowed, as_text, chunk)
-    every = torch.arange(count, device=allowed.device).unsqueeze(1)
-    texts = [clip.tokenizer, prompt.vocabulary.tokenizer] if as_text else []
-    depends_on: dict[str, str | int] = {
+    every = prompt.vocabulary.allowed().to(allowed.device).nonzero() if prompt.blocked else allowed
+    tokenizers = [clip.tokenizer, prompt.vocabulary.tokenizer] if as_text else []
+    depends_on = {
         "clip": fingerprint(clip.clip.text_model) + fingerprint(clip.clip.text_projection),
         "template": f"{prompt.positions[0]} {prompt.ids(every[:1]).tolist()}",
-        "rows": count,
-        "tokenizers": " ".join(_digest(tokenizer) for tokenizer in texts),
+        "tokens": hashlib.blake2b(every.cpu().numpy().tobytes(), digest_size=16).hexdigest(),
+        "tokenizers": " ".join(_digest(tokenizer) for tokenizer in tokenizers),
         "device": allowed.device.type,  # they round differently
     }
     features = cached("words", depends_on, lambda: prompt_features(clip, prompt, every, as_text, chunk))
-    return features.to(allowed.device)[allowed.squeeze(1)]
+    kept = torch.isin(every, allowed).squeeze(1)
+    return features.to(allowed.device)[kept]
 
 
 def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
