@@ -63,10 +63,10 @@ REFUSED = {
 }
 PENDING = {"playground25": "schedulers in EDM's preconditioning cannot be read yet"}
 DEFAULT = {
-    *(("configs/invert.yaml", model) for model in ("sd15", "sd3, T5", "flux-dev", "pixart")),
+    *(("configs/invert.yaml", model) for model in ("sd3, T5", "flux-dev", "pixart")),
     ("configs/textual_inversion.yaml", "flux-schnell"), ("configs/textual_inversion.yaml", "sd3"), ("PH2P", "flux-dev"), ("PEZ", "pixart"),
-    ("GCG", "playground25"), ("TextualInversion", "sdxl"), ("ClipWords", "sd21"), ("RandomTokens", "flux-schnell"), ("DPODiff", "sd3, T5"),
-    ("DPODiff", "flux-dev"), ("MetricGuidance", "pixart"), ("SeedInvariance", "sd21"), ("HumanFeedback", "sd3"),
+    ("GCG", "playground25"), ("TextualInversion", "sdxl"), ("ClipWords", "sd21"), ("RandomTokens", "sd15"), ("DPODiff", "sd3, T5"),
+    ("MetricGuidance", "pixart"), ("SeedInvariance", "sd21"), ("HumanFeedback", "sd3"),
 }  # fmt: skip
 
 
