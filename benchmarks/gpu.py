@@ -24,35 +24,28 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import memory
 import plain_loops
-import pytorch_lightning as pl
 import random_models
 import speed
 import tables
 import torch
-import yaml
-from pytorch_lightning.strategies import SingleDeviceStrategy
+from timed_search import Case, Clock, rate, search, synchronize
 from two_machines import compare
 
-from lightning_prompts.api import CONFIGS
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.callbacks.dry_run import forget_peak, peak
-from lightning_prompts.data.inversion import ImagesToPrompts
-from lightning_prompts.data.prompts import Prompts
-from lightning_prompts.methods import GCG, PH2P, TRAINER, DPODiff, MetricGuidance
+from lightning_prompts.methods import GCG, PH2P, DPODiff, MetricGuidance
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.objectives import Sharpness, clip
 from lightning_prompts.run_folder import RunFolder
 
 FIGURES = Path(__file__).parent / "figures"
-SEED = 0
-WARM = 1  # steps that are not timed
 
 
 class Work(NamedTuple):
@@ -74,20 +67,7 @@ WORK = {
     SDXL: Work(images=8, problems=1, microbatch=8, pictures=4, steps=10, seeds=4, population=2, candidates=24),
     FLUX: Work(images=2, problems=1, microbatch=1, pictures=1, steps=4, seeds=2, population=2, candidates=4),
 }
-TINY_WORK = Work(images=2, problems=2, microbatch=2, pictures=2, steps=3, seeds=2, population=2, candidates=2)
-
-
-# --- a search
-
-
-class Case(NamedTuple):
-    """A method, how many problems it searches together, what its config is changed in, and its plain loop."""
-
-    kind: Any
-    config: str
-    problems: int
-    settings: dict[str, Any]
-    plain: Callable[[Any], Iterator[int]]
+TINY_WORK = Work(images=2, problems=2, microbatch=2, pictures=2, steps=2, seeds=1, population=2, candidates=2)
 
 
 def cases(work: Work, guides_itself: bool) -> dict[str, Case]:
@@ -97,7 +77,7 @@ def cases(work: Work, guides_itself: bool) -> dict[str, Case]:
     words = drawn | ({"negative": [], "positive": ["neighbours"], "threshold": -1.0} if guides_itself else {})
     learning = words | {"solver": "gradient", "gradient_share": 1.0, "budget": 1000, "schedule": "fix-1"}
     evaluating = words | {"solver": "evolution", "population": work.population, "budget": 10**6}
-    metric = drawn | {"objective": Sharpness(), "steps": 10**6}
+    metric = drawn | {"objective": Sharpness(), "steps": 10**6, "grad_steps": 1}
     several = work.problems
     return {
         "PH2P": Case(PH2P, "ph2p", work.images, tokens, plain_loops.ph2p),
@@ -106,70 +86,6 @@ def cases(work: Work, guides_itself: bool) -> dict[str, Case]:
         "DPO-Diff, candidates": Case(DPODiff, "dpo_diff", several, evaluating, plain_loops.dpo_diff_candidates),
         "MetricGuidance": Case(MetricGuidance, "metric_guidance", several, metric, plain_loops.metric_guidance),
     }
-
-
-class Stay(SingleDeviceStrategy):
-    """A device on which the model is left when a search has ended; Lightning would copy it to the CPU."""
-
-    def teardown(self) -> None:
-        """Leaves it there."""
-
-
-class Clock(pl.Callback):
-    """Times a search after its first steps for so many seconds, counts the operations of one more step, and ends it.
-
-    It waits for the device at the beginning and at the end alone, so that the search may run ahead of the device.
-    """
-
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device, self.seconds = device, seconds
-        self.rate, self.operations, self.peak = 0.0, 0.0, 0  # samples a second, operations a sample, bytes
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Begins to time, or ends it."""
-        if batch_idx == WARM:
-            synchronize(self.device)
-            forget_peak(self.device)
-            self.begun, self.before = time.perf_counter(), samples_of(pl_module)
-        elif batch_idx > WARM and time.perf_counter() - self.begun >= self.seconds:
-            synchronize(self.device)
-            self.rate = (samples_of(pl_module) - self.before) / (time.perf_counter() - self.begun)
-            self.peak = peak(self.device)
-            pl_module.search = partial(self.counted, pl_module, pl_module.search)
-            trainer.should_stop = True
-
-    def counted(self, module: Any, search: Callable[..., None], *args: Any) -> None:
-        """Takes a step and counts its operations."""
-        before = samples_of(module)
-        operations = speed.flops(lambda: search(*args), self.device.type)
-        self.operations = operations / (samples_of(module) - before)
-
-
-def samples_of(method: Any) -> int:
-    """Denoiser samples that a search has taken, of which a backward pass counts as one."""
-    return sum(problem.unet_samples for problem in method.problems)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def search(model: Backbone, case: Case, steps: int, folder: str, *callbacks: pl.Callback, **trainer: Any) -> Any:
-    """Searches as `fit` does with the method's config, but for the results, and gives the method."""
-    config = yaml.safe_load((CONFIGS / f"{case.config}.yaml").read_text())
-    settings = config["model"]["init_args"] | {"score_every": 10**9, "sample_every": 0} | case.settings
-    method = case.kind(**settings | {"backbone": model, "together": case.problems})
-    data: Any = Prompts(plain_loops.PROMPTS[: case.problems])
-    if case.kind.data_class is ImagesToPrompts:
-        schedule = config["data"]["init_args"] | {"steps": steps, "validation_samples": 1}
-        data = ImagesToPrompts(speed.targets(case.problems), **schedule)
-    own = {"accelerator": "gpu" if model.device.type == "cuda" else "cpu", "strategy": Stay(model.device)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fit = pl.Trainer(**TRAINER | own | trainer, logger=False, callbacks=[*callbacks], default_root_dir=folder).fit
-        fit(method, datamodule=data)
-    return method
 
 
 # --- what is measured
@@ -188,12 +104,14 @@ class Bench:
     """
 
     def __init__(self, tiny: bool, device: str = "cuda:0") -> None:
-        self.tiny, self.seconds = tiny, 0.01 if tiny else 4.0
+        self.tiny, self.seconds = tiny, 0.01 if tiny else 3.0
         self.device = torch.device("cpu" if tiny else device)
         self.name = "CPU, tiny" if tiny else torch.cuda.get_device_name(self.device)
         self.models = random_models.TINY if tiny else memory.MODELS
         self.work = dict.fromkeys(WORK, TINY_WORK) if tiny else WORK
         self.loaded: dict[str, Backbone] = {}
+        self.counts: dict[str, list[int]] = {}  # by model, see `counted`
+        self.found: dict[str, dict[str, Any]] = {}  # by strategy, see `two_processes`
 
     def model(self, name: str) -> Backbone:
         """A model, which takes the place of the one before."""
@@ -216,12 +134,19 @@ class Bench:
         a, b = torch.randn(2, size, size, device=self.device).bfloat16()
         return 2e-12 * size**3 / self.repeated(lambda: a @ b)
 
+    def once(self, compute: Callable[[], Any]) -> float:
+        """Seconds of a computation."""
+        synchronize(self.device)
+        begun = time.perf_counter()
+        compute()
+        synchronize(self.device)
+        return time.perf_counter() - begun
+
     def repeated(self, compute: Callable[[], Any]) -> float:
         """Seconds of a computation, the median of those that follow the first."""
         times, begun = list[float](), time.perf_counter()
         while len(times) < 4 or time.perf_counter() - begun < self.seconds / 2:
-            synchronize(self.device)
-            times.append(speed.seconds(lambda: (compute(), synchronize(self.device))))
+            times.append(self.once(compute))
         return statistics.median(times[1:])
 
     def throughput(self, name: str, what: str) -> dict[str, Any]:
@@ -232,14 +157,7 @@ class Bench:
             method = search(model, case, 10**9, folder, clock)
         if not clock.operations:
             raise RuntimeError(f"The search by {what} ended before it was timed.")
-        loop = case.plain(method)
-        next(loop)  # is not timed
-        synchronize(self.device)
-        begun, samples = time.perf_counter(), 0
-        while not samples or time.perf_counter() - begun < self.seconds:
-            samples += next(loop)
-            synchronize(self.device)
-        plain, teraflops = samples / (time.perf_counter() - begun), clock.rate * clock.operations / 1e12
+        plain, teraflops = rate(case.plain(method), self.device, self.seconds), clock.rate * clock.operations / 1e12
         size = {"problems": case.problems, "microbatch": method.microbatch.size, "peak": clock.peak / memory.GIB}
         rates = {"search": clock.rate, "plain": plain, "ratio": clock.rate / plain, "teraflops": teraflops}
         return size | rates | {"product": self.product, "share": teraflops / self.product}
@@ -258,10 +176,16 @@ class Bench:
                 taken = self.taken(lambda: call().sum().backward())
             finally:
                 network.disable_gradient_checkpointing()
-        empty = memory.on_meta(self.models[name])
-        weights = sum(map(memory.weights, (empty.towers, empty.denoiser, empty.vae)))
-        counted = [weights, *memory.activations(empty)][place]
+        counted = self.counted(name)[place]
         return {"counted": counted / memory.GIB, "measured": taken / memory.GIB, "ratio": taken / counted}
+
+    def counted(self, name: str) -> list[int]:
+        """Bytes that `benchmarks/memory.py` counts, in the order of `MEMORY`."""
+        if name not in self.counts:
+            model = memory.on_meta(self.models[name])
+            weights = sum(map(memory.weights, (model.towers, model.denoiser, model.vae)))
+            self.counts[name] = [weights, *memory.activations(model)]
+        return self.counts[name]
 
     def taken(self, work: Callable[[], Any]) -> int:
         """Bytes that some work takes at most."""
@@ -280,7 +204,7 @@ class Bench:
         compile = model.denoiser.compile if what == COMPILED[1] else model.denoiser.compile_repeated_blocks
         compile(dynamic=False, backend="aot_eager" if self.tiny else "inductor")
         try:
-            first, other = speed.seconds(lambda: (compute(), synchronize(self.device))), compute()
+            first, other = self.once(compute), compute()
             compiled = self.repeated(compute)
         finally:
             for module in model.denoiser.modules():
@@ -292,21 +216,31 @@ class Bench:
         return rates | {"ratio": plain / compiled} | shares | {"difference": difference, "first": first}
 
     def two_processes(self, name: str, strategy: str) -> dict[str, Any]:
-        """How alike what two processes find with PH2P and what one finds are."""
-        with tempfile.TemporaryDirectory() as scratch:
-            one, two = f"{scratch}/one", f"{scratch}/two"
-            self.fixed(name, one)
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
-            program = [*torchrun, __file__, "--rank-of", strategy, two, *["--tiny"] * self.tiny]
-            process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True)
-            try:
-                _, errors = process.communicate()
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-            if process.returncode:
-                raise RuntimeError(f"The processes have ended with {process.returncode}:\n{errors[-3000:]}")
-            return compare(found_in(one), found_in(two))
+        """How alike what two processes find with PH2P and what one finds are; all strategies are tried by the same two."""
+        if not self.found:
+            with tempfile.TemporaryDirectory() as scratch:
+                self.fixed(name, f"{scratch}/one")
+                torchrun = [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc_per_node",
+                    "2",
+                    "--",
+                ]
+                program = [*torchrun, __file__, "--rank-in", scratch, *["--tiny"] * self.tiny]
+                process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+                try:
+                    _, errors = process.communicate()
+                finally:
+                    process.terminate()  # torchrun then ends those that it has started
+                    process.wait()
+                if process.returncode:
+                    raise RuntimeError(f"The processes have ended with {process.returncode}:\n{errors[-3000:]}")
+                one, *others = (found_in(f"{scratch}/{run}") for run in ("one", *STRATEGIES))
+            self.found = {how: compare(one, other) for how, other in zip(STRATEGIES, others, strict=True)}
+        return self.found[strategy]
 
     def fixed(self, name: str, folder: str, **trainer: Any) -> None:
         """A search with PH2P of as many steps on any machine."""
@@ -443,10 +377,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FIGURES, help="where the figures are written")
     parser.add_argument("--tiny", action="store_true", help="test it with small models on a CPU")
     parser.add_argument("--print", action="store_true", help="measure nothing")
-    parser.add_argument("--rank-of", nargs=2, metavar=("STRATEGY", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--rank-in", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
     sound = args.print or measure(args)
-    for part in () if args.rank_of else args.part:
+    for part in () if args.rank_in else args.part:
         print(f"\n{table(part, tables.read(file_of(args.folder, part)))}")
     sys.exit(0 if sound else 1)
 
@@ -456,8 +390,10 @@ def measure(args: argparse.Namespace) -> bool:
     if not args.tiny and not torch.cuda.is_available():
         print("There is no GPU here; give --tiny to test this benchmark with small models on the CPU.", file=sys.stderr)
         sys.exit(2)
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning_prompts"):
+    warnings.filterwarnings("ignore", module="torch")
+    for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.ERROR)
     if args.tiny:
         torch.set_num_threads(1)  # networks this small only wait for a second thread
     bench = Bench(args.tiny, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
@@ -465,9 +401,9 @@ def measure(args: argparse.Namespace) -> bool:
     with ExitStack() as stack:
         for loads, given in (("load_clip", network), ("load_tokenizer", tokenizer)):
             stack.enter_context(mock.patch.object(clip, loads, lambda *args, given=given: given))
-        if args.rank_of:
-            strategy, folder = args.rank_of
-            bench.fixed(SD15, folder, strategy=strategy, devices=2)
+        if args.rank_in:
+            for strategy in STRATEGIES:
+                bench.fixed(SD15, f"{args.rank_in}/{strategy}", strategy=strategy, devices=2)
             return True
         if not args.tiny and torch.cuda.device_count() < 2 and "processes" in args.part:
             print("Two processes are not measured, as this machine has one GPU.")

@@ -41,6 +41,11 @@ def picture(
     return picture
 
 
+def sides_of(method: Any) -> int:
+    """Samples of a picture in a call."""
+    return 2 if method.backbone.guided(method.guidance_scale) else 1
+
+
 def ph2p(method: Any) -> Iterator[int]:
     """Adam on the embeddings, whose nearest tokens are looked up for each noise sample, as in the released code."""
     model, prompt, count = method.backbone, method.prompt, int(method.data.samples)
@@ -97,10 +102,10 @@ def dpo_diff_gradients(method: Any) -> Iterator[int]:
     while True:
         optimizer.zero_grad()
         for _ in range(method.seeds):
-            drawn = picture(method, model.encode(ids, embeddings), away, 1, before + 1)
+            drawn = picture(method, model.encode(ids, embeddings), away, method.grad_steps, before + method.grad_steps)
             spherical_distance(method.clip.features(drawn), wanted).sum().backward()
         optimizer.step()
-        yield method.seeds * model.calls(before + 2, method.guidance_scale)
+        yield method.seeds * sides_of(method) * (before + 2 * method.grad_steps)
 
 
 @torch.no_grad()
@@ -112,7 +117,7 @@ def dpo_diff_candidates(method: Any) -> Iterator[int]:
             sides = method.encode(PROMPTS[:1]), method.encode_negative(["blurry"])
             for _ in range(method.seeds):
                 spherical_distance(method.clip.features(picture(method, *sides)), wanted).sum().item()
-        yield method.population * method.seeds * method.backbone.calls(method.sampling_steps, method.guidance_scale)
+        yield method.population * method.seeds * sides_of(method) * method.backbone.calls(method.sampling_steps, 1)
 
 
 def metric_guidance(method: Any) -> Iterator[int]:
@@ -122,6 +127,6 @@ def metric_guidance(method: Any) -> Iterator[int]:
     while True:
         optimizer.zero_grad()
         for _ in range(method.seeds):
-            (-objective(picture(method, embeds, away, 1), PROMPTS[:1])).sum().backward()
+            (-objective(picture(method, embeds, away, method.grad_steps), PROMPTS[:1])).sum().backward()
         optimizer.step()
-        yield method.seeds * method.backbone.calls(method.sampling_steps + 1, method.guidance_scale)
+        yield method.seeds * sides_of(method) * (method.backbone.calls(method.sampling_steps, 1) + method.grad_steps)
