@@ -103,7 +103,7 @@ def pinned(name: str, offline: bool, revision: str | None, variant: str | None) 
 
 def files_in(folder: Path) -> list[str]:
     """List the files of a model's components, as `component/file`."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file())
 
 
 def choose_variant(name: str, files: Iterable[str], variant: str | None) -> tuple[str | None, dict[str, str | None]]:
