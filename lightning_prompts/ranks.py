@@ -212,7 +212,7 @@ def shared(count: int, size: int) -> tuple[range, int]:
     """
     share = -(-count // dist.get_world_size())
     if share > size:
-        share = -(-share // size) * size
+        share = min(-(-share // size) * size, count)
     begin = min(dist.get_rank() * share, count - 1)
     return range(begin, min(begin + share, count)), share
 

@@ -154,13 +154,18 @@ def test_all_differences_from_an_earlier_run_are_told(tiny, pictures, tmp_path, 
 @pytest.mark.parametrize(("count", "size"), [(1, 4), (4, 4), (12, 4), (13, 4), (40, 16), (7, 1)])
 def test_every_sample_is_some_ranks_and_calls_are_those_of_one_process(count, size, ranks, monkeypatch):
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
-    several = []
+    several, shares = [], set()
     for rank in range(ranks):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
-        several.append(shared(count, size, None).tolist())
-    assert len({len(numbers) for numbers in several}) == 1  # they exchange as many
+        own, share = shared(count, size)
+        several.append(list(own))
+        shares.add(share)
+    assert shares == {len(several[0])} == {max(map(len, several))}  # they exchange as many
     assert [number for numbers in several for number in numbers][:count] == list(range(count))
-    if len(several[0]) > size:
+    assert all(
+        numbers == [count - 1] for numbers in several[-(-count // len(several[0])) :]
+    )  # nothing is left for these
+    if -(-count // ranks) >= size:
         assert all(numbers[0] % size == 0 or numbers[0] == count - 1 for numbers in several)
 
 
