@@ -220,15 +220,7 @@ class Bench:
         if not self.found:
             with tempfile.TemporaryDirectory() as scratch:
                 self.fixed(name, f"{scratch}/one")
-                torchrun = [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    "--nproc_per_node",
-                    "2",
-                    "--",
-                ]
+                torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
                 program = [*torchrun, __file__, "--rank-in", scratch, *["--tiny"] * self.tiny]
                 process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
                 try:

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_prompts.backbones import load_backbone
 from lightning_prompts.errors import UserError
 from lightning_prompts.microbatch import OUT_OF_MEMORY
+from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.vocabulary import round_trip, token_lists
 
 ROOT = Path(__file__).parents[1]
@@ -238,15 +241,33 @@ def test_without_a_gpu_it_says_so(call, monkeypatch, tmp_path):
 
 
 def test_with_one_gpu_processes_are_left_out_in_one_line(gpu, bench, call, monkeypatch):
+    bench.tiny, bench.product, devices = False, 1.0, 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    assert {cell.part for cell in gpu.plan(bench)} == {"throughput", "memory", "compile"}
     monkeypatch.setattr(gpu, "Bench", lambda tiny, device: bench)
-    bench.tiny = False
-    assert "processes" not in {cell.part for cell in gpu.plan(bench)}
-    monkeypatch.setattr(gpu, "plan", lambda bench: [])
     monkeypatch.setattr(gpu.random_models, "clip", lambda device, tiny: (None, None))
-    bench.product = 1.0
     code, said, _ = call("--part", "processes")
     assert code == 0
-    assert said.startswith("Two processes are not measured, as this machine has one GPU.\n")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert said.splitlines()[:2] == [
+        "Two processes are not measured, as this machine has one GPU.",
+        f"CPU, tiny, torch {torch.__version__}, matrix product 1 TFLOP/s",
+    ]
+    devices = 2
+    assert [cell.what for cell in gpu.plan(bench) if cell.part == "processes"] == ["problems", "samples"]
+
+
+def test_the_model_that_memory_writes_can_be_read(tmp_path, monkeypatch):
+    import memory
+    import random_models
+
+    monkeypatch.setitem(memory.MODELS, "Stable Diffusion 1.5", random_models.TINY["Stable Diffusion 1.5"])
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(memory, "VIT_L", {**small, "image_size": 32, "patch_size": 8})
+    memory.write_model(tmp_path)
+    model = load_backbone(str(tmp_path / "model"), "bfloat16")
+    clip = ClipSimilarity(clip_of(model))
+    ids = clip.encode(["a red dog"])
+    assert ids[0].tolist() == token_lists(model.vocabulary.tokenizer, ["a red dog"], add_special_tokens=True)[0]
+    assert clip.vocab_size == len(model.vocabulary.table)
+    assert clip.text_features(ids).isfinite().all()
