@@ -144,3 +144,34 @@ def test_interruptions_and_machines_in_the_docs_are_those_of_the_figures(name):
 
     benchmark = __import__(name)
     assert benchmark.table(tables.read(benchmark.FIGURES)) in (ROOT / "docs" / "large_jobs.md").read_text()
+
+
+def test_agreement_in_the_docs_is_that_of_the_figures():
+    import pipelines
+    import tables
+
+    rows = tables.read(pipelines.FIGURES)
+    assert pipelines.table(rows) in (ROOT / "docs" / "models.md").read_text()
+    assert max(row["difference"] for row in rows) < 1e-4
+    assert min(row["between_prompts"] for row in rows) > 100 * max(row["difference"] for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "schedulers"),
+    [
+        ("sd1", ["PNDMScheduler", "EulerAncestralDiscreteScheduler", "TCDScheduler"]),
+        ("sdxl", ["DDIMScheduler"]),
+        ("playground", None),
+        ("sd3", None),
+        ("flux", None),
+        ("pixart", ["UniPCMultistepScheduler"]),
+    ],
+)
+def test_pictures_agree_with_the_pipelines(family, schedulers, tmp_path):
+    import families
+    import pipelines
+
+    rows = pipelines.compare(family, families.save(family, tmp_path), 16, schedulers)
+    assert {(row["guidance"], row["prompt"]) for row in rows} == {(g, p) for g in (1.0, 5.0) for p in ("short", "long")}
+    assert max(row["difference"] for row in rows) < 1e-4
