@@ -353,7 +353,7 @@ class Backbone(nn.Module, ABC):
         Returns:
             Latents, (P, C, h, w).
         """
-        scheduler = self._sampler(steps, noise.device)
+        scheduler = self._sampler(steps, "cpu")  # where samplers look noise levels up; the host waits for no timestep
         extra = {"generator": _generators(noise)} if "generator" in inspect.signature(scheduler.step).parameters else {}
         scale = getattr(scheduler, "scale_model_input", lambda latents, t: latents)  # those of flows have none
         calls = len(scheduler.timesteps) if stop is None else stop
@@ -373,7 +373,8 @@ class Backbone(nn.Module, ABC):
                     output = unconditional + guidance_scale * (conditional - unconditional)
                 if i + 1 == stop:
                     # Some samplers' latents are scaled; what the denoiser is shown never is.
-                    return self.predict_x0(scaled, output, t.expand(len(scaled)).to(noise.device))
+                    timesteps = t.expand(len(scaled)).to(noise.device, non_blocking=True)
+                    return self.predict_x0(scaled, output, timesteps)
                 latents = scheduler.step(output, t, latents, **extra).prev_sample
         return latents
 
@@ -419,7 +420,8 @@ class Backbone(nn.Module, ABC):
 
     def _denoise_lean(self, noisy: Tensor, t: Tensor, prompts: Tensor, guidance_scale: float) -> Tensor:
         """`denoise` without keeping activations; a scheduler's step has a state and must not run twice, this may."""
-        arguments = noisy, t.expand(len(noisy)), prompts, guidance_scale
+        timesteps = t.expand(len(noisy)).to(noisy.device, non_blocking=True)
+        arguments = noisy, timesteps, prompts, guidance_scale
         if not torch.is_grad_enabled():
             return self.denoise(*arguments)
         return checkpoint(self.denoise, *arguments, use_reentrant=False, preserve_rng_state=False)
