@@ -1,4 +1,4 @@
-"""Nothing in a step of an inverter makes the host wait for the device."""
+"""Nothing in a step of an inverter, or in drawing, makes the host wait for the device."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_prompts.backbones import base, load_backbone
 from lightning_prompts.data.problems import Step
 from lightning_prompts.methods import PH2P, TextualInversion
 from lightning_prompts.problems import Problem
@@ -72,6 +73,32 @@ def test_a_step_does_not_wait(method, settings, tiny, monkeypatch):
     assert not copies.waiting
     assert module.parameter.device == DEVICE
     assert len(module.optimizers().state) == 1  # a step was taken
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
+@pytest.mark.parametrize("stop", [None, 2])
+def test_drawing_does_not_wait(scheduler, stop, sd1, monkeypatch):
+    monkeypatch.setattr(base, "_generators", lambda noise: None)  # these are seeded by the noise, for which it waits
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    model = load_backbone(str(sd1), scheduler=scheduler).to(DEVICE)
+    prompts = torch.zeros(2, 5, 32, device=DEVICE, requires_grad=True)
+    noise = torch.zeros(2, *model.latent_shape, device=DEVICE)
+    with Copies() as copies:
+        model.sample(prompts, prompts, noise, 4, 5.0, 1, stop).sum().backward()
+    assert not copies.waiting
+    assert prompts.grad.shape == prompts.shape
 
 
 def test_what_waits_is_noticed():

@@ -478,10 +478,14 @@ class Backbone(nn.Module, ABC):
         Returns:
             Latents, (P, C, h, w).
         """
-        scheduler = self._sampler(steps, noise.device)
+        scheduler = self._sampler(
+            steps
+        )  # on the CPU, where samplers look noise levels up; the host waits for no timestep
         # Of eta, how much noise DDIM and TCD add, diffusers' pipelines make 0 whatever the class's default is.
         taken = inspect.signature(scheduler.step).parameters
-        extra = {name: value for name, value in (("generator", generators_of(noise)), ("eta", 0.0)) if name in taken}
+        extra: dict[str, Any] = {"eta": 0.0} if "eta" in taken else {}
+        if "generator" in taken:
+            extra["generator"] = generators_of(noise)
         scale = getattr(scheduler, "scale_model_input", lambda latents, t: latents)  # those of flows have none
         calls = len(scheduler.timesteps) if stop is None else stop
         first = 0 if grad_steps >= steps else calls - grad_steps
@@ -500,13 +504,14 @@ class Backbone(nn.Module, ABC):
                     output = unconditional + guidance_scale * (conditional - unconditional)
                 if i + 1 == stop:
                     # Some samplers' latents are scaled; what the denoiser is shown never is.
-                    return self.predict_x0(scaled, output, t.expand(len(scaled)).to(noise.device))
+                    timesteps = t.expand(len(scaled)).to(noise.device, non_blocking=True)
+                    return self.predict_x0(scaled, output, timesteps)
                 latents = scheduler.step(output, t, latents, **extra).prev_sample
         return latents
 
     def calls(self, steps: int, guidance_scale: float = 7.5) -> int:
         """Denoiser samples that `sample` spends on a picture; some samplers call the denoiser more often than they take steps."""
-        return len(self._sampler(steps, "cpu").timesteps) * (2 if self.guided(guidance_scale) else 1)
+        return len(self._sampler(steps).timesteps) * (2 if self.guided(guidance_scale) else 1)
 
     def schedule(self, steps: int) -> dict[str, Any]:
         """What the family's pipeline tells the scheduler beside the number of steps."""
@@ -539,7 +544,7 @@ class Backbone(nn.Module, ABC):
         if type(scheduler).__name__ == "LCMScheduler":
             self.default_steps, self.default_guidance = self._defaults()
 
-    def _sampler(self, steps: int, device: torch.device | str) -> Any:
+    def _sampler(self, steps: int) -> Any:
         """A fresh one, for samplers keep state between steps."""
         if steps > self.num_train_timesteps:
             raise UserError(
@@ -549,7 +554,7 @@ class Backbone(nn.Module, ABC):
         try:
             known = inspect.signature(scheduler.set_timesteps).parameters
             told = {name: value for name, value in self.schedule(steps).items() if name in known}
-            scheduler.set_timesteps(steps, device=device, **told)
+            scheduler.set_timesteps(steps, device="cpu", **told)
         except ValueError as error:
             raise UserError(
                 f"The {type(scheduler).__name__} of the model {self.name!r} cannot draw in {steps} steps ({error})."
@@ -558,7 +563,8 @@ class Backbone(nn.Module, ABC):
 
     def _denoise_lean(self, noisy: Tensor, t: Tensor, prompts: Tensor, guidance_scale: float) -> Tensor:
         """`denoise` without keeping activations; a scheduler's step has a state and must not run twice, this may."""
-        arguments = noisy, t.expand(len(noisy)), prompts, guidance_scale
+        timesteps = t.expand(len(noisy)).to(noisy.device, non_blocking=True)
+        arguments = noisy, timesteps, prompts, guidance_scale
         if not torch.is_grad_enabled():
             return self.denoise(*arguments)
         return checkpoint(self.denoise, *arguments, use_reentrant=False, preserve_rng_state=False)

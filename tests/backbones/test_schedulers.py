@@ -179,7 +179,7 @@ def test_clean_latents_between_two_timesteps_of_training(name, prediction, tmp_p
     """Of samplers that step there, whose own sigma decides."""
     config = {"_class_name": f"{name}Scheduler", "timestep_spacing": "linspace", "prediction_type": prediction}
     backbone = load_backbone(with_scheduler(families.save("sd1", tmp_path), config))
-    scheduler = backbone._sampler(7, "cpu")
+    scheduler = backbone._sampler(7)
     assert (scheduler.timesteps % 1 > 0.1).any()
     x, output = torch.randn(2, 7, *backbone.latent_shape)
     for i, t in enumerate(scheduler.timesteps):
