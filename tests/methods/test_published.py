@@ -61,7 +61,6 @@ REFUSED = {
     r"--model.negative \[\] --model.positive \[synonyms\], or choose another model"
     for model in ("flux-dev", "flux-schnell")
 }
-PENDING = {"playground25": "schedulers in EDM's preconditioning cannot be read yet"}
 DEFAULT = {
     *(("configs/invert.yaml", model) for model in ("sd3, T5", "flux-dev", "pixart")),
     ("configs/textual_inversion.yaml", "flux-schnell"), ("configs/textual_inversion.yaml", "sd3"), ("PH2P", "flux-dev"), ("PEZ", "pixart"),
@@ -198,8 +197,6 @@ def params():
     for model in MODELS:
         for name in CELLS:
             marks = [] if (name, model) in DEFAULT else [pytest.mark.published]
-            if model in PENDING:
-                marks.append(pytest.mark.xfail(reason=PENDING[model], strict=True))
             yield pytest.param(name, model, marks=marks, id=f"{model.replace(', ', '-')}-{Path(name).stem}")
 
 
@@ -213,7 +210,7 @@ def test_table_of_the_docs_is_what_is_tested():
     lines = page[page.index("| | sd15 ") :].partition("\n\n")[0].splitlines()
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     told = {(row[0].strip("`"), model): cell for row in rows for model, cell in zip(head[1:], row[1:], strict=True)}
-    works = {(name, model): "yes" for name in CELLS for model in MODELS if model not in PENDING}
+    works = {(name, model): "yes" for name in CELLS for model in MODELS}
     assert told == works | dict.fromkeys(REFUSED, "positive words only")
 
 
