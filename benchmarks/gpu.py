@@ -43,6 +43,7 @@ from lightning_prompts.callbacks.dry_run import forget_peak, peak
 from lightning_prompts.methods import GCG, PH2P, DPODiff, MetricGuidance
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.objectives import Sharpness, clip
+from lightning_prompts.objectives.image_processor import ImageProcessor
 from lightning_prompts.run_folder import RunFolder
 
 FIGURES = Path(__file__).parent / "figures"
@@ -391,7 +392,9 @@ def measure(args: argparse.Namespace) -> bool:
     bench = Bench(args.tiny, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     tokenizer, network = random_models.clip(bench.device, args.tiny)
     with ExitStack() as stack:
-        for loads, given in (("load_clip", network), ("load_tokenizer", tokenizer)):
+        size = network.config.vision_config.image_size
+        pixels = ImageProcessor.from_config({"size": size, "crop_size": size})
+        for loads, given in (("load_clip", network), ("load_tokenizer", tokenizer), ("load_image_processor", pixels)):
             stack.enter_context(mock.patch.object(clip, loads, lambda *args, given=given: given))
         if args.rank_in:
             for strategy in STRATEGIES:

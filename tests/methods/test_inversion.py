@@ -359,8 +359,8 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
 
 def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, pictures, tmp_path, caplog):
     class Poisoned(PEZ):
-        def loss(self, rows, ids, embeddings, samples):
-            loss = super().loss(rows, ids, embeddings, samples)
+        def loss(self, rows, *given):
+            loss = super().loss(rows, *given)
             factor = torch.ones(3)
             if self.trainer.global_step == 1:
                 factor[0] = torch.inf
@@ -414,10 +414,10 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
 @pytest.mark.parametrize("projection", ["final", "immediate"])
 def test_prompt_that_leaves_the_numbers_within_a_step_takes_the_step_back(projection, tiny, pictures, tmp_path):
     class Steep(PH2P):
-        def loss(self, rows, ids, embeddings, samples):
+        def loss(self, rows, *given):
             factor = torch.ones(3)
             factor[0] = 1e25  # the first picture's first step goes that far
-            return super().loss(rows, ids, embeddings, samples) * factor[rows]
+            return super().loss(rows, *given) * factor[rows]
 
     own = {**settings(PH2P), "projection": projection, "lr": 1e-2}
     problems = search(Steep(backbone=tiny, **own), [pictures], tmp_path / "run")

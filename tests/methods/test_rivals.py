@@ -129,7 +129,7 @@ def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks
 
     def noted(patch, backbone, part, calls):
         call = getattr(backbone, part)
-        patch.setattr(backbone, part, lambda x, *rest: calls.append((part, len(x))) or call(x, *rest))
+        patch.setattr(backbone, part, lambda x, *rest, **more: calls.append((part, len(x))) or call(x, *rest, **more))
 
     how = {"candidates": 9, "topk": 16, "clip_weight": 0.1, "microbatch": 4, "sampling_steps": 2}
     fit(Compared(backbone=tiny, tokens=3, **how), pictures, tmp_path, steps=1, samples=samples)
