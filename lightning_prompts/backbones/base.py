@@ -72,9 +72,8 @@ class Backbone(nn.Module, ABC):
     cross_attends: ClassVar[bool] = False  # whether it has `attention_maps`
     patch: ClassVar[int] = 1  # latents that the denoiser takes together, a side
     takes_clip_skip: ClassVar[bool] = False  # whether diffusers' pipelines of the family do
-    vae_statistics: ClassVar[
-        tuple[str, ...]
-    ] = ()  # keys of the autoencoder's config that the pipeline obeys, if all are set
+    # The autoencoder's config keys for mean and deviation of its latents that the family's pipeline obeys, if all of them are set.
+    vae_statistics: ClassVar[tuple[str, ...]] = ()
 
     offloaded = False  # see `save_memory`
     towers: Sequence[TextTower]
@@ -127,9 +126,8 @@ class Backbone(nn.Module, ABC):
         alphas = getattr(scheduler, "alphas_cumprod", torch.empty(0))  # flows and EDM have none
         self.register_buffer("alphas_cumprod", alphas.float().clone(), persistent=False)
         sigmas = torch.empty(0)
-        if (
-            self.sigma_data is not None
-        ):  # diffusers' table begins with the largest, and may end beyond the training timesteps
+        if self.sigma_data is not None:
+            # diffusers' table begins with the largest, and EDMEulerScheduler's has one row more than there are timesteps.
             sigmas = scheduler.sigmas[: self.num_train_timesteps].flip(0).float()
         self.register_buffer("sigmas", sigmas.clone(), persistent=False)
         self.image_size = image_size or self.trained_size
@@ -143,12 +141,7 @@ class Backbone(nn.Module, ABC):
         self.requires_grad_(False).eval()
 
     def _check_clip_skip(self, clip_skip: int) -> None:
-        """Refuse to skip layers where diffusers' pipeline does not, and more layers than there are."""
-        if not self.takes_clip_skip:
-            raise UserError(
-                f"The pipeline of the model {self.name!r} skips no layers of its text encoders, and --model.clip_skip {clip_skip} was "
-                "given; leave it out."
-            )
+        """Refuse to skip no layers, and more than there are."""
         most = min(tower.most_skipped for tower in self.towers if tower.kind == "clip")
         if not 1 <= clip_skip <= most:
             raise UserError(
@@ -367,9 +360,8 @@ class Backbone(nn.Module, ABC):
             return c_in, sigma * c_in
         before = timesteps.long()
         alphas = self.alphas_cumprod[before]
-        if (
-            timesteps.is_floating_point()
-        ):  # some samplers step between two timesteps of training, where sigma is interpolated
+        if timesteps.is_floating_point():
+            # Some samplers step between two timesteps of training, where they interpolate sigma.
             after = self.alphas_cumprod[(before + 1).clamp(max=self.num_train_timesteps - 1)]
             low, high, share = (1 / alphas - 1).sqrt(), (1 / after - 1).sqrt(), (timesteps - before).to(alphas)
             alphas = torch.where(share > 0, 1 / (1 + low.lerp(high, share).square()), alphas)
@@ -528,10 +520,9 @@ class Backbone(nn.Module, ABC):
         config = self.scheduler.config
         if type(self.scheduler).__name__ == "LCMScheduler":
             return 4, 8.5 if self.guides_itself else 1.0
+        # Turbo; models that predict velocity use the spacing too, to begin at pure noise.
         trailing = config.get("timestep_spacing") == "trailing" and self.prediction_type == "epsilon"
-        if (
-            "Euler" in type(self.scheduler).__name__ and trailing
-        ):  # Turbo; models of velocity begin at pure noise with it
+        if trailing and "Euler" in type(self.scheduler).__name__:
             return 1, 1.0
         return self.pipeline_steps, self.pipeline_guidance
 

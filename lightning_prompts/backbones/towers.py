@@ -95,17 +95,16 @@ class TextTower(nn.Module):
         Args:
             ids: Token ids, (P, L). With embeddings they still say where the text ends.
             embeddings: What stands in place of the tokens' embeddings, (P, L, D). `table[ids]` changes nothing.
-            skip: How many layers before `layer` the hidden states are read, in a CLIP; a last layer that is not the last one still
-                passes the final norm, as in diffusers. The pooled output stays that of all layers.
+            skip: In a CLIP, how many layers before `layer` the hidden states are read. Where `layer` is the last one, after the final
+                norm, earlier hidden states pass that norm too, as in diffusers. The pooled output stays that of all layers.
         """
         layer = self.layer - skip if self.kind == "clip" else self.layer
         counts = ids != self.tokenizer.pad_token_id
         options: dict[str, Any] = {"attention_mask": counts} if self.masked else {}
         if self.ends_at_eos:
+            # 0 behind the first end of the text, which may also be the padding token.
             end = (ids == self.tokenizer.eos_token_id).int()
-            options["attention_mask"] = (
-                end.cumsum(1) == end
-            ).long()  # 0 behind the first end, though padding may be that token
+            options["attention_mask"] = (end.cumsum(1) == end).long()
         if layer != -1:
             options["output_hidden_states"] = True
         if embeddings is None:
@@ -118,9 +117,8 @@ class TextTower(nn.Module):
                 output = self.encoder(ids, **options)
         hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         if self.layer == -1 and layer != -1:
-            hidden = getattr(self.encoder, "text_model", self.encoder).final_layer_norm(
-                hidden
-            )  # as transformers 4, or 5, has it
+            model = getattr(self.encoder, "text_model", self.encoder)  # transformers 4 wraps what holds the norm
+            hidden = model.final_layer_norm(hidden)
         if self.masked:
             hidden = hidden * counts.unsqueeze(2)
         return Said(hidden, output.get("text_embeds", output.get("pooler_output")))
