@@ -359,7 +359,7 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
 
 def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, pictures, tmp_path, caplog):
     class Poisoned(PEZ):
-        def loss(self, rows, ids, embeddings, samples):
+        def loss(self, rows, ids, embeddings, samples, texts=None):
             loss = super().loss(rows, ids, embeddings, samples)
             factor = torch.ones(3)
             if self.trainer.global_step == 1:
@@ -414,7 +414,7 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
 @pytest.mark.parametrize("projection", ["final", "immediate"])
 def test_prompt_that_leaves_the_numbers_within_a_step_takes_the_step_back(projection, tiny, pictures, tmp_path):
     class Steep(PH2P):
-        def loss(self, rows, ids, embeddings, samples):
+        def loss(self, rows, ids, embeddings, samples, texts=None):
             factor = torch.ones(3)
             factor[0] = 1e25  # the first picture's first step goes that far
             return super().loss(rows, ids, embeddings, samples) * factor[rows]
