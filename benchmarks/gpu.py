@@ -378,6 +378,11 @@ def main() -> None:
     sys.exit(0 if sound else 1)
 
 
+def published_pixels(name: str, size: int, offline: bool) -> ImageProcessor:
+    """Return CLIP's published image processor for images of a size, in place of one that would be asked of the hub."""
+    return ImageProcessor.from_config({"size": size, "crop_size": size})
+
+
 def measure(args: argparse.Namespace) -> bool:
     """Measures, in the process that was asked or in one of those that it has started."""
     if not args.tiny and not torch.cuda.is_available():
@@ -392,10 +397,9 @@ def measure(args: argparse.Namespace) -> bool:
     bench = Bench(args.tiny, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     tokenizer, network = random_models.clip(bench.device, args.tiny)
     with ExitStack() as stack:
-        size = network.config.vision_config.image_size
-        pixels = ImageProcessor.from_config({"size": size, "crop_size": size})
-        for loads, given in (("load_clip", network), ("load_tokenizer", tokenizer), ("load_image_processor", pixels)):
+        for loads, given in (("load_clip", network), ("load_tokenizer", tokenizer)):
             stack.enter_context(mock.patch.object(clip, loads, lambda *args, given=given: given))
+        stack.enter_context(mock.patch.object(clip, "load_image_processor", published_pixels))
         if args.rank_in:
             for strategy in STRATEGIES:
                 bench.fixed(SD15, f"{args.rank_in}/{strategy}", strategy=strategy, devices=2)
