@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import families
 import numpy as np
@@ -38,6 +39,12 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_PROMPTS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Let the scripts in benchmarks/ be imported."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
 
 
 @pytest.fixture(autouse=True)

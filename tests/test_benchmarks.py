@@ -6,11 +6,7 @@ from statistics import median
 import pytest
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def path(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ import os
 import pytest
 import torch
 from safetensors.torch import save_file
+from searches import fit
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.cache import cache_folder, cached, fingerprint
-from lightning_prompts.methods import start
+from lightning_prompts.methods import GCG, inverter, start
 from lightning_prompts.methods.start import word_features
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.prompts import TokenEmbeddings
@@ -108,3 +109,12 @@ def test_a_few_words_are_not_worth_a_vocabulary(tiny, folder):
     prompt = TokenEmbeddings(backbone.vocabulary, "{}", 2, words=("red", "cat"))
     assert 1 <= len(word_features(clip, prompt, as_text=False)) == int(prompt.allowed.sum()) <= 2
     assert not folder.exists()
+
+
+def test_a_search_asks_for_the_words_once(tiny, pictures, tmp_path, monkeypatch):
+    """However often images join it."""
+    calls, original = [], inverter.word_features
+    monkeypatch.setattr(inverter, "word_features", lambda *args: calls.append(args) or original(*args))
+    module = GCG(backbone=tiny, tokens=2, start="clip_words", candidates=2, together=1, sampling_steps=2)
+    assert len(fit(module, pictures, tmp_path / "run", steps=1)) == 3
+    assert len(calls) == 1

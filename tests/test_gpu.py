@@ -15,12 +15,7 @@ from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.vocabulary import round_trip, token_lists
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def path(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("benchmarks")]
 
 
 @pytest.fixture

@@ -95,15 +95,21 @@ def pinned(name: str, offline: bool, revision: str | None, variant: str | None) 
     if local_file(name):
         return revision, variant
     folder = find_model(name, offline, revision, variant=variant)
-    chosen, _ = choose_variant(name, files_in(folder), variant)
-    if chosen != variant:
-        log.info("The model %r has weights as the variant %r alone, which is read.", name, chosen)
+    chosen, _ = variants_in(name, folder, variant)
     return (revision if local_folder(name) else folder.name), chosen
 
 
 def files_in(folder: Path) -> list[str]:
     """List the files of a model's components, as `component/file`."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*") if path.is_file())
+
+
+def variants_in(name: str, folder: Path, variant: str | None) -> tuple[str | None, dict[str, str | None]]:
+    """Choose which weights of a model's folder are read, see `choose_variant`, and log a variant that was not asked for."""
+    chosen, read = choose_variant(name, files_in(folder), variant)
+    if chosen != variant:
+        log.info("The model %r has weights as the variant %r alone, which is read.", name, chosen)
+    return chosen, read
 
 
 def choose_variant(name: str, files: Iterable[str], variant: str | None) -> tuple[str | None, dict[str, str | None]]:

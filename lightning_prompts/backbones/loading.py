@@ -15,7 +15,7 @@ import torch
 
 from lightning_prompts.backbones.base import Backbone, Reads
 from lightning_prompts.backbones.flux import Flux
-from lightning_prompts.backbones.hub import EMOJI, choose_variant, files_in, find_model, local_file
+from lightning_prompts.backbones.hub import EMOJI, find_model, local_file, variants_in
 from lightning_prompts.backbones.pixart import PixArt
 from lightning_prompts.backbones.sd3 import StableDiffusion3
 from lightning_prompts.backbones.single_file import as_stated, find_configuration, read_header, read_single_file
@@ -145,9 +145,7 @@ def _unreadable(name: str, part: str, advice: str = "fetch or write the model ag
 
 def _variants(name: str, folder: Path, variant: str | None) -> dict[str, str | None]:
     """Choose the weights of each component, and say what was not asked for."""
-    chosen, read = choose_variant(name, files_in(folder), variant)
-    if chosen != variant:
-        log.info("The model %r has weights as the variant %r alone, which is read.", name, chosen)
+    chosen, read = variants_in(name, folder, variant)
     if without := [part for part, own in read.items() if own != chosen]:
         log.info("Of the model %r, %s has no variant %r and is read without one.", name, ", ".join(without), chosen)
     return read

@@ -19,7 +19,7 @@ from lightning_prompts.data.addresses import CHECK, draw_noise, draw_timesteps
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.methods.start import random_tokens
-from lightning_prompts.microbatch import Microbatch, out_of_memory
+from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Denoising
 
 Verdict = Literal["ok", "weak", "no"]
@@ -235,17 +235,16 @@ def sample_gradients(method: Inverter, row: int, timesteps: Tensor, noise: Tenso
     Returns:
         (N, M * D) float32, on the CPU.
     """
-    backbone, latents = method.backbone, method.latents[row][:1]
+    backbone, latents, denoising = method.backbone, method.latents[row][:1], Denoising(microbatch)
     ids, embeddings = (tensor.detach() for tensor in method.prompt(torch.tensor([row], device=method.device)))
 
     def call(some: Tensor) -> Tensor:
-        clean, eps, t = latents.expand(len(some), -1, -1, -1), noise[some], timesteps[some]
+        same = latents.expand(len(some), -1, -1, -1)
         with torch.enable_grad():
             own = repeat(embeddings, len(some)).clone().requires_grad_()
             prompt_embeds = backbone.encode(ids.expand(len(some), -1), own)
-            output = backbone.denoise(backbone.add_noise(clean, eps, t), t, prompt_embeds)
-            loss = (output - backbone.target(clean, eps, t)).square().flatten(1).mean(1).sum()
-            (gradient,) = torch.autograd.grad(loss, own)
+            each = (tensor.unsqueeze(1) for tensor in (same, timesteps[some], noise[some]))
+            (gradient,) = torch.autograd.grad(denoising(backbone, prompt_embeds, *each).sum(), own)
         return gradient[:, method.prompt.positions].flatten(1).float().cpu()
 
     return microbatch.over(len(timesteps), call, method.device)
@@ -301,23 +300,19 @@ def fastest_microbatch(method: Inverter, schedule: tuple[int, int], seed: int, m
     for size in (2**power for power in range(7)):
         timesteps = draw_timesteps(seed, key, CHECK, size, *schedule)[0].to(method.device)
         noise = draw_noise(seed, key, CHECK, size, method.backbone.latent_shape, method.device)[0]
-        seconds = math.inf
-        try:
-            for _ in range(3):  # the first call of a shape chooses its kernels
-                begun = time.perf_counter()
-                sample_gradients(method, 0, timesteps, noise, Microbatch(size))
-                seconds = min(seconds, time.perf_counter() - begun)
-                if seconds > SLOW:
-                    break
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
+        seconds, microbatch = math.inf, Microbatch(size)
+        for _ in range(3):  # the first call of a shape chooses its kernels
+            begun = time.perf_counter()
+            sample_gradients(method, 0, timesteps, noise, microbatch)
+            seconds = min(seconds, time.perf_counter() - begun)
+            if seconds > SLOW or microbatch.size < size:
+                break
+        if microbatch.size < size:  # halved, as the memory does not hold so many
             break
         rates[size] = size / seconds
         if 2 * size > most or seconds > SLOW:
             break
-    fastest = max(rates.values(), default=0.0)
-    return next(((size, rate) for size, rate in rates.items() if rate >= 0.95 * fastest), (1, 0.0))
+    return next((size, rate) for size, rate in rates.items() if rate >= 0.95 * max(rates.values()))
 
 
 # --- the table

@@ -23,7 +23,15 @@ from lightning_prompts.data.problems import Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 from lightning_prompts.methods.base import MOST_STEPS, PromptMethod
-from lightning_prompts.methods.start import best_words, earlier, given, prompt_features, random_tokens, reads_tokens
+from lightning_prompts.methods.start import (
+    best_words,
+    earlier,
+    given,
+    prompt_features,
+    random_tokens,
+    reads_tokens,
+    word_features,
+)
 from lightning_prompts.microbatch import ALL
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
@@ -131,6 +139,7 @@ class Inverter(PromptMethod):
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         self._clip_name, self._clip = clip or clip_of(self.backbone), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
+        self._words: Tensor | None = None  # features of the allowed tokens alone in this CLIP
         self.trial_weight, self.trial_pictures = trial_weight, trial_pictures
         self.trial_steps = int(trial_steps or min(self.backbone.default_steps, MOST_STEPS))
         if trial_weight:
@@ -180,7 +189,10 @@ class Inverter(PromptMethod):
 
     def clip_words(self, rows: Tensor, beams: int = 1) -> Tensor:
         """The words (Q, M) that the CLIP finds most similar to the pictures of each of the problems `rows` (Q,)."""
-        return best_words(self.clip, self.prompt, self.features(rows), beams)
+        clip, features = self.clip, self.features(rows)
+        if self._words is None:
+            self._words = word_features(clip, self.prompt, self.clip_reads_text)
+        return best_words(clip, self.prompt, features, beams, words=self._words)
 
     def embedded(self, record: Problem) -> Tensor:
         """The embeddings (M, D) of what was found for a problem."""

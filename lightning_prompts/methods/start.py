@@ -90,7 +90,12 @@ def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @torch.no_grad()
 def best_words(
-    clip: ClipSimilarity, prompt: TokenEmbeddings, features: Tensor, beams: int = 1, chunk: int = 256
+    clip: ClipSimilarity,
+    prompt: TokenEmbeddings,
+    features: Tensor,
+    beams: int = 1,
+    chunk: int = 256,
+    words: Tensor | None = None,
 ) -> Tensor:
     """Builds prompts word by word, each time adding what raises the cosine most; no word is taken twice.
 
@@ -100,26 +105,27 @@ def best_words(
         features: Mean features of each problem's pictures, (P, E).
         beams: Prompts that are kept at each length; 1 is greedy.
         chunk: Prompts that are encoded at a time.
+        words: Features (A, E) of the allowed tokens alone, see `word_features`; None to compute them.
 
     Returns:
         Token ids, (P, M).
     """
     allowed, as_text = prompt.allowed.nonzero().squeeze(1), not reads_tokens(clip, prompt)
 
-    def cosines(words: Tensor) -> Tensor:
+    def cosines(prompts: Tensor) -> Tensor:
         """Cosines (P, B) of the pictures with B prompts of m words each, (P, B, m)."""
-        text = prompt_features(clip, prompt, words.flatten(0, 1), as_text, chunk)
-        return torch.bmm(text.view(*words.shape[:2], -1), features.unsqueeze(2)).squeeze(2)
+        text = prompt_features(clip, prompt, prompts.flatten(0, 1), as_text, chunk)
+        return torch.bmm(text.view(*prompts.shape[:2], -1), features.unsqueeze(2)).squeeze(2)
 
-    alone = features @ word_features(clip, prompt, as_text, chunk).T
-    score, best = alone.topk(min(SHORTLIST, len(allowed)))
+    words = word_features(clip, prompt, as_text, chunk) if words is None else words
+    score, best = (features @ words.T).topk(min(SHORTLIST, len(allowed)))
     shortlist = allowed[best]  # (P, S)
-    words, score = shortlist[:, :beams].unsqueeze(2), score[:, :beams]
+    chosen, score = shortlist[:, :beams].unsqueeze(2), score[:, :beams]
     for _ in range(1, len(prompt.positions)):
         longer = torch.cat(  # each beam with each word of the shortlist, (P, W, S, m + 1)
             [
-                words.unsqueeze(2).expand(-1, -1, shortlist.shape[1], -1),
-                shortlist[:, None, :, None].expand(-1, words.shape[1], -1, -1),
+                chosen.unsqueeze(2).expand(-1, -1, shortlist.shape[1], -1),
+                shortlist[:, None, :, None].expand(-1, chosen.shape[1], -1, -1),
             ],
             dim=3,
         ).flatten(1, 2)
@@ -127,8 +133,8 @@ def best_words(
         repeated = (ordered[..., 1:] == ordered[..., :-1]).sum(2)
         score = cosines(longer) - 4 * repeated  # still taken where the vocabulary is shorter than the prompt
         score, kept = score.topk(min(beams, longer.shape[1]))
-        words = longer.gather(1, kept.unsqueeze(2).expand(-1, -1, longer.shape[2]))
-    return words[:, 0]
+        chosen = longer.gather(1, kept.unsqueeze(2).expand(-1, -1, longer.shape[2]))
+    return chosen[:, 0]
 
 
 def random_tokens(prompt: TokenEmbeddings, keys: Sequence[str], seed: int, step: int | Sequence[int]) -> Tensor:

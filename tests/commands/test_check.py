@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,20 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import repeat
-from lightning_prompts.commands.check import Losses, Suggestion, judge_share, sample_gradients, signal_to_noise, written
+from lightning_prompts.commands.check import (
+    Losses,
+    Suggestion,
+    fastest_microbatch,
+    judge_share,
+    sample_gradients,
+    signal_to_noise,
+    written,
+)
 from lightning_prompts.main import main
 from lightning_prompts.methods import PH2P
 from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Denoising
+from lightning_prompts.problems import Problem
 
 ROOT = Path(__file__).parents[2]
 CPU = ["--trainer.accelerator", "cpu"]
@@ -94,6 +104,26 @@ def test_gradients_of_samples_add_up_to_that_of_the_loss(tiny):
     (expected,) = torch.autograd.grad(loss.sum(), method.prompt.embeddings)
     torch.testing.assert_close(found.mean(0), expected.flatten(), atol=1e-6, rtol=1e-4)
     assert found.norm(dim=1).min() > 0
+
+
+def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monkeypatch):
+    method = PH2P(backbone=tiny, tokens=3)
+    allowed = method.prompt.allowed.nonzero().squeeze(1)
+    method.prompt.embeddings.data = method.prompt.table[allowed[:3]][None].clone()
+    method.problems, method.latents = [Problem("key", "a.png", [])], [torch.randn(1, *method.backbone.latent_shape)]
+    sizes, denoise = [], method.backbone.denoise
+
+    def limited(noisy, *args):
+        sizes.append(len(noisy))
+        if len(noisy) > 4:
+            raise torch.OutOfMemoryError
+        time.sleep(0.01)  # as long for any number of samples
+        return denoise(noisy, *args)
+
+    monkeypatch.setattr(method.backbone, "denoise", limited)
+    assert fastest_microbatch(method, (0, 1000), 0, 64)[0] == 4
+    assert max(sizes) == 8  # nothing larger is tried
+    assert fastest_microbatch(method, (0, 1000), 0, 2)[0] == 2
 
 
 def test_what_is_written_keeps_the_settings_and_takes_the_suggestion():

@@ -6,10 +6,10 @@ import shutil
 import diffusers
 import families
 import pytest
-import pytorch_lightning as pl
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from safetensors.torch import load_file
+from searches import fit
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
@@ -17,9 +17,8 @@ from lightning_prompts import guide, reword
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.towers import TextTower
 from lightning_prompts.callbacks import Results
-from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, RandomTokens, TextualInversion
+from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
 from lightning_prompts.methods.start import best_words, reads_tokens, word_features
 from lightning_prompts.objectives import ClipSimilarity, Sharpness
 from lightning_prompts.prompts import TokenEmbeddings
@@ -27,28 +26,6 @@ from lightning_prompts.vocabulary import round_trip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {"tokens": 2, "sampling_steps": 2, "image_size": 16, "sample_every": 0}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The families' folders, written when they are first asked for."""
-    found = {}
-
-    def folder(family):
-        if family not in found:
-            found[family] = families.save_with_clip(family, tmp_path_factory.mktemp(family))
-        return found[family]
-
-    return folder
-
-
-def fit(module, images, folder, callbacks=(), **data):
-    """Runs a search and gives its problems."""
-    how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": bool(callbacks)}
-    trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=list(callbacks))
-    data = ImagesToPrompts(str(images), **{"steps": 2, "samples": 2, "validation_samples": 2, **data})
-    trainer.fit(module, datamodule=data)
-    return list(data.folder.load().values())
 
 
 @pytest.fixture

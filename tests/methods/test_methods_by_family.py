@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from searches import found
 
 from lightning_prompts import cli, guide, invert
 from lightning_prompts.api import CONFIGS
@@ -67,20 +66,6 @@ class Stopping(PromptCheckpoint):
             raise KeyboardInterrupt
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The families' folders, written when they are first asked for."""
-    found = {}
-
-    def folder(family):
-        family = family.partition(",")[0]
-        if family not in found:
-            found[family] = families.save_with_clip(family, tmp_path_factory.mktemp(family))
-        return found[family]
-
-    return folder
-
-
 @pytest.fixture
 def picture(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "p.png")
@@ -106,14 +91,6 @@ def settings(family, method, folder, picture, steps):
     if method != "DPODiff":  # whose budget says how long it searches
         given["--data.steps" if "--data.images" in given else "--model.steps"] = str(steps)
     return ["--model", method, "--model.backbone", folder, *(x for pair in given.items() for x in pair)]
-
-
-def found(run):
-    """What a run has found, but for the seconds it took and the last digit of a cosine."""
-    files = {path.name: load_file(path) for path in run.glob("*.safetensors")}
-    (problem,) = json.loads((run / "result.json").read_text())["problems"]
-    problem["similarity"] = round(problem.get("similarity") or 0.0, 5)
-    return {name: value for name, value in problem.items() if name != "seconds"}, files
 
 
 def test_table_of_the_docs_is_what_is_tested():
@@ -149,10 +126,10 @@ def test_company_changes_nothing(family, folders, tmp_path):
     for one, other in zip(together, alone, strict=True):
         assert one.record.key == other.record.key
         assert one.record.validation_loss == pytest.approx(other.record.validation_loss, rel=1e-4)
-        for found, expected in ((one.embedding, other.embedding), (one.prompt_embeds, other.prompt_embeds)):
-            assert (found is None) == (expected is None)
-            if found is not None:
-                torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        for tensor, expected in ((one.embedding, other.embedding), (one.prompt_embeds, other.prompt_embeds)):
+            assert (tensor is None) == (expected is None)
+            if tensor is not None:
+                torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -5,7 +5,6 @@ which every model and every method is; `pytest -m published` runs the rest.
 """
 
 import importlib.util
-import json
 import shutil
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from searches import found
 
 from lightning_prompts import methods
 from lightning_prompts.api import CONFIGS
@@ -26,7 +25,7 @@ from lightning_prompts.callbacks.checkpoint import AtomicCheckpointIO
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import TRAINER, start
+from lightning_prompts.methods import TRAINER, inverter
 from lightning_prompts.methods.human_feedback import Scripted
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.objectives import Sharpness, clip
@@ -123,7 +122,7 @@ def pixart(flux, folder):
 @pytest.fixture(scope="module", autouse=True)
 def once():
     """Computes what only depends on a vocabulary or a CLIP once."""
-    allowed, features = Vocabulary.allowed, start.word_features
+    allowed, features = Vocabulary.allowed, inverter.word_features
     known = {}
 
     def allowed_once(self, blocked=(), words=None):
@@ -140,7 +139,7 @@ def once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Vocabulary, "allowed", allowed_once)
-        patch.setattr(start, "word_features", features_once)
+        patch.setattr(inverter, "word_features", features_once)
         patch.setattr(clip, "load_clip", cache(clip.load_clip))
         patch.setattr(clip, "load_tokenizer", cache(clip.load_tokenizer))
         yield
@@ -184,14 +183,6 @@ class Cell:
             getattr(trainer, command)(module, datamodule=data)
 
 
-def found(run):
-    """What a run has found, but for the seconds it took and the last digit of a cosine."""
-    files = {path.name: load_file(path) for path in run.glob("*.safetensors")}
-    (problem,) = json.loads((run / "result.json").read_text())["problems"]
-    problem["similarity"] = round(problem.get("similarity") or 0.0, 4)
-    return {name: value for name, value in problem.items() if name != "seconds"}, files
-
-
 def params():
     """All cells; those that are not in the part that runs by default are marked."""
     for model in MODELS:
@@ -228,7 +219,7 @@ def test_cell(name, model, models, tmp_path, capsys):
         cell.run("fit", again, Stopping)
     (last,) = (again / "checkpoints").glob("*.ckpt")
     cell.run("fit", again, ckpt_path=str(last))
-    (one, files), (other, theirs) = found(run), found(again)
+    (one, files), (other, theirs) = found(run, 4), found(again, 4)
     assert one == other
     assert one["status"] in ("done", "not improved"), one
     assert files.keys() == theirs.keys()
@@ -236,7 +227,7 @@ def test_cell(name, model, models, tmp_path, capsys):
         for key, tensor in tensors.items():
             torch.testing.assert_close(tensor, theirs[file][key], atol=1e-5, rtol=1e-5)
     cell.run("test", run)
-    assert found(run)[0] == one
+    assert found(run, 4)[0] == one
     cell.run("predict", run)
     assert len(list((run / "pictures").glob("*.png"))) == 1
     after = cell.model["backbone"].state_dict()

@@ -3,17 +3,16 @@
 import itertools
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
+from searches import fit
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import Results
-from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, TextualInversion
+from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, TextualInversion
 from lightning_prompts.methods.start import best_words
 from lightning_prompts.methods.textual_inversion import pseudo_word
 from lightning_prompts.microbatch import Microbatch
@@ -30,15 +29,6 @@ def first_step(module):
     module.take(list(module.data.folder.load().values()))
     module.done = [0] * len(module.problems)
     return module.data.step()
-
-
-def fit(module, images, folder, callbacks=(), **data):
-    """Runs a search and gives its problems."""
-    how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": bool(callbacks)}
-    trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=list(callbacks))
-    data = ImagesToPrompts(str(images), **{"steps": 2, "samples": 2, "validation_samples": 2, **data})
-    trainer.fit(module, datamodule=data)
-    return list(data.folder.load().values())
 
 
 # --- GCG

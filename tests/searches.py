@@ -1,0 +1,26 @@
+"""Searches of a few steps, and what they have found."""
+
+import json
+
+import pytorch_lightning as pl
+from safetensors.torch import load_file
+
+from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.methods import TRAINER
+
+
+def fit(module, images, folder, callbacks=(), **data):
+    """Run a search and return its problems."""
+    how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": bool(callbacks)}
+    trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=list(callbacks))
+    data = ImagesToPrompts(str(images), **{"steps": 2, "samples": 2, "validation_samples": 2, **data})
+    trainer.fit(module, datamodule=data)
+    return list(data.folder.load().values())
+
+
+def found(run, digits=5):
+    """Return what a run of one problem has found, without its seconds and the cosine's last digits, and its tensors by file."""
+    files = {path.name: load_file(path) for path in run.glob("*.safetensors")}
+    (problem,) = json.loads((run / "result.json").read_text())["problems"]
+    problem["similarity"] = round(problem.get("similarity") or 0.0, digits)
+    return {name: value for name, value in problem.items() if name != "seconds"}, files
