@@ -23,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -378,9 +378,20 @@ def main() -> None:
     sys.exit(0 if sound else 1)
 
 
-def published_pixels(name: str, size: int, offline: bool) -> ImageProcessor:
-    """Return CLIP's published image processor for images of a size, in place of one that would be asked of the hub."""
-    return ImageProcessor.from_config({"size": size, "crop_size": size})
+@contextmanager
+def random_clip(device: torch.device, tiny: bool) -> Iterator[None]:
+    """Load a CLIP of random weights, which takes images as CLIP's published ones do, wherever a CLIP is asked for."""
+    tokenizer, network = random_models.clip(device, tiny)
+
+    def pixels(name: str, size: int, offline: bool) -> ImageProcessor:
+        return ImageProcessor.from_config({"size": size, "crop_size": size})
+
+    with (
+        mock.patch.object(clip, "load_clip", return_value=network),
+        mock.patch.object(clip, "load_tokenizer", return_value=tokenizer),
+        mock.patch.object(clip, "load_image_processor", pixels),
+    ):
+        yield
 
 
 def measure(args: argparse.Namespace) -> bool:
@@ -395,11 +406,7 @@ def measure(args: argparse.Namespace) -> bool:
     if args.tiny:
         torch.set_num_threads(1)  # networks this small only wait for a second thread
     bench = Bench(args.tiny, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-    tokenizer, network = random_models.clip(bench.device, args.tiny)
-    with ExitStack() as stack:
-        for loads, given in (("load_clip", network), ("load_tokenizer", tokenizer)):
-            stack.enter_context(mock.patch.object(clip, loads, lambda *args, given=given: given))
-        stack.enter_context(mock.patch.object(clip, "load_image_processor", published_pixels))
+    with random_clip(bench.device, args.tiny):
         if args.rank_in:
             for strategy in STRATEGIES:
                 bench.fixed(SD15, f"{args.rank_in}/{strategy}", strategy=strategy, devices=2)

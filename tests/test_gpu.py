@@ -104,15 +104,11 @@ def test_searches_and_plain_loops_are_measured(family, gpu, call, tmp_path, monk
 
 
 @pytest.fixture
-def bench(gpu, monkeypatch):
+def bench(gpu):
     """Measures on the CPU, with a CLIP in place."""
-    import random_models
-
     bench = gpu.Bench(tiny=True)
-    tokenizer, network = random_models.clip(bench.device, True)
-    monkeypatch.setattr(gpu.clip, "load_clip", lambda *args: network)
-    monkeypatch.setattr(gpu.clip, "load_tokenizer", lambda *args: tokenizer)
-    return bench
+    with gpu.random_clip(bench.device, True):
+        yield bench
 
 
 def test_a_plain_loop_takes_as_many_samples_a_problem_as_a_step_of_the_search(gpu, bench, tmp_path):
