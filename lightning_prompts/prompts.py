@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +200,20 @@ class PromptArc(nn.Module):
         return slerp(self.initial[rows], self.other.expand(len(rows), -1, -1, -1), self.place[rows].sigmoid())
 
 
+class MixedPrompts(NamedTuple):
+    """Prompts in which mixtures of words stand; what `Backbone.encode` takes.
+
+    Attributes:
+        ids: Token ids of the words drawn, (Q, L).
+        embeddings: Embeddings, (Q, L, D); with one-hot weights those of the words drawn.
+        texts: The Q texts of the words drawn, for text encoders that are not searched.
+    """
+
+    ids: Tensor
+    embeddings: Tensor
+    texts: list[str]
+
+
 class WordChoices(nn.Module):
     """For each of P problems a word to choose for each of S slots, as logits (P, S, W); W is that of the longest slot.
 
@@ -256,7 +271,7 @@ class WordChoices(nn.Module):
         absent = (self.counts[rows] < 0).to(self.logits.device)
         return (self.logits[rows.to(self.logits.device)] + gumbel).masked_fill(absent, -torch.inf)
 
-    def forward(self, rows: Tensor, gumbel: Tensor, temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, rows: Tensor, gumbel: Tensor, temperature: float = 1.0) -> list[MixedPrompts]:
         """Mixes the embeddings of the words of each slot by their Gumbel-softmax weights (arXiv 2407.01606, section 3.2).
 
         A slot's words can have different numbers of tokens. The word with the highest perturbed logit, which is a draw from the
@@ -268,19 +283,26 @@ class WordChoices(nn.Module):
             temperature: Of the softmax.
 
         Returns:
-            Ids (Q, L) and embeddings (Q, L, D) of the positive prompts, then of the negative ones. The ids are those of the words
-            drawn; with one-hot weights the embeddings are theirs, too.
+            The Q positive prompts, then the negative ones.
         """
         perturbed = self.perturbed(rows, gumbel)
         drawn, counts = perturbed.argmax(2).cpu(), self.counts[rows]
         same = (counts == counts.gather(2, drawn.unsqueeze(2))).to(perturbed.device)
         weights = (perturbed / temperature).masked_fill(~same, -torch.inf).softmax(2)
-        sides: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+        tokens: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+        texts = []
         for q, row in enumerate(rows.tolist()):
-            choice = drawn[q, : len(self.spaces[row].slots)].tolist()
-            for side, parts in zip(sides, self.spaces[row].parts(choice), strict=True):
+            space = self.spaces[row]
+            choice = drawn[q, : len(space.slots)].tolist()
+            texts.append(space.texts(choice))
+            for side, parts in zip(tokens, space.parts(choice), strict=True):
                 side.append(self._mixed(self.word_ids[row], parts, choice, weights[q]))
-        return [tuple(torch.stack(column) for column in zip(*side, strict=True)) for side in sides]  # type: ignore[misc]
+        return [
+            MixedPrompts(
+                torch.stack([ids for ids, _ in side]), torch.stack([embeddings for _, embeddings in side]), list(read)
+            )
+            for side, read in zip(tokens, zip(*texts, strict=True), strict=True)
+        ]
 
     def _mixed(
         self, word_ids: Sequence[Sequence[Sequence[int]]], parts: Sequence[Part], choice: Sequence[int], weights: Tensor

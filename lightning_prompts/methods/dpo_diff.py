@@ -253,8 +253,8 @@ class DPODiff(PromptMethod):
         before, done = plan[step], step / max(1, len(plan) - 1)
         sides = self.prompt(rows, self.gumbel(rows, step), warm ** (1 - done) * cold**done)
         told, away = (
-            self.backbone.encode(ids, embeddings, negative=negative)
-            for (ids, embeddings), negative in zip(sides, (False, True), strict=True)
+            self.backbone.encode(side.ids, side.embeddings, side.texts, negative)
+            for side, negative in zip(sides, (False, True), strict=True)
         )
         calls, guided = before + 2 * self.grad_steps, 2 if self.backbone.guided(self.guidance_scale) else 1
         self.count(rows, calls * guided * self.seeds)

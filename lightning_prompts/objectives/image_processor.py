@@ -115,13 +115,18 @@ def load_image_processor(name: str, image_size: int, offline: bool = False) -> I
 
 def _read(name: str, file: str, offline: bool) -> dict[str, Any]:
     """Give the content of a JSON file in a folder or on the hub, {} where there is no such file."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
     path = Path(name) / file
     if not Path(name).is_dir():
+        cached = try_to_load_from_cache(
+            name, file
+        )  # the CLIP itself is loaded first, and a hub that is away costs many seconds
+        if cached is not None and not isinstance(cached, str):  # the hub has said that there is none
+            return {}
         try:
-            path = Path(hf_hub_download(name, file, local_files_only=offline or is_offline()))
+            path = Path(cached or hf_hub_download(name, file, local_files_only=offline or is_offline()))
         except EntryNotFoundError:  # also where it is not in the cache and the hub cannot be asked
             return {}
     elif not path.is_file():

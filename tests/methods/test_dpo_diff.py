@@ -50,7 +50,8 @@ def test_one_hot_logits_are_the_decoded_text(choices):
         noise[0].scatter_(1, torch.tensor(choice).unsqueeze(1), 1e4)
         with torch.no_grad():
             sides = choices(torch.tensor([0]), noise)
-        for (ids, embeddings), text in zip(sides, SPACE.texts(choice), strict=True):
+        for (ids, embeddings, texts), text in zip(sides, SPACE.texts(choice), strict=True):
+            assert texts == [text]
             expected = encode_text(choices.vocabulary.tokenizer, [text], choices.vocabulary.length)
             assert torch.equal(ids, expected)
             assert torch.equal(embeddings, choices.table[expected])
@@ -59,7 +60,7 @@ def test_one_hot_logits_are_the_decoded_text(choices):
 def test_only_words_of_the_drawn_number_of_tokens_are_mixed(choices):
     noise = torch.zeros(choices.logits.shape)
     noise[0, 1, 2] = 3  # "two dogs", beside which "green circle" may have as many tokens and the others have not
-    (ids, embeddings), _ = choices(torch.tensor([0]), noise)
+    (ids, embeddings, _), _ = choices(torch.tensor([0]), noise)
     counts = [len(choices.tokens(word)) for word in SPACE.slots[1].words]
     alike = [i for i, count in enumerate(counts) if count == counts[2]]
     weights = (choices.logits[0, 1] + noise[0, 1])[alike].softmax(0)
@@ -131,10 +132,7 @@ def test_shortcut_gradient_is_that_of_finite_differences(before, grad_steps, gui
 
     def sides_at(logits):
         choices.logits.data = logits.detach()
-        return [
-            backbone.encode(ids, embeddings).repeat_interleave(2, 0)
-            for ids, embeddings in choices(torch.tensor([0]), gumbel)
-        ]
+        return [backbone.encode(*side).repeat_interleave(2, 0) for side in choices(torch.tensor([0]), gumbel)]
 
     at, direction = choices.logits.data.clone(), torch.randn_like(choices.logits)
     told, away = sides_at(at)
@@ -337,8 +335,8 @@ def test_gradient_goes_through_the_text_encoder(attached):
     noise = torch.zeros_like(module.prompt.logits)
     noise[:, :, 1] = 2  # at first the negative prompt is empty
     sides = module.prompt(torch.tensor([0]), noise)
-    for ids, embeddings in sides:
-        told = module.backbone.encode(ids, embeddings)
+    for side in sides:
+        told = module.backbone.encode(*side)
         (gradient,) = torch.autograd.grad(told[0, -1, 0], module.prompt.logits, retain_graph=True)
         assert gradient.abs().max() > 0  # the last position, which no word stands at, depends on the words
 

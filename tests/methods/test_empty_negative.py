@@ -87,8 +87,8 @@ def test_some_problems_are_empty_and_others_are_not(method):
     method.prompt.logits.data = method.prompt.start()
     gumbel = torch.zeros(method.prompt.logits.shape)
     gumbel[0, :, 0], gumbel[1, :, 1] = 1e4, 1e4
-    _, (ids, embeddings) = method.prompt(torch.tensor([0, 1]), gumbel)
-    away = method.backbone.encode(ids, embeddings, negative=True)
+    _, negative = method.prompt(torch.tensor([0, 1]), gumbel)
+    away = method.backbone.encode(*negative, negative=True)
     assert not away[0].any()
     torch.testing.assert_close(away[1:], method.encode_negative(["dark, corner"]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(method.encode_negative(["", "dark, corner"]), away, atol=1e-5, rtol=1e-5)

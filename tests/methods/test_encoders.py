@@ -21,7 +21,8 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
 from lightning_prompts.methods.start import best_words, reads_tokens, word_features
 from lightning_prompts.objectives import ClipSimilarity, Sharpness
-from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.prompts import TokenEmbeddings, WordChoices
+from lightning_prompts.substitutes.space import Slot, Space
 from lightning_prompts.vocabulary import round_trip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -147,6 +148,22 @@ def test_search_and_scoring_read_one_text(family, method, folders, pictures, tmp
         searched = module.loss(rows, ids, module.prompt.table[ids], samples)
         scored = module.denoising_loss(rows, module.encode([str(problem.prompt) for problem in problems]), samples)
     torch.testing.assert_close(searched, scored, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "vocabulary"), [("sd3", None), ("sd3", "t5"), ("flux", None)])
+def test_words_drawn_are_read_as_they_are_written(family, vocabulary, folders):
+    """DPO-Diff's gradient is taken at the encoded prompt that a candidate of the words drawn has."""
+    backbone = load_backbone(folders(family), vocabulary=vocabulary)
+    space = Space(("A Red ", " Behind"), (Slot("Cat", ("Cat", "Two Dogs")),), (Slot("Blurry", ("", "Blurry")),))
+    choices = WordChoices(backbone.vocabulary)
+    choices.show([space])
+    choices.logits.data = choices.start()
+    for choice in ((0, 0), (1, 1)):
+        noise = torch.zeros(choices.logits.shape).scatter_(2, torch.tensor(choice).view(1, 2, 1), 1e4)
+        sides = zip(choices(torch.tensor([0]), noise), space.texts(choice), (False, True), strict=True)
+        for side, text, negative in sides:
+            expected = backbone.encode_text([text], negative=negative)
+            torch.testing.assert_close(backbone.encode(*side, negative=negative), expected, atol=1e-5, rtol=1e-5)
 
 
 # --- a CLIP with another vocabulary

@@ -124,6 +124,9 @@ def test_read_from_the_hub(clip, monkeypatch, tmp_path):
     hub.close()
     forget_connections()
     assert load_image_processor("owner/clip", 32, offline=True) == expected
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)  # with no need to ask again
+    assert load_image_processor("owner/clip", 32) == expected
+    assert load_image_processor("owner/none", 32).mean[0] == pytest.approx(2 * MEAN[0] - 1)
 
 
 @pytest.mark.parametrize(
