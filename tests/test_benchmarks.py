@@ -26,6 +26,15 @@ def test_word_search_in_the_docs_is_that_of_the_figures():
     assert ({len(of) for of in found.values()}, repetitions) == ({20}, {5})
 
 
+def test_check_in_the_docs_is_that_of_the_figures():
+    import check
+
+    rows = check.tables.read(check.FIGURES)
+    targets = {name: [row["target"] for row in rows if row["config"] == name] for name in ("ph2p.yaml", "suggested")}
+    assert sorted(targets["ph2p.yaml"]) == sorted(targets["suggested"]) == sorted(check.words_of("development"))
+    assert check.table() in (ROOT / "docs" / "check.md").read_text()
+
+
 @pytest.mark.parametrize("targets", ["evaluation", "outside"])
 def test_comparison_in_the_docs_is_that_of_the_figures(targets, comparison):
     page, results = (ROOT / "docs" / "comparison.md").read_text(), comparison.measured(targets)
