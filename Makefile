@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-exact test-published test-oldest lint types format check clean
+.PHONY: demo test test-exact test-slow test-oldest lint types format check clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,8 +27,8 @@ test-exact: $(BIN)/.installed  ## those that compare to the last bit, with kerne
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m exact
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m exact
 
-test-published: $(BIN)/.installed  ## every method on the configurations of published models, where these are at hand
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m published
+test-slow: $(BIN)/.installed  ## the rest of what `test` takes a part of, such as every method on every model
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
 
 test-oldest: $(OLDEST)/.installed  ## the same with the oldest dependencies that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal

@@ -1,8 +1,9 @@
-"""Whether the schedule that `check` suggests finds as much as the tuned one: `python benchmarks/check.py`.
+"""Compare the schedule that `check` suggests with the tuned one: `python benchmarks/check.py`.
 
-Runs `train.py check` with configs/ph2p.yaml on the development targets, then inverts these targets with the config as it is and with
-the one that `check` has written. Prints, for each, the suggested settings, the share of prompts with the object's and the
-background's word, the held-out similarity and its difference, target by target, with 95% intervals. Finished runs are kept in --runs.
+Runs `train.py check` with configs/ph2p.yaml on the development targets, then inverts these targets with that config and with the
+one that `check` has written. For each config, prints its schedule, the share of prompts with the object's and the background's
+word, the held-out similarity, and its difference from the first config's, target by target, with 95% intervals. --runs keeps
+finished runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CONFIG = "configs/ph2p.yaml"
 
 
 def suggested(runs: Path) -> Path:
-    """Return the config that `check` writes."""
+    """Return the config that `check` writes; run `check` if there is none yet."""
     config = runs / "suggested.yaml"
     if not config.exists():
         runs.mkdir(parents=True, exist_ok=True)
@@ -32,7 +33,7 @@ def suggested(runs: Path) -> Path:
 
 
 def measure(name: str, config: Path, runs: Path) -> None:
-    """Invert the development targets with a config and keep one row a target."""
+    """Invert the development targets with a config and add one row per target to the figures."""
     data = yaml.safe_load(config.read_text())["data"]["init_args"]
     words = words_of("development")
     rows = []

@@ -1,11 +1,12 @@
-"""How fast a GPU searches at the sizes of Stable Diffusion 1.5, SDXL and FLUX.1: `python benchmarks/gpu.py`; `--print` for the tables.
+"""Measure searches on a GPU at the sizes of Stable Diffusion 1.5, SDXL and FLUX.1: `python benchmarks/gpu.py`.
 
-Weights are random and made on the GPU, in bfloat16 but for the CLIP's, so nothing is downloaded. Measured are the methods in their
-Trainer against plain loops, and as a share of the rate of a matrix product; peak memory against what `benchmarks/memory.py` counts; the
-denoiser with and without torch.compile; and, where there are two GPUs, two processes against one.
+Models have random weights made on the GPU, in bfloat16 except for the CLIP, so nothing is downloaded. The benchmark compares
+methods in their Trainer with plain loops and with the rate of a matrix product, peak memory with the count of
+`benchmarks/memory.py`, the denoiser with and without torch.compile and, if there are two GPUs, two processes with one.
 
-Every measurement has a limit in seconds, and one whose limit is longer than what is left of `--minutes` is skipped and named. Results
-are written after each, and the same command measures what is missing. `--tiny` does all of it with small models on a CPU, as a test.
+Each measurement has a time limit in seconds and is skipped, with a message, if less than that is left of `--minutes`. Results are
+written after each measurement; run the same command again for the missing ones. `--print` only prints the tables; `--tiny` runs
+everything with small models on a CPU, as a test.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ FIGURES = Path(__file__).parent / "figures"
 
 
 class Work(NamedTuple):
-    """How much of each kind of work fills a GPU of 80 GB and still lets a step take no more than a few seconds."""
+    """Sizes of the work that fill a GPU of 80 GB while a step takes no more than a few seconds."""
 
-    images: int  # that PH2P searches together
-    problems: int  # that the other methods search together
+    images: int  # in a batch of PH2P
+    problems: int  # in a batch of the other methods
     microbatch: int  # of the inverters
-    pictures: int  # microbatch where pictures are drawn; a gradient then goes through the decoder
+    pictures: int  # microbatch of methods that draw images, whose gradients pass through the decoder
     steps: int  # num_inference_steps
     seeds: int
     population: int
@@ -72,7 +73,7 @@ TINY_WORK = Work(images=2, problems=2, microbatch=2, pictures=2, steps=2, seeds=
 
 
 def cases(work: Work, guides_itself: bool) -> dict[str, Case]:
-    """The methods. DPO-Diff learns in some steps and evaluates candidates in others, which are measured apart."""
+    """Return the methods to measure; DPO-Diff's gradient steps and its evaluation of candidates are separate cases."""
     tokens = {"microbatch": work.microbatch}
     drawn = {"microbatch": work.pictures, "sampling_steps": work.steps, "seeds": work.seeds}
     words = drawn | ({"negative": [], "positive": ["neighbours"], "threshold": -1.0} if guides_itself else {})
@@ -91,17 +92,23 @@ def cases(work: Work, guides_itself: bool) -> dict[str, Case]:
 
 # --- what is measured
 
-MEMORY = ("weights", "a call", "a call, checkpointed", "a decoding", "a decoding, checkpointed")  # as it is counted
+MEMORY = (
+    "weights",
+    "a call",
+    "a call, checkpointed",
+    "a decoding",
+    "a decoding, checkpointed",
+)  # in the order of `Bench.counted`
 COMPILED = ("repeated blocks", "whole denoiser")
 STRATEGIES = ("problems", "samples")
 
 
 class Bench:
-    """Where it is measured, for how many seconds at a time, and the one model that is loaded.
+    """The device, the seconds per measurement, and the one model that is loaded.
 
     Args:
-        tiny: On a CPU with small models.
-        device: Where else.
+        tiny: Use small models on the CPU.
+        device: The device otherwise.
     """
 
     def __init__(self, tiny: bool, device: str = "cuda:0") -> None:
@@ -115,14 +122,14 @@ class Bench:
         self.found: dict[str, dict[str, Any]] = {}  # by strategy, see `two_processes`
 
     def model(self, name: str) -> Backbone:
-        """A model, which takes the place of the one before."""
+        """Load a model in place of the previous one."""
         if name not in self.loaded:
             self.free(models=True)
             self.loaded[name] = random_models.backbone(self.models[name], self.device)
         return self.loaded[name]
 
     def free(self, models: bool = False) -> None:
-        """Gives the memory back that is no longer used."""
+        """Release unused memory, with `models` also the loaded model."""
         if models:
             self.loaded.clear()
         gc.collect()
@@ -130,13 +137,13 @@ class Bench:
 
     @cached_property
     def product(self) -> float:
-        """Operations a second, in units of 10**12, of the product of two bfloat16 matrices."""
+        """Measure the TFLOP/s of the product of two bfloat16 matrices."""
         size = 256 if self.tiny else 8192
         a, b = torch.randn(2, size, size, device=self.device).bfloat16()
         return 2e-12 * size**3 / self.repeated(lambda: a @ b)
 
     def once(self, compute: Callable[[], Any]) -> float:
-        """Seconds of a computation."""
+        """Measure the seconds of a computation."""
         synchronize(self.device)
         begun = time.perf_counter()
         compute()
@@ -144,27 +151,27 @@ class Bench:
         return time.perf_counter() - begun
 
     def repeated(self, compute: Callable[[], Any]) -> float:
-        """Seconds of a computation, the median of those that follow the first."""
+        """Measure the seconds of a computation: the median of several runs, without the first."""
         times, begun = list[float](), time.perf_counter()
         while len(times) < 4 or time.perf_counter() - begun < self.seconds / 2:
             times.append(self.once(compute))
         return statistics.median(times[1:])
 
     def throughput(self, name: str, what: str) -> dict[str, Any]:
-        """Denoiser samples a second of a search and of its plain loop, and the search's share of the rate of a product."""
+        """Measure denoiser samples per second of a search and of its plain loop, and the search's share of a product's rate."""
         model = self.model(name)
         clock, case = Clock(self.device, self.seconds), cases(self.work[name], model.guides_itself)[what]
         with tempfile.TemporaryDirectory() as folder:
             method = search(model, case, 10**9, folder, clock)
         if not clock.operations:
-            raise RuntimeError(f"The search by {what} ended before it was timed.")
+            raise RuntimeError(f"The search with {what} ended before it was timed.")
         plain, teraflops = rate(case.plain(method), self.device, self.seconds), clock.rate * clock.operations / 1e12
         size = {"problems": case.problems, "microbatch": method.microbatch.size, "peak": clock.peak / memory.GIB}
         rates = {"search": clock.rate, "plain": plain, "ratio": clock.rate / plain, "teraflops": teraflops}
         return size | rates | {"product": self.product, "share": teraflops / self.product}
 
     def memory(self, name: str, what: str) -> dict[str, Any]:
-        """GiB that are taken at most, beside what was held before, against what is counted on the meta device."""
+        """Measure the peak memory in GiB above what was held before, and compare it with the count on the meta device."""
         place = MEMORY.index(what)
         if not place:
             self.free(models=True)
@@ -181,7 +188,7 @@ class Bench:
         return {"counted": counted / memory.GIB, "measured": taken / memory.GIB, "ratio": taken / counted}
 
     def counted(self, name: str) -> list[int]:
-        """Bytes that `benchmarks/memory.py` counts, in the order of `MEMORY`."""
+        """Return the bytes that `benchmarks/memory.py` counts, in the order of `MEMORY`."""
         if name not in self.counts:
             model = memory.on_meta(self.models[name])
             weights = sum(map(memory.weights, (model.towers, model.denoiser, model.vae)))
@@ -189,7 +196,7 @@ class Bench:
         return self.counts[name]
 
     def taken(self, work: Callable[[], Any]) -> int:
-        """Bytes that some work takes at most."""
+        """Measure the peak memory of some work, in bytes."""
         forget_peak(self.device)
         before = peak(self.device)
         work()
@@ -197,7 +204,7 @@ class Bench:
         return peak(self.device) - before
 
     def compiled(self, name: str, what: str) -> dict[str, Any]:
-        """Samples a second of gradients alone, without and with torch.compile, whose first call is timed apart."""
+        """Measure gradient samples per second without and with torch.compile; the first, compiling call is timed separately."""
         work, model = self.work[name], self.model(name)
         compute = speed.gradient(model, work.images, microbatch=work.microbatch)
         operations, gradient = speed.flops(compute, self.device.type) / 1e12, compute()
@@ -217,7 +224,7 @@ class Bench:
         return rates | {"ratio": plain / compiled} | shares | {"difference": difference, "first": first}
 
     def two_processes(self, name: str, strategy: str) -> dict[str, Any]:
-        """How alike what two processes find with PH2P and what one finds are; all strategies are tried by the same two."""
+        """Compare what two processes find with PH2P with what one finds; one pair of processes runs all strategies."""
         if not self.found:
             with tempfile.TemporaryDirectory() as scratch:
                 self.fixed(name, f"{scratch}/one")
@@ -227,23 +234,23 @@ class Bench:
                 try:
                     _, errors = process.communicate()
                 finally:
-                    process.terminate()  # torchrun then ends those that it has started
+                    process.terminate()  # torchrun then ends the processes that it started
                     process.wait()
                 if process.returncode:
-                    raise RuntimeError(f"The processes have ended with {process.returncode}:\n{errors[-3000:]}")
+                    raise RuntimeError(f"The processes ended with exit code {process.returncode}:\n{errors[-3000:]}")
                 one, *others = (found_in(f"{scratch}/{run}") for run in ("one", *STRATEGIES))
             self.found = {how: compare(one, other) for how, other in zip(STRATEGIES, others, strict=True)}
         return self.found[strategy]
 
     def fixed(self, name: str, folder: str, **trainer: Any) -> None:
-        """A search with PH2P of as many steps on any machine."""
+        """Search with PH2P for a fixed number of steps."""
         settings = {"microbatch": self.work[name].microbatch, "score_every": 2}
         case = Case(PH2P, "ph2p", self.work[name].images, settings, plain_loops.ph2p)
         search(self.model(name), case, 4, folder, **trainer)
 
 
 def found_in(folder: str) -> list[dict[str, Any]]:
-    """What a search has found, in the order of its images."""
+    """Return what a search has found, in the order of its images."""
     records = sorted(RunFolder(folder).load().values(), key=lambda record: record.index)
     return [{"prompt": record.prompt, "validation_loss": record.validation_loss} for record in records]
 
@@ -252,11 +259,11 @@ def found_in(folder: str) -> list[dict[str, Any]]:
 
 
 class OutOfTime(BaseException):
-    """A measurement has reached its limit; not an Exception, which libraries would take for an error of their own."""
+    """Raised when a measurement reaches its time limit; not an Exception, which libraries might catch."""
 
 
 class Cell(NamedTuple):
-    """A measurement: its part, model and line, its limit in seconds, and what gives its figures."""
+    """A measurement: its part, model and line, its limit in seconds, and the function that measures."""
 
     part: str
     model: str
@@ -266,7 +273,7 @@ class Cell(NamedTuple):
 
 
 def plan(bench: Bench) -> list[Cell]:
-    """The measurements in their order; compiling takes long and comes last."""
+    """Return the measurements in order; compiling takes long and comes last."""
     cells = list[Cell]()
     for name in WORK:
         cells += [Cell("throughput", name, what, 45, bench.throughput) for what in cases(TINY_WORK, False)]
@@ -280,7 +287,7 @@ def plan(bench: Bench) -> list[Cell]:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises `OutOfTime` after so many seconds."""
+    """Raise `OutOfTime` after so many seconds."""
 
     def stop(signum: int, frame: Any) -> None:
         raise OutOfTime
@@ -295,7 +302,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def run(bench: Bench, cells: list[Cell], folder: Path, minutes: float) -> bool:
-    """Measures what is missing and fits into the time; gives whether nothing but memory and time was lacking."""
+    """Run the missing measurements that fit into the time; return False if one failed for another reason than time or memory."""
     end, sound = time.monotonic() + 60 * minutes, True
     for cell in cells:
         file, key = file_of(folder, cell.part), {"device": bench.name, "model": cell.model, "what": cell.what}
@@ -348,7 +355,7 @@ def file_of(folder: Path, part: str) -> Path:
 
 
 def table(part: str, rows: list[dict[str, Any]]) -> str:
-    """A line a measurement."""
+    """Return a part's table, with one line per measurement."""
     columns = FORMATS[part]
     lines = [f"| device | model | {part} | {' | '.join(heading for heading, _ in columns.values())} |"]
     lines.append("|---" * (3 + len(columns)) + "|")
@@ -361,15 +368,13 @@ def table(part: str, rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--minutes", type=float, default=7.0, help="that it takes at most, from when everything is imported"
-    )
+    parser.add_argument("--minutes", type=float, default=7.0, help="time limit, not counting imports")
     parser.add_argument("--part", choices=list(FORMATS), nargs="+", default=list(FORMATS))
-    parser.add_argument("--folder", type=Path, default=FIGURES, help="where the figures are written")
-    parser.add_argument("--tiny", action="store_true", help="test it with small models on a CPU")
-    parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--folder", type=Path, default=FIGURES, help="folder of the figures")
+    parser.add_argument("--tiny", action="store_true", help="test with small models on a CPU")
+    parser.add_argument("--print", action="store_true", help="only print the tables")
     parser.add_argument("--rank-in", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
     sound = args.print or measure(args)
@@ -380,7 +385,7 @@ def main() -> None:
 
 @contextmanager
 def random_clip(device: torch.device, tiny: bool) -> Iterator[None]:
-    """Load a CLIP of random weights, which takes images as CLIP's published ones do, wherever a CLIP is asked for."""
+    """Replace every CLIP with one of random weights and the image processing of the published CLIP."""
     tokenizer, network = random_models.clip(device, tiny)
 
     def pixels(name: str, size: int, offline: bool) -> ImageProcessor:
@@ -395,7 +400,7 @@ def random_clip(device: torch.device, tiny: bool) -> Iterator[None]:
 
 
 def measure(args: argparse.Namespace) -> bool:
-    """Measures, in the process that was asked or in one of those that it has started."""
+    """Run the measurements, either as the main process or as one of the processes that it started."""
     if not args.tiny and not torch.cuda.is_available():
         print("There is no GPU here; give --tiny to test this benchmark with small models on the CPU.", file=sys.stderr)
         sys.exit(2)
@@ -404,7 +409,7 @@ def measure(args: argparse.Namespace) -> bool:
         logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.ERROR)
     if args.tiny:
-        torch.set_num_threads(1)  # networks this small only wait for a second thread
+        torch.set_num_threads(1)  # networks this small do not benefit from a second thread
     bench = Bench(args.tiny, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     with random_clip(bench.device, args.tiny):
         if args.rank_in:
@@ -412,7 +417,7 @@ def measure(args: argparse.Namespace) -> bool:
                 bench.fixed(SD15, f"{args.rank_in}/{strategy}", strategy=strategy, devices=2)
             return True
         if not args.tiny and torch.cuda.device_count() < 2 and "processes" in args.part:
-            print("Two processes are not measured, as this machine has one GPU.")
+            print("Two processes are not measured, as this machine has only one GPU.")
         print(f"{bench.name}, torch {torch.__version__}, matrix product {bench.product:.0f} TFLOP/s", flush=True)
         return run(bench, [cell for cell in plan(bench) if cell.part in args.part], args.folder, args.minutes)
 

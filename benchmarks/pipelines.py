@@ -1,9 +1,9 @@
-"""How far pictures are from those of diffusers' pipelines: `python benchmarks/pipelines.py`.
+"""Measure how far images are from those of diffusers' pipelines: `python benchmarks/pipelines.py`.
 
-Draws from the same latents and prompts with this package and with diffusers' own pipeline of each model, in all cells of scheduler,
-guidance and prompt length, and prints the largest absolute difference of a pixel, in [0, 1], a model. The models have random weights:
-those of `tests/families.py`, and, where the folder `shared` is beside the checkout, reduced models with published configurations and
-tokenizers. Cells that diffusers' pipeline refuses are left out.
+Draws with this package and with diffusers' own pipeline of each model, from the same latents and prompts, for all combinations of
+scheduler, guidance and prompt length, and prints the largest absolute difference of a pixel in [0, 1] for each model. All models
+have random weights: those of `tests/families.py` and, if the folder `shared` is next to the checkout, reduced models with published
+configurations and tokenizers. Combinations that diffusers' pipeline refuses are left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WORDS = "a photo of a small cat in the top left corner beside a large tree on a 
 
 
 def prompts_of(backbone: Backbone, length: str) -> list[str]:
-    """Two prompts, short ones or ones that nearly fill what the searched text encoders read."""
+    """Return two prompts, short ones or ones that nearly fill the searched text encoders."""
     if length == "short":
         return SHORT
     tokenizer, most = backbone.vocabulary.tokenizer, backbone.vocabulary.length
@@ -53,19 +53,19 @@ def prompts_of(backbone: Backbone, length: str) -> list[str]:
 
 @torch.no_grad()
 def ours(backbone: Backbone, texts: Sequence[str], noise: Tensor, guidance: float) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1]."""
+    """Draw images (B, 3, H, W) in [0, 1] with this package."""
     prompt, negative = backbone.encode_text(texts), backbone.encode_text([""], negative=True)
     return backbone.decode(backbone.sample(prompt, negative, noise, STEPS, guidance)) / 2 + 0.5
 
 
 def theirs(pipeline: Any, texts: Sequence[str], noise: Tensor, guidance: float, size: int) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1]."""
+    """Draw images (B, 3, H, W) in [0, 1] with diffusers' pipeline."""
     how: dict[str, Any] = {"height": size, "width": size, "guidance_scale": guidance, "num_inference_steps": STEPS}
     if isinstance(pipeline, diffusers.FluxPipeline):
         noise = pipeline._pack_latents(noise, *noise.shape[:2], *noise.shape[2:])
     if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
         how |= {"use_resolution_binning": False, "clean_caption": False}
-    # What samplers add at each step is decided by the latents here.
+    # The latents seed the noise that samplers add at each step.
     pictures: Tensor = pipeline(
         list(texts), latents=noise, generator=generators_of(noise), output_type="pt", **how
     ).images
@@ -75,18 +75,18 @@ def theirs(pipeline: Any, texts: Sequence[str], noise: Tensor, guidance: float, 
 def compare(
     name: str, folder: Path, size: int, schedulers: Sequence[str] | None = None, guidance: Sequence[float] = GUIDANCE
 ) -> list[dict[str, Any]]:
-    """Compare a model's pictures in all cells.
+    """Compare a model's images for all combinations.
 
     Args:
-        name: What to call the model.
-        folder: The model.
-        size: Pixels of a side.
-        schedulers: Classes to draw with; None for all that the model can be drawn with.
+        name: Name of the model.
+        folder: Folder of the model.
+        size: Height and width of the images, in pixels.
+        schedulers: Scheduler classes; None for all that the model supports.
         guidance: Guidance scales.
 
     Returns:
-        A row a cell, with the largest absolute difference of a pixel, and beside it that between two prompts of one model, which shows
-        that its pictures depend on them.
+        One row per combination, with the largest absolute difference of a pixel and, for scale, the one between the images of two
+        prompts.
     """
     index = json.loads((folder / "model_index.json").read_text())
     unused = dict.fromkeys({"safety_checker", "feature_extractor"} & set(index))
@@ -104,7 +104,7 @@ def compare(
             texts = prompts_of(backbone, length)
             try:
                 expected = theirs(pipeline, texts, noise, scale, size)
-            except (TypeError, ValueError):  # the pipeline cannot draw with this scheduler
+            except (TypeError, ValueError):  # the pipeline does not support this scheduler
                 continue
             found = ours(backbone, texts, noise, scale)
             between = between or float((ours(backbone, texts[::-1], noise, scale) - found).abs().max())
@@ -116,13 +116,13 @@ def compare(
 
 
 def unclipped(own: Any, scheduler: str) -> dict[str, bool]:
-    """What a class would switch on by default, which latents are not made for."""
+    """Return the values that keep a class from clipping latents by default."""
     taken = getattr(diffusers, scheduler)._get_init_keys(getattr(diffusers, scheduler))
     return {key: bool(own.config.get(key)) for key in ("clip_sample", "thresholding") if key in taken}
 
 
 def models() -> dict[str, tuple[Callable[[Path], Path], int]]:
-    """What writes each model into a folder, and the pixels of its pictures."""
+    """Return, for each model, a function that writes it into a folder, and its image size in pixels."""
     sys.path[:0] = [str(ROOT / "tests"), str(SHARED / "tools")]
     families = importlib.import_module("families")
     found: dict[str, tuple[Callable[[Path], Path], int]] = {
@@ -132,12 +132,12 @@ def models() -> dict[str, tuple[Callable[[Path], Path], int]]:
         published = importlib.import_module("published")
         found |= {
             f"{name}, published": (partial(published.build, name, clip=False), 128) for name in published.NAMES
-        }  # at 64 pixels the UNets' innermost norms see two numbers a group, and a rounding error turns their signs
+        }  # at 64 pixels the UNets' innermost norms have two numbers per group, whose signs a rounding error can flip
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a model."""
+    """Return a table with one line per model."""
     lines = ["| model | schedulers | cells | between two prompts | from diffusers, at most |", "|---|---|---|---|---|"]
     for model in dict.fromkeys(row["model"] for row in rows):
         some = [row for row in rows if row["model"] == model]
@@ -152,7 +152,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
-    torch.set_num_threads(1)  # networks this small only wait for a second one
+    torch.set_num_threads(1)  # networks this small do not benefit from a second one
     FIGURES.unlink(missing_ok=True)
     for name, (build, size) in models().items():
         with tempfile.TemporaryDirectory() as folder:

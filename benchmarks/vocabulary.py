@@ -1,9 +1,9 @@
-"""Where the time of `fit` goes with vocabularies of real size: `python benchmarks/vocabulary.py FOLDER`.
+"""Measure where `fit` spends its time with vocabularies of real size: `python benchmarks/vocabulary.py FOLDER`.
 
-FOLDER is a diffusers pipeline, best one whose networks are small and whose tokenizers are a published model's, so that what grows
-with the vocabulary shows. Runs the configs of methods in this process, one image or prompt each, and prints the seconds of CPU time
-that went into loading (libraries, settings, weights, tokenizers), the denoiser and the autoencoder, the text encoders, the CLIP, and
-the rest, and the share of the rest. With `--profile` also the functions of the rest that take most.
+FOLDER holds a diffusers pipeline, preferably with small networks and the tokenizers of a published model, so that costs that grow
+with the vocabulary stand out. Runs each method's config on one image or prompt, in a process of its own, and prints the seconds of
+CPU time spent on loading (libraries, settings, weights, tokenizers), the denoiser and the autoencoder, the text encoders, the CLIP,
+and the rest, with the share of the rest. `--profile` also prints the functions that take the most time.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ PARTS = ("loading", "denoiser", "text encoders", "CLIP", "rest")
 
 
 class Clock:
-    """Divide this thread's CPU time among parts that call each other; the innermost part has it."""
+    """Divide this thread's CPU time among parts that call each other; time counts for the innermost part."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._running, self._since = ["loading"], time.thread_time()
 
     def switch(self) -> None:
-        """Give the time since the last switch to the part that runs."""
+        """Add the time since the last switch to the running part."""
         now = time.thread_time()
         self.seconds[self._running[-1]] += now - self._since
         self._since = now
 
     def timed(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function whose time is a part's."""
+        """Wrap a function so that its time counts for a part."""
 
         @functools.wraps(work)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ class Clock:
 
 
 def watch(clock: Clock) -> None:
-    """Have the parts timed: the networks with their backward passes, and the search as a whole."""
+    """Time the parts: the networks with their backward passes, and the search as a whole."""
     from pytorch_lightning import Trainer
 
     from lightning_prompts.backbones import Backbone, TextTower
@@ -115,7 +115,7 @@ def run(config: str, folder: str, extra: list[str], profiled: bool) -> dict[str,
 
 
 def main() -> None:
-    """Print a table, a line a config; each runs in a process of its own."""
+    """Print a table with one line per config; each runs in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, choices=CONFIGS)

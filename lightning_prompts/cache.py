@@ -1,4 +1,4 @@
-"""Keep what is costly to compute and the same for every run: one safetensors file for each, named by all that it depends on."""
+"""Cache tensors that are costly to compute and the same for every run, in safetensors files named by all that they depend on."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Return the folder of the cache: LIGHTNING_PROMPTS_CACHE, else a folder in XDG_CACHE_HOME or ~/.cache."""
+    """Return the cache folder: LIGHTNING_PROMPTS_CACHE or else `lightning_prompts` in XDG_CACHE_HOME or ~/.cache."""
     if named := os.environ.get("LIGHTNING_PROMPTS_CACHE"):
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_prompts"
 
 
 def cached(what: str, depends_on: Mapping[str, str], compute: Callable[[], Tensor]) -> Tensor:
-    """Return a tensor from the cache, or compute it and keep it there.
+    """Return a tensor from the cache, or compute and cache it.
 
-    A file that is damaged, or of something else, is computed again. A cache that cannot be written to costs time and nothing else.
+    A file that is damaged or holds something else is computed again. A cache that cannot be written to is not an error.
 
     Args:
-        what: What it is, for the file's name.
-        depends_on: All that its values depend on.
-        compute: Computes it.
+        what: Kind of tensor, for the file's name.
+        depends_on: Everything that its values depend on.
+        compute: Function that computes it.
 
     Returns:
         The tensor, on the CPU if it was cached.
@@ -56,7 +56,7 @@ def cached(what: str, depends_on: Mapping[str, str], compute: Callable[[], Tenso
         atomic_write(path, content)
     except OSError as error:
         log.info(
-            "The cache %s cannot be written to (%s), so that this is computed again next time.",
+            "The cache %s cannot be written to (%s); the next run will compute its contents again.",
             path.parent,
             error.strerror or error,
         )
@@ -65,7 +65,7 @@ def cached(what: str, depends_on: Mapping[str, str], compute: Callable[[], Tenso
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """Return a hash of a module's parameters and buffers: their names, types, shapes and values."""
+    """Return a hash of the names, dtypes, shapes and values of a module's parameters and buffers."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -203,7 +203,7 @@ class CLI(LightningCLI):
         with self.trainer.precision_plugin.forward_context():
             report = check(model.to(self.trainer.strategy.root_device), datamodule.seed, measured)
         print("\n".join(report.lines), flush=True)
-        if self.write:
+        if self.write and report.reacts:
             atomic_write(self.write, written(self.settings, report.suggestion).encode())
             print(f"These settings are in {self.write}: train.py fit --config {self.write}")
         if not report.reacts:

@@ -85,7 +85,7 @@ def test_models_are_made_in_bfloat16_with_the_same_weights_each_time():
         assert memory.weights(empty) == memory.weights(model)
 
 
-@pytest.mark.parametrize("family", ["SDXL", "FLUX.1 dev"])
+@pytest.mark.parametrize("family", ["SDXL", pytest.param("FLUX.1 dev", marks=pytest.mark.slow)])
 def test_searches_and_plain_loops_are_measured(family, gpu, call, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "WORK", {family: gpu.TINY_WORK})
     code, said, _ = call("--tiny", "--part", "throughput")
@@ -156,6 +156,7 @@ def test_compiled_gradients_are_the_same_and_nothing_stays_compiled(gpu, bench):
     assert all(module._compiled_call_impl is None for module in bench.model(gpu.FLUX).modules())
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(gpu, bench):
     for strategy in gpu.STRATEGIES:
         row = bench.two_processes(gpu.SD15, strategy)
@@ -241,7 +242,7 @@ def test_with_one_gpu_processes_are_left_out_in_one_line(gpu, bench, call, monke
     code, said, _ = call("--part", "processes")
     assert code == 0
     assert said.splitlines()[:2] == [
-        "Two processes are not measured, as this machine has one GPU.",
+        "Two processes are not measured, as this machine has only one GPU.",
         f"CPU, tiny, torch {torch.__version__}, matrix product 1 TFLOP/s",
     ]
     devices = 2

@@ -107,7 +107,10 @@ def test_what_is_refused(tmp_path, capsys):
         "empty": ({"<fox>": torch.ones(0, 32)}, "has no row"),
         "nan": ({"<fox>": torch.full((1, 32), torch.nan)}, "numbers that are not finite"),
         "convolution": ({"<fox>": torch.ones(4, 4, 3, 3)}, "holds no embedding"),
-        "lora": ({"lora_unet_mid.lora_down.weight": torch.ones(4, 32)}, "holds the weights of a LoRA and no embedding"),
+        "lora": (
+            {"lora_unet_mid.lora_down.weight": torch.ones(4, 32)},
+            "holds the weights of a LoRA, not an embedding",
+        ),
         "optimizer": (
             {"<fox>": torch.ones(1, 32), "state.0.exp_avg": torch.ones(1, 32)},
             "holds the state of an optimizer",
@@ -127,9 +130,9 @@ def test_what_is_refused(tmp_path, capsys):
     torch.save({"<fox>": Malicious()}, tmp_path / "code.safetensors")
     for name, reason in (
         ("cut", "cannot be read as an embedding"),
-        ("text", "is no embedding"),
+        ("text", "is not an embedding"),
         ("code.safetensors", "holds more than tensors, .* not unpickled because it could run code"),
-        ("nothing", "is no embedding"),
+        ("nothing", "is not an embedding"),
         (".", "cannot be read"),
     ):
         with pytest.raises(UserError, match=reason):
@@ -174,7 +177,7 @@ def test_legacy_format(tmp_path):
     rows, legacy = torch.randn(2, 32), {"_use_new_zipfile_serialization": False}
     torch.save({"string_to_param": {"*": rows}, "name": "fox"}, tmp_path / "fox.pt", **legacy)
     assert torch.equal(read_embedding(tmp_path / "fox.pt", backbone, pickle=True), rows)
-    with pytest.raises(UserError, match=r"a module in the format of torch before 1\.6"):
+    with pytest.raises(UserError, match=r"a module saved by torch before 1\.6"):
         read_embedding(original({"*": rows}, tmp_path / "module.pt", **legacy), backbone, pickle=True)
 
 
@@ -225,7 +228,7 @@ def test_several_embeddings(tmp_path):
         read_embedding(file, backbone)
     assert torch.equal(read_embedding(f"{file}#fox", backbone), fox)
     assert torch.equal(read_embedding(f"{file}#dog#1", backbone), dog)
-    with pytest.raises(UserError, match=r"has no 'cat' but 'dog#1', 'fox'; name one"):
+    with pytest.raises(UserError, match=r"has no embedding 'cat', only 'dog#1', 'fox'; name one"):
         read_embedding(f"{file}#cat", backbone)
     save_file({"emb_params": fox}, tmp_path / "a#b")  # a file's own name comes first
     assert torch.equal(read_embedding(tmp_path / "a#b", backbone), fox)
@@ -252,7 +255,8 @@ def test_parts_that_are_not_searched_are_said(family_name, vocabulary, name, tmp
         found = read_embedding(tmp_path / "fox.safetensors", backbone)
     assert torch.equal(found, torch.cat([parts[encoder] for encoder in searched], 1))
     unused = " and ".join({name: "t5xxl"}.get(encoder, encoder) for encoder in widths if encoder not in searched)
-    assert f"for {unused} is not used, as the tokens of {' and '.join(encoder_names(backbone))} are" in caplog.text
+    assert f"Ignoring the embedding for {unused} in" in caplog.text
+    assert f"the search uses the tokens of {' and '.join(encoder_names(backbone))}." in caplog.text
     del parts[searched[-1]]
     save_file(parts, tmp_path / "fox.safetensors")
     with pytest.raises(UserError, match=f"and the model .* needs {encoder_names(backbone)[-1]}; give"):
@@ -403,7 +407,7 @@ def test_encoded_prompts_that_cannot_be_read(tmp_path):
     right = torch.zeros(1, length, 80)
     for tensors, said in (
         ({"prompt_embeds": right}, "has no pooled_prompt_embeds"),
-        ({"prompt_embeds": right[..., :32], "pooled_prompt_embeds": pooled}, r"is told \[32, 80\]"),
+        ({"prompt_embeds": right[..., :32], "pooled_prompt_embeds": pooled}, r"takes \[32, 80\]"),
         ({"latents": right}, "holds no encoded prompt"),
     ):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "told.safetensors")

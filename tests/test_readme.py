@@ -67,7 +67,13 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+PARAMS = [
+    pytest.param(page, id=page.stem, marks=[] if page.stem in ("README", "check") else [pytest.mark.slow])
+    for page in PAGES
+]
+
+
+@pytest.mark.parametrize("page", PARAMS)
 def test_commands_of_the_page_run(page, place, tiny):
     for program, *args in commands(page):
         if program == "python" and args[0] == "train.py":
@@ -105,6 +111,7 @@ def test_commands_of_the_page_run(page, place, tiny):
         assert len(list((run / "pictures").iterdir())) == 2 * 4
 
 
+@pytest.mark.slow
 def test_python_of_the_page_runs(place, capsys, monkeypatch):
     for module in (steering, dpo_diff):
         monkeypatch.setattr(module, "FRESH_SEEDS", 2)

@@ -39,6 +39,7 @@ METHODS = {
     ],
 }  # fmt: skip
 INVERTERS = ("PEZ", "PH2P", "PH2P adam", "GCG")
+DEFAULT = ("PH2P adam", "DPODiff")  # killed in the default run; the others are slow
 ALIKE = ("PEZ", "PH2P adam", "GCG")  # `make test-exact` leaves them out: others make the same calls
 PROMPTS = ["a cat", "two dogs beside a large tree", "a red square"]
 
@@ -126,7 +127,14 @@ def watched(monkeypatch):
     return Watched
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "GCG",
+        "PH2P adam",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in ("GCG", "PH2P adam")),
+    ],
+)
 def test_company_changes_nothing(method, make, tmp_path, watched):
     main(make(tmp_path / "all", method))
     assert len(watched.seen[0]) == (5 if method in INVERTERS else 3)
@@ -149,9 +157,13 @@ def test_who_is_finished_makes_room(method, make, tmp_path, watched):
     assert_alike(found(tmp_path / "two"), found(tmp_path / "all"))
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name in ALIKE else pytest.mark.exact) for name in METHODS]
-)
+def marks(method):
+    """What decides when a test of a method runs."""
+    exact = [] if method in ALIKE else [pytest.mark.exact]
+    return exact if method in DEFAULT else [*exact, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=marks(name)) for name in METHODS])
 def test_killed_at_any_step_is_as_unbroken(method, make, tmp_path, watched, rounding):
     patience = {"PEZ": 2, "MetricGuidance": 1, "SeedInvariance": 1}.get(method, 1000)
     how = ("--model.patience", str(patience), "--model.together", "2", "--model.microbatch", "3")
@@ -245,7 +257,7 @@ def test_what_has_failed_is_listed_and_searched_alone(make, folder, tmp_path, ca
     assert alone["validation_loss"] == pytest.approx(found(run)[1]["validation_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", [PEZ, PH2P, GCG])
+@pytest.mark.parametrize("method", [PH2P, *(pytest.param(method, marks=pytest.mark.slow) for method in (PEZ, GCG))])
 def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch):
     modules = []
     monkeypatch.setattr(method, "on_train_end", lambda self: modules.append(self), raising=False)
@@ -270,7 +282,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("method", ["PEZ", "MetricGuidance"])
+@pytest.mark.parametrize("method", ["PEZ", pytest.param("MetricGuidance", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up(method, make, small_disk, tmp_path, monkeypatch, capsys, caplog):
     """The search goes on, says what it could not write, and can go on when there is room again."""
     how = ("--model.together", "2")

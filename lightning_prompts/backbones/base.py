@@ -1,4 +1,4 @@
-"""What every frozen text-to-image model has: text towers, noise schedule, image coding and the sampling loop."""
+"""What all frozen text-to-image models share: text encoders, noise schedule, autoencoder and sampling loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Reads(NamedTuple):
-    """A text tower of a family: the component's name, its class, and how the family reads it, see `TextTower`."""
+    """A text encoder of a family: its component and class, and how the family reads it, see `TextTower`."""
 
     part: str
     network: Literal["CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"]
@@ -31,48 +31,48 @@ class Reads(NamedTuple):
     masked: bool = False
     obeys_mask: bool = False
     optional: bool = False
-    lower: bool = False  # the pipeline lower-cases what it is told
+    lower: bool = False  # the pipeline lowercases prompts
 
     @property
     def tokenizer(self) -> str:
-        """The component of its tokenizer."""
+        """Return the component of its tokenizer."""
         return self.part.replace("text_encoder", "tokenizer")
 
 
 class Backbone(nn.Module, ABC):
-    """A frozen text-to-image model: no parameter requires a gradient and it never leaves evaluation mode.
+    """A frozen text-to-image model: no parameter requires a gradient, and it never leaves evaluation mode.
 
-    An encoded prompt is rows (R, D): one a token, which the denoiser attends to, and below them, in families that have one, the
-    pooled vector, filled up with zeros. So whatever is done row by row is done with all that the denoiser is told.
+    An encoded prompt is a tensor of rows (R, D): one row per token, which the denoiser attends to, followed by the pooled vector,
+    padded with zeros, in families that have one. An operation on all rows thus covers all that the denoiser gets from a prompt.
 
-    A family says how these rows come from what its towers say (`combine`) and how the denoiser is called (`denoise`). Latents,
-    noise and images outside of the networks are float32, whatever the networks' precision.
+    A family defines how these rows are built from the outputs of its text encoders (`combine`) and how the denoiser is called
+    (`denoise`). Outside of the networks, latents, noise and images are float32, whatever the precision of the networks.
 
     Args:
-        name: How the person named it.
-        towers: The text encoders, in the order of `reads`, less those that are optional and absent.
+        name: The name that the user gave.
+        towers: The text encoders in the order of `reads`, without optional ones that are absent.
         denoiser: The diffusers model that predicts noise or velocity.
         vae: The diffusers autoencoder.
         scheduler: The diffusers scheduler: noise schedule, prediction type and sampler.
-        vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
-        image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
-        zero_empty: The encoding of an empty text to lead away from is zeros.
-        clip_skip: How many of the CLIP text encoders' last layers are skipped when a prompt is encoded, as diffusers' pipelines
-            do; a negative prompt is encoded with all layers, as theirs is. None for all layers.
+        vocabulary: Search the tokens of the `clip` or of the `t5` text encoders; None for the family's default.
+        image_size: Height and width of drawn images, in pixels; None for the size that the model was trained on.
+        zero_empty: Encode empty negative prompts as zeros.
+        clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines; negative prompts
+            use all layers. None for all layers.
     """
 
-    pipelines: ClassVar[tuple[str, ...]]  # of diffusers, that the family reads
+    pipelines: ClassVar[tuple[str, ...]]  # diffusers pipelines of the family
     reads: ClassVar[tuple[Reads, ...]]
     denoises: ClassVar[tuple[str, str]]  # the denoiser's component and class
     searched: ClassVar[Kind] = "clip"
     predicts: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
-    pipeline_steps: ClassVar[int]  # sampling steps that diffusers takes unless told otherwise
-    pipeline_guidance: ClassVar[float]  # and its guidance
-    fixed: ClassVar[int] = 1  # rows at the beginning of an encoded prompt that are the same for all
-    cross_attends: ClassVar[bool] = False  # whether it has `attention_maps`
-    patch: ClassVar[int] = 1  # latents that the denoiser takes together, a side
-    takes_clip_skip: ClassVar[bool] = False  # whether diffusers' pipelines of the family do
-    # The autoencoder's config keys for mean and deviation of its latents that the family's pipeline obeys, if all of them are set.
+    pipeline_steps: ClassVar[int]  # default sampling steps in diffusers
+    pipeline_guidance: ClassVar[float]  # default guidance scale in diffusers
+    fixed: ClassVar[int] = 1  # first rows of an encoded prompt, which are the same for all prompts
+    cross_attends: ClassVar[bool] = False  # whether `attention_maps` is implemented
+    patch: ClassVar[int] = 1  # side of the denoiser's patches, in latents
+    takes_clip_skip: ClassVar[bool] = False  # whether diffusers' pipelines of the family take it
+    # Config keys of the autoencoder for the mean and the deviation of latents; the family's pipeline uses them if all are set.
     vae_statistics: ClassVar[tuple[str, ...]] = ()
 
     offloaded = False  # see `save_memory`
@@ -101,12 +101,12 @@ class Backbone(nn.Module, ABC):
         kind = vocabulary or self.searched
         if not (same := [tower for tower in towers if tower.kind == kind]):
             raise UserError(
-                f"The model {name!r} has no {kind} text encoder whose tokens could be searched; leave out --model.vocabulary."
+                f"The model {name!r} has no {kind} text encoder to search the tokens of; leave out --model.vocabulary."
             )
         if any(tower.tokenizer.get_vocab() != same[0].tokenizer.get_vocab() for tower in same[1:]):
             raise UserError(
-                f"The {kind} text encoders of the model {name!r} have different tokenizers; they are of different models, so fetch or "
-                "write the whole model again."
+                f"The {kind} text encoders of the model {name!r} have different tokenizers, so they come from different "
+                "models; download or save the whole model again."
             )
         self.vocabulary = Vocabulary(same)
         if clip_skip is not None:
@@ -115,67 +115,67 @@ class Backbone(nn.Module, ABC):
         if self.prediction_type not in self.predicts:
             raise UserError(
                 f"The model {name!r} has a scheduler for {self.prediction_type!r}, and its family predicts "
-                f"{' or '.join(map(repr, self.predicts))}; choose another."
+                f"{' or '.join(map(repr, self.predicts))}; choose another model."
             )
         for what, (given, taken) in self.widths().items():
             if given != taken:
                 raise UserError(
-                    f"The {what} of the model {name!r} are {given} wide and its denoiser takes {taken}; they are of different models, so "
-                    "fetch or write the whole model again."
+                    f"The {what} of the model {name!r} are {given} wide, but its denoiser takes {taken}, so they come from "
+                    "different models; download or save the whole model again."
                 )
         alphas = getattr(scheduler, "alphas_cumprod", torch.empty(0))  # flows and EDM have none
         self.register_buffer("alphas_cumprod", alphas.float().clone(), persistent=False)
         sigmas = torch.empty(0)
         if self.sigma_data is not None:
-            # diffusers' table begins with the largest, and EDMEulerScheduler's has one row more than there are timesteps.
+            # In diffusers the largest sigma comes first, and EDMEulerScheduler has one sigma more than there are timesteps.
             sigmas = scheduler.sigmas[: self.num_train_timesteps].flip(0).float()
         self.register_buffer("sigmas", sigmas.clone(), persistent=False)
         self.image_size = image_size or self.trained_size
         if self.image_size % (self.factor * self.patch):
             raise UserError(
-                f"Pictures of {self.image_size} pixels were asked for, and the model {name!r} draws multiples of "
-                f"{self.factor * self.patch}; change --model.image_size."
+                f"--model.image_size must be a multiple of {self.factor * self.patch} for the model {name!r}, got "
+                f"{self.image_size}; change it."
             )
         self.default_steps, self.default_guidance = self._defaults()
         self._empty: dict[tuple[torch.dtype | None, bool], Tensor] = {}
         self.requires_grad_(False).eval()
 
     def _check_clip_skip(self, clip_skip: int) -> None:
-        """Refuse to skip no layers, and more than there are."""
+        """Refuse to skip fewer than one layer, or more than there are."""
         most = min(tower.most_skipped for tower in self.towers if tower.kind == "clip")
         if not 1 <= clip_skip <= most:
             raise UserError(
-                f"--model.clip_skip must be between 1 and {most}, the layers of the text encoders of the model {self.name!r} that can be "
-                f"skipped, got {clip_skip}; leave it out to skip none."
+                f"--model.clip_skip must be between 1 and {most}, the most layers that the model {self.name!r} can skip, got "
+                f"{clip_skip}; leave it out to skip none."
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Moves what it holds to a device, but for networks that come there only when they are called."""
+        """Apply a function, such as a move to a device, except to offloaded networks, which move when they are called."""
         self._empty = {}
         return cast("Self", super()._apply(fn, recurse and not self.offloaded))  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode, also when the module that holds it is put into training mode."""
+        """Stay in evaluation mode, even if the parent module enters training mode."""
         return super().train(False)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Return the device of the computation."""
         return self.alphas_cumprod.device
 
     @abstractmethod
     def widths(self) -> dict[str, tuple[int, int]]:
-        """What has to fit the denoiser: the width that there is and the one that it takes."""
+        """Return the widths that have to match the denoiser: for each input, the actual width and the one that it takes."""
 
     # --- text
 
     @abstractmethod
     def combine(self, said: Sequence[Said]) -> Tensor:
-        """Encoded prompts (P, R, D) of what each tower says of P prompts."""
+        """Build encoded prompts (P, R, D) from the output of each text encoder for P prompts."""
 
     @property
     def others(self) -> list[TextTower]:
-        """The text encoders whose tokens are not searched."""
+        """Return the text encoders whose tokens are not searched."""
         return [tower for tower in self.towers if tower not in self.vocabulary.towers]
 
     def encode(
@@ -185,13 +185,13 @@ class Backbone(nn.Module, ABC):
         texts: Sequence[str] | None = None,
         negative: bool = False,
     ) -> Tensor:
-        """Encodes prompts of the vocabulary that is searched; the other text encoders read text.
+        """Encode prompts given as ids of the searched vocabulary; the other text encoders read text.
 
         Args:
             ids: Token ids with start, end and padding, (P, L).
-            embeddings: What stands in place of the tokens' embeddings, (P, L, D); gradients flow to it.
-            texts: What the other text encoders read, P texts; None for what the ids spell.
-            negative: These are negative prompts, see `encode_text`.
+            embeddings: Replace the tokens' embeddings, (P, L, D); gradients flow to them.
+            texts: The P texts that the other text encoders read; None for the decoded ids.
+            negative: Encode them as negative prompts, see `encode_text`.
 
         Returns:
             Encoded prompts, (P, R, D').
@@ -207,13 +207,13 @@ class Backbone(nn.Module, ABC):
     def encode_text(self, texts: Sequence[str], negative: bool = False) -> Tensor:
         """Encode texts as the family's pipeline does.
 
-        A text that is too long for what is searched is refused. Of what is too long for the other towers the end is cut off. The
-        empty text alone, which is led away from again and again, is encoded once.
+        Texts that are too long for the text encoders whose tokens are searched are refused; for the other text encoders they are
+        truncated. The single empty text, the usual negative prompt, is encoded once and cached.
 
         Args:
             texts: P texts.
-            negative: These are negative prompts: no layer of the text encoders is skipped, and the empty text is zeros with
-                `zero_empty`.
+            negative: Encode them as negative prompts: no layer of the text encoders is skipped, and the empty text is zeros if
+                `zero_empty` is set.
 
         Returns:
             Encoded prompts, (P, R, D).
@@ -223,7 +223,7 @@ class Backbone(nn.Module, ABC):
         kind = self.device.type
         key = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None, negative
         if key not in self._empty:
-            with torch.inference_mode(False), torch.no_grad():  # a search may use what a test has encoded
+            with torch.inference_mode(False), torch.no_grad():  # so that a search can use it after a test has cached it
                 self._empty[key] = self._encode_text(texts, negative)
         return self._empty[key]
 
@@ -234,123 +234,125 @@ class Backbone(nn.Module, ABC):
         return self._zeroed(encoded, torch.tensor([not text.strip() for text in texts])) if negative else encoded
 
     def _skipped(self, negative: bool) -> int:
-        """Return how many layers of the CLIP text encoders are skipped; diffusers skips none for negative prompts."""
+        """Return how many layers of the CLIP text encoders to skip; diffusers skips none for negative prompts."""
         return 0 if negative else self.clip_skip or 0
 
     def _zeroed(self, encoded: Tensor, empty: Tensor) -> Tensor:
-        """Return encoded negative prompts (P, R, D), those of empty texts (P,) as zeros if the model was trained so."""
+        """Return encoded negative prompts (P, R, D), with zeros for empty texts (P,) if `zero_empty` is set."""
         return encoded.masked_fill(empty.to(encoded.device).view(-1, 1, 1), 0) if self.zero_empty else encoded
 
     def split(self, prompts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Encoded prompts (..., R, D) as what the denoiser attends to, (..., L, D), and the pooled vectors (..., D')."""
+        """Split encoded prompts (..., R, D) into the hidden states (..., L, D) and the pooled vectors (..., D')."""
         if not self.pooled_width:
             return prompts, None
         below = -(-self.pooled_width // prompts.shape[-1])
         return prompts[..., :-below, :], prompts[..., -below:, :].flatten(-2)[..., : self.pooled_width]
 
     def join(self, hidden: Tensor, pooled: Tensor) -> Tensor:
-        """Encoded prompts (..., R, D) of what the denoiser attends to, (..., L, D), and the pooled vectors (..., D')."""
+        """Join hidden states (..., L, D) and pooled vectors (..., D') into encoded prompts (..., R, D)."""
         width = hidden.shape[-1]
         filled = F.pad(pooled, (0, -pooled.shape[-1] % width))
         return torch.cat([hidden, filled.unflatten(-1, (-1, width)).to(hidden.dtype)], dim=-2)
 
     def moving(self, prompts: Tensor, pooled: bool) -> Tensor:
-        """Which rows of encoded prompts (..., R, D) a search may move, (R,): not CLIP's start of the text, and the pooled if told to."""
+        """Return the rows (R,) of encoded prompts (..., R, D) that a search may change: no start token, pooled rows if `pooled`."""
         moving = torch.arange(prompts.shape[-2], device=prompts.device) >= self.fixed
         if not pooled:
             moving[self.split(prompts)[0].shape[-2] :] = False
         return moving
 
     def gist(self, prompts: Tensor) -> Tensor:
-        """The one row (..., D) of encoded prompts (..., R, D) that says most: the pooled vector's, or the last token's."""
+        """Return the row (..., D) that summarizes encoded prompts (..., R, D): the last of the pooled vector or of the tokens."""
         return prompts[..., -1, :]
 
     # --- denoiser
 
     @abstractmethod
     def denoise(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, guidance_scale: float = 1.0) -> Tensor:
-        """Calls the denoiser.
+        """Call the denoiser.
 
         Args:
             noisy: Noisy latents, (B, C, h, w).
             timesteps: (B,), see `condition`.
-            prompts: Encoded, (B, R, D).
-            guidance_scale: What models are told that have learned to guide themselves.
+            prompts: Encoded prompts, (B, R, D).
+            guidance_scale: Input of models that embed the guidance scale; others ignore it.
 
         Returns:
-            What it predicts, (B, C, h, w) float32.
+            Its prediction, (B, C, h, w) float32.
         """
 
     def attention_maps(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
-        """How much each place of a picture looks at each token of its prompt while `denoise` runs; no gradient.
+        """Measure how much each location of an image attends to each token of its prompt in `denoise`; no gradient.
 
         Args:
             noisy: Noisy latents, (B, C, h, w).
             timesteps: (B,).
-            prompts: Encoded, (B, R, D).
+            prompts: Encoded prompts, (B, R, D).
 
         Returns:
-            Cross-attention probabilities (B, L, h, w) float32, the mean over heads and layers; in [0, 1], and over the L tokens of
-            a place they sum to one.
+            Cross-attention probabilities (B, L, h, w) float32, averaged over heads and layers; at each location they sum to one
+            over the L tokens.
         """
-        raise NotImplementedError(f"The places and the tokens of a {type(self).__name__} share one attention.")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no cross-attention: image and text tokens share one attention."
+        )
 
     def guided(self, guidance_scale: float) -> bool:
-        """Whether a picture is led away from a negative prompt, which takes two calls of the denoiser a step."""
+        """Return whether classifier-free guidance is used, which doubles the denoiser samples."""
         return guidance_scale > 1 and not self.guides_itself
 
     @property
     def guides_itself(self) -> bool:
-        """Whether the denoiser has learned what guidance does; then nothing can be led away from."""
+        """Return whether the denoiser needs no classifier-free guidance; negative prompts then have no effect."""
         return False
 
     @property
     def pooled_width(self) -> int:
-        """Numbers of the pooled vector; 0 in families without one."""
+        """Return the width of the pooled vector; 0 in families without one."""
         return 0
 
     @property
     def num_train_timesteps(self) -> int:
-        """How many noise levels there are; timesteps are 0, ..., num_train_timesteps - 1."""
+        """Return the number of noise levels; timesteps are 0, ..., num_train_timesteps - 1."""
         count: int = self.scheduler.config.num_train_timesteps
         return count
 
     @property
     def factor(self) -> int:
-        """Pixels of a latent, a side."""
+        """Return the side of a latent in pixels."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def trained_size(self) -> int:
-        """Height and width, in pixels, of the images that the denoiser was trained on."""
+        """Return the height and width, in pixels, of the images that the denoiser was trained on."""
         return square_size(self.denoiser.config.sample_size, self.name) * self.factor
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of what is drawn."""
+        """Return the shape (C, h, w) of an image's latents."""
         side = self.image_size // self.factor
         return self.vae.config.latent_channels, side, side
 
     @property
     def sigma_data(self) -> float | None:
-        """The data's standard deviation in EDM's preconditioning (arXiv 2206.00364, table 1); None for other noise schedules."""
+        """Return the data's standard deviation in EDM's preconditioning (arXiv 2206.00364, table 1); None for other schedules."""
         value: float | None = self.scheduler.config.get("sigma_data")
         return value
 
     def condition(self, timesteps: Tensor) -> Tensor:
-        """Return what the denoiser is told of the noise level, (B,): the timesteps, or with EDM `c_noise`, ln(sigma) / 4.
+        """Return the denoiser's input for the noise level, (B,): the timesteps or, with EDM, `c_noise` = ln(sigma) / 4.
 
         Args:
-            timesteps: (B,). Integers 0, ..., num_train_timesteps - 1 are those of training, a larger one is noisier; with EDM they
-                number the rows of the scheduler's table of sigmas, from the smallest on. With EDM, floating-point timesteps are those
-                of its sampler, which are `c_noise` already.
+            timesteps: (B,). Integers 0, ..., num_train_timesteps - 1 are training timesteps; larger is noisier. With EDM they index
+                the scheduler's sigmas in ascending order, and floating-point timesteps come from its sampler and are already
+                `c_noise`.
         """
         if self.sigma_data is None or timesteps.is_floating_point():
             return timesteps
         return self.sigmas[timesteps.long()].log() / 4
 
     def _signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of latents and noise in noisy latents, (B, 1, 1, 1) each."""
+        """Return the factors of the latents and of the noise in noisy latents, (B, 1, 1, 1) each."""
         if self.prediction_type == "flow_prediction":
             sigma = (timesteps.to(self.alphas_cumprod) / self.num_train_timesteps).view(-1, 1, 1, 1)
             return 1 - sigma, sigma
@@ -361,7 +363,7 @@ class Backbone(nn.Module, ABC):
         before = timesteps.long()
         alphas = self.alphas_cumprod[before]
         if timesteps.is_floating_point():
-            # Some samplers step between two timesteps of training, where they interpolate sigma.
+            # Some samplers step between two training timesteps, where they interpolate sigma.
             after = self.alphas_cumprod[(before + 1).clamp(max=self.num_train_timesteps - 1)]
             low, high, share = (1 / alphas - 1).sqrt(), (1 / after - 1).sqrt(), (timesteps - before).to(alphas)
             alphas = torch.where(share > 0, 1 / (1 + low.lerp(high, share).square()), alphas)
@@ -369,7 +371,7 @@ class Backbone(nn.Module, ABC):
         return alphas.sqrt(), (1 - alphas).sqrt()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return noisy latents (B, C, h, w) as the denoiser is shown them, with EDM times `c_in`.
+        """Return noisy latents (B, C, h, w) as the denoiser gets them; with EDM they are scaled by `c_in`.
 
         Args:
             latents: (B, C, h, w).
@@ -380,10 +382,10 @@ class Backbone(nn.Module, ABC):
         return a * latents + s * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the denoiser should answer, (B, C, h, w).
+        """Return the target of the denoiser's output, (B, C, h, w).
 
-        With EDM it is the target of the network F itself, `(x0 - c_skip * x) / c_out`, whose variance is 1 at every noise level, so that
-        squared errors of all timesteps weigh alike.
+        With EDM this is the target of the network F itself, `(x0 - c_skip * x) / c_out`. Its variance is 1 at every noise level, so
+        all timesteps have equal weight in the squared error.
 
         Args:
             latents: (B, C, h, w).
@@ -394,18 +396,18 @@ class Backbone(nn.Module, ABC):
             return noise - latents
         a, s = self._signal_and_noise(timesteps)
         if self.sigma_data is not None:
-            # With x0 / sigma_data for x0, EDM's factors are those of a variance-preserving schedule, and F is its velocity; "epsilon"
-            # has the other sign of c_out.
+            # With x0 / sigma_data in place of x0, EDM has the factors of a variance-preserving schedule, and F predicts its
+            # velocity; "epsilon" means the opposite sign of c_out.
             velocity = self.sigma_data * a * noise - s / self.sigma_data * latents
             return -velocity if self.prediction_type == "epsilon" else velocity
         return noise if self.prediction_type == "epsilon" else a * noise - s * latents
 
     def predict_x0(self, noisy: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the clean latents (B, C, h, w) that the denoiser's output stands for.
+        """Return the clean latents (B, C, h, w) that the denoiser's output implies.
 
         Args:
-            noisy: Noisy latents as the denoiser was shown them, (B, C, h, w).
-            output: What it has answered, (B, C, h, w).
+            noisy: Noisy latents that the denoiser got, (B, C, h, w).
+            output: Its output, (B, C, h, w).
             timesteps: (B,), see `condition`.
         """
         a, s = self._signal_and_noise(timesteps)
@@ -419,15 +421,15 @@ class Backbone(nn.Module, ABC):
     # --- pictures
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w), the mean of the posterior, of images (B, 3, H, W) in [-1, 1]."""
+        """Encode images (B, 3, H, W) in [-1, 1] as latents (B, C, h, w), the mean of the posterior."""
         latents = at_least_float32(self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean)
         mean, std = self._latent_statistics(latents)
         return cast("Tensor", (latents - mean) * (self.vae.config.scaling_factor / std))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of latents (B, C, h, w).
+        """Decode latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1].
 
-        What is scored is what can be saved: values beyond the range are cut off, and no gradient comes from those pixels.
+        Values outside of this range are clamped, as in a saved image, so clamped pixels have no gradient.
         """
         mean, std = self._latent_statistics(latents)
         images: Tensor = self.vae.decode(
@@ -436,7 +438,7 @@ class Backbone(nn.Module, ABC):
         return at_least_float32(images).clamp(-1, 1)
 
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, by channel, of what the autoencoder gives, as far as the family's pipeline obeys its config."""
+        """Return the mean and standard deviation of latents by channel, as far as the family's pipeline uses them."""
         stated = [self.vae.config.get(key) for key in self.vae_statistics]
         mean, std = (*stated, 1.0)[:2] if stated and None not in stated else (0.0, 1.0)
         return torch.as_tensor(mean).to(like).view(-1, 1, 1), torch.as_tensor(std).to(like).view(-1, 1, 1)
@@ -451,34 +453,32 @@ class Backbone(nn.Module, ABC):
         grad_steps: int = 0,
         stop: int | None = None,
     ) -> Tensor:
-        """Draws P images with the model's own sampler; what a row becomes depends on the rows beside it by rounding alone.
+        """Draw P images with the model's sampler; other rows of the batch affect an image only through rounding.
 
-        With `stop` it is the shortcut of DPO-Diff (arXiv 2407.01606, section 3.3): from what the denoiser says at the last call the
-        clean latents are predicted at once. With `grad_steps` 1 no more than that call passes a gradient on, so that memory and the
-        backward pass do not depend on the number of steps.
+        With `stop`, this is the shortcut of DPO-Diff (arXiv 2407.01606, section 3.3): the clean latents are predicted from the
+        output of the last call. With `grad_steps` 1, only that call propagates a gradient, so that memory and the backward pass do
+        not depend on the number of steps.
 
         Args:
             prompts: P encoded prompts, (P, R, D).
-            negative: What to lead away from, 1 or P encoded prompts; not used without guidance.
-            noise: Standard normal, (P, C, h, w). It decides everything, also what samplers such as ancestral ones add later.
+            negative: 1 or P encoded negative prompts; not used without guidance.
+            noise: Standard normal, (P, C, h, w). It also seeds the noise that some samplers add later.
             steps: Sampling steps.
-            guidance_scale: Weight of the prompt against the negative one; up to 1 there is no guidance, as in diffusers.
-            grad_steps: How many of the last calls of the denoiser pass a gradient on; `steps` or more for all. Their activations
-                are computed a second time in the backward pass instead of kept.
-            stop: Calls of the denoiser after which the clean latents are predicted; None to draw to the end.
+            guidance_scale: Classifier-free guidance scale; up to 1 there is no guidance, as in diffusers.
+            grad_steps: How many of the last denoiser calls propagate a gradient; `steps` or more for all. Their activations are
+                recomputed in the backward pass.
+            stop: Predict the clean latents after this many denoiser calls; None to sample to the end.
 
         Returns:
             Latents, (P, C, h, w).
         """
-        scheduler = self._sampler(
-            steps
-        )  # on the CPU, where samplers look noise levels up; the host waits for no timestep
-        # Of eta, how much noise DDIM and TCD add, diffusers' pipelines make 0 whatever the class's default is.
+        scheduler = self._sampler(steps)  # on the CPU, so that the host never waits for a timestep
+        # Diffusers' pipelines set eta, the noise that DDIM and TCD add, to 0 whatever the default of the class.
         taken = inspect.signature(scheduler.step).parameters
         extra: dict[str, Any] = {"eta": 0.0} if "eta" in taken else {}
         if "generator" in taken:
             extra["generator"] = generators_of(noise)
-        scale = getattr(scheduler, "scale_model_input", lambda latents, t: latents)  # those of flows have none
+        scale = getattr(scheduler, "scale_model_input", lambda latents, t: latents)  # flow schedulers have none
         calls = len(scheduler.timesteps) if stop is None else stop
         first = 0 if grad_steps >= steps else calls - grad_steps
         tracking, guided = torch.is_grad_enabled(), self.guided(guidance_scale)
@@ -495,18 +495,18 @@ class Backbone(nn.Module, ABC):
                     unconditional, conditional = output.chunk(2)
                     output = unconditional + guidance_scale * (conditional - unconditional)
                 if i + 1 == stop:
-                    # Some samplers' latents are scaled; what the denoiser is shown never is.
+                    # Some samplers scale their latents; the denoiser's input is never scaled.
                     timesteps = t.expand(len(scaled)).to(noise.device, non_blocking=True)
                     return self.predict_x0(scaled, output, timesteps)
                 latents = scheduler.step(output, t, latents, **extra).prev_sample
         return latents
 
     def calls(self, steps: int, guidance_scale: float = 7.5) -> int:
-        """Denoiser samples that `sample` spends on a picture; some samplers call the denoiser more often than they take steps."""
+        """Return the denoiser samples that `sample` spends on an image; some samplers make several denoiser calls per step."""
         return len(self._sampler(steps).timesteps) * (2 if self.guided(guidance_scale) else 1)
 
     def schedule(self, steps: int) -> dict[str, Any]:
-        """What the family's pipeline tells the scheduler beside the number of steps."""
+        """Return what the family's pipeline passes to `set_timesteps` besides the number of steps."""
         config = self.scheduler.config
         if not config.get("use_dynamic_shifting"):
             return {}
@@ -516,30 +516,30 @@ class Backbone(nn.Module, ABC):
         return {"mu": low + (high - low) * (tokens - short) / (long - short)}
 
     def _defaults(self) -> tuple[int, float]:
-        """Sampling steps and guidance: the family's, or those of models that draw in a few steps, which their schedulers tell."""
+        """Return the default sampling steps and guidance: the family's, or those of few-step models, known by their scheduler."""
         config = self.scheduler.config
         if type(self.scheduler).__name__ == "LCMScheduler":
             return 4, 8.5 if self.guides_itself else 1.0
-        # Turbo; models that predict velocity use the spacing too, to begin at pure noise.
+        # Turbo models; models that predict velocity also use this spacing, to start from pure noise.
         trailing = config.get("timestep_spacing") == "trailing" and self.prediction_type == "epsilon"
         if trailing and "Euler" in type(self.scheduler).__name__:
             return 1, 1.0
         return self.pipeline_steps, self.pipeline_guidance
 
     def replace_scheduler(self, scheduler: Any) -> None:
-        """Draw with another scheduler of the same noise levels.
+        """Draw with another scheduler that has the same noise levels.
 
-        The default steps and guidance stay those of the model, unless the scheduler is for latent consistency models.
+        The model keeps its default steps and guidance, unless the scheduler is LCMScheduler.
         """
         self.scheduler = scheduler
         if type(scheduler).__name__ == "LCMScheduler":
             self.default_steps, self.default_guidance = self._defaults()
 
     def _sampler(self, steps: int) -> Any:
-        """A fresh one, for samplers keep state between steps."""
+        """Return a new scheduler with `steps` timesteps; schedulers keep state between steps."""
         if steps > self.num_train_timesteps:
             raise UserError(
-                f"Pictures were to be drawn in {steps} steps and the model has {self.num_train_timesteps} noise levels; give fewer."
+                f"Images cannot be drawn in {steps} steps, as the model has {self.num_train_timesteps} noise levels; give fewer."
             )
         scheduler = copy.deepcopy(self.scheduler)
         try:
@@ -548,12 +548,13 @@ class Backbone(nn.Module, ABC):
             scheduler.set_timesteps(steps, device="cpu", **told)
         except ValueError as error:
             raise UserError(
-                f"The {type(scheduler).__name__} of the model {self.name!r} cannot draw in {steps} steps ({error})."
+                f"The {type(scheduler).__name__} of the model {self.name!r} cannot draw in {steps} steps ({error}); give "
+                "another number."
             ) from error
         return scheduler
 
     def _denoise_lean(self, noisy: Tensor, t: Tensor, prompts: Tensor, guidance_scale: float) -> Tensor:
-        """`denoise` without keeping activations; a scheduler's step has a state and must not run twice, this may."""
+        """Call `denoise` without keeping activations; unlike a scheduler's step, it has no state and may run twice."""
         timesteps = t.expand(len(noisy)).to(noisy.device, non_blocking=True)
         arguments = noisy, timesteps, prompts, guidance_scale
         if not torch.is_grad_enabled():
@@ -562,14 +563,14 @@ class Backbone(nn.Module, ABC):
 
 
 def square_size(sample_size: int | Sequence[int] | None, name: str) -> int:
-    """Return the latents a side that a denoiser's config states, as a number or as height and width.
+    """Return the latents per side that a denoiser's config states, as a number or as height and width.
 
     Args:
-        sample_size: What the config states.
-        name: The model's, for messages.
+        sample_size: The value in the config.
+        name: The model's name, for messages.
 
     Raises:
-        UserError: Nothing is stated, or height and width differ.
+        UserError: The config states no size, or height and width differ.
     """
     if sample_size is None:
         raise UserError(
@@ -578,19 +579,19 @@ def square_size(sample_size: int | Sequence[int] | None, name: str) -> int:
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     if height != width:
         raise UserError(
-            f"The model {name!r} was trained on {height} x {width} latents, and only square pictures are drawn; give --model.image_size "
-            "in pixels."
+            f"The model {name!r} was trained on {height} x {width} latents, and only square pictures are drawn; give "
+            "--model.image_size in pixels."
         )
     return height
 
 
 def repeat(x: Tensor, times: int) -> Tensor:
-    """Repeats each row for its samples: a, b becomes a, a, b, b."""
+    """Repeat each row for its samples: a, b becomes a, a, b, b."""
     # The gradient of `expand` is a sum, which is deterministic on every device.
     return x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1)
 
 
 def generators_of(noise: Tensor) -> list[torch.Generator]:
-    """One generator a row, seeded by the row, for samplers that add noise at each step."""
+    """Return one generator per row, seeded by the row, for samplers that add noise at each step."""
     rows = noise.detach().float().cpu().numpy()
     return [torch.Generator().manual_seed(zlib.crc32(row.tobytes())) for row in rows]

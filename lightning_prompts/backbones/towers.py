@@ -1,4 +1,4 @@
-"""Text encoders with their tokenizers, and those of them that read one sequence of tokens."""
+"""Text encoders with their tokenizers, and the vocabulary of those that share one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Kind = Literal["clip", "t5"]
 
 
 class Said(NamedTuple):
-    """What a text encoder says of P prompts: hidden states (P, L, D') and, where it has one, the pooled output (P, D'')."""
+    """Output of a text encoder for P prompts: hidden states (P, L, D') and, if it has one, the pooled output (P, D'')."""
 
     hidden: Tensor
     pooled: Tensor | None
@@ -32,11 +32,11 @@ class TextTower(nn.Module):
     Args:
         tokenizer: The tokenizer.
         encoder: The text encoder, a transformers model.
-        layer: Which hidden state is read; -1 for the last one, after the final norm.
-        length: L, how many tokens are read, start and end included; None for as many as the encoder takes.
-        masked: Padding is not attended to, and its hidden states are zeros.
-        obeys_mask: The family's pipeline obeys `use_attention_mask` in the encoder's config: padding behind the end of the text is
-            not attended to, and its hidden states stay what they are.
+        layer: Index of the hidden state to use; -1 for the last one, after the final norm.
+        length: L, number of tokens, including start and end; None for as many as the encoder takes.
+        masked: Mask padding in the attention and set its hidden states to zeros.
+        obeys_mask: The family's pipeline respects `use_attention_mask` in the encoder's config: padding after the end of the text
+            is masked in the attention, and its hidden states are kept.
     """
 
     def __init__(
@@ -56,53 +56,53 @@ class TextTower(nn.Module):
 
     @property
     def kind(self) -> Kind:
-        """Which family of encoders it is of; those of one family share a vocabulary."""
+        """Return the kind of text encoder; those of one kind share a vocabulary."""
         return "t5" if self.encoder.config.model_type == "t5" else "clip"
 
     @property
     def width(self) -> int:
-        """D', of the hidden states."""
+        """Return D', the width of the hidden states."""
         width: int = self.encoder.config.hidden_size
         return width
 
     @property
     def most_skipped(self) -> int:
-        """The most layers that `skip` can leave out: what is read then is the token embeddings."""
+        """Return the largest `skip`, with which the output is the token embeddings."""
         return int(self.encoder.config.num_hidden_layers) + 1 + self.layer
 
     @property
     def table(self) -> Tensor:
-        """The embedding of each token, (V, D) float32; of an encoder in half precision a copy, so take it once."""
+        """Return the embedding of each token, (V, D) float32; a copy if the encoder is in half precision, so call it once."""
         return at_least_float32(self.encoder.get_input_embeddings().weight.detach())
 
     @property
     def rows(self) -> int:
-        """V, rows of the table of token embeddings; the tokenizer may have fewer or more tokens."""
+        """Return V, the rows of the token embedding table; the tokenizer may have fewer or more tokens."""
         rows: int = self.encoder.get_input_embeddings().weight.shape[0]
         return rows
 
     @property
     def length(self) -> int:
-        """L, how many tokens are read, start and end included."""
+        """Return L, the number of tokens, including start and end."""
         if self._length:
             return self._length
         most: int = self.tokenizer.model_max_length
         return min(most, getattr(self.encoder.config, "max_position_embeddings", most))
 
     def forward(self, ids: Tensor, embeddings: Tensor | None = None, skip: int = 0) -> Said:
-        """Encodes tokens.
+        """Encode tokens.
 
         Args:
-            ids: Token ids, (P, L). With embeddings they still say where the text ends.
-            embeddings: What stands in place of the tokens' embeddings, (P, L, D). `table[ids]` changes nothing.
-            skip: In a CLIP, how many layers before `layer` the hidden states are read. Where `layer` is the last one, after the final
-                norm, earlier hidden states pass that norm too, as in diffusers. The pooled output stays that of all layers.
+            ids: Token ids, (P, L). With embeddings, they still mark the end of the text.
+            embeddings: Replace the tokens' embeddings, (P, L, D); `table[ids]` gives the same output.
+            skip: For a CLIP, use the hidden states this many layers before `layer`. If `layer` is -1, earlier hidden states also
+                pass the final norm, as in diffusers. The pooled output always uses all layers.
         """
         layer = self.layer - skip if self.kind == "clip" else self.layer
         counts = ids != self.tokenizer.pad_token_id
         options: dict[str, Any] = {"attention_mask": counts} if self.masked else {}
         if self.ends_at_eos:
-            # 0 behind the first end of the text, which may also be the padding token.
+            # 0 after the first end-of-text token, which may also be the padding token.
             end = (ids == self.tokenizer.eos_token_id).int()
             options["attention_mask"] = (end.cumsum(1) == end).long()
         if layer != -1:
@@ -111,32 +111,32 @@ class TextTower(nn.Module):
             output = self.encoder(ids, **options)
         elif self.kind == "t5":
             output = self.encoder(inputs_embeds=embeddings.to(self.encoder.dtype), **options)
-        else:  # CLIP's takes none as an argument, and needs the ids beside them
+        else:  # CLIP's text model does not take embeddings and needs the ids
             table = self.encoder.get_input_embeddings()
             with table.register_forward_hook(lambda module, args, replaced: embeddings.to(replaced.dtype)):
                 output = self.encoder(ids, **options)
         hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         if self.layer == -1 and layer != -1:
-            model = getattr(self.encoder, "text_model", self.encoder)  # transformers 4 wraps what holds the norm
+            model = getattr(self.encoder, "text_model", self.encoder)  # transformers 4 has the norm in a submodule
             hidden = model.final_layer_norm(hidden)
         if self.masked:
             hidden = hidden * counts.unsqueeze(2)
         return Said(hidden, output.get("text_embeds", output.get("pooler_output")))
 
     def read(self, texts: Sequence[str], device: torch.device, cut: bool = False, skip: int = 0) -> Said:
-        """Encodes texts.
+        """Encode texts.
 
         Args:
             texts: P texts.
-            device: Where.
-            cut: Cut off the end of those that are too long, and say so, instead of refusing them.
+            device: Device of the encoder.
+            cut: Truncate texts that are too long and log a warning, instead of refusing them.
             skip: See `forward`.
         """
         if cut:
             lengths = [len(ids) for ids in token_lists(self.tokenizer, texts, add_special_tokens=True)]
             if (most := max(lengths)) > self.length:
                 log.warning(
-                    "One of the text encoders reads %d tokens, and of %d the last are cut off.", self.length, most
+                    "A text encoder takes at most %d tokens; texts of up to %d tokens are truncated.", self.length, most
                 )
         ids = encode_text(self.tokenizer, texts, self.length, cut, self.rows)
         said: Said = self(ids.to(device), skip=skip)
@@ -144,13 +144,13 @@ class TextTower(nn.Module):
 
 
 class Vocabulary:
-    """What is searched: the tokens of text towers that read the same ones.
+    """The searched vocabulary: the tokens of the text encoders that share it.
 
-    A token's embedding is its embeddings in all of these towers, one after the other, so that the squared distance of two is the
-    sum of those in each tower.
+    A token's embedding is the concatenation of its embeddings in these encoders, so the squared distance of two embeddings is the
+    sum of their squared distances in each encoder.
 
     Args:
-        towers: The towers, of one vocabulary.
+        towers: The text encoders that share the vocabulary.
     """
 
     def __init__(self, towers: Sequence[TextTower]) -> None:
@@ -159,37 +159,37 @@ class Vocabulary:
 
     @property
     def first(self) -> int:
-        """Position of a text's first token, behind that of the start if there is one."""
+        """Return the position of a text's first token, after the start token if there is one."""
         return int(self.tokenizer.bos_token_id is not None)
 
     @property
     def length(self) -> int:
-        """L, how many tokens all of them read, start and end included."""
+        """Return L, the number of tokens that all encoders take, including start and end."""
         return min(tower.length for tower in self.towers)
 
     @property
     def rows(self) -> int:
-        """V, how many ids have an embedding in all towers."""
+        """Return V, the number of ids that have an embedding in all encoders."""
         return min(tower.rows for tower in self.towers)
 
     @property
     def table(self) -> Tensor:
-        """The embedding of each token, (V, D) float32; a copy where there are several towers or in half precision."""
+        """Return the embedding of each token, (V, D) float32; a copy if there are several encoders or half precision."""
         tables = [tower.table[: self.rows] for tower in self.towers]
         return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
 
     @property
     def widths(self) -> list[int]:
-        """D_i, of the embeddings in each tower."""
+        """Return D_i, the width of the embeddings in each encoder."""
         return [tower.encoder.get_input_embeddings().weight.shape[1] for tower in self.towers]
 
     def allowed(self, blocked: Iterable[str] = (), words: Iterable[str] | None = None) -> Tensor:
-        """Find the tokens (V,) bool that a search may use and that all towers read alike; see `allowed_tokens`."""
+        """Find the tokens (V,) bool that a search may use and that all tokenizers read alike; see `allowed_tokens`."""
         others = [tower.tokenizer for tower in self.towers[1:]]
         return allowed_tokens(self.tokenizer, blocked, words, self.rows, others)
 
     def token_lists(self, texts: Sequence[str]) -> list[list[int]]:
-        """Read texts as token ids, without start and end; refuse those with a token that has no embedding."""
+        """Tokenize texts without start and end tokens; refuse texts with a token that has no embedding."""
         ids = token_lists(self.tokenizer, texts)
         check_embedded(self.tokenizer, texts, ids, self.rows)
         return ids
@@ -199,20 +199,20 @@ class Vocabulary:
         return encode_text(self.tokenizer, texts, self.length, rows=self.rows)
 
     def split(self, embeddings: Tensor) -> list[Tensor]:
-        """Embeddings (..., D) as those in each tower, (..., D_i)."""
+        """Split embeddings (..., D) into those of each encoder, (..., D_i)."""
         return list(embeddings.split(self.widths, dim=-1))
 
     def of_width(self, embeddings: Tensor, width: int) -> Tensor:
-        """Of embeddings (..., D) those in the first tower of a width, (..., width)."""
+        """Return the part (..., width) of embeddings (..., D) that belongs to the first encoder of this width."""
         return self.split(embeddings)[self.widths.index(width)]
 
     def empty(self, ids: Tensor) -> Tensor:
-        """Return which of token ids (P, L) are those of the empty text, (P,)."""
+        """Return which rows of token ids (P, L) are the empty text, (P,)."""
         end: int = self.tokenizer.eos_token_id
         return ids[:, self.first] == end
 
     def say(self, ids: Tensor, embeddings: Tensor | None = None, skip: int = 0) -> dict[TextTower, Said]:
-        """What each tower says of token ids (P, L) with embeddings (P, L, D) in place of the tokens'; see `TextTower.forward`."""
+        """Encode token ids (P, L) with each encoder; embeddings (P, L, D) replace the tokens', see `TextTower.forward`."""
         parts = [None] * len(self.towers) if embeddings is None else self.split(embeddings)
         end = ids == self.tokenizer.eos_token_id
         behind = (end.cumsum(1) - end.int()) > 0
@@ -226,7 +226,7 @@ class Vocabulary:
         return said
 
     def texts(self, ids: Tensor) -> list[str]:
-        """What token ids (P, L) say, without start, end and padding."""
+        """Decode token ids (P, L) without start, end and padding."""
         end = self.tokenizer.eos_token_id
         rows = [row[: row.index(end)] if end in row else row for row in ids.tolist()]
         decoded = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -234,5 +234,5 @@ class Vocabulary:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """A tensor whose numbers have 32 bits at least."""
+    """Convert a tensor to float32, unless it has a higher precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

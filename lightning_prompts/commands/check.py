@@ -1,4 +1,4 @@
-"""Check whether a search can work on a model, before searching: `train.py check`."""
+"""Check whether a search can work on a model before running it: `train.py check`."""
 
 from __future__ import annotations
 
@@ -24,25 +24,27 @@ from lightning_prompts.objectives import Denoising
 
 Verdict = Literal["ok", "weak", "no"]
 
-IMAGES = 4  # that losses are measured on
+IMAGES = 4  # images whose losses are measured
 LEVELS = 20  # equal parts of the timesteps
-SAMPLES = 2  # noise samples of each image and level
-SETS, SIZES = 4, (1, 2, 4, 8)  # independent estimates of the gradient, and the samples a step that they are made for
-LEAST_CHANGE = 0.02  # of a drawn image, RMS on a scale of 0 to 1, that counts as a reaction to the prompt
-NEARLY = 0.75  # of the gain at the best quarter of the levels; levels that reach it are suggested
-ENOUGH = 0.3  # signal-to-noise ratio of a step's gradient
-SLOW = 4.0  # seconds of a call beyond which no larger microbatch is tried
+SAMPLES = 2  # noise samples per image and level
+SETS, SIZES = 4, (1, 2, 4, 8)  # independent sets of gradients, and the numbers of samples per step that are compared
+LEAST_CHANGE = (
+    0.02  # smallest change of a drawn image (RMS on a scale of 0 to 1) that counts as a reaction to the prompt
+)
+NEARLY = 0.75  # share of the best quarter's mean gain that a level must reach to be suggested
+ENOUGH = 0.3  # signal-to-noise ratio of a step's gradient that is enough
+SLOW = 4.0  # seconds per call above which no larger microbatch is tried
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Denoising losses of P images at T timestep levels under three prompts, mean over the noise.
+    """Denoising losses of P images at T timestep levels with three prompts, averaged over the noise.
 
     Attributes:
-        right: Under the image's own text, (P, T).
-        wrong: Under a wrong text, (P, T).
-        empty: Under the empty prompt, (P, T).
-        num_train_timesteps: Timesteps that the T levels divide.
+        right: With the image's own text, (P, T).
+        wrong: With a wrong text, (P, T).
+        empty: With the empty prompt, (P, T).
+        num_train_timesteps: Number of timesteps, which the T levels divide.
     """
 
     right: Tensor
@@ -52,24 +54,24 @@ class Losses:
 
     @property
     def gain(self) -> Tensor:
-        """Return the share of the empty prompt's loss that the right text removes, by level: (T,), at most 1."""
+        """Return how much of the empty prompt's loss the right text removes at each level, (T,), at most 1."""
         return 1 - (self.right / self.empty).log().mean(0).exp()
 
     @property
     def told_apart(self) -> float:
-        """Return the share of images and levels with a lower loss under the right text than under the wrong one."""
+        """Return the share of images and levels whose loss is lower with the right text than with the wrong one."""
         return float((self.right < self.wrong).float().mean())
 
     @property
     def verdict(self) -> Verdict:
-        """Judge whether the loss can lead a search: the right text has to beat the wrong one, and the empty prompt somewhere."""
+        """Judge whether the loss can guide a search: the right text must beat the wrong one, and the empty prompt at some level."""
         apart = judge_share(self.told_apart, self.right.numel(), chance=0.5)
         return apart if (self.gain > 0).any() else "no"
 
     def timesteps(self) -> tuple[int, int]:
-        """Return the range [low, high) from the first to the last level that gains nearly as much as the best quarter of them."""
+        """Return the range [low, high) from the first to the last level whose gain is close to that of the best quarter."""
         gain = self.gain.nan_to_num(-torch.inf)
-        best = gain.topk(max(len(gain) // 4, 1)).values.mean()  # of one level it would hang on a few noise samples
+        best = gain.topk(max(len(gain) // 4, 1)).values.mean()  # a single level would depend on a few noise samples
         levels = (gain >= NEARLY * best).nonzero().squeeze(1)
         edges = level_edges(self.num_train_timesteps, len(gain))
         return edges[int(levels[0])], edges[int(levels[-1]) + 1]
@@ -77,7 +79,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings that the measurements speak for; None where they say nothing."""
+    """Settings that the measurements suggest; None where they suggest nothing."""
 
     timesteps: tuple[int, int] | None = None
     samples: int | None = None
@@ -86,11 +88,11 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Report:
-    """Hold what a check found.
+    """The result of a check.
 
     Attributes:
         lines: The table to print.
-        reacts: Whether the model reacts to its prompt; a search cannot work where it does not.
+        reacts: Whether the model reacts to its prompt; if not, a search cannot work.
         suggestion: Settings for `fit`.
     """
 
@@ -100,10 +102,10 @@ class Report:
 
 
 def check(method: PromptMethod, seed: int, measured: DryRun) -> Report:
-    """Measure whether a search can work, on the problems of a batch that has taken one step.
+    """Measure whether a search can work, after it has taken one step.
 
     Args:
-        method: The method, on its device, with its problems.
+        method: The method, on its device, with the problems of that step.
         seed: Seed of every random draw.
         measured: Memory and time of that step.
     """
@@ -115,15 +117,15 @@ def check(method: PromptMethod, seed: int, measured: DryRun) -> Report:
     most = max([peak(device), *(memory for memory, _ in measured.taken.values())])
     halved = method.microbatch.size < method.microbatch.asked and not method.microbatch.fitted
     dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
-    memory = f"{most / GIB:.2f} GiB at most of the {memory_of(device) / GIB:.1f} GiB of the {device.type}"
+    memory = f"{most / GIB:.2f} GiB at most, of {memory_of(device) / GIB:.1f} GiB on {device.type}"
     reacts: Verdict = "ok" if change >= LEAST_CHANGE else "no"
     lines = [
         _line("model", f"{backbone.name} ({type(backbone).__name__}), {dtype} on {device}"),
-        _line("memory", f"{memory}{', with a smaller microbatch than asked for' if halved else ''}", "weak" if halved else "ok"),
-        _line("time", f"{measured.taken['a step'][1]:.2f} s a step. {measured.whole_search(method)}"),
-        _line("image", f"leaving out the {source} changes it by {change:.3f} (RMS, from 0 to 1)", reacts),
+        _line("memory", f"{memory}{', with a smaller microbatch than requested' if halved else ''}", "weak" if halved else "ok"),
+        _line("time", f"{measured.taken['a step'][1]:.2f} s per step. {measured.whole_search(method)}"),
+        _line("image", f"leaving out the {source} changes the image by {change:.3f} (RMS on a scale of 0 to 1)", reacts),
     ]  # fmt: skip
-    reason = "" if reacts == "ok" else "the prompt changes nothing that is drawn"
+    reason = "" if reacts == "ok" else "the prompt does not change the drawn image"
     suggestion = Suggestion()
     if inverter:
         losses, other = denoising_losses(inverter, rows, texts, seed)
@@ -140,7 +142,7 @@ def check(method: PromptMethod, seed: int, measured: DryRun) -> Report:
             *_loss_lines(losses, source, other),
             _clip_line(inverter, texts, source == "caption"),
             _gradient_line(ratios, schedule),
-            _line("speed", f"{rate:.1f} samples/s with a gradient, {microbatch} a call"),
+            _line("speed", f"{rate:.1f} samples/s with a gradient, {microbatch} per call"),
         ]
         if not reason:
             suggestion = Suggestion(schedule, samples, microbatch)
@@ -154,7 +156,7 @@ def check(method: PromptMethod, seed: int, measured: DryRun) -> Report:
 
 
 def written(settings: dict[str, Any], suggestion: Suggestion) -> str:
-    """Return a config that `fit` takes, as YAML: the given settings of model and data with what a check suggests."""
+    """Return a config for `fit` as YAML: the given settings of model and data, changed as a check suggests."""
     settings = copy.deepcopy(settings)
     data, model = settings["data"]["init_args"], settings["model"]["init_args"]
     if suggestion.timesteps:
@@ -167,7 +169,7 @@ def written(settings: dict[str, Any], suggestion: Suggestion) -> str:
 
 
 def right_texts(method: Inverter, rows: Tensor) -> tuple[list[str], str]:
-    """Return a text for each image, and what it is: its caption or, where one is missing, the words that the CLIP finds."""
+    """Return a text for each image and its source: captions or, unless all images have one, the words that the CLIP finds."""
     captions = [method.problems[row].caption for row in rows.tolist()]
     if all(captions):
         return [str(caption) for caption in captions], "caption"
@@ -175,7 +177,7 @@ def right_texts(method: Inverter, rows: Tensor) -> tuple[list[str], str]:
 
 
 def wrong_texts(method: Inverter, texts: Sequence[str], seed: int) -> tuple[list[str], str]:
-    """Return the text of another image for each image, or random tokens where texts repeat, and which of both."""
+    """Return a wrong text for each image and its source: another image's text or, if texts are not distinct, random tokens."""
     if len(set(texts)) == len(texts) > 1:
         return [*texts[1:], texts[0]], "another's"
     keys = [problem.key for problem in method.problems[: len(texts)]]
@@ -186,7 +188,7 @@ def wrong_texts(method: Inverter, texts: Sequence[str], seed: int) -> tuple[list
 
 @torch.no_grad()
 def image_change(method: PromptMethod, text: str, key: str, seed: int) -> float:
-    """Return how much a drawn image changes when its prompt is left out: RMS on a scale of 0 to 1; 0 if it is not finite."""
+    """Return how much a drawn image changes without its prompt: RMS on a scale of 0 to 1; 0 if it is not finite."""
     noise = draw_noise(seed, [key], CHECK, 1, method.backbone.latent_shape, method.device)[0].expand(2, -1, -1, -1)
     with_text, without = method.draw([text, ""], noise)
     change = float((with_text - without).square().mean().sqrt()) / 2
@@ -195,10 +197,10 @@ def image_change(method: PromptMethod, text: str, key: str, seed: int) -> float:
 
 @torch.no_grad()
 def denoising_losses(method: Inverter, rows: Tensor, texts: Sequence[str], seed: int) -> tuple[Losses, str]:
-    """Measure the losses of images under their own text, a wrong one and the empty prompt, on the same noise.
+    """Measure the losses of images with their own text, a wrong one and the empty prompt, on the same noise.
 
     Returns:
-        The losses, and what the wrong texts are.
+        The losses, and the source of the wrong texts.
     """
     wrong, other = wrong_texts(method, texts, seed)
     backbone, denoising = method.backbone, Denoising(method.microbatch)
@@ -218,7 +220,7 @@ def denoising_losses(method: Inverter, rows: Tensor, texts: Sequence[str], seed:
 
 
 def level_edges(num_train_timesteps: int, levels: int = LEVELS) -> list[int]:
-    """Return the levels + 1 edges of equal parts of the timesteps."""
+    """Return the `levels` + 1 edges of equal parts of the timesteps."""
     return [round(num_train_timesteps * i / levels) for i in range(levels + 1)]
 
 
@@ -227,10 +229,10 @@ def sample_gradients(method: Inverter, row: int, timesteps: Tensor, noise: Tenso
 
     Args:
         method: The method.
-        row: Which problem of the batch; the gradient is taken where its search is.
+        row: Which problem of the batch; the gradient is taken at its current embeddings.
         timesteps: (N,).
         noise: (N, C, h, w).
-        microbatch: Samples a call.
+        microbatch: Samples per call.
 
     Returns:
         (N, M * D) float32, on the CPU.
@@ -251,7 +253,7 @@ def sample_gradients(method: Inverter, row: int, timesteps: Tensor, noise: Tenso
 
 
 def gradient_ratios(method: Inverter, rows: Tensor, schedule: tuple[int, int], seed: int) -> list[float]:
-    """Measure the signal-to-noise ratio of the gradient of 1, 2, 4 and 8 samples, root mean square over problems."""
+    """Measure the signal-to-noise ratio of the gradient of 1, 2, 4 and 8 samples, as the root mean square over problems."""
     ratios, most = torch.zeros(len(rows), len(SIZES)), SIZES[-1]
     for place, row in enumerate(rows.tolist()):
         key = [method.problems[row].key]
@@ -269,45 +271,45 @@ def gradient_ratios(method: Inverter, rows: Tensor, schedule: tuple[int, int], s
 def signal_to_noise(gradients: Tensor) -> list[float]:
     """Estimate the signal-to-noise ratio of the mean gradient of n stratified samples, for each n of `SIZES`.
 
-    It is the norm of the expected gradient over the root mean squared distance of a step's gradient from it.
+    The ratio is the norm of the expected gradient divided by the root mean square distance of a step's gradient from it.
 
     Args:
-        gradients: S independent sets of samples, the k-th of each from the k-th of 8 equal parts of the schedule, (S, 8, D).
+        gradients: S independent sets of 8 samples, the k-th from the k-th of 8 equal parts of the schedule, (S, 8, D).
     """
     ratios = []
     for size in SIZES:
-        apart = gradients.shape[1] // size  # samples k, k + apart, ... come from n different parts of the schedule
+        apart = gradients.shape[1] // size  # samples k, k + apart, ... are from different parts of the schedule
         steps = gradients.unflatten(1, (size, apart)).mean(1).flatten(0, 1).double()
         noise = steps.var(0).sum()
-        signal = steps.mean(0).square().sum() - noise / len(steps)  # the mean has noise of its own
+        signal = steps.mean(0).square().sum() - noise / len(steps)  # the mean itself is noisy
         ratios.append(float((signal.clamp(min=0) / noise.clamp(min=1e-300)).sqrt()))
     return ratios
 
 
 def fastest_microbatch(method: Inverter, schedule: tuple[int, int], seed: int, most: int) -> tuple[int, float]:
-    """Find the smallest microbatch that is nearly as fast a sample as any that the memory holds.
+    """Find the smallest microbatch whose throughput is within 5% of the best that fits into memory.
 
     Args:
         method: The method.
         schedule: Range of the timesteps.
         seed: Seed of the draws.
-        most: Samples that a step has.
+        most: Samples in a step.
 
     Returns:
-        Samples a call, a power of two, and samples a second.
+        The microbatch, a power of two, and its samples per second.
     """
     key, rates = [method.problems[0].key], dict[int, float]()
     for size in (2**power for power in range(7)):
         timesteps = draw_timesteps(seed, key, CHECK, size, *schedule)[0].to(method.device)
         noise = draw_noise(seed, key, CHECK, size, method.backbone.latent_shape, method.device)[0]
         seconds, microbatch = math.inf, Microbatch(size)
-        for _ in range(3):  # the first call of a shape chooses its kernels
+        for _ in range(3):  # the first call with a shape selects its kernels
             begun = time.perf_counter()
             sample_gradients(method, 0, timesteps, noise, microbatch)
             seconds = min(seconds, time.perf_counter() - begun)
             if seconds > SLOW or microbatch.size < size:
                 break
-        if microbatch.size < size:  # halved, as the memory does not hold so many
+        if microbatch.size < size:  # halved because memory ran out
             break
         rates[size] = size / seconds
         if 2 * size > most or seconds > SLOW:
@@ -323,24 +325,22 @@ def _line(name: str, said: str, verdict: Verdict | None = None) -> str:
 
 
 def _loss_lines(losses: Losses, source: str, other: str) -> list[str]:
-    """Show the losses of pairs of levels, and whether they tell the right text from a wrong one."""
+    """Format the losses of pairs of levels, and whether they tell the right text from a wrong one."""
     lines = [_line("loss", f"{'timesteps':<16}{source:>15}{other:>15}{'empty prompt':>15}{'gain':>8}")]
     edges, columns = level_edges(losses.num_train_timesteps), (losses.right, losses.wrong, losses.empty)
     for level in range(0, LEVELS, 2):
         means = "".join(f"{float(column[:, level : level + 2].mean()):>14.4g}" for column in columns)
         gain = float(losses.gain[level : level + 2].mean())
         lines.append(_line("", f"{f'[{edges[level]}, {edges[level + 2]})':<16}{means}{gain:>8.0%}"))
-    said = (
-        f"lower under the {source} than under {other} in {losses.told_apart:.0%} of {losses.right.numel()} comparisons"
-    )
+    said = f"lower with the {source} than with {other} in {losses.told_apart:.0%} of {losses.right.numel()} comparisons"
     return [*lines, _line("", said, losses.verdict)]
 
 
 def _clip_line(method: Inverter, texts: Sequence[str], captioned: bool) -> str:
-    """Say how well the CLIP tells the images apart: by their captions or, without, by the cosine of the two most alike."""
+    """Report how well the CLIP tells images apart: by their captions or else by the largest cosine of two images."""
     features = method.features(torch.arange(len(method.problems)))
     if len(features) == 1:
-        return _line("CLIP", "one image, so that there is nothing to tell apart")
+        return _line("CLIP", "only one image, so there is nothing to tell apart")
     if captioned:
         nearest = (method.clip.features_of(texts) @ features[: len(texts)].T).argmax(1).tolist()
         share = sum(place == found for place, found in enumerate(nearest)) / len(texts)
@@ -348,17 +348,17 @@ def _clip_line(method: Inverter, texts: Sequence[str], captioned: bool) -> str:
         return _line("CLIP", said, judge_share(share, len(texts), 1 / len(texts)))
     alike = float((features @ features.T - 2 * torch.eye(len(features), device=features.device)).max())
     verdict: Verdict = "ok" if alike < 0.9 else "weak" if alike < 0.98 else "no"
-    return _line("CLIP", f"the two images most alike of {len(features)} have a cosine of {alike:.3f}", verdict)
+    return _line("CLIP", f"the two most similar of {len(features)} images have a cosine of {alike:.3f}", verdict)
 
 
 def _gradient_line(ratios: Sequence[float], schedule: tuple[int, int]) -> str:
     shown = f"{', '.join(f'{ratio:.2f}' for ratio in ratios)} with {', '.join(map(str, SIZES))}"
     verdict: Verdict = "ok" if max(ratios) >= ENOUGH else "weak" if max(ratios) >= ENOUGH / 3 else "no"
-    return _line("gradient", f"signal to noise in [{schedule[0]}, {schedule[1]}): {shown} samples a step", verdict)
+    return _line("gradient", f"SNR in [{schedule[0]}, {schedule[1]}): {shown} samples per step", verdict)
 
 
 def judge_share(share: float, count: int, chance: float) -> Verdict:
-    """Judge a share of successes: `no` where chance explains it (two standard errors), `ok` from 0.8 on."""
+    """Judge a share of successes: `no` within two standard errors of chance, `ok` from 0.8 on, else `weak`."""
     if share <= chance + 2 * math.sqrt(chance * (1 - chance) / count):
         return "no"
     return "ok" if share >= 0.8 else "weak"

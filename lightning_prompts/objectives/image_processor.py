@@ -1,4 +1,4 @@
-"""Pixels as a CLIP's own image processor makes them, with a gradient."""
+"""A CLIP's image processor with a gradient to the pixels."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 """CLIP's published statistics of pixels in [0, 1]."""
 
 MODES = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
-"""Torch's names of Pillow's filters."""
+"""Torch's interpolation modes for Pillow's filters."""
 
 
 class ImageProcessor(NamedTuple):
-    """Resizes, crops and normalizes images in [-1, 1] as transformers' CLIPImageProcessor does with images in 0 to 255.
+    """Resize, crop and normalize images in [-1, 1] as transformers' CLIPImageProcessor does with images in 0 to 255.
 
     Attributes:
-        size: Height and width after resizing, or the length of the shorter side alone; None to keep the size.
-        crop: Height and width of the center that is kept; None to keep everything.
-        mode: Filter of the resizing.
-        mean: Mean by channel that is subtracted, of values in [-1, 1].
-        std: Standard deviation by channel that the result is divided by.
+        size: Height and width after resizing, or the length of the shorter side; None for no resizing.
+        crop: Height and width of the center crop; None for no crop.
+        mode: Interpolation mode of the resizing.
+        mean: Mean by channel, for values in [-1, 1].
+        std: Standard deviation by channel, for values in [-1, 1].
     """
 
     size: int | tuple[int, int] | None
@@ -45,7 +45,7 @@ class ImageProcessor(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImageProcessor:
-        """Read the content of a preprocessor_config.json; keys that are absent have CLIPImageProcessor's defaults.
+        """Read the content of a preprocessor_config.json; missing keys have the defaults of CLIPImageProcessor.
 
         Raises:
             KeyError, TypeError, ValueError: The content is not that of a CLIP's image processor.
@@ -63,8 +63,10 @@ class ImageProcessor(NamedTuple):
         mean = [float(x) for x in config.get("image_mean", MEAN)] if normalizes else [0.0] * 3
         std = [float(x) for x in config.get("image_std", STD)] if normalizes else [1.0] * 3
         if len(mean) != 3 or len(std) != 3 or not min(*std, factor) > 0:
-            raise ValueError("its image_mean and image_std must be three numbers each, and divisors above 0")
-        half = 127.5 * factor  # what 1 in [-1, 1] is after rescaling
+            raise ValueError(
+                "its image_mean and image_std must be three numbers each, and image_std and rescale_factor above 0"
+            )
+        half = 127.5 * factor  # half of the range of pixels after rescaling
         return cls(
             size=(size if isinstance(size, tuple) else int(size)) if config.get("do_resize", True) else None,
             crop=(crop if isinstance(crop, tuple) else (int(crop), int(crop))) if config.get("do_center_crop", True) else None,
@@ -74,7 +76,7 @@ class ImageProcessor(NamedTuple):
         )  # fmt: skip
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Give the pixel values (B, 3, h, w) of images (B, 3, H, W) in [-1, 1]."""
+        """Return the pixel values (B, 3, h, w) of images (B, 3, H, W) in [-1, 1]."""
         height, width = images.shape[-2:]
         size = self.size
         if isinstance(size, int):
@@ -93,41 +95,44 @@ class ImageProcessor(NamedTuple):
 def load_image_processor(name: str, image_size: int, offline: bool = False) -> ImageProcessor:
     """Load the image processor of a CLIP from its folder or the hub.
 
-    A CLIP without one has CLIP's published statistics and bicubic resizing to what its vision tower takes, and a log line says so.
+    A CLIP without one gets the statistics of the published CLIP and bicubic resizing to its image size, and a log line says so.
 
     Args:
         name: Folder or hub id of the CLIP.
-        image_size: Height and width, in pixels, that its vision tower takes.
+        image_size: Height and width, in pixels, that its vision encoder takes.
         offline: Do not connect to the hub.
 
     Raises:
-        UserError: There is one that is not a CLIP's.
+        UserError: Its file is invalid or not that of a CLIP.
     """
     try:
         config = _read(name, "processor_config.json", offline).get("image_processor") or _read(name, CONFIG, offline)
         if not config:
-            log.info("The CLIP %r has no %s and is given pixels by CLIP's published statistics.", name, CONFIG)
+            log.info(
+                "The CLIP %r has no %s; using the mean and standard deviation of the published CLIP.", name, CONFIG
+            )
         return ImageProcessor.from_config(config or {"size": image_size, "crop_size": image_size})
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, LookupError) else re.split(r"\n|\. ", str(error))[0]
-        raise UserError(f"The {CONFIG} of the CLIP {name!r} cannot be used ({reason}); correct it.") from error
+        raise UserError(
+            f"The image processor of the CLIP {name!r} cannot be used ({reason}); correct its {CONFIG}."
+        ) from error
 
 
 def _read(name: str, file: str, offline: bool) -> dict[str, Any]:
-    """Give the content of a JSON file in a folder or on the hub, {} where there is no such file."""
+    """Return the content of a JSON file in a folder or on the hub, {} if there is no such file."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
     path = Path(name) / file
     if not Path(name).is_dir():
-        cached = try_to_load_from_cache(
-            name, file
-        )  # the CLIP itself is loaded first, and a hub that is away costs many seconds
-        if cached is not None and not isinstance(cached, str):  # the hub has said that there is none
+        # The CLIP itself is in the cache already, and waiting for an unreachable hub takes many seconds.
+        cached = try_to_load_from_cache(name, file)
+        if cached is not None and not isinstance(cached, str):  # the hub has no such file
             return {}
         try:
             path = Path(cached or hf_hub_download(name, file, local_files_only=offline or is_offline()))
-        except EntryNotFoundError:  # also where it is not in the cache and the hub cannot be asked
+        except EntryNotFoundError:  # also if it is not in the cache and the hub is unreachable
             return {}
     elif not path.is_file():
         return {}

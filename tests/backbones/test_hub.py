@@ -110,7 +110,7 @@ def test_revisions(hub, published, sd1, sd2):
         ("/owner", 403, {"X_Error_Code": "GatedRepo"}, r"is gated; accept its terms on https://huggingface\.co/owner/model and log in"),
         ("/owner", 401, {"X_Error_Code": "GatedRepo"}, r"is gated; accept its terms on https://huggingface\.co/owner/model and log in"),
         ("/api", 500, {}, r"could not be fetched from the Hugging Face hub \(it answered 500\); check the connection, or use 'emoji'"),
-        ("/owner", 403, {}, r"download of the model 'owner/model' broke off \(it answered 403\); check the connection and run again"),
+        ("/owner", 403, {}, r"download of the model 'owner/model' was interrupted \(it answered 403\); check the connection and run again"),
     ],
 )  # fmt: skip
 def test_answers(hub, published, path, status, headers, match):
@@ -136,20 +136,22 @@ def test_hub_that_hangs(hub, published, monkeypatch):
 
 
 def test_hub_out_of_reach(cache, attempts):
-    refused(r"'owner/model' is no folder here and could not be fetched .*\(\w+\); check the connection, or use 'emoji'")
+    refused(
+        r"'owner/model' is not a local folder and could not be fetched .*\(\w+\); check the connection, or use 'emoji'"
+    )
     assert attempts
 
 
 def test_model_that_is_no_pipeline(hub, language_model, cache):
     hub.push("owner/model", language_model)
-    refused(r"'owner/model' on the Hugging Face hub has no model_index\.json; give one in diffusers' layout")
+    refused(r"'owner/model' on the Hugging Face hub has no model_index\.json; give a model in diffusers' layout")
     assert not cache.exists()
 
 
 def test_transfer_that_breaks_off(hub, published, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries
     hub.broken = "unet/diffusion_pytorch_model.safetensors"
-    refused(r"The download of the model 'owner/model' broke off \(\w+\); check the connection and run again")
+    refused(r"The download of the model 'owner/model' was interrupted \(\w+\); check the connection and run again")
     # Old versions of huggingface_hub do not look whether all is there; then the loader does.
     incomplete = r"has not been downloaded completely|has no unet/diffusion_pytorch_model\.safetensors; fetch"
     refused(incomplete, offline=True)
@@ -164,7 +166,7 @@ def test_transfer_that_breaks_off(hub, published, monkeypatch):
 
 def test_disk_with_too_little_room(hub, published, monkeypatch, cache):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
-    refused(r"'owner/model' needs [\d.]+ MB and .*hub has room for 0\.1 MB; free some, or set HF_HOME to")
+    refused(r"'owner/model' needs [\d.]+ MB, but .*hub has only 0\.1 MB free; free disk space, or set HF_HOME to")
     assert not cache.exists()
 
 
@@ -175,7 +177,7 @@ def test_disk_that_is_full_in_the_middle(hub, published, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.file_download.http_get", write)
         refused(
-            r"'owner/model' could not be written to .*hub \(No space left on device\); free some, or set HF_HOME to"
+            r"'owner/model' could not be written to .*hub \(No space left on device\); free disk space, or set HF_HOME to"
         )
     refused("has not been downloaded completely", offline=True)
     load_backbone("owner/model")
@@ -392,7 +394,7 @@ def test_variant_of_a_folder(sd1, full, half, tmp_path, caplog, shards, variant)
         assert {"model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"} <= names_of
     with caplog.at_level("INFO", "lightning_prompts"):
         check_read(load_backbone(str(folder), variant=variant), half, full)
-    assert ("as the variant 'fp16' alone, which is read" in caplog.text) == (variant is None)
+    assert ("has weights only as variant 'fp16'; using it." in caplog.text) == (variant is None)
     assert load_backbone(str(folder), "float16").denoiser.dtype == torch.float16
 
 
@@ -402,18 +404,18 @@ def test_variant_of_some_components(sd1, full, half, tmp_path, caplog):
     check_read(load_backbone(str(folder)), half, full, [])  # what has no variant goes first
     with caplog.at_level("INFO", "lightning_prompts"):
         check_read(load_backbone(str(folder), variant="fp16"), half, full, ["unet", "text_encoder"])
-    assert "vae has no variant 'fp16' and is read without one" in caplog.text
+    assert "has no variant 'fp16' of vae; reading weights without one" in caplog.text
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     check_read(load_backbone(str(folder)), half, full, ["unet", "text_encoder"])  # and then as if it had been given
 
 
 def test_variants_that_are_none(sd1, tmp_path):
     folder = shutil.copytree(sd1, tmp_path / "model")
-    refused("has no variant 'fp16' but no variants; leave out --model.variant", folder, variant="fp16")
-    refused("'emoji' has no variant 'fp16' but no variants; leave out --model.variant", "emoji", variant="fp16")
+    refused("has no variants, but 'fp16' was given; leave out --model.variant", folder, variant="fp16")
+    refused("'emoji' has no variants, but 'fp16' was given; leave out --model.variant", "emoji", variant="fp16")
     as_variant(folder, "bf16", keep=True)
     as_variant(folder, "non_ema", ["unet"], keep=True)
-    refused("has no variant 'fp16' but the variants bf16, non_ema; give one of these", folder, variant="fp16")
+    refused("has no variant 'fp16', only bf16, non_ema; choose one of these", folder, variant="fp16")
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     refused("has weights only as the variants bf16, non_ema; choose one with --model.variant", folder)
     (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
@@ -426,7 +428,7 @@ def test_variants_that_are_none(sd1, tmp_path):
     assert load_backbone(str(folder))  # the only one that all have which need one
     (folder / "vae/diffusion_pytorch_model.bf16.safetensors").unlink()
     (folder / "unet/diffusion_pytorch_model.non_ema.safetensors").unlink()
-    refused(r"has no vae/diffusion_pytorch_model\.safetensors; fetch", folder)
+    refused(r"has no vae/diffusion_pytorch_model\.safetensors; download", folder)
     save = tmp_path / "file.safetensors"
     save.write_bytes(b"x")
     refused("is a file, which has no variants; leave out --model.variant", save, variant="fp16")
@@ -439,7 +441,7 @@ def test_variant_of_a_repository(hub, sd1, full, half, tmp_path, variant, reques
     hub.push("owner/model", folder)
     check_read(load_backbone("owner/model", variant=variant), half, full)
     assert names(find_model("owner/model", False, None)) == names(folder)
-    refused("has no variant 'bf16' but the variants fp16; give one", variant="bf16")
+    refused("has no variant 'bf16', only fp16; choose one", variant="bf16")
     forget_connections()
     attempts = request.getfixturevalue("attempts")
     check_read(load_backbone("owner/model", offline=True, variant=variant), half, full)
@@ -465,16 +467,16 @@ def test_only_what_is_read_is_fetched_of_variants(hub, sd1, full, half, tmp_path
     check_read(load_backbone("owner/model", offline=True), half, full, [])
     with pytest.raises(SystemExit):
         main(["prefetch", "owner/model", "--variant", "bf16"])
-    assert "has no variant 'bf16' but the variants fp16" in capsys.readouterr().err
+    assert "has no variant 'bf16', only fp16" in capsys.readouterr().err
 
 
 def test_variant_that_was_not_downloaded_completely(hub, sd1, tmp_path, monkeypatch):
     hub.push("owner/model", as_variant(shutil.copytree(sd1, tmp_path / "model"), shards="60KB"))
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries
     hub.broken = "text_encoder/model.fp16-00002-of-00002.safetensors"
-    refused("broke off")
+    refused("was interrupted")
     hub.broken = None
-    refused(r"has not been downloaded completely|cannot be read|has no \w+/[\w.]+; fetch", offline=True)
+    refused(r"has not been downloaded completely|cannot be read|has no \w+/[\w.]+; download", offline=True)
     load_backbone("owner/model")
     load_backbone("owner/model", offline=True)
 
@@ -486,7 +488,7 @@ def test_a_run_keeps_its_variant(hub, sd1, pictures, tmp_path, capsys, caplog):
     fit += ["--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(pictures / "0.png")]
     fit += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
     main(fit)
-    assert "as the variant 'fp16' alone, which is read" in caplog.text
+    assert "has weights only as variant 'fp16'; using it." in caplog.text
     assert json.loads((run / "result.json").read_text())["settings"]["model"]["variant"] == "fp16"
     as_variant(folder, "bf16", keep=True, source=sd1)
     main([*fit, "--data.steps", "3", "--ckpt_path", "last"])

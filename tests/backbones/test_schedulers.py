@@ -173,6 +173,12 @@ def test_schedulers_that_do_not_fit(name, tmp_path):
     refused(f"The scheduler '{name}' does not fit this model", families.save("sd1", tmp_path), scheduler=name)
 
 
+def test_noise_levels_that_are_shifted_by_the_size_stay(tmp_path):
+    """Heun's, of which diffusers' pipeline of FLUX would raise an error, has no such shift."""
+    message = "The scheduler 'FlowMatchHeunDiscreteScheduler' does not fit this model, .*; use one of FlowMatchEulerDiscreteScheduler.$"
+    refused(message, families.save("flux", tmp_path), scheduler="FlowMatchHeunDiscreteScheduler")
+
+
 @pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_clean_latents_between_two_timesteps_of_training(name, prediction, tmp_path):

@@ -167,11 +167,11 @@ def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request
         save_file(load_file(model[3]), file, {"modelspec.architecture": "stable-diffusion-v2-768-v"})
     monkeypatch.setitem(SHORT_NAMES, SHORT[family], "owner/model")
     match = (
-        f"The file '{file}' holds weights alone, and the configuration of 'owner/model' is missing, in whose place --model.config can "
-        r"name another model or folder: .*has not been downloaded completely, and this run is offline; run .*prefetch"
+        f"The file '{file}' holds only weights and needs the configuration of 'owner/model', or of another model or folder given as "
+        r"--model.config: .*has not been downloaded completely, and this run is offline; run .*prefetch"
     )
     refused(match, file, offline=True)
-    refused("holds weights alone, and .* neither a folder nor on the Hugging Face hub", file)
+    refused("holds only weights and .* neither a folder nor on the Hugging Face hub", file)
     hub.push("owner/model", folder)
     hub.push(CLIPS[768], f"{tiny}/clip")
     main(["prefetch", str(file)])
@@ -181,7 +181,7 @@ def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request
     attempts = request.getfixturevalue("attempts")
     same(load_backbone(str(file), offline=True), load_backbone(str(folder)))
     # As old versions of huggingface_hub do not look whether all is there, the loader does.
-    incomplete = r"has not been downloaded completely|has no text_encoder/model\.safetensors; fetch"
+    incomplete = r"has not been downloaded completely|has no text_encoder/model\.safetensors; download"
     refused(incomplete, "owner/model", offline=True)
     assert not attempts
 
@@ -190,14 +190,18 @@ def test_configuration_of_another_model(model, hub, tmp_path):
     family, folder, config, file = model
     hub.push("owner/model", folder)
     same(load_backbone(str(file), config="owner/model"), load_backbone(str(folder)))
-    refused(f"'{folder}' has a configuration and is no file; leave out --model.config", folder, config=str(config))
+    refused(
+        f"'{folder}' is not a single file and has its own configuration; leave out --model.config",
+        folder,
+        config=str(config),
+    )
     refused("is neither 'emoji' nor an existing folder", file, config="nowhere")
     (tmp_path / "empty").mkdir()
     refused(f"'{tmp_path}/empty' has no model_index.json", file, config=str(tmp_path / "empty"))
     for other in {"sd1": "sdxl", "sd2": "sd1", "sdxl": "sd2"}[family], "flux":
         wrong = families.save(other, tmp_path / other)
         refused(
-            rf"The networks of the model '{file}' cannot be read \(.+\); fetch it again or give a model that describes",
+            rf"The networks of the model '{file}' cannot be read \(.+\); download it again, or give the model that describes",
             file,
             config=str(wrong),
         )
@@ -220,7 +224,7 @@ def test_weight_that_is_missing(model, tmp_path, part):
     del weights[part.format(text=text[family])]
     save_file(weights, tmp_path / "less.safetensors")
     refused(
-        r"less.safetensors' cannot be read \(the \w+ lacks 1 weights such as [\w.]+\)",
+        r"less.safetensors' cannot be read \(the \w+ lacks weights such as [\w.]+, 1 in all\)",
         tmp_path / "less.safetensors",
         config=str(config),
     )
@@ -254,7 +258,7 @@ def test_weights_that_are_not_described(model, tmp_path):
     more = {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(32, 16)}
     save_file(load_file(file) | more, tmp_path / "more.safetensors")
     refused(
-        r"cannot be read \(its UNet has 1 weights more than it is described by\); fetch it again or give a model that describes it",
+        r"cannot be read \(its UNet has weights that its configuration does not describe, 1 in all\); download it again, or give the model that describes it",
         tmp_path / "more.safetensors",
         config=str(config),
     )
@@ -264,10 +268,14 @@ def test_files_that_are_none(model, tmp_path):
     _, _, config, file = model
     content = file.read_bytes()
     for name, data, match in (
-        ("pickle.ckpt", content, r"not called \.safetensors, and pickle weights .* refused because they can run code"),
-        ("short.safetensors", content[:-100], r"short\.safetensors' cannot be read \(.+\); fetch it again"),
-        ("empty.safetensors", b"", r"empty\.safetensors' cannot be read \(.+\); fetch it again"),
-        ("zip.safetensors", b"PK" * 500, r"zip\.safetensors' cannot be read \(.+\); fetch it again"),
+        (
+            "pickle.ckpt",
+            content,
+            r"does not end in \.safetensors, and pickle weights .* refused because they can run code",
+        ),
+        ("short.safetensors", content[:-100], r"short\.safetensors' cannot be read \(.+\); download it again"),
+        ("empty.safetensors", b"", r"empty\.safetensors' cannot be read \(.+\); download it again"),
+        ("zip.safetensors", b"PK" * 500, r"zip\.safetensors' cannot be read \(.+\); download it again"),
     ):
         (tmp_path / name).write_bytes(data)
         refused(match, tmp_path / name, config=str(config))
@@ -296,7 +304,7 @@ KINDS = {
     "a text encoder alone": ["text_model.final_layer_norm.bias"],
     "a text encoder alone ": ["cond_stage_model.model.ln_final.bias"],
     "an embedding, which --model.start takes": ["clip_l", "clip_g"],
-    "something else": ["\x1b[31mweights\n", "n" * 10_000],
+    "of an unknown kind": ["\x1b[31mweights\n", "n" * 10_000],
 }  # fmt: skip
 
 
@@ -401,7 +409,7 @@ def test_what_a_file_states(model, tmp_path, caplog, keys, metadata, prediction,
     assert found.prediction_type == (prediction or plain.prediction_type)
     same(found.denoiser, plain.denoiser)
     own = found.scheduler.config
-    assert ("unlike its configuration" in caplog.text) == (found.prediction_type != plain.prediction_type or zero)
+    assert ("overrides its configuration" in caplog.text) == (found.prediction_type != plain.prediction_type or zero)
     if zero:
         assert own.rescale_betas_zero_snr
         assert own.timestep_spacing == "trailing"
@@ -469,11 +477,11 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
     save_file(weights, file)
     if short is None:
         refused(
-            r"is a Stable Diffusion 2 and does not say whether it predicts epsilon or v; name .* --model\.config", file
+            r"is a Stable Diffusion 2 and does not state whether it predicts epsilon or v; set --model\.config to", file
         )
         with pytest.raises(SystemExit):
             main(["prefetch", str(file)])
-        assert "--model.config, which takes sd21-base" in capsys.readouterr().err
+        assert "set --model.config to sd21-base" in capsys.readouterr().err
     else:
         found = load_backbone(str(file))
         assert found.prediction_type == prediction
@@ -500,7 +508,7 @@ def test_old_names_of_the_text_encoder(tmp_path):
     del old[f"{prefix}final_layer_norm.bias"]
     save_file(old, tmp_path / "old.safetensors")
     refused(
-        r"the CLIPTextModel lacks 1 weights such as [\w.]*final_layer_norm\.bias",
+        r"the CLIPTextModel lacks weights such as [\w.]*final_layer_norm\.bias, 1 in all",
         tmp_path / "old.safetensors",
         config=str(folder),
     )

@@ -529,7 +529,7 @@ SPOILED = {
     "no unet": (lambda f: edit_index(f, unet=None), "has no unet, which every StableDiffusionPipeline needs"),
     "family": (
         lambda f: edit_index(f, _class_name="KandinskyPipeline"),
-        "is a KandinskyPipeline, and what can be read is StableDiffusionPipeline, .*FluxPipeline",
+        "is a KandinskyPipeline; only StableDiffusionPipeline, .*FluxPipeline, .* are supported",
     ),
     "other vae": (
         lambda f: edit_index(f, vae=["diffusers", "AutoencoderTiny"]),
@@ -537,11 +537,11 @@ SPOILED = {
     ),
     "scheduler": (
         lambda f: edit_index(f, scheduler=["diffusers", "FancyScheduler"]),
-        r"FancyScheduler.*write the model again",
+        r"FancyScheduler.*save the model again",
     ),
     "no scheduler": (lambda f: edit_index(f, scheduler=["diffusers", "AutoencoderKL"]), r"is not a scheduler"),
     "pickles": (pickles, r"unet/diffusion_pytorch_model\.safetensors, and pickle.* refused.*safe_serialization=True"),
-    "missing weight": (drop_weight, r"The unet of .* lacks 1 weights such as conv_in\.bias"),
+    "missing weight": (drop_weight, r"The unet of .* lacks weights such as conv_in\.bias, 1 in all"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), r"neither tokenizer\.json nor vocab\.json"),
     "predicts x0": (
         lambda f: predict(f, "sample"),

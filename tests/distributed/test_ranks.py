@@ -43,6 +43,7 @@ METHODS = {  # odd numbers of samples and seeds, so that the last call of a step
     "seed_invariance": ["--model.seeds", "3", "--model.steps", "2", "--model.seeds_per_step", "3", "--model.microbatch", "4"],
 }  # fmt: skip
 STEERED = ("dpo_diff", "metric_guidance", "seed_invariance")
+DEFAULT = ("ph2p", "dpo_diff")  # the others are slow
 ALIKE = ("ph2p_lbfgs", "textual_inversion")  # `make test-exact` leaves them out: others make the same calls
 
 
@@ -149,9 +150,13 @@ def alone(tiny, inputs, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name in ALIKE else pytest.mark.exact) for name in METHODS]
-)
+def marks(method):
+    """What decides when a test of a method runs."""
+    exact = [] if method in ALIKE else [pytest.mark.exact]
+    return exact if method in DEFAULT else [*exact, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=marks(name)) for name in METHODS])
 def test_ranks_that_share_samples_find_exactly_what_one_finds(method, tiny, inputs, tmp_path):
     """Where there are microbatches enough for all ranks, they make the calls that one process makes."""
     one = fit(*arguments(tiny, inputs, tmp_path / "one", method), rounding=True)
@@ -227,7 +232,9 @@ def test_ranks_that_share_samples_make_the_calls_of_one_process():
             assert {len(call) for call in made[:-1]} <= {-(-count // ranks)}
 
 
-@pytest.mark.parametrize("method", ["invert", "dpo_diff", "metric_guidance"])
+@pytest.mark.parametrize(
+    "method", ["dpo_diff", *(pytest.param(name, marks=pytest.mark.slow) for name in ("invert", "metric_guidance"))]
+)
 def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs, alone, tmp_path):
     together = fit(*arguments(tiny, inputs, tmp_path / "two", method), ranks=2)  # the strategy is chosen
     for one, other in zip(together, alone(method), strict=True):
@@ -244,7 +251,7 @@ def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs,
     assert fit(*arguments(tiny, inputs, tmp_path / "two", method, "--ckpt_path", "last")) == together  # goes on alone
 
 
-@pytest.mark.parametrize("method", ["ph2p", "metric_guidance"])
+@pytest.mark.parametrize("method", ["ph2p", pytest.param("metric_guidance", marks=pytest.mark.slow)])
 def test_ranks_that_share_less_than_a_microbatch_each_find_nearly_the_same(method, tiny, inputs, alone, tmp_path):
     """The samples are divided evenly then, so that calls are smaller ones."""
     how = ("--trainer.strategy", "samples", "--model.microbatch", "32")
@@ -261,6 +268,7 @@ def test_ranks_that_slurm_has_started(tiny, inputs, alone, tmp_path):
     assert_alike(together, alone("ph2p"))
 
 
+@pytest.mark.slow
 def test_ranks_need_not_take_the_same_number_of_steps(tiny, inputs, alone, tmp_path):
     """One has nothing to do; Lightning starts them."""
     one = ("--data.images", str(inputs / "0.png"), "--trainer.devices", "2", "--trainer.strategy", "problems")
@@ -301,6 +309,7 @@ def assert_alike(some, others):
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_other_ranks_go_on_where_two_were_killed(tiny, inputs, alone, tmp_path):
     run = tmp_path / "run"
     how = arguments(tiny, inputs, run, "ph2p", "--trainer.strategy", "problems", "--ckpt_path", "last")
@@ -311,6 +320,7 @@ def test_other_ranks_go_on_where_two_were_killed(tiny, inputs, alone, tmp_path):
     assert_alike(fit(*how, ranks=3), alone("ph2p"))
 
 
+@pytest.mark.slow
 def test_a_lost_rank_is_started_again_and_loses_nothing(tiny, inputs, alone, tmp_path):
     """Without --ckpt_path: that the processes were started before is known from torchrun."""
     run = tmp_path / "run"
@@ -324,6 +334,7 @@ def test_a_lost_rank_is_started_again_and_loses_nothing(tiny, inputs, alone, tmp
     assert_alike(found(run), alone("ph2p"))
 
 
+@pytest.mark.slow
 def test_ranks_that_share_stop_together(tiny, inputs, tmp_path):
     """Whichever of them is told to; told in different steps, they would wait for each other for ever."""
     run = tmp_path / "run"

@@ -68,6 +68,7 @@ def equal(one, other):
     )
 
 
+@pytest.mark.slow
 def test_training_repeats_and_goes_on_where_it_stopped(weights):
     unbroken = weights("unbroken")
     assert equal(unbroken, weights("again"))

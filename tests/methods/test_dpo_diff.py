@@ -457,7 +457,10 @@ def problems(folder):
     return [{name: value for name, value in problem.items() if name != "seconds"} for problem in found]
 
 
-@pytest.mark.parametrize("records", [pytest.param(1, marks=pytest.mark.exact), 2, 4])
+@pytest.mark.parametrize(
+    "records",
+    [pytest.param(1, marks=pytest.mark.exact), *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 4))],
+)
 def test_killed_while_records_are_written_is_as_unbroken(records, tiny, tmp_path, monkeypatch, rounding):
     """Some prompts' candidates are on disk then and others' are not, and no other checkpoint than that of the first step."""
     how = ("--model.task", "attack", "--model.neighbours", "5", "--model.threshold", "-1")
@@ -478,7 +481,7 @@ def test_killed_while_records_are_written_is_as_unbroken(records, tiny, tmp_path
     assert problems(tmp_path / "broken") == problems(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("checkpoints", [True, False])
+@pytest.mark.parametrize("checkpoints", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints, tiny, tmp_path, monkeypatch, rounding):
     drawn = []
     if checkpoints:  # a state every step, instead of one in twenty seconds

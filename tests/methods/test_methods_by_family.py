@@ -57,6 +57,25 @@ FAMILIES = [
 ]  # sd1 and sd2 are the other tests'
 
 
+DEFAULT = {
+    *REFUSED, ("PH2P", "sd3"), ("PEZ", "flux"), ("GCG", "sdxl"), ("TextualInversion", "sd3, T5"), ("ClipWords", "pixart"),
+    ("RandomTokens", "lcm"), ("DPODiff", "sd3"), ("MetricGuidance", "sd-turbo"), ("SeedInvariance", "flux-schnell"),
+    ("HumanFeedback", "sdxl"),
+}  # fmt: skip
+
+
+def params():
+    """All cells; those that do not run by default are marked."""
+    for family in FAMILIES:
+        for method in METHODS:
+            yield pytest.param(family, method, marks=[] if (method, family) in DEFAULT else [pytest.mark.slow])
+
+
+def slow_but(default, names):
+    """Names of which one runs by default."""
+    return [name if name == default else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 class Stopping(PromptCheckpoint):
     """Saves after the second step and stops the program."""
 
@@ -101,7 +120,7 @@ def test_table_of_the_docs_is_what_is_tested():
     assert told == {(method, family): (method, family) not in REFUSED for method in METHODS for family in FAMILIES}
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if "," not in family])
+@pytest.mark.parametrize("family", slow_but("sd3", [family for family in FAMILIES if "," not in family]))
 def test_company_changes_nothing(family, folders, tmp_path):
     """Two problems together come to what each of them comes to alone."""
     backbone = load_backbone(folders(family), image_size=16)
@@ -132,8 +151,12 @@ def test_company_changes_nothing(family, folders, tmp_path):
                 torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+def test_default_part_has_every_family_and_method():
+    assert {family for _, family in DEFAULT - REFUSED.keys()} == set(FAMILIES)
+    assert {method for method, _ in DEFAULT - REFUSED.keys()} == set(METHODS)
+
+
+@pytest.mark.parametrize(("family", "method"), list(params()))
 def test_cell(family, method, folders, picture, tmp_path, capsys, monkeypatch):
     folder = folders(family)
     before = files_of(folder)
@@ -184,7 +207,7 @@ SHORT = {
 
 
 @pytest.mark.parametrize("config", SHORT)
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", slow_but("sd-turbo", FEW))
 def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture, tmp_path, capsys):
     """Few-step models in their own one or four, with the configs as they are but for their length."""
     args = [

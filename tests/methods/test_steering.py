@@ -240,7 +240,9 @@ def problems(folder):
     return [{name: value for name, value in problem.items() if name != "seconds"} for problem in found]
 
 
-@pytest.mark.parametrize("stop", [0, pytest.param(1, marks=pytest.mark.exact), 3])
+@pytest.mark.parametrize(
+    "stop", [0, pytest.param(1, marks=[pytest.mark.exact, pytest.mark.slow]), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_killed_at_a_step_is_as_unbroken(stop, tiny, tmp_path, monkeypatch, rounding):
     how = (
         "--model.unconditional",

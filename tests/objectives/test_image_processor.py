@@ -94,7 +94,10 @@ def test_size_does_not_decide(clip, caplog):
         found = ClipSimilarity(str(clip)).pixels(images)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(found, ((images + 1) / 2 - mean) / std, atol=1e-6, rtol=1e-6)
-    assert f"The CLIP '{clip}' has no preprocessor_config.json and is given pixels by CLIP's published" in caplog.text
+    assert (
+        f"The CLIP '{clip}' has no preprocessor_config.json; using the mean and standard deviation of the published"
+        in caplog.text
+    )
     assert torch.equal(ClipImageSimilarity(str(clip)).scorer.pixels(images), found)  # the metrics' door is the same
 
 
@@ -136,7 +139,7 @@ def test_read_from_the_hub(clip, monkeypatch, tmp_path):
         ({"size": 32, "crop_size": 64, "do_center_crop": False, "resample": 1}, r"its resample must be 0 \(nearest"),
         ({"size": {"longest_edge": 32}}, "it lacks 'height'"),
         ({"size": 32, "crop_size": 32, "image_mean": [0.5]}, "three numbers each"),
-        ({"size": 32, "crop_size": 32, "image_std": [0, 0, 0]}, "divisors above 0"),
+        ({"size": 32, "crop_size": 32, "image_std": [0, 0, 0]}, "image_std and rescale_factor above 0"),
         ({"size": "x\x1b[31m"}, "cannot be used"),
         ([1], "cannot be used"),
     ],
@@ -152,6 +155,6 @@ def test_what_is_refused(clip, content, reason):
 def test_broken_file(clip):
     (clip / "preprocessor_config.json").write_text('{"size": 32')
     with pytest.raises(
-        UserError, match=r"The preprocessor_config\.json of the CLIP .* cannot be used \(.+\); correct it"
+        UserError, match=r"The image processor of the CLIP .* cannot be used \(.+\); correct its preprocessor_config"
     ):
         ClipSimilarity(str(clip))
