@@ -156,6 +156,13 @@ class Vocabulary:
     def __init__(self, towers: Sequence[TextTower]) -> None:
         self.towers = list(towers)
         self.tokenizer = towers[0].tokenizer
+        # SDXL's second tokenizer pads with "!" and reads "!" in a text as padding, which the first one has another token for.
+        self._read_as_padding = [self._id_of(tower.tokenizer.pad_token) for tower in towers]
+
+    def _id_of(self, text: str) -> int:
+        """Return the token that a text is, -1 if it is several."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return int(ids[0]) if len(ids) == 1 else -1
 
     @property
     def first(self) -> int:
@@ -217,11 +224,12 @@ class Vocabulary:
         end = ids == self.tokenizer.eos_token_id
         behind = (end.cumsum(1) - end.int()) > 0
         said = {}
-        for tower, part in zip(self.towers, parts, strict=True):
-            own = ids.masked_fill(behind, tower.tokenizer.pad_token_id)  # each pads with its own token
+        for tower, part, read_as_padding in zip(self.towers, parts, self._read_as_padding, strict=True):
+            padding = behind | (ids == read_as_padding)
+            own = ids.masked_fill(padding, tower.tokenizer.pad_token_id)  # each pads with its own token
             if part is not None and tower is not self.towers[0]:
                 weight = tower.encoder.get_input_embeddings().weight
-                part = part.where(~behind.unsqueeze(2), weight[tower.tokenizer.pad_token_id].to(part))
+                part = part.where(~padding.unsqueeze(2), weight[tower.tokenizer.pad_token_id].to(part))
             said[tower] = tower(own, part, skip)
         return said
 
