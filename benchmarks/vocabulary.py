@@ -33,6 +33,8 @@ EXTRA = {
     "human_feedback": ["--model.chooser", "Scripted", "--model.chooser.wants", str(IMAGE), "--model.steps", "4"],
     "dpo_diff": ["--model.positive", "[neighbours]"],
 }
+WITHOUT_NEGATIVE = {"dpo_diff": ["--model.negative", "[]"], "seed_invariance": ["--model.unconditional", "false"]}
+"""Settings for FLUX.1, which takes no negative prompt."""
 PARTS = ("loading", "denoiser", "text encoders", "CLIP", "rest")
 
 
@@ -107,7 +109,9 @@ def run(config: str, folder: str, extra: list[str], profiled: bool) -> dict[str,
             "--run",
             f"{scratch}/run",
         ]
-        main([*command, "--trainer.accelerator", "cpu", *EXTRA.get(config, []), *extra])
+        flux = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
+        chosen = [*EXTRA.get(config, []), *(WITHOUT_NEGATIVE.get(config, []) if flux else [])]
+        main([*command, "--trainer.accelerator", "cpu", *chosen, *extra])
     clock.switch()
     if profiled:
         pstats.Stats(profile).sort_stats("tottime").print_stats(30)
