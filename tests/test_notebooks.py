@@ -16,13 +16,8 @@ SHORTER = {  # in place of what is in a notebook, whose searches are of a length
 }
 
 
-PARAMS = [
-    pytest.param(path, id=path.stem, marks=[] if path.stem == "image_to_prompt" else [pytest.mark.slow])
-    for path in NOTEBOOKS
-]
-
-
-@pytest.mark.parametrize("path", PARAMS)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_and_names_what_it_found(path):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")

@@ -43,7 +43,7 @@ METHODS = {  # odd numbers of samples and seeds, so that the last call of a step
     "seed_invariance": ["--model.seeds", "3", "--model.steps", "2", "--model.seeds_per_step", "3", "--model.microbatch", "4"],
 }  # fmt: skip
 STEERED = ("dpo_diff", "metric_guidance", "seed_invariance")
-DEFAULT = ("ph2p", "dpo_diff")  # the others are slow
+DEFAULT = ("ph2p",)  # the others are slow
 ALIKE = ("ph2p_lbfgs", "textual_inversion")  # `make test-exact` leaves them out: others make the same calls
 
 
@@ -232,9 +232,8 @@ def test_ranks_that_share_samples_make_the_calls_of_one_process():
             assert {len(call) for call in made[:-1]} <= {-(-count // ranks)}
 
 
-@pytest.mark.parametrize(
-    "method", ["dpo_diff", *(pytest.param(name, marks=pytest.mark.slow) for name in ("invert", "metric_guidance"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["invert", "dpo_diff", "metric_guidance"])
 def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs, alone, tmp_path):
     together = fit(*arguments(tiny, inputs, tmp_path / "two", method), ranks=2)  # the strategy is chosen
     for one, other in zip(together, alone(method), strict=True):
