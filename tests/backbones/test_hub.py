@@ -153,7 +153,7 @@ def test_transfer_that_breaks_off(hub, published, monkeypatch):
     hub.broken = "unet/diffusion_pytorch_model.safetensors"
     refused(r"The download of the model 'owner/model' was interrupted \(\w+\); check the connection and run again")
     # Old versions of huggingface_hub do not look whether all is there; then the loader does.
-    incomplete = r"has not been downloaded completely|has no unet/diffusion_pytorch_model\.safetensors; fetch"
+    incomplete = r"has not been downloaded completely|has no unet/diffusion_pytorch_model\.safetensors; download"
     refused(incomplete, offline=True)
     refused(incomplete, offline=True, revision=published)
     hub.broken, hub.asked[:] = None, []
