@@ -179,6 +179,8 @@ class CLI(LightningCLI):
             self._prepare(config, parts)
         else:
             config.ckpt_path = None
+            if not mix:
+                self.folder.check()
         if command == "predict":
             self.drawn = self._predicted(config)
         config.trainer.default_root_dir = str(RunFolder(mix[0]).path if mix else self.folder.path)

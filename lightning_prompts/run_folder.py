@@ -11,10 +11,11 @@ import logging
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, fields
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from lightning_prompts.problems import Problem
 from lightning_prompts.reports import SCHEMA_VERSION, failed_line, prompt_lines, result_entry, result_line, write_table
 
 log = logging.getLogger(__name__)
+
+RECORD_VERSION = 1
+"""Version of the records' layout. A record of another version is refused, since its fields may mean something else."""
 
 
 class RunFolder:
@@ -69,7 +73,7 @@ class RunFolder:
             search: Whether there will be records and checkpoints, which a mix of runs has none of.
 
         Raises:
-            UserError: The folder holds a run that is not to be resumed, is a file or cannot be written.
+            UserError: The folder holds a run that is not to be resumed or that cannot be read, is a file or cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"The run folder {self.path} is a file; give another --run.")
@@ -79,6 +83,7 @@ class RunFolder:
         if not resume and (begun or foreign):
             hint = "give --ckpt_path last to go on with it or another --run" if search else "give another --run"
             raise UserError(f"The folder {self.path} already holds a run; {hint}.")
+        self.check()
         try:
             for left in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):  # by a process that was killed
                 left.unlink()
@@ -98,7 +103,7 @@ class RunFolder:
 
     def save(self, problem: Problem) -> None:
         """Writes the record of a problem; after an OSError, such as a full disk, its previous state is still there."""
-        self.write(self.problems / f"{problem.key}.json", to_json(asdict(problem)))
+        self.write(self.problems / f"{problem.key}.json", to_json({"version": RECORD_VERSION, **asdict(problem)}))
 
     def write(self, path: Path, content: bytes) -> None:
         """Writes a file of the run in one piece, see `atomic_writer`."""
@@ -146,14 +151,49 @@ class RunFolder:
         return (self.problems / f"{key}.json").exists()
 
     def read(self, key: str) -> Problem | None:
-        """The record of a problem, if there is one."""
+        """Read the record of a problem; None if there is none.
+
+        Raises:
+            UserError: The record cannot be read.
+        """
         return _read_record(self.problems / f"{key}.json") if self.has(key) else None
 
     def records(self) -> Iterator[Problem]:
-        """Reads one record after the other; what is no record is left out with a warning."""
+        """Read one record after the other.
+
+        Raises:
+            UserError: A record cannot be read.
+        """
         for file in self.problems.glob("*.json"):
-            if problem := _read_record(file):
-                yield problem
+            yield _read_record(file)
+
+    def check(self) -> None:
+        """Make sure that nothing that was found is missing, before anything is computed or written.
+
+        Raises:
+            UserError: A record cannot be read, or `result.json` has a prompt of which there is no record.
+        """
+        if self.problems.exists() and not self.problems.is_dir():
+            raise UserError(f"{self.problems} must be a folder of records, and is a file; restore it.")
+        self._check_complete({problem.key for problem in self.records()})
+
+    def _check_complete(self, keys: set[str]) -> None:
+        """Refuse to replace `result.json` by results without some of its prompts."""
+        if lost := sorted(self._result_keys() - keys):
+            more = f" and {len(lost) - 1} more records" if len(lost) > 1 else ""
+            raise UserError(
+                f"{self.result} has the result of {lost[0]}, but {self.problems / lost[0]}.json{more} is missing; restore it, or "
+                f"rename {self.result.name} to continue without it."
+            )
+
+    def _result_keys(self) -> set[str]:
+        """Return the keys of the problems for which `result.json` has a prompt; none if it is missing or damaged."""
+        keys: set[str] = set()
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError, TypeError, LookupError, AttributeError):
+            content = json.loads(self.result.read_bytes())
+            if content.get("schema_version") == SCHEMA_VERSION:
+                keys = {entry["key"] for entry in content["problems"] if entry["prompt"]}
+        return keys
 
     def ordered(self) -> Iterator[Problem]:
         """As `records`, in the order of the inputs; no more than one is held at a time."""
@@ -227,7 +267,11 @@ class RunFolder:
 
         The latter has one line a problem, empty without a prompt; so has `negative_prompt.txt`, if the method searches negative
         prompts. No more than a thousand records are held at a time.
+
+        Raises:
+            UserError: A record cannot be read, or the old `result.json` has a prompt of which there is no record. No file has changed.
         """
+        self._check_complete({file.stem for file in self.problems.glob("*.json")})
         head = {
             "schema_version": SCHEMA_VERSION,
             "method": method,
@@ -266,13 +310,59 @@ class RunFolder:
             self.failed.unlink(missing_ok=True)
 
 
-def _read_record(file: Path) -> Problem | None:
-    """Returns the record, or None with a warning if the file, written by someone else, is none."""
+def _read_record(file: Path) -> Problem:
+    """Read a record and check the type of each field.
+
+    Raises:
+        UserError: The file is not a record of this version.
+    """
     try:
-        problem = Problem(**json.loads(file.read_bytes()))
+        content = json.loads(file.read_bytes())
+        version = content.pop("version")
+        if version != RECORD_VERSION:
+            newer = isinstance(version, int) and version > RECORD_VERSION
+            raise UserError(
+                f"The record {file} has the version {str(version)[:20]!r}, and this program reads version {RECORD_VERSION}; "
+                + ("use the newer program that wrote it." if newer else "use the program that wrote it.")
+            )
+        if unknown := sorted(content.keys() - {field.name for field in fields(Problem)}):
+            raise ValueError(f"the field {unknown[0]!r} is unknown")
+        content = {name: None if value is None else _with_nan(value) for name, value in content.items()}
+        problem: Problem = _record_type().validate_python(content)
         if problem.key != file.stem:
-            raise ValueError(f"it has the key {problem.key}")
-    except (ValueError, TypeError) as error:
-        warnings.warn(f"{file} is not the record of a problem and is ignored: {error}", stacklevel=3)
-        return None
+            raise ValueError(f"its key is {problem.key!r}")
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"The record {file} cannot be read ({_reason(error)}); restore it, or delete it to search this problem again."
+        ) from error
     return problem
+
+
+@cache
+def _record_type() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Problem)
+
+
+def _with_nan(value: Any) -> Any:
+    """Replace null by NaN, of which `to_json` has made it; in a list or an entry of one, null stands for nothing else."""
+    if isinstance(value, dict):
+        return {key: _with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return float("nan") if value is None else value
+
+
+def _reason(error: Exception) -> str:
+    """Describe why a record is none, in a few words."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(str(part) for part in first['loc'])[:80]}: {first['msg']}"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return "it is not valid JSON, as if cut short"
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:100] or type(error).__name__

@@ -454,7 +454,30 @@ def test_looking_at_a_run_needs_one(tmp_path, capsys, command):
     refused(capsys, command, "--run", tmp_path / "nowhere", names=["nowhere", "config.yaml"])
 
 
+@pytest.mark.parametrize("how", ["cut short", "newer", "missing", "no folder", "file"])
+def test_a_record_that_cannot_be_read_is_named_and_nothing_changes(done, finished, tiny, capsys, how):
+    """Commands that write results would write less than was found."""
+    record = next((done / "problems").glob("*.json"))
+    if how == "cut short":
+        record.write_bytes(record.read_bytes()[:-20])
+    elif how == "newer":
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"version": 2, "new": 1}))
+    elif how == "missing":
+        record.unlink()
+    else:
+        shutil.rmtree(done / "problems")
+    if how == "file":
+        (done / "problems").touch()
+    before, name = content(done), done / "problems" if how == "file" else record.name
+    for args in (["test", "--run", done], ["validate", "--run", done], ["predict", "--run", done]):
+        refused(capsys, *args, names=[name])
+    again = short_fit(tiny, done, 4, f"[{finished.parent}/0.png, {finished.parent}/1.png]")
+    refused(capsys, *again, "--ckpt_path", "last", "--data.steps", 4, names=[name])
+    assert content(done) == before
+
+
 def test_run_without_prompts_is_refused(done, capsys):
+    (done / "result.json").unlink()
     for record in (done / "problems").glob("*.json"):
         record.unlink()
     for command in ("validate", "predict"):

@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import time
-import warnings
 from dataclasses import replace
 from datetime import datetime
 
@@ -112,24 +111,80 @@ def test_other_scripts_can_be_read_in_the_file(folder):
     assert "red car 🚗" in (folder.problems / f"{FULL.key}.json").read_text("utf-8")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b'{"key": "00000000',
-        b"[]",
-        b"\xff\xfe\x00",
-        b'{"key": "0000000000000001"}',  # no target
-        b'{"key": "0000000000000001", "target": "x", "unknown": 1}',
-        b'{"key": "0000000000000002", "target": "x"}',  # another file's key
-        b'{"key": "0000000000000001", "target": "x", "status": "opne"}',
-    ],
-)
-def test_a_broken_record_is_absent_and_does_no_harm_to_others(folder, content):
+BROKEN = {
+    b"": "is not valid JSON, as if cut short",
+    b'{"key": "00000000': "is not valid JSON, as if cut short",
+    b"\xff\xfe\x00": "is not valid JSON, as if cut short",
+    b"[" * 100_000: "cannot be read",
+    b"[]": "cannot be read",
+    b"null": "cannot be read",
+    b'{"key": "0000000000000001", "target": "x"}': "it lacks 'version'",
+    b'{"version": 2, "key": "0000000000000001", "target": "x"}': "version '2', and this program reads version 1; use the newer program",
+    b'{"version": "1", "key": "0000000000000001", "target": "x"}': "has the version '1'",
+    b'{"version": 1, "key": "0000000000000001"}': "target",
+    b'{"version": 1, "key": "0000000000000001", "target": "x", "unknown": 1}': "the field 'unknown' is unknown",
+    b'{"version": 1, "key": "0000000000000002", "target": "x"}': "its key is '0000000000000002'",
+    b'{"version": 1, "key": "0000000000000001", "target": "x", "status": "opne"}': "status",
+    b'{"version": 1, "key": "0000000000000001", "target": null}': "target",
+    b'{"version": 1, "key": "0000000000000001", "target": "x", "token_ids": [[5]]}': r"token_ids\.0",
+    b'{"version": 1, "key": "0000000000000001", "target": "x", "history": [{"prompt": 5}]}': r"history\.0",
+    b'{"version": 1, "key": "0000000000000001", "target": "x", "paths": "x"}': "paths",
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), list(BROKEN.items()), ids=range(len(BROKEN)))
+def test_a_broken_record_is_refused_and_nothing_is_written(folder, content, reason):
     folder.save(FULL)
-    (folder.problems / f"{key(1)}.json").write_bytes(content)
-    with pytest.warns(UserWarning, match=f"{key(1)}.json is not the record"):
-        assert list(folder.load()) == [FULL.key]
+    write_result(folder)
+    before, broken = folder.result.read_bytes(), folder.problems / f"{key(1)}.json"
+    broken.write_bytes(content)
+    for look in (folder.check, folder.load, lambda: folder.read(key(1)), lambda: write_result(folder)):
+        with pytest.raises(UserError, match=reason) as refused:
+            look()
+        assert str(broken) in str(refused.value)
+        assert len(str(refused.value)) < 400 + len(str(broken))
+    assert folder.result.read_bytes() == before
+    assert broken.read_bytes() == content
+    assert not list(folder.path.glob(".*"))
+
+
+def test_numbers_that_json_does_not_have_come_back_as_nan(folder):
+    better = {"unet_samples": 1, "validation_loss": math.nan, "prompt": "a"}
+    folder.save(Problem(key(1), "x", validation_loss=math.nan, fresh_loss_after=[0.5, math.nan], history=[better]))
+    record = folder.load()[key(1)]
+    assert record.validation_loss is None
+    assert record.fresh_loss_after[0] == 0.5
+    assert math.isnan(record.fresh_loss_after[1])
+    assert math.isnan(record.history[0]["validation_loss"])
+
+
+@pytest.mark.parametrize("gone", ["record", "records", "folder", "file"])
+def test_a_result_without_its_record_is_not_overwritten(folder, gone):
+    folder.save(FULL)
+    folder.save(replace(FULL, key=key(1), status="done"))
+    write_result(folder)
+    before = folder.result.read_bytes()
+    (folder.problems / f"{key(1)}.json").unlink()
+    if gone != "record":
+        (folder.problems / f"{FULL.key}.json").unlink()
+    if gone in ("folder", "file"):
+        folder.problems.rmdir()
+    if gone == "file":
+        folder.problems.touch()
+    message = (
+        "must be a folder of records"
+        if gone == "file"
+        else f"has the result of {key(1)}, but .*{key(1)}.json( and 1 more records?)? is missing"
+    )
+    with pytest.raises(UserError, match=message):
+        folder.check()
+    with pytest.raises(UserError, match=r"is missing; restore it, or rename result\.json to continue without it"):
+        write_result(folder)
+    assert folder.result.read_bytes() == before
+    folder.result.rename(folder.path / "old.json")
+    if gone == "record":
+        folder.check()
+        assert [entry["key"] for entry in write_result(folder)["problems"]] == [FULL.key]
 
 
 # Writing
@@ -179,18 +234,16 @@ def save_forever(path):
 
 def test_no_reader_and_no_kill_meets_half_a_record(folder):
     folder.save(Problem(key(1), "x", prompt="start"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # what load() says of a broken record
-        for _ in range(4):
-            process = fork.Process(target=save_forever, args=(folder.path,), daemon=True)
-            process.start()
-            end = time.monotonic() + 0.2
-            while time.monotonic() < end:
-                assert set(folder.load()) == {key(1)}
-            assert process.is_alive()
-            process.kill()
-            process.join(30)
+    for _ in range(4):
+        process = fork.Process(target=save_forever, args=(folder.path,), daemon=True)
+        process.start()
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
             assert set(folder.load()) == {key(1)}
+        assert process.is_alive()
+        process.kill()
+        process.join(30)
+        assert set(folder.load()) == {key(1)}
     assert folder.load()[key(1)].prompt != "start"
 
 
