@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -474,6 +475,50 @@ def test_a_record_that_cannot_be_read_is_named_and_nothing_changes(done, finishe
     again = short_fit(tiny, done, 4, f"[{finished.parent}/0.png, {finished.parent}/1.png]")
     refused(capsys, *again, "--ckpt_path", "last", "--data.steps", 4, names=[name])
     assert content(done) == before
+
+
+@pytest.fixture
+def moved(tiny, tmp_path):
+    """A finished run on two pictures that may be changed, and their folder."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, color in enumerate(("red", "blue")):
+        Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
+    main(short_fit(tiny, tmp_path / "moved", 4, folder))
+    return tmp_path / "moved", folder
+
+
+@pytest.mark.parametrize("how", ["changed", "gone", "broken"])
+def test_a_picture_that_is_not_the_one_that_was_searched_is_not_scored(moved, capsys, caplog, how):
+    run, images = moved
+    before, picture = results(run)["problems"], images / "0.png"
+    if how == "changed":
+        Image.new("RGB", (16, 16), "green").save(picture)
+    elif how == "gone":
+        picture.unlink()
+    else:
+        picture.write_bytes(picture.read_bytes()[:50])
+    width = Image.open(run / "grid.png").width
+    main(["test", "--run", str(run)])
+    said = caplog.text
+    assert said.count("0.png is left out, and its scores stay as they are") == 1
+    assert ("has changed since the search; restore it" in said) == (how == "changed")
+    assert results(run)["problems"] == before
+    assert Image.open(run / "grid.png").width == width // 2
+    capsys.readouterr()
+    main(["validate", "--run", str(run)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if re.match(r"\d\.\d+  ", line)] == ["1.png"]
+    (images / "1.png").unlink()
+    refused(capsys, "validate", "--run", run, names="images are missing or have changed")
+
+
+def test_a_picture_that_was_copied_is_scored(moved, caplog):
+    run, images = moved
+    os.utime(images / "0.png", (1, 1))
+    Image.open(images / "1.png").save(images / "1.png", compress_level=0)  # the same pixels in another file
+    main(["test", "--run", str(run)])
+    assert "left out" not in caplog.text
 
 
 def test_run_without_prompts_is_refused(done, capsys):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_prompts.callbacks.grid import to_image, to_png
 from lightning_prompts.callbacks.scores import Scores
+from lightning_prompts.data.problems import ProblemData
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 from lightning_prompts.metrics import lpips_lacks
@@ -83,12 +84,15 @@ class Results(Checkpoint):
         if not trainer.is_global_zero:
             return
         pl_module.microbatch.ranks = 1
-        folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
+        data: ProblemData = trainer.datamodule  # type: ignore[attr-defined]
+        folder = data.folder
         found = folder.found()
         while problems := list(islice(found, pl_module.together)):
-            pl_module.measure(problems, self.scores)
-            for problem in problems:
+            if unchanged := data.unchanged(problems):
+                pl_module.measure(unchanged, self.scores)
+            for problem in unchanged:
                 folder.save(problem)
+                data.release(problem)
         self._write(trainer, pl_module)
         pictured = any(problem.paths for problem in folder.found())
         if pictured and (reason := lpips_lacks(weights=self.scores.lpips_weights)):
@@ -129,10 +133,13 @@ class Results(Checkpoint):
         """Writes the files of the run, and prints what was found."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder: RunFolder = data.folder
-        if shown := list(islice(folder.found(), SHOWN)):
+        if shown := data.unchanged(list(islice(folder.found(), SHOWN))):
             board = trainer.logger.experiment if trainer.logger else None  # type: ignore[attr-defined]
             module.present(shown, folder, board)
-            module.export(list(islice(folder.found(), EXPORTED)), folder)
+            for problem in shown:
+                data.release(problem)
+        if exported := list(islice(folder.found(), EXPORTED)):
+            module.export(exported, folder)
         settings = {**self.settings, "drawing": module.drawing}
         folder.write_result(type(module).__name__, module.backbone.name, data.seed, settings, versions())
         for lines in folder.path.glob("results-rank*.jsonl"):

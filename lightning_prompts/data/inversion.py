@@ -76,6 +76,7 @@ class ImagesToPrompts(ProblemData):
         self._negatives: list[Image.Image] = []
         self._negative_latents: Tensor | None = None
         self._known: dict[tuple[str, ...], str] = {}  # keys by files and their stamps
+        self._changed: set[str] = set()  # keys of problems whose images are not those that were searched
 
     def setup(self, stage: str) -> None:
         """Finds the pictures, and reads those to lead away from."""
@@ -193,6 +194,22 @@ class ImagesToPrompts(ProblemData):
         how: dict[str, Any] = {"num_workers": workers, "collate_fn": _as_it_is, "worker_init_fn": _deaf}
         return DataLoader(self._reading(), None, sampler=places, **how)
 
+    def unchanged(self, problems: Sequence[Problem]) -> list[Problem]:
+        """See `ProblemData.unchanged`; the images that are returned stay in memory until `release`."""
+        reading = self._reading()
+        return [problem for problem in problems if problem.key in self._pictures or self._load(problem, reading)]
+
+    def _load(self, problem: Problem, reading: Reading) -> bool:
+        """Read a problem's images again; return whether they are those that were searched."""
+        try:
+            self._pictures[problem.key] = stacked(reading.images_as_searched(problem))
+        except UserError as error:
+            if problem.key not in self._changed:
+                log.warning("%s is left out, and its scores stay as they are: %s", problem.target, error)
+            self._changed.add(problem.key)
+            return False
+        return True
+
     def pictures(self, problems: Sequence[Problem]) -> list[Tensor]:
         """The pictures (I, 3, H, W) in [-1, 1] of each problem."""
         return [self._pictures_of(problem).float() / 127.5 - 1 for problem in problems]
@@ -264,6 +281,20 @@ class Reading(Dataset[Read]):
         if target.error:
             raise UserError(target.error)
         return [load_image(path, *self.how) for path in target.paths]
+
+    def images_as_searched(self, problem: Problem) -> list[Image.Image]:
+        """Read the images of a problem again.
+
+        Raises:
+            UserError: An image cannot be read, or is another one than was searched.
+        """
+        images = self.images(Target(tuple(problem.paths), name=problem.target))
+        # The key has the pixels' hash; a file that was only copied has the same.
+        if stamps_of(problem.paths) != problem.stamps and content_key(images, self.settings) != problem.key:
+            raise UserError(
+                f"{', '.join(problem.paths)} has changed since the search; restore it, or search it in a new run."
+            )
+        return images
 
 
 def unreadable(paths: Sequence[str]) -> str:

@@ -96,6 +96,10 @@ class ProblemData(pl.LightningDataModule, ABC):
     def find(self, records: Sequence[Problem]) -> None:
         """Gives records of an earlier process the place that they have among the inputs now, `index`; -1 without one."""
 
+    def unchanged(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Return the problems whose inputs are still those that were searched; warn about the others."""
+        return list(problems)
+
     def release(self, problem: Problem) -> None:
         """Forgets what is remembered of a problem that has left the wave."""
 

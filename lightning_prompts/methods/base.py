@@ -427,12 +427,21 @@ class PromptMethod(pl.LightningModule, ABC):
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """The validation losses of what was found."""
         found, losses = self.data.folder.found(), list[float]()
+        given = 0
         while problems := list(islice(found, self.together)):
+            given += len(problems)
+            problems = self.data.unchanged(problems)
+            if not problems:
+                continue
             values = self.validation_losses(problems).tolist()
             losses += values
             if self.trainer.is_global_zero:
                 for problem, loss in zip(problems, values, strict=True):
                     print(f"{abs(loss):.5f}  {problem.target}  {problem.shown}")
+        if not losses and given:
+            raise UserError(
+                "No prompt of this run can be scored, since its images are missing or have changed; restore them."
+            )
         if not losses:
             raise UserError("This run has no prompts yet; run `fit` first.")
         self.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
