@@ -52,6 +52,7 @@ from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import Launched, own_rank, ranks_of
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.sentences import mistake_in, one_sentence
+from lightning_prompts.text_settings import Text, keep_texts, text_settings
 
 log = logging.getLogger(__name__)
 
@@ -393,7 +394,7 @@ def _run(args: Sequence[str]) -> None:
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=_with_data_class([CLI.command, *args[1:]]),
+            args=_with_texts(_with_data_class([CLI.command, *args[1:]])),
         )
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
@@ -418,6 +419,14 @@ def _with_data_class(args: list[str]) -> list[str]:
     given = [arg for arg in args if arg.startswith("--data.") and not arg.startswith("--data.help")]
     name = "Prompts" if any(arg.startswith("--data.prompts") for arg in given) else "ImagesToPrompts"
     return [args[0], "--data", name, *args[1:]] if given else args
+
+
+def _with_texts(args: list[str]) -> list[str]:
+    """Keep the parser from reading texts as YAML, see `keep_texts`."""
+    settings = {"data": text_settings(ProblemData), "model": text_settings(PromptMethod)}
+    if args[0] == "predict":
+        settings[""] = {"prompts": Text(several=True, optional=False)}
+    return keep_texts(args, settings)
 
 
 def _check_same(folder: RunFolder, wanted: str) -> None:

@@ -70,7 +70,7 @@ def finished(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     for i, color in enumerate(("red", "blue")):
         Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
-    main(short_fit(tiny, folder / "run", 4, f"[{folder}/0.png, {folder}/1.png]"))
+    main(short_fit(tiny, folder / "run", 4, json.dumps([f"{folder}/0.png", f"{folder}/1.png"])))
     return folder / "run"
 
 
@@ -472,7 +472,7 @@ def test_a_record_that_cannot_be_read_is_named_and_nothing_changes(done, finishe
     before, name = content(done), done / "problems" if how == "file" else record.name
     for args in (["test", "--run", done], ["validate", "--run", done], ["predict", "--run", done]):
         refused(capsys, *args, names=[name])
-    again = short_fit(tiny, done, 4, f"[{finished.parent}/0.png, {finished.parent}/1.png]")
+    again = short_fit(tiny, done, 4, json.dumps([f"{finished.parent}/0.png", f"{finished.parent}/1.png"]))
     refused(capsys, *again, "--ckpt_path", "last", "--data.steps", 4, names=[name])
     assert content(done) == before
 

@@ -1,0 +1,132 @@
+"""Settings that take text, which the parser of the command line would read as YAML."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from lightning_prompts.errors import UserError
+
+
+class Text(NamedTuple):
+    """What a setting takes: one text or several, or null."""
+
+    several: bool
+    optional: bool
+
+
+def text_settings(base: type) -> dict[str, Text]:
+    """Find the settings of a class and its subclasses that take nothing but text, by name."""
+    found: dict[str, Text] = {}
+    others: set[str] = set()
+    for kind in _family(base):
+        hints = get_type_hints(vars(kind)["__init__"]) if "__init__" in vars(kind) else {}
+        for name, hint in hints.items():
+            kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+            if str in kinds and kinds <= {str, list[str], NoneType}:
+                found[name] = Text(list[str] in kinds, NoneType in kinds)
+            else:
+                others.add(name)
+    return {name: text for name, text in found.items() if name not in others}
+
+
+def _family(base: type) -> Iterable[type]:
+    yield base
+    kinds: list[type] = base.__subclasses__()
+    for kind in kinds:
+        yield from _family(kind)
+
+
+def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) -> list[str]:
+    """Have the parser take texts as they stand.
+
+    To the parser `style: watercolor`, `[a]`, `# one` and `null` are no texts. A config with the text as a quoted string,
+    in place of the setting, is.
+
+    Args:
+        args: A command with its settings. A setting that takes several texts takes them one after the other, or as a JSON list.
+        settings: The settings that take text, by `data`, `model` or "" for those of the command.
+
+    Returns:
+        The command for the parser.
+    """
+    kept: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, value = arg.partition("=")
+        part, text = _setting(name, settings)
+        if name == "--config":
+            file = value if equals else "".join(rest[:1])
+            kept += [arg] if equals else [arg, *rest[:1]]
+            rest = rest if equals else rest[1:]
+            kept += _texts_of_config(file, settings)
+            continue
+        end = next((i for i, following in enumerate(rest) if following.startswith("--")), len(rest))
+        given = [value] if equals else rest[: end if text and text.several else min(end, 1)]
+        if not text or not given or (text.optional and given == ["null"]):
+            kept.append(arg)
+            continue
+        if alien := [each for each in given if re.search("[\ud800-\udfff]", each)]:
+            raise UserError(
+                f"The setting {name} cannot be {alien[0]!r}, which is not UTF-8; rename the file, or name its folder."
+            )
+        if text.optional and not text.several and _is_null(given[0]):
+            raise UserError(f"The setting {name} cannot be {given[0]!r}; it takes a text, or null for none.")
+        rest = rest if equals else rest[len(given) :]
+        kept += _config(part, name.rpartition(".")[2].lstrip("-"), _texts(given) if text.several else given[0])
+    return kept
+
+
+def _setting(name: str, settings: Mapping[str, Mapping[str, Text]]) -> tuple[str, Text | None]:
+    """Return the part that a setting on the command line belongs to, and what it takes if that is text."""
+    match = re.fullmatch(r"--(?:(\w+)\.(?:init_args\.)?)?(\w+)", name)
+    part = (match[1] or "") if match else ""
+    return part, settings.get(part, {}).get(match[2]) if match else None
+
+
+def _is_null(text: str) -> bool:
+    """Return whether a text means nothing as YAML, which the parser takes for None where a setting may be None."""
+    try:
+        return yaml.safe_load(text) is None
+    except (yaml.YAMLError, ValueError):
+        return False
+
+
+def _texts(given: Sequence[str]) -> list[str]:
+    """Return several texts: those given, or those of a JSON list."""
+    if len(given) == 1 and given[0].lstrip().startswith("["):
+        try:
+            listed = json.loads(given[0])
+        except (ValueError, RecursionError):
+            return list(given)
+        if all(isinstance(text, str) for text in listed):
+            return [str(text) for text in listed]
+    return list(given)
+
+
+def _config(part: str, name: str, value: Any) -> list[str]:
+    """Return a setting as an argument of the parser that is not read as YAML twice."""
+    setting = {name: value}
+    # YAML as ASCII in one line: JSON's escapes of characters beyond 16 bits are none in YAML.
+    return [
+        "--config",
+        yaml.safe_dump({part: {"init_args": setting}} if part else setting, default_flow_style=True, width=10**9),
+    ]
+
+
+def _texts_of_config(file: str, settings: Mapping[str, Mapping[str, Text]]) -> list[str]:
+    """Return the settings of a config file that take several texts and have one, which the parser would read as YAML again."""
+    try:
+        config = yaml.safe_load(Path(file).read_bytes())
+        given = [(part, name, config[part]["init_args"].get(name)) for part in ("data", "model") if part in config
+                 for name, text in settings.get(part, {}).items() if text.several]  # fmt: skip
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return []  # the parser says what is wrong
+    return [arg for part, name, value in given if isinstance(value, str) for arg in _config(part, name, [value])]
