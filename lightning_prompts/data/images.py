@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from lightning_prompts.data.lists import Row, read_rows
 from lightning_prompts.data.shards import (
@@ -203,7 +203,30 @@ def _decode(path: Path, data: bytes, max_pixels: int) -> Image.Image:
         raise UserError(damaged) from error
     with contextlib.suppress(*_DAMAGE):  # a picture with broken EXIF data stays as it is
         image = ImageOps.exif_transpose(image)
-    return image
+    return _in_srgb(image)
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Convert the colors of an image to sRGB by its ICC profile; a profile that is damaged or of another color space is ignored."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    colors = image.convert(image.mode[:-1]) if alpha else image
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        colors = ImageCms.profileToProfile(colors, own, ImageCms.createProfile("sRGB"), outputMode="RGB") or colors
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return image
+    clear = image.info.get("transparency")
+    if alpha is None and clear is not None:  # a color that is transparent, known before its conversion only
+        alpha = image.convert("RGBA").getchannel("A")
+    if alpha is not None:
+        colors.putalpha(alpha)
+        colors.info.pop("transparency", None)
+    return colors
 
 
 def _flatten(path: Path, image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -60,8 +60,8 @@ def split_address(path: Path) -> tuple[Path, str] | None:
 def find_samples(shard: str) -> list[Sample]:
     """Lists the pictures of a shard with their captions, by the archive's headers.
 
-    As in WebDataset, files belong together whose names are the same up to the first dot. The first with a suffix of pictures is the
-    picture; the caption is the `.txt`, or `caption` in the `.json`, and one that cannot be read is none, as these files may hold anything.
+    Every file with a suffix of pictures is one. Its caption is the `.txt`, or `caption` in the `.json`, whose name is the same up to the
+    last dot or, as in WebDataset, up to the first; one that cannot be read is none, as these files may hold anything.
 
     Args:
         shard: The file.
@@ -69,32 +69,36 @@ def find_samples(shard: str) -> list[Sample]:
     Returns:
         The pictures in their order, and at the end, where the shard ends early, is damaged or has none, a sample with the error.
     """
-    pictures: dict[str, str] = {}
+    pictures: dict[str, tuple[str, str]] = {}  # the names up to the last dot and up to the first
     captions: dict[str, str] = {}
-    cut = error = None
+    cut, error = set[str](), None
     try:
         with _opened(shard) as (file, archive):
             end = os.fstat(file.fileno()).st_size
             for name, member in _members(archive):
                 folder, _, base = name.rpartition("/")
-                stem, _, kind = base.partition(".")
+                stem, _, kind = base.rpartition(".")
                 key = f"{folder}/{stem}"
                 if is_picture(name):
-                    pictures.setdefault(key, name)
+                    pictures[name] = key, f"{folder}/{base.partition('.')[0]}"
                 if member.offset_data + member.size > end:
-                    cut = key
+                    cut = {other for other, keys in pictures.items() if key in keys} if not is_picture(name) else {name}
                 elif kind.lower() in ("txt", "json") and member.size <= _CAPTION_BYTES:
                     file.seek(member.offset_data)
                     caption = _caption(kind.lower(), file.read(member.size))
                     if caption and (kind.lower() == "txt" or key not in captions):
                         captions[key] = caption
     except tarfile.TarError:
-        whole = len(pictures.keys() - {cut})
+        whole = len(pictures.keys() - cut)
         error = f"The shard '{shard}' ends early or is damaged (samples found: {whole}); download or write it again."
     except UserError as none:
         error = str(none)
-    lost = pictures.pop(cut, "") if cut else ""
-    samples = [Sample(name, captions.get(key)) for key, name in pictures.items()]
+    lost = "".join(sorted(cut)[:1])
+    samples = [
+        Sample(name, captions.get(key) or captions.get(first))
+        for name, (key, first) in pictures.items()
+        if name not in cut
+    ]
     if not (samples or error):
         error = f"The shard '{shard}' has no pictures; they are the files in it ending in {', '.join(SUFFIXES)}."
     return [*samples, Sample(lost, error=error)] if error else samples

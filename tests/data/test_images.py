@@ -153,6 +153,73 @@ def test_broken_exif_is_ignored(tmp_path, exif):
     assert load_image(tmp_path / "a.png", 16).tobytes() == noise().tobytes()
 
 
+def icc_profile(primaries, gamma=2.19921875):
+    """An ICC profile of a display: the XYZ of its red, green and blue under D50, and the exponent of its values."""
+
+    def xyz(values):
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(79 + 8)
+    tags = {b"wtpt": xyz((0.9642, 1, 0.8249)), b"cprt": b"text\0\0\0\0none\0\0\0\0", b"desc": text}
+    tags |= {f"{name}XYZ".encode(): xyz(values) for name, values in zip("rgb", primaries, strict=True)}
+    tags |= {f"{name}TRC".encode(): curve for name in "rgb"}
+    table, data, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, tag in tags.items():
+        table += name + struct.pack(">II", start + len(data), len(tag))
+        data += tag + bytes(-len(tag) % 4)
+    illuminant = struct.pack(">3i", 63190, 65536, 54061)
+    head = struct.pack(">I4sI4s4s4s12s4s28s12s48s", start + len(data), b"none", 0x02400000, b"mntr", b"RGB ", b"XYZ ",
+                       bytes(12), b"acsp", bytes(28), illuminant, bytes(48))  # fmt: skip
+    return head + table + data
+
+
+ADOBE_RGB = [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_colors_are_converted_to_srgb_by_the_profile(tmp_path, suffix, mode):
+    if mode == "P" and suffix in ("jpg", "webp"):
+        pytest.skip("no such files")
+    image = Image.new("RGB", (16, 16), (60, 200, 90))
+    image = image.quantize(2) if mode == "P" else image
+    exact = {"quality": 100} if suffix == "jpg" else {"lossless": True} if suffix == "webp" else {}
+    image.save(tmp_path / f"a.{suffix}", icc_profile=icc_profile(ADOBE_RGB), **exact)
+    found = load_image(tmp_path / f"a.{suffix}", 8).getpixel((4, 4))
+    assert found == pytest.approx((0, 201, 80), abs=2)
+
+
+def test_alpha_stays_where_a_profile_converts(tmp_path):
+    image = Image.new("RGBA", (16, 16), (60, 200, 90, 255))
+    image.paste((60, 200, 90, 0), (0, 0, 8, 16))
+    image.save(tmp_path / "a.png", icc_profile=icc_profile(ADOBE_RGB))
+    found = load_image(tmp_path / "a.png", 16, background=(9, 9, 9))
+    assert found.getpixel((2, 2)) == (9, 9, 9)
+    assert found.getpixel((12, 2)) == pytest.approx((0, 201, 80), abs=2)
+    solid = Image.new("RGB", (16, 16), (60, 200, 90))
+    solid.paste((1, 2, 3), (0, 0, 8, 16))
+    solid.save(tmp_path / "b.png", icc_profile=icc_profile(ADOBE_RGB), transparency=(1, 2, 3))
+    assert load_image(tmp_path / "b.png", 16, background=(9, 9, 9)).tobytes() == found.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "I;16", "CMYK", "1"])
+@pytest.mark.parametrize("profile", [b"x" * 200, b"\0", icc_profile(ADOBE_RGB)[:200]])
+def test_a_damaged_profile_is_ignored(tmp_path, mode, profile):
+    image = Image.new(mode, (16, 16), 1 if mode == "1" else None)
+    image.save(tmp_path / "a.tiff")
+    image.save(tmp_path / "b.tiff", icc_profile=profile)
+    assert load_image(tmp_path / "a.tiff", 16).tobytes() == load_image(tmp_path / "b.tiff", 16).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16", "CMYK", "1"])
+def test_a_profile_of_another_color_space_is_ignored(tmp_path, mode):
+    image = Image.new(mode, (16, 16), 1 if mode == "1" else None)
+    image.save(tmp_path / "a.tiff")
+    image.save(tmp_path / "b.tiff", icc_profile=icc_profile(ADOBE_RGB))
+    assert load_image(tmp_path / "a.tiff", 16).tobytes() == load_image(tmp_path / "b.tiff", 16).tobytes()
+
+
 @pytest.mark.parametrize(
     ("mode", "color", "suffix", "expected"),
     [

@@ -81,10 +81,31 @@ def test_samples_of_a_shard(tmp_path, format):
     ]
 
 
-def test_first_picture_of_a_sample(tmp_path):
+def test_every_picture_is_a_target_of_its_own(tmp_path):
+    """Also those that WebDataset takes for parts of one sample: none disappears."""
     path = tmp_path / "a.tar"
-    written(path, {"a": {"seg.png": b"x", "jpg": b"x", "npy": b"x"}, "b": {"rgb.png": b"x", "depth.png": b"x"}})
-    assert [found.paths for found in find_targets([path])] == [(f"{path}/a.jpg",), (f"{path}/b.depth.png",)]
+    members = {
+        "a": {"seg.png": b"x", "jpg": b"x", "npy": b"x", "txt": b"ay"},
+        "IMG_22": {"0.png": b"x", "1.png": b"x", "2.PNG": b"x", "0.txt": b"zero", "1.json": b'{"caption": "one"}'},
+        "v1.0/b": {"rgb.png": b"x", "json": b'{"caption": "bee"}', "rgb.txt": b"red"},
+    }
+    written(path, members)
+    found = {target.paths[0].removeprefix(f"{path}/"): target.caption for target in find_targets([path])}
+    assert found == {
+        **{"a.jpg": "ay", "a.seg.png": "ay"},
+        **{"IMG_22.0.png": "zero", "IMG_22.1.png": "one", "IMG_22.2.PNG": None},
+        "v1.0/b.rgb.png": "red",
+    }
+
+
+def test_a_picture_that_is_cut_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "a.tar"
+    places = archive(path, [("IMG_22.0.png", encoded(0)), ("IMG_22.1.png", encoded(1))])
+    with path.open("r+b") as file:
+        file.truncate(places[1][1] - 5)
+    whole, cut = find_targets([path])
+    assert (whole.paths, whole.error) == ((f"{path}/IMG_22.0.png",), None)
+    assert "ends early or is damaged (samples found: 1)" in cut.error
 
 
 def test_files_of_a_sample_need_not_be_neighbours(tmp_path):
