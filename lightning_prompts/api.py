@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
@@ -38,6 +40,7 @@ from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives import Objective
 from lightning_prompts.problems import Problem
+from lightning_prompts.ranges import MOST
 from lightning_prompts.run_folder import RunFolder
 
 __all__ = ["Result", "guide", "hold", "invert", "load_backbone", "prefer", "reword", "search"]
@@ -342,9 +345,15 @@ def _check(name: str, value: Any, known: Mapping[str, str]) -> None:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"give one of {', '.join(sorted(known))}."
         raise UserError(f"The setting {name!r} is unknown; {hint}")
-    least = {"Positive": 1, "NotNegative": 0}.get(known[name].partition(" ")[0])
-    if least is not None and isinstance(value, int) and value < least:
-        raise UserError(f"The setting {name!r} cannot be {value}; it takes a whole number from {least} on.")
+    kind, _, others = known[name].partition(" | ")
+    least = {"Positive": 1, "NotNegative": 0}.get(kind)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if value is None and "None" in others:
+        return
+    if least is not None and not (whole and least <= value <= MOST):
+        raise UserError(f"The setting {name!r} cannot be {value!r}; it takes a whole number from {least} on.")
+    if kind == "Rate" and not (isinstance(value, Real) and 0 < float(value) < inf):
+        raise UserError(f"The setting {name!r} cannot be {value!r}; it takes a finite number above 0.")
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import logging
 import os
@@ -13,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import pytorch_lightning as pl
 import yaml
@@ -51,7 +54,7 @@ from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import Launched, own_rank, ranks_of
 from lightning_prompts.run_folder import RunFolder
-from lightning_prompts.sentences import mistake_in, one_sentence
+from lightning_prompts.sentences import first_sentence, mistake_in, one_sentence
 from lightning_prompts.text_settings import Text, keep_texts, text_settings
 
 log = logging.getLogger(__name__)
@@ -159,6 +162,9 @@ class CLI(LightningCLI):
         if self.instead == "show-space":
             config.trainer.logger = False
             return
+        _refuse_nulls(config)
+        if command == "fit":
+            _refuse_flags(config)
         parts = self._divide(config, command)
         mix = config.mix if command == "predict" else None
         try:
@@ -325,7 +331,16 @@ class CLI(LightningCLI):
                 print(f"{prompt}: {space.size} candidates\n\n{space.table()}\n")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Adds this package's callbacks to the person's."""
+        """Build the Trainer; what it refuses is one sentence."""
+        try:
+            return self._trainer(**kwargs)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"The Trainer refuses its settings: {first_sentence(error)}") from error
+
+    def _trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add this package's callbacks to the user's."""
         if self.instead:
             measuring = [] if self.instead == "show-space" else [DryRun(self.scores, self.instead == "check")]
             return super().instantiate_trainer(**kwargs, callbacks=measuring)
@@ -343,6 +358,52 @@ class CLI(LightningCLI):
             callbacks=[*given, *saving, results, PromptCheckpoint(self.folder.checkpoints)],
             plugins=[AtomicCheckpointIO(), *_environment()],
         )
+
+
+FLAGS = {  # of Lightning that have no meaning for a search, and what has
+    "max_steps": "--data.steps, --model.steps or --model.budget says how long a search is",
+    "min_steps": "--model.patience says when a search may end",
+    "max_epochs": "--data.steps, --model.steps or --model.budget says how long a search is",
+    "min_epochs": "--model.patience says when a search may end",
+    "fast_dev_run": "train.py dry-run tries one step",
+    "overfit_batches": "--data.images or --data.prompts names what is searched",
+    "limit_train_batches": "--data.steps, --model.steps or --model.budget says how long a search is",
+    "limit_val_batches": "a search does not validate; --model.score_every says how often prompts are scored",
+    "val_check_interval": "a search does not validate; --model.score_every says how often prompts are scored",
+    "check_val_every_n_epoch": "a search does not validate; --model.score_every says how often prompts are scored",
+    "gradient_clip_val": "methods limit their steps themselves, as PH2P does with --model.max_step_norm",
+    "gradient_clip_algorithm": "methods limit their steps themselves, as PH2P does with --model.max_step_norm",
+    "accumulate_grad_batches": "--data.samples says how many samples a step has, and --model.microbatch how many at a time",
+    "reload_dataloaders_every_n_epochs": "a search has one epoch",
+}
+
+
+def _refuse_flags(config: Any) -> None:
+    """Refuse Lightning's flags that would do nothing or end a search before it has begun, and name the setting to use instead."""
+    if config.seed_everything is not False:
+        raise UserError(
+            "--seed_everything has no effect on a search, whose draws depend on --data.seed; give that one."
+        )
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(pl.Trainer).parameters.items()
+    } | TRAINER
+    for name, instead in FLAGS.items():
+        if name in config.trainer and config.trainer[name] != defaults[name]:
+            raise UserError(f"--trainer.{name} does not fit a search ({instead}); leave it out.")
+
+
+def _refuse_nulls(config: Any) -> None:
+    """Refuse null where a setting takes none, which the parser lets pass."""
+    for part in ("model", "data"):
+        module, _, name = config[part].class_path.rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        hints: dict[str, Any] = {}
+        for base in reversed(kind.__mro__):
+            hints |= get_type_hints(vars(base)["__init__"]) if "__init__" in vars(base) and base is not object else {}
+        for setting, value in config[part].init_args.items():
+            hint = hints.get(setting, Any)
+            if value is None and hint is not Any and NoneType not in get_args(hint):
+                raise UserError(f"The setting --{part}.{setting} cannot be null; give a value, or leave it out.")
 
 
 def count_of(data: Any) -> int:
@@ -397,7 +458,7 @@ def _run(args: Sequence[str]) -> None:
             args=_with_texts(_with_data_class([CLI.command, *args[1:]])),
         )
     except MisconfigurationException as error:
-        raise UserError(str(error)) from error
+        raise UserError(first_sentence(error)) from error
     except ValueError as error:
         if mistake := mistake_in(error):
             raise mistake from None

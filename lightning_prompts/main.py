@@ -120,7 +120,10 @@ def _with_run_config(args: list[str]) -> tuple[Path | None, list[str]]:
             taken = 1 if "=" in arg else 2
             if taken == 2 and i + 1 == len(args):
                 raise UserError("--run needs the run's folder, for example --run runs/mine.")
-            run = Path(arg.split("=", 1)[1] if taken == 1 else args[i + 1])
+            named = arg.split("=", 1)[1] if taken == 1 else args[i + 1]
+            if not named.strip():
+                raise UserError("--run must name a folder, got an empty text; give for example --run runs/mine.")
+            run = Path(named)
             args = args[:i] + args[i + taken :]
             break
     if args[0] in ("fit", "show-space", "check", "dry-run") or "--help" in args or "-h" in args:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -61,6 +62,13 @@ def own_rank() -> int:
 def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
     """Devices of each machine, machines and processes in all; a UserError where there are not so many."""
     asked, machines = trainer.devices, int(trainer.num_nodes)
+    accelerators = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
+    if trainer.accelerator not in accelerators:
+        raise UserError(
+            f"--trainer.accelerator cannot be {trainer.accelerator!r}; it takes one of {', '.join(sorted({*accelerators}))}."
+        )
+    if machines < 1:
+        raise UserError(f"--trainer.num_nodes cannot be {machines}; it takes a whole number from 1 on.")
     on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
     there = torch.cuda.device_count() if on_gpu else None
     if str(asked) in ("auto", "-1"):
@@ -68,7 +76,7 @@ def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
     elif isinstance(asked, str) and "," in asked:
         here = len([name for name in asked.split(",") if name.strip()])
     else:
-        here = len(asked) if isinstance(asked, list) else int(asked)
+        here = len(asked) if isinstance(asked, list) else _count(asked)
     if launched:
         if (here, machines) not in ((1, 1), launched[1:]):
             raise UserError(
@@ -79,11 +87,24 @@ def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
         machines = launched.machines
     elif machines > 1:
         raise UserError("Several machines are not reached from here; start the command on them with torchrun or srun.")
-    if there is not None and here > there:
+    if there == 0:
         raise UserError(
-            f"{here} GPUs were asked for and this machine has {there}; give --trainer.devices {there or 1}."
+            f"--trainer.accelerator cannot be {trainer.accelerator!r}, since this machine has no GPU; give cpu or auto."
         )
+    if there is not None and here > there:
+        raise UserError(f"{here} GPUs were asked for and this machine has {there}; give --trainer.devices {there}.")
     return asked, machines, here * machines
+
+
+def _count(devices: Any) -> int:
+    """Return how many devices were asked for as a number."""
+    try:
+        count = int(devices)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise UserError(f"--trainer.devices cannot be {devices!r}; it takes a number of processes from 1 on, or auto.")
+    return count
 
 
 class _Apart(DDPStrategy):

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from lightning_prompts.errors import UserError
+from lightning_prompts.ranges import MOST
 
 
 def one_sentence(message: str, parser: Any) -> str:
@@ -18,9 +19,9 @@ def one_sentence(message: str, parser: Any) -> str:
         absent = [f"--{name.lstrip('-').rpartition('.')[2]}" for name in missing[1].split(", ")]
         return f"{' and '.join(absent)} must be given, here or in a config file such as configs/invert.yaml."
     key = re.match(r'Parser key "([\w.]+)": ?', text)
-    optional = re.search(r"Not of type (Positive|NonNegative)Int: .*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
+    optional = re.search(r"Not of type (\w+): .*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
     if key and optional:
-        return _whole(f"{key[1]}.{optional[2]}", optional[3], optional[1], ", or null")
+        return _number(f"{key[1]}.{optional[2]}", optional[3], optional[1], ", or null")
     nested = re.search(r"Errors: - (?!Expected)(.*?) - (?:Expected a <class|The setting)", text)
     if key and nested:  # what the parser of a class has said, in which settings lack the class's own name
         text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested[1], count=2)
@@ -40,9 +41,11 @@ def one_sentence(message: str, parser: Any) -> str:
         name = next(filter(None, imported.groups()))
         return f"The class {name!r} cannot be --{key[1]}; choose {_choice(message)}."
     if key and (
-        whole := re.match(r"Not of type (Positive|NonNegative)Int: (?:.* base 10: '(.*)'|(.*) does not conform)", text)
+        number := re.match(
+            r"Not of type (\w+): (?:.*(?:base 10|to float): '(.*)'|(.*) (?:does not conform|not an?))", text
+        )
     ):
-        return _whole(key[1], whole[2] or whole[3], whole[1])
+        return _number(key[1], number[2] or number[3], number[1])
     value = re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text)
     if key and value:
         wanted = f"one of {value[2]}" if value[2] else value[1] or value[3]
@@ -54,10 +57,14 @@ def one_sentence(message: str, parser: Any) -> str:
     return text[:400]
 
 
-def _whole(setting: str, given: str, kind: str, otherwise: str = "") -> str:
-    """What a setting takes that is a whole number, see `ranges`."""
-    wanted = "above 0" if kind == "Positive" else "from 0 on"
-    return f"The setting --{setting} cannot be {given}; it takes a whole number {wanted}{otherwise}."
+def _number(setting: str, given: str, kind: str, otherwise: str = "") -> str:
+    """Say what a setting takes that is a number in a range, see `ranges`."""
+    least = {"Positive": 1, "NotNegative": 0}.get(kind)
+    if least is not None:
+        wanted = f"a whole number from {least} " + (f"to {MOST}" if re.fullmatch(r"\d{10,}", given) else "on")
+    else:
+        wanted = {"Byte": "whole numbers from 0 to 255", "Rate": "a finite number above 0"}.get(kind, "another number")
+    return f"The setting --{setting} cannot be {given[:40]}; it takes {wanted}{otherwise}."
 
 
 def _choice(message: str) -> str:
@@ -77,3 +84,9 @@ def mistake_in(error: BaseException | None) -> UserError | None:
     while error and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error if isinstance(error, UserError) else None
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error of a library, at most 400 characters."""
+    text = re.split(r"(?<=[.!?])\s|\n", str(error).strip())[0].strip() or type(error).__name__
+    return text[:400] if text.endswith((".", "!", "?")) else f"{text[:399]}."

@@ -343,8 +343,9 @@ def template_ids(
         raise UserError("The tokenizer does not say how many tokens the text encoder takes; give the length.")
     if tokens < 1:
         raise UserError(f"A prompt of {tokens} tokens was asked for; it needs at least 1.")
-    texts = [fill_template(template, " ".join([word] * tokens)) for word in fillers(tokenizer)]
-    used = len(token_lists(tokenizer, texts, add_special_tokens=True)[0])
+    words = fillers(tokenizer)
+    one = fill_template(template, words[0])  # so many tokens may be asked for that no memory holds them
+    used = len(token_lists(tokenizer, [one], add_special_tokens=True)[0]) + tokens - 1
     if used > length:
         room = length - used + tokens
         advice = f"use at most {room} prompt tokens or a shorter template" if room > 0 else "shorten the template"
@@ -352,6 +353,7 @@ def template_ids(
             f"The template {template!r} has {used} tokens with start, end and {tokens} of the prompt, and the text encoder "
             f"takes {length}; {advice}."
         )
+    texts = [fill_template(template, " ".join([word] * tokens)) for word in words]
     ids, others = encode_text(tokenizer, texts, length, rows=rows)
     return ids, (ids != others).nonzero().flatten()
 

@@ -329,13 +329,42 @@ def test_bad_picture_is_refused(base, pictures, capsys, how):
     [
         (["--model.tokens", "500"], ["500", "takes 32"]),
         (["--model.tokens", "0"], "0"),
-        (["--model.microbatch", "0"], ["--model.microbatch", "0", "above 0, or null"]),
-        (["--model.image_size", "many"], ["--model.image_size", "many", "above 0"]),
+        (["--model.microbatch", "0"], ["--model.microbatch", "0", "a whole number from 1 on, or null"]),
+        (["--model.image_size", "many"], ["--model.image_size", "many", "a whole number from 1 on"]),
         (["--model.microbatch", "null"], ["CPU", "--model.microbatch 16"]),
         (["--model.score_every", "0"], ["--model.score_every", "0"]),
         (["--data.steps", "0"], ["--data.steps", "0"]),
         (["--data.samples", "-1"], ["--data.samples", "-1"]),
         (["--data.validation_samples", "0"], ["--data.validation_samples", "0"]),
+        (["--data.steps", "9" * 20], ["--data.steps", "9" * 20, "a whole number from 1 to 2147483647"]),
+        (["--model.image_size", "9" * 20], ["--model.image_size", "from 1 to 2147483647, or null"]),
+        (["--model.tokens", "2000000000"], ["2000000002", "takes 32"]),
+        (["--model.tokens", "null"], "--model.tokens cannot be null"),
+        (["--data.seed", "null"], "--data.seed cannot be null"),
+        (["--model.lr", "null"], "--model.lr cannot be null"),
+        (["--model.lr", "-1"], ["--model.lr cannot be -1", "a finite number above 0"]),
+        (["--model.lr", "0"], "--model.lr cannot be 0"),
+        (["--model.lr", "inf"], "--model.lr cannot be inf"),
+        (["--model.lr", "fast"], ["--model.lr cannot be fast", "a finite number above 0"]),
+        (["--data.background", "[300, 0, 0]"], ["--data.background cannot be 300", "whole numbers from 0 to 255"]),
+        (["--data.background", "[0, -1, 0]"], "--data.background cannot be -1"),
+        (["--run", ""], "--run must name a folder"),
+        (["--trainer.devices", "two"], ["--trainer.devices cannot be 'two'", "from 1 on, or auto"]),
+        (["--trainer.devices", "-5"], "--trainer.devices cannot be '-5'"),
+        (["--trainer.devices", "0"], "--trainer.devices cannot be '0'"),
+        (["--trainer.devices", "[0, 1]"], "`devices` selected with `CPUAccelerator` should be an int > 0."),
+        (["--trainer.num_nodes", "0"], "--trainer.num_nodes cannot be 0"),
+        (["--trainer.accelerator", "quantum"], ["--trainer.accelerator cannot be 'quantum'", "auto, cpu"]),
+        (["--trainer.max_steps", "0"], ["--trainer.max_steps", "--data.steps"]),
+        (["--trainer.max_epochs", "1"], ["--trainer.max_epochs", "--data.steps"]),
+        (["--trainer.fast_dev_run", "true"], ["--trainer.fast_dev_run", "dry-run"]),
+        (["--trainer.limit_train_batches", "3"], ["--trainer.limit_train_batches", "--data.steps"]),
+        (["--trainer.overfit_batches", "1"], "--trainer.overfit_batches"),
+        (["--trainer.gradient_clip_val", "1"], ["--trainer.gradient_clip_val", "max_step_norm"]),
+        (["--trainer.accumulate_grad_batches", "2"], ["--trainer.accumulate_grad_batches", "--model.microbatch"]),
+        (["--trainer.val_check_interval", "2"], ["--trainer.val_check_interval", "--model.score_every"]),
+        (["--trainer.max_time", "soon"], "not a valid duration"),
+        (["--seed_everything", "3"], ["--seed_everything", "--data.seed"]),
         (["--data.timesteps", "[500,500]"], ["500", "timestep"]),
         (["--data.timesteps", "[900,1100]"], ["1100", "1000"]),
         (["--data.timesteps", "[-1,500]"], "-1"),
@@ -363,8 +392,31 @@ def test_bad_picture_is_refused(base, pictures, capsys, how):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
-def test_bad_setting_is_refused(base, capsys, settings, names):
-    refused(capsys, *base, *settings, names=names)
+def test_bad_setting_is_refused(base, tmp_path, capsys, settings, names):
+    given = [base[0], *settings, *base[3:]] if "--run" in settings else [*base, *settings]
+    refused(capsys, *given, names=names)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_search_that_is_cut_short_says_so(fit, capsys, caplog):
+    """Lightning's Timer counts the time of all runs together."""
+    run = fit("--trainer.max_time", "00:00:00:01", "--data.steps", "100000")
+    (problem,) = results(run)["problems"]
+    assert (problem["status"], problem["reason"]) == (
+        "open",
+        "The search was cut short; continue it with --ckpt_path last.",
+    )
+    assert f"The search was cut short; the same command with --run {run} --ckpt_path last" in capsys.readouterr().out
+    steps = json.loads(next((run / "problems").glob("*.json")).read_text())["unet_samples"]
+    fit("--trainer.max_time", "00:00:00:01", "--data.steps", "100000", "--ckpt_path", "last")
+    assert "--trainer.max_time was used up by earlier runs of this search; raise it" in caplog.text
+    fit("--trainer.max_time", "00:00:00:03", "--data.steps", "100000", "--ckpt_path", "last")
+    assert results(run)["problems"][0]["unet_samples"] > steps
+    capsys.readouterr()
+    fit("--data.steps", "1", "--ckpt_path", "last")
+    assert "cut short" not in capsys.readouterr().out
+    (problem,) = results(run)["problems"]
+    assert problem["status"] in ("done", "not improved")
 
 
 @pytest.mark.parametrize("setting", ["scorer", "dictionary", "language_model", "lpips_weights"])
@@ -469,7 +521,7 @@ def test_a_record_that_cannot_be_read_is_named_and_nothing_changes(done, finishe
         shutil.rmtree(done / "problems")
     if how == "file":
         (done / "problems").touch()
-    before, name = content(done), done / "problems" if how == "file" else record.name
+    before, name = content(done), {"file": done / "problems", "no folder": "is missing"}.get(how, record.name)
     for args in (["test", "--run", done], ["validate", "--run", done], ["predict", "--run", done]):
         refused(capsys, *args, names=[name])
     again = short_fit(tiny, done, 4, json.dumps([f"{finished.parent}/0.png", f"{finished.parent}/1.png"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,8 @@ from lightning_prompts.problems import Problem
 from lightning_prompts.ranks import wait_for_all
 from lightning_prompts.reports import versions
 from lightning_prompts.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 SHOWN = 24  # problems in the grid
 EXPORTED = 1000  # problems in the files for other tools
@@ -57,6 +60,7 @@ class Results(Checkpoint):
     ) -> None:
         self.scores, self.seeds, self.settings = scores or Scores(), tuple(seeds), settings or {}
         self.prompts, self.negative, self.tell = tuple(prompts), negative, tell
+        self._ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Has the lines say what earlier processes have finished."""
@@ -70,9 +74,18 @@ class Results(Checkpoint):
         """Scores what has finished."""
         self._score(trainer, pl_module)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Say so if Lightning has not begun, as when earlier runs have used up `--trainer.max_time`, which counts for all together."""
+        if not self._ended and trainer.is_global_zero:
+            log.warning(
+                "Nothing was searched, since --trainer.max_time was used up by earlier runs of this search; raise it."
+            )
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Writes; when `on_fit_end` is called Lightning has moved the model to the CPU."""
+        self._ended = True
         self._score(trainer, pl_module)
+        self._mark_open(trainer, pl_module)
         if trainer.world_size > 1:
             wait_for_all()
         pl_module.microbatch.ranks = 1  # the others are done
@@ -129,6 +142,14 @@ class Results(Checkpoint):
         for problem in module.save_finished():
             trainer.datamodule.folder.tell(problem, trainer.global_rank)  # type: ignore[attr-defined]
 
+    def _mark_open(self, trainer: pl.Trainer, module: Any) -> None:
+        """Say of problems that are still searched that the search was cut short, as `--trainer.max_time` does."""
+        folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
+        for problem in module.problems:
+            if problem.status == "open" and problem.key not in {done.key for done in module.finished}:
+                problem.reason = "The search was cut short; continue it with --ckpt_path last."
+                folder.save(problem)
+
     def _write(self, trainer: pl.Trainer, module: Any) -> None:
         """Writes the files of the run, and prints what was found."""
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -172,6 +193,8 @@ def _report(folder: RunFolder) -> None:
         print(
             f"Why {counts['failed']} of {total} failed is in {folder.failed}; --ckpt_path last --data.retry true tries them again."
         )
+    if counts["open"]:
+        print(f"The search was cut short; the same command with --run {folder.path} --ckpt_path last continues it.")
     print(f"Results are in {folder.path}" + (f"; look at {folder.grid}" if folder.grid.exists() else ""))
 
 

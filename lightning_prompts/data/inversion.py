@@ -23,7 +23,7 @@ from lightning_prompts.data.shards import split_address
 from lightning_prompts.errors import UserError
 from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.problems import Problem
-from lightning_prompts.ranges import NotNegative, Positive
+from lightning_prompts.ranges import Byte, NotNegative, Positive
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class ImagesToPrompts(ProblemData):
         self,
         images: str | list[str],
         fit: Fit = "crop",
-        background: tuple[int, int, int] = (255, 255, 255),
+        background: tuple[Byte, Byte, Byte] = (255, 255, 255),
         one_subject: bool = False,
         steps: Positive = 20,
         samples: Positive = 4,
@@ -67,7 +67,8 @@ class ImagesToPrompts(ProblemData):
         self.images = [images] if isinstance(images, str) else images
         self.negative_images = [negative_images] if isinstance(negative_images, str) else negative_images or []
         self.fit, self.one_subject = fit, one_subject
-        self.background: tuple[int, int, int] = background
+        red, green, blue = map(int, background)
+        self.background: tuple[int, int, int] = (red, green, blue)
         self.steps, self.samples, self.timesteps = steps, samples, timesteps
         self.validation_samples, self.workers = validation_samples, workers
         self.targets: list[Target] = []

@@ -24,7 +24,7 @@ from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
 from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.problems import Candidate, Problem
 from lightning_prompts.prompts import WordChoices
-from lightning_prompts.ranges import Positive
+from lightning_prompts.ranges import Positive, Rate
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.substitutes import Meaning, Source, Sources, Space, keeping
 
@@ -97,7 +97,7 @@ class DPODiff(PromptMethod):
         grad_steps: Positive | None = None,
         unchanged: float | None = 0.5,
         temperature: tuple[float, float] = (1.0, 1.0),
-        lr: float = 0.1,
+        lr: Rate = 0.1,
         population: Positive = 4,
         select: Positive = 4,
         mutation: float = 0.1,
@@ -124,7 +124,7 @@ class DPODiff(PromptMethod):
         whole = self.few and schedule is None
         self.grad_steps = int(grad_steps or (self.backbone.calls(self.sampling_steps, 1) if whole else 1))
         self.gradient_share = gradient_share if solver in ("gradient", "hybrid") else 0.0
-        self.unchanged, self.temperature, self.lr = unchanged, temperature, lr
+        self.unchanged, self.temperature, self.lr = unchanged, temperature, float(lr)
         self.population, self.select, self.mutation, self.threshold = population, select, mutation, threshold
         self._check()
         self.prompt = WordChoices(self.vocabulary)

@@ -106,7 +106,7 @@ class Inverter(PromptMethod):
     def __init__(
         self,
         *,
-        tokens: int = 8,
+        tokens: Positive = 8,
         template: str = "{}",
         blocked: Sequence[str] = (),
         words: Sequence[str] | None = None,
@@ -133,8 +133,8 @@ class Inverter(PromptMethod):
             self._check_clip_weight(clip or clip_of(self.backbone), denoising_weight)
         self.template, self.blocked, self.start = template, tuple(blocked), start
         words = None if words is None else tuple(words)
-        self.prompt = TokenEmbeddings(self.vocabulary, template, tokens, self.blocked, words, metric)
-        self.given = given(start, self.backbone, tokens, allow_pickle)
+        self.prompt = TokenEmbeddings(self.vocabulary, template, int(tokens), self.blocked, words, metric)
+        self.given = given(start, self.backbone, int(tokens), allow_pickle)
         self.denoising = Denoising(self.microbatch)
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         self._clip_name, self._clip = clip or clip_of(self.backbone), cast("ClipSimilarity | None", None)

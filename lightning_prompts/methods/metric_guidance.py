@@ -17,7 +17,7 @@ from lightning_prompts.objectives.base import Objective
 from lightning_prompts.optimizers import AdamOnLion, BatchedAdam
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptEmbeds
-from lightning_prompts.ranges import NotNegative, Positive
+from lightning_prompts.ranges import NotNegative, Positive, Rate
 
 
 class MetricGuidance(Steering):
@@ -53,7 +53,7 @@ class MetricGuidance(Steering):
         grad_steps: Positive | None = None,
         seeds_per_step: Positive | None = None,
         optimizer: Literal["adam_on_lion", "adam", "adamw", "sgd"] = "adam_on_lion",
-        lr: float = 0.01,
+        lr: Rate = 0.01,
         eps: float = 1e-3,
         shift_every: NotNegative = 0,
         **kwargs: Any,
@@ -79,7 +79,7 @@ class MetricGuidance(Steering):
         self.higher_is_better = len(objectives) > 1 or objectives[0].higher_is_better
         self.watch_tolerance, self.seeds_per_step = watch_tolerance, seeds_per_step
         self.grad_steps = int(grad_steps or (self.backbone.calls(self.sampling_steps, 1) if self.few else 1))
-        self.optimizer, self.lr, self.eps, self.shift_every = optimizer, lr, eps, shift_every
+        self.optimizer, self.lr, self.eps, self.shift_every = optimizer, float(lr), eps, shift_every
 
     @property
     def identities(self) -> list[dict[str, Any]]:

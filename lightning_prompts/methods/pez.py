@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_prompts.data.problems import Step
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.optimizers import BatchedAdam
+from lightning_prompts.ranges import Rate
 from lightning_prompts.vocabulary import Metric
 
 
@@ -26,9 +27,9 @@ class PEZ(Inverter):
         **kwargs: See `Inverter`.
     """
 
-    def __init__(self, *, lr: float = 0.1, weight_decay: float = 0.1, metric: Metric = "cosine", **kwargs: Any) -> None:
+    def __init__(self, *, lr: Rate = 0.1, weight_decay: float = 0.1, metric: Metric = "cosine", **kwargs: Any) -> None:
         super().__init__(metric=metric, **kwargs)
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.weight_decay = float(lr), weight_decay
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One AdamW step."""

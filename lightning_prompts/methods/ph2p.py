@@ -14,7 +14,7 @@ from lightning_prompts.data.addresses import generator
 from lightning_prompts.data.problems import Step
 from lightning_prompts.methods.inverter import Inverter, Samples
 from lightning_prompts.optimizers import BatchedAdam, BatchedLBFGS
-from lightning_prompts.ranges import NotNegative, Positive
+from lightning_prompts.ranges import NotNegative, Positive, Rate
 
 
 class PH2P(Inverter):
@@ -44,7 +44,7 @@ class PH2P(Inverter):
         self,
         *,
         optimizer: Literal["lbfgs", "adam", "sgd"] = "lbfgs",
-        lr: float = 1.0,
+        lr: Rate = 1.0,
         max_iter: Positive = 10,
         history_size: Positive = 10,
         line_search: Literal["strong_wolfe"] | None = None,
@@ -56,9 +56,9 @@ class PH2P(Inverter):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.optimizer, self.lr = optimizer, lr
+        self.optimizer, self.lr = optimizer, float(lr)
         self.settings: dict[str, Any] = {
-            "lr": lr,
+            "lr": self.lr,
             "max_iter": int(max_iter),  # the command line's numbers have a type that a safe checkpoint cannot hold
             "history_size": int(history_size),
             "line_search_fn": line_search,

@@ -24,7 +24,7 @@ from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
 from lightning_prompts.optimizers import AdamOnLion
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptArc, PromptEmbeds
-from lightning_prompts.ranges import Positive
+from lightning_prompts.ranges import Positive, Rate
 
 
 class SeedInvariance(Steering):
@@ -71,7 +71,7 @@ class SeedInvariance(Steering):
         ramp: float = 0.3,
         seeds_per_step: Positive = 3,
         weight: float = 1e4,
-        lr: float = 0.01,
+        lr: Rate = 0.01,
         eps: float = 1e-3,
         steps: Positive = 60,
         **kwargs: Any,
@@ -79,7 +79,13 @@ class SeedInvariance(Steering):
         super().__init__(steps=steps, **kwargs)
         calls = self.backbone.calls(self.sampling_steps, 1)
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
-        self.towards, self.seeds_per_step, self.weight, self.lr, self.eps = towards, seeds_per_step, weight, lr, eps
+        self.towards, self.seeds_per_step, self.weight, self.lr, self.eps = (
+            towards,
+            seeds_per_step,
+            weight,
+            float(lr),
+            eps,
+        )
         self.pixels = pixels
         self.grad_steps, self.ramp = int(grad_steps or calls), ramp
         if max(self.stages) > calls:

@@ -18,6 +18,7 @@ from lightning_prompts.interop import pack_embedding
 from lightning_prompts.methods.inverter import Found, Inverter
 from lightning_prompts.optimizers import BatchedAdam
 from lightning_prompts.problems import Problem
+from lightning_prompts.ranges import Rate
 from lightning_prompts.vocabulary import fill_template, fillers
 
 PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
@@ -38,9 +39,9 @@ class TextualInversion(Inverter):
         **kwargs: See `Inverter`.
     """
 
-    def __init__(self, *, lr: float = 5e-3, weight_decay: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *, lr: Rate = 5e-3, weight_decay: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.weight_decay = float(lr), weight_decay
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One AdamW step."""

@@ -53,7 +53,7 @@ def refused(pictures, tmp_path, monkeypatch, capsys):
     [
         (["--trainer.devices", "2", "--trainer.strategy", "ddp"], "give --trainer.strategy problems"),
         (["--trainer.devices", "2", "--trainer.strategy", "fsdp"], "The strategy 'fsdp' divides a model"),
-        (["--trainer.devices", "4", "--trainer.accelerator", "gpu"], "4 GPUs were asked for and this machine has 0"),
+        (["--trainer.devices", "4", "--trainer.accelerator", "gpu"], "since this machine has no GPU; give cpu or auto"),
         (["--trainer.num_nodes", "2"], "start the command on them with torchrun or srun"),
     ],
 )
