@@ -171,6 +171,8 @@ class CLI(LightningCLI):
             self.seeds = [int(seed) for seed in (config.seeds or ("0,1,2,3" if mix else "0")).split(",")]
         except ValueError:
             raise UserError(f"--seeds takes whole numbers such as 0,1,2,3, not {config.seeds!r}.") from None
+        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**64]:
+            raise UserError(f"--seeds takes whole numbers from 0 to 18446744073709551615, not {wrong[0]}.")
         self.scores = Scores(**{field.name: config[field.name] for field in fields(Scores)})
         if (command in ("fit", "test") or mix) and own_rank() == 0:
             self.scores.check(config.model.init_args.offline)

@@ -17,6 +17,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.run_folder import RunFolder
 
 COMMANDS = ("fit", "validate", "test", "predict", "show-space", "check", "dry-run", "prefetch")
+MOST_NESTED, MOST_ALIASES = 50, 10  # in a config
 HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
 
   fit       search prompts:         train.py fit --config configs/invert.yaml --data.images photo.png
@@ -96,20 +97,52 @@ def _check_order(args: list[str]) -> None:
 
 
 def _check_configs(args: list[str]) -> None:
-    """Names the file that is no YAML, which the parser does not."""
-    import yaml
-
+    """Name the config that holds no settings, which the parser does not, and the setting that stands before its class."""
     for i, arg in enumerate(args):
         name, equals, value = arg.partition("=")
         path = Path(value if equals else "".join(args[i + 1 : i + 2]))
-        if name != "--config" or not path.is_file():
-            continue
-        try:
-            yaml.safe_load(path.read_bytes())
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            place = f" at line {mark.line + 1}" if mark else ""
-            raise UserError(f"The config {path} is no YAML{place}; correct it or give another.") from error
+        if name == "--config" and path.is_file():
+            _check_config(path)
+    names = [arg.partition("=")[0] for arg in args]
+    early = next(
+        (i for i, name in enumerate(names) if name.startswith("--model.") and name != "--model.help"), len(names)
+    )
+    if not {"--config", "--model"} & {*names[:early]} and {"--config", "--model"} & {*names[early:]}:
+        raise UserError(f"{names[early]} stands before the --config or --model that it changes; put these first.")
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a file that is no mapping of settings, or whose nesting or aliases would keep the parser busy."""
+    import yaml
+
+    advice = "correct it or give another"
+    depth = deepest = aliases = 0
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            deepest, aliases = max(deepest, depth), aliases + isinstance(event, yaml.AliasEvent)
+            if deepest > MOST_NESTED or aliases > MOST_ALIASES:
+                raise UserError(
+                    f"The config {path} has more than {MOST_NESTED} levels or {MOST_ALIASES} aliases; write it without them."
+                )
+        settings = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"The config {path} is not UTF-8 text; save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"The config {path} is no YAML{place}; {advice}.") from error
+    if settings is None:
+        raise UserError(f"The config {path} is empty; {advice}.")
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"The config {path} is a {type(settings).__name__} where settings by name are needed; {advice}."
+        )
+    for part in ("model", "data"):
+        given = settings.get(part)
+        if isinstance(given, dict) and given.get("init_args", {}) is None:
+            raise UserError(f"{part}.init_args in the config {path} is empty; give settings or leave the line out.")
 
 
 def _with_run_config(args: list[str]) -> tuple[Path | None, list[str]]:

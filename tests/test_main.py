@@ -419,6 +419,41 @@ def test_a_search_that_is_cut_short_says_so(fit, capsys, caplog):
     assert problem["status"] in ("done", "not improved")
 
 
+BOMB = "a: &a [x, x, x]\n" + "".join(
+    f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"# nothing\n", "is empty"),
+        (b"- a\n", "is a list where settings by name are needed"),
+        (b"hello\n", "is a str where settings by name are needed"),
+        (b"model:\n  class_path: PEZ\n  init_args:\n", "model.init_args in the config"),
+        ("model: {}".encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
+        (b'model: "caf\xe9"', "is not UTF-8 text; save it as UTF-8"),
+        (b"[" * 3000 + b"]" * 3000, "has more than 50 levels"),
+        (BOMB.encode(), "or 10 aliases"),
+    ],
+)
+def test_a_config_without_settings_is_named(base, tmp_path, capsys, content, reason):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    refused(capsys, *base, "--config", tmp_path / "mine.yaml", names=["mine.yaml", reason])
+
+
+def test_a_setting_before_its_class_is_named(capsys):
+    message = "--model.lr stands before the --config or --model that it changes; put these first."
+    refused(capsys, "fit", "--model.lr", "1", "--config", "configs/pez.yaml", "--data.images", "a.png", names=message)
+    refused(capsys, "fit", "--model.lr=1", "--model", "PEZ", "--data.images", "a.png", names=message)
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**64), "9" * 20])
+def test_seeds_that_no_generator_takes_are_refused(done, capsys, seed):
+    refused(capsys, "predict", "--run", done, f"--seeds={seed}", names=[seed, "from 0 to 18446744073709551615"])
+
+
 @pytest.mark.parametrize("setting", ["scorer", "dictionary", "language_model", "lpips_weights"])
 def test_what_cannot_score_is_found_before_the_search(base, tmp_path, capsys, setting):
     args = [f"--{setting}", tmp_path / "nowhere", "--model.offline", "true"]
