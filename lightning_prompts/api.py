@@ -40,7 +40,7 @@ from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives import Objective
 from lightning_prompts.problems import Problem
-from lightning_prompts.ranges import MOST
+from lightning_prompts.ranges import LEAST, MOST
 from lightning_prompts.run_folder import RunFolder
 
 __all__ = ["Result", "guide", "hold", "invert", "load_backbone", "prefer", "reword", "search"]
@@ -346,7 +346,7 @@ def _check(name: str, value: Any, known: Mapping[str, str]) -> None:
         hint = f"did you mean {close[0]!r}?" if close else f"give one of {', '.join(sorted(known))}."
         raise UserError(f"The setting {name!r} is unknown; {hint}")
     kind, _, others = known[name].partition(" | ")
-    least = {"Positive": 1, "NotNegative": 0}.get(kind)
+    least = LEAST.get(kind)
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if value is None and "None" in others:
         return

@@ -16,7 +16,7 @@ from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args
 
 import pytorch_lightning as pl
 import yaml
@@ -55,7 +55,7 @@ from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import Launched, own_rank, ranks_of
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.sentences import first_sentence, mistake_in, one_sentence
-from lightning_prompts.text_settings import Text, keep_texts, text_settings
+from lightning_prompts.text_settings import Text, keep_texts, own_settings, text_settings
 
 log = logging.getLogger(__name__)
 
@@ -401,7 +401,7 @@ def _refuse_nulls(config: Any) -> None:
         kind = getattr(importlib.import_module(module), name)
         hints: dict[str, Any] = {}
         for base in reversed(kind.__mro__):
-            hints |= get_type_hints(vars(base)["__init__"]) if "__init__" in vars(base) and base is not object else {}
+            hints |= own_settings(base)
         for setting, value in config[part].init_args.items():
             hint = hints.get(setting, Any)
             if value is None and hint is not Any and NoneType not in get_args(hint):

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, TypeAlias
 MOST = 2**31 - 1
 """Largest whole number of a setting, which counts steps, samples or tokens."""
 
+LEAST = {"Positive": 1, "NotNegative": 0}
+"""Smallest value of the types of whole numbers below."""
+
 if TYPE_CHECKING:
     NotNegative: TypeAlias = int
     Positive: TypeAlias = int
@@ -15,9 +18,9 @@ if TYPE_CHECKING:
 else:
     from jsonargparse.typing import restricted_number_type
 
-    NotNegative = restricted_number_type("NotNegative", int, [(">=", 0), ("<=", MOST)])
-    Positive = restricted_number_type("Positive", int, [(">=", 1), ("<=", MOST)])
+    NotNegative = restricted_number_type("NotNegative", int, [(">=", LEAST["NotNegative"]), ("<=", MOST)])
+    Positive = restricted_number_type("Positive", int, [(">=", LEAST["Positive"]), ("<=", MOST)])
     Byte = restricted_number_type("Byte", int, [(">=", 0), ("<=", 255)])
     Rate = restricted_number_type("Rate", float, [(">", 0), ("<", float("inf"))])
 
-__all__ = ["MOST", "Byte", "NotNegative", "Positive", "Rate"]
+__all__ = ["LEAST", "MOST", "Byte", "NotNegative", "Positive", "Rate"]

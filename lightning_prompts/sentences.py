@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.ranges import MOST
+from lightning_prompts.ranges import LEAST, MOST
 
 
 def one_sentence(message: str, parser: Any) -> str:
@@ -59,7 +59,7 @@ def one_sentence(message: str, parser: Any) -> str:
 
 def _number(setting: str, given: str, kind: str, otherwise: str = "") -> str:
     """Say what a setting takes that is a number in a range, see `ranges`."""
-    least = {"Positive": 1, "NotNegative": 0}.get(kind)
+    least = LEAST.get(kind)
     if least is not None:
         wanted = f"a whole number from {least} " + (f"to {MOST}" if re.fullmatch(r"\d{10,}", given) else "on")
     else:

@@ -26,14 +26,18 @@ def text_settings(base: type) -> dict[str, Text]:
     found: dict[str, Text] = {}
     others: set[str] = set()
     for kind in _family(base):
-        hints = get_type_hints(vars(kind)["__init__"]) if "__init__" in vars(kind) else {}
-        for name, hint in hints.items():
+        for name, hint in own_settings(kind).items():
             kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
             if str in kinds and kinds <= {str, list[str], NoneType}:
                 found[name] = Text(list[str] in kinds, NoneType in kinds)
             else:
                 others.add(name)
     return {name: text for name, text in found.items() if name not in others}
+
+
+def own_settings(kind: type) -> dict[str, Any]:
+    """Return the type hints of the settings that a class adds to those of its bases."""
+    return get_type_hints(vars(kind)["__init__"]) if "__init__" in vars(kind) else {}
 
 
 def _family(base: type) -> Iterable[type]:

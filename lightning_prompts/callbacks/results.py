@@ -146,7 +146,7 @@ class Results(Checkpoint):
         """Say of problems that are still searched that the search was cut short, as `--trainer.max_time` does."""
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         for problem in module.problems:
-            if problem.status == "open" and problem.key not in {done.key for done in module.finished}:
+            if problem.status == "open":
                 problem.reason = "The search was cut short; continue it with --ckpt_path last."
                 folder.save(problem)
 

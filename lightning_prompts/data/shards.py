@@ -82,7 +82,7 @@ def find_samples(shard: str) -> list[Sample]:
                 if is_picture(name):
                     pictures[name] = key, f"{folder}/{base.partition('.')[0]}"
                 if member.offset_data + member.size > end:
-                    cut = {other for other, keys in pictures.items() if key in keys} if not is_picture(name) else {name}
+                    cut = {name} if is_picture(name) else {other for other, keys in pictures.items() if key in keys}
                 elif kind.lower() in ("txt", "json") and member.size <= _CAPTION_BYTES:
                     file.seek(member.offset_data)
                     caption = _caption(kind.lower(), file.read(member.size))
