@@ -16,7 +16,7 @@ from inversion import interval
 from prompt_pool import written
 from scipy.stats import spearmanr
 from torch import Tensor
-from word_search import PROMPTS, SEED, SETTINGS, Small, Table, enumerated
+from word_search import PROMPTS, SCHEDULE, SEED, SETTINGS, Small, Table, enumerated
 
 from lightning_prompts.data.addresses import SEARCH, draw_noise
 from lightning_prompts.vocabulary import encode_text
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/word_search"))
     args = parser.parse_args()
-    method, correlations = Small(solver="random", **SETTINGS), {calls: list[float]() for calls in CALLS}
+    method, correlations = Small(schedule=SCHEDULE, **SETTINGS), {calls: list[float]() for calls in CALLS}
     for one in written(SEED, PROMPTS):
         table, space = enumerated(one.prompt, args.runs / "tables"), method.space(one.prompt)
         method.prompt.show([space])

@@ -35,9 +35,10 @@ SOLVERS: dict[str, dict[str, Any]] = {
     **{solver: {"solver": solver} for solver in ("random", "gradient", "evolution", "hybrid")},
     "hybrid, 20 at a time": {"solver": "hybrid", "population": 20, "select": 10},  # as in the paper
 }
-SETTINGS: dict[str, Any] = {"sampling_steps": 8, "schedule": "step-2-4", "seeds": 2, "microbatch": 64, "sample_every": 0,
+SETTINGS: dict[str, Any] = {"sampling_steps": 8, "seeds": 2, "microbatch": 64, "sample_every": 0,
             "positive": ["neighbours"], "negative": ["library"], "threshold": -1}  # fmt: skip
 
+SCHEDULE = "step-2-4"
 FIGURES = Path(__file__).parent / "figures" / "word_search.csv"
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "word_search.png"
 Regrets = dict[tuple[str, int], dict[str, list[float]]]
@@ -105,7 +106,10 @@ def enumerated(prompt: str, folder: Path) -> Table:
 def searched(solver: str, budget: int, seed: int, tables: dict[str, Table], file: Path) -> dict[str, float]:
     """The least loss that a solver has found, a prompt."""
     if not file.exists():
-        method = Small(budget=budget, **SOLVERS[solver], **SETTINGS)
+        settings = SOLVERS[solver] | SETTINGS
+        if settings["solver"] in ("gradient", "hybrid"):
+            settings |= {"schedule": SCHEDULE}
+        method = Small(budget=budget, **settings)
         method.tables = tables
         data = Prompts(list(tables), seed)
         with tempfile.TemporaryDirectory() as scratch:

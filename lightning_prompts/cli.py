@@ -37,6 +37,7 @@ from lightning_prompts.callbacks import (
     Results,
     SavedConfig,
     Scores,
+    check_seeds,
     is_checkpoint,
     last_checkpoint,
     parents_of,
@@ -171,8 +172,7 @@ class CLI(LightningCLI):
             self.seeds = [int(seed) for seed in (config.seeds or ("0,1,2,3" if mix else "0")).split(",")]
         except ValueError:
             raise UserError(f"--seeds takes whole numbers such as 0,1,2,3, not {config.seeds!r}.") from None
-        if wrong := [seed for seed in self.seeds if not 0 <= seed < 2**64]:
-            raise UserError(f"--seeds takes whole numbers from 0 to 18446744073709551615, not {wrong[0]}.")
+        check_seeds(self.seeds, "--seeds")
         self.scores = Scores(**{field.name: config[field.name] for field in fields(Scores)})
         if (command in ("fit", "test") or mix) and own_rank() == 0:
             self.scores.check(config.model.init_args.offline)
@@ -357,7 +357,7 @@ class CLI(LightningCLI):
             **kwargs,
             enable_checkpointing=True,  # for our callbacks, no other is added
             logger=pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if command == "fit" else False,
-            callbacks=[*given, *saving, results, PromptCheckpoint(self.folder.checkpoints)],
+            callbacks=[*given, results, *saving, PromptCheckpoint(self.folder.checkpoints)],
             plugins=[AtomicCheckpointIO(), *_environment()],
         )
 

@@ -18,7 +18,7 @@ from lightning_prompts.callbacks.guard import NonFiniteGuard
 from lightning_prompts.callbacks.mix import Mix, parents_of
 from lightning_prompts.callbacks.progress import PromptProgress
 from lightning_prompts.callbacks.projection import VocabularyProjection
-from lightning_prompts.callbacks.results import Results
+from lightning_prompts.callbacks.results import Results, check_seeds
 from lightning_prompts.callbacks.scores import Scores
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "SavedConfig",
     "Scores",
     "VocabularyProjection",
+    "check_seeds",
     "checkpoints_of_all",
     "is_checkpoint",
     "last_checkpoint",

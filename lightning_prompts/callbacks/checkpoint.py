@@ -34,8 +34,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         atomic_write(path, buffer.getvalue())
 
 
-class SavedConfig(pl.Callback):
+class SavedConfig(Checkpoint):
     """Writes a run's settings when its search begins or goes on; what is refused before leaves those of the run as they were.
+
+    Lightning calls a `Checkpoint` after other callbacks, and several in their order.
 
     Args:
         path: Where they go.

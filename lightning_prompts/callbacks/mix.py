@@ -107,6 +107,7 @@ class Mix(pl.Callback):
         size, seed = pl_module.backbone.image_size, pl_module.data.seed
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
         clip = ClipSimilarity(clip_of(pl_module.backbone), pl_module.offline).to(pl_module.device)
+        self.scores.check_heldout(pl_module, clip)
         self.targets = [parent.pictures(size) for parent in self.parents]
         self.drawn: dict[int, Tensor] = {}  # pictures (S, 3, H, W) of those that may still be chosen
 
@@ -130,7 +131,7 @@ class Mix(pl.Callback):
             raise UserError(
                 f"No mixture of {one.prompt!r} and {other.prompt!r} can be written down and read again; give other runs."
             )
-        self._finish(pl_module, best, self.scores.heldout(pl_module))
+        self._finish(pl_module, best, self.scores.heldout(pl_module, clip))
 
     def keep(self, generation: int, everyone: list[Member], candidates: list[Member]) -> list[Member]:
         """Shows a generation, and keeps the fittest or whom the person names."""

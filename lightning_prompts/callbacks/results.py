@@ -63,7 +63,8 @@ class Results(Checkpoint):
         self._ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Has the lines say what earlier processes have finished."""
+        """Refuses a scorer that takes part in the search, and has the lines say what earlier processes have finished."""
+        self.scores.check_heldout(pl_module)
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             folder.write_lines()
@@ -91,6 +92,10 @@ class Results(Checkpoint):
         pl_module.microbatch.ranks = 1  # the others are done
         if trainer.is_global_zero:
             self._write(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Refuses a scorer that takes part in the search, before any score is replaced."""
+        self.scores.check_heldout(pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws again from the text, scores and writes."""
@@ -169,8 +174,30 @@ class Results(Checkpoint):
             _report(folder)
 
 
+def check_seeds(seeds: Sequence[int], setting: str) -> None:
+    """Refuse seeds that a torch generator does not take, or that draw the same picture twice.
+
+    Args:
+        seeds: Seeds that a user has given.
+        setting: The setting's name, for the error.
+
+    Raises:
+        UserError: A seed is negative or has more than 64 bits, or two of them agree in the 32 bits that torch's CPU generator uses.
+    """
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**64]:
+        raise UserError(f"{setting} takes whole numbers from 0 to 18446744073709551615, got {wrong[0]}.")
+    first: dict[int, int] = {}
+    for seed in seeds:
+        if seed % 2**32 in first:
+            raise UserError(
+                f"{setting} must draw different pictures, and {first[seed % 2**32]} and {seed} draw the same one, since torch's CPU "
+                "generator uses the lowest 32 bits of a seed; leave one of them out."
+            )
+        first[seed % 2**32] = seed
+
+
 def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise (S, C, h, w) of seeds that a person gives."""
+    """Draw standard normal noise (S, C, h, w) from seeds that a user has given, as diffusers does with CPU generators."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 

@@ -64,10 +64,31 @@ class Scores:
         if self.lpips_weights:
             Lpips(weights=self.lpips_weights)
 
-    def heldout(self, method: Any) -> ClipSimilarity | None:
-        """The CLIP that takes no part in any search, where there is one."""
+    def heldout(self, method: Any, *searching: ClipSimilarity) -> ClipSimilarity | None:
+        """Return the CLIP that takes no part in the search, where there is one.
+
+        Args:
+            method: The method, whose own CLIPs may take part.
+            searching: Other CLIPs that take part.
+
+        Raises:
+            UserError: It takes part, or cannot be loaded.
+        """
         name = self.scorer or (str(EMOJI.parent / "scorer") if method.backbone.name == "emoji" else None)
-        return _clip(method, name) if name else None
+        if name is None:
+            return None
+        clip = _clip(method, name)
+        if _kept(method, f"searching by {name}", lambda: any(map(clip.sees_like, (*method.clips(), *searching)))):
+            raise UserError(
+                f"The scorer {name!r} has the weights of the CLIP that this search goes by, so that its scores would not be held out; "
+                "give another CLIP as --scorer, or leave it out."
+            )
+        return clip
+
+    def check_heldout(self, method: Any, *searching: ClipSimilarity) -> None:
+        """Refuse a scorer that takes part in the search, see `heldout`; its memory on the device is freed again."""
+        self.heldout(method, *searching)
+        _leave_the_device(method)
 
     def measure(self, method: Any, problems: Sequence[Problem], drawn: Tensor) -> None:
         """Scores P problems that have a prompt, by it and by the pictures (P, N, 3, H, W) drawn from each.

@@ -41,13 +41,16 @@ FRESH_SEEDS = 10
 
 
 def address(seed: int, key: str, step: int, sample: int) -> int:
-    """A seed in 0, ..., 2**63 - 1 for sample `sample` at step `step` of the problem `key`."""
+    """Return a seed in [0, 2**63) for sample `sample` at step `step` of the problem `key`."""
     digest = hashlib.blake2b(f"{seed}/{key}/{step}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(seed: int, key: str, step: int, sample: int) -> torch.Generator:
-    """A generator at an address; always the CPU's, as every kind of device draws other numbers from a seed."""
+    """Return a generator at an address; always the CPU's, as every kind of device draws other numbers from a seed.
+
+    torch seeds it with the lowest 32 bits, so that two given addresses share their numbers with a probability of 2**-32.
+    """
     return torch.Generator().manual_seed(address(seed, key, step, sample))
 
 

@@ -22,12 +22,14 @@ from lightning_prompts.data.addresses import draw_noise
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.microbatch import Microbatch
+from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
 from lightning_prompts.ranks import of_rank_zero, sharing
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.unused import refuse_unused
 from lightning_prompts.waves import fitted, merged
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ class PromptMethod(pl.LightningModule, ABC):
 
     Args:
         backbone: `emoji`, a folder, a short name such as `sdxl`, a hub id, or a safetensors file; in Python also what
-            `load_backbone` has given, to which the settings of loading and memory do not apply.
+            `load_backbone` has returned, whose settings of loading and memory are those it was loaded with.
         dtype: Precision of the frozen weights.
         offline: Do not connect to the hub.
         revision: Branch, tag or commit on the hub.
@@ -133,6 +135,11 @@ class PromptMethod(pl.LightningModule, ABC):
                 backbone, dtype, offline, revision, vocabulary, scheduler, size, config, variant, skip
             )
             save_memory(backbone, gradient_checkpointing, vae_tiling, cpu_offload)
+        else:
+            loading = {"dtype": dtype, "revision": revision, "vocabulary": vocabulary, "scheduler": scheduler, "image_size": image_size,
+                       "config": config, "variant": variant, "clip_skip": clip_skip,
+                       "gradient_checkpointing": gradient_checkpointing, "vae_tiling": vae_tiling, "cpu_offload": cpu_offload}  # fmt: skip
+            refuse_unused(PromptMethod, "on a backbone that is loaded", loading)
         self.backbone: Backbone = backbone
         own = self.backbone.default_steps
         self.sampling_steps = int(sampling_steps or (min(own, MOST_STEPS) if self.draws else own))
@@ -157,6 +164,10 @@ class PromptMethod(pl.LightningModule, ABC):
     def few(self) -> bool:
         """Whether pictures are drawn in so few calls of the denoiser that a gradient can go through all of them."""
         return self.backbone.calls(self.sampling_steps, 1) <= 4
+
+    def clips(self) -> list[ClipSimilarity]:
+        """Return the CLIPs that take part in the search, whose judgement of its results is not held out."""
+        return [module for module in self.modules() if isinstance(module, ClipSimilarity)]
 
     # --- the wave
 

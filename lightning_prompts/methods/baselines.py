@@ -21,6 +21,9 @@ class RandomTokens(Inverter):
 
     moves_embeddings = False
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(denoising_weight=1.0, clip_weight=0.0, **kwargs)  # there is no loss to minimize, only scores
+
     def search(self, batch: Step, rows: Tensor) -> None:
         """Draws."""
         drawn = self.random_tokens(rows, [batch.steps[row] for row in rows.tolist()])
@@ -38,8 +41,14 @@ class ClipWords(Inverter):
     moves_embeddings = False
 
     def __init__(self, *, beams: Positive = 1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        # There is no loss to minimize, and no prompt to start from.
+        super().__init__(denoising_weight=1.0, clip_weight=0.0, start="random", allow_pickle=False, **kwargs)
         self.beams = beams
+
+    @property
+    def uses_clip(self) -> bool:
+        """See `Inverter.uses_clip`."""
+        return True
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """Finds all words; they are the result, also where the random tokens of the start have a lower validation loss."""

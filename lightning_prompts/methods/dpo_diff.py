@@ -27,6 +27,7 @@ from lightning_prompts.prompts import WordChoices
 from lightning_prompts.ranges import Positive, Rate
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.substitutes import Meaning, Source, Sources, Space, keeping
+from lightning_prompts.unused import refuse_unused
 
 TRIES = 50  # draws for each candidate that is wanted, before a step makes do with fewer
 SHOWN = 12  # problems in the grid
@@ -118,6 +119,28 @@ class DPODiff(PromptMethod):
             self.check_guided(
                 "a negative prompt does nothing",
                 "search other words for the prompt with --model.negative [] --model.positive [synonyms]",
+            )
+        if solver in ("evolution", "random"):
+            learning = {"gradient_share": gradient_share, "schedule": schedule, "grad_steps": grad_steps, "lr": lr,
+                        "temperature": tuple(temperature)}  # fmt: skip
+            refuse_unused(DPODiff, f"with --model.solver {solver}", learning)
+        if solver in ("gradient", "random"):
+            refuse_unused(DPODiff, f"with --model.solver {solver}", {"select": select, "mutation": mutation})
+        if solver == "random":
+            refuse_unused(DPODiff, "with --model.solver random", {"unchanged": unchanged})
+        if not self.positive:
+            wording = {"keep": keep, "threshold": threshold, "sentence_encoder": sentence_encoder}
+            refuse_unused(DPODiff, "where the prompt's words stay, without --model.positive", wording)
+        sources = {*self.positive, *self.negative}
+        if not sources & {"synonyms", "antonyms"}:
+            refuse_unused(
+                DPODiff,
+                "unless --model.positive or --model.negative has synonyms or antonyms",
+                {"dictionary": dictionary},
+            )
+        if "neighbours" not in sources:
+            refuse_unused(
+                DPODiff, "unless --model.positive or --model.negative has neighbours", {"neighbours": neighbours}
             )
         self.budget, self.seeds = budget, seeds
         self.schedule = schedule or ("fix-0" if self.few else None)
@@ -266,8 +289,10 @@ class DPODiff(PromptMethod):
         """Moves the logits of the problems `rows` (Q,) down the gradient of their losses (Q,)."""
         self.step_active(self.optimizers(), loss, rows, clip=0.025)
         with torch.no_grad():
-            most = self.prompt.initial(self.unchanged).clamp(min=3).unsqueeze(2).to(self.device)
-            self.prompt.logits.copy_(self.prompt.logits.clamp(min=0).minimum(most))
+            # What stands in a slot may begin outside the range [0, 3] of the released code, and is let stay where it began.
+            begun = self.prompt.start(self.unchanged)
+            most = begun[:, :, :1].clamp(min=3)
+            self.prompt.logits.copy_(self.prompt.logits.maximum(begun.clamp(max=0)).minimum(most))
 
     def shortcut_loss(self, rows: Tensor, told: Tensor, away: Tensor, calls: int) -> Tensor:
         """What is minimised, (Q,), at the clean pictures that are predicted after so many calls of the denoiser."""

@@ -16,13 +16,16 @@ from lightning_prompts.methods.inverter import Inverter, Samples
 from lightning_prompts.methods.start import prompt_features
 from lightning_prompts.ranges import Positive
 
+TRIES = 20  # draws of as many candidates as are wanted, before a step makes do with fewer different ones
+
 
 class GCG(Inverter):
     """Swaps of tokens that the gradient proposes and the exact loss decides (algorithm 1 of the paper).
 
     The gradient with respect to the one-hot tokens says, to first order, what each token at each place would change. Of the
     `topk` most promising at each place, `candidates` prompts with `swaps` random exchanges are drawn. All candidates of all
-    problems are evaluated together, on the noise of the gradient; the best one is taken if it is better than the prompt before.
+    problems are evaluated together, each once, on the noise of the gradient; the best one is taken if it is better than the prompt
+    before.
 
     Args:
         candidates: B, prompts that are evaluated at each step.
@@ -52,6 +55,11 @@ class GCG(Inverter):
             )
         self.candidates, self.topk, self.swaps, self.screen = candidates, topk, swaps, screen
 
+    @property
+    def uses_clip(self) -> bool:
+        """See `Inverter.uses_clip`."""
+        return super().uses_clip or self.screen > 1
+
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step: propose, evaluate, take what is better."""
         here, samples = rows.to(self.device), self.samples(rows, batch)
@@ -78,21 +86,41 @@ class GCG(Inverter):
         best = change.topk(min(self.topk, others), largest=False).indices.cpu()
         drawn = self.candidates * self.screen
         candidates = token_ids.cpu().unsqueeze(1).repeat(1, drawn, 1)
+        new = torch.zeros(candidates.shape[:2], dtype=torch.bool)
         for q, row in enumerate(rows.tolist()):
             draw = generator(self.data.seed, f"{self.problems[row].key}/swaps", steps[row], 0)
-            places = torch.rand(drawn, token_ids.shape[1], generator=draw).argsort(1)[:, : self.swaps]
-            ranks = torch.randint(best.shape[2], places.shape, generator=draw)
-            candidates[q].scatter_(1, places, best[q, places, ranks])
-        sound = torch.tensor([found.sound for found in self.written(candidates.flatten(0, 1))]).view(
-            candidates.shape[:2]
-        )
-        candidates, sound = candidates.to(self.device), sound & self.prompt.allowed.cpu()[candidates].all(2)
+            swapped = self._swapped(candidates[q, 0], best[q], drawn, draw)
+            candidates[q, : len(swapped)], new[q, : len(swapped)] = swapped, True
+        written = [found.sound for found in self.written(candidates[new])]
+        sound = new.masked_scatter(new, torch.tensor(written, dtype=torch.bool)) & self.prompt.allowed.cpu()[
+            candidates
+        ].all(2)
+        candidates = candidates.to(self.device)
         if self.screen == 1:
             return candidates, sound
         distance = self._distances(rows, candidates).masked_fill(~sound.to(self.device), torch.inf)
         kept = distance.topk(self.candidates, largest=False).indices
         kept_ids = candidates.gather(1, kept.unsqueeze(2).expand(-1, -1, candidates.shape[2]))
         return kept_ids, sound.gather(1, kept.cpu())
+
+    def _swapped(self, token_ids: Tensor, best: Tensor, count: int, draw: torch.Generator) -> Tensor:
+        """Draw `count` different prompts (B, M), or as many as are found, with exchanges of a prompt's tokens (M,).
+
+        Args:
+            token_ids: The prompt.
+            best: Tokens (M, K) to choose from at each place.
+            count: How many prompts are wanted.
+            draw: Draws places and tokens uniformly.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for _ in range(TRIES):
+            places = torch.rand(count, len(token_ids), generator=draw).argsort(1)[:, : self.swaps]
+            ranks = torch.randint(best.shape[1], places.shape, generator=draw)
+            swapped = token_ids.repeat(count, 1).scatter(1, places, best[places, ranks])
+            found |= dict.fromkeys(map(tuple, swapped[(swapped != token_ids).any(1)].tolist()))
+            if len(found) >= count:
+                break
+        return torch.tensor(list(found)[:count], dtype=torch.long).view(-1, len(token_ids))
 
     def _distances(self, rows: Tensor, candidates: Tensor) -> Tensor:
         """One minus the CLIP's cosine of each candidate (Q, B, M) with its problem's pictures, (Q, B)."""

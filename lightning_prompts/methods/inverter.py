@@ -39,7 +39,8 @@ from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.ranges import Positive
 from lightning_prompts.run_folder import RunFolder
-from lightning_prompts.vocabulary import Metric, contains_blocked, fill_template, round_trip
+from lightning_prompts.unused import refuse_unused
+from lightning_prompts.vocabulary import contains_blocked, fill_template, round_trip
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,6 @@ class Inverter(PromptMethod):
         template: Fixed words around the prompt, with `{}` where it goes.
         blocked: Words, or parts of words, that must not appear.
         words: The only words that may be used.
-        metric: Distance by which embeddings are replaced with tokens.
         start: What the search starts from: `random` tokens, the best `clip_words`, the folder of a run, whatever its method, that
             has prompts for these pictures, the file of an embedding in any usual layout, or a text.
         allow_pickle: Read this file also if it is a pickle, as far as it holds tensors and nothing else.
@@ -110,7 +110,6 @@ class Inverter(PromptMethod):
         template: str = "{}",
         blocked: Sequence[str] = (),
         words: Sequence[str] | None = None,
-        metric: Metric = "euclidean",
         start: str = "random",
         allow_pickle: bool = False,
         denoising_weight: float = 1.0,
@@ -133,13 +132,16 @@ class Inverter(PromptMethod):
             self._check_clip_weight(clip or clip_of(self.backbone), denoising_weight)
         self.template, self.blocked, self.start = template, tuple(blocked), start
         words = None if words is None else tuple(words)
-        self.prompt = TokenEmbeddings(self.vocabulary, template, int(tokens), self.blocked, words, metric)
+        self.prompt = TokenEmbeddings(self.vocabulary, template, int(tokens), self.blocked, words)
         self.given = given(start, self.backbone, int(tokens), allow_pickle)
         self.denoising = Denoising(self.microbatch)
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         self._clip_name, self._clip = clip or clip_of(self.backbone), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
         self._words: Tensor | None = None  # features of the allowed tokens alone in this CLIP
+        if not trial_weight:
+            trials = {"trial_pictures": trial_pictures, "trial_steps": trial_steps}
+            refuse_unused(Inverter, "with --model.trial_weight 0", trials)
         self.trial_weight, self.trial_pictures = trial_weight, trial_pictures
         self.trial_steps = int(trial_steps or min(self.backbone.default_steps, MOST_STEPS))
         if trial_weight:
@@ -272,6 +274,15 @@ class Inverter(PromptMethod):
         self.count(rows, passes)
         other: Tensor = self.denoising(self.backbone, told, samples.negative, samples.timesteps, samples.noise)
         return loss - self.negative_weight * other
+
+    @property
+    def uses_clip(self) -> bool:
+        """Whether the search goes by a CLIP: in its loss, in the choice of the best prompt or for its start."""
+        return bool(self.clip_weight or self.trial_weight) or self.start == "clip_words"
+
+    def clips(self) -> list[ClipSimilarity]:
+        """See `PromptMethod.clips`."""
+        return [self.clip] if self.uses_clip else []
 
     @property
     def clip(self) -> ClipSimilarity:

@@ -18,6 +18,7 @@ from lightning_prompts.optimizers import AdamOnLion, BatchedAdam
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptEmbeds
 from lightning_prompts.ranges import NotNegative, Positive, Rate
+from lightning_prompts.unused import refuse_unused
 
 
 class MetricGuidance(Steering):
@@ -68,6 +69,10 @@ class MetricGuidance(Steering):
             )
         if lr <= 0 or eps < 0:
             raise UserError("--model.lr must be above 0, and --model.eps 0 or more.")
+        if optimizer == "sgd":
+            refuse_unused(MetricGuidance, "with --model.optimizer sgd", {"eps": eps})
+        if watch is None:
+            refuse_unused(MetricGuidance, "without --model.watch", {"watch_tolerance": watch_tolerance})
         self.objectives = torch.nn.ModuleDict()
         self.signs: dict[str, float] = {}  # weights, of what is better lower negative
         for one in objectives:

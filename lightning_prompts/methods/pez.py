@@ -28,7 +28,8 @@ class PEZ(Inverter):
     """
 
     def __init__(self, *, lr: Rate = 0.1, weight_decay: float = 0.1, metric: Metric = "cosine", **kwargs: Any) -> None:
-        super().__init__(metric=metric, **kwargs)
+        super().__init__(**kwargs)
+        self.prompt.metric = metric
         self.lr, self.weight_decay = float(lr), weight_decay
 
     def search(self, batch: Step, rows: Tensor) -> None:

@@ -15,6 +15,8 @@ from lightning_prompts.data.problems import Step
 from lightning_prompts.methods.inverter import Inverter, Samples
 from lightning_prompts.optimizers import BatchedAdam, BatchedLBFGS
 from lightning_prompts.ranges import NotNegative, Positive, Rate
+from lightning_prompts.unused import refuse_unused
+from lightning_prompts.vocabulary import Metric
 
 
 class PH2P(Inverter):
@@ -25,12 +27,13 @@ class PH2P(Inverter):
     the gradient is piecewise constant and there is no curvature to find.
 
     Args:
+        metric: Distance by which embeddings are replaced with tokens.
         optimizer: `lbfgs` (the paper's), or `adam` or `sgd`: many small steps, each of one iteration on new noise (docs/ph2p.md).
         lr: Step size.
         max_iter: Iterations of L-BFGS per step; each costs one evaluation of all samples.
-        history_size: Curvature pairs kept.
-        line_search: `strong_wolfe` or None.
-        max_step_norm: Cap on how far one iteration moves a prompt.
+        history_size: Curvature pairs that L-BFGS keeps.
+        line_search: `strong_wolfe` or None, of L-BFGS.
+        max_step_norm: Cap on how far one iteration of L-BFGS moves a prompt.
         projection: `delayed` (after each step), `immediate` (straight through, within the closure) or `final` (scored only).
         continue_from: After a delayed projection go on from the `continuous` embeddings, which finds more, or from the
             `projected` ones; the paper's text admits both readings (docs/ph2p.md has the figures).
@@ -43,6 +46,7 @@ class PH2P(Inverter):
     def __init__(
         self,
         *,
+        metric: Metric = "euclidean",
         optimizer: Literal["lbfgs", "adam", "sgd"] = "lbfgs",
         lr: Rate = 1.0,
         max_iter: Positive = 10,
@@ -56,6 +60,15 @@ class PH2P(Inverter):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.prompt.metric = metric
+        if optimizer != "lbfgs":
+            of_lbfgs = {"max_iter": max_iter, "history_size": history_size, "line_search": line_search,
+                        "max_step_norm": max_step_norm}  # fmt: skip
+            refuse_unused(PH2P, f"with --model.optimizer {optimizer}", of_lbfgs)
+        if projection != "delayed":
+            refuse_unused(PH2P, f"with --model.projection {projection}", {"continue_from": continue_from})
+        if projection != "delayed" or continue_from != "projected":
+            refuse_unused(PH2P, "unless --model.continue_from is projected", {"project_every": project_every})
         self.optimizer, self.lr = optimizer, float(lr)
         self.settings: dict[str, Any] = {
             "lr": self.lr,

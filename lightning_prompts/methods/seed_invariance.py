@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_prompts.backbones import repeat
 from lightning_prompts.callbacks.grid import sheet
-from lightning_prompts.callbacks.results import noise_of
+from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.data.addresses import SEARCH
 from lightning_prompts.data.problems import Step
 from lightning_prompts.embeddings import slerp
@@ -25,6 +25,7 @@ from lightning_prompts.optimizers import AdamOnLion
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptArc, PromptEmbeds
 from lightning_prompts.ranges import Positive, Rate
+from lightning_prompts.unused import refuse_unused
 
 
 class SeedInvariance(Steering):
@@ -45,13 +46,15 @@ class SeedInvariance(Steering):
             the `latents`.
         clip: Folder or hub id of another CLIP.
         pixels: Weight, in [0, 1], of the cosine of the pictures themselves against that of their features.
-        stages: Calls of the denoiser after which each stage compares; None for a stage after all of them.
+        stages: Calls of the denoiser after which each stage compares, at most as many stages as steps; None for a stage after all
+            calls.
         grad_steps: How many of the last of these calls pass a gradient on; None for all.
         ramp: Share of a stage in which the noise goes from the target's to the new seeds'; 1 in the paper.
         seeds_per_step: New seeds that a step looks at; 3 in the paper.
         weight: Scale of the loss, one minus the cosine.
-        lr: Step size of AdamOnLion.
+        lr: Step size of AdamOnLion. None: 0.01, or the paper's 0.1 on an arc.
         eps: Added to the root of its second moment.
+        steps: Steps of the search. None: 60, or the paper's 100 on an arc, which lead from one end to the other.
         **kwargs: See `Steering`.
     """
 
@@ -71,19 +74,23 @@ class SeedInvariance(Steering):
         ramp: float = 0.3,
         seeds_per_step: Positive = 3,
         weight: float = 1e4,
-        lr: Rate = 0.01,
+        lr: Rate | None = None,
         eps: float = 1e-3,
-        steps: Positive = 60,
+        steps: Positive | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(steps=steps, **kwargs)
+        if compare == "latents":
+            refuse_unused(SeedInvariance, "with --model.compare latents", {"pixels": pixels, "clip": clip})
+        arc = embedding == "arc"
+        super().__init__(steps=steps or (100 if arc else 60), **kwargs)
         calls = self.backbone.calls(self.sampling_steps, 1)
+        check_seeds(target_seeds or [0], "--model.target_seeds")
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
         self.towards, self.seeds_per_step, self.weight, self.lr, self.eps = (
             towards,
             seeds_per_step,
             weight,
-            float(lr),
+            float(lr or (0.1 if arc else 0.01)),
             eps,
         )
         self.pixels = pixels
@@ -92,6 +99,11 @@ class SeedInvariance(Steering):
             raise UserError(
                 f"The stages {self.stages} go beyond the sampler's {calls} calls; change --model.stages or --model.sampling_steps."
             )
+        if len(self.stages) > self.steps:
+            raise UserError(
+                f"Each of the {len(self.stages)} stages takes a step at least, and there are {self.steps} steps; raise --model.steps or "
+                "shorten --model.stages."
+            )
         if not 0 <= pixels <= 1:
             raise UserError(f"The weight of the pixels is a share from 0 to 1, not {pixels:g}; change --model.pixels.")
         if not 0 <= ramp <= 1:
@@ -99,15 +111,21 @@ class SeedInvariance(Steering):
         self.clip = None
         if compare == "clip":
             self.clip = ClipSimilarity(clip or clip_of(self.backbone), self.offline)
-        if (embedding == "arc") != (towards is not None):
+        if arc != (towards is not None):
             raise UserError(
                 "An arc leads to another prompt; give --model.embedding arc and --model.towards, or neither."
             )
-        if embedding == "arc" and self.started:
+        if arc and self.started:
             raise UserError("An arc begins at the prompt; leave out --model.start, or give --model.embedding rows.")
-        if embedding == "arc" and self.unconditional:
+        if arc and self.unconditional:
             raise UserError("An arc moves what the denoiser is told alone; give --model.unconditional false.")
-        self.prompt = PromptArc() if embedding == "arc" else PromptEmbeds(self.moving, one_row=embedding == "one_row")
+        if arc:
+            refuse_unused(
+                Steering,
+                "with --model.embedding arc, which leads through whole encoded prompts",
+                {"pooled": self.pooled},
+            )
+        self.prompt = PromptArc() if arc else PromptEmbeds(self.moving, one_row=embedding == "one_row")
         self._pictures: dict[str, Tensor] = {}
         self._wanted: dict[str, dict[int, Tensor]] = {}  # vectors (E,) by problem and stage
 
@@ -174,8 +192,12 @@ class SeedInvariance(Steering):
 
     def stage(self, step: int) -> tuple[int, float]:
         """Calls of the denoiser that a step looks at, and how far its noise is on the way from the target's: 0 to 1, included."""
-        length = -(-self.steps // len(self.stages))
-        return self.stages[step // length], min(1.0, (step % length + 1) / max(1.0, self.ramp * length))
+        stages, steps = len(self.stages), self.steps
+        number = step * stages // steps
+        begun, end = (
+            -(-of * steps // stages) for of in (number, number + 1)
+        )  # the steps [begun, end) are this stage's
+        return self.stages[number], min(1.0, (step - begun + 1) / max(1.0, self.ramp * (end - begun)))
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step towards the target's latents on new seeds."""

@@ -94,6 +94,16 @@ class ClipSimilarity(nn.Module):
         """The CLIP's own, loaded when it is first needed."""
         return load_tokenizer(self.name, self.offline)
 
+    def sees_like(self, other: ClipSimilarity) -> bool:
+        """Tell whether another CLIP has the same image encoder, from whatever folder or precision it was loaded."""
+        own, others = (
+            [*clip.clip.vision_model.parameters(), clip.clip.visual_projection.weight] for clip in (self, other)
+        )
+        # The tolerance is above what float16 and bfloat16 round off, and below what training changes.
+        return [weight.shape for weight in own] == [weight.shape for weight in others] and all(
+            torch.allclose(one, two.to(one), rtol=5e-3, atol=1e-6) for one, two in zip(own, others, strict=True)
+        )
+
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Token ids (P, L) of P texts; of a text that is too long the end is cut off, but never the end-of-text token."""
         length = self.clip.config.text_config.max_position_embeddings

@@ -91,6 +91,28 @@ def test_slots_stay_as_they_are_with_the_chance_that_was_given(choices, chance):
     torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), chance))
 
 
+# Of so many words a uniform draw leaves a slot as it is more often than with these chances, so that its logit begins below 0.
+@pytest.mark.parametrize("chance", [0.02, 0.15, 0.6])
+def test_chance_that_was_given_survives_a_step_without_a_gradient(chance, attached):
+    module = attached(unchanged=chance)
+    module.optimizers = module.configure_optimizers
+    before = module.prompt.logits.detach().clone()
+    module.descend(0 * module.prompt.logits.sum(), torch.tensor([0]))
+    torch.testing.assert_close(module.prompt.logits.detach(), before)
+    weights = module.prompt.perturbed(torch.tensor([0]), torch.zeros_like(before)).softmax(2)
+    torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), chance))
+
+
+def test_logits_stay_in_the_range_of_the_released_code_or_where_they_began(attached):
+    module = attached(unchanged=0.02, lr=50.0)
+    module.optimizers = module.configure_optimizers
+    begun = module.prompt.start(0.02)
+    for sign in (1, -1):
+        module.descend(sign * module.prompt.logits.sum(), torch.tensor([0]))
+        bound = begun.clamp(max=0) if sign == 1 else torch.full_like(begun, 3)
+        torch.testing.assert_close(module.prompt.logits.detach(), bound)
+
+
 # --- the shortcut text gradient
 
 
@@ -175,11 +197,11 @@ def test_spherical_distance_is_half_the_squared_angle():
 
 
 def search(tiny, folder, prompts, **settings):
-    given = {
-        "sampling_steps": 3, "schedule": "fix-1", "gradient_share": 0.4, "seeds": 2, "budget": 8, "population": 4, "select": 2,
-        "sample_every": 0, **settings,
-    }  # fmt: skip
-    module = DPODiff(backbone=tiny, **given)
+    given = {"sampling_steps": 3, "seeds": 2, "budget": 8, "population": 4, "sample_every": 0, **settings}
+    solver = given.get("solver", "hybrid")
+    learning = {"schedule": "fix-1", "gradient_share": 0.4} if solver in ("gradient", "hybrid") else {}
+    breeding = {"select": 2} if solver in ("evolution", "hybrid") else {}
+    module = DPODiff(backbone=tiny, **learning | breeding | given)
     data = Prompts(prompts)
     pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder).fit(module, datamodule=data)
     return list(data.folder.load().values())
@@ -191,7 +213,9 @@ PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
 @pytest.mark.parametrize("solver", ["gradient", "evolution", "hybrid", "random"])
 @pytest.mark.parametrize("task", ["improve", "attack"])
 def test_budget_is_kept_and_nothing_is_paid_twice(solver, task, tiny, tmp_path):
-    for problem in search(tiny, tmp_path, PROMPTS, solver=solver, task=task, threshold=-1):
+    for problem in search(
+        tiny, tmp_path, PROMPTS, solver=solver, task=task, **{} if task == "improve" else {"threshold": -1}
+    ):
         assert 0 < problem.budget <= 8
         texts = [(candidate["prompt"], candidate["negative_prompt"]) for candidate in problem.candidates]
         assert len(set(texts)) == len(texts) > 2
@@ -240,7 +264,7 @@ def test_threshold_keeps_the_meaning(task, solver, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"threshold": 2}, "threshold"),
+        ({"threshold": 2, "positive": ["neighbours"]}, "--model.threshold in"),
         ({"budget": 3}, "population of 4"),
         ({"unchanged": 1.0}, "--model.unchanged in"),
         ({"mutation": 1.5}, "--model.mutation in"),
@@ -262,18 +286,10 @@ def spaced(space, **settings):
         def space(self, prompt):
             return space
 
-    return Spaced(
-        **{
-            "sampling_steps": 3,
-            "schedule": "fix-1",
-            "seeds": 2,
-            "budget": 8,
-            "population": 4,
-            "sample_every": 0,
-            "threshold": -1,
-            **settings,
-        }
-    )
+    learning = {"schedule": "fix-1"} if settings.get("solver", "hybrid") in ("gradient", "hybrid") else {}
+    wording = {"positive": ["neighbours"], "threshold": -1}  # which the given space stands in for
+    given = {"sampling_steps": 3, "seeds": 2, "budget": 8, "population": 4, "sample_every": 0}
+    return Spaced(**learning | wording | given | settings)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import Results
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, TextualInversion
+from lightning_prompts.methods import GCG, PEZ, PH2P, TextualInversion
 from lightning_prompts.methods.start import best_words
 from lightning_prompts.methods.textual_inversion import pseudo_word
 from lightning_prompts.microbatch import Microbatch
@@ -95,6 +95,40 @@ def test_proposals_are_those_of_the_one_hot_gradient(tiny, pictures, tmp_path):
         best = sorted(usable, key=lambda v: float(slope[place, v]))[:3]
         seen = set(proposed[0, :, place].tolist()) - {int(token_ids[0, place])}
         assert seen == set(best)
+
+
+@pytest.mark.parametrize(("candidates", "swaps", "screen"), [(30, 1, 1), (30, 2, 1), (12, 1, 3), (60, 1, 1)])
+def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, tiny, pictures, tmp_path):
+    class Counting(GCG):
+        def loss(self, rows, ids, *more, **how):
+            if not torch.is_grad_enabled():
+                evaluated.extend(
+                    (self.problems[row].key, *text) for row, text in zip(rows.tolist(), ids.tolist(), strict=True)
+                )
+            return super().loss(rows, ids, *more, **how)
+
+        def search(self, batch, rows):
+            evaluated.clear()
+            super().search(batch, rows)
+            steps.append(list(evaluated))
+
+    evaluated, steps = [], []
+    words = list("abcdefghijklmnop")
+    module = Counting(
+        backbone=tiny,
+        tokens=3,
+        words=words,
+        candidates=candidates,
+        topk=12,
+        swaps=swaps,
+        screen=screen,
+        sampling_steps=2,
+    )
+    fit(module, pictures, tmp_path, steps=3)
+    possible = 3 * 12 if swaps == 1 else candidates  # with two swaps there are more than are drawn
+    for step in steps:
+        assert len(set(step)) == len(step)
+        assert len(step) == min(candidates, possible) * len(module.problems)
 
 
 @pytest.mark.exact
@@ -319,4 +353,4 @@ def test_gradient_of_the_clip_of_another_text_encoder_is_refused(other, tiny, pi
 
 def test_nothing_to_minimise_is_refused(tiny):
     with pytest.raises(UserError, match="nothing to minimise"):
-        ClipWords(backbone=tiny, denoising_weight=0)
+        PEZ(backbone=tiny, denoising_weight=0)

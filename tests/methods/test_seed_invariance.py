@@ -39,7 +39,33 @@ def test_seeds_come_in_all_the_way_in_each_stage(tiny):
     assert [module.stage(step)[0] for step in range(10)] == [1] * 5 + [3] * 5
     assert [module.stage(step)[1] for step in range(10)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0] * 2)
     uneven = SeedInvariance(**settings, steps=7, stages=[1, 2, 3], ramp=1.0)
-    assert [uneven.stage(step)[0] for step in range(7)] == [1, 1, 1, 2, 2, 2, 3]
+    assert [uneven.stage(step)[0] for step in range(7)] == [1, 1, 1, 2, 2, 3, 3]
+    assert [uneven.stage(step)[1] for step in range(7)] == pytest.approx([1 / 3, 2 / 3, 1, 1 / 2, 1, 1 / 2, 1])
+
+
+@pytest.mark.parametrize("stages", range(1, 9))
+def test_each_stage_has_a_step_and_ends_at_the_new_seeds(stages, tiny):
+    for steps in range(stages, 25):
+        numbers = [1 + number % 3 for number in range(stages)]
+        module = SeedInvariance(
+            backbone=tiny, sampling_steps=3, compare="latents", steps=steps, stages=numbers, ramp=1.0
+        )
+        found = [module.stage(step) for step in range(steps)]
+        ends = [calls for calls, value in found if value == 1]
+        assert ends == numbers
+        assert found[-1][1] == 1
+
+
+def test_arc_is_long_enough_to_be_gone_from_end_to_end(tiny):
+    """The gradient points to the other prompt at each step, so that the optimizer goes as far as it can."""
+    module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents", embedding="arc", towards="two dogs")
+    module.prompt.place.data = torch.full((1, 1, 1, 1), module.prompt.near)
+    optimizer = module.configure_optimizers()
+    assert module.prompt.place.sigmoid() < 0.01
+    for _ in range(module.steps):
+        module.prompt.place.grad = -module.weight * torch.ones(1, 1, 1, 1)
+        optimizer.step()
+    assert 0.98 < module.prompt.place.sigmoid() < 1
 
 
 def test_by_default_a_stage_looks_at_the_end_and_soon_at_real_seeds(tiny):
@@ -202,6 +228,9 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
     [
         ({"stages": [1, 9]}, "go beyond the sampler's 4 calls"),
         ({"ramp": 1.5}, "from 0 to 1, not 1.5"),
+        ({"stages": [1, 2, 3], "steps": 2}, "raise --model.steps"),
+        ({"target_seeds": [3, -1]}, "--model.target_seeds takes .*got -1"),
+        ({"target_seeds": [3, 2**32 + 3]}, "3 and 4294967299 draw the same"),
         ({"embedding": "arc"}, "--model.towards"),
         ({"towards": "two dogs"}, "--model.embedding arc"),
         ({"embedding": "arc", "towards": "two dogs", "unconditional": True}, "--model.unconditional false"),

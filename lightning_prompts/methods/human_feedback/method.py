@@ -18,6 +18,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods.human_feedback.choices import Choice, Chooser, Round
 from lightning_prompts.methods.human_feedback.page import Page
 from lightning_prompts.methods.steering import Steering
+from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.problems import Move, Problem
 from lightning_prompts.prompts import PromptEmbeds
 from lightning_prompts.ranges import Positive
@@ -61,8 +62,8 @@ class HumanFeedback(Steering):
         steps: Positive = 100,
         **kwargs: Any,
     ) -> None:
-        super().__init__(unconditional=False, steps=steps, **kwargs)
-        self.together = 1
+        # One prompt comes after the other, each choice is kept at once, and the person decides when to stop.
+        super().__init__(unconditional=False, steps=steps, together=1, score_every=1, patience=1, **kwargs)
         if texts < candidates:
             raise UserError(
                 f"There cannot be {candidates} candidates from {texts} texts; raise --model.texts or lower --model.candidates."
@@ -242,6 +243,10 @@ class HumanFeedback(Steering):
     def metric(self, values: dict[str, Tensor]) -> Tensor:
         """There is none."""
         raise UserError("What a person has chosen has no score to validate; look at grid.png, or run `test`.")
+
+    def clips(self) -> list[ClipSimilarity]:
+        """See `PromptMethod.clips`; a scripted chooser has one."""
+        return [*super().clips(), *(one for one in vars(self.chooser).values() if isinstance(one, ClipSimilarity))]
 
     # --- the source of choices
 

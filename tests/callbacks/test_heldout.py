@@ -1,0 +1,143 @@
+"""Held-out scores come from a CLIP that takes no part in the search, whatever its path and precision."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from searches import fit
+from transformers import CLIPModel
+
+from lightning_prompts.backbones import EMOJI
+from lightning_prompts.callbacks import Results, Scores
+from lightning_prompts.errors import UserError
+from lightning_prompts.main import main
+from lightning_prompts.methods import GCG, PH2P, ClipWords, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
+from lightning_prompts.methods.human_feedback import Scripted
+from lightning_prompts.objectives import ClipQuality, ClipSimilarity, Sharpness
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FEW = {"sampling_steps": 2, "sample_every": 0}
+
+
+@pytest.fixture
+def copied(tiny, tmp_path):
+    """The weights of the tiny model's CLIP in another folder, as float16."""
+    folder = shutil.copytree(f"{tiny}/clip", tmp_path / "another")
+    CLIPModel.from_pretrained(folder).half().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def other(tiny, tmp_path):
+    """A CLIP of the same shape with other weights."""
+    folder = shutil.copytree(f"{tiny}/clip", tmp_path / "other")
+    torch.manual_seed(1)
+    CLIPModel(CLIPModel.from_pretrained(folder).config).save_pretrained(folder)
+    return str(folder)
+
+
+def chooser(tiny, pictures):
+    made = Scripted(str(pictures / "0.png"))
+    made.clip = ClipSimilarity(f"{tiny}/clip")  # as `open` does
+    return made
+
+
+@pytest.mark.parametrize(
+    "searching",
+    [
+        lambda tiny, pictures: PH2P(backbone=tiny, clip_weight=0.1, **FEW),
+        lambda tiny, pictures: PH2P(backbone=tiny, trial_weight=0.1, **FEW),
+        lambda tiny, pictures: PH2P(backbone=tiny, start="clip_words", **FEW),
+        lambda tiny, pictures: GCG(backbone=tiny, screen=2, **FEW),
+        lambda tiny, pictures: ClipWords(backbone=tiny, **FEW),
+        lambda tiny, pictures: DPODiff(backbone=tiny, schedule="fix-0", **FEW),
+        lambda tiny, pictures: MetricGuidance(backbone=tiny, objective=ClipQuality(), **FEW),
+        lambda tiny, pictures: MetricGuidance(backbone=tiny, objective=Sharpness(), watch=ClipQuality(), **FEW),
+        lambda tiny, pictures: SeedInvariance(backbone=tiny, **FEW),
+        lambda tiny, pictures: HumanFeedback(backbone=tiny, chooser=chooser(tiny, pictures), **FEW),
+    ],
+)
+def test_clip_that_searches_is_refused_by_its_weights(searching, tiny, pictures, copied, other):
+    method = searching(tiny, pictures)
+    for scorer in (f"{tiny}/clip", copied):
+        with pytest.raises(UserError, match="would not be held out"):
+            Scores(scorer=scorer).heldout(method)
+    assert Scores(scorer=other).heldout(method).name == other
+
+
+def test_clip_that_takes_no_part_may_score(tiny, copied):
+    for method in (
+        PH2P(backbone=tiny, **FEW),
+        GCG(backbone=tiny, **FEW),
+        SeedInvariance(backbone=tiny, compare="latents", **FEW),
+    ):
+        assert Scores(scorer=copied).heldout(method).name == copied
+
+
+def test_scorer_of_the_embedded_model_is_held_out():
+    method = ClipWords(backbone="emoji", **FEW)
+    assert Scores().heldout(method)
+    assert not ClipSimilarity(str(EMOJI.parent / "scorer")).sees_like(method.clip)
+
+
+@pytest.mark.parametrize("change", [0.05, -0.05])
+def test_a_clip_that_was_trained_further_is_another(change, tiny, copied):
+    one, two = ClipSimilarity(f"{tiny}/clip"), ClipSimilarity(copied)
+    assert one.sees_like(two)
+    two.clip.vision_model.post_layernorm.weight.data[3] += change
+    assert not one.sees_like(two)
+
+
+def test_nothing_is_searched_or_left_behind(tiny, pictures, copied, tmp_path, capsys):
+    run = tmp_path / "run"
+    args = [
+        "fit",
+        "--model",
+        "ClipWords",
+        f"--model.backbone={tiny}",
+        "--data",
+        "ImagesToPrompts",
+        f"--data.images={pictures / '0.png'}",
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        main([*args, "--run", str(run), "--scorer", copied])
+    assert "--scorer" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_scores_that_were_measured_are_kept_when_another_scorer_is_refused(
+    tiny, pictures, copied, other, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    args = [
+        "fit",
+        "--model",
+        "ClipWords",
+        f"--model.backbone={tiny}",
+        "--data",
+        "ImagesToPrompts",
+        f"--data.images={pictures / '0.png'}",
+    ]
+    main([*args, "--run", str(run), "--scorer", other, "--data.steps", "1"])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert json.loads((run / "result.json").read_text())["problems"][0]["heldout_clip_similarity"]
+    for command in (["test", "--run", str(run)], [*args, "--run", str(run), "--ckpt_path", "last"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, "--scorer", copied])
+        assert "would not be held out" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in before} == before
+
+
+def test_python_calls_refuse_it_too(tiny, pictures, copied, tmp_path):
+    with pytest.raises(UserError, match="would not be held out"):
+        fit(
+            ClipWords(backbone=tiny, **FEW),
+            pictures / "0.png",
+            tmp_path / "run",
+            [Results(Scores(scorer=copied))],
+            steps=1,
+        )
+    assert not Path(tmp_path / "run" / "result.json").exists()

@@ -1,0 +1,91 @@
+"""A setting that would do nothing beside the others is refused, with its name and the setting that it depends on."""
+
+import pytest
+from searches import fit
+
+from lightning_prompts.errors import UserError
+from lightning_prompts.main import main
+from lightning_prompts.methods import GCG, PEZ, PH2P, DPODiff, MetricGuidance, RandomTokens, SeedInvariance
+from lightning_prompts.objectives import Sharpness
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "unused"),
+    [
+        (PH2P, {"optimizer": "adam"}, {"max_iter": 3}),
+        (PH2P, {"optimizer": "sgd"}, {"max_step_norm": 1.0}),
+        (PH2P, {"optimizer": "adam"}, {"line_search": "strong_wolfe"}),
+        (PH2P, {"optimizer": "adam"}, {"history_size": 3}),
+        (PH2P, {}, {"project_every": 2}),
+        (PH2P, {"projection": "final"}, {"continue_from": "projected"}),
+        (PH2P, {"projection": "immediate"}, {"project_every": 2}),
+        (GCG, {}, {"trial_pictures": 3}),
+        (PEZ, {}, {"trial_steps": 3}),
+        (MetricGuidance, {"objective": Sharpness(), "optimizer": "sgd"}, {"eps": 0.1}),
+        (MetricGuidance, {"objective": Sharpness()}, {"watch_tolerance": 0.1}),
+        (SeedInvariance, {"compare": "latents"}, {"pixels": 0.5}),
+        (SeedInvariance, {"compare": "latents"}, {"clip": "another"}),
+        (DPODiff, {"solver": "evolution"}, {"lr": 0.2}),
+        (DPODiff, {"solver": "evolution"}, {"temperature": (2.0, 1.0)}),
+        (DPODiff, {"solver": "random"}, {"schedule": "fix-0"}),
+        (DPODiff, {"solver": "random"}, {"unchanged": 0.3}),
+        (DPODiff, {"solver": "gradient"}, {"mutation": 0.3}),
+        (DPODiff, {}, {"threshold": 0.8}),
+        (DPODiff, {}, {"keep": ["dog"]}),
+        (DPODiff, {}, {"neighbours": 3}),
+        (DPODiff, {}, {"dictionary": "words.json"}),
+    ],
+)
+def test_setting_without_effect_is_refused(method, given, unused, tiny):
+    ((name, _),) = unused.items()
+    method(backbone=tiny, **given)  # is sound without it
+    with pytest.raises(UserError, match=rf"--model\.{name} has no effect"):
+        method(backbone=tiny, **given, **unused)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"optimizer": "lbfgs", "max_iter": 3, "history_size": 3, "line_search": "strong_wolfe", "max_step_norm": 1.0},
+        {"continue_from": "projected", "project_every": 2},
+        {"trial_weight": 1.0, "trial_pictures": 3, "trial_steps": 3},
+        {"optimizer": "adam", "max_iter": 10},  # the default, as saved settings have it
+    ],
+)
+def test_setting_with_effect_is_taken(given, tiny):
+    PH2P(backbone=tiny, **given)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ("GCG", "metric"),
+        ("TextualInversion", "metric"),
+        ("RandomTokens", "metric"),
+        ("RandomTokens", "clip_weight"),
+        ("ClipWords", "start"),
+        ("HumanFeedback", "together"),
+        ("HumanFeedback", "patience"),
+        ("HumanFeedback", "score_every"),
+    ],
+)
+def test_setting_that_a_method_has_no_use_for_does_not_exist(method, setting, tmp_path, capsys):
+    data = "Prompts" if method == "HumanFeedback" else "ImagesToPrompts"
+    given = ["--data", data, "--data.prompts" if data == "Prompts" else "--data.images", "one"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--run", str(tmp_path / "run"), "--model", method, *given, f"--model.{setting}", "2"])
+    told = capsys.readouterr().err
+    assert setting in told
+    assert len(told.splitlines()) <= 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_loading_are_refused_with_a_loaded_backbone(tiny, pictures, tmp_path):
+    loaded = RandomTokens(backbone=tiny).backbone
+    with pytest.raises(UserError, match=r"--model\.image_size has no effect on a backbone that is loaded"):
+        RandomTokens(backbone=loaded, image_size=64)
+    module = RandomTokens(backbone=loaded, sampling_steps=2)
+    fit(module, pictures / "0.png", tmp_path, steps=1)
+    assert module.backbone is loaded
