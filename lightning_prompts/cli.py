@@ -55,7 +55,7 @@ from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import Launched, own_rank, ranks_of
 from lightning_prompts.run_folder import RunFolder
-from lightning_prompts.sentences import first_sentence, mistake_in, one_sentence
+from lightning_prompts.sentences import first_sentence, mistake_in, one_sentence, refused_class
 from lightning_prompts.text_settings import Text, keep_texts, own_settings, text_settings
 
 log = logging.getLogger(__name__)
@@ -166,6 +166,8 @@ class CLI(LightningCLI):
         _refuse_nulls(config)
         if command == "fit":
             _refuse_flags(config)
+        else:
+            config.trainer.logger = False  # that of the search, in its saved settings
         parts = self._divide(config, command)
         mix = config.mix if command == "predict" else None
         try:
@@ -341,6 +343,14 @@ class CLI(LightningCLI):
                 raise
             raise UserError(f"The Trainer refuses its settings: {first_sentence(error)}") from error
 
+    def _loggers(self, command: str) -> Any:
+        """Return the loggers of a search that were given, or TensorBoard's in its folder; other commands have none."""
+        if command != "fit":
+            return False
+        given = self._get(self.config_init, "trainer").logger
+        by_default = given is None or given is True
+        return pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if by_default else given
+
     def _trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add this package's callbacks to the user's."""
         if self.instead:
@@ -356,7 +366,7 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(
             **kwargs,
             enable_checkpointing=True,  # for our callbacks, no other is added
-            logger=pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if command == "fit" else False,
+            logger=self._loggers(command),
             callbacks=[*given, results, *saving, PromptCheckpoint(self.folder.checkpoints)],
             plugins=[AtomicCheckpointIO(), *_environment()],
         )
@@ -429,6 +439,8 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
         args: The command and its settings, without --run.
         run: The run's folder; None for a new one named by time and method.
     """
+    if args[0] != "fit" and any(re.match(r"--trainer\.logger\b", arg) for arg in args):
+        raise UserError(f"--trainer.logger has no effect on {args[0]!r}, which logs nothing; leave it out.")
     for name in ("pytorch_lightning", "lightning_fabric"):  # their level is set when they are imported
         logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.ERROR)
@@ -437,8 +449,8 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
     CLI.command = "fit" if CLI.instead else args[0]
     try:
         _run(args)
-    except UserError:
-        if CLI.made:
+    except BaseException:
+        if CLI.made:  # it goes again unless a search has begun in it
             CLI.made.discard()
         raise
 
@@ -464,6 +476,8 @@ def _run(args: Sequence[str]) -> None:
     except ValueError as error:
         if mistake := mistake_in(error):
             raise mistake from None
+        if refused := refused_class(error):
+            raise UserError(refused) from error
         raise
     except SIGTERMException:  # a SystemExit with code 0
         sys.exit(128 + signal.SIGTERM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Iterable
 
 
@@ -22,6 +24,12 @@ def printable(text: str) -> str:
         char if char.isprintable() else " " if char.isspace() else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def escaped_markdown(text: str) -> str:
+    """Escape the characters of a text that a terminal, HTML or Markdown would act on, so that it is shown as it stands."""
+    escaped = re.sub(r"[\\`*_{}\[\]()#+.!-]", r"\\\g<0>", html.escape(printable(text), quote=False))
+    return escaped.replace("|", "&#124;").replace("~", "&#126;")  # which Markdown has no escapes for
 
 
 def shortened(text: str, length: int = 40) -> str:

@@ -22,9 +22,9 @@ def one_sentence(message: str, parser: Any) -> str:
     optional = re.search(r"Not of type (\w+): .*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
     if key and optional:
         return _number(f"{key[1]}.{optional[2]}", optional[3], optional[1], ", or null")
-    nested = re.search(r"Errors: - (?!Expected)(.*?) - (?:Expected a <class|The setting)", text)
+    nested = _of_alternatives(text)
     if key and nested:  # what the parser of a class has said, in which settings lack the class's own name
-        text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested[1], count=2)
+        text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested, count=2)
     elif key:
         text = text[key.end() :]
     unknown = re.search(
@@ -55,6 +55,25 @@ def one_sentence(message: str, parser: Any) -> str:
         text = f"--{key[1]}: {text}"
     text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
     return text[:400]
+
+
+def _of_alternatives(text: str) -> str | None:
+    """Return what is wrong with the alternative of a type that was meant, of all that the parser has tried."""
+    errors = re.search(r"Errors: - (.*?)(?: Given value type: |$)", text)
+    told = errors[1].split(" - ") if errors else []
+    return next(
+        (one for one in told if not re.match(r"Expected|Not a valid|Not of type|a (?:class path|dict)", one)), None
+    )
+
+
+def refused_class(error: ValueError) -> str | None:
+    """Return as a sentence why a class that a setting names could not be instantiated; None for any other error."""
+    text = re.sub(r"\s+", " ", str(error))
+    named, why = re.search(r"class_path='(?:[\w.]*\.)?(\w+)'", text), _of_alternatives(text)
+    if not text.startswith("Does not validate") or not named or not why:
+        return None
+    why = re.sub(r"^Problem with given class_path '[\w.]*': ", "", why).replace(". HINT: ", "; ")
+    return f"{named[1]} cannot be used: {why[:400].rstrip('.')}."
 
 
 def _number(setting: str, given: str, kind: str, otherwise: str = "") -> str:

@@ -8,6 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_prompts.callbacks.board import log_text
+
 
 class BestPrompt(pl.Callback):
     """Scores the decoded prompts, saves what got better, and lets finished problems go."""
@@ -33,7 +35,6 @@ class BestPrompt(pl.Callback):
         losses = [problem.validation_loss for problem in module.problems if problem.validation_loss is not None]
         if losses and len(rows):
             module.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
-        if trainer.logger and better:
-            text = "\n\n".join(f"{problem.target}: {problem.prompt}" for problem in module.problems)
-            step = trainer.fit_loop.total_batch_idx + 1
-            trainer.logger.experiment.add_text("prompt", text, step)  # type: ignore[attr-defined]
+        if better:
+            lines = [f"{problem.target}: {problem.prompt}" for problem in module.problems]
+            log_text(trainer.loggers, "prompt", lines, trainer.fit_loop.total_batch_idx + 1)

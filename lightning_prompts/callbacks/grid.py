@@ -10,14 +10,14 @@ from typing import Any
 import pytorch_lightning as pl
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
+from lightning_prompts.callbacks.board import log_images, takes_images
 from lightning_prompts.data.addresses import REGENERATION, draw_noise
 from lightning_prompts.problems import Problem
 
 
 class SampleGrid(pl.Callback):
-    """Shows in TensorBoard, while the search runs, what the best prompts so far draw.
+    """Logs, while the search runs, what the best prompts so far draw.
 
     Args:
         every: Steps of the wave between grids; 0 for none.
@@ -30,12 +30,11 @@ class SampleGrid(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Draws when it is time."""
         step = trainer.fit_loop.total_batch_idx + 1
-        if not self.every or step % self.every or not trainer.logger:
+        if not self.every or step % self.every or not takes_images(trainer.loggers):
             return
         problems = [problem for problem in pl_module.problems if problem.prompt][: self.most]
         if problems:
-            shown = pil_to_tensor(pl_module.shown(problems))
-            trainer.logger.experiment.add_image("samples", shown, step)  # type: ignore[attr-defined]
+            log_images(trainer.loggers, "samples", [pl_module.shown(problems)], step)
 
 
 def regenerate(method: Any, problems: Sequence[Problem], count: int) -> Tensor:

@@ -160,8 +160,7 @@ class Results(Checkpoint):
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder: RunFolder = data.folder
         if shown := data.unchanged(list(islice(folder.found(), SHOWN))):
-            board = trainer.logger.experiment if trainer.logger else None  # type: ignore[attr-defined]
-            module.present(shown, folder, board)
+            module.present(shown, folder)
             for problem in shown:
                 data.release(problem)
         if exported := list(islice(folder.found(), EXPORTED)):

@@ -419,13 +419,12 @@ class PromptMethod(pl.LightningModule, ABC):
         """
 
     @abstractmethod
-    def present(self, problems: list[Problem], folder: RunFolder, board: Any) -> None:
+    def present(self, problems: list[Problem], folder: RunFolder) -> None:
         """Writes what a person looks at into the run's folder.
 
         Args:
             problems: The records that have a prompt, the first `SHOWN` of the run.
             folder: The run's folder.
-            board: TensorBoard's writer, or None.
         """
 
     def export(self, problems: list[Problem], folder: RunFolder) -> None:

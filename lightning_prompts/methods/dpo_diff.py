@@ -482,7 +482,7 @@ class DPODiff(PromptMethod):
             problem.fresh_loss_before, problem.fresh_loss_after = before[p].tolist(), after[p].tolist()
             problem.similarity = float(self.meaning(problem.target, [str(problem.prompt)]))
 
-    def present(self, problems: list[Problem], folder: RunFolder, board: Any) -> None:
+    def present(self, problems: list[Problem], folder: RunFolder) -> None:
         """What the found prompts draw below what the persons' draw."""
         atomic_write(folder.grid, to_png(self.shown(problems[:SHOWN])))
 

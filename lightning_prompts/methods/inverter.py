@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_prompts.backbones import repeat
+from lightning_prompts.callbacks.board import log_images
 from lightning_prompts.callbacks.grid import grid, regenerate, to_image, to_png
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.callbacks.word_maps import word_picture
@@ -401,7 +402,7 @@ class Inverter(PromptMethod):
             if problem.index < SHOWN:  # for whoever makes the grid
                 self.data.folder.save_drawn(problem.key, to_png(to_image(torch.cat([*pictures], dim=2))))
 
-    def present(self, problems: list[Problem], folder: RunFolder, board: Any) -> None:
+    def present(self, problems: list[Problem], folder: RunFolder) -> None:
         """The grid, and where the words act."""
         targets = [several[0] for several in self.data.pictures(problems)]
         drawn = torch.stack([self._pictures_of(problem) for problem in problems])
@@ -409,10 +410,9 @@ class Inverter(PromptMethod):
         words = word_picture(self, problems, targets) if self.backbone.cross_attends else None
         if words:
             atomic_write(folder.words, to_png(words))
-        if board:
-            board.add_images("regenerations", (drawn.flatten(0, 1) + 1) / 2)
-            if words:
-                board.add_image("words", pil_to_tensor(words))
+        log_images(self.trainer.loggers, "regenerations", [to_image(one) for one in drawn.flatten(0, 1)])
+        if words:
+            log_images(self.trainer.loggers, "words", [words])
 
     def _pictures_of(self, problem: Problem) -> Tensor:
         """What a problem's prompt has drawn, (4, 3, H, W) in [-1, 1], in 8 bits."""

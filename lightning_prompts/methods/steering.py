@@ -251,7 +251,7 @@ class Steering(PromptMethod):
                 {name: value[p].tolist() for name, value in x.items()} for x in (before, after)
             )
 
-    def present(self, problems: list[Problem], folder: RunFolder, board: Any) -> None:
+    def present(self, problems: list[Problem], folder: RunFolder) -> None:
         """The grid."""
         atomic_write(folder.grid, to_png(self.shown(problems[:SHOWN])))
 

@@ -1,0 +1,57 @@
+"""Text and images for the loggers that take them; metrics reach all loggers through Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from torchvision.transforms.functional import pil_to_tensor
+
+from lightning_prompts.errors import escaped_markdown
+
+
+def log_text(loggers: Sequence[Logger], name: str, lines: Sequence[str], step: int = 0) -> None:
+    """Log lines of text, such as prompts.
+
+    TensorBoard shows them as paragraphs, Weights & Biases as a table, and MLflow keeps them as a text file for each step.
+    Loggers of metrics alone, such as `CSVLogger`, are left out.
+
+    Args:
+        loggers: The trainer's loggers.
+        name: What they are.
+        lines: The lines, in which characters may stand that HTML or Markdown would act on.
+        step: The step they belong to.
+    """
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(name, "\n\n".join(map(escaped_markdown, lines)), step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_text(name, columns=[name], data=[[line] for line in lines], step=step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_text(logger.run_id, "\n".join(lines) + "\n", f"{name}/{step:08d}.txt")
+
+
+def takes_images(loggers: Sequence[Logger]) -> bool:
+    """Tell whether one of the loggers takes images, so that it is worth drawing some."""
+    return any(isinstance(logger, TensorBoardLogger | WandbLogger | MLFlowLogger) for logger in loggers)
+
+
+def log_images(loggers: Sequence[Logger], name: str, images: Sequence[Image.Image], step: int = 0) -> None:
+    """Log images of one size, to the loggers that `log_text` names.
+
+    Args:
+        loggers: The trainer's loggers.
+        name: What they are.
+        images: The images.
+        step: The step they belong to.
+    """
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_images(name, torch.stack([pil_to_tensor(image) for image in images]), step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(name, list(images), step=step)
+        elif isinstance(logger, MLFlowLogger):
+            for number, image in enumerate(images):
+                logger.experiment.log_image(logger.run_id, image, f"{name}/{step:08d}-{number}.png")
