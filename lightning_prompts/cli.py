@@ -56,6 +56,7 @@ from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import Launched, own_rank, ranks_of
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.sentences import first_sentence, mistake_in, one_sentence, refused_class
+from lightning_prompts.terminal import say
 from lightning_prompts.text_settings import Text, keep_texts, own_settings, text_settings
 
 log = logging.getLogger(__name__)
@@ -215,10 +216,10 @@ class CLI(LightningCLI):
         (measured,) = (callback for callback in self.trainer.callbacks if isinstance(callback, DryRun))  # type: ignore[attr-defined]
         with self.trainer.precision_plugin.forward_context():
             report = check(model.to(self.trainer.strategy.root_device), datamodule.seed, measured)
-        print("\n".join(report.lines), flush=True)
+        say(*report.lines)
         if self.write and report.reacts:
             atomic_write(self.write, written(self.settings, report.suggestion).encode())
-            print(f"These settings are in {self.write}: train.py fit --config {self.write}")
+            say(f"These settings are in {self.write}: train.py fit --config {self.write}")
         if not report.reacts:
             sys.exit(1)
 
@@ -332,7 +333,7 @@ class CLI(LightningCLI):
         else:
             for prompt in read_prompts(datamodule.prompts):
                 space = model.space(prompt)
-                print(f"{prompt}: {space.size} candidates\n\n{space.table()}\n")
+                say(f"{prompt}: {space.size} candidates", "", *space.table(), "")
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the Trainer; what it refuses is one sentence."""

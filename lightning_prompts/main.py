@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import NoReturn
 
 from lightning_prompts.errors import UserError
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.terminal import close, prepare, say
 
 COMMANDS = ("fit", "validate", "test", "predict", "show-space", "check", "dry-run", "prefetch")
 MOST_NESTED, MOST_ALIASES = 50, 10  # in a config
@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
-        print(HELP)  # without importing Lightning, which takes seconds
+        say(*HELP.splitlines())  # without importing Lightning, which takes seconds
         return None
     _manners()
     try:
@@ -69,10 +69,12 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     except OSError as error:
         _refuse(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.")
+    finally:
+        close()
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {' '.join(message.split())}", stream=sys.stderr)
     sys.exit(2)
 
 
@@ -80,8 +82,7 @@ def _manners() -> None:
     warnings.filterwarnings(
         "ignore", module=r"pytorch_lightning|lightning_fabric|torch|diffusers|transformers|jsonargparse"
     )
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("lightning_prompts").setLevel(logging.INFO)
+    prepare()
 
 
 def _check_order(args: list[str]) -> None:

@@ -23,6 +23,7 @@ from lightning_prompts.backbones.hub import (
 )
 from lightning_prompts.backbones.single_file import configuration_of, read_header
 from lightning_prompts.errors import UserError
+from lightning_prompts.terminal import say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +55,7 @@ def prefetch(args: Sequence[str]) -> None:
             folder = _prefetch(model, given.revision, files, given.variant)
             clips += [] if (folder / "clip").is_dir() else [clip_beside(_widths(folder))]
         else:
-            print(f"The model {name!r} is the folder {model}, and nothing has to be fetched.")
+            say(f"The model {name!r} is the folder {model}, and nothing has to be fetched.")
     for clip in dict.fromkeys(clips):
         _prefetch(clip, None, CLIP_FILES, None)
 
@@ -77,12 +78,12 @@ def _wanted(name: str) -> tuple[str, list[str]]:
 def _prefetch(name: str, revision: str | None, wanted: list[str], variant: str | None) -> Path:
     """Lists and downloads; gives the folder."""
     files = files_on_hub(name, revision, wanted, variant)
-    print(f"{name}:")
+    say(f"{name}:")
     for file in files:
-        print(f"{megabytes(file.size):>14}  {file.name}{' (in the cache)' if file.cached else ''}")
+        say(f"{megabytes(file.size):>14}  {file.name}{' (in the cache)' if file.cached else ''}")
     cached = sum(file.size for file in files if file.cached)
     total = sum(file.size for file in files)
-    print(f"{megabytes(total):>14}  in all, of which {megabytes(cached)} are in the cache", flush=True)
+    say(f"{megabytes(total):>14}  in all, of which {megabytes(cached)} are in the cache")
     folder = fetch(name, revision, files)
-    print(f"The model {name!r} is in {folder}, commit {folder.name}.")
+    say(f"The model {name!r} is in {folder}, commit {folder.name}.")
     return folder

@@ -19,6 +19,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 from lightning_prompts.interop import read_prompt_embeds
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.terminal import say
 
 MILLISECONDS = 150  # of a frame
 
@@ -60,7 +61,7 @@ class Between(pl.Callback):
         ):
             path = self.folder.path / "pictures" / f"{name}.{suffix}"
             atomic_write(path, content)
-            print(path)
+            say(str(path))
 
 
 def encoded(end: str, module: Any) -> Tensor:

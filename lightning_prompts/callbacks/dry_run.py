@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_prompts.callbacks.scores import Scores
+from lightning_prompts.terminal import say
 
 GIB = 2**30
 
@@ -47,7 +48,7 @@ class DryRun(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if found := list(data.folder.found()):
             self._measured("the results", pl_module.measure, pl_module)(found, self.scores)
-        print(self._table(pl_module, len(pl_module.problems)))
+        say(*self._table(pl_module, len(pl_module.problems)).splitlines())
 
     def _measured(self, name: str, work: Callable[..., Any], module: Any) -> Callable[..., Any]:
         def done(*args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from lightning_prompts.callbacks.grid import sheet, to_image, to_png
 from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.images import load_image, to_tensor
-from lightning_prompts.errors import UserError
+from lightning_prompts.errors import UserError, printable
 from lightning_prompts.evolution import Member, evolve, fittest
 from lightning_prompts.files import atomic_write, to_json
 from lightning_prompts.objectives import ClipSimilarity
@@ -24,6 +24,7 @@ from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem
 from lightning_prompts.reports import SCHEMA_VERSION, versions
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.terminal import say
 
 ACROSS = 8  # prompts beside each other in a generation's picture
 
@@ -144,10 +145,10 @@ class Mix(pl.Callback):
         best = fittest(candidates, self.select)
         if self.choose == "hand":
             for member in candidates:
-                print(f"{member.index}  [{member.score:.2f}]  {member.prompt}")
+                say(f"{member.index}  [{member.score:.2f}]  {member.prompt}")
             best = ask(path, candidates, best)
         else:
-            print(f"{path}  [{best[0].score:.2f}]  {best[0].prompt}")
+            say(f"{path}  [{best[0].score:.2f}]  {best[0].prompt}")
         self.drawn = {member.index: self.drawn[member.index] for member in best}
         return best
 
@@ -178,7 +179,7 @@ class Mix(pl.Callback):
         atomic_write(self.folder.result, to_json(result))
         lines = [" ".join(member.prompt.splitlines()) + "\n" for member in best]
         atomic_write(self.folder.prompt, "".join(lines).encode(errors="backslashreplace"))
-        print(f"Results are in {self.folder.path}; look at {self.folder.path / 'pictures'}")
+        say(f"Results are in {self.folder.path}; look at {self.folder.path / 'pictures'}")
 
 
 def likeness(clip: ClipSimilarity, drawn: Tensor, targets: Sequence[Tensor]) -> tuple[tuple[float, float], float]:
@@ -198,9 +199,11 @@ def ask(path: Path, candidates: Sequence[Member], best: list[Member]) -> list[Me
     """Whom a person wants to keep, best first; asks until the answer is numbers that are shown, or empty for the score's choice."""
     known, default = {member.index: member for member in candidates}, " ".join(str(member.index) for member in best)
     while True:
-        answer = input(f"Look at {path}. Which do you keep, best first? [{default}] ").replace(",", " ").split()
+        answer = (
+            input(printable(f"Look at {path}. Which do you keep, best first? [{default}] ")).replace(",", " ").split()
+        )
         if all(re.fullmatch(r"[0-9]{1,9}", word) and int(word) in known for word in answer):
             return [known[number] for number in dict.fromkeys(map(int, answer))] or best
-        print(
+        say(
             f"Give numbers from {min(known)} to {max(known)} that are in the picture, such as {default}, or nothing for these."
         )

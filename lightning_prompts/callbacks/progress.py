@@ -12,6 +12,8 @@ import pytorch_lightning as pl
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from lightning_prompts.errors import printable
+
 log = logging.getLogger(__name__)
 
 
@@ -92,4 +94,4 @@ class PromptProgress(pl.Callback):
             which = f"{len(problems)} prompts" if begins else f"{len(better)} of {len(problems)} prompts better"
             log.info("step %d  %s, mean loss %.5f", max(module.done), which, mean)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{better[-1].validation_loss:.5f} {better[-1].prompt}"[:80])
+            self._bar.set_postfix_str(printable(f"{better[-1].validation_loss:.5f} {better[-1].prompt}"[:80]))

@@ -26,6 +26,7 @@ from lightning_prompts.problems import Problem
 from lightning_prompts.ranks import wait_for_all
 from lightning_prompts.reports import versions
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.terminal import say
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class Results(Checkpoint):
         self._write(trainer, pl_module)
         pictured = any(problem.paths for problem in folder.found())
         if pictured and (reason := lpips_lacks(weights=self.scores.lpips_weights)):
-            print(reason)
+            say(reason)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Draws one picture a prompt and seed."""
@@ -129,7 +130,7 @@ class Results(Checkpoint):
             for seed, picture in zip(self.seeds, pictures, strict=True):
                 path = folder.path / "pictures" / f"{name}{without}-seed{seed}.png"
                 atomic_write(path, to_png(to_image(picture)))
-                print(f"{path}  {text}")
+                say(f"{path}  {text}")
 
     def _drawn(self, module: Any, found: Iterable[Problem], noise: Tensor) -> Iterator[tuple[str, str, Tensor]]:
         """A name, the text and pictures, one from each noise, of the person's own prompts or else of what was found."""
@@ -210,18 +211,16 @@ def _report(folder: RunFolder) -> None:
     counts = Counter(problem.status for problem in folder.records())
     for problem in islice(folder.ordered(), SHOWN):
         note = f"  ({problem.status}: {problem.reason})" if problem.reason else ""
-        print(f"{problem.target}: {problem.shown or '-'}{_score(problem)}{note}")
+        say(f"{problem.target}: {problem.shown or '-'}{_score(problem)}{note}")
     if (total := sum(counts.values())) > SHOWN:
-        print(
-            f"... and {total - SHOWN} more: {', '.join(f'{count} {status}' for status, count in counts.most_common())}"
-        )
+        say(f"... and {total - SHOWN} more: {', '.join(f'{count} {status}' for status, count in counts.most_common())}")
     if counts["failed"] and total > 1:
-        print(
+        say(
             f"Why {counts['failed']} of {total} failed is in {folder.failed}; --ckpt_path last --data.retry true tries them again."
         )
     if counts["open"]:
-        print(f"The search was cut short; the same command with --run {folder.path} --ckpt_path last continues it.")
-    print(f"Results are in {folder.path}" + (f"; look at {folder.grid}" if folder.grid.exists() else ""))
+        say(f"The search was cut short; the same command with --run {folder.path} --ckpt_path last continues it.")
+    say(f"Results are in {folder.path}" + (f"; look at {folder.grid}" if folder.grid.exists() else ""))
 
 
 def _score(problem: Problem) -> str:

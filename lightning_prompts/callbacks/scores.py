@@ -28,6 +28,7 @@ from lightning_prompts.metrics import (
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import clip_of, load_clip
 from lightning_prompts.problems import Problem
+from lightning_prompts.terminal import say
 
 T = TypeVar("T")
 
@@ -193,7 +194,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"Not everything is scored: {error}", file=sys.stderr)
+        say(f"Not everything is scored: {error}", stream=sys.stderr)
 
 
 def _world(backbone: str) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:

@@ -29,6 +29,7 @@ from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, 
 from lightning_prompts.ranges import NotNegative, Positive
 from lightning_prompts.ranks import of_rank_zero, sharing
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.terminal import say
 from lightning_prompts.unused import refuse_unused
 from lightning_prompts.waves import fitted, merged
 
@@ -447,7 +448,7 @@ class PromptMethod(pl.LightningModule, ABC):
             losses += values
             if self.trainer.is_global_zero:
                 for problem, loss in zip(problems, values, strict=True):
-                    print(f"{abs(loss):.5f}  {problem.target}  {problem.shown}")
+                    say(f"{abs(loss):.5f}  {problem.target}  {problem.shown}")
         if not losses and given:
             raise UserError(
                 "No prompt of this run can be scored, since its images are missing or have changed; restore them."

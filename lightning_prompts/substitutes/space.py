@@ -88,15 +88,15 @@ class Space:
         negative = tuple(slot for slot in slots[split:] if len(slot.words) > 1)
         return Space((*pieces, text), tuple(kept), negative)
 
-    def table(self) -> str:
-        """A line a slot: where it stands, what it is of, and the words that can stand there."""
+    def table(self) -> list[str]:
+        """Lines of a table, one a slot: where it stands, what it is of, and the words that can stand there."""
         sides = [("positive", self.positive), ("negative", self.negative)]
         rows = [
             f"| {side} | {slot.name} | {', '.join(word or '(nothing)' for word in slot.words)} |"
             for side, slots in sides
             for slot in slots
         ]
-        return "\n".join(["| prompt | slot | words |", "|---|---|---|", *rows])
+        return ["| prompt | slot | words |", "|---|---|---|", *rows]
 
     def texts(self, choice: Sequence[int]) -> tuple[str, str]:
         """The positive and the negative prompt."""

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 
 from lightning_prompts.callbacks import PromptProgress
 from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.errors import escaped_markdown
 from lightning_prompts.methods import PEZ, TRAINER
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,4 +88,4 @@ def test_samples_and_prompts_are_in_tensorboard_while_it_runs(search, pictures, 
     assert [event.step for event in drawn] == [1, 2, 3]
     assert drawn[0].width == 3 * 104
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("prompt/text_summary")]
-    assert all(f"{path.name}: " in text for path in pictures.iterdir() for text in texts)
+    assert all(f"{escaped_markdown(path.name)}: " in text for path in pictures.iterdir() for text in texts)

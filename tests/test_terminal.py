@@ -1,0 +1,77 @@
+"""What is printed acts on no terminal, and a terminal that cannot be written to ends no search."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lightning_prompts import terminal
+from lightning_prompts.terminal import say
+
+ROOT = Path(__file__).parents[1]
+NASTY = "a\x1b[31mred\x1b[0m\rerror: forged\nResults are in /tmp\u202egnp.exe\x07"
+
+
+def test_a_line_stays_a_line_and_acts_on_nothing(capsys):
+    say(NASTY, "second")
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 2
+    assert all(char.isprintable() for line in out.splitlines() for char in line)
+    assert out.endswith("\nsecond\n")
+    assert "error: forged" in out  # is shown, within its line
+
+
+def test_other_characters_are_escaped_where_a_stream_has_none(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    terminal.prepare()
+    say("ünï 犬")
+    logging.getLogger("lightning_prompts.test").info("a %s", "犬\nforged\x1b[2J")
+    sys.stdout.flush()
+    assert raw.getvalue() == b"\\xfcn\\xef \\u72ac\na \\u72ac forged\\x1b[2J\n"
+
+
+class Gone(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_stream_that_is_gone_is_passed_over():
+    say("one", stream=Gone())
+    say("two", stream=Gone())
+
+
+@pytest.mark.parametrize("closed", ["pipe", "full"])
+@pytest.mark.filterwarnings("ignore")
+def test_search_ends_well_when_nobody_reads(closed, tiny, tmp_path):
+    """Names with escapes and newlines in an ASCII terminal that is closed after the first line, or a file on a full disk."""
+    if closed == "full" and not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    name = "p\x1b[2J\nforged.png"
+    Image.new("RGB", (16, 16), "red").save(tmp_path / name)
+    command = [
+        sys.executable, str(ROOT / "train.py"), "fit", "--run", str(tmp_path / "run"), "--model=PEZ", f"--model.backbone={tiny}",
+        "--model.tokens=2", "--model.sampling_steps=2", "--data=ImagesToPrompts", "--data.images", str(tmp_path / name),
+        "--data.steps=2", "--data.samples=1",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    if closed == "full":
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
+        code, err = done.returncode, done.stderr
+    else:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        first = process.stdout.readline()
+        process.stdout.close()
+        code, err = process.wait(), process.stderr.read()
+        process.stderr.close()
+        assert first.startswith(b"step 0  p\\x1b[2J forged.png  ")
+    assert (code, err) == (0, b"")
+    assert (tmp_path / "run" / "result.json").exists()
