@@ -169,6 +169,22 @@ class Results(Checkpoint):
             _report(folder)
 
 
+def check_seeds(name: str, seeds: Sequence[int]) -> None:
+    """Refuse seeds that no generator takes.
+
+    Args:
+        name: Setting that gives them.
+        seeds: The seeds.
+
+    Raises:
+        UserError: There is none, or one is not from 0 to 2 ** 64 - 1.
+    """
+    wrong = [seed for seed in seeds if not 0 <= seed < 2**64]
+    if wrong or not seeds:
+        given = wrong[0] if wrong else "an empty list"
+        raise UserError(f"{name} takes whole numbers from 0 to {2**64 - 1}, not {given}.")
+
+
 def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Standard normal noise (S, C, h, w) of seeds that a person gives."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

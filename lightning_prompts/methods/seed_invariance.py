@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_prompts.backbones import repeat
 from lightning_prompts.callbacks.grid import sheet
-from lightning_prompts.callbacks.results import noise_of
+from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.data.addresses import SEARCH
 from lightning_prompts.data.problems import Step
 from lightning_prompts.embeddings import slerp
@@ -76,6 +76,8 @@ class SeedInvariance(Steering):
         steps: Positive = 60,
         **kwargs: Any,
     ) -> None:
+        if target_seeds is not None:
+            check_seeds("--model.target_seeds", target_seeds)
         super().__init__(steps=steps, **kwargs)
         calls = self.backbone.calls(self.sampling_steps, 1)
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
