@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
+import os
 import signal
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import inf
-from numbers import Integral, Real
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import yaml
@@ -30,9 +28,11 @@ from lightning_prompts.backbones import Backbone, load_backbone
 from lightning_prompts.backbones.hub import pinned
 from lightning_prompts.callbacks import Results, Scores
 from lightning_prompts.callbacks.grid import to_image
-from lightning_prompts.callbacks.results import noise_of
+from lightning_prompts.callbacks.results import check_seeds, noise_of
+from lightning_prompts.data.arrays import array_to_image
+from lightning_prompts.data.images import DAMAGE, MIN_SIDE, find_targets, load_image
 from lightning_prompts.data.inversion import ImagesToPrompts
-from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.data.prompts import Prompts, find_prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, PromptMethod
 from lightning_prompts.methods.human_feedback import Choice, Chooser, Page, Round
@@ -40,13 +40,18 @@ from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives import Objective
 from lightning_prompts.problems import Problem
-from lightning_prompts.ranges import LEAST, MOST
+from lightning_prompts.python_settings import checked_settings, in_python
+from lightning_prompts.python_values import check_type, plain, shown
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.sentences import first_sentence
 
 __all__ = ["Result", "guide", "hold", "invert", "load_backbone", "prefer", "reword", "search"]
 
-Picture: TypeAlias = Image.Image | str | Path
-"""A picture, or its file."""
+Picture: TypeAlias = Image.Image | np.ndarray[Any, Any] | Tensor | str | Path
+"""A picture: a PIL image, an array, a tensor, or a file.
+
+Arrays and tensors are of shape (H, W), (H, W, C) or (C, H, W), with whole numbers from 0 to 255 or floats from 0 to 1.
+"""
 
 CONFIGS = next(
     folder
@@ -56,6 +61,9 @@ CONFIGS = next(
     )  # installed, or a checkout
     if folder.is_dir()
 )
+PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # modes that it holds
+TIFF = ("CMYK", "LAB", "I", "F")  # modes that it holds and PNG does not
+ALPHA = {"PA": "RGBA", "RGBa": "RGBA", "La": "LA"}  # what other modes with alpha become
 INVERTERS = ("invert", "ph2p", "ph2p_lbfgs", "pez", "gcg", "textual_inversion", "clip_words", "random_tokens")
 
 
@@ -90,7 +98,8 @@ def invert(images: Picture | Sequence[Picture], *, method: str = "invert", **set
     """Which prompt makes this picture?
 
     Args:
-        images: A picture, or several, which are searched together. With `one_subject=True` several get one prompt.
+        images: A picture (a PIL image, an array, a tensor or a file), or a list of them, which are searched together. With
+            `one_subject=True` several get one prompt.
         method: `invert`, which is the best that we know, or `ph2p`, `ph2p_lbfgs`, `pez`, `gcg`, `textual_inversion`, `clip_words`
             or `random_tokens`.
         **settings: See `search`; settings of the method and of `ImagesToPrompts`.
@@ -101,13 +110,21 @@ def invert(images: Picture | Sequence[Picture], *, method: str = "invert", **set
     Raises:
         UserError: A picture or a setting cannot be used, or nothing was found for an only picture.
     """
-    if method not in INVERTERS:
-        raise UserError(f"The method {method!r} is none that inverts pictures; give one of {', '.join(INVERTERS)}.")
-    alone = isinstance(images, Image.Image | str | Path)
-    several: list[Picture] = [images] if isinstance(images, Image.Image | str | Path) else list(images)
+    if not isinstance(method, str) or method not in INVERTERS:
+        raise UserError(
+            f"The method {shown(method)} is none that inverts pictures; give one of {', '.join(INVERTERS)}."
+        )
+    alone = not isinstance(images, list | tuple | Iterator) or hasattr(images, "read")  # a file that is open iterates
+    given: list[Any] = [images] if alone else list(images)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as scratch:
-        files = [_file(picture, Path(scratch) / f"picture-{i}.png") for i, picture in enumerate(several)]
+        names = ["images"] if alone else [f"images[{i}]" for i in range(len(given))]
+        files = [_file(picture, name, Path(scratch)) for picture, name in zip(given, names, strict=True)]
+        if alone:
+            load_image(files[0], MIN_SIDE)
+        if (negative := settings.get("negative_images")) is not None:
+            settings["negative_images"] = _negative(negative, Path(scratch))
         once = list(dict.fromkeys(files))
+        find_targets(once)  # refused before a model is loaded, as is a lone picture that cannot be read
         found = _searched(method, {"images": once, **settings})
     if alone or settings.get("one_subject"):
         return _only(found)
@@ -160,7 +177,14 @@ def hold(prompts: str | Sequence[str], seed: int = 0, **settings: Any) -> Result
         seed: The seed whose picture is wanted.
         **settings: See `search`; settings of `SeedInvariance`.
     """
-    return _of_prompts("seed_invariance", prompts, {"target_seeds": [seed], **settings})
+    if "target_seeds" in settings:
+        raise UserError(
+            "The setting target_seeds is set by seed; give seed=7 instead, and call again for another seed."
+        )
+    seed = plain("seed", seed)
+    check_type("seed", seed, int)
+    check_seeds("seed", [seed])
+    return _of_prompts("seed_invariance", prompts, {**settings, "target_seeds": [seed]})
 
 
 @overload
@@ -179,8 +203,14 @@ def prefer(
         choose: Gives an answer to each round of pictures; None for a page that opens.
         **settings: See `search`; settings of `HumanFeedback`.
     """
+    if "chooser" in settings:
+        raise UserError("The setting chooser is set by choose; give choose instead.")
+    if choose is not None and not isinstance(choose, Chooser) and (isinstance(choose, type) or not callable(choose)):
+        raise UserError(
+            f"The setting choose cannot be {shown(choose)}; it takes a function that returns a Choice, a Chooser, or None."
+        )
     chooser = choose if isinstance(choose, Chooser) else _Function(choose) if choose else Page()
-    return _of_prompts("human_feedback", prompts, {"chooser": chooser, **settings})
+    return _of_prompts("human_feedback", prompts, {**settings, "chooser": chooser})
 
 
 class _Function(Chooser):
@@ -206,7 +236,7 @@ def search(
     *,
     draw_seeds: Sequence[int] = (0,),
     folder: str | Path | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     scores: Scores | None = None,
 ) -> list[Result]:
     """Searches as `train.py fit --config configs/NAME.yaml` does, without a command line, a logger or a page.
@@ -218,7 +248,7 @@ def search(
         settings: Settings of the method and its data by name, such as `backbone`, `tokens` or `steps`; `backbone` may be a name or
             what `load_backbone` has given, which saves loading it again.
         draw_seeds: Seeds that the results' pictures are drawn from.
-        folder: Where the files that a run writes are kept; None for none.
+        folder: Where the files that a run writes are kept, in which there is no run yet; None for none.
         device: Where it computes, such as `cuda:1`; None for a GPU if there is one.
         scores: What scores the results, see `Scores`.
 
@@ -229,24 +259,35 @@ def search(
     Raises:
         UserError: A setting cannot be used.
     """
+    names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+    if not isinstance(config, str) or config not in names:
+        raise UserError(f"The config {shown(config)} is unknown; give one of {', '.join(names)}.")
+    if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
+        raise UserError(f"Settings cannot be {shown(settings)}; give a dictionary whose keys are names of settings.")
+    if scores is not None and not isinstance(scores, Scores):
+        raise UserError(f"The setting scores cannot be {shown(scores)}; it takes a Scores or None.")
+    draw_seeds = plain("draw_seeds", draw_seeds)
+    check_type("draw_seeds", draw_seeds, list[int])
+    check_seeds("draw_seeds", draw_seeds)
+    where = _device(device)
     read = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
     kind = getattr(methods, read["model"]["class_path"])
     data_kind: Any = {"Prompts": Prompts, "ImagesToPrompts": ImagesToPrompts}[read["data"]["class_path"]]
-    how: dict[str, Any] = {**read["model"]["init_args"], **read["data"].get("init_args", {}), **settings}
-    of_data = _settings_of(data_kind)
-    known = of_data | _settings_of(kind)
-    for name, value in how.items():
-        _check(name, value, known)
-    if folder and any(RunFolder(folder).problems.glob("*.json")):
-        raise UserError(f"The folder {str(folder)!r} holds an earlier search; give another.")
-    model = how.get("backbone", "emoji")
-    if isinstance(model, str):  # what is recorded is the commit of a model from the hub, and the variant that is read
-        how["revision"], variant = pinned(model, bool(how.get("offline")), how.get("revision"), how.get("variant"))
-        how |= {"variant": variant} if variant else {}
-    where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with _apart(where), tempfile.TemporaryDirectory() as scratch:
-        method: PromptMethod = kind(**{name: value for name, value in how.items() if name not in of_data})
-        data = data_kind(**{name: value for name, value in how.items() if name in of_data})
+    defaults = {**read["model"]["init_args"], **read["data"].get("init_args", {})}
+    with _in_python(), _apart(where), tempfile.TemporaryDirectory() as scratch, _prepared(folder) as kept:
+        of_method, of_data = checked_settings((kind, data_kind), defaults, settings)
+        if scores:
+            (texts,) = checked_settings((Scores,), {}, asdict(scores))
+            scores = Scores(**texts)
+            scores.check(of_method["offline"])
+        model = of_method["backbone"]
+        if isinstance(
+            model, str
+        ):  # what is recorded is the commit of a model from the hub, and the variant that is read
+            commit = pinned(model, of_method["offline"], of_method["revision"], of_method["variant"])
+            of_method["revision"], of_method["variant"] = commit
+        method: PromptMethod = kind(**of_method)
+        data = data_kind(**of_data)
         trainer = pl.Trainer(
             **TRAINER
             | {
@@ -256,8 +297,12 @@ def search(
             },
             strategy=SingleDeviceStrategy(where),
             logger=False,
-            callbacks=[Results(scores, settings={name: str(value) for name, value in how.items()}, tell=False)],
-            default_root_dir=folder or scratch,
+            callbacks=[
+                Results(
+                    scores, settings={name: str(value) for name, value in (of_method | of_data).items()}, tell=False
+                )
+            ],
+            default_root_dir=kept or scratch,
         )
         trainer.fit(method, datamodule=data)
         method.to(where)  # which Lightning has left
@@ -266,7 +311,45 @@ def search(
         return [_result(method, records[key], noise) for key in data.keys]
 
 
+@contextmanager
+def _in_python() -> Iterator[None]:
+    """Name settings as Python arguments in what is said of a mistake."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(in_python(str(error))) from error
+
+
+@contextmanager
+def _prepared(folder: str | Path | None) -> Iterator[Path | None]:
+    """Prepare the folder of a run, and delete it again if it is new and the run is refused."""
+    if folder is None:
+        yield None
+        return
+    path = plain("folder", folder)
+    check_type("folder", path, str | None)
+    if not path.strip() or "\0" in path:
+        raise UserError(f"The setting folder cannot be {path!r}; give the name of a folder, or None to keep no files.")
+    run, new, made = RunFolder(path), not os.path.lexists(path), False
+    try:
+        try:
+            run.prepare(resume=False, search=False)
+        except UserError as error:
+            raise UserError(str(error).replace("--run", "folder")) from error
+        except OSError as error:  # of a name that is too long
+            raise UserError(
+                f"The folder {shown(path)} cannot be used ({error.strerror}); give another folder."
+            ) from error
+        made = new
+        yield run.path
+    except UserError:
+        if made:
+            run.discard()
+        raise
+
+
 def _result(method: Any, problem: Problem, noise: Tensor) -> Result:
+    problem.reason = problem.reason and in_python(problem.reason)
     if problem.prompt is None or problem.status == "failed":
         return Result("", None, None, None, None, [], problem)
     pictures = [to_image(picture) for picture in method.draw_found(problem, noise)]
@@ -280,11 +363,15 @@ def _result(method: Any, problem: Problem, noise: Tensor) -> Result:
 
 
 def _of_prompts(config: str, prompts: str | Sequence[str], settings: dict[str, Any]) -> Result | list[Result]:
-    several = [" ".join(prompt.split()) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    given = plain("prompts", prompts)
+    check_type("prompts", given, str | list[str])
+    several = [" ".join(prompt.split()) for prompt in ([given] if isinstance(given, str) else given)]
     if lists := [prompt for prompt in several if Path(prompt).suffix.lower() in (".txt", ".csv", ".jsonl")]:
         raise UserError(f"A prompt is a text and {lists[0]!r} a list of them; give what it holds.")
+    with _in_python():
+        find_prompts(several)  # refused before a model is loaded
     found = _searched(config, {"prompts": several, **settings})
-    if isinstance(prompts, str):
+    if isinstance(given, str):
         return _only(found)
     by_prompt = {result.record.target: result for result in found}
     return [by_prompt[prompt] for prompt in several]
@@ -303,57 +390,72 @@ def _only(found: list[Result]) -> Result:
     return result
 
 
-def _file(picture: Picture, scratch: Path) -> str:
-    """The file of a picture, which is written if there is none."""
-    if not isinstance(picture, Image.Image):
-        if Path(picture).is_dir() or Path(picture).suffix.lower() in (".csv", ".jsonl"):
-            raise UserError(
-                f"A picture or its file is needed, and {str(picture)!r} is none; give the pictures that it holds."
-            )
-        return str(picture)
-    kept = picture if picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else picture.convert("RGB")
-    kept.save(scratch, exif=picture.getexif())  # in which the orientation is
-    return str(scratch)
+def _file(picture: Any, name: str, scratch: Path) -> str:
+    """The file of a picture, which is written if there is none.
 
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has been built without CUDA
-        reason = str(error).partition("\n")[0].rstrip(".")
+    Raises:
+        UserError: It is no picture, or another one cannot be found.
+    """
+    if isinstance(picture, np.ndarray | Tensor):
+        picture = array_to_image(picture, name)
+    if isinstance(picture, Image.Image):
+        return _written(picture, name, scratch)
+    if not isinstance(picture, str | Path):
         raise UserError(
-            f"The device {name!r} cannot be used ({reason}); give 'cpu', or 'cuda:0' if there is a GPU."
+            f"{name} cannot be {shown(picture)}; give a PIL image, a NumPy array, a tensor, or the name of a file, or a list of these."
+        )
+    file: str = plain(name, picture)
+    if not file.strip():
+        raise UserError(f"{name} cannot be {file!r}; give the name of a file.")
+    if file.lower().endswith((".csv", ".jsonl")) or [target.paths for target in find_targets([file])] != [
+        (str(Path(file)),)
+    ]:
+        raise UserError(f"A picture or its file is needed, and {file!r} is none; give the pictures that it holds.")
+    return os.path.abspath(file)  # so that a file under two names is searched once
+
+
+def _written(picture: Image.Image, name: str, scratch: Path) -> str:
+    """The file of a picture in memory, lossless and with what belongs to its colors."""
+    suffix = "tiff" if picture.mode in TIFF else "png"
+    file = scratch / f"{name.replace('[', '-').rstrip(']')}.{suffix}"
+    if min(picture.size) < MIN_SIDE:
+        width, height = picture.size
+        raise UserError(f"{name} has {width} x {height} pixels; give a picture of at least {MIN_SIDE} on each side.")
+    try:
+        kept = picture if picture.mode in (*PNG, *TIFF) else picture.convert(ALPHA.get(picture.mode, "RGB"))
+        kept.save(file, exif=picture.getexif())  # in which the orientation is
+        load_image(file, MIN_SIDE)
+    except UserError as error:
+        raise UserError(str(error).replace(f"'{file}'", name)) from error
+    except DAMAGE as error:
+        raise UserError(
+            f"{name} is a picture that cannot be read ({first_sentence(error).rstrip('.')}); open it again."
         ) from error
+    return str(file)
 
 
-def _settings_of(kind: type) -> dict[str, str]:
-    """The settings of a class, with their types as they are written."""
-    own = [
-        base for base in kind.__mro__ if base.__module__.startswith("lightning_prompts") and "__init__" in vars(base)
+def _negative(pictures: Any, scratch: Path) -> str | list[str]:
+    """The files of pictures to lead away from; texts, which may be folders and patterns, are kept."""
+    several = list(pictures) if isinstance(pictures, list | tuple) else [pictures]
+    return [
+        str(picture) if isinstance(picture, str | Path) else _file(picture, f"negative_images[{i}]", scratch)
+        for i, picture in enumerate(several)
     ]
-    return {
-        name: str(parameter.annotation)
-        for base in own
-        for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items()
-        if name not in ("self", "kwargs")
-    }
 
 
-def _check(name: str, value: Any, known: Mapping[str, str]) -> None:
-    """Refuses what the command line would refuse."""
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"give one of {', '.join(sorted(known))}."
-        raise UserError(f"The setting {name!r} is unknown; {hint}")
-    kind, _, others = known[name].partition(" | ")
-    least = LEAST.get(kind)
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if value is None and "None" in others:
-        return
-    if least is not None and not (whole and least <= value <= MOST):
-        raise UserError(f"The setting {name!r} cannot be {value!r}; it takes a whole number from {least} on.")
-    if kind == "Rate" and not (isinstance(value, Real) and 0 < float(value) < inf):
-        raise UserError(f"The setting {name!r} cannot be {value!r}; it takes a finite number above 0.")
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str | torch.device):
+        raise UserError(f"The device cannot be {shown(device)}; give 'cpu', or 'cuda:0' if there is a GPU.")
+    try:
+        found = torch.device(device)
+        if found.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("no search runs there")
+        return torch.device("cpu") if found.type == "cpu" else torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # the second where torch has no CUDA
+        reason = first_sentence(error).rstrip(".")
+    raise UserError(f"The device {str(device)!r} cannot be used ({reason}); give 'cpu', or 'cuda:0' if there is a GPU.")
 
 
 @contextmanager

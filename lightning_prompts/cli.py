@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args
@@ -57,7 +58,7 @@ from lightning_prompts.ranks import Launched, own_rank, ranks_of
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.sentences import first_sentence, mistake_in, one_sentence, refused_class
 from lightning_prompts.terminal import say
-from lightning_prompts.text_settings import Text, keep_texts, own_settings, text_settings
+from lightning_prompts.text_settings import Text, all_settings, keep_texts, text_settings
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class CLI(LightningCLI):
             self.seeds = [int(seed) for seed in (config.seeds or ("0,1,2,3" if mix else "0")).split(",")]
         except ValueError:
             raise UserError(f"--seeds takes whole numbers such as 0,1,2,3, not {config.seeds!r}.") from None
-        check_seeds(self.seeds, "--seeds")
+        check_seeds("--seeds", self.seeds)
         self.scores = Scores(**{field.name: config[field.name] for field in fields(Scores)})
         if (command in ("fit", "test") or mix) and own_rank() == 0:
             self.scores.check(config.model.init_args.offline)
@@ -406,17 +407,17 @@ def _refuse_flags(config: Any) -> None:
 
 
 def _refuse_nulls(config: Any) -> None:
-    """Refuse null where a setting takes none, which the parser lets pass."""
+    """Refuse null where a setting takes none, and numbers that are not finite, which the parser lets pass."""
     for part in ("model", "data"):
         module, _, name = config[part].class_path.rpartition(".")
         kind = getattr(importlib.import_module(module), name)
-        hints: dict[str, Any] = {}
-        for base in reversed(kind.__mro__):
-            hints |= own_settings(base)
+        hints = all_settings(kind)
         for setting, value in config[part].init_args.items():
             hint = hints.get(setting, Any)
             if value is None and hint is not Any and NoneType not in get_args(hint):
                 raise UserError(f"The setting --{part}.{setting} cannot be null; give a value, or leave it out.")
+            if isinstance(value, float) and not isfinite(value):
+                raise UserError(f"The setting --{part}.{setting} cannot be {value}; it takes a finite number.")
 
 
 def count_of(data: Any) -> int:

@@ -40,6 +40,14 @@ def own_settings(kind: type) -> dict[str, Any]:
     return get_type_hints(vars(kind)["__init__"]) if "__init__" in vars(kind) else {}
 
 
+def all_settings(kind: type) -> dict[str, Any]:
+    """Return the type hints of all settings of a class, those of its bases included."""
+    hints: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        hints |= own_settings(base)
+    return hints
+
+
 def _family(base: type) -> Iterable[type]:
     yield base
     kinds: list[type] = base.__subclasses__()

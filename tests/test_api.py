@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +17,17 @@ import torch
 from PIL import Image, ImageOps
 
 from lightning_prompts import guide, hold, invert, load_backbone, prefer, reword
+from lightning_prompts.api import search
+from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
+from lightning_prompts.methods import DPODiff
 from lightning_prompts.methods.human_feedback import Choice
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.python_settings import checked_settings
 
-SHORT = {"steps": 2, "sampling_steps": 2, "device": "cpu"}
+SHORT_SETTINGS = {"steps": 2, "sampling_steps": 2}
+SHORT = {**SHORT_SETTINGS, "device": "cpu"}
 
 
 @pytest.fixture
@@ -105,7 +112,7 @@ def test_embeddings_of_a_prompt(tiny, tmp_path):
     assert sharp.prompt_embeds.shape == sharp.negative_prompt_embeds.shape == (32, 32)
     assert len(sharp.pictures) == 2
     assert len(sharp.record.metric_after) == 3  # seeds that it was searched on
-    with pytest.raises(UserError, match="holds an earlier search; give another"):
+    with pytest.raises(UserError, match="already holds a run; give another folder"):
         guide("a red cat", Sharpness(), folder=tmp_path / "kept", **how)
     assert (tmp_path / "kept/prompt_embeds.safetensors").exists()
     held = hold(["a red cat", "two dogs"], seed=7, unconditional=False, **how)
@@ -215,19 +222,173 @@ print(sorted({{"gradio", "tensorboard", "nltk", "diffusers.pipelines.flux"}} & s
     assert done.stdout == "[]\n", done.stderr
 
 
+def test_a_picture_is_the_same_as_image_array_and_tensor(tiny, first):
+    """Whatever a picture is given as, its key and its result are those of its file."""
+    image = Image.open(first)
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    same = [
+        *(
+            image,
+            array,
+            array.astype(np.int64),
+            array / 255,
+            (array / 255).astype(np.float16),
+            array.transpose(2, 0, 1),
+        ),
+        *(
+            tensor,
+            tensor.permute(1, 2, 0),
+            tensor / 255,
+            (tensor / 255).requires_grad_(),
+            tensor.long(),
+            tensor.double() / 255,
+        ),
+        *(array[::-1][::-1], tensor.div(255).mul(1 + 1e-6), image.convert("RGBA"), np.asarray(image.convert("RGBA"))),
+    ]
+    how = {"method": "random_tokens", "backbone": tiny, **SHORT, "steps": 1}
+    by_file = invert(first, **how)
+    found = invert(iter(same), **how)
+    assert len(found) == len(same)
+    assert {(result.record.key, result.prompt, result.record.validation_loss) for result in found} == {
+        (by_file.record.key, by_file.prompt, by_file.record.validation_loss)
+    }
+    alone = invert(tensor, **how)
+    assert (alone.record.key, alone.prompt) == (by_file.record.key, by_file.prompt)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA"])
+def test_gray_arrays(mode, tiny, first):
+    image = Image.open(first).convert(mode)
+    array = np.asarray(image)
+    with_channel = array if array.ndim == 3 else array[:, :, None]
+    shapes = [array, with_channel, np.moveaxis(with_channel, -1, 0), torch.from_numpy(array.copy())]
+    found = invert([image, *shapes], method="random_tokens", backbone=tiny, **{**SHORT, "steps": 1})
+    assert len({result.record.key for result in found}) == 1
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "LAB", "YCbCr", "HSV", "RGBX", "PA", "I"])
+def test_modes_of_an_image(mode, tiny, first):
+    """An image in memory has the pixels of Pillow's conversion, or of its file where that knows more."""
+    image = Image.open(first).convert(mode)
+    if mode == "I":  # 16 bits
+        image, wanted = image.point(lambda value: value * 257), image.convert("L")
+    else:
+        wanted = image.convert("RGB")
+    how = {"method": "random_tokens", "backbone": tiny, **SHORT, "steps": 1}
+    assert invert(image, **how).record.key == invert(wanted, **how).record.key
+
+
+def test_a_file_under_two_names(tiny, first, monkeypatch):
+    monkeypatch.chdir(first.parent)
+    names = [first.name, f"./{first.name}", first]
+    found = invert(names, method="random_tokens", backbone=tiny, **SHORT)
+    assert [result.record.target for result in found] == [first.name] * 3
+
+
+def test_pictures_to_lead_away_from(tiny, pictures):
+    one, two, three = sorted(pictures.iterdir())
+    how = {"method": "pez", "backbone": tiny, **SHORT}
+    in_memory = invert(one, negative_images=[np.asarray(Image.open(two)), Image.open(three)], **how)
+    by_file = invert(one, negative_images=[two, str(three)], **how)
+    assert (in_memory.record.key, in_memory.prompt) == (by_file.record.key, by_file.prompt)
+    assert in_memory.record.key != invert(one, **how).record.key
+
+
+def test_python_values(tiny, first, tmp_path):
+    """Numbers of NumPy and tensors, tuples, ranges and paths stand for plain values."""
+    plain = invert(str(first), method="pez", backbone=tiny, lr=0.5, timesteps=[100, 900], draw_seeds=[0, 1], **SHORT)
+    found = invert(
+        first, method="pez", backbone=Path(tiny), lr=torch.tensor(0.5), timesteps=(np.int64(100), 900), draw_seeds=range(2),
+        steps=np.int32(2), sampling_steps=torch.tensor(2), device=torch.device("cpu"), folder=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert (found.prompt, found.record.validation_loss) == (plain.prompt, plain.record.validation_loss)
+    assert len(found.pictures) == 2
+
+
+@pytest.mark.parametrize("text", ["null", "~", "- a", "style: x", "[a]", "# one", "3", "true"])
+def test_texts_are_texts(text, tiny):
+    how = {"backbone": tiny, "steps": 1, "sampling_steps": 1, "device": "cpu", "embedding": "arc"}
+    assert hold([text], towards=text, unconditional=False, **how)[0].record.target == text
+
+
+def test_settings_are_those_of_the_command_line(tiny, first, tmp_path):
+    """A call has the config's settings, which name classes, and every default."""
+    (result,) = search("metric_guidance", {"prompts": "a red cat", "backbone": tiny, **SHORT_SETTINGS}, device="cpu")
+    assert len(result.record.metric_before) == 4  # seeds of the config
+    invert(first, method="pez", backbone=tiny, folder=tmp_path / "run", **SHORT)
+    settings = json.loads((tmp_path / "run/result.json").read_text())["settings"]
+    assert (settings["score_every"], settings["patience"], settings["steps"]) == ("8", "1000", "2")
+
+
+def test_checking_settings_takes_no_time():
+    start = time.perf_counter()
+    checked_settings((DPODiff, Prompts), {"solver": "hybrid"}, {"prompts": ["a cat"], "lr": 0.1})
+    assert time.perf_counter() - start < 1  # 0.05 seconds alone
+
+
+def test_no_folder_is_left_behind(tiny, first, tmp_path):
+    with pytest.raises(UserError, match="has 0 pairs of braces"):
+        invert(first, folder=tmp_path / "run", template="no place", backbone=tiny, **SHORT)
+    assert not (tmp_path / "run").exists()
+    invert(first, folder=tmp_path / "run", backbone=tiny, method="pez", **SHORT)
+    before = (tmp_path / "run/result.json").read_bytes()
+    with pytest.raises(UserError, match="already holds a run; give another folder"):
+        invert(first, folder=tmp_path / "run", backbone=tiny, **SHORT)
+    assert (tmp_path / "run/result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (None, "An answer must be a Choice, got None"),
+        ("go", "An answer must be a Choice, got 'go'"),
+        (Choice, "An answer must be a Choice, got <class"),
+        (Choice("stay"), "action must be one of go, others, undo, finish, got 'stay'"),
+        (Choice("go", 5), "candidate must be a whole number from 0 to 4, got 5"),
+        (Choice("go", -1), "candidate must be a whole number from 0 to 4, got -1"),
+        (Choice("go", 1.0), "candidate must be a whole number from 0 to 4, got 1.0"),
+        (Choice("go", 0, 2), "strength must be a number from 0 to 1, got 2"),
+        (Choice("go", 0, float("nan")), "strength must be a number from 0 to 1, got nan"),
+    ],
+)
+def test_answers_that_are_none(choice, said, tiny):
+    with pytest.raises(UserError, match=said):
+        prefer("a red cat", lambda question: choice, backbone=tiny, sampling_steps=1, texts=6, device="cpu")
+
+
+def test_answers_of_numpy(tiny):
+    answers = iter([Choice("go", np.int64(1), np.float32(0.5)), Choice("finish")])
+    result = prefer("a red cat", lambda question: next(answers), backbone=tiny, sampling_steps=1, texts=6, device="cpu")
+    assert [(move["candidate"], move["strength"]) for move in result.record.moves] == [(1, 0.5)]
+
+
+def test_the_errors_of_a_function_are_its_own(tiny):
+    mistake = LookupError("no such thing")
+
+    def fails(*_):
+        raise mistake
+
+    with pytest.raises(LookupError) as raised:
+        prefer("a red cat", fails, backbone=tiny, sampling_steps=1, texts=6, device="cpu")
+    assert raised.value is mistake
+    objective = Sharpness()
+    objective.forward = fails
+    with pytest.raises(LookupError) as raised:
+        guide("a red cat", objective, backbone=tiny, **SHORT)
+    assert raised.value is mistake
+
+
+def test_reasons_name_arguments(tiny):
+    found = prefer(["a red cat", "word " * 30], lambda question: Choice("finish"), backbone=tiny, sampling_steps=1, texts=6, device="cpu")  # fmt: skip
+    assert found[1].prompt == ""
+    assert "--" not in found[1].record.reason
+
+
 @pytest.mark.parametrize(
     ("ask", "said"),
     {
-        "unknown": (lambda first: invert(first, step=3), "The setting 'step' is unknown; did you mean 'steps'"),
-        "none": (lambda first: invert(first, tokens=4, steps=0), "cannot be 0; it takes a whole number from 1 on"),
-        "method": (lambda first: invert(first, method="dpo_diff"), "give one of invert, ph2p,"),
-        "missing": (lambda first: invert("none.png"), "There is no file or folder 'none.png'"),
-        "folder": (lambda first: invert(first.parent), "give the pictures that it holds"),
-        "list": (lambda first: reword("prompts.txt"), "give what it holds"),
-        "nothing": (lambda first: invert([]), "No pictures were given"),
-        "no prompt": (lambda first: reword([" "]), "A prompt is empty"),
-        "objective": (lambda first: guide("a cat", []), "There is nothing to improve"),
-        "device": (lambda first: invert(first, device="gpu"), "The device 'gpu' cannot be used"),
         "model": (lambda first: invert(first, backbone="no/thing/here"), "is neither 'emoji' nor"),
     }.values(),
 )

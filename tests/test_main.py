@@ -345,6 +345,7 @@ def test_bad_picture_is_refused(base, pictures, capsys, how):
         (["--model.lr", "-1"], ["--model.lr cannot be -1", "a finite number above 0"]),
         (["--model.lr", "0"], "--model.lr cannot be 0"),
         (["--model.lr", "inf"], "--model.lr cannot be inf"),
+        (["--model.guidance_scale", ".nan"], "--model.guidance_scale cannot be nan; it takes a finite number"),
         (["--model.lr", "fast"], ["--model.lr cannot be fast", "a finite number above 0"]),
         (["--data.background", "[300, 0, 0]"], ["--data.background cannot be 300", "whole numbers from 0 to 255"]),
         (["--data.background", "[0, -1, 0]"], "--data.background cannot be -1"),

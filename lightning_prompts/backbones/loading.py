@@ -22,6 +22,7 @@ from lightning_prompts.backbones.single_file import as_stated, find_configuratio
 from lightning_prompts.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_prompts.backbones.towers import Kind, TextTower
 from lightning_prompts.errors import UserError
+from lightning_prompts.python_values import check_arguments, plain
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ def load_backbone(
         clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines; negative prompts
             use all layers. None for all layers.
     """
+    name = plain("name", name)
+    check_arguments(load_backbone, locals())
     import diffusers
 
     checkpoint, variants = None, dict[str, str | None]()

@@ -174,23 +174,26 @@ class Results(Checkpoint):
             _report(folder)
 
 
-def check_seeds(seeds: Sequence[int], setting: str) -> None:
+def check_seeds(name: str, seeds: Sequence[int]) -> None:
     """Refuse seeds that a torch generator does not take, or that draw the same picture twice.
 
     Args:
-        seeds: Seeds that a user has given.
-        setting: The setting's name, for the error.
+        name: Setting that gives them.
+        seeds: The seeds.
 
     Raises:
-        UserError: A seed is negative or has more than 64 bits, or two of them agree in the 32 bits that torch's CPU generator uses.
+        UserError: There is none; one is negative or has more than 64 bits; or two of them agree in the 32 bits that torch's CPU
+            generator uses.
     """
-    if wrong := [seed for seed in seeds if not 0 <= seed < 2**64]:
-        raise UserError(f"{setting} takes whole numbers from 0 to 18446744073709551615, got {wrong[0]}.")
+    wrong = [seed for seed in seeds if not 0 <= seed < 2**64]
+    if wrong or not seeds:
+        given = wrong[0] if wrong else "an empty list"
+        raise UserError(f"{name} takes whole numbers from 0 to {2**64 - 1}, not {given}.")
     first: dict[int, int] = {}
     for seed in seeds:
         if seed % 2**32 in first:
             raise UserError(
-                f"{setting} must draw different pictures, and {first[seed % 2**32]} and {seed} draw the same one, since torch's CPU "
+                f"{name} must draw different pictures, and {first[seed % 2**32]} and {seed} draw the same one, since torch's CPU "
                 "generator uses the lowest 32 bits of a seed; leave one of them out."
             )
         first[seed % 2**32] = seed

@@ -36,7 +36,7 @@ Fit = Literal["crop", "pad"]
 MIN_SIDE = 8
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # nothing that runs another program, as EPS does
 _KINDS = "PNG, JPEG, WebP, BMP, GIF or TIFF"
-_DAMAGE = (  # what Pillow's decoders raise on damaged files
+DAMAGE = (  # what Pillow's decoders raise on damaged files
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
     *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
 )
@@ -190,7 +190,7 @@ def _decode(path: Path, data: bytes, max_pixels: int) -> Image.Image:
         too_many = True
     except UnidentifiedImageError as error:
         raise UserError(f"'{path}' is no picture or its header is damaged; give a {_KINDS} file.") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(damaged) from error
     if too_many:
         raise UserError(f"'{path}' has more than the {max_pixels:,} pixels allowed; save a smaller picture.")
@@ -199,9 +199,9 @@ def _decode(path: Path, data: bytes, max_pixels: int) -> Image.Image:
         raise UserError(f"'{path}' has {size} pixels; give a picture of at least {MIN_SIDE} on each side.")
     try:
         image.load()
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(damaged) from error
-    with contextlib.suppress(*_DAMAGE):  # a picture with broken EXIF data stays as it is
+    with contextlib.suppress(*DAMAGE):  # a picture with broken EXIF data stays as it is
         image = ImageOps.exif_transpose(image)
     return _in_srgb(image)
 

@@ -59,10 +59,10 @@ class MetricGuidance(Steering):
         shift_every: NotNegative = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
         objectives = [objective] if isinstance(objective, Objective) else objective
         if not objectives:
             raise UserError("There is nothing to improve; give --model.objective, such as Sharpness.")
+        super().__init__(**kwargs)
         if seeds_per_step and seeds_per_step > self.seeds:
             raise UserError(
                 f"A step cannot look at {seeds_per_step} of {self.seeds} seeds; lower --model.seeds_per_step or raise --model.seeds."

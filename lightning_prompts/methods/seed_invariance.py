@@ -79,12 +79,13 @@ class SeedInvariance(Steering):
         steps: Positive | None = None,
         **kwargs: Any,
     ) -> None:
+        if target_seeds is not None:
+            check_seeds("--model.target_seeds", target_seeds)
         if compare == "latents":
             refuse_unused(SeedInvariance, "with --model.compare latents", {"pixels": pixels, "clip": clip})
         arc = embedding == "arc"
         super().__init__(steps=steps or (100 if arc else 60), **kwargs)
         calls = self.backbone.calls(self.sampling_steps, 1)
-        check_seeds(target_seeds or [0], "--model.target_seeds")
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
         self.towards, self.seeds_per_step, self.weight, self.lr, self.eps = (
             towards,

@@ -229,7 +229,7 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
         ({"stages": [1, 9]}, "go beyond the sampler's 4 calls"),
         ({"ramp": 1.5}, "from 0 to 1, not 1.5"),
         ({"stages": [1, 2, 3], "steps": 2}, "raise --model.steps"),
-        ({"target_seeds": [3, -1]}, "--model.target_seeds takes .*got -1"),
+        ({"target_seeds": [3, -1]}, "--model.target_seeds takes .*not -1"),
         ({"target_seeds": [3, 2**32 + 3]}, "3 and 4294967299 draw the same"),
         ({"embedding": "arc"}, "--model.towards"),
         ({"towards": "two dogs"}, "--model.embedding arc"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from lightning_prompts.backbones import Backbone
 from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+
+Action = Literal["go", "others", "undo", "finish"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,31 @@ class Choice:
         strength: How far to go, from 0 to 1.
     """
 
-    action: Literal["go", "others", "undo", "finish"]
+    action: Action
     candidate: int = 0
     strength: float = 1.0
+
+
+def checked_choice(choice: object, candidates: int) -> Choice:
+    """Check an answer, which a function of the user may have given.
+
+    Args:
+        choice: The answer.
+        candidates: Number of candidates of the round.
+
+    Raises:
+        UserError: It is no choice, or not one of this round.
+    """
+    if not isinstance(choice, Choice):
+        raise UserError(f"An answer must be a Choice, got {choice!r:.40}; return such as Choice('go', 0, 0.5).")
+    if choice.action not in get_args(Action):
+        raise UserError(f"A Choice's action must be one of {', '.join(get_args(Action))}, got {choice.action!r:.40}.")
+    number, strength = choice.candidate, choice.strength
+    if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= number < candidates:
+        raise UserError(f"A Choice's candidate must be a whole number from 0 to {candidates - 1}, got {number!r:.40}.")
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 1:
+        raise UserError(f"A Choice's strength must be a number from 0 to 1, got {strength!r:.40}.")
+    return Choice(choice.action, int(number), float(strength))  # NumPy's numbers cannot be recorded
 
 
 class Chooser(ABC):

@@ -15,7 +15,7 @@ from lightning_prompts.data.addresses import address
 from lightning_prompts.data.problems import Step
 from lightning_prompts.embeddings import farthest, principal_axes, slerp, transfer
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.human_feedback.choices import Choice, Chooser, Round
+from lightning_prompts.methods.human_feedback.choices import Choice, Chooser, Round, checked_choice
 from lightning_prompts.methods.human_feedback.page import Page
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives import ClipSimilarity
@@ -188,6 +188,8 @@ class HumanFeedback(Steering):
         )
         try:
             choice = self.chooser.choose(question)
+            if choice is not None or not self.stopped:
+                choice = checked_choice(choice, len(texts))
         except BaseException:  # also Ctrl-C; Lightning calls no hook of a method then
             self.chooser.close("The run was stopped. What was chosen is kept.")
             raise

@@ -1,0 +1,232 @@
+"""Wrong inputs of the Python calls: each is refused by one sentence, before a model is loaded."""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_prompts import guide, hold, invert, load_backbone, prefer, reword
+from lightning_prompts.api import search
+from lightning_prompts.callbacks import Scores
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods import base
+from lightning_prompts.methods.human_feedback import Scripted
+from lightning_prompts.objectives import Sharpness
+
+ARRAY = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+PICTURE = Image.fromarray(ARRAY)
+
+PICTURES = {  # what is given as `images`, and what is said
+    "none": (None, "images cannot be None; give a PIL image, a NumPy array"),
+    "number": (3, "images cannot be 3"),
+    "bytes": (b"x", "images cannot be of type bytes"),
+    "dictionary": ({"a": 1}, "images cannot be of type dict"),
+    "set": ({"a.png"}, "images cannot be of type set"),
+    "open file": (io.BytesIO(b"x"), "images cannot be of type BytesIO"),
+    "class": (Image.Image, "images cannot be the class Image"),
+    "empty list": ([], "No pictures were given"),
+    "none in a list": ([PICTURE, None], "images[1] cannot be None"),
+    "nested list": ([[PICTURE]], "images[0] cannot be a list with items of type Image"),
+    "empty text": ("", "images cannot be ''"),
+    "missing": ("none.png", "There is no file or folder 'none.png'"),
+    "missing in a list": ([PICTURE, "none.png"], "There is no file or folder 'none.png'"),
+    "not in a path": ("a\0b", "There is no file or folder 'a\\x00b'"),
+    "address": ("https://example.org/a.png", "There is no file or folder"),
+    "folder": (Path("."), "give the pictures that it holds"),
+    "pattern": ("*.png", "give the pictures that it holds"),
+    "list of pictures": ("list.csv", "give the pictures that it holds"),
+    "text file": ("text.txt", "'text.txt' is no picture"),
+    "unreadable": ("bad.png", "'bad.png' is no picture"),
+    "small image": (Image.new("RGB", (4, 16)), "images has 4 x 16 pixels; give a picture of at least 8"),
+    "empty image": (Image.new("RGB", (0, 16)), "images has 0 x 16 pixels"),
+    "image of floats": (Image.new("F", (16, 16)), "images has pixels of kind F"),
+    "not a number": (np.full((16, 16, 3), math.nan), "images has values that are infinite or not a number"),
+    "infinite": (torch.full((3, 16, 16), math.inf), "images has values that are infinite or not a number"),
+    "floats to 255": (ARRAY.astype(float), "floats from 0 to 255; give floats from 0 to 1, such as values / 255"),
+    "floats from -1": (ARRAY / 127.5 - 1, "floats from -1 to 1; give floats from 0 to 1, such as (values + 1) / 2"),
+    "negative": (ARRAY.astype(int) - 300, "whole numbers from -300 to -45; give whole numbers from 0 to 255"),
+    "16 bits": (ARRAY.astype(np.uint16) * 257, "whole numbers from 0 to 65535; give whole numbers from 0 to 255"),
+    "five channels": (np.zeros((16, 16, 5)), "has the shape (16, 16, 5); give (H, W), (H, W, C) or (C, H, W)"),
+    "one dimension": (np.zeros(16), "has the shape (16,)"),
+    "no dimension": (torch.zeros(()), "has the shape ()"),
+    "batch": (torch.zeros(2, 3, 16, 16), "has the shape (2, 3, 16, 16), which is a batch; give list(batch)"),
+    "no pixels": (np.zeros((16, 0, 3)), "has the shape (16, 0, 3); give a picture of at least 8 pixels"),
+    "few pixels": (np.zeros((3, 7, 16)), "has the shape (3, 7, 16); give a picture of at least 8 pixels"),
+    "no image in a list": ([ARRAY, np.zeros((4, 4))], "images[1] has the shape (4, 4)"),
+    "objects": (np.array([[None] * 9] * 9), "images has values of type object"),
+    "complex": (np.zeros((16, 16), complex), "images has values of type complex128"),
+    "texts": (np.array([["a"] * 9] * 9), "images has values of type <U1"),
+    "no values": (torch.zeros(3, 16, 16, device="meta"), "images is a tensor that NumPy cannot read"),
+    "sparse": (torch.zeros(16, 16).to_sparse(), "images is a tensor that NumPy cannot read"),
+}
+
+SETTINGS = {  # of `invert`, and what is said
+    "method of another type": ({"method": 3}, "The method 3 is none that inverts pictures; give one of invert"),
+    "methods": ({"method": np.array(["pez", "gcg"])}, "The method of type ndarray is none"),
+    "unknown": ({"step": 3}, "The setting 'step' is unknown; did you mean 'steps'?"),
+    "of another call": ({"prompts": "a"}, "The setting 'prompts' is unknown; give one of allow_pickle"),
+    "share": ({"steps": 1.5}, "The setting steps cannot be 1.5; it takes a whole number from 1 on."),
+    "float": ({"steps": 2.0}, "steps cannot be 2.0"),
+    "number as text": ({"steps": "3"}, "steps cannot be '3'"),
+    "yes for a number": ({"steps": True}, "steps cannot be True"),
+    "none for a number": ({"steps": None}, "steps cannot be None"),
+    "0": ({"steps": 0}, "steps cannot be 0; it takes a whole number from 1 on."),
+    "too many": ({"steps": 2**31}, "steps cannot be 2147483648; it takes a whole number from 1 to 2147483647."),
+    "list for a number": ({"steps": [1]}, "steps cannot be [1]"),
+    "NumPy's float": ({"steps": np.float64(2)}, "steps cannot be 2.0"),
+    "no step size": ({"method": "pez", "lr": 0}, "lr cannot be 0; it takes a finite number above 0."),
+    "infinite": ({"guidance_scale": math.inf}, "guidance_scale cannot be inf; it takes a finite number or None."),
+    "too large": ({"guidance_scale": 10**400}, "it takes a finite number or None."),
+    "text for a number": ({"guidance_scale": "7"}, "guidance_scale cannot be '7'"),
+    "color": ({"background": "red"}, "cannot be 'red'; it takes a list of 3, each item a whole number from 0 to 255."),
+    "two colors": ({"background": [1, 2]}, "background cannot be [1, 2]"),
+    "bright": ({"background": (0, 0, 256)}, "background cannot be 256"),
+    "share of a color": ({"background": (0, 0.5, 1)}, "background cannot be [0, 0.5, 1]"),
+    "text for a range": ({"timesteps": "0,1000"}, "timesteps cannot be '0,1000'; it takes a list of 2"),
+    "texts in a range": ({"timesteps": ["0", "1000"]}, "timesteps cannot be ['0', '1000']"),
+    "text for yes": ({"one_subject": "yes"}, "one_subject cannot be 'yes'; it takes True or False."),
+    "1 for yes": ({"offline": 1}, "offline cannot be 1; it takes True or False."),
+    "choice": ({"fit": "stretch"}, "fit cannot be 'stretch'; it takes one of 'crop', 'pad'."),
+    "null": ({"vocabulary": "null"}, "vocabulary cannot be 'null'; it takes one of 'clip', 't5' or None."),
+    "type for its name": ({"dtype": torch.float16}, "dtype cannot be of type dtype; it takes one of 'float32'"),
+    "text for a list": ({"words": "[cat]"}, "words cannot be '[cat]'; it takes a list, each item a text or None."),
+    "number for a text": ({"template": 3}, "template cannot be 3; it takes a text."),
+    "none for a text": ({"start": None}, "start cannot be None; it takes a text."),
+    "surrogate": ({"template": "{} \ud800"}, "which is not UTF-8"),
+    "backbone": (
+        {"backbone": torch.nn.Linear(1, 1)},
+        "backbone cannot be of type Linear; it takes a text or a Backbone.",
+    ),
+    "no backbone": ({"backbone": None}, "backbone cannot be None"),
+    "negative": ({"negative_images": [PICTURE, 3]}, "negative_images[1] cannot be 3; give a PIL image"),
+    "nothing to minimize": ({"denoising_weight": 0, "clip_weight": 0}, "raise denoising_weight or clip_weight."),
+    "one seed": ({"draw_seeds": 3}, "draw_seeds cannot be 3; it takes a list, each item a whole number."),
+    "seeds as text": ({"draw_seeds": "0,1"}, "draw_seeds cannot be '0,1'"),
+    "seed as text": ({"draw_seeds": ["1"]}, "draw_seeds cannot be ['1']"),
+    "seeds of floats": ({"draw_seeds": np.array([1.5])}, "draw_seeds cannot be [1.5]"),
+    "seeds without order": ({"draw_seeds": {1}}, "draw_seeds cannot be of type set"),
+    "no seeds": (
+        {"draw_seeds": []},
+        "draw_seeds takes whole numbers from 0 to 18446744073709551615, not an empty list.",
+    ),
+    "negative seed": ({"draw_seeds": [0, -1]}, "from 0 to 18446744073709551615, not -1."),
+    "large seed": ({"draw_seeds": [2**64]}, "from 0 to 18446744073709551615, not 18446744073709551616."),
+    "none for seeds": ({"draw_seeds": None}, "draw_seeds cannot be None"),
+    "device": ({"device": "gpu"}, "The device 'gpu' cannot be used"),
+    "device's number": ({"device": 0}, "The device cannot be 0; give 'cpu', or 'cuda:0'"),
+    "empty device": ({"device": ""}, "The device '' cannot be used"),
+    "device without values": (
+        {"device": torch.device("meta")},
+        "The device 'meta' cannot be used (no search runs there)",
+    ),
+    "scores": ({"scores": "clip"}, "The setting scores cannot be 'clip'; it takes a Scores or None."),
+    "scorer": ({"scores": Scores(scorer=3)}, "The setting scorer cannot be 3; it takes a text or None."),
+    "dictionary": ({"scores": Scores(dictionary="none")}, "The dictionary none cannot be read"),
+    "folder's number": ({"folder": 3}, "The setting folder cannot be 3; it takes a text or None."),
+    "empty folder": ({"folder": " "}, "folder cannot be ' '; give the name of a folder, or None"),
+    "not a folder": ({"folder": "a\0b"}, "The setting folder cannot be 'a\\x00b'"),
+    "long folder": ({"folder": "a" * 300}, "cannot be used (File name too long); give another folder."),
+    "file": ({"folder": "text.txt"}, "The run folder text.txt is a file; give another folder."),
+    "in a file": ({"folder": "text.txt/run"}, "The run folder text.txt/run cannot be written"),
+    "run": ({"folder": "run"}, "The folder run already holds a run; give another folder."),
+}
+
+CALLS = {
+    "prompts: none": (lambda: reword(None), "prompts cannot be None; it takes a text or a list, each item a text."),
+    "prompts: number": (lambda: hold(3), "prompts cannot be 3"),
+    "prompts: bytes": (lambda: reword(b"a"), "prompts cannot be of type bytes"),
+    "prompts: empty": (lambda: guide(" ", Sharpness()), "A prompt is empty; write what the picture is to show."),
+    "prompts: one empty": (lambda: reword(["a", ""]), "A prompt is empty"),
+    "prompts: no prompt": (lambda: reword([]), "No prompts were given; give prompts a text"),
+    "prompts: none in a list": (lambda: reword(["a", None]), "prompts cannot be ['a', None]"),
+    "prompts: nested": (lambda: reword([["a"]]), "prompts cannot be a list with items of type list"),
+    "prompts: dictionary": (lambda: reword({"a": 1}), "prompts cannot be of type dict"),
+    "prompts: surrogate": (lambda: reword("\ud800"), "which is not UTF-8"),
+    "prompts: list": (lambda: reword("prompts.txt"), "give what it holds"),
+    "task": (lambda: reword("a", task="worsen"), "task cannot be 'worsen'; it takes one of 'improve', 'attack'."),
+    "task: none": (lambda: reword("a", task=None), "task cannot be None"),
+    "sources": (lambda: reword("a", positive="neighbours"), "positive cannot be 'neighbours'; it takes a list"),
+    "source": (lambda: reword("a", positive=["dictionary"]), "positive cannot be ['dictionary']"),
+    "objective: class": (lambda: guide("a", Sharpness), "cannot be the class Sharpness; it takes an Objective"),
+    "objective: name": (lambda: guide("a", "Sharpness"), "objective cannot be 'Sharpness'; it takes an Objective"),
+    "objective: none": (lambda: guide("a", None), "objective cannot be None"),
+    "objective: function": (lambda: guide("a", lambda pictures: pictures), "objective cannot be of type function"),
+    "objective: no objective": (lambda: guide("a", []), "There is nothing to improve; give objective"),
+    "objective: number": (lambda: guide("a", [Sharpness(), 3]), "a list with items of type Sharpness, int"),
+    "seed: text": (lambda: hold("a", seed="3"), "The setting seed cannot be '3'; it takes a whole number."),
+    "seed: yes": (lambda: hold("a", seed=True), "The setting seed cannot be True"),
+    "seed: negative": (lambda: hold("a", seed=-1), "seed takes whole numbers from 0 to 18446744073709551615, not -1."),
+    "seeds": (lambda: hold("a", target_seeds=[1, 2]), "target_seeds is set by seed"),
+    "target seeds": (lambda: search("seed_invariance", {"prompts": "a", "target_seeds": [-1]}), "target_seeds takes whole"),
+    "choose: number": (lambda: prefer("a", 3), "choose cannot be 3; it takes a function that returns a Choice"),
+    "choose: no": (lambda: prefer("a", False), "choose cannot be False"),
+    "choose: class": (lambda: prefer("a", Scripted), "choose cannot be the class Scripted"),
+    "chooser": (lambda: prefer("a", chooser=Scripted("a.png")), "The setting chooser is set by choose"),
+    "set by the method": (lambda: prefer("a", print, unconditional=True), "The setting 'unconditional' is unknown"),
+    "config": (lambda: search("../pez", {}), "The config '../pez' is unknown; give one of clip_words, dpo_diff"),
+    "config: number": (lambda: search(3, {}), "The config 3 is unknown"),
+    "settings": (lambda: search("pez", None), "Settings cannot be None; give a dictionary"),
+    "settings: numbers": (lambda: search("pez", {3: 4}), "give a dictionary whose keys are names of settings."),
+    "settings: no pictures": (lambda: search("pez", {}), "images must be given"),
+    "settings: pictures": (lambda: search("pez", {"images": 3}), "images cannot be 3; it takes a text or a list"),
+    "load: number": (lambda: load_backbone(3), "The setting name cannot be 3; it takes a text."),
+    "load: precision": (lambda: load_backbone("emoji", dtype="int8"), "dtype cannot be 'int8'; it takes one of 'float32'"),
+    "load: size": (lambda: load_backbone("emoji", image_size="64"), "image_size cannot be '64'; it takes a whole number"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Work in a folder with some files, in which nothing else is left, and load no model."""
+    (tmp_path / "text.txt").write_text("a dog")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "list.csv").write_text("file\na.png\n")
+    PICTURE.save(tmp_path / "a.png")
+    (tmp_path / "run/problems").mkdir(parents=True)
+    (tmp_path / "run/problems/0.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(base, "load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    before = sorted(tmp_path.rglob("*"))
+    yield
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def check(ask, said):
+    with pytest.raises(UserError) as mistake:
+        ask()
+    message = str(mistake.value)
+    assert said in message.replace(f"{Path.cwd()}/", "")
+    assert "\n" not in message
+    assert "--" not in message
+
+
+@pytest.mark.parametrize(("images", "said"), PICTURES.values(), ids=PICTURES)
+def test_pictures(images, said):
+    check(lambda: invert(images), said)
+
+
+@pytest.mark.parametrize(("settings", "said"), SETTINGS.values(), ids=SETTINGS)
+def test_settings(settings, said):
+    check(lambda: invert(PICTURE, **settings), said)
+
+
+@pytest.mark.parametrize(("ask", "said"), CALLS.values(), ids=CALLS)
+def test_calls(ask, said):
+    check(ask, said)
+
+
+def test_closed_image():
+    with Image.open("a.png") as image:
+        image.close()
+        check(
+            lambda: invert(image), "images is a picture that cannot be read (Operation on closed image); open it again."
+        )
+
+
+def test_image_cut_short():
+    image = Image.open(io.BytesIO(Path("a.png").read_bytes()[:300]))
+    check(lambda: invert(image), "images is a picture that cannot be read (image file is truncated); open it again.")
