@@ -13,12 +13,21 @@ import yaml
 
 from lightning_prompts.errors import UserError
 
+LISTS = {list[str], Sequence[str]}
+
 
 class Text(NamedTuple):
-    """What a setting takes: one text or several, or null."""
+    """What a setting takes: one text or several, or null.
+
+    Attributes:
+        several: Whether it takes several texts.
+        optional: Whether it takes null.
+        listed: Whether it takes a list even of one text.
+    """
 
     several: bool
     optional: bool
+    listed: bool = False
 
 
 def text_settings(base: type) -> dict[str, Text]:
@@ -28,8 +37,8 @@ def text_settings(base: type) -> dict[str, Text]:
     for kind in _family(base):
         for name, hint in own_settings(kind).items():
             kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
-            if str in kinds and kinds <= {str, list[str], NoneType}:
-                found[name] = Text(list[str] in kinds, NoneType in kinds)
+            if kinds & {str, *LISTS} and kinds <= {str, *LISTS, NoneType}:
+                found[name] = Text(bool(kinds & LISTS), NoneType in kinds, str not in kinds)
             else:
                 others.add(name)
     return {name: text for name, text in found.items() if name not in others}
@@ -91,6 +100,11 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
             )
         if text.optional and not text.several and _is_null(given[0]):
             raise UserError(f"The setting {name} cannot be {given[0]!r}; it takes a text, or null for none.")
+        if text.listed and len(given) == 1 and given[0].lstrip().startswith("[") and _texts(given) == given:
+            raise UserError(
+                f"The setting {name} cannot be {given[0]!r}; it takes words one after the other, or a JSON list such as "
+                '\'["red", "blue"]\'.'
+            )
         rest = rest if equals else rest[len(given) :]
         kept += _config(part, name.rpartition(".")[2].lstrip("-"), _texts(given) if text.several else given[0])
     return kept
@@ -137,7 +151,7 @@ def _texts_of_config(file: str, settings: Mapping[str, Mapping[str, Text]]) -> l
     """Return the settings of a config file that take several texts and have one, which the parser would read as YAML again."""
     try:
         config = yaml.safe_load(Path(file).read_bytes())
-        given = [(part, name, config[part]["init_args"].get(name)) for part in ("data", "model") if part in config
+        given = [(part, name, (config[part].get("init_args") or {}).get(name)) for part in ("data", "model") if part in config
                  for name, text in settings.get(part, {}).items() if text.several]  # fmt: skip
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return []  # the parser says what is wrong

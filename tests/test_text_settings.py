@@ -127,7 +127,23 @@ def test_settings_that_take_text():
     model = text_settings(PromptMethod)
     assert model["template"] == Text(several=False, optional=False)
     assert model["clip"] == Text(several=False, optional=True)
-    assert not model.keys() & {"blocked", "words", "metric", "lr", "chooser", "objective", "return"}
+    assert model["words"] == Text(several=True, optional=True, listed=True)
+    assert model["blocked"] == Text(several=True, optional=False, listed=True)
+    assert not model.keys() & {"metric", "lr", "chooser", "objective", "return"}
+
+
+@pytest.mark.parametrize("words", [["no"], ["null", "1", "on"], ["red", "[x", "a: b"], ["- a"]])
+@pytest.mark.parametrize("setting", ["words", "blocked"])
+def test_lists_of_texts_are_taken_as_they_stand(setting, words, parsed):
+    base = ["fit", "--config", "configs/pez.yaml", "--data.images", "a.png"]
+    assert parsed(*base, f"--model.{setting}", *words).model.init_args[setting] == words
+    assert parsed(*base, f"--model.{setting}={json.dumps(words)}").model.init_args[setting] == words
+
+
+def test_list_that_yaml_alone_would_read_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", "configs/pez.yaml", "--data.images", "a.png", "--model.words", "[no, yes]"])
+    assert "JSON list" in capsys.readouterr().err
 
 
 def test_what_is_no_text_stays():
