@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,24 +20,29 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Missing folders are created.
 
     Raises:
-        OSError: The file could not be written, and an old one is untouched, or has lost what was written.
+        OSError: The file, which the error names, could not be written, and an old one is untouched, or has lost what was written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, as a rename is atomic only within a file system; its own name for each writer.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            written = file.tell()
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):  # it is gone after the replacement, and the first error is the one to hear about
-            temporary.unlink()
-    if (size := path.stat().st_size) != written:  # network file systems have been seen to lose data silently
-        raise OSError(f"{path} has {size} bytes after {written} were written")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                written = file.tell()
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # it is gone after the replacement, and the first error is the one to hear about
+                temporary.unlink()
+        if (size := path.stat().st_size) != written:  # network file systems have been seen to lose data silently
+            raise OSError(errno.EIO, f"{size} bytes are there after {written} were written")
+    except OSError as error:  # that of a full disk names no file, and others the temporary one
+        if error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:

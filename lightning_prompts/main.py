@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,10 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.terminal import close, prepare, say
 
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space, and continue a search with --run and --ckpt_path last"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "permit writing there, or give another place"),
+}
 COMMANDS = ("fit", "validate", "test", "predict", "show-space", "check", "dry-run", "prefetch")
 MOST_NESTED, MOST_ALIASES = 50, 10  # in a config
 HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
@@ -68,7 +73,8 @@ def main(args: Sequence[str] | None = None) -> None:
             f"The package {error.name!r} is not installed for {sys.executable}; activate the environment, or run pip install -e ."
         )
     except OSError as error:
-        _refuse(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.")
+        reason = f"{error.filename or 'A file'} cannot be used ({error.strerror or error})"
+        _refuse(f"{reason}; {ADVICE.get(error.errno or 0, 'check the path and its permissions')}.")
     finally:
         close()
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from lightning_prompts.files import atomic_write
+from lightning_prompts.files import atomic_write, atomic_writer
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,18 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(type(error)) as caught:
         atomic_write(file, b"new content")
-    assert caught.value is error
+    if isinstance(error, OSError):
+        assert (caught.value.errno, caught.value.filename) == (error.errno, str(file))
+    else:
+        assert caught.value is error
     assert os.listdir(tmp_path) == ["file"]
     assert file.read_bytes() == b"old"
+
+
+def test_error_of_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, atomic_writer(tmp_path / "file"):
+        (tmp_path / "missing").read_bytes()
+    assert caught.value.filename == str(tmp_path / "missing")
 
 
 def test_data_reach_the_disk_before_the_file_gets_its_name(tmp_path, monkeypatch):
@@ -45,7 +54,7 @@ def test_a_save_that_was_swallowed_is_reported(tmp_path, monkeypatch):
 
 def test_a_save_that_was_cut_short_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda source, target: target.write_bytes(b"con"))
-    with pytest.raises(OSError, match="file has 3 bytes after 7 were written"):
+    with pytest.raises(OSError, match=r"3 bytes are there after 7 were written: .*file"):
         atomic_write(tmp_path / "file", b"content")
 
 
