@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -43,6 +46,12 @@ class Move(TypedDict):
     candidate: int  # its number in its round, from 0
     strength: float  # how far it went, 1 is all the way
     others: int  # rounds without a move before it
+
+
+def unreadable_key(names: Sequence[str]) -> str:
+    """Return the key of a problem that cannot be read, by its files or by the line of a list that names it."""
+    canonical = json.dumps({"unreadable": list(names)}, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @dataclass

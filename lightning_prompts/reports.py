@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from lightning_prompts.files import atomic_writer, finite, json_line
-from lightning_prompts.problems import MEASURED_ON_REQUEST, Problem, Status
+from lightning_prompts.problems import MEASURED_ON_REQUEST, Problem, Status, unreadable_key
 
 SCHEMA_VERSION = 1  # of result.json
 
@@ -44,9 +44,11 @@ def result_line(problem: Problem) -> bytes:
 
 
 def failed_line(problem: Problem) -> bytes:
-    """A line that names what has failed, as a list of inputs does."""
+    """Return a line that names what has failed, as a list of inputs does: its files, its prompt, or a broken line of a list."""
     files = [os.path.abspath(path) for path in problem.paths]
     named = {"file": files[0] if len(files) == 1 else files} if files else {"prompt": problem.target}
+    if not files and problem.key == unreadable_key([problem.target]):
+        named = {"line": problem.target}
     caption = {"caption": problem.caption} if problem.caption else {}
     return json_line({**named, **caption, "reason": problem.reason})
 

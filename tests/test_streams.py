@@ -14,8 +14,11 @@ from PIL import Image
 
 from lightning_prompts import cli
 from lightning_prompts.callbacks import PromptCheckpoint
+from lightning_prompts.data.prompts import find_prompts
 from lightning_prompts.main import main
 from lightning_prompts.methods import GCG, PEZ, PH2P
+from lightning_prompts.problems import Problem, unreadable_key
+from lightning_prompts.reports import failed_line
 from lightning_prompts.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -255,6 +258,39 @@ def test_what_has_failed_is_listed_and_searched_alone(make, folder, tmp_path, ca
     main(make(tmp_path / "alone", "PEZ", images=tmp_path / "other" / "failed.jsonl"))
     (alone,) = found(tmp_path / "alone")
     assert alone["validation_loss"] == pytest.approx(found(run)[1]["validation_loss"], rel=1e-4)
+
+
+def test_list_of_what_has_failed_can_be_given_back(make, folder, tmp_path):
+    """A file that was missing is searched when it is there; a broken line stays a failed entry and never becomes a prompt or file."""
+    listed = tmp_path / "list.jsonl"
+    lines = [{"file": str(folder / "0.png")}, {"file": "late.png", "caption": "a cat"}, {"nothing": 1}]
+    listed.write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
+    main(make(tmp_path / "one", "PEZ", images=listed))
+    failed = [json.loads(line) for line in (tmp_path / "one" / "failed.jsonl").read_text().splitlines()]
+    named = [
+        {"file": str(tmp_path / "late.png"), "caption": "a cat"},
+        {"line": f"line 3 of {listed}"},
+        {"line": f"line 4 of {listed}"},
+    ]
+    assert [{key: line[key] for key in line if key != "reason"} for line in failed] == named
+    Image.open(folder / "1.png").save(tmp_path / "late.png")
+    main(make(tmp_path / "two", "PEZ", images=tmp_path / "one" / "failed.jsonl"))
+    (late, *broken) = found(tmp_path / "two")
+    assert (late["status"] in ("done", "not improved"), late["target"]) == (True, "late.png")
+    again = [json.loads(line) for line in (tmp_path / "two" / "failed.jsonl").read_text().splitlines()]
+    assert again == failed[1:]
+    assert len(broken) == 2
+
+
+def test_list_of_prompts_that_have_failed_can_be_given_back(tiny, tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"prompt": "a cat"}\n{"nothing": 1}\n')
+    first = find_prompts([str(tmp_path / "list.jsonl")])
+    assert [line.text for line in first if not line.error] == ["a cat"]
+    problem = Problem(unreadable_key([first[1].text]), first[1].text, status="failed", reason=first[1].error)
+    (tmp_path / "failed.jsonl").write_bytes(
+        failed_line(problem) + failed_line(Problem("0" * 16, "a dog", reason="It failed."))
+    )
+    assert find_prompts([str(tmp_path / "failed.jsonl")]) == [first[1], ("a dog", None)]
 
 
 @pytest.mark.parametrize("method", [PH2P, *(pytest.param(method, marks=pytest.mark.slow) for method in (PEZ, GCG))])

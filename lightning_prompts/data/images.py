@@ -40,7 +40,7 @@ DAMAGE = (  # what Pillow's decoders raise on damaged files
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
     *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
 )
-_COLUMNS = {"file", "caption", "subject", "reason"}  # the last in lists of what has failed
+_COLUMNS = {"file", "caption", "subject", "line", "reason"}  # the last two in lists of what has failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,7 +359,8 @@ def _read_list(path: Path) -> list[Target]:
         try:
             subject, target = _listed(path, row)
         except UserError as error:
-            subject, target = "", Target((), error=str(error), name=f"line {row.line} of {path}")
+            line = row.value.get("line") if isinstance(row.value, dict) else None
+            subject, target = "", Target((), error=str(error), name=str(line or f"line {row.line} of {path}"))
         groups.setdefault(subject or row.line, []).append(target)
     targets = [_merge(group, group[0].name) for group in groups.values()]
     if not targets:
@@ -377,6 +378,8 @@ def _listed(path: Path, row: Row) -> tuple[str, Target]:
     if not isinstance(value, dict) or not value.keys() <= _COLUMNS:
         raise UserError(f"{where} is not just 'file', 'caption' and 'subject'; drop the rest, put commas in quotes.")
     files = value.get("file")
+    if not files and value.get("line"):
+        raise UserError(f"{value.get('reason') or where + ' has failed before.'}")
     files = files if isinstance(files, list) else [files]
     if not files or not all(isinstance(file, str) and file.strip() for file in files):
         raise UserError(f"{where} has no usable 'file'; give the path of a picture, or in JSONL a list of paths.")
@@ -384,7 +387,8 @@ def _listed(path: Path, row: Row) -> tuple[str, Target]:
     if not isinstance(caption, str) or not isinstance(subject, str):
         raise UserError(f"{where} has a 'caption' or 'subject' that is not text; put it in quotes.")
     paths = tuple(str(path.parent / file.strip()) for file in files)
-    for missing in (file for file in paths if not exists(file)):
-        raise UserError(f"{where} names '{missing}', which is no file; give a path relative to the list's folder.")
-    subject = subject.strip()
-    return subject, Target(paths, caption.strip() or None, name=subject or _several(paths))
+    subject, caption = subject.strip(), caption.strip() or None
+    if missing := next((file for file in paths if not exists(file)), None):
+        error = f"{where} names '{missing}', which is no file; give a path relative to the list's folder."
+        return "", Target(paths, caption, error, name=f"line {row.line} of {path}")
+    return subject, Target(paths, caption, name=subject or _several(paths))

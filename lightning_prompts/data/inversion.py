@@ -22,7 +22,7 @@ from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.data.shards import split_address
 from lightning_prompts.errors import UserError
 from lightning_prompts.microbatch import Microbatch
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import Problem, unreadable_key
 from lightning_prompts.ranges import Byte, NotNegative, Positive
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class ImagesToPrompts(ProblemData):
         """Makes known what earlier processes have read, and forgets what was wrong with lines that have been corrected."""
         wrong = {target.name for target in self.targets if target.error}
         for record in self.folder.records():
-            if record.key == unreadable([record.target]) and record.target not in wrong:
+            if record.key == unreadable_key([record.target]) and record.target not in wrong:
                 self.folder.forget(record.key)
             else:
                 self._known[(*record.paths, *record.stamps)] = record.key
@@ -134,7 +134,9 @@ class ImagesToPrompts(ProblemData):
         own = (place for place in range(self.total) if self.owns(place) and not self._finished(place))
         for read in self._read(own):
             problem = self._here(read.place, read.key)
-            failed = read.pictures is not None and self.folder.forget(unreadable(problem.paths))  # in an earlier try
+            failed = read.pictures is not None and self.folder.forget(
+                unreadable_key(problem.paths)
+            )  # in an earlier try
             if self.wanted(problem, failed):
                 if read.error:
                     problem.status, problem.reason = "failed", read.error
@@ -170,7 +172,11 @@ class ImagesToPrompts(ProblemData):
     def _key_of(self, place: int) -> str | None:
         """The key of a target of which there is a record, if its files are still the same."""
         target = self.targets[place]
-        return unreadable([target.name]) if target.error else self._known.get((*target.paths, *stamps_of(target.paths)))
+        return (
+            unreadable_key([target.name])
+            if target.error
+            else self._known.get((*target.paths, *stamps_of(target.paths)))
+        )
 
     def _finished(self, place: int) -> bool:
         """Whether a target need not be read; what has to be known of it is taken from its record."""
@@ -274,7 +280,7 @@ class Reading(Dataset[Read]):
         try:
             pictures = self.images(target)
         except UserError as error:
-            return Read(place, unreadable([target.name] if target.error else target.paths), None, str(error))
+            return Read(place, unreadable_key([target.name] if target.error else target.paths), None, str(error))
         return Read(place, content_key(pictures, self.settings), stacked(pictures), None)
 
     def images(self, target: Target) -> list[Image.Image]:
@@ -296,11 +302,6 @@ class Reading(Dataset[Read]):
                 f"{', '.join(problem.paths)} has changed since the search; restore it, or search it in a new run."
             )
         return images
-
-
-def unreadable(paths: Sequence[str]) -> str:
-    """The key of a target that cannot be read, by its files or by where it was named."""
-    return content_key([], {"unreadable": list(paths)})
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Tensor:

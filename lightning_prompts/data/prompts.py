@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_prompts.data.images import content_key
 from lightning_prompts.data.lists import Row, read_lines, read_rows
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import Problem, unreadable_key
 
 
 class Prompts(ProblemData):
@@ -47,9 +46,9 @@ class Prompts(ProblemData):
         """Reads the prompts, and forgets what was wrong with lines that have been corrected."""
         if stage == "fit":
             self._read = self.same(lambda: find_prompts(self.prompts))
-            given = {_unreadable(line.text) for line in self._read if line.error}
+            given = {unreadable_key([line.text]) for line in self._read if line.error}
             for record in self.folder.records():
-                if record.key == _unreadable(record.target) and record.key not in given:
+                if record.key == unreadable_key([record.target]) and record.key not in given:
                     self.folder.forget(record.key)
             self.begin()
 
@@ -84,7 +83,7 @@ class Prompts(ProblemData):
         for index, ((prompt, error), identity) in enumerate(pairs):
             settings = {"prompt": prompt, **self.model_identity, **identity}
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-            key = _unreadable(prompt) if error else key
+            key = unreadable_key([prompt]) if error else key
             yield Problem(key, prompt, index=index, target_seed=identity.get("target_seed")), error
 
 
@@ -144,11 +143,9 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _listed(path: Path, row: Row) -> Line:
+    if isinstance(row.value, dict) and "prompt" not in row.value and isinstance(row.value.get("line"), str):
+        return Line(row.value["line"], str(row.value.get("reason")))  # of a list of what has failed
     value = row.value.get("prompt") if isinstance(row.value, dict) else row.value
     if not row.error and isinstance(value, str):
         return Line(" ".join(value.split()))
     return Line(f"line {row.line} of {path}", row.error or f"Line {row.line} of '{path}' has no text under 'prompt'.")
-
-
-def _unreadable(where: str) -> str:
-    return content_key([], {"unreadable": [where]})

@@ -172,7 +172,7 @@ def test_pictures_are_read_by_their_addresses(tmp_path):
     assert (listed.paths, listed.caption) == ((f"{path}/0002.png",), "mine")
     assert "Line 3 of" in missing.error
     both = find_targets([path, tmp_path / "list.csv"])  # with two captions of one picture
-    assert [target.caption for target in both] == ["caption 0" * 50, "caption 1" * 50, None, None]
+    assert [target.caption for target in both] == ["caption 0" * 50, "caption 1" * 50, None, "none"]
 
 
 def test_addresses_that_mean_nothing(tmp_path):
