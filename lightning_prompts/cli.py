@@ -46,12 +46,14 @@ from lightning_prompts.callbacks import (
     ranks_in,
 )
 from lightning_prompts.commands.check import check, written
-from lightning_prompts.data.images import find_targets
+from lightning_prompts.data.images import check_sources, find_targets
 from lightning_prompts.data.problems import ProblemData
 from lightning_prompts.data.prompts import Prompts, find_prompts, read_prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
+from lightning_prompts.interop import split_name
 from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
+from lightning_prompts.methods.start import looks_like_file
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import Launched, own_rank, ranks_of
@@ -162,12 +164,14 @@ class CLI(LightningCLI):
                 f"The precision {config.trainer.precision} would round the prompts or their gradients to half precision, which "
                 "ruins their optimisation; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
             )
+        _refuse_nulls(config)
         if self.instead == "show-space":
+            _check_inputs(config)
             config.trainer.logger = False
             return
-        _refuse_nulls(config)
         if command == "fit":
             _refuse_flags(config)
+            _check_inputs(config)
         else:
             config.trainer.logger = False  # that of the search, in its saved settings
         parts = self._divide(config, command)
@@ -194,6 +198,9 @@ class CLI(LightningCLI):
             config.ckpt_path = None
             if not mix:
                 self.folder.check()
+                if command in ("test", "predict") and own_rank() == 0:
+                    folders = (self.folder.problems,) if command == "test" else ()
+                    self.folder.check_writable(*folders, instead="copy it to where it can be")
         if command == "predict":
             self.drawn = self._predicted(config)
         config.trainer.default_root_dir = str(RunFolder(mix[0]).path if mix else self.folder.path)
@@ -239,6 +246,7 @@ class CLI(LightningCLI):
             raise UserError("--mix draws children of found prompts and --prompts other texts; give one of the two.")
         parents = parents_of(config.mix)
         if own_rank() == 0:
+            CLI.made = None if self.folder.path.exists() else self.folder
             self.folder.prepare(resume=False, search=False)
         how = {name: config[name] for name in ("generations", "population", "select", "choose")}
         return Mix(self.folder, parents, seeds=self.seeds, negative=negative, scores=self.scores, **how)
@@ -299,7 +307,7 @@ class CLI(LightningCLI):
             dumped = self._parser("fit").dump(config.clone())
             if begun:
                 _check_same(self.folder, dumped)
-            self.saved = re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped)
+            self.saved = self.folder.with_origin(re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped))
         if config.ckpt_path == "last":
             config.ckpt_path = self._last(own_rank() if parts > 1 else 0, parts)
         config.weights_only = True
@@ -418,6 +426,22 @@ def _refuse_nulls(config: Any) -> None:
                 raise UserError(f"The setting --{part}.{setting} cannot be null; give a value, or leave it out.")
             if isinstance(value, float) and not isfinite(value):
                 raise UserError(f"The setting --{part}.{setting} cannot be {value}; it takes a finite number.")
+
+
+def _check_inputs(config: Any) -> None:
+    """Name inputs that are missing before a model is loaded, which may take minutes."""
+    how, model = config.data.init_args, config.model.init_args
+    if "prompts" in how:
+        find_prompts([how.prompts] if isinstance(how.prompts, str) else how.prompts)
+    else:
+        check_sources([how.images] if isinstance(how.images, str) else how.images)
+        if how.negative_images:
+            check_sources([how.negative_images] if isinstance(how.negative_images, str) else how.negative_images)
+    start, dictionary = model.get("start"), model.get("dictionary", "")
+    if start and looks_like_file(start) and not os.path.exists(split_name(start)[0]):
+        raise UserError(f"There is neither a run nor an embedding in {start!r} to start from; check --model.start.")
+    if dictionary.endswith(".json") and not os.path.isfile(dictionary):
+        raise UserError(f"There is no file {dictionary!r}; check --model.dictionary.")
 
 
 def count_of(data: Any) -> int:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import errno
+import json
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -171,7 +173,12 @@ def _with_run_config(args: list[str]) -> tuple[Path | None, list[str]]:
     looked_at = _first_to_mix(args) or run  # a mix has a folder of its own
     if looked_at is None:
         raise UserError(f"The command {args[0]!r} needs the run to look at: train.py {args[0]} --run runs/NAME.")
-    return run, [args[0], "--config", str(RunFolder(looked_at).saved_config()), *args[1:]]
+    folder = RunFolder(looked_at)
+    saved = ["--config", str(folder.saved_config())]
+    with suppress(LookupError, TypeError, ValueError, AttributeError):  # the parser names what is wrong with the file
+        moved = folder.moved_settings()
+        saved += ["--config", json.dumps(moved)] if moved else []
+    return run, [args[0], *saved, *args[1:]]
 
 
 def _first_to_mix(args: list[str]) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,9 +43,14 @@ def result_line(problem: Problem) -> bytes:
     return json_line(result_entry(asdict(problem)))
 
 
-def failed_line(problem: Problem) -> bytes:
-    """Return a line that names what has failed, as a list of inputs does: its files, its prompt, or a broken line of a list."""
-    files = [os.path.abspath(path) for path in problem.paths]
+def failed_line(problem: Problem, paths: Sequence[str] = ()) -> bytes:
+    """Return a line that names what has failed, as a list of inputs does: its files, its prompt, or a broken line of a list.
+
+    Args:
+        problem: The record.
+        paths: Its files as they are from here.
+    """
+    files = [os.path.abspath(path) for path in paths]
     named = {"file": files[0] if len(files) == 1 else files} if files else {"prompt": problem.target}
     if not files and problem.key == unreadable_key([problem.target]):
         named = {"line": problem.target}

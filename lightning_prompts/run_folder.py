@@ -15,18 +15,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import datetime
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_prompts.data.shards import exists
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write, atomic_writer, json_line, to_json
 from lightning_prompts.problems import Problem
 from lightning_prompts.reports import SCHEMA_VERSION, failed_line, prompt_lines, result_entry, result_line, write_table
 
 log = logging.getLogger(__name__)
+
+PATHS = {  # settings that may name a file or folder
+    *("images", "negative_images", "backbone", "config", "clip", "start", "dictionary", "sentence_encoder"),
+    *("reference", "wants", "lpips_weights", "scorer", "language_model"),
+}
 
 RECORD_VERSION = 1
 """Version of the records' layout. A record of another version is refused, since its fields may mean something else."""
@@ -84,16 +90,28 @@ class RunFolder:
             hint = "give --ckpt_path last to go on with it or another --run" if search else "give another --run"
             raise UserError(f"The folder {self.path} already holds a run; {hint}.")
         self.check()
+        self.check_writable(*((self.problems, self.checkpoints) if search else ()))
+
+    def check_writable(self, *folders: Path, instead: str = "give another --run") -> None:
+        """Try whether the run's folder, and folders in it, can be written, before any time is spent.
+
+        Args:
+            *folders: The folders in it.
+            instead: What the error advises beside making room or giving permission.
+
+        Raises:
+            UserError: They cannot.
+        """
         try:
             for left in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):  # by a process that was killed
                 left.unlink()
-            for folder in (self.path, self.problems, self.checkpoints) if search else (self.path,):
+            for folder in (self.path, *folders):
                 atomic_write(folder / ".write-test", b"test")
                 (folder / ".write-test").unlink()
         except OSError as error:
-            hint = "give another --run, or free space or permit writing there"
             raise UserError(
-                f"The run folder {self.path} cannot be written ({error.strerror or error}); {hint}."
+                f"The run folder {self.path} cannot be written ({error.strerror or error}); {instead}, or free space or permit writing "
+                "there."
             ) from error
 
     def discard(self) -> None:
@@ -226,6 +244,50 @@ class RunFolder:
         except (yaml.YAMLError, KeyError, TypeError):
             raise UserError(f"{path} is not the config of a run; give the folder of an earlier fit.") from None
 
+    @cached_property
+    def origin(self) -> Path:
+        """The folder that relative paths of the saved settings and records start at: where `fit` ran."""
+        with suppress(OSError, UnicodeDecodeError):
+            if start := re.match(r"# relative paths start at: (.+)\n", self.config.read_text(encoding="utf-8")):
+                return self.path / str(json.loads(start[1]))
+        return Path()
+
+    def with_origin(self, config: str) -> str:
+        """Add to a config where its relative paths start; relative to the run's folder, so that both can be moved together."""
+        start = os.path.relpath(Path.cwd(), self.path.resolve())
+        return f"# relative paths start at: {json.dumps(start)}\n{config}"
+
+    def located(self, path: str) -> str:
+        """Return a path of the saved settings or of a record as it is from here."""
+        if os.path.isabs(path) or not self.origin.is_dir() or self.origin.resolve() == Path.cwd():
+            return path
+        there = os.path.relpath(self.origin / path)
+        return path if exists(path) and not exists(there) else there
+
+    def moved_settings(self) -> dict[str, Any]:
+        """Return those of the saved settings that name files or folders which have another path from here."""
+        config = yaml.safe_load(self.config.read_bytes())
+        moved = {
+            name: value for name in PATHS & config.keys() if (value := self._moved(name, config[name])) != config[name]
+        }
+        for part in ("model", "data"):
+            settings = config[part]["init_args"]
+            others = {
+                name: value for name in settings if (value := self._moved(name, settings[name])) != settings[name]
+            }
+            moved |= {part: {"init_args": others}} if others else {}
+        return moved
+
+    def _moved(self, name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._moved(key, item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._moved(name, item) for item in value]
+        if name not in PATHS or not isinstance(value, str) or value == "emoji":
+            return value
+        # What is no file there may be a model's name or a text.
+        return there if (there := self.located(value)) != value and os.path.exists(there.partition("#")[0]) else value
+
     def hard_prompts(self) -> list[Problem]:
         """The records that have a prompt, in the order of the inputs; a UserError where there is none or it is no text."""
         self.saved_config()
@@ -292,7 +354,7 @@ class RunFolder:
                     if problem.status != "open":
                         lines.write(json_line(entry))
                     if problem.status == "failed":
-                        failed.append(failed_line(problem))
+                        failed.append(failed_line(problem, list(map(self.located, problem.paths))))
                     prompts.append(problem.prompt)
                     negatives.append(problem.negative_prompt)
                     yield problem

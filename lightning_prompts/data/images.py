@@ -43,6 +43,9 @@ DAMAGE = (  # what Pillow's decoders raise on damaged files
 _COLUMNS = {"file", "caption", "subject", "line", "reason"}  # the last two in lists of what has failed
 
 
+NO_PICTURES = "No pictures were given; name a picture, a folder, a pattern, a shard, or a .csv or .jsonl list."
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What one problem searches a prompt for: one picture, or several pictures of one subject.
@@ -113,9 +116,7 @@ def find_targets(sources: Sequence[str | Path], one_subject: bool = False) -> li
         UserError: A source has no pictures, or cannot be read.
     """
     if not sources:
-        raise UserError(
-            "No pictures were given; name a picture, a folder, a pattern, a shard, or a .csv or .jsonl list."
-        )
+        raise UserError(NO_PICTURES)
     first: dict[object, Target] = {}
     again: dict[object, list[Target]] = {}
     for source in [sources] if isinstance(sources, str | Path) else sources:
@@ -135,6 +136,21 @@ def find_targets(sources: Sequence[str | Path], one_subject: bool = False) -> li
     folders = {os.path.basename(os.path.dirname(os.path.abspath(path))) for path in whole.paths}
     name = (folders.pop() if len(folders) == 1 else "") or _several(whole.paths)
     return [_merge([whole], name), *(target for target in targets if target.error)]
+
+
+def check_sources(sources: Sequence[str | Path]) -> None:
+    """Refuse sources of images that are missing or hold none, without reading all of them.
+
+    Args:
+        sources: See `find_targets`.
+
+    Raises:
+        UserError: There is none, or one cannot be used.
+    """
+    if not sources:
+        raise UserError(NO_PICTURES)
+    for source in [sources] if isinstance(sources, str | Path) else sources:
+        next(_expand(os.fspath(source)), None)
 
 
 def content_key(images: Sequence[Image.Image], settings: Mapping[str, object]) -> str:

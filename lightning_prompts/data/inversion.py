@@ -209,7 +209,7 @@ class ImagesToPrompts(ProblemData):
     def _load(self, problem: Problem, reading: Reading) -> bool:
         """Read a problem's images again; return whether they are those that were searched."""
         try:
-            self._pictures[problem.key] = stacked(reading.images_as_searched(problem))
+            self._pictures[problem.key] = stacked(reading.images_as_searched(problem, self._paths(problem)))
         except UserError as error:
             if problem.key not in self._changed:
                 log.warning("%s is left out, and its scores stay as they are: %s", problem.target, error)
@@ -224,7 +224,12 @@ class ImagesToPrompts(ProblemData):
     def _pictures_of(self, problem: Problem) -> Tensor:
         if problem.key in self._pictures:
             return self._pictures[problem.key]
-        return stacked(self._reading().images(Target(tuple(problem.paths), name=problem.target)))
+        return stacked(self._reading().images(Target(self._paths(problem), name=problem.target)))
+
+    def _paths(self, problem: Problem) -> tuple[str, ...]:
+        """A problem's files as they are from here: those of the wave are what was given now, others were perhaps elsewhere."""
+        searched = any(problem.key == one.key for one in self.method.problems)
+        return tuple(problem.paths if searched else map(self.folder.located, problem.paths))
 
     def latents(self, backbone: Backbone, problems: Sequence[Problem]) -> list[Tensor]:
         """The latents (I, C, h, w) of each problem's pictures; of those that are searched they are encoded once."""
@@ -289,18 +294,20 @@ class Reading(Dataset[Read]):
             raise UserError(target.error)
         return [load_image(path, *self.how) for path in target.paths]
 
-    def images_as_searched(self, problem: Problem) -> list[Image.Image]:
+    def images_as_searched(self, problem: Problem, paths: Sequence[str]) -> list[Image.Image]:
         """Read the images of a problem again.
+
+        Args:
+            problem: The record.
+            paths: Its files as they are from here.
 
         Raises:
             UserError: An image cannot be read, or is another one than was searched.
         """
-        images = self.images(Target(tuple(problem.paths), name=problem.target))
+        images = self.images(Target(tuple(paths), name=problem.target))
         # The key has the pixels' hash; a file that was only copied has the same.
-        if stamps_of(problem.paths) != problem.stamps and content_key(images, self.settings) != problem.key:
-            raise UserError(
-                f"{', '.join(problem.paths)} has changed since the search; restore it, or search it in a new run."
-            )
+        if stamps_of(paths) != problem.stamps and content_key(images, self.settings) != problem.key:
+            raise UserError(f"{', '.join(paths)} has changed since the search; restore it, or search it in a new run.")
         return images
 
 

@@ -162,6 +162,11 @@ def earlier(folder: str | Path, problems: Sequence[Problem]) -> list[Problem]:
     return [record for record in found if record]
 
 
+def looks_like_file(start: str) -> bool:
+    """Tell whether what a search is to start from can be no text, whether or not it exists."""
+    return os.sep in start or Path(start.partition("#")[0]).suffix in (".safetensors", ".pt", ".bin")
+
+
 def given(start: str, backbone: Backbone, tokens: int, pickle: bool) -> Tensor | None:
     """Embeddings (M, D) of a text or in a file, repeated or cut to M tokens.
 
@@ -185,7 +190,7 @@ def given(start: str, backbone: Backbone, tokens: int, pickle: bool) -> Tensor |
         return None
     if os.path.isfile(split_name(start)[0]):
         found = read_embedding(start, backbone, pickle)
-    elif os.sep in start or Path(start.partition("#")[0]).suffix in (".safetensors", ".pt", ".bin"):
+    elif looks_like_file(start):
         raise UserError(f"There is neither a run nor an embedding in {start!r} to start from; check --model.start.")
     elif close := difflib.get_close_matches(start, ("random", "clip_words"), 1, 0.8):
         raise UserError(f"The start {start!r} is unknown; did you mean --model.start {close[0]}?")

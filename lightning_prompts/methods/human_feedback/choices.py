@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ class Scripted(Chooser):
             raise UserError(
                 f"The chooser's strengths are between 0 and 1, not {list(strengths)}; give such as [0.5, 1.0]."
             )
+        if not os.path.isfile(wants):  # before a model is loaded
+            raise UserError(f"There is no file {wants!r} that the chooser could want; check the path of the picture.")
         self.wants, self.strengths, self.clip_name = wants, list(strengths), clip
 
     def open(self, backbone: Backbone, offline: bool) -> None:

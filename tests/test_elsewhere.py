@@ -1,0 +1,83 @@
+"""Runs whose settings have relative paths are looked at again from other folders, and after they were moved."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lightning_prompts.main import main
+from lightning_prompts.run_folder import RunFolder
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def project(tiny, tmp_path, monkeypatch):
+    """A folder with a model, images and a run of two of them, of which one is damaged; the run was searched from within."""
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    shutil.copytree(tiny, "models/tiny")
+    os.mkdir("photos")
+    Image.new("RGB", (16, 16), "red").save("photos/a.png")
+    Image.new("RGB", (16, 16), "white").save("away.png")
+    Path("photos/b.png").write_bytes(b"nothing")
+    main([
+        "fit", "--run", "runs/one", "--model=PEZ", "--model.backbone=models/tiny", "--model.tokens=2", "--model.sampling_steps=2",
+        "--data=ImagesToPrompts", "--data.images=photos", "--data.negative_images", "away.png", "--data.steps=1",
+        "--data.samples=1",
+    ])  # fmt: skip
+    return project
+
+
+def outcome(run):
+    result = json.loads((run / "result.json").read_text())
+    return [(one["target"], one["prompt"], one["clip_similarity"]) for one in result["problems"]]
+
+
+def look_at(run):
+    for command in ("validate", "test", "predict"):
+        main([command, "--run", str(run)])
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["there", "moved"])
+def test_run_is_found_again_from_elsewhere(moved, project, tmp_path, monkeypatch, capsys):
+    before = outcome(project / "runs" / "one")
+    (failed,) = [json.loads(line) for line in (project / "runs/one/failed.jsonl").read_text().splitlines()]
+    assert failed["file"] == str(project / "photos" / "b.png")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    if moved:
+        project = Path(shutil.move(project, tmp_path / "renamed"))
+    run = project / "runs" / "one"
+    capsys.readouterr()
+    look_at(Path(os.path.relpath(run)))
+    assert "left out" not in capsys.readouterr().out
+    assert outcome(run) == before
+    assert json.loads((run / "failed.jsonl").read_text())["file"] == str(project / "photos" / "b.png")
+    assert list((run / "pictures").iterdir())
+    assert not list(elsewhere.iterdir())
+    assert RunFolder(run).load()[next(iter(RunFolder(run).load()))].paths == ["photos/a.png"]  # as they were given
+
+
+def test_files_of_the_same_name_elsewhere_are_others(project, tmp_path, monkeypatch, capsys):
+    """Relative paths mean what they meant when the search ran."""
+    before = outcome(project / "runs" / "one")
+    other = tmp_path / "other"
+    (other / "photos").mkdir(parents=True)
+    Image.new("RGB", (16, 16), "blue").save(other / "photos" / "a.png")
+    monkeypatch.chdir(other)
+    main(["test", "--run", str(project / "runs" / "one")])
+    assert outcome(project / "runs" / "one") == before
+
+
+def test_what_a_command_gives_is_relative_to_here(project, tmp_path, monkeypatch):
+    shutil.copytree(project / "models" / "tiny" / "clip", tmp_path / "elsewhere" / "scorer")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    main(["test", "--run", str(project / "runs" / "one"), "--scorer", "scorer"])
+    (problem, _) = json.loads((project / "runs/one/result.json").read_text())["problems"]
+    assert problem["heldout_clip_similarity"] == pytest.approx(problem["clip_similarity"])
