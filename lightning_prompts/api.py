@@ -10,7 +10,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import inf
 from numbers import Integral, Real
@@ -28,7 +28,7 @@ from torch import Tensor
 from lightning_prompts import methods
 from lightning_prompts.backbones import Backbone, load_backbone
 from lightning_prompts.backbones.hub import pinned
-from lightning_prompts.callbacks import Results, Scores
+from lightning_prompts.callbacks import OwnerGuard, Results, Scores
 from lightning_prompts.callbacks.grid import to_image
 from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.data.inversion import ImagesToPrompts
@@ -237,14 +237,16 @@ def search(
     known = of_data | _settings_of(kind)
     for name, value in how.items():
         _check(name, value, known)
-    if folder and any(RunFolder(folder).problems.glob("*.json")):
-        raise UserError(f"The folder {str(folder)!r} holds an earlier search; give another.")
     model = how.get("backbone", "emoji")
     if isinstance(model, str):  # what is recorded is the commit of a model from the hub, and the variant that is read
         how["revision"], variant = pinned(model, bool(how.get("offline")), how.get("revision"), how.get("variant"))
         how |= {"variant": variant} if variant else {}
     where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with _apart(where), tempfile.TemporaryDirectory() as scratch:
+    with _apart(where), tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
+        kept = RunFolder(folder or scratch)
+        lock = held.enter_context(kept.locked()) if folder else None
+        if any(kept.problems.glob("*.json")):
+            raise UserError(f"The folder {str(folder)!r} holds an earlier search; give another.")
         method: PromptMethod = kind(**{name: value for name, value in how.items() if name not in of_data})
         data = data_kind(**{name: value for name, value in how.items() if name in of_data})
         trainer = pl.Trainer(
@@ -256,7 +258,10 @@ def search(
             },
             strategy=SingleDeviceStrategy(where),
             logger=False,
-            callbacks=[Results(scores, settings={name: str(value) for name, value in how.items()}, tell=False)],
+            callbacks=[
+                OwnerGuard(lock),
+                Results(scores, settings={name: str(value) for name, value in how.items()}, tell=False),
+            ],
             default_root_dir=folder or scratch,
         )
         trainer.fit(method, datamodule=data)

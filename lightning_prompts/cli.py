@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,10 @@ from typing import Any, Literal, NoReturn, get_args
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import set_parsing_settings
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -33,6 +37,7 @@ from lightning_prompts.callbacks import (
     Between,
     DryRun,
     Mix,
+    OwnerGuard,
     PromptCheckpoint,
     Results,
     SavedConfig,
@@ -49,11 +54,13 @@ from lightning_prompts.data.problems import ProblemData
 from lightning_prompts.data.prompts import Prompts, find_prompts, read_prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
+from lightning_prompts.launchers import Launched, own_rank, started_by_lightning, starting_others
 from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.ranges import Positive
-from lightning_prompts.ranks import Launched, own_rank, ranks_of
+from lightning_prompts.ranks import ranks_of
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.run_lock import RunLock
 from lightning_prompts.sentences import first_sentence, mistake_in, one_sentence
 from lightning_prompts.text_settings import Text, keep_texts, own_settings, text_settings
 
@@ -118,6 +125,8 @@ class CLI(LightningCLI):
     command = "fit"
     run: Path | None = None
     made: RunFolder | None = None  # by this command, and gone again if it is refused
+    held = ExitStack()  # until the command ends
+    lock: RunLock | None = None  # of the run's folder, which the first process holds for all
     instead = ""  # `show-space`, a `fit` that ends before it begins, or `dry-run` or `check`, which end after a step
     saved = ""  # settings of a `fit`, as they are written
 
@@ -190,6 +199,8 @@ class CLI(LightningCLI):
             config.ckpt_path = None
             if not mix:
                 self.folder.check()
+            if command != "validate" and own_rank() == 0:  # which writes nothing
+                CLI.lock = CLI.held.enter_context(self.folder.locked(optional=command == "predict" and not mix))
         if command == "predict":
             self.drawn = self._predicted(config)
         config.trainer.default_root_dir = str(RunFolder(mix[0]).path if mix else self.folder.path)
@@ -272,17 +283,23 @@ class CLI(LightningCLI):
                 "%d of %d processes have nothing to do, as there are %d problems; --trainer.strategy samples divides the work on each.",
                 *(ranks - given, ranks, given),
             )
+        if not launched and not started_by_lightning():
+            CLI.held.enter_context(starting_others())
         return ranks if strategy == "problems" else 1
 
     def _prepare(self, config: Any, parts: int) -> None:
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.ckpt_path is None:
+        launched = Launched.detect()
+        restarted = launched and launched.by == "torchrun" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if restarted and config.ckpt_path is None:
             config.ckpt_path = "last"  # torchrun has started the processes again, as one of them was lost
         if config.ckpt_path not in (None, "last") and not is_checkpoint(Path(config.ckpt_path)):
             raise UserError(
                 f"There is no checkpoint of a search in {config.ckpt_path}; give another or --ckpt_path last."
             )
         if own_rank() == 0:
-            CLI.made = None if self.folder.path.exists() else self.folder
+            new = not self.folder.path.exists()
+            CLI.lock = CLI.held.enter_context(self.folder.locked())
+            CLI.made = self.folder if new else None
             self.folder.prepare(resume=bool(config.ckpt_path))
         begun = bool(config.ckpt_path) and self.folder.config.exists()
         model = config.model.init_args
@@ -345,7 +362,7 @@ class CLI(LightningCLI):
         """Add this package's callbacks to the user's."""
         if self.instead:
             measuring = [] if self.instead == "show-space" else [DryRun(self.scores, self.instead == "check")]
-            return super().instantiate_trainer(**kwargs, callbacks=measuring)
+            return super().instantiate_trainer(**kwargs, callbacks=measuring, plugins=[_environment()])
         command = self.config.subcommand
         config = self.config[command]
         settings = {part: config[part].init_args.as_dict() for part in ("model", "data")}
@@ -357,8 +374,8 @@ class CLI(LightningCLI):
             **kwargs,
             enable_checkpointing=True,  # for our callbacks, no other is added
             logger=pl.loggers.TensorBoardLogger(self.folder.path, name="", version="") if command == "fit" else False,
-            callbacks=[*given, *saving, results, PromptCheckpoint(self.folder.checkpoints)],
-            plugins=[AtomicCheckpointIO(), *_environment()],
+            callbacks=[OwnerGuard(self.lock), *given, *saving, results, PromptCheckpoint(self.folder.checkpoints)],
+            plugins=[AtomicCheckpointIO(), _environment()],
         )
 
 
@@ -416,10 +433,15 @@ def count_of(data: Any) -> int:
     return len(find_targets([how.images] if isinstance(how.images, str) else how.images, how.one_subject))
 
 
-def _environment() -> list[Any]:
-    """Tells Lightning that the job's script has itself queued again, as it goes on from the checkpoints of all ranks."""
+def _environment() -> ClusterEnvironment:
+    """Tell Lightning who has started this process, which it would guess otherwise.
+
+    SLURM's job is queued again by its own script, as it goes on from the checkpoints of all ranks.
+    """
     launched = Launched.detect()
-    return [SLURMEnvironment(auto_requeue=False)] if launched and launched.by == "srun" else []
+    if launched is None:
+        return LightningEnvironment()
+    return TorchElasticEnvironment() if launched.by == "torchrun" else SLURMEnvironment(auto_requeue=False)
 
 
 def run_command(args: Sequence[str], run: Path | None) -> None:
@@ -435,12 +457,14 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
     CLI.run, CLI.made, CLI.instead = run, None, "" if args[0] in LIGHTNINGS else args[0]
     CLI.command = "fit" if CLI.instead else args[0]
-    try:
-        _run(args)
-    except UserError:
-        if CLI.made:
-            CLI.made.discard()
-        raise
+    CLI.lock = None
+    with ExitStack() as CLI.held:
+        try:
+            _run(args)
+        except UserError:
+            if CLI.made and not (CLI.lock and CLI.lock.taken):
+                CLI.made.discard()
+            raise
 
 
 def _run(args: Sequence[str]) -> None:
