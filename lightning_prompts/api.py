@@ -9,7 +9,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_prompts import methods
 from lightning_prompts.backbones import Backbone, load_backbone
 from lightning_prompts.backbones.hub import pinned
-from lightning_prompts.callbacks import Results, Scores
+from lightning_prompts.callbacks import OwnerGuard, Results, Scores
 from lightning_prompts.callbacks.grid import to_image
 from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.data.arrays import array_to_image
@@ -43,6 +43,7 @@ from lightning_prompts.problems import Problem
 from lightning_prompts.python_settings import checked_settings, in_python
 from lightning_prompts.python_values import check_type, plain, shown
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.run_lock import RunLock
 from lightning_prompts.sentences import first_sentence
 
 __all__ = ["Result", "guide", "hold", "invert", "load_backbone", "prefer", "reword", "search"]
@@ -274,7 +275,7 @@ def search(
     kind = getattr(methods, read["model"]["class_path"])
     data_kind: Any = {"Prompts": Prompts, "ImagesToPrompts": ImagesToPrompts}[read["data"]["class_path"]]
     defaults = {**read["model"]["init_args"], **read["data"].get("init_args", {})}
-    with _in_python(), _apart(where), tempfile.TemporaryDirectory() as scratch, _prepared(folder) as kept:
+    with _in_python(), _apart(where), tempfile.TemporaryDirectory() as scratch, _prepared(folder) as (kept, lock):
         of_method, of_data = checked_settings((kind, data_kind), defaults, settings)
         if scores:
             (texts,) = checked_settings((Scores,), {}, asdict(scores))
@@ -298,9 +299,10 @@ def search(
             strategy=SingleDeviceStrategy(where),
             logger=False,
             callbacks=[
+                OwnerGuard(lock),
                 Results(
                     scores, settings={name: str(value) for name, value in (of_method | of_data).items()}, tell=False
-                )
+                ),
             ],
             default_root_dir=kept or scratch,
         )
@@ -321,18 +323,19 @@ def _in_python() -> Iterator[None]:
 
 
 @contextmanager
-def _prepared(folder: str | Path | None) -> Iterator[Path | None]:
-    """Prepare the folder of a run, and delete it again if it is new and the run is refused."""
+def _prepared(folder: str | Path | None) -> Iterator[tuple[Path | None, RunLock | None]]:
+    """Prepare and hold the folder of a run, and delete it again if it is new and the run is refused."""
     if folder is None:
-        yield None
+        yield None, None
         return
     path = plain("folder", folder)
     check_type("folder", path, str | None)
     if not path.strip() or "\0" in path:
         raise UserError(f"The setting folder cannot be {path!r}; give the name of a folder, or None to keep no files.")
-    run, new, made = RunFolder(path), not os.path.lexists(path), False
-    try:
+    run, new = RunFolder(path), not os.path.lexists(path)
+    with ExitStack() as held:
         try:
+            lock = held.enter_context(run.locked())
             run.prepare(resume=False, search=False)
         except UserError as error:
             raise UserError(str(error).replace("--run", "folder")) from error
@@ -340,12 +343,12 @@ def _prepared(folder: str | Path | None) -> Iterator[Path | None]:
             raise UserError(
                 f"The folder {shown(path)} cannot be used ({error.strerror}); give another folder."
             ) from error
-        made = new
-        yield run.path
-    except UserError:
-        if made:
-            run.discard()
-        raise
+        try:
+            yield run.path, lock
+        except UserError:
+            if new and not lock.taken:
+                run.discard()
+            raise
 
 
 def _result(method: Any, problem: Problem, noise: Tensor) -> Result:

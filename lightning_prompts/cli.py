@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from datetime import datetime
 from math import isfinite
@@ -22,7 +23,10 @@ from typing import Any, Literal, NoReturn, get_args
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import set_parsing_settings
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -34,6 +38,7 @@ from lightning_prompts.callbacks import (
     Between,
     DryRun,
     Mix,
+    OwnerGuard,
     PromptCheckpoint,
     Results,
     SavedConfig,
@@ -52,12 +57,14 @@ from lightning_prompts.data.prompts import Prompts, find_prompts, read_prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 from lightning_prompts.interop import split_name
+from lightning_prompts.launchers import Launched, own_rank, started_by_lightning, starting_others
 from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.methods.start import looks_like_file
 from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.ranges import Positive
-from lightning_prompts.ranks import Launched, own_rank, ranks_of
+from lightning_prompts.ranks import ranks_of
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.run_lock import RunLock
 from lightning_prompts.sentences import first_sentence, mistake_in, one_sentence, refused_class
 from lightning_prompts.terminal import say
 from lightning_prompts.text_settings import Text, all_settings, keep_texts, text_settings
@@ -123,6 +130,8 @@ class CLI(LightningCLI):
     command = "fit"
     run: Path | None = None
     made: RunFolder | None = None  # by this command, and gone again if it is refused
+    held = ExitStack()  # until the command ends
+    lock: RunLock | None = None  # of the run's folder, which the first process holds for all
     instead = ""  # `show-space`, a `fit` that ends before it begins, or `dry-run` or `check`, which end after a step
     saved = ""  # settings of a `fit`, as they are written
 
@@ -201,6 +210,8 @@ class CLI(LightningCLI):
                 if command in ("test", "predict") and own_rank() == 0:
                     folders = (self.folder.problems,) if command == "test" else ()
                     self.folder.check_writable(*folders, instead="copy it to where it can be")
+            if command != "validate" and own_rank() == 0:  # which writes nothing
+                self._hold()
         if command == "predict":
             self.drawn = self._predicted(config)
         config.trainer.default_root_dir = str(RunFolder(mix[0]).path if mix else self.folder.path)
@@ -246,7 +257,6 @@ class CLI(LightningCLI):
             raise UserError("--mix draws children of found prompts and --prompts other texts; give one of the two.")
         parents = parents_of(config.mix)
         if own_rank() == 0:
-            CLI.made = None if self.folder.path.exists() else self.folder
             self.folder.prepare(resume=False, search=False)
         how = {name: config[name] for name in ("generations", "population", "select", "choose")}
         return Mix(self.folder, parents, seeds=self.seeds, negative=negative, scores=self.scores, **how)
@@ -284,17 +294,27 @@ class CLI(LightningCLI):
                 "%d of %d processes have nothing to do, as there are %d problems; --trainer.strategy samples divides the work on each.",
                 *(ranks - given, ranks, given),
             )
+        if not launched and not started_by_lightning():
+            CLI.held.enter_context(starting_others())
         return ranks if strategy == "problems" else 1
 
+    def _hold(self) -> None:
+        """Hold the run's folder until the command ends."""
+        new = not self.folder.path.exists()
+        CLI.lock = CLI.held.enter_context(self.folder.locked())
+        CLI.made = self.folder if new else None
+
     def _prepare(self, config: Any, parts: int) -> None:
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and config.ckpt_path is None:
+        launched = Launched.detect()
+        restarted = launched and launched.by == "torchrun" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if restarted and config.ckpt_path is None:
             config.ckpt_path = "last"  # torchrun has started the processes again, as one of them was lost
         if config.ckpt_path not in (None, "last") and not is_checkpoint(Path(config.ckpt_path)):
             raise UserError(
                 f"There is no checkpoint of a search in {config.ckpt_path}; give another or --ckpt_path last."
             )
         if own_rank() == 0:
-            CLI.made = None if self.folder.path.exists() else self.folder
+            self._hold()
             self.folder.prepare(resume=bool(config.ckpt_path))
         begun = bool(config.ckpt_path) and self.folder.config.exists()
         model = config.model.init_args
@@ -365,7 +385,7 @@ class CLI(LightningCLI):
         """Add this package's callbacks to the user's."""
         if self.instead:
             measuring = [] if self.instead == "show-space" else [DryRun(self.scores, self.instead == "check")]
-            return super().instantiate_trainer(**kwargs, callbacks=measuring)
+            return super().instantiate_trainer(**kwargs, callbacks=measuring, plugins=[_environment()])
         command = self.config.subcommand
         config = self.config[command]
         settings = {part: config[part].init_args.as_dict() for part in ("model", "data")}
@@ -377,8 +397,8 @@ class CLI(LightningCLI):
             **kwargs,
             enable_checkpointing=True,  # for our callbacks, no other is added
             logger=self._loggers(command),
-            callbacks=[*given, results, *saving, PromptCheckpoint(self.folder.checkpoints)],
-            plugins=[AtomicCheckpointIO(), *_environment()],
+            callbacks=[OwnerGuard(self.lock), *given, results, *saving, PromptCheckpoint(self.folder.checkpoints)],
+            plugins=[AtomicCheckpointIO(), _environment()],
         )
 
 
@@ -452,10 +472,15 @@ def count_of(data: Any) -> int:
     return len(find_targets([how.images] if isinstance(how.images, str) else how.images, how.one_subject))
 
 
-def _environment() -> list[Any]:
-    """Tells Lightning that the job's script has itself queued again, as it goes on from the checkpoints of all ranks."""
+def _environment() -> ClusterEnvironment:
+    """Tell Lightning who has started this process, which it would guess otherwise.
+
+    SLURM's job is queued again by its own script, as it goes on from the checkpoints of all ranks.
+    """
     launched = Launched.detect()
-    return [SLURMEnvironment(auto_requeue=False)] if launched and launched.by == "srun" else []
+    if launched is None:
+        return LightningEnvironment()
+    return TorchElasticEnvironment() if launched.by == "torchrun" else SLURMEnvironment(auto_requeue=False)
 
 
 def run_command(args: Sequence[str], run: Path | None) -> None:
@@ -473,12 +498,14 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED)
     CLI.run, CLI.made, CLI.instead = run, None, "" if args[0] in LIGHTNINGS else args[0]
     CLI.command = "fit" if CLI.instead else args[0]
-    try:
-        _run(args)
-    except BaseException:
-        if CLI.made:  # it goes again unless a search has begun in it
-            CLI.made.discard()
-        raise
+    CLI.lock = None
+    with ExitStack() as CLI.held:
+        try:
+            _run(args)
+        except BaseException:
+            if CLI.made and not (CLI.lock and CLI.lock.taken):  # it goes again unless a search has begun in it
+                CLI.made.discard()
+            raise
 
 
 def _run(args: Sequence[str]) -> None:

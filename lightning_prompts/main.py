@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_prompts.errors import UserError
+from lightning_prompts.launchers import Launched
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.terminal import close, prepare, say
 
@@ -61,6 +62,8 @@ def main(args: Sequence[str] | None = None) -> None:
             return prefetch(args[1:])
         run, args = _with_run_config(args)
         _check_configs(args)
+        if "--help" not in args and "-h" not in args:
+            Launched.detect()  # before Lightning, which fails on a rank that is no number
         from lightning_prompts.cli import run_command  # takes seconds to import
 
         run_command(args, run)

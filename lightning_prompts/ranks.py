@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import atexit
+import logging
 import secrets
 import time
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.utilities.distributed import _destroy_dist_connection
 from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -22,41 +22,15 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
 from lightning_prompts.errors import UserError
+from lightning_prompts.launchers import Launched
+from lightning_prompts.sentences import first_sentence
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
+JOINING = timedelta(minutes=10)  # until all processes have come: machines of a job may start minutes apart
 LONG = timedelta(days=30)  # of a rank's work until it meets the others; torchrun and srun notice those that are lost
-
-
-class Launched(NamedTuple):
-    """What another launcher than Lightning's has started: how many processes on how many machines."""
-
-    by: str
-    processes: int
-    machines: int
-
-    @classmethod
-    def detect(cls) -> Launched | None:
-        """Looks into the environment, where torchrun and srun tell it."""
-        told = os.environ
-        if TorchElasticEnvironment.detect():
-            everywhere, here = int(told["WORLD_SIZE"]), int(told["LOCAL_WORLD_SIZE"])
-            return cls("torchrun", here, everywhere // here)
-        if SLURMEnvironment.detect():
-            if int(told["SLURM_NTASKS"]) > 1 and "SLURM_NTASKS_PER_NODE" not in told:
-                raise UserError(
-                    "SLURM was asked for --ntasks, which may put any number on a machine; give --ntasks-per-node."
-                )
-            machines = int(told["SLURM_NNODES"])
-            return cls("srun", int(told["SLURM_NTASKS"]) // machines, machines)
-        return None
-
-
-def own_rank() -> int:
-    """This process's number, known before Lightning is set up: launchers pass it in the environment."""
-    launched = Launched.detect()
-    name = {"torchrun": "RANK", "srun": "SLURM_PROCID"}[launched.by] if launched else "LOCAL_RANK"
-    return int(os.environ.get(name, "0"))
 
 
 def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
@@ -78,7 +52,7 @@ def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
     else:
         here = len(asked) if isinstance(asked, list) else _count(asked)
     if launched:
-        if (here, machines) not in ((1, 1), launched[1:]):
+        if (here, machines) not in ((1, 1), (launched.processes, launched.machines)):
             raise UserError(
                 f"{launched.by} has started {launched.processes} processes on {launched.machines} machines, and --trainer.devices "
                 f"{asked} with --trainer.num_nodes {machines} are others; leave both out."
@@ -93,6 +67,8 @@ def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
         )
     if there is not None and here > there:
         raise UserError(f"{here} GPUs were asked for and this machine has {there}; give --trainer.devices {there}.")
+    if launched and here * machines > 1:
+        launched.check_address()
     return asked, machines, here * machines
 
 
@@ -114,13 +90,19 @@ class _Apart(DDPStrategy):
         super().__init__(process_group_backend=kwargs.pop("process_group_backend", None), timeout=LONG, **kwargs)
 
     def setup_distributed(self) -> None:
-        """Meets the other processes that torchrun has started; after a restart its store still tells of those before."""
-        if TorchElasticEnvironment.detect() and not dist.is_initialized():
-            store, rank, ranks = next(rendezvous("env://"))
+        """Meet the other processes, or say within minutes that they do not come; once met, they may work for long."""
+        if not dist.is_initialized():
+            self.set_world_ranks()
+            environment = self.cluster_environment
+            store = joined(environment.main_address, environment.main_port, self.global_rank, self.world_size)  # type: ignore[union-attr]
             device = self.root_device if self.root_device.type != "cpu" else None
-            store = PrefixStore(met(store, rank, ranks), store)
             backend = self._get_process_group_backend()
-            dist.init_process_group(backend, timeout=LONG, world_size=ranks, rank=rank, store=store, device_id=device)
+            dist.init_process_group(
+                backend, timeout=LONG, world_size=self.world_size, rank=self.global_rank, store=store,
+                device_id=device,
+            )  # fmt: skip
+            if backend == "nccl":
+                atexit.register(_destroy_dist_connection)  # as Lightning does for a group that it has made
         super().setup_distributed()
 
     def configure_ddp(self) -> None:
@@ -198,16 +180,46 @@ class SampleParallel(_Apart):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = agree  # type: ignore[method-assign]
 
 
+def joined(address: str, port: int, rank: int, ranks: int) -> Any:
+    """Meet all processes at the first one's address; return a store that they have in common.
+
+    Raises:
+        UserError: Not all of them have come in time.
+    """
+    minutes = int(JOINING.total_seconds() / 60)
+    if rank == 0 and ranks > 1:
+        log.info("Waiting up to %d minutes for all of %d processes to meet at %s:%d.", minutes, ranks, address, port)
+    try:
+        url = f"tcp://{address}:{port}?rank={rank}&world_size={ranks}"
+        store, *_ = next(rendezvous(url, timeout=JOINING))
+        store = PrefixStore(met(store, rank, ranks), store)
+    except (dist.DistError, TimeoutError) as error:
+        others = "process 0" if rank else "process 1" if ranks == 2 else f"processes 1 to {ranks - 1}"
+        raise UserError(
+            f"Process {rank} of {ranks} has not met {others} at {address}:{port} within {minutes} minutes "
+            f"({first_sentence(error).rstrip('.')}); check that the command was started on every machine and that this address "
+            "can be reached from each."
+        ) from error
+    store.set_timeout(LONG)
+    return store
+
+
 def met(store: Any, rank: int, ranks: int) -> str:
-    """A name that the processes which are alive agree on, through a store in which dead ones have left theirs."""
+    """A name that the processes which are alive agree on, through a store in which dead ones have left theirs.
+
+    Raises:
+        TimeoutError: Some have not come in time.
+    """
     own = secrets.token_hex(8)
     if rank:
         store.set(f"hello/{rank}", own)
         name = str(store.get(f"welcome/{own}").decode())  # nobody but a rank 0 that is alive can have written this
         store.set(f"met/{name}/{rank}", "")
         return name
-    left = set(range(1, ranks))
+    left, end = set(range(1, ranks)), time.monotonic() + JOINING.total_seconds()
     while left:
+        if time.monotonic() > end:
+            raise TimeoutError(f"missing: {', '.join(map(str, sorted(left)))}")
         for other in left:
             if store.check([f"hello/{other}"]):
                 store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import datetime
 from functools import cache, cached_property
@@ -26,6 +26,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write, atomic_writer, json_line, to_json
 from lightning_prompts.problems import Problem
 from lightning_prompts.reports import SCHEMA_VERSION, failed_line, prompt_lines, result_entry, result_line, write_table
+from lightning_prompts.run_lock import RunLock
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,7 @@ class RunFolder:
         Raises:
             UserError: The folder holds a run that is not to be resumed or that cannot be read, is a file or cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"The run folder {self.path} is a file; give another --run.")
+        self._check_kind()
         begun = any(self.problems.glob("*.json")) or self.generations.exists()
         foreign = self.config.exists() and not self.problems.is_dir()
         # A search that was stopped before its first record leaves a config and no records.
@@ -103,21 +103,55 @@ class RunFolder:
             UserError: They cannot.
         """
         try:
-            for left in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):  # by a process that was killed
+            for left in self._left_over():
                 left.unlink()
             for folder in (self.path, *folders):
                 atomic_write(folder / ".write-test", b"test")
                 (folder / ".write-test").unlink()
         except OSError as error:
-            raise UserError(
-                f"The run folder {self.path} cannot be written ({error.strerror or error}); {instead}, or free space or permit writing "
-                "there."
-            ) from error
+            raise self._not_writable(error, instead) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[RunLock]:
+        """Hold the folder for this process and those that search with it, see `RunLock`.
+
+        Raises:
+            UserError: Another process works in the folder, or it is a file or cannot be written.
+        """
+        self._check_kind()
+        with ExitStack() as held:
+            try:
+                lock = held.enter_context(RunLock(self.path))
+            except OSError as error:
+                raise self._not_writable(error) from error
+            yield lock
+
+    def _check_kind(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"The run folder {self.path} is a file; give another --run.")
+
+    def _not_writable(self, error: OSError, instead: str = "give another --run") -> UserError:
+        return UserError(
+            f"The run folder {self.path} cannot be written ({error.strerror or error}); {instead}, or free space or permit writing "
+            "there."
+        )
+
+    def _left_over(self) -> list[Path]:
+        """The files that processes which were killed have left in the middle of a write, or of taking over the lock."""
+        return [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp"), *self.path.glob(".lock.*")]
 
     def discard(self) -> None:
-        """Deletes the folder if no search has begun in it."""
-        if not any(self.problems.glob("*.json")):
-            shutil.rmtree(self.path, ignore_errors=True)
+        """Delete the folder if no search has begun in it; of a locked one everything but the lock, which deletes the rest."""
+        if any(self.problems.glob("*.json")):
+            return
+        for left in self.path.glob("*"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif not left.name.startswith(".lock"):
+                with suppress(OSError):
+                    left.unlink()
+        with suppress(OSError):
+            self.path.rmdir()
 
     def save(self, problem: Problem) -> None:
         """Writes the record of a problem; after an OSError, such as a full disk, its previous state is still there."""

@@ -16,6 +16,7 @@ from lightning_prompts.callbacks.dry_run import DryRun
 from lightning_prompts.callbacks.grid import SampleGrid
 from lightning_prompts.callbacks.guard import NonFiniteGuard
 from lightning_prompts.callbacks.mix import Mix, parents_of
+from lightning_prompts.callbacks.owner import OwnerGuard
 from lightning_prompts.callbacks.progress import PromptProgress
 from lightning_prompts.callbacks.projection import VocabularyProjection
 from lightning_prompts.callbacks.results import Results, check_seeds
@@ -28,6 +29,7 @@ __all__ = [
     "DryRun",
     "Mix",
     "NonFiniteGuard",
+    "OwnerGuard",
     "PromptCheckpoint",
     "PromptProgress",
     "Results",

@@ -116,6 +116,8 @@ def srun(rank, ranks):
         "NODEID": 0,
         "JOB_ID": 14321,
         "JOB_NAME": "prompts",
+        "STEP_ID": 0,
+        "STEP_NUM_TASKS": ranks,
     }
     return {f"SLURM_{name}": str(value) for name, value in told.items()}
 

@@ -70,7 +70,8 @@ def test_a_person_is_one(refused):
 @pytest.fixture
 def torchrun(monkeypatch):
     """The environment of the second of four processes, two on each of two machines."""
-    told = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    told = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # fmt: skip
     for name, value in told.items():
         monkeypatch.setenv(name, value)
 
@@ -86,7 +87,8 @@ def test_processes_of_a_launcher_need_a_common_folder(refused, torchrun):
 
 
 def test_tasks_that_slurm_may_put_anywhere(refused, monkeypatch):
-    for name, value in {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x"}.items():
+    told = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}
+    for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert "give --ntasks-per-node" in refused()
 

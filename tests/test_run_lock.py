@@ -1,0 +1,290 @@
+"""The folder of a run has one owner at a time, and none that is dead."""
+
+import errno
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import SoftFileLease
+from PIL import Image
+
+from lightning_prompts import run_lock
+from lightning_prompts.api import search
+from lightning_prompts.callbacks import OwnerGuard
+from lightning_prompts.errors import UserError
+from lightning_prompts.launchers import PARENT
+from lightning_prompts.main import main
+from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.run_lock import RunLock
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+SECONDS = 2.0  # of the lease in these tests
+HOLD = """
+import os, socket, sys, time
+from pathlib import Path
+from lightning_prompts import run_lock
+run_lock.LEASE, run_lock.HEARTBEAT = {lease}, {heartbeat}
+{before}
+with run_lock.RunLock(Path({folder!r})) as lock:
+    print("holds", flush=True)
+    while True:
+        lock.check()
+        time.sleep(0.05)
+"""
+ELSEWHERE = "socket.gethostname = lambda: 'elsewhere'"
+LATE = """
+real, beats = os.utime, iter(range(10**6))
+os.utime = lambda file, times=None, **more: real(file, ns=(next(beats), next(beats)))  # its clock is at 1970
+"""
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A lease that expires soon."""
+    monkeypatch.setattr(run_lock, "LEASE", SECONDS)
+    monkeypatch.setattr(run_lock, "HEARTBEAT", SECONDS / 10)
+
+
+@pytest.fixture
+def holder():
+    """Starts a process that holds a folder, on this machine or, as it says, on another."""
+    started = []
+
+    def start(folder, before="", lease=run_lock.LEASE):
+        code = HOLD.format(lease=lease, heartbeat=SECONDS / 10, folder=str(folder), before=before)
+        process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, text=True, stdout=-1, stderr=-1)
+        started.append(process)
+        assert process.stdout.readline() == "holds\n", process.stderr.read()
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def held_for(folder):
+    """How long it takes until the folder can be locked."""
+    began = time.monotonic()
+    with RunLock(folder):
+        return time.monotonic() - began
+
+
+@pytest.mark.parametrize("before", ["", ELSEWHERE, ELSEWHERE + LATE])
+def test_who_holds_it_is_told(before, holder, tmp_path):
+    process = holder(tmp_path, before)
+    name = "elsewhere" if before else re.escape(socket.gethostname())
+    since = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d \S+"
+    told = rf"{re.escape(str(tmp_path))} is in use by process {process.pid} on {name} since {since}; wait for it to end, stop"
+    for _ in range(3):
+        with pytest.raises(UserError, match=told):
+            held_for(tmp_path)
+    assert process.poll() is None
+
+
+def test_one_that_was_killed_here_does_not_count(holder, tmp_path):
+    process = holder(tmp_path)
+    process.kill()
+    process.wait()
+    assert (tmp_path / ".lock").exists()
+    assert held_for(tmp_path) < 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_that_has_the_number_of_a_dead_one_does_not_count(holder, tmp_path):
+    process = holder(tmp_path)
+    process.kill()
+    process.wait()
+    left = tmp_path / ".lock"
+    assert f"pid={process.pid}\n" in left.read_text()
+    left.write_text(left.read_text().replace(f"pid={process.pid}\n", f"pid={os.getpid()}\n"))  # as this one
+    assert held_for(tmp_path) < 1
+
+
+@pytest.mark.parametrize("how", ["elsewhere", "by a clock that is behind", "nobody has reaped it", "empty"])
+def test_one_that_gives_no_sign_of_life_counts_for_a_lease(how, short, holder, tmp_path):
+    if how == "empty":  # after a power failure
+        (tmp_path / ".lock").touch()
+    else:
+        process = holder(tmp_path, "" if how.startswith("nobody") else ELSEWHERE, SECONDS)
+        process.kill()
+        if how.startswith("nobody"):
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        else:
+            process.wait()
+    if "clock" in how:
+        os.utime(tmp_path / ".lock", (2**32, 2**32))
+    assert SECONDS * 0.9 < held_for(tmp_path) < SECONDS * 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_that_was_suspended_ends_when_another_has_taken_over(short, holder, tmp_path):
+    process = holder(tmp_path, lease=SECONDS)
+    process.send_signal(signal.SIGSTOP)
+    with RunLock(tmp_path):
+        process.send_signal(signal.SIGCONT)
+        _, said = process.communicate(timeout=20)
+        assert f"was taken over by process {os.getpid()} on " in said
+        assert "UserError" in said
+        assert process.returncode == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_end_of_a_child_is_not_the_owners(tmp_path):
+    """Pictures are read ahead by processes that are forked."""
+    with RunLock(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=sys.exit)
+        child.start()
+        child.join()
+        assert (tmp_path / ".lock").exists()
+        assert (tmp_path / ".lock-holder").exists()
+
+
+def test_a_folder_in_which_nothing_was_written_is_gone(tmp_path):
+    with RunLock(tmp_path / "new"):
+        assert (tmp_path / "new" / ".lock").exists()
+    with RunLock(tmp_path / "used"):
+        (tmp_path / "used" / "file").touch()
+    (tmp_path / "old").mkdir()
+    with RunLock(tmp_path / "old"):
+        pass
+    assert sorted(path.name for path in tmp_path.glob("**/*")) == ["file", "old", "used"]
+
+
+def test_a_refused_command_leaves_nothing_but_what_was_there(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        folder.prepare(resume=False)
+        folder.config.touch()
+        folder.discard()
+        assert (folder.path / ".lock").exists()  # to the end
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(self, **how):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(SoftFileLease, "acquire", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"), RunFolder(tmp_path).locked():
+        pass
+
+
+def test_what_taking_over_has_left_is_deleted(tmp_path):
+    left = tmp_path / ".lock.break.1.00"
+    left.touch()
+    folder = RunFolder(tmp_path)
+    with folder.locked():
+        folder.prepare(resume=False)
+    assert not left.exists()
+
+
+def test_processes_that_have_lost_the_first_one_end(monkeypatch):
+    monkeypatch.setenv(PARENT, str(os.getppid()))
+    guard = OwnerGuard(None)
+    guard.on_train_batch_start(None, None, None, 0)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with pytest.raises(UserError, match="is gone; the same command with --ckpt_path last goes on"):
+        guard.on_train_batch_start(None, None, None, 0)
+
+
+# --- commands
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A finished search, and its command."""
+    folder = tmp_path_factory.mktemp("locked")
+    Image.new("RGB", (16, 16), "red").save(folder / "red.png")
+    args = ["fit", "--run", str(folder / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(tiny),
+            "--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(folder / "red.png"), "--data.steps", "1",
+            "--data.validation_samples", "1"]  # fmt: skip
+    main(args)
+    return folder / "run", args
+
+
+def contents(folder):
+    """All but the signs of life."""
+    return {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file() and path.name != ".lock"}
+
+
+def test_commands_leave_a_folder_alone_that_another_process_holds(run, holder, tmp_path, capsys):
+    folder, fit = run
+    process = holder(folder)
+    before = contents(folder)
+    told = f"in use by process {process.pid} on "
+    mixed = ["predict", "--mix", str(folder), str(folder), "--run", str(tmp_path / "mix")]
+    holder(tmp_path / "mix")
+    for args in (
+        [*fit, "--ckpt_path", "last"],
+        fit,
+        ["test", "--run", str(folder)],
+        ["predict", "--run", str(folder)],
+        mixed,
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(args)
+        assert stopped.value.code == 2
+        assert ("in use by" if args is mixed else told) in capsys.readouterr().err
+    with pytest.raises(UserError, match=told):
+        search("pez", {"images": fit[fit.index("--data.images") + 1], "backbone": "emoji"}, folder=folder)
+    main(["validate", "--run", str(folder)])  # which writes nothing
+    assert contents(folder) == before
+
+
+def test_commands_leave_no_lock(run):
+    folder, fit = run
+    for args in ([*fit, "--ckpt_path", "last"], ["test", "--run", str(folder)], ["predict", "--run", str(folder)]):
+        main(args)
+        assert not list(folder.glob(".*"))
+
+
+def test_calls_from_python_hold_their_folder(run, tmp_path, monkeypatch):
+    _, fit = run
+    seen = []
+    monkeypatch.setattr(OwnerGuard, "on_train_batch_start", lambda self, *_: seen.append(self.lock.path.exists()))
+    how = {"images": fit[fit.index("--data.images") + 1], "backbone": fit[fit.index("--model.backbone") + 1], "tokens": 2,
+           "steps": 1, "sampling_steps": 2, "validation_samples": 1}  # fmt: skip
+    search("pez", how, folder=tmp_path / "kept", device="cpu")
+    assert seen
+    assert all(seen)
+    assert not list((tmp_path / "kept").glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_second_search_is_refused_and_goes_on_when_the_first_is_killed(run, tmp_path):
+    folder = tmp_path / "run"
+    _, fit = run
+    args = [*fit, "--run", str(folder), "--data.steps", "2000"]
+    del args[1:3]  # the other --run
+    first = subprocess.Popen(
+        [sys.executable, "train.py", *args], cwd=ROOT, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True
+    )
+    while not list(folder.glob("checkpoints/*.ckpt")):
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.1)
+    args += ["--ckpt_path", "last"]
+    second = subprocess.run(
+        [sys.executable, "train.py", *args], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert second.returncode == 2
+    assert f"in use by process {first.pid} on " in second.stderr
+    first.kill()
+    first.communicate()
+    args[args.index("2000")] = "5"
+    third = subprocess.run(
+        [sys.executable, "train.py", *args], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert third.returncode == 0, third.stderr
+    assert len((folder / "results.jsonl").read_text().splitlines()) == 1
+    assert not list(folder.glob(".*"))
