@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import time
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,15 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from typing_extensions import TypedDict
 
 from lightning_prompts.files import atomic_write
+from lightning_prompts.problems import Problem
 
 log = logging.getLogger(__name__)
+
+FIELDS = {field.name for field in fields(Problem)}
+NAME = re.compile(r"rank(\d+)-step(\d+)\.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -100,6 +108,32 @@ def last_checkpoint(folder: Path, rank: int = 0) -> Path | None:
     return None
 
 
+class Wave(TypedDict):
+    """What a checkpoint holds of the problems that are searched together: an entry for each in every list."""
+
+    records: list[Problem]
+    active: list[bool]
+    done: list[int]
+    stale: list[int]
+    lowered: list[int]
+    left_out: list[int]
+    parts: int
+    microbatch: int
+
+
+class Saved(TypedDict):
+    """What Lightning's and this package's parts of a checkpoint have in common."""
+
+    wave: Wave
+    state_dict: dict[str, Any]
+    optimizer_states: list[dict[str, Any]]
+    lr_schedulers: list[Any]
+    loops: dict[str, Any]
+    callbacks: dict[str, Any]
+    epoch: int
+    global_step: int
+
+
 def checkpoints_of_all(folder: Path) -> list[dict[str, Any]]:
     """The newest checkpoint of every rank that has left one."""
     paths = [path for rank in ranks_in(folder) if (path := last_checkpoint(folder, rank))]
@@ -108,7 +142,8 @@ def checkpoints_of_all(folder: Path) -> list[dict[str, Any]]:
 
 def ranks_in(folder: Path) -> list[int]:
     """The ranks that have left checkpoints."""
-    return sorted({int(path.name[len("rank") :].split("-")[0]) for path in folder.glob("rank*-step*.ckpt")})
+    names = (NAME.fullmatch(path.name) for path in folder.glob("rank*-step*.ckpt"))
+    return sorted({int(name[1]) for name in names if name})
 
 
 def parts_of(path: Path) -> int:
@@ -118,13 +153,26 @@ def parts_of(path: Path) -> int:
 
 def _newest_first(folder: Path, rank: int) -> list[Path]:
     """A rank's; a search that went on from an older one is at a lower step than those that it has left behind."""
-    paths = folder.glob(f"rank{rank}-step*.ckpt")
+    paths = (path for path in folder.glob(f"rank{rank}-step*.ckpt") if NAME.fullmatch(path.name))
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tells whether a file is a checkpoint of this package that can be read."""
+    """Tell whether a file is a checkpoint of this package that can be read, and has all that a search continues with."""
     try:
-        return "wave" in torch.load(path, weights_only=True, map_location="cpu")
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        _type().validate_python(saved)
+        wave, (prompts,) = saved["wave"], saved["state_dict"].values()
+        rows = {len(wave[name]) for name in ("records", "active", "done", "stale", "lowered", "left_out")}
+        known = all({"state", "param_groups"} <= state.keys() for state in saved["optimizer_states"])
+        known &= all(record.keys() <= FIELDS for record in wave["records"]) and "pytorch-lightning_version" in saved
+        return rows == {len(prompts)} and known and "fit_loop" in saved["loops"] and wave["parts"] > 0
     except Exception:  # whatever a file that is none makes of torch's unpickler
         return False
+
+
+@cache
+def _type() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Saved)

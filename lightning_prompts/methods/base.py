@@ -616,7 +616,17 @@ class PromptMethod(pl.LightningModule, ABC):
         for record in wave["records"]:
             here = records[record["key"]]
             record |= {name: getattr(here, name) for name in ("target", "paths", "stamps", "caption", "index")}
-        (saved,) = checkpoint["state_dict"].values()
+        ((name, saved),) = checkpoint["state_dict"].items()
+        own, optimizers = self.parameter.shape[1:], int(self.configure_optimizers() is not None)
+        if [name] != list(self.state_dict()) or (0 not in own and saved.shape[1:] != own):
+            raise UserError(
+                f"The checkpoint has prompts {name!r} of the shape {tuple(saved.shape[1:])} and this search has "
+                f"{next(iter(self.state_dict()))!r} of {tuple(own)}; give the settings that the run was begun with."
+            )
+        if len(checkpoint["optimizer_states"]) != optimizers:
+            raise UserError(
+                "The checkpoint has the state of another optimizer; give the settings that the run was begun with."
+            )
         self.parameter.data = torch.empty_like(saved)
         if self.microbatch.fitted:  # as before, so that calls round alike
             self.microbatch.size = wave["microbatch"]
