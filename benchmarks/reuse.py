@@ -3,12 +3,15 @@
 Searches embeddings for 21 plain captions of the embedded model's world. Then the difference that was found for a caption, what the
 text encoder says of it taken away from what was found, is added to each of the 20 others, for five such captions. On ten fresh
 seeds it prints the gain by a prompt's own search, by the added difference, and the share of the former that this is; how often it
-goes the right way; and what it does to the held-out similarity of pictures and captions. 95% intervals over the prompts.
+goes the right way; and what it does to the held-out similarity of pictures and captions. 95% intervals over the prompts, of each of
+which the five differences are one value: they hold for these five.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 import tables
 import torch
-from inversion import interval, share, spread
+from inversion import interval, spread
 from metric_guidance import CONFIG, captions, judge, objective
 from torch import Tensor
 
@@ -26,6 +29,10 @@ from lightning_prompts.embeddings import transfer
 from lightning_prompts.methods import TRAINER, MetricGuidance
 
 SEED, PROMPTS, SOURCES, FRESH_SEEDS = 20_261_160, 21, 5, 10
+VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
+    **{name: itemgetter(name) for name in ("own", "added", "heldout_own", "heldout_added")},
+    "right": lambda row: row["added"] > 0,
+}
 FIGURES = Path(__file__).parent / "figures" / "reuse.csv"
 
 
@@ -83,10 +90,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for kind in dict.fromkeys(row["objective"] for row in rows):
         some = [row for row in rows if row["objective"] == kind]
         by_prompt = [
-            {
-                name: fmean(row[name] for row in some if row["prompt"] == prompt)
-                for name in ("own", "added", "heldout_own", "heldout_added")
-            }
+            {name: fmean(value(row) for row in some if row["prompt"] == prompt) for name, value in VALUES.items()}
             for prompt in dict.fromkeys(row["prompt"] for row in some)
         ]
         own, added = ([row[name] for row in by_prompt] for name in ("own", "added"))
@@ -95,7 +99,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{fmean(own):.4f} ± {spread(own):.4f}",
             f"{fmean(added):.4f} ± {spread(added):.4f}",
             f"{fmean(added) / fmean(own):.2f}",
-            share([row["added"] > 0 for row in some]),
+            interval([row["right"] for row in by_prompt]),
             interval([row["heldout_own"] for row in by_prompt]),
             interval([row["heldout_added"] for row in by_prompt]),
         ]
