@@ -532,6 +532,10 @@ def _run(args: Sequence[str]) -> None:
         if refused := refused_class(error):
             raise UserError(refused) from error
         raise
+    except ModuleNotFoundError as error:
+        if error.name is None:  # a package that Lightning has looked for, as for a TPU
+            raise UserError(first_sentence(error)) from error
+        raise
     except SIGTERMException:  # a SystemExit with code 0
         sys.exit(128 + signal.SIGTERM)
     except SystemExit as stop:  # Lightning turns Ctrl-C into exit code 1
@@ -553,10 +557,13 @@ def _with_data_class(args: list[str]) -> list[str]:
 
 def _with_texts(args: list[str]) -> list[str]:
     """Keep the parser from reading texts as YAML, see `keep_texts`."""
-    settings = {"data": text_settings(ProblemData), "model": text_settings(PromptMethod)}
+    settings = {"data": text_settings(ProblemData), "model": text_settings(PromptMethod), "": text_settings(Scores)}
     if args[0] == "predict":
-        settings[""] = {"prompts": Text(several=True, optional=False)}
-    return keep_texts(args, settings)
+        settings[""]["prompts"] = Text(several=True, optional=False)
+    kept = keep_texts(args, settings)
+    if empty := next((arg for arg in kept if re.fullmatch(r"--[\w.]+=", arg)), None):
+        raise UserError(f"The setting {empty[:-1]} cannot be empty; give a value, or leave it out.")
+    return kept
 
 
 def _check_same(folder: RunFolder, wanted: str) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
+
+from yaml import YAMLError
 
 from lightning_prompts.errors import UserError
 from lightning_prompts.launchers import Launched
@@ -54,12 +57,14 @@ def main(args: Sequence[str] | None = None) -> None:
         say(*HELP.splitlines())  # without importing Lightning, which takes seconds
         return None
     _manners()
+    run = None
     try:
         _check_order(args)
         if args[0] == "prefetch":
             from lightning_prompts.prefetch import prefetch
 
             return prefetch(args[1:])
+        _check_values(args)
         run, args = _with_run_config(args)
         _check_configs(args)
         if "--help" not in args and "-h" not in args:
@@ -78,7 +83,8 @@ def main(args: Sequence[str] | None = None) -> None:
             f"The package {error.name!r} is not installed for {sys.executable}; activate the environment, or run pip install -e ."
         )
     except OSError as error:
-        reason = f"{error.filename or 'A file'} cannot be used ({error.strerror or error})"
+        file = error.filename or (f"A file in {run}" if run else "A file")
+        reason = f"{file} cannot be used ({error.strerror or error})"
         _refuse(f"{reason}; {ADVICE.get(error.errno or 0, 'check the path and its permissions')}.")
     finally:
         close()
@@ -106,6 +112,17 @@ def _check_order(args: list[str]) -> None:
     close = difflib.get_close_matches(args[0], COMMANDS, 1)
     hint = f", did you mean {close[0]!r}?" if close else ""
     raise UserError(f"The command {args[0]!r} is unknown{hint}; use one of {', '.join(COMMANDS)}.")
+
+
+def _check_values(args: list[str]) -> None:
+    """Name the setting that has no value, for which the parser would name another."""
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        if (
+            re.fullmatch(r"--(?:data|model|trainer)(?:\.\w+)+", arg)
+            and not arg.endswith(".help")
+            and following.startswith("--")
+        ):
+            raise UserError(f"The setting {arg} needs a value; give one after it.")
 
 
 def _check_configs(args: list[str]) -> None:
@@ -178,7 +195,9 @@ def _with_run_config(args: list[str]) -> tuple[Path | None, list[str]]:
         raise UserError(f"The command {args[0]!r} needs the run to look at: train.py {args[0]} --run runs/NAME.")
     folder = RunFolder(looked_at)
     saved = ["--config", str(folder.saved_config())]
-    with suppress(LookupError, TypeError, ValueError, AttributeError):  # the parser names what is wrong with the file
+    with suppress(
+        LookupError, TypeError, ValueError, AttributeError, YAMLError
+    ):  # the parser names what is wrong with the file
         moved = folder.moved_settings()
         saved += ["--config", json.dumps(moved)] if moved else []
     return run, [args[0], *saved, *args[1:]]

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+MOST_PROCESSES = 1024  # on a machine
 JOINING = timedelta(minutes=10)  # until all processes have come: machines of a job may start minutes apart
 LONG = timedelta(days=30)  # of a rank's work until it meets the others; torchrun and srun notice those that are lost
 
@@ -78,8 +79,10 @@ def _count(devices: Any) -> int:
         count = int(devices)
     except ValueError:
         count = 0
-    if count < 1:
-        raise UserError(f"--trainer.devices cannot be {devices!r}; it takes a number of processes from 1 on, or auto.")
+    if not 1 <= count <= MOST_PROCESSES:
+        raise UserError(
+            f"--trainer.devices cannot be {devices!r}; it takes a number of processes from 1 to {MOST_PROCESSES}, or auto."
+        )
     return count
 
 

@@ -17,6 +17,7 @@ def one_sentence(message: str, parser: Any) -> str:
     text = re.sub(r"\s+", " ", message).strip()
     if missing := re.search(r"following arguments are required: (.*)", text):
         absent = [f"--{name.lstrip('-').rpartition('.')[2]}" for name in missing[1].split(", ")]
+        absent = ["--data.images or --data.prompts" if name == "--data" else name for name in absent]
         return f"{' and '.join(absent)} must be given, here or in a config file such as configs/invert.yaml."
     key = re.match(r'Parser key "([\w.]+)": ?', text)
     optional = re.search(r"Not of type (\w+): .*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
@@ -36,6 +37,8 @@ def one_sentence(message: str, parser: Any) -> str:
         close = difflib.get_close_matches(given, sorted(names), 1)
         hint = f"; did you mean --{close[0]}?" if close else "; see --help for all settings."
         return f"The setting --{given} is unknown{hint}"
+    if stray := re.match(r"unrecognized arguments: ([^-]\S*)", text):
+        return f"The argument {stray[1]!r} is none; settings begin with --, such as --config configs/invert.yaml."
     imported = re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text)
     if key and imported:
         name = next(filter(None, imported.groups()))

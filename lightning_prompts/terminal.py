@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import sys
+import threading
 from contextlib import suppress
 from typing import TextIO
 
@@ -40,6 +41,7 @@ def prepare() -> None:
     logging.basicConfig(handlers=[handler])
     logging.raiseExceptions = False  # a line that cannot be written is lost, and no traceback takes its place
     logging.getLogger("lightning_prompts").setLevel(logging.INFO)
+    threading.excepthook = _tell_of_thread
 
 
 def close() -> None:
@@ -54,6 +56,12 @@ class _Printable(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Format a record without its traceback."""
         return printable(super().formatMessage(record))
+
+
+def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread but for a full disk, which whoever waits for the thread hears of."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def _flush(stream: TextIO) -> None:

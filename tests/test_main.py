@@ -350,7 +350,7 @@ def test_bad_picture_is_refused(base, pictures, capsys, how):
         (["--data.background", "[300, 0, 0]"], ["--data.background cannot be 300", "whole numbers from 0 to 255"]),
         (["--data.background", "[0, -1, 0]"], "--data.background cannot be -1"),
         (["--run", ""], "--run must name a folder"),
-        (["--trainer.devices", "two"], ["--trainer.devices cannot be 'two'", "from 1 on, or auto"]),
+        (["--trainer.devices", "two"], ["--trainer.devices cannot be 'two'", "from 1 to 1024, or auto"]),
         (["--trainer.devices", "-5"], "--trainer.devices cannot be '-5'"),
         (["--trainer.devices", "0"], "--trainer.devices cannot be '0'"),
         (["--trainer.devices", "[0, 1]"], "`devices` selected with `CPUAccelerator` should be an int > 0."),

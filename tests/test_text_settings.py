@@ -181,4 +181,4 @@ def test_a_missing_text_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", "configs/dpo_diff.yaml", "--data.prompts"])
     assert stopped.value.code == 2
-    assert "expected one argument" in capsys.readouterr().err
+    assert "needs a value" in capsys.readouterr().err

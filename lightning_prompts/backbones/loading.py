@@ -177,7 +177,7 @@ def _check(name: str, folder: Path, weights: Mapping[str, str | None] | None) ->
         parts = components(family) if family else {}
         found = {part: (index.get(part) or (None, None))[1] for part in parts}
         index["scheduler"][1]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"The model_index.json of the model {name!r} does not describe a pipeline; download or save the model again."
         ) from error

@@ -281,6 +281,12 @@ class Inverter(PromptMethod):
         """Whether the search goes by a CLIP: in its loss, in the choice of the best prompt or for its start."""
         return bool(self.clip_weight or self.trial_weight) or self.start == "clip_words"
 
+    def setup(self, stage: str) -> None:
+        """See `PromptMethod.setup`; loads the CLIP that the search goes by, so that what is wrong with it is told before."""
+        super().setup(stage)
+        if stage == "fit":
+            self.clips()
+
     def clips(self) -> list[ClipSimilarity]:
         """See `PromptMethod.clips`."""
         return [self.clip] if self.uses_clip else []

@@ -26,6 +26,8 @@ def from_file(path: str) -> dict[str, dict[str, dict[str, list[str]]]]:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"The space {path!r} cannot be read ({error.strerror}); give a JSON file.") from error
+    except RecursionError as error:
+        raise UserError(f"{path!r} is nested too deeply; the layout is {LAYOUT}.") from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"Line {error.lineno} of {path!r} is not valid JSON ({error.msg}); the layout is {LAYOUT}."

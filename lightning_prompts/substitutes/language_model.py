@@ -73,7 +73,7 @@ class LanguageModel:
             known = json.loads(self.cache.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"The answers in {self.cache} cannot be read; delete the file to ask again.") from error
         return known if isinstance(known, dict) else {}
 
