@@ -21,6 +21,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+import yaml
 from inversion import fit, has, interval, rows_of, share, spread, words_of
 
 from lightning_prompts.backbones import load_backbone
@@ -31,11 +32,18 @@ from lightning_prompts.vocabulary import round_trip
 
 BUDGETS = (342, 684, 1368)
 CONFIGS = {
-    "random tokens": "random_tokens", "CLIP words": "clip_words", "PEZ": "pez", "PH2P": "ph2p", "GCG": "gcg",
-    "the default": "invert", "textual inversion": "textual_inversion",
+    "random tokens": "random_tokens", "CLIP words": "clip_words", "PEZ, denoising loss": "pez", "PEZ, CLIP loss": "pez_clip",
+    "PH2P, Adam with restarts": "ph2p", "PH2P, L-BFGS": "ph2p_lbfgs", "GCG": "gcg", "the default": "invert",
+    "textual inversion": "textual_inversion",
 }  # fmt: skip
+FEW = ("CLIP words", "PEZ, CLIP loss")  # which draw samples for scoring alone
 CAPTION, SOFT = "true caption", "textual inversion"
-PAIRS = [("PH2P", "PEZ"), *(("the default", other) for other in (*CONFIGS, CAPTION) if other != "the default")]
+PAIRS = [
+    ("PH2P, Adam with restarts", "PH2P, L-BFGS"),
+    ("PH2P, Adam with restarts", "PEZ, denoising loss"),
+    ("PH2P, Adam with restarts", "PEZ, CLIP loss"),
+    *(("the default", other) for other in (*CONFIGS, CAPTION) if other != "the default"),
+]
 FIGURES, IMAGES = Path(__file__).parent / "figures", Path(__file__).parents[1] / "docs" / "images"
 COLUMNS = [
     "budget",
@@ -95,7 +103,7 @@ def measure(method: str, targets: str, runs: Path) -> list[Row]:
         with_prompts(source, whole, captions)
     else:
         fit(f"configs/{CONFIGS[method]}.yaml", rows, whole)
-        for budget in BUDGETS[:-1] if method != "CLIP words" else ():  # which spends next to none
+        for budget in BUDGETS[:-1] if method not in FEW else ():
             made[budget] = runs / f"{method} {budget}"
             if method == SOFT:
                 # Two less, so that the scoring of the first prompt and of the last fits in.
@@ -173,10 +181,23 @@ def file_of(method: str, targets: str) -> Path:
 def table(results: dict[tuple[str, int], list[Row]], words: dict[str, dict[str, str]]) -> str:
     """A line a method and budget."""
     kinds = [kind for kind in ("object", "background", "second") if any(kind in wanted for wanted in words.values())]
-    head = ["method", "samples", "held-out similarity", *kinds, "diversity", "dictionary words", "special characters",
+    head = ["method", "timesteps", "samples", "held-out similarity", *kinds, "diversity", "dictionary words", "special characters",
             "round-trip failures"]  # fmt: skip
-    lines = [f"| {method} | {' | '.join(means(rows, words, kinds))} |" for (method, _), rows in results.items()]
+    lines = [
+        f"| {method} | {timesteps_of(method)} | {' | '.join(means(rows, words, kinds))} |"
+        for (method, _), rows in results.items()
+    ]
     return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines])
+
+
+def timesteps_of(method: str) -> str:
+    """Return from where to where a method's config draws timesteps, for the search and for scoring."""
+    if method == CAPTION:
+        return "-"
+    low, high = yaml.safe_load((Path("configs") / f"{CONFIGS[method]}.yaml").read_text())["data"]["init_args"].get(
+        "timesteps", (500, 1000)
+    )
+    return f"{low} to {high}"
 
 
 def differences(results: dict[tuple[str, int], list[Row]]) -> str:

@@ -65,7 +65,17 @@ CONFIGS = next(
 PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # modes that it holds
 TIFF = ("CMYK", "LAB", "I", "F")  # modes that it holds and PNG does not
 ALPHA = {"PA": "RGBA", "RGBa": "RGBA", "La": "LA"}  # what other modes with alpha become
-INVERTERS = ("invert", "ph2p", "ph2p_lbfgs", "pez", "gcg", "textual_inversion", "clip_words", "random_tokens")
+INVERTERS = (
+    "invert",
+    "ph2p",
+    "ph2p_lbfgs",
+    "pez",
+    "pez_clip",
+    "gcg",
+    "textual_inversion",
+    "clip_words",
+    "random_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ def invert(images: Picture | Sequence[Picture], *, method: str = "invert", **set
     Args:
         images: A picture (a PIL image, an array, a tensor or a file), or a list of them, which are searched together. With
             `one_subject=True` several get one prompt.
-        method: `invert`, which is the best that we know, or `ph2p`, `ph2p_lbfgs`, `pez`, `gcg`, `textual_inversion`, `clip_words`
+        method: `invert`, which is the best that we know, or `ph2p`, `ph2p_lbfgs`, `pez`, `pez_clip`, `gcg`, `textual_inversion`, `clip_words`
             or `random_tokens`.
         **settings: See `search`; settings of the method and of `ImagesToPrompts`.
 
