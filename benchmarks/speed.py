@@ -109,18 +109,20 @@ def search(backbone: Backbone, name: str, count: int, steps: int, recorder: Any 
 def plain(backbone: Backbone, name: str, latents: Tensor, steps: int) -> float:
     """Seconds of a step of the plain loop.
 
-    It does what the released codes of PH2P and PEZ do: one target after the other, one noise sample a call, a network whose weights
-    ask for gradients, and at each call a search for the nearest tokens in NumPy, token by token through the whole vocabulary. Spared
-    is what they do besides: PH2P's encodes the picture anew at each call.
+    It does what the released codes of PH2P and PEZ do: one target after the other and one noise sample a call. PH2P's has a network
+    whose weights ask for gradients, and searches the nearest tokens at each call in NumPy, token by token through the whole
+    vocabulary; PEZ's asks for no weight's gradient and looks them up in torch. Spared is what they do besides: PH2P's encodes the
+    picture anew at each call.
 
     Args:
-        backbone: The model, whose denoiser's weights ask for gradients.
+        backbone: The model.
         name: Which method.
         latents: Of the targets, (P, C, h, w).
         steps: How many, for each target.
     """
     prompt, projected = TokenEmbeddings(backbone.vocabulary, tokens=TOKENS), name == "PEZ"
     table, allowed = prompt.table, prompt.allowed
+    backbone.denoiser.requires_grad_(not projected)
     begun = time.perf_counter()
     for latent in latents:
         start = allowed.nonzero().squeeze(1)[torch.randint(int(allowed.sum()), (TOKENS,))]
@@ -134,7 +136,10 @@ def plain(backbone: Backbone, name: str, latents: Tensor, steps: int) -> float:
         for _ in range(steps):
             optimizer.zero_grad()
             for _ in range(SAMPLES):
-                nearest = torch.tensor([nearest_in_numpy(row, table, allowed) for row in embeddings.detach()])
+                if projected:
+                    nearest = nearest_in_torch(embeddings.detach(), table, allowed)
+                else:
+                    nearest = torch.tensor([nearest_in_numpy(row, table, allowed) for row in embeddings.detach()])
                 ids = prompt.ids(nearest.unsqueeze(0))
                 inserted = table[nearest] + embeddings - embeddings.detach() if projected else embeddings
                 told = backbone.encode(ids, table[ids].index_copy(1, prompt.positions, inserted.unsqueeze(0)))
@@ -150,6 +155,12 @@ def nearest_in_numpy(row: Tensor, table: Tensor, allowed: Tensor) -> int:
     rows = table.cpu().numpy()
     cosines = rows @ row.numpy() / np.linalg.norm(rows, axis=1)
     return int(np.where(allowed.numpy(), cosines, -np.inf).argmax())
+
+
+def nearest_in_torch(embeddings: Tensor, table: Tensor, allowed: Tensor) -> Tensor:
+    """The nearest tokens (M,) of embeddings (M, D), by cosine."""
+    cosines = F.normalize(embeddings, dim=1) @ F.normalize(table, dim=1).T
+    return cosines.masked_fill(~allowed, -torch.inf).argmax(1)
 
 
 def gradient(
