@@ -113,6 +113,23 @@ def test_logits_stay_in_the_range_of_the_released_code_or_where_they_began(attac
         torch.testing.assert_close(module.prompt.logits.detach(), bound)
 
 
+def test_step_is_rmsprop_with_momentum_on_a_clipped_gradient(attached):
+    """The released code's: alpha 0.99, momentum 0.5 and gradients in [-0.025, 0.025], written out."""
+    module = attached(unchanged=None, lr=0.01)
+    optimizer = module.configure_optimizers()
+    module.optimizers = lambda: optimizer
+    module.prompt.logits.data.fill_(1.5)  # far from both ends of the range that logits stay in
+    slopes = torch.linspace(-0.1, 0.1, module.prompt.logits.numel()).view_as(module.prompt.logits)
+    expected, square, buffer = module.prompt.logits.detach().clone(), 0, 0
+    for scale in (1.0, 0.1, -2.0):
+        module.descend((scale * slopes * module.prompt.logits).sum().view(1), torch.tensor([0]))
+        gradient = (scale * slopes).clamp(-0.025, 0.025)
+        square = 0.99 * square + 0.01 * gradient.square()
+        buffer = 0.5 * buffer + gradient / (square.sqrt() + 1e-8)
+        expected -= 0.01 * buffer
+    torch.testing.assert_close(module.prompt.logits.detach(), expected)
+
+
 # --- the shortcut text gradient
 
 
@@ -604,11 +621,12 @@ def test_fewer_sampling_steps_are_another_search(tiny, tmp_path, capsys):
 
 
 def test_other_data_is_refused(tiny, tmp_path, capsys):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
     for model, data, told in (
         ("DPODiff", "ImagesToPrompts", "--data Prompts"),
         ("PEZ", "Prompts", "--data ImagesToPrompts"),
     ):
-        given = ["--data.prompts", "a dog"] if data == "Prompts" else ["--data.images", "a.png"]
+        given = ["--data.prompts", "a dog"] if data == "Prompts" else ["--data.images", str(tmp_path / "a.png")]
         with pytest.raises(SystemExit) as stop:
             main(
                 [

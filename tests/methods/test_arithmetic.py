@@ -1,0 +1,114 @@
+"""The arithmetic of searches against formulas that are written out here, or torch's own optimizers."""
+
+import pytest
+import torch
+from searches import fit
+
+from lightning_prompts.data import addresses
+from lightning_prompts.methods import GCG, PEZ, PH2P, MetricGuidance, TextualInversion
+from lightning_prompts.objectives import Sharpness
+from lightning_prompts.objectives.base import Objective
+from lightning_prompts.optimizers import BatchedLBFGS
+from lightning_prompts.problems import Problem
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FEW = {"sampling_steps": 2, "sample_every": 0}
+
+
+def test_draws_for_different_ends_have_different_addresses():
+    names = ("VALIDATION", "START", "REGENERATION", "WORD_MAPS", "TRIAL", "SEARCH", "FRESH", "CHECK")
+    steps = [getattr(addresses, name) for name in names]
+    assert set(names) == {
+        name for name, value in vars(addresses).items() if isinstance(value, int) and name != "FRESH_SEEDS"
+    }
+    assert len(set(steps)) == len(steps)
+    assert max(steps) < 0  # and those of a search begin at 0
+    assert min(steps) == addresses.CHECK  # which goes on downwards
+
+
+@pytest.mark.parametrize("offset", [0.5, 1e-6, -0.5])
+def test_gcg_takes_the_best_candidate_only_if_it_is_better(offset, tiny, pictures, tmp_path):
+    class Rigged(GCG):
+        def _losses(self, rows, candidates, sound, samples):
+            self.before = self.prompt.project()[rows]
+            ids = self.prompt.ids(self.before)
+            loss = self.loss(rows, ids, self.prompt.table[ids], samples)
+            return loss[:, None] + offset + torch.arange(candidates.shape[1])
+
+    module = Rigged(backbone=tiny, tokens=3, candidates=4, topk=8, **FEW)
+    fit(module, pictures, tmp_path, steps=1)
+    moved = (module.prompt.project() != module.before).any(1)
+    assert moved.all() if offset < 0 else not moved.any()
+
+
+@pytest.mark.parametrize(("denoising_weight", "clip_weight"), [(1.0, 0.3), (0.5, 2.0), (0.0, 3.0), (2.0, 0.0)])
+def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, tiny, pictures, tmp_path):
+    module = PEZ(backbone=tiny, tokens=3, denoising_weight=denoising_weight, clip_weight=clip_weight, **FEW)
+    fit(module, pictures / "0.png", tmp_path, steps=1)
+    module.take(list(module.data.folder.load().values()))
+    module.done, rows = [0], torch.tensor([0])
+    samples = module.samples(rows, module.data.step())
+    token_ids = module.prompt.allowed.nonzero()[3:6].view(1, 3)
+    ids = module.prompt.ids(token_ids)
+    embeddings = module.prompt.table[ids]
+    with torch.no_grad():
+        found = module.loss(rows, ids, embeddings, samples)
+        told = module.backbone.encode(ids, embeddings)
+        noisy = module.backbone.add_noise(samples.latents[0], samples.noise[0], samples.timesteps[0])
+        output = module.backbone.denoise(noisy, samples.timesteps[0], told.expand(len(noisy), -1, -1))
+        denoising = (output - samples.noise[0]).square().mean()  # the tiny model predicts the noise
+        clip = 0.0
+        if clip_weight:
+            (picture,) = module.data.pictures(module.problems)
+            text = module.clip.text_features(ids)[0]
+            clip = 1 - float(text @ torch.nn.functional.normalize(module.clip.features(picture), dim=1)[0])
+    assert float(found) == pytest.approx(denoising_weight * float(denoising) + clip_weight * clip, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "decay"),
+    [(PEZ, {}, 0.1), (PEZ, {"weight_decay": 0.4, "lr": 0.3}, 0.4), (TextualInversion, {"weight_decay": 0.2}, 0.2)],
+)
+def test_steps_are_those_of_torchs_adamw(method, settings, decay, tiny):
+    module = method(backbone=tiny, tokens=3, **settings, **FEW)
+    module.prompt.embeddings.data = torch.randn(2, 3, module.prompt.embeddings.shape[2])
+    other = torch.nn.Parameter(module.prompt.embeddings.detach().clone())
+    ours, theirs = module.configure_optimizers(), torch.optim.AdamW([other], lr=module.lr, weight_decay=decay)
+    for _ in range(4):
+        module.prompt.embeddings.grad = torch.randn_like(other)
+        other.grad = module.prompt.embeddings.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(module.prompt.embeddings.data, other.data)
+
+
+def test_ph2p_tells_its_optimizer_of_new_noise_in_each_step(tiny, pictures, tmp_path, monkeypatch):
+    """So that no pair of gradients of two functions is taken for curvature; tests/optimizers has what it does then."""
+    told, step = [], BatchedLBFGS.step
+    monkeypatch.setattr(
+        BatchedLBFGS, "step", lambda self, *args, **how: told.append(how["new_function"]) or step(self, *args, **how)
+    )
+    module = PH2P(backbone=tiny, tokens=3, max_iter=2, **FEW)
+    fit(module, pictures / "0.png", tmp_path, steps=3)
+    assert told == [True] * 3
+
+
+class Errors(Objective):
+    """An objective whose lower values are better."""
+
+    lowest, highest, higher_is_better = 0.0, 10.0, False
+
+    def forward(self, pictures, prompts):
+        return pictures.flatten(1).mean(1)
+
+
+@pytest.mark.parametrize(("watch", "better"), [(Errors(), -1), (Sharpness(), 1)])
+@pytest.mark.parametrize("tolerance", [0.0, 0.25])
+def test_what_is_watched_may_not_get_worse(watch, better, tolerance, tiny):
+    module = MetricGuidance(
+        backbone=tiny, objective=Sharpness(weight=2.0), watch=watch, watch_tolerance=tolerance, **FEW
+    )
+    problem = Problem("0" * 16, "a cat", values_before={module.watched: [1.0, 2.0]})
+    for change, kept in ((0.5 * better, True), (0.0, True), (-0.2 * better, bool(tolerance)), (-0.5 * better, False)):
+        assert module.acceptable(problem, {module.watched: [1.0 + change, 2.0 + change]}) is kept
