@@ -31,7 +31,9 @@ def main() -> None:
         ]
         command += ["--data.prompts", "a dog on a blue background", "--model.chooser.show", "false"]
         run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        address = next(found[0] for line in run.stdout or [] if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+        address = next(
+            found[0] for line in run.stdout or [] if (found := re.search(r"http://127\.0\.0\.1:\d+/\S+/", line))
+        )
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page, seconds = browser.new_page(), []
         page.goto(address)

@@ -181,6 +181,22 @@ def test_the_chooser_is_told_when_the_run_is_stopped(tiny, tmp_path):
     assert chooser.said == ["The run was stopped. What was chosen is kept."]
 
 
+@pytest.mark.parametrize("name", ["choose", "draw", "keep"])
+def test_the_chooser_is_closed_whatever_makes_the_search_fail(tiny, tmp_path, monkeypatch, name):
+    chooser = Answers(ValueError("choose") if name == "choose" else GO)
+    module = HumanFeedback(backbone=tiny, chooser=chooser, **SMALL)
+
+    def fail(*_):
+        raise ValueError(name)
+
+    if name != "choose":
+        monkeypatch.setattr(module, {"draw": "variations", "keep": "answer"}[name], fail)
+    trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
+    with pytest.raises(ValueError, match=name):
+        trainer.fit(module, datamodule=Prompts(PROMPT))
+    assert chooser.said == ["The run was stopped. What was chosen is kept."]
+
+
 def test_steps_end_a_search(tiny, tmp_path):
     _, chooser, (problem,) = search(tiny, tmp_path, GO, GO, GO, steps=2)
     assert len(chooser.questions) == len(problem.moves) == 2
@@ -306,7 +322,9 @@ class Run:
             "--model.sampling_steps", "2", "--model.seeds", "1", "--model.texts", "20", "--model.chooser", "Page",
             "--model.chooser.show", "false", "--data", "Prompts", "--data.prompts", PROMPT, *more,
         ]  # fmt: skip
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.temporary = folder.parent / "temporary"
+        self.temporary.mkdir(exist_ok=True)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(self.temporary)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lightning_prompts", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env=environment, cwd=Path(__file__).parents[2],
@@ -314,7 +332,7 @@ class Run:
         said = []
         for line in self.process.stdout:
             said.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            if found := re.search(r"http://127\.0\.0\.1:\d+/\S+/", line):
                 self.address = found[0]
                 return
         raise AssertionError("".join(said))
@@ -324,6 +342,8 @@ class Run:
         if stop:
             self.process.send_signal(stop)
         said, _ = self.process.communicate(timeout=60)
+        left = [file for name in ("lightning-prompts-*", "gradio*") for file in self.temporary.glob(name)]
+        assert left == []
         return self.process.returncode, said
 
 
@@ -420,11 +440,14 @@ def test_a_page_that_is_closed_halfway_loses_nothing(tiny, tmp_path, browser):
 
 
 @pytest.mark.timeout(180)
-def test_a_run_that_waits_for_a_person_can_be_told_to_stop(tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("stop", "expected"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_a_run_that_waits_for_a_person_can_be_told_to_stop(tiny, tmp_path, stop, expected):
     pytest.importorskip("gradio")
     run, records = Run(tiny, tmp_path / "run"), tmp_path / "run" / "problems"
     until = time.monotonic() + 60
     while not any(records.glob("*.safetensors")) and time.monotonic() < until:
         time.sleep(0.2)
-    code, said = run.end(signal.SIGTERM)
-    assert code == 143, said
+    code, said = run.end(stop)
+    assert code == expected, said

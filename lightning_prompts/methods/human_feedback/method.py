@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -186,13 +187,9 @@ class HumanFeedback(Steering):
             draw,
             lambda: self.stopped,
         )
-        try:
-            choice = self.chooser.choose(question)
-            if choice is not None or not self.stopped:
-                choice = checked_choice(choice, len(texts))
-        except BaseException:  # also Ctrl-C; Lightning calls no hook of a method then
-            self.chooser.close("The run was stopped. What was chosen is kept.")
-            raise
+        choice = self.chooser.choose(question)
+        if choice is not None or not self.stopped:
+            choice = checked_choice(choice, len(texts))
         if choice:
             self.answer(problem, choice, texts, reach)
         self.stay()
@@ -257,11 +254,15 @@ class HumanFeedback(Steering):
         """Whether the run has been told to stop."""
         return self.trainer.should_stop or self.trainer.received_sigterm
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Whatever ends the search closes it."""
+        return [*super().configure_callbacks(), _Closing()]
+
     def on_fit_start(self) -> None:
         """Opens it."""
         self.chooser.open(self.backbone, self.offline)
 
-    def on_train_end(self) -> None:
+    def on_fit_end(self) -> None:
         """Closes it; the results are written."""
         self.chooser.close(f"Finished. The files are in {self.data.folder.path}.")
 
@@ -270,3 +271,12 @@ class HumanFeedback(Steering):
         super().on_train_start()
         if self.problems:
             self.score(torch.tensor([0]))  # a checkpoint's embeddings may be older, too
+
+
+class _Closing(pl.Callback):
+    """Closes the source of choices when a search fails or is stopped, of which Lightning tells callbacks alone."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Closes it, also at Ctrl-C."""
+        if isinstance(pl_module, HumanFeedback):
+            pl_module.chooser.close("The run was stopped. What was chosen is kept.")

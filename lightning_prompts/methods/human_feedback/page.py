@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
 import logging
+import os
 import queue
-import socket
+import tempfile
 import time
+import webbrowser
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +21,14 @@ from torch import Tensor
 
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.callbacks.grid import to_image
-from lightning_prompts.errors import UserError
+from lightning_prompts.errors import UserError, printable
 from lightning_prompts.methods.human_feedback.choices import Choice, Chooser, Round
+from lightning_prompts.methods.human_feedback.door import Server
 from lightning_prompts.ranges import NotNegative
 
 log = logging.getLogger(__name__)
 
-HOST, SIDE, TICK = "127.0.0.1", 256, 0.25  # pixels of a small picture on the page; seconds between looks at what is new
+SIDE, TICK = 256, 0.25  # pixels of a small picture on the page; seconds between looks at what is new
 KEYS = """<script>
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input:not([type=radio]), textarea")) return;
@@ -35,16 +42,22 @@ HELP = "Keys: **1** to **9** choose a candidate, arrows on the slider change the
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows; it never changes, another one takes its place."""
+    """What the page shows: texts as they stand, and files of pictures; it never changes, another one takes its place."""
 
     number: int = 0
     question: int = 0
+    prompt: str = ""
     status: str = "The first pictures are being drawn."
     ready: bool = False
-    trail: list[Image.Image] = field(default_factory=list)
-    candidates: list[tuple[Image.Image, str]] = field(default_factory=list)
-    preview: Image.Image | None = None
-    plane: Image.Image | None = None
+    trail: list[str] = field(default_factory=list)
+    candidates: list[tuple[str, str]] = field(default_factory=list)
+    preview: str | None = None
+    plane: str | None = None
+
+    def pictures(self) -> set[str]:
+        """The files."""
+        every = [*self.trail, *(picture for picture, _ in self.candidates), self.preview, self.plane]
+        return {picture for picture in every if picture is not None}
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,8 @@ class Asked:
 class Page(Chooser):
     """A page that shows the candidates and takes the person's choices; it ends with the run.
 
-    Everything that it shows is the run's, so it can be reloaded or closed and opened again.
+    Everything that it shows is the run's, so it can be reloaded or closed and opened again. It has only the pictures of the
+    current round, in a temporary folder that goes with it.
 
     Args:
         port: Where it listens on 127.0.0.1; 0 for the first free one from 7860.
@@ -72,7 +86,7 @@ class Page(Chooser):
         self.port, self.show = port, show
         self.view = View()
         self.asked: queue.Queue[Asked] = queue.Queue()
-        self.server: Any = None
+        self.opened: ExitStack | None = None  # the server and its files
         self.seen = 0  # the newest view that a browser has
 
     # --- the run's side
@@ -85,29 +99,41 @@ class Page(Chooser):
             raise UserError(
                 "The page needs gradio, which is not installed; run pip install 'lightning-prompts[page]'."
             ) from None
-        if self.port and not _free(self.port):
-            raise UserError(
-                f"Port {self.port} is in use; give --model.chooser.port another one, or 0 to take one that is free."
+        self.view, self.asked, self.seen = View(), queue.Queue(), 0  # nothing of a search before
+        with ExitStack() as opened:
+            folder = opened.enter_context(
+                tempfile.TemporaryDirectory(prefix="lightning-prompts-page-", ignore_cleanup_errors=True)
             )
-        self.server = self.build(gradio)
-        _, address, _ = self.server.launch(
-            server_name=HOST, server_port=self.port or None, share=False, inbrowser=self.show, quiet=True, prevent_thread_lock=True,
-            ssr_mode=False, theme=gradio.themes.Default(font="sans-serif", font_mono="monospace"), head=KEYS, footer_links=[],
-        )  # fmt: skip
-        log.info("Choose on %s; Ctrl-C stops, and what is chosen by then is kept.", address)
+            self.pictures = Path(folder).resolve()
+            opened.callback(_set_cache, _set_cache(str(self.pictures)))
+            shared = Path(gradio.route_utils.DEFAULT_TEMP_DIR)
+            unasked = [empty for empty in (shared / "vibe_edit_history", shared) if not empty.exists()]
+            server = Server(
+                gradio, self.build(gradio), self.port, self.pictures, head=KEYS, footer_links=[],
+                theme=gradio.themes.Default(font="sans-serif", font_mono="monospace"),
+            )  # fmt: skip
+            opened.callback(server.close)
+            for empty in unasked:  # which gradio makes for what this page does not have
+                with suppress(OSError):
+                    empty.rmdir()
+            self.opened = opened.pop_all()
+        log.info("Choose on %s (Ctrl-C stops, and what is chosen by then is kept).", server.address)
+        if self.show:
+            webbrowser.open(server.address)
 
     def choose(self, question: Round) -> Choice | None:
         """Draws the candidates onto the page and waits for an answer."""
         moves, count, number = len(question.trail) - 1, len(question.ends), self.view.question + 1
         self.publish(
-            question=number, ready=False, trail=[_shown(x) for x in question.pictures], candidates=[], preview=None,
-            plane=_plane(question),
+            question=number, prompt=question.prompt, status="on the way.", ready=False,
+            trail=[self.keep(_shown(x)) for x in question.pictures], candidates=[], preview=None,
+            plane=self.keep(_plane(question)),
         )  # fmt: skip
         for i in range(count):
-            self.publish(status=f"**{question.prompt}**: drawing candidate {i + 1} of {count}.")
-            candidate = _shown(question.draw(i, 1.0)), f"{i + 1}  {question.texts[i]}"
+            self.publish(status=f"drawing candidate {i + 1} of {count}.")
+            candidate = self.keep(_shown(question.draw(i, 1.0))), f"{i + 1}  {question.texts[i]}"
             self.publish(candidates=[*self.view.candidates, candidate])
-        self.publish(ready=True, status=f"**{question.prompt}** after move {moves}: which one do you like?")
+        self.publish(ready=True, status=f"after move {moves}: which one do you like?")
         while not question.stopped():
             try:
                 asked = self.asked.get(timeout=0.2)
@@ -118,34 +144,45 @@ class Page(Chooser):
             if asked.look and not self.asked.empty():  # a slider that moves asks for more than can be drawn
                 continue
             if not asked.look:
-                self.publish(ready=False, status=f"**{question.prompt}**: on the way.")
+                self.publish(ready=False, status="on the way.")
                 return asked.choice
-            self.publish(preview=_shown(question.draw(asked.choice.candidate, asked.choice.strength)))
+            self.publish(preview=self.keep(_shown(question.draw(asked.choice.candidate, asked.choice.strength))))
         return None
 
     def publish(self, **changes: Any) -> None:
-        """Shows something new."""
-        self.view = replace(self.view, number=self.view.number + 1, **changes)
+        """Shows something new, and deletes the pictures that are no longer shown."""
+        before = self.view
+        self.view = replace(before, number=before.number + 1, **changes)
+        for picture in before.pictures() - self.view.pictures():
+            Path(picture).unlink(missing_ok=True)
+
+    def keep(self, picture: Image.Image) -> str:
+        """The file of a picture, by whose name a browser knows whether it has it already."""
+        name = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:32]
+        file = self.pictures / f"{name}.png"
+        if not file.exists():
+            picture.save(file)
+        return str(file)
 
     def close(self, last_words: str) -> None:
         """Says what has become of the run, waits until a page that is open has said it, and stops the server."""
-        if self.server is None:
+        if self.opened is None:
             return
-        self.publish(status=last_words, ready=False, candidates=[], preview=None)
-        until = time.monotonic() + 4 * TICK
-        while self.seen < self.view.number and time.monotonic() < until:
-            time.sleep(TICK / 4)
-        self.server.close(verbose=False)
-        self.server = None
+        opened, self.opened = self.opened, None
+        with opened:  # also at a second Ctrl-C
+            self.publish(prompt="", status=last_words, ready=False, candidates=[], preview=None)
+            until = time.monotonic() + 4 * TICK
+            while self.seen < self.view.number and time.monotonic() < until:
+                time.sleep(TICK / 4)
 
     # --- the browser's side
 
     def build(self, gradio: Any) -> Any:
         """The page's parts and what they do."""
-        with gradio.Blocks(title="Which one do you like?", analytics_enabled=False, delete_cache=(600, 600)) as page:
+        with gradio.Blocks(title="Which one do you like?", analytics_enabled=False) as page:
             shown: dict[str, Any] = {"interactive": False, "buttons": [], "height": SIDE}
             number, question = gradio.State(-1), gradio.State(0)
-            status = gradio.Markdown(self.view.status, elem_id="status")
+            status = gradio.HTML(_text(self.view), elem_id="status")
             gallery = gradio.Gallery(
                 label="Candidates", columns=5, fit_columns=False, allow_preview=False, elem_id="candidates", **shown
             )
@@ -177,8 +214,11 @@ class Page(Chooser):
                 return [
                     view.number,
                     view.question,
-                    view.status,
-                    gradio.Gallery(view.candidates, selected_index=None if new else gradio.skip()),
+                    _text(view),
+                    gradio.Gallery(
+                        [(picture, printable(text)) for picture, text in view.candidates],
+                        selected_index=None if new else gradio.skip(),
+                    ),
                     gradio.Radio(choices=names, **({"value": None} if new else {}), interactive=ready),
                     *(gradio.Button(interactive=ready and (i != 2 or len(view.trail) > 1)) for i in range(4)),
                     view.trail[-1] if view.trail else None,
@@ -216,6 +256,20 @@ class Page(Chooser):
         return page
 
 
+def _set_cache(folder: str | None) -> str | None:
+    """Where gradio keeps the files of its pages, by default in a folder that all of them share; returns where it was before."""
+    before = os.environ.pop("GRADIO_TEMP_DIR", None)
+    if folder is not None:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+    return before
+
+
+def _text(view: View) -> str:
+    """What the page says, as HTML in which a prompt is text, whatever characters it has."""
+    prompt, status = (html.escape(printable(text)) for text in (view.prompt, view.status))
+    return f"<strong>{prompt}</strong> {status}" if prompt else status
+
+
 def _shown(picture: Tensor) -> Image.Image:
     """A picture (3, H, W) in [-1, 1]; a small one in larger pixels."""
     image = to_image(picture)
@@ -238,14 +292,3 @@ def _plane(question: Round) -> Image.Image:
             pen.line([places[here][0], places[here][1], x, y], fill="lightgray")
             pen.text((x, y), str(i - here), fill="black", font_size=16, anchor="mm")
     return canvas
-
-
-def _free(port: int) -> bool:
-    """Whether a port can be listened on."""
-    with socket.socket() as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            tried.bind((HOST, port))
-        except OSError:
-            return False
-    return True

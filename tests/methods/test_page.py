@@ -1,0 +1,301 @@
+"""The page of a person who chooses answers that person's browser alone, and shows texts as texts."""
+
+import html.parser
+import http.client
+import json
+import re
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_prompts.methods.human_feedback import Choice, Page
+from lightning_prompts.methods.human_feedback.choices import Round
+
+pytest.importorskip("gradio")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PROMPT = "<script>document.title='taken'</script> **a** $$b$$ http://example.com ${c} {{d}} &lt; \u202egnp\x1b[31m"
+SHOWN = "<script>document.title='taken'</script> **a** $$b$$ http://example.com ${c} {{d}} &lt; \\u202egnp\\x1b[31m"
+
+
+class Opened:
+    """A page that waits for an answer, and requests to it."""
+
+    def __init__(self, temporary, said):
+        self.page, self.answers, self.stopped, self.temporary = Page(show=False), [], False, temporary
+        self.page.open(None, True)
+        self.address = re.search(r"http://\S+/", said())[0]
+        parts = urllib.parse.urlsplit(self.address)
+        self.port, self.secret = parts.port, parts.path
+        self.host = f"127.0.0.1:{self.port}"
+        threading.Thread(target=self.ask, daemon=True).start()
+        self.until(lambda: self.page.view.ready)
+        self.config = json.loads(re.search(r"window\.gradio_config = (.*?);</script>", self.get("")[1])[1])
+
+    def ask(self):
+        """Asks until it is told to stop."""
+        while not self.stopped:
+            pictures = [torch.rand(3, 16, 16) for _ in range(4)]
+            places = torch.zeros(1, 2), torch.tensor([[0.0, 1], [1, 0], [1, 1]])
+            draw = pictures[1:].__getitem__
+            answer = self.page.choose(
+                Round(
+                    PROMPT, pictures[:1], [PROMPT] * 3, *places, lambda i, _, draw=draw: draw(i), lambda: self.stopped
+                )
+            )
+            self.answers.append(answer)
+
+    def until(self, true):
+        """Waits until something is so."""
+        end = time.monotonic() + 20
+        while not true():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    def request(self, method, path, headers, body=None):
+        """The status and the text of an answer; headers are exactly those that are given."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in headers:
+            connection.putheader(name, value)
+        if body is not None:
+            connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        text = (
+            "" if "event-stream" in answer.headers.get("content-type", "") else answer.read().decode(errors="replace")
+        )
+        connection.close()
+        return answer.status, text
+
+    def get(self, path, *headers):
+        """What the page's own browser gets."""
+        return self.request("GET", self.secret + path, [("Host", self.host), *headers])
+
+    def call(self, trigger, data, *headers, host=None, secret=None):
+        """Does what a click does, or the clock."""
+        (number,) = (
+            dependency["id"]
+            for dependency in self.config["dependencies"]
+            if trigger in [(self.part(target[0]), target[1]) for target in dependency["targets"]]
+        )
+        body = json.dumps({"fn_index": number, "data": data, "session_hash": "one", "trigger_id": None}).encode()
+        everything = [("Host", host or self.host), ("Content-Type", "application/json"), *headers]
+        path = f"{self.secret if secret is None else secret}gradio_api/run/predict"
+        return self.request("POST", path, everything, body)
+
+    def part(self, number):
+        """The name of a part of the page, or its type."""
+        (part,) = (part for part in self.config["components"] if part["id"] == number)
+        return part["props"].get("elem_id") or part["type"]
+
+    def shown(self):
+        """What the page shows, by the name of its part."""
+        status, text = self.call(("timer", "tick"), [-1, 0])
+        assert status == 200, text
+        (outputs,) = (
+            dependency["outputs"] for dependency in self.config["dependencies"] if dependency["targets"][0][1] == "tick"
+        )
+        return dict(zip(map(self.part, outputs), json.loads(text)["data"], strict=True))
+
+    def close(self):
+        """Ends it."""
+        self.stopped = True
+        self.page.close("Finished.")
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("gradio.route_utils.DEFAULT_TEMP_DIR", str(tmp_path / "gradio"))
+    monkeypatch.setattr("gradio.routes.DEFAULT_TEMP_DIR", str(tmp_path / "gradio"))
+    caplog.set_level("INFO", "lightning_prompts")
+    one = Opened(tmp_path, lambda: caplog.messages[-1])
+    yield one
+    one.close()
+
+
+def paths(shown):
+    """The pictures of the candidates, as the page asks for them."""
+    value = shown["candidates"]["value"]
+    return [urllib.parse.urlsplit(picture["image"]["url"]).path for picture in value]
+
+
+class Texts(html.parser.HTMLParser):
+    """What a browser shows of HTML, and its tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, attrs))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_requests_that_are_not_the_pages_own_are_refused_and_change_nothing(opened):
+    port, own = opened.port, f"http://{opened.host}"
+    foreign = [
+        [("Host", host)]
+        for host in (
+            "example.com", f"example.com:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", f"127.0.0.1.example.com:{port}",
+            f"localhost.:{port}", f"0.0.0.0:{port}", f"[::1]:{port}", f"user@127.0.0.1:{port}", "", f"127.0.0.1:{port}0",
+        )
+    ]  # fmt: skip
+    foreign += [
+        [("Host", opened.host), ("Origin", origin)]
+        for origin in (
+            "null", "http://example.com", f"http://example.com:{port}", f"http://127.0.0.1:{port + 1}", "http://127.0.0.1",
+            f"https://{opened.host}", f"http://localhost:{port}", f"{own}.example.com", "", f"file://{opened.host}",
+        )
+    ]  # fmt: skip
+    foreign += [
+        [("Host", opened.host), ("Host", "example.com")],
+        [("Host", opened.host), ("Origin", own), ("Origin", "null")],
+    ]
+    foreign += [
+        [("Host", opened.host), ("Origin", "http://example.com"), ("Connection", "Upgrade"), ("Upgrade", "websocket"),
+         ("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", "MDEyMzQ1Njc4OWFiY2RlZg==")],
+        [("Host", "example.com"), ("X-Forwarded-Host", opened.host), ("Forwarded", f"host={opened.host}")],
+    ]  # fmt: skip
+    for headers in foreign:
+        for path in ("", "config", "gradio_api/heartbeat/x", "gradio_api/queue/data?session_hash=x"):
+            status, text = opened.request("GET", opened.secret + path, headers)
+            assert status in (400, 403), (headers, path)
+            assert "script" not in text
+            assert "access-control" not in text.lower()
+        for method in ("POST", "OPTIONS", "HEAD", "PUT"):
+            status, _ = opened.request(method, f"{opened.secret}gradio_api/run/predict", headers, b"{}")
+            assert status in (400, 403), (headers, method)
+    for headers in ([("Origin", "http://example.com")], [("Origin", "null")]):
+        assert opened.call(("finish", "click"), [1], *headers)[0] == 403
+    assert opened.call(("finish", "click"), [1], host=f"example.com:{port}")[0] == 403
+    for secret in ("/", opened.secret[:-2] + "/", f"/{'x' * (len(opened.secret) - 2)}/", opened.secret[:-1], "//"):
+        assert opened.call(("finish", "click"), [1], secret=secret)[0] == 403
+        for path in ("", "config", "theme.css", "assets/x.js", "gradio_api/info", f"?token={opened.secret}"):
+            assert opened.request("GET", secret + path, [("Host", opened.host)])[0] in (403, 404)
+    assert opened.answers == []
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST"])
+def test_the_pages_own_requests_are_answered(opened, name):
+    host = f"{name}:{opened.port}"
+    assert opened.request("GET", opened.secret, [("Host", host)])[0] == 200
+    assert opened.call(("finish", "click"), [1], ("Origin", f"http://{host.lower()}"), host=host)[0] == 200
+    opened.until(lambda: opened.answers)
+    assert opened.answers == [Choice("finish")]
+
+
+def test_of_gradios_routes_only_those_that_the_page_needs_are_there(opened):
+    from gradio.routes import App
+
+    app = App.create_app(opened.page.build(__import__("gradio")))
+    answered = set()
+    for route in app.routes:
+        path = re.sub(r"{(\w+)(:path)?}", "x", getattr(route, "path", ""))
+        for method in getattr(route, "methods", None) or ["GET"]:
+            status, _ = opened.request(method, opened.secret.rstrip("/") + path, [("Host", opened.host)], b"{}")
+            if status != 404 or ("assets" in path or "static" in path):
+                answered.add((method, path))
+    posts = {"/gradio_api/run/x", "/gradio_api/run/x/", "/gradio_api/queue/join"}
+    gets = {"/", "/theme.css", "/gradio_api/heartbeat/x", "/gradio_api/queue/data", "/assets/x", "/static/x"}
+    assert answered == {("POST", path) for path in posts} | {("GET", path) for path in gets}
+
+
+def test_nothing_can_be_uploaded_and_no_other_file_is_read(opened, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nhello\r\n--x--\r\n'
+    headers = [("Host", opened.host), ("Content-Type", "multipart/form-data; boundary=x")]
+    for path in (
+        "upload",
+        "gradio_api/upload",
+        "gradio_api/upload/",
+        "gradio_api/upload?upload_id=1",
+        "gradio_api/stream/x",
+    ):
+        assert opened.request("POST", opened.secret + path, headers, body)[0] == 404
+    assert sorted(tmp_path.rglob("*")) == before
+    (other := tmp_path / "other.png").write_bytes(b"secret")
+    folder = opened.page.pictures
+    (hidden := folder / "hidden").mkdir()
+    (hidden / "other.png").write_bytes(b"secret")
+    for file in (
+        other,
+        hidden / "other.png",
+        f"{folder}/../other.png",
+        f"{folder}/..%2fother.png",
+        Path(__file__),
+        "/etc/hostname",
+    ):
+        for route in ("file=", "file/", "proxy=file://", "proxy=http://example.com/"):
+            status, text = opened.get(f"gradio_api/{route}{file}")
+            assert (status, "secret" in text) == (404, False), (route, file)
+
+
+def test_the_pictures_of_a_round_go_with_it(opened):
+    first = paths(opened.shown())
+    assert len(first) == 3
+    assert all(path.startswith(opened.secret) for path in first)
+    assert [opened.request("GET", path, [("Host", opened.host)])[0] for path in first] == [200] * 3
+    assert all(
+        opened.request("GET", path.removeprefix(opened.secret[:-1]), [("Host", opened.host)])[0] == 403
+        for path in first
+    )
+    assert all(opened.request("GET", path, [("Host", "example.com")])[0] == 403 for path in first)
+    opened.call(("others", "click"), [1])
+    opened.until(lambda: opened.page.view.question == 2 and opened.page.view.ready)
+    assert [opened.request("GET", path, [("Host", opened.host)])[0] for path in first] == [403] * 3  # gradio's answer
+    shown = opened.shown()
+    assert [opened.request("GET", path, [("Host", opened.host)])[0] for path in paths(shown)] == [200] * 3
+    assert len(list(opened.page.pictures.iterdir())) == 3 + 2  # the candidates, where one is, and the map
+
+
+def test_prompts_and_captions_are_shown_as_they_stand(opened):
+    shown = opened.shown()
+    status = Texts(shown["status"])
+    assert status.text == f"{SHOWN} after move 0: which one do you like?"
+    assert status.tags == [("strong", [])]
+    assert [picture["caption"] for picture in shown["candidates"]["value"]] == [f"{i}  {SHOWN}" for i in (1, 2, 3)]
+    opened.stopped = True
+    opened.until(lambda: opened.answers)
+    opened.page.publish(prompt="", status="Finished. The files are in /<b>runs</b>\x1b[0m.")
+    status = Texts(opened.shown()["status"])
+    assert (status.text, status.tags) == ("Finished. The files are in /<b>runs</b>\\x1b[0m.", [])
+
+
+def test_a_page_that_is_closed_leaves_nothing(opened, tmp_path, monkeypatch):
+    opened.shown()
+    assert list(opened.page.pictures.iterdir())
+    opened.close()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConnectionRefusedError):
+        opened.get("")
+    opened.close()  # again
+
+
+def test_a_page_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("lightning_prompts.methods.human_feedback.door.secrets.token_urlsafe", lambda *_: 1 / 0)
+    before = set(threading.enumerate())
+    with pytest.raises(ZeroDivisionError):
+        Page(show=False).open(None, True)
+    assert list(tmp_path.glob("lightning-prompts-*")) == []
+    assert set(threading.enumerate()) == before
+
+
+def test_each_page_has_another_secret_and_its_gradio_folder_is_only_its_own(opened, monkeypatch):
+    import os
+
+    assert os.environ["GRADIO_TEMP_DIR"] == str(opened.page.pictures)
+    first = opened.secret
+    opened.close()
+    assert "GRADIO_TEMP_DIR" not in os.environ
+    assert len(first) > 32
