@@ -153,7 +153,8 @@ def plot(results: dict[tuple[str, int], list[Row]], path: Path) -> None:
         values = [[float(row["similarity"]) for row in results[method, budget]] for budget in budgets]
         points = [sum(of) / len(of) for of in values]
         if len(budgets) == 1:
-            axes.axhline(points[0], linestyle="--", color="black" if method == CAPTION else "gray", label=method)
+            style = {CAPTION: ("--", "black"), FEW[1]: (":", "gray")}.get(method, ("--", "gray"))
+            axes.axhline(points[0], linestyle=style[0], color=style[1], label=method)
         else:
             axes.errorbar(budgets, points, [spread(of) for of in values], capsize=3, marker="o", label=method)
     axes.set(xlabel="denoiser samples an image", ylabel="held-out similarity of regenerations", xticks=BUDGETS)
