@@ -28,6 +28,7 @@ NEEDED = {  # of gradio's routes, without those that take files, tell of the ser
     "GET": r"/|/(assets|static)/.+|/theme\.css|/gradio_api/(heartbeat/\w+|queue/data)",
     "POST": r"/gradio_api/(run/\w+|queue/join)/?",
 }
+DRAINED = 2**16  # bytes of a refused request that are read and forgotten
 HEADERS = [
     (b"cache-control", b"no-store"),  # what was drawn is not to stay in the browser's files
     (b"referrer-policy", b"no-referrer"),  # the address is a secret
@@ -66,6 +67,10 @@ class Door:
 
             await self.app(scope, receive, answer)
             return
+        more, size = True, 0
+        while more and size < DRAINED:  # a connection that is closed with something unread loses the answer
+            message = await receive()
+            more, size = message.get("more_body", False), size + len(message.get("body", b""))
         status, text = refusal
         headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close"), *HEADERS]
         await send({"type": "http.response.start", "status": status, "headers": headers})
