@@ -80,7 +80,13 @@ def held_for(folder):
         return time.monotonic() - began
 
 
-@pytest.mark.parametrize("before", ["", ELSEWHERE, ELSEWHERE + LATE])
+# The last filelock for Python 3.10 judges the lock of another machine by the file's time.
+BY_OWN_CLOCK = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="filelock judges by the file's time with Python 3.10"
+)
+
+
+@pytest.mark.parametrize("before", ["", ELSEWHERE, pytest.param(ELSEWHERE + LATE, marks=BY_OWN_CLOCK)])
 def test_who_holds_it_is_told(before, holder, tmp_path):
     process = holder(tmp_path, before)
     name = "elsewhere" if before else re.escape(socket.gethostname())
