@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from datetime import timedelta
+from threading import Thread
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -189,21 +190,44 @@ def joined(address: str, port: int, rank: int, ranks: int) -> Any:
     Raises:
         UserError: Not all of them have come in time.
     """
-    minutes = int(JOINING.total_seconds() / 60)
+    minutes, began = int(JOINING.total_seconds() / 60), time.monotonic()
     if rank == 0 and ranks > 1:
         log.info("Waiting up to %d minutes for all of %d processes to meet at %s:%d.", minutes, ranks, address, port)
     try:
-        url = f"tcp://{address}:{port}?rank={rank}&world_size={ranks}"
-        store, *_ = next(rendezvous(url, timeout=JOINING))
+        store = _connected(f"tcp://{address}:{port}?rank={rank}&world_size={ranks}")
         store = PrefixStore(met(store, rank, ranks), store)
     except (dist.DistError, TimeoutError) as error:
         others = "process 0" if rank else "process 1" if ranks == 2 else f"processes 1 to {ranks - 1}"
+        within = f" within {minutes} minutes" if time.monotonic() - began >= JOINING.total_seconds() else ""
         raise UserError(
-            f"Process {rank} of {ranks} has not met {others} at {address}:{port} within {minutes} minutes "
-            f"({first_sentence(error).rstrip('.')}); check that the command was started on every machine and that this address "
-            "can be reached from each."
+            f"Process {rank} of {ranks} has not met {others} at {address}:{port}{within} "
+            f"({first_sentence(error).rstrip('.')}); check that the command was started on every machine, that this port is free on "
+            "the first one, and that this address can be reached from each."
         ) from error
     store.set_timeout(LONG)
+    return store
+
+
+def _connected(url: str) -> Any:
+    """Connect to the store of all processes; in a thread, since another program at that port may never answer.
+
+    Raises:
+        TimeoutError: Nothing has answered in time.
+    """
+    found: list[Any] = []
+
+    def connect() -> None:
+        try:
+            found.append(next(rendezvous(url, timeout=JOINING))[0])
+        except Exception as error:
+            found.append(error)
+
+    thread = Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(JOINING.total_seconds())
+    (store,) = found or [TimeoutError("nothing has answered there")]
+    if isinstance(store, Exception):
+        raise store
     return store
 
 

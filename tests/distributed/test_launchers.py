@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -208,6 +209,22 @@ def test_processes_that_nobody_joins_say_so(rank, monkeypatch):
         port = free.getsockname()[1]
     with pytest.raises(UserError, match=f"Process {rank} of 2 has not met process {1 - rank} at localhost:{port}"):
         ranks.joined("localhost", port, rank, 2)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [(0, r"has not met process 1 at localhost:\d+ \(.*listen.*port is free"), (1, r"process 0 at localhost:\d+ .*nothing has answered")],
+)  # fmt: skip
+def test_a_port_that_another_program_has_is_told(rank, message, monkeypatch):
+    """Which takes the connection and never answers."""
+    monkeypatch.setattr(ranks, "JOINING", timedelta(seconds=1))
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        began = time.monotonic()
+        with pytest.raises(UserError, match=message):
+            ranks.joined("localhost", other.getsockname()[1], rank, 2)
+    assert time.monotonic() - began < 10
 
 
 def test_processes_that_share_a_store_with_nobody_say_so(monkeypatch):
