@@ -12,7 +12,7 @@ from lightning_prompts.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-CLASSES = {"invert": "gcg", "ph2p_lbfgs": "ph2p"}  # of the configs that are not named after theirs
+CLASSES = {"invert": "gcg", "ph2p_lbfgs": "ph2p", "pez_clip": "pez"}  # of the configs that are not named after theirs
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SHORT_OF_PICTURES = "--data.steps 2 --data.samples 1 --data.validation_samples 2 --model.sampling_steps 2"
 SHORT = {  # of those that begin with a prompt

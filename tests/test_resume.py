@@ -89,6 +89,21 @@ def stop(monkeypatch, args, step):
     return stopped.value.code
 
 
+def steps_of(monkeypatch, args):
+    """The steps that a command takes, in order."""
+    taken = []
+
+    class Counting(PromptCheckpoint):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            taken.append(batch.steps[0])
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "PromptCheckpoint", Counting)
+        main(args)
+    return taken
+
+
 def found(run):
     """The results without what differs between runs of the same."""
     result = json.loads((Path(run) / "result.json").read_text())
@@ -109,7 +124,8 @@ def test_stopped_and_resumed_is_as_unbroken(command, whole, tmp_path, monkeypatc
     assert stop(monkeypatch, command("broken", method), 3) == 130
     for record in (broken / "problems").glob("*.json"):
         assert json.loads(record.read_text())["prompt"]  # the best so far is on disk
-    main([*command("broken", method), "--ckpt_path", "last"])
+    assert last_checkpoint(broken / "checkpoints") == checkpoints(broken)[-1]
+    assert steps_of(monkeypatch, [*command("broken", method), "--ckpt_path", "last"]) == [3, 4, 5]
     assert found(broken) == found(unbroken)
     assert (broken / "prompt.txt").read_bytes() == (unbroken / "prompt.txt").read_bytes()
     embeddings, others = (load_file(run / "embedding.safetensors") for run in (broken, unbroken))

@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -197,6 +198,23 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
+@contextmanager
+def connected(allowed: bool) -> Iterator[None]:
+    """Keep huggingface_hub from connecting unless `allowed`.
+
+    `local_files_only` alone does not: it concerns a model's files, and recent versions also ask the hub how to describe the program
+    that reads them.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not allowed
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _from_hub(name: str, offline: bool, revision: str | None, wanted: Sequence[str], variant: str | None) -> Path:
     """Return a hub model's folder in the local cache, with only the files that are read."""
     refused: UserError | None = None
@@ -219,7 +237,8 @@ def _downloaded(name: str, revision: str | None, wanted: Sequence[str], variant:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def folder(patterns: list[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
+        with connected(False):
+            return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
 
     try:
         found = folder([wanted[0]])

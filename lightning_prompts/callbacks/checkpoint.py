@@ -164,7 +164,8 @@ def is_checkpoint(path: Path) -> bool:
         _type().validate_python(saved)
         wave, (prompts,) = saved["wave"], saved["state_dict"].values()
         rows = {len(wave[name]) for name in ("records", "active", "done", "stale", "lowered", "left_out")}
-        known = all({"state", "param_groups"} <= state.keys() for state in saved["optimizer_states"])
+        # Lightning saves the state {} where a method has no optimizer, as GCG has none.
+        known = all(not state or {"state", "param_groups"} <= state.keys() for state in saved["optimizer_states"])
         known &= all(record.keys() <= FIELDS for record in wave["records"]) and "pytorch-lightning_version" in saved
         return rows == {len(prompts)} and known and "fit_loop" in saved["loops"] and wave["parts"] > 0
     except Exception:  # whatever a file that is none makes of torch's unpickler

@@ -617,13 +617,14 @@ class PromptMethod(pl.LightningModule, ABC):
             here = records[record["key"]]
             record |= {name: getattr(here, name) for name in ("target", "paths", "stamps", "caption", "index")}
         ((name, saved),) = checkpoint["state_dict"].items()
-        own, optimizers = self.parameter.shape[1:], int(self.configure_optimizers() is not None)
+        own = self.parameter.shape[1:]
         if [name] != list(self.state_dict()) or (0 not in own and saved.shape[1:] != own):
             raise UserError(
                 f"The checkpoint has prompts {name!r} of the shape {tuple(saved.shape[1:])} and this search has "
                 f"{next(iter(self.state_dict()))!r} of {tuple(own)}; give the settings that the run was begun with."
             )
-        if len(checkpoint["optimizer_states"]) != optimizers:
+        has_optimizer = any(checkpoint["optimizer_states"])  # Lightning saves the state {} where there is none
+        if has_optimizer != (self.configure_optimizers() is not None):
             raise UserError(
                 "The checkpoint has the state of another optimizer; give the settings that the run was begun with."
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import EMOJI, Backbone
-from lightning_prompts.backbones.hub import clip_beside
+from lightning_prompts.backbones.hub import clip_beside, connected
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.image_processor import load_image_processor
 from lightning_prompts.vocabulary import check_embedded
@@ -27,7 +27,8 @@ def load_clip(name: str, offline: bool = False) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, local_files_only=offline)
+        with connected(not offline):
+            model = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, local_files_only=offline)
     except (OSError, ValueError) as error:
         raise UserError(
             f"The CLIP {name!r} cannot be loaded; give a folder or hub id that holds CLIP safetensors."
@@ -43,7 +44,8 @@ def load_tokenizer(name: str, offline: bool = False) -> Any:
     from transformers import CLIPTokenizerFast
 
     try:
-        tokenizer = CLIPTokenizerFast.from_pretrained(name, local_files_only=offline)
+        with connected(not offline):
+            tokenizer = CLIPTokenizerFast.from_pretrained(name, local_files_only=offline)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers 5 makes when there are no files
             raise ValueError("it has no tokens")
     except (OSError, TypeError, ValueError) as error:  # a TypeError is what transformers 4 says without files

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prompts.backbones.hub import is_offline
+from lightning_prompts.backbones.hub import connected, is_offline
 from lightning_prompts.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,8 @@ def _read(name: str, file: str, offline: bool) -> dict[str, Any]:
         if cached is not None and not isinstance(cached, str):  # the hub has no such file
             return {}
         try:
-            path = Path(cached or hf_hub_download(name, file, local_files_only=offline or is_offline()))
+            with connected(not offline):
+                path = Path(cached or hf_hub_download(name, file, local_files_only=offline or is_offline()))
         except EntryNotFoundError:  # also if it is not in the cache and the hub is unreachable
             return {}
     elif not path.is_file():

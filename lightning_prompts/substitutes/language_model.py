@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_prompts.backbones.hub import connected
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 
@@ -114,8 +115,9 @@ def local_model(name: str, offline: bool) -> Callable[[str, int], str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
-        model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, local_files_only=offline).eval()
+        with connected(not offline):
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
+            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, local_files_only=offline).eval()
     except (OSError, ValueError) as error:
         raise UserError(
             f"The language model {name!r} cannot be loaded; give a folder or hub id with safetensors."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_prompts.backbones.hub import connected
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.clip import ClipSimilarity
 from lightning_prompts.substitutes.space import Slot, Space
@@ -67,7 +68,8 @@ def _load(name: str, offline: bool) -> Any:
             "--model.sentence_encoder out."
         ) from error
     try:
-        return SentenceTransformer(name, local_files_only=offline)
+        with connected(not offline):
+            return SentenceTransformer(name, local_files_only=offline)
     except (OSError, ValueError) as error:
         raise UserError(
             f"The sentence encoder {name!r} cannot be loaded; give a folder or hub id of a sentence-transformers model."

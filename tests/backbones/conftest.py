@@ -1,4 +1,5 @@
 import socket
+import sys
 
 import pytest
 from hub import Hub
@@ -28,6 +29,11 @@ def hub(monkeypatch, cache):
 def attempts(monkeypatch):
     """No network; what has tried to reach it."""
     attempts = []
+    # What recent versions of huggingface_hub ask the hub once for a process, whatever is read; each test begins as a process does.
+    import huggingface_hub.utils  # noqa: F401
+
+    if agents := sys.modules.get("huggingface_hub.utils._detect_agent"):
+        monkeypatch.setattr(agents, "_registry", None)
 
     def refuse(*args, **kwargs):
         attempts.append(args)

@@ -337,27 +337,16 @@ def test_denoisers_of_more_than_latents(keys, channels, kind, tmp_path):
 @pytest.mark.parametrize(
     "name", ["model.ckpt", "model.txt", "short.safetensors", "empty.safetensors", "folder", "none.safetensors"]
 )
-def test_mistakes_on_the_command_line(name, tmp_path, capsys, attempts):
+def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts):
     """One sentence and exit code 2."""
     path = tmp_path / name
     if name == "folder":
         path.mkdir()
     elif name != "none.safetensors":
         path.write_bytes(b"" if "empty" in name else b"\x1b[31m and some more bytes")
+    given = ["fit", "--run", str(tmp_path / "run"), "--model", "PEZ", "--model.backbone", str(path)]
     with pytest.raises(SystemExit) as stopped:
-        main(
-            [
-                "fit",
-                "--run",
-                str(tmp_path / "run"),
-                "--model",
-                "PEZ",
-                "--model.backbone",
-                str(path),
-                "--data.images",
-                "x.png",
-            ]
-        )
+        main([*given, "--data.images", str(pictures / "0.png")])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count("\n") == 1
