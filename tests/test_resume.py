@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,59 @@ def test_broken_checkpoint_is_passed_over(command, whole, tmp_path, monkeypatch)
         assert last_checkpoint(tmp_path / "broken" / "checkpoints") == before
     main([*command("broken"), "--ckpt_path", "last"])
     assert found(tmp_path / "broken") == found(whole())
+
+
+SPOILED = {
+    "no batch": lambda saved: saved.pop("wave"),
+    "a number too few": lambda saved: saved["wave"]["done"].pop(),
+    "a word for a number": lambda saved: saved["wave"]["done"].__setitem__(0, "two"),
+    "a record with an unknown field": lambda saved: saved["wave"]["records"][0].__setitem__("mood", "blue"),
+    "an optimizer without groups": lambda saved: saved["optimizer_states"][0].pop("param_groups"),
+    "no fit loop": lambda saved: saved["loops"].pop("fit_loop"),
+    "no version of Lightning": lambda saved: saved.pop("pytorch-lightning_version"),
+}
+FOREIGN = {
+    "another parameter": lambda saved: saved["state_dict"].update(other=saved["state_dict"].popitem()[1]),
+    "prompts of another length": lambda saved: saved["state_dict"].update(
+        {name: tensor[:, :1] for name, tensor in saved["state_dict"].items()}
+    ),
+    "no optimizer": lambda saved: saved.update(optimizer_states=[{}]),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped_run(make, tmp_path_factory):
+    """The folder of a stopped run; no test changes it."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop(patch, make(folder), 4)
+    return folder
+
+
+def change(path, edit):
+    """Changes a checkpoint."""
+    saved = torch.load(path, weights_only=True)
+    edit(saved)
+    torch.save(saved, path)
+
+
+@pytest.mark.parametrize("edit", SPOILED.values(), ids=SPOILED)
+def test_checkpoint_without_what_a_search_needs_is_passed_over(stopped_run, tmp_path, edit):
+    shutil.copytree(stopped_run, tmp_path / "run")
+    before, newest = checkpoints(tmp_path / "run")
+    change(newest, edit)
+    assert last_checkpoint(tmp_path / "run" / "checkpoints") == before
+
+
+@pytest.mark.parametrize("edit", FOREIGN.values(), ids=FOREIGN)
+def test_checkpoint_of_another_search_is_refused(command, stopped_run, tmp_path, capsys, edit):
+    shutil.copytree(stopped_run, tmp_path / "run")
+    newest = checkpoints(tmp_path / "run")[-1]
+    change(newest, edit)
+    with pytest.raises(SystemExit) as stopped:
+        main([*command("run"), "--ckpt_path", "last"])
+    assert stopped.value.code == 2
+    assert "; give the settings that the run was begun with.\n" in capsys.readouterr().err
 
 
 def test_last_of_nothing_starts(command, whole, tmp_path):

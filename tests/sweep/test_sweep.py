@@ -157,7 +157,7 @@ def content(*folders):
     return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("args", "words", "spoiled", "seconds"), cases())
+@pytest.mark.parametrize(("args", "words", "spoiled", "seconds"), list(cases()))
 def test_wrong_input_is_answered_well(
     args, words, spoiled, seconds, tiny, place, finished, tmp_path, capsys, monkeypatch
 ):
