@@ -57,6 +57,18 @@ def test_a_row_that_joins_later_steps_as_it_would_alone(optimizer):
     torch.testing.assert_close(x.detach()[1:], alone.detach(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("torchs", [torch.optim.Adam, torch.optim.AdamW])
+def test_its_defaults_are_torchs(torchs):
+    ours, theirs = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    settings = {"weight_decay": 0.01} if torchs is torch.optim.AdamW else {}  # torch's own default there
+    optimizers = BatchedAdam([ours], **settings), torchs([theirs])
+    for scale in (1e-7, 1.0, -3.0):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = scale * torch.arange(6.0).view(2, 3)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_nothing_happens_without_a_gradient():
     x = torch.randn(2, 3).requires_grad_()
     before = x.detach().clone()

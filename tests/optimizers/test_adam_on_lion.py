@@ -74,3 +74,20 @@ def test_nothing_moves_without_a_gradient_and_weight_decay_is_one():
     assert torch.equal(parameter, torch.ones(2, 3))
     AdamOnLion([parameter], weight_decay=0.1).step()
     assert (parameter < 1).all()
+
+
+def test_weight_decay_is_added_to_the_gradient():
+    start, gradient = torch.tensor([[0.5, -2.0, 0.1]]), torch.tensor([[0.01, 0.02, -0.03]])
+    decayed, plain = start.clone().requires_grad_(), start.clone().requires_grad_()
+    decayed.grad, plain.grad = gradient.clone(), gradient + 0.1 * start
+    AdamOnLion([decayed], weight_decay=0.1).step()
+    AdamOnLion([plain]).step()
+    assert torch.equal(decayed, plain)
+
+
+def test_its_defaults():
+    """The first step of a single number is lr times g / (g + eps)."""
+    parameter = torch.zeros(1, 1, requires_grad=True)
+    parameter.grad = torch.full((1, 1), 1e-3)
+    AdamOnLion([parameter]).step()
+    assert parameter.item() == pytest.approx(-0.01 / 2, rel=1e-5)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.optim.lbfgs import _strong_wolfe
 
 from lightning_prompts.errors import UserError
 from lightning_prompts.optimizers import BatchedLBFGS
-from lightning_prompts.optimizers.strong_wolfe import Trials, cubic_minimum
+from lightning_prompts.optimizers.strong_wolfe import Lines, StrongWolfe, Trials, cubic_minimum
 
 SEARCHES = [None, "strong_wolfe"]
 N = 6  # elements of a problem
@@ -148,6 +149,79 @@ def test_a_line_search_over_a_hilly_loss_ends_where_torch_ends_it(lr, max_eval, 
     points = torch.randn(40, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     options = {"lr": lr, "max_iter": 1, "max_eval": max_eval, "tolerance_change": tolerance_change}
     assert_equals_torch(functions, points, steps=1, line_search_fn="strong_wolfe", **options)
+
+
+def landscapes(count, seed):
+    """Return a function from step sizes to the losses and slopes along `count` lines.
+
+    Both are rounded, coarsely on every second line, so that there are ties, and a cubic through them does not magnify errors.
+    """
+    height, width, phase = torch.randn(3, count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    height *= -(height * width * phase.cos()).sum(1, keepdim=True).sign()  # downhill at first
+    grid = torch.tensor([4.0, 256.0]).repeat(count // 2).double()
+
+    def at(t):
+        angle = width * t[:, None] + phase
+        loss, slope = (height * angle.sin()).sum(1), (height * width * angle.cos()).sum(1)
+        loss, slope = (grid * loss).round() / grid, (grid * slope).round() / grid
+        return loss, torch.where(t == 0, slope.clamp(max=-0.25), slope)
+
+    return at
+
+
+@pytest.mark.parametrize("budget", [4, 25])
+def test_each_trial_of_a_line_search_is_torchs(budget):
+    """Two searches of 300 problems, which begin at several times."""
+    if not BOUNDED:
+        pytest.skip("line searches of this torch are not bounded; a newer one is needed to compare with")
+    count = 300
+    size = 10 ** torch.linspace(
+        -8, 2, count, dtype=torch.float64
+    )  # of the direction: a small one's bracket is soon too small
+    first_t = 10 ** (torch.arange(count) % 4 - 1).double()
+    kinds = [landscapes(count, seed) for seed in (0, 1)]
+
+    def trials(number, t):
+        (loss, slope), one = zip(*(kind(t) for kind in kinds), strict=True), number == 1
+        loss, slope = torch.where(one, loss[1], loss[0]), torch.where(one, slope[1], slope[0])
+        return Trials(t, loss, slope, (slope / size)[:, None])
+
+    number = torch.zeros(count, dtype=torch.int64)  # of the search that each problem is in
+    search = StrongWolfe(trials(number, torch.zeros(count, dtype=torch.float64)))
+    wait, searching = torch.arange(count) % 7, torch.zeros(count, dtype=torch.bool)
+    tried, results = [[[], []] for _ in range(count)], [[] for _ in range(count)]
+    while (number < 2).any():
+        fresh = (wait == 0) & ~searching & (number < 2)
+        start = trials(number, torch.zeros_like(size))
+        search.begin(fresh, Lines(start, first_t, torch.full_like(size, torch.inf), size, torch.full((count,), budget)))
+        searching |= fresh
+        for row in searching.nonzero().flatten().tolist():
+            tried[row][number[row]].append(search.t[row].item())
+        ended = search.observe(searching, trials(number, search.t))
+        for row in ended.nonzero().flatten().tolist():
+            results[row].append(search.result.t[row].item())
+        searching, number, wait = searching & ~ended, number + ended, torch.where(ended, 1, (wait - 1).clamp(min=0))
+
+    whole = 0
+    for row in range(count):
+        for which in (0, 1):
+            expected = []
+
+            def evaluate(x, t, d, row=row, which=which, expected=expected):
+                expected.append(float(t))
+                new = trials(torch.full((count,), which), torch.full_like(size, float(t)))
+                return new.loss[row].item(), new.grad[row]
+
+            start = trials(torch.full((count,), which), torch.zeros_like(size))
+            given = [None, first_t[row].item(), size[row : row + 1], start.loss[row].item(), start.grad[row]]
+            _, _, t, _ = _strong_wolfe(evaluate, *given, start.slope[row].item(), max_ls=budget)
+            same = next(
+                (i for i, one in enumerate(expected) if math.isnan(one)), None
+            )  # from there torch only tries NaN
+            whole += same is None
+            assert tried[row][which][:same] == pytest.approx(expected[:same], rel=1e-4, abs=1e-9)
+            assert same is not None or results[row][which] == pytest.approx(float(t), rel=1e-4, abs=1e-9)
+    assert whole > 0.9 * 2 * count
 
 
 def test_a_flat_step_with_too_small_a_decrease_is_not_accepted():
