@@ -396,6 +396,65 @@ def test_a_last_step_that_turns_out_not_to_be_finite_is_taken_back_by_the_next_c
     assert torch.equal(batch.param.detach(), moved)
 
 
+def test_a_last_step_is_taken_back_only_where_nobody_has_moved_the_point_since():
+    start = torch.full((2, N), -5.0, dtype=torch.float64)
+    batch = Batch([walled, walled], start, lr=100.0, max_iter=1)
+    batch.steps(1)
+    with torch.no_grad():
+        batch.param[1] += 10
+    moved = batch.param[1].detach().clone()
+    assert batch.steps(1).isnan().all()
+    assert torch.equal(batch.param.detach(), torch.stack([start[0], moved]))
+
+
+def test_its_defaults_are_torchs_but_for_a_shorter_history():
+    param = torch.zeros(2, 3, requires_grad=True)
+    ours, torchs = BatchedLBFGS([param]).defaults, torch.optim.LBFGS([param]).defaults
+    shared = ours.keys() & torchs.keys()
+    assert shared >= {
+        "lr",
+        "max_iter",
+        "max_eval",
+        "tolerance_grad",
+        "tolerance_change",
+        "history_size",
+        "line_search_fn",
+    }
+    assert {name: ours[name] for name in shared} == {name: torchs[name] for name in shared} | {"history_size": 10}
+
+
+def test_a_history_of_one_pair():
+    assert_equals_torch(FUNCTIONS, starts(), steps=3, history_size=1, lr=0.1, max_iter=3)
+
+
+def test_a_closure_that_writes_over_the_losses_that_it_returned():
+    batch, other = Batch(FUNCTIONS, starts()), Batch(FUNCTIONS, starts())
+    returned = []
+
+    def closure():
+        if returned:
+            returned[-1].data.fill_(math.nan)
+        returned.append(batch.closure())
+        return returned[-1]
+
+    losses = batch.optimizer.step(closure)
+    assert torch.equal(losses, other.steps(1))
+    assert torch.equal(batch.param, other.param)
+
+
+def test_losses_in_another_precision_than_the_parameter():
+    batch = Batch(FUNCTIONS, starts())
+    losses = batch.optimizer.step(lambda: batch.closure().float())
+    assert losses.dtype == torch.float64
+    assert all(value.dtype in (torch.float64, torch.int64) for value in batch.state.values())
+
+
+def test_losses_that_do_not_depend_on_the_parameter_move_nothing():
+    batch, other = Batch(FUNCTIONS, starts()), torch.ones(len(FUNCTIONS), dtype=torch.float64, requires_grad=True)
+    batch.optimizer.step(lambda: 2 * other)
+    assert torch.equal(batch.param, starts())
+
+
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_problem_that_begins_with_a_loss_that_is_not_finite_stays_and_begins_anew(line_search_fn, bad):
