@@ -174,12 +174,12 @@ class CLI(LightningCLI):
                 "ruins their optimisation; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
             )
         _refuse_nulls(config)
+        _refuse_flags(config)
         if self.instead == "show-space":
             _check_inputs(config)
             config.trainer.logger = False
             return
         if command == "fit":
-            _refuse_flags(config)
             _check_inputs(config)
         else:
             config.trainer.logger = False  # that of the search, in its saved settings
@@ -275,17 +275,17 @@ class CLI(LightningCLI):
             if not launched:
                 config.trainer.devices = config.trainer.num_nodes = 1
             return 1
-        if ranks == 1:
-            config.trainer.strategy = "auto"
-            return 1
-        if config.model.class_path.endswith("HumanFeedback"):
-            raise UserError("HumanFeedback asks one person, so that it runs in one process; give --trainer.devices 1.")
         strategy = config.trainer.strategy
         if strategy not in ("auto", "problems", "samples"):
             raise UserError(
                 f"The strategy {strategy!r} divides a model or its gradients, of which there are none here; give --trainer.strategy "
                 "problems (each process its own) or samples (all the same, each a share of the work)."
             )
+        if ranks == 1:
+            config.trainer.strategy = "auto"
+            return 1
+        if config.model.class_path.endswith("HumanFeedback"):
+            raise UserError("HumanFeedback asks one person, so that it runs in one process; give --trainer.devices 1.")
         given = count_of(config.data)
         if strategy == "auto":
             strategy = config.trainer.strategy = "problems" if given >= ranks else "samples"
@@ -385,7 +385,9 @@ class CLI(LightningCLI):
         """Add this package's callbacks to the user's."""
         if self.instead:
             measuring = [] if self.instead == "show-space" else [DryRun(self.scores, self.instead == "check")]
-            return super().instantiate_trainer(**kwargs, callbacks=measuring, plugins=[_environment()])
+            return super().instantiate_trainer(
+                **kwargs, callbacks=measuring, plugins=[_environment()], enable_checkpointing=False
+            )
         command = self.config.subcommand
         config = self.config[command]
         settings = {part: config[part].init_args.as_dict() for part in ("model", "data")}
@@ -395,13 +397,13 @@ class CLI(LightningCLI):
         saving = [SavedConfig(self.folder.config, self.saved)] if self.saved else []
         return super().instantiate_trainer(
             **kwargs,
-            enable_checkpointing=True,  # for our callbacks, no other is added
             logger=self._loggers(command),
             callbacks=[OwnerGuard(self.lock), *given, results, *saving, PromptCheckpoint(self.folder.checkpoints)],
             plugins=[AtomicCheckpointIO(), _environment()],
         )
 
 
+FITTING = TRAINER | {"enable_checkpointing": True}  # for our callback; Lightning adds no other beside it
 FLAGS = {  # of Lightning that have no meaning for a search, and what has
     "max_steps": "--data.steps, --model.steps or --model.budget says how long a search is",
     "min_steps": "--model.patience says when a search may end",
@@ -417,6 +419,18 @@ FLAGS = {  # of Lightning that have no meaning for a search, and what has
     "gradient_clip_algorithm": "methods limit their steps themselves, as PH2P does with --model.max_step_norm",
     "accumulate_grad_batches": "--data.samples says how many samples a step has, and --model.microbatch how many at a time",
     "reload_dataloaders_every_n_epochs": "a search has one epoch",
+    "limit_test_batches": "test scores each prompt that was found",
+    "limit_predict_batches": "predict draws from each prompt that was found",
+    "num_sanity_val_steps": "a search does not validate; --model.score_every says how often prompts are scored",
+    "use_distributed_sampler": "--trainer.strategy says how processes divide the work",
+    "log_every_n_steps": "each better prompt is logged; --model.sample_every says how often images are",
+    "enable_checkpointing": "a search always keeps its two newest checkpoints",
+    "enable_model_summary": "the prompt is all that is optimized",
+    "enable_autolog_hparams": "the run's config.yaml has its settings",
+    "model_registry": "prompts and embeddings are saved in the run's folder",
+    "default_root_dir": "--run names the folder",
+    "plugins": "a search brings its own",
+    "sync_batchnorm": "the models are frozen",
 }
 
 
@@ -428,10 +442,24 @@ def _refuse_flags(config: Any) -> None:
         )
     defaults = {
         name: parameter.default for name, parameter in inspect.signature(pl.Trainer).parameters.items()
-    } | TRAINER
+    } | FITTING
     for name, instead in FLAGS.items():
         if name in config.trainer and config.trainer[name] != defaults[name]:
             raise UserError(f"--trainer.{name} does not fit a search ({instead}); leave it out.")
+    if config.trainer.max_time is not None:
+        _check_duration(config.trainer.max_time)
+
+
+def _check_duration(given: Any) -> None:
+    """Refuse a --trainer.max_time that is no duration, or that ends a search before its first step."""
+    try:
+        seconds = pl.callbacks.Timer(given).time_remaining()
+    except (MisconfigurationException, TypeError, ValueError):
+        seconds = None
+    if not seconds or seconds < 0:
+        raise UserError(
+            f"--trainer.max_time cannot be {str(given)!r}; it takes a duration as days:hours:minutes:seconds, such as 00:01:30:00."
+        )
 
 
 def _refuse_nulls(config: Any) -> None:
@@ -518,7 +546,7 @@ def _run(args: Sequence[str]) -> None:
             subclass_mode_data=True,
             save_config_callback=None,
             parser_class=Parser,
-            trainer_defaults=TRAINER,
+            trainer_defaults=FITTING,
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

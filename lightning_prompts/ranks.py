@@ -49,10 +49,14 @@ def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
     there = torch.cuda.device_count() if on_gpu else None
     if str(asked) in ("auto", "-1"):
         here = there or 1
-    elif isinstance(asked, str) and "," in asked:
-        here = len([name for name in asked.split(",") if name.strip()])
+    elif isinstance(asked, list) or "," in str(asked):
+        names = asked if isinstance(asked, list) else [name.strip() for name in asked.split(",") if name.strip()]
+        here = len({str(name) for name in names})
+        if there is None or not here or here < len(names):
+            wanted = "a number of processes" if there is None else "the numbers of different GPUs"
+            raise UserError(f"--trainer.devices cannot be {asked}; it takes {wanted} here.")
     else:
-        here = len(asked) if isinstance(asked, list) else _count(asked)
+        here = _count(asked)
     if launched:
         if (here, machines) not in ((1, 1), (launched.processes, launched.machines)):
             raise UserError(

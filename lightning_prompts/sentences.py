@@ -11,6 +11,18 @@ from typing import Any
 from lightning_prompts.errors import UserError
 from lightning_prompts.ranges import LEAST, MOST
 
+KINDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping",
+    "NoneType": "null",
+}
+"""How a message names what a setting takes, by the name of its type."""
+
 
 def one_sentence(message: str, parser: Any) -> str:
     """The parser's many lines as one sentence, with the nearest setting that exists."""
@@ -51,9 +63,12 @@ def one_sentence(message: str, parser: Any) -> str:
         return _number(key[1], number[2] or number[3], number[1])
     value = re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text)
     if key and value:
-        wanted = f"one of {value[2]}" if value[2] else value[1] or value[3]
+        wanted = f"one of {value[2]}" if value[2] else KINDS.get(value[1], value[1]) or value[3]
         text = f"{value[4]!r}; it takes {wanted}."
         return f"The setting --{key[1]} cannot be {text[:400]}"
+    union = re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)", text)
+    if key and union and not nested:
+        return f"The setting --{key[1]} cannot be {union[2]!r}; it takes {_alternatives(union[1])}."[:400]
     if key and not nested:
         text = f"--{key[1]}: {text}"
     text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
@@ -67,6 +82,15 @@ def _of_alternatives(text: str) -> str | None:
     return next(
         (one for one in told if not re.match(r"Expected|Not a valid|Not of type|a (?:class path|dict)", one)), None
     )
+
+
+def _alternatives(kinds: str) -> str:
+    """Return in words what a setting takes that has one of several types, as the parser writes them."""
+    words: list[str] = []
+    for literals, name in re.findall(r"typing\.Literal\[(.*?)\]|<class '(?:[\w.]*\.)?(\w+)'>", kinds):
+        words += [literal.strip(" '") for literal in literals.split(",")] if literals else [KINDS.get(name, name)]
+    *others, last = dict.fromkeys(words)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def refused_class(error: ValueError) -> str | None:

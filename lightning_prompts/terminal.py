@@ -41,6 +41,9 @@ def prepare() -> None:
     logging.basicConfig(handlers=[handler])
     logging.raiseExceptions = False  # a line that cannot be written is lost, and no traceback takes its place
     logging.getLogger("lightning_prompts").setLevel(logging.INFO)
+    reports = logging.getLogger("pytorch_lightning.profilers")
+    reports.handlers, reports.propagate = [_Report()], False
+    reports.setLevel(logging.INFO)
     threading.excepthook = _tell_of_thread
 
 
@@ -56,6 +59,14 @@ class _Printable(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Format a record without its traceback."""
         return printable(super().formatMessage(record))
+
+
+class _Report(logging.Handler):
+    """Print the report of `--trainer.profiler`, the one message of many lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print its lines."""
+        say(*record.getMessage().splitlines())
 
 
 def _tell_of_thread(args: threading.ExceptHookArgs) -> None:

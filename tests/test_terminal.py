@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from pytorch_lightning.profilers import SimpleProfiler
 
 from lightning_prompts import terminal
 from lightning_prompts.terminal import say
@@ -75,3 +76,14 @@ def test_search_ends_well_when_nobody_reads(closed, tiny, tmp_path):
         assert first.startswith(b"step 0  p\\x1b[2J forged.png  ")
     assert (code, err) == (0, b"")
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_report_of_the_profiler_has_lines(capsys):
+    terminal.prepare()
+    profiler = SimpleProfiler()
+    with profiler.profile("one action"):
+        pass
+    profiler.describe()
+    out = capsys.readouterr().out
+    assert "Profiler Report" in out
+    assert any("one action" in line and len(line) < 200 for line in out.splitlines())
