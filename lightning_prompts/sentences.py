@@ -20,6 +20,8 @@ KINDS = {
     "tuple": "a list",
     "dict": "a mapping",
     "NoneType": "null",
+    "Byte": "whole numbers from 0 to 255",
+    "Rate": "a finite number above 0",
 }
 """How a message names what a setting takes, by the name of its type."""
 
@@ -68,7 +70,7 @@ def one_sentence(message: str, parser: Any) -> str:
         return f"The setting --{key[1]} cannot be {text[:400]}"
     union = re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)", text)
     if key and union and not nested:
-        return f"The setting --{key[1]} cannot be {union[2]!r}; it takes {_alternatives(union[1])}."[:400]
+        return f"The setting --{key[1]} cannot be {union[2]!r}; it takes {_alternatives(*union.groups())}."[:400]
     if key and not nested:
         text = f"--{key[1]}: {text}"
     text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
@@ -84,13 +86,13 @@ def _of_alternatives(text: str) -> str | None:
     )
 
 
-def _alternatives(kinds: str) -> str:
+def _alternatives(kinds: str, given: str) -> str:
     """Return in words what a setting takes that has one of several types, as the parser writes them."""
     words: list[str] = []
     for literals, name in re.findall(r"typing\.Literal\[(.*?)\]|<class '(?:[\w.]*\.)?(\w+)'>", kinds):
-        words += [literal.strip(" '") for literal in literals.split(",")] if literals else [KINDS.get(name, name)]
+        words += [literal.strip(" '") for literal in literals.split(",")] if literals else [_of_kind(name, given)]
     *others, last = dict.fromkeys(words)
-    return f"{', '.join(others)} or {last}" if others else last
+    return f"{', '.join(others)}, or {last}" if others else last
 
 
 def refused_class(error: ValueError) -> str | None:
@@ -105,12 +107,15 @@ def refused_class(error: ValueError) -> str | None:
 
 def _number(setting: str, given: str, kind: str, otherwise: str = "") -> str:
     """Say what a setting takes that is a number in a range, see `ranges`."""
+    return f"The setting --{setting} cannot be {given[:40]}; it takes {_of_kind(kind, given)}{otherwise}."
+
+
+def _of_kind(kind: str, given: str) -> str:
+    """Return in words what a setting of a type takes, which was given something else."""
     least = LEAST.get(kind)
     if least is not None:
-        wanted = f"a whole number from {least} " + (f"to {MOST}" if re.fullmatch(r"\d{10,}", given) else "on")
-    else:
-        wanted = {"Byte": "whole numbers from 0 to 255", "Rate": "a finite number above 0"}.get(kind, "another number")
-    return f"The setting --{setting} cannot be {given[:40]}; it takes {wanted}{otherwise}."
+        return f"a whole number from {least} " + (f"to {MOST}" if re.fullmatch(r"\d{10,}", given) else "on")
+    return KINDS.get(kind, kind)
 
 
 def _choice(message: str) -> str:
