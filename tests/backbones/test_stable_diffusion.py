@@ -171,6 +171,19 @@ def test_layouts(sd1, sd2):
 # Noise
 
 
+def test_between_two_timesteps_the_noise_level_is_between_theirs(backbone):
+    """Also between the last two; sigma is linear there, as samplers have it."""
+    latents, noise = torch.ones(1, *backbone.latent_shape), torch.zeros(1, *backbone.latent_shape)
+    alphas = backbone.scheduler.alphas_cumprod
+    sigmas = (1 / alphas - 1).sqrt()
+    last = len(alphas) - 1
+    for t in (0.25, 500.5, last - 0.75, float(last)):
+        low = int(t)
+        sigma = torch.lerp(sigmas[low], sigmas[min(low + 1, last)], t - low)
+        kept = backbone.add_noise(latents, noise, torch.tensor([t])).mean()
+        assert float(kept) == pytest.approx(float((1 + sigma**2).rsqrt()), rel=1e-5)
+
+
 def test_add_noise_as_the_scheduler(backbone):
     latents, noise = torch.randn(2, 5, 4, 8, 8)
     timesteps = torch.tensor([0, 1, 500, 998, 999])

@@ -18,6 +18,7 @@ from lightning_prompts.objectives import (
     Aesthetic,
     Blurriness,
     ClipQuality,
+    ClipSimilarity,
     ClipText,
     LatentDistance,
     Perceptual,
@@ -137,9 +138,23 @@ def test_values_by_clip_are_those_of_transformers(tiny):
     assert found == pytest.approx(logits(PROMPTS).diagonal(), abs=1e-4)
     found = attached(ClipText(), tiny).float()(pictures, PROMPTS)
     assert found == pytest.approx((logits(PROMPTS) / scale).diagonal().detach(), abs=1e-5)
-    found = attached(ClipQuality("two dogs", "a large tree, blurry"), tiny).float()(pictures, PROMPTS)
-    pair = 100 * (logits(["two dogs", "a large tree, blurry"]) / scale).detach()
-    assert found == pytest.approx(1 / (1 + (pair[:, 1] - pair[:, 0]).exp()), abs=1e-4)
+
+
+def test_quality_is_a_softmax_of_a_hundred_cosines(tiny):
+    texts = ["two dogs", "a large tree, blurry"]
+    objective = attached(ClipQuality(*texts), tiny).float()
+    clip, tokenizer = (
+        CLIPModel.from_pretrained(f"{tiny}/clip").eval(),
+        CLIPTokenizerFast.from_pretrained(f"{tiny}/clip"),
+    )
+    with torch.no_grad():
+        encoded = clip.text_model(**tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
+        good, bad = F.normalize(clip.text_projection(encoded), dim=-1)
+    for share in (0.49, 0.498, 0.5, 0.503):  # between the two texts, where the chance is neither 0 nor 1
+        features = F.normalize(share * good + (1 - share) * bad, dim=-1)
+        expected = 1 / (1 + math.exp(100 * float(features @ bad - features @ good)))
+        assert float(objective.judge(features[None], [""])) == pytest.approx(expected, rel=1e-3)
+        assert 0.01 < expected < 0.99
 
 
 @needs_head
@@ -222,12 +237,17 @@ def test_perceptual_distance_lacks_weights_or_pictures(reference, tmp_path, monk
         LatentDistance(str(tmp_path / "absent.png"))
 
 
-def test_perceptual_distance_passes_a_gradient_on(reference, tmp_path, tiny):
+def alexnet_file(folder):
+    """A file of random weights for the trunk of LPIPS."""
     from torchvision.models import alexnet
 
-    file = tmp_path / "alexnet.pth"
+    file = folder / "alexnet.pth"
     torch.save({f"features.{k}": v for k, v in alexnet(weights=None).features.state_dict().items()}, file)
-    objective = Perceptual(reference, str(file))
+    return file
+
+
+def test_perceptual_distance_passes_a_gradient_on(reference, tmp_path, tiny):
+    objective = Perceptual(reference, str(alexnet_file(tmp_path)))
     objective.attach(load_backbone(tiny), True)
     pictures = torch.cat([objective.picture, objective.picture + 0.2]).requires_grad_()
     values = objective(pictures, ["", ""])
@@ -236,3 +256,38 @@ def test_perceptual_distance_passes_a_gradient_on(reference, tmp_path, tiny):
     assert other > 0
     (gradient,) = torch.autograd.grad(values.sum(), pictures)
     assert gradient[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 64), (64, 80), (40, 80)])
+def test_images_too_small_for_lpips_are_enlarged(size, reference, tmp_path):
+    objective = Perceptual(reference, str(alexnet_file(tmp_path)))
+    objective.picture, images = torch.rand(1, 3, *size) * 2 - 1, torch.rand(2, 3, *size) * 2 - 1
+    one, other = images, objective.picture.repeat(2, 1, 1, 1)
+    if min(size) < 64:
+        one, other = (F.interpolate(x, size=(64, 64)) for x in (one, other))
+    assert objective(images, ["", ""]) == pytest.approx(objective.network(one, other).flatten().detach(), rel=1e-5)
+
+
+def test_weights_are_the_papers_or_those_given(reference, tmp_path):
+    """arXiv 2308.12059: 50 for sharpness and aesthetics, 20 for blurriness."""
+    file = str(alexnet_file(tmp_path))
+    made = {
+        Sharpness: ({}, 50), Blurriness: ({}, 20), ClipText: ({}, 1), ClipQuality: ({}, 1), Preference: ({}, 1),
+        LatentDistance: ({"reference": reference}, 1), Perceptual: ({"reference": reference, "lpips_weights": file}, 1),
+    }  # fmt: skip
+    if HEAD.exists():
+        made[Aesthetic] = ({"weights": str(HEAD)}, 50)
+    for kind, (given, weight) in made.items():
+        assert kind(**given).weight == weight
+        assert kind(**given, weight=0.3).weight == 0.3
+        if issubclass(kind, ClipText | ClipQuality | Aesthetic):
+            assert kind(**given, clip="a/clip").name == "a/clip"
+    assert Preference().name == "yuvalkirstain/PickScore_v1"
+    assert (ClipQuality().good, ClipQuality().bad) == ("Good photo.", "Bad photo.")
+
+
+def test_ids_beyond_a_clips_vocabulary_are_not_known(tiny):
+    clip = ClipSimilarity(f"{tiny}/clip")
+    last = clip.vocab_size - 1
+    assert clip.knows(clip.tokenizer, torch.tensor([0, last]))
+    assert not clip.knows(clip.tokenizer, torch.tensor([0, last + 1]))
