@@ -85,7 +85,8 @@ def test_models_are_made_in_bfloat16_with_the_same_weights_each_time():
         assert memory.weights(empty) == memory.weights(model)
 
 
-@pytest.mark.parametrize("family", ["SDXL", pytest.param("FLUX.1 dev", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["SDXL", "FLUX.1 dev"])
 def test_searches_and_plain_loops_are_measured(family, gpu, call, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "WORK", {family: gpu.TINY_WORK})
     code, said, _ = call("--tiny", "--part", "throughput")
@@ -148,6 +149,7 @@ def test_memory_is_counted_and_measured(gpu, bench):
     assert not bench.model(gpu.SD15).denoiser.is_gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_compiled_gradients_are_the_same_and_nothing_stays_compiled(gpu, bench):
     row = bench.compiled(gpu.FLUX, "repeated blocks")
     assert row["difference"] < 0.02
@@ -175,6 +177,7 @@ def test_a_measurement_that_does_not_fit_is_named_and_made_by_the_next_call(gpu,
     assert [row["ratio"] for row in rows_of(tmp_path, "memory")] == [2.0]
 
 
+@pytest.mark.slow
 def test_a_measurement_that_fails_leaves_the_others(gpu, bench, tmp_path, capsys):
     made = []
 

@@ -69,10 +69,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-PARAMS = [
-    pytest.param(page, id=page.stem, marks=[] if page.stem in ("README", "check") else [pytest.mark.slow])
-    for page in PAGES
-]
+PARAMS = [pytest.param(page, id=page.stem, marks=[] if page.stem == "README" else [pytest.mark.slow]) for page in PAGES]
 
 
 @pytest.mark.parametrize("page", PARAMS)

@@ -403,9 +403,8 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(
-    ("sent", "code"), [pytest.param("KILL", -signal.SIGKILL, marks=pytest.mark.slow), ("TERM", 128 + signal.SIGTERM)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [("KILL", -signal.SIGKILL), ("TERM", 128 + signal.SIGTERM)])
 def test_killed_after_a_checkpoint(command, whole, tmp_path, sent, code):
     program = [sys.executable, "-c", KILLED.format(sent), *command("broken")]
     ended = subprocess.run(program, cwd=Path(cli.__file__).parents[1], capture_output=True, text=True, timeout=120)

@@ -49,7 +49,7 @@ def test_stream_that_is_gone_is_passed_over():
     say("two", stream=Gone())
 
 
-@pytest.mark.parametrize("closed", ["pipe", "full"])
+@pytest.mark.parametrize("closed", ["pipe", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
 def test_search_ends_well_when_nobody_reads(closed, tiny, tmp_path):
     """Names with escapes and newlines in an ASCII terminal that is closed after the first line, or a file on a full disk."""

@@ -163,7 +163,11 @@ def test_where_processes_cannot_meet(environment, message, tell):
     [
         ({"RANK": "x"}, "RANK is 'x', but no launcher has started this process"),  # on which Lightning's import fails
         ({"SLURM_NTASKS": "2", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}, "start the command with srun"),
-        ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT must be a whole number from 1 to 65535"),
+        pytest.param(
+            {**TORCHRUN, "MASTER_PORT": "70000"},
+            "MASTER_PORT must be a whole number from 1 to 65535",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_command_ends_with_a_sentence_and_leaves_nothing(environment, message, tmp_path):

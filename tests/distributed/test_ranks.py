@@ -252,7 +252,8 @@ def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs,
     assert fit(*arguments(tiny, inputs, tmp_path / "two", method, "--ckpt_path", "last")) == together  # goes on alone
 
 
-@pytest.mark.parametrize("method", ["ph2p", pytest.param("metric_guidance", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ph2p", "metric_guidance"])
 def test_ranks_that_share_less_than_a_microbatch_each_find_nearly_the_same(method, tiny, inputs, alone, tmp_path):
     """The samples are divided evenly then, so that calls are smaller ones."""
     how = ("--trainer.strategy", "samples", "--model.microbatch", "32")

@@ -439,10 +439,9 @@ def test_a_page_that_is_closed_halfway_loses_nothing(tiny, tmp_path, browser):
     assert len(json.loads((folder / "result.json").read_text())["problems"][0]["moves"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    ("stop", "expected"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("stop", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_waits_for_a_person_can_be_told_to_stop(tiny, tmp_path, stop, expected):
     pytest.importorskip("gradio")
     run, records = Run(tiny, tmp_path / "run"), tmp_path / "run" / "problems"

@@ -60,7 +60,7 @@ REFUSED = {
     r"--model.negative \[\] --model.positive \[synonyms\], or choose another model"
     for model in ("flux-dev", "flux-schnell")
 }
-DEFAULT = {("configs/invert.yaml", "flux-dev"), ("TextualInversion", "sdxl"), ("DPODiff", "sd3, T5"), ("GCG", "sd21")}
+DEFAULT = {("configs/invert.yaml", "flux-dev"), ("DPODiff", "sd3, T5"), ("GCG", "sd21")}
 
 
 @pytest.fixture(scope="module")

@@ -285,6 +285,7 @@ def finished(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_finished_run_goes_on_with_nothing_and_then_with_more(tiny, tmp_path):
     main(run(tiny, tmp_path / "run", "--data.prompts", PROMPTS[0]))
     (before,) = problems(tmp_path / "run")
