@@ -53,7 +53,9 @@ def merged(checkpoints: Sequence[dict[str, Any]], wanted: Callable[[dict[str, An
     whole["state_dict"] = _tensors([part["state_dict"] for part in checkpoints], rows)
     states = [part["optimizer_states"] for part in checkpoints]
     for place, first in enumerate(whole["optimizer_states"]):
-        several = [state[place].get("state", {}) for state in states]  # a method that exchanges tokens has none
+        if not first:  # the method has no optimizer
+            continue
+        several = [state[place].get("state", {}) for state in states]
         named = {key: _tensors([some[key] for some in several], rows) for key in several[0] if all(several)}
         whole["optimizer_states"] = [*whole["optimizer_states"]]
         whole["optimizer_states"][place] = {**first, "state": named}

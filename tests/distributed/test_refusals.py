@@ -226,6 +226,12 @@ def test_checkpoints_of_several_ranks_are_merged():
     assert whole["epoch"] == 1
 
 
+def test_checkpoints_of_a_method_without_an_optimizer_are_merged():
+    """Lightning saves the state {} where there is none."""
+    some = [checkpoint([key], [1], 2) | {"optimizer_states": [{}]} for key in "ab"]
+    assert merged(some, lambda record: True)["optimizer_states"] == [{}]
+
+
 def test_nothing_is_left_of_checkpoints_whose_problems_are_finished():
     whole = merged([checkpoint(["a"], [1], 2)], lambda record: False)
     assert whole["wave"]["records"] == []
