@@ -456,7 +456,7 @@ def _check_duration(given: Any) -> None:
         seconds = pl.callbacks.Timer(given).time_remaining()
     except (MisconfigurationException, TypeError, ValueError):
         seconds = None
-    if not seconds or seconds < 0:
+    if seconds is None or seconds <= 0:
         raise UserError(
             f"--trainer.max_time cannot be {str(given)!r}; it takes a duration as days:hours:minutes:seconds, such as 00:01:30:00."
         )

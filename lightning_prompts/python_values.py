@@ -10,17 +10,13 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lightning_prompts.errors import UserError, shortened
-from lightning_prompts.ranges import LEAST
+from lightning_prompts.ranges import IN_WORDS
 
-_WANTED = {
+_WANTED = IN_WORDS | {
     "bool": "True or False",
-    "str": "a text",
-    "int": "a whole number",
     "float": "a finite number",
     "NoneType": "None",
     "Byte": "a whole number from 0 to 255",
-    "Rate": "a finite number above 0",
-    **{name: f"a whole number from {least} on" for name, least in LEAST.items()},
 }
 
 

@@ -10,6 +10,14 @@ MOST = 2**31 - 1
 LEAST = {"Positive": 1, "NotNegative": 0}
 """Smallest value of the types of whole numbers below."""
 
+IN_WORDS = {
+    "str": "a text",
+    "int": "a whole number",
+    "Rate": "a finite number above 0",
+    **{name: f"a whole number from {least} on" for name, least in LEAST.items()},
+}
+"""What a message says that a setting takes, by the name of its type."""
+
 if TYPE_CHECKING:
     NotNegative: TypeAlias = int
     Positive: TypeAlias = int
@@ -23,4 +31,4 @@ else:
     Byte = restricted_number_type("Byte", int, [(">=", 0), ("<=", 255)])
     Rate = restricted_number_type("Rate", float, [(">", 0), ("<", float("inf"))])
 
-__all__ = ["LEAST", "MOST", "Byte", "NotNegative", "Positive", "Rate"]
+__all__ = ["IN_WORDS", "LEAST", "MOST", "Byte", "NotNegative", "Positive", "Rate"]

@@ -9,21 +9,18 @@ import re
 from typing import Any
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.ranges import LEAST, MOST
+from lightning_prompts.ranges import IN_WORDS, LEAST, MOST
 
-KINDS = {
+KINDS = IN_WORDS | {
     "bool": "true or false",
-    "int": "a whole number",
     "float": "a number",
-    "str": "a text",
     "list": "a list",
     "tuple": "a list",
     "dict": "a mapping",
     "NoneType": "null",
     "Byte": "whole numbers from 0 to 255",
-    "Rate": "a finite number above 0",
 }
-"""How a message names what a setting takes, by the name of its type."""
+"""What the command line says that a setting takes, by the name of its type."""
 
 
 def one_sentence(message: str, parser: Any) -> str:
@@ -87,7 +84,7 @@ def _of_alternatives(text: str) -> str | None:
 
 
 def _alternatives(kinds: str, given: str) -> str:
-    """Return in words what a setting takes that has one of several types, as the parser writes them."""
+    """Return what a setting takes, in words, from the list of types in the parser's message."""
     words: list[str] = []
     for literals, name in re.findall(r"typing\.Literal\[(.*?)\]|<class '(?:[\w.]*\.)?(\w+)'>", kinds):
         words += [literal.strip(" '") for literal in literals.split(",")] if literals else [_of_kind(name, given)]
@@ -111,10 +108,9 @@ def _number(setting: str, given: str, kind: str, otherwise: str = "") -> str:
 
 
 def _of_kind(kind: str, given: str) -> str:
-    """Return in words what a setting of a type takes, which was given something else."""
-    least = LEAST.get(kind)
-    if least is not None:
-        return f"a whole number from {least} " + (f"to {MOST}" if re.fullmatch(r"\d{10,}", given) else "on")
+    """Return what a setting of a type takes, in words; the largest number only where the given one is too large."""
+    if kind in LEAST and re.fullmatch(r"\d{10,}", given):
+        return f"a whole number from {LEAST[kind]} to {MOST}"
     return KINDS.get(kind, kind)
 
 

@@ -55,7 +55,7 @@ def merged(checkpoints: Sequence[dict[str, Any]], wanted: Callable[[dict[str, An
     for place, first in enumerate(whole["optimizer_states"]):
         if not first:  # the method has no optimizer
             continue
-        several = [state[place].get("state", {}) for state in states]
+        several = [state[place]["state"] for state in states]
         named = {key: _tensors([some[key] for some in several], rows) for key in several[0] if all(several)}
         whole["optimizer_states"] = [*whole["optimizer_states"]]
         whole["optimizer_states"][place] = {**first, "state": named}

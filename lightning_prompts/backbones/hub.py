@@ -199,16 +199,15 @@ def is_offline() -> bool:
 
 
 @contextmanager
-def connected(allowed: bool) -> Iterator[None]:
-    """Keep huggingface_hub from connecting unless `allowed`.
+def hub_access(offline: bool) -> Iterator[None]:
+    """Keep huggingface_hub from connecting to the hub if `offline`.
 
-    `local_files_only` alone does not: it concerns a model's files, and recent versions also ask the hub how to describe the program
-    that reads them.
+    `local_files_only` does not suffice: recent versions also fetch a list from the hub to describe this program in their requests.
     """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not allowed
+    constants.HF_HUB_OFFLINE = before or offline
     try:
         yield
     finally:
@@ -237,7 +236,7 @@ def _downloaded(name: str, revision: str | None, wanted: Sequence[str], variant:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def folder(patterns: list[str]) -> Path:
-        with connected(False):
+        with hub_access(offline=True):
             return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
 
     try:

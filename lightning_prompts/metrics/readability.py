@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import quiet
-from lightning_prompts.backbones.hub import connected
+from lightning_prompts.backbones.hub import hub_access
 from lightning_prompts.errors import UserError
 from lightning_prompts.metrics.mean import Mean
 from lightning_prompts.metrics.words import all_words
@@ -111,7 +111,7 @@ def _load_language_model(name: str, offline: bool) -> tuple[Any, Any]:
 
     where: dict[str, Any] = {"local_files_only": offline, "trust_remote_code": False}
     try:
-        with quiet(), connected(not offline):
+        with quiet(), hub_access(offline):
             tokenizer = AutoTokenizer.from_pretrained(name, **where)
             if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes when there are no files
                 raise ValueError("its tokenizer has no tokens")

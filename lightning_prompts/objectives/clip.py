@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import EMOJI, Backbone
-from lightning_prompts.backbones.hub import clip_beside, connected
+from lightning_prompts.backbones.hub import clip_beside, hub_access
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.image_processor import load_image_processor
 from lightning_prompts.vocabulary import check_embedded
@@ -27,7 +27,7 @@ def load_clip(name: str, offline: bool = False) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with connected(not offline):
+        with hub_access(offline):
             model = CLIPModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, local_files_only=offline)
     except (OSError, ValueError) as error:
         raise UserError(
@@ -44,7 +44,7 @@ def load_tokenizer(name: str, offline: bool = False) -> Any:
     from transformers import CLIPTokenizerFast
 
     try:
-        with connected(not offline):
+        with hub_access(offline):
             tokenizer = CLIPTokenizerFast.from_pretrained(name, local_files_only=offline)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers 5 makes when there are no files
             raise ValueError("it has no tokens")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prompts.backbones.hub import connected, is_offline
+from lightning_prompts.backbones.hub import hub_access, is_offline
 from lightning_prompts.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def _read(name: str, file: str, offline: bool) -> dict[str, Any]:
         if cached is not None and not isinstance(cached, str):  # the hub has no such file
             return {}
         try:
-            with connected(not offline):
+            with hub_access(offline):
                 path = Path(cached or hf_hub_download(name, file, local_files_only=offline or is_offline()))
         except EntryNotFoundError:  # also if it is not in the cache and the hub is unreachable
             return {}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_prompts.backbones.hub import connected
+from lightning_prompts.backbones.hub import hub_access
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 
@@ -115,7 +115,7 @@ def local_model(name: str, offline: bool) -> Callable[[str, int], str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with connected(not offline):
+        with hub_access(offline):
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=offline)
             model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, local_files_only=offline).eval()
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prompts.backbones.hub import connected
+from lightning_prompts.backbones.hub import hub_access
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.clip import ClipSimilarity
 from lightning_prompts.substitutes.space import Slot, Space
@@ -68,7 +68,7 @@ def _load(name: str, offline: bool) -> Any:
             "--model.sentence_encoder out."
         ) from error
     try:
-        with connected(not offline):
+        with hub_access(offline):
             return SentenceTransformer(name, local_files_only=offline)
     except (OSError, ValueError) as error:
         raise UserError(

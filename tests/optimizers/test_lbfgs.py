@@ -175,9 +175,8 @@ def test_each_trial_of_a_line_search_is_torchs(budget):
     if not BOUNDED:
         pytest.skip("line searches of this torch are not bounded; a newer one is needed to compare with")
     count = 300
-    size = 10 ** torch.linspace(
-        -8, 2, count, dtype=torch.float64
-    )  # of the direction: a small one's bracket is soon too small
+    # Of the directions; the bracket of a small one is soon too small.
+    size = 10 ** torch.linspace(-8, 2, count, dtype=torch.float64)
     first_t = 10 ** (torch.arange(count) % 4 - 1).double()
     kinds = [landscapes(count, seed) for seed in (0, 1)]
 
@@ -215,9 +214,8 @@ def test_each_trial_of_a_line_search_is_torchs(budget):
             start = trials(torch.full((count,), which), torch.zeros_like(size))
             given = [None, first_t[row].item(), size[row : row + 1], start.loss[row].item(), start.grad[row]]
             _, _, t, _ = _strong_wolfe(evaluate, *given, start.slope[row].item(), max_ls=budget)
-            same = next(
-                (i for i, one in enumerate(expected) if math.isnan(one)), None
-            )  # from there torch only tries NaN
+            # Where torch tries NaN, it tries nothing else from there on.
+            same = next((i for i, one in enumerate(expected) if math.isnan(one)), None)
             whole += same is None
             assert tried[row][which][:same] == pytest.approx(expected[:same], rel=1e-4, abs=1e-9)
             assert same is not None or results[row][which] == pytest.approx(float(t), rel=1e-4, abs=1e-9)
