@@ -22,6 +22,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizerFast,
     CLIPVisionConfig,
     T5Config,
     T5EncoderModel,
@@ -29,7 +30,7 @@ from transformers import (
 )
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
+from lightning_prompts.emoji.tokenizer import CONTEXT
 from lightning_prompts.errors import UserError
 
 EXTRA, PADDED = (
@@ -49,9 +50,18 @@ NOISE = {
 
 @cache
 def tokenizer_of_captions():
-    """Trained once, as ties between merges are not always broken the same way."""
+    """Build CLIP's tokenizer with 40 merges that were learned from the captions.
+
+    The merges are in a file because the trainer breaks ties differently from process to process.
+    """
+    merges = [line.split() for line in (Path(__file__).parent / "merges.txt").read_text().splitlines()[1:]]
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*characters, *(f"{character}</w>" for character in characters), *map("".join, merges)]
+    vocab = {token: id for id, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     with TemporaryDirectory() as folder:
-        return train_tokenizer(CAPTIONS, 40, Path(folder))
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocab))
+        (Path(folder) / "merges.txt").write_text((Path(__file__).parent / "merges.txt").read_text())
+        return CLIPTokenizerFast(f"{folder}/vocab.json", f"{folder}/merges.txt", model_max_length=CONTEXT)
 
 
 def clip(width, pad="<|endoftext|>", new=False, kind=CLIPTextModel, **text):

@@ -1,0 +1,242 @@
+"""Every config finds what it found when tests/golden/ was written: prompts, losses, records and the order of the callbacks.
+
+`REWRITE_GOLDEN=1 pytest tests/test_golden.py` writes the files again, for a change that is meant to change results.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+
+from lightning_prompts import cli
+from lightning_prompts.callbacks import PromptCheckpoint
+from lightning_prompts.main import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+MODELS = ("emoji", "sdxl", "flux")
+STEERING = ("dpo_diff", "human_feedback", "metric_guidance", "seed_invariance")  # begin with a prompt
+
+COMMON = "--trainer.accelerator cpu --trainer.logger CSVLogger --trainer.logger.save_dir logs"
+INVERSION = (
+    "--data.images 0.png 1.png 2.png --data.steps 5 --data.samples 3 --data.validation_samples 4 --model.score_every 2"
+)
+GCG = "--model.candidates 5 --model.topk 16 --model.screen 2"
+SHORT = {
+    "clip_words": "--data.images 0.png 1.png 2.png --data.validation_samples 4",
+    "gcg": f"{INVERSION} {GCG}",
+    "invert": f"{INVERSION} {GCG} --model.trial_steps 2",
+    "pez": INVERSION,
+    "pez_clip": INVERSION,
+    "ph2p": f"{INVERSION} --model.restart_every 3 --model.lr 0.2",
+    "ph2p_lbfgs": f"{INVERSION} --model.max_iter 2 --model.max_step_norm 2",
+    "random_tokens": INVERSION,
+    "textual_inversion": INVERSION,
+    "dpo_diff": "--model.budget 12 --model.population 4 --model.seeds 2 --model.schedule fix-1 --model.gradient_share 0.4",
+    "human_feedback": "--model.steps 3 --model.seeds 2 --model.chooser Scripted --model.chooser.wants 0.png",
+    "metric_guidance": "--model.steps 4 --model.seeds 2 --model.score_every 2",
+    "seed_invariance": "--model.steps 4 --model.seeds 2 --model.score_every 2",
+}
+INSTEAD = {  # where a model guides itself or the search cannot read the CLIP's tokens
+    ("dpo_diff", "flux"): "--model.negative [] --model.positive [synonyms]",
+    ("pez_clip", "flux"): "--model.vocabulary clip",
+    ("seed_invariance", "flux"): "--model.unconditional false",
+}
+TINY = "--model.image_size 16 --model.offline true --scorer scorer"
+
+VOLATILE = ("seconds", "stamps", "version")  # differ from run to run, or say nothing of what was found
+RENAMED: dict[
+    str, str
+] = {}  # of the fields, metrics and callbacks that have other names now: the golden one to today's
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Write three images, the prompts that describe them, and the two tiny models; return their folder."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for i, (shape, color) in enumerate((("rectangle", "red"), ("ellipse", "blue"), ("rectangle", "green"))):
+        image = Image.new("RGB", (64, 64), "white")
+        getattr(ImageDraw.Draw(image), shape)((16, 16, 47, 47), color)
+        image.save(folder / f"{i}.png")
+    (folder / "prompts.txt").write_text("a red square\na small cat\na large tree\n")
+    for family in MODELS[1:]:
+        (folder / family).mkdir()
+        model = Path(families.save_with_clip(family, folder / family))
+        for file in model.rglob("*.safetensors"):
+            name_weights(file, "model")
+    shutil.copytree(folder / "sdxl/model/clip", folder / "scorer")
+    name_weights(folder / "scorer/model.safetensors", "scorer")
+    return folder
+
+
+def name_weights(file, salt):
+    """Draw a file's weights again, each by its name alone, so that they do not depend on how a library initializes a network."""
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if weight.is_floating_point() and (weight.ndim > 1 or (weight.numel() > 1 and weight.std() > 0)):
+            seed = int.from_bytes(hashlib.sha256(f"{salt}/{name}".encode()).digest()[:4], "big")
+            draw = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            weights[name] = draw / math.sqrt(weight[0].numel() if weight.ndim > 1 else weight.numel())
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def arguments(config, model):
+    """Return the command of a short search, whose run is the folder `run`."""
+    given = [
+        "fit",
+        "--config",
+        str(ROOT / "configs" / f"{config}.yaml"),
+        "--run",
+        "run",
+        *COMMON.split(),
+        *SHORT[config].split(),
+    ]
+    given += ["--data.prompts", "prompts.txt"] if config in STEERING else ["--model.tokens", "3"]
+    if config != "clip_words":
+        given += ["--model.sampling_steps", "2"]
+    if config != "human_feedback":  # whose user sees one prompt at a time
+        given += ["--model.together", "2"]  # of three, so that one takes the place of another
+    if model != "emoji":
+        given += ["--model.backbone", f"{model}/model", *TINY.split()]
+    return given + INSTEAD.get((config, model), "").split()
+
+
+def record_of(problem):
+    """Return what a record says of a search, without fields that are empty, and without the losses that its reason repeats."""
+    if problem["reason"]:
+        problem["reason"] = re.sub(r"-?\d[\d.e+-]*\d", "#", problem["reason"])
+    return {name: value for name, value in problem.items() if name not in VOLATILE and value not in (None, [], {})}
+
+
+def problems_in(run):
+    """Return the records of a run, in the order of its inputs."""
+    records = (json.loads(path.read_text()) for path in (run / "problems").glob("*.json"))
+    return [record_of(record) for record in sorted(records, key=lambda record: record["index"])]
+
+
+def metrics_in(logs):
+    """Return what was logged, a dictionary a line."""
+    rows = []
+    for file in logs.rglob("metrics.csv"):  # HumanFeedback logs none
+        with file.open() as lines:
+            rows += [{name: float(text) for name, text in line.items() if text} for line in csv.DictReader(lines)]
+    return rows
+
+
+def rounded(value):
+    """Round every number of nested lists and dictionaries to six digits."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def renamed(value):
+    """Give fields, metrics and callbacks of a golden file their names of today."""
+    if isinstance(value, dict):
+        return {RENAMED.get(name, name): renamed(item) for name, item in value.items()}
+    return [renamed(item) for item in value] if isinstance(value, list) else value
+
+
+def assert_alike(found, golden, where=""):
+    """Compare texts, whole numbers and structure exactly, other numbers to one part in a thousand, as processors round differently."""
+    if isinstance(golden, dict):
+        assert found.keys() == golden.keys(), where
+        for name in golden:
+            assert_alike(found[name], golden[name], f"{where}.{name}")
+    elif isinstance(golden, list):
+        assert len(found) == len(golden), where
+        for i, (one, other) in enumerate(zip(found, golden, strict=True)):
+            assert_alike(one, other, f"{where}[{i}]")
+    elif isinstance(golden, float):
+        assert found == pytest.approx(golden, rel=1e-3, abs=1e-4), where
+    else:
+        assert found == golden, where
+
+
+def golden_of(config, model):
+    return json.loads((GOLDEN / model / f"{config}.json").read_text())
+
+
+@pytest.fixture
+def here(inputs, tmp_path, monkeypatch):
+    """Work in a folder of this test's own, with the inputs in it under relative names, which are part of the keys."""
+    for path in inputs.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+CASES = [
+    pytest.param(config, model, marks=[pytest.mark.slow] if model != "emoji" else [])
+    for model in MODELS
+    for config in CONFIGS
+]
+
+
+@pytest.mark.parametrize(("config", "model"), CASES)
+def test_finds_what_it_found(config, model, here, monkeypatch):
+    order = []
+
+    class Noting(cli.CLI):
+        def fit(self, *args, **kwargs):
+            order.extend(type(callback).__name__ for callback in self.trainer.callbacks)
+            super().fit(*args, **kwargs)
+
+    monkeypatch.setattr(cli, "CLI", Noting)
+    main(arguments(config, model))
+    found = {"callbacks": order, "problems": problems_in(here / "run"), "metrics": metrics_in(here / "logs")}
+    if os.environ.get("REWRITE_GOLDEN"):
+        (GOLDEN / model).mkdir(parents=True, exist_ok=True)
+        (GOLDEN / model / f"{config}.json").write_text(json.dumps(rounded(found), indent=1) + "\n")
+    golden = golden_of(config, model)
+    assert found["callbacks"] == [RENAMED.get(name, name) for name in golden["callbacks"]]
+    assert_alike(found["problems"], renamed(golden["problems"]))
+    assert_alike(found["metrics"], renamed(golden["metrics"]))
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(config, marks=[] if config == "gcg" else [pytest.mark.slow]) for config in CONFIGS]
+)
+def test_finds_the_same_when_it_is_stopped_and_resumed(config, here, monkeypatch):
+    class Stopping(PromptCheckpoint):
+        steps = 0
+
+        def on_train_batch_end(self, trainer, *args):
+            self._save(trainer)
+            self.steps += 1
+            if self.steps == (1 if config == "clip_words" else 3):
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "PromptCheckpoint", Stopping)
+        with pytest.raises(SystemExit):
+            main(arguments(config, "emoji"))
+    main([*arguments(config, "emoji"), "--ckpt_path", "last"])
+    assert_alike(problems_in(here / "run"), renamed(golden_of(config, "emoji")["problems"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config != "human_feedback"])
+def test_two_ranks_find_the_same(config, here):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(config, "emoji"), "--trainer.devices", "2"]
+    subprocess.run(command, check=True, capture_output=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert_alike(problems_in(here / "run"), renamed(golden_of(config, "emoji")["problems"]))
