@@ -15,6 +15,7 @@ from PIL import Image
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.callbacks import PromptCheckpoint
+from lightning_prompts.data.addresses import SEARCH
 from lightning_prompts.data.problems import Step
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
@@ -610,6 +611,18 @@ def test_looked_at_again(tiny, tmp_path, capsys):
     assert "LPIPS" not in shown  # which compares pictures with a target, and there is none
     assert problems(tmp_path / "run") == before
     assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2
+
+
+def test_prompt_without_negative_words_is_validated_without_any(attached):
+    module = attached()
+    (problem,) = module.problems
+    problem.prompt = problem.target
+    noise = module.draw_noise([problem], SEARCH, module.seeds)
+    wanted = module.clip.features_of([problem.target])
+    for words in (None, "", "blurry"):
+        problem.negative_prompt = words
+        expected = module.losses([(problem.target, words or "")], noise, wanted).mean(1)
+        torch.testing.assert_close(module.validation_losses([problem]), expected)
 
 
 def test_fewer_sampling_steps_are_another_search(tiny, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 
 from lightning_prompts import guide, hold, reword
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.methods import DPODiff, MetricGuidance, SeedInvariance
+from lightning_prompts.methods import DPODiff, MetricGuidance, SeedInvariance, TextualInversion
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.problems import Problem
 from lightning_prompts.substitutes import Slot, Space
@@ -95,6 +95,15 @@ def test_some_problems_are_empty_and_others_are_not(method):
     (gradient,) = torch.autograd.grad(away.square().sum(), method.prompt.logits)
     assert gradient.isfinite().all()
     assert not gradient[0].any()
+
+
+def test_textual_inversion_encodes_an_empty_text_by_its_side(backbone, pipeline):
+    """Its own `encode`, which reads pseudo-words, leaves every other text to the model."""
+    method = TextualInversion(backbone=backbone, tokens=2)
+    expected = pipeline.encode_prompt("", device="cpu", do_classifier_free_guidance=False)
+    torch.testing.assert_close(method.encode([""])[0], backbone.join(expected[0], expected[2])[0], atol=1e-5, rtol=1e-5)
+    assert method.encode([""]).any()
+    assert not method.encode([""], negative=True).any()
 
 
 def test_searches_start_from_zeros(backbone, pipeline):

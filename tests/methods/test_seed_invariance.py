@@ -166,7 +166,7 @@ def test_what_is_found(embedding, tiny, tmp_path):
 
 def test_metric_is_the_signal_to_noise_ratio(tiny):
     module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents")
-    problem, wanted = Problem("key", PROMPTS[0], target_seed=3), torch.zeros(3, 16, 16)
+    problem, wanted = Problem("key", PROMPTS[0], target_seed=3), torch.rand(3, 16, 16) - 0.5
     module._pictures["key"] = wanted
     for error, ratio in ((0.2, 20), (0.02, 40), (2, 0)):  # of a range of 2
         values = module.values((wanted + error)[None], [problem])

@@ -89,6 +89,8 @@ def test_long_text(backbone):
         ("runs/none", "There is neither a run nor an embedding in 'runs/none'"),
         ("fox.safetensors", "There is neither a run nor an embedding"),
         ("fox.safetensors#dog", "There is neither a run nor an embedding"),
+        ("fox.pt", "There is neither a run nor an embedding"),
+        ("fox.bin", "There is neither a run nor an embedding"),
         ("clip words", "did you mean --model.start clip_words"),
         ("randon", "did you mean --model.start random"),
         ("", "There is nothing to start from"),
