@@ -83,6 +83,57 @@ def test_steps_are_those_of_torchs_adamw(method, settings, decay, tiny):
     torch.testing.assert_close(module.prompt.embeddings.data, other.data)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "projected"),
+    [
+        (PEZ, {}, True),
+        (PH2P, {"projection": "immediate", "optimizer": "adam"}, True),
+        (PH2P, {"optimizer": "adam"}, False),
+        (PH2P, {"max_iter": 1}, False),
+        (TextualInversion, {}, False),
+    ],
+)
+def test_gradient_is_taken_where_the_paper_takes_it(method, settings, projected, tiny, pictures, tmp_path):
+    """PEZ at the nearest tokens, PH2P and textual inversion at the continuous embeddings."""
+    taken = []
+
+    class Watched(method):
+        def loss(self, rows, ids, embeddings, samples, *rest, **how):
+            if embeddings.requires_grad:
+                free = self.prompt.embeddings.detach()[rows]
+                near = self.prompt.table[self.prompt.project()[rows]]
+                assert not torch.allclose(free, near, atol=1e-4)
+                taken.append(
+                    torch.allclose(embeddings[:, self.prompt.positions], near if projected else free, atol=1e-6)
+                )
+            return super().loss(rows, ids, embeddings, samples, *rest, **how)
+
+        def first(self, rows):
+            start = super().first(rows)
+            return start + 0.01 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
+
+    fit(Watched(backbone=tiny, tokens=3, **settings, **FEW), pictures / "0.png", tmp_path, steps=2)
+    assert taken
+    assert all(taken)
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs"),
+    [({"optimizer": "adam", "lr": 0.3}, torch.optim.Adam), ({"optimizer": "sgd", "lr": 0.3}, torch.optim.SGD)],
+)
+def test_ph2p_steps_are_those_of_torchs_optimizers(settings, theirs, tiny):
+    module = PH2P(backbone=tiny, tokens=3, **settings, **FEW)
+    module.prompt.embeddings.data = torch.randn(2, 3, module.prompt.embeddings.shape[2])
+    other = torch.nn.Parameter(module.prompt.embeddings.detach().clone())
+    optimizers = module.configure_optimizers(), theirs([other], lr=0.3)
+    for _ in range(4):
+        module.prompt.embeddings.grad = torch.randn_like(other)
+        other.grad = module.prompt.embeddings.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(module.prompt.embeddings.data, other.data)
+
+
 def test_ph2p_tells_its_optimizer_of_new_noise_in_each_step(tiny, pictures, tmp_path, monkeypatch):
     """So that no pair of gradients of two functions is taken for curvature; tests/optimizers has what it does then."""
     told, step = [], BatchedLBFGS.step

@@ -625,6 +625,18 @@ def test_prompt_without_negative_words_is_validated_without_any(attached):
         torch.testing.assert_close(module.validation_losses([problem]), expected)
 
 
+def test_pictures_before_and_after_are_of_the_users_prompt_and_of_the_found_one(attached):
+    module = attached()
+    (problem,) = module.problems
+    noise = module.draw_noise([problem], SEARCH, 2)
+    for prompt, negative in (("a large dog", "blurry"), ("a large dog", None), (problem.target, "dark")):
+        problem.prompt, problem.negative_prompt = prompt, negative
+        before, after = module.both([problem], noise)
+        torch.testing.assert_close(before[0], module.draw([problem.target] * 2, noise[0]))
+        torch.testing.assert_close(after[0], module.draw([prompt] * 2, noise[0], negative or ""))
+        assert not torch.equal(before, after)
+
+
 def test_fewer_sampling_steps_are_another_search(tiny, tmp_path, capsys):
     main(run(tiny, tmp_path / "run"))
     with pytest.raises(SystemExit) as stop:

@@ -171,6 +171,7 @@ def test_metric_is_the_signal_to_noise_ratio(tiny):
     for error, ratio in ((0.2, 20), (0.02, 40), (2, 0)):  # of a range of 2
         values = module.values((wanted + error)[None], [problem])
         assert float(module.metric(values)) == pytest.approx(ratio, abs=1e-3)
+        assert float(module.loss(values)) == pytest.approx(-ratio, abs=1e-3)  # lower is better
 
 
 def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):

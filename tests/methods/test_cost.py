@@ -1,0 +1,96 @@
+"""The denoiser samples of a record are those that the denoiser has seen."""
+
+import pytest
+import pytorch_lightning as pl
+from searches import fit
+
+from lightning_prompts.backbones import base
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.methods import (
+    GCG,
+    PEZ,
+    PH2P,
+    TRAINER,
+    ClipWords,
+    DPODiff,
+    MetricGuidance,
+    RandomTokens,
+    SeedInvariance,
+    TextualInversion,
+)
+from lightning_prompts.objectives import Sharpness
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FEW = {"sampling_steps": 3, "sample_every": 0}
+INVERTERS = [
+    (PEZ, {}),
+    (PEZ, {"clip_weight": 1.0, "denoising_weight": 0.0}),
+    (PH2P, {"optimizer": "adam", "restart_every": 2}),
+    (PH2P, {"max_iter": 2}),
+    (PH2P, {"max_iter": 2, "line_search": "strong_wolfe"}),
+    (GCG, {"candidates": 3, "topk": 8}),
+    (GCG, {"candidates": 2, "topk": 8, "screen": 2, "trial_weight": 1.0, "trial_steps": 2, "trial_pictures": 3}),
+    (TextualInversion, {}),
+    (RandomTokens, {}),
+    (ClipWords, {}),
+]
+OTHERS = [
+    (DPODiff, {"budget": 6, "population": 2, "schedule": "fix-1", "gradient_share": 0.5}),
+    (DPODiff, {"budget": 6, "population": 2, "guidance_scale": 1.0, "negative": [], "positive": ["synonyms"], "solver": "evolution"}),
+    (MetricGuidance, {"objective": Sharpness(), "steps": 3}),
+    (MetricGuidance, {"objective": Sharpness(), "steps": 3, "guidance_scale": 1.0, "grad_steps": 2, "score_every": 2}),
+    (SeedInvariance, {"steps": 3, "seeds_per_step": 3, "compare": "latents", "stages": [1, 3]}),
+    (SeedInvariance, {"steps": 2, "compare": "latents", "stages": [2], "grad_steps": 1, "guidance_scale": 1.0}),
+]  # fmt: skip
+
+
+def counted(module):
+    """Count the samples that the denoiser takes, and those that a gradient goes back through."""
+    seen = {"forward": 0, "backward": 0}
+    forward = module.backbone.denoiser.forward
+
+    def count(sample, *args, **kwargs):
+        seen["forward"] += len(sample)
+        output = forward(sample, *args, **kwargs)
+        if output[0].requires_grad:
+            output[0].register_hook(lambda gradient: seen.update(backward=seen["backward"] + len(gradient)))
+        return output
+
+    module.backbone.denoiser.forward = count
+    return seen
+
+
+def paused(function, seen):
+    """Leave what a function does out of the count."""
+
+    def run(*args):
+        before = dict(seen)
+        result = function(*args)
+        seen.update(before)
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize(("method", "settings"), INVERTERS)
+def test_inverters(method, settings, tiny, pictures, tmp_path):
+    module = method(backbone=tiny, tokens=2, score_every=2, **settings, **FEW)
+    seen = counted(module)
+    problems = fit(module, pictures, tmp_path, steps=3, samples=3, validation_samples=4)
+    assert sum(problem.unet_samples for problem in problems) == seen["forward"] + seen["backward"] > 0
+
+
+@pytest.mark.parametrize(("method", "settings"), OTHERS)
+def test_methods_that_begin_with_a_prompt(method, settings, tiny, tmp_path, monkeypatch):
+    # A checkpointed call is computed twice, the second time for its gradient alone.
+    monkeypatch.setattr(base, "checkpoint", lambda function, *arguments, **how: function(*arguments))
+    module, data = method(backbone=tiny, seeds=2, **settings, **FEW), Prompts(["a small cat", "two dogs"])
+    seen = counted(module)
+    if method is SeedInvariance:  # what the target images take is not counted
+        for name in ("take", "pictures"):
+            monkeypatch.setattr(module, name, paused(getattr(module, name), seen))
+    trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
+    trainer.fit(module, datamodule=data)
+    spent = sum(problem.unet_samples for problem in data.folder.load().values())
+    assert spent == seen["forward"] + seen["backward"] > 0
