@@ -12,6 +12,7 @@ from lightning_prompts.backbones import Vocabulary
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
 from lightning_prompts.substitutes.space import Part, Space
+from lightning_prompts.typed_module import TypedModule
 from lightning_prompts.vocabulary import (
     LARGEST,
     Metric,
@@ -23,7 +24,7 @@ from lightning_prompts.vocabulary import (
 )
 
 
-class TokenEmbeddings(nn.Module):
+class TokenEmbeddings(TypedModule):
     """M token embeddings for each of P problems, standing in a template of fixed tokens.
 
     Args:
@@ -119,7 +120,7 @@ class TokenEmbeddings(nn.Module):
         return ids, self.table[ids].index_copy(1, self.positions, embeddings.to(self.table.dtype))
 
 
-class PromptEmbeds(nn.Module):
+class PromptEmbeds(TypedModule):
     """Encoded prompts (P, S, R, D) of P problems: S is 1 for what the denoiser is told, 2 with what it is led away from.
 
     Args:
@@ -166,7 +167,7 @@ class PromptEmbeds(nn.Module):
         return self.initial[rows].index_copy(2, self.moving, moved)
 
 
-class PromptArc(nn.Module):
+class PromptArc(TypedModule):
     """Encoded prompts (P, 1, R, D) on the arc from P prompts to another one; how far each is, is all that trains.
 
     Args:
@@ -214,7 +215,7 @@ class MixedPrompts(NamedTuple):
     texts: list[str]
 
 
-class WordChoices(nn.Module):
+class WordChoices(TypedModule):
     """For each of P problems a word to choose for each of S slots, as logits (P, S, W); W is that of the longest slot.
 
     Args:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_prompts.backbones.towers import Kind, Said, TextTower, Vocabulary, at_least_float32
 from lightning_prompts.errors import UserError
+from lightning_prompts.typed_module import TypedModule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,7 +40,7 @@ class Reads(NamedTuple):
         return self.part.replace("text_encoder", "tokenizer")
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(TypedModule, ABC):
     """A frozen text-to-image model: no parameter requires a gradient, and it never leaves evaluation mode.
 
     An encoded prompt is a tensor of rows (R, D): one row per token, which the denoiser attends to, followed by the pooled vector,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prompts.typed_module import TypedModule
 from lightning_prompts.vocabulary import allowed_tokens, check_embedded, encode_text, token_lists
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Said(NamedTuple):
     pooled: Tensor | None
 
 
-class TextTower(nn.Module):
+class TextTower(TypedModule):
     """A text encoder with its tokenizer.
 
     Args:

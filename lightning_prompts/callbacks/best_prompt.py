@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
@@ -10,11 +10,15 @@ from torch import Tensor
 
 from lightning_prompts.callbacks.board import log_text
 
+if TYPE_CHECKING:
+    from lightning_prompts.data.problems import Step
+    from lightning_prompts.methods import PromptMethod
+
 
 class BestPrompt(pl.Callback):
     """Scores the decoded prompts, saves what got better, and lets finished problems go."""
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
         """Scores prompts before their first step, and ends searches whose steps have become fewer since they began."""
         steps = torch.tensor(batch.steps)
         self._keep(trainer, pl_module, (pl_module.active & (steps == 0)).nonzero().squeeze(1))
@@ -22,13 +26,15 @@ class BestPrompt(pl.Callback):
             self._keep(trainer, pl_module, over)
             pl_module.retire(over)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
         """Scores after every n-th step of a problem and after its last one."""
         rows = pl_module.due()
         self._keep(trainer, pl_module, rows)
         pl_module.retire(rows)
 
-    def _keep(self, trainer: pl.Trainer, module: Any, rows: Tensor) -> None:
+    def _keep(self, trainer: pl.Trainer, module: PromptMethod, rows: Tensor) -> None:
         better = module.score(rows) if len(rows) else []
         for problem in better:
             trainer.datamodule.folder.save_or_warn(problem)  # type: ignore[attr-defined]

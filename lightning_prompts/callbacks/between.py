@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
@@ -20,6 +20,9 @@ from lightning_prompts.files import atomic_write
 from lightning_prompts.interop import read_prompt_embeds
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.terminal import say
+
+if TYPE_CHECKING:
+    from lightning_prompts.methods import PromptMethod
 
 MILLISECONDS = 150  # of a frame
 
@@ -40,7 +43,7 @@ class Between(pl.Callback):
             raise UserError("A path has two ends at least; give --frames 2 or more.")
         self.folder, self.ends, self.seeds, self.frames = folder, (first, last), tuple(seeds), frames
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Draws and writes."""
         if not trainer.is_global_zero:
             return
@@ -64,7 +67,7 @@ class Between(pl.Callback):
             say(str(path))
 
 
-def encoded(end: str, module: Any) -> Tensor:
+def encoded(end: str, module: PromptMethod) -> Tensor:
     """An encoded prompt (S, R, D): of a text, or the one in a file."""
     told: Tensor = module.encode(["" if _is_file(end) else end]).float()
     if not _is_file(end):

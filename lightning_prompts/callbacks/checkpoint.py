@@ -10,7 +10,7 @@ import time
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +21,10 @@ from typing_extensions import TypedDict
 
 from lightning_prompts.files import atomic_write
 from lightning_prompts.problems import Problem
+
+if TYPE_CHECKING:
+    from lightning_prompts.data.problems import Step
+    from lightning_prompts.methods import PromptMethod
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ class SavedConfig(Checkpoint):
     def __init__(self, path: Path, settings: str) -> None:
         self.path, self.settings = path, settings
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Writes them; a wave that goes on in its middle has no other beginning."""
         atomic_write(self.path, self.settings.encode())
 
@@ -73,16 +77,18 @@ class PromptCheckpoint(Checkpoint):
         self.folder, self.seconds = folder, seconds
         self._saved = time.monotonic()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
         """Saves when it is time."""
         if time.monotonic() - self._saved >= self.seconds or not pl_module.active.all() or 1 in pl_module.done:
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Saves at the end."""
         self._save(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: PromptMethod, exception: BaseException) -> None:
         """Says how a search that a person or a signal has stopped goes on."""
         if trainer.training and trainer.is_global_zero and isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
             log.info("Stopped; the same command with --run %s --ckpt_path last goes on.", self.folder.parent)

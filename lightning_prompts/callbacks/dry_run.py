@@ -8,13 +8,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.terminal import say
+
+if TYPE_CHECKING:
+    from lightning_prompts.data.problems import Step
+    from lightning_prompts.methods import PromptMethod
 
 GIB = 2**30
 
@@ -31,17 +35,19 @@ class DryRun(pl.Callback):
         self.scores, self.silent = scores, silent
         self.taken: dict[str, tuple[int, float]] = {}  # bytes and seconds of each part
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Has the parts measured from now on."""
         self.asked = pl_module.microbatch.size
-        pl_module.score = self._measured("scoring", pl_module.score, pl_module)
-        pl_module.search = self._measured("a step", pl_module.search, pl_module)
+        pl_module.score = self._measured("scoring", pl_module.score, pl_module)  # type: ignore[method-assign]
+        pl_module.search = self._measured("a step", pl_module.search, pl_module)  # type: ignore[method-assign]
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
         """Ends the search."""
         trainer.should_stop = True
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Draws results, if there are any already, and prints."""
         if self.silent:
             return
@@ -50,7 +56,7 @@ class DryRun(pl.Callback):
             self._measured("the results", pl_module.measure, pl_module)(found, self.scores)
         say(*self._table(pl_module, len(pl_module.problems)).splitlines())
 
-    def _measured(self, name: str, work: Callable[..., Any], module: Any) -> Callable[..., Any]:
+    def _measured(self, name: str, work: Callable[..., Any], module: PromptMethod) -> Callable[..., Any]:
         def done(*args: Any, **kwargs: Any) -> Any:
             forget_peak(module.device)
             begun = time.perf_counter()
@@ -62,14 +68,14 @@ class DryRun(pl.Callback):
 
         return done
 
-    def whole_search(self, module: Any) -> str:
+    def whole_search(self, module: PromptMethod) -> str:
         """How long a search would take whose steps and scorings all take as long as those that were measured."""
         steps = int(module.data.steps)
         scorings = 1 + math.ceil(steps / module.score_every)
         seconds = steps * self.taken["a step"][1] + scorings * self.taken["scoring"][1]
         return f"A search of {steps} steps and {scorings} scorings would take about {duration(seconds)}."
 
-    def _table(self, module: Any, problems: int) -> str:
+    def _table(self, module: PromptMethod, problems: int) -> str:
         """What was measured, and what would lower it."""
         backbone = module.backbone
         parts = {"text encoders": backbone.towers, "denoiser": backbone.denoiser, "autoencoder": backbone.vae}
@@ -89,7 +95,7 @@ class DryRun(pl.Callback):
         return "\n".join([*lines, "Less memory, and mostly more time:", *(f"  {line}" for line in _advice(module))])
 
 
-def _advice(module: Any) -> list[str]:
+def _advice(module: PromptMethod) -> list[str]:
     """Settings that lower the memory, those first that cost least."""
     backbone, advice = module.backbone, []
     if next(backbone.denoiser.parameters()).dtype == torch.float32:
@@ -107,7 +113,7 @@ def _advice(module: Any) -> list[str]:
     return [*advice, f"{smaller:<38} a quarter of the activations; the model may draw worse"]
 
 
-def _calls(module: Any) -> int:
+def _calls(module: PromptMethod) -> int:
     """How many samples a call takes: no more than the memory holds, and than there are."""
     microbatch = module.microbatch
     return int(min(microbatch.size, microbatch.most) if microbatch.fitted else microbatch.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 from PIL import Image, ImageDraw
@@ -14,6 +14,10 @@ from torch import Tensor
 from lightning_prompts.callbacks.board import log_images, takes_images
 from lightning_prompts.data.addresses import REGENERATION, draw_noise
 from lightning_prompts.problems import Problem
+
+if TYPE_CHECKING:
+    from lightning_prompts.data.problems import Step
+    from lightning_prompts.methods import PromptMethod
 
 
 class SampleGrid(pl.Callback):
@@ -27,7 +31,9 @@ class SampleGrid(pl.Callback):
     def __init__(self, every: int = 40, most: int = 4) -> None:
         self.every, self.most = every, most
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
         """Draws when it is time."""
         step = trainer.fit_loop.total_batch_idx + 1
         if not self.every or step % self.every or not takes_images(trainer.loggers):
@@ -37,7 +43,7 @@ class SampleGrid(pl.Callback):
             log_images(trainer.loggers, "samples", [pl_module.shown(problems)], step)
 
 
-def regenerate(method: Any, problems: Sequence[Problem], count: int) -> Tensor:
+def regenerate(method: PromptMethod, problems: Sequence[Problem], count: int) -> Tensor:
     """Pictures (P, count, 3, H, W) in [-1, 1] drawn from the text of P problems' prompts."""
     keys = [problem.key for problem in problems]
     noise = draw_noise(method.data.seed, keys, REGENERATION, count, method.backbone.latent_shape, method.device)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
 
 from lightning_prompts.optimizers import BatchedLBFGS
+
+if TYPE_CHECKING:
+    from lightning_prompts.data.problems import Step
+    from lightning_prompts.methods import PromptMethod
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +31,9 @@ class NonFiniteGuard(pl.Callback):
         self.most = most
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
         """Looks at the prompts and at what their steps have left out."""
         rows = pl_module.due()
         sound, left_out = pl_module.prompt.sound().cpu()[rows], pl_module.left_out.cpu()[rows]
@@ -46,7 +52,7 @@ class NonFiniteGuard(pl.Callback):
             elif steps >= pl_module.score_every:
                 self._go_back(pl_module, row, "The gradient was not finite")
 
-    def _go_back(self, module: Any, row: int, reason: str) -> None:
+    def _go_back(self, module: PromptMethod, row: int, reason: str) -> None:
         problem, step = module.problems[row], module.done[row]
         module.jump(torch.tensor([row]), module.best(row)[None])
         module.lowered[row] += 1

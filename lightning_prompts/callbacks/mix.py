@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -25,6 +25,10 @@ from lightning_prompts.problems import Problem
 from lightning_prompts.reports import SCHEMA_VERSION, versions
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.terminal import say
+
+if TYPE_CHECKING:
+    from lightning_prompts.methods import PromptMethod
+    from lightning_prompts.methods.inverter import Inverter
 
 ACROSS = 8  # prompts beside each other in a generation's picture
 
@@ -102,7 +106,7 @@ class Mix(pl.Callback):
         self.generations, self.population, self.select, self.choose = generations, population, select, choose
         self.seeds, self.negative = tuple(seeds), negative
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: Inverter) -> None:
         """Evolves and writes."""
         if not trainer.is_global_zero:
             return
@@ -153,7 +157,7 @@ class Mix(pl.Callback):
         self.drawn = {member.index: self.drawn[member.index] for member in best}
         return best
 
-    def _finish(self, module: Any, best: list[Member], heldout: ClipSimilarity | None) -> None:
+    def _finish(self, module: PromptMethod, best: list[Member], heldout: ClipSimilarity | None) -> None:
         entries = []
         for rank, member in enumerate(best, start=1):
             pictures = self.drawn[member.index]

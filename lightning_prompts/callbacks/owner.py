@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 
 from lightning_prompts.errors import UserError
 from lightning_prompts.launchers import started_by_lightning
 from lightning_prompts.run_lock import RunLock
+
+if TYPE_CHECKING:
+    from lightning_prompts.data.problems import Step
+    from lightning_prompts.methods import PromptMethod
 
 
 class OwnerGuard(pl.Callback):
@@ -21,7 +25,7 @@ class OwnerGuard(pl.Callback):
     def __init__(self, lock: RunLock | None) -> None:
         self.lock, self.follows = lock, started_by_lightning()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
         """Look before each step."""
         if self.lock:
             self.lock.check()

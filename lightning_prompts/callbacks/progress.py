@@ -6,13 +6,17 @@ import logging
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lightning_prompts.errors import printable
+
+if TYPE_CHECKING:
+    from lightning_prompts.data.problems import Step
+    from lightning_prompts.methods import PromptMethod
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ class PromptProgress(pl.Callback):
         self._open = ExitStack()
         self._bar: tqdm[Any] | None = None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
         """Opens the bar and shows the prompts that the search begins with."""
         if self._bar is None:
             self._open.enter_context(logging_redirect_tqdm([logging.getLogger()]))
@@ -51,27 +55,29 @@ class PromptProgress(pl.Callback):
             pl_module, [row for row, step in enumerate(batch.steps) if step == 0 or not self._shown], begins=True
         )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
         """Shows what has changed."""
         self._show(pl_module, range(len(pl_module.problems)))
         self._advance(pl_module)
         for row in (~pl_module.active).nonzero().squeeze(1).tolist():
             self._shown.pop(pl_module.problems[row].key, None)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Closes the bar."""
         self._open.close()
         self._bar = None
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: PromptMethod, exception: BaseException) -> None:
         """Leaves the terminal as it was."""
         self._open.close()
 
-    def _share(self, module: Any) -> int:
+    def _share(self, module: PromptMethod) -> int:
         """How many problems are this rank's."""
         return sum(module.data.owns(place) for place in range(module.data.total))
 
-    def _advance(self, module: Any) -> None:
+    def _advance(self, module: PromptMethod) -> None:
         """Moves the bar to the steps that were taken, those of finished problems counted in full."""
         if self._bar is not None:
             finished = len(module.data.seen) - int(module.active.sum())
@@ -79,7 +85,7 @@ class PromptProgress(pl.Callback):
                 finished * module.data.steps + sum(module.done[row] for row in module.active.nonzero()) - self._bar.n
             )
 
-    def _show(self, module: Any, rows: Iterable[int], begins: bool = False) -> None:
+    def _show(self, module: PromptMethod, rows: Iterable[int], begins: bool = False) -> None:
         problems = [module.problems[row] for row in rows if module.problems[row].prompt]
         better = [problem for problem in problems if self._shown.get(problem.key) != problem.validation_loss]
         self._shown.update({problem.key: problem.validation_loss for problem in better})
@@ -90,7 +96,7 @@ class PromptProgress(pl.Callback):
                 step = module.done[module.problems.index(problem)]
                 log.info("step %d  %s  %.5f  %s", step, problem.target, problem.validation_loss, problem.prompt)
         else:
-            mean = sum(problem.validation_loss for problem in problems) / len(problems)
+            mean = sum(problem.validation_loss or 0.0 for problem in problems) / len(problems)
             which = f"{len(problems)} prompts" if begins else f"{len(better)} of {len(problems)} prompts better"
             log.info("step %d  %s, mean loss %.5f", max(module.done), which, mean)
         if self._bar is not None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
+
+from lightning_prompts.prompts import TokenEmbeddings
+
+if TYPE_CHECKING:
+    from lightning_prompts.data.problems import Step
+    from lightning_prompts.methods import PromptMethod
 
 
 class VocabularyProjection(pl.Callback):
@@ -21,9 +27,13 @@ class VocabularyProjection(pl.Callback):
         self.every = every
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
         """Projects."""
+        prompt = pl_module.prompt
+        assert isinstance(prompt, TokenEmbeddings)
         due = torch.tensor([step % self.every == 0 for step in pl_module.done]) & pl_module.active
-        rows = (due & pl_module.prompt.sound().cpu()).nonzero().squeeze(1)
+        rows = (due & prompt.sound().cpu()).nonzero().squeeze(1)
         if len(rows):
-            pl_module.jump(rows, pl_module.prompt.table[pl_module.prompt.project()[rows.to(pl_module.device)]])
+            pl_module.jump(rows, prompt.table[prompt.project()[rows.to(pl_module.device)]])

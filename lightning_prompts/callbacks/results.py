@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -27,6 +27,10 @@ from lightning_prompts.ranks import wait_for_all
 from lightning_prompts.reports import versions
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.terminal import say
+
+if TYPE_CHECKING:
+    from lightning_prompts.data.problems import Step
+    from lightning_prompts.methods import PromptMethod
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +67,7 @@ class Results(Checkpoint):
         self.prompts, self.negative, self.tell = tuple(prompts), negative, tell
         self._ended = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Refuses a scorer that takes part in the search, and has the lines say what earlier processes have finished."""
         self.scores.check_heldout(pl_module)
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
@@ -72,18 +76,20 @@ class Results(Checkpoint):
         elif folder.writes:
             folder.lines_of(trainer.global_rank).unlink(missing_ok=True)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
         """Scores what has finished."""
         self._score(trainer, pl_module)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Say so if Lightning has not begun, as when earlier runs have used up `--trainer.max_time`, which counts for all together."""
         if not self._ended and trainer.is_global_zero:
             log.warning(
                 "Nothing was searched, since --trainer.max_time was used up by earlier runs of this search; raise it."
             )
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Writes; when `on_fit_end` is called Lightning has moved the model to the CPU."""
         self._ended = True
         self._score(trainer, pl_module)
@@ -94,11 +100,11 @@ class Results(Checkpoint):
         if trainer.is_global_zero:
             self._write(trainer, pl_module)
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_test_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Refuses a scorer that takes part in the search, before any score is replaced."""
         self.scores.check_heldout(pl_module)
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_test_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Draws again from the text, scores and writes."""
         if not trainer.is_global_zero:
             return
@@ -117,7 +123,7 @@ class Results(Checkpoint):
         if pictured and (reason := lpips_lacks(weights=self.scores.lpips_weights)):
             say(reason)
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Draws one picture a prompt and seed."""
         if not trainer.is_global_zero:
             return
@@ -132,7 +138,9 @@ class Results(Checkpoint):
                 atomic_write(path, to_png(to_image(picture)))
                 say(f"{path}  {text}")
 
-    def _drawn(self, module: Any, found: Iterable[Problem], noise: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+    def _drawn(
+        self, module: PromptMethod, found: Iterable[Problem], noise: Tensor
+    ) -> Iterator[tuple[str, str, Tensor]]:
         """A name, the text and pictures, one from each noise, of the person's own prompts or else of what was found."""
         for text in dict.fromkeys(self.prompts):
             yield file_name(text), text, module.draw([text] * len(noise), noise, self.negative)
@@ -140,7 +148,7 @@ class Results(Checkpoint):
             for problem in found:
                 yield problem.key, str(problem.prompt), module.draw_found(problem, noise, self.negative)
 
-    def _score(self, trainer: pl.Trainer, module: Any) -> None:
+    def _score(self, trainer: pl.Trainer, module: PromptMethod) -> None:
         """Scores and saves what has finished since the last time, and tells it."""
         problems = [problem for problem in module.finished if problem.prompt and problem.status != "failed"]
         if problems:
@@ -148,7 +156,7 @@ class Results(Checkpoint):
         for problem in module.save_finished():
             trainer.datamodule.folder.tell(problem, trainer.global_rank)  # type: ignore[attr-defined]
 
-    def _mark_open(self, trainer: pl.Trainer, module: Any) -> None:
+    def _mark_open(self, trainer: pl.Trainer, module: PromptMethod) -> None:
         """Say of problems that are still searched that the search was cut short, as `--trainer.max_time` does."""
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         for problem in module.problems:
@@ -156,7 +164,7 @@ class Results(Checkpoint):
                 problem.reason = "The search was cut short; continue it with --ckpt_path last."
                 folder.save(problem)
 
-    def _write(self, trainer: pl.Trainer, module: Any) -> None:
+    def _write(self, trainer: pl.Trainer, module: PromptMethod) -> None:
         """Writes the files of the run, and prints what was found."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder: RunFolder = data.folder

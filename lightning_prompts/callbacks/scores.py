@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import clip_of, load_clip
 from lightning_prompts.problems import Problem
 from lightning_prompts.terminal import say
+
+if TYPE_CHECKING:
+    from lightning_prompts.methods import PromptMethod
+    from lightning_prompts.methods.inverter import Inverter
 
 T = TypeVar("T")
 
@@ -65,7 +69,7 @@ class Scores:
         if self.lpips_weights:
             Lpips(weights=self.lpips_weights)
 
-    def heldout(self, method: Any, *searching: ClipSimilarity) -> ClipSimilarity | None:
+    def heldout(self, method: PromptMethod, *searching: ClipSimilarity) -> ClipSimilarity | None:
         """Return the CLIP that takes no part in the search, where there is one.
 
         Args:
@@ -86,12 +90,12 @@ class Scores:
             )
         return clip
 
-    def check_heldout(self, method: Any, *searching: ClipSimilarity) -> None:
+    def check_heldout(self, method: PromptMethod, *searching: ClipSimilarity) -> None:
         """Refuse a scorer that takes part in the search, see `heldout`; its memory on the device is freed again."""
         self.heldout(method, *searching)
         _leave_the_device(method)
 
-    def measure(self, method: Any, problems: Sequence[Problem], drawn: Tensor) -> None:
+    def measure(self, method: Inverter, problems: Sequence[Problem], drawn: Tensor) -> None:
         """Scores P problems that have a prompt, by it and by the pictures (P, N, 3, H, W) drawn from each.
 
         What cannot be measured is left out, and a line says why: the prompts are found all the same.
@@ -102,7 +106,7 @@ class Scores:
         self._score_texts(method, problems)
         _leave_the_device(method)
 
-    def compare(self, method: Any, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:
+    def compare(self, method: PromptMethod, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:
         """Tells how similar the pictures of P problems are to the person's prompt, by the CLIP that takes no part in any search.
 
         Args:
@@ -122,7 +126,7 @@ class Scores:
                     problem.heldout_before, problem.heldout_after = cosines
         _leave_the_device(method)
 
-    def _score_pictures(self, method: Any, rows: Sequence[tuple[Problem, Tensor, Tensor]]) -> None:
+    def _score_pictures(self, method: PromptMethod, rows: Sequence[tuple[Problem, Tensor, Tensor]]) -> None:
         """Scores problems by their drawn pictures (N, 3, H, W) and their targets (I, 3, H, W)."""
         with _told():
             own = _clip(method, clip_of(method.backbone))
@@ -145,7 +149,7 @@ class Scores:
                 for problem, drawn, target in rows:
                     problem.lpips = float(lpips(drawn, target))
 
-    def _score_texts(self, method: Any, problems: Sequence[Problem]) -> None:
+    def _score_texts(self, method: PromptMethod, problems: Sequence[Problem]) -> None:
         """Scores problems by their prompts alone."""
         synonyms, words = _world(method.backbone.name)
         recall, special = WordRecall(synonyms), SpecialCharacters()
@@ -168,7 +172,7 @@ class Scores:
                     problem.perplexity = float(perplexity([str(problem.prompt)]))
 
 
-def _kept(method: Any, name: str, load: Callable[[], T]) -> T:
+def _kept(method: PromptMethod, name: str, load: Callable[[], T]) -> T:
     """What scores, loaded once a run, as problems are finished one after the other."""
     if name not in method.scorers:
         method.scorers[name] = load()
@@ -176,12 +180,12 @@ def _kept(method: Any, name: str, load: Callable[[], T]) -> T:
     return kept
 
 
-def _clip(method: Any, name: str) -> ClipSimilarity:
+def _clip(method: PromptMethod, name: str) -> ClipSimilarity:
     """A CLIP on the device."""
     return _kept(method, f"CLIP {name}", lambda: ClipSimilarity(name, method.offline)).to(method.device)
 
 
-def _leave_the_device(method: Any) -> None:
+def _leave_the_device(method: PromptMethod) -> None:
     """Leaves the device's memory to the search."""
     for scorer in method.scorers.values():
         if isinstance(scorer, torch.nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -15,6 +15,9 @@ from lightning_prompts.backbones import Backbone, repeat
 from lightning_prompts.callbacks.grid import to_image
 from lightning_prompts.data.addresses import WORD_MAPS, draw_noise, validation_timesteps
 from lightning_prompts.problems import Problem
+
+if TYPE_CHECKING:
+    from lightning_prompts.methods.inverter import Inverter
 
 SAMPLES = 8  # noisy versions of a target that its maps are averaged over
 HEAT = (255, 70, 0)
@@ -51,7 +54,7 @@ def word_maps(
     return (share - share.mean((1, 2), keepdim=True)).clamp(min=0)
 
 
-def found_word_maps(method: Any, problems: Sequence[Problem]) -> list[Tensor]:
+def found_word_maps(method: Inverter, problems: Sequence[Problem]) -> list[Tensor]:
     """Maps (M, h, w) of the prompts that an inverter has found, each in its target, or in the first of its pictures."""
     shape, keys = method.backbone.latent_shape, [problem.key for problem in problems]
     noise = draw_noise(method.data.seed, keys, WORD_MAPS, SAMPLES, shape, method.device)
@@ -71,7 +74,7 @@ def token_texts(tokenizer: Any, problem: Problem) -> list[str]:
     return [tokenizer.decode([token]).strip() for token in problem.token_ids]
 
 
-def word_picture(method: Any, problems: Sequence[Problem], targets: Sequence[Tensor]) -> Image.Image:
+def word_picture(method: Inverter, problems: Sequence[Problem], targets: Sequence[Tensor]) -> Image.Image:
     """The maps of what an inverter has found in its targets (3, H, W) in [-1, 1]."""
     tokens = [token_texts(method.vocabulary.tokenizer, problem) for problem in problems]
     return word_rows(targets, found_word_maps(method, problems), [problem.target for problem in problems], tokens)

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.problems import Problem, unreadable_key
 from lightning_prompts.ranges import Byte, NotNegative, Positive
+
+if TYPE_CHECKING:
+    from lightning_prompts.methods.inverter import Inverter
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +81,11 @@ class ImagesToPrompts(ProblemData):
         self._negative_latents: Tensor | None = None
         self._known: dict[tuple[str, ...], str] = {}  # keys by files and their stamps
         self._changed: set[str] = set()  # keys of problems whose images are not those that were searched
+
+    @property
+    def method(self) -> Inverter:
+        """The method in training."""
+        return cast("Inverter", super().method)
 
     def setup(self, stage: str) -> None:
         """Finds the pictures, and reads those to lead away from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 
 import pytorch_lightning as pl
 from torch import Tensor
@@ -14,6 +14,9 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem
 from lightning_prompts.ranks import of_all_ranks, sharing
 from lightning_prompts.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from lightning_prompts.methods import PromptMethod
 
 T = TypeVar("T")
 
@@ -62,9 +65,9 @@ class ProblemData(pl.LightningDataModule, ABC):
         self._keys: dict[int, str] = {}  # by place among the inputs
 
     @property
-    def method(self) -> Any:
+    def method(self) -> PromptMethod:
         """The method in training."""
-        return self.trainer.lightning_module  # type: ignore[union-attr]
+        return cast("PromptMethod", self.trainer.lightning_module)  # type: ignore[union-attr]
 
     @property
     def folder(self) -> RunFolder:

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
@@ -15,6 +15,10 @@ from lightning_prompts.data.lists import Row, read_lines, read_rows
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.problems import Problem, unreadable_key
+
+if TYPE_CHECKING:
+    from lightning_prompts.methods import DPODiff
+    from lightning_prompts.methods.steering import Steering
 
 
 class Prompts(ProblemData):
@@ -32,6 +36,11 @@ class Prompts(ProblemData):
         super().__init__(seed, retry)
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
         self._read: list[Line] = []
+
+    @property
+    def method(self) -> DPODiff | Steering:
+        """The method in training."""
+        return cast("DPODiff | Steering", super().method)
 
     @property
     def steps(self) -> int:  # type: ignore[override]

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import islice
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -90,6 +90,8 @@ class PromptMethod(pl.LightningModule, ABC):
         guidance_scale: Weight of the prompt when these are drawn; None for the model's.
     """
 
+    if TYPE_CHECKING:
+        __getattr__: None  # type: ignore[assignment, misc]  # nn.Module's would give every misspelled name a type
     strict_loading = False  # a checkpoint has no backbone
     prompt: TokenEmbeddings | WordChoices | PromptEmbeds | PromptArc
     problems: list[Problem]
@@ -173,7 +175,7 @@ class PromptMethod(pl.LightningModule, ABC):
     # --- the wave
 
     @property
-    def data(self) -> Any:
+    def data(self) -> ProblemData:
         """The data module."""
         data: ProblemData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data

@@ -150,6 +150,11 @@ class Inverter(PromptMethod):
         self.latents = []
 
     @property
+    def data(self) -> ImagesToPrompts:
+        """The data module."""
+        return cast("ImagesToPrompts", super().data)
+
+    @property
     def drawing(self) -> dict[str, Any]:
         """How pictures are drawn, also those of scoring; see `PromptMethod.drawing`."""
         return {**super().drawing, **({"trial_steps": self.trial_steps} if self.trial_weight else {})}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class TextualInversion(Inverter):
         files = [file.stem for file in folder.problems.glob(f"{begun}*.json")]
         for problem in (*self.problems, *map(folder.read, files)):
             if problem and problem.embedding and pseudo_word(problem) == word:
-                return cast("Problem", problem)
+                return problem
         known = [pseudo_word(problem) for problem in islice(folder.found(), 5)]
         raise UserError(f"This run knows no {word}; it has {', '.join(known) or 'found nothing yet'}.")
 

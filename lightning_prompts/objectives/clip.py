@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import EMOJI, Backbone
 from lightning_prompts.backbones.hub import clip_beside, hub_access
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.image_processor import load_image_processor
+from lightning_prompts.typed_module import TypedModule
 from lightning_prompts.vocabulary import check_embedded
 
 
@@ -63,7 +64,7 @@ def clip_of(backbone: Backbone) -> str:
     return clip_beside(tower.width for tower in backbone.towers)
 
 
-class ClipSimilarity(nn.Module):
+class ClipSimilarity(TypedModule):
     """One minus the cosine between pictures and prompts, in [0, 2], lower is better; the loss of PEZ (arXiv 2302.03668).
 
     Args:

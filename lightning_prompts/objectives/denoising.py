@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prompts.backbones import Backbone, repeat
 from lightning_prompts.microbatch import Microbatch
+from lightning_prompts.typed_module import TypedModule
 
 
-class Denoising(nn.Module):
+class Denoising(TypedModule):
     """How badly the denoiser predicts the noise in the target's latents when told the prompt; 0 is best, lower is better.
 
     Args:
