@@ -74,7 +74,7 @@ class Clock(pl.Callback):
 
 def samples_of(method: Any) -> int:
     """Denoiser samples that a search has taken, of which a backward pass counts as one."""
-    return sum(problem.unet_samples for problem in method.problems)
+    return sum(problem.unet_samples for problem in method.batch.records)
 
 
 def synchronize(device: torch.device) -> None:

@@ -65,7 +65,7 @@ class Small(DPODiff):
 
     def evaluate(self, wanted: Any, cost: float = 1) -> None:
         """Notes which prompts the losses are looked up for."""
-        self._asked = [self.problems[row].target for row, _ in wanted]
+        self._asked = [self.batch[row].record.target for row, _ in wanted]
         super().evaluate(wanted, cost)
 
     def losses(self, texts: Any, noise: Tensor, wanted: Tensor) -> Tensor:

@@ -124,6 +124,15 @@ class Problem:
         self.prompt, self.validation_loss, self.token_ids, self.embedding = prompt, loss, token_ids, embedding
         self.history.append({"unet_samples": self.unet_samples, "validation_loss": loss, "prompt": prompt})
 
+    def offer(
+        self, prompt: str, loss: float, token_ids: list[int] | None = None, embedding: list[list[float]] | None = None
+    ) -> bool:
+        """Keep a prompt if its loss is the lowest so far; return whether it is."""
+        improves = self.validation_loss is None or loss < self.validation_loss
+        if improves:
+            self.keep(prompt, loss, token_ids, embedding)
+        return improves
+
     def move_to(self, here: Problem) -> bool:
         """Takes over what the inputs say now: the pictures may have moved or been renamed, and others come before them.
 

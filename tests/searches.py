@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 from safetensors.torch import load_file
 
 from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.engine.batch import Row
 from lightning_prompts.methods import TRAINER
 
 
@@ -16,6 +17,12 @@ def fit(module, images, folder, callbacks=(), **data):
     data = ImagesToPrompts(str(images), **{"steps": 2, "samples": 2, "validation_samples": 2, **data})
     trainer.fit(module, datamodule=data)
     return list(data.folder.load().values())
+
+
+def set_batch(module, problems, steps=0):
+    """Make problems the batch of a method, each after so many steps."""
+    module.batch.rows = [Row(problem, steps) for problem in problems]
+    module.set_rows(list(problems))
 
 
 def found(run, digits=5):

@@ -120,7 +120,7 @@ def test_a_plain_loop_takes_as_many_samples_a_problem_as_a_step_of_the_search(gp
         class Watch(gpu.Clock):
             def on_train_batch_start(self, trainer, pl_module, batch, batch_idx, steps=steps):
                 super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-                steps.append([problem.unet_samples for problem in pl_module.problems])
+                steps.append([problem.unet_samples for problem in pl_module.batch.records])
 
         method = gpu.search(model, case, 10**9, str(tmp_path / name), Watch(bench.device, 0))
         (before, *_), (after, *_) = steps[1:3]

@@ -168,10 +168,10 @@ def test_broken_checkpoint_is_passed_over(command, whole, tmp_path, monkeypatch)
 
 
 SPOILED = {
-    "no batch": lambda saved: saved.pop("wave"),
-    "a number too few": lambda saved: saved["wave"]["done"].pop(),
-    "a word for a number": lambda saved: saved["wave"]["done"].__setitem__(0, "two"),
-    "a record with an unknown field": lambda saved: saved["wave"]["records"][0].__setitem__("mood", "blue"),
+    "no batch": lambda saved: saved.pop("batch"),
+    "a number too few": lambda saved: saved["batch"]["steps"].pop(),
+    "a word for a number": lambda saved: saved["batch"]["steps"].__setitem__(0, "two"),
+    "a record with an unknown field": lambda saved: saved["batch"]["records"][0].__setitem__("mood", "blue"),
     "an optimizer without groups": lambda saved: saved["optimizer_states"][0].pop("param_groups"),
     "no fit loop": lambda saved: saved["loops"].pop("fit_loop"),
     "no version of Lightning": lambda saved: saved.pop("pytorch-lightning_version"),
@@ -356,11 +356,11 @@ def test_what_failed_is_tried_again_when_asked_to(command, whole, tmp_path, monk
         "initial_validation_loss": None,
         "history": [],
     }
-    checkpoint["wave"]["records"][1].update(status="failed", reason="The prompt stopped being finite.", **nothing)
-    checkpoint["wave"]["active"][1] = False
+    checkpoint["batch"]["records"][1].update(status="failed", reason="The prompt stopped being finite.", **nothing)
+    checkpoint["batch"]["active"][1] = False
     torch.save(checkpoint, newest)
-    record = tmp_path / "broken" / "problems" / f"{checkpoint['wave']['records'][1]['key']}.json"
-    record.write_text(json.dumps({**json.loads(record.read_text()), **checkpoint["wave"]["records"][1]}))
+    record = tmp_path / "broken" / "problems" / f"{checkpoint['batch']['records'][1]['key']}.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), **checkpoint["batch"]["records"][1]}))
     main([*command("broken"), "--ckpt_path", "last"])
     assert [problem["status"] == "failed" for problem in found(tmp_path / "broken")["problems"]] == [False, True]
     assert "stopped being finite" in (tmp_path / "broken" / "failed.jsonl").read_text()

@@ -115,7 +115,7 @@ class Watched(PromptCheckpoint):
     stop = 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        pairs = zip(pl_module.problems, pl_module.done, strict=True)
+        pairs = zip(pl_module.batch.records, pl_module.batch.steps, strict=True)
         self.seen.append([(problem.target, done) for problem, done in pairs])
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if len(self.seen) == self.stop:
@@ -301,7 +301,7 @@ def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch
     data = module.trainer.datamodule
     for kept in (data._pictures, data._latents, module._features):
         assert len(kept) <= 1
-    assert len(module.problems) == len(module.latents) == 1
+    assert len(module.batch) == len(module.latents) == 1
     assert torch.isfinite(module.parameter).all()
 
 

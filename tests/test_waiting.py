@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prompts.backbones import base, load_backbone
 from lightning_prompts.data.problems import Step
+from lightning_prompts.engine.batch import Row
 from lightning_prompts.methods import PH2P, TextualInversion
 from lightning_prompts.problems import Problem
 
@@ -44,8 +45,8 @@ class Copies(TorchDispatchMode):
 def wave(module, monkeypatch):
     """Makes two problems, at different steps, the wave of a module that is on the device."""
     module.to(DEVICE)
-    module.problems, module.done, module.stale, module.lowered = PROBLEMS, [1, 2], [0, 0], [0, 1]
-    module.active, module.left_out = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.long, device=DEVICE)
+    module.batch.rows = [Row(PROBLEMS[0], steps=1), Row(PROBLEMS[1], steps=2, halvings=1)]
+    module.batch.skipped = torch.zeros(2, dtype=torch.long, device=DEVICE)
     data = SimpleNamespace(seed=0, steps=100, negative_latents=lambda backbone: None)
     monkeypatch.setattr(type(module), "data", data)
     optimizer = module.configure_optimizers()

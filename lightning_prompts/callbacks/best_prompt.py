@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
 from lightning_prompts.callbacks.board import log_text
@@ -20,9 +19,8 @@ class BestPrompt(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
         """Scores prompts before their first step, and ends searches whose steps have become fewer since they began."""
-        steps = torch.tensor(batch.steps)
-        self._keep(trainer, pl_module, (pl_module.active & (steps == 0)).nonzero().squeeze(1))
-        if len(over := (pl_module.active & (steps >= pl_module.data.steps)).nonzero().squeeze(1)):
+        self._keep(trainer, pl_module, pl_module.batch.where(lambda row: row.active and row.steps == 0))
+        if len(over := pl_module.batch.where(lambda row: row.active and row.steps >= pl_module.data.steps)):
             self._keep(trainer, pl_module, over)
             pl_module.retire(over)
 
@@ -38,9 +36,9 @@ class BestPrompt(pl.Callback):
         better = module.score(rows) if len(rows) else []
         for problem in better:
             trainer.datamodule.folder.save_or_warn(problem)  # type: ignore[attr-defined]
-        losses = [problem.validation_loss for problem in module.problems if problem.validation_loss is not None]
+        losses = [problem.validation_loss for problem in module.batch.records if problem.validation_loss is not None]
         if losses and len(rows):
             module.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
         if better:
-            lines = [f"{problem.target}: {problem.prompt}" for problem in module.problems]
+            lines = [f"{problem.target}: {problem.prompt}" for problem in module.batch.records]
             log_text(trainer.loggers, "prompt", lines, trainer.fit_loop.total_batch_idx + 1)

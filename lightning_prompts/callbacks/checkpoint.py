@@ -81,7 +81,8 @@ class PromptCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
         """Saves when it is time."""
-        if time.monotonic() - self._saved >= self.seconds or not pl_module.active.all() or 1 in pl_module.done:
+        changed = any(not row.active or row.steps == 1 for row in pl_module.batch.rows)
+        if changed or time.monotonic() - self._saved >= self.seconds:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
@@ -114,15 +115,16 @@ def last_checkpoint(folder: Path, rank: int = 0) -> Path | None:
     return None
 
 
-class Wave(TypedDict):
-    """What a checkpoint holds of the problems that are searched together: an entry for each in every list."""
+class SavedBatch(TypedDict):
+    """What a checkpoint holds of the batch: in every list an entry for each row."""
 
     records: list[Problem]
     active: list[bool]
-    done: list[int]
+    steps: list[int]
     stale: list[int]
-    lowered: list[int]
-    left_out: list[int]
+    halvings: list[int]
+    skipped: list[int]
+    best: list[Any]
     parts: int
     microbatch: int
 
@@ -130,7 +132,7 @@ class Wave(TypedDict):
 class Saved(TypedDict):
     """What Lightning's and this package's parts of a checkpoint have in common."""
 
-    wave: Wave
+    batch: SavedBatch
     state_dict: dict[str, Any]
     optimizer_states: list[dict[str, Any]]
     lr_schedulers: list[Any]
@@ -154,7 +156,7 @@ def ranks_in(folder: Path) -> list[int]:
 
 def parts_of(path: Path) -> int:
     """Into how many parts the problems were divided when a checkpoint was saved."""
-    return int(torch.load(path, weights_only=True, map_location="cpu")["wave"]["parts"])
+    return int(torch.load(path, weights_only=True, map_location="cpu")["batch"]["parts"])
 
 
 def _newest_first(folder: Path, rank: int) -> list[Path]:
@@ -168,12 +170,12 @@ def is_checkpoint(path: Path) -> bool:
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         _type().validate_python(saved)
-        wave, (prompts,) = saved["wave"], saved["state_dict"].values()
-        rows = {len(wave[name]) for name in ("records", "active", "done", "stale", "lowered", "left_out")}
+        batch, (prompts,) = saved["batch"], saved["state_dict"].values()
+        rows = {len(batch[name]) for name in ("records", "active", "steps", "stale", "halvings", "skipped", "best")}
         # Lightning saves the state {} where a method has no optimizer, as GCG has none.
         known = all(not state or {"state", "param_groups"} <= state.keys() for state in saved["optimizer_states"])
-        known &= all(record.keys() <= FIELDS for record in wave["records"]) and "pytorch-lightning_version" in saved
-        return rows == {len(prompts)} and known and "fit_loop" in saved["loops"] and wave["parts"] > 0
+        known &= all(record.keys() <= FIELDS for record in batch["records"]) and "pytorch-lightning_version" in saved
+        return rows == {len(prompts)} and known and "fit_loop" in saved["loops"] and batch["parts"] > 0
     except Exception:  # whatever a file that is none makes of torch's unpickler
         return False
 

@@ -54,7 +54,7 @@ class DryRun(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if found := list(data.folder.found()):
             self._measured("the results", pl_module.measure, pl_module)(found, self.scores)
-        say(*self._table(pl_module, len(pl_module.problems)).splitlines())
+        say(*self._table(pl_module, len(pl_module.batch)).splitlines())
 
     def _measured(self, name: str, work: Callable[..., Any], module: PromptMethod) -> Callable[..., Any]:
         def done(*args: Any, **kwargs: Any) -> Any:

@@ -38,7 +38,7 @@ class SampleGrid(pl.Callback):
         step = trainer.fit_loop.total_batch_idx + 1
         if not self.every or step % self.every or not takes_images(trainer.loggers):
             return
-        problems = [problem for problem in pl_module.problems if problem.prompt][: self.most]
+        problems = [problem for problem in pl_module.batch.records if problem.prompt][: self.most]
         if problems:
             log_images(trainer.loggers, "samples", [pl_module.shown(problems)], step)
 

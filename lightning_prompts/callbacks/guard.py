@@ -36,10 +36,11 @@ class NonFiniteGuard(pl.Callback):
     ) -> None:
         """Looks at the prompts and at what their steps have left out."""
         rows = pl_module.due()
-        sound, left_out = pl_module.prompt.sound().cpu()[rows], pl_module.left_out.cpu()[rows]
-        pl_module.left_out[rows.to(pl_module.left_out.device)] = 0
-        for row, is_sound, steps in zip(rows.tolist(), sound.tolist(), left_out.tolist(), strict=True):
-            target, step = pl_module.problems[row].target, pl_module.done[row]
+        here = pl_module.batch
+        sound, skipped = pl_module.prompt.sound().cpu()[rows], here.skipped.cpu()[rows]
+        here.skipped[rows.to(here.skipped.device)] = 0
+        for row, is_sound, steps in zip(rows.tolist(), sound.tolist(), skipped.tolist(), strict=True):
+            target, step = here[row].record.target, here[row].steps
             if steps:
                 log.warning(
                     "The gradient of %s was not finite in %d of the steps up to %d, which were left out.",
@@ -53,10 +54,10 @@ class NonFiniteGuard(pl.Callback):
                 self._go_back(pl_module, row, "The gradient was not finite")
 
     def _go_back(self, module: PromptMethod, row: int, reason: str) -> None:
-        problem, step = module.problems[row], module.done[row]
-        module.jump(torch.tensor([row]), module.best(row)[None])
-        module.lowered[row] += 1
-        if module.lowered[row] <= self.most:
+        problem, step = module.batch[row].record, module.batch[row].steps
+        module.reset_rows(torch.tensor([row]), module.best(row)[None])
+        module.batch[row].halvings += 1
+        if module.batch[row].halvings <= self.most:
             lbfgs = any(isinstance(optimizer, BatchedLBFGS) for optimizer in module.trainer.optimizers)
             how = "" if lbfgs else ", in half as long steps"  # the history of L-BFGS is of whole steps
             log.warning("%s for %s at step %d; it goes on from its best%s.", reason, problem.target, step, how)

@@ -59,10 +59,11 @@ class PromptProgress(pl.Callback):
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
         """Shows what has changed."""
-        self._show(pl_module, range(len(pl_module.problems)))
+        self._show(pl_module, range(len(pl_module.batch)))
         self._advance(pl_module)
-        for row in (~pl_module.active).nonzero().squeeze(1).tolist():
-            self._shown.pop(pl_module.problems[row].key, None)
+        for row in pl_module.batch.rows:
+            if not row.active:
+                self._shown.pop(row.record.key, None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Closes the bar."""
@@ -80,24 +81,24 @@ class PromptProgress(pl.Callback):
     def _advance(self, module: PromptMethod) -> None:
         """Moves the bar to the steps that were taken, those of finished problems counted in full."""
         if self._bar is not None:
-            finished = len(module.data.seen) - int(module.active.sum())
-            self._bar.update(
-                finished * module.data.steps + sum(module.done[row] for row in module.active.nonzero()) - self._bar.n
-            )
+            active = [row.steps for row in module.batch.rows if row.active]
+            finished = len(module.data.seen) - len(active)
+            self._bar.update(finished * module.data.steps + sum(active) - self._bar.n)
 
     def _show(self, module: PromptMethod, rows: Iterable[int], begins: bool = False) -> None:
-        problems = [module.problems[row] for row in rows if module.problems[row].prompt]
+        batch = module.batch
+        problems = [batch[row].record for row in rows if batch[row].record.prompt]
         better = [problem for problem in problems if self._shown.get(problem.key) != problem.validation_loss]
         self._shown.update({problem.key: problem.validation_loss for problem in better})
         if not better:
             return
-        if len(module.problems) <= self.most:
+        if len(batch) <= self.most:
             for problem in better:
-                step = module.done[module.problems.index(problem)]
+                step = batch[batch.records.index(problem)].steps
                 log.info("step %d  %s  %.5f  %s", step, problem.target, problem.validation_loss, problem.prompt)
         else:
             mean = sum(problem.validation_loss or 0.0 for problem in problems) / len(problems)
             which = f"{len(problems)} prompts" if begins else f"{len(better)} of {len(problems)} prompts better"
-            log.info("step %d  %s, mean loss %.5f", max(module.done), which, mean)
+            log.info("step %d  %s, mean loss %.5f", max(batch.steps), which, mean)
         if self._bar is not None:
             self._bar.set_postfix_str(printable(f"{better[-1].validation_loss:.5f} {better[-1].prompt}"[:80]))

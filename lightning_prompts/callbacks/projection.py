@@ -33,7 +33,7 @@ class VocabularyProjection(pl.Callback):
         """Projects."""
         prompt = pl_module.prompt
         assert isinstance(prompt, TokenEmbeddings)
-        due = torch.tensor([step % self.every == 0 for step in pl_module.done]) & pl_module.active
-        rows = (due & prompt.sound().cpu()).nonzero().squeeze(1)
+        rows = pl_module.batch.where(lambda row: row.active and row.steps % self.every == 0)
+        rows = rows[prompt.sound().cpu()[rows]]
         if len(rows):
-            pl_module.jump(rows, prompt.table[prompt.project()[rows.to(pl_module.device)]])
+            pl_module.reset_rows(rows, prompt.table[prompt.project()[rows.to(pl_module.device)]])

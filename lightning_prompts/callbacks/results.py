@@ -150,7 +150,7 @@ class Results(Checkpoint):
 
     def _score(self, trainer: pl.Trainer, module: PromptMethod) -> None:
         """Scores and saves what has finished since the last time, and tells it."""
-        problems = [problem for problem in module.finished if problem.prompt and problem.status != "failed"]
+        problems = [problem for problem in module.batch.finished if problem.prompt and problem.status != "failed"]
         if problems:
             module.measure(problems, self.scores)
         for problem in module.save_finished():
@@ -159,7 +159,7 @@ class Results(Checkpoint):
     def _mark_open(self, trainer: pl.Trainer, module: PromptMethod) -> None:
         """Say of problems that are still searched that the search was cut short, as `--trainer.max_time` does."""
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
-        for problem in module.problems:
+        for problem in module.batch.records:
             if problem.status == "open":
                 problem.reason = "The search was cut short; continue it with --ckpt_path last."
                 folder.save(problem)

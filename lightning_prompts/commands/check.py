@@ -110,10 +110,10 @@ def check(method: PromptMethod, seed: int, measured: DryRun) -> Report:
         measured: Memory and time of that step.
     """
     device, backbone, inverter = method.device, method.backbone, method if isinstance(method, Inverter) else None
-    rows = torch.arange(min(IMAGES, len(method.problems)))
-    texts, source = right_texts(inverter, rows) if inverter else ([method.problems[0].target], "prompt")
+    rows = torch.arange(min(IMAGES, len(method.batch.records)))
+    texts, source = right_texts(inverter, rows) if inverter else ([method.batch[0].record.target], "prompt")
     forget_peak(device)
-    change = image_change(method, texts[0], method.problems[0].key, seed)
+    change = image_change(method, texts[0], method.batch[0].record.key, seed)
     most = max([peak(device), *(memory for memory, _ in measured.taken.values())])
     halved = method.microbatch.size < method.microbatch.asked and not method.microbatch.fitted
     dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
@@ -170,7 +170,7 @@ def written(settings: dict[str, Any], suggestion: Suggestion) -> str:
 
 def right_texts(method: Inverter, rows: Tensor) -> tuple[list[str], str]:
     """Return a text for each image and its source: captions or, unless all images have one, the words that the CLIP finds."""
-    captions = [method.problems[row].caption for row in rows.tolist()]
+    captions = [method.batch[row].record.caption for row in rows.tolist()]
     if all(captions):
         return [str(caption) for caption in captions], "caption"
     return [found.prompt for found in method.written(method.clip_words(rows).cpu())], "CLIP's words"
@@ -180,7 +180,7 @@ def wrong_texts(method: Inverter, texts: Sequence[str], seed: int) -> tuple[list
     """Return a wrong text for each image and its source: another image's text or, if texts are not distinct, random tokens."""
     if len(set(texts)) == len(texts) > 1:
         return [*texts[1:], texts[0]], "another's"
-    keys = [problem.key for problem in method.problems[: len(texts)]]
+    keys = [problem.key for problem in method.batch.records[: len(texts)]]
     return [
         found.prompt for found in method.written(random_tokens(method.prompt, keys, seed, CHECK).cpu())
     ], "random tokens"
@@ -204,7 +204,7 @@ def denoising_losses(method: Inverter, rows: Tensor, texts: Sequence[str], seed:
     """
     wrong, other = wrong_texts(method, texts, seed)
     backbone, denoising = method.backbone, Denoising(method.microbatch)
-    keys = [method.problems[row].key for row in rows.tolist()]
+    keys = [method.batch[row].record.key for row in rows.tolist()]
     latents = torch.stack([method.latents[row][0] for row in rows.tolist()])
     prompts = [method.encode(some) for some in (texts, wrong, [""] * len(texts))]
     edges = level_edges(backbone.num_train_timesteps)
@@ -256,7 +256,7 @@ def gradient_ratios(method: Inverter, rows: Tensor, schedule: tuple[int, int], s
     """Measure the signal-to-noise ratio of the gradient of 1, 2, 4 and 8 samples, as the root mean square over problems."""
     ratios, most = torch.zeros(len(rows), len(SIZES)), SIZES[-1]
     for place, row in enumerate(rows.tolist()):
-        key = [method.problems[row].key]
+        key = [method.batch[row].record.key]
         steps = [CHECK - LEVELS - number for number in range(SETS)]
         timesteps = torch.cat([draw_timesteps(seed, key, step, most, *schedule)[0] for step in steps])
         noise = torch.cat(
@@ -298,7 +298,7 @@ def fastest_microbatch(method: Inverter, schedule: tuple[int, int], seed: int, m
     Returns:
         The microbatch, a power of two, and its samples per second.
     """
-    key, rates = [method.problems[0].key], dict[int, float]()
+    key, rates = [method.batch[0].record.key], dict[int, float]()
     for size in (2**power for power in range(7)):
         timesteps = draw_timesteps(seed, key, CHECK, size, *schedule)[0].to(method.device)
         noise = draw_noise(seed, key, CHECK, size, method.backbone.latent_shape, method.device)[0]
@@ -338,7 +338,7 @@ def _loss_lines(losses: Losses, source: str, other: str) -> list[str]:
 
 def _clip_line(method: Inverter, texts: Sequence[str], captioned: bool) -> str:
     """Report how well the CLIP tells images apart: by their captions or else by the largest cosine of two images."""
-    features = method.features(torch.arange(len(method.problems)))
+    features = method.features(torch.arange(len(method.batch.records)))
     if len(features) == 1:
         return _line("CLIP", "only one image, so there is nothing to tell apart")
     if captioned:

@@ -103,7 +103,8 @@ class ImagesToPrompts(ProblemData):
 
     def step(self) -> Step:
         """The timesteps of the wave's next step, each problem's from its own address."""
-        keys, steps = [problem.key for problem in self.method.problems], list(self.method.done)
+        batch = self.method.batch
+        keys, steps = [problem.key for problem in batch.records], batch.steps
         return Step(steps, draw_timesteps(self.seed, keys, steps, self.samples, *self.timesteps))
 
     def _check_schedule(self, end: int) -> None:
@@ -236,7 +237,7 @@ class ImagesToPrompts(ProblemData):
 
     def _paths(self, problem: Problem) -> tuple[str, ...]:
         """A problem's files as they are from here: those of the wave are what was given now, others were perhaps elsewhere."""
-        searched = any(problem.key == one.key for one in self.method.problems)
+        searched = any(problem.key == one.key for one in self.method.batch.records)
         return tuple(problem.paths if searched else map(self.folder.located, problem.paths))
 
     def latents(self, backbone: Backbone, problems: Sequence[Problem]) -> list[Tensor]:
@@ -247,7 +248,7 @@ class ImagesToPrompts(ProblemData):
         latents = self._latents.get(problem.key)
         if latents is None:
             latents = _encoded(backbone, self.pictures([problem])[0])
-            if any(problem.key == searched.key for searched in self.method.problems):
+            if any(problem.key == searched.key for searched in self.method.batch.records):
                 self._latents[problem.key] = latents
         return latents
 

@@ -38,7 +38,7 @@ class StepLoader:
         return 10**9  # of a loader without a length Lightning fetches a step ahead, before the wave has changed
 
     def __iter__(self) -> Iterator[Step]:
-        while self.data.method.fill():
+        while not self.data.method.batch.exhausted:
             yield self.data.step()
 
 

@@ -49,7 +49,7 @@ class Prompts(ProblemData):
 
     def step(self) -> Step:
         """A step, whose noise is the method's."""
-        return Step(list(self.method.done), torch.empty(len(self.method.problems), 0, dtype=torch.long))
+        return Step(self.method.batch.steps, torch.empty(len(self.method.batch), 0, dtype=torch.long))
 
     def setup(self, stage: str) -> None:
         """Reads the prompts, and forgets what was wrong with lines that have been corrected."""

@@ -7,8 +7,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
@@ -20,10 +21,10 @@ from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgre
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import draw_noise
 from lightning_prompts.data.problems import ProblemData, Step
+from lightning_prompts.engine.batch import Batch, merge
 from lightning_prompts.errors import UserError
 from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import ClipSimilarity
-from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
@@ -31,7 +32,9 @@ from lightning_prompts.ranks import of_rank_zero, sharing
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.terminal import say
 from lightning_prompts.unused import refuse_unused
-from lightning_prompts.waves import fitted, merged
+
+if TYPE_CHECKING:
+    from pytorch_lightning.core.optimizer import LightningOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +97,7 @@ class PromptMethod(pl.LightningModule, ABC):
         __getattr__: None  # type: ignore[assignment, misc]  # nn.Module's would give every misspelled name a type
     strict_loading = False  # a checkpoint has no backbone
     prompt: TokenEmbeddings | WordChoices | PromptEmbeds | PromptArc
-    problems: list[Problem]
     data_class: type[ProblemData]
-    done: list[int]  # steps that each has taken
-    stale: list[int]  # scorings of each without a better one
-    lowered: list[int]  # how often the steps of each have been halved
     decisive: frozenset[str] = frozenset()  # settings that other searches can go on without
     draws: ClassVar[bool] = False  # whether every step of the search draws pictures
 
@@ -149,14 +148,10 @@ class PromptMethod(pl.LightningModule, ABC):
         self.guidance_scale = self.backbone.default_guidance if guidance_scale is None else guidance_scale
         self.backbone.calls(self.sampling_steps)  # refuses more steps than the sampler has
         self.vocabulary = self.backbone.vocabulary
-        self.problems, self.done, self.stale, self.lowered = [], [], [], []
-        self.finished: list[Problem] = []  # not yet saved
-        self.active = torch.empty(0, dtype=torch.bool)
-        self.left_out = torch.empty(0, dtype=torch.long)  # steps of each since it was scored, without a finite gradient
         self.terms: dict[str, Tensor] = {}  # of the last loss, if it is a sum
         self.scorers: dict[str, Any] = {}  # what scores results, by name
-        self.over = False  # nothing is left to search
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None  # the batch of a checkpoint
+        self._begun = time.perf_counter()
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -180,11 +175,15 @@ class PromptMethod(pl.LightningModule, ABC):
         data: ProblemData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
 
+    @cached_property
+    def batch(self) -> Batch:
+        """The problems that are searched together."""
+        return Batch(self.prompt, self.together)
+
     @property
     def parameter(self) -> torch.nn.Parameter:
         """What trains, (P, ...)."""
-        (parameter,) = (value for value in self.prompt.parameters() if value.requires_grad)
-        return parameter
+        return self.batch.parameter
 
     def setup(self, stage: str) -> None:
         """Divides the samples among the ranks that share them; refuses a microbatch that nothing would limit."""
@@ -206,122 +205,73 @@ class PromptMethod(pl.LightningModule, ABC):
         return value if self.microbatch.ranks == 1 else of_rank_zero(value)
 
     def on_train_start(self) -> None:
-        """Goes on with the wave that a checkpoint holds."""
+        """Restore the batch of a checkpoint."""
+        self.batch.optimizers = self.trainer.optimizers
         if self._resumed:
-            wave, self._resumed = self._resumed, None
-            problems = [Problem(**record) for record in wave["records"]]
-            self.data.go_on({p.key: p.target for p, active in zip(problems, wave["active"], strict=True) if active})
-            self.active, self.done, self.stale = torch.tensor(wave["active"]).bool(), wave["done"], wave["stale"]
-            self.lowered, self.left_out = wave["lowered"], torch.tensor(wave["left_out"]).to(self.device).long()
-            if problems:
-                self.take(problems)
-            for problem in problems:
+            saved, self._resumed = self._resumed, None
+            self.batch.load(saved)
+            self.data.go_on({row.record.key: row.record.target for row in self.batch.rows if row.active})
+            if len(self.batch):
+                self.set_rows(self.batch.records)
+            for problem in self.batch.records:
                 self.data.folder.save(problem)
 
-    def fill(self) -> bool:
-        """Lets what is finished out of the wave, and new problems in, as many as it has room for.
+    def on_train_epoch_start(self) -> None:
+        """Fill the batch before the first step, and after an epoch that ended because no problem was left in it."""
+        self.refill()
 
-        Returns:
-            Whether there is anything to search.
-        """
-        kept, gone = self.active.nonzero().squeeze(1), [self.problems[row] for row in (~self.active).nonzero()]
-        new = list[Problem]()
-        while len(kept) + len(new) < self.together and (problem := next(self.data.arrivals, None)):
-            (self.finished if problem.status == "failed" else new).append(problem)
-        self.over = not len(kept) + len(new)
-        if not self.over and (gone or new):
-            self._change(kept, new)
-            for problem in gone:
-                self.release(problem)
-        return not self.over
-
-    def _change(self, kept: Tensor, new: list[Problem]) -> None:
-        """Makes the problems `kept` (Q,) of the wave, as far as they have come, and new ones the wave."""
-        before, states = self.parameter.data[kept.to(self.device)], self._states()
-        rows, added = kept.tolist(), [0] * len(new)
-        self.take([*(self.problems[row] for row in rows), *new])
-        self.done, self.stale, self.lowered = (
-            [several[row] for row in rows] + added for several in (self.done, self.stale, self.lowered)
-        )
-        self.active = torch.ones(len(self.problems), dtype=torch.bool)
-        left_out = self.left_out.to(self.device)
-        self.left_out = torch.cat([left_out[kept.to(self.device)], left_out.new_zeros(len(new))])
-        joined = torch.arange(len(rows), len(self.problems))
-        first = self.first(joined)
-        self.parameter.grad = None
-        self.parameter.data = torch.cat([fitted(before, first.shape[1:]), first])
-        for state, name, value in states:
-            shape = first.shape[1:] if value.shape[1:] == before.shape[1:] else value.shape[1:]
-            state[name] = torch.cat([fitted(value[kept.to(value.device)], shape), value.new_zeros(len(new), *shape)])
-        self.forget(joined)
-        for problem in new:
+    def refill(self) -> None:
+        """Evict finished problems and add new ones, up to the batch size."""
+        added, evicted = self.batch.refill(self.data.arrivals, self.set_rows, self.first)
+        for problem in added:
             if not self.data.folder.has(problem.key):
                 self.data.folder.save(problem)
+        for problem in evicted:
+            self.release(problem)
 
     @abstractmethod
     def first(self, rows: Tensor) -> Tensor:
         """Where the search for the problems `rows` (Q,) of the wave starts: the values of what trains, (Q, ...)."""
 
-    def take(self, problems: list[Problem]) -> None:
-        """Makes problems the wave."""
-        self.problems, self._begun = problems, time.perf_counter()
+    def set_rows(self, problems: list[Problem]) -> None:
+        """Prepare for the problems of the batch, one per row."""
+        self._begun = time.perf_counter()
 
     def release(self, problem: Problem) -> None:
         """Forgets what is remembered of a problem that has left the wave."""
         self.data.release(problem)
 
-    def _states(self) -> list[tuple[dict[str, Any], str, Tensor]]:
-        """What the optimiser holds with a row a problem, and where."""
-        return [
-            (state, name, value)
-            for optimizer in self.trainer.optimizers
-            for state in optimizer.state.values()
-            for name, value in state.items()
-            if isinstance(value, Tensor) and value.dim()
-        ]
-
-    def forget(self, rows: Tensor) -> None:
-        """Makes the optimiser forget the steps it has taken of the problems `rows` (Q,), which were elsewhere."""
-        for _, _, value in self._states():
-            value[rows.to(value.device)] = 0
-        for optimizer in self.trainer.optimizers:
-            if isinstance(optimizer, BatchedLBFGS):
-                mask = torch.zeros(len(self.problems), dtype=torch.bool)
-                mask[rows] = True
-                optimizer.reset_history(mask)
-
-    @torch.no_grad()
-    def jump(self, rows: Tensor, there: Tensor) -> None:
-        """Puts the problems `rows` (Q,) elsewhere (Q, ...); what the optimiser knows of the points before is forgotten."""
-        self.parameter[self.here(rows)] = there.to(self.parameter)
-        self.forget(rows)
+    def reset_rows(self, rows: Tensor, values: Tensor) -> None:
+        """Move the problems `rows` (Q,) to other parameters (Q, ...); see `Batch.reset_rows`."""
+        self.batch.reset_rows(rows, values)
 
     def on_train_epoch_end(self) -> None:
         """Ends the run when no problem is open; what is open when it was told to stop can go on later."""
-        self.trainer.should_stop = self.trainer.should_stop or self.over
+        self.trainer.should_stop = self.trainer.should_stop or self.batch.exhausted
 
     def on_train_batch_start(self, batch: Step, batch_idx: int) -> int | None:
         """Has the wave filled again when no problem is left in it."""
-        return None if self.active.any() else -1
+        return None if len(self.batch.active_rows()) else -1
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
         """One step of the problems that are still active."""
-        rows = self.active.nonzero().squeeze(1)
+        rows = self.batch.active_rows()
         self.search(batch, rows)
         if self.microbatch.ranks > 1:
             self.parameter.data = of_rank_zero(self.parameter.data)
         elapsed, self._begun = time.perf_counter() - self._begun, time.perf_counter()
         for row in rows.tolist():
-            self.done[row] += 1
-            self.problems[row].seconds += elapsed / len(rows)
+            self.batch[row].steps += 1
+            self.batch[row].record.seconds += elapsed / len(rows)
 
     def on_train_batch_end(self, outputs: Any, batch: Step, batch_idx: int) -> None:
-        """Saves what is finished, where no callback scores it before."""
+        """Save what is finished, unless a callback has done so after scoring it, and refill the batch."""
         self.save_finished()
+        self.refill()
 
     def save_finished(self) -> list[Problem]:
         """Saves what is finished."""
-        finished, self.finished = self.finished, []
+        finished, self.batch.finished = self.batch.finished, []
         for problem in finished:
             self.data.folder.save_or_warn(problem)
         return finished
@@ -344,35 +294,13 @@ class PromptMethod(pl.LightningModule, ABC):
 
     def due(self) -> Tensor:
         """The active problems that are scored now, (Q,): after every n-th step of each, and after its last one."""
-        rows = self.active.nonzero().squeeze(1).tolist()
         every, last = int(self.score_every), int(self.data.steps)
-        return torch.tensor(
-            [row for row in rows if self.done[row] % every == 0 or self.done[row] >= last], dtype=torch.long
-        )
+        return self.batch.where(lambda row: row.active and (row.steps % every == 0 or row.steps >= last))
 
-    def step_active(self, optimizer: Any, loss: Tensor, rows: Tensor, clip: float | None = None) -> None:
-        """One step of a torch optimiser down the losses (Q,) of the problems `rows` (Q,); the others stay where they are.
-
-        So does, for this step, a problem whose gradient is not finite; `NonFiniteGuard` tells it. With `clip` each element of the gradient is cut to
-        [-clip, clip].
-        """
-        parameter = self.parameter
-        before = parameter.detach().clone()
-        parameter.grad = torch.zeros_like(parameter)
-        if loss.requires_grad:  # it does not where slots are left empty, in all problems
-            self.manual_backward(loss.sum())
-        gradient = parameter.grad
-        sound = gradient.isfinite().flatten(1).all(1)
-        gradient.masked_fill_(~sound.view(-1, *(1,) * (parameter.dim() - 1)), 0)
-        if clip is not None:
-            gradient.clamp_(-clip, clip)
-        optimizer.step()
-        share = torch.zeros(len(parameter))  # of the step that is taken
-        share[rows] = 0.5 ** torch.tensor([float(self.lowered[row]) for row in rows.tolist()])
-        self.left_out += ~sound
-        share = self.here(share).to(parameter).where(sound, 0).view(-1, *(1,) * (parameter.dim() - 1))
-        with torch.no_grad():  # momentum and weight decay move rows without a gradient too
-            parameter.copy_(torch.where(share > 0, torch.lerp(before, parameter, share), before))
+    def step_active(self, loss: Tensor, rows: Tensor, clip: float | None = None) -> None:
+        """Step the optimizer on the losses (Q,) of the problems `rows` (Q,); see `Batch.step`."""
+        optimizer = cast("LightningOptimizer", self.optimizers())
+        self.batch.step(optimizer.step, loss, rows, self.manual_backward, clip)
 
     def tell(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
         """Logs values of a step after which one of the problems `rows` (Q,) is scored; a look makes the device wait."""
@@ -383,19 +311,17 @@ class PromptMethod(pl.LightningModule, ABC):
     def count(self, rows: Tensor, samples: int) -> None:
         """Adds denoiser samples to the problems' counters; a backward counts as one."""
         for row in rows.tolist():
-            self.problems[row].unet_samples += samples
+            self.batch[row].record.unet_samples += samples
 
     def retire(self, rows: Tensor) -> None:
         """Finishes those of the problems `rows` (Q,) that no longer improve or have taken all their steps."""
         for row in rows.tolist():
-            if self.done[row] >= self.data.steps or self.stale[row] >= self.patience:
+            if self.batch[row].steps >= self.data.steps or self.batch[row].stale >= self.patience:
                 self.end(row)
 
     def end(self, row: int) -> None:
         """Finishes a problem, which leaves the wave."""
-        self.active[row] = False
-        self.problems[row].finish()
-        self.finished.append(self.problems[row])
+        self.batch.finish(row)
 
     @abstractmethod
     def best(self, row: int) -> Tensor:
@@ -585,16 +511,7 @@ class PromptMethod(pl.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the records that the rows belong to."""
-        checkpoint["wave"] = {
-            "records": [asdict(problem) for problem in self.problems],
-            "active": self.active.tolist(),
-            "done": self.done,
-            "stale": self.stale,
-            "lowered": self.lowered,
-            "left_out": self.left_out.tolist(),
-            "parts": self.data.part[1],
-            "microbatch": self.microbatch.size,
-        }
+        checkpoint["batch"] = {**self.batch.save(), "parts": self.data.part[1], "microbatch": self.microbatch.size}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes room for the checkpoint's problems; refuses those whose pictures are not given now.
@@ -602,9 +519,9 @@ class PromptMethod(pl.LightningModule, ABC):
         When others than this many ranks have begun, what is open of all their problems is divided anew.
         """
         several = [checkpoint]
-        if checkpoint["wave"]["parts"] != self.data.part[1]:
+        if checkpoint["batch"]["parts"] != self.data.part[1]:
             several = checkpoints_of_all(self.data.folder.checkpoints)
-        records = {record["key"]: Problem(**record) for one in several for record in one["wave"]["records"]}
+        records = {record["key"]: Problem(**record) for one in several for record in one["batch"]["records"]}
         self.data.find(list(records.values()))
         if gone := [problem for problem in records.values() if problem.index < 0]:
             raise UserError(
@@ -612,17 +529,17 @@ class PromptMethod(pl.LightningModule, ABC):
                 "same ones and the same settings, or another --run."
             )
         if len(several) > 1 or several[0] is not checkpoint:
-            checkpoint |= merged(several, lambda record: self.data.still_open(records[record["key"]]))
-        self._resumed = wave = checkpoint["wave"]
-        wave["records"] = [asdict(Problem(**record)) for record in wave["records"]]
-        for record in wave["records"]:
+            checkpoint |= merge(several, lambda record: self.data.still_open(records[record["key"]]))
+        self._resumed = saved = checkpoint["batch"]
+        saved["records"] = [asdict(Problem(**record)) for record in saved["records"]]
+        for record in saved["records"]:
             here = records[record["key"]]
             record |= {name: getattr(here, name) for name in ("target", "paths", "stamps", "caption", "index")}
-        ((name, saved),) = checkpoint["state_dict"].items()
+        ((name, prompts),) = checkpoint["state_dict"].items()
         own = self.parameter.shape[1:]
-        if [name] != list(self.state_dict()) or (0 not in own and saved.shape[1:] != own):
+        if [name] != list(self.state_dict()) or (0 not in own and prompts.shape[1:] != own):
             raise UserError(
-                f"The checkpoint has prompts {name!r} of the shape {tuple(saved.shape[1:])} and this search has "
+                f"The checkpoint has prompts {name!r} of the shape {tuple(prompts.shape[1:])} and this search has "
                 f"{next(iter(self.state_dict()))!r} of {tuple(own)}; give the settings that the run was begun with."
             )
         has_optimizer = any(checkpoint["optimizer_states"])  # Lightning saves the state {} where there is none
@@ -630,9 +547,9 @@ class PromptMethod(pl.LightningModule, ABC):
             raise UserError(
                 "The checkpoint has the state of another optimizer; give the settings that the run was begun with."
             )
-        self.parameter.data = torch.empty_like(saved)
+        self.parameter.data = torch.empty_like(prompts)
         if self.microbatch.fitted:  # as before, so that calls round alike
-            self.microbatch.size = wave["microbatch"]
+            self.microbatch.size = saved["microbatch"]
 
 
 def by_step(batch: Step, rows: Tensor) -> list[tuple[int, Tensor]]:

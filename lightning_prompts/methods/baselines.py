@@ -58,4 +58,4 @@ class ClipWords(Inverter):
                 self.clip_words(new, self.beams)
             ].float()
             for row in new.tolist():
-                self.problems[row].forget_prompt()
+                self.batch[row].record.forget_prompt()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -212,12 +211,12 @@ class DPODiff(PromptMethod):
         """Steps that a search takes at most: each learns or evaluates a candidate."""
         return len(self.plan(self.data.seed)) + int(self.budget)
 
-    def take(self, problems: list[Problem]) -> None:
+    def set_rows(self, problems: list[Problem]) -> None:
         """Makes problems the wave, with the words that can be chosen for them, and remembers what an earlier process has paid for."""
         for key in {problem.key for problem in problems} - self._paid.keys():
             newest = self.data.folder.read(key)
             self._paid[key] = _losses(newest.candidates) if newest else {}
-        super().take(problems)
+        super().set_rows(problems)
         self.prompt.show([self.space(problem.target) for problem in problems])
         self.wanted = self.clip.features_of([problem.target for problem in problems])  # (P, E)
         self.noise = self.draw_noise(problems, SEARCH, self.seeds)
@@ -266,7 +265,7 @@ class DPODiff(PromptMethod):
         wanted = [(row, choice) for row in trying for choice in self.agreed(self.propose(row, batch.steps[row], first))]
         self.evaluate(wanted)
         for row in set(trying) - {row for row, _ in wanted}:  # nothing new is left
-            self.stale[row] = int(self.patience)
+            self.batch[row].stale = int(self.patience)
 
     # --- the shortcut text gradient
 
@@ -287,7 +286,7 @@ class DPODiff(PromptMethod):
 
     def descend(self, loss: Tensor, rows: Tensor) -> None:
         """Moves the logits of the problems `rows` (Q,) down the gradient of their losses (Q,)."""
-        self.step_active(self.optimizers(), loss, rows, clip=0.025)
+        self.step_active(loss, rows, clip=0.025)
         with torch.no_grad():
             # What stands in a slot may begin outside the range [0, 3] of the released code, and is let stay where it began.
             begun = self.prompt.start(self.unchanged)
@@ -318,7 +317,7 @@ class DPODiff(PromptMethod):
         """Standard Gumbel noise (Q, S, W) at a step's address, the same for a word whatever the other problems' words are."""
         noise = torch.zeros(len(rows), *self.prompt.logits.shape[1:])
         for q, row in enumerate(rows.tolist()):
-            draw = generator(self.data.seed, f"{self.problems[row].key}/gumbel", step, tries)
+            draw = generator(self.data.seed, f"{self.batch[row].record.key}/gumbel", step, tries)
             for s, slot in enumerate(self.prompt.spaces[row].slots):
                 uniform = torch.rand(len(slot.words), generator=draw).clamp(1e-7, 1 - 1e-7)
                 noise[q, s, : len(slot.words)] = -(-uniform.log()).log()
@@ -328,7 +327,7 @@ class DPODiff(PromptMethod):
 
     def propose(self, row: int, step: int, first: int) -> list[Choice]:
         """Candidates that a problem has not evaluated yet, as many as a population has and the budget still pays for."""
-        problem, space = self.problems[row], self.prompt.spaces[row]
+        problem, space = self.batch[row].record, self.prompt.spaces[row]
         count = min(int(self.population), int(self.budget - (problem.budget or 0) + 1e-6))
         known = {(candidate["prompt"], candidate["negative_prompt"]) for candidate in problem.candidates}
         ranked = sorted(problem.candidates, key=lambda candidate: sum(candidate["losses"]))
@@ -380,7 +379,7 @@ class DPODiff(PromptMethod):
         that the calls are those of a search that was not interrupted.
         """
         texts = [self.prompt.spaces[row].texts(choice) for row, choice in wanted]
-        paid = [self._paid[self.problems[row].key] for row, _ in wanted]
+        paid = [self._paid[self.batch[row].record.key] for row, _ in wanted]
         judged = all(pair in losses for pair, losses in zip(texts, paid, strict=True))
         new = range(0 if judged else len(wanted))
         rows = torch.tensor([wanted[i][0] for i in new], dtype=torch.long)
@@ -393,17 +392,16 @@ class DPODiff(PromptMethod):
             self.spend(row, cost)
             self.keep(row, choice, pair, known[pair])
         for row in {row for row, _ in wanted}:
-            self.data.folder.save_or_warn(self.problems[row])
+            self.data.folder.save_or_warn(self.batch[row].record)
 
     def keep(self, row: int, choice: Choice, texts: tuple[str, str], losses: list[float]) -> None:
         """Adds an evaluated candidate to a problem, as its best if it is."""
-        problem, (prompt, negative), mean = self.problems[row], texts, sum(losses) / len(losses)
+        problem, (prompt, negative), mean = self.batch[row].record, texts, sum(losses) / len(losses)
         spent = problem.budget or 0.0
         problem.candidates.append(
             Candidate(prompt=prompt, negative_prompt=negative, choice=list(choice), losses=losses, budget=spent)
         )
-        if mean < (math.inf if problem.validation_loss is None else problem.validation_loss):
-            problem.keep(prompt, mean, self.prompt.tokens(prompt))
+        if problem.offer(prompt, mean, self.prompt.tokens(prompt)):
             problem.negative_prompt, problem.loss_after = negative, [abs(loss) for loss in losses]
             problem.words = [
                 [slot.name, slot.words[i]] for slot, i in zip(self.prompt.spaces[row].slots, choice, strict=True)
@@ -425,17 +423,17 @@ class DPODiff(PromptMethod):
 
     def spend(self, row: int, generations: float) -> None:
         """Adds to what a problem's search has cost."""
-        self.problems[row].budget = (self.problems[row].budget or 0) + generations
+        self.batch[row].record.budget = (self.batch[row].record.budget or 0) + generations
 
     # --- results
 
     def score(self, rows: Tensor) -> list[Problem]:
         """Judges the persons' prompts before the first step; afterwards says which problems have got better."""
-        new = [row for row in rows.tolist() if self.problems[row].loss_before is None]
+        new = [row for row in rows.tolist() if self.batch[row].record.loss_before is None]
         if new:  # the persons' own prompts are free
             self.evaluate([(row, (0,) * len(self.prompt.spaces[row].slots)) for row in new], cost=0)
         for row in new:
-            problem, losses = self.problems[row], self.problems[row].candidates[0]["losses"]
+            problem, losses = self.batch[row].record, self.batch[row].record.candidates[0]["losses"]
             problem.loss_before = [abs(loss) for loss in losses]
             problem.initial_validation_loss = sum(losses) / len(losses)
         better, self._better = self._better, []
@@ -444,8 +442,8 @@ class DPODiff(PromptMethod):
     def retire(self, rows: Tensor) -> None:
         """Takes out of the wave what has spent its budget."""
         for row in rows.tolist():
-            if (self.problems[row].budget or 0) + 1 > self.budget + 1e-6:
-                self.stale[row] = int(self.patience)
+            if (self.batch[row].record.budget or 0) + 1 > self.budget + 1e-6:
+                self.batch[row].stale = int(self.patience)
         super().retire(rows)
 
     def validation_losses(self, problems: list[Problem]) -> Tensor:

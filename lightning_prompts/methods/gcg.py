@@ -88,7 +88,7 @@ class GCG(Inverter):
         candidates = token_ids.cpu().unsqueeze(1).repeat(1, drawn, 1)
         new = torch.zeros(candidates.shape[:2], dtype=torch.bool)
         for q, row in enumerate(rows.tolist()):
-            draw = generator(self.data.seed, f"{self.problems[row].key}/swaps", steps[row], 0)
+            draw = generator(self.data.seed, f"{self.batch[row].record.key}/swaps", steps[row], 0)
             swapped = self._swapped(candidates[q, 0], best[q], drawn, draw)
             candidates[q, : len(swapped)], new[q, : len(swapped)] = swapped, True
         written = [found.sound for found in self.written(candidates[new])]

@@ -161,9 +161,9 @@ class Inverter(PromptMethod):
 
     # --- where the search starts
 
-    def take(self, problems: list[Problem]) -> None:
+    def set_rows(self, problems: list[Problem]) -> None:
         """Makes problems the wave and encodes their pictures."""
-        super().take(problems)
+        super().set_rows(problems)
         self.latents = [latents.to(self.device) for latents in self.data.latents(self.backbone, problems)]
 
     def release(self, problem: Problem) -> None:
@@ -173,12 +173,12 @@ class Inverter(PromptMethod):
 
     def random_tokens(self, rows: Tensor, step: int | Sequence[int]) -> Tensor:
         """Allowed tokens (Q, M) for the problems `rows` (Q,), each drawn at a step's address."""
-        keys = [self.problems[row].key for row in rows.tolist()]
+        keys = [self.batch[row].record.key for row in rows.tolist()]
         return random_tokens(self.prompt, keys, self.data.seed, step)
 
     def first(self, rows: Tensor) -> Tensor:
         """What P problems start from, (P, M, D); a shorter prompt of another run is filled up with random tokens."""
-        problems = [self.problems[row] for row in rows.tolist()]
+        problems = [self.batch[row].record for row in rows.tolist()]
         if self.given is not None:
             return self.given.to(self.device).repeat(len(rows), 1, 1)
         if self.start == "clip_words" and problems:
@@ -192,7 +192,7 @@ class Inverter(PromptMethod):
 
     def best(self, row: int) -> Tensor:
         """The embeddings (M, D) of the best prompt so far."""
-        problem = self.problems[row]
+        problem = self.batch[row].record
         return self.embedded(problem) if problem.prompt else self.first(torch.tensor([row]))[0]
 
     def clip_words(self, rows: Tensor, beams: int = 1) -> Tensor:
@@ -213,7 +213,7 @@ class Inverter(PromptMethod):
     def samples(self, rows: Tensor, batch: Step) -> Samples:
         """Latents, timesteps and noise of a step of the problems `rows` (Q,); several pictures of one subject take turns."""
         timesteps = self.here(batch.timesteps[rows])
-        keys, count = [self.problems[row].key for row in rows.tolist()], timesteps.shape[1]
+        keys, count = [self.batch[row].record.key for row in rows.tolist()], timesteps.shape[1]
         steps = [batch.steps[row] for row in rows.tolist()]
         noise = draw_noise(self.data.seed, keys, steps, count, self.backbone.latent_shape, self.device)
 
@@ -333,7 +333,7 @@ class Inverter(PromptMethod):
 
     def features(self, rows: Tensor) -> Tensor:
         """Mean features (Q, E) of the pictures of the problems `rows` (Q,) in this CLIP."""
-        return torch.stack([self.features_of(self.problems[row]) for row in rows.tolist()])
+        return torch.stack([self.features_of(self.batch[row].record) for row in rows.tolist()])
 
     def features_of(self, problem: Problem) -> Tensor:
         """Mean features (E,) of a problem's pictures in this CLIP, computed once."""
@@ -346,14 +346,14 @@ class Inverter(PromptMethod):
     def validation_loss(self, rows: Tensor, told: Tensor) -> Tensor:
         """The one definition of best: losses (Q,) of prompts as a person would paste them, on noise that never trains."""
         timesteps = validation_timesteps(self.data.validation_samples, *self.data.timesteps)
-        everyone = len(self.problems)
+        everyone = len(self.batch.records)
         samples = self.samples(rows, Step([VALIDATION] * everyone, timesteps.expand(everyone, -1)))
         loss = self.denoising_loss(rows, told, samples)
         return loss + self.trial_weight * self.trial_loss(rows, told) if self.trial_weight else loss
 
     def trial_loss(self, rows: Tensor, told: Tensor) -> Tensor:
         """One minus the CLIP's mean cosine of the targets and a few pictures that Q prompts draw, (Q,) in [0, 2]."""
-        count, keys = self.trial_pictures, [self.problems[row].key for row in rows.tolist()]
+        count, keys = self.trial_pictures, [self.batch[row].record.key for row in rows.tolist()]
         noise = draw_noise(self.data.seed, keys, TRIAL, count, self.backbone.latent_shape, self.device).flatten(0, 1)
         told, away = repeat(told, count), self.encode_negative([""])
 
@@ -376,14 +376,10 @@ class Inverter(PromptMethod):
         found, told = self.found(rows)
         losses, better = self.agreed(self.validation_loss(rows, told)).tolist(), []
         for row, candidate, loss in zip(rows.tolist(), found, losses, strict=True):
-            problem = self.problems[row]
+            problem = self.batch[row].record
             if problem.initial_validation_loss is None:
                 problem.initial_validation_loss = loss
-            self.stale[row] += 1
-            best = float("inf") if problem.validation_loss is None else problem.validation_loss
-            if candidate.sound and loss < best:
-                problem.keep(candidate.prompt, loss, candidate.token_ids, candidate.embedding)
-                self.stale[row] = 0
+            if self.batch.offer(row, candidate.prompt, loss, candidate.token_ids, candidate.embedding, candidate.sound):
                 better.append(problem)
         return better
 
@@ -441,7 +437,7 @@ class Inverter(PromptMethod):
 
     def validation_losses(self, problems: list[Problem]) -> Tensor:
         """The validation losses of the decoded prompts."""
-        self.take(problems)
+        self.set_rows(problems)
         with torch.autocast(self.device.type, enabled=False):  # as `fit` has scored
             return self.validation_loss(
                 torch.arange(len(problems)), self.encode([str(problem.prompt) for problem in problems])

@@ -120,7 +120,7 @@ class MetricGuidance(Steering):
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One step down the gradient of this step's pictures."""
-        problems = [self.problems[row] for row in rows.tolist()]
+        problems = [self.batch[row].record for row in rows.tolist()]
         count = int(self.seeds_per_step or self.seeds)
         number = torch.tensor([batch.steps[row] for row in rows.tolist()]).unsqueeze(1) * count + torch.arange(count)
         losses, values = self.measured(
@@ -131,12 +131,12 @@ class MetricGuidance(Steering):
             2 if self.backbone.guided(self.guidance_scale) else 1,
         )
         self.count(rows, count * guided * (calls + min(self.grad_steps, calls)))
-        self.step_active(self.optimizers(), losses.mean(1), rows)
+        self.step_active(losses.mean(1), rows)
         if self.shift_every:
             due = rows[[(batch.steps[row] + 1) % self.shift_every == 0 for row in rows.tolist()]]
             if len(due):
                 begun = self.prompt.of(self.prompt.initial[due.to(self.device)])
-                self.jump(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
+                self.reset_rows(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
         self.tell(batch, rows, loss=losses, **values)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

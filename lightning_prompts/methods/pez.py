@@ -34,10 +34,9 @@ class PEZ(Inverter):
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One AdamW step."""
-        optimizer: Any = self.optimizers()
         ids, embeddings = self.prompt(self.here(rows), straight_through=True)
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
-        self.step_active(optimizer, loss, rows)
+        self.step_active(loss, rows)
         self.tell(batch, rows, loss=loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -97,9 +97,9 @@ class PH2P(Inverter):
         samples, texts = self.samples(rows, batch), self.nearest_texts(rows)
         if self.optimizer != "lbfgs":
             loss = self.losses(rows, samples, texts)
-            self.step_active(optimizer, loss, rows)
+            self.step_active(loss, rows)
         else:
-            everyone = torch.zeros(len(self.problems), dtype=torch.bool)
+            everyone = torch.zeros(len(self.batch.records), dtype=torch.bool)
             everyone[rows] = True
 
             def losses() -> Tensor:
@@ -130,16 +130,16 @@ class PH2P(Inverter):
         """Begins again at the best prompts, half of whose tokens are drawn anew."""
         if not rows:
             return
-        steps = [self.done[row] for row in rows]
+        steps = [self.batch[row].steps for row in rows]
         drawn = self.random_tokens(torch.tensor(rows), steps)
         for place, (row, step) in enumerate(zip(rows, steps, strict=True)):
-            if self.problems[row].token_ids:
+            if self.batch[row].record.token_ids:
                 order = torch.randperm(
-                    drawn.shape[1], generator=generator(self.data.seed, f"{self.problems[row].key}/kept", step, 0)
+                    drawn.shape[1], generator=generator(self.data.seed, f"{self.batch[row].record.key}/kept", step, 0)
                 )
                 kept = order[: len(order) // 2]
-                drawn[place, kept] = torch.tensor(self.problems[row].token_ids)[kept].to(drawn)
-        self.jump(torch.tensor(rows), self.prompt.table[drawn].float())
+                drawn[place, kept] = torch.tensor(self.batch[row].record.token_ids)[kept].to(drawn)
+        self.reset_rows(torch.tensor(rows), self.prompt.table[drawn].float())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Batched L-BFGS, one curvature history a problem, Adam or SGD."""

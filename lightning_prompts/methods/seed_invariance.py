@@ -136,9 +136,9 @@ class SeedInvariance(Steering):
         return [{**settings, "target_seed": seed} for settings in super().identities for seed in self.target_seeds]
 
     @torch.no_grad()
-    def take(self, problems: list[Problem]) -> None:
+    def set_rows(self, problems: list[Problem]) -> None:
         """Makes problems the wave, and finds what the targets of new ones look like after the calls of each stage."""
-        super().take(problems)
+        super().set_rows(problems)
         if isinstance(self.prompt, PromptArc):
             self.prompt.other = self.encode([str(self.towards)])[:, None].float()
         self.starts = self.target_noise(problems)  # (P, C, h, w)
@@ -204,13 +204,13 @@ class SeedInvariance(Steering):
         """One step towards the target's latents on new seeds."""
         parts = [(some, self.distances(some, step)) for step, some in by_step(batch, rows)]
         losses = torch.cat([loss for _, loss in parts])
-        self.step_active(self.optimizers(), losses, torch.cat([some for some, _ in parts]))
+        self.step_active(losses, torch.cat([some for some, _ in parts]))
         self.tell(batch, rows, loss=losses)
 
     def distances(self, rows: Tensor, step: int) -> Tensor:
         """Losses (Q,) of the problems `rows` (Q,) at a step."""
         calls, value = self.stage(step)
-        count, problems = int(self.seeds_per_step), [self.problems[row] for row in rows.tolist()]
+        count, problems = int(self.seeds_per_step), [self.batch[row].record for row in rows.tolist()]
         others, on_device = self.draw_noise(problems, step, count), self.here(rows)  # (Q, N, C, h, w)
         starts = self.starts[on_device].unsqueeze(1).expand_as(others)
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)

@@ -67,7 +67,6 @@ class Steering(PromptMethod):
             self._started(Path(start)) if start else {}
         )  # encoded prompts (S, R, D) by what a person has written
         self.prompt = PromptEmbeds(self.moving)  # what trains, unless a method says otherwise
-        self.bests: list[Tensor] = []  # of each problem, (S, R, D)
 
     # --- the wave
 
@@ -86,14 +85,13 @@ class Steering(PromptMethod):
         return self.backbone.moving(embeds, self.pooled)
 
     @torch.no_grad()
-    def take(self, problems: list[Problem]) -> None:
+    def set_rows(self, problems: list[Problem]) -> None:
         """Makes problems the wave."""
-        best = dict(zip((problem.key for problem in self.problems), self.bests, strict=True))
-        super().take(problems)
+        super().set_rows(problems)
         self.prompt.show(self.initial(problems))
         self.noise = self.draw_noise(problems, SEARCH, self.seeds)
-        kept = zip(problems, self.prompt.initial, strict=True)
-        self.bests = [best.get(problem.key, initial.clone()) for problem, initial in kept]
+        for row, initial in zip(self.batch.rows, self.prompt.initial, strict=True):
+            row.best = initial.clone() if row.best is None else row.best
 
     def initial(self, problems: Sequence[Problem]) -> Tensor:
         """What P problems start from, (P, S, R, D); each is encoded alone, so that it does not depend on the batch."""
@@ -107,7 +105,13 @@ class Steering(PromptMethod):
 
     def best(self, row: int) -> Tensor:
         """The best embeddings so far."""
-        return self.prompt.start(self.bests[row][None])[0]
+        return self.prompt.start(self.best_embeds(row)[None])[0]
+
+    def best_embeds(self, row: int) -> Tensor:
+        """Return the best encoded prompt (S, R, D) of a row."""
+        best = self.batch[row].best
+        assert best is not None  # `set_rows` begins with the initial one
+        return best
 
     def beginnings(self, rows: Tensor) -> Tensor:
         """Where the search for the problems `rows` (Q,) begins: encoded prompts (Q, S, R, D)."""
@@ -117,7 +121,7 @@ class Steering(PromptMethod):
         initial = initial.clone()
         only = next(iter(self.started.values())) if len(self.started) == 1 else None
         for embeds, row in zip(initial, rows.tolist(), strict=True):
-            problem = self.problems[row]
+            problem = self.batch[row].record
             found = self.started.get(problem.target, only)
             if found is None:
                 raise UserError(
@@ -177,7 +181,7 @@ class Steering(PromptMethod):
             The problems that now have better ones.
         """
         better: list[Problem] = []
-        problems = [self.problems[row] for row in rows.tolist()]
+        problems = [self.batch[row].record for row in rows.tolist()]
         first = torch.tensor([problem.metric_before is None for problem in problems], device=self.device)
         on_device = rows.to(self.device)
         embeds = self.prompt(on_device).where(~first.view(-1, 1, 1, 1), self.prompt.initial[on_device])
@@ -190,13 +194,10 @@ class Steering(PromptMethod):
             seen = {name: value[i].tolist() for name, value in values.items()}
             if problem.metric_before is None:
                 problem.metric_before, problem.values_before, problem.initial_validation_loss = metric, seen, loss
-            self.stale[row] += 1
-            best = float("inf") if problem.validation_loss is None else problem.validation_loss
-            if loss < best and self.acceptable(problem, seen):
+            if self.batch.offer(row, problem.target, loss, acceptable=self.acceptable(problem, seen)):
                 problem.metric_after, problem.values_after = metric, seen
-                self.stale[row], self.bests[row] = 0, embeds[i].clone()
+                self.batch[row].best = embeds[i].clone()
                 self.data.folder.save_embeds(problem.key, self.file([problem], embeds[i : i + 1]))
-                problem.keep(problem.target, loss)
                 better.append(problem)
         return better
 
@@ -213,12 +214,12 @@ class Steering(PromptMethod):
 
     def found(self, problems: Sequence[Problem]) -> Tensor:
         """The best encoded prompts (P, S, R, D) of P problems: the wave's, or as they are on disk."""
-        shape, here = self.encode([""]).shape[1:], [problem.key for problem in self.problems]
+        shape, here = self.encode([""]).shape[1:], [problem.key for problem in self.batch.records]
         return torch.stack([self._found(problem.key, here, shape) for problem in problems]).to(self.device)
 
     def _found(self, key: str, here: list[str], shape: torch.Size) -> Tensor:
         if key in here:
-            return self.bests[here.index(key)]
+            return self.best_embeds(here.index(key))
         return read_prompt_embeds(self.data.folder.embeds_of(key), self.backbone, shape)[key].to(self.device)
 
     def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,19 +273,10 @@ class Steering(PromptMethod):
         _, values = self.measured(self.found(problems), self.draw_noise(problems, SEARCH, self.seeds), problems)
         return self.metric(values).mean(1)
 
-    # --- checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the best embeddings, which the records do not hold."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["wave"]["bests"] = self.bests
-
     def on_train_start(self) -> None:
         """Goes on with the wave that a checkpoint holds, and with its embeddings on disk."""
-        bests = self._resumed["bests"] if self._resumed else []
+        resumed = self._resumed is not None
         super().on_train_start()
-        if bests:
-            self.bests = [embeds.to(self.device) for embeds in bests]
-            for problem, embeds in zip(self.problems, self.bests, strict=True):
-                if problem.prompt:
-                    self.data.folder.save_embeds(problem.key, self.file([problem], embeds[None]))
+        for row, problem in enumerate(self.batch.records if resumed else ()):
+            if problem.prompt:
+                self.data.folder.save_embeds(problem.key, self.file([problem], self.best_embeds(row)[None]))

@@ -45,10 +45,9 @@ class TextualInversion(Inverter):
 
     def search(self, batch: Step, rows: Tensor) -> None:
         """One AdamW step."""
-        optimizer: Any = self.optimizers()
         ids, embeddings = self.prompt(self.here(rows))
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch), self.texts(rows))
-        self.step_active(optimizer, loss, rows)
+        self.step_active(loss, rows)
         self.tell(batch, rows, loss=loss)
 
     def found(self, rows: Tensor) -> tuple[list[Found], Tensor]:
@@ -61,7 +60,7 @@ class TextualInversion(Inverter):
 
     def texts(self, rows: Tensor) -> list[str]:
         """Write the pseudo-words of the problems `rows` (Q,) in the template."""
-        return [fill_template(self.template, pseudo_word(self.problems[row])) for row in rows.tolist()]
+        return [fill_template(self.template, pseudo_word(self.batch[row].record)) for row in rows.tolist()]
 
     def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
         """Encoded prompts (P, R, D) of texts in which pseudo-words of this run stand for what was found."""
@@ -86,7 +85,7 @@ class TextualInversion(Inverter):
         """What a pseudo-word stands for."""
         begun, folder = word[-9:-1], self.data.folder
         files = [file.stem for file in folder.problems.glob(f"{begun}*.json")]
-        for problem in (*self.problems, *map(folder.read, files)):
+        for problem in (*self.batch.records, *map(folder.read, files)):
             if problem and problem.embedding and pseudo_word(problem) == word:
                 return problem
         known = [pseudo_word(problem) for problem in islice(folder.found(), 5)]

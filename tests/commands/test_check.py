@@ -20,6 +20,7 @@ from lightning_prompts.commands.check import (
     signal_to_noise,
     written,
 )
+from lightning_prompts.engine.batch import Row
 from lightning_prompts.main import main
 from lightning_prompts.methods import PH2P
 from lightning_prompts.microbatch import Microbatch
@@ -110,7 +111,10 @@ def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monke
     method = PH2P(backbone=tiny, tokens=3)
     allowed = method.prompt.allowed.nonzero().squeeze(1)
     method.prompt.embeddings.data = method.prompt.table[allowed[:3]][None].clone()
-    method.problems, method.latents = [Problem("key", "a.png", [])], [torch.randn(1, *method.backbone.latent_shape)]
+    method.batch.rows, method.latents = (
+        [Row(Problem("key", "a.png", []))],
+        [torch.randn(1, *method.backbone.latent_shape)],
+    )
     sizes, denoise = [], method.backbone.denoise
 
     def limited(noisy, *args):

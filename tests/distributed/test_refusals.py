@@ -10,11 +10,11 @@ from PIL import Image
 from lightning_prompts import cli
 from lightning_prompts.data import problems
 from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.engine.batch import fit_shape, merge
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
 from lightning_prompts.methods import PEZ, TRAINER
 from lightning_prompts.ranks import met, shared
-from lightning_prompts.waves import fitted, merged
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -191,33 +191,33 @@ def test_the_living_meet_through_a_store_of_the_dead():
         assert len(set(names.values())) == 1
 
 
-def checkpoint(keys, done, width, **wave):
-    """A wave of problems whose rows hold their numbers of steps."""
-    rows = torch.tensor(done, dtype=torch.float).view(-1, 1).expand(-1, width).clone()
-    state = {0: {"mean": rows.clone(), "step": torch.tensor(done), "lr": torch.tensor(0.5)}} if keys else {}
+def checkpoint(keys, steps, width, **batch):
+    """A batch of problems whose rows hold their numbers of steps."""
+    rows = torch.tensor(steps, dtype=torch.float).view(-1, 1).expand(-1, width).clone()
+    state = {0: {"mean": rows.clone(), "step": torch.tensor(steps), "lr": torch.tensor(0.5)}} if keys else {}
     return {
         "epoch": 1,
-        "wave": {
+        "batch": {
             "records": [{"key": key} for key in keys],
-            "done": done,
+            "steps": steps,
             "active": [True] * len(keys),
             "parts": 2,
-            **wave,
+            **batch,
         },
         "state_dict": {"prompt": rows},
         "optimizer_states": [{"state": state, "param_groups": []}],
     }
 
 
-def test_checkpoints_of_several_ranks_are_merged():
+def test_checkpoints_of_several_ranks_are_merge():
     some = [
         checkpoint(["a", "b"], [3, 5], 2),
         checkpoint(["c", "d", "b"], [4, 2, 7], 3, active=[True, False, True]),
         checkpoint(["e"], [9], 1),
     ]
-    whole = merged(some, lambda record: record["key"] != "e")
-    assert [record["key"] for record in whole["wave"]["records"]] == ["a", "c", "b"]  # b where it has come farthest
-    assert whole["wave"]["done"] == [3, 4, 7]
+    whole = merge(some, lambda record: record["key"] != "e")
+    assert [record["key"] for record in whole["batch"]["records"]] == ["a", "c", "b"]  # b where it has come farthest
+    assert whole["batch"]["steps"] == [3, 4, 7]
     assert whole["state_dict"]["prompt"].tolist() == [[3, 3, 0], [4, 4, 4], [7, 7, 7]]
     state = whole["optimizer_states"][0]["state"][0]
     assert state["mean"].tolist() == whole["state_dict"]["prompt"].tolist()
@@ -226,20 +226,20 @@ def test_checkpoints_of_several_ranks_are_merged():
     assert whole["epoch"] == 1
 
 
-def test_checkpoints_of_a_method_without_an_optimizer_are_merged():
+def test_checkpoints_of_a_method_without_an_optimizer_are_merge():
     """Lightning saves the state {} where there is none."""
     some = [checkpoint([key], [1], 2) | {"optimizer_states": [{}]} for key in "ab"]
-    assert merged(some, lambda record: True)["optimizer_states"] == [{}]
+    assert merge(some, lambda record: True)["optimizer_states"] == [{}]
 
 
 def test_nothing_is_left_of_checkpoints_whose_problems_are_finished():
-    whole = merged([checkpoint(["a"], [1], 2)], lambda record: False)
-    assert whole["wave"]["records"] == []
+    whole = merge([checkpoint(["a"], [1], 2)], lambda record: False)
+    assert whole["batch"]["records"] == []
     assert whole["state_dict"]["prompt"].shape == (0, 2)
 
 
 def test_rows_are_cut_off_or_filled_up():
     rows = torch.arange(6.0).view(1, 2, 3)
-    assert fitted(rows, (2, 3)) is rows
-    assert fitted(rows, (1, 4)).tolist() == [[[0, 1, 2, 0]]]
-    assert fitted(rows, (3, 2)).tolist() == [[[0, 1], [3, 4], [0, 0]]]
+    assert fit_shape(rows, (2, 3)) is rows
+    assert fit_shape(rows, (1, 4)).tolist() == [[[0, 1, 2, 0]]]
+    assert fit_shape(rows, (3, 2)).tolist() == [[[0, 1], [3, 4], [0, 0]]]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from searches import fit
+from searches import fit, set_batch
 
 from lightning_prompts.data import addresses
 from lightning_prompts.methods import GCG, PEZ, PH2P, MetricGuidance, TextualInversion
@@ -46,8 +46,8 @@ def test_gcg_takes_the_best_candidate_only_if_it_is_better(offset, tiny, picture
 def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, tiny, pictures, tmp_path):
     module = PEZ(backbone=tiny, tokens=3, denoising_weight=denoising_weight, clip_weight=clip_weight, **FEW)
     fit(module, pictures / "0.png", tmp_path, steps=1)
-    module.take(list(module.data.folder.load().values()))
-    module.done, rows = [0], torch.tensor([0])
+    set_batch(module, module.data.folder.load().values())
+    rows = torch.tensor([0])
     samples = module.samples(rows, module.data.step())
     token_ids = module.prompt.allowed.nonzero()[3:6].view(1, 3)
     ids = module.prompt.ids(token_ids)
@@ -60,7 +60,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, ti
         denoising = (output - samples.noise[0]).square().mean()  # the tiny model predicts the noise
         clip = 0.0
         if clip_weight:
-            (picture,) = module.data.pictures(module.problems)
+            (picture,) = module.data.pictures(module.batch.records)
             text = module.clip.text_features(ids)[0]
             clip = 1 - float(text @ torch.nn.functional.normalize(module.clip.features(picture), dim=1)[0])
     assert float(found) == pytest.approx(denoising_weight * float(denoising) + clip_weight * clip, rel=1e-4)

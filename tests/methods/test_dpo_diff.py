@@ -18,11 +18,13 @@ from lightning_prompts.callbacks import PromptCheckpoint
 from lightning_prompts.data.addresses import SEARCH
 from lightning_prompts.data.problems import Step
 from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.batch import Row
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
 from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.methods.dpo_diff import calls_before_gradient, linear_plan
 from lightning_prompts.objectives.spherical import spherical_distance
+from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import WordChoices
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.substitutes import Slot, Space, keeping
@@ -77,7 +79,7 @@ def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
     module.prompt.show([SPACE])
     module.prompt.logits.data = module.prompt.start()
     module.prompt.logits.data[0, 1, :4] = torch.tensor([0.0, 1.0, 2.0, 0.5])
-    module.problems = [type("Problem", (), {"key": "some"})]
+    module.batch.rows = [Row(Problem("some", ""))]
     module.trainer = type("Trainer", (), {"datamodule": type("Data", (), {"seed": 0})})
     drawn = torch.tensor([module.learned(0, 1, attempt) for attempt in range(4000)])
     expected = torch.tensor([0.0, 1.0, 2.0, 0.5]).softmax(0)
@@ -321,7 +323,7 @@ def attached(tiny, tmp_path):
         trainer.datamodule, data.trainer = data, trainer
         trainer.strategy.connect(module)
         data.setup("fit")
-        module.fill()
+        module.refill()
         module.score(torch.tensor([0]))
         return module
 
@@ -343,7 +345,7 @@ def test_hybrid_begins_with_what_the_gradient_has_learned(attached):
 
 def test_children_are_of_the_best(attached):
     module = attached(solver="evolution", select=2, mutation=0.0)
-    problem = module.problems[0]
+    problem = module.batch.records[0]
     for choice, loss in (((1, 1, 1, 1), 0.1), ((2, 2, 2, 2), 0.2), ((0, 3, 0, 3), 0.9)):
         module.keep(0, choice, SPACE.texts(choice), [loss, loss])
     problem.candidates = [candidate for candidate in problem.candidates if candidate["losses"][0] in (0.1, 0.2, 0.9)]
@@ -615,7 +617,7 @@ def test_looked_at_again(tiny, tmp_path, capsys):
 
 def test_prompt_without_negative_words_is_validated_without_any(attached):
     module = attached()
-    (problem,) = module.problems
+    (problem,) = module.batch.records
     problem.prompt = problem.target
     noise = module.draw_noise([problem], SEARCH, module.seeds)
     wanted = module.clip.features_of([problem.target])
@@ -627,7 +629,7 @@ def test_prompt_without_negative_words_is_validated_without_any(attached):
 
 def test_pictures_before_and_after_are_of_the_users_prompt_and_of_the_found_one(attached):
     module = attached()
-    (problem,) = module.problems
+    (problem,) = module.batch.records
     noise = module.draw_noise([problem], SEARCH, 2)
     for prompt, negative in (("a large dog", "blurry"), ("a large dog", None), (problem.target, "dark")):
         problem.prompt, problem.negative_prompt = prompt, negative

@@ -7,6 +7,7 @@ import torch
 
 from lightning_prompts import guide, hold, reword
 from lightning_prompts.backbones import load_backbone
+from lightning_prompts.engine.batch import Row
 from lightning_prompts.methods import DPODiff, MetricGuidance, SeedInvariance, TextualInversion
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.problems import Problem
@@ -47,7 +48,7 @@ def method(backbone):
     )
     method.prompt.show([SPACE])
     method.prompt.logits.data = method.prompt.start()
-    method.problems = [Problem("key", PROMPT)]
+    method.batch.rows = [Row(Problem("key", PROMPT))]
     method.trainer = type("Trainer", (), {"datamodule": type("Data", (), {"seed": 0})})
     return method
 

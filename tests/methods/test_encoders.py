@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from safetensors.torch import load_file
-from searches import fit
+from searches import fit, set_batch
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
@@ -44,8 +44,7 @@ def read(monkeypatch):
 
 def samples_of(module, problems):
     """The samples that validation takes, and the rows of the problems."""
-    module.take(problems)
-    module.done = [0] * len(problems)
+    set_batch(module, problems)
     return torch.arange(len(problems)), module.samples(torch.arange(len(problems)), module.data.step())
 
 

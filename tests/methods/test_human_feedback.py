@@ -102,7 +102,7 @@ def test_undo_goes_back_to_the_same_candidates_and_others_are_others(tiny, tmp_p
     assert [len(question.pictures) for question, _ in chooser.questions] == [1, 1, 2, 1, 1, 1]
     assert problem.moves == []
     assert (problem.status, problem.reason) == ("not improved", "Nothing was chosen.")
-    torch.testing.assert_close(module.bests[0], module.prompt.initial[0])
+    torch.testing.assert_close(module.batch[0].best, module.prompt.initial[0])
 
 
 def test_others_are_nearer_and_after_some_rounds_far_again(tiny, tmp_path):
@@ -167,7 +167,7 @@ def test_a_run_that_is_killed_goes_on_where_the_person_was(tiny, tmp_path, round
     module, chooser, (found,) = search(tiny, tmp_path / "broken", Choice("go", 2, 1.0), FINISH)
     assert found.moves == expected.moves
     assert [len(question.pictures) for question, _ in chooser.questions] == [2, 3]
-    assert torch.equal(module.bests[0], whole.bests[0])
+    assert torch.equal(module.batch[0].best, whole.batch[0].best)
 
 
 def test_the_chooser_is_told_when_the_run_is_stopped(tiny, tmp_path):

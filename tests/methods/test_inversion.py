@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from pytorch_lightning.strategies import Strategy
+from searches import set_batch
 from torch.nn import functional
 from transformers import CLIPModel
 
@@ -326,7 +327,7 @@ def test_equal_pictures_are_told(tiny, pictures, tmp_path, caplog):
 def test_finished_problems_leave_the_wave(tiny, pictures, tmp_path):
     module = PEZ(backbone=tiny, lr=0.0, weight_decay=0.0, patience=2, **settings(PEZ))
     problems = search(module, [pictures], tmp_path / "run", steps=50)
-    assert not module.active.any()
+    assert not len(module.batch.active_rows())
     assert all(problem.prompt for problem in problems)
     for problem in problems:  # nothing moves: the start, two steps, and each is scored
         assert problem.status == "not improved"
@@ -337,13 +338,13 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
     seen = []
 
     class Watched(PH2P):
-        def jump(self, rows, there):
-            super().jump(rows, there)
+        def reset_rows(self, rows, values):
+            super().reset_rows(rows, values)
             token_ids = self.prompt.project()
             (state,) = self.trainer.optimizers[0].state.values()
             assert not any(value.any() for value in state.values())
             seen.append(
-                [(problem.token_ids, ids) for problem, ids in zip(self.problems, token_ids.tolist(), strict=True)]
+                [(problem.token_ids, ids) for problem, ids in zip(self.batch.records, token_ids.tolist(), strict=True)]
             )
 
     module = Watched(backbone=tiny, optimizer="adam", restart_every=2, tokens=6, sampling_steps=2)
@@ -390,12 +391,12 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
         def search(self, batch, rows):
             before = self.prompt.embeddings.detach().clone()
             super().search(batch, rows)
-            if batch.steps[0] in range(1, 1 + times) and self.problems[0].target == "0.png":
+            if batch.steps[0] in range(1, 1 + times) and self.batch[0].record.target == "0.png":
                 self.prompt.embeddings.data[0] = value
             elif batch.steps[0] == 2:  # after the first time
-                best = self.embedded(self.problems[0])
+                best = self.embedded(self.batch[0].record)
                 assert torch.equal(before[0], best)
-                assert self.lowered == [1, 0, 0]
+                assert [row.halvings for row in self.batch.rows] == [1, 0, 0]
                 if method is PEZ:  # Adam's first step is as long as its step size
                     assert float((self.prompt.embeddings[0] - best).abs().max().detach()) == pytest.approx(
                         0.5 * self.lr, rel=0.2
@@ -514,7 +515,7 @@ def opposed(sd, pictures, tmp_path):
     data.trainer, trainer.datamodule, module.trainer = trainer, data, trainer
     data.setup("fit")
     module.double()
-    module.take(list(data.arrivals))
+    set_batch(module, list(data.arrivals))
     module.latents = [latents.double() for latents in module.latents]
     return module, data
 

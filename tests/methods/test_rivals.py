@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from safetensors.torch import load_file
-from searches import fit
+from searches import fit, set_batch
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
@@ -26,8 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def first_step(module):
     """The step that the search of the problems has begun with, which are made the wave again."""
-    module.take(list(module.data.folder.load().values()))
-    module.done = [0] * len(module.problems)
+    set_batch(module, module.data.folder.load().values())
     return module.data.step()
 
 
@@ -103,7 +102,7 @@ def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, ti
         def loss(self, rows, ids, *more, **how):
             if not torch.is_grad_enabled():
                 evaluated.extend(
-                    (self.problems[row].key, *text) for row, text in zip(rows.tolist(), ids.tolist(), strict=True)
+                    (self.batch[row].record.key, *text) for row, text in zip(rows.tolist(), ids.tolist(), strict=True)
                 )
             return super().loss(rows, ids, *more, **how)
 
@@ -128,7 +127,7 @@ def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, ti
     possible = 3 * 12 if swaps == 1 else candidates  # with two swaps there are more than are drawn
     for step in steps:
         assert len(set(step)) == len(step)
-        assert len(step) == min(candidates, possible) * len(module.problems)
+        assert len(step) == min(candidates, possible) * len(module.batch)
 
 
 @pytest.mark.exact

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from searches import set_batch
 from torch.nn import functional as F
 
 from lightning_prompts.callbacks.results import noise_of
@@ -97,12 +98,11 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     problem = Problem("key", PROMPTS[0], target_seed=4)
     others = torch.randn(1, 2, 4, 8, 8, dtype=torch.float64)
     monkeypatch.setattr(module, "draw_noise", lambda problems, step, count: others[:, :count])
-    module.take([problem])
-    module.done = [1]
+    set_batch(module, [problem], steps=1)
     module.parameter.data = module.prompt.double().start(module.prompt.initial)
     module.prompt.initial, module.starts = module.prompt.initial.double(), module.starts.double()
     losses = []
-    monkeypatch.setattr(module, "step_active", lambda optimizer, loss, rows: losses.append(loss))
+    monkeypatch.setattr(module, "step_active", lambda loss, rows: losses.append(loss))
     monkeypatch.setattr(module, "optimizers", lambda: None)
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
     module.search(Step([1], torch.empty(1, 0)), torch.tensor([0]))
@@ -155,7 +155,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
 @pytest.mark.parametrize("embedding", ["rows", "one_row"])
 def test_what_is_found(embedding, tiny, tmp_path):
     module, (problem,) = search(tiny, tmp_path, embedding=embedding, target_seeds=[7])
-    best = module.bests[0][0]
+    best = module.batch[0].best[0]
     assert torch.equal(best[0], module.prompt.initial[0, 0, 0])
     if embedding == "one_row" and problem.status == "done":
         assert (best[1:] == best[1]).all()
@@ -216,7 +216,7 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
         module._wanted.clear()
         module._pictures.clear()
         for batch in batches:
-            module.take(batch)
+            set_batch(module, batch)
             pictures = module.pictures(batch)
         place = batch.index(second)
         found.append((module.prompt.initial[place], pictures[place], *module._wanted["4"].values()))

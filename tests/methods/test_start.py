@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_prompts import guide, invert, load_backbone, prefer
+from lightning_prompts.engine.batch import Row
 from lightning_prompts.errors import UserError
 from lightning_prompts.interop import pack_embedding, read_embedding
 from lightning_prompts.methods import GCG, PEZ, MetricGuidance, SeedInvariance, TextualInversion
@@ -29,7 +30,7 @@ def backbone(tiny):
 
 def begun(module, problems=2):
     """Where a method begins with so many problems."""
-    module.problems = [Problem(str(i), "") for i in range(problems)]
+    module.batch.rows = [Row(Problem(str(i), "")) for i in range(problems)]
     return module.first(torch.arange(problems))
 
 
@@ -123,8 +124,8 @@ def test_textual_inversion_goes_on_from_its_own_file(backbone, picture, tmp_path
 
 def seen(module, prompts):
     """Where a method that steers begins, and what it compares with."""
-    module.problems = [Problem(str(i), prompt) for i, prompt in enumerate(prompts)]
-    module.prompt.show(module.initial(module.problems))
+    module.batch.rows = [Row(Problem(str(i), prompt)) for i, prompt in enumerate(prompts)]
+    module.prompt.show(module.initial(module.batch.records))
     return module.beginnings(torch.arange(len(prompts))), module.prompt.initial
 
 

@@ -126,7 +126,7 @@ def test_nothing_but_the_prompt_trains(tiny, tmp_path):
     for name, value in module.backbone.state_dict().items():
         assert torch.equal(value, whole[name])
     assert list(module.state_dict()) == ["prompt.rows"]
-    moved = torch.stack(module.bests) - module.prompt.initial
+    moved = torch.stack([row.best for row in module.batch.rows]) - module.prompt.initial
     assert torch.equal(moved[:, :, 0], torch.zeros_like(moved[:, :, 0]))  # the start of the text
     assert (moved[:, :, 1:].abs().amax(dim=(0, 2, 3)) > 0).all()  # on both sides
 
@@ -136,7 +136,7 @@ def test_batch_equals_its_parts(tiny, tmp_path):
     for i, prompt in enumerate(PROMPTS):
         one, (alone,) = search(tiny, tmp_path / str(i), [prompt])
         assert alone.metric_after == pytest.approx(together[i].metric_after, rel=1e-3)
-        torch.testing.assert_close(one.bests[0], module.bests[i], atol=2e-3, rtol=0)
+        torch.testing.assert_close(one.batch[0].best, module.batch[i].best, atol=2e-3, rtol=0)
 
 
 def test_seeds_take_turns(tiny, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def table():
 
 
 RECORD = json.dumps({"version": RECORD_VERSION, **asdict(Problem(KEY, "a.png", ["a.png"], prompt="a", token_ids=[1], validation_loss=0.5))}).encode()  # fmt: skip
-WAVE = {name: [] for name in ("records", "active", "done", "stale", "lowered", "left_out")} | {
+BATCH = {name: [] for name in ("records", "active", "steps", "stale", "halvings", "skipped", "best")} | {
     "parts": 1,
     "microbatch": 1,
 }
@@ -76,7 +76,7 @@ VALID = {
     "a.safetensors": [save({"<x>": np.zeros((2, 32), np.float32)}), struct.pack("<Q", 2) + b"{}"],
     "a.pt": [pickled({"string_to_param": {"*": torch.zeros(2, 32)}}), pickled({"<x>": torch.zeros(32)})],
     "a.txt": ["a cat\nein Hündchen\n".encode()], "a.json": [b'{"a cat": {"synonym": {"cat": ["kitten"]}, "antonym": {}}}'],
-    f"{KEY}.json": [RECORD], "a.ckpt": [pickled({"wave": WAVE, "state_dict": {"p": torch.zeros(0, 1)}})],
+    f"{KEY}.json": [RECORD], "a.ckpt": [pickled({"batch": BATCH, "state_dict": {"p": torch.zeros(0, 1)}})],
 }  # fmt: skip
 
 

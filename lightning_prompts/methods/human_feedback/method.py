@@ -87,11 +87,11 @@ class HumanFeedback(Steering):
         return self.prompt.of(torch.stack([self.at[-1]] * len(rows)))
 
     @torch.no_grad()
-    def take(self, problems: list[Problem]) -> None:
+    def set_rows(self, problems: list[Problem]) -> None:
         """Makes a problem the wave, and goes its way again."""
         if newest := self.data.folder.read(problems[0].key):  # which may be newer than a checkpoint
             problems[0].moves, problems[0].others = newest.moves, newest.others
-        super().take(problems)
+        super().set_rows(problems)
         self.at, self.drawn = [], []
         self.arrive(self.beginnings(torch.tensor([0]))[0])
         self.axes = principal_axes(self.gists(self.encoded(self.variations(problems[0], 0, 0))), 2)
@@ -167,7 +167,7 @@ class HumanFeedback(Steering):
     @torch.no_grad()
     def search(self, batch: Step, rows: Tensor) -> None:
         """One round: what is chosen becomes where one is."""
-        (problem,) = self.problems
+        (problem,) = self.batch.records
         texts = self.variations(problem, len(problem.moves), problem.others)
         ends = self.ends(texts, self.base(problem, len(problem.moves)))
         chosen = farthest(self.gists(ends) - self.gists(self.at[-1][None]), int(self.candidates))
@@ -216,15 +216,15 @@ class HumanFeedback(Steering):
 
     def score(self, rows: Tensor) -> list[Problem]:
         """Keeps where one is, which is the best by definition."""
-        (problem,) = self.problems
+        (problem,) = self.batch.records
         problem.prompt = problem.target
-        self.bests = [self.at[-1]]
+        self.batch[0].best = self.at[-1]
         self.data.folder.save_embeds(problem.key, self.file([problem], self.at[-1][None]))
         return [problem]
 
     def retire(self, rows: Tensor) -> None:
         """Finishes what the person has finished."""
-        if len(rows) and self.problems[0].key in self.ended:
+        if len(rows) and self.batch[0].record.key in self.ended:
             self.end(0)
         else:
             super().retire(rows)
@@ -232,8 +232,8 @@ class HumanFeedback(Steering):
     def end(self, row: int) -> None:
         """Finishes a problem, which leaves the wave."""
         super().end(row)
-        if not self.problems[row].moves:
-            self.problems[row].status, self.problems[row].reason = "not improved", "Nothing was chosen."
+        if not self.batch[row].record.moves:
+            self.batch[row].record.status, self.batch[row].record.reason = "not improved", "Nothing was chosen."
 
     def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Nothing: what a person likes is not measured."""
@@ -269,7 +269,7 @@ class HumanFeedback(Steering):
     def on_train_start(self) -> None:
         """Goes on where the record is."""
         super().on_train_start()
-        if self.problems:
+        if self.batch.records:
             self.score(torch.tensor([0]))  # a checkpoint's embeddings may be older, too
 
 

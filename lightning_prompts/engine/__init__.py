@@ -1,0 +1,1 @@
+"""What is searched together: the batch and its rows."""
