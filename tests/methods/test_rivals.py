@@ -275,6 +275,21 @@ def test_shorter_prompts_stand_in_the_template_as_their_text_does(sd):
 # --- textual inversion
 
 
+@pytest.mark.parametrize("negative", [False, True])
+def test_pseudo_word_is_encoded_as_the_side_that_it_stands_on(negative, tiny, pictures, tmp_path, monkeypatch):
+    """Negative prompts are encoded with all layers, whatever `clip_skip` is."""
+    module = TextualInversion(backbone=tiny, tokens=2, sampling_steps=2)
+    (problem,) = fit(module, pictures / "0.png", tmp_path, steps=1)
+    sides, encode = [], module.backbone.encode
+    monkeypatch.setattr(
+        module.backbone,
+        "encode",
+        lambda *args, negative=False, **how: sides.append(negative) or encode(*args, negative=negative, **how),
+    )
+    module.encode([f"a {pseudo_word(problem)}"], negative)
+    assert sides == [negative]
+
+
 def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
     module = TextualInversion(backbone=tiny, tokens=2, lr=0.1, template="a photo of {}", sampling_steps=2)
     problems = fit(module, pictures, tmp_path, callbacks=[Results()], steps=4)

@@ -69,6 +69,12 @@ def test_arc_is_long_enough_to_be_gone_from_end_to_end(tiny):
     assert 0.98 < module.prompt.place.sigmoid() < 1
 
 
+def test_optimizer_has_the_settings_of_the_search(tiny):
+    module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents", lr=0.3, eps=0.5)
+    (group,) = module.configure_optimizers().param_groups
+    assert (group["lr"], group["eps"]) == (0.3, 0.5)
+
+
 def test_by_default_a_stage_looks_at_the_end_and_soon_at_real_seeds(tiny):
     module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=10)
     assert {module.stage(step)[0] for step in range(10)} == {module.backbone.calls(3, 1)} == {module.grad_steps}
