@@ -185,8 +185,9 @@ def here(inputs, tmp_path, monkeypatch):
     return tmp_path
 
 
+DEFAULT = {(config, "emoji") for config in ("invert", "ph2p", "dpo_diff")} | {("metric_guidance", "flux")}
 CASES = [
-    pytest.param(config, model, marks=[pytest.mark.slow] if model != "emoji" else [])
+    pytest.param(config, model, marks=[] if (config, model) in DEFAULT else [pytest.mark.slow])
     for model in MODELS
     for config in CONFIGS
 ]
@@ -240,3 +241,21 @@ def test_two_ranks_find_the_same(config, here):
     command = [sys.executable, str(ROOT / "train.py"), *arguments(config, "emoji"), "--trainer.devices", "2"]
     subprocess.run(command, check=True, capture_output=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert_alike(problems_in(here / "run"), renamed(golden_of(config, "emoji")["problems"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
+def test_later_commands_find_the_same(config, here, capsys):
+    """`validate` computes the losses again, and `test` the scores."""
+    main(arguments(config, "sdxl"))
+    golden = renamed(golden_of(config, "sdxl")["problems"])
+    if config != "human_feedback":  # what a user has chosen has no loss
+        capsys.readouterr()
+        main(["validate", "--run", "run"])
+        shown = [float(loss) for loss in re.findall(r"(?m)^(\d+\.\d+)  ", capsys.readouterr().out)]
+        losses = [abs(problem["validation_loss"]) for problem in golden]
+        if config == "metric_guidance":  # which shows the metric, not its weighted loss
+            losses = [sum(problem["metric_after"]) / len(problem["metric_after"]) for problem in golden]
+        assert_alike(sorted(shown), sorted(losses))
+    main(["test", "--run", "run", "--scorer", "scorer"])
+    assert_alike(problems_in(here / "run"), golden)

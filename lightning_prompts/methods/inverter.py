@@ -21,6 +21,7 @@ from lightning_prompts.callbacks.word_maps import word_picture
 from lightning_prompts.data.addresses import START, TRIAL, VALIDATION, draw_noise, picture_turns, validation_timesteps
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.data.problems import Step
+from lightning_prompts.engine.batch import Row
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 from lightning_prompts.methods.base import MOST_STEPS, PromptMethod
@@ -437,6 +438,7 @@ class Inverter(PromptMethod):
 
     def validation_losses(self, problems: list[Problem]) -> Tensor:
         """The validation losses of the decoded prompts."""
+        self.batch.rows = [Row(problem) for problem in problems]
         self.set_rows(problems)
         with torch.autocast(self.device.type, enabled=False):  # as `fit` has scored
             return self.validation_loss(
