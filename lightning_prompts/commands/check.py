@@ -110,7 +110,7 @@ def check(method: PromptMethod, seed: int, measured: DryRun) -> Report:
         measured: Memory and time of that step.
     """
     device, backbone, inverter = method.device, method.backbone, method if isinstance(method, Inverter) else None
-    rows = torch.arange(min(IMAGES, len(method.batch.records)))
+    rows = torch.arange(min(IMAGES, len(method.batch)))
     texts, source = right_texts(inverter, rows) if inverter else ([method.batch[0].record.target], "prompt")
     forget_peak(device)
     change = image_change(method, texts[0], method.batch[0].record.key, seed)
@@ -338,7 +338,7 @@ def _loss_lines(losses: Losses, source: str, other: str) -> list[str]:
 
 def _clip_line(method: Inverter, texts: Sequence[str], captioned: bool) -> str:
     """Report how well the CLIP tells images apart: by their captions or else by the largest cosine of two images."""
-    features = method.features(torch.arange(len(method.batch.records)))
+    features = method.features(torch.arange(len(method.batch)))
     if len(features) == 1:
         return _line("CLIP", "only one image, so there is nothing to tell apart")
     if captioned:

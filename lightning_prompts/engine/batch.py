@@ -64,9 +64,7 @@ class Batch:
         self.prompt, self.size = prompt, size
         self.optimizers: Sequence[Optimizer] = ()
         self.rows: list[Row] = []
-        self.skipped = torch.empty(
-            0, dtype=torch.long
-        )  # (P,) steps without a finite gradient since the last evaluation
+        self.skipped = torch.empty(0, dtype=torch.long)  # (P,) steps without a finite gradient since an evaluation
         self.finished: list[Problem] = []  # records that are not saved yet
         self.exhausted = False  # whether no problem is left to search
 

@@ -31,6 +31,7 @@ from lightning_prompts.ranges import NotNegative, Positive
 from lightning_prompts.ranks import of_rank_zero, sharing
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.terminal import say
+from lightning_prompts.typed_module import TypedModule
 from lightning_prompts.unused import refuse_unused
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ TRAINER: dict[str, Any] = {
 """What a Trainer has to be told to search prompts."""
 
 
-class PromptMethod(pl.LightningModule, ABC):
+class PromptMethod(TypedModule, pl.LightningModule, ABC):
     """A search for the prompts of P problems under a frozen backbone; nothing but the prompts trains.
 
     A wave of problems is optimised together; each of them leaves it when its score has stopped falling, and the next one joins.
@@ -93,8 +94,6 @@ class PromptMethod(pl.LightningModule, ABC):
         guidance_scale: Weight of the prompt when these are drawn; None for the model's.
     """
 
-    if TYPE_CHECKING:
-        __getattr__: None  # type: ignore[assignment, misc]  # nn.Module's would give every misspelled name a type
     strict_loading = False  # a checkpoint has no backbone
     prompt: TokenEmbeddings | WordChoices | PromptEmbeds | PromptArc
     data_class: type[ProblemData]
@@ -267,7 +266,8 @@ class PromptMethod(pl.LightningModule, ABC):
     def on_train_batch_end(self, outputs: Any, batch: Step, batch_idx: int) -> None:
         """Save what is finished, unless a callback has done so after scoring it, and refill the batch."""
         self.save_finished()
-        self.refill()
+        if not self.trainer.should_stop:  # else what joined would never be searched
+            self.refill()
 
     def save_finished(self) -> list[Problem]:
         """Saves what is finished."""
