@@ -171,7 +171,7 @@ def is_checkpoint(path: Path) -> bool:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         _type().validate_python(saved)
         batch, (prompts,) = saved["batch"], saved["state_dict"].values()
-        rows = {len(batch[name]) for name in ("records", "active", "steps", "stale", "halvings", "skipped", "best")}
+        rows = {len(values) for values in batch.values() if isinstance(values, list)}
         # Lightning saves the state {} where a method has no optimizer, as GCG has none.
         known = all(not state or {"state", "param_groups"} <= state.keys() for state in saved["optimizer_states"])
         known &= all(record.keys() <= FIELDS for record in batch["records"]) and "pytorch-lightning_version" in saved
