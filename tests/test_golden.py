@@ -89,9 +89,11 @@ def inputs(tmp_path_factory):
 def name_weights(file, salt):
     """Draw a file's weights again, each by its name alone, so that they do not depend on how a library initializes a network."""
     weights = load_file(file)
+    alone = all(name.startswith("text_model.") for name in weights)  # a CLIPTextModel of transformers 4 has this prefix
     for name, weight in weights.items():
         if weight.is_floating_point() and (weight.ndim > 1 or (weight.numel() > 1 and weight.std() > 0)):
-            seed = int.from_bytes(hashlib.sha256(f"{salt}/{name}".encode()).digest()[:4], "big")
+            key = name.removeprefix("text_model.") if alone else name
+            seed = int.from_bytes(hashlib.sha256(f"{salt}/{key}".encode()).digest()[:4], "big")
             draw = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
             weights[name] = draw / math.sqrt(weight[0].numel() if weight.ndim > 1 else weight.numel())
     save_file(weights, file, metadata={"format": "pt"})
