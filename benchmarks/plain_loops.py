@@ -36,14 +36,9 @@ def picture(
     """A picture (1, 3, H, W), drawn alone; guidance takes two samples a call, as in diffusers' pipelines."""
     model = method.backbone
     noise = torch.randn(1, *model.latent_shape, device=model.device)
-    steps, scale = method.sampling_steps, method.guidance_scale
+    steps, scale = method.sampler.num_inference_steps, method.sampler.guidance_scale
     picture: Tensor = model.decode(model.sample(prompt_embeds, negative, noise, steps, scale, grad_steps, stop))
     return picture
-
-
-def sides_of(method: Any) -> int:
-    """Samples of a picture in a call."""
-    return 2 if method.backbone.guided(method.guidance_scale) else 1
 
 
 def ph2p(method: Any) -> Iterator[int]:
@@ -94,7 +89,7 @@ def dpo_diff_gradients(method: Any) -> Iterator[int]:
     model, before = method.backbone, method.plan(0)[0]
     text, away = (
         encode_text(method.vocabulary.tokenizer, PROMPTS[:1], method.vocabulary.length),
-        method.encode_negative([""]),
+        method.encode([""], negative=True),
     )
     ids = text.to(model.device)
     embeddings = nn.Parameter(method.prompt.table[ids].clone())
@@ -105,7 +100,7 @@ def dpo_diff_gradients(method: Any) -> Iterator[int]:
             drawn = picture(method, model.encode(ids, embeddings), away, method.grad_steps, before + method.grad_steps)
             spherical_distance(method.clip.features(drawn), wanted).sum().backward()
         optimizer.step()
-        yield method.seeds * sides_of(method) * (before + 2 * method.grad_steps)
+        yield method.seeds * method.sampler.cost(before + method.grad_steps, method.grad_steps)
 
 
 @torch.no_grad()
@@ -114,19 +109,19 @@ def dpo_diff_candidates(method: Any) -> Iterator[int]:
     wanted = method.clip.features_of(PROMPTS[:1])
     while True:
         for _ in range(method.population):
-            sides = method.encode(PROMPTS[:1]), method.encode_negative(["blurry"])
+            sides = method.encode(PROMPTS[:1]), method.encode(["blurry"], negative=True)
             for _ in range(method.seeds):
                 spherical_distance(method.clip.features(picture(method, *sides)), wanted).sum().item()
-        yield method.population * method.seeds * sides_of(method) * method.backbone.calls(method.sampling_steps, 1)
+        yield method.population * method.seeds * method.sampler.cost()
 
 
 def metric_guidance(method: Any) -> Iterator[int]:
     """MetricGuidance's gradient, by Adam on the encoded prompt."""
-    embeds, away = nn.Parameter(method.encode(PROMPTS[:1]).float()), method.encode_negative([""])
+    embeds, away = nn.Parameter(method.encode(PROMPTS[:1]).float()), method.encode([""], negative=True)
     optimizer, objective = torch.optim.Adam([embeds], lr=0.01), Sharpness()
     while True:
         optimizer.zero_grad()
         for _ in range(method.seeds):
             (-objective(picture(method, embeds, away, method.grad_steps), PROMPTS[:1])).sum().backward()
         optimizer.step()
-        yield method.seeds * sides_of(method) * (method.backbone.calls(method.sampling_steps, 1) + method.grad_steps)
+        yield method.seeds * method.sampler.cost(grad_steps=method.grad_steps)

@@ -60,11 +60,11 @@ from lightning_prompts.interop import split_name
 from lightning_prompts.launchers import Launched, own_rank, started_by_lightning, starting_others
 from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.methods.start import looks_like_file
-from lightning_prompts.microbatch import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.ranges import Positive
 from lightning_prompts.ranks import ranks_of
 from lightning_prompts.run_folder import RunFolder
 from lightning_prompts.run_lock import RunLock
+from lightning_prompts.sampling import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.sentences import first_sentence, mistake_in, one_sentence, refused_class
 from lightning_prompts.terminal import say
 from lightning_prompts.text_settings import Text, all_settings, keep_texts, text_settings

@@ -11,9 +11,9 @@ from lightning_prompts.callbacks import PromptCheckpoint, last_checkpoint
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, MetricGuidance
-from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Denoising, Sharpness
 from lightning_prompts.problems import Problem
+from lightning_prompts.sampling import Microbatch
 from lightning_prompts.vocabulary import encode_text
 
 
@@ -33,7 +33,7 @@ def holding(most, work):
 )
 def test_every_sample_is_worked_on_once(size, most, left, told, caplog):
     microbatch = Microbatch(size)
-    given, sizes = microbatch.over(23, holding(most, lambda some: (some, {"size": torch.full_like(some, len(some))})))
+    given, sizes = microbatch.map(23, holding(most, lambda some: (some, {"size": torch.full_like(some, len(some))})))
     assert given.tolist() == list(range(23))
     assert microbatch.size == left
     assert int(sizes["size"].max()) <= most
@@ -42,9 +42,9 @@ def test_every_sample_is_worked_on_once(size, most, left, told, caplog):
 
 def test_a_smaller_size_stays(caplog):
     microbatch = Microbatch(8)
-    microbatch.over(8, holding(2, torch.clone))
+    microbatch.map(8, holding(2, torch.clone))
     caplog.clear()
-    assert microbatch.over(8, holding(2, torch.clone)).tolist() == list(range(8))
+    assert microbatch.map(8, holding(2, torch.clone)).tolist() == list(range(8))
     assert caplog.records == []
 
 
@@ -52,11 +52,11 @@ def test_as_many_as_the_memory_holds(caplog):
     caplog.set_level(logging.WARNING)
     microbatch = Microbatch(None)
     for count in (23, 50, 7):
-        assert microbatch.over(count, holding(6, torch.clone)).tolist() == list(range(count))
+        assert microbatch.map(count, holding(6, torch.clone)).tolist() == list(range(count))
     assert (microbatch.size, microbatch.most) == (5, 5)
     assert [record.message for record in caplog.records] == [
-        "The memory holds no 23 samples at once; going on with 11.",
-        "The memory holds no 11 samples at once; going on with 5.",
+        "The memory does not hold 23 samples at once; continuing with 11.",
+        "The memory does not hold 11 samples at once; continuing with 5.",
     ]
 
 
@@ -87,7 +87,7 @@ def test_what_was_fitted_stays_when_a_search_goes_on(tiny, tmp_path, monkeypatch
 
 def test_memory_for_not_even_one():
     with pytest.raises(UserError, match=r"out of memory; lower --model\.microbatch"):
-        Microbatch(4).over(4, holding(0, torch.clone))
+        Microbatch(4).map(4, holding(0, torch.clone))
 
 
 def test_other_errors_are_not_taken_for_it():
@@ -96,7 +96,7 @@ def test_other_errors_are_not_taken_for_it():
 
     microbatch = Microbatch(4)
     with pytest.raises(RuntimeError, match="mat1"):
-        microbatch.over(4, wrong)
+        microbatch.map(4, wrong)
     assert microbatch.size == 4
 
 
@@ -105,7 +105,7 @@ def test_the_memory_of_a_cpu():
         return torch.empty(2**62 if len(some) > 2 else 1, dtype=torch.uint8)
 
     microbatch = Microbatch(4)
-    assert microbatch.over(4, too_much).shape == (2,)
+    assert microbatch.map(4, too_much).shape == (2,)
     assert microbatch.size == 2
 
 
@@ -124,6 +124,51 @@ def too_small(monkeypatch, backbone, most):
 
     monkeypatch.setattr(backbone, "denoise", limited)
     return seen
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, None])
+def test_values_have_the_gradients_of_one_call(size):
+    torch.manual_seed(0)
+    x, y, unused = (torch.randn(7, 4, requires_grad=True) for _ in range(3))
+
+    def terms(inputs, indices):
+        return (inputs[0] * inputs[1]).sin() * (1 + indices[:, None]), {"indices": indices, "sums": inputs[0].sum(1)}
+
+    values, others = Microbatch(size).value_and_grad(terms, x, y, unused)
+    (values * torch.arange(7)).sum().backward()
+    inputs = [value.detach().clone().requires_grad_() for value in (x, y)]
+    expected = terms(inputs, torch.arange(7))[0].mean(1)
+    torch.testing.assert_close(values, expected)
+    (expected * torch.arange(7)).sum().backward()
+    for found, one in zip((x, y), inputs, strict=True):
+        torch.testing.assert_close(found.grad, one.grad)
+    assert unused.grad is None
+    assert others["indices"].tolist() == list(range(7))
+    assert not others["sums"].requires_grad
+    with torch.no_grad():
+        assert not Microbatch(size).value_and_grad(terms, x, y, unused)[0].requires_grad
+
+
+def test_an_infinite_gradient_leaves_the_value_finite():
+    x = torch.zeros(2, 1, requires_grad=True)
+    values, _ = Microbatch(1).value_and_grad(lambda inputs, indices: (inputs[0].sqrt(), {}), x)
+    assert values.tolist() == [0, 0]
+    values.sum().backward()
+    assert x.grad.isinf().all()
+
+
+def test_gradients_do_not_vanish_in_half_precision():
+    """The gradient of a mean over 2^20 terms is below the least float16; that of their sum is not."""
+    x = torch.full((1, 1), 0.5, dtype=torch.float16, requires_grad=True)
+    steep = torch.full((1, 1), 0.5, requires_grad=True)
+
+    def terms(inputs, indices):
+        return (inputs[0] * 1e-3).expand(len(indices), 2**20).float().square(), {}
+
+    for value in (x, steep):
+        values, _ = Microbatch(1).value_and_grad(terms, value)
+        values.sum().backward()
+    assert float(x.grad) == pytest.approx(float(steep.grad), rel=0.05) != 0
 
 
 def test_denoising_goes_on_with_less(tiny, monkeypatch):
@@ -154,7 +199,7 @@ def test_drawing_goes_on_with_less(tiny, monkeypatch, grad_steps):
         embeds = module.initial(problems).requires_grad_()
         losses, values = module.measured(embeds, noise, problems, grad_steps)
         gradient = torch.autograd.grad(losses.sum(), embeds)[0] if grad_steps else losses
-        return losses.detach(), values["Sharpness"], gradient, module.draw_embeds(embeds.detach(), noise)
+        return losses.detach(), values["Sharpness"], gradient, module.sampler.draw_embeds(embeds.detach(), noise)
 
     module = MetricGuidance(backbone=tiny, microbatch=2, **how)
     noise = torch.randn(2, 4, *module.backbone.latent_shape)
@@ -173,4 +218,6 @@ def test_said_once_a_size(tiny, monkeypatch, caplog):
     module = MetricGuidance(backbone=tiny, microbatch=8, sampling_steps=2, objective=Sharpness())
     too_small(monkeypatch, module.backbone, 8)
     module.draw(["a red cat"] * 20, torch.randn(20, *module.backbone.latent_shape))
-    assert [record.message for record in caplog.records] == ["The memory holds no 8 samples at once; going on with 4."]
+    assert [record.message for record in caplog.records] == [
+        "The memory does not hold 8 samples at once; continuing with 4."
+    ]

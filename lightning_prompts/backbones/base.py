@@ -502,9 +502,9 @@ class Backbone(TypedModule, ABC):
                 latents = scheduler.step(output, t, latents, **extra).prev_sample
         return latents
 
-    def calls(self, steps: int, guidance_scale: float = 7.5) -> int:
-        """Return the denoiser samples that `sample` spends on an image; some samplers make several denoiser calls per step."""
-        return len(self._sampler(steps).timesteps) * (2 if self.guided(guidance_scale) else 1)
+    def calls(self, steps: int) -> int:
+        """Return the denoiser calls that `sample` makes per image; some schedulers make several per step."""
+        return len(self._sampler(steps).timesteps)
 
     def schedule(self, steps: int) -> dict[str, Any]:
         """Return what the family's pipeline passes to `set_timesteps` besides the number of steps."""

@@ -49,12 +49,12 @@ class Between(pl.Callback):
             return
         one, other = (encoded(end, pl_module) for end in self.ends)
         if len(one) != len(other):  # only one of them says what to lead away from
-            empty = pl_module.encode_negative([""]).to(one)
+            empty = pl_module.encode([""], negative=True).to(one)
             one, other = (x if len(x) == 2 else torch.cat([x, empty]) for x in (one, other))
         values = torch.linspace(0, 1, self.frames, device=one.device)
         embeds = torch.stack([slerp(one, other, float(value)) for value in values])
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
-        drawn = pl_module.draw_embeds(embeds, noise.expand(self.frames, *noise.shape))  # (F, N, 3, H, W)
+        drawn = pl_module.sampler.draw_embeds(embeds, noise.expand(self.frames, *noise.shape))  # (F, N, 3, H, W)
         texts = [f"{float(value):.2f}" for value in values]
         texts[0], texts[-1] = (Path(end).name if _is_file(end) else end for end in self.ends)
         name = "-to-".join(file_name(Path(end).stem if _is_file(end) else end) for end in self.ends)

@@ -19,8 +19,8 @@ from lightning_prompts.data.addresses import CHECK, draw_noise, draw_timesteps
 from lightning_prompts.methods.base import PromptMethod
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.methods.start import random_tokens
-from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Denoising
+from lightning_prompts.sampling import Microbatch
 
 Verdict = Literal["ok", "weak", "no"]
 
@@ -249,7 +249,7 @@ def sample_gradients(method: Inverter, row: int, timesteps: Tensor, noise: Tenso
             (gradient,) = torch.autograd.grad(denoising(backbone, prompt_embeds, *each).sum(), own)
         return gradient[:, method.prompt.positions].flatten(1).float().cpu()
 
-    return microbatch.over(len(timesteps), call, method.device)
+    return microbatch.map(len(timesteps), call, method.device)
 
 
 def gradient_ratios(method: Inverter, rows: Tensor, schedule: tuple[int, int], seed: int) -> list[float]:

@@ -21,9 +21,9 @@ from lightning_prompts.data.images import Fit, Target, content_key, find_targets
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.data.shards import split_address
 from lightning_prompts.errors import UserError
-from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.problems import Problem, unreadable_key
 from lightning_prompts.ranges import Byte, NotNegative, Positive
+from lightning_prompts.sampling import Microbatch
 
 if TYPE_CHECKING:
     from lightning_prompts.methods.inverter import Inverter
@@ -356,4 +356,4 @@ def _encoded(backbone: Backbone, pictures: Tensor, batch: int = 4) -> Tensor:
     def call(some: Tensor) -> Tensor:
         return backbone.encode_image(pictures[some].to(backbone.device)).cpu()
 
-    return Microbatch(batch).over(len(pictures), call)
+    return Microbatch(batch).map(len(pictures), call)

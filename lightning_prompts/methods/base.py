@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import islice
@@ -16,20 +16,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_prompts.backbones import Backbone, Kind, load_backbone, repeat, save_memory
+from lightning_prompts.backbones import Backbone, Kind, load_backbone, save_memory
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid, checkpoints_of_all
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.addresses import draw_noise
 from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.engine.batch import Batch, merge
 from lightning_prompts.errors import UserError
-from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
 from lightning_prompts.ranks import of_rank_zero, sharing
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.sampling import Microbatch, Sampler
 from lightning_prompts.terminal import say
 from lightning_prompts.typed_module import TypedModule
 from lightning_prompts.unused import refuse_unused
@@ -143,9 +143,9 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             refuse_unused(PromptMethod, "on a backbone that is loaded", loading)
         self.backbone: Backbone = backbone
         own = self.backbone.default_steps
-        self.sampling_steps = int(sampling_steps or (min(own, MOST_STEPS) if self.draws else own))
-        self.guidance_scale = self.backbone.default_guidance if guidance_scale is None else guidance_scale
-        self.backbone.calls(self.sampling_steps)  # refuses more steps than the sampler has
+        steps = int(sampling_steps or (min(own, MOST_STEPS) if self.draws else own))
+        guidance = self.backbone.default_guidance if guidance_scale is None else guidance_scale
+        self.sampler = Sampler(self.backbone, steps, guidance, self.microbatch)
         self.vocabulary = self.backbone.vocabulary
         self.terms: dict[str, Tensor] = {}  # of the last loss, if it is a sum
         self.scorers: dict[str, Any] = {}  # what scores results, by name
@@ -154,13 +154,8 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """How pictures are drawn, with the model's own values where no setting was given; recorded with the results."""
-        return {"sampling_steps": self.sampling_steps, "guidance_scale": self.guidance_scale}
-
-    @property
-    def few(self) -> bool:
-        """Whether pictures are drawn in so few calls of the denoiser that a gradient can go through all of them."""
-        return self.backbone.calls(self.sampling_steps, 1) <= 4
+        """How images are drawn, with the model's defaults where no setting was given; recorded with the results."""
+        return {"sampling_steps": self.sampler.num_inference_steps, "guidance_scale": self.sampler.guidance_scale}
 
     def clips(self) -> list[ClipSimilarity]:
         """Return the CLIPs that take part in the search, whose judgement of its results is not held out."""
@@ -396,112 +391,37 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """All is done by the `Results` callback."""
 
     def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
-        """Encoded prompts (P, R, D) of what a person has pasted; see `Backbone.encode_text`."""
+        """Encode texts as a user pastes them, to (P, R, D); see `Backbone.encode_text`."""
         return self.backbone.encode_text(texts, negative)
-
-    def encode_negative(self, texts: Sequence[str]) -> Tensor:
-        """Encoded prompts (P, R, D) to lead away from."""
-        return self.encode(texts, negative=True)
 
     @torch.no_grad()
     def draw(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] of B texts from noise (B, C, h, w), led away from a negative text or B of them."""
+        """Draw images (B, 3, H, W) in [-1, 1] of B texts.
+
+        Args:
+            texts: The prompts.
+            noise: Standard normal, (B, C, h, w).
+            negative: A negative prompt for all images, or one per image.
+        """
         if any([negative] if isinstance(negative, str) else negative):
-            self.check_guided("a negative prompt does nothing")
+            self.sampler.check_guided("a negative prompt does nothing")
 
-        def call(some: Tensor) -> Tensor:
-            told = self.encode([texts[i] for i in some.tolist()])
-            away = self.encode_negative(
-                [negative] if isinstance(negative, str) else [negative[i] for i in some.tolist()]
-            )
-            return self.draw_from(told, away, noise[some], self.sampling_steps).cpu()
+        def encode(indices: Tensor) -> tuple[Tensor, Tensor]:
+            some = indices.tolist()
+            negatives = [negative] if isinstance(negative, str) else [negative[i] for i in some]
+            return self.encode([texts[i] for i in some]), self.encode(negatives, negative=True)
 
-        return self.microbatch.over(len(noise), call, noise.device)
+        return self.sampler.draw(noise, encode)
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
-        """Pictures (N, 3, H, W) in [-1, 1] of what was found for a problem, from noise (N, C, h, w).
+        """Draw images (N, 3, H, W) in [-1, 1] of a problem's best prompt.
 
         Args:
             problem: The record.
-            noise: One a picture.
-            negative: What to lead away from, instead of what was found for that.
+            noise: Standard normal, (N, C, h, w).
+            negative: A negative prompt, in place of the one that was found.
         """
         return self.draw([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
-
-    @torch.no_grad()
-    def draw_embeds(self, embeds: Tensor, noise: Tensor) -> Tensor:
-        """Pictures (P, N, 3, H, W) of encoded prompts (P, S, R, D) from noise (P, N, C, h, w)."""
-        (told, away), flat = self.sides(embeds, noise.shape[1]), noise.flatten(0, 1)
-
-        def call(some: Tensor) -> Tensor:
-            return self.draw_from(told[some], away[some], flat[some], self.sampling_steps).cpu()
-
-        pictures = self.microbatch.over(len(flat), call, flat.device)
-        return pictures.view(*noise.shape[:2], *pictures.shape[1:])
-
-    def sides(self, embeds: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-        """What the denoiser is told, and led away from, by encoded prompts (Q, S, R, D), each repeated for so many pictures."""
-        told = embeds[:, 0]
-        away = embeds[:, 1] if embeds.shape[1] == 2 else self.encode_negative([""]).expand(len(embeds), -1, -1)
-        return repeat(told, count), repeat(away, count)
-
-    def check_guided(self, otherwise: str, instead: str = "leave it out") -> None:
-        """Refuses what only guidance gives a meaning."""
-        if self.backbone.guides_itself:
-            raise UserError(
-                f"The model {self.backbone.name!r} guides itself, so that {otherwise}; {instead}, or choose another model."
-            )
-        if not self.backbone.guided(self.guidance_scale):
-            raise UserError(
-                f"With a guidance of {self.guidance_scale:g} {otherwise}; give --model.guidance_scale above 1, or {instead}."
-            )
-
-    def draw_from(self, told: Tensor, away: Tensor, noise: Tensor, steps: int) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] of B prompts from noise (B, C, h, w), led away from 1 or B others."""
-        return self.backbone.decode(self.backbone.sample(told, away, noise, steps, self.guidance_scale))
-
-    def judged(
-        self,
-        told: Tensor,
-        away: Tensor,
-        noise: Tensor,
-        judge: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
-        grad_steps: int = 0,
-        calls: int | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is said of B drawn latents; no more than a microbatch of them is held at once, with or without a gradient.
-
-        Args:
-            told: B encoded prompts, (B, R, D).
-            away: B encoded prompts to lead away from, (B, R, D).
-            noise: (B, C, h, w).
-            judge: Gives values (b,) of the drawn latents (b, C, h, w) and their numbers (b,) among the B, and by name what else
-                there is to tell of them, (b, ...).
-            grad_steps: Last calls of the denoiser that pass a gradient on to both prompts, see `Backbone.sample`.
-            calls: Calls after which the clean latents are predicted; None to draw to the end.
-
-        Returns:
-            Values (B,), with a gradient, and what else there is to tell, (B, ...).
-        """
-        sides, tracking = (told, away), grad_steps > 0 and torch.is_grad_enabled()
-        leaves = [side.detach().requires_grad_(tracking) for side in sides]
-
-        def call(some: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
-            with torch.set_grad_enabled(tracking):
-                parts = [leaf[some] for leaf in leaves]
-                latents = self.backbone.sample(
-                    parts[0], parts[1], noise[some], self.sampling_steps, self.guidance_scale, grad_steps, calls
-                )
-                value, more = judge(latents, some)
-            # There is none for what is led away from without guidance.
-            slopes = torch.autograd.grad(value.sum(), parts, allow_unused=True) if tracking else (None, None)
-            return value.detach(), {name: told.detach() for name, told in more.items()}, list(slopes)
-
-        found, more, slopes = self.microbatch.over(len(noise), call, noise.device)
-        for side, slope in zip(sides, slopes, strict=True):
-            if slope is not None:  # adds nothing but the gradient that was computed
-                found = found + ((side - side.detach()) * slope).flatten(1).sum(1)
-        return found, more
 
     # --- checkpoints: the prompt and nothing of the backbone
 

@@ -115,7 +115,7 @@ class DPODiff(PromptMethod):
         if negative is None and task == "improve":
             self.negative = ["library"]
         if self.negative:
-            self.check_guided(
+            self.sampler.check_guided(
                 "a negative prompt does nothing",
                 "search other words for the prompt with --model.negative [] --model.positive [synonyms]",
             )
@@ -142,9 +142,9 @@ class DPODiff(PromptMethod):
                 DPODiff, "unless --model.positive or --model.negative has neighbours", {"neighbours": neighbours}
             )
         self.budget, self.seeds = budget, seeds
-        self.schedule = schedule or ("fix-0" if self.few else None)
-        whole = self.few and schedule is None
-        self.grad_steps = int(grad_steps or (self.backbone.calls(self.sampling_steps, 1) if whole else 1))
+        few = self.sampler.is_few_step
+        self.schedule = schedule or ("fix-0" if few else None)
+        self.grad_steps = int(grad_steps or (self.sampler.calls if few and schedule is None else 1))
         self.gradient_share = gradient_share if solver in ("gradient", "hybrid") else 0.0
         self.unchanged, self.temperature, self.lr = unchanged, temperature, float(lr)
         self.population, self.select, self.mutation, self.threshold = population, select, mutation, threshold
@@ -190,7 +190,7 @@ class DPODiff(PromptMethod):
 
     def _planned(self, seed: int) -> list[int]:
         before: list[int] = []
-        spent, share, calls = 0.0, self.gradient_share * self.budget, self.backbone.calls(self.sampling_steps, 1)
+        spent, share, calls = 0.0, self.gradient_share * self.budget, self.sampler.calls
         if self.schedule is None:
             return linear_plan(calls, self.grad_steps, share)
         while share:
@@ -278,11 +278,12 @@ class DPODiff(PromptMethod):
             self.backbone.encode(side.ids, side.embeddings, side.texts, negative)
             for side, negative in zip(sides, (False, True), strict=True)
         )
-        calls, guided = before + 2 * self.grad_steps, 2 if self.backbone.guided(self.guidance_scale) else 1
-        self.count(rows, calls * guided * self.seeds)
+        calls = before + self.grad_steps
+        cost = self.sampler.cost(calls, self.grad_steps)
+        self.count(rows, cost * self.seeds)
         for row in rows.tolist():
-            self.spend(row, calls / self.backbone.calls(self.sampling_steps, 1))
-        return self.shortcut_loss(rows, told, away, before + self.grad_steps)
+            self.spend(row, cost / self.sampler.cost())
+        return self.shortcut_loss(rows, told, away, calls)
 
     def descend(self, loss: Tensor, rows: Tensor) -> None:
         """Moves the logits of the problems `rows` (Q,) down the gradient of their losses (Q,)."""
@@ -296,7 +297,7 @@ class DPODiff(PromptMethod):
     def shortcut_loss(self, rows: Tensor, told: Tensor, away: Tensor, calls: int) -> Tensor:
         """What is minimised, (Q,), at the clean pictures that are predicted after so many calls of the denoiser."""
         noise, wanted = self.noise[rows].flatten(0, 1), self.wanted[rows].repeat_interleave(self.seeds, 0)
-        losses, _ = self.judged(
+        losses, _ = self.sampler.sample_and_score(
             repeat(told, self.seeds), repeat(away, self.seeds), noise,
             lambda latents, some: (self.loss(self.backbone.decode(latents), wanted[some]), {}), self.grad_steps, calls,
         )  # fmt: skip
@@ -388,7 +389,7 @@ class DPODiff(PromptMethod):
         for i, values in zip(new, losses, strict=True):
             paid[i][texts[i]] = values
         for (row, choice), pair, known in zip(wanted, texts, paid, strict=True):
-            self.count(torch.tensor([row]), self.seeds * self.backbone.calls(self.sampling_steps, self.guidance_scale))
+            self.count(torch.tensor([row]), self.seeds * self.sampler.cost())
             self.spend(row, cost)
             self.keep(row, choice, pair, known[pair])
         for row in {row for row, _ in wanted}:
@@ -414,9 +415,9 @@ class DPODiff(PromptMethod):
             return noise.new_zeros(0, noise.shape[1])
         count = noise.shape[1]
         told = repeat(self.encode([text for text, _ in texts]), count)
-        away = repeat(self.encode_negative([negative for _, negative in texts]), count)
+        away = repeat(self.encode([negative for _, negative in texts], negative=True), count)
         wanted = wanted.repeat_interleave(count, 0)
-        losses, _ = self.judged(
+        losses, _ = self.sampler.sample_and_score(
             told, away, noise.flatten(0, 1), lambda latents, some: (self.loss(self.backbone.decode(latents), wanted[some]), {})
         )  # fmt: skip
         return losses.view(len(texts), count)

@@ -34,13 +34,13 @@ from lightning_prompts.methods.start import (
     reads_tokens,
     word_features,
 )
-from lightning_prompts.microbatch import ALL
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.problems import Problem
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.ranges import Positive
 from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.sampling import Sampler
 from lightning_prompts.unused import refuse_unused
 from lightning_prompts.vocabulary import contains_blocked, fill_template, round_trip
 
@@ -147,7 +147,7 @@ class Inverter(PromptMethod):
         self.trial_weight, self.trial_pictures = trial_weight, trial_pictures
         self.trial_steps = int(trial_steps or min(self.backbone.default_steps, MOST_STEPS))
         if trial_weight:
-            self.backbone.calls(self.trial_steps)
+            self.trial_sampler = Sampler(self.backbone, self.trial_steps, self.sampler.guidance_scale, self.microbatch)
         self.latents = []
 
     @property
@@ -238,7 +238,7 @@ class Inverter(PromptMethod):
         embeddings: Tensor,
         samples: Samples,
         texts: Sequence[str] | None = None,
-        chunk: int = ALL,
+        chunk: int | None = None,
     ) -> Tensor:
         """Compute what is minimised for the problems `rows` (Q,): the weighted objectives on a step's samples, (Q,).
 
@@ -248,8 +248,9 @@ class Inverter(PromptMethod):
             embeddings: What stands in place of the tokens' embeddings, (Q, L, D).
             samples: The step's samples.
             texts: What is read by text encoders that are not searched, Q texts; None for the text of the tokens.
-            chunk: Prompts that the text encoders read at a time.
+            chunk: Prompts per call of the text encoders; None for all.
         """
+        chunk = chunk or max(len(ids), 1)
         terms, parts = {}, [slice(begun, begun + chunk) for begun in range(0, max(len(ids), 1), chunk)]
         if self.denoising_weight:
             if texts is None and self.backbone.others:
@@ -356,13 +357,13 @@ class Inverter(PromptMethod):
         """One minus the CLIP's mean cosine of the targets and a few pictures that Q prompts draw, (Q,) in [0, 2]."""
         count, keys = self.trial_pictures, [self.batch[row].record.key for row in rows.tolist()]
         noise = draw_noise(self.data.seed, keys, TRIAL, count, self.backbone.latent_shape, self.device).flatten(0, 1)
-        told, away = repeat(told, count), self.encode_negative([""])
+        told, away = repeat(told, count), self.encode([""], negative=True)
 
         def call(some: Tensor) -> Tensor:
-            return self.clip.features(self.draw_from(told[some], away, noise[some], self.trial_steps))
+            return self.clip.features(self.trial_sampler.sample(told[some], away, noise[some]))
 
-        features = self.microbatch.over(len(noise), call, self.device)
-        self.count(rows, count * self.backbone.calls(self.trial_steps, self.guidance_scale))
+        features = self.microbatch.map(len(noise), call, self.device)
+        self.count(rows, count * self.trial_sampler.cost())
         return 1 - (features.view(len(rows), count, -1).mean(1) * self.features(rows)).sum(1)
 
     # --- results

@@ -83,7 +83,7 @@ class MetricGuidance(Steering):
             one.attach(self.backbone, self.offline)
         self.higher_is_better = len(objectives) > 1 or objectives[0].higher_is_better
         self.watch_tolerance, self.seeds_per_step = watch_tolerance, seeds_per_step
-        self.grad_steps = int(grad_steps or (self.backbone.calls(self.sampling_steps, 1) if self.few else 1))
+        self.grad_steps = int(grad_steps or (self.sampler.calls if self.sampler.is_few_step else 1))
         self.optimizer, self.lr, self.eps, self.shift_every = optimizer, float(lr), eps, shift_every
 
     @property
@@ -126,11 +126,7 @@ class MetricGuidance(Steering):
         losses, values = self.measured(
             self.prompt(self.here(rows)), self.noise[rows[:, None], number % self.seeds], problems, self.grad_steps
         )
-        calls, guided = (
-            self.backbone.calls(self.sampling_steps, 1),
-            2 if self.backbone.guided(self.guidance_scale) else 1,
-        )
-        self.count(rows, count * guided * (calls + min(self.grad_steps, calls)))
+        self.count(rows, count * self.sampler.cost(grad_steps=self.grad_steps))
         self.step_active(losses.mean(1), rows)
         if self.shift_every:
             due = rows[[(batch.steps[row] + 1) % self.shift_every == 0 for row in rows.tolist()]]

@@ -85,7 +85,7 @@ class SeedInvariance(Steering):
             refuse_unused(SeedInvariance, "with --model.compare latents", {"pixels": pixels, "clip": clip})
         arc = embedding == "arc"
         super().__init__(steps=steps or (100 if arc else 60), **kwargs)
-        calls = self.backbone.calls(self.sampling_steps, 1)
+        calls = self.sampler.calls
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
         self.towards, self.seeds_per_step, self.weight, self.lr, self.eps = (
             towards,
@@ -148,9 +148,9 @@ class SeedInvariance(Steering):
             return latents.flatten(1).sum(1), {"seen": self.compared(latents)}
 
         for row in new:  # one by one: a search that goes on finds them in another batch
-            told, away = self.sides(self.prompt.initial[row : row + 1])
+            embeds = self.sampler.split(self.prompt.initial[row : row + 1])
             for calls in set(self.stages):
-                _, found = self.judged(told, away, self.starts[row : row + 1], look, calls=calls)
+                _, found = self.sampler.sample_and_score(*embeds, self.starts[row : row + 1], look, calls=calls)
                 self._wanted.setdefault(problems[row].key, {})[calls] = found["seen"][0]
 
     def release(self, problem: Problem) -> None:
@@ -178,7 +178,7 @@ class SeedInvariance(Steering):
         """The wanted pictures (P, 3, H, W), each drawn once, and alone, so that it does not depend on the batch."""
         for problem in problems:
             if problem.key not in self._pictures:
-                drawn = self.draw_embeds(self.initial([problem]), self.target_noise([problem]).unsqueeze(1))
+                drawn = self.sampler.draw_embeds(self.initial([problem]), self.target_noise([problem]).unsqueeze(1))
                 self._pictures[problem.key] = drawn[0, 0]
         return torch.stack([self._pictures[problem.key] for problem in problems])
 
@@ -215,16 +215,13 @@ class SeedInvariance(Steering):
         starts = self.starts[on_device].unsqueeze(1).expand_as(others)
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
         wanted = repeat(torch.stack([self._wanted[problem.key][calls] for problem in problems]), count)
-        told, away = self.sides(self.prompt(on_device), count)
+        embeds = self.sampler.split(self.prompt(on_device), count)
 
         def far(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return self.weight * (1 - F.cosine_similarity(self.compared(latents), wanted[some], dim=1)), {}
 
-        losses, _ = self.judged(told, away, noise, far, min(self.grad_steps, calls), calls)
-        self.count(
-            rows,
-            count * (calls + min(self.grad_steps, calls)) * (2 if self.backbone.guided(self.guidance_scale) else 1),
-        )
+        losses, _ = self.sampler.sample_and_score(*embeds, noise, far, min(self.grad_steps, calls), calls)
+        self.count(rows, count * self.sampler.cost(calls, self.grad_steps))
         return losses.view(-1, count).mean(1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

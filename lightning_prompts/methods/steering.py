@@ -57,7 +57,7 @@ class Steering(PromptMethod):
     ) -> None:
         super().__init__(**kwargs)
         if unconditional:
-            self.check_guided("nothing is led away from", "give --model.unconditional false")
+            self.sampler.check_guided("nothing is led away from", "give --model.unconditional false")
         if pooled and not self.backbone.pooled_width:
             raise UserError(
                 f"The model {self.backbone.name!r} has no pooled vector to move; give --model.pooled false."
@@ -96,7 +96,7 @@ class Steering(PromptMethod):
     def initial(self, problems: Sequence[Problem]) -> Tensor:
         """What P problems start from, (P, S, R, D); each is encoded alone, so that it does not depend on the batch."""
         told = torch.cat([self.encode([problem.target]) for problem in problems])
-        away = self.encode_negative([""]).expand_as(told)
+        away = self.encode([""], negative=True).expand_as(told)
         return torch.stack([told, away] if self.unconditional else [told], dim=1).float()
 
     def first(self, rows: Tensor) -> Tensor:
@@ -162,13 +162,15 @@ class Steering(PromptMethod):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (Q, N), and values (Q, N) by name, of what encoded prompts (Q, S, R, D) draw from noise (Q, N, C, h, w)."""
         count = noise.shape[1]
-        told, away = self.sides(embeds, count)
+        prompt_embeds, negative_prompt_embeds = self.sampler.split(embeds, count)
 
         def judge(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             values = self.values(self.backbone.decode(latents), [problems[i // count] for i in some.tolist()])
             return self.loss(values), values
 
-        losses, values = self.judged(told, away, noise.flatten(0, 1), judge, grad_steps)
+        losses, values = self.sampler.sample_and_score(
+            prompt_embeds, negative_prompt_embeds, noise.flatten(0, 1), judge, grad_steps
+        )
         return losses.view(len(embeds), count), {name: value.view(len(embeds), count) for name, value in values.items()}
 
     @torch.no_grad()
@@ -187,7 +189,7 @@ class Steering(PromptMethod):
         embeds = self.prompt(on_device).where(~first.view(-1, 1, 1, 1), self.prompt.initial[on_device])
         with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
             losses, values = self.measured(embeds, self.noise[rows], problems)
-        self.count(rows, self.seeds * self.backbone.calls(self.sampling_steps, self.guidance_scale))
+        self.count(rows, self.seeds * self.sampler.cost())
         metrics = self.metric(values)
         for i, (row, problem) in enumerate(zip(rows.tolist(), problems, strict=True)):
             loss, metric = float(losses[i].mean()), metrics[i].tolist()
@@ -224,14 +226,16 @@ class Steering(PromptMethod):
 
     def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (P, N, 3, H, W) of the persons' prompts, and of the found embeddings, from noise (P, N, C, h, w)."""
-        return self.draw_embeds(self.initial(problems), noise), self.draw_embeds(self.found(problems), noise)
+        return self.sampler.draw_embeds(self.initial(problems), noise), self.sampler.draw_embeds(
+            self.found(problems), noise
+        )
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
         """Pictures (N, 3, H, W) of a problem's embeddings; see `PromptMethod.draw_found`."""
         embeds = self.found([problem])
         if negative:
-            embeds = torch.stack([embeds[:, 0], self.encode_negative([negative]).to(embeds)], dim=1)
-        return self.draw_embeds(embeds, noise[None])[0]
+            embeds = torch.stack([embeds[:, 0], self.encode([negative], negative=True).to(embeds)], dim=1)
+        return self.sampler.draw_embeds(embeds, noise[None])[0]
 
     def shown(self, problems: list[Problem]) -> Image.Image:
         """What the persons' prompts draw above what the found embeddings draw, from the seeds of the search."""
@@ -263,7 +267,7 @@ class Steering(PromptMethod):
     def values_of(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Values (P, N) by name of pictures (P, N, 3, H, W)."""
         flat, whose = pictures.flatten(0, 1), [problem for problem in problems for _ in range(pictures.shape[1])]
-        values = self.microbatch.over(
+        values = self.microbatch.map(
             len(flat), lambda some: self.values(flat[some].to(self.device), [whose[i] for i in some.tolist()])
         )
         return {name: value.view(pictures.shape[:2]) for name, value in values.items()}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import Backbone, TextTower, load_backbone, repeat
 from lightning_prompts.errors import UserError
+from lightning_prompts.sampling import Microbatch, Sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy 2 in diffusers
 
@@ -448,7 +449,7 @@ def test_calls_are_those_of_sampling(sampler, guidance, backbone, monkeypatch):
     rows, denoise = [], backbone.denoise
     monkeypatch.setattr(backbone, "denoise", lambda noisy, *args: (rows.append(len(noisy)), denoise(noisy, *args))[1])
     backbone.sample(*prompts(backbone, 1), torch.randn(1, 4, 8, 8), steps=5, guidance_scale=guidance)
-    assert backbone.calls(5, guidance) == sum(rows)
+    assert Sampler(backbone, 5, guidance, Microbatch(1)).cost() == sum(rows)
 
 
 def test_sample_turns_no_gradient_on(backbone):

@@ -22,7 +22,7 @@ from PIL import Image
 from rounding import rounding_by_shape
 
 from lightning_prompts.main import main
-from lightning_prompts.microbatch import Microbatch
+from lightning_prompts.sampling import Microbatch
 
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
@@ -186,11 +186,11 @@ def share_samples(rank, ranks, port, results):
                 def work(some, calls=calls, microbatch=microbatch):
                     calls.append(some.tolist())
                     # Ranks that are at different samples must not wait for each other.
-                    own = microbatch.over(int(some[-1]) + 1, torch.clone)
+                    own = microbatch.map(int(some[-1]) + 1, torch.clone)
                     assert own.tolist() == list(range(int(some[-1]) + 1))
                     return answer(some)
 
-                value, more, (flags, none) = microbatch.over(count, work)
+                value, more, (flags, none) = microbatch.map(count, work)
                 assert none is None
                 assert microbatch.ranks == ranks
                 found[count, size] = calls, value.tolist(), more["numbers"].tolist(), flags.tolist(), str(flags.dtype)
@@ -216,7 +216,7 @@ def test_ranks_that_share_samples_make_the_calls_of_one_process():
     assert [one for one in found.values() if isinstance(one, str)] == []
     for count, size in found[0]:
         expected, calls = [], [one[count, size][0] for _, one in sorted(found.items())]
-        value, more, _ = Microbatch(size).over(count, lambda some, e=expected: e.append(some.tolist()) or answer(some))
+        value, more, _ = Microbatch(size).map(count, lambda some, e=expected: e.append(some.tolist()) or answer(some))
         made = list(calls[0])
         for own in calls[1:]:
             if made[-1][-1] == count - 1:

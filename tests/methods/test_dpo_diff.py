@@ -384,7 +384,7 @@ def test_shortcut_loss_is_the_mean_over_seeds_with_its_gradient(attached):
     value = module.shortcut_loss(rows, told, away, 2)
     (gradient,) = torch.autograd.grad(value.sum(), module.prompt.logits)
     told, away = (module.backbone.encode(*side).repeat_interleave(2, 0) for side in module.prompt(rows, noise))
-    latents = module.backbone.sample(told, away, module.noise[0], 3, module.guidance_scale, 1, 2)
+    latents = module.backbone.sample(told, away, module.noise[0], 3, module.sampler.guidance_scale, 1, 2)
     plain = module.loss(module.backbone.decode(latents), module.wanted[[0, 0]]).mean()
     (expected,) = torch.autograd.grad(plain, module.prompt.logits)
     torch.testing.assert_close(value[0], plain, atol=1e-5, rtol=1e-4)
@@ -457,7 +457,7 @@ def test_plan_of_the_config_on_the_embedded_model():
     """As it was with 10 steps and the schedule step-3-4."""
     config = yaml.safe_load((Path(__file__).parents[2] / "configs/dpo_diff.yaml").read_text())["model"]["init_args"]
     module = DPODiff(**config)
-    assert (module.sampling_steps, module.grad_steps, module.plan(0)) == (10, 1, [3, 3, 3, 3, 4, 4, 4])
+    assert (module.sampler.num_inference_steps, module.grad_steps, module.plan(0)) == (10, 1, [3, 3, 3, 3, 4, 4, 4])
     assert DPODiff(**config, schedule="step-3-4").plan(0) == module.plan(0)
 
 

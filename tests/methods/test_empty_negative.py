@@ -63,7 +63,9 @@ def test_gradient_and_candidates_are_told_the_same(choice, method, pipeline, mon
         method, "shortcut_loss", lambda rows, told, away, calls: (relaxed.extend([told, away]), torch.zeros(1))[1]
     )
     monkeypatch.setattr(
-        method, "judged", lambda told, away, noise, *rest: (candidates.extend([told, away]), (torch.zeros(1), {}))[1]
+        method.sampler,
+        "sample_and_score",
+        lambda told, away, noise, *rest: (candidates.extend([told, away]), (torch.zeros(1), {}))[1],
     )
     method.shortcut(torch.tensor([0]), 0)
     prompt, negative = SPACE.texts(choice)
@@ -91,8 +93,8 @@ def test_some_problems_are_empty_and_others_are_not(method):
     _, negative = method.prompt(torch.tensor([0, 1]), gumbel)
     away = method.backbone.encode(*negative, negative=True)
     assert not away[0].any()
-    torch.testing.assert_close(away[1:], method.encode_negative(["dark, corner"]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(method.encode_negative(["", "dark, corner"]), away, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(away[1:], method.encode(["dark, corner"], negative=True), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(method.encode(["", "dark, corner"], negative=True), away, atol=1e-5, rtol=1e-5)
     (gradient,) = torch.autograd.grad(away.square().sum(), method.prompt.logits)
     assert gradient.isfinite().all()
     assert not gradient[0].any()

@@ -73,8 +73,8 @@ def test_a_move_goes_so_far_on_the_arc_to_the_candidates_text(tiny, tmp_path):
     expected = slerp(start, end, 0.5)
     torch.testing.assert_close(module.found([problem])[0], expected)
     noise = module.noise[:, :1]
-    torch.testing.assert_close(second.pictures[-1], module.draw_embeds(expected[None], noise)[0, 0])
-    torch.testing.assert_close(drawn[1], module.draw_embeds(end[None], noise)[0, 0])
+    torch.testing.assert_close(second.pictures[-1], module.sampler.draw_embeds(expected[None], noise)[0, 0])
+    torch.testing.assert_close(drawn[1], module.sampler.draw_embeds(end[None], noise)[0, 0])
     (move,) = problem.moves
     assert move == {"text": first.texts[1], "candidate": 1, "strength": 0.5, "others": 0}
     assert problem.status == "done"
@@ -111,14 +111,14 @@ def test_others_are_nearer_and_after_some_rounds_far_again(tiny, tmp_path):
     start = module.encode([PROMPT])[0]
     for (question, drawn), reach in zip(chooser.questions[:3], (1, 0.5, 0.25), strict=True):
         end = slerp(start, module.encode([question.texts[0]])[0], reach)
-        torch.testing.assert_close(drawn[0], module.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
+        torch.testing.assert_close(drawn[0], module.sampler.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
     assert problem.moves[0]["strength"] == 0.125
     assert module.base(problem, 1) == PROMPT  # it is still the nearest
     here, reaches = module.at[-1][0], (1, 0.5, 0.25, 0.125, 1)
     for (question, drawn), reach in zip(chooser.questions[3:], reaches, strict=True):
         change = module.encode([question.texts[0]])[0] - start
         end = slerp(here, here + change, reach)
-        torch.testing.assert_close(drawn[0], module.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
+        torch.testing.assert_close(drawn[0], module.sampler.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
 
 
 def test_candidates_lie_in_directions_that_are_far_apart(tiny, tmp_path):

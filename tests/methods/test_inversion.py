@@ -27,9 +27,9 @@ from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.data.inversion import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, RandomTokens, TextualInversion
-from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.sampling import Microbatch
 from lightning_prompts.vocabulary import encode_text, round_trip
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -248,10 +248,10 @@ def test_steps_of_the_model_are_what_a_setting_does_not_say(folders):
             SeedInvariance(backbone=backbone),
             HumanFeedback(backbone=backbone),
         ]
-        assert [method.sampling_steps for method in [*drawing, MetricGuidance(backbone=backbone, **objective)]] == [
-            most
-        ] * 4
+        assert [
+            method.sampler.num_inference_steps for method in [*drawing, MetricGuidance(backbone=backbone, **objective)]
+        ] == [most] * 4
         inverter = PEZ(backbone=backbone, tokens=2)
-        assert (inverter.sampling_steps, inverter.trial_steps) == (own, most)
-        assert MetricGuidance(backbone=backbone, sampling_steps=12, **objective).sampling_steps == 12
+        assert (inverter.sampler.num_inference_steps, inverter.trial_steps) == (own, most)
+        assert MetricGuidance(backbone=backbone, sampling_steps=12, **objective).sampler.num_inference_steps == 12
         assert PEZ(backbone=backbone, tokens=2, trial_weight=1.0, trial_steps=12).trial_steps == 12

@@ -77,7 +77,7 @@ def test_optimizer_has_the_settings_of_the_search(tiny):
 
 def test_by_default_a_stage_looks_at_the_end_and_soon_at_real_seeds(tiny):
     module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=10)
-    assert {module.stage(step)[0] for step in range(10)} == {module.backbone.calls(3, 1)} == {module.grad_steps}
+    assert {module.stage(step)[0] for step in range(10)} == {module.backbone.calls(3)} == {module.grad_steps}
     assert [module.stage(step)[1] for step in range(10)] == pytest.approx([1 / 3, 2 / 3, *[1.0] * 8])
 
 
@@ -124,7 +124,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
         scheduler.set_timesteps(3)
         for i, (t, told) in enumerate(zip(scheduler.timesteps, (first, last), strict=False)):
             outputs = [module.backbone.denoiser(latents, t, x[None]).sample for x in (away, told)]
-            output = outputs[0] + module.guidance_scale * (outputs[1] - outputs[0])
+            output = outputs[0] + module.sampler.guidance_scale * (outputs[1] - outputs[0])
             found = scheduler.step(output, t, latents)
             if i == 1:
                 if compare == "latents":

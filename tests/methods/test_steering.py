@@ -19,9 +19,9 @@ from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
 from lightning_prompts.methods import TRAINER, MetricGuidance
-from lightning_prompts.microbatch import Microbatch
 from lightning_prompts.objectives import Blurriness, ClipText, LatentDistance, Objective, Sharpness
 from lightning_prompts.problems import Problem
+from lightning_prompts.sampling import Microbatch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -81,7 +81,7 @@ def test_gradient_is_that_of_the_last_calls(exact, grad_steps):
             for i, t in enumerate(scheduler.timesteps):
                 told, away = (moved if i >= 3 - grad_steps else embeds)[p]
                 outputs = [exact.backbone.denoiser(latents, t, x[None]).sample for x in (away, told)]
-                output = outputs[0] + exact.guidance_scale * (outputs[1] - outputs[0])
+                output = outputs[0] + exact.sampler.guidance_scale * (outputs[1] - outputs[0])
                 latents = scheduler.step(output, t, latents).prev_sample
             picture = exact.backbone.decode(latents)
             total = total - 50 * Sharpness()(picture, [""])[0]
@@ -96,7 +96,7 @@ def test_memory_of_a_microbatch_gives_the_same_gradient(exact):
     problems, noise = [Problem("a", PROMPTS[0])], torch.randn(1, 4, *exact.backbone.latent_shape, dtype=torch.float64)
     found = []
     for microbatch in (1, 3, 16):
-        exact.microbatch = Microbatch(microbatch)
+        exact.sampler.microbatch = Microbatch(microbatch)
         leaf = exact.initial(problems).double().requires_grad_()
         losses, values = exact.measured(leaf, noise, problems, 1)
         found.append((losses.detach(), values["Sharpness"], torch.autograd.grad(losses.sum(), leaf)[0]))
@@ -178,7 +178,7 @@ def test_search_ends_where_what_is_watched_parts(tiny, tmp_path):
     assert problem.values_before["Opposite"] == [-x for x in problem.values_before["Sharpness"]]
     assert problem.status == "not improved"
     assert problem.metric_after == problem.metric_before
-    seeds, calls, scorings = 2, module.backbone.calls(3), 3  # of the beginning, and two that were not kept
+    seeds, calls, scorings = 2, module.sampler.cost(), 3  # of the beginning, and two that were not kept
     assert problem.unet_samples == scorings * seeds * calls + 2 * seeds * (calls + 2)
     _, (problem,) = search(tiny, tmp_path / "much", PROMPTS[0], watch=Opposite(), watch_tolerance=1e9, steps=2)
     assert problem.status == "done"

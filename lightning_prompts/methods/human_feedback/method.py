@@ -115,7 +115,7 @@ class HumanFeedback(Steering):
 
     def picture(self, embeds: Tensor) -> Tensor:
         """What an encoded prompt (S, R, D) draws, (3, H, W), always from the same noise."""
-        return self.draw_embeds(embeds[None], self.noise[:, :1])[0, 0]
+        return self.sampler.draw_embeds(embeds[None], self.noise[:, :1])[0, 0]
 
     def places(self, embeds: Sequence[Tensor]) -> Tensor:
         """Where N encoded prompts (S, R, D) are on the map, (N, 2): by what they say, from the person's prompt."""

@@ -1,0 +1,157 @@
+"""Split work on many samples into calls that fit into memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from lightning_prompts.errors import UserError
+from lightning_prompts.ranks import gathered, shared
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+UNLIMITED = 2**31  # more samples than there ever are
+
+OUT_OF_MEMORY = (
+    "The device is out of memory; lower --model.microbatch, or give --model.gradient_checkpointing true, --model.cpu_offload true "
+    "or --model.dtype bfloat16."
+)
+
+
+class Microbatch:
+    """The number of samples per call, which is halved whenever the device runs out of memory.
+
+    Args:
+        size: Samples per call; None for as many as the memory holds, found by halving in the first calls.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self.fitted = size is None
+        self.size = self.asked = UNLIMITED if size is None else int(size)
+        self.most = 0  # samples of the largest call so far
+        self.ranks = 1  # among which the samples are divided
+
+    def map(self, samples: int, function: Callable[[Tensor], T], device: torch.device | None = None) -> T:
+        """Call `function` on the indices (b,) of each microbatch and concatenate what it returns.
+
+        With several ranks, each computes its share (see `shared`) and receives the results of the others. A nested `map` is not
+        divided, since the other ranks work on other samples. A call that runs out of memory is repeated with fewer samples, so
+        `function` must have no side effects before it returns.
+
+        Args:
+            samples: B, the number of samples.
+            function: Returns tensors (b, ...), or tuples, lists or dictionaries of them.
+            device: Device of the indices.
+
+        Returns:
+            What a single call on all B samples would return.
+
+        Raises:
+            UserError: The memory does not hold a single sample.
+        """
+        if self.ranks == 1:
+            return self._map(torch.arange(samples, device=device), function)
+        own, share = shared(samples, self.asked)
+        ranks, self.ranks = self.ranks, 1
+        try:
+            results = self._map(torch.arange(own.start, own.stop, device=device), function)
+        finally:
+            self.ranks = ranks
+        return gathered(results, share, samples)
+
+    def _map(self, indices: Tensor, function: Callable[[Tensor], T]) -> T:
+        results: list[T] = []
+        done = 0
+        while done < len(indices):
+            some = indices[done : done + self.size]
+            try:
+                results.append(function(some))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if len(some) == 1:
+                    raise UserError(OUT_OF_MEMORY) from error
+            else:
+                done, self.most = done + len(some), max(self.most, len(some))
+                continue
+            # Only here is the error gone, and with it what its traceback has held.
+            self.size = len(some) // 2
+            torch.cuda.empty_cache()
+            log.warning("The memory does not hold %d samples at once; continuing with %d.", len(some), self.size)
+        whole: T = pytree.tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *results)
+        return whole
+
+    def value_and_grad(
+        self, function: Callable[[list[Tensor], Tensor], tuple[Tensor, dict[str, Tensor]]], *inputs: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute a value for each of B samples, differentiable with respect to `inputs`.
+
+        Each microbatch computes its gradients at once, so that memory does not grow with B.
+
+        Args:
+            function: Given the inputs (b, ...) and the indices (b,) of a microbatch, returns terms (b, ...), whose mean is the value
+                of a sample, and other tensors (b, ...) by name.
+            inputs: Tensors (B, ...).
+
+        Returns:
+            The values (B,), with gradients to the inputs where gradients are enabled, and the other tensors (B, ...), detached.
+        """
+        leaves = [value.detach().requires_grad_(torch.is_grad_enabled()) for value in inputs]
+
+        def call(indices: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None]]:
+            parts = [leaf[indices] for leaf in leaves]
+            terms, others = function(parts, indices)
+            terms, gradients = terms.flatten(1) if terms.dim() > 1 else terms.unsqueeze(1), list[Tensor | None]()
+            if terms.requires_grad:
+                # Of the sum: in a float16 network the gradient of the mean would vanish. An input may be unused, such as negative
+                # prompts without guidance.
+                slopes = torch.autograd.grad(terms.sum(), parts, allow_unused=True)
+                gradients = [None if slope is None else _in_float32(slope) / terms.shape[1] for slope in slopes]
+            return terms.detach().mean(1), {name: value.detach() for name, value in others.items()}, gradients
+
+        values, others, gradients = self.map(len(leaves[0]), call, leaves[0].device)
+        if gradients:
+            values = _PrecomputedGradients.apply(values, gradients, *inputs)
+        return values, others
+
+
+class _PrecomputedGradients(torch.autograd.Function):
+    """Give values (B,) the gradients that are already known, a tensor (B, ...) or None per input."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        def times(gradient: Tensor | None) -> Tensor | None:
+            return None if gradient is None else grad_output.view(-1, *(1,) * (gradient.dim() - 1)) * gradient
+
+        return None, None, *map(times, ctx.saved_tensors)
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    """Convert to float32, or keep float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether a device, or the machine, ran out of memory."""
+    said = (
+        "can't allocate memory",
+        "not enough memory",
+        "backend out of memory",
+    )  # by the CPU, on Windows, and by Apple's
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in said)
+    )

@@ -1,0 +1,160 @@
+"""Draw images of encoded prompts and score them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.backbones import Backbone, repeat
+from lightning_prompts.errors import UserError
+from lightning_prompts.sampling.microbatch import Microbatch
+
+FEW_CALLS = 4  # denoiser calls per image through all of which a gradient can be computed
+
+
+class Sampler:
+    """How a search draws images: a frozen model, the denoising steps, the guidance, and the microbatch.
+
+    Args:
+        backbone: The model.
+        num_inference_steps: Denoising steps per image.
+        guidance_scale: Classifier-free guidance scale; up to 1 there is no guidance.
+        microbatch: Images per call.
+
+    Raises:
+        UserError: The model's scheduler cannot make this many steps.
+    """
+
+    def __init__(
+        self, backbone: Backbone, num_inference_steps: int, guidance_scale: float, microbatch: Microbatch
+    ) -> None:
+        self.backbone, self.microbatch = backbone, microbatch
+        self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
+        backbone.calls(num_inference_steps)
+
+    # --- cost
+
+    @property
+    def calls(self) -> int:
+        """Denoiser calls per image; some schedulers make several per step."""
+        return self.backbone.calls(self.num_inference_steps)
+
+    @property
+    def is_few_step(self) -> bool:
+        """Whether images take so few denoiser calls that a gradient can be computed through all of them."""
+        return self.calls <= FEW_CALLS
+
+    @property
+    def guided(self) -> bool:
+        """Whether images are drawn with classifier-free guidance."""
+        return self.backbone.guided(self.guidance_scale)
+
+    def cost(self, calls: int | None = None, grad_steps: int = 0) -> int:
+        """Return the denoiser samples per image; guidance doubles them, and a backward pass counts as one.
+
+        Args:
+            calls: Denoiser calls; None to draw to the end.
+            grad_steps: The last of these calls that propagate a gradient.
+        """
+        calls = self.calls if calls is None else calls
+        return (calls + min(grad_steps, calls)) * (2 if self.guided else 1)
+
+    def check_guided(self, consequence: str, instead: str = "leave it out") -> None:
+        """Refuse a setting that only has an effect with classifier-free guidance.
+
+        Args:
+            consequence: What happens without guidance, such as "a negative prompt does nothing".
+            instead: What to do, such as "leave it out".
+
+        Raises:
+            UserError: There is no guidance.
+        """
+        if self.backbone.guides_itself:
+            raise UserError(
+                f"The model {self.backbone.name!r} guides itself, so that {consequence}; {instead}, or choose another model."
+            )
+        if not self.guided:
+            raise UserError(
+                f"With a guidance of {self.guidance_scale:g} {consequence}; give --model.guidance_scale above 1, or {instead}."
+            )
+
+    # --- images
+
+    def sample(self, prompt_embeds: Tensor, negative_prompt_embeds: Tensor, noise: Tensor) -> Tensor:
+        """Draw images (B, 3, H, W) in [-1, 1] in one call.
+
+        Args:
+            prompt_embeds: Encoded prompts, (B, R, D).
+            negative_prompt_embeds: Encoded negative prompts, (1, R, D) or (B, R, D).
+            noise: Standard normal, (B, C, h, w).
+        """
+        latents = self.backbone.sample(
+            prompt_embeds, negative_prompt_embeds, noise, self.num_inference_steps, self.guidance_scale
+        )
+        return self.backbone.decode(latents)
+
+    @torch.no_grad()
+    def draw(self, noise: Tensor, encode: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """Draw images (B, 3, H, W) in [-1, 1] from noise (B, C, h, w); they are returned on the CPU.
+
+        Args:
+            noise: Standard normal, (B, C, h, w).
+            encode: Returns the encoded prompts (b, R, D) and negative prompts (1, R, D) or (b, R, D) of the images with the indices (b,).
+        """
+        return self.microbatch.map(
+            len(noise), lambda indices: self.sample(*encode(indices), noise[indices]).cpu(), noise.device
+        )
+
+    def draw_embeds(self, embeds: Tensor, noise: Tensor) -> Tensor:
+        """Draw images (P, N, 3, H, W) of encoded prompts (P, S, R, D) from noise (P, N, C, h, w); see `split`."""
+        prompt_embeds, negative_prompt_embeds = self.split(embeds, noise.shape[1])
+        images = self.draw(
+            noise.flatten(0, 1), lambda indices: (prompt_embeds[indices], negative_prompt_embeds[indices])
+        )
+        return images.view(*noise.shape[:2], *images.shape[1:])
+
+    def split(self, embeds: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+        """Split encoded prompts (Q, S, R, D) into `prompt_embeds` and `negative_prompt_embeds`, each repeated `count` times.
+
+        With S = 1, the negative prompt is the empty text.
+        """
+        prompt_embeds = embeds[:, 0]
+        if embeds.shape[1] == 2:
+            negative_prompt_embeds = embeds[:, 1]
+        else:
+            negative_prompt_embeds = self.backbone.encode_text([""], negative=True).expand(len(embeds), -1, -1)
+        return repeat(prompt_embeds, count), repeat(negative_prompt_embeds, count)
+
+    def sample_and_score(
+        self,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor,
+        noise: Tensor,
+        score: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+        grad_steps: int = 0,
+        calls: int | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sample B latents and score them, a microbatch at a time, with or without a gradient.
+
+        Args:
+            prompt_embeds: Encoded prompts, (B, R, D).
+            negative_prompt_embeds: Encoded negative prompts, (B, R, D).
+            noise: Standard normal, (B, C, h, w).
+            score: Given latents (b, C, h, w) and their indices (b,), returns scores (b,) and other tensors (b, ...) by name.
+            grad_steps: The last denoiser calls that propagate a gradient to both prompts; see `Backbone.sample`.
+            calls: Denoiser calls after which the clean latents are predicted; None to draw to the end.
+
+        Returns:
+            The scores (B,), with a gradient if `grad_steps` is above 0, and the other tensors (B, ...), detached.
+        """
+
+        def call(embeds: list[Tensor], indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            latents = self.backbone.sample(
+                embeds[0], embeds[1], noise[indices], self.num_inference_steps, self.guidance_scale, grad_steps, calls
+            )
+            return score(latents, indices)
+
+        with torch.set_grad_enabled(grad_steps > 0 and torch.is_grad_enabled()):
+            return self.microbatch.value_and_grad(call, prompt_embeds, negative_prompt_embeds)
