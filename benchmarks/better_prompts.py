@@ -33,6 +33,7 @@ from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.emoji import world
 from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.objectives.clip import ClipSimilarity
+from lightning_prompts.problems import DPODiffResult
 
 SEED, POOL, TOGETHER, FRESH_SEEDS = 20_261_123, 400, 20, 10
 SETTINGS: dict[str, Any] = yaml.safe_load(Path("configs/dpo_diff.yaml").read_text())["model"]["init_args"]
@@ -136,9 +137,10 @@ def measure(task: str, space: str, solver: str, prompts: list[Written], file: Pa
             (problem,) = (problem for problem in data.folder.load().values() if problem.target == one.prompt)
             row: dict[str, Any] = {"prompt": one.prompt, "found": problem.prompt, "negative": problem.negative_prompt}
             if problem.prompt:
+                result = DPODiffResult.of(problem)
                 for when, text, negative, losses in (
-                    ("before", one.prompt, "", problem.loss_before or []),
-                    ("after", problem.prompt, problem.negative_prompt or "", problem.loss_after or []),
+                    ("before", one.prompt, "", result.loss_before or []),
+                    ("after", problem.prompt, problem.negative_prompt or "", result.loss_after or []),
                 ):
                     seen = {"loss": sum(losses) / len(losses), **judged(one, problem.key, text, negative)}
                     row |= {f"{name}_{when}": value for name, value in seen.items()}

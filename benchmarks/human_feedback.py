@@ -27,6 +27,7 @@ from torch import Tensor
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.methods import TRAINER, HumanFeedback
 from lightning_prompts.methods.human_feedback import Scripted
+from lightning_prompts.problems import HumanFeedbackResult
 
 COUNT, CHOICES, STRENGTHS = 8, 20, (0.5, 1.0)
 CONFIG = yaml.safe_load(Path("configs/human_feedback.yaml").read_text())["model"]["init_args"]
@@ -80,7 +81,13 @@ def measure(said: str, file: Path, seed: int) -> dict[str, Any]:
     seen = clip.features(torch.stack([chooser.wanted, method.drawn[0], method.drawn[-1], by_words]))
     similar = dict(zip(("before", "by_moves", "by_edits"), (seen[1:] @ seen[0]).tolist(), strict=True))
     (problem,) = data.folder.load().values()
-    return {"said": said, "picture": file.name, **similar, "moves": len(problem.moves), "edited": prompt}
+    return {
+        "said": said,
+        "picture": file.name,
+        **similar,
+        "moves": len(HumanFeedbackResult.of(problem).moves),
+        "edited": prompt,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:

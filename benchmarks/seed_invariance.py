@@ -26,6 +26,7 @@ from metric_guidance import captions, judge
 from lightning_prompts.data.addresses import FRESH
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.methods import TRAINER, SeedInvariance
+from lightning_prompts.problems import SeedInvarianceResult
 
 SEED, CAPTIONS, TARGETS, FRESH_SEEDS = 20_261_140, 10, 10, 20
 CONFIG = yaml.safe_load(Path("configs/seed_invariance.yaml").read_text())["model"]["init_args"]
@@ -60,7 +61,8 @@ def measure(line: str, prompt: str) -> list[dict[str, Any]]:
             drawn = method.both(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
             wanted = method.pictures(problems).unsqueeze(1)
     rows: list[dict[str, Any]] = [
-        {"prompt": prompt, "target": problem.target_seed, "seconds": problem.seconds} for problem in problems
+        {"prompt": prompt, "target": SeedInvarianceResult.of(problem).target_seed, "seconds": problem.seconds}
+        for problem in problems
     ]
     clip, _ = judge()
     seen = clip.features_of_many(wanted, 50)

@@ -39,7 +39,7 @@ from lightning_prompts.methods.human_feedback import Choice, Chooser, Page, Roun
 from lightning_prompts.methods.inverter import Inverter
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives import Objective
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import MethodResult, Problem
 from lightning_prompts.python_settings import checked_settings, in_python
 from lightning_prompts.python_values import check_type, plain, shown
 from lightning_prompts.run_folder import RunFolder
@@ -89,7 +89,7 @@ class Result:
         prompt_embeds: The encoded prompt (R, D), where that was moved.
         negative_prompt_embeds: What it is led away from, (R, D), where that was moved.
         pictures: Drawn from what was found, one from each of `draw_seeds`.
-        record: All that was measured.
+        record: The record of the search; see docs/results.md.
     """
 
     prompt: str
@@ -99,6 +99,11 @@ class Result:
     negative_prompt_embeds: Tensor | None
     pictures: list[Image.Image]
     record: Problem
+
+    @property
+    def details(self) -> MethodResult:
+        """What this method alone records, such as `metric_before` and `metric_after` of `guide`."""
+        return MethodResult.of(self.record)
 
 
 @overload
@@ -361,7 +366,8 @@ def _prepared(folder: str | Path | None) -> Iterator[tuple[Path | None, RunLock 
             raise
 
 
-def _result(method: Any, problem: Problem, noise: Tensor) -> Result:
+def _result(method: PromptMethod, problem: Problem, noise: Tensor) -> Result:
+    method.result_class.of(problem)
     problem.reason = problem.reason and in_python(problem.reason)
     if problem.prompt is None or problem.status == "failed":
         return Result("", None, None, None, None, [], problem)

@@ -13,9 +13,9 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import yaml
 from lightning_prompts.data.shards import exists
 from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write, atomic_writer, json_line, to_json
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import MethodResult, Problem, checked
 from lightning_prompts.reports import SCHEMA_VERSION, failed_line, prompt_lines, result_entry, result_line, write_table
 from lightning_prompts.run_lock import RunLock
 
@@ -35,7 +35,7 @@ PATHS = {  # settings that may name a file or folder
     *("reference", "wants", "lpips_weights", "scorer", "language_model"),
 }
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 """Version of the records' layout. A record of another version is refused, since its fields may mean something else."""
 
 
@@ -45,10 +45,13 @@ class RunFolder:
     Args:
         path: Where it is.
         writes: Whether this process writes to it; of ranks that search the same problems only the first does.
+        result_class: Class of the results that the run's method records; with the default they stay dictionaries.
     """
 
-    def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
-        self.path, self.writes = Path(path), writes
+    def __init__(
+        self, path: str | os.PathLike[str], writes: bool = True, result_class: type[MethodResult] = MethodResult
+    ) -> None:
+        self.path, self.writes, self.result_class = Path(path), writes, result_class
         self.problems = self.path / "problems"
         self.checkpoints = self.path / "checkpoints"
         self.config = self.path / "config.yaml"
@@ -208,7 +211,7 @@ class RunFolder:
         Raises:
             UserError: The record cannot be read.
         """
-        return _read_record(self.problems / f"{key}.json") if self.has(key) else None
+        return _read_record(self.problems / f"{key}.json", self.result_class) if self.has(key) else None
 
     def records(self) -> Iterator[Problem]:
         """Read one record after the other.
@@ -217,7 +220,7 @@ class RunFolder:
             UserError: A record cannot be read.
         """
         for file in self.problems.glob("*.json"):
-            yield _read_record(file)
+            yield _read_record(file, self.result_class)
 
     def check(self) -> None:
         """Make sure that nothing that was found is missing, before anything is computed or written.
@@ -341,7 +344,7 @@ class RunFolder:
             return
         try:
             with self.lines_of(rank).open("ab") as file:
-                file.write(result_line(problem))
+                file.write(result_line(problem, self.result_class))
         except OSError as error:
             log.warning("The line of %s could not be written (%s); the run goes on.", problem.target, error)
 
@@ -354,7 +357,7 @@ class RunFolder:
         with atomic_writer(self.lines) as file:
             for problem in self.ordered():
                 if problem.status != "open":
-                    file.write(result_line(problem))
+                    file.write(result_line(problem, self.result_class))
 
     def write_result(
         self, method: str, backbone: str, seed: int, settings: Mapping[str, Any], versions: Mapping[str, str]
@@ -382,7 +385,7 @@ class RunFolder:
             def told() -> Iterator[Problem]:
                 """Each problem, when it has been written to the other files: thousands of records are read once."""
                 for number, problem in enumerate(self.ordered()):
-                    entry = result_entry(asdict(problem))
+                    entry = result_entry(problem, self.result_class)
                     indented = to_json(entry).rstrip().replace(b"\n", b"\n    ")
                     file.write((b",\n    " if number else b"\n    ") + indented)
                     if problem.status != "open":
@@ -395,7 +398,7 @@ class RunFolder:
 
             # str: a path or a dtype among the settings must not cost the results at the end of a run.
             file.write(to_json(head, default=str)[: -len("\n}\n")] + b',\n  "problems": [')
-            write_table(self.table, told())
+            write_table(self.table, told(), self.result_class)
             file.write(b"\n  ]\n}\n" if prompts else b"]\n}\n")
         atomic_write(self.prompt, prompt_lines(prompts))
         if any(negative is not None for negative in negatives):
@@ -406,7 +409,7 @@ class RunFolder:
             self.failed.unlink(missing_ok=True)
 
 
-def _read_record(file: Path) -> Problem:
+def _read_record(file: Path, result_class: type[MethodResult]) -> Problem:
     """Read a record and check the type of each field.
 
     Raises:
@@ -421,10 +424,11 @@ def _read_record(file: Path) -> Problem:
                 f"The record {file} has the version {str(version)[:20]!r}, and this program reads version {RECORD_VERSION}; "
                 + ("use the newer program that wrote it." if newer else "use the program that wrote it.")
             )
-        if unknown := sorted(content.keys() - {field.name for field in fields(Problem)}):
-            raise ValueError(f"the field {unknown[0]!r} is unknown")
-        content = {name: None if value is None else _with_nan(value) for name, value in content.items()}
-        problem: Problem = _record_type().validate_python(content)
+        result = content.pop("result", None)
+        problem: Problem = checked(Problem, content)
+        if result is not None and result_class is not MethodResult:
+            result = checked(result_class, result)
+        problem.result = result
         if problem.key != file.stem:
             raise ValueError(f"its key is {problem.key!r}")
     except UserError:
@@ -434,22 +438,6 @@ def _read_record(file: Path) -> Problem:
             f"The record {file} cannot be read ({_reason(error)}); restore it, or delete it to search this problem again."
         ) from error
     return problem
-
-
-@cache
-def _record_type() -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Problem)
-
-
-def _with_nan(value: Any) -> Any:
-    """Replace null by NaN, of which `to_json` has made it; in a list or an entry of one, null stands for nothing else."""
-    if isinstance(value, dict):
-        return {key: _with_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_nan(item) for item in value]
-    return float("nan") if value is None else value
 
 
 def _reason(error: Exception) -> str:

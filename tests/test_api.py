@@ -44,7 +44,7 @@ def test_finds_what_the_command_line_finds(tiny, pictures, tmp_path, capsys):
     problems = json.loads((run / "result.json").read_text())["problems"]
     assert [result.prompt for result in found] == [problem["prompt"] for problem in problems]
     assert [result.record.validation_loss for result in found] == [problem["validation_loss"] for problem in problems]
-    assert [result.record.clip_similarity for result in found] == [problem["clip_similarity"] for problem in problems]
+    assert [result.details.clip_similarity for result in found] == [problem["clip_similarity"] for problem in problems]
     main(["predict", "--run", str(run), "--seeds", "3,4", "--trainer.accelerator", "cpu"])
     for result in found:
         assert result.embedding.shape == (8, 32)
@@ -101,7 +101,7 @@ def test_words_for_a_prompt(tiny):
     assert better[0] is better[2]
     assert better[0].embedding is None
     worse = reword("a red cat", task="attack", threshold=-1, **how)
-    assert sum(worse.record.loss_after) >= sum(worse.record.loss_before)
+    assert sum(worse.details.loss_after) >= sum(worse.details.loss_before)
 
 
 def test_embeddings_of_a_prompt(tiny, tmp_path):
@@ -111,12 +111,12 @@ def test_embeddings_of_a_prompt(tiny, tmp_path):
     )
     assert sharp.prompt_embeds.shape == sharp.negative_prompt_embeds.shape == (32, 32)
     assert len(sharp.pictures) == 2
-    assert len(sharp.record.metric_after) == 3  # seeds that it was searched on
+    assert len(sharp.details.metric_after) == 3  # seeds that it was searched on
     with pytest.raises(UserError, match="already holds a run; give another folder"):
         guide("a red cat", Sharpness(), folder=tmp_path / "kept", **how)
     assert (tmp_path / "kept/prompt_embeds.safetensors").exists()
     held = hold(["a red cat", "two dogs"], seed=7, unconditional=False, **how)
-    assert [result.record.target_seed for result in held] == [7, 7]
+    assert [result.details.target_seed for result in held] == [7, 7]
     assert held[0].negative_prompt_embeds is None
 
 
@@ -129,7 +129,7 @@ def test_a_function_chooses(tiny):
 
     result = prefer("a red cat", choose, backbone=tiny, sampling_steps=2, texts=6, device="cpu")
     assert [question.prompt for question in asked] == ["a red cat"] * 3
-    assert [move["strength"] for move in result.record.moves] == [0.5, 0.5]
+    assert [move["strength"] for move in result.details.moves] == [0.5, 0.5]
     assert result.prompt_embeds.shape == (32, 32)
 
 
@@ -316,7 +316,7 @@ def test_texts_are_texts(text, tiny):
 def test_settings_are_those_of_the_command_line(tiny, first, tmp_path):
     """A call has the config's settings, which name classes, and every default."""
     (result,) = search("metric_guidance", {"prompts": "a red cat", "backbone": tiny, **SHORT_SETTINGS}, device="cpu")
-    assert len(result.record.metric_before) == 4  # seeds of the config
+    assert len(result.details.metric_before) == 4  # seeds of the config
     invert(first, method="pez", backbone=tiny, folder=tmp_path / "run", **SHORT)
     settings = json.loads((tmp_path / "run/result.json").read_text())["settings"]
     assert (settings["score_every"], settings["patience"], settings["steps"]) == ("8", "1000", "2")
@@ -361,7 +361,7 @@ def test_answers_that_are_none(choice, said, tiny):
 def test_answers_of_numpy(tiny):
     answers = iter([Choice("go", np.int64(1), np.float32(0.5)), Choice("finish")])
     result = prefer("a red cat", lambda question: next(answers), backbone=tiny, sampling_steps=1, texts=6, device="cpu")
-    assert [(move["candidate"], move["strength"]) for move in result.record.moves] == [(1, 0.5)]
+    assert [(move["candidate"], move["strength"]) for move in result.details.moves] == [(1, 0.5)]
 
 
 def test_the_errors_of_a_function_are_its_own(tiny):

@@ -122,6 +122,7 @@ def arguments(config, model):
 
 def record_of(problem):
     """Return what a record says of a search, without fields that are empty, and without the losses that its reason repeats."""
+    problem |= {"others": 0, **(problem.pop("result") or {})}  # of human feedback alone now, and of every method then
     if problem["reason"]:
         problem["reason"] = re.sub(r"-?\d[\d.e+-]*\d", "#", problem["reason"])
     return {name: value for name, value in problem.items() if name not in VOLATILE and value not in (None, [], {})}

@@ -122,5 +122,5 @@ def test_python_of_the_page_runs(place, capsys, monkeypatch):
     exec(compile(short, "docs/python.md", "exec"), names)
     assert names["result"].prompt in capsys.readouterr().out
     assert (place / "again.png").exists()
-    assert sum(names["sharp"].record.metric_after) > sum(names["sharp"].record.metric_before)
-    assert names["held"].record.target_seed == 7
+    assert sum(names["sharp"].details.metric_after) > sum(names["sharp"].details.metric_before)
+    assert names["held"].details.target_seed == 7

@@ -6,13 +6,13 @@ import os
 import re
 import resource
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 
 import pytest
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import DPODiffResult, InversionResult, Problem
 from lightning_prompts.run_folder import RunFolder
 
 # Children that only write files; forked, so that a test does not wait for imports.
@@ -31,17 +31,19 @@ FULL = Problem(
     token_ids=[5, 7],
     validation_loss=0.1 + 0.2,
     initial_validation_loss=0.5,
-    clip_similarity=0.25,
-    heldout_clip_similarity=0.2,
-    clip_text_similarity=0.3,
-    diversity=0.1,
-    lpips=0.6,
-    word_recall=1.0,
-    dictionary_words=0.5,
-    special_characters=0.05,
-    perplexity=60.0,
     unet_samples=640,
     seconds=1.5,
+    result=InversionResult(
+        clip_similarity=0.25,
+        heldout_clip_similarity=0.2,
+        clip_text_similarity=0.3,
+        diversity=0.1,
+        lpips=0.6,
+        word_recall=1.0,
+        dictionary_words=0.5,
+        special_characters=0.05,
+        perplexity=60.0,
+    ),
 )
 
 
@@ -51,7 +53,7 @@ def key(number):
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = RunFolder(tmp_path / "runs" / "a run")
+    folder = RunFolder(tmp_path / "runs" / "a run", result_class=InversionResult)
     folder.prepare(resume=False)
     return folder
 
@@ -85,9 +87,13 @@ def test_records_of_equal_index_come_in_the_order_of_their_keys(folder):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_null_in_the_file(folder, value):
-    folder.save(Problem(key(1), "x", validation_loss=value, lpips=value, clip_similarity=0.5))
+    folder.save(Problem(key(1), "x", validation_loss=value, result=InversionResult(lpips=value, clip_similarity=0.5)))
     record = json.loads((folder.problems / f"{key(1)}.json").read_bytes())
-    assert (record["validation_loss"], record["lpips"], record["clip_similarity"]) == (None, None, 0.5)
+    assert (record["validation_loss"], record["result"]["lpips"], record["result"]["clip_similarity"]) == (
+        None,
+        None,
+        0.5,
+    )
 
 
 def test_a_value_that_is_no_plain_number_is_refused_and_the_record_stays(folder):
@@ -119,16 +125,19 @@ BROKEN = {
     b"[]": "cannot be read",
     b"null": "cannot be read",
     b'{"key": "0000000000000001", "target": "x"}': "it lacks 'version'",
-    b'{"version": 2, "key": "0000000000000001", "target": "x"}': "version '2', and this program reads version 1; use the newer program",
-    b'{"version": "1", "key": "0000000000000001", "target": "x"}': "has the version '1'",
-    b'{"version": 1, "key": "0000000000000001"}': "target",
-    b'{"version": 1, "key": "0000000000000001", "target": "x", "unknown": 1}': "the field 'unknown' is unknown",
-    b'{"version": 1, "key": "0000000000000002", "target": "x"}': "its key is '0000000000000002'",
-    b'{"version": 1, "key": "0000000000000001", "target": "x", "status": "opne"}': "status",
-    b'{"version": 1, "key": "0000000000000001", "target": null}': "target",
-    b'{"version": 1, "key": "0000000000000001", "target": "x", "token_ids": [[5]]}': r"token_ids\.0",
-    b'{"version": 1, "key": "0000000000000001", "target": "x", "history": [{"prompt": 5}]}': r"history\.0",
-    b'{"version": 1, "key": "0000000000000001", "target": "x", "paths": "x"}': "paths",
+    b'{"version": 3, "key": "0000000000000001", "target": "x"}': "version '3', and this program reads version 2; use the newer program",
+    b'{"version": "2", "key": "0000000000000001", "target": "x"}': "has the version '2'",
+    b'{"version": 2, "key": "0000000000000001"}': "target",
+    b'{"version": 2, "key": "0000000000000001", "target": "x", "unknown": 1}': "the field 'unknown' is unknown",
+    b'{"version": 2, "key": "0000000000000002", "target": "x"}': "its key is '0000000000000002'",
+    b'{"version": 2, "key": "0000000000000001", "target": "x", "status": "opne"}': "status",
+    b'{"version": 2, "key": "0000000000000001", "target": null}': "target",
+    b'{"version": 2, "key": "0000000000000001", "target": "x", "token_ids": [[5]]}': r"token_ids\.0",
+    b'{"version": 2, "key": "0000000000000001", "target": "x", "history": [{"prompt": 5}]}': r"history\.0",
+    b'{"version": 2, "key": "0000000000000001", "target": "x", "paths": "x"}': "paths",
+    b'{"version": 2, "key": "0000000000000001", "target": "x", "result": {"lpips": "far"}}': "lpips",
+    b'{"version": 2, "key": "0000000000000001", "target": "x", "result": {"budget": 1}}': "the field 'budget' is unknown",
+    b'{"version": 2, "key": "0000000000000001", "target": "x", "result": [1]}': "cannot be read",
 }
 
 
@@ -150,11 +159,13 @@ def test_a_broken_record_is_refused_and_nothing_is_written(folder, content, reas
 
 def test_numbers_that_json_does_not_have_come_back_as_nan(folder):
     better = {"unet_samples": 1, "validation_loss": math.nan, "prompt": "a"}
-    folder.save(Problem(key(1), "x", validation_loss=math.nan, fresh_loss_after=[0.5, math.nan], history=[better]))
+    folder.result_class = DPODiffResult
+    result = DPODiffResult(fresh_loss_after=[0.5, math.nan])
+    folder.save(Problem(key(1), "x", validation_loss=math.nan, history=[better], result=result))
     record = folder.load()[key(1)]
     assert record.validation_loss is None
-    assert record.fresh_loss_after[0] == 0.5
-    assert math.isnan(record.fresh_loss_after[1])
+    assert record.result.fresh_loss_after[0] == 0.5
+    assert math.isnan(record.result.fresh_loss_after[1])
     assert math.isnan(record.history[0]["validation_loss"])
 
 
@@ -268,21 +279,21 @@ def test_the_result_has_exactly_these_keys(folder):
         *("clip_text_similarity", "diversity", "lpips"),
         *("word_recall", "dictionary_words", "special_characters", "perplexity"),
     }
-    assert all(full[name] == getattr(FULL, name) for name in full)
+    recorded = {**asdict(FULL), **asdict(FULL.result)}
+    assert all(full[name] == recorded[name] for name in full)
     assert (bare["target"], bare["status"], bare["prompt"], bare["unet_samples"]) == ("b.png", "open", None, 0)
 
 
-def test_scores_are_forgotten(folder):
-    problem = replace(FULL)
-    problem.forget_scores()
-    folder.save(problem)
-    entry = write_result(folder)["problems"][0]
-    assert (entry["clip_similarity"], entry["heldout_clip_similarity"], entry["validation_loss"]) == (
-        None,
-        None,
-        0.1 + 0.2,
-    )
-    assert not {"lpips", "diversity", "perplexity"} & set(entry)
+def test_results_of_another_method_stay_as_they_are(folder):
+    folder.save(FULL)
+    other = RunFolder(folder.path)  # of whoever only wants the prompts
+    (record,) = other.records()
+    assert record.result == asdict(FULL.result)
+    other.save(record)
+    assert folder.load() == {FULL.key: FULL}
+    assert InversionResult.of(record) == FULL.result
+    with pytest.raises(TypeError, match="not a DPODiffResult"):
+        DPODiffResult.of(record)
 
 
 def test_results_and_prompts_come_in_the_order_of_the_inputs(folder):

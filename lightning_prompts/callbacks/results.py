@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -222,7 +221,8 @@ def _report(folder: RunFolder) -> None:
     counts = Counter(problem.status for problem in folder.records())
     for problem in islice(folder.ordered(), SHOWN):
         note = f"  ({problem.status}: {problem.reason})" if problem.reason else ""
-        say(f"{problem.target}: {problem.shown or '-'}{_score(problem)}{note}")
+        score = f"  [{summary}]" if (summary := folder.result_class.of(problem).summary) else ""
+        say(f"{problem.target}: {problem.shown or '-'}{score}{note}")
     if (total := sum(counts.values())) > SHOWN:
         say(f"... and {total - SHOWN} more: {', '.join(f'{count} {status}' for status, count in counts.most_common())}")
     if counts["failed"] and total > 1:
@@ -232,19 +232,3 @@ def _report(folder: RunFolder) -> None:
     if counts["open"]:
         say(f"The search was cut short; the same command with --run {folder.path} --ckpt_path last continues it.")
     say(f"Results are in {folder.path}" + (f"; look at {folder.grid}" if folder.grid.exists() else ""))
-
-
-def _score(problem: Problem) -> str:
-    """What is known of a prompt by what has not chosen it, in brackets."""
-    if problem.clip_similarity is not None:
-        return f"  [similarity {problem.clip_similarity:.2f}]"
-    told = [
-        f"{name} {fmean(after):.3f}, was {fmean(before):.3f}"
-        for name, before, after in (
-            ("metric", problem.fresh_metric_before, problem.fresh_metric_after),
-            ("held-out similarity", problem.heldout_before, problem.heldout_after),
-            ("loss", problem.fresh_loss_before, problem.fresh_loss_after),
-        )
-        if before and after
-    ]
-    return f"  [on fresh seeds {'; '.join(told)}]" if told else ""

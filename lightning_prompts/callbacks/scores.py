@@ -27,7 +27,7 @@ from lightning_prompts.metrics import (
 )
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import clip_of, load_clip
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import InversionResult, Problem, RefinementResult
 from lightning_prompts.terminal import say
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Scores:
         What cannot be measured is left out, and a line says why: the prompts are found all the same.
         """
         for problem in problems:
-            problem.forget_scores()
+            problem.result = InversionResult()
         self._score_pictures(method, list(zip(problems, drawn, method.data.pictures(problems), strict=True)))
         self._score_texts(method, problems)
         _leave_the_device(method)
@@ -123,7 +123,8 @@ class Scores:
                     for drawn in (before, after)
                 ]
                 for problem, *cosines in zip(problems, *found, strict=True):
-                    problem.heldout_before, problem.heldout_after = cosines
+                    result = RefinementResult.of(problem)
+                    result.heldout_before, result.heldout_after = cosines
         _leave_the_device(method)
 
     def _score_pictures(self, method: PromptMethod, rows: Sequence[tuple[Problem, Tensor, Tensor]]) -> None:
@@ -132,22 +133,26 @@ class Scores:
             own = _clip(method, clip_of(method.backbone))
             similarity, diversity, agreement = ClipImageSimilarity(own), Diversity(own), ClipTextSimilarity(own)
             for problem, drawn, target in rows:
-                problem.clip_similarity = float(similarity(drawn, target))
-                problem.diversity = float(diversity(drawn[None]))
+                InversionResult.of(problem).clip_similarity = float(similarity(drawn, target))
+                InversionResult.of(problem).diversity = float(diversity(drawn[None]))
             for problem, _, target in rows:
                 if problem.embedding is None:  # the others' prompts are pseudo-words, which only their backbone knows
-                    problem.clip_text_similarity = float(agreement(target, [str(problem.prompt)] * len(target)))
+                    InversionResult.of(problem).clip_text_similarity = float(
+                        agreement(target, [str(problem.prompt)] * len(target))
+                    )
         with _told():
             if clip := self.heldout(method):
                 similarity, diversity = ClipImageSimilarity(clip), Diversity(clip)
                 for problem, drawn, target in rows:
-                    problem.heldout_clip_similarity = float(similarity(drawn, target))
-                    problem.diversity = float(diversity(drawn[None]))  # rather than by a CLIP that may have searched
+                    InversionResult.of(problem).heldout_clip_similarity = float(similarity(drawn, target))
+                    InversionResult.of(problem).diversity = float(
+                        diversity(drawn[None])
+                    )  # rather than by a CLIP that may have searched
         with _told():
             if not lpips_lacks(weights=self.lpips_weights):
                 lpips = _kept(method, "lpips", lambda: Lpips(weights=self.lpips_weights))
                 for problem, drawn, target in rows:
-                    problem.lpips = float(lpips(drawn, target))
+                    InversionResult.of(problem).lpips = float(lpips(drawn, target))
 
     def _score_texts(self, method: PromptMethod, problems: Sequence[Problem]) -> None:
         """Scores problems by their prompts alone."""
@@ -156,20 +161,20 @@ class Scores:
         texts = [problem for problem in problems if problem.embedding is None]
         for problem in texts:
             if problem.caption:
-                problem.word_recall = float(recall([str(problem.prompt)], [problem.caption]))
-            problem.special_characters = float(special([str(problem.prompt)]))
+                InversionResult.of(problem).word_recall = float(recall([str(problem.prompt)], [problem.caption]))
+            InversionResult.of(problem).special_characters = float(special([str(problem.prompt)]))
         with _told():
             name = self.dictionary
             if known := _kept(method, name, lambda: read_dictionary(str(name))) if name else words:
                 dictionary = DictionaryWords(known)
                 for problem in texts:
-                    problem.dictionary_words = float(dictionary([str(problem.prompt)]))
+                    InversionResult.of(problem).dictionary_words = float(dictionary([str(problem.prompt)]))
         with _told():
             if self.language_model:
                 model = self.language_model
                 perplexity = _kept(method, model, lambda: Perplexity(model, method.offline))
                 for problem in texts:
-                    problem.perplexity = float(perplexity([str(problem.prompt)]))
+                    InversionResult.of(problem).perplexity = float(perplexity([str(problem.prompt)]))
 
 
 def _kept(method: PromptMethod, name: str, load: Callable[[], T]) -> T:

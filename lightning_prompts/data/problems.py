@@ -73,7 +73,8 @@ class ProblemData(pl.LightningDataModule, ABC):
     def folder(self) -> RunFolder:
         """The run's folder."""
         trainer: pl.Trainer = self.trainer  # type: ignore[assignment]
-        return RunFolder(trainer.default_root_dir, writes=sharing(trainer) == 1 or trainer.is_global_zero)
+        writes = sharing(trainer) == 1 or trainer.is_global_zero
+        return RunFolder(trainer.default_root_dir, writes, self.method.result_class)
 
     @property
     def model_identity(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -88,12 +89,15 @@ class Prompts(ProblemData):
 
     def _given(self) -> Iterator[tuple[Problem, str | None]]:
         """Every problem as new, and what is wrong with it."""
+        result_class = self.method.result_class
+        named = {field.name for field in fields(result_class)}  # such as the target seed
         pairs = itertools.product(self._read, self.method.identities)
         for index, ((prompt, error), identity) in enumerate(pairs):
             settings = {"prompt": prompt, **self.model_identity, **identity}
             key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
             key = unreadable_key([prompt]) if error else key
-            yield Problem(key, prompt, index=index, target_seed=identity.get("target_seed")), error
+            own = {name: value for name, value in identity.items() if name in named}
+            yield Problem(key, prompt, index=index, result=result_class(**own)), error
 
 
 class Line(NamedTuple):

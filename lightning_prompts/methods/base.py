@@ -24,7 +24,7 @@ from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.engine.batch import Batch, merge
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives import ClipSimilarity
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import MethodResult, Problem, checked
 from lightning_prompts.prompts import PromptArc, PromptEmbeds, TokenEmbeddings, WordChoices
 from lightning_prompts.ranges import NotNegative, Positive
 from lightning_prompts.ranks import of_rank_zero, sharing
@@ -97,6 +97,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     strict_loading = False  # a checkpoint has no backbone
     prompt: TokenEmbeddings | WordChoices | PromptEmbeds | PromptArc
     data_class: type[ProblemData]
+    result_class: ClassVar[type[MethodResult]] = MethodResult
     decisive: frozenset[str] = frozenset()  # settings that other searches can go on without
     draws: ClassVar[bool] = False  # whether every step of the search draws pictures
 
@@ -453,6 +454,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self._resumed = saved = checkpoint["batch"]
         saved["records"] = [asdict(Problem(**record)) for record in saved["records"]]
         for record in saved["records"]:
+            self._check_result(record["result"])
             here = records[record["key"]]
             record |= {name: getattr(here, name) for name in ("target", "paths", "stamps", "caption", "index")}
         ((name, prompts),) = checkpoint["state_dict"].items()
@@ -470,6 +472,17 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.parameter.data = torch.empty_like(prompts)
         if self.microbatch.fitted:  # as before, so that calls round alike
             self.microbatch.size = saved["microbatch"]
+
+    def _check_result(self, result: dict[str, Any] | None) -> None:
+        """Refuse a checkpoint's result that is not one of this method."""
+        if result is not None and self.result_class is not MethodResult:
+            try:
+                checked(self.result_class, result)
+            except ValueError as error:
+                raise UserError(
+                    f"The checkpoint has results that are not those of {type(self).__name__}; give the settings that the run was begun "
+                    "with."
+                ) from error
 
 
 def by_step(batch: Step, rows: Tensor) -> list[tuple[int, Tensor]]:

@@ -21,7 +21,7 @@ from lightning_prompts.files import atomic_write
 from lightning_prompts.methods.base import PromptMethod, by_step
 from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
 from lightning_prompts.objectives.spherical import spherical_distance
-from lightning_prompts.problems import Candidate, Problem
+from lightning_prompts.problems import Candidate, DPODiffResult, Problem
 from lightning_prompts.prompts import WordChoices
 from lightning_prompts.ranges import Positive, Rate
 from lightning_prompts.run_folder import RunFolder
@@ -76,6 +76,7 @@ class DPODiff(PromptMethod):
 
     prompt: WordChoices
     data_class = Prompts
+    result_class = DPODiffResult
     decisive = frozenset({"sampling_steps"})  # the search itself draws
     draws = True
 
@@ -215,7 +216,7 @@ class DPODiff(PromptMethod):
         """Makes problems the wave, with the words that can be chosen for them, and remembers what an earlier process has paid for."""
         for key in {problem.key for problem in problems} - self._paid.keys():
             newest = self.data.folder.read(key)
-            self._paid[key] = _losses(newest.candidates) if newest else {}
+            self._paid[key] = _losses(DPODiffResult.of(newest).candidates) if newest else {}
         super().set_rows(problems)
         self.prompt.show([self.space(problem.target) for problem in problems])
         self.wanted = self.clip.features_of([problem.target for problem in problems])  # (P, E)
@@ -242,6 +243,10 @@ class DPODiff(PromptMethod):
         if prompt not in self._spaces:
             self._spaces[prompt] = keeping(self.sources.space(prompt), self.meaning, self.threshold)
         return self._spaces[prompt]
+
+    def result(self, row: int) -> DPODiffResult:
+        """Return the result of a row so far."""
+        return DPODiffResult.of(self.batch[row].record)
 
     def first(self, rows: Tensor) -> Tensor:
         """The persons' prompts."""
@@ -329,9 +334,10 @@ class DPODiff(PromptMethod):
     def propose(self, row: int, step: int, first: int) -> list[Choice]:
         """Candidates that a problem has not evaluated yet, as many as a population has and the budget still pays for."""
         problem, space = self.batch[row].record, self.prompt.spaces[row]
-        count = min(int(self.population), int(self.budget - (problem.budget or 0) + 1e-6))
-        known = {(candidate["prompt"], candidate["negative_prompt"]) for candidate in problem.candidates}
-        ranked = sorted(problem.candidates, key=lambda candidate: sum(candidate["losses"]))
+        result = DPODiffResult.of(problem)
+        count = min(int(self.population), int(self.budget - (result.budget or 0) + 1e-6))
+        known = {(candidate["prompt"], candidate["negative_prompt"]) for candidate in result.candidates}
+        ranked = sorted(result.candidates, key=lambda candidate: sum(candidate["losses"]))
         parents: list[Choice] = [tuple(candidate["choice"]) for candidate in ranked[: self.select]]
         breeding = self.solver in ("evolution", "hybrid") and step > first and len(parents) > 1
         chosen: dict[tuple[str, str], Choice] = {}
@@ -398,13 +404,14 @@ class DPODiff(PromptMethod):
     def keep(self, row: int, choice: Choice, texts: tuple[str, str], losses: list[float]) -> None:
         """Adds an evaluated candidate to a problem, as its best if it is."""
         problem, (prompt, negative), mean = self.batch[row].record, texts, sum(losses) / len(losses)
-        spent = problem.budget or 0.0
-        problem.candidates.append(
+        result = DPODiffResult.of(problem)
+        spent = result.budget or 0.0
+        result.candidates.append(
             Candidate(prompt=prompt, negative_prompt=negative, choice=list(choice), losses=losses, budget=spent)
         )
         if problem.offer(prompt, mean, self.prompt.tokens(prompt)):
-            problem.negative_prompt, problem.loss_after = negative, [abs(loss) for loss in losses]
-            problem.words = [
+            problem.negative_prompt, result.loss_after = negative, [abs(loss) for loss in losses]
+            result.words = [
                 [slot.name, slot.words[i]] for slot, i in zip(self.prompt.spaces[row].slots, choice, strict=True)
             ]
             self._better.append(problem)
@@ -424,18 +431,19 @@ class DPODiff(PromptMethod):
 
     def spend(self, row: int, generations: float) -> None:
         """Adds to what a problem's search has cost."""
-        self.batch[row].record.budget = (self.batch[row].record.budget or 0) + generations
+        result = self.result(row)
+        result.budget = (result.budget or 0) + generations
 
     # --- results
 
     def score(self, rows: Tensor) -> list[Problem]:
         """Judges the persons' prompts before the first step; afterwards says which problems have got better."""
-        new = [row for row in rows.tolist() if self.batch[row].record.loss_before is None]
+        new = [row for row in rows.tolist() if self.result(row).loss_before is None]
         if new:  # the persons' own prompts are free
             self.evaluate([(row, (0,) * len(self.prompt.spaces[row].slots)) for row in new], cost=0)
         for row in new:
-            problem, losses = self.batch[row].record, self.batch[row].record.candidates[0]["losses"]
-            problem.loss_before = [abs(loss) for loss in losses]
+            problem, losses = self.batch[row].record, self.result(row).candidates[0]["losses"]
+            self.result(row).loss_before = [abs(loss) for loss in losses]
             problem.initial_validation_loss = sum(losses) / len(losses)
         better, self._better = self._better, []
         return better
@@ -443,7 +451,7 @@ class DPODiff(PromptMethod):
     def retire(self, rows: Tensor) -> None:
         """Takes out of the wave what has spent its budget."""
         for row in rows.tolist():
-            if (self.batch[row].record.budget or 0) + 1 > self.budget + 1e-6:
+            if (self.result(row).budget or 0) + 1 > self.budget + 1e-6:
                 self.batch[row].stale = int(self.patience)
         super().retire(rows)
 
@@ -478,8 +486,9 @@ class DPODiff(PromptMethod):
             self.distance(self.clip.features_of_many(pictures, self.microbatch.size), wanted) for pictures in drawn
         )
         for p, problem in enumerate(problems):
-            problem.fresh_loss_before, problem.fresh_loss_after = before[p].tolist(), after[p].tolist()
-            problem.similarity = float(self.meaning(problem.target, [str(problem.prompt)]))
+            result = DPODiffResult.of(problem)
+            result.fresh_loss_before, result.fresh_loss_after = before[p].tolist(), after[p].tolist()
+            result.similarity = float(self.meaning(problem.target, [str(problem.prompt)]))
 
     def present(self, problems: list[Problem], folder: RunFolder) -> None:
         """What the found prompts draw below what the persons' draw."""

@@ -36,7 +36,7 @@ from lightning_prompts.methods.start import (
 )
 from lightning_prompts.objectives import ClipSimilarity, Denoising
 from lightning_prompts.objectives.clip import clip_of
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import InversionResult, Problem
 from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.ranges import Positive
 from lightning_prompts.run_folder import RunFolder
@@ -102,6 +102,7 @@ class Inverter(PromptMethod):
 
     prompt: TokenEmbeddings
     data_class = ImagesToPrompts
+    result_class = InversionResult
     moves_embeddings: ClassVar[bool] = True  # down the gradient of the whole loss, the CLIP's term included
     latents: list[Tensor]  # of each problem's pictures, (I, C, h, w)
 

@@ -15,7 +15,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives.base import Objective
 from lightning_prompts.optimizers import AdamOnLion, BatchedAdam
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import Problem, SteeringResult
 from lightning_prompts.prompts import PromptEmbeds
 from lightning_prompts.ranges import NotNegative, Positive, Rate
 from lightning_prompts.unused import refuse_unused
@@ -148,9 +148,10 @@ class MetricGuidance(Steering):
 
     def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
         """Whether the objective that is watched is no worse than at the beginning."""
-        if not self.watch or not problem.values_before:
+        before = SteeringResult.of(problem).values_before
+        if not self.watch or not before:
             return True
-        gain = fmean(values[self.watched]) - fmean(problem.values_before[self.watched])
+        gain = fmean(values[self.watched]) - fmean(before[self.watched])
         return (gain if self.watch.higher_is_better else -gain) >= -self.watch_tolerance
 
 

@@ -22,7 +22,7 @@ from lightning_prompts.methods.base import by_step
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
 from lightning_prompts.optimizers import AdamOnLion
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import Problem, SeedInvarianceResult
 from lightning_prompts.prompts import PromptArc, PromptEmbeds
 from lightning_prompts.ranges import Positive, Rate
 from lightning_prompts.unused import refuse_unused
@@ -59,6 +59,7 @@ class SeedInvariance(Steering):
     """
 
     higher_is_better = True
+    result_class = SeedInvarianceResult
 
     def __init__(
         self,
@@ -170,9 +171,8 @@ class SeedInvariance(Steering):
 
     def target_noise(self, problems: Sequence[Problem]) -> Tensor:
         """Noise (P, C, h, w) of the seeds whose pictures are wanted."""
-        return noise_of([int(problem.target_seed or 0) for problem in problems], self.backbone.latent_shape).to(
-            self.device
-        )
+        seeds = [int(SeedInvarianceResult.of(problem).target_seed or 0) for problem in problems]
+        return noise_of(seeds, self.backbone.latent_shape).to(self.device)
 
     def pictures(self, problems: Sequence[Problem]) -> Tensor:
         """The wanted pictures (P, 3, H, W), each drawn once, and alone, so that it does not depend on the batch."""

@@ -19,7 +19,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.files import atomic_write
 from lightning_prompts.interop import base_prompts, pack_prompt_embeds, read_prompt_embeds
 from lightning_prompts.methods.base import PromptMethod
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import Problem, SteeringResult
 from lightning_prompts.prompts import PromptArc, PromptEmbeds
 from lightning_prompts.ranges import Positive
 from lightning_prompts.run_folder import RunFolder
@@ -42,6 +42,7 @@ class Steering(PromptMethod):
 
     prompt: PromptEmbeds | PromptArc
     data_class = Prompts
+    result_class = SteeringResult
     draws = True
     higher_is_better: bool  # of the metric
 
@@ -184,20 +185,21 @@ class Steering(PromptMethod):
         """
         better: list[Problem] = []
         problems = [self.batch[row].record for row in rows.tolist()]
-        first = torch.tensor([problem.metric_before is None for problem in problems], device=self.device)
+        results = [SteeringResult.of(problem) for problem in problems]
+        first = torch.tensor([result.metric_before is None for result in results], device=self.device)
         on_device = rows.to(self.device)
         embeds = self.prompt(on_device).where(~first.view(-1, 1, 1, 1), self.prompt.initial[on_device])
         with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
             losses, values = self.measured(embeds, self.noise[rows], problems)
         self.count(rows, self.seeds * self.sampler.cost())
         metrics = self.metric(values)
-        for i, (row, problem) in enumerate(zip(rows.tolist(), problems, strict=True)):
+        for i, (row, problem, result) in enumerate(zip(rows.tolist(), problems, results, strict=True)):
             loss, metric = float(losses[i].mean()), metrics[i].tolist()
             seen = {name: value[i].tolist() for name, value in values.items()}
-            if problem.metric_before is None:
-                problem.metric_before, problem.values_before, problem.initial_validation_loss = metric, seen, loss
+            if result.metric_before is None:
+                result.metric_before, result.values_before, problem.initial_validation_loss = metric, seen, loss
             if self.batch.offer(row, problem.target, loss, acceptable=self.acceptable(problem, seen)):
-                problem.metric_after, problem.values_after = metric, seen
+                result.metric_after, result.values_after = metric, seen
                 self.batch[row].best = embeds[i].clone()
                 self.data.folder.save_embeds(problem.key, self.file([problem], embeds[i : i + 1]))
                 better.append(problem)
@@ -249,10 +251,11 @@ class Steering(PromptMethod):
         scores.compare(self, problems, *drawn)
         before, after = (self.values_of(pictures, problems) for pictures in drawn)
         for p, problem in enumerate(problems if before else []):
-            problem.fresh_metric_before, problem.fresh_metric_after = (
+            result = SteeringResult.of(problem)
+            result.fresh_metric_before, result.fresh_metric_after = (
                 self.metric(x)[p].tolist() for x in (before, after)
             )
-            problem.fresh_values_before, problem.fresh_values_after = (
+            result.fresh_values_before, result.fresh_values_after = (
                 {name: value[p].tolist() for name, value in x.items()} for x in (before, after)
             )
 

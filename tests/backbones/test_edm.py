@@ -177,4 +177,4 @@ def test_methods_search_it(tmp_path):
     assert moved.record.validation_loss <= moved.record.initial_validation_loss
     assert moved.negative_prompt_embeds.isfinite().all()
     better = reword("a red cat", budget=4, population=2, seeds=1, gradient_share=0.5, schedule="fix-1", **how)
-    assert better.record.candidates
+    assert better.details.candidates

@@ -236,14 +236,14 @@ def test_budget_is_kept_and_nothing_is_paid_twice(solver, task, tiny, tmp_path):
     for problem in search(
         tiny, tmp_path, PROMPTS, solver=solver, task=task, **{} if task == "improve" else {"threshold": -1}
     ):
-        assert 0 < problem.budget <= 8
-        texts = [(candidate["prompt"], candidate["negative_prompt"]) for candidate in problem.candidates]
+        assert 0 < problem.result.budget <= 8
+        texts = [(candidate["prompt"], candidate["negative_prompt"]) for candidate in problem.result.candidates]
         assert len(set(texts)) == len(texts) > 2
         assert texts[0] == (problem.target, "")
-        means = [sum(candidate["losses"]) / 2 for candidate in problem.candidates]
+        means = [sum(candidate["losses"]) / 2 for candidate in problem.result.candidates]
         assert problem.validation_loss == min(means)
         assert problem.initial_validation_loss == means[0]
-        best = problem.candidates[means.index(min(means))]
+        best = problem.result.candidates[means.index(min(means))]
         assert (problem.prompt, problem.negative_prompt) == (best["prompt"], best["negative_prompt"])
         if task == "improve":
             assert problem.prompt == problem.target
@@ -251,15 +251,15 @@ def test_budget_is_kept_and_nothing_is_paid_twice(solver, task, tiny, tmp_path):
 
 def test_step_that_draws_no_word_moves_nothing(tiny, tmp_path):
     (problem,) = search(tiny, tmp_path, PROMPTS[:1], solver="hybrid", unchanged=1 - 1e-9, gradient_share=0.9)
-    assert len(problem.candidates) == 1  # nothing but the person's own prompt is ever drawn
+    assert len(problem.result.candidates) == 1  # nothing but the person's own prompt is ever drawn
 
 
 def test_batch_equals_its_parts(tiny, tmp_path):
     together = search(tiny, tmp_path / "both", PROMPTS)
     for i, prompt in enumerate(PROMPTS):
         (alone,) = search(tiny, tmp_path / str(i), [prompt])
-        assert [c["prompt"] for c in alone.candidates] == [c["prompt"] for c in together[i].candidates]
-        for one, other in zip(alone.candidates, together[i].candidates, strict=True):
+        assert [c["prompt"] for c in alone.result.candidates] == [c["prompt"] for c in together[i].result.candidates]
+        for one, other in zip(alone.result.candidates, together[i].result.candidates, strict=True):
             assert one["losses"] == pytest.approx(other["losses"], abs=1e-4)
 
 
@@ -276,8 +276,8 @@ def test_threshold_keeps_the_meaning(task, solver, tiny, tmp_path):
     kept = keeping(space, module.meaning, threshold)
     assert sum(len(slot.words) - 1 for slot in kept.slots) == int((cosines >= threshold).sum())
     (problem,) = search(tiny, tmp_path, PROMPTS[0], task=task, **sources, solver=solver, threshold=threshold)
-    assert len(problem.candidates) > 2
-    for candidate in problem.candidates:
+    assert len(problem.result.candidates) > 2
+    for candidate in problem.result.candidates:
         assert float(module.meaning(problem.target, [candidate["prompt"]])) >= threshold - 1e-6
 
 
@@ -348,7 +348,9 @@ def test_children_are_of_the_best(attached):
     problem = module.batch.records[0]
     for choice, loss in (((1, 1, 1, 1), 0.1), ((2, 2, 2, 2), 0.2), ((0, 3, 0, 3), 0.9)):
         module.keep(0, choice, SPACE.texts(choice), [loss, loss])
-    problem.candidates = [candidate for candidate in problem.candidates if candidate["losses"][0] in (0.1, 0.2, 0.9)]
+    problem.result.candidates = [
+        candidate for candidate in problem.result.candidates if candidate["losses"][0] in (0.1, 0.2, 0.9)
+    ]
     children = module.propose(0, 6, 5)
     assert children
     assert all(value in (1, 2) for child in children for value in child)
@@ -393,14 +395,14 @@ def test_shortcut_loss_is_the_mean_over_seeds_with_its_gradient(attached):
 
 def test_improving_the_positive_prompt_changes_its_words(tiny, tmp_path):
     (problem,) = search(tiny, tmp_path, PROMPTS[0], solver="random", positive=["neighbours"], negative=[])
-    assert any(candidate["prompt"] != problem.target for candidate in problem.candidates)
-    assert all(candidate["negative_prompt"] == "" for candidate in problem.candidates)
+    assert any(candidate["prompt"] != problem.target for candidate in problem.result.candidates)
+    assert all(candidate["negative_prompt"] == "" for candidate in problem.result.candidates)
 
 
 def test_cosine_stands_in(tiny, tmp_path):
     (problem,) = search(tiny, tmp_path, PROMPTS[0], solver="random", objective="cosine")
     (other,) = search(tiny, tmp_path / "other", PROMPTS[0], solver="random")
-    for cosine, spherical in zip(problem.loss_before, other.loss_before, strict=True):
+    for cosine, spherical in zip(problem.result.loss_before, other.result.loss_before, strict=True):
         assert spherical == pytest.approx(math.acos(1 - cosine) ** 2 / 2, abs=1e-4)
 
 

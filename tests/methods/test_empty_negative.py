@@ -148,4 +148,4 @@ def test_searches_from_zeros_move_and_stay_finite(backbone):
         gradient_share=0.5,
         **how,
     )
-    assert result.record.loss_after[0] <= result.record.loss_before[0]
+    assert result.details.loss_after[0] <= result.details.loss_before[0]

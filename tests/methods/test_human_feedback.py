@@ -75,7 +75,7 @@ def test_a_move_goes_so_far_on_the_arc_to_the_candidates_text(tiny, tmp_path):
     noise = module.noise[:, :1]
     torch.testing.assert_close(second.pictures[-1], module.sampler.draw_embeds(expected[None], noise)[0, 0])
     torch.testing.assert_close(drawn[1], module.sampler.draw_embeds(end[None], noise)[0, 0])
-    (move,) = problem.moves
+    (move,) = problem.result.moves
     assert move == {"text": first.texts[1], "candidate": 1, "strength": 0.5, "others": 0}
     assert problem.status == "done"
     assert chooser.said == [f"Finished. The files are in {tmp_path}."]
@@ -100,7 +100,7 @@ def test_undo_goes_back_to_the_same_candidates_and_others_are_others(tiny, tmp_p
     assert texts[1] == texts[3] == texts[4] != texts[0]  # with no move left, an undo changes nothing
     assert texts[5] not in texts[:5]
     assert [len(question.pictures) for question, _ in chooser.questions] == [1, 1, 2, 1, 1, 1]
-    assert problem.moves == []
+    assert problem.result.moves == []
     assert (problem.status, problem.reason) == ("not improved", "Nothing was chosen.")
     torch.testing.assert_close(module.batch[0].best, module.prompt.initial[0])
 
@@ -112,7 +112,7 @@ def test_others_are_nearer_and_after_some_rounds_far_again(tiny, tmp_path):
     for (question, drawn), reach in zip(chooser.questions[:3], (1, 0.5, 0.25), strict=True):
         end = slerp(start, module.encode([question.texts[0]])[0], reach)
         torch.testing.assert_close(drawn[0], module.sampler.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
-    assert problem.moves[0]["strength"] == 0.125
+    assert problem.result.moves[0]["strength"] == 0.125
     assert module.base(problem, 1) == PROMPT  # it is still the nearest
     here, reaches = module.at[-1][0], (1, 0.5, 0.25, 0.125, 1)
     for (question, drawn), reach in zip(chooser.questions[3:], reaches, strict=True):
@@ -152,7 +152,7 @@ def test_without_room_words_are_added_to_a_text_before(tiny, tmp_path):
 def test_one_prompt_after_the_other(tiny, tmp_path):
     module, chooser, problems = search(tiny, tmp_path, GO, FINISH, GO, GO, FINISH, prompts=[PROMPT, "two dogs"])
     assert [question.prompt for question, _ in chooser.questions] == [PROMPT] * 2 + ["two dogs"] * 3
-    assert [len(problem.moves) for problem in problems] == [1, 2]
+    assert [len(problem.result.moves) for problem in problems] == [1, 2]
     assert len(module.found(problems)) == 2
 
 
@@ -165,7 +165,7 @@ def test_a_run_that_is_killed_goes_on_where_the_person_was(tiny, tmp_path, round
         search(tiny, tmp_path / "broken", GO, Choice("others"), KeyboardInterrupt())
     signal.signal(signal.SIGINT, before)
     module, chooser, (found,) = search(tiny, tmp_path / "broken", Choice("go", 2, 1.0), FINISH)
-    assert found.moves == expected.moves
+    assert found.result.moves == expected.result.moves
     assert [len(question.pictures) for question, _ in chooser.questions] == [2, 3]
     assert torch.equal(module.batch[0].best, whole.batch[0].best)
 
@@ -199,7 +199,7 @@ def test_the_chooser_is_closed_whatever_makes_the_search_fail(tiny, tmp_path, mo
 
 def test_steps_end_a_search(tiny, tmp_path):
     _, chooser, (problem,) = search(tiny, tmp_path, GO, GO, GO, steps=2)
-    assert len(chooser.questions) == len(problem.moves) == 2
+    assert len(chooser.questions) == len(problem.result.moves) == 2
     assert problem.status == "done"
 
 

@@ -17,7 +17,7 @@ from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
 from lightning_prompts.main import main
 from lightning_prompts.methods import TRAINER, SeedInvariance
-from lightning_prompts.problems import Problem
+from lightning_prompts.problems import Problem, SeedInvarianceResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -101,7 +101,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     module.double()
     scheduler = DDIMScheduler.from_config(module.backbone.scheduler.config, clip_sample=False)
     module.backbone.scheduler = scheduler
-    problem = Problem("key", PROMPTS[0], target_seed=4)
+    problem = Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=4))
     others = torch.randn(1, 2, 4, 8, 8, dtype=torch.float64)
     monkeypatch.setattr(module, "draw_noise", lambda problems, step, count: others[:, :count])
     set_batch(module, [problem], steps=1)
@@ -165,14 +165,17 @@ def test_what_is_found(embedding, tiny, tmp_path):
     assert torch.equal(best[0], module.prompt.initial[0, 0, 0])
     if embedding == "one_row" and problem.status == "done":
         assert (best[1:] == best[1]).all()
-    before, after = sum(problem.metric_before), sum(problem.metric_after)
+    before, after = sum(problem.result.metric_before), sum(problem.result.metric_after)
     assert after >= before
     assert (problem.status == "done") == (after > before)
 
 
 def test_metric_is_the_signal_to_noise_ratio(tiny):
     module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents")
-    problem, wanted = Problem("key", PROMPTS[0], target_seed=3), torch.rand(3, 16, 16) - 0.5
+    problem, wanted = (
+        Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=3)),
+        torch.rand(3, 16, 16) - 0.5,
+    )
     module._pictures["key"] = wanted
     for error, ratio in ((0.2, 20), (0.02, 40), (2, 0)):  # of a range of 2
         values = module.values((wanted + error)[None], [problem])
@@ -193,7 +196,7 @@ def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
     main(["predict", "--run", str(folder), "--prompts", PROMPTS[0], "--seeds", "5", "--trainer.accelerator", "cpu"])
     (path,) = (folder / "pictures").iterdir()
     module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents")
-    (wanted,) = module.pictures([Problem("key", PROMPTS[0], target_seed=5)])
+    (wanted,) = module.pictures([Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=5))])
     with Image.open(path) as picture:
         drawn = torch.tensor(list(picture.getdata())).view(16, 16, 3).permute(2, 0, 1)
     assert (((wanted + 1) * 127.5).round() - drawn).abs().max() <= 1
@@ -203,9 +206,11 @@ def test_batch_equals_its_parts(tiny, tmp_path, monkeypatch):
     """With plain steps: the sign that AdamOnLion takes turns where a gradient is next to nothing."""
     monkeypatch.setattr(SeedInvariance, "configure_optimizers", lambda self: torch.optim.SGD([self.parameter], lr=1e-3))
     module, together = search(tiny, tmp_path / "both", PROMPTS, target_seeds=[1, 2])
-    assert [(p.target, p.target_seed) for p in together] == [(prompt, seed) for prompt in PROMPTS for seed in (1, 2)]
+    assert [(p.target, p.result.target_seed) for p in together] == [
+        (prompt, seed) for prompt in PROMPTS for seed in (1, 2)
+    ]
     one, (alone,) = search(tiny, tmp_path / "one", PROMPTS[1], target_seeds=[2])
-    assert alone.metric_before == pytest.approx(together[3].metric_before, abs=1e-3)
+    assert alone.result.metric_before == pytest.approx(together[3].result.metric_before, abs=1e-3)
     moved = (one.prompt(torch.tensor([0])) - one.prompt.initial).abs()
     assert moved.max() > 0.01
     torch.testing.assert_close(one.prompt.rows[0], module.prompt.rows[3], atol=1e-4, rtol=0)
@@ -216,7 +221,9 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
     """A search that goes on finds it again, in another batch than that in which its problem began."""
     module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=4, stages=[1, 2], microbatch=3)
     monkeypatch.setattr(module, "draw_noise", lambda problems, *at: torch.zeros(len(problems), 1, 4, 8, 8))
-    first, second, third = (Problem(str(seed), PROMPTS[seed % 2], target_seed=seed) for seed in (3, 4, 5))
+    first, second, third = (
+        Problem(str(seed), PROMPTS[seed % 2], result=SeedInvarianceResult(target_seed=seed)) for seed in (3, 4, 5)
+    )
     found = []
     for batches in ([[second]], [[first, second], [second, third]], [[third, second, first]]):
         module._wanted.clear()

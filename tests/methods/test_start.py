@@ -152,8 +152,8 @@ def test_what_was_found_is_compared_with_the_prompt_all_the_same(backbone, tmp_p
     how = {"backbone": backbone, **SHORT, "lr": 0.05}
     one = guide("a red cat", Sharpness(), folder=tmp_path / "one", **how)
     two = guide("a red cat", Sharpness(), start=str(tmp_path / "one"), **how | {"lr": 1e-12})
-    assert two.record.metric_before == pytest.approx(one.record.metric_before)
-    assert two.record.metric_after == pytest.approx(one.record.metric_after)
+    assert two.details.metric_before == pytest.approx(one.details.metric_before)
+    assert two.details.metric_after == pytest.approx(one.details.metric_after)
 
 
 def test_a_person_goes_on_from_there(backbone, tmp_path):

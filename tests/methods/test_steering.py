@@ -114,7 +114,7 @@ def test_metric_gets_better(optimizer, tiny, tmp_path):
     for objective in (Sharpness(), Blurriness()):
         folder = tmp_path / type(objective).__name__
         _, (problem,) = search(tiny, folder, PROMPTS[0], objective=objective, optimizer=optimizer, lr=lr)
-        before, after = sum(problem.metric_before), sum(problem.metric_after)
+        before, after = sum(problem.result.metric_before), sum(problem.result.metric_after)
         assert after > before if objective.higher_is_better else after < before
         assert problem.status == "done"
         assert problem.prompt == PROMPTS[0]
@@ -135,7 +135,7 @@ def test_batch_equals_its_parts(tiny, tmp_path):
     module, together = search(tiny, tmp_path / "both", PROMPTS)
     for i, prompt in enumerate(PROMPTS):
         one, (alone,) = search(tiny, tmp_path / str(i), [prompt])
-        assert alone.metric_after == pytest.approx(together[i].metric_after, rel=1e-3)
+        assert alone.result.metric_after == pytest.approx(together[i].result.metric_after, rel=1e-3)
         torch.testing.assert_close(one.batch[0].best, module.batch[i].best, atol=2e-3, rtol=0)
 
 
@@ -158,12 +158,12 @@ def test_weighted_sum_of_objectives(tiny, tmp_path):
     _, (problem,) = search(
         tiny, tmp_path, PROMPTS[0], objective=[Sharpness(2.0), ClipText(weight=3.0), Blurriness(0.5)]
     )
-    assert list(problem.values_before) == ["Sharpness", "ClipText", "Blurriness"]
+    assert list(problem.result.values_before) == ["Sharpness", "ClipText", "Blurriness"]
     for when in ("before", "after"):
-        values, metric = getattr(problem, f"values_{when}"), getattr(problem, f"metric_{when}")
+        values, metric = getattr(problem.result, f"values_{when}"), getattr(problem.result, f"metric_{when}")
         rows = zip(*values.values(), metric, strict=True)
         assert all(total == pytest.approx(2 * a + 3 * b - 0.5 * c) for a, b, c, total in rows)
-    assert problem.validation_loss == pytest.approx(-sum(problem.metric_after) / 2)
+    assert problem.validation_loss == pytest.approx(-sum(problem.result.metric_after) / 2)
 
 
 class Opposite(Objective):
@@ -175,9 +175,9 @@ class Opposite(Objective):
 
 def test_search_ends_where_what_is_watched_parts(tiny, tmp_path):
     module, (problem,) = search(tiny, tmp_path, PROMPTS[0], watch=Opposite(), steps=9, patience=2)
-    assert problem.values_before["Opposite"] == [-x for x in problem.values_before["Sharpness"]]
+    assert problem.result.values_before["Opposite"] == [-x for x in problem.result.values_before["Sharpness"]]
     assert problem.status == "not improved"
-    assert problem.metric_after == problem.metric_before
+    assert problem.result.metric_after == problem.result.metric_before
     seeds, calls, scorings = 2, module.sampler.cost(), 3  # of the beginning, and two that were not kept
     assert problem.unet_samples == scorings * seeds * calls + 2 * seeds * (calls + 2)
     _, (problem,) = search(tiny, tmp_path / "much", PROMPTS[0], watch=Opposite(), watch_tolerance=1e9, steps=2)
@@ -210,7 +210,7 @@ def test_metric_that_is_not_finite(tiny, tmp_path, caplog):
     _, (problem,) = search(tiny, tmp_path / "later", PROMPTS[0], objective=Broken(after=3))
     assert problem.status in ("done", "not improved")
     assert "was not finite in 1 of the steps" in caplog.text
-    assert all(-1 <= value <= 1 for value in problem.metric_after)
+    assert all(-1 <= value <= 1 for value in problem.result.metric_after)
 
 
 def test_settings_that_make_no_search_are_refused(tiny):
@@ -395,4 +395,4 @@ def test_reference_picture_is_approached(tiny, tmp_path, pictures):
     module = MetricGuidance(backbone=tiny, objective=LatentDistance(str(pictures / "0.png")))
     assert not module.higher_is_better
     _, (problem,) = search(tiny, tmp_path, PROMPTS[0], objective=LatentDistance(str(pictures / "0.png"), 20.0))
-    assert sum(problem.metric_after) < sum(problem.metric_before)
+    assert sum(problem.result.metric_after) < sum(problem.result.metric_before)

@@ -20,7 +20,7 @@ from lightning_prompts.methods.human_feedback.choices import Choice, Chooser, Ro
 from lightning_prompts.methods.human_feedback.page import Page
 from lightning_prompts.methods.steering import Steering
 from lightning_prompts.objectives import ClipSimilarity
-from lightning_prompts.problems import Move, Problem
+from lightning_prompts.problems import HumanFeedbackResult, Move, Problem
 from lightning_prompts.prompts import PromptEmbeds
 from lightning_prompts.ranges import Positive
 from lightning_prompts.vocabulary import token_lists
@@ -48,6 +48,7 @@ class HumanFeedback(Steering):
     """
 
     prompt: PromptEmbeds
+    result_class = HumanFeedbackResult
     at: list[Tensor]  # encoded prompts (S, R, D) on the way, from the person's to here
     drawn: list[Tensor]  # their pictures
     axes: Tensor  # of the map, (2, D)
@@ -90,12 +91,12 @@ class HumanFeedback(Steering):
     def set_rows(self, problems: list[Problem]) -> None:
         """Makes a problem the wave, and goes its way again."""
         if newest := self.data.folder.read(problems[0].key):  # which may be newer than a checkpoint
-            problems[0].moves, problems[0].others = newest.moves, newest.others
+            problems[0].result = HumanFeedbackResult.of(newest)
         super().set_rows(problems)
         self.at, self.drawn = [], []
         self.arrive(self.beginnings(torch.tensor([0]))[0])
         self.axes = principal_axes(self.gists(self.encoded(self.variations(problems[0], 0, 0))), 2)
-        for i, move in enumerate(problems[0].moves):
+        for i, move in enumerate(HumanFeedbackResult.of(problems[0]).moves):
             (end,) = self.ends([move["text"]], self.base(problems[0], i))
             self.arrive(slerp(self.at[-1], end, move["strength"]))
 
@@ -140,7 +141,8 @@ class HumanFeedback(Steering):
 
     def base(self, problem: Problem, moves: int) -> str:
         """The text that words are added to after so many moves: the last with room that was gone to at least half of the way."""
-        gone_to = (move["text"] for move in reversed(problem.moves[:moves]) if move["strength"] >= 0.5)
+        made = HumanFeedbackResult.of(problem).moves[:moves]
+        gone_to = (move["text"] for move in reversed(made) if move["strength"] >= 0.5)
         return next((text for text in gone_to if self.has_room(text)), problem.target)
 
     def has_room(self, text: str) -> bool:
@@ -168,11 +170,12 @@ class HumanFeedback(Steering):
     def search(self, batch: Step, rows: Tensor) -> None:
         """One round: what is chosen becomes where one is."""
         (problem,) = self.batch.records
-        texts = self.variations(problem, len(problem.moves), problem.others)
-        ends = self.ends(texts, self.base(problem, len(problem.moves)))
+        result = HumanFeedbackResult.of(problem)
+        texts = self.variations(problem, len(result.moves), result.others)
+        ends = self.ends(texts, self.base(problem, len(result.moves)))
         chosen = farthest(self.gists(ends) - self.gists(self.at[-1][None]), int(self.candidates))
         texts, ends = [texts[i] for i in chosen], ends[chosen]
-        reach = 0.5 ** (problem.others % NEARER)
+        reach = 0.5 ** (result.others % NEARER)
 
         @cache
         def draw(candidate: int, strength: float) -> Tensor:
@@ -196,21 +199,22 @@ class HumanFeedback(Steering):
 
     def answer(self, problem: Problem, choice: Choice, texts: Sequence[str], reach: float) -> None:
         """Does what was chosen."""
+        result = HumanFeedbackResult.of(problem)
         if choice.action == "finish":
             self.ended.add(problem.key)
         elif choice.action == "others":
-            problem.others += 1
-        elif choice.action == "undo" and problem.moves:
-            problem.others = problem.moves.pop()["others"]
+            result.others += 1
+        elif choice.action == "undo" and result.moves:
+            result.others = result.moves.pop()["others"]
             self.at.pop()
             self.drawn.pop()
         elif choice.action == "go":
             text, strength = texts[choice.candidate], reach * choice.strength
-            end = self.ends([text], self.base(problem, len(problem.moves)))  # alone, as when a search goes on
-            problem.moves.append(Move(text=text, strength=strength, candidate=choice.candidate, others=problem.others))
-            problem.others = 0
+            end = self.ends([text], self.base(problem, len(result.moves)))  # alone, as when a search goes on
+            result.moves.append(Move(text=text, strength=strength, candidate=choice.candidate, others=result.others))
+            result.others = 0
             self.arrive(slerp(self.at[-1], end[0], strength))
-            log.info("%s: move %d, %.2f of the way to %r", problem.target, len(problem.moves), strength, text)
+            log.info("%s: move %d, %.2f of the way to %r", problem.target, len(result.moves), strength, text)
 
     # --- what is kept
 
@@ -232,7 +236,7 @@ class HumanFeedback(Steering):
     def end(self, row: int) -> None:
         """Finishes a problem, which leaves the wave."""
         super().end(row)
-        if not self.batch[row].record.moves:
+        if not HumanFeedbackResult.of(self.batch[row].record).moves:
             self.batch[row].record.status, self.batch[row].record.reason = "not improved", "Nothing was chosen."
 
     def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
