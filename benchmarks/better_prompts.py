@@ -81,7 +81,7 @@ def losses_of(prompts: list[Written]) -> list[float]:
     """The losses of prompts as they are, on two seeds."""
     texts = [one.prompt for one in prompts]
     noise = draw_noise(0, texts, SEARCH, 2, method().backbone.latent_shape, torch.device("cpu"))
-    found: Tensor = method().losses([(text, "") for text in texts], noise, method().clip.features_of(texts)).mean(1)
+    found: Tensor = method().evaluate([(text, "") for text in texts], noise, method().clip.features_of(texts)).mean(1)
     return found.tolist()
 
 

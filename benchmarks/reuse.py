@@ -48,7 +48,7 @@ def measure(kind: str) -> list[dict[str, Any]]:
             noise, before, found = (
                 method.draw_noise(problems, FRESH, FRESH_SEEDS),
                 method.initial(problems),
-                method.found(problems),
+                method.best_embeds_of(problems),
             )
     clip, _ = judge()
     texts = clip.features_of(prompts)

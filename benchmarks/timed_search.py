@@ -62,7 +62,7 @@ class Clock(pl.Callback):
             synchronize(self.device)
             self.rate = (samples_of(pl_module) - self.before) / (time.perf_counter() - self.begun)
             self.peak = peak(self.device)
-            pl_module.search = partial(self.counted, pl_module, pl_module.search)
+            pl_module.step = partial(self.counted, pl_module, pl_module.step)
             trainer.should_stop = True
 
     def counted(self, module: Any, search: Callable[..., None], *args: Any) -> None:

@@ -63,12 +63,12 @@ class Small(DPODiff):
             cut.append(Slot(slot.name, slot.words[:kept]))
         return space.with_slots(cut)
 
-    def evaluate(self, wanted: Any, cost: float = 1) -> None:
+    def try_candidates(self, wanted: Any, cost: float = 1) -> None:
         """Notes which prompts the losses are looked up for."""
         self._asked = [self.batch[row].record.target for row, _ in wanted]
-        super().evaluate(wanted, cost)
+        super().try_candidates(wanted, cost)
 
-    def losses(self, texts: Any, noise: Tensor, wanted: Tensor) -> Tensor:
+    def evaluate(self, texts: Any, noise: Tensor, wanted: Tensor) -> Tensor:
         """From the tables."""
         return torch.tensor([self.tables[asked][pair] for asked, pair in zip(self._asked, texts, strict=True)])
 
@@ -94,7 +94,7 @@ def enumerated(prompt: str, folder: Path) -> Table:
         noise = draw_noise(0, [prompt], SEARCH, method.seeds, shape, torch.device("cpu"))
         wanted = method.clip.features_of([prompt])
         with torch.no_grad():
-            losses = [DPODiff.losses(method, pairs[i : i + 32], noise.expand(len(pairs[i : i + 32]), *noise.shape[1:]),
+            losses = [DPODiff.evaluate(method, pairs[i : i + 32], noise.expand(len(pairs[i : i + 32]), *noise.shape[1:]),
                                      wanted.expand(len(pairs[i : i + 32]), -1)) for i in range(0, len(pairs), 32)]  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(

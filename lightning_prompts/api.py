@@ -374,7 +374,7 @@ def _result(method: PromptMethod, problem: Problem, noise: Tensor) -> Result:
     pictures = [to_image(picture) for picture in method.draw_found(problem, noise)]
     embedding = told = away = None
     if isinstance(method, Steering):
-        told, *more = method.found([problem])[0].cpu()
+        told, *more = method.best_embeds_of([problem])[0].cpu()
         away = more[0] if more else None
     elif isinstance(method, Inverter):
         embedding = method.embedded(problem).float().cpu()

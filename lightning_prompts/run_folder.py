@@ -338,7 +338,7 @@ class RunFolder:
             )
         return found
 
-    def tell(self, problem: Problem, rank: int = 0) -> None:
+    def append_line(self, problem: Problem, rank: int = 0) -> None:
         """Adds a line about a problem that is finished; when all are, `write_result` writes them in their order."""
         if not self.writes:
             return

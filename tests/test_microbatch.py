@@ -197,7 +197,7 @@ def test_drawing_goes_on_with_less(tiny, monkeypatch, grad_steps):
 
     def measured(module):
         embeds = module.initial(problems).requires_grad_()
-        losses, values = module.measured(embeds, noise, problems, grad_steps)
+        losses, values = module.evaluate(embeds, noise, problems, grad_steps)
         gradient = torch.autograd.grad(losses.sum(), embeds)[0] if grad_steps else losses
         return losses.detach(), values["Sharpness"], gradient, module.sampler.draw_embeds(embeds.detach(), noise)
 

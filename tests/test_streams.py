@@ -210,7 +210,7 @@ def test_lines_come_as_soon_as_a_problem_is_done(make, tmp_path, watched, monkey
         tell(self, problem, rank)
         lines.append(len((self.path / "results.jsonl").read_text().splitlines()))
 
-    monkeypatch.setattr(RunFolder, "tell", told)
+    monkeypatch.setattr(RunFolder, "append_line", told)
     main(make(tmp_path / "run", "PEZ", "--model.together", "2"))
     assert lines == [1, 2, 3, 4, 5]
     problems = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]

@@ -70,7 +70,7 @@ def test_a_step_does_not_wait(method, settings, tiny, monkeypatch):
     batch, rows = wave(module, monkeypatch)
     module.latents = [torch.zeros(1, *module.backbone.latent_shape, device=DEVICE)] * 2
     with Copies() as copies:
-        module.search(batch, rows)
+        module.step(batch, rows)
     assert not copies.waiting
     assert module.parameter.device == DEVICE
     assert len(module.optimizers().state) == 1  # a step was taken

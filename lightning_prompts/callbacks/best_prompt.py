@@ -22,15 +22,15 @@ class BestPrompt(pl.Callback):
         self._keep(trainer, pl_module, pl_module.batch.where(lambda row: row.active and row.steps == 0))
         if len(over := pl_module.batch.where(lambda row: row.active and row.steps >= pl_module.data.steps)):
             self._keep(trainer, pl_module, over)
-            pl_module.retire(over)
+            pl_module.finish_done(over)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
         """Scores after every n-th step of a problem and after its last one."""
-        rows = pl_module.due()
+        rows = pl_module.rows_to_score()
         self._keep(trainer, pl_module, rows)
-        pl_module.retire(rows)
+        pl_module.finish_done(rows)
 
     def _keep(self, trainer: pl.Trainer, module: PromptMethod, rows: Tensor) -> None:
         better = module.score(rows) if len(rows) else []

@@ -39,7 +39,7 @@ class DryRun(pl.Callback):
         """Has the parts measured from now on."""
         self.asked = pl_module.microbatch.size
         pl_module.score = self._measured("scoring", pl_module.score, pl_module)  # type: ignore[method-assign]
-        pl_module.search = self._measured("a step", pl_module.search, pl_module)  # type: ignore[method-assign]
+        pl_module.step = self._measured("a step", pl_module.step, pl_module)  # type: ignore[method-assign]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
@@ -53,7 +53,7 @@ class DryRun(pl.Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if found := list(data.folder.found()):
-            self._measured("the results", pl_module.measure, pl_module)(found, self.scores)
+            self._measured("the results", pl_module.final_evaluation, pl_module)(found, self.scores)
         say(*self._table(pl_module, len(pl_module.batch)).splitlines())
 
     def _measured(self, name: str, work: Callable[..., Any], module: PromptMethod) -> Callable[..., Any]:

@@ -40,7 +40,7 @@ class SampleGrid(pl.Callback):
             return
         problems = [problem for problem in pl_module.batch.records if problem.prompt][: self.most]
         if problems:
-            log_images(trainer.loggers, "samples", [pl_module.shown(problems)], step)
+            log_images(trainer.loggers, "samples", [pl_module.preview(problems)], step)
 
 
 def regenerate(method: PromptMethod, problems: Sequence[Problem], count: int) -> Tensor:

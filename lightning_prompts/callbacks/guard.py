@@ -35,7 +35,7 @@ class NonFiniteGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
         """Looks at the prompts and at what their steps have left out."""
-        rows = pl_module.due()
+        rows = pl_module.rows_to_score()
         here = pl_module.batch
         sound, skipped = pl_module.prompt.sound().cpu()[rows], here.skipped.cpu()[rows]
         here.skipped[rows.to(here.skipped.device)] = 0
@@ -55,13 +55,13 @@ class NonFiniteGuard(pl.Callback):
 
     def _go_back(self, module: PromptMethod, row: int, reason: str) -> None:
         problem, step = module.batch[row].record, module.batch[row].steps
-        module.reset_rows(torch.tensor([row]), module.best(row)[None])
+        module.reset_rows(torch.tensor([row]), module.best_params(row)[None])
         module.batch[row].halvings += 1
         if module.batch[row].halvings <= self.most:
             lbfgs = any(isinstance(optimizer, BatchedLBFGS) for optimizer in module.trainer.optimizers)
             how = "" if lbfgs else ", in half as long steps"  # the history of L-BFGS is of whole steps
             log.warning("%s for %s at step %d; it goes on from its best%s.", reason, problem.target, step, how)
             return
-        module.end(row)
+        module.finish(row)
         if problem.status != "failed":
             problem.reason = f"{reason} at step {step}, for the {self.most + 1}th time; lower --model.lr."

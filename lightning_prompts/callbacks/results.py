@@ -113,10 +113,10 @@ class Results(Checkpoint):
         found = folder.found()
         while problems := list(islice(found, pl_module.together)):
             if unchanged := data.unchanged(problems):
-                pl_module.measure(unchanged, self.scores)
+                pl_module.final_evaluation(unchanged, self.scores)
             for problem in unchanged:
                 folder.save(problem)
-                data.release(problem)
+                data.evict(problem)
         self._write(trainer, pl_module)
         pictured = any(problem.paths for problem in folder.found())
         if pictured and (reason := lpips_lacks(weights=self.scores.lpips_weights)):
@@ -151,9 +151,9 @@ class Results(Checkpoint):
         """Scores and saves what has finished since the last time, and tells it."""
         problems = [problem for problem in module.batch.finished if problem.prompt and problem.status != "failed"]
         if problems:
-            module.measure(problems, self.scores)
+            module.final_evaluation(problems, self.scores)
         for problem in module.save_finished():
-            trainer.datamodule.folder.tell(problem, trainer.global_rank)  # type: ignore[attr-defined]
+            trainer.datamodule.folder.append_line(problem, trainer.global_rank)  # type: ignore[attr-defined]
 
     def _mark_open(self, trainer: pl.Trainer, module: PromptMethod) -> None:
         """Say of problems that are still searched that the search was cut short, as `--trainer.max_time` does."""
@@ -168,11 +168,11 @@ class Results(Checkpoint):
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder: RunFolder = data.folder
         if shown := data.unchanged(list(islice(folder.found(), SHOWN))):
-            module.present(shown, folder)
+            module.write_figures(shown, folder)
             for problem in shown:
-                data.release(problem)
+                data.evict(problem)
         if exported := list(islice(folder.found(), EXPORTED)):
-            module.export(exported, folder)
+            module.write_files(exported, folder)
         settings = {**self.settings, "drawing": module.drawing}
         folder.write_result(type(module).__name__, module.backbone.name, data.seed, settings, versions())
         for lines in folder.path.glob("results-rank*.jsonl"):

@@ -252,7 +252,7 @@ class ImagesToPrompts(ProblemData):
                 self._latents[problem.key] = latents
         return latents
 
-    def release(self, problem: Problem) -> None:
+    def evict(self, problem: Problem) -> None:
         """See `ProblemData.release`."""
         self._pictures.pop(problem.key, None)
         self._latents.pop(problem.key, None)

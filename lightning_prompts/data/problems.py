@@ -104,7 +104,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         """Return the problems whose inputs are still those that were searched; warn about the others."""
         return list(problems)
 
-    def release(self, problem: Problem) -> None:
+    def evict(self, problem: Problem) -> None:
         """Forgets what is remembered of a problem that has left the wave."""
 
     @abstractmethod

@@ -191,11 +191,11 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         if self.microbatch.ranks > 1:
             self.parameter.register_hook(of_rank_zero)
 
-    def here(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
         """A tensor of the host's on the device, without waiting until that has done all else."""
         return tensor.to(self.device, non_blocking=True)
 
-    def agreed(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What all ranks go on with of something that each has computed for itself; see `of_rank_zero`."""
         return value if self.microbatch.ranks == 1 else of_rank_zero(value)
 
@@ -217,24 +217,24 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     def refill(self) -> None:
         """Evict finished problems and add new ones, up to the batch size."""
-        added, evicted = self.batch.refill(self.data.arrivals, self.set_rows, self.first)
+        added, evicted = self.batch.refill(self.data.arrivals, self.set_rows, self.init_params)
         for problem in added:
             if not self.data.folder.has(problem.key):
                 self.data.folder.save(problem)
         for problem in evicted:
-            self.release(problem)
+            self.evict(problem)
 
     @abstractmethod
-    def first(self, rows: Tensor) -> Tensor:
+    def init_params(self, rows: Tensor) -> Tensor:
         """Where the search for the problems `rows` (Q,) of the wave starts: the values of what trains, (Q, ...)."""
 
     def set_rows(self, problems: list[Problem]) -> None:
         """Prepare for the problems of the batch, one per row."""
         self._begun = time.perf_counter()
 
-    def release(self, problem: Problem) -> None:
+    def evict(self, problem: Problem) -> None:
         """Forgets what is remembered of a problem that has left the wave."""
-        self.data.release(problem)
+        self.data.evict(problem)
 
     def reset_rows(self, rows: Tensor, values: Tensor) -> None:
         """Move the problems `rows` (Q,) to other parameters (Q, ...); see `Batch.reset_rows`."""
@@ -251,7 +251,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     def training_step(self, batch: Step, batch_idx: int) -> None:
         """One step of the problems that are still active."""
         rows = self.batch.active_rows()
-        self.search(batch, rows)
+        self.step(batch, rows)
         if self.microbatch.ranks > 1:
             self.parameter.data = of_rank_zero(self.parameter.data)
         elapsed, self._begun = time.perf_counter() - self._begun, time.perf_counter()
@@ -277,7 +277,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return None
 
     @abstractmethod
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """Moves the prompts of the problems `rows` (Q,) by one optimiser step."""
 
     @abstractmethod
@@ -288,7 +288,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             The problems that now have a better prompt.
         """
 
-    def due(self) -> Tensor:
+    def rows_to_score(self) -> Tensor:
         """The active problems that are scored now, (Q,): after every n-th step of each, and after its last one."""
         every, last = int(self.score_every), int(self.data.steps)
         return self.batch.where(lambda row: row.active and (row.steps % every == 0 or row.steps >= last))
@@ -298,29 +298,29 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         optimizer = cast("LightningOptimizer", self.optimizers())
         self.batch.step(optimizer.step, loss, rows, self.manual_backward, clip)
 
-    def tell(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
+    def log_step(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
         """Logs values of a step after which one of the problems `rows` (Q,) is scored; a look makes the device wait."""
         if any((batch.steps[row] + 1) % self.score_every == 0 for row in rows.tolist()):
             told = {**values, **self.terms}
             self.log_dict({f"train/{name}": value.detach().mean() for name, value in told.items()})
 
-    def count(self, rows: Tensor, samples: int) -> None:
+    def add_cost(self, rows: Tensor, samples: int) -> None:
         """Adds denoiser samples to the problems' counters; a backward counts as one."""
         for row in rows.tolist():
             self.batch[row].record.unet_samples += samples
 
-    def retire(self, rows: Tensor) -> None:
+    def finish_done(self, rows: Tensor) -> None:
         """Finishes those of the problems `rows` (Q,) that no longer improve or have taken all their steps."""
         for row in rows.tolist():
             if self.batch[row].steps >= self.data.steps or self.batch[row].stale >= self.patience:
-                self.end(row)
+                self.finish(row)
 
-    def end(self, row: int) -> None:
+    def finish(self, row: int) -> None:
         """Finishes a problem, which leaves the wave."""
         self.batch.finish(row)
 
     @abstractmethod
-    def best(self, row: int) -> Tensor:
+    def best_params(self, row: int) -> Tensor:
         """Where the search for a problem has found its best, (...), to go back there; where it starts if there is none."""
 
     def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
@@ -331,11 +331,11 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     # --- results
 
     @abstractmethod
-    def shown(self, problems: list[Problem]) -> Image.Image:
+    def preview(self, problems: list[Problem]) -> Image.Image:
         """What some problems' best prompts draw so far, as one picture."""
 
     @abstractmethod
-    def measure(self, problems: list[Problem], scores: Scores) -> None:
+    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Scores problems that have a prompt and are finished, by what is drawn from it.
 
         Args:
@@ -344,7 +344,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """
 
     @abstractmethod
-    def present(self, problems: list[Problem], folder: RunFolder) -> None:
+    def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
         """Writes what a person looks at into the run's folder.
 
         Args:
@@ -352,7 +352,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             folder: The run's folder.
         """
 
-    def export(self, problems: list[Problem], folder: RunFolder) -> None:
+    def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
         """Writes what other tools read into the run's folder."""
 
     @abstractmethod

@@ -24,7 +24,7 @@ class RandomTokens(Inverter):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(denoising_weight=1.0, clip_weight=0.0, **kwargs)  # there is no loss to minimize, only scores
 
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """Draws."""
         drawn = self.random_tokens(rows, [batch.steps[row] for row in rows.tolist()])
         self.prompt.embeddings.data[rows.to(self.device)] = self.prompt.table[drawn].float()
@@ -50,7 +50,7 @@ class ClipWords(Inverter):
         """See `Inverter.uses_clip`."""
         return True
 
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """Finds all words; they are the result, also where the random tokens of the start have a lower validation loss."""
         new = torch.tensor([row for row in rows.tolist() if batch.steps[row] == 0], dtype=torch.long)
         if len(new):

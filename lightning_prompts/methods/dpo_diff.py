@@ -222,9 +222,9 @@ class DPODiff(PromptMethod):
         self.wanted = self.clip.features_of([problem.target for problem in problems])  # (P, E)
         self.noise = self.draw_noise(problems, SEARCH, self.seeds)
 
-    def release(self, problem: Problem) -> None:
+    def evict(self, problem: Problem) -> None:
         """Forgets what is remembered of a problem that has left the wave."""
-        super().release(problem)
+        super().evict(problem)
         self._paid.pop(problem.key, None)
         self._spaces.pop(problem.target, None)
 
@@ -248,15 +248,15 @@ class DPODiff(PromptMethod):
         """Return the result of a row so far."""
         return DPODiffResult.of(self.batch[row].record)
 
-    def first(self, rows: Tensor) -> Tensor:
+    def init_params(self, rows: Tensor) -> Tensor:
         """The persons' prompts."""
         return self.prompt.start(self.unchanged)[rows].to(self.device)
 
-    def best(self, row: int) -> Tensor:
+    def best_params(self, row: int) -> Tensor:
         """The person's prompt, as logits do not say what has been found."""
         return self.prompt.start(self.unchanged)[row].to(self.device)
 
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """One step of the gradient, or the evaluation of a population."""
         first, losses, learning = len(self.plan(self.data.seed)), list[Tensor](), list[Tensor]()
         for step, some in by_step(batch, rows):
@@ -265,10 +265,12 @@ class DPODiff(PromptMethod):
                 learning.append(some)
         if losses:
             self.descend(torch.cat(losses), torch.cat(learning))
-            self.tell(batch, rows, loss=torch.cat(losses))
+            self.log_step(batch, rows, loss=torch.cat(losses))
         trying = [row for row in rows.tolist() if batch.steps[row] >= first]
-        wanted = [(row, choice) for row in trying for choice in self.agreed(self.propose(row, batch.steps[row], first))]
-        self.evaluate(wanted)
+        wanted = [
+            (row, choice) for row in trying for choice in self.broadcast(self.propose(row, batch.steps[row], first))
+        ]
+        self.try_candidates(wanted)
         for row in set(trying) - {row for row, _ in wanted}:  # nothing new is left
             self.batch[row].stale = int(self.patience)
 
@@ -285,7 +287,7 @@ class DPODiff(PromptMethod):
         )
         calls = before + self.grad_steps
         cost = self.sampler.cost(calls, self.grad_steps)
-        self.count(rows, cost * self.seeds)
+        self.add_cost(rows, cost * self.seeds)
         for row in rows.tolist():
             self.spend(row, cost / self.sampler.cost())
         return self.shortcut_loss(rows, told, away, calls)
@@ -379,7 +381,7 @@ class DPODiff(PromptMethod):
         return {texts: choice for (texts, choice), keeps in zip(choices.items(), kept, strict=True) if keeps}
 
     @torch.no_grad()
-    def evaluate(self, wanted: Sequence[tuple[int, Choice]], cost: float = 1) -> None:
+    def try_candidates(self, wanted: Sequence[tuple[int, Choice]], cost: float = 1) -> None:
         """Draws and judges candidates of problems, all in one batch, and keeps what is best.
 
         None is drawn again if an earlier process has judged them all. If it was killed while it wrote that down, all are drawn, so
@@ -391,11 +393,11 @@ class DPODiff(PromptMethod):
         new = range(0 if judged else len(wanted))
         rows = torch.tensor([wanted[i][0] for i in new], dtype=torch.long)
         with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
-            losses = self.losses([texts[i] for i in new], self.noise[rows], self.wanted[rows]).tolist()
+            losses = self.evaluate([texts[i] for i in new], self.noise[rows], self.wanted[rows]).tolist()
         for i, values in zip(new, losses, strict=True):
             paid[i][texts[i]] = values
         for (row, choice), pair, known in zip(wanted, texts, paid, strict=True):
-            self.count(torch.tensor([row]), self.seeds * self.sampler.cost())
+            self.add_cost(torch.tensor([row]), self.seeds * self.sampler.cost())
             self.spend(row, cost)
             self.keep(row, choice, pair, known[pair])
         for row in {row for row, _ in wanted}:
@@ -416,7 +418,7 @@ class DPODiff(PromptMethod):
             ]
             self._better.append(problem)
 
-    def losses(self, texts: Sequence[tuple[str, str]], noise: Tensor, wanted: Tensor) -> Tensor:
+    def evaluate(self, texts: Sequence[tuple[str, str]], noise: Tensor, wanted: Tensor) -> Tensor:
         """Losses (B, N) of B pairs of a prompt and a negative prompt, drawn from noise (B, N, C, h, w)."""
         if not texts:
             return noise.new_zeros(0, noise.shape[1])
@@ -440,7 +442,7 @@ class DPODiff(PromptMethod):
         """Judges the persons' prompts before the first step; afterwards says which problems have got better."""
         new = [row for row in rows.tolist() if self.result(row).loss_before is None]
         if new:  # the persons' own prompts are free
-            self.evaluate([(row, (0,) * len(self.prompt.spaces[row].slots)) for row in new], cost=0)
+            self.try_candidates([(row, (0,) * len(self.prompt.spaces[row].slots)) for row in new], cost=0)
         for row in new:
             problem, losses = self.batch[row].record, self.result(row).candidates[0]["losses"]
             self.result(row).loss_before = [abs(loss) for loss in losses]
@@ -448,20 +450,20 @@ class DPODiff(PromptMethod):
         better, self._better = self._better, []
         return better
 
-    def retire(self, rows: Tensor) -> None:
+    def finish_done(self, rows: Tensor) -> None:
         """Takes out of the wave what has spent its budget."""
         for row in rows.tolist():
             if (self.result(row).budget or 0) + 1 > self.budget + 1e-6:
                 self.batch[row].stale = int(self.patience)
-        super().retire(rows)
+        super().finish_done(rows)
 
     def validation_losses(self, problems: list[Problem]) -> Tensor:
         """The losses of the found prompts, drawn again from the seeds of the search."""
         pairs = [(str(problem.prompt), problem.negative_prompt or "") for problem in problems]
         wanted = self.clip.features_of([problem.target for problem in problems])
-        return self.losses(pairs, self.draw_noise(problems, SEARCH, self.seeds), wanted).mean(1)
+        return self.evaluate(pairs, self.draw_noise(problems, SEARCH, self.seeds), wanted).mean(1)
 
-    def shown(self, problems: list[Problem]) -> Image.Image:
+    def preview(self, problems: list[Problem]) -> Image.Image:
         """What the persons' prompts draw above what the found ones draw, from the seeds of the search."""
         drawn = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
         return before_and_after(*drawn, [problem.shown for problem in problems])
@@ -477,7 +479,7 @@ class DPODiff(PromptMethod):
         return drawn[0].unflatten(0, noise.shape[:2]), drawn[1].unflatten(0, noise.shape[:2])
 
     @torch.no_grad()
-    def measure(self, problems: list[Problem], scores: Scores) -> None:
+    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Judges the found prompts on fresh seeds, also by the held-out CLIP."""
         drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
         scores.compare(self, problems, *drawn)
@@ -490,9 +492,9 @@ class DPODiff(PromptMethod):
             result.fresh_loss_before, result.fresh_loss_after = before[p].tolist(), after[p].tolist()
             result.similarity = float(self.meaning(problem.target, [str(problem.prompt)]))
 
-    def present(self, problems: list[Problem], folder: RunFolder) -> None:
+    def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
         """What the found prompts draw below what the persons' draw."""
-        atomic_write(folder.grid, to_png(self.shown(problems[:SHOWN])))
+        atomic_write(folder.grid, to_png(self.preview(problems[:SHOWN])))
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """RMSprop with momentum, as in the released code."""

@@ -60,7 +60,7 @@ class GCG(Inverter):
         """See `Inverter.uses_clip`."""
         return super().uses_clip or self.screen > 1
 
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """One step: propose, evaluate, take what is better."""
         here, samples = rows.to(self.device), self.samples(rows, batch)
         token_ids = self.prompt.project()[here]
@@ -68,13 +68,13 @@ class GCG(Inverter):
         embeddings = self.prompt.table[ids].requires_grad_()
         loss = self.loss(rows, ids, embeddings, samples)
         (gradient,) = torch.autograd.grad(loss.sum(), embeddings)
-        gradient = self.agreed(gradient[:, self.prompt.positions])
-        proposed, sound = (self.agreed(drawn) for drawn in self._propose(batch.steps, rows, token_ids, gradient))
-        losses, loss = self.agreed(self._losses(rows, proposed, sound, samples)), self.agreed(loss.detach())
+        gradient = self.broadcast(gradient[:, self.prompt.positions])
+        proposed, sound = (self.broadcast(drawn) for drawn in self._propose(batch.steps, rows, token_ids, gradient))
+        losses, loss = self.broadcast(self._losses(rows, proposed, sound, samples)), self.broadcast(loss.detach())
         least, best = losses.min(1)
         taken = torch.where((least < loss).unsqueeze(1), proposed[torch.arange(len(rows)), best], token_ids)
         self.prompt.embeddings.data[here] = self.prompt.table[taken].float()
-        self.tell(batch, rows, loss=torch.minimum(least, loss))
+        self.log_step(batch, rows, loss=torch.minimum(least, loss))
 
     def _propose(
         self, steps: Sequence[int], rows: Tensor, token_ids: Tensor, gradient: Tensor

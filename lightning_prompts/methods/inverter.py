@@ -168,9 +168,9 @@ class Inverter(PromptMethod):
         super().set_rows(problems)
         self.latents = [latents.to(self.device) for latents in self.data.latents(self.backbone, problems)]
 
-    def release(self, problem: Problem) -> None:
+    def evict(self, problem: Problem) -> None:
         """Forgets what is remembered of a problem that has left the wave."""
-        super().release(problem)
+        super().evict(problem)
         self._features.pop(problem.key, None)
 
     def random_tokens(self, rows: Tensor, step: int | Sequence[int]) -> Tensor:
@@ -178,7 +178,7 @@ class Inverter(PromptMethod):
         keys = [self.batch[row].record.key for row in rows.tolist()]
         return random_tokens(self.prompt, keys, self.data.seed, step)
 
-    def first(self, rows: Tensor) -> Tensor:
+    def init_params(self, rows: Tensor) -> Tensor:
         """What P problems start from, (P, M, D); a shorter prompt of another run is filled up with random tokens."""
         problems = [self.batch[row].record for row in rows.tolist()]
         if self.given is not None:
@@ -192,10 +192,10 @@ class Inverter(PromptMethod):
                 embeddings[place, : len(found)] = found
         return embeddings
 
-    def best(self, row: int) -> Tensor:
+    def best_params(self, row: int) -> Tensor:
         """The embeddings (M, D) of the best prompt so far."""
         problem = self.batch[row].record
-        return self.embedded(problem) if problem.prompt else self.first(torch.tensor([row]))[0]
+        return self.embedded(problem) if problem.prompt else self.init_params(torch.tensor([row]))[0]
 
     def clip_words(self, rows: Tensor, beams: int = 1) -> Tensor:
         """The words (Q, M) that the CLIP finds most similar to the pictures of each of the problems `rows` (Q,)."""
@@ -214,7 +214,7 @@ class Inverter(PromptMethod):
 
     def samples(self, rows: Tensor, batch: Step) -> Samples:
         """Latents, timesteps and noise of a step of the problems `rows` (Q,); several pictures of one subject take turns."""
-        timesteps = self.here(batch.timesteps[rows])
+        timesteps = self.to_device(batch.timesteps[rows])
         keys, count = [self.batch[row].record.key for row in rows.tolist()], timesteps.shape[1]
         steps = [batch.steps[row] for row in rows.tolist()]
         noise = draw_noise(self.data.seed, keys, steps, count, self.backbone.latent_shape, self.device)
@@ -222,7 +222,7 @@ class Inverter(PromptMethod):
         def turns(pictures: Sequence[Tensor]) -> Tensor:
             """Of each problem's pictures (I, C, h, w) those of its step, (Q, N, C, h, w)."""
             seen = [
-                some[self.here(picture_turns(max(step, 0), count, len(some)))]
+                some[self.to_device(picture_turns(max(step, 0), count, len(some)))]
                 for some, step in zip(pictures, steps, strict=True)
             ]
             return torch.stack(seen)
@@ -276,11 +276,11 @@ class Inverter(PromptMethod):
     def denoising_loss(self, rows: Tensor, told: Tensor, samples: Samples) -> Tensor:
         """Denoising losses (Q,) of Q encoded prompts (Q, R, D), less those of the pictures to lead away from."""
         passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
-        self.count(rows, passes)
+        self.add_cost(rows, passes)
         loss: Tensor = self.denoising(self.backbone, told, samples.latents, samples.timesteps, samples.noise)
         if samples.negative is None:
             return loss
-        self.count(rows, passes)
+        self.add_cost(rows, passes)
         other: Tensor = self.denoising(self.backbone, told, samples.negative, samples.timesteps, samples.noise)
         return loss - self.negative_weight * other
 
@@ -346,7 +346,7 @@ class Inverter(PromptMethod):
         return self._features[problem.key]
 
     @torch.no_grad()
-    def validation_loss(self, rows: Tensor, told: Tensor) -> Tensor:
+    def evaluate(self, rows: Tensor, told: Tensor) -> Tensor:
         """The one definition of best: losses (Q,) of prompts as a person would paste them, on noise that never trains."""
         timesteps = validation_timesteps(self.data.validation_samples, *self.data.timesteps)
         everyone = len(self.batch.records)
@@ -364,7 +364,7 @@ class Inverter(PromptMethod):
             return self.clip.features(self.trial_sampler.sample(told[some], away, noise[some]))
 
         features = self.microbatch.map(len(noise), call, self.device)
-        self.count(rows, count * self.trial_sampler.cost())
+        self.add_cost(rows, count * self.trial_sampler.cost())
         return 1 - (features.view(len(rows), count, -1).mean(1) * self.features(rows)).sum(1)
 
     # --- results
@@ -376,8 +376,8 @@ class Inverter(PromptMethod):
         Returns:
             The problems that now have a better prompt.
         """
-        found, told = self.found(rows)
-        losses, better = self.agreed(self.validation_loss(rows, told)).tolist(), []
+        found, told = self.decode(rows)
+        losses, better = self.broadcast(self.evaluate(rows, told)).tolist(), []
         for row, candidate, loss in zip(rows.tolist(), found, losses, strict=True):
             problem = self.batch[row].record
             if problem.initial_validation_loss is None:
@@ -386,7 +386,7 @@ class Inverter(PromptMethod):
                 better.append(problem)
         return better
 
-    def found(self, rows: Tensor) -> tuple[list[Found], Tensor]:
+    def decode(self, rows: Tensor) -> tuple[list[Found], Tensor]:
         """What the search has come to for the problems `rows` (Q,), written down and read again: the nearest tokens' text."""
         found = self.written(self.prompt.project()[rows.to(self.device)].cpu())
         return found, self.encode([candidate.prompt for candidate in found])
@@ -400,11 +400,11 @@ class Inverter(PromptMethod):
         ]
         return [Found(text, ids, None, ok) for text, ids, ok in zip(texts, token_ids.tolist(), sound, strict=True)]
 
-    def shown(self, problems: list[Problem]) -> Image.Image:
+    def preview(self, problems: list[Problem]) -> Image.Image:
         """The targets above a picture from each prompt."""
         return grid([several[0] for several in self.data.pictures(problems)], regenerate(self, problems, 1), problems)
 
-    def measure(self, problems: list[Problem], scores: Scores) -> None:
+    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Draws four pictures from each prompt and scores them."""
         drawn = regenerate(self, problems, REGENERATIONS)
         scores.measure(self, problems, drawn)
@@ -412,7 +412,7 @@ class Inverter(PromptMethod):
             if problem.index < SHOWN:  # for whoever makes the grid
                 self.data.folder.save_drawn(problem.key, to_png(to_image(torch.cat([*pictures], dim=2))))
 
-    def present(self, problems: list[Problem], folder: RunFolder) -> None:
+    def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
         """The grid, and where the words act."""
         targets = [several[0] for several in self.data.pictures(problems)]
         drawn = torch.stack([self._pictures_of(problem) for problem in problems])
@@ -432,7 +432,7 @@ class Inverter(PromptMethod):
             return regenerate(self, [problem], REGENERATIONS)[0]
         return torch.stack(drawn.chunk(REGENERATIONS, dim=2)) / 127.5 - 1
 
-    def export(self, problems: list[Problem], folder: RunFolder) -> None:
+    def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
         """The embeddings of the prompts."""
         tensors = {problem.key: self.embedded(problem).float().cpu().contiguous() for problem in problems}
         prompts = {problem.key: str(problem.prompt) for problem in problems}
@@ -443,6 +443,6 @@ class Inverter(PromptMethod):
         self.batch.rows = [Row(problem) for problem in problems]
         self.set_rows(problems)
         with torch.autocast(self.device.type, enabled=False):  # as `fit` has scored
-            return self.validation_loss(
+            return self.evaluate(
                 torch.arange(len(problems)), self.encode([str(problem.prompt) for problem in problems])
             )

@@ -118,22 +118,22 @@ class MetricGuidance(Steering):
 
     # --- the search
 
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """One step down the gradient of this step's pictures."""
         problems = [self.batch[row].record for row in rows.tolist()]
         count = int(self.seeds_per_step or self.seeds)
         number = torch.tensor([batch.steps[row] for row in rows.tolist()]).unsqueeze(1) * count + torch.arange(count)
-        losses, values = self.measured(
-            self.prompt(self.here(rows)), self.noise[rows[:, None], number % self.seeds], problems, self.grad_steps
+        losses, values = self.evaluate(
+            self.prompt(self.to_device(rows)), self.noise[rows[:, None], number % self.seeds], problems, self.grad_steps
         )
-        self.count(rows, count * self.sampler.cost(grad_steps=self.grad_steps))
+        self.add_cost(rows, count * self.sampler.cost(grad_steps=self.grad_steps))
         self.step_active(losses.mean(1), rows)
         if self.shift_every:
             due = rows[[(batch.steps[row] + 1) % self.shift_every == 0 for row in rows.tolist()]]
             if len(due):
                 begun = self.prompt.of(self.prompt.initial[due.to(self.device)])
                 self.reset_rows(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
-        self.tell(batch, rows, loss=losses, **values)
+        self.log_step(batch, rows, loss=losses, **values)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """What moves the embeddings."""

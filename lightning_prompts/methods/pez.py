@@ -32,12 +32,12 @@ class PEZ(Inverter):
         self.prompt.metric = metric
         self.lr, self.weight_decay = float(lr), weight_decay
 
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """One AdamW step."""
-        ids, embeddings = self.prompt(self.here(rows), straight_through=True)
+        ids, embeddings = self.prompt(self.to_device(rows), straight_through=True)
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
         self.step_active(loss, rows)
-        self.tell(batch, rows, loss=loss)
+        self.log_step(batch, rows, loss=loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW, as the released code."""

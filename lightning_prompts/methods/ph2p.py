@@ -87,7 +87,7 @@ class PH2P(Inverter):
             callbacks.insert(1, VocabularyProjection(self.project_every))
         return callbacks
 
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """One step on this step's noise: up to `max_iter` iterations of L-BFGS, or one of Adam or SGD."""
         if self.restart_every:
             self._restart(
@@ -109,11 +109,11 @@ class PH2P(Inverter):
                 return some.new_zeros(len(everyone)).index_put((rows[among].to(self.device),), some)
 
             loss = optimizer.step(closure=losses, active=everyone.to(self.device), new_function=True)[rows]
-        self.tell(batch, rows, loss=loss)
+        self.log_step(batch, rows, loss=loss)
 
     def losses(self, rows: Tensor, samples: Samples, texts: Sequence[str] | None = None) -> Tensor:
         """Losses (Q,) of the problems `rows` (Q,), with the texts that encoders read which are not searched."""
-        ids, embeddings = self.prompt(self.here(rows), straight_through=self.projection == "immediate")
+        ids, embeddings = self.prompt(self.to_device(rows), straight_through=self.projection == "immediate")
         return self.loss(rows, ids, embeddings, samples, texts)
 
     def nearest_texts(self, rows: Tensor) -> list[str] | None:
@@ -124,7 +124,7 @@ class PH2P(Inverter):
         """
         if not self.backbone.others or self.projection == "immediate":
             return None
-        return self.prompt.texts(self.prompt.nearest(self.here(rows)))
+        return self.prompt.texts(self.prompt.nearest(self.to_device(rows)))
 
     def _restart(self, rows: list[int]) -> None:
         """Begins again at the best prompts, half of whose tokens are drawn anew."""

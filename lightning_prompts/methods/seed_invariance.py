@@ -154,9 +154,9 @@ class SeedInvariance(Steering):
                 _, found = self.sampler.sample_and_score(*embeds, self.starts[row : row + 1], look, calls=calls)
                 self._wanted.setdefault(problems[row].key, {})[calls] = found["seen"][0]
 
-    def release(self, problem: Problem) -> None:
+    def evict(self, problem: Problem) -> None:
         """Forgets what is remembered of a problem that has left the wave."""
-        super().release(problem)
+        super().evict(problem)
         self._wanted.pop(problem.key, None)
         self._pictures.pop(problem.key, None)
 
@@ -200,18 +200,18 @@ class SeedInvariance(Steering):
         )  # the steps [begun, end) are this stage's
         return self.stages[number], min(1.0, (step - begun + 1) / max(1.0, self.ramp * (end - begun)))
 
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """One step towards the target's latents on new seeds."""
         parts = [(some, self.distances(some, step)) for step, some in by_step(batch, rows)]
         losses = torch.cat([loss for _, loss in parts])
         self.step_active(losses, torch.cat([some for some, _ in parts]))
-        self.tell(batch, rows, loss=losses)
+        self.log_step(batch, rows, loss=losses)
 
     def distances(self, rows: Tensor, step: int) -> Tensor:
         """Losses (Q,) of the problems `rows` (Q,) at a step."""
         calls, value = self.stage(step)
         count, problems = int(self.seeds_per_step), [self.batch[row].record for row in rows.tolist()]
-        others, on_device = self.draw_noise(problems, step, count), self.here(rows)  # (Q, N, C, h, w)
+        others, on_device = self.draw_noise(problems, step, count), self.to_device(rows)  # (Q, N, C, h, w)
         starts = self.starts[on_device].unsqueeze(1).expand_as(others)
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
         wanted = repeat(torch.stack([self._wanted[problem.key][calls] for problem in problems]), count)
@@ -221,14 +221,14 @@ class SeedInvariance(Steering):
             return self.weight * (1 - F.cosine_similarity(self.compared(latents), wanted[some], dim=1)), {}
 
         losses, _ = self.sampler.sample_and_score(*embeds, noise, far, min(self.grad_steps, calls), calls)
-        self.count(rows, count * self.sampler.cost(calls, self.grad_steps))
+        self.add_cost(rows, count * self.sampler.cost(calls, self.grad_steps))
         return losses.view(-1, count).mean(1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The paper's."""
         return AdamOnLion([self.parameter], lr=self.lr, eps=self.eps)
 
-    def shown(self, problems: list[Problem]) -> Image.Image:
+    def preview(self, problems: list[Problem]) -> Image.Image:
         """The wanted pictures; beside each what the prompt draws from other seeds, above what the found embeddings draw from them."""
         before, after = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
         columns: list[tuple[Tensor, ...]] = []

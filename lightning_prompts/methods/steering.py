@@ -100,11 +100,11 @@ class Steering(PromptMethod):
         away = self.encode([""], negative=True).expand_as(told)
         return torch.stack([told, away] if self.unconditional else [told], dim=1).float()
 
-    def first(self, rows: Tensor) -> Tensor:
+    def init_params(self, rows: Tensor) -> Tensor:
         """The rows that move of the encoded prompts, or of those of an earlier search."""
         return self.prompt.start(self.beginnings(rows))
 
-    def best(self, row: int) -> Tensor:
+    def best_params(self, row: int) -> Tensor:
         """The best embeddings so far."""
         return self.prompt.start(self.best_embeds(row)[None])[0]
 
@@ -158,7 +158,7 @@ class Steering(PromptMethod):
         metric = self.metric(values)
         return -metric if self.higher_is_better else metric
 
-    def measured(
+    def evaluate(
         self, embeds: Tensor, noise: Tensor, problems: Sequence[Problem], grad_steps: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses (Q, N), and values (Q, N) by name, of what encoded prompts (Q, S, R, D) draw from noise (Q, N, C, h, w)."""
@@ -190,8 +190,8 @@ class Steering(PromptMethod):
         on_device = rows.to(self.device)
         embeds = self.prompt(on_device).where(~first.view(-1, 1, 1, 1), self.prompt.initial[on_device])
         with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
-            losses, values = self.measured(embeds, self.noise[rows], problems)
-        self.count(rows, self.seeds * self.sampler.cost())
+            losses, values = self.evaluate(embeds, self.noise[rows], problems)
+        self.add_cost(rows, self.seeds * self.sampler.cost())
         metrics = self.metric(values)
         for i, (row, problem, result) in enumerate(zip(rows.tolist(), problems, results, strict=True)):
             loss, metric = float(losses[i].mean()), metrics[i].tolist()
@@ -216,12 +216,12 @@ class Steering(PromptMethod):
         by_key = dict(zip((problem.key for problem in problems), embeds, strict=True))
         return pack_prompt_embeds(by_key, [problem.target for problem in problems], self.backbone)
 
-    def found(self, problems: Sequence[Problem]) -> Tensor:
+    def best_embeds_of(self, problems: Sequence[Problem]) -> Tensor:
         """The best encoded prompts (P, S, R, D) of P problems: the wave's, or as they are on disk."""
         shape, here = self.encode([""]).shape[1:], [problem.key for problem in self.batch.records]
-        return torch.stack([self._found(problem.key, here, shape) for problem in problems]).to(self.device)
+        return torch.stack([self._best_embeds(problem.key, here, shape) for problem in problems]).to(self.device)
 
-    def _found(self, key: str, here: list[str], shape: torch.Size) -> Tensor:
+    def _best_embeds(self, key: str, here: list[str], shape: torch.Size) -> Tensor:
         if key in here:
             return self.best_embeds(here.index(key))
         return read_prompt_embeds(self.data.folder.embeds_of(key), self.backbone, shape)[key].to(self.device)
@@ -229,23 +229,23 @@ class Steering(PromptMethod):
     def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (P, N, 3, H, W) of the persons' prompts, and of the found embeddings, from noise (P, N, C, h, w)."""
         return self.sampler.draw_embeds(self.initial(problems), noise), self.sampler.draw_embeds(
-            self.found(problems), noise
+            self.best_embeds_of(problems), noise
         )
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
         """Pictures (N, 3, H, W) of a problem's embeddings; see `PromptMethod.draw_found`."""
-        embeds = self.found([problem])
+        embeds = self.best_embeds_of([problem])
         if negative:
             embeds = torch.stack([embeds[:, 0], self.encode([negative], negative=True).to(embeds)], dim=1)
         return self.sampler.draw_embeds(embeds, noise[None])[0]
 
-    def shown(self, problems: list[Problem]) -> Image.Image:
+    def preview(self, problems: list[Problem]) -> Image.Image:
         """What the persons' prompts draw above what the found embeddings draw, from the seeds of the search."""
         drawn = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
         return before_and_after(*drawn, [problem.target for problem in problems])
 
     @torch.no_grad()
-    def measure(self, problems: list[Problem], scores: Scores) -> None:
+    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Measures the found embeddings on fresh seeds, also by the held-out CLIP."""
         drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
         scores.compare(self, problems, *drawn)
@@ -259,13 +259,13 @@ class Steering(PromptMethod):
                 {name: value[p].tolist() for name, value in x.items()} for x in (before, after)
             )
 
-    def present(self, problems: list[Problem], folder: RunFolder) -> None:
+    def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
         """The grid."""
-        atomic_write(folder.grid, to_png(self.shown(problems[:SHOWN])))
+        atomic_write(folder.grid, to_png(self.preview(problems[:SHOWN])))
 
-    def export(self, problems: list[Problem], folder: RunFolder) -> None:
+    def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
         """The encoded prompts."""
-        atomic_write(folder.prompt_embeds, self.file(problems, self.found(problems)))
+        atomic_write(folder.prompt_embeds, self.file(problems, self.best_embeds_of(problems)))
 
     def values_of(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Values (P, N) by name of pictures (P, N, 3, H, W)."""
@@ -277,7 +277,9 @@ class Steering(PromptMethod):
 
     def validation_losses(self, problems: list[Problem]) -> Tensor:
         """The metrics of the found embeddings, drawn again from the seeds of the search."""
-        _, values = self.measured(self.found(problems), self.draw_noise(problems, SEARCH, self.seeds), problems)
+        _, values = self.evaluate(
+            self.best_embeds_of(problems), self.draw_noise(problems, SEARCH, self.seeds), problems
+        )
         return self.metric(values).mean(1)
 
     def on_train_start(self) -> None:

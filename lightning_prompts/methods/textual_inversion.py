@@ -43,14 +43,14 @@ class TextualInversion(Inverter):
         super().__init__(**kwargs)
         self.lr, self.weight_decay = float(lr), weight_decay
 
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """One AdamW step."""
-        ids, embeddings = self.prompt(self.here(rows))
+        ids, embeddings = self.prompt(self.to_device(rows))
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch), self.texts(rows))
         self.step_active(loss, rows)
-        self.tell(batch, rows, loss=loss)
+        self.log_step(batch, rows, loss=loss)
 
-    def found(self, rows: Tensor) -> tuple[list[Found], Tensor]:
+    def decode(self, rows: Tensor) -> tuple[list[Found], Tensor]:
         """The embeddings as they are, under their pseudo-words."""
         texts = self.texts(rows)
         ids, embeddings = self.prompt(rows.to(self.device))
@@ -91,9 +91,9 @@ class TextualInversion(Inverter):
         known = [pseudo_word(problem) for problem in islice(folder.found(), 5)]
         raise UserError(f"This run knows no {word}; it has {', '.join(known) or 'found nothing yet'}.")
 
-    def measure(self, problems: list[Problem], scores: Scores) -> None:
+    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """As other inverters, and a file a problem that diffusers, AUTOMATIC1111 and ComfyUI read."""
-        super().measure(problems, scores)
+        super().final_evaluation(problems, scores)
         for problem in problems:
             word = pseudo_word(problem)
             content = pack_embedding(self.embedded(problem), self.backbone, word)

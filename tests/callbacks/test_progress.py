@@ -25,10 +25,10 @@ def search(tiny, pictures, tmp_path):
 
     def run(logger=False, raises=None, **settings):
         class Broken(PEZ):
-            def search(self, batch, rows):
+            def step(self, batch, rows):
                 if batch.steps[0] == raises:
                     raise RuntimeError("broken")
-                super().search(batch, rows)
+                super().step(batch, rows)
 
         module = Broken(backbone=tiny, tokens=3, sampling_steps=2, **settings)
         data = ImagesToPrompts(str(pictures), steps=4, samples=1, validation_samples=2)

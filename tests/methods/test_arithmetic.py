@@ -108,8 +108,8 @@ def test_gradient_is_taken_where_the_paper_takes_it(method, settings, projected,
                 )
             return super().loss(rows, ids, embeddings, samples, *rest, **how)
 
-        def first(self, rows):
-            start = super().first(rows)
+        def init_params(self, rows):
+            start = super().init_params(rows)
             return start + 0.01 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
 
     fit(Watched(backbone=tiny, tokens=3, **settings, **FEW), pictures / "0.png", tmp_path, steps=2)

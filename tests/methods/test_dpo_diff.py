@@ -360,7 +360,7 @@ def test_clip_sees_the_pictures_as_they_are_drawn(attached):
     module = attached()
     texts, noise = [("a small cat", "dark"), ("two dogs", "")], torch.randn(2, 2, *module.backbone.latent_shape)
     with torch.no_grad():
-        losses = module.losses(texts, noise, module.wanted[[0, 0]])
+        losses = module.evaluate(texts, noise, module.wanted[[0, 0]])
         for b, (prompt, negative) in enumerate(texts):
             pictures = module.draw([prompt] * 2, noise[b], negative)
             angles = (module.clip.features(pictures) @ module.wanted[0]).acos()
@@ -414,14 +414,14 @@ def test_attack_without_words_that_keep_the_meaning_is_refused(tiny, tmp_path):
 def test_temperature_goes_from_the_first_to_the_last(attached, monkeypatch):
     module, seen = attached(temperature=(4.0, 1.0), gradient_share=0.5), []
     monkeypatch.setattr(module, "descend", lambda loss, rows: None)
-    monkeypatch.setattr(module, "tell", lambda batch, rows, loss: None)
+    monkeypatch.setattr(module, "log_step", lambda batch, rows, loss: None)
     mixed = module.prompt.forward
     monkeypatch.setattr(
         module.prompt, "forward", lambda rows, noise, warmth: seen.append(warmth) or mixed(rows, noise, warmth)
     )
     steps = len(module.plan(0))
     for step in range(steps):
-        module.search(Step([step], torch.empty(1, 0)), torch.tensor([0]))
+        module.step(Step([step], torch.empty(1, 0)), torch.tensor([0]))
     assert seen[0] == pytest.approx(4)
     assert seen[-1] == pytest.approx(1)
     ratios = [b / a for a, b in itertools.pairwise(seen)]
@@ -526,26 +526,26 @@ def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints,
         monkeypatch.setattr(PromptCheckpoint, "on_train_batch_end", lambda self, trainer, *_: self._save(trainer))
     else:
         monkeypatch.setattr(PromptCheckpoint, "_save", lambda self, trainer: None)
-    losses = DPODiff.losses
+    losses = DPODiff.evaluate
 
     def counted(self, texts, noise, wanted):
         drawn.extend((texts, noise[i, 0, 0, 0, 0].item()) for i, texts in enumerate(texts))
         return losses(self, texts, noise, wanted)
 
-    monkeypatch.setattr(DPODiff, "losses", counted)
+    monkeypatch.setattr(DPODiff, "evaluate", counted)
     main(run(tiny, tmp_path / "whole"))
     whole, drawn[:] = list(drawn), []
 
     for stop in (1, 2, 0) if checkpoints else (1, 2, 3):
         before, steps = signal.getsignal(signal.SIGINT), itertools.count()
 
-        def interrupted(self, batch, rows, *, search=DPODiff.search, steps=steps, stop=stop):
+        def interrupted(self, batch, rows, *, search=DPODiff.step, steps=steps, stop=stop):
             search(self, batch, rows)
             if next(steps) == stop:  # behind what was paid for, before the checkpoint
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(DPODiff, "search", interrupted)
+            patch.setattr(DPODiff, "step", interrupted)
             with pytest.raises(SystemExit):
                 main([*run(tiny, tmp_path / "broken"), "--ckpt_path", "last"])
         signal.signal(signal.SIGINT, before)
@@ -593,13 +593,13 @@ def test_result_tells_what_was_searched(tiny, tmp_path, capsys):
 
 
 def test_precision_is_the_same_for_all_candidates(tiny, tmp_path, monkeypatch):
-    losses, precisions = DPODiff.losses, []
+    losses, precisions = DPODiff.evaluate, []
 
     def noted(self, texts, noise, wanted):
         precisions.append(torch.is_autocast_enabled("cpu"))
         return losses(self, texts, noise, wanted)
 
-    monkeypatch.setattr(DPODiff, "losses", noted)
+    monkeypatch.setattr(DPODiff, "evaluate", noted)
     main([*run(tiny, tmp_path / "run"), "--trainer.precision", "bf16-mixed"])
     assert len(precisions) > 2
     assert all(precisions)
@@ -625,7 +625,7 @@ def test_prompt_without_negative_words_is_validated_without_any(attached):
     wanted = module.clip.features_of([problem.target])
     for words in (None, "", "blurry"):
         problem.negative_prompt = words
-        expected = module.losses([(problem.target, words or "")], noise, wanted).mean(1)
+        expected = module.evaluate([(problem.target, words or "")], noise, wanted).mean(1)
         torch.testing.assert_close(module.validation_losses([problem]), expected)
 
 

@@ -70,7 +70,7 @@ def test_gradient_and_candidates_are_told_the_same(choice, method, pipeline, mon
     method.shortcut(torch.tensor([0]), 0)
     prompt, negative = SPACE.texts(choice)
     noise = torch.randn(1, 1, *method.backbone.latent_shape)
-    method.losses([(prompt, negative)], noise, torch.zeros(1, 16))
+    method.evaluate([(prompt, negative)], noise, torch.zeros(1, 16))
     for one, other in zip(relaxed, candidates, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     assert bool(relaxed[1].any()) == bool(negative)

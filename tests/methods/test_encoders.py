@@ -118,10 +118,10 @@ def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
     """What the CLIP of FLUX reads while T5's embeddings move; it stays the same within a step."""
 
     class Watched(PH2P):
-        def search(self, batch, rows):
+        def step(self, batch, rows):
             nearest = self.prompt.texts(self.prompt.project()[rows])
             read.clear()
-            super().search(batch, rows)
+            super().step(batch, rows)
             seen.append(([texts for kind, texts in read if kind == "clip"], nearest))
 
     seen = []

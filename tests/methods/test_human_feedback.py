@@ -71,7 +71,7 @@ def test_a_move_goes_so_far_on_the_arc_to_the_candidates_text(tiny, tmp_path):
     assert drawn.shape == (3, 3, 16, 16)
     start, end = (module.encode([text]) for text in (PROMPT, first.texts[1]))
     expected = slerp(start, end, 0.5)
-    torch.testing.assert_close(module.found([problem])[0], expected)
+    torch.testing.assert_close(module.best_embeds_of([problem])[0], expected)
     noise = module.noise[:, :1]
     torch.testing.assert_close(second.pictures[-1], module.sampler.draw_embeds(expected[None], noise)[0, 0])
     torch.testing.assert_close(drawn[1], module.sampler.draw_embeds(end[None], noise)[0, 0])
@@ -153,7 +153,7 @@ def test_one_prompt_after_the_other(tiny, tmp_path):
     module, chooser, problems = search(tiny, tmp_path, GO, FINISH, GO, GO, FINISH, prompts=[PROMPT, "two dogs"])
     assert [question.prompt for question, _ in chooser.questions] == [PROMPT] * 2 + ["two dogs"] * 3
     assert [len(problem.result.moves) for problem in problems] == [1, 2]
-    assert len(module.found(problems)) == 2
+    assert len(module.best_embeds_of(problems)) == 2
 
 
 @pytest.mark.exact

@@ -130,14 +130,14 @@ def test_seed_changes_the_search(method, tiny, pictures, tmp_path):
     seen = []
 
     class Watched(method):
-        def first(self, rows):
-            seen.append(super().first(rows))
+        def init_params(self, rows):
+            seen.append(super().init_params(rows))
             return seen[-1]
 
-        def search(self, batch, rows):
+        def step(self, batch, rows):
             samples = self.samples(rows, batch)
             seen.append(torch.cat([samples.timesteps.flatten(), samples.noise.flatten()]))
-            super().search(batch, rows)
+            super().step(batch, rows)
 
     runs = [
         search(Watched(backbone=tiny, **settings(method)), [pictures], tmp_path / str(seed), seed=seed)
@@ -158,14 +158,14 @@ def test_ph2p_goes_down(optimizer, own, tiny, pictures, tmp_path):
     losses = []
 
     class Watched(PH2P):
-        def search(self, batch, rows):
+        def step(self, batch, rows):
             samples = self.samples(
                 rows, Step([0] * len(batch.steps), batch.timesteps)
             )  # of the first step's noise, for all steps to share
             self.samples = lambda rows, batch: samples
             with torch.no_grad():
                 losses.append(self.loss(rows, *self.prompt(rows), samples))
-            super().search(batch, rows)
+            super().step(batch, rows)
 
     module = Watched(backbone=tiny, tokens=3, sampling_steps=2, optimizer=optimizer, **own)
     module.backbone.name = "tiny"  # what is drawn depends on it, and the folder has another name every time
@@ -271,9 +271,9 @@ def test_one_word_alone_is_the_prompt(hard, tiny, pictures, tmp_path):
 
 def test_clip_words_are_the_result_even_if_random_tokens_score_better(tiny, pictures, tmp_path):
     class Disliked(ClipWords):
-        def validation_loss(self, rows, told):
+        def evaluate(self, rows, told):
             self.scored = getattr(self, "scored", 0) + 1
-            return super().validation_loss(rows, told) + self.scored
+            return super().evaluate(rows, told) + self.scored
 
     module = Disliked(backbone=tiny, **settings(ClipWords))
     problems = search(module, [pictures], tmp_path / "run", steps=1)
@@ -284,7 +284,7 @@ def test_clip_words_are_the_result_even_if_random_tokens_score_better(tiny, pict
 
 def test_losses_that_are_never_finite_are_a_failure(hard, tiny, pictures, tmp_path):
     class Broken(hard):
-        def validation_loss(self, rows, told):
+        def evaluate(self, rows, told):
             return torch.full((len(rows),), torch.nan)
 
     for problem in search(Broken(backbone=tiny, **settings(hard)), [pictures], tmp_path / "run"):
@@ -369,9 +369,9 @@ def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, picture
                 factor[0] = torch.inf
             return loss * factor
 
-        def search(self, batch, rows):
+        def step(self, batch, rows):
             before = self.prompt.embeddings.detach().clone()
-            super().search(batch, rows)
+            super().step(batch, rows)
             moved = (self.prompt.embeddings.detach() != before).flatten(1).any(1).tolist()
             assert moved == [batch.steps[0] != 1, True, True]
 
@@ -388,9 +388,9 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
     times, method, extra, value, tiny, pictures, tmp_path, caplog
 ):
     class Poisoned(method):
-        def search(self, batch, rows):
+        def step(self, batch, rows):
             before = self.prompt.embeddings.detach().clone()
-            super().search(batch, rows)
+            super().step(batch, rows)
             if batch.steps[0] in range(1, 1 + times) and self.batch[0].record.target == "0.png":
                 self.prompt.embeddings.data[0] = value
             elif batch.steps[0] == 2:  # after the first time
@@ -576,7 +576,7 @@ def test_loss_with_negative_pictures_is_a_difference(opposed):
     module, data = opposed
     rows, batch = torch.arange(2), Step([1] * 2, torch.tensor([[10, 500, 999], [0, 700, 300]]))
     samples, backbone = module.samples(rows, batch), module.backbone
-    module.prompt.embeddings.data = module.first(torch.arange(2)).double()
+    module.prompt.embeddings.data = module.init_params(torch.arange(2)).double()
     ids, embeddings = module.prompt(rows)
     told = backbone.encode(ids, embeddings)
     here, there = (
@@ -600,7 +600,7 @@ def test_gradient_with_negative_pictures_is_that_of_differences(opposed):
     module, _ = opposed
     rows = torch.arange(2)
     samples = module.samples(rows, Step([0] * 2, torch.tensor([[10, 500, 999], [0, 700, 300]])))
-    module.prompt.embeddings.data = module.first(torch.arange(2)).double()
+    module.prompt.embeddings.data = module.init_params(torch.arange(2)).double()
     prompts = module.prompt.embeddings
     (gradient,) = torch.autograd.grad(module.loss(rows, *module.prompt(rows), samples).sum(), prompts)
     direction = torch.randn_like(prompts)

@@ -36,9 +36,9 @@ def first_step(module):
 class Watched(GCG):
     """Keeps what each step has proposed and found."""
 
-    def search(self, batch, rows):
+    def step(self, batch, rows):
         before, samples = self.prompt.project(), self.samples(rows, batch)
-        super().search(batch, rows)
+        super().step(batch, rows)
         after = self.prompt.project()
         with torch.no_grad():
             losses = [
@@ -106,9 +106,9 @@ def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, ti
                 )
             return super().loss(rows, ids, *more, **how)
 
-        def search(self, batch, rows):
+        def step(self, batch, rows):
             evaluated.clear()
-            super().search(batch, rows)
+            super().step(batch, rows)
             steps.append(list(evaluated))
 
     evaluated, steps = [], []
@@ -304,7 +304,7 @@ def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
         read = module.encode([problem.prompt])[:, : module.prompt.positions[-1] + 1]
         torch.testing.assert_close(read, own)
         rows = torch.tensor([row])
-        again = float(module.validation_loss(rows, module.encode([problem.prompt])))
+        again = float(module.evaluate(rows, module.encode([problem.prompt])))
         assert problem.validation_loss == pytest.approx(again, abs=1e-6)
     assert (problems[0].validation_loss or 1) < (problems[0].initial_validation_loss or 0)
     one, other = (pseudo_word(problem) for problem in problems[:2])
@@ -333,8 +333,8 @@ def test_search_starts_from_the_result_of_another(source, method, tiny, pictures
     seen = []
 
     class Begun(method):
-        def first(self, rows):
-            seen.append(super().first(rows))
+        def init_params(self, rows):
+            seen.append(super().init_params(rows))
             return seen[-1]
 
     module = Begun(backbone=tiny, tokens=4, start=str(tmp_path / "first"), sampling_steps=2, **own)

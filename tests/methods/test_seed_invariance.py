@@ -111,7 +111,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     monkeypatch.setattr(module, "step_active", lambda loss, rows: losses.append(loss))
     monkeypatch.setattr(module, "optimizers", lambda: None)
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
-    module.search(Step([1], torch.empty(1, 0)), torch.tensor([0]))
+    module.step(Step([1], torch.empty(1, 0)), torch.tensor([0]))
     (loss,) = losses
     (gradient,) = torch.autograd.grad(loss.sum(), module.parameter)
 

@@ -31,7 +31,7 @@ def backbone(tiny):
 def begun(module, problems=2):
     """Where a method begins with so many problems."""
     module.batch.rows = [Row(Problem(str(i), "")) for i in range(problems)]
-    return module.first(torch.arange(problems))
+    return module.init_params(torch.arange(problems))
 
 
 @pytest.mark.parametrize("layout", ["ours", "vector", "string_to_param"])

@@ -68,7 +68,7 @@ def test_gradient_is_that_of_the_last_calls(exact, grad_steps):
     embeds = exact.initial(problems).double()
     noise = torch.randn(2, 2, *exact.backbone.latent_shape, dtype=torch.float64)
     leaf = embeds.clone().requires_grad_()
-    losses, _ = exact.measured(leaf, noise, problems, grad_steps)
+    losses, _ = exact.evaluate(leaf, noise, problems, grad_steps)
     (gradient,) = torch.autograd.grad(losses.sum(), leaf)
 
     def reference(moved):
@@ -98,7 +98,7 @@ def test_memory_of_a_microbatch_gives_the_same_gradient(exact):
     for microbatch in (1, 3, 16):
         exact.sampler.microbatch = Microbatch(microbatch)
         leaf = exact.initial(problems).double().requires_grad_()
-        losses, values = exact.measured(leaf, noise, problems, 1)
+        losses, values = exact.evaluate(leaf, noise, problems, 1)
         found.append((losses.detach(), values["Sharpness"], torch.autograd.grad(losses.sum(), leaf)[0]))
     for one in found[1:]:
         for a, b in zip(found[0], one, strict=True):
@@ -140,14 +140,14 @@ def test_batch_equals_its_parts(tiny, tmp_path):
 
 
 def test_seeds_take_turns(tiny, tmp_path, monkeypatch):
-    seen, measured = [], MetricGuidance.measured
+    seen, measured = [], MetricGuidance.evaluate
 
     def noted(self, embeds, noise, problems, grad_steps=0):
         if grad_steps:
             seen.append(noise[0])
         return measured(self, embeds, noise, problems, grad_steps)
 
-    monkeypatch.setattr(MetricGuidance, "measured", noted)
+    monkeypatch.setattr(MetricGuidance, "evaluate", noted)
     module, (problem,) = search(tiny, tmp_path, PROMPTS[0], seeds=3, seeds_per_step=2, steps=3)
     whole = draw_noise(0, [problem.key], SEARCH, 3, module.backbone.latent_shape, "cpu")[0]
     for noise, turns in zip(seen, ([0, 1], [2, 0], [1, 2]), strict=True):
@@ -258,14 +258,14 @@ def test_killed_at_a_step_is_as_unbroken(stop, tiny, tmp_path, monkeypatch, roun
     monkeypatch.setattr(PromptCheckpoint, "on_train_batch_end", lambda self, trainer, *_: self._save(trainer))
     before, steps = signal.getsignal(signal.SIGINT), itertools.count()
 
-    def interrupted(self, batch, rows, *, search=MetricGuidance.search):
+    def interrupted(self, batch, rows, *, search=MetricGuidance.step):
         search(self, batch, rows)
         if next(steps) == stop:
             raise KeyboardInterrupt
 
     again = [*run(tiny, tmp_path / "broken", *how), "--ckpt_path", "last"]
     with monkeypatch.context() as patch:
-        patch.setattr(MetricGuidance, "search", interrupted)
+        patch.setattr(MetricGuidance, "step", interrupted)
         with pytest.raises(SystemExit):
             main(again)
     signal.signal(signal.SIGINT, before)

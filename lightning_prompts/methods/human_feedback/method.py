@@ -83,7 +83,7 @@ class HumanFeedback(Steering):
 
     # --- where one is
 
-    def first(self, rows: Tensor) -> Tensor:
+    def init_params(self, rows: Tensor) -> Tensor:
         """Where a person has stopped, or the encoded prompt."""
         return self.prompt.of(torch.stack([self.at[-1]] * len(rows)))
 
@@ -167,7 +167,7 @@ class HumanFeedback(Steering):
         return transfer(self.at[-1], self.encoded([text]), self.encoded(texts))
 
     @torch.no_grad()
-    def search(self, batch: Step, rows: Tensor) -> None:
+    def step(self, batch: Step, rows: Tensor) -> None:
         """One round: what is chosen becomes where one is."""
         (problem,) = self.batch.records
         result = HumanFeedbackResult.of(problem)
@@ -226,16 +226,16 @@ class HumanFeedback(Steering):
         self.data.folder.save_embeds(problem.key, self.file([problem], self.at[-1][None]))
         return [problem]
 
-    def retire(self, rows: Tensor) -> None:
+    def finish_done(self, rows: Tensor) -> None:
         """Finishes what the person has finished."""
         if len(rows) and self.batch[0].record.key in self.ended:
-            self.end(0)
+            self.finish(0)
         else:
-            super().retire(rows)
+            super().finish_done(rows)
 
-    def end(self, row: int) -> None:
+    def finish(self, row: int) -> None:
         """Finishes a problem, which leaves the wave."""
-        super().end(row)
+        super().finish(row)
         if not HumanFeedbackResult.of(self.batch[row].record).moves:
             self.batch[row].record.status, self.batch[row].record.reason = "not improved", "Nothing was chosen."
 
