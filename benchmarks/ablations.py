@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from inversion import fit, has, interval, rows_of, share, words_of
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.vocabulary import allowed_tokens
+from lightning_prompts.backbones.vocabulary import allowed_tokens
 
 GROUPS = ("timesteps", "projection", "optimizer", "vocabulary", "length", "samples", "default")
 SAMPLES = 600  # denoiser samples of a search's gradients; scoring comes on top

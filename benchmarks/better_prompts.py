@@ -28,12 +28,12 @@ from prompt_pool import Written, written
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.data.addresses import FRESH, SEARCH, draw_noise
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.emoji import world
 from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.objectives.clip import ClipSimilarity
-from lightning_prompts.problems import DPODiffResult
+from lightning_prompts.runs.record import DPODiffResult
+from lightning_prompts.sampling.seeding import FRESH, SEARCH, draw_noise
 
 SEED, POOL, TOGETHER, FRESH_SEEDS = 20_261_123, 400, 20, 10
 SETTINGS: dict[str, Any] = yaml.safe_load(Path("configs/dpo_diff.yaml").read_text())["model"]["init_args"]

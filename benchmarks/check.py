@@ -16,7 +16,7 @@ import tables
 import yaml
 from inversion import TARGETS, fit, has, interval, rows_of, share, words_of
 
-from lightning_prompts.main import main as lightning_prompts
+from lightning_prompts.commands.main import main as lightning_prompts
 
 FIGURES = Path(__file__).parent / "figures" / "check.csv"
 CONFIG = "configs/ph2p.yaml"

@@ -25,10 +25,10 @@ import yaml
 from inversion import fit, has, interval, rows_of, share, spread, words_of
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.main import main as lightning_prompts
-from lightning_prompts.problems import Problem
-from lightning_prompts.run_folder import RunFolder
-from lightning_prompts.vocabulary import round_trip
+from lightning_prompts.backbones.vocabulary import round_trip
+from lightning_prompts.commands.main import main as lightning_prompts
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.runs.record import Problem
 
 BUDGETS = (342, 684, 1368)
 CONFIGS = {

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import EMOJI, Backbone, load_backbone
+from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.data.images import to_tensor
 from lightning_prompts.emoji import world
 from lightning_prompts.objectives.clip import ClipSimilarity
-from lightning_prompts.vocabulary import encode_text
 
 EVALUATION = Path(__file__).parent / "targets" / "evaluation"
 SEED = 20_261_123  # no other captions have it

@@ -40,11 +40,11 @@ from timed_search import Case, Clock, rate, search, synchronize
 from two_machines import compare
 
 from lightning_prompts.backbones import Backbone
-from lightning_prompts.callbacks.dry_run import forget_peak, peak
+from lightning_prompts.commands.dry_run import forget_peak, peak
 from lightning_prompts.methods import GCG, PH2P, DPODiff, MetricGuidance
 from lightning_prompts.objectives import Sharpness, clip
 from lightning_prompts.objectives.image_processor import ImageProcessor
-from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.sampling import OUT_OF_MEMORY, out_of_memory
 
 FIGURES = Path(__file__).parent / "figures"

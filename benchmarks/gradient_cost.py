@@ -34,9 +34,9 @@ def peak_and_now() -> tuple[float, float]:
 def measured(kind: str, steps: int) -> str:
     """Peak memory in megabytes above what was held before, and seconds."""
     from lightning_prompts.backbones import load_backbone
+    from lightning_prompts.backbones.vocabulary import encode_text
     from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
     from lightning_prompts.objectives.spherical import spherical_distance
-    from lightning_prompts.vocabulary import encode_text
 
     backbone = load_backbone("emoji")
     clip = ClipSimilarity(clip_of(backbone))

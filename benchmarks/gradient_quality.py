@@ -18,8 +18,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from word_search import PROMPTS, SCHEDULE, SEED, SETTINGS, Small, Table, enumerated
 
-from lightning_prompts.data.addresses import SEARCH, draw_noise
-from lightning_prompts.vocabulary import encode_text
+from lightning_prompts.backbones.vocabulary import encode_text
+from lightning_prompts.sampling.seeding import SEARCH, draw_noise
 
 CANDIDATES = 6
 CALLS = [*((before, 1) for before in range(8)), (4, 4), (0, 8)]  # before the gradient, and with it, of 8

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.methods import TRAINER, HumanFeedback
-from lightning_prompts.methods.human_feedback import Scripted
-from lightning_prompts.problems import HumanFeedbackResult
+from lightning_prompts.methods.steering.human_feedback import Scripted
+from lightning_prompts.runs.record import HumanFeedbackResult
 
 COUNT, CHOICES, STRENGTHS = 8, 20, (0.5, 1.0)
 CONFIG = yaml.safe_load(Path("configs/human_feedback.yaml").read_text())["model"]["init_args"]

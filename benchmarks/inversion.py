@@ -22,8 +22,8 @@ from typing import Any
 from scipy.stats import binomtest
 from scipy.stats import t as student
 
+from lightning_prompts.commands.main import main as lightning_prompts
 from lightning_prompts.emoji.world import SYNONYMS
-from lightning_prompts.main import main as lightning_prompts
 from lightning_prompts.metrics.words import content_words
 
 TARGETS = Path(__file__).parent / "targets"

@@ -20,7 +20,7 @@ from prompt_pool import Written, written
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prompts.data.addresses import FRESH, SEARCH, draw_noise
+from lightning_prompts.sampling.seeding import FRESH, SEARCH, draw_noise
 
 SEED, POOL, PROMPTS, CANDIDATES, AMONG, DRAWS = 20_261_125, 120, 30, 32, 24, 100
 SEEDS, FURTHER = 3, 10

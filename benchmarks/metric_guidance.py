@@ -27,11 +27,11 @@ from inversion import interval, share, spread
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.data.addresses import FRESH
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.emoji import world
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Blurriness, ClipQuality, ClipSimilarity, Objective, Sharpness
+from lightning_prompts.sampling.seeding import FRESH
 
 SEED, COUNT, TOGETHER, FRESH_SEEDS = 20_261_130, 50, 10, 100
 CONFIG = yaml.safe_load(Path("configs/metric_guidance.yaml").read_text())["model"]["init_args"]

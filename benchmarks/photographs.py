@@ -20,9 +20,9 @@ from PIL import Image
 
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.callbacks.results import noise_of
+from lightning_prompts.commands.main import main as lightning_prompts
 from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.emoji import world
-from lightning_prompts.main import main as lightning_prompts
 from lightning_prompts.methods import PEZ
 from lightning_prompts.metrics import ClipImageSimilarity
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from lightning_prompts.backbones import Backbone, load_backbone
 from lightning_prompts.backbones.base import generators_of
 from lightning_prompts.backbones.loading import exchangeable
-from lightning_prompts.vocabulary import token_lists
+from lightning_prompts.backbones.vocabulary import token_lists
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

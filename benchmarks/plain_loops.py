@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import Backbone
+from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.objectives.spherical import spherical_distance
-from lightning_prompts.vocabulary import encode_text
 
 PROMPTS = ["the big red dog and the old car", "two cats sit on a wet log", "a tree by the sea", "one fat bee on a bun"]
 LOW, HIGH = 450, 1000  # timesteps

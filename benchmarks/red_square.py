@@ -13,8 +13,8 @@ from pathlib import Path
 
 from inversion import has
 
+from lightning_prompts.commands.main import main as lightning_prompts
 from lightning_prompts.emoji.world import Scene, draw
-from lightning_prompts.main import main as lightning_prompts
 
 PICTURES = ("red square", "blue circle", "green triangle", "yellow star", "pink heart", "black cross", "purple diamond",
             "orange ring", "cyan hexagon", "brown arrow")  # fmt: skip

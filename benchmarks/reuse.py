@@ -23,10 +23,10 @@ from inversion import interval, spread
 from metric_guidance import CONFIG, captions, judge, objective
 from torch import Tensor
 
-from lightning_prompts.data.addresses import FRESH
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.embeddings import transfer
 from lightning_prompts.methods import TRAINER, MetricGuidance
+from lightning_prompts.sampling.seeding import FRESH
 
 SEED, PROMPTS, SOURCES, FRESH_SEEDS = 20_261_160, 21, 5, 10
 VALUES: dict[str, Callable[[dict[str, Any]], float]] = {

@@ -23,10 +23,10 @@ import yaml
 from inversion import interval
 from metric_guidance import captions, judge
 
-from lightning_prompts.data.addresses import FRESH
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.methods import TRAINER, SeedInvariance
-from lightning_prompts.problems import SeedInvarianceResult
+from lightning_prompts.runs.record import SeedInvarianceResult
+from lightning_prompts.sampling.seeding import FRESH
 
 SEED, CAPTIONS, TARGETS, FRESH_SEEDS = 20_261_140, 10, 10, 20
 CONFIG = yaml.safe_load(Path("configs/seed_invariance.yaml").read_text())["model"]["init_args"]

@@ -38,8 +38,8 @@ from torch.utils.module_tracker import ModuleTracker
 from lightning_prompts.backbones import Backbone, load_backbone, repeat
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.methods import PEZ, PH2P, TRAINER
+from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import Denoising
-from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.sampling import Microbatch
 
 FIGURES = Path(__file__).parent / "figures"

@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from lightning_prompts.api import CONFIGS
 from lightning_prompts.backbones import Backbone
-from lightning_prompts.callbacks.dry_run import forget_peak, peak
+from lightning_prompts.commands.dry_run import forget_peak, peak
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.methods import TRAINER

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.callbacks.mix import likeness
 from lightning_prompts.callbacks.results import noise_of
+from lightning_prompts.commands.main import main as lightning_prompts
+from lightning_prompts.commands.mix import likeness
 from lightning_prompts.data.images import to_tensor
 from lightning_prompts.emoji import world
-from lightning_prompts.main import main as lightning_prompts
 from lightning_prompts.methods import PH2P
 from lightning_prompts.objectives import ClipSimilarity
 

@@ -93,7 +93,7 @@ def watch(clock: Clock) -> None:
 def run(config: str, folder: str, extra: list[str], profiled: bool) -> dict[str, float]:
     """Run `fit` with a config in this process; return the CPU seconds of each part."""
     clock, profile = Clock(), cProfile.Profile()
-    from lightning_prompts.main import main
+    from lightning_prompts.commands.main import main
 
     watch(clock)
     prompted = config in ("dpo_diff", "metric_guidance", "seed_invariance", "human_feedback")

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.callbacks.word_maps import SAMPLES, word_maps
-from lightning_prompts.data.addresses import WORD_MAPS, draw_noise
+from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.data.images import to_tensor
 from lightning_prompts.emoji.world import LOOKS
 from lightning_prompts.metrics.words import content_words
-from lightning_prompts.vocabulary import encode_text
+from lightning_prompts.sampling.attention_maps import SAMPLES, word_maps
+from lightning_prompts.sampling.seeding import WORD_MAPS, draw_noise
 
 
 def object_region(picture: Tensor, places: int) -> Tensor:

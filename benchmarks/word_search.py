@@ -24,10 +24,10 @@ from inversion import interval, spread
 from prompt_pool import written
 from torch import Tensor
 
-from lightning_prompts.data.addresses import SEARCH, draw_noise
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.methods import TRAINER, DPODiff
-from lightning_prompts.substitutes import Slot, Space
+from lightning_prompts.methods.dpo_diff.space import Slot, Space
+from lightning_prompts.sampling.seeding import SEARCH, draw_noise
 
 SEED, PROMPTS, WORDS = 20_261_122, 20, 5
 BUDGETS = (8, 16, 24, 32, 40)

@@ -1,5 +1,5 @@
 """`python -m lightning_prompts`."""
 
-from lightning_prompts.main import main
+from lightning_prompts.commands.main import main
 
 main()

@@ -27,24 +27,23 @@ from lightning_prompts import methods
 from lightning_prompts.backbones import Backbone, load_backbone
 from lightning_prompts.backbones.hub import pinned
 from lightning_prompts.callbacks import OwnerGuard, Results, Scores
-from lightning_prompts.callbacks.grid import to_image
 from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.data.arrays import array_to_image
 from lightning_prompts.data.images import DAMAGE, MIN_SIDE, find_targets, load_image
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.data.prompts import Prompts, find_prompts
-from lightning_prompts.errors import UserError
+from lightning_prompts.errors import UserError, first_sentence
 from lightning_prompts.methods import TRAINER, PromptMethod
-from lightning_prompts.methods.human_feedback import Choice, Chooser, Page, Round
-from lightning_prompts.methods.inverter import Inverter
-from lightning_prompts.methods.steering import Steering
+from lightning_prompts.methods.inversion.base import Inverter
+from lightning_prompts.methods.steering.base import Steering
+from lightning_prompts.methods.steering.human_feedback import Choice, Chooser, Page, Round
 from lightning_prompts.objectives import Objective
-from lightning_prompts.problems import MethodResult, Problem
 from lightning_prompts.python_settings import checked_settings, in_python
 from lightning_prompts.python_values import check_type, plain, shown
-from lightning_prompts.run_folder import RunFolder
-from lightning_prompts.run_lock import RunLock
-from lightning_prompts.sentences import first_sentence
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.runs.lock import RunLock
+from lightning_prompts.runs.record import MethodResult, Problem
+from lightning_prompts.sampling.figures import to_image
 
 __all__ = ["Result", "guide", "hold", "invert", "load_backbone", "prefer", "reword", "search"]
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_prompts.files import atomic_write
+from lightning_prompts.runs.atomic_io import atomic_write
 
 log = logging.getLogger(__name__)
 

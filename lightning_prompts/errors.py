@@ -42,3 +42,9 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     quoted = [repr(shortened(name)) for name in names]
     more = [f"{len(quoted) - most} more"] if len(quoted) > most else []
     return " and ".join([", ".join(quoted[:most]), *more])
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error of a library, at most 400 characters."""
+    text = re.split(r"(?<=[.!?])\s|\n", str(error).strip())[0].strip() or type(error).__name__
+    return text[:400] if text.endswith((".", "!", "?")) else f"{text[:399]}."

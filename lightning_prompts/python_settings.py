@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
 
+from lightning_prompts.commands.parser_errors import one_sentence
 from lightning_prompts.errors import UserError, shortened
 from lightning_prompts.python_values import check_type, plain
-from lightning_prompts.sentences import one_sentence
 from lightning_prompts.text_settings import all_settings
 
 _FLAG = r"--(?:(?:model|data)\.|(?=(?:scorer|dictionary|language_model|lpips_weights)\b))"

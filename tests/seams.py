@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 
 from lightning_prompts.callbacks import Results, VocabularyProjection
 from lightning_prompts.data.inversion import ImagesToPrompts
-from lightning_prompts.data.problems import ProblemData
 from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.datamodule import ProblemData
 from lightning_prompts.methods import PH2P, DPODiff, PromptMethod
-from lightning_prompts.methods.inverter import Inverter
-from lightning_prompts.methods.steering import Steering
+from lightning_prompts.methods.inversion.base import Inverter
+from lightning_prompts.methods.steering.base import Steering
 
 
 def method_to_data(method: PromptMethod, inverter: Inverter, ph2p: PH2P, dpo_diff: DPODiff, steering: Steering) -> None:

@@ -18,11 +18,11 @@ from PIL import Image, ImageOps
 
 from lightning_prompts import guide, hold, invert, load_backbone, prefer, reword
 from lightning_prompts.api import search
+from lightning_prompts.commands.main import main
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.main import main
 from lightning_prompts.methods import DPODiff
-from lightning_prompts.methods.human_feedback import Choice
+from lightning_prompts.methods.steering.human_feedback import Choice
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.python_settings import checked_settings
 

@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 
 from lightning_prompts.backbones import hub
-from lightning_prompts.main import main
+from lightning_prompts.commands.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lightning_prompts.main import main
-from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.commands.main import main
+from lightning_prompts.runs.folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

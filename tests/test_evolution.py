@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lightning_prompts.evolution import Member, breed, crossover, evolve, fittest, mixes, mutate
+from lightning_prompts.commands.evolution import Member, breed, crossover, evolve, fittest, mixes, mutate
 
 A, B = (1, 2, 3, 4), (11, 12, 13, 14)
 

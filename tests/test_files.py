@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from lightning_prompts.files import atomic_write, atomic_writer
+from lightning_prompts.runs.atomic_io import atomic_write, atomic_writer
 
 
 @pytest.mark.parametrize(

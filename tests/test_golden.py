@@ -22,9 +22,9 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from lightning_prompts import cli
-from lightning_prompts.callbacks import PromptCheckpoint
-from lightning_prompts.main import main
+from lightning_prompts.commands import cli
+from lightning_prompts.commands.main import main
+from lightning_prompts.engine.checkpoint import PromptCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones.vocabulary import round_trip, token_lists
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import clip_of
 from lightning_prompts.sampling import OUT_OF_MEMORY
-from lightning_prompts.vocabulary import round_trip, token_lists
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("benchmarks")]

@@ -10,9 +10,15 @@ import torch
 from safetensors.torch import load, save_file
 
 from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones.embedding_files import (
+    embedding_in,
+    encoder_names,
+    pack_embedding,
+    read_embedding,
+    read_prompt_embeds,
+)
+from lightning_prompts.backbones.vocabulary import encode_text, fillers
 from lightning_prompts.errors import UserError
-from lightning_prompts.interop import embedding_in, encoder_names, pack_embedding, read_embedding, read_prompt_embeds
-from lightning_prompts.vocabulary import encode_text, fillers
 
 FAMILIES = ["sd1", "sd2", "sdxl", "sd3", "flux", "pixart"]
 TEXT = "a red {} on a blue background"

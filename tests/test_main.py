@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPConfig, CLIPModel
 
-from lightning_prompts.callbacks.grid import to_image, to_png
 from lightning_prompts.callbacks.results import noise_of
-from lightning_prompts.main import main
+from lightning_prompts.commands.main import main
 from lightning_prompts.methods import PEZ
 from lightning_prompts.metrics import Perplexity
 from lightning_prompts.metrics.words import all_words
+from lightning_prompts.sampling.figures import to_image, to_png
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command line silences them, pytest puts them back
 
@@ -495,7 +495,9 @@ def test_finished_run_is_not_overwritten(base, finished, capsys):
     assert content(finished) == before
 
 
-@pytest.mark.parametrize("name", ["os.system", "torch.nn.Linear", "subprocess.Popen", "lightning_prompts.main.main"])
+@pytest.mark.parametrize(
+    "name", ["os.system", "torch.nn.Linear", "subprocess.Popen", "lightning_prompts.commands.main.main"]
+)
 @pytest.mark.parametrize("part", ["model", "data", "trainer.callbacks"])
 def test_classes_from_elsewhere_are_refused(base, tmp_path, capsys, monkeypatch, name, part):
     def never(*args, **kwargs):
@@ -522,7 +524,7 @@ def test_arguments_in_the_wrong_order_are_refused(capsys):
 
 
 def test_package_that_is_not_installed_is_named(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "lightning_prompts.cli", raising=False)
+    monkeypatch.delitem(sys.modules, "lightning_prompts.commands.cli", raising=False)
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     with pytest.raises(SystemExit) as stop:
         main(["fit"])

@@ -7,14 +7,14 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.callbacks import PromptCheckpoint, last_checkpoint
+from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.checkpoint import PromptCheckpoint, last_checkpoint
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Denoising, Sharpness
-from lightning_prompts.problems import Problem
+from lightning_prompts.runs.record import Problem
 from lightning_prompts.sampling import Microbatch
-from lightning_prompts.vocabulary import encode_text
 
 
 def holding(most, work):
@@ -62,9 +62,7 @@ def test_as_many_as_the_memory_holds(caplog):
 
 def test_what_was_fitted_stays_when_a_search_goes_on(tiny, tmp_path, monkeypatch):
     """On a device that says when it is full, for which the CPU stands here."""
-    from lightning_prompts.methods import base
-
-    monkeypatch.setattr(base, "ENDLESS", ())
+    monkeypatch.setattr("lightning_prompts.engine.method.ENDLESS", ())
     data = {"prompts": ["a red cat", "two dogs"]}
     sizes = []
     for path, steps in ((None, 2), ("last", 4)):

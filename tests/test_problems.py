@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from lightning_prompts.problems import Problem
+from lightning_prompts.runs.record import Problem
 
 KEY = f"{1:016x}"
 

@@ -13,8 +13,7 @@ from lightning_prompts import guide, hold, invert, load_backbone, prefer, reword
 from lightning_prompts.api import search
 from lightning_prompts.callbacks import Scores
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import base
-from lightning_prompts.methods.human_feedback import Scripted
+from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import Sharpness
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -189,7 +188,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "run/problems").mkdir(parents=True)
     (tmp_path / "run/problems/0.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(base, "load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lightning_prompts.engine.method.load_backbone", lambda *_: pytest.fail("a model was loaded"))
     before = sorted(tmp_path.rglob("*"))
     yield
     assert sorted(tmp_path.rglob("*")) == before

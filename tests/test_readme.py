@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lightning_prompts.main import main
+from lightning_prompts.commands.main import main
 from lightning_prompts.methods import dpo_diff, steering
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,8 +1,8 @@
 import sys
 from importlib.metadata import version
 
-from lightning_prompts import reports
-from lightning_prompts.reports import versions
+from lightning_prompts.runs import reports
+from lightning_prompts.runs.reports import versions
 
 
 def test_versions_name_the_packages_that_decide_a_result():

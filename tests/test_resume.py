@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lightning_prompts import cli
-from lightning_prompts.callbacks import PromptCheckpoint, last_checkpoint
-from lightning_prompts.main import main
+from lightning_prompts.commands import cli
+from lightning_prompts.commands.main import main
+from lightning_prompts.engine.checkpoint import PromptCheckpoint, last_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command line silences them, pytest puts them back
 
@@ -387,8 +387,8 @@ def test_checkpoint_that_is_none_is_refused(command, tmp_path, capsys, name):
 KILLED = """
 import os, signal, sys
 import torch
-from lightning_prompts import cli
-from lightning_prompts.main import main
+from lightning_prompts.commands import cli
+from lightning_prompts.commands.main import main
 
 torch.set_num_threads(1)
 

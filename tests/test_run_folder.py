@@ -12,8 +12,8 @@ from datetime import datetime
 import pytest
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.problems import DPODiffResult, InversionResult, Problem
-from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.runs.record import DPODiffResult, InversionResult, Problem
 
 # Children that only write files; forked, so that a test does not wait for imports.
 fork = multiprocessing.get_context("fork")

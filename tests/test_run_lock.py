@@ -15,14 +15,14 @@ import pytest
 from filelock import SoftFileLease
 from PIL import Image
 
-from lightning_prompts import run_lock
 from lightning_prompts.api import search
 from lightning_prompts.callbacks import OwnerGuard
+from lightning_prompts.commands.main import main
 from lightning_prompts.errors import UserError
 from lightning_prompts.launchers import PARENT
-from lightning_prompts.main import main
-from lightning_prompts.run_folder import RunFolder
-from lightning_prompts.run_lock import RunLock
+from lightning_prompts.runs import lock
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.runs.lock import RunLock
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,10 +32,10 @@ SECONDS = 2.0  # of the lease in these tests
 HOLD = """
 import os, socket, sys, time
 from pathlib import Path
-from lightning_prompts import run_lock
-run_lock.LEASE, run_lock.HEARTBEAT = {lease}, {heartbeat}
+import lightning_prompts.runs.lock as module
+module.LEASE, module.HEARTBEAT = {lease}, {heartbeat}
 {before}
-with run_lock.RunLock(Path({folder!r})) as lock:
+with module.RunLock(Path({folder!r})) as lock:
     print("holds", flush=True)
     while True:
         lock.check()
@@ -51,8 +51,8 @@ os.utime = lambda file, times=None, **more: real(file, ns=(next(beats), next(bea
 @pytest.fixture
 def short(monkeypatch):
     """A lease that expires soon."""
-    monkeypatch.setattr(run_lock, "LEASE", SECONDS)
-    monkeypatch.setattr(run_lock, "HEARTBEAT", SECONDS / 10)
+    monkeypatch.setattr(lock, "LEASE", SECONDS)
+    monkeypatch.setattr(lock, "HEARTBEAT", SECONDS / 10)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def holder():
     """Starts a process that holds a folder, on this machine or, as it says, on another."""
     started = []
 
-    def start(folder, before="", lease=run_lock.LEASE):
+    def start(folder, before="", lease=lock.LEASE):
         code = HOLD.format(lease=lease, heartbeat=SECONDS / 10, folder=str(folder), before=before)
         process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, text=True, stdout=-1, stderr=-1)
         started.append(process)

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_prompts import cli
-from lightning_prompts.callbacks import PromptCheckpoint
+from lightning_prompts.commands import cli
+from lightning_prompts.commands.main import main
 from lightning_prompts.data.prompts import find_prompts
-from lightning_prompts.main import main
+from lightning_prompts.engine.checkpoint import PromptCheckpoint
 from lightning_prompts.methods import GCG, PEZ, PH2P
-from lightning_prompts.problems import Problem, unreadable_key
-from lightning_prompts.reports import failed_line
-from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.runs.record import Problem, unreadable_key
+from lightning_prompts.runs.reports import failed_line
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -204,7 +204,7 @@ def test_finished_problems_are_not_read_again(make, folder, tmp_path, watched, m
 
 def test_lines_come_as_soon_as_a_problem_is_done(make, tmp_path, watched, monkeypatch):
     lines = []
-    tell = RunFolder.tell
+    tell = RunFolder.append_line
 
     def told(self, problem, rank=0):
         tell(self, problem, rank)

@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from lightning_prompts import cli
-from lightning_prompts.data.problems import ProblemData
-from lightning_prompts.main import main
+from lightning_prompts.commands import cli
+from lightning_prompts.commands.main import main
+from lightning_prompts.engine.datamodule import ProblemData
 from lightning_prompts.methods import PromptMethod
 from lightning_prompts.text_settings import Text, keep_texts, text_settings
 

@@ -8,9 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTokenizerFast, T5TokenizerFast
 
-from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
-from lightning_prompts.errors import UserError
-from lightning_prompts.vocabulary import (
+from lightning_prompts.backbones.vocabulary import (
     allowed_tokens,
     contains_blocked,
     encode_text,
@@ -20,6 +18,8 @@ from lightning_prompts.vocabulary import (
     round_trip,
     template_ids,
 )
+from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
+from lightning_prompts.errors import UserError
 
 MERGES = Path(__file__).parents[1].parent / "shared" / "data" / "bpe_simple_vocab_16e6.txt.gz"
 PUBLISHED = MERGES.parent / "published"

@@ -10,10 +10,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prompts.backbones import base, load_backbone
-from lightning_prompts.data.problems import Step
 from lightning_prompts.engine.batch import Row
+from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.methods import PH2P, TextualInversion
-from lightning_prompts.problems import Problem
+from lightning_prompts.runs.record import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prompts.backbones.vocabulary import allowed_tokens, check_embedded, encode_text, token_lists
 from lightning_prompts.typed_module import TypedModule
-from lightning_prompts.vocabulary import allowed_tokens, check_embedded, encode_text, token_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_prompts.callbacks.board import log_text
 
 if TYPE_CHECKING:
-    from lightning_prompts.data.problems import Step
+    from lightning_prompts.engine.datamodule import Step
     from lightning_prompts.methods import PromptMethod
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning_prompts.optimizers import BatchedLBFGS
 
 if TYPE_CHECKING:
-    from lightning_prompts.data.problems import Step
+    from lightning_prompts.engine.datamodule import Step
     from lightning_prompts.methods import PromptMethod
 
 log = logging.getLogger(__name__)

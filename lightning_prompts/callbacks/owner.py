@@ -8,10 +8,10 @@ import pytorch_lightning as pl
 
 from lightning_prompts.errors import UserError
 from lightning_prompts.launchers import started_by_lightning
-from lightning_prompts.run_lock import RunLock
+from lightning_prompts.runs.lock import RunLock
 
 if TYPE_CHECKING:
-    from lightning_prompts.data.problems import Step
+    from lightning_prompts.engine.datamodule import Step
     from lightning_prompts.methods import PromptMethod
 
 

@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lightning_prompts.errors import printable
 
 if TYPE_CHECKING:
-    from lightning_prompts.data.problems import Step
+    from lightning_prompts.engine.datamodule import Step
     from lightning_prompts.methods import PromptMethod
 
 log = logging.getLogger(__name__)

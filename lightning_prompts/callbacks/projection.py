@@ -1,23 +1,24 @@
-"""Snapping embeddings onto the vocabulary between steps."""
+"""Project embeddings onto the vocabulary between steps."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytorch_lightning as pl
 import torch
 
-from lightning_prompts.prompts import TokenEmbeddings
+from lightning_prompts.errors import UserError
 
 if TYPE_CHECKING:
-    from lightning_prompts.data.problems import Step
+    from lightning_prompts.engine.datamodule import Step
     from lightning_prompts.methods import PromptMethod
+    from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 
 
 class VocabularyProjection(pl.Callback):
-    """Replaces the embeddings of active problems by their nearest tokens' after every n-th step of each.
+    """Replace the embeddings of active problems with those of their nearest tokens after every n-th step of each.
 
-    The optimiser's curvature belongs to the point before the jump, so it is forgotten.
+    The optimizer's state belongs to the embeddings before the projection, so it is cleared.
 
     Args:
         every: Steps between projections.
@@ -26,13 +27,19 @@ class VocabularyProjection(pl.Callback):
     def __init__(self, every: int = 1) -> None:
         self.every = every
 
+    def setup(self, trainer: pl.Trainer, pl_module: PromptMethod, stage: str) -> None:
+        """Refuse a method without token embeddings."""
+        if not hasattr(pl_module.prompt, "project"):
+            raise UserError(
+                f"VocabularyProjection projects token embeddings, and {type(pl_module).__name__} has none; remove the callback."
+            )
+
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Projects."""
-        prompt = pl_module.prompt
-        assert isinstance(prompt, TokenEmbeddings)
+        """Project the problems that are due; a row that is not finite is left to `NonFiniteGuard`."""
+        prompt = cast("TokenEmbeddings", pl_module.prompt)
         rows = pl_module.batch.where(lambda row: row.active and row.steps % self.every == 0)
         rows = rows[prompt.sound().cpu()[rows]]
         if len(rows):

@@ -15,20 +15,20 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
-from lightning_prompts.callbacks.grid import to_image, to_png
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.data.problems import ProblemData
+from lightning_prompts.distributed import wait_for_all
+from lightning_prompts.engine.datamodule import ProblemData
 from lightning_prompts.errors import UserError
-from lightning_prompts.files import atomic_write
 from lightning_prompts.metrics import lpips_lacks
-from lightning_prompts.problems import Problem
-from lightning_prompts.ranks import wait_for_all
-from lightning_prompts.reports import versions
-from lightning_prompts.run_folder import RunFolder
+from lightning_prompts.runs.atomic_io import atomic_write
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.runs.record import Problem
+from lightning_prompts.runs.reports import versions
+from lightning_prompts.sampling.figures import to_image, to_png
 from lightning_prompts.terminal import say
 
 if TYPE_CHECKING:
-    from lightning_prompts.data.problems import Step
+    from lightning_prompts.engine.datamodule import Step
     from lightning_prompts.methods import PromptMethod
 
 log = logging.getLogger(__name__)

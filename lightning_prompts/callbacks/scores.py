@@ -27,12 +27,12 @@ from lightning_prompts.metrics import (
 )
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import clip_of, load_clip
-from lightning_prompts.problems import InversionResult, Problem, RefinementResult
+from lightning_prompts.runs.record import InversionResult, Problem, RefinementResult
 from lightning_prompts.terminal import say
 
 if TYPE_CHECKING:
     from lightning_prompts.methods import PromptMethod
-    from lightning_prompts.methods.inverter import Inverter
+    from lightning_prompts.methods.inversion.base import Inverter
 
 T = TypeVar("T")
 

@@ -14,13 +14,13 @@ import yaml
 from torch import Tensor
 
 from lightning_prompts.backbones import repeat
-from lightning_prompts.callbacks.dry_run import GIB, DryRun, forget_peak, memory_of, peak
-from lightning_prompts.data.addresses import CHECK, draw_noise, draw_timesteps
-from lightning_prompts.methods.base import PromptMethod
-from lightning_prompts.methods.inverter import Inverter
-from lightning_prompts.methods.start import random_tokens
+from lightning_prompts.commands.dry_run import GIB, DryRun, forget_peak, memory_of, peak
+from lightning_prompts.engine.method import PromptMethod
+from lightning_prompts.methods.inversion.base import Inverter
+from lightning_prompts.methods.inversion.init import random_tokens
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.sampling import Microbatch
+from lightning_prompts.sampling.seeding import CHECK, draw_noise, draw_timesteps
 
 Verdict = Literal["ok", "weak", "no"]
 

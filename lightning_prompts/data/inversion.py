@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_prompts.backbones import Backbone
-from lightning_prompts.data.addresses import draw_timesteps
 from lightning_prompts.data.images import Fit, Target, content_key, find_targets, load_image, to_tensor
-from lightning_prompts.data.problems import ProblemData, Step
 from lightning_prompts.data.shards import split_address
+from lightning_prompts.engine.datamodule import ProblemData, Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.problems import Problem, unreadable_key
-from lightning_prompts.ranges import Byte, NotNegative, Positive
+from lightning_prompts.runs.record import Problem, unreadable_key
 from lightning_prompts.sampling import Microbatch
+from lightning_prompts.sampling.seeding import draw_timesteps
+from lightning_prompts.types import Byte, NotNegative, Positive
 
 if TYPE_CHECKING:
-    from lightning_prompts.methods.inverter import Inverter
+    from lightning_prompts.methods.inversion.base import Inverter
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 
 from lightning_prompts.data.lists import Row, read_lines, read_rows
-from lightning_prompts.data.problems import ProblemData, Step
+from lightning_prompts.engine.datamodule import ProblemData, Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.problems import Problem, unreadable_key
+from lightning_prompts.runs.record import Problem, unreadable_key
 
 if TYPE_CHECKING:
     from lightning_prompts.methods import DPODiff
-    from lightning_prompts.methods.steering import Steering
+    from lightning_prompts.methods.steering.base import Steering
 
 
 class Prompts(ProblemData):

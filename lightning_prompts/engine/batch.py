@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prompts.optimizers import BatchedLBFGS
-from lightning_prompts.problems import Problem
+from lightning_prompts.runs.record import Problem
 
 
 @dataclass

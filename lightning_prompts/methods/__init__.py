@@ -1,15 +1,15 @@
 """One paper, one file, one LightningModule."""
 
-from lightning_prompts.methods.base import TRAINER, PromptMethod
-from lightning_prompts.methods.baselines import ClipWords, RandomTokens
-from lightning_prompts.methods.dpo_diff import DPODiff
-from lightning_prompts.methods.gcg import GCG
-from lightning_prompts.methods.human_feedback import HumanFeedback
-from lightning_prompts.methods.metric_guidance import MetricGuidance
-from lightning_prompts.methods.pez import PEZ
-from lightning_prompts.methods.ph2p import PH2P
-from lightning_prompts.methods.seed_invariance import SeedInvariance
-from lightning_prompts.methods.textual_inversion import TextualInversion
+from lightning_prompts.engine.method import TRAINER, PromptMethod
+from lightning_prompts.methods.dpo_diff.method import DPODiff
+from lightning_prompts.methods.inversion.baselines import ClipWords, RandomTokens
+from lightning_prompts.methods.inversion.gcg import GCG
+from lightning_prompts.methods.inversion.pez import PEZ
+from lightning_prompts.methods.inversion.ph2p import PH2P
+from lightning_prompts.methods.inversion.textual_inversion import TextualInversion
+from lightning_prompts.methods.steering.human_feedback import HumanFeedback
+from lightning_prompts.methods.steering.metric_guidance import MetricGuidance
+from lightning_prompts.methods.steering.seed_invariance import SeedInvariance
 
 __all__ = [
     "GCG",

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from lightning_prompts.backbones import EMOJI, Backbone
 from lightning_prompts.backbones.hub import clip_beside, hub_access
+from lightning_prompts.backbones.vocabulary import check_embedded
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.image_processor import load_image_processor
 from lightning_prompts.typed_module import TypedModule
-from lightning_prompts.vocabulary import check_embedded
 
 
 def load_clip(name: str, offline: bool = False) -> Any:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from lightning_prompts.distributed import gathered, shared
 from lightning_prompts.errors import UserError
-from lightning_prompts.ranks import gathered, shared
 
 log = logging.getLogger(__name__)
 

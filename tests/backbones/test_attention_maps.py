@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.vocabulary import encode_text
+from lightning_prompts.backbones.vocabulary import encode_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy 2 in diffusers
 

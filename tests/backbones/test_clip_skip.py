@@ -12,11 +12,11 @@ from safetensors import safe_open
 
 from lightning_prompts import guide, invert
 from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones.embedding_files import pack_embedding, pack_prompt_embeds
+from lightning_prompts.backbones.vocabulary import encode_text
+from lightning_prompts.commands.main import main
 from lightning_prompts.data.images import content_key, load_image
-from lightning_prompts.interop import pack_embedding, pack_prompt_embeds
-from lightning_prompts.main import main
 from lightning_prompts.objectives import Sharpness
-from lightning_prompts.vocabulary import encode_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

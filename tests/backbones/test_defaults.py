@@ -7,7 +7,7 @@ import torch
 from families import edit, refused
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.vocabulary import encode_text
+from lightning_prompts.backbones.vocabulary import encode_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,8 +12,8 @@ import torch
 from families import refused
 
 from lightning_prompts.backbones import base, load_backbone
+from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.errors import UserError
-from lightning_prompts.vocabulary import encode_text
 
 TEXTS = ["a red square on a blue background", "two dogs and a Cat"]
 

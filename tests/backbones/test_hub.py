@@ -16,7 +16,7 @@ from hub import forget_connections
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.hub import CLIPS, find_model
-from lightning_prompts.main import main
+from lightning_prompts.commands.main import main
 from lightning_prompts.objectives.clip import load_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
@@ -188,7 +188,7 @@ def test_disk_that_is_full_in_the_middle(hub, published, monkeypatch):
 
 def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)  # is not imported
-    monkeypatch.setitem(sys.modules, "lightning_prompts.cli", None)
+    monkeypatch.setitem(sys.modules, "lightning_prompts.commands.cli", None)
     monkeypatch.setattr("lightning_prompts.backbones.hub.SHORT_NAMES", {"short": "owner/model"})
     main(["prefetch", "short", "emoji", str(sd1)])
     told = capsys.readouterr()
@@ -240,7 +240,7 @@ def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment
 def test_prefetch_as_a_program(hub, published, clip, tmp_path):
     """Where the environment says where hub and cache are, and nothing of Lightning is imported."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    code = "import sys; from lightning_prompts.main import main; main(['prefetch', 'owner/model']); assert 'pytorch_lightning' not in sys.modules"
+    code = "import sys; from lightning_prompts.commands.main import main; main(['prefetch', 'owner/model']); assert 'pytorch_lightning' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"commit {published}." in done.stdout

@@ -6,9 +6,9 @@ import torch
 
 from lightning_prompts.backbones import load_backbone, save_memory
 from lightning_prompts.backbones.memory import Visitor
+from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.sampling import Microbatch
-from lightning_prompts.vocabulary import encode_text
 
 
 @pytest.fixture(scope="module", params=families.BUILD)

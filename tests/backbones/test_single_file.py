@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.hub import CLIPS, SHORT_NAMES
 from lightning_prompts.backbones.single_file import SD2_BIAS
-from lightning_prompts.main import main
+from lightning_prompts.commands.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
 

@@ -6,10 +6,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.callbacks.results import noise_of
+from lightning_prompts.commands.main import main
 from lightning_prompts.embeddings import slerp
-from lightning_prompts.main import main
-from lightning_prompts.vocabulary import encode_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

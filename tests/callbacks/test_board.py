@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_prompts.callbacks import grid
+from lightning_prompts.callbacks import SampleGrid
+from lightning_prompts.commands.main import main
 from lightning_prompts.errors import escaped_markdown, printable
-from lightning_prompts.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -47,7 +47,7 @@ def test_tensorboard_is_the_default(search):
 
 
 def test_csv_logger_takes_the_metrics_and_nothing_is_drawn_for_it(search, tmp_path, monkeypatch):
-    monkeypatch.setattr(grid.SampleGrid, "__init__", lambda self, every: setattr(self, "every", 1))  # would lack `most`
+    monkeypatch.setattr(SampleGrid, "__init__", lambda self, every: setattr(self, "every", 1))  # would lack `most`
     run = search("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'csv'}")
     (file,) = (tmp_path / "csv").rglob("metrics.csv")
     with file.open() as stream:

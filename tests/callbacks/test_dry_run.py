@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from lightning_prompts.callbacks.dry_run import duration, forget_peak, peak
-from lightning_prompts.main import main
+from lightning_prompts.commands.dry_run import duration, forget_peak, peak
+from lightning_prompts.commands.main import main
 
 CPU = ["--trainer.accelerator", "cpu"]
 DRAWN = ["--model.sampling_steps", "2", "--model.microbatch", "8"]

@@ -11,10 +11,10 @@ from transformers import CLIPModel
 
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.callbacks import Results, Scores
+from lightning_prompts.commands.main import main
 from lightning_prompts.errors import UserError
-from lightning_prompts.main import main
 from lightning_prompts.methods import GCG, PH2P, ClipWords, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
-from lightning_prompts.methods.human_feedback import Scripted
+from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import ClipQuality, ClipSimilarity, Sharpness
 
 pytestmark = pytest.mark.filterwarnings("ignore")

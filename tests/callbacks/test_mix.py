@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_prompts.callbacks.grid import sheet
-from lightning_prompts.callbacks.mix import ask, likeness
 from lightning_prompts.callbacks.results import file_name
-from lightning_prompts.evolution import Member
+from lightning_prompts.commands.evolution import Member
+from lightning_prompts.commands.mix import ask, likeness
+from lightning_prompts.sampling.figures import sheet
 
 SOME = [Member(i, f"prompt {i}", (i,), score=i / 10) for i in (3, 5, 8)]
 

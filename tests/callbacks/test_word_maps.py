@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.callbacks.word_maps import HEAT, SAMPLES, found_word_maps, token_texts, word_maps, word_rows
-from lightning_prompts.data.addresses import WORD_MAPS, draw_noise, validation_timesteps
+from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.data.images import to_tensor
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.methods import PEZ, TRAINER, TextualInversion
-from lightning_prompts.problems import Problem
-from lightning_prompts.vocabulary import encode_text
+from lightning_prompts.runs.record import Problem
+from lightning_prompts.sampling.attention_maps import HEAT, SAMPLES, found_word_maps, token_texts, word_maps, word_rows
+from lightning_prompts.sampling.seeding import WORD_MAPS, draw_noise, validation_timesteps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -20,11 +20,11 @@ from lightning_prompts.commands.check import (
     signal_to_noise,
     written,
 )
+from lightning_prompts.commands.main import main
 from lightning_prompts.engine.batch import Row
-from lightning_prompts.main import main
 from lightning_prompts.methods import PH2P
 from lightning_prompts.objectives import Denoising
-from lightning_prompts.problems import Problem
+from lightning_prompts.runs.record import Problem
 from lightning_prompts.sampling import Microbatch
 
 ROOT = Path(__file__).parents[2]

@@ -3,9 +3,9 @@ import re
 
 import pytest
 
+from lightning_prompts.commands.main import main
 from lightning_prompts.data.prompts import Line, find_prompts, read_prompts
 from lightning_prompts.errors import UserError
-from lightning_prompts.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

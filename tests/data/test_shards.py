@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lightning_prompts.commands.main import main
 from lightning_prompts.data import shards
 from lightning_prompts.data.images import Target, find_targets, load_image
 from lightning_prompts.errors import UserError
-from lightning_prompts.main import main
 
 
 def pixels(seed):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
-from lightning_prompts import ranks
-from lightning_prompts.cli import _environment
+from lightning_prompts import distributed
+from lightning_prompts.commands.cli import _environment
+from lightning_prompts.commands.main import main
 from lightning_prompts.errors import UserError
 from lightning_prompts.launchers import PARENT, Launched, own_rank, starting_others
-from lightning_prompts.main import main
 
 ROOT = Path(__file__).parents[2]
 PREFIXES = ("SLURM_", "TORCHELASTIC_", "OMPI_", "LIGHTNING_PROMPTS_PARENT")
@@ -207,12 +207,12 @@ def test_processes_that_this_one_starts_know_it(tell):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_nobody_joins_say_so(rank, monkeypatch):
-    monkeypatch.setattr(ranks, "JOINING", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     with pytest.raises(UserError, match=f"Process {rank} of 2 has not met process {1 - rank} at localhost:{port}"):
-        ranks.joined("localhost", port, rank, 2)
+        distributed.joined("localhost", port, rank, 2)
 
 
 @pytest.mark.parametrize(
@@ -221,18 +221,18 @@ def test_processes_that_nobody_joins_say_so(rank, monkeypatch):
 )  # fmt: skip
 def test_a_port_that_another_program_has_is_told(rank, message, monkeypatch):
     """Which takes the connection and never answers."""
-    monkeypatch.setattr(ranks, "JOINING", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
         other.listen()
         began = time.monotonic()
         with pytest.raises(UserError, match=message):
-            ranks.joined("localhost", other.getsockname()[1], rank, 2)
+            distributed.joined("localhost", other.getsockname()[1], rank, 2)
     assert time.monotonic() - began < 10
 
 
 def test_processes_that_share_a_store_with_nobody_say_so(monkeypatch):
     """As those that torchrun has started, whose agent is there."""
-    monkeypatch.setattr(ranks, "JOINING", timedelta(seconds=0.1))
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=0.1))
     with pytest.raises(TimeoutError, match="missing: 1, 2"):
-        ranks.met(torch.distributed.HashStore(), 0, 3)
+        distributed.met(torch.distributed.HashStore(), 0, 3)

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from PIL import Image
 from rounding import rounding_by_shape
 
-from lightning_prompts.main import main
+from lightning_prompts.commands.main import main
 from lightning_prompts.sampling import Microbatch
 
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lightning_prompts.cli", "lightning_prompts.backbones.loading"])
+FORKS.set_forkserver_preload(["lightning_prompts.commands.cli", "lightning_prompts.backbones.loading"])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 METHODS = {  # odd numbers of samples and seeds, so that the last call of a step is a smaller one
     "ph2p": ["--model.restart_every", "3", "--model.score_every", "2", "--model.microbatch", "4", "--data.steps", "8",

@@ -7,14 +7,13 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
-from lightning_prompts import cli
-from lightning_prompts.data import problems
+from lightning_prompts.commands import cli
+from lightning_prompts.commands.main import main
 from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.distributed import met, shared
 from lightning_prompts.engine.batch import fit_shape, merge
 from lightning_prompts.errors import UserError
-from lightning_prompts.main import main
 from lightning_prompts.methods import PEZ, TRAINER
-from lightning_prompts.ranks import met, shared
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -35,7 +34,7 @@ def refused(pictures, tmp_path, monkeypatch, capsys):
     def loaded(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lightning_prompts.methods.base.load_backbone", loaded)
+    monkeypatch.setattr("lightning_prompts.engine.method.load_backbone", loaded)
 
     def run(*settings, command="fit", config="configs/pez.yaml", given=True, name=True):
         inputs = ["--data.images", str(pictures)] if given else []
@@ -133,7 +132,7 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, pictures, m
     ],
 )
 def test_ranks_that_see_different_files(other, told, tiny, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(problems, "of_all_ranks", lambda own: [own, other])
+    monkeypatch.setattr("lightning_prompts.engine.datamodule.of_all_ranks", lambda own: [own, other])
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     with pytest.raises(UserError, match=re.escape(told)):
         trainer.fit(PEZ(backbone=tiny, tokens=2, sampling_steps=2), datamodule=ImagesToPrompts(str(pictures), steps=1))

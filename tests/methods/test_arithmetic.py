@@ -4,12 +4,12 @@ import pytest
 import torch
 from searches import fit, set_batch
 
-from lightning_prompts.data import addresses
 from lightning_prompts.methods import GCG, PEZ, PH2P, MetricGuidance, TextualInversion
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.objectives.base import Objective
 from lightning_prompts.optimizers import BatchedLBFGS
-from lightning_prompts.problems import Problem, SteeringResult
+from lightning_prompts.runs.record import Problem, SteeringResult
+from lightning_prompts.sampling import seeding
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -18,13 +18,13 @@ FEW = {"sampling_steps": 2, "sample_every": 0}
 
 def test_draws_for_different_ends_have_different_addresses():
     names = ("VALIDATION", "START", "REGENERATION", "WORD_MAPS", "TRIAL", "SEARCH", "FRESH", "CHECK")
-    steps = [getattr(addresses, name) for name in names]
+    steps = [getattr(seeding, name) for name in names]
     assert set(names) == {
-        name for name, value in vars(addresses).items() if isinstance(value, int) and name != "FRESH_SEEDS"
+        name for name, value in vars(seeding).items() if isinstance(value, int) and name != "FRESH_SEEDS"
     }
     assert len(set(steps)) == len(steps)
     assert max(steps) < 0  # and those of a search begin at 0
-    assert min(steps) == addresses.CHECK  # which goes on downwards
+    assert min(steps) == seeding.CHECK  # which goes on downwards
 
 
 @pytest.mark.parametrize("offset", [0.5, 1e-6, -0.5])

@@ -14,21 +14,22 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.callbacks import PromptCheckpoint
-from lightning_prompts.data.addresses import SEARCH
-from lightning_prompts.data.problems import Step
+from lightning_prompts.backbones.vocabulary import encode_text
+from lightning_prompts.commands.main import main
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.engine.batch import Row
+from lightning_prompts.engine.checkpoint import PromptCheckpoint
+from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.main import main
 from lightning_prompts.methods import TRAINER, DPODiff
-from lightning_prompts.methods.dpo_diff import calls_before_gradient, linear_plan
+from lightning_prompts.methods.dpo_diff.logits import WordChoices
+from lightning_prompts.methods.dpo_diff.method import calls_before_gradient, linear_plan
+from lightning_prompts.methods.dpo_diff.similarity import keeping
+from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives.spherical import spherical_distance
-from lightning_prompts.problems import Problem
-from lightning_prompts.prompts import WordChoices
-from lightning_prompts.run_folder import RunFolder
-from lightning_prompts.substitutes import Slot, Space, keeping
-from lightning_prompts.vocabulary import encode_text
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.runs.record import Problem
+from lightning_prompts.sampling.seeding import SEARCH
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

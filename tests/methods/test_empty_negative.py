@@ -9,9 +9,9 @@ from lightning_prompts import guide, hold, reword
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.engine.batch import Row
 from lightning_prompts.methods import DPODiff, MetricGuidance, SeedInvariance, TextualInversion
+from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives import Sharpness
-from lightning_prompts.problems import Problem
-from lightning_prompts.substitutes import Slot, Space
+from lightning_prompts.runs.record import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -16,14 +16,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lightning_prompts import guide, reword
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.towers import TextTower
+from lightning_prompts.backbones.vocabulary import round_trip
 from lightning_prompts.callbacks import Results
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
-from lightning_prompts.methods.start import best_words, reads_tokens, word_features
+from lightning_prompts.methods.dpo_diff.logits import WordChoices
+from lightning_prompts.methods.dpo_diff.space import Slot, Space
+from lightning_prompts.methods.inversion.init import best_words, reads_tokens, word_features
+from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import ClipSimilarity, Sharpness
-from lightning_prompts.prompts import TokenEmbeddings, WordChoices
-from lightning_prompts.substitutes.space import Slot, Space
-from lightning_prompts.vocabulary import round_trip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {"tokens": 2, "sampling_steps": 2, "image_size": 16, "sample_every": 0}

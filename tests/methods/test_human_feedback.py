@@ -18,12 +18,12 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 
+from lightning_prompts.commands.main import main
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
-from lightning_prompts.main import main
 from lightning_prompts.methods import TRAINER, HumanFeedback
-from lightning_prompts.methods.human_feedback import Choice, Chooser, Page, Scripted
+from lightning_prompts.methods.steering.human_feedback import Choice, Chooser, Page, Scripted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

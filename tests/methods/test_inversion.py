@@ -13,8 +13,16 @@ from torch.nn import functional
 from transformers import CLIPModel
 
 from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones.vocabulary import encode_text, round_trip
 from lightning_prompts.callbacks import Results
-from lightning_prompts.data.addresses import (
+from lightning_prompts.data.images import load_image, to_tensor
+from lightning_prompts.data.inversion import ImagesToPrompts, Step
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, RandomTokens, TextualInversion
+from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
+from lightning_prompts.objectives import Denoising
+from lightning_prompts.sampling import Microbatch
+from lightning_prompts.sampling.seeding import (
     TRIAL,
     VALIDATION,
     address,
@@ -23,14 +31,6 @@ from lightning_prompts.data.addresses import (
     picture_turns,
     validation_timesteps,
 )
-from lightning_prompts.data.images import load_image, to_tensor
-from lightning_prompts.data.inversion import ImagesToPrompts, Step
-from lightning_prompts.errors import UserError
-from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, RandomTokens, TextualInversion
-from lightning_prompts.objectives import Denoising
-from lightning_prompts.prompts import TokenEmbeddings
-from lightning_prompts.sampling import Microbatch
-from lightning_prompts.vocabulary import encode_text, round_trip
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

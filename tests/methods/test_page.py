@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_prompts.methods.human_feedback import Choice, Page
-from lightning_prompts.methods.human_feedback.choices import Round
+from lightning_prompts.methods.steering.human_feedback import Choice, Page
+from lightning_prompts.methods.steering.human_feedback.choices import Round
 
 pytest.importorskip("gradio")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -300,7 +300,9 @@ def test_a_page_that_is_closed_leaves_nothing(opened, tmp_path, monkeypatch):
 
 def test_a_page_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("lightning_prompts.methods.human_feedback.door.secrets.token_urlsafe", lambda *_: 1 / 0)
+    monkeypatch.setattr(
+        "lightning_prompts.methods.steering.human_feedback.door.secrets.token_urlsafe", lambda *_: 1 / 0
+    )
     before = set(threading.enumerate())
     with pytest.raises(ZeroDivisionError):
         Page(show=False).open(None, True)

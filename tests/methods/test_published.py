@@ -20,14 +20,15 @@ from searches import found
 from lightning_prompts import methods
 from lightning_prompts.api import CONFIGS
 from lightning_prompts.backbones import Vocabulary, load_backbone
-from lightning_prompts.callbacks import PromptCheckpoint, Results
-from lightning_prompts.callbacks.checkpoint import AtomicCheckpointIO
+from lightning_prompts.callbacks import Results
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.checkpoint import AtomicCheckpointIO, PromptCheckpoint
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods import TRAINER, inverter
-from lightning_prompts.methods.human_feedback import Scripted
-from lightning_prompts.methods.inverter import Inverter
+from lightning_prompts.methods import TRAINER
+from lightning_prompts.methods.inversion import base
+from lightning_prompts.methods.inversion.base import Inverter
+from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import Sharpness, clip
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -117,7 +118,7 @@ def pixart(flux, folder):
 @pytest.fixture(scope="module", autouse=True)
 def once():
     """Computes what only depends on a vocabulary or a CLIP once."""
-    allowed, features = Vocabulary.allowed, inverter.word_features
+    allowed, features = Vocabulary.allowed, base.word_features
     known = {}
 
     def allowed_once(self, blocked=(), words=None):
@@ -134,7 +135,7 @@ def once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Vocabulary, "allowed", allowed_once)
-        patch.setattr(inverter, "word_features", features_once)
+        patch.setattr(base, "word_features", features_once)
         patch.setattr(clip, "load_clip", cache(clip.load_clip))
         patch.setattr(clip, "load_tokenizer", cache(clip.load_tokenizer))
         yield

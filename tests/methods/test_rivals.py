@@ -10,16 +10,16 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones.vocabulary import encode_text, fill_template
 from lightning_prompts.callbacks import Results
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, TextualInversion
-from lightning_prompts.methods.start import best_words
-from lightning_prompts.methods.textual_inversion import pseudo_word
+from lightning_prompts.methods.inversion.init import best_words
+from lightning_prompts.methods.inversion.textual_inversion import pseudo_word
+from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import load_tokenizer
-from lightning_prompts.prompts import TokenEmbeddings
 from lightning_prompts.sampling import Microbatch
-from lightning_prompts.vocabulary import encode_text, fill_template
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,13 +11,13 @@ from searches import set_batch
 from torch.nn import functional as F
 
 from lightning_prompts.callbacks.results import noise_of
-from lightning_prompts.data.problems import Step
+from lightning_prompts.commands.main import main
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.embeddings import slerp
+from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.main import main
 from lightning_prompts.methods import TRAINER, SeedInvariance
-from lightning_prompts.problems import Problem, SeedInvarianceResult
+from lightning_prompts.runs.record import Problem, SeedInvarianceResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_prompts import guide, invert, load_backbone, prefer
+from lightning_prompts.backbones.embedding_files import pack_embedding, read_embedding
 from lightning_prompts.engine.batch import Row
 from lightning_prompts.errors import UserError
-from lightning_prompts.interop import pack_embedding, read_embedding
 from lightning_prompts.methods import GCG, PEZ, MetricGuidance, SeedInvariance, TextualInversion
-from lightning_prompts.methods.human_feedback import Choice
+from lightning_prompts.methods.steering.human_feedback import Choice
 from lightning_prompts.objectives import Sharpness
-from lightning_prompts.problems import Problem
+from lightning_prompts.runs.record import Problem
 
 SHORT = {"steps": 1, "sampling_steps": 2, "device": "cpu"}
 

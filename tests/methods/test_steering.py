@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.callbacks import PromptCheckpoint
-from lightning_prompts.data.addresses import SEARCH, draw_noise
+from lightning_prompts.commands.main import main
 from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.checkpoint import PromptCheckpoint
 from lightning_prompts.errors import UserError
-from lightning_prompts.main import main
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Blurriness, ClipText, LatentDistance, Objective, Sharpness
-from lightning_prompts.problems import Problem
+from lightning_prompts.runs.record import Problem
 from lightning_prompts.sampling import Microbatch
+from lightning_prompts.sampling.seeding import SEARCH, draw_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -186,7 +186,9 @@ def test_search_ends_where_what_is_watched_parts(tiny, tmp_path):
 
 def test_shift_comes_at_a_true_interval(tiny, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("lightning_prompts.methods.metric_guidance.shift", lambda rows, like: seen.append(1) or rows)
+    monkeypatch.setattr(
+        "lightning_prompts.methods.steering.metric_guidance.shift", lambda rows, like: seen.append(1) or rows
+    )
     search(tiny, tmp_path, PROMPTS[0], steps=7, shift_every=3)
     assert len(seen) == 2
 

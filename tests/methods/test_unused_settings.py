@@ -3,8 +3,8 @@
 import pytest
 from searches import fit
 
+from lightning_prompts.commands.main import main
 from lightning_prompts.errors import UserError
-from lightning_prompts.main import main
 from lightning_prompts.methods import GCG, PEZ, PH2P, DPODiff, MetricGuidance, RandomTokens, SeedInvariance
 from lightning_prompts.objectives import Sharpness
 

@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.substitutes import language_model as module
-from lightning_prompts.substitutes.language_model import LanguageModel, is_usable, parse
+from lightning_prompts.methods.dpo_diff import language_model as module
+from lightning_prompts.methods.dpo_diff.language_model import LanguageModel, is_usable, parse
 
 PROMPT = "a small dog on a red mat"
 

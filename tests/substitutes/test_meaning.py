@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.errors import UserError
+from lightning_prompts.methods.dpo_diff.similarity import Meaning, keeping
+from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives.clip import ClipSimilarity
-from lightning_prompts.substitutes import Meaning, Slot, Space, keeping
 
 SPACE = Space(("a ", " on a ", " mat"), (Slot("cat", ("cat", "dog", "red fox")), Slot("big", ("big", "huge"))))
 

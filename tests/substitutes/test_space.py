@@ -3,10 +3,12 @@ import itertools
 import pytest
 
 from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.errors import UserError
-from lightning_prompts.substitutes import LIBRARY, Neighbours, Slot, Sources, Space, negative_slots, positive_slots
-from lightning_prompts.substitutes.build import fitting
-from lightning_prompts.vocabulary import encode_text
+from lightning_prompts.methods.dpo_diff.negative_words import LIBRARY
+from lightning_prompts.methods.dpo_diff.neighbors import Neighbours
+from lightning_prompts.methods.dpo_diff.sources import Sources, fitting
+from lightning_prompts.methods.dpo_diff.space import Slot, Space, negative_slots, positive_slots
 
 
 def space(prompt, substitutes, negative=None, empty=False):

@@ -1,7 +1,8 @@
 import pytest
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.substitutes import WordNet, wordnet
+from lightning_prompts.methods.dpo_diff import wordnet
+from lightning_prompts.methods.dpo_diff.wordnet import WordNet
 
 
 @pytest.fixture(scope="module")

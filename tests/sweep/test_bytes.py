@@ -16,14 +16,14 @@ from PIL import Image
 from safetensors.numpy import save
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.callbacks import is_checkpoint
+from lightning_prompts.backbones.embedding_files import read_embedding
 from lightning_prompts.data.images import find_targets, load_image
 from lightning_prompts.data.prompts import find_prompts
+from lightning_prompts.engine.checkpoint import is_checkpoint
 from lightning_prompts.errors import UserError
-from lightning_prompts.interop import read_embedding
-from lightning_prompts.problems import Problem
-from lightning_prompts.run_folder import RECORD_VERSION, RunFolder
-from lightning_prompts.substitutes.file import from_file
+from lightning_prompts.methods.dpo_diff.word_files import from_file
+from lightning_prompts.runs.folder import RECORD_VERSION, RunFolder
+from lightning_prompts.runs.record import Problem
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

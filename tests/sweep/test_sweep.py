@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import save_file
 
-from lightning_prompts.main import main
+from lightning_prompts.commands.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -1,0 +1,36 @@
+"""Show what the best prompts draw while the search runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytorch_lightning as pl
+
+from lightning_prompts.callbacks.board import log_images, takes_images
+
+if TYPE_CHECKING:
+    from lightning_prompts.engine.datamodule import Step
+    from lightning_prompts.methods import PromptMethod
+
+
+class SampleGrid(pl.Callback):
+    """Logs, while the search runs, what the best prompts so far draw.
+
+    Args:
+        every: Steps of the wave between grids; 0 for none.
+        most: Problems of the wave that are drawn, one picture each, from the same noise every time.
+    """
+
+    def __init__(self, every: int = 40, most: int = 4) -> None:
+        self.every, self.most = every, most
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
+    ) -> None:
+        """Draws when it is time."""
+        step = trainer.fit_loop.total_batch_idx + 1
+        if not self.every or step % self.every or not takes_images(trainer.loggers):
+            return
+        problems = [problem for problem in pl_module.batch.records if problem.prompt][: self.most]
+        if problems:
+            log_images(trainer.loggers, "samples", [pl_module.preview(problems)], step)

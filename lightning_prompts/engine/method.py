@@ -1,0 +1,495 @@
+"""What all methods share: a frozen backbone, a prompt that trains, and waves of problems that are searched together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_prompts.backbones import Backbone, Kind, load_backbone, save_memory
+from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
+from lightning_prompts.callbacks.scores import Scores
+from lightning_prompts.distributed import of_rank_zero, sharing
+from lightning_prompts.engine.batch import Batch, merge
+from lightning_prompts.engine.checkpoint import checkpoints_of_all
+from lightning_prompts.engine.datamodule import ProblemData, Step
+from lightning_prompts.errors import UserError
+from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.runs.record import MethodResult, Problem, checked
+from lightning_prompts.sampling import Microbatch, Sampler
+from lightning_prompts.sampling.seeding import draw_noise
+from lightning_prompts.terminal import say
+from lightning_prompts.typed_module import TypedModule
+from lightning_prompts.types import NotNegative, Positive
+from lightning_prompts.unused import refuse_unused
+
+if TYPE_CHECKING:
+    from pytorch_lightning.core.optimizer import LightningOptimizer
+
+    from lightning_prompts.methods.dpo_diff.logits import WordChoices
+    from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
+    from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+ENDLESS = ("cpu",)  # devices that do not say when their memory is full
+Dtype = Literal["float32", "bfloat16", "float16"]
+MOST_STEPS = 10  # sampling steps of pictures that a search draws again and again, unless a user asks for more
+
+TRAINER: dict[str, Any] = {
+    "devices": 1,
+    "max_epochs": -1,  # waves of problems until none is open
+    "enable_checkpointing": False,  # ours is atomic, and who wants it adds it
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 1,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 10**9,  # scoring is the BestPrompt callback's
+    "use_distributed_sampler": False,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+"""What a Trainer has to be told to search prompts."""
+
+
+class PromptMethod(TypedModule, pl.LightningModule, ABC):
+    """A search for the prompts of P problems under a frozen backbone; nothing but the prompts trains.
+
+    A wave of problems is optimised together; each of them leaves it when its score has stopped falling, and the next one joins.
+    Checkpoints hold the wave's prompts and optimiser state alone.
+
+    Args:
+        backbone: `emoji`, a folder, a short name such as `sdxl`, a hub id, or a safetensors file; in Python also what
+            `load_backbone` has returned, whose settings of loading and memory are those it was loaded with.
+        dtype: Precision of the frozen weights.
+        offline: Do not connect to the hub.
+        revision: Branch, tag or commit on the hub.
+        vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
+        scheduler: Class of another scheduler of diffusers; None for the model's own.
+        image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
+        config: The model or folder whose configuration and tokenizers go with a safetensors file; None for the first of its family.
+        variant: Which of a folder's or repository's weights are read, such as `fp16`; None for those without a variant or, where there
+            are none, for the only one.
+        clip_skip: How many of the CLIP text encoders' last layers are skipped when a prompt is encoded, as in diffusers' pipelines of
+            Stable Diffusion 1 to 3 and SDXL; negative prompts are encoded with all layers. None for all layers.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        vae_tiling: Decode large pictures in tiles, which changes them a little.
+        cpu_offload: Have the text encoders, the denoiser and the autoencoder on the device one at a time.
+        together: P, problems that are searched at a time; when one is finished the next takes its place.
+        patience: A problem is finished after this many scorings without a better one.
+        microbatch: Samples per call of the denoiser, half as many whenever the device runs out of memory; None for as many as the
+            memory of a GPU holds.
+        score_every: Steps between scorings.
+        sample_every: Steps between the pictures that TensorBoard shows during the search; 0 for none.
+        sampling_steps: Denoising steps of the pictures that `fit`, `test` and `predict` draw; None for as many as the model is
+            drawn with by default, at most 10 in methods whose search itself draws many pictures.
+        guidance_scale: Weight of the prompt when these are drawn; None for the model's.
+    """
+
+    strict_loading = False  # a checkpoint has no backbone
+    prompt: TokenEmbeddings | WordChoices | PromptEmbeds | PromptArc
+    data_class: type[ProblemData]
+    result_class: ClassVar[type[MethodResult]] = MethodResult
+    decisive: frozenset[str] = frozenset()  # settings that other searches can go on without
+    draws: ClassVar[bool] = False  # whether every step of the search draws pictures
+
+    def __init__(
+        self,
+        *,
+        backbone: str | Backbone = "emoji",
+        dtype: Dtype = "float32",
+        offline: bool = False,
+        revision: str | None = None,
+        vocabulary: Kind | None = None,
+        scheduler: str | None = None,
+        image_size: Positive | None = None,
+        config: str | None = None,
+        variant: str | None = None,
+        clip_skip: Positive | None = None,
+        gradient_checkpointing: bool = False,
+        vae_tiling: bool = False,
+        cpu_offload: bool = False,
+        together: Positive = 16,
+        patience: Positive = 1000,
+        microbatch: Positive | None = 16,
+        score_every: Positive = 1,
+        sample_every: NotNegative = 40,
+        sampling_steps: Positive | None = None,
+        guidance_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.together = int(together)
+        self.offline, self.patience, self.microbatch = offline, patience, Microbatch(microbatch)
+        self.score_every, self.sample_every = score_every, sample_every
+        if isinstance(backbone, str):
+            size = image_size and int(image_size)
+            skip = clip_skip and int(clip_skip)
+            backbone = load_backbone(
+                backbone, dtype, offline, revision, vocabulary, scheduler, size, config, variant, skip
+            )
+            save_memory(backbone, gradient_checkpointing, vae_tiling, cpu_offload)
+        else:
+            loading = {"dtype": dtype, "revision": revision, "vocabulary": vocabulary, "scheduler": scheduler, "image_size": image_size,
+                       "config": config, "variant": variant, "clip_skip": clip_skip,
+                       "gradient_checkpointing": gradient_checkpointing, "vae_tiling": vae_tiling, "cpu_offload": cpu_offload}  # fmt: skip
+            refuse_unused(PromptMethod, "on a backbone that is loaded", loading)
+        self.backbone: Backbone = backbone
+        own = self.backbone.default_steps
+        steps = int(sampling_steps or (min(own, MOST_STEPS) if self.draws else own))
+        guidance = self.backbone.default_guidance if guidance_scale is None else guidance_scale
+        self.sampler = Sampler(self.backbone, steps, guidance, self.microbatch)
+        self.vocabulary = self.backbone.vocabulary
+        self.terms: dict[str, Tensor] = {}  # of the last loss, if it is a sum
+        self.scorers: dict[str, Any] = {}  # what scores results, by name
+        self._resumed: dict[str, Any] | None = None  # the batch of a checkpoint
+        self._begun = time.perf_counter()
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How images are drawn, with the model's defaults where no setting was given; recorded with the results."""
+        return {"sampling_steps": self.sampler.num_inference_steps, "guidance_scale": self.sampler.guidance_scale}
+
+    def clips(self) -> list[ClipSimilarity]:
+        """Return the CLIPs that take part in the search, whose judgement of its results is not held out."""
+        return [module for module in self.modules() if isinstance(module, ClipSimilarity)]
+
+    # --- the wave
+
+    @property
+    def data(self) -> ProblemData:
+        """The data module."""
+        data: ProblemData = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The problems that are searched together."""
+        return Batch(self.prompt, self.together)
+
+    @property
+    def parameter(self) -> torch.nn.Parameter:
+        """What trains, (P, ...)."""
+        return self.batch.parameter
+
+    def setup(self, stage: str) -> None:
+        """Divides the samples among the ranks that share them; refuses a microbatch that nothing would limit."""
+        if self.microbatch.fitted and self.trainer.strategy.root_device.type in ENDLESS:
+            raise UserError(
+                "A CPU's memory has no end that a program is told of, so that no microbatch can be fitted to it; give "
+                "--model.microbatch 16."
+            )
+        self.microbatch.ranks = sharing(self.trainer)
+        if self.microbatch.ranks > 1:
+            self.parameter.register_hook(of_rank_zero)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host's on the device, without waiting until that has done all else."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def broadcast(self, value: T) -> T:
+        """What all ranks go on with of something that each has computed for itself; see `of_rank_zero`."""
+        return value if self.microbatch.ranks == 1 else of_rank_zero(value)
+
+    def on_train_start(self) -> None:
+        """Restore the batch of a checkpoint."""
+        self.batch.optimizers = self.trainer.optimizers
+        if self._resumed:
+            saved, self._resumed = self._resumed, None
+            self.batch.load(saved)
+            self.data.go_on({row.record.key: row.record.target for row in self.batch.rows if row.active})
+            if len(self.batch):
+                self.set_rows(self.batch.records)
+            for problem in self.batch.records:
+                self.data.folder.save(problem)
+
+    def on_train_epoch_start(self) -> None:
+        """Fill the batch before the first step, and after an epoch that ended because no problem was left in it."""
+        self.refill()
+
+    def refill(self) -> None:
+        """Evict finished problems and add new ones, up to the batch size."""
+        added, evicted = self.batch.refill(self.data.arrivals, self.set_rows, self.init_params)
+        for problem in added:
+            if not self.data.folder.has(problem.key):
+                self.data.folder.save(problem)
+        for problem in evicted:
+            self.evict(problem)
+
+    @abstractmethod
+    def init_params(self, rows: Tensor) -> Tensor:
+        """Where the search for the problems `rows` (Q,) of the wave starts: the values of what trains, (Q, ...)."""
+
+    def set_rows(self, problems: list[Problem]) -> None:
+        """Prepare for the problems of the batch, one per row."""
+        self._begun = time.perf_counter()
+
+    def evict(self, problem: Problem) -> None:
+        """Forgets what is remembered of a problem that has left the wave."""
+        self.data.evict(problem)
+
+    def reset_rows(self, rows: Tensor, values: Tensor) -> None:
+        """Move the problems `rows` (Q,) to other parameters (Q, ...); see `Batch.reset_rows`."""
+        self.batch.reset_rows(rows, values)
+
+    def on_train_epoch_end(self) -> None:
+        """Ends the run when no problem is open; what is open when it was told to stop can go on later."""
+        self.trainer.should_stop = self.trainer.should_stop or self.batch.exhausted
+
+    def on_train_batch_start(self, batch: Step, batch_idx: int) -> int | None:
+        """Has the wave filled again when no problem is left in it."""
+        return None if len(self.batch.active_rows()) else -1
+
+    def training_step(self, batch: Step, batch_idx: int) -> None:
+        """One step of the problems that are still active."""
+        rows = self.batch.active_rows()
+        self.step(batch, rows)
+        if self.microbatch.ranks > 1:
+            self.parameter.data = of_rank_zero(self.parameter.data)
+        elapsed, self._begun = time.perf_counter() - self._begun, time.perf_counter()
+        for row in rows.tolist():
+            self.batch[row].steps += 1
+            self.batch[row].record.seconds += elapsed / len(rows)
+
+    def on_train_batch_end(self, outputs: Any, batch: Step, batch_idx: int) -> None:
+        """Save what is finished, unless a callback has done so after scoring it, and refill the batch."""
+        self.save_finished()
+        if not self.trainer.should_stop:  # else what joined would never be searched
+            self.refill()
+
+    def save_finished(self) -> list[Problem]:
+        """Saves what is finished."""
+        finished, self.batch.finished = self.batch.finished, []
+        for problem in finished:
+            self.data.folder.save_or_warn(problem)
+        return finished
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """What moves the embeddings; nothing where tokens are exchanged."""
+        return None
+
+    @abstractmethod
+    def step(self, batch: Step, rows: Tensor) -> None:
+        """Moves the prompts of the problems `rows` (Q,) by one optimiser step."""
+
+    @abstractmethod
+    def score(self, rows: Tensor) -> list[Problem]:
+        """Scores what the problems `rows` (Q,) have come to and keeps what is best.
+
+        Returns:
+            The problems that now have a better prompt.
+        """
+
+    def rows_to_score(self) -> Tensor:
+        """The active problems that are scored now, (Q,): after every n-th step of each, and after its last one."""
+        every, last = int(self.score_every), int(self.data.steps)
+        return self.batch.where(lambda row: row.active and (row.steps % every == 0 or row.steps >= last))
+
+    def step_active(self, loss: Tensor, rows: Tensor, clip: float | None = None) -> None:
+        """Step the optimizer on the losses (Q,) of the problems `rows` (Q,); see `Batch.step`."""
+        optimizer = cast("LightningOptimizer", self.optimizers())
+        self.batch.step(optimizer.step, loss, rows, self.manual_backward, clip)
+
+    def log_step(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
+        """Logs values of a step after which one of the problems `rows` (Q,) is scored; a look makes the device wait."""
+        if any((batch.steps[row] + 1) % self.score_every == 0 for row in rows.tolist()):
+            told = {**values, **self.terms}
+            self.log_dict({f"train/{name}": value.detach().mean() for name, value in told.items()})
+
+    def add_cost(self, rows: Tensor, samples: int) -> None:
+        """Adds denoiser samples to the problems' counters; a backward counts as one."""
+        for row in rows.tolist():
+            self.batch[row].record.unet_samples += samples
+
+    def finish_done(self, rows: Tensor) -> None:
+        """Finishes those of the problems `rows` (Q,) that no longer improve or have taken all their steps."""
+        for row in rows.tolist():
+            if self.batch[row].steps >= self.data.steps or self.batch[row].stale >= self.patience:
+                self.finish(row)
+
+    def finish(self, row: int) -> None:
+        """Finishes a problem, which leaves the wave."""
+        self.batch.finish(row)
+
+    @abstractmethod
+    def best_params(self, row: int) -> Tensor:
+        """Where the search for a problem has found its best, (...), to go back there; where it starts if there is none."""
+
+    def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
+        """Noise (P, N, C, h, w) for pictures of P problems, at a step's address."""
+        keys = [problem.key for problem in problems]
+        return draw_noise(self.data.seed, keys, step, count, self.backbone.latent_shape, self.device)
+
+    # --- results
+
+    @abstractmethod
+    def preview(self, problems: list[Problem]) -> Image.Image:
+        """What some problems' best prompts draw so far, as one picture."""
+
+    @abstractmethod
+    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
+        """Scores problems that have a prompt and are finished, by what is drawn from it.
+
+        Args:
+            problems: The records.
+            scores: What scores them.
+        """
+
+    @abstractmethod
+    def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
+        """Writes what a person looks at into the run's folder.
+
+        Args:
+            problems: The records that have a prompt, the first `SHOWN` of the run.
+            folder: The run's folder.
+        """
+
+    def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
+        """Writes what other tools read into the run's folder."""
+
+    @abstractmethod
+    def validation_losses(self, problems: list[Problem]) -> Tensor:
+        """The losses (P,) by which the best prompts of P problems were chosen, computed again."""
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        """The validation losses of what was found."""
+        found, losses = self.data.folder.found(), list[float]()
+        given = 0
+        while problems := list(islice(found, self.together)):
+            given += len(problems)
+            problems = self.data.unchanged(problems)
+            if not problems:
+                continue
+            values = self.validation_losses(problems).tolist()
+            losses += values
+            if self.trainer.is_global_zero:
+                for problem, loss in zip(problems, values, strict=True):
+                    say(f"{abs(loss):.5f}  {problem.target}  {problem.shown}")
+        if not losses and given:
+            raise UserError(
+                "No prompt of this run can be scored, since its images are missing or have changed; restore them."
+            )
+        if not losses:
+            raise UserError("This run has no prompts yet; run `fit` first.")
+        self.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """What every search needs around its steps."""
+        return [NonFiniteGuard(), BestPrompt(), SampleGrid(self.sample_every), PromptProgress()]
+
+    def test_step(self, batch: int, batch_idx: int) -> None:
+        """All is done by the `Results` callback."""
+
+    def predict_step(self, batch: int, batch_idx: int) -> None:
+        """All is done by the `Results` callback."""
+
+    def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
+        """Encode texts as a user pastes them, to (P, R, D); see `Backbone.encode_text`."""
+        return self.backbone.encode_text(texts, negative)
+
+    @torch.no_grad()
+    def draw(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:
+        """Draw images (B, 3, H, W) in [-1, 1] of B texts.
+
+        Args:
+            texts: The prompts.
+            noise: Standard normal, (B, C, h, w).
+            negative: A negative prompt for all images, or one per image.
+        """
+        if any([negative] if isinstance(negative, str) else negative):
+            self.sampler.check_guided("a negative prompt does nothing")
+
+        def encode(indices: Tensor) -> tuple[Tensor, Tensor]:
+            some = indices.tolist()
+            negatives = [negative] if isinstance(negative, str) else [negative[i] for i in some]
+            return self.encode([texts[i] for i in some]), self.encode(negatives, negative=True)
+
+        return self.sampler.draw(noise, encode)
+
+    def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
+        """Draw images (N, 3, H, W) in [-1, 1] of a problem's best prompt.
+
+        Args:
+            problem: The record.
+            noise: Standard normal, (N, C, h, w).
+            negative: A negative prompt, in place of the one that was found.
+        """
+        return self.draw([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
+
+    # --- checkpoints: the prompt and nothing of the backbone
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The prompts alone."""
+        return {name: value.detach() for name, value in self.named_parameters() if value is self.parameter}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the records that the rows belong to."""
+        checkpoint["batch"] = {**self.batch.save(), "parts": self.data.part[1], "microbatch": self.microbatch.size}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes room for the checkpoint's problems; refuses those whose pictures are not given now.
+
+        When others than this many ranks have begun, what is open of all their problems is divided anew.
+        """
+        several = [checkpoint]
+        if checkpoint["batch"]["parts"] != self.data.part[1]:
+            several = checkpoints_of_all(self.data.folder.checkpoints)
+        records = {record["key"]: Problem(**record) for one in several for record in one["batch"]["records"]}
+        self.data.find(list(records.values()))
+        if gone := [problem for problem in records.values() if problem.index < 0]:
+            raise UserError(
+                f"The checkpoint goes on with {len(gone)} {self.data.given[0]} that are not among {self.data.given[1]} now; give the "
+                "same ones and the same settings, or another --run."
+            )
+        if len(several) > 1 or several[0] is not checkpoint:
+            checkpoint |= merge(several, lambda record: self.data.still_open(records[record["key"]]))
+        self._resumed = saved = checkpoint["batch"]
+        saved["records"] = [asdict(Problem(**record)) for record in saved["records"]]
+        for record in saved["records"]:
+            self._check_result(record["result"])
+            here = records[record["key"]]
+            record |= {name: getattr(here, name) for name in ("target", "paths", "stamps", "caption", "index")}
+        ((name, prompts),) = checkpoint["state_dict"].items()
+        own = self.parameter.shape[1:]
+        if [name] != list(self.state_dict()) or (0 not in own and prompts.shape[1:] != own):
+            raise UserError(
+                f"The checkpoint has prompts {name!r} of the shape {tuple(prompts.shape[1:])} and this search has "
+                f"{next(iter(self.state_dict()))!r} of {tuple(own)}; give the settings that the run was begun with."
+            )
+        has_optimizer = any(checkpoint["optimizer_states"])  # Lightning saves the state {} where there is none
+        if has_optimizer != (self.configure_optimizers() is not None):
+            raise UserError(
+                "The checkpoint has the state of another optimizer; give the settings that the run was begun with."
+            )
+        self.parameter.data = torch.empty_like(prompts)
+        if self.microbatch.fitted:  # as before, so that calls round alike
+            self.microbatch.size = saved["microbatch"]
+
+    def _check_result(self, result: dict[str, Any] | None) -> None:
+        """Refuse a checkpoint's result that is not one of this method."""
+        if result is not None and self.result_class is not MethodResult:
+            try:
+                checked(self.result_class, result)
+            except ValueError as error:
+                raise UserError(
+                    f"The checkpoint has results that are not those of {type(self).__name__}; give the settings that the run was begun "
+                    "with."
+                ) from error
+
+
+def by_step(batch: Step, rows: Tensor) -> list[tuple[int, Tensor]]:
+    """The problems `rows` (Q,) by the number of steps that they have taken."""
+    steps = torch.tensor(batch.steps)[rows]
+    return [(int(step), rows[steps == step]) for step in steps.unique()]

@@ -1,7 +1,0 @@
-"""Steering an encoded prompt by what a person likes: the method, who chooses, and the page."""
-
-from lightning_prompts.methods.human_feedback.choices import Choice, Chooser, Round, Scripted
-from lightning_prompts.methods.human_feedback.method import HumanFeedback
-from lightning_prompts.methods.human_feedback.page import Page
-
-__all__ = ["Choice", "Chooser", "HumanFeedback", "Page", "Round", "Scripted"]

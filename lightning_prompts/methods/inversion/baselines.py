@@ -1,0 +1,61 @@
+"""What every inverter has to beat: random tokens, and words that a CLIP chooses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.engine.datamodule import Step
+from lightning_prompts.methods.inversion.base import Inverter
+from lightning_prompts.types import Positive
+
+
+class RandomTokens(Inverter):
+    """New random tokens at each step, of which the best by validation loss are kept.
+
+    Args:
+        **kwargs: See `Inverter`.
+    """
+
+    moves_embeddings = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(denoising_weight=1.0, clip_weight=0.0, **kwargs)  # there is no loss to minimize, only scores
+
+    def step(self, batch: Step, rows: Tensor) -> None:
+        """Draws."""
+        drawn = self.random_tokens(rows, [batch.steps[row] for row in rows.tolist()])
+        self.prompt.embeddings.data[rows.to(self.device)] = self.prompt.table[drawn].float()
+
+
+class ClipWords(Inverter):
+    """The words that the CLIP finds most similar to the pictures, added one after the other; one step, without the denoiser.
+
+    Args:
+        beams: Prompts that are kept at each length; 1 is greedy.
+        **kwargs: See `Inverter`.
+    """
+
+    moves_embeddings = False
+
+    def __init__(self, *, beams: Positive = 1, **kwargs: Any) -> None:
+        # There is no loss to minimize, and no prompt to start from.
+        super().__init__(denoising_weight=1.0, clip_weight=0.0, start="random", allow_pickle=False, **kwargs)
+        self.beams = beams
+
+    @property
+    def uses_clip(self) -> bool:
+        """See `Inverter.uses_clip`."""
+        return True
+
+    def step(self, batch: Step, rows: Tensor) -> None:
+        """Finds all words; they are the result, also where the random tokens of the start have a lower validation loss."""
+        new = torch.tensor([row for row in rows.tolist() if batch.steps[row] == 0], dtype=torch.long)
+        if len(new):
+            self.prompt.embeddings.data[new.to(self.device)] = self.prompt.table[
+                self.clip_words(new, self.beams)
+            ].float()
+            for row in new.tolist():
+                self.batch[row].record.forget_prompt()

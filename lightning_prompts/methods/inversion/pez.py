@@ -1,0 +1,44 @@
+"""PEZ: hard prompts made easy (arXiv 2302.03668)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.backbones.vocabulary import Metric
+from lightning_prompts.engine.datamodule import Step
+from lightning_prompts.methods.inversion.base import Inverter
+from lightning_prompts.optimizers import BatchedAdam
+from lightning_prompts.types import Rate
+
+
+class PEZ(Inverter):
+    """Gradients at the nearest tokens' embeddings, applied to the continuous ones (algorithm 1 of the paper).
+
+    The denoising loss is the paper's Stable Diffusion variant; its main one, the cosine of prompt and pictures, is
+    `denoising_weight=0, clip_weight=1`.
+
+    Args:
+        lr: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        metric: Distance by which embeddings are replaced with tokens.
+        **kwargs: See `Inverter`.
+    """
+
+    def __init__(self, *, lr: Rate = 0.1, weight_decay: float = 0.1, metric: Metric = "cosine", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.prompt.metric = metric
+        self.lr, self.weight_decay = float(lr), weight_decay
+
+    def step(self, batch: Step, rows: Tensor) -> None:
+        """One AdamW step."""
+        ids, embeddings = self.prompt(self.to_device(rows), straight_through=True)
+        loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
+        self.step_active(loss, rows)
+        self.log_step(batch, rows, loss=loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, as the released code."""
+        return BatchedAdam([self.prompt.embeddings], lr=self.lr, weight_decay=self.weight_decay)

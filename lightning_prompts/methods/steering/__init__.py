@@ -1,0 +1,1 @@
+"""Methods that move encoded prompts (arXiv 2308.12059)."""

@@ -1,0 +1,291 @@
+"""What methods that move encoded prompts share (arXiv 2308.12059): where they start, what is best, and its files."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_prompts.backbones.embedding_files import base_prompts, pack_prompt_embeds, read_prompt_embeds
+from lightning_prompts.callbacks.scores import Scores
+from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.method import PromptMethod
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
+from lightning_prompts.runs.atomic_io import atomic_write
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.runs.record import Problem, SteeringResult
+from lightning_prompts.sampling.figures import before_and_after, to_png
+from lightning_prompts.sampling.seeding import FRESH, FRESH_SEEDS, SEARCH
+from lightning_prompts.types import Positive
+
+SHOWN = 12  # problems in the grid
+
+
+class Steering(PromptMethod):
+    """Moves what the text encoder says of P prompts, and not the prompts' words.
+
+    Args:
+        unconditional: Move what the denoiser is led away from, too, which begins as the encoded empty text.
+        pooled: Move the pooled vector, too, in families that have one.
+        start: What the search starts from instead of the encoded prompt: the folder of a run that has found embeddings, whatever its
+            method, or a file of encoded prompts. Those of the same prompt are taken, or the only ones.
+        seeds: N, pictures of a prompt that the search looks at.
+        steps: Steps of the search.
+        **kwargs: See `PromptMethod`.
+    """
+
+    prompt: PromptEmbeds | PromptArc
+    data_class = Prompts
+    result_class = SteeringResult
+    draws = True
+    higher_is_better: bool  # of the metric
+
+    def __init__(
+        self,
+        *,
+        unconditional: bool = False,
+        pooled: bool = False,
+        start: str | None = None,
+        seeds: Positive = 4,
+        steps: Positive = 50,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if unconditional:
+            self.sampler.check_guided("nothing is led away from", "give --model.unconditional false")
+        if pooled and not self.backbone.pooled_width:
+            raise UserError(
+                f"The model {self.backbone.name!r} has no pooled vector to move; give --model.pooled false."
+            )
+        self.unconditional, self.pooled, self.seeds, self.steps = unconditional, pooled, seeds, steps
+        self.started = (
+            self._started(Path(start)) if start else {}
+        )  # encoded prompts (S, R, D) by what a person has written
+        self.prompt = PromptEmbeds(self.moving)  # what trains, unless a method says otherwise
+
+    # --- the wave
+
+    @property
+    def identities(self) -> list[dict[str, Any]]:
+        """What makes two problems of one prompt: of each problem its settings."""
+        moved = {"pooled": True} if self.pooled else {}
+        return [{"method": type(self).__name__, "unconditional": self.unconditional, **moved}]
+
+    def check(self, prompt: str) -> None:
+        """Refuses prompts that the text encoder would cut off."""
+        self.vocabulary.encode_text([prompt])
+
+    def moving(self, embeds: Tensor) -> Tensor:
+        """Which rows of encoded prompts (..., R, D) are moved, (R,)."""
+        return self.backbone.moving(embeds, self.pooled)
+
+    @torch.no_grad()
+    def set_rows(self, problems: list[Problem]) -> None:
+        """Makes problems the wave."""
+        super().set_rows(problems)
+        self.prompt.show(self.initial(problems))
+        self.noise = self.draw_noise(problems, SEARCH, self.seeds)
+        for row, initial in zip(self.batch.rows, self.prompt.initial, strict=True):
+            row.best = initial.clone() if row.best is None else row.best
+
+    def initial(self, problems: Sequence[Problem]) -> Tensor:
+        """What P problems start from, (P, S, R, D); each is encoded alone, so that it does not depend on the batch."""
+        told = torch.cat([self.encode([problem.target]) for problem in problems])
+        away = self.encode([""], negative=True).expand_as(told)
+        return torch.stack([told, away] if self.unconditional else [told], dim=1).float()
+
+    def init_params(self, rows: Tensor) -> Tensor:
+        """The rows that move of the encoded prompts, or of those of an earlier search."""
+        return self.prompt.start(self.beginnings(rows))
+
+    def best_params(self, row: int) -> Tensor:
+        """The best embeddings so far."""
+        return self.prompt.start(self.best_embeds(row)[None])[0]
+
+    def best_embeds(self, row: int) -> Tensor:
+        """Return the best encoded prompt (S, R, D) of a row."""
+        best = self.batch[row].best
+        assert best is not None  # `set_rows` begins with the initial one
+        return best
+
+    def beginnings(self, rows: Tensor) -> Tensor:
+        """Where the search for the problems `rows` (Q,) begins: encoded prompts (Q, S, R, D)."""
+        initial = self.prompt.initial[rows.to(self.device)]
+        if not self.started:
+            return initial
+        initial = initial.clone()
+        only = next(iter(self.started.values())) if len(self.started) == 1 else None
+        for embeds, row in zip(initial, rows.tolist(), strict=True):
+            problem = self.batch[row].record
+            found = self.started.get(problem.target, only)
+            if found is None:
+                raise UserError(
+                    f"The embeddings to start from are of other prompts than {problem.target!r}; give --model.start another file or run."
+                )
+            sides = min(len(found), len(embeds))  # what is led away from may be given or wanted alone
+            embeds[:sides] = found[:sides]
+        return initial
+
+    def _started(self, start: Path) -> dict[str, Tensor]:
+        """Reads encoded prompts by what a person has written."""
+        file = RunFolder(start).prompt_embeds if start.is_dir() else start
+        if not file.is_file():
+            raise UserError(
+                f"There are no embeddings in {start} to start from; give --model.start a run or a file of them."
+            )
+        found = read_prompt_embeds(file, self.backbone, self.encode([""]).shape[1:])
+        prompts = base_prompts(file)
+        return {prompts.get(key, key): embeds for key, embeds in found.items()}
+
+    # --- what is best
+
+    @abstractmethod
+    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        """What is measured of pictures (B, 3, H, W) in [-1, 1] of B problems: values (B,) by name, if anything is."""
+
+    @abstractmethod
+    def metric(self, values: dict[str, Tensor]) -> Tensor:
+        """The one number of these that the search improves, in its own direction."""
+
+    def loss(self, values: dict[str, Tensor]) -> Tensor:
+        """What is minimised, of values by name."""
+        metric = self.metric(values)
+        return -metric if self.higher_is_better else metric
+
+    def evaluate(
+        self, embeds: Tensor, noise: Tensor, problems: Sequence[Problem], grad_steps: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (Q, N), and values (Q, N) by name, of what encoded prompts (Q, S, R, D) draw from noise (Q, N, C, h, w)."""
+        count = noise.shape[1]
+        prompt_embeds, negative_prompt_embeds = self.sampler.split(embeds, count)
+
+        def judge(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            values = self.values(self.backbone.decode(latents), [problems[i // count] for i in some.tolist()])
+            return self.loss(values), values
+
+        losses, values = self.sampler.sample_and_score(
+            prompt_embeds, negative_prompt_embeds, noise.flatten(0, 1), judge, grad_steps
+        )
+        return losses.view(len(embeds), count), {name: value.view(len(embeds), count) for name, value in values.items()}
+
+    @torch.no_grad()
+    def score(self, rows: Tensor) -> list[Problem]:
+        """Measures the embeddings of the problems `rows` (Q,) on the seeds of the search and keeps what is best.
+
+        At first it measures what the text encoder says of the person's prompt, wherever the search starts.
+
+        Returns:
+            The problems that now have better ones.
+        """
+        better: list[Problem] = []
+        problems = [self.batch[row].record for row in rows.tolist()]
+        results = [SteeringResult.of(problem) for problem in problems]
+        first = torch.tensor([result.metric_before is None for result in results], device=self.device)
+        on_device = rows.to(self.device)
+        embeds = self.prompt(on_device).where(~first.view(-1, 1, 1, 1), self.prompt.initial[on_device])
+        with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
+            losses, values = self.evaluate(embeds, self.noise[rows], problems)
+        self.add_cost(rows, self.seeds * self.sampler.cost())
+        metrics = self.metric(values)
+        for i, (row, problem, result) in enumerate(zip(rows.tolist(), problems, results, strict=True)):
+            loss, metric = float(losses[i].mean()), metrics[i].tolist()
+            seen = {name: value[i].tolist() for name, value in values.items()}
+            if result.metric_before is None:
+                result.metric_before, result.values_before, problem.initial_validation_loss = metric, seen, loss
+            if self.batch.offer(row, problem.target, loss, acceptable=self.acceptable(problem, seen)):
+                result.metric_after, result.values_after = metric, seen
+                self.batch[row].best = embeds[i].clone()
+                self.data.folder.save_embeds(problem.key, self.file([problem], embeds[i : i + 1]))
+                better.append(problem)
+        return better
+
+    def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
+        """Whether embeddings of which this is measured, by seed, may be a problem's best."""
+        return True
+
+    # --- results
+
+    def file(self, problems: Sequence[Problem], embeds: Tensor) -> bytes:
+        """The content of a safetensors file with encoded prompts (P, S, R, D) of P problems."""
+        by_key = dict(zip((problem.key for problem in problems), embeds, strict=True))
+        return pack_prompt_embeds(by_key, [problem.target for problem in problems], self.backbone)
+
+    def best_embeds_of(self, problems: Sequence[Problem]) -> Tensor:
+        """The best encoded prompts (P, S, R, D) of P problems: the wave's, or as they are on disk."""
+        shape, here = self.encode([""]).shape[1:], [problem.key for problem in self.batch.records]
+        return torch.stack([self._best_embeds(problem.key, here, shape) for problem in problems]).to(self.device)
+
+    def _best_embeds(self, key: str, here: list[str], shape: torch.Size) -> Tensor:
+        if key in here:
+            return self.best_embeds(here.index(key))
+        return read_prompt_embeds(self.data.folder.embeds_of(key), self.backbone, shape)[key].to(self.device)
+
+    def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (P, N, 3, H, W) of the persons' prompts, and of the found embeddings, from noise (P, N, C, h, w)."""
+        return self.sampler.draw_embeds(self.initial(problems), noise), self.sampler.draw_embeds(
+            self.best_embeds_of(problems), noise
+        )
+
+    def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
+        """Pictures (N, 3, H, W) of a problem's embeddings; see `PromptMethod.draw_found`."""
+        embeds = self.best_embeds_of([problem])
+        if negative:
+            embeds = torch.stack([embeds[:, 0], self.encode([negative], negative=True).to(embeds)], dim=1)
+        return self.sampler.draw_embeds(embeds, noise[None])[0]
+
+    def preview(self, problems: list[Problem]) -> Image.Image:
+        """What the persons' prompts draw above what the found embeddings draw, from the seeds of the search."""
+        drawn = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
+        return before_and_after(*drawn, [problem.target for problem in problems])
+
+    @torch.no_grad()
+    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
+        """Measures the found embeddings on fresh seeds, also by the held-out CLIP."""
+        drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
+        scores.compare(self, problems, *drawn)
+        before, after = (self.values_of(pictures, problems) for pictures in drawn)
+        for p, problem in enumerate(problems if before else []):
+            result = SteeringResult.of(problem)
+            result.fresh_metric_before, result.fresh_metric_after = (
+                self.metric(x)[p].tolist() for x in (before, after)
+            )
+            result.fresh_values_before, result.fresh_values_after = (
+                {name: value[p].tolist() for name, value in x.items()} for x in (before, after)
+            )
+
+    def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
+        """The grid."""
+        atomic_write(folder.grid, to_png(self.preview(problems[:SHOWN])))
+
+    def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
+        """The encoded prompts."""
+        atomic_write(folder.prompt_embeds, self.file(problems, self.best_embeds_of(problems)))
+
+    def values_of(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        """Values (P, N) by name of pictures (P, N, 3, H, W)."""
+        flat, whose = pictures.flatten(0, 1), [problem for problem in problems for _ in range(pictures.shape[1])]
+        values = self.microbatch.map(
+            len(flat), lambda some: self.values(flat[some].to(self.device), [whose[i] for i in some.tolist()])
+        )
+        return {name: value.view(pictures.shape[:2]) for name, value in values.items()}
+
+    def validation_losses(self, problems: list[Problem]) -> Tensor:
+        """The metrics of the found embeddings, drawn again from the seeds of the search."""
+        _, values = self.evaluate(
+            self.best_embeds_of(problems), self.draw_noise(problems, SEARCH, self.seeds), problems
+        )
+        return self.metric(values).mean(1)
+
+    def on_train_start(self) -> None:
+        """Goes on with the wave that a checkpoint holds, and with its embeddings on disk."""
+        resumed = self._resumed is not None
+        super().on_train_start()
+        for row, problem in enumerate(self.batch.records if resumed else ()):
+            if problem.prompt:
+                self.data.folder.save_embeds(problem.key, self.file([problem], self.best_embeds(row)[None]))

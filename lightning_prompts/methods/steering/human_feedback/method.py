@@ -1,0 +1,286 @@
+"""Iterative human feedback: manipulating embeddings of Stable Diffusion prompts (arXiv 2308.12059, section 3.2)."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_prompts.backbones.vocabulary import token_lists
+from lightning_prompts.embeddings import farthest, principal_axes, slerp, transfer
+from lightning_prompts.engine.datamodule import Step
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.steering.base import Steering
+from lightning_prompts.methods.steering.human_feedback.choices import Choice, Chooser, Round, checked_choice
+from lightning_prompts.methods.steering.human_feedback.page import Page
+from lightning_prompts.methods.steering.parameters import PromptEmbeds
+from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.runs.record import HumanFeedbackResult, Move, Problem
+from lightning_prompts.sampling.seeding import address
+from lightning_prompts.types import Positive
+
+log = logging.getLogger(__name__)
+
+NEARER = 4  # rounds in which candidates come nearer, each time by half, before they are far again
+
+
+class HumanFeedback(Steering):
+    """Moves an encoded prompt to where a person likes its pictures.
+
+    Every round adds random words to the text that one was last heading for, and shows where those lead whose directions are
+    farthest apart. The person chooses one and how far to go on the arc to it, or asks for others, which are nearer. The record
+    keeps the moves, from which the way can be gone again. One prompt comes after the other.
+
+    Args:
+        chooser: Who chooses: a person on a `Page`, or `Scripted`.
+        candidates: Pictures of a round.
+        texts: Random texts of a round, among which candidates are chosen; 500 in the paper.
+        added: Words at most that such a text has more than the one before.
+        words: Which words these can be; None for all whole words of the vocabulary.
+        steps: Answers after which a search is finished anyway.
+        **kwargs: See `Steering`.
+    """
+
+    prompt: PromptEmbeds
+    result_class = HumanFeedbackResult
+    at: list[Tensor]  # encoded prompts (S, R, D) on the way, from the person's to here
+    drawn: list[Tensor]  # their pictures
+    axes: Tensor  # of the map, (2, D)
+
+    def __init__(
+        self,
+        *,
+        chooser: Chooser | None = None,
+        candidates: Positive = 5,
+        texts: Positive = 100,
+        added: Positive = 1,
+        words: list[str] | None = None,
+        steps: Positive = 100,
+        **kwargs: Any,
+    ) -> None:
+        # One prompt comes after the other, each choice is kept at once, and the person decides when to stop.
+        super().__init__(unconditional=False, steps=steps, together=1, score_every=1, patience=1, **kwargs)
+        if texts < candidates:
+            raise UserError(
+                f"There cannot be {candidates} candidates from {texts} texts; raise --model.texts or lower --model.candidates."
+            )
+        self.chooser, self.candidates, self.texts, self.added = chooser or Page(), candidates, texts, added
+        if words is None:
+            allowed = self.vocabulary.allowed().nonzero()
+            words = [word.strip() for word in self.vocabulary.tokenizer.batch_decode(allowed)]
+            words = [word for word in words if word.isalpha()]
+        if not words:
+            raise UserError("--model.words has no words; give some, or leave it out.")
+        self.words = words
+        self.tokens = [len(ids) for ids in token_lists(self.vocabulary.tokenizer, words)]
+        self.ended: set[str] = set()  # by the person
+
+    # --- where one is
+
+    def init_params(self, rows: Tensor) -> Tensor:
+        """Where a person has stopped, or the encoded prompt."""
+        return self.prompt.of(torch.stack([self.at[-1]] * len(rows)))
+
+    @torch.no_grad()
+    def set_rows(self, problems: list[Problem]) -> None:
+        """Makes a problem the wave, and goes its way again."""
+        if newest := self.data.folder.read(problems[0].key):  # which may be newer than a checkpoint
+            problems[0].result = HumanFeedbackResult.of(newest)
+        super().set_rows(problems)
+        self.at, self.drawn = [], []
+        self.arrive(self.beginnings(torch.tensor([0]))[0])
+        self.axes = principal_axes(self.gists(self.encoded(self.variations(problems[0], 0, 0))), 2)
+        for i, move in enumerate(HumanFeedbackResult.of(problems[0]).moves):
+            (end,) = self.ends([move["text"]], self.base(problems[0], i))
+            self.arrive(slerp(self.at[-1], end, move["strength"]))
+
+    def arrive(self, embeds: Tensor) -> None:
+        """Makes an encoded prompt (S, R, D) where one is."""
+        self.at.append(embeds)
+        self.drawn.append(self.picture(embeds))
+
+    @torch.no_grad()
+    def stay(self) -> None:
+        """Makes where one is the prompt."""
+        self.prompt.rows.copy_(self.prompt.of(self.at[-1][None]))
+
+    def encoded(self, texts: Sequence[str]) -> Tensor:
+        """Encoded texts (T, S, R, D)."""
+        return self.encode(texts).unsqueeze(1).float()
+
+    def picture(self, embeds: Tensor) -> Tensor:
+        """What an encoded prompt (S, R, D) draws, (3, H, W), always from the same noise."""
+        return self.sampler.draw_embeds(embeds[None], self.noise[:, :1])[0, 0]
+
+    def places(self, embeds: Sequence[Tensor]) -> Tensor:
+        """Where N encoded prompts (S, R, D) are on the map, (N, 2): by what they say, from the person's prompt."""
+        return (self.gists(torch.stack(list(embeds))) - self.gists(self.at[0][None])) @ self.axes.T
+
+    def gists(self, embeds: Tensor) -> Tensor:
+        """One row (T, D) for each of T encoded prompts (T, S, R, D), see `Backbone.gist`."""
+        return self.backbone.gist(embeds[:, 0])
+
+    # --- where one could go
+
+    def variations(self, problem: Problem, moves: int, others: int) -> list[str]:
+        """The texts of a round after so many moves; the same ones whenever it is asked for."""
+        rng, text = random.Random(address(self.data.seed, problem.key, moves, others)), self.base(problem, moves)
+        found: list[str] = []
+        for _ in range(self.texts):
+            varied = text.split()
+            for _ in range(rng.randint(1, int(self.added))):
+                varied.insert(rng.randint(0, len(varied)), rng.choice(self.words))
+            found.append(" ".join(varied))
+        return found
+
+    def base(self, problem: Problem, moves: int) -> str:
+        """The text that words are added to after so many moves: the last with room that was gone to at least half of the way."""
+        made = HumanFeedbackResult.of(problem).moves[:moves]
+        gone_to = (move["text"] for move in reversed(made) if move["strength"] >= 0.5)
+        return next((text for text in gone_to if self.has_room(text)), problem.target)
+
+    def has_room(self, text: str) -> bool:
+        """Whether words can be added to a text."""
+        longest = max(self.tokens)
+        return (
+            len(token_lists(self.vocabulary.tokenizer, [text])[0]) + int(self.added) * longest
+            <= self.vocabulary.length - 2
+        )
+
+    def check(self, prompt: str) -> None:
+        """Refuses prompts that have no room for more words."""
+        super().check(prompt)
+        if not self.has_room(prompt):
+            raise UserError(
+                f"The prompt {prompt!r} leaves no room for more words in the text encoder, which takes {self.vocabulary.length} tokens "
+                "with start and end; shorten it, or lower --model.added."
+            )
+
+    def ends(self, texts: Sequence[str], text: str) -> Tensor:
+        """Where the changes that lead from a text to T others lead from here, (T, S, R, D)."""
+        return transfer(self.at[-1], self.encoded([text]), self.encoded(texts))
+
+    @torch.no_grad()
+    def step(self, batch: Step, rows: Tensor) -> None:
+        """One round: what is chosen becomes where one is."""
+        (problem,) = self.batch.records
+        result = HumanFeedbackResult.of(problem)
+        texts = self.variations(problem, len(result.moves), result.others)
+        ends = self.ends(texts, self.base(problem, len(result.moves)))
+        chosen = farthest(self.gists(ends) - self.gists(self.at[-1][None]), int(self.candidates))
+        texts, ends = [texts[i] for i in chosen], ends[chosen]
+        reach = 0.5 ** (result.others % NEARER)
+
+        @cache
+        def draw(candidate: int, strength: float) -> Tensor:
+            return self.picture(slerp(self.at[-1], ends[candidate], reach * strength))
+
+        question = Round(
+            problem.target,
+            list(self.drawn),
+            texts,
+            self.places(self.at),
+            self.places(list(slerp(self.at[-1], ends, reach))),
+            draw,
+            lambda: self.stopped,
+        )
+        choice = self.chooser.choose(question)
+        if choice is not None or not self.stopped:
+            choice = checked_choice(choice, len(texts))
+        if choice:
+            self.answer(problem, choice, texts, reach)
+        self.stay()
+
+    def answer(self, problem: Problem, choice: Choice, texts: Sequence[str], reach: float) -> None:
+        """Does what was chosen."""
+        result = HumanFeedbackResult.of(problem)
+        if choice.action == "finish":
+            self.ended.add(problem.key)
+        elif choice.action == "others":
+            result.others += 1
+        elif choice.action == "undo" and result.moves:
+            result.others = result.moves.pop()["others"]
+            self.at.pop()
+            self.drawn.pop()
+        elif choice.action == "go":
+            text, strength = texts[choice.candidate], reach * choice.strength
+            end = self.ends([text], self.base(problem, len(result.moves)))  # alone, as when a search goes on
+            result.moves.append(Move(text=text, strength=strength, candidate=choice.candidate, others=result.others))
+            result.others = 0
+            self.arrive(slerp(self.at[-1], end[0], strength))
+            log.info("%s: move %d, %.2f of the way to %r", problem.target, len(result.moves), strength, text)
+
+    # --- what is kept
+
+    def score(self, rows: Tensor) -> list[Problem]:
+        """Keeps where one is, which is the best by definition."""
+        (problem,) = self.batch.records
+        problem.prompt = problem.target
+        self.batch[0].best = self.at[-1]
+        self.data.folder.save_embeds(problem.key, self.file([problem], self.at[-1][None]))
+        return [problem]
+
+    def finish_done(self, rows: Tensor) -> None:
+        """Finishes what the person has finished."""
+        if len(rows) and self.batch[0].record.key in self.ended:
+            self.finish(0)
+        else:
+            super().finish_done(rows)
+
+    def finish(self, row: int) -> None:
+        """Finishes a problem, which leaves the wave."""
+        super().finish(row)
+        if not HumanFeedbackResult.of(self.batch[row].record).moves:
+            self.batch[row].record.status, self.batch[row].record.reason = "not improved", "Nothing was chosen."
+
+    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        """Nothing: what a person likes is not measured."""
+        return {}
+
+    def metric(self, values: dict[str, Tensor]) -> Tensor:
+        """There is none."""
+        raise UserError("What a person has chosen has no score to validate; look at grid.png, or run `test`.")
+
+    def clips(self) -> list[ClipSimilarity]:
+        """See `PromptMethod.clips`; a scripted chooser has one."""
+        return [*super().clips(), *(one for one in vars(self.chooser).values() if isinstance(one, ClipSimilarity))]
+
+    # --- the source of choices
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run has been told to stop."""
+        return self.trainer.should_stop or self.trainer.received_sigterm
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Whatever ends the search closes it."""
+        return [*super().configure_callbacks(), _Closing()]
+
+    def on_fit_start(self) -> None:
+        """Opens it."""
+        self.chooser.open(self.backbone, self.offline)
+
+    def on_fit_end(self) -> None:
+        """Closes it; the results are written."""
+        self.chooser.close(f"Finished. The files are in {self.data.folder.path}.")
+
+    def on_train_start(self) -> None:
+        """Goes on where the record is."""
+        super().on_train_start()
+        if self.batch.records:
+            self.score(torch.tensor([0]))  # a checkpoint's embeddings may be older, too
+
+
+class _Closing(pl.Callback):
+    """Closes the source of choices when a search fails or is stopped, of which Lightning tells callbacks alone."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Closes it, also at Ctrl-C."""
+        if isinstance(pl_module, HumanFeedback):
+            pl_module.chooser.close("The run was stopped. What was chosen is kept.")

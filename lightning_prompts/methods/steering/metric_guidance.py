@@ -1,0 +1,161 @@
+"""Metric-based optimisation: manipulating embeddings of Stable Diffusion prompts (arXiv 2308.12059, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prompts.embeddings import shift
+from lightning_prompts.engine.datamodule import Step
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.steering.base import Steering
+from lightning_prompts.methods.steering.parameters import PromptEmbeds
+from lightning_prompts.objectives.base import Objective
+from lightning_prompts.optimizers import AdamOnLion, BatchedAdam
+from lightning_prompts.runs.record import Problem, SteeringResult
+from lightning_prompts.types import NotNegative, Positive, Rate
+from lightning_prompts.unused import refuse_unused
+
+
+class MetricGuidance(Steering):
+    """Moves an encoded prompt up the gradient of what its pictures are judged by.
+
+    The gradient comes through the decoder and the last calls of the denoiser.
+
+    Args:
+        objective: What pictures are judged by: one of `Sharpness`, `Blurriness`, `Aesthetic`, `ClipText`, `ClipQuality`,
+            `Preference`, `Perceptual`, `LatentDistance`, or a list of them, whose weighted sum is improved.
+        watch: A further one that is not improved. Embeddings by which it is worse than the person's prompt are not kept, and a
+            problem is finished after `patience` such scorings.
+        watch_tolerance: By how much it may be worse.
+        grad_steps: Last calls of the denoiser that pass a gradient on. None: all of those models that draw in few, else 1 as in
+            the paper.
+        seeds_per_step: Pictures that a step looks at, in turns; None for all `seeds`.
+        optimizer: The paper's `adam_on_lion`, or `adam`, `adamw` or `sgd`.
+        lr: Step size.
+        eps: Added to the root of the second moment, by all but `sgd`.
+        shift_every: Steps after which the embeddings are moved to the mean and the standard deviation that they began with;
+            0 for never.
+        **kwargs: See `Steering`.
+    """
+
+    prompt: PromptEmbeds
+
+    def __init__(
+        self,
+        *,
+        objective: Objective | list[Objective],
+        watch: Objective | None = None,
+        watch_tolerance: float = 0.0,
+        grad_steps: Positive | None = None,
+        seeds_per_step: Positive | None = None,
+        optimizer: Literal["adam_on_lion", "adam", "adamw", "sgd"] = "adam_on_lion",
+        lr: Rate = 0.01,
+        eps: float = 1e-3,
+        shift_every: NotNegative = 0,
+        **kwargs: Any,
+    ) -> None:
+        objectives = [objective] if isinstance(objective, Objective) else objective
+        if not objectives:
+            raise UserError("There is nothing to improve; give --model.objective, such as Sharpness.")
+        super().__init__(**kwargs)
+        if seeds_per_step and seeds_per_step > self.seeds:
+            raise UserError(
+                f"A step cannot look at {seeds_per_step} of {self.seeds} seeds; lower --model.seeds_per_step or raise --model.seeds."
+            )
+        if lr <= 0 or eps < 0:
+            raise UserError("--model.lr must be above 0, and --model.eps 0 or more.")
+        if optimizer == "sgd":
+            refuse_unused(MetricGuidance, "with --model.optimizer sgd", {"eps": eps})
+        if watch is None:
+            refuse_unused(MetricGuidance, "without --model.watch", {"watch_tolerance": watch_tolerance})
+        self.objectives = torch.nn.ModuleDict()
+        self.signs: dict[str, float] = {}  # weights, of what is better lower negative
+        for one in objectives:
+            name = _free_name(one, self.signs)
+            self.objectives[name], self.signs[name] = one, one.weight if one.higher_is_better else -one.weight
+        self.watch, self.watched = watch, _free_name(watch, self.signs) if watch else ""
+        for one in (*objectives, *([watch] if watch else [])):
+            one.attach(self.backbone, self.offline)
+        self.higher_is_better = len(objectives) > 1 or objectives[0].higher_is_better
+        self.watch_tolerance, self.seeds_per_step = watch_tolerance, seeds_per_step
+        self.grad_steps = int(grad_steps or (self.sampler.calls if self.sampler.is_few_step else 1))
+        self.optimizer, self.lr, self.eps, self.shift_every = optimizer, float(lr), eps, shift_every
+
+    @property
+    def identities(self) -> list[dict[str, Any]]:
+        """What makes two problems of one prompt: of each problem its settings."""
+        return [{**settings, "objectives": list(self.objectives)} for settings in super().identities]
+
+    # --- what is improved
+
+    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        """Every objective's values (B,), and those of what is watched, of pictures (B, 3, H, W)."""
+        prompts = [problem.target for problem in problems]
+        values = {name: objective(pictures, prompts) for name, objective in self.objectives.items()}
+        if self.watch:
+            with torch.no_grad():
+                values[self.watched] = self.watch(pictures, prompts)
+        return values
+
+    def metric(self, values: dict[str, Tensor]) -> Tensor:
+        """An only objective's value, or the sum of several ones' weighted values, of which the better lower ones count negative."""
+        if len(self.objectives) == 1:
+            return values[next(iter(self.objectives))]
+        return self._gain(values)
+
+    def loss(self, values: dict[str, Tensor]) -> Tensor:
+        """Minus the weighted gain."""
+        return -self._gain(values)
+
+    def _gain(self, values: dict[str, Tensor]) -> Tensor:
+        terms = [sign * values[name] for name, sign in self.signs.items()]
+        return torch.stack(terms).sum(0)
+
+    # --- the search
+
+    def step(self, batch: Step, rows: Tensor) -> None:
+        """One step down the gradient of this step's pictures."""
+        problems = [self.batch[row].record for row in rows.tolist()]
+        count = int(self.seeds_per_step or self.seeds)
+        number = torch.tensor([batch.steps[row] for row in rows.tolist()]).unsqueeze(1) * count + torch.arange(count)
+        losses, values = self.evaluate(
+            self.prompt(self.to_device(rows)), self.noise[rows[:, None], number % self.seeds], problems, self.grad_steps
+        )
+        self.add_cost(rows, count * self.sampler.cost(grad_steps=self.grad_steps))
+        self.step_active(losses.mean(1), rows)
+        if self.shift_every:
+            due = rows[[(batch.steps[row] + 1) % self.shift_every == 0 for row in rows.tolist()]]
+            if len(due):
+                begun = self.prompt.of(self.prompt.initial[due.to(self.device)])
+                self.reset_rows(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
+        self.log_step(batch, rows, loss=losses, **values)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """What moves the embeddings."""
+        rows = [self.prompt.rows]
+        if self.optimizer == "adam_on_lion":
+            return AdamOnLion(rows, lr=self.lr, eps=self.eps)
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(rows, lr=self.lr)
+        return BatchedAdam(rows, lr=self.lr, eps=self.eps, weight_decay=0.01 if self.optimizer == "adamw" else 0.0)
+
+    # --- what is watched
+
+    def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
+        """Whether the objective that is watched is no worse than at the beginning."""
+        before = SteeringResult.of(problem).values_before
+        if not self.watch or not before:
+            return True
+        gain = fmean(values[self.watched]) - fmean(before[self.watched])
+        return (gain if self.watch.higher_is_better else -gain) >= -self.watch_tolerance
+
+
+def _free_name(objective: Objective, taken: dict[str, float]) -> str:
+    """An objective's class, with a number if others have it, too."""
+    name = type(objective).__name__
+    return name if name not in taken else next(f"{name} {i}" for i in range(2, 100) if f"{name} {i}" not in taken)

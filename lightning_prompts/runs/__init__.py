@@ -1,0 +1,1 @@
+"""The folder of a run: records, results, and how they are written."""

@@ -1,0 +1,122 @@
+"""Where in the target each token of a prompt acts, as one picture."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_prompts.backbones import Backbone, repeat
+from lightning_prompts.runs.record import Problem
+from lightning_prompts.sampling.figures import to_image
+from lightning_prompts.sampling.seeding import WORD_MAPS, draw_noise, validation_timesteps
+
+if TYPE_CHECKING:
+    from lightning_prompts.methods.inversion.base import Inverter
+
+SAMPLES = 8  # noisy versions of a target that its maps are averaged over
+HEAT = (255, 70, 0)
+
+
+def word_maps(
+    backbone: Backbone, prompt: Tensor, latents: Tensor, noise: Tensor, first: int, tokens: int, batch: int = 16
+) -> Tensor:
+    """Where a picture looks at each of a prompt's tokens more than it does elsewhere.
+
+    The start-of-text token takes most of the attention, and some words more of the rest than others wherever they act. So a
+    token's map is its share among the prompt's tokens and the one that follows them, with which a prompt of one token is
+    compared too, less the mean of this share over the picture.
+
+    Args:
+        backbone: The frozen model.
+        prompt: One encoded prompt, (1, R, D).
+        latents: Of the picture, (C, h, w).
+        noise: Standard normal, (N, C, h, w); it is added at N timesteps from the middle half of the schedule.
+        first: Position of the prompt's first token.
+        tokens: M, how many it has.
+        batch: Samples per call of the denoiser.
+
+    Returns:
+        Maps (M, h, w) in [0, 1); 0 where the share is not above its mean.
+    """
+    steps, count = backbone.num_train_timesteps, len(noise)
+    timesteps = validation_timesteps(count, steps // 4, steps - steps // 4).to(noise.device)
+    noisy = backbone.add_noise(latents.expand_as(noise), noise, timesteps)
+    parts = zip(noisy.split(batch), timesteps.split(batch), strict=True)
+    maps = torch.cat([backbone.attention_maps(x, t, repeat(prompt, len(x))) for x, t in parts]).mean(0)
+    share = maps[first : first + tokens + 1]
+    share = (share / share.sum(0))[:tokens]
+    return (share - share.mean((1, 2), keepdim=True)).clamp(min=0)
+
+
+def found_word_maps(method: Inverter, problems: Sequence[Problem]) -> list[Tensor]:
+    """Maps (M, h, w) of the prompts that an inverter has found, each in its target, or in the first of its pictures."""
+    shape, keys = method.backbone.latent_shape, [problem.key for problem in problems]
+    noise = draw_noise(method.data.seed, keys, WORD_MAPS, SAMPLES, shape, method.device)
+    latents = [several[0].to(method.device) for several in method.data.latents(method.backbone, problems)]
+    first, batch = int(method.prompt.positions[0]), method.microbatch.size
+    maps = []
+    for problem, x, eps in zip(problems, latents, noise, strict=True):
+        prompt, tokens = method.encode([str(problem.prompt)]), len(problem.token_ids or problem.embedding or ())
+        maps.append(word_maps(method.backbone, prompt, x, eps, first, tokens, batch))
+    return maps
+
+
+def token_texts(tokenizer: Any, problem: Problem) -> list[str]:
+    """What to call the M tokens of a problem's prompt: their texts or, where they are free embeddings, 1, ..., M."""
+    if problem.token_ids is None:
+        return [str(number) for number in range(1, 1 + len(problem.embedding or ()))]
+    return [tokenizer.decode([token]).strip() for token in problem.token_ids]
+
+
+def word_picture(method: Inverter, problems: Sequence[Problem], targets: Sequence[Tensor]) -> Image.Image:
+    """The maps of what an inverter has found in its targets (3, H, W) in [-1, 1]."""
+    tokens = [token_texts(method.vocabulary.tokenizer, problem) for problem in problems]
+    return word_rows(targets, found_word_maps(method, problems), [problem.target for problem in problems], tokens)
+
+
+def word_rows(
+    targets: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    names: Sequence[str],
+    tokens: Sequence[Sequence[str]],
+    side: int = 96,
+) -> Image.Image:
+    """One row a problem: the target and, for each token, its map laid over the target in gray.
+
+    Args:
+        targets: P pictures (3, H, W) in [-1, 1].
+        maps: Of each, (M, h, w), 0 or more; full heat is the highest value of a row.
+        names: What to write below the P targets.
+        tokens: What to write below each one's M maps.
+        side: Pixels of a picture.
+    """
+    width, line = side + 8, 12
+    texts = [
+        [textwrap.wrap(text, width // 6) for text in (name, *words)] for name, words in zip(names, tokens, strict=True)
+    ]
+    height = side + 8 + line * max(len(lines) for row in texts for lines in row)
+    canvas = Image.new("RGB", (width * max(map(len, texts)), height * len(texts)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for row, (target, heats, labels) in enumerate(zip(targets, maps, texts, strict=True)):
+        shown = to_image(target).resize((side, side), Image.Resampling.NEAREST)
+        heats = F.interpolate(heats[None].float().cpu(), (side, side), mode="bilinear")[0]
+        pictures = [shown, *(_heated(shown, heat) for heat in heats / heats.max().clamp(min=1e-6))]
+        for column, (picture, lines) in enumerate(zip(pictures, labels, strict=True)):
+            left, top = column * width + 4, row * height
+            canvas.paste(picture, (left, top + 2))
+            for number, text in enumerate(lines):
+                pen.text((left, top + side + 4 + number * line), text, fill="black")
+    return canvas
+
+
+def _heated(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """A picture in light gray, so that heat shows on every colour, under heat (H, W) in [0, 1]."""
+    gray = ImageOps.grayscale(picture).point(lambda value: 80 + value * 175 // 255).convert("RGB")
+    mask = Image.fromarray((heat * 230).round().byte().numpy())
+    return Image.composite(Image.new("RGB", picture.size, HEAT), gray, mask)
