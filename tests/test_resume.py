@@ -137,7 +137,7 @@ def test_stopped_and_resumed_is_as_unbroken(command, whole, tmp_path, monkeypatc
 def test_stopped_twice(command, whole, tmp_path, monkeypatch, caplog):
     with caplog.at_level("INFO", "lightning_prompts"):
         stop(monkeypatch, command("broken"), 2)
-    assert f"--run {tmp_path / 'broken'} --ckpt_path last goes on" in caplog.text
+    assert f"--run {tmp_path / 'broken'} --ckpt_path last resumes it" in caplog.text
     stop(monkeypatch, [*command("broken"), "--ckpt_path", "last"], 5)
     main([*command("broken"), "--ckpt_path", "last"])
     assert found(tmp_path / "broken") == found(whole())
@@ -410,7 +410,7 @@ def test_killed_after_a_checkpoint(command, whole, tmp_path, sent, code):
     ended = subprocess.run(program, cwd=Path(cli.__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
-    assert (f"--run {tmp_path / 'broken'} --ckpt_path last goes on" in ended.stdout) == (sent == "TERM")
+    assert (f"--run {tmp_path / 'broken'} --ckpt_path last resumes it" in ended.stdout) == (sent == "TERM")
     assert checkpoints(tmp_path / "broken")
     main([*command("broken"), "--ckpt_path", "last"])
     assert found(tmp_path / "broken") == found(whole())

@@ -341,7 +341,7 @@ def test_a_disk_that_fills_up(method, make, small_disk, tmp_path, monkeypatch, c
     assert stopped.value.code == 2
     assert "No space left" in capsys.readouterr().err
     assert "could not be written" in caplog.text
-    assert "the run goes on" in caplog.text
+    assert "the run continues" in caplog.text
     (small_disk / "ballast").unlink()
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     main([*make(small_disk / "run", method, *how), "--ckpt_path", "last"])

@@ -31,5 +31,5 @@ class OwnerGuard(pl.Callback):
             self.lock.check()
         if self.follows and not started_by_lightning():
             raise UserError(
-                "The process that has started this one is gone; the same command with --ckpt_path last goes on."
+                "The process that started this one is gone; the same command with --ckpt_path last resumes the run."
             )

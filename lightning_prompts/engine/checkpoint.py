@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Save checkpoints in one piece, and find the newest that can be read."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ NAME = re.compile(r"rank(\d+)-step(\d+)\.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, verifies and renames; Lightning's own stages in the temporary folder and may fail silently."""
+    """Write beside the target, verify, and rename; Lightning's own class writes to the temporary folder and may fail silently."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Saves."""
+        """Save a checkpoint in one piece."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         buffer.seek(0)
-        torch.load(buffer, weights_only=True)  # what could not be read again is not written
+        torch.load(buffer, weights_only=True)  # write nothing that could not be read again
         atomic_write(path, buffer.getvalue())
 
 
 class SavedConfig(Checkpoint):
-    """Writes a run's settings when its search begins or goes on; what is refused before leaves those of the run as they were.
+    """Write the settings of a run once its search starts or resumes, so that a refused command leaves them as they were.
 
-    Lightning calls a `Checkpoint` after other callbacks, and several in their order.
+    Lightning calls a `Checkpoint` after the other callbacks.
 
     Args:
-        path: Where they go.
+        path: The file.
         settings: The settings as YAML.
     """
 
@@ -60,17 +60,17 @@ class SavedConfig(Checkpoint):
         self.path, self.settings = path, settings
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Writes them; a wave that goes on in its middle has no other beginning."""
+        """Write the settings; this hook is also called when a search resumes in the middle of an epoch."""
         atomic_write(self.path, self.settings.encode())
 
 
 class PromptCheckpoint(Checkpoint):
-    """Keeps the two newest states of the wave; as a `Checkpoint` it comes after what projects and scores.
+    """Keep the two newest checkpoints; a `Checkpoint` is called after the callbacks that project and score.
 
     Args:
-        folder: Where they go.
-        seconds: Time between saves. It is saved, too, whenever a problem has finished or has taken its first step: so when a search
-            that was killed goes on, what has left the wave is not searched again, and what joins does so in the same company.
+        folder: The folder of the checkpoints.
+        seconds: Time between saves. A checkpoint is also saved whenever a problem finished or took its first step, so that a resumed
+            search repeats no finished problem and has the same problems in the batch.
     """
 
     def __init__(self, folder: Path, seconds: float = 20) -> None:
@@ -80,43 +80,43 @@ class PromptCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Saves when it is time."""
+        """Save when it is time."""
         changed = any(not row.active or row.steps == 1 for row in pl_module.batch.rows)
         if changed or time.monotonic() - self._saved >= self.seconds:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Saves at the end."""
+        """Save at the end."""
         self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: PromptMethod, exception: BaseException) -> None:
-        """Says how a search that a person or a signal has stopped goes on."""
+        """Log how to resume a search that the user or a signal stopped."""
         if trainer.training and trainer.is_global_zero and isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
-            log.info("Stopped; the same command with --run %s --ckpt_path last goes on.", self.folder.parent)
+            log.info("Stopped; the same command with --run %s --ckpt_path last resumes it.", self.folder.parent)
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved = time.monotonic()
         rank = trainer.datamodule.part[0]  # type: ignore[attr-defined]
         try:
             trainer.save_checkpoint(self.folder / f"rank{rank}-step{trainer.fit_loop.total_batch_idx + 1:08d}.ckpt")
-        except OSError as error:  # prompts are safe in their records; an older state is still there to go on from
-            log.warning("The checkpoint could not be written (%s); the run goes on.", error)
+        except OSError as error:  # the prompts are in their records, and the older checkpoint is still there
+            log.warning("The checkpoint could not be written (%s); the run continues.", error)
             return
         for old in _newest_first(self.folder, rank)[2:] if trainer.datamodule.folder.writes else ():  # type: ignore[attr-defined]
             old.unlink(missing_ok=True)
 
 
 def last_checkpoint(folder: Path, rank: int = 0) -> Path | None:
-    """A rank's newest checkpoint that can be read; a broken one is passed over for the one before."""
+    """Return a rank's newest checkpoint that can be read."""
     for path in _newest_first(folder, rank):
         if is_checkpoint(path):
             return path
-        log.warning("The checkpoint %s is broken; the one before is used.", path)
+        log.warning("The checkpoint %s is broken; using the one before.", path)
     return None
 
 
 class SavedBatch(TypedDict):
-    """What a checkpoint holds of the batch: in every list an entry for each row."""
+    """The batch in a checkpoint: each list has an entry per row."""
 
     records: list[Problem]
     active: list[bool]
@@ -130,7 +130,7 @@ class SavedBatch(TypedDict):
 
 
 class Saved(TypedDict):
-    """What Lightning's and this package's parts of a checkpoint have in common."""
+    """The parts of a checkpoint that a search needs to resume."""
 
     batch: SavedBatch
     state_dict: dict[str, Any]
@@ -143,30 +143,30 @@ class Saved(TypedDict):
 
 
 def checkpoints_of_all(folder: Path) -> list[dict[str, Any]]:
-    """The newest checkpoint of every rank that has left one."""
+    """Load the newest checkpoint of every rank that has one."""
     paths = [path for rank in ranks_in(folder) if (path := last_checkpoint(folder, rank))]
     return [torch.load(path, weights_only=True, map_location="cpu") for path in paths]
 
 
 def ranks_in(folder: Path) -> list[int]:
-    """The ranks that have left checkpoints."""
+    """Return the ranks that have checkpoints."""
     names = (NAME.fullmatch(path.name) for path in folder.glob("rank*-step*.ckpt"))
     return sorted({int(name[1]) for name in names if name})
 
 
 def parts_of(path: Path) -> int:
-    """Into how many parts the problems were divided when a checkpoint was saved."""
+    """Return the number of parts into which the problems were divided when a checkpoint was saved."""
     return int(torch.load(path, weights_only=True, map_location="cpu")["batch"]["parts"])
 
 
 def _newest_first(folder: Path, rank: int) -> list[Path]:
-    """A rank's; a search that went on from an older one is at a lower step than those that it has left behind."""
+    """Return a rank's checkpoints by time, since a search resumed from an older one is at a lower step than the newest file."""
     paths = (path for path in folder.glob(f"rank{rank}-step*.ckpt") if NAME.fullmatch(path.name))
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether a file is a checkpoint of this package that can be read, and has all that a search continues with."""
+    """Return whether a file is a complete checkpoint of this package."""
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         _type().validate_python(saved)

@@ -1,4 +1,4 @@
-"""What all data modules share: which problems are open, in what order they come, and the steps of the wave."""
+"""The base class of all data modules: the open problems, in order, and the steps of the batch."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """The addresses of one step: how many steps each of P problems has taken and, where noise is drawn, timesteps (P, N)."""
+    """The steps that each of P problems has taken and, for the denoising loss, the timesteps (P, N) of this one."""
 
     steps: Sequence[int]
     timesteps: Tensor
 
 
 class StepLoader:
-    """Gives steps as long as the wave has problems."""
+    """Yield steps until no problem is left to search."""
 
     def __init__(self, data: ProblemData) -> None:
         self.data = data
 
     def __len__(self) -> int:
-        return 10**9  # of a loader without a length Lightning fetches a step ahead, before the wave has changed
+        return 10**9  # from a loader without a length, Lightning would fetch a step before the batch is refilled
 
     def __iter__(self) -> Iterator[Step]:
         while not self.data.method.batch.exhausted:
@@ -43,26 +43,26 @@ class StepLoader:
 
 
 class ProblemData(pl.LightningDataModule, ABC):
-    """Problems to search prompts for.
+    """Feed problems to a method.
 
-    A problem is read when its search begins, and forgotten when it has ended, so memory does not grow with their number.
+    A problem is read when its search begins and released when it ends, so memory does not grow with the number of problems.
 
     Args:
-        seed: Addresses every random draw.
-        retry: Search those again that have failed, and of the others only what a checkpoint goes on with.
+        seed: Seed of every random draw.
+        retry: Search only the failed problems again, and those that a checkpoint resumes.
     """
 
     steps: int
-    given: ClassVar[tuple[str, str]]  # what the problems are made of, and the setting that names it
+    given: ClassVar[tuple[str, str]]  # what the inputs are called, and the setting that names them
 
     def __init__(self, seed: int = 0, retry: bool = False) -> None:
         super().__init__()
         self.seed, self.retry = seed, retry
         self._coming: Generator[Problem, None, None] = (problem for problem in list[Problem]())
         self.arrivals: Iterator[Problem] = self._coming
-        self.seen: dict[str, str] = {}  # what to call the problem of each key that has come
-        self.skipped = 0  # problems that were finished before
-        self._keys: dict[int, str] = {}  # by place among the inputs
+        self.seen: dict[str, str] = {}  # names of the problems so far, by key
+        self.skipped = 0  # problems that an earlier run finished
+        self._keys: dict[int, str] = {}  # by index among the inputs
 
     @property
     def method(self) -> PromptMethod:
@@ -78,61 +78,61 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def model_identity(self) -> dict[str, Any]:
-        """What of the model makes two problems of one input: its name and, where layers are skipped, how many."""
+        """The settings of the model that are part of a problem's key: its name and, where set, `clip_skip`."""
         backbone = self.method.backbone
         return {"backbone": backbone.name, **({"clip_skip": backbone.clip_skip} if backbone.clip_skip else {})}
 
     @property
     def keys(self) -> list[str]:
-        """Of what was given, in its order, once all of it has come; the same twice has one key."""
+        """The key of each input, in order, once all have been read; equal inputs share a key."""
         return [self._keys[place] for place in range(self.total)]
 
     @property
     @abstractmethod
     def total(self) -> int:
-        """How many problems were given, to all ranks."""
+        """The number of inputs on all ranks."""
 
     @abstractmethod
     def coming(self) -> Generator[Problem, None, None]:
-        """This rank's problems in their order, each read when it is asked for; open or failed, but not finished before."""
+        """Yield this rank's problems in order, reading each when it is requested; those finished by an earlier run are left out."""
 
     @abstractmethod
     def find(self, records: Sequence[Problem]) -> None:
-        """Gives records of an earlier process the place that they have among the inputs now, `index`; -1 without one."""
+        """Set `index` of records to their place among the current inputs; -1 if they are not among them."""
 
     def unchanged(self, problems: Sequence[Problem]) -> list[Problem]:
         """Return the problems whose inputs are still those that were searched; warn about the others."""
         return list(problems)
 
     def evict(self, problem: Problem) -> None:
-        """Forgets what is remembered of a problem that has left the wave."""
+        """Forget what is cached for a problem that left the batch."""
 
     @abstractmethod
     def step(self) -> Step:
-        """The next step of the wave."""
+        """Return the next step of the batch."""
 
     @property
     def part(self) -> tuple[int, int]:
-        """Which part of the problems is this rank's, and of how many; ranks that share the work on each have all."""
+        """This rank's part of the problems and the number of parts; ranks that share each problem's samples have all of them."""
         if sharing(self.trainer) > 1:  # type: ignore[arg-type]
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
 
     def owns(self, place: int) -> bool:
-        """Whether the problem at a place among the inputs is this rank's: every n-th is, with n ranks."""
+        """Return whether the input with an index is this rank's: with n ranks, every n-th is."""
         number, parts = self.part
         return place % parts == number
 
     def still_open(self, problem: Problem) -> bool:
-        """Whether a problem of a checkpoint is this rank's and has not been finished since."""
+        """Return whether a problem of a checkpoint is this rank's and not finished since."""
         record = self.folder.read(problem.key)
         return self.owns(problem.index) and (record is None or record.status == "open")
 
     def same(self, find: Callable[[], list[T]]) -> list[T]:
-        """What is found, which has to be the same for all ranks.
+        """Find inputs, and make sure that all ranks find the same.
 
         Raises:
-            UserError: Nothing was found, here or by another rank, or not the same.
+            UserError: This rank or another one found none, or they differ.
         """
         found, error = list[T](), None
         try:
@@ -145,7 +145,7 @@ class ProblemData(pl.LightningDataModule, ABC):
             raise error
         for rank, (count, other, wrong) in enumerate(everyone):
             if wrong:
-                raise UserError(f"Rank {rank} has found no {self.given[0]}: {wrong}")
+                raise UserError(f"Rank {rank} found no {self.given[0]}: {wrong}")
             if other != everyone[0][1]:
                 raise UserError(
                     f"The ranks see different {self.given[0]}: rank 0 has {everyone[0][0]} and rank {rank} has {count}"
@@ -154,10 +154,10 @@ class ProblemData(pl.LightningDataModule, ABC):
         return found
 
     def begin(self) -> None:
-        """Begins to read, up to the first problem that can be searched.
+        """Start reading, up to the first problem that can be searched.
 
         Raises:
-            UserError: There is none, and never was.
+            UserError: There is none, and an earlier run finished none either.
         """
         self.seen, self.skipped, self._keys = {}, 0, {}
         self._coming, come = self.coming(), list[Problem]()
@@ -174,32 +174,32 @@ class ProblemData(pl.LightningDataModule, ABC):
         self.arrivals = _chained(come, self._coming)
 
     def stop(self) -> None:
-        """Ends what reads ahead; its processes would otherwise wait for this one, which waits for them at its end."""
+        """Stop reading ahead; its worker processes and this one would otherwise wait for each other at exit."""
         self._coming.close()
 
     def teardown(self, stage: str) -> None:
-        """Ends what reads ahead."""
+        """Stop reading ahead."""
         self.stop()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Ends what reads ahead."""
+        """Stop reading ahead."""
         self.stop()
 
     def go_on(self, searched: dict[str, str]) -> None:
-        """Has what a checkpoint goes on with, names by key, not come another time; the first may have been read already."""
+        """Leave out the problems that a checkpoint resumes, given as names by key; the first may have been read already."""
         self.seen |= searched
         coming = self.arrivals
         self.arrivals = (problem for problem in coming if problem.key not in searched)
 
     def wanted(self, here: Problem, failed: bool = False) -> bool:
-        """Whether a problem that comes now is to be searched, from its beginning.
+        """Return whether to search a problem from the beginning.
 
-        What is on disk is of an earlier process, or of another rank where the same picture is given twice. Of one that is open and
-        that no checkpoint goes on with, the record stays until a better prompt is found than the first.
+        A record on disk is from an earlier run, or from another rank if an image is given twice. An open one that no checkpoint
+        resumes is searched again; its record stays until the new search improves on its first prompt.
 
         Args:
-            here: The problem, as new.
-            failed: Whether an earlier process has not been able to read it.
+            here: The problem, without results.
+            failed: Whether an earlier run failed to read it.
         """
         self._keys[here.index] = here.key
         if here.key in self.seen:
@@ -216,22 +216,22 @@ class ProblemData(pl.LightningDataModule, ABC):
         return False
 
     def train_dataloader(self) -> StepLoader:
-        """The steps of the wave."""
+        """Return the steps of the batch."""
         return StepLoader(self)
 
     def test_dataloader(self) -> list[int]:
-        """One item: all problems are looked at together."""
+        """Return one item, for all problems together."""
         return [0]
 
     predict_dataloader = test_dataloader
 
     def val_dataloader(self) -> list[int]:
-        """As in `test`; but none in `fit`, where Lightning would validate in the middle of a wave when it is told to stop."""
+        """Return one item as `test` does, but none in `fit`, where Lightning would validate when the search is interrupted."""
         return [] if self.trainer.state.fn == "fit" else [0]  # type: ignore[union-attr]
 
 
 def _chained(first: list[Problem], rest: Iterator[Problem]) -> Iterator[Problem]:
-    """As itertools.chain, which would hold on to the first ones."""
+    """Chain as itertools does, but release each item, which itertools.chain keeps."""
     while first:
         yield first.pop(0)
     yield from rest

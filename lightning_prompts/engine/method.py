@@ -1,4 +1,4 @@
-"""What all methods share: a frozen backbone, a prompt that trains, and waves of problems that are searched together."""
+"""The base class of all methods: a frozen backbone, a prompt that trains, and a batch of problems searched together."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-ENDLESS = ("cpu",)  # devices that do not say when their memory is full
+ENDLESS = ("cpu",)  # devices that do not report when their memory is full
 Dtype = Literal["float32", "bfloat16", "float16"]
-MOST_STEPS = 10  # sampling steps of pictures that a search draws again and again, unless a user asks for more
+MOST_STEPS = 10  # denoising steps of images that a search draws again and again, unless a user asks for more
 
 TRAINER: dict[str, Any] = {
     "devices": 1,
-    "max_epochs": -1,  # waves of problems until none is open
-    "enable_checkpointing": False,  # ours is atomic, and who wants it adds it
+    "max_epochs": -1,  # until no problem is open
+    "enable_checkpointing": False,  # PromptCheckpoint, which is atomic, takes its place
     "num_sanity_val_steps": 0,
     "limit_val_batches": 1,
     "check_val_every_n_epoch": None,
@@ -61,49 +61,51 @@ TRAINER: dict[str, Any] = {
     "enable_model_summary": False,
     "enable_progress_bar": False,
 }
-"""What a Trainer has to be told to search prompts."""
+"""Trainer settings that every search needs."""
 
 
 class PromptMethod(TypedModule, pl.LightningModule, ABC):
-    """A search for the prompts of P problems under a frozen backbone; nothing but the prompts trains.
+    """Search prompts for problems with a frozen backbone; only the prompts train.
 
-    A wave of problems is optimised together; each of them leaves it when its score has stopped falling, and the next one joins.
-    Checkpoints hold the wave's prompts and optimiser state alone.
+    Up to `together` problems are searched at a time. A problem leaves the batch when its score no longer improves, and the next one
+    takes its place. Checkpoints hold the prompts and the optimizer state only.
+
+    A method implements `init_params`, `best_params`, `step` and `score`.
 
     Args:
-        backbone: `emoji`, a folder, a short name such as `sdxl`, a hub id, or a safetensors file; in Python also what
-            `load_backbone` has returned, whose settings of loading and memory are those it was loaded with.
+        backbone: `emoji`, a folder, a short name such as `sdxl`, a hub id, or a safetensors file; in Python also the result of
+            `load_backbone`, which keeps the loading and memory settings that it was given.
         dtype: Precision of the frozen weights.
         offline: Do not connect to the hub.
         revision: Branch, tag or commit on the hub.
-        vocabulary: Whose tokens are searched, the `clip` or the `t5` encoders'; None for the family's choice.
-        scheduler: Class of another scheduler of diffusers; None for the model's own.
-        image_size: Height and width, in pixels, of what is drawn; None for what the model was trained on.
-        config: The model or folder whose configuration and tokenizers go with a safetensors file; None for the first of its family.
-        variant: Which of a folder's or repository's weights are read, such as `fp16`; None for those without a variant or, where there
-            are none, for the only one.
-        clip_skip: How many of the CLIP text encoders' last layers are skipped when a prompt is encoded, as in diffusers' pipelines of
-            Stable Diffusion 1 to 3 and SDXL; negative prompts are encoded with all layers. None for all layers.
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
-        vae_tiling: Decode large pictures in tiles, which changes them a little.
-        cpu_offload: Have the text encoders, the denoiser and the autoencoder on the device one at a time.
-        together: P, problems that are searched at a time; when one is finished the next takes its place.
-        patience: A problem is finished after this many scorings without a better one.
-        microbatch: Samples per call of the denoiser, half as many whenever the device runs out of memory; None for as many as the
-            memory of a GPU holds.
+        vocabulary: The tokens to search, those of the `clip` or the `t5` encoders; None for the default of the model's family.
+        scheduler: Class name of another diffusers scheduler; None for the model's own.
+        image_size: Height and width of generated images, in pixels; None for the model's default.
+        config: Model or folder with the configuration and tokenizers for a safetensors file; None for the first of its family.
+        variant: Weights to read from a folder or repository, such as `fp16`; None for those without a variant or, if there are none,
+            for the only one.
+        clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines of Stable Diffusion
+            1 to 3 and SDXL; negative prompts use all layers. None for all layers.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        vae_tiling: Decode large images in tiles, which changes them a little.
+        cpu_offload: Keep only one of the text encoders, the denoiser and the autoencoder on the device at a time.
+        together: Batch size P, the number of problems searched at a time.
+        patience: Scorings without improvement after which a problem is finished.
+        microbatch: Samples per denoiser call, halved whenever the device runs out of memory; None for as many as the memory of a GPU
+            holds.
         score_every: Steps between scorings.
-        sample_every: Steps between the pictures that TensorBoard shows during the search; 0 for none.
-        sampling_steps: Denoising steps of the pictures that `fit`, `test` and `predict` draw; None for as many as the model is
-            drawn with by default, at most 10 in methods whose search itself draws many pictures.
-        guidance_scale: Weight of the prompt when these are drawn; None for the model's.
+        sample_every: Steps between the images that TensorBoard shows during the search; 0 for none.
+        sampling_steps: Denoising steps of the images that `fit`, `test` and `predict` generate; None for the model's default, at most
+            10 in methods that generate many images during the search.
+        guidance_scale: Classifier-free guidance scale of these images; None for the model's default.
     """
 
-    strict_loading = False  # a checkpoint has no backbone
+    strict_loading = False  # checkpoints do not contain the backbone
     prompt: TokenEmbeddings | WordChoices | PromptEmbeds | PromptArc
     data_class: type[ProblemData]
     result_class: ClassVar[type[MethodResult]] = MethodResult
-    decisive: frozenset[str] = frozenset()  # settings that other searches can go on without
-    draws: ClassVar[bool] = False  # whether every step of the search draws pictures
+    decisive: frozenset[str] = frozenset()  # settings that a resumed search must share, beside those of all methods
+    draws: ClassVar[bool] = False  # whether every step generates images
 
     def __init__(
         self,
@@ -163,10 +165,10 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return {"sampling_steps": self.sampler.num_inference_steps, "guidance_scale": self.sampler.guidance_scale}
 
     def clips(self) -> list[ClipSimilarity]:
-        """Return the CLIPs that take part in the search, whose judgement of its results is not held out."""
+        """Return the CLIPs that take part in the search and so cannot be held-out scorers."""
         return [module for module in self.modules() if isinstance(module, ClipSimilarity)]
 
-    # --- the wave
+    # --- the batch
 
     @property
     def data(self) -> ProblemData:
@@ -185,22 +187,21 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return self.batch.parameter
 
     def setup(self, stage: str) -> None:
-        """Divides the samples among the ranks that share them; refuses a microbatch that nothing would limit."""
+        """Divide the samples among the ranks; refuse a fitted microbatch on a device that does not report full memory."""
         if self.microbatch.fitted and self.trainer.strategy.root_device.type in ENDLESS:
             raise UserError(
-                "A CPU's memory has no end that a program is told of, so that no microbatch can be fitted to it; give "
-                "--model.microbatch 16."
+                "--model.microbatch null needs a GPU, since a CPU does not report when its memory is full; give --model.microbatch 16."
             )
         self.microbatch.ranks = sharing(self.trainer)
         if self.microbatch.ranks > 1:
             self.parameter.register_hook(of_rank_zero)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """A tensor of the host's on the device, without waiting until that has done all else."""
+        """Copy a tensor from the host to the device without waiting for the device."""
         return tensor.to(self.device, non_blocking=True)
 
     def broadcast(self, value: T) -> T:
-        """What all ranks go on with of something that each has computed for itself; see `of_rank_zero`."""
+        """Return rank 0's value on all ranks that share the samples; see `of_rank_zero`."""
         return value if self.microbatch.ranks == 1 else of_rank_zero(value)
 
     def on_train_start(self) -> None:
@@ -230,14 +231,14 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     @abstractmethod
     def init_params(self, rows: Tensor) -> Tensor:
-        """Where the search for the problems `rows` (Q,) of the wave starts: the values of what trains, (Q, ...)."""
+        """Return the initial parameters (Q, ...) of the problems `rows` (Q,)."""
 
     def set_rows(self, problems: list[Problem]) -> None:
         """Prepare for the problems of the batch, one per row."""
         self._begun = time.perf_counter()
 
     def evict(self, problem: Problem) -> None:
-        """Forgets what is remembered of a problem that has left the wave."""
+        """Forget what is cached for a problem that left the batch."""
         self.data.evict(problem)
 
     def reset_rows(self, rows: Tensor, values: Tensor) -> None:
@@ -245,15 +246,15 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.batch.reset_rows(rows, values)
 
     def on_train_epoch_end(self) -> None:
-        """Ends the run when no problem is open; what is open when it was told to stop can go on later."""
+        """Stop the run when no problem is open; problems that are open after an early stop can be resumed."""
         self.trainer.should_stop = self.trainer.should_stop or self.batch.exhausted
 
     def on_train_batch_start(self, batch: Step, batch_idx: int) -> int | None:
-        """Has the wave filled again when no problem is left in it."""
+        """End the epoch when no problem in the batch is active, so that the next one refills it."""
         return None if len(self.batch.active_rows()) else -1
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
-        """One step of the problems that are still active."""
+        """Take one step for the active problems."""
         rows = self.batch.active_rows()
         self.step(batch, rows)
         if self.microbatch.ranks > 1:
@@ -270,30 +271,30 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             self.refill()
 
     def save_finished(self) -> list[Problem]:
-        """Saves what is finished."""
+        """Save the records of finished problems and return them."""
         finished, self.batch.finished = self.batch.finished, []
         for problem in finished:
             self.data.folder.save_or_warn(problem)
         return finished
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """What moves the embeddings; nothing where tokens are exchanged."""
+        """Return the optimizer; None for methods that exchange tokens."""
         return None
 
     @abstractmethod
     def step(self, batch: Step, rows: Tensor) -> None:
-        """Moves the prompts of the problems `rows` (Q,) by one optimiser step."""
+        """Take one search step for the problems `rows` (Q,)."""
 
     @abstractmethod
     def score(self, rows: Tensor) -> list[Problem]:
-        """Scores what the problems `rows` (Q,) have come to and keeps what is best.
+        """Score the current prompts of the problems `rows` (Q,) and keep the best.
 
         Returns:
-            The problems that now have a better prompt.
+            The problems whose prompt improved.
         """
 
     def rows_to_score(self) -> Tensor:
-        """The active problems that are scored now, (Q,): after every n-th step of each, and after its last one."""
+        """Return the active problems (Q,) to score now: after every n-th step of each and after its last one."""
         every, last = int(self.score_every), int(self.data.steps)
         return self.batch.where(lambda row: row.active and (row.steps % every == 0 or row.steps >= last))
 
@@ -303,32 +304,32 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.batch.step(optimizer.step, loss, rows, self.manual_backward, clip)
 
     def log_step(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
-        """Logs values of a step after which one of the problems `rows` (Q,) is scored; a look makes the device wait."""
+        """Log values of a step if one of the problems `rows` (Q,) is scored after it; reading them synchronizes the device."""
         if any((batch.steps[row] + 1) % self.score_every == 0 for row in rows.tolist()):
-            told = {**values, **self.terms}
-            self.log_dict({f"train/{name}": value.detach().mean() for name, value in told.items()})
+            logged = {**values, **self.terms}
+            self.log_dict({f"train/{name}": value.detach().mean() for name, value in logged.items()})
 
     def add_cost(self, rows: Tensor, samples: int) -> None:
-        """Adds denoiser samples to the problems' counters; a backward counts as one."""
+        """Add denoiser samples to the counters of the problems `rows` (Q,); a backward pass counts as one."""
         for row in rows.tolist():
             self.batch[row].record.unet_samples += samples
 
     def finish_done(self, rows: Tensor) -> None:
-        """Finishes those of the problems `rows` (Q,) that no longer improve or have taken all their steps."""
+        """Finish those of the problems `rows` (Q,) that no longer improve or took all their steps."""
         for row in rows.tolist():
             if self.batch[row].steps >= self.data.steps or self.batch[row].stale >= self.patience:
                 self.finish(row)
 
     def finish(self, row: int) -> None:
-        """Finishes a problem, which leaves the wave."""
+        """Finish a problem, which leaves the batch at the next refill."""
         self.batch.finish(row)
 
     @abstractmethod
     def best_params(self, row: int) -> Tensor:
-        """Where the search for a problem has found its best, (...), to go back there; where it starts if there is none."""
+        """Return the parameters (...) of the best prompt of a row, or its initial ones, to continue from."""
 
     def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
-        """Noise (P, N, C, h, w) for pictures of P problems, at a step's address."""
+        """Draw noise (P, N, C, h, w) for N images of each of P problems, a function of the seed, the problem and the step."""
         keys = [problem.key for problem in problems]
         return draw_noise(self.data.seed, keys, step, count, self.backbone.latent_shape, self.device)
 
@@ -336,35 +337,35 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     @abstractmethod
     def preview(self, problems: list[Problem]) -> Image.Image:
-        """What some problems' best prompts draw so far, as one picture."""
+        """Return one image of what the best prompts so far generate."""
 
     @abstractmethod
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
-        """Scores problems that have a prompt and are finished, by what is drawn from it.
+        """Score finished problems that have a prompt by the images that it generates.
 
         Args:
             problems: The records.
-            scores: What scores them.
+            scores: The scores to compute.
         """
 
     @abstractmethod
     def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
-        """Writes what a person looks at into the run's folder.
+        """Write images for users into the run folder.
 
         Args:
-            problems: The records that have a prompt, the first `SHOWN` of the run.
-            folder: The run's folder.
+            problems: The first `SHOWN` records of the run that have a prompt.
+            folder: The run folder.
         """
 
     def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
-        """Writes what other tools read into the run's folder."""
+        """Write files for other tools into the run folder."""
 
     @abstractmethod
     def validation_losses(self, problems: list[Problem]) -> Tensor:
-        """The losses (P,) by which the best prompts of P problems were chosen, computed again."""
+        """Recompute the losses (P,) by which the best prompts of P problems were chosen."""
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
-        """The validation losses of what was found."""
+        """Print and log the validation losses of the best prompts."""
         found, losses = self.data.folder.found(), list[float]()
         given = 0
         while problems := list(islice(found, self.together)):
@@ -386,7 +387,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """What every search needs around its steps."""
+        """Return the callbacks that every search needs."""
         return [NonFiniteGuard(), BestPrompt(), SampleGrid(self.sample_every), PromptProgress()]
 
     def test_step(self, batch: int, batch_idx: int) -> None:
@@ -431,17 +432,18 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     # --- checkpoints: the prompt and nothing of the backbone
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The prompts alone."""
+        """Return the prompts only."""
         return {name: value.detach() for name, value in self.named_parameters() if value is self.parameter}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the records that the rows belong to."""
+        """Add the batch."""
         checkpoint["batch"] = {**self.batch.save(), "parts": self.data.part[1], "microbatch": self.microbatch.size}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes room for the checkpoint's problems; refuses those whose pictures are not given now.
+        """Restore the batch of a checkpoint; if the number of ranks has changed, redistribute the open problems of all of them.
 
-        When others than this many ranks have begun, what is open of all their problems is divided anew.
+        Raises:
+            UserError: The inputs or the settings are not those of the checkpoint.
         """
         several = [checkpoint]
         if checkpoint["batch"]["parts"] != self.data.part[1]:
@@ -450,8 +452,8 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.data.find(list(records.values()))
         if gone := [problem for problem in records.values() if problem.index < 0]:
             raise UserError(
-                f"The checkpoint goes on with {len(gone)} {self.data.given[0]} that are not among {self.data.given[1]} now; give the "
-                "same ones and the same settings, or another --run."
+                f"The checkpoint has {len(gone)} {self.data.given[0]} that are not among {self.data.given[1]}; give the same ones and the "
+                "same settings, or another --run."
             )
         if len(several) > 1 or several[0] is not checkpoint:
             checkpoint |= merge(several, lambda record: self.data.still_open(records[record["key"]]))
@@ -490,6 +492,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
 
 def by_step(batch: Step, rows: Tensor) -> list[tuple[int, Tensor]]:
-    """The problems `rows` (Q,) by the number of steps that they have taken."""
+    """Group the problems `rows` (Q,) by the number of steps that they have taken."""
     steps = torch.tensor(batch.steps)[rows]
     return [(int(step), rows[steps == step]) for step in steps.unique()]

@@ -184,7 +184,7 @@ class RunFolder:
         try:
             self.save(problem)
         except OSError as error:
-            log.warning("The record of %s could not be written (%s); the run goes on.", problem.target, error)
+            log.warning("The record of %s could not be written (%s); the run continues.", problem.target, error)
 
     def embeds_of(self, key: str) -> Path:
         """The file of the best encoded prompt of a problem."""
@@ -206,7 +206,7 @@ class RunFolder:
         try:
             self.write(path, content)
         except OSError as error:
-            log.warning("The %s of %s could not be written (%s); the run goes on.", what, path.stem, error)
+            log.warning("The %s of %s could not be written (%s); the run continues.", what, path.stem, error)
 
     def has(self, key: str) -> bool:
         """Whether there is a record of a problem."""
@@ -353,7 +353,7 @@ class RunFolder:
             with self.lines_of(rank).open("ab") as file:
                 file.write(result_line(problem, self.result_class))
         except OSError as error:
-            log.warning("The line of %s could not be written (%s); the run goes on.", problem.target, error)
+            log.warning("The line of %s could not be written (%s); the run continues.", problem.target, error)
 
     def lines_of(self, rank: int) -> Path:
         """Where a rank adds the lines of its problems."""

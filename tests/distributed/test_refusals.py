@@ -127,7 +127,7 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, pictures, m
         ((3, "x", None), "rank 0 has 3 and rank 1 has 3, but not the same;"),
         (
             (0, "x", "There is no file or folder 'pictures'; check the path."),
-            "Rank 1 has found no pictures: There is no",
+            "Rank 1 found no pictures: There is no",
         ),
     ],
 )

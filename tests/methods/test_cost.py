@@ -38,6 +38,8 @@ INVERTERS = [
 OTHERS = [
     (DPODiff, {"budget": 6, "population": 2, "schedule": "fix-1", "gradient_share": 0.5}),
     (DPODiff, {"budget": 6, "population": 2, "guidance_scale": 1.0, "negative": [], "positive": ["synonyms"], "solver": "evolution"}),
+    (DPODiff, {"budget": 6, "population": 2, "schedule": "fix-0", "grad_steps": 2, "gradient_share": 0.8, "guidance_scale": 1.0,
+               "negative": [], "positive": ["synonyms"]}),
     (MetricGuidance, {"objective": Sharpness(), "steps": 3}),
     (MetricGuidance, {"objective": Sharpness(), "steps": 3, "guidance_scale": 1.0, "grad_steps": 2, "score_every": 2}),
     (SeedInvariance, {"steps": 3, "seeds_per_step": 3, "compare": "latents", "stages": [1, 3]}),

@@ -413,7 +413,7 @@ def test_attack_without_words_that_keep_the_meaning_is_refused(tiny, tmp_path):
 
 
 def test_temperature_goes_from_the_first_to_the_last(attached, monkeypatch):
-    module, seen = attached(temperature=(4.0, 1.0), gradient_share=0.5), []
+    module, seen = attached(temperature=(4.0, 0.5), gradient_share=0.5), []
     monkeypatch.setattr(module, "descend", lambda loss, rows: None)
     monkeypatch.setattr(module, "log_step", lambda batch, rows, loss: None)
     mixed = module.prompt.forward
@@ -424,7 +424,7 @@ def test_temperature_goes_from_the_first_to_the_last(attached, monkeypatch):
     for step in range(steps):
         module.step(Step([step], torch.empty(1, 0)), torch.tensor([0]))
     assert seen[0] == pytest.approx(4)
-    assert seen[-1] == pytest.approx(1)
+    assert seen[-1] == pytest.approx(0.5)
     ratios = [b / a for a, b in itertools.pairwise(seen)]
     assert ratios == pytest.approx([ratios[0]] * (steps - 1))
 
@@ -462,6 +462,32 @@ def test_plan_of_the_config_on_the_embedded_model():
     module = DPODiff(**config)
     assert (module.sampler.num_inference_steps, module.grad_steps, module.plan(0)) == (10, 1, [3, 3, 3, 3, 4, 4, 4])
     assert DPODiff(**config, schedule="step-3-4").plan(0) == module.plan(0)
+
+
+def test_gradient_may_go_through_the_last_call(tiny):
+    calls = DPODiff(backbone=tiny, sampling_steps=4).sampler.calls
+    last = DPODiff(backbone=tiny, sampling_steps=4, schedule=f"fix-{calls - 1}", gradient_share=0.5)
+    assert set(last.plan(0)) == {calls - 1}
+    with pytest.raises(UserError, match=f"beyond the sampler's {calls} calls"):
+        DPODiff(backbone=tiny, sampling_steps=4, schedule=f"fix-{calls}")
+
+
+def test_random_plan_is_a_function_of_the_seed(tiny):
+    one, other = (DPODiff(backbone=tiny, sampling_steps=9, schedule="rand-0-8", gradient_share=1.0) for _ in range(2))
+    plans = [one.plan(seed) for seed in range(4)]
+    assert plans == [other.plan(seed) for seed in reversed(range(4))][::-1]
+    assert len({tuple(plan) for plan in plans}) == 4
+    assert all(len(set(plan)) > 1 for plan in plans)  # the steps of a plan differ, too
+
+
+@pytest.mark.parametrize("objective", ["spherical", "cosine"])
+def test_attack_raises_the_distance_that_improving_lowers(objective, tiny):
+    improve = DPODiff(backbone=tiny, sampling_steps=2, objective=objective)
+    attack = DPODiff(backbone=tiny, sampling_steps=2, objective=objective, task="attack")
+    images, wanted = torch.rand(2, 3, 16, 16), torch.nn.functional.normalize(torch.randn(2, 16), dim=1)
+    losses = improve.loss(images, wanted)
+    assert (losses > 0).all()
+    assert torch.equal(attack.loss(images, wanted), -losses)
 
 
 def test_random_schedule_is_uniform():
