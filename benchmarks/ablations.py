@@ -67,10 +67,10 @@ def variants(group: str) -> dict[str, list[str]]:
         return {
             "final, Adam": [],
             "immediate, Adam": ["--model.projection=immediate"],
-            "delayed, Adam": ["--model.continue_from=projected", "--model.project_every=15"],
-            "final, L-BFGS": ["--model.projection=final", *lbfgs],
+            "delayed, Adam": ["--model.projection=delayed", "--model.project_every=15"],
+            "final, L-BFGS": lbfgs,
             "immediate, L-BFGS": ["--model.projection=immediate", *lbfgs],
-            "delayed, L-BFGS": ["--model.continue_from=projected", *lbfgs],
+            "delayed, L-BFGS": ["--model.projection=delayed", *lbfgs],
         }
     if group == "optimizer":
         rates = {f"SGD, {rate}": [sgd, f"--model.lr={rate}"] for rate in (1, 10, 100)}

@@ -154,7 +154,7 @@ CALLS = {
     "objective: name": (lambda: guide("a", "Sharpness"), "objective cannot be 'Sharpness'; it takes an Objective"),
     "objective: none": (lambda: guide("a", None), "objective cannot be None"),
     "objective: function": (lambda: guide("a", lambda pictures: pictures), "objective cannot be of type function"),
-    "objective: no objective": (lambda: guide("a", []), "There is nothing to improve; give objective"),
+    "objective: no objective": (lambda: guide("a", []), "objective must name at least one metric"),
     "objective: number": (lambda: guide("a", [Sharpness(), 3]), "a list with items of type Sharpness, int"),
     "seed: text": (lambda: hold("a", seed="3"), "The setting seed cannot be '3'; it takes a whole number."),
     "seed: yes": (lambda: hold("a", seed=True), "The setting seed cannot be True"),

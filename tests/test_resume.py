@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command l
 METHODS = {
     "PEZ": [],
     "PH2P": ["--model.max_iter", "2"],
-    "PH2P projected": ["--model.max_iter", "2", "--model.continue_from", "projected"],
+    "PH2P projected": ["--model.max_iter", "2", "--model.projection", "delayed"],
     "GCG": ["--model.candidates", "3"],
     "TextualInversion": ["--model.lr", "0.1"],
     "RandomTokens": [],

@@ -285,11 +285,11 @@ def test_threshold_keeps_the_meaning(task, solver, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"threshold": 2, "positive": ["neighbours"]}, "--model.threshold in"),
+        ({"threshold": 2, "positive": ["neighbours"]}, "--model.threshold must be between"),
         ({"budget": 3}, "population of 4"),
-        ({"unchanged": 1.0}, "--model.unchanged in"),
-        ({"mutation": 1.5}, "--model.mutation in"),
-        ({"gradient_share": -0.1}, "--model.gradient_share in"),
+        ({"unchanged": 1.0}, "--model.unchanged must be above 0"),
+        ({"mutation": 1.5}, "--model.mutation must be between"),
+        ({"gradient_share": -0.1}, "--model.gradient_share must be between"),
         ({"temperature": (1.0, 0.0)}, "--model.temperature"),
         ({"schedule": "late"}, "step-15-2"),
         ({"schedule": "fix-9"}, "beyond the sampler's"),

@@ -293,7 +293,7 @@ def test_losses_that_are_never_finite_are_a_failure(hard, tiny, pictures, tmp_pa
 
 
 def test_template_with_a_blocked_word_is_refused(tiny):
-    with pytest.raises(UserError, match=r"'a photo of \{\}' holds a blocked word"):
+    with pytest.raises(UserError, match=r"--model.template has a blocked word, got 'a photo of \{\}'"):
         PEZ(backbone=tiny, template="a photo of {}", blocked=["photo"])
 
 
@@ -382,7 +382,7 @@ def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, picture
 
 
 @pytest.mark.parametrize("value", [torch.nan, 1e30])
-@pytest.mark.parametrize(("method", "extra"), [(PEZ, {}), (PH2P, {"continue_from": "projected"})])
+@pytest.mark.parametrize(("method", "extra"), [(PEZ, {}), (PH2P, {"projection": "delayed"})])
 @pytest.mark.parametrize("times", [1, 6])
 def test_prompt_that_is_no_number_goes_on_from_the_best_before(
     times, method, extra, value, tiny, pictures, tmp_path, caplog

@@ -240,9 +240,9 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"stages": [1, 9]}, "go beyond the sampler's 4 calls"),
-        ({"ramp": 1.5}, "from 0 to 1, not 1.5"),
-        ({"stages": [1, 2, 3], "steps": 2}, "raise --model.steps"),
+        ({"stages": [1, 9]}, "must be at most the sampler's 4 denoiser calls"),
+        ({"ramp": 1.5}, "must be between 0 and 1, got 1.5"),
+        ({"stages": [1, 2, 3], "steps": 2}, "--model.steps must be at least"),
         ({"target_seeds": [3, -1]}, "--model.target_seeds takes .*not -1"),
         ({"target_seeds": [3, 2**32 + 3]}, "3 and 4294967299 draw the same"),
         ({"embedding": "arc"}, "--model.towards"),

@@ -141,9 +141,9 @@ def test_embeddings_of_an_earlier_run(backbone, tmp_path):
         first, initial = seen(SeedInvariance(unconditional=True, **how), prompts)
         assert torch.equal(first[:, 0], expected)
         assert torch.equal(first[:, 1], initial[:, 1])
-        with pytest.raises(UserError, match="are of other prompts than 'a tree'"):
+        with pytest.raises(UserError, match=r"--model.start has no embeddings of the prompt 'a tree'"):
             seen(MetricGuidance(objective=Sharpness(), **how), ["a tree"])
-        with pytest.raises(UserError, match="An arc begins at the prompt"):
+        with pytest.raises(UserError, match=r"--model.embedding arc starts at the prompt"):
             SeedInvariance(embedding="arc", towards="a tree", **how)
 
 

@@ -19,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         (PH2P, {"optimizer": "adam"}, {"line_search": "strong_wolfe"}),
         (PH2P, {"optimizer": "adam"}, {"history_size": 3}),
         (PH2P, {}, {"project_every": 2}),
-        (PH2P, {"projection": "final"}, {"continue_from": "projected"}),
         (PH2P, {"projection": "immediate"}, {"project_every": 2}),
         (GCG, {}, {"trial_pictures": 3}),
         (PEZ, {}, {"trial_steps": 3}),
@@ -49,7 +48,7 @@ def test_setting_without_effect_is_refused(method, given, unused, tiny):
     "given",
     [
         {"optimizer": "lbfgs", "max_iter": 3, "history_size": 3, "line_search": "strong_wolfe", "max_step_norm": 1.0},
-        {"continue_from": "projected", "project_every": 2},
+        {"projection": "delayed", "project_every": 2},
         {"trial_weight": 1.0, "trial_pictures": 3, "trial_steps": 3},
         {"optimizer": "adam", "max_iter": 10},  # the default, as saved settings have it
     ],

@@ -37,42 +37,41 @@ Solver = Literal["gradient", "evolution", "hybrid", "random"]
 
 
 class DPODiff(PromptMethod):
-    """Searches words for a prompt by the pictures that it draws: a negative prompt or better words, or words that break it.
+    """Search words that make a prompt's images match it better, or words that break it.
 
-    Logits over the words of each slot are moved by the shortcut text gradient (section 3.3), and candidates are drawn from them,
-    recombined and mutated (section 3.4); each is judged by what it draws from a few seeds. The loss is the spherical distance, in
-    CLIP, between the pictures and the person's own prompt.
+    The shortcut text gradient (section 3.3) moves logits over the words of each slot. Candidates are drawn from the logits, then
+    recombined and mutated (section 3.4), and scored by their images on a few seeds. The loss is the spherical distance in CLIP
+    between the images and the user's prompt.
 
     Args:
         task: `improve` lowers the loss; `attack` raises it and keeps the meaning.
-        solver: `gradient` learns logits and draws from them; `evolution` recombines and mutates; `hybrid` begins the evolution with
-            draws from learned logits; `random` draws at random.
-        positive: Where other words for the prompt's come from. None: nothing to improve, the text encoder's neighbours to attack.
-        negative: Where words of the negative prompt come from. None: the library to improve, nothing to attack.
-        dictionary: Where synonyms and antonyms come from: `wordnet`, a folder with its files, a JSON file in DPO-Diff's layout, or
-            a language model: a folder, a hub id, or the URL of an endpoint that speaks OpenAI's protocol.
-        neighbours: How many of the text encoder's neighbours a word has. None: 5 to improve; 60 to attack, of which those that do
-            not keep the meaning are left out.
-        keep: Words of the prompt that stay as they are.
-        objective: `spherical`, half the squared angle between picture and prompt, or `cosine`, one minus its cosine.
-        budget: Generations that a search may spend; a generation draws all seeds' pictures of a candidate.
-        gradient_share: Part of the budget for gradients, with `gradient` and `hybrid`.
-        seeds: Pictures that a candidate is judged by.
-        schedule: Calls of the denoiser before the gradient: `step-a-b` begins at a and goes one on every b steps, `rand-a-b` is
-            random in [a, b), `fix-a` is a. None: on a line from 30% to 50% of the sampler's calls, which is the paper's `step-15-2`
-            with its 50 calls and 20 steps, or `fix-0` with models that draw in few calls.
-        grad_steps: Calls that pass a gradient on; as many as there are, with `fix-0`, are the full gradient. None: all, without a
-            schedule, of those models that draw in few, else 1.
-        unchanged: Chance that a draw from the logits leaves a slot as it is, at the beginning. None: the first word's logit is 1,
-            as in the paper.
-        temperature: Of the Gumbel-softmax, at the first step and, on a geometric line, at the last.
-        lr: Step size of RMSprop.
-        population: Candidates that are evaluated together.
+        solver: `gradient` learns logits and draws from them; `evolution` recombines and mutates; `hybrid` starts the evolution with
+            draws from learned logits; `random` draws uniformly.
+        positive: Sources of other words for those of the prompt. None: none to improve, the text encoder's neighbors to attack.
+        negative: Sources of words for the negative prompt. None: the library to improve, none to attack.
+        dictionary: Source of synonyms and antonyms: `wordnet`, a folder with its files, a JSON file in DPO-Diff's layout, or a language
+            model: a folder, a hub id, or the URL of an endpoint with OpenAI's protocol.
+        neighbours: Neighbors per word in the text encoder. None: 5 to improve; 60 to attack, minus those that change the meaning.
+        keep: Words of the prompt that must not change.
+        objective: `spherical`, half the squared angle between image and prompt, or `cosine`, one minus its cosine.
+        budget: Generations that a search may spend; a generation generates the images of a candidate on all seeds.
+        gradient_share: Share of the budget for gradients, with `gradient` and `hybrid`.
+        seeds: Images per candidate.
+        schedule: Denoiser calls before the gradient: `step-a-b` starts at a and adds one every b steps, `rand-a-b` is random in
+            [a, b), `fix-a` is a. None: on a line from 30% to 50% of the sampler's calls, which is the paper's `step-15-2` at its 50
+            calls and 20 steps, or `fix-0` with few-step models.
+        grad_steps: Denoiser calls that propagate a gradient; all of them, with `fix-0`, give the full gradient. None: all with few-step
+            models and no schedule, else 1.
+        unchanged: Initial probability that a draw from the logits leaves a slot as it is. None: the first word's logit is 1, as in the
+            paper.
+        temperature: Temperature of the Gumbel-softmax at the first and at the last step, with a geometric line between them.
+        lr: Learning rate of RMSprop.
+        population: Candidates per evaluation.
         select: Candidates that have children.
-        mutation: Chance that a mutant's word is drawn anew.
-        threshold: Least cosine, in the sentence encoder, of the found prompt and the person's; -1 for any.
-        sentence_encoder: Folder or hub id of a sentence-transformers model; None for the text tower of the CLIP that judges.
-        clip: Folder or hub id of the CLIP that judges; None for the one that goes with the backbone.
+        mutation: Probability that a mutant's word is drawn again.
+        threshold: Minimum cosine, in the sentence encoder, of the new prompt and the user's; -1 for any.
+        sentence_encoder: Folder or hub id of a sentence-transformers model; None for the text encoder of the CLIP that scores.
+        clip: Folder or hub id of the CLIP that scores; None for the one that goes with the backbone.
         **kwargs: See `PromptMethod`.
     """
 
@@ -166,27 +165,27 @@ class DPODiff(PromptMethod):
         self.plan(0)  # refuses schedules
 
     def _check(self) -> None:
-        """Refuses settings that make no search."""
+        """Refuse values out of range."""
         if not -1 <= self.threshold <= 1:
-            raise UserError(f"The threshold {self.threshold:g} is no cosine; give --model.threshold in [-1, 1].")
+            raise UserError(f"--model.threshold must be between -1 and 1, got {self.threshold:g}.")
         if not 0 <= self.gradient_share <= 1:
-            raise UserError(f"The share {self.gradient_share:g} is no part; give --model.gradient_share in [0, 1].")
+            raise UserError(f"--model.gradient_share must be between 0 and 1, got {self.gradient_share:g}.")
         if not 0 <= self.mutation <= 1:
-            raise UserError(f"The chance {self.mutation:g} is none; give --model.mutation in [0, 1].")
+            raise UserError(f"--model.mutation must be between 0 and 1, got {self.mutation:g}.")
         if self.unchanged is not None and not 0 < self.unchanged < 1:
-            raise UserError(f"The chance {self.unchanged:g} is none; give --model.unchanged in (0, 1).")
+            raise UserError(f"--model.unchanged must be above 0 and below 1, got {self.unchanged:g}.")
         if min(self.temperature) <= 0:
-            raise UserError(f"Temperatures are positive, not {list(self.temperature)}; change --model.temperature.")
+            raise UserError(f"--model.temperature must be positive, got {list(self.temperature)}.")
         if self.solver in ("evolution", "hybrid") and self.budget < self.population:
             raise UserError(
-                f"A budget of {self.budget} generations does not evaluate a population of {self.population}; raise --model.budget "
-                "or lower --model.population."
+                f"--model.budget must be at least --model.population, got {self.budget} and {self.population}; raise it or lower the "
+                "population."
             )
 
-    # --- the wave
+    # --- the batch
 
     def plan(self, seed: int) -> list[int]:
-        """Calls of the denoiser before those that pass a gradient on, a step; as many steps as the gradient's share pays for."""
+        """Return the denoiser calls before the gradient, for each step that the share of the budget pays for."""
         if seed not in self._plans:
             self._plans[seed] = self._planned(seed)
         return self._plans[seed]
@@ -211,11 +210,11 @@ class DPODiff(PromptMethod):
 
     @property
     def steps(self) -> int:
-        """Steps that a search takes at most: each learns or evaluates a candidate."""
+        """The most steps that a search takes: each learns, or evaluates at least one candidate."""
         return len(self.plan(self.data.seed)) + int(self.budget)
 
     def set_rows(self, problems: list[Problem]) -> None:
-        """Makes problems the wave, with the words that can be chosen for them, and remembers what an earlier process has paid for."""
+        """Set the problems of the batch, their words, and the candidates that an earlier run evaluated."""
         for key in {problem.key for problem in problems} - self._paid.keys():
             newest = self.data.folder.read(key)
             self._paid[key] = _losses(DPODiffResult.of(newest).candidates) if newest else {}
@@ -225,23 +224,23 @@ class DPODiff(PromptMethod):
         self.noise = self.draw_noise(problems, SEARCH, self.seeds)
 
     def evict(self, problem: Problem) -> None:
-        """Forgets what is remembered of a problem that has left the wave."""
+        """Forget what is cached for a problem that left the batch."""
         super().evict(problem)
         self._paid.pop(problem.key, None)
         self._spaces.pop(problem.target, None)
 
     @property
     def identities(self) -> list[dict[str, Any]]:
-        """What makes two problems of one prompt: of each problem its settings."""
+        """The settings that are part of the keys of a prompt's problems, one dictionary per problem."""
         return [{"task": self.task}]
 
     def check(self, prompt: str) -> None:
-        """Refuses prompts without words to choose, and those with a token that the text encoder has no embedding for."""
+        """Refuse a prompt without words to replace, or with a token that the text encoder has no embedding for."""
         self.vocabulary.token_lists([prompt])
         self.space(prompt)
 
     def space(self, prompt: str) -> Space:
-        """The words that can be chosen for a prompt; a UserError where there are none."""
+        """Return the words that can replace those of a prompt; a UserError if there are none."""
         if prompt not in self._spaces:
             self._spaces[prompt] = keeping(self.sources.space(prompt), self.meaning, self.threshold)
         return self._spaces[prompt]
@@ -251,15 +250,15 @@ class DPODiff(PromptMethod):
         return DPODiffResult.of(self.batch[row].record)
 
     def init_params(self, rows: Tensor) -> Tensor:
-        """The persons' prompts."""
+        """Return the logits of the users' prompts."""
         return self.prompt.start(self.unchanged)[rows].to(self.device)
 
     def best_params(self, row: int) -> Tensor:
-        """The person's prompt, as logits do not say what has been found."""
+        """Return the logits of the user's prompt, since no logits belong to the best one."""
         return self.prompt.start(self.unchanged)[row].to(self.device)
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """One step of the gradient, or the evaluation of a population."""
+        """Take a gradient step, or evaluate a population."""
         first, losses, learning = len(self.plan(self.data.seed)), list[Tensor](), list[Tensor]()
         for step, some in by_step(batch, rows):
             if step < first:
@@ -279,7 +278,7 @@ class DPODiff(PromptMethod):
     # --- the shortcut text gradient
 
     def shortcut(self, rows: Tensor, step: int) -> Tensor:
-        """Losses (Q,) of the mixtures of words that the problems `rows` (Q,) draw at a step, at predicted clean pictures."""
+        """Compute losses (Q,) of relaxed prompts, at clean images predicted after a part of the denoiser calls (section 3.3)."""
         plan, (warm, cold) = self.plan(self.data.seed), self.temperature
         before, done = plan[step], step / max(1, len(plan) - 1)
         sides = self.prompt(rows, self.gumbel(rows, step), warm ** (1 - done) * cold**done)
@@ -295,16 +294,16 @@ class DPODiff(PromptMethod):
         return self.shortcut_loss(rows, told, away, calls)
 
     def descend(self, loss: Tensor, rows: Tensor) -> None:
-        """Moves the logits of the problems `rows` (Q,) down the gradient of their losses (Q,)."""
+        """Step the logits of the problems `rows` (Q,) on their losses (Q,)."""
         self.step_active(loss, rows, clip=0.025)
         with torch.no_grad():
-            # What stands in a slot may begin outside the range [0, 3] of the released code, and is let stay where it began.
+            # The first word of a slot may start outside of the released code's range [0, 3], and may then stay there.
             begun = self.prompt.start(self.unchanged)
             most = begun[:, :, :1].clamp(min=3)
             self.prompt.logits.copy_(self.prompt.logits.maximum(begun.clamp(max=0)).minimum(most))
 
     def shortcut_loss(self, rows: Tensor, told: Tensor, away: Tensor, calls: int) -> Tensor:
-        """What is minimised, (Q,), at the clean pictures that are predicted after so many calls of the denoiser."""
+        """Compute losses (Q,) at the clean images predicted after `calls` denoiser calls."""
         noise, wanted = self.noise[rows].flatten(0, 1), self.wanted[rows].repeat_interleave(self.seeds, 0)
         losses, _ = self.sampler.sample_and_score(
             repeat(told, self.seeds), repeat(away, self.seeds), noise,
@@ -313,18 +312,18 @@ class DPODiff(PromptMethod):
         return losses.view(len(rows), self.seeds).mean(1)
 
     def loss(self, pictures: Tensor, wanted: Tensor) -> Tensor:
-        """What is minimised, (B,): the distances of pictures (B, 3, H, W) from features (B, E); those of an attack negative."""
+        """Compute losses (B,): the distances of images (B, 3, H, W) from features (B, E), negative for an attack."""
         distance = self.distance(self.clip.features(pictures), wanted)
         return distance if self.task == "improve" else -distance
 
     def distance(self, features: Tensor, wanted: Tensor) -> Tensor:
-        """How far features (..., E) of pictures are from those of texts, (...)."""
+        """Compute the distances (...) of features (..., E) of images and texts."""
         return (
             spherical_distance(features, wanted) if self.objective == "spherical" else 1 - (features * wanted).sum(-1)
         )
 
     def gumbel(self, rows: Tensor, step: int, tries: int = 0) -> Tensor:
-        """Standard Gumbel noise (Q, S, W) at a step's address, the same for a word whatever the other problems' words are."""
+        """Draw Gumbel noise (Q, S, W), a function of the seed, the problem and the step, whatever the other problems' words are."""
         noise = torch.zeros(len(rows), *self.prompt.logits.shape[1:])
         for q, row in enumerate(rows.tolist()):
             draw = generator(self.data.seed, f"{self.batch[row].record.key}/gumbel", step, tries)
@@ -336,7 +335,7 @@ class DPODiff(PromptMethod):
     # --- candidates
 
     def propose(self, row: int, step: int, first: int) -> list[Choice]:
-        """Candidates that a problem has not evaluated yet, as many as a population has and the budget still pays for."""
+        """Return new candidates of a problem, up to a population and to what is left of the budget."""
         problem, space = self.batch[row].record, self.prompt.spaces[row]
         result = DPODiffResult.of(problem)
         count = min(int(self.population), int(self.budget - (result.budget or 0) + 1e-6))
@@ -363,13 +362,13 @@ class DPODiff(PromptMethod):
         return list(chosen.values())[:count]
 
     def learned(self, row: int, step: int, attempt: int, mode: bool = False) -> Choice:
-        """A draw from the softmax of a problem's logits, or its mode."""
+        """Draw from the softmax of a problem's logits, or return its mode."""
         rows = torch.tensor([row])
         noise = self.gumbel(rows, step, attempt) * (not mode)
         return tuple(self.prompt.perturbed(rows, noise)[0].argmax(1)[: len(self.prompt.spaces[row].slots)].tolist())
 
     def child(self, parents: Sequence[Choice], space: Space, draw: torch.Generator, mutant: bool) -> Choice:
-        """A mutant of one parent, each word drawn anew with a small chance, or a uniform crossover of two."""
+        """Mutate one parent, each word with a small probability, or cross two parents uniformly."""
         one, other = (parents[i] for i in torch.randperm(len(parents), generator=draw)[:2].tolist())
         if mutant:
             other = uniform(space, draw)
@@ -378,23 +377,23 @@ class DPODiff(PromptMethod):
         return tuple(b if change else a for a, b, change in zip(one, other, changed, strict=True))
 
     def allowed(self, problem: Problem, choices: dict[tuple[str, str], Choice]) -> dict[tuple[str, str], Choice]:
-        """The candidates that keep the meaning."""
+        """Return the candidates that keep the meaning."""
         kept = self.meaning.kept(problem.target, [prompt for prompt, _ in choices], self.threshold)
         return {texts: choice for (texts, choice), keeps in zip(choices.items(), kept, strict=True) if keeps}
 
     @torch.no_grad()
     def try_candidates(self, wanted: Sequence[tuple[int, Choice]], cost: float = 1) -> None:
-        """Draws and judges candidates of problems, all in one batch, and keeps what is best.
+        """Evaluate candidates of several problems in one batch, and keep the best.
 
-        None is drawn again if an earlier process has judged them all. If it was killed while it wrote that down, all are drawn, so
-        that the calls are those of a search that was not interrupted.
+        If an earlier run evaluated all of them, its losses are used. If it was killed while it saved them, all are evaluated again,
+        so that the calls are those of an uninterrupted search.
         """
         texts = [self.prompt.spaces[row].texts(choice) for row, choice in wanted]
         paid = [self._paid[self.batch[row].record.key] for row, _ in wanted]
         judged = all(pair in losses for pair, losses in zip(texts, paid, strict=True))
         new = range(0 if judged else len(wanted))
         rows = torch.tensor([wanted[i][0] for i in new], dtype=torch.long)
-        with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
+        with self.trainer.precision_plugin.forward_context():  # also before the first step, to be comparable
             losses = self.evaluate([texts[i] for i in new], self.noise[rows], self.wanted[rows]).tolist()
         for i, values in zip(new, losses, strict=True):
             paid[i][texts[i]] = values
@@ -406,7 +405,7 @@ class DPODiff(PromptMethod):
             self.data.folder.save_or_warn(self.batch[row].record)
 
     def keep(self, row: int, choice: Choice, texts: tuple[str, str], losses: list[float]) -> None:
-        """Adds an evaluated candidate to a problem, as its best if it is."""
+        """Add an evaluated candidate to a problem's result, and make it the best if it is."""
         problem, (prompt, negative), mean = self.batch[row].record, texts, sum(losses) / len(losses)
         result = DPODiffResult.of(problem)
         spent = result.budget or 0.0
@@ -421,7 +420,7 @@ class DPODiff(PromptMethod):
             self._better.append(problem)
 
     def evaluate(self, texts: Sequence[tuple[str, str]], noise: Tensor, wanted: Tensor) -> Tensor:
-        """Losses (B, N) of B pairs of a prompt and a negative prompt, drawn from noise (B, N, C, h, w)."""
+        """Compute losses (B, N) of B pairs of a prompt and a negative prompt, on noise (B, N, C, h, w)."""
         if not texts:
             return noise.new_zeros(0, noise.shape[1])
         count = noise.shape[1]
@@ -434,14 +433,14 @@ class DPODiff(PromptMethod):
         return losses.view(len(texts), count)
 
     def spend(self, row: int, generations: float) -> None:
-        """Adds to what a problem's search has cost."""
+        """Add to the generations that a problem spent."""
         result = self.result(row)
         result.budget = (result.budget or 0) + generations
 
     # --- results
 
     def score(self, rows: Tensor) -> list[Problem]:
-        """Judges the persons' prompts before the first step; afterwards says which problems have got better."""
+        """Evaluate the users' prompts before the first step; later return the problems that improved."""
         new = [row for row in rows.tolist() if self.result(row).loss_before is None]
         if new:  # the persons' own prompts are free
             self.try_candidates([(row, (0,) * len(self.prompt.spaces[row].slots)) for row in new], cost=0)
@@ -453,25 +452,25 @@ class DPODiff(PromptMethod):
         return better
 
     def finish_done(self, rows: Tensor) -> None:
-        """Takes out of the wave what has spent its budget."""
+        """Finish the problems that spent their budget."""
         for row in rows.tolist():
             if (self.result(row).budget or 0) + 1 > self.budget + 1e-6:
                 self.batch[row].stale = int(self.patience)
         super().finish_done(rows)
 
     def validation_losses(self, problems: list[Problem]) -> Tensor:
-        """The losses of the found prompts, drawn again from the seeds of the search."""
+        """Recompute the losses of the best prompts on the seeds of the search."""
         pairs = [(str(problem.prompt), problem.negative_prompt or "") for problem in problems]
         wanted = self.clip.features_of([problem.target for problem in problems])
         return self.evaluate(pairs, self.draw_noise(problems, SEARCH, self.seeds), wanted).mean(1)
 
     def preview(self, problems: list[Problem]) -> Image.Image:
-        """What the persons' prompts draw above what the found ones draw, from the seeds of the search."""
+        """Return the images of the users' prompts above those of the best ones, from the seeds of the search."""
         drawn = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
         return before_and_after(*drawn, [problem.shown for problem in problems])
 
     def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (P, N, 3, H, W) of the persons' prompts, and of the found ones, from noise (P, N, C, h, w)."""
+        """Draw images (P, N, 3, H, W) of the users' prompts and of the best ones from noise (P, N, C, h, w)."""
         count = noise.shape[1]
         originals, prompts, negatives = (
             [text for text in texts for _ in range(count)]
@@ -482,7 +481,7 @@ class DPODiff(PromptMethod):
 
     @torch.no_grad()
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
-        """Judges the found prompts on fresh seeds, also by the held-out CLIP."""
+        """Score the best prompts on fresh seeds, also by the held-out CLIP."""
         drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
         scores.compare(self, problems, *drawn)
         wanted = self.clip.features_of([problem.target for problem in problems]).unsqueeze(1)  # (P, 1, E)
@@ -495,26 +494,26 @@ class DPODiff(PromptMethod):
             result.similarity = float(self.meaning(problem.target, [str(problem.prompt)]))
 
     def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
-        """What the found prompts draw below what the persons' draw."""
+        """Write the grid."""
         atomic_write(folder.grid, to_png(self.preview(problems[:SHOWN])))
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """RMSprop with momentum, as in the released code."""
+        """Return RMSprop with momentum, as in the released code."""
         return torch.optim.RMSprop([self.prompt.logits], lr=self.lr, alpha=0.99, eps=1e-8, momentum=0.5)
 
 
 def _losses(candidates: Sequence[Candidate]) -> dict[tuple[str, str], list[float]]:
-    """By texts."""
+    """Return the losses of candidates by their texts."""
     return {(one["prompt"], one["negative_prompt"]): one["losses"] for one in candidates}
 
 
 def calls_before_gradient(schedule: str, step: int, draw: torch.Generator) -> int:
-    """Calls of the denoiser before those that pass a gradient on, at a step of the search.
+    """Return the denoiser calls before the gradient at a step.
 
     Args:
         schedule: `step-a-b`, `rand-a-b` with a < b, or `fix-a`.
-        step: Number of the step, from 0.
-        draw: Decides `rand-a-b`.
+        step: Index of the step.
+        draw: Generator for `rand-a-b`.
 
     Raises:
         UserError: The schedule is none of these.
@@ -527,15 +526,15 @@ def calls_before_gradient(schedule: str, step: int, draw: torch.Generator) -> in
         return int(first) + step // int(second)
     if kind == "rand" and second and int(first) < int(second):
         return int(torch.randint(int(first), int(second), (), generator=draw))
-    raise UserError(f"The schedule {schedule!r} is unknown; give --model.schedule step-15-2, rand-15-25 or fix-20.")
+    raise UserError(f"--model.schedule must be like step-15-2, rand-15-25 or fix-20, got {schedule!r}.")
 
 
 def linear_plan(calls: int, grad_steps: int, share: float) -> list[int]:
-    """Plan calls of the denoiser before those that pass a gradient on: from 30% to 50% of a sampler's calls, on a line.
+    """Plan the denoiser calls before the gradient: from 30% to 50% of a sampler's calls, on a line.
 
     Args:
         calls: Calls of the sampler.
-        grad_steps: Calls that pass a gradient on, which cost twice.
+        grad_steps: Denoiser calls that propagate a gradient, which cost twice.
         share: Generations that the steps may cost together; a generation is `calls` calls.
 
     Returns:
@@ -560,5 +559,5 @@ def linear_plan(calls: int, grad_steps: int, share: float) -> list[int]:
 
 
 def uniform(space: Space, draw: torch.Generator) -> Choice:
-    """A choice in which every word of a slot has the same chance."""
+    """Draw a word of each slot uniformly."""
     return tuple(int(torch.randint(len(slot.words), (), generator=draw)) for slot in space.slots)

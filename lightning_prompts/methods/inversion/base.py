@@ -1,4 +1,4 @@
-"""What the inverters share: P pictures, a prompt of tokens for each, and the score that decides what is best."""
+"""The base class of methods that find a prompt for images: the losses, and the one definition of best."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ from lightning_prompts.unused import refuse_unused
 log = logging.getLogger(__name__)
 
 REGENERATIONS = 4
-SHOWN = 24  # problems in the grid and in the word maps
+SHOWN = 24  # problems in the grid and the word maps
 
 
 class Found(NamedTuple):
-    """A prompt that was found, by its tokens or, where it is no text, by its embeddings (M, D)."""
+    """A decoded prompt: its text and tokens or, for methods that find no text, its embeddings (M, D)."""
 
     prompt: str
     token_ids: list[int] | None
     embedding: list[list[float]] | None
-    sound: bool = True  # what is read again is what was written down, and allowed
+    sound: bool = True  # whether its text encodes to the same tokens and has no blocked word
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """What Q problems are denoised from: latents (Q, N, C, h, w), timesteps (Q, N) and noise (Q, N, C, h, w).
+    """The samples of a step of Q problems: latents (Q, N, C, h, w), timesteps (Q, N) and noise (Q, N, C, h, w).
 
-    With pictures to lead away from, their latents (Q, N, C, h, w) are seen at the same timesteps through the same noise.
+    Latents (Q, N, C, h, w) of negative images, if there are any, get the same timesteps and noise.
     """
 
     latents: Tensor
@@ -72,39 +72,39 @@ class Samples:
     negative: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> Samples:
-        """Selects problems, as rows of a tensor."""
+        """Select problems, as rows of a tensor."""
         negative = None if self.negative is None else self.negative[rows]
         return Samples(self.latents[rows], self.timesteps[rows], self.noise[rows], negative)
 
 
 class Inverter(PromptMethod):
-    """Searches for each of P pictures the prompt that makes the model draw it.
+    """Find, for each target image, the prompt that makes the model generate it.
 
     Args:
-        tokens: M, length of the prompt in tokens.
-        template: Fixed words around the prompt, with `{}` where it goes.
-        blocked: Words, or parts of words, that must not appear.
-        words: The only words that may be used.
-        start: What the search starts from: `random` tokens, the best `clip_words`, the folder of a run, whatever its method, that
-            has prompts for these pictures, the file of an embedding in any usual layout, or a text.
-        allow_pickle: Read this file also if it is a pickle, as far as it holds tensors and nothing else.
-        denoising_weight: Weight of the denoising loss in what is minimised.
-        negative_weight: Weight of the denoising loss of `--data.negative_images` against that of the target's.
-        clip_weight: Weight of one minus the CLIP's cosine of prompt and pictures in what is minimised. Methods that move embeddings
-            need a CLIP with the vocabulary that is searched; GCG's candidates are also compared by a CLIP that reads their text.
+        tokens: Length M of the prompt, in tokens.
+        template: Fixed words around the prompt, with `{}` in its place.
+        blocked: Words, or parts of words, that the prompt must not have.
+        words: The only words that the prompt may have.
+        start: The initial prompt: `random` tokens, the best `clip_words`, the folder of a run of any method that has prompts for these
+            images, an embedding file in any common layout, or a text.
+        allow_pickle: Read this file even if it is a pickle; only tensors are loaded.
+        denoising_weight: Weight of the denoising loss.
+        negative_weight: Weight of the denoising loss of `--data.negative_images`, relative to that of the target.
+        clip_weight: Weight of one minus the cosine of prompt and images in CLIP. Methods that move embeddings need a CLIP with the
+            searched vocabulary; GCG's candidates can be compared by any CLIP, which reads their text.
         clip: Folder or hub id of this CLIP; None for the one that goes with the backbone.
-        trial_weight: Weight in the validation loss of one minus the CLIP's cosine of the targets and pictures that the prompt
-            draws; 0 for none.
-        trial_pictures: Pictures that are drawn at each scoring.
-        trial_steps: Denoising steps of these; None for as many as the model draws with by default, at most 10.
+        trial_weight: Weight, in the validation loss, of one minus the cosine in CLIP of the target and images that the prompt
+            generates; 0 for none.
+        trial_pictures: Images to generate at each scoring.
+        trial_steps: Denoising steps of these images; None for the model's default, at most 10.
         **kwargs: See `PromptMethod`.
     """
 
     prompt: TokenEmbeddings
     data_class = ImagesToPrompts
     result_class = InversionResult
-    moves_embeddings: ClassVar[bool] = True  # down the gradient of the whole loss, the CLIP's term included
-    latents: list[Tensor]  # of each problem's pictures, (I, C, h, w)
+    moves_embeddings: ClassVar[bool] = True  # whether it needs the gradient of the whole loss, the CLIP's term included
+    latents: list[Tensor]  # of the images of each problem, (I, C, h, w)
 
     def __init__(
         self,
@@ -125,11 +125,9 @@ class Inverter(PromptMethod):
         **kwargs: Any,
     ) -> None:
         if not denoising_weight and not clip_weight:
-            raise UserError("There is nothing to minimise; raise --model.denoising_weight or --model.clip_weight.")
+            raise UserError("Both loss weights are 0; set --model.denoising_weight or --model.clip_weight above 0.")
         if contains_blocked(template.replace("{}", " "), tuple(blocked)):
-            raise UserError(
-                f"The template {template!r} holds a blocked word; change --model.template or --model.blocked."
-            )
+            raise UserError(f"--model.template has a blocked word, got {template!r}; change it or --model.blocked.")
         super().__init__(**kwargs)
         if clip_weight and self.vocabulary.towers[0].kind != "clip":
             self._check_clip_weight(clip or clip_of(self.backbone), denoising_weight)
@@ -158,28 +156,28 @@ class Inverter(PromptMethod):
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """How pictures are drawn, also those of scoring; see `PromptMethod.drawing`."""
+        """How images are drawn, including those of scoring; see `PromptMethod.drawing`."""
         return {**super().drawing, **({"trial_steps": self.trial_steps} if self.trial_weight else {})}
 
-    # --- where the search starts
+    # --- initial prompts
 
     def set_rows(self, problems: list[Problem]) -> None:
-        """Makes problems the wave and encodes their pictures."""
+        """Set the problems of the batch and encode their images."""
         super().set_rows(problems)
         self.latents = [latents.to(self.device) for latents in self.data.latents(self.backbone, problems)]
 
     def evict(self, problem: Problem) -> None:
-        """Forgets what is remembered of a problem that has left the wave."""
+        """Forget what is cached for a problem that left the batch."""
         super().evict(problem)
         self._features.pop(problem.key, None)
 
     def random_tokens(self, rows: Tensor, step: int | Sequence[int]) -> Tensor:
-        """Allowed tokens (Q, M) for the problems `rows` (Q,), each drawn at a step's address."""
+        """Draw allowed tokens (Q, M) for the problems `rows` (Q,), a function of the seed, the problem and the step."""
         keys = [self.batch[row].record.key for row in rows.tolist()]
         return random_tokens(self.prompt, keys, self.data.seed, step)
 
     def init_params(self, rows: Tensor) -> Tensor:
-        """What P problems start from, (P, M, D); a shorter prompt of another run is filled up with random tokens."""
+        """Return the initial embeddings (Q, M, D); random tokens complete a shorter prompt of another run."""
         problems = [self.batch[row].record for row in rows.tolist()]
         if self.given is not None:
             return self.given.to(self.device).repeat(len(rows), 1, 1)
@@ -193,19 +191,19 @@ class Inverter(PromptMethod):
         return embeddings
 
     def best_params(self, row: int) -> Tensor:
-        """The embeddings (M, D) of the best prompt so far."""
+        """Return the embeddings (M, D) of the best prompt so far."""
         problem = self.batch[row].record
         return self.embedded(problem) if problem.prompt else self.init_params(torch.tensor([row]))[0]
 
     def clip_words(self, rows: Tensor, beams: int = 1) -> Tensor:
-        """The words (Q, M) that the CLIP finds most similar to the pictures of each of the problems `rows` (Q,)."""
+        """Return the tokens (Q, M) that are most similar to the images of the problems `rows` (Q,) in CLIP."""
         clip, features = self.clip, self.features(rows)
         if self._words is None:
             self._words = word_features(clip, self.prompt, self.clip_reads_text)
         return best_words(clip, self.prompt, features, beams, words=self._words)
 
     def embedded(self, record: Problem) -> Tensor:
-        """The embeddings (M, D) of what was found for a problem."""
+        """Return the embeddings (M, D) of a problem's best prompt."""
         if record.embedding is not None:
             return torch.tensor(record.embedding, device=self.device)
         return self.prompt.table[torch.tensor(record.token_ids, device=self.device)].float()
@@ -213,14 +211,14 @@ class Inverter(PromptMethod):
     # --- losses
 
     def samples(self, rows: Tensor, batch: Step) -> Samples:
-        """Latents, timesteps and noise of a step of the problems `rows` (Q,); several pictures of one subject take turns."""
+        """Return the samples of a step of the problems `rows` (Q,); several images of a problem take turns."""
         timesteps = self.to_device(batch.timesteps[rows])
         keys, count = [self.batch[row].record.key for row in rows.tolist()], timesteps.shape[1]
         steps = [batch.steps[row] for row in rows.tolist()]
         noise = draw_noise(self.data.seed, keys, steps, count, self.backbone.latent_shape, self.device)
 
         def turns(pictures: Sequence[Tensor]) -> Tensor:
-            """Of each problem's pictures (I, C, h, w) those of its step, (Q, N, C, h, w)."""
+            """Return the images (Q, N, C, h, w) of each problem's step, out of its (I, C, h, w)."""
             seen = [
                 some[self.to_device(picture_turns(max(step, 0), count, len(some)))]
                 for some, step in zip(pictures, steps, strict=True)
@@ -241,14 +239,14 @@ class Inverter(PromptMethod):
         texts: Sequence[str] | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """Compute what is minimised for the problems `rows` (Q,): the weighted objectives on a step's samples, (Q,).
+        """Compute the weighted sum (Q,) of the objectives on the samples of a step.
 
         Args:
-            rows: Numbers of the problems, (Q,).
+            rows: Rows of the problems, (Q,).
             ids: Token ids of their prompts, (Q, L).
-            embeddings: What stands in place of the tokens' embeddings, (Q, L, D).
+            embeddings: Embeddings in place of the tokens', (Q, L, D).
             samples: The step's samples.
-            texts: What is read by text encoders that are not searched, Q texts; None for the text of the tokens.
+            texts: Q texts for the text encoders that are not searched; None for the text of the tokens.
             chunk: Prompts per call of the text encoders; None for all.
         """
         chunk = chunk or max(len(ids), 1)
@@ -266,7 +264,7 @@ class Inverter(PromptMethod):
         return torch.stack(list(terms.values())).sum(0)
 
     def clip_loss(self, rows: Tensor, ids: Tensor, embeddings: Tensor) -> Tensor:
-        """One minus the CLIP's cosine of prompts (Q, L) and pictures, (Q,); without a gradient where the CLIP reads text."""
+        """Compute one minus the cosine (Q,) of prompts (Q, L) and images in CLIP; without a gradient if the CLIP reads text."""
         clip, features = self.clip, self.features(rows)
         if self.clip_differentiable:
             return cast("Tensor", clip(ids, self.vocabulary.of_width(embeddings, clip.width), features))
@@ -274,7 +272,7 @@ class Inverter(PromptMethod):
         return 1 - (prompt_features(clip, self.prompt, token_ids, self.clip_reads_text) * features).sum(1)
 
     def denoising_loss(self, rows: Tensor, told: Tensor, samples: Samples) -> Tensor:
-        """Denoising losses (Q,) of Q encoded prompts (Q, R, D), less those of the pictures to lead away from."""
+        """Compute the denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones of the negative images."""
         passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
         self.add_cost(rows, passes)
         loss: Tensor = self.denoising(self.backbone, told, samples.latents, samples.timesteps, samples.noise)
@@ -286,11 +284,11 @@ class Inverter(PromptMethod):
 
     @property
     def uses_clip(self) -> bool:
-        """Whether the search goes by a CLIP: in its loss, in the choice of the best prompt or for its start."""
+        """Whether the search uses a CLIP: in the loss, in the choice of the best prompt, or for the initial one."""
         return bool(self.clip_weight or self.trial_weight) or self.start == "clip_words"
 
     def setup(self, stage: str) -> None:
-        """See `PromptMethod.setup`; loads the CLIP that the search goes by, so that what is wrong with it is told before."""
+        """See `PromptMethod.setup`; load the CLIP of the search before it starts, so that errors come early."""
         super().setup(stage)
         if stage == "fit":
             self.clips()
@@ -301,7 +299,7 @@ class Inverter(PromptMethod):
 
     @property
     def clip(self) -> ClipSimilarity:
-        """The CLIP that searches, loaded when it is first needed."""
+        """The CLIP of the search, loaded on first use."""
         if self._clip is None:
             clip = ClipSimilarity(self._clip_name, self.offline)
             self.clip_reads_text = not reads_tokens(clip, self.prompt)
@@ -309,8 +307,8 @@ class Inverter(PromptMethod):
             if self.clip_weight and not self.clip_differentiable:
                 self._check_clip_weight(self._clip_name, self.denoising_weight)
                 log.info(
-                    "The CLIP %r has no embeddings of the searched tokens: its term of the loss decides between candidates, and the "
-                    "gradient that proposes them is that of the denoising loss alone.",
+                    "The CLIP %r has no embeddings for the searched tokens: its loss compares candidates, and only the denoising loss "
+                    "has a gradient that proposes them.",
                     self._clip_name,
                 )
             self._clip = clip.to(self.device)
@@ -335,11 +333,11 @@ class Inverter(PromptMethod):
         )
 
     def features(self, rows: Tensor) -> Tensor:
-        """Mean features (Q, E) of the pictures of the problems `rows` (Q,) in this CLIP."""
+        """Return the mean image features (Q, E) of the problems `rows` (Q,) in the search's CLIP."""
         return torch.stack([self.features_of(self.batch[row].record) for row in rows.tolist()])
 
     def features_of(self, problem: Problem) -> Tensor:
-        """Mean features (E,) of a problem's pictures in this CLIP, computed once."""
+        """Return the mean image features (E,) of a problem in the search's CLIP, computed once."""
         if problem.key not in self._features:
             (pictures,) = self.data.pictures([problem])
             self._features[problem.key] = self.clip.features(pictures).mean(0)
@@ -347,7 +345,7 @@ class Inverter(PromptMethod):
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, told: Tensor) -> Tensor:
-        """The one definition of best: losses (Q,) of prompts as a person would paste them, on noise that never trains."""
+        """Compute the validation losses (Q,) of encoded texts (Q, R, D), on noise that no gradient sees: what is lowest is best."""
         timesteps = validation_timesteps(self.data.validation_samples, *self.data.timesteps)
         everyone = len(self.batch.records)
         samples = self.samples(rows, Step([VALIDATION] * everyone, timesteps.expand(everyone, -1)))
@@ -355,7 +353,7 @@ class Inverter(PromptMethod):
         return loss + self.trial_weight * self.trial_loss(rows, told) if self.trial_weight else loss
 
     def trial_loss(self, rows: Tensor, told: Tensor) -> Tensor:
-        """One minus the CLIP's mean cosine of the targets and a few pictures that Q prompts draw, (Q,) in [0, 2]."""
+        """Compute one minus the cosine (Q,) in CLIP, in [0, 2], of the targets and a few images that Q prompts generate."""
         count, keys = self.trial_pictures, [self.batch[row].record.key for row in rows.tolist()]
         noise = draw_noise(self.data.seed, keys, TRIAL, count, self.backbone.latent_shape, self.device).flatten(0, 1)
         told, away = repeat(told, count), self.encode([""], negative=True)
@@ -371,10 +369,10 @@ class Inverter(PromptMethod):
 
     @torch.no_grad()
     def score(self, rows: Tensor) -> list[Problem]:
-        """Scores the nearest tokens of the problems `rows` (Q,) and keeps what is best.
+        """Score the decoded prompts of the problems `rows` (Q,) and keep the best.
 
         Returns:
-            The problems that now have a better prompt.
+            The problems whose prompt improved.
         """
         found, told = self.decode(rows)
         losses, better = self.broadcast(self.evaluate(rows, told)).tolist(), []
@@ -387,12 +385,12 @@ class Inverter(PromptMethod):
         return better
 
     def decode(self, rows: Tensor) -> tuple[list[Found], Tensor]:
-        """What the search has come to for the problems `rows` (Q,), written down and read again: the nearest tokens' text."""
+        """Decode the problems `rows` (Q,) to the text of the nearest tokens, and encode this text again, to (Q, R, D)."""
         found = self.written(self.prompt.project()[rows.to(self.device)].cpu())
         return found, self.encode([candidate.prompt for candidate in found])
 
     def written(self, token_ids: Tensor) -> list[Found]:
-        """Prompts of tokens (Q, M) as text in the template, and whether they are sound."""
+        """Decode tokens (Q, M) to prompts in the template."""
         texts, survives = round_trip(self.vocabulary.tokenizer, token_ids)
         texts = [fill_template(self.template, text) for text in texts]
         sound = [
@@ -401,19 +399,19 @@ class Inverter(PromptMethod):
         return [Found(text, ids, None, ok) for text, ids, ok in zip(texts, token_ids.tolist(), sound, strict=True)]
 
     def preview(self, problems: list[Problem]) -> Image.Image:
-        """The targets above a picture from each prompt."""
+        """Return a grid of the targets above an image of each prompt."""
         return grid([several[0] for several in self.data.pictures(problems)], regenerate(self, problems, 1), problems)
 
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
-        """Draws four pictures from each prompt and scores them."""
+        """Generate four images from each prompt and score them."""
         drawn = regenerate(self, problems, REGENERATIONS)
         scores.measure(self, problems, drawn)
         for problem, pictures in zip(problems, drawn, strict=True):
-            if problem.index < SHOWN:  # for whoever makes the grid
+            if problem.index < SHOWN:  # for the grid
                 self.data.folder.save_drawn(problem.key, to_png(to_image(torch.cat([*pictures], dim=2))))
 
     def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
-        """The grid, and where the words act."""
+        """Write the grid and the word maps."""
         targets = [several[0] for several in self.data.pictures(problems)]
         drawn = torch.stack([self._pictures_of(problem) for problem in problems])
         atomic_write(folder.grid, to_png(grid(targets, drawn, problems)))
@@ -425,24 +423,24 @@ class Inverter(PromptMethod):
             log_images(self.trainer.loggers, "words", [words])
 
     def _pictures_of(self, problem: Problem) -> Tensor:
-        """What a problem's prompt has drawn, (4, 3, H, W) in [-1, 1], in 8 bits."""
+        """Return the images (4, 3, H, W) in [-1, 1] of a problem's prompt, from their file if there is one."""
         try:
             drawn = pil_to_tensor(Image.open(self.data.folder.drawn_of(problem.key)))
-        except OSError:  # it has not been measured, or the file could not be written
+        except OSError:  # not scored yet, or the file could not be written
             return regenerate(self, [problem], REGENERATIONS)[0]
         return torch.stack(drawn.chunk(REGENERATIONS, dim=2)) / 127.5 - 1
 
     def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
-        """The embeddings of the prompts."""
+        """Write the embeddings of the prompts."""
         tensors = {problem.key: self.embedded(problem).float().cpu().contiguous() for problem in problems}
         prompts = {problem.key: str(problem.prompt) for problem in problems}
         atomic_write(folder.embedding, save(tensors, {"format": "pt", "backbone": self.backbone.name, **prompts}))
 
     def validation_losses(self, problems: list[Problem]) -> Tensor:
-        """The validation losses of the decoded prompts."""
+        """Recompute the validation losses of the best prompts."""
         self.batch.rows = [Row(problem) for problem in problems]
         self.set_rows(problems)
-        with torch.autocast(self.device.type, enabled=False):  # as `fit` has scored
+        with torch.autocast(self.device.type, enabled=False):  # as `fit` did
             return self.evaluate(
                 torch.arange(len(problems)), self.encode([str(problem.prompt) for problem in problems])
             )

@@ -1,4 +1,4 @@
-"""What every inverter has to beat: random tokens, and words that a CLIP chooses."""
+"""Baselines for inversion: random tokens, and words chosen by a CLIP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_prompts.types import Positive
 
 
 class RandomTokens(Inverter):
-    """New random tokens at each step, of which the best by validation loss are kept.
+    """Draw new random tokens at each step, and keep the best by validation loss.
 
     Args:
         **kwargs: See `Inverter`.
@@ -22,26 +22,26 @@ class RandomTokens(Inverter):
     moves_embeddings = False
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(denoising_weight=1.0, clip_weight=0.0, **kwargs)  # there is no loss to minimize, only scores
+        super().__init__(denoising_weight=1.0, clip_weight=0.0, **kwargs)  # no loss, only scores
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """Draws."""
+        """Draw new tokens."""
         drawn = self.random_tokens(rows, [batch.steps[row] for row in rows.tolist()])
         self.prompt.embeddings.data[rows.to(self.device)] = self.prompt.table[drawn].float()
 
 
 class ClipWords(Inverter):
-    """The words that the CLIP finds most similar to the pictures, added one after the other; one step, without the denoiser.
+    """Add one word after the other that is most similar to the images in CLIP; one step, without the denoiser.
 
     Args:
-        beams: Prompts that are kept at each length; 1 is greedy.
+        beams: Prompts to keep at each length; 1 is greedy.
         **kwargs: See `Inverter`.
     """
 
     moves_embeddings = False
 
     def __init__(self, *, beams: Positive = 1, **kwargs: Any) -> None:
-        # There is no loss to minimize, and no prompt to start from.
+        # There is no loss and no initial prompt.
         super().__init__(denoising_weight=1.0, clip_weight=0.0, start="random", allow_pickle=False, **kwargs)
         self.beams = beams
 
@@ -51,7 +51,7 @@ class ClipWords(Inverter):
         return True
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """Finds all words; they are the result, also where the random tokens of the start have a lower validation loss."""
+        """Find all words. They are the result even if the initial random tokens have a lower validation loss."""
         new = torch.tensor([row for row in rows.tolist() if batch.steps[row] == 0], dtype=torch.long)
         if len(new):
             self.prompt.embeddings.data[new.to(self.device)] = self.prompt.table[

@@ -22,17 +22,16 @@ TRIES = 20  # draws of as many candidates as are wanted, before a step makes do 
 class GCG(Inverter):
     """Swaps of tokens that the gradient proposes and the exact loss decides (algorithm 1 of the paper).
 
-    The gradient with respect to the one-hot tokens says, to first order, what each token at each place would change. Of the
-    `topk` most promising at each place, `candidates` prompts with `swaps` random exchanges are drawn. All candidates of all
-    problems are evaluated together, each once, on the noise of the gradient; the best one is taken if it is better than the prompt
-    before.
+    The gradient with respect to the one-hot tokens estimates, to first order, how each token at each position would change the loss.
+    Of the `topk` best tokens per position, `candidates` prompts with `swaps` random replacements are drawn. All candidates of all
+    problems are evaluated together, each once, on the noise of the gradient. The best one is accepted if it improves the loss.
 
     Args:
-        candidates: B, prompts that are evaluated at each step.
-        topk: Tokens at each place that are proposed.
-        swaps: Places that a candidate changes.
-        screen: With more than 1, so many times the candidates are drawn, and those that the CLIP finds most similar to the
-            pictures are evaluated; a text costs it little beside the denoiser's samples.
+        candidates: Prompts B to evaluate at each step.
+        topk: Tokens to propose per position.
+        swaps: Positions that a candidate changes.
+        screen: If above 1, draw this many times the candidates and evaluate those that are most similar to the images in CLIP, whose
+            text encoder costs little beside the denoiser.
         **kwargs: See `Inverter`.
     """
 
@@ -50,8 +49,7 @@ class GCG(Inverter):
         super().__init__(**kwargs)
         if not 1 <= swaps <= len(self.prompt.positions):
             raise UserError(
-                f"{swaps} swaps were asked for in a prompt of {len(self.prompt.positions)} tokens; "
-                "give --model.swaps from 1 to the number of tokens."
+                f"--model.swaps must be at most the {len(self.prompt.positions)} tokens of the prompt, got {swaps}."
             )
         self.candidates, self.topk, self.swaps, self.screen = candidates, topk, swaps, screen
 

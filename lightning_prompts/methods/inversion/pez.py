@@ -15,7 +15,7 @@ from lightning_prompts.types import Rate
 
 
 class PEZ(Inverter):
-    """Gradients at the nearest tokens' embeddings, applied to the continuous ones (algorithm 1 of the paper).
+    """Take gradients at the embeddings of the nearest tokens, and apply them to continuous ones (algorithm 1 of the paper).
 
     The denoising loss is the paper's Stable Diffusion variant; its main one, the cosine of prompt and pictures, is
     `denoising_weight=0, clip_weight=1`.
@@ -23,7 +23,7 @@ class PEZ(Inverter):
     Args:
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
-        metric: Distance by which embeddings are replaced with tokens.
+        metric: Distance that decides which token is nearest.
         **kwargs: See `Inverter`.
     """
 
@@ -33,12 +33,12 @@ class PEZ(Inverter):
         self.lr, self.weight_decay = float(lr), weight_decay
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """One AdamW step."""
+        """Take an AdamW step."""
         ids, embeddings = self.prompt(self.to_device(rows), straight_through=True)
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
         self.step_active(loss, rows)
         self.log_step(batch, rows, loss=loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, as the released code."""
+        """Return AdamW, as in the released code."""
         return BatchedAdam([self.prompt.embeddings], lr=self.lr, weight_decay=self.weight_decay)

@@ -20,26 +20,25 @@ from lightning_prompts.unused import refuse_unused
 
 
 class PH2P(Inverter):
-    """Quasi-Newton steps on the denoising loss at noisy timesteps, with projection after each step.
+    """Optimize token embeddings on the denoising loss at noisy timesteps with L-BFGS, and decode their nearest tokens.
 
-    The noise is fixed within a step and drawn anew for the next one: L-BFGS compares gradients of one function. The closures
-    of a step evaluate the continuous embeddings; fed with gradients at the nearest tokens, as the released code's hook does,
-    the gradient is piecewise constant and there is no curvature to find.
+    The noise is fixed within a step and changes between steps, since L-BFGS compares gradients of one function. Gradients are taken at
+    the continuous embeddings. At the nearest tokens, as in the released code, the gradient is piecewise constant and has no curvature.
 
     Args:
-        metric: Distance by which embeddings are replaced with tokens.
-        optimizer: `lbfgs` (the paper's), or `adam` or `sgd`: many small steps, each of one iteration on new noise (docs/ph2p.md).
-        lr: Step size.
+        metric: Distance that decides which token is nearest.
+        optimizer: The paper's `lbfgs`, or `adam` or `sgd` for many small steps on new noise each (docs/ph2p.md).
+        lr: Learning rate.
         max_iter: Iterations of L-BFGS per step; each costs one evaluation of all samples.
         history_size: Curvature pairs that L-BFGS keeps.
-        line_search: `strong_wolfe` or None, of L-BFGS.
-        max_step_norm: Cap on how far one iteration of L-BFGS moves a prompt.
-        projection: `delayed` (after each step), `immediate` (straight through, within the closure) or `final` (scored only).
-        continue_from: After a delayed projection go on from the `continuous` embeddings, which finds more, or from the
-            `projected` ones; the paper's text admits both readings (docs/ph2p.md has the figures).
-        project_every: Steps between projections that go on from the projected embeddings.
-        restart_every: Steps after which the search begins again at the best prompt with half of its tokens drawn anew, as
-            gradients alone do not leave a prompt that is nearly right; 0 for never, as in the paper.
+        line_search: Line search of L-BFGS, `strong_wolfe` or None.
+        max_step_norm: Largest distance that one iteration of L-BFGS moves a prompt; None for any.
+        projection: When embeddings are replaced with those of their nearest tokens: `final` for scoring only, which finds the most;
+            `delayed` after every `project_every` steps too; `immediate` in every evaluation, straight through. The paper's text can be
+            read as `final` or as `delayed` (docs/ph2p.md has the figures).
+        project_every: Steps between delayed projections.
+        restart_every: Steps between restarts from the best prompt with half of its tokens replaced by random ones, since gradients
+            alone do not leave a prompt that is almost right; 0 for none, as in the paper.
         **kwargs: See `Inverter`.
     """
 
@@ -53,8 +52,7 @@ class PH2P(Inverter):
         history_size: Positive = 10,
         line_search: Literal["strong_wolfe"] | None = None,
         max_step_norm: float | None = None,
-        projection: Literal["delayed", "immediate", "final"] = "delayed",
-        continue_from: Literal["projected", "continuous"] = "continuous",
+        projection: Literal["final", "delayed", "immediate"] = "final",
         project_every: Positive = 1,
         restart_every: NotNegative = 0,
         **kwargs: Any,
@@ -66,9 +64,7 @@ class PH2P(Inverter):
                         "max_step_norm": max_step_norm}  # fmt: skip
             refuse_unused(PH2P, f"with --model.optimizer {optimizer}", of_lbfgs)
         if projection != "delayed":
-            refuse_unused(PH2P, f"with --model.projection {projection}", {"continue_from": continue_from})
-        if projection != "delayed" or continue_from != "projected":
-            refuse_unused(PH2P, "unless --model.continue_from is projected", {"project_every": project_every})
+            refuse_unused(PH2P, f"with --model.projection {projection}", {"project_every": project_every})
         self.optimizer, self.lr = optimizer, float(lr)
         self.settings: dict[str, Any] = {
             "lr": self.lr,
@@ -77,18 +73,17 @@ class PH2P(Inverter):
             "line_search_fn": line_search,
             "max_step_norm": max_step_norm,
         }
-        self.projection, self.continue_from = projection, continue_from
-        self.project_every, self.restart_every = project_every, restart_every
+        self.projection, self.project_every, self.restart_every = projection, project_every, restart_every
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Projection comes after what is no number has been taken out, and before scoring."""
+        """See `PromptMethod.configure_callbacks`; projection comes after the guard and before scoring."""
         callbacks = super().configure_callbacks()
-        if self.projection == "delayed" and self.continue_from == "projected":
+        if self.projection == "delayed":
             callbacks.insert(1, VocabularyProjection(self.project_every))
         return callbacks
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """One step on this step's noise: up to `max_iter` iterations of L-BFGS, or one of Adam or SGD."""
+        """Take up to `max_iter` iterations of L-BFGS, or one of Adam or SGD, on this step's noise."""
         if self.restart_every:
             self._restart(
                 [row for row in rows.tolist() if batch.steps[row] and batch.steps[row] % self.restart_every == 0]
@@ -103,7 +98,7 @@ class PH2P(Inverter):
             everyone[rows] = True
 
             def losses() -> Tensor:
-                """Losses (P,), of which those of the problems that the optimiser needs are computed."""
+                """Compute the losses (P,) that the optimizer needs; the others are 0."""
                 among = optimizer.optimizer.needed.cpu()[rows].nonzero().squeeze(1)
                 some = self.losses(rows[among], samples[among], texts and [texts[i] for i in among.tolist()])
                 return some.new_zeros(len(everyone)).index_put((rows[among].to(self.device),), some)
@@ -112,22 +107,21 @@ class PH2P(Inverter):
         self.log_step(batch, rows, loss=loss)
 
     def losses(self, rows: Tensor, samples: Samples, texts: Sequence[str] | None = None) -> Tensor:
-        """Losses (Q,) of the problems `rows` (Q,), with the texts that encoders read which are not searched."""
+        """Compute losses (Q,) of the problems `rows` (Q,), given texts for the encoders that are not searched."""
         ids, embeddings = self.prompt(self.to_device(rows), straight_through=self.projection == "immediate")
         return self.loss(rows, ids, embeddings, samples, texts)
 
     def nearest_texts(self, rows: Tensor) -> list[str] | None:
-        """The nearest tokens' texts at the beginning of a step, for encoders that are not searched; None where there are none.
+        """Return the texts of the nearest tokens for the encoders that are not searched; None without such encoders.
 
-        Free embeddings spell no text. That of their nearest tokens is what is scored, and stays the same within a step, whose
-        losses have to be those of one function.
+        They are fixed within a step, whose losses must be those of one function.
         """
         if not self.backbone.others or self.projection == "immediate":
             return None
         return self.prompt.texts(self.prompt.nearest(self.to_device(rows)))
 
     def _restart(self, rows: list[int]) -> None:
-        """Begins again at the best prompts, half of whose tokens are drawn anew."""
+        """Restart from the best prompts, with half of their tokens replaced by random ones."""
         if not rows:
             return
         steps = [self.batch[row].steps for row in rows]
@@ -142,7 +136,7 @@ class PH2P(Inverter):
         self.reset_rows(torch.tensor(rows), self.prompt.table[drawn].float())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Batched L-BFGS, one curvature history a problem, Adam or SGD."""
+        """Return batched L-BFGS, with one curvature history per problem, Adam or SGD."""
         if self.optimizer == "adam":
             return BatchedAdam([self.prompt.embeddings], lr=self.lr)
         if self.optimizer == "sgd":

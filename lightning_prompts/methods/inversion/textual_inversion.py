@@ -1,4 +1,4 @@
-"""Textual inversion (arXiv 2208.01618): a picture to a new pseudo-word, which is no text but says more than text can."""
+"""Textual inversion (arXiv 2208.01618): embeddings for a new pseudo-word that describes the images."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
 
 
 class TextualInversion(Inverter):
-    """Adam on the denoising loss of free embeddings, which are never projected.
+    """Optimize free embeddings on the denoising loss with AdamW, without projecting them.
 
-    The prompt of a problem holds a pseudo-word in angle brackets that stands for its M embeddings; they are in the record, in
-    `embedding.safetensors`, and, for other tools, in a file of their own in `embeddings/`. In `test` and `predict` pseudo-words of the run may stand in any text, several in one.
+    The prompt of a problem has a pseudo-word in angle brackets for its M embeddings. They are in the record, in
+    `embedding.safetensors` and, for other tools, in a file of their own in `embeddings/`. In `test` and `predict`, any text may have
+    pseudo-words of the run.
 
-    A text encoder that is not searched, such as the CLIP of FLUX, always reads the pseudo-word itself as text: during the search,
-    when it is scored and when it is drawn. That is what diffusers gives it after `load_textual_inversion` into the others.
+    A text encoder that is not searched, such as the CLIP of FLUX, always reads the pseudo-word as text: during the search, in scoring
+    and in generated images, as in diffusers after `load_textual_inversion` into the other encoders.
 
     Args:
         lr: Learning rate of AdamW.
@@ -44,14 +45,14 @@ class TextualInversion(Inverter):
         self.lr, self.weight_decay = float(lr), weight_decay
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """One AdamW step."""
+        """Take an AdamW step."""
         ids, embeddings = self.prompt(self.to_device(rows))
         loss = self.loss(rows, ids, embeddings, self.samples(rows, batch), self.texts(rows))
         self.step_active(loss, rows)
         self.log_step(batch, rows, loss=loss)
 
     def decode(self, rows: Tensor) -> tuple[list[Found], Tensor]:
-        """The embeddings as they are, under their pseudo-words."""
+        """Return the pseudo-words with their embeddings, and the encoded prompts (Q, R, D)."""
         texts = self.texts(rows)
         ids, embeddings = self.prompt(rows.to(self.device))
         told = self.backbone.encode(ids, embeddings, texts=texts)
@@ -63,7 +64,7 @@ class TextualInversion(Inverter):
         return [fill_template(self.template, pseudo_word(self.batch[row].record)) for row in rows.tolist()]
 
     def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
-        """Encoded prompts (P, R, D) of texts in which pseudo-words of this run stand for what was found."""
+        """Encode texts, which may have pseudo-words of this run, to (P, R, D)."""
         return torch.cat([self._encode(text, negative) for text in texts])
 
     def _encode(self, text: str, negative: bool) -> Tensor:
@@ -82,17 +83,17 @@ class TextualInversion(Inverter):
         return self.backbone.encode(ids[None], embeddings[None], texts=[text], negative=negative)
 
     def _record(self, word: str) -> Problem:
-        """What a pseudo-word stands for."""
+        """Return the record of a pseudo-word."""
         begun, folder = word[-9:-1], self.data.folder
         files = [file.stem for file in folder.problems.glob(f"{begun}*.json")]
         for problem in (*self.batch.records, *map(folder.read, files)):
             if problem and problem.embedding and pseudo_word(problem) == word:
                 return problem
         known = [pseudo_word(problem) for problem in islice(folder.found(), 5)]
-        raise UserError(f"This run knows no {word}; it has {', '.join(known) or 'found nothing yet'}.")
+        raise UserError(f"This run has no pseudo-word {word}; it has {', '.join(known) or 'none yet'}.")
 
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
-        """As other inverters, and a file a problem that diffusers, AUTOMATIC1111 and ComfyUI read."""
+        """Score the prompts, and write a file per problem that diffusers, AUTOMATIC1111 and ComfyUI read."""
         super().final_evaluation(problems, scores)
         for problem in problems:
             word = pseudo_word(problem)
@@ -100,11 +101,11 @@ class TextualInversion(Inverter):
             self.data.folder.write(self.data.folder.embeddings / f"{word[1:-1]}.safetensors", content)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, as the released code."""
+        """Return AdamW, as in the released code."""
         return BatchedAdam([self.prompt.embeddings], lr=self.lr, weight_decay=self.weight_decay)
 
 
 def pseudo_word(problem: Problem) -> str:
-    """What stands for a problem's embeddings in a text, such as `<fox-3fa9c01d>`."""
+    """Return the pseudo-word of a problem's embeddings, such as `<fox-3fa9c01d>`."""
     name = re.sub(r"[^a-z0-9]+", "-", Path(problem.target).stem.lower()).strip("-") or "picture"
     return f"<{name}-{problem.key[:8]}>"

@@ -1,4 +1,4 @@
-"""What methods that move encoded prompts share (arXiv 2308.12059): where they start, what is best, and its files."""
+"""The base class of methods that move encoded prompts (arXiv 2308.12059)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SHOWN = 12  # problems in the grid
 
 
 class Steering(PromptMethod):
-    """Moves what the text encoder says of P prompts, and not the prompts' words.
+    """Change the encoded prompts and not their words.
 
     Args:
-        unconditional: Move what the denoiser is led away from, too, which begins as the encoded empty text.
-        pooled: Move the pooled vector, too, in families that have one.
-        start: What the search starts from instead of the encoded prompt: the folder of a run that has found embeddings, whatever its
-            method, or a file of encoded prompts. Those of the same prompt are taken, or the only ones.
-        seeds: N, pictures of a prompt that the search looks at.
+        unconditional: Move `negative_prompt_embeds` too, which start as the encoded empty text.
+        pooled: Move the pooled vector too, in families that have one.
+        start: The initial embeddings in place of the encoded prompt: the folder of a run that found embeddings, or a file of encoded
+            prompts. The ones of the same prompt are used, or the only ones.
+        seeds: Images N per prompt that the search uses.
         steps: Steps of the search.
         **kwargs: See `PromptMethod`.
     """
@@ -44,7 +44,7 @@ class Steering(PromptMethod):
     data_class = Prompts
     result_class = SteeringResult
     draws = True
-    higher_is_better: bool  # of the metric
+    higher_is_better: bool  # whether a higher metric is better
 
     def __init__(
         self,
@@ -58,36 +58,32 @@ class Steering(PromptMethod):
     ) -> None:
         super().__init__(**kwargs)
         if unconditional:
-            self.sampler.check_guided("nothing is led away from", "give --model.unconditional false")
+            self.sampler.check_guided("negative prompts have no effect", "give --model.unconditional false")
         if pooled and not self.backbone.pooled_width:
-            raise UserError(
-                f"The model {self.backbone.name!r} has no pooled vector to move; give --model.pooled false."
-            )
+            raise UserError(f"The model {self.backbone.name!r} has no pooled vector; give --model.pooled false.")
         self.unconditional, self.pooled, self.seeds, self.steps = unconditional, pooled, seeds, steps
-        self.started = (
-            self._started(Path(start)) if start else {}
-        )  # encoded prompts (S, R, D) by what a person has written
-        self.prompt = PromptEmbeds(self.moving)  # what trains, unless a method says otherwise
+        self.started = self._started(Path(start)) if start else {}  # encoded prompts (S, R, D) by text
+        self.prompt = PromptEmbeds(self.moving)  # unless a subclass replaces it
 
-    # --- the wave
+    # --- the batch
 
     @property
     def identities(self) -> list[dict[str, Any]]:
-        """What makes two problems of one prompt: of each problem its settings."""
+        """The settings that are part of the keys of a prompt's problems, one dictionary per problem."""
         moved = {"pooled": True} if self.pooled else {}
         return [{"method": type(self).__name__, "unconditional": self.unconditional, **moved}]
 
     def check(self, prompt: str) -> None:
-        """Refuses prompts that the text encoder would cut off."""
+        """Refuse a prompt that the text encoder would truncate."""
         self.vocabulary.encode_text([prompt])
 
     def moving(self, embeds: Tensor) -> Tensor:
-        """Which rows of encoded prompts (..., R, D) are moved, (R,)."""
+        """Return the rows (R,) of encoded prompts (..., R, D) that move."""
         return self.backbone.moving(embeds, self.pooled)
 
     @torch.no_grad()
     def set_rows(self, problems: list[Problem]) -> None:
-        """Makes problems the wave."""
+        """Set the problems of the batch."""
         super().set_rows(problems)
         self.prompt.show(self.initial(problems))
         self.noise = self.draw_noise(problems, SEARCH, self.seeds)
@@ -95,17 +91,17 @@ class Steering(PromptMethod):
             row.best = initial.clone() if row.best is None else row.best
 
     def initial(self, problems: Sequence[Problem]) -> Tensor:
-        """What P problems start from, (P, S, R, D); each is encoded alone, so that it does not depend on the batch."""
+        """Encode the prompts of P problems to (P, S, R, D), each alone so that the result does not depend on the batch."""
         told = torch.cat([self.encode([problem.target]) for problem in problems])
         away = self.encode([""], negative=True).expand_as(told)
         return torch.stack([told, away] if self.unconditional else [told], dim=1).float()
 
     def init_params(self, rows: Tensor) -> Tensor:
-        """The rows that move of the encoded prompts, or of those of an earlier search."""
+        """Return the moving rows of the encoded prompts, or of those that `start` names."""
         return self.prompt.start(self.beginnings(rows))
 
     def best_params(self, row: int) -> Tensor:
-        """The best embeddings so far."""
+        """Return the moving rows of the best embeddings so far."""
         return self.prompt.start(self.best_embeds(row)[None])[0]
 
     def best_embeds(self, row: int) -> Tensor:
@@ -115,7 +111,7 @@ class Steering(PromptMethod):
         return best
 
     def beginnings(self, rows: Tensor) -> Tensor:
-        """Where the search for the problems `rows` (Q,) begins: encoded prompts (Q, S, R, D)."""
+        """Return the initial encoded prompts (Q, S, R, D) of the problems `rows` (Q,)."""
         initial = self.prompt.initial[rows.to(self.device)]
         if not self.started:
             return initial
@@ -126,14 +122,14 @@ class Steering(PromptMethod):
             found = self.started.get(problem.target, only)
             if found is None:
                 raise UserError(
-                    f"The embeddings to start from are of other prompts than {problem.target!r}; give --model.start another file or run."
+                    f"--model.start has no embeddings of the prompt {problem.target!r}; give another file or run."
                 )
-            sides = min(len(found), len(embeds))  # what is led away from may be given or wanted alone
+            sides = min(len(found), len(embeds))  # one of them may lack the negative prompt
             embeds[:sides] = found[:sides]
         return initial
 
     def _started(self, start: Path) -> dict[str, Tensor]:
-        """Reads encoded prompts by what a person has written."""
+        """Read encoded prompts, by the text of the prompts."""
         file = RunFolder(start).prompt_embeds if start.is_dir() else start
         if not file.is_file():
             raise UserError(
@@ -147,21 +143,21 @@ class Steering(PromptMethod):
 
     @abstractmethod
     def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """What is measured of pictures (B, 3, H, W) in [-1, 1] of B problems: values (B,) by name, if anything is."""
+        """Measure images (B, 3, H, W) in [-1, 1] of B problems: values (B,) by name; may be empty."""
 
     @abstractmethod
     def metric(self, values: dict[str, Tensor]) -> Tensor:
-        """The one number of these that the search improves, in its own direction."""
+        """Combine values by name to the metric that the search improves."""
 
     def loss(self, values: dict[str, Tensor]) -> Tensor:
-        """What is minimised, of values by name."""
+        """Combine values by name to the loss."""
         metric = self.metric(values)
         return -metric if self.higher_is_better else metric
 
     def evaluate(
         self, embeds: Tensor, noise: Tensor, problems: Sequence[Problem], grad_steps: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (Q, N), and values (Q, N) by name, of what encoded prompts (Q, S, R, D) draw from noise (Q, N, C, h, w)."""
+        """Compute losses (Q, N), and values (Q, N) by name, of the images of encoded prompts (Q, S, R, D) from noise (Q, N, C, h, w)."""
         count = noise.shape[1]
         prompt_embeds, negative_prompt_embeds = self.sampler.split(embeds, count)
 
@@ -176,12 +172,12 @@ class Steering(PromptMethod):
 
     @torch.no_grad()
     def score(self, rows: Tensor) -> list[Problem]:
-        """Measures the embeddings of the problems `rows` (Q,) on the seeds of the search and keeps what is best.
+        """Score the embeddings of the problems `rows` (Q,) on the seeds of the search and keep the best.
 
-        At first it measures what the text encoder says of the person's prompt, wherever the search starts.
+        The first call scores the encoded prompt of the user, wherever the search starts.
 
         Returns:
-            The problems that now have better ones.
+            The problems whose embeddings improved.
         """
         better: list[Problem] = []
         problems = [self.batch[row].record for row in rows.tolist()]
@@ -189,7 +185,7 @@ class Steering(PromptMethod):
         first = torch.tensor([result.metric_before is None for result in results], device=self.device)
         on_device = rows.to(self.device)
         embeds = self.prompt(on_device).where(~first.view(-1, 1, 1, 1), self.prompt.initial[on_device])
-        with self.trainer.precision_plugin.forward_context():  # also before the first step, so that all compare
+        with self.trainer.precision_plugin.forward_context():  # also before the first step, to be comparable
             losses, values = self.evaluate(embeds, self.noise[rows], problems)
         self.add_cost(rows, self.seeds * self.sampler.cost())
         metrics = self.metric(values)
@@ -206,18 +202,18 @@ class Steering(PromptMethod):
         return better
 
     def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
-        """Whether embeddings of which this is measured, by seed, may be a problem's best."""
+        """Return whether embeddings with these values, by seed, may become a problem's best."""
         return True
 
     # --- results
 
     def file(self, problems: Sequence[Problem], embeds: Tensor) -> bytes:
-        """The content of a safetensors file with encoded prompts (P, S, R, D) of P problems."""
+        """Return the content of a safetensors file with encoded prompts (P, S, R, D)."""
         by_key = dict(zip((problem.key for problem in problems), embeds, strict=True))
         return pack_prompt_embeds(by_key, [problem.target for problem in problems], self.backbone)
 
     def best_embeds_of(self, problems: Sequence[Problem]) -> Tensor:
-        """The best encoded prompts (P, S, R, D) of P problems: the wave's, or as they are on disk."""
+        """Return the best encoded prompts (P, S, R, D), from the batch or from disk."""
         shape, here = self.encode([""]).shape[1:], [problem.key for problem in self.batch.records]
         return torch.stack([self._best_embeds(problem.key, here, shape) for problem in problems]).to(self.device)
 
@@ -227,26 +223,26 @@ class Steering(PromptMethod):
         return read_prompt_embeds(self.data.folder.embeds_of(key), self.backbone, shape)[key].to(self.device)
 
     def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (P, N, 3, H, W) of the persons' prompts, and of the found embeddings, from noise (P, N, C, h, w)."""
+        """Draw images (P, N, 3, H, W) of the users' prompts and of the best embeddings from noise (P, N, C, h, w)."""
         return self.sampler.draw_embeds(self.initial(problems), noise), self.sampler.draw_embeds(
             self.best_embeds_of(problems), noise
         )
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
-        """Pictures (N, 3, H, W) of a problem's embeddings; see `PromptMethod.draw_found`."""
+        """Draw images (N, 3, H, W) of a problem's best embeddings; see `PromptMethod.draw_found`."""
         embeds = self.best_embeds_of([problem])
         if negative:
             embeds = torch.stack([embeds[:, 0], self.encode([negative], negative=True).to(embeds)], dim=1)
         return self.sampler.draw_embeds(embeds, noise[None])[0]
 
     def preview(self, problems: list[Problem]) -> Image.Image:
-        """What the persons' prompts draw above what the found embeddings draw, from the seeds of the search."""
+        """Return the images of the users' prompts above those of the best embeddings, from the seeds of the search."""
         drawn = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
         return before_and_after(*drawn, [problem.target for problem in problems])
 
     @torch.no_grad()
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
-        """Measures the found embeddings on fresh seeds, also by the held-out CLIP."""
+        """Score the best embeddings on fresh seeds, also by the held-out CLIP."""
         drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
         scores.compare(self, problems, *drawn)
         before, after = (self.values_of(pictures, problems) for pictures in drawn)
@@ -260,15 +256,15 @@ class Steering(PromptMethod):
             )
 
     def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
-        """The grid."""
+        """Write the grid."""
         atomic_write(folder.grid, to_png(self.preview(problems[:SHOWN])))
 
     def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
-        """The encoded prompts."""
+        """Write the encoded prompts."""
         atomic_write(folder.prompt_embeds, self.file(problems, self.best_embeds_of(problems)))
 
     def values_of(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """Values (P, N) by name of pictures (P, N, 3, H, W)."""
+        """Compute values (P, N) by name of images (P, N, 3, H, W)."""
         flat, whose = pictures.flatten(0, 1), [problem for problem in problems for _ in range(pictures.shape[1])]
         values = self.microbatch.map(
             len(flat), lambda some: self.values(flat[some].to(self.device), [whose[i] for i in some.tolist()])
@@ -276,14 +272,14 @@ class Steering(PromptMethod):
         return {name: value.view(pictures.shape[:2]) for name, value in values.items()}
 
     def validation_losses(self, problems: list[Problem]) -> Tensor:
-        """The metrics of the found embeddings, drawn again from the seeds of the search."""
+        """Recompute the metrics of the best embeddings on the seeds of the search."""
         _, values = self.evaluate(
             self.best_embeds_of(problems), self.draw_noise(problems, SEARCH, self.seeds), problems
         )
         return self.metric(values).mean(1)
 
     def on_train_start(self) -> None:
-        """Goes on with the wave that a checkpoint holds, and with its embeddings on disk."""
+        """Restore the batch of a checkpoint, and write its embeddings to disk."""
         resumed = self._resumed is not None
         super().on_train_start()
         for row, problem in enumerate(self.batch.records if resumed else ()):

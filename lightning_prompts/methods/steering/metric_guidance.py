@@ -22,24 +22,22 @@ from lightning_prompts.unused import refuse_unused
 
 
 class MetricGuidance(Steering):
-    """Moves an encoded prompt up the gradient of what its pictures are judged by.
+    """Move an encoded prompt up the gradient of a metric of its images.
 
-    The gradient comes through the decoder and the last calls of the denoiser.
+    The gradient goes through the decoder and the last denoiser calls.
 
     Args:
-        objective: What pictures are judged by: one of `Sharpness`, `Blurriness`, `Aesthetic`, `ClipText`, `ClipQuality`,
-            `Preference`, `Perceptual`, `LatentDistance`, or a list of them, whose weighted sum is improved.
-        watch: A further one that is not improved. Embeddings by which it is worse than the person's prompt are not kept, and a
-            problem is finished after `patience` such scorings.
-        watch_tolerance: By how much it may be worse.
-        grad_steps: Last calls of the denoiser that pass a gradient on. None: all of those models that draw in few, else 1 as in
-            the paper.
-        seeds_per_step: Pictures that a step looks at, in turns; None for all `seeds`.
+        objective: The metric to improve: one of `Sharpness`, `Blurriness`, `Aesthetic`, `ClipText`, `ClipQuality`, `Preference`,
+            `Perceptual`, `LatentDistance`, or a list of them, whose weighted sum improves.
+        watch: Another metric, which must not get worse: embeddings that lower it below the user's prompt are not kept, and a problem
+            is finished after `patience` such scorings.
+        watch_tolerance: By how much it may get worse.
+        grad_steps: The last denoiser calls that propagate a gradient. None: all with few-step models, else 1 as in the paper.
+        seeds_per_step: Images per step, taking turns; None for all `seeds`.
         optimizer: The paper's `adam_on_lion`, or `adam`, `adamw` or `sgd`.
-        lr: Step size.
-        eps: Added to the root of the second moment, by all but `sgd`.
-        shift_every: Steps after which the embeddings are moved to the mean and the standard deviation that they began with;
-            0 for never.
+        lr: Learning rate.
+        eps: Added to the square root of the second moment, by all but `sgd`.
+        shift_every: Steps after which the embeddings are shifted to their initial mean and standard deviation; 0 for never.
         **kwargs: See `Steering`.
     """
 
@@ -61,11 +59,11 @@ class MetricGuidance(Steering):
     ) -> None:
         objectives = [objective] if isinstance(objective, Objective) else objective
         if not objectives:
-            raise UserError("There is nothing to improve; give --model.objective, such as Sharpness.")
+            raise UserError("--model.objective must name at least one metric, such as Sharpness; got none.")
         super().__init__(**kwargs)
         if seeds_per_step and seeds_per_step > self.seeds:
             raise UserError(
-                f"A step cannot look at {seeds_per_step} of {self.seeds} seeds; lower --model.seeds_per_step or raise --model.seeds."
+                f"--model.seeds_per_step must be at most --model.seeds, got {seeds_per_step} and {self.seeds}."
             )
         if lr <= 0 or eps < 0:
             raise UserError("--model.lr must be above 0, and --model.eps 0 or more.")
@@ -74,7 +72,7 @@ class MetricGuidance(Steering):
         if watch is None:
             refuse_unused(MetricGuidance, "without --model.watch", {"watch_tolerance": watch_tolerance})
         self.objectives = torch.nn.ModuleDict()
-        self.signs: dict[str, float] = {}  # weights, of what is better lower negative
+        self.signs: dict[str, float] = {}  # weights, negative if lower is better
         for one in objectives:
             name = _free_name(one, self.signs)
             self.objectives[name], self.signs[name] = one, one.weight if one.higher_is_better else -one.weight
@@ -88,13 +86,13 @@ class MetricGuidance(Steering):
 
     @property
     def identities(self) -> list[dict[str, Any]]:
-        """What makes two problems of one prompt: of each problem its settings."""
+        """The settings that are part of the keys of a prompt's problems, one dictionary per problem."""
         return [{**settings, "objectives": list(self.objectives)} for settings in super().identities]
 
-    # --- what is improved
+    # --- the metric
 
     def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """Every objective's values (B,), and those of what is watched, of pictures (B, 3, H, W)."""
+        """Compute the values (B,) of all objectives, the watched one included, of images (B, 3, H, W)."""
         prompts = [problem.target for problem in problems]
         values = {name: objective(pictures, prompts) for name, objective in self.objectives.items()}
         if self.watch:
@@ -103,13 +101,13 @@ class MetricGuidance(Steering):
         return values
 
     def metric(self, values: dict[str, Tensor]) -> Tensor:
-        """An only objective's value, or the sum of several ones' weighted values, of which the better lower ones count negative."""
+        """Return the value of a single objective, or the weighted sum of several, in which lower-is-better ones are negative."""
         if len(self.objectives) == 1:
             return values[next(iter(self.objectives))]
         return self._gain(values)
 
     def loss(self, values: dict[str, Tensor]) -> Tensor:
-        """Minus the weighted gain."""
+        """Return the negative weighted sum."""
         return -self._gain(values)
 
     def _gain(self, values: dict[str, Tensor]) -> Tensor:
@@ -119,7 +117,7 @@ class MetricGuidance(Steering):
     # --- the search
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """One step down the gradient of this step's pictures."""
+        """Take an optimizer step on the loss of this step's images."""
         problems = [self.batch[row].record for row in rows.tolist()]
         count = int(self.seeds_per_step or self.seeds)
         number = torch.tensor([batch.steps[row] for row in rows.tolist()]).unsqueeze(1) * count + torch.arange(count)
@@ -136,7 +134,7 @@ class MetricGuidance(Steering):
         self.log_step(batch, rows, loss=losses, **values)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """What moves the embeddings."""
+        """Return the optimizer of the embeddings."""
         rows = [self.prompt.rows]
         if self.optimizer == "adam_on_lion":
             return AdamOnLion(rows, lr=self.lr, eps=self.eps)
@@ -144,10 +142,10 @@ class MetricGuidance(Steering):
             return torch.optim.SGD(rows, lr=self.lr)
         return BatchedAdam(rows, lr=self.lr, eps=self.eps, weight_decay=0.01 if self.optimizer == "adamw" else 0.0)
 
-    # --- what is watched
+    # --- the watched metric
 
     def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
-        """Whether the objective that is watched is no worse than at the beginning."""
+        """Return whether the watched objective is no worse than for the user's prompt, within the tolerance."""
         before = SteeringResult.of(problem).values_before
         if not self.watch or not before:
             return True

@@ -29,31 +29,29 @@ from lightning_prompts.unused import refuse_unused
 
 
 class SeedInvariance(Steering):
-    """Moves an encoded prompt until every seed draws the picture that the prompt draws from one seed, the target's.
+    """Move an encoded prompt until every seed gives the image that the prompt gives with one seed, the target seed.
 
-    The search goes through stages. In each it compares what is predicted after some calls of the denoiser, and brings other seeds
-    in gradually: the noise goes on an arc from the target's to theirs, all the way.
+    The search has stages. Each compares clean latents predicted after a number of denoiser calls, and blends in other seeds: the
+    noise moves on an arc from the target seed's to theirs.
 
-    The paper compares latents after 1, 2 and 3 calls, with a gradient through the last one. That hardly changes the pictures; what
-    changes them is the default: the finished pictures by a CLIP and by their pixels, with a gradient through all calls.
+    The paper compares latents after 1, 2 and 3 calls, with a gradient through the last one. This hardly changes the images. The
+    default does: it compares the finished images by a CLIP and by their pixels, with a gradient through all calls.
 
     Args:
-        target_seeds: Seeds, as those of `predict`, whose pictures are wanted; each is a problem of its own.
-        embedding: What trains: all `rows` of the encoded prompt, `one_row` that is repeated, or the place on the `arc` to another
-            prompt.
+        target_seeds: Seeds, as in `predict`, whose images are the targets; each is a problem of its own.
+        embedding: The parameters: all `rows` of the encoded prompt, `one_row` that is repeated, or the position on the `arc` to
+            another prompt.
         towards: The text at the other end of the arc.
-        compare: What is compared, by the cosine: `clip`, the features of the pictures by the CLIP that goes with the backbone, or
-            the `latents`.
+        compare: What to compare by cosine: `clip`, the features of the images in the CLIP that goes with the backbone, or `latents`.
         clip: Folder or hub id of another CLIP.
-        pixels: Weight, in [0, 1], of the cosine of the pictures themselves against that of their features.
-        stages: Calls of the denoiser after which each stage compares, at most as many stages as steps; None for a stage after all
-            calls.
-        grad_steps: How many of the last of these calls pass a gradient on; None for all.
-        ramp: Share of a stage in which the noise goes from the target's to the new seeds'; 1 in the paper.
-        seeds_per_step: New seeds that a step looks at; 3 in the paper.
+        pixels: Weight of the cosine of the images themselves against that of their features, from 0 to 1.
+        stages: Denoiser calls after which each stage compares, at most as many stages as steps; None for one stage after all calls.
+        grad_steps: The last of these calls that propagate a gradient; None for all.
+        ramp: Share of a stage in which the noise moves from the target seed's to the new ones'; 1 in the paper.
+        seeds_per_step: New seeds per step; 3 in the paper.
         weight: Scale of the loss, one minus the cosine.
-        lr: Step size of AdamOnLion. None: 0.01, or the paper's 0.1 on an arc.
-        eps: Added to the root of its second moment.
+        lr: Learning rate of AdamOnLion. None: 0.01, or the paper's 0.1 on an arc.
+        eps: Added to the square root of its second moment.
         steps: Steps of the search. None: 60, or the paper's 100 on an arc, which lead from one end to the other.
         **kwargs: See `Steering`.
     """
@@ -99,28 +97,31 @@ class SeedInvariance(Steering):
         self.grad_steps, self.ramp = int(grad_steps or calls), ramp
         if max(self.stages) > calls:
             raise UserError(
-                f"The stages {self.stages} go beyond the sampler's {calls} calls; change --model.stages or --model.sampling_steps."
+                f"--model.stages must be at most the sampler's {calls} denoiser calls, got {self.stages}; change it or "
+                "--model.sampling_steps."
             )
         if len(self.stages) > self.steps:
             raise UserError(
-                f"Each of the {len(self.stages)} stages takes a step at least, and there are {self.steps} steps; raise --model.steps or "
-                "shorten --model.stages."
+                f"--model.steps must be at least the number of --model.stages, got {self.steps} and {len(self.stages)}; raise it or "
+                "shorten the stages."
             )
         if not 0 <= pixels <= 1:
-            raise UserError(f"The weight of the pixels is a share from 0 to 1, not {pixels:g}; change --model.pixels.")
+            raise UserError(f"--model.pixels must be between 0 and 1, got {pixels:g}.")
         if not 0 <= ramp <= 1:
-            raise UserError(f"The ramp is a share of a stage from 0 to 1, not {ramp:g}; change --model.ramp.")
+            raise UserError(f"--model.ramp must be between 0 and 1, got {ramp:g}.")
         self.clip = None
         if compare == "clip":
             self.clip = ClipSimilarity(clip or clip_of(self.backbone), self.offline)
         if arc != (towards is not None):
             raise UserError(
-                "An arc leads to another prompt; give --model.embedding arc and --model.towards, or neither."
+                "--model.embedding arc and --model.towards, its other end, need each other; give both or neither."
             )
         if arc and self.started:
-            raise UserError("An arc begins at the prompt; leave out --model.start, or give --model.embedding rows.")
+            raise UserError(
+                "--model.embedding arc starts at the prompt; leave out --model.start or give --model.embedding rows."
+            )
         if arc and self.unconditional:
-            raise UserError("An arc moves what the denoiser is told alone; give --model.unconditional false.")
+            raise UserError("--model.embedding arc does not move negative prompts; give --model.unconditional false.")
         if arc:
             refuse_unused(
                 Steering,
@@ -133,12 +134,12 @@ class SeedInvariance(Steering):
 
     @property
     def identities(self) -> list[dict[str, Any]]:
-        """What makes two problems of one prompt: of each problem its settings."""
+        """The settings that are part of the keys of a prompt's problems, one dictionary per problem."""
         return [{**settings, "target_seed": seed} for settings in super().identities for seed in self.target_seeds]
 
     @torch.no_grad()
     def set_rows(self, problems: list[Problem]) -> None:
-        """Makes problems the wave, and finds what the targets of new ones look like after the calls of each stage."""
+        """Set the problems of the batch, and compute the targets of new ones for each stage."""
         super().set_rows(problems)
         if isinstance(self.prompt, PromptArc):
             self.prompt.other = self.encode([str(self.towards)])[:, None].float()
@@ -148,20 +149,20 @@ class SeedInvariance(Steering):
         def look(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return latents.flatten(1).sum(1), {"seen": self.compared(latents)}
 
-        for row in new:  # one by one: a search that goes on finds them in another batch
+        for row in new:  # one by one, since a resumed search has another batch
             embeds = self.sampler.split(self.prompt.initial[row : row + 1])
             for calls in set(self.stages):
                 _, found = self.sampler.sample_and_score(*embeds, self.starts[row : row + 1], look, calls=calls)
                 self._wanted.setdefault(problems[row].key, {})[calls] = found["seen"][0]
 
     def evict(self, problem: Problem) -> None:
-        """Forgets what is remembered of a problem that has left the wave."""
+        """Forget what is cached for a problem that left the batch."""
         super().evict(problem)
         self._wanted.pop(problem.key, None)
         self._pictures.pop(problem.key, None)
 
     def compared(self, latents: Tensor) -> Tensor:
-        """What is compared of clean latents (B, C, h, w): vectors (B, E)."""
+        """Return vectors (B, E) of clean latents (B, C, h, w) to compare by cosine."""
         if not self.clip:
             return latents.flatten(1)
         pictures = self.backbone.decode(latents)
@@ -170,12 +171,12 @@ class SeedInvariance(Steering):
         return torch.cat([math.sqrt(1 - self.pixels) * features, math.sqrt(self.pixels) * pixels], dim=1)
 
     def target_noise(self, problems: Sequence[Problem]) -> Tensor:
-        """Noise (P, C, h, w) of the seeds whose pictures are wanted."""
+        """Return the noise (P, C, h, w) of the target seeds."""
         seeds = [int(SeedInvarianceResult.of(problem).target_seed or 0) for problem in problems]
         return noise_of(seeds, self.backbone.latent_shape).to(self.device)
 
     def pictures(self, problems: Sequence[Problem]) -> Tensor:
-        """The wanted pictures (P, 3, H, W), each drawn once, and alone, so that it does not depend on the batch."""
+        """Return the target images (P, 3, H, W), each drawn once and alone so that it does not depend on the batch."""
         for problem in problems:
             if problem.key not in self._pictures:
                 drawn = self.sampler.draw_embeds(self.initial([problem]), self.target_noise([problem]).unsqueeze(1))
@@ -183,16 +184,16 @@ class SeedInvariance(Steering):
         return torch.stack([self._pictures[problem.key] for problem in problems])
 
     def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """Peak signal-to-noise ratio (B,), in dB, of pictures (B, 3, H, W) and the wanted ones; higher is nearer."""
+        """Compute the peak signal-to-noise ratio (B,), in dB, of images (B, 3, H, W) and the target images; higher is better."""
         error = (pictures - self.pictures(problems).to(pictures)).square().flatten(1).mean(1)
         return {"PSNR": 10 * torch.log10(4 / error.clamp(min=1e-10))}
 
     def metric(self, values: dict[str, Tensor]) -> Tensor:
-        """This ratio."""
+        """Return this ratio."""
         return values["PSNR"]
 
     def stage(self, step: int) -> tuple[int, float]:
-        """Calls of the denoiser that a step looks at, and how far its noise is on the way from the target's: 0 to 1, included."""
+        """Return the denoiser calls of a step, and the position of its noise on the arc from the target seed's, from 0 to 1."""
         stages, steps = len(self.stages), self.steps
         number = step * stages // steps
         begun, end = (
@@ -201,14 +202,14 @@ class SeedInvariance(Steering):
         return self.stages[number], min(1.0, (step - begun + 1) / max(1.0, self.ramp * (end - begun)))
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """One step towards the target's latents on new seeds."""
+        """Take a step towards the target on new seeds."""
         parts = [(some, self.distances(some, step)) for step, some in by_step(batch, rows)]
         losses = torch.cat([loss for _, loss in parts])
         self.step_active(losses, torch.cat([some for some, _ in parts]))
         self.log_step(batch, rows, loss=losses)
 
     def distances(self, rows: Tensor, step: int) -> Tensor:
-        """Losses (Q,) of the problems `rows` (Q,) at a step."""
+        """Compute losses (Q,) of the problems `rows` (Q,) at a step."""
         calls, value = self.stage(step)
         count, problems = int(self.seeds_per_step), [self.batch[row].record for row in rows.tolist()]
         others, on_device = self.draw_noise(problems, step, count), self.to_device(rows)  # (Q, N, C, h, w)
@@ -225,11 +226,11 @@ class SeedInvariance(Steering):
         return losses.view(-1, count).mean(1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The paper's."""
+        """Return the paper's optimizer."""
         return AdamOnLion([self.parameter], lr=self.lr, eps=self.eps)
 
     def preview(self, problems: list[Problem]) -> Image.Image:
-        """The wanted pictures; beside each what the prompt draws from other seeds, above what the found embeddings draw from them."""
+        """Return the target images, each beside the prompt's images on other seeds, above those of the best embeddings."""
         before, after = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
         columns: list[tuple[Tensor, ...]] = []
         for p, wanted in enumerate(self.pictures(problems)):
