@@ -1,4 +1,4 @@
-"""Keeping the best prompt, on disk from the first scoring on."""
+"""Keep the best prompt, on disk from the first scoring."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class BestPrompt(pl.Callback):
-    """Scores the decoded prompts, saves what got better, and lets finished problems go."""
+    """Score the prompts, save those that improved, and finish problems."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
-        """Scores prompts before their first step, and ends searches whose steps have become fewer since they began."""
+        """Score prompts before their first step, and finish problems that a resumed search with fewer steps has already exceeded."""
         self._keep(trainer, pl_module, pl_module.batch.where(lambda row: row.active and row.steps == 0))
         if len(over := pl_module.batch.where(lambda row: row.active and row.steps >= pl_module.data.steps)):
             self._keep(trainer, pl_module, over)
@@ -27,7 +27,7 @@ class BestPrompt(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Scores after every n-th step of a problem and after its last one."""
+        """Score after every n-th step of a problem and after its last one."""
         rows = pl_module.rows_to_score()
         self._keep(trainer, pl_module, rows)
         pl_module.finish_done(rows)

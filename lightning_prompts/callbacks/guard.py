@@ -1,4 +1,4 @@
-"""What to do when a prompt stops being a number."""
+"""Recover prompts that are no longer finite."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(pl.Callback):
-    """Takes problems that have stopped being numbers back to their best, from where they go on in steps half as long.
+    """Reset problems that are not finite to their best prompt, and halve their steps.
 
-    These are prompts without a nearest token, and those that had no finite gradient in any step. It looks when they are scored, as a
-    look makes the device wait.
+    These are prompts without a nearest token, and prompts whose gradient was not finite in any step since the last scoring. The guard
+    checks them when they are scored, since reading them synchronizes the device.
 
     Args:
-        most: Times that a problem may go back, before its best prompt so far is its result.
+        most: Resets of a problem before it is finished with its best prompt so far.
     """
 
     def __init__(self, most: int = 5) -> None:
@@ -34,7 +34,7 @@ class NonFiniteGuard(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Looks at the prompts and at what their steps have left out."""
+        """Check the prompts to score, and the steps that were skipped."""
         rows = pl_module.rows_to_score()
         here = pl_module.batch
         sound, skipped = pl_module.prompt.sound().cpu()[rows], here.skipped.cpu()[rows]

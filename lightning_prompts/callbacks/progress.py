@@ -1,4 +1,4 @@
-"""What a person sees of the search: the step, and the prompts and their scores as they change."""
+"""Print the progress of a search: the step, the prompts, and their scores."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class PromptProgress(pl.Callback):
-    """A line for every better prompt, above a bar with the newest one where the output is a terminal.
+    """Print a line for every better prompt, above a progress bar if the output is a terminal.
 
     Args:
-        most: Problems in a wave up to which every better prompt gets a line; with more, a line tells how many
-            got better.
+        most: The largest batch in which every better prompt has a line; in a larger one, a line counts them.
     """
 
     def __init__(self, most: int = 4) -> None:
@@ -36,7 +35,7 @@ class PromptProgress(pl.Callback):
         self._bar: tqdm[Any] | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
-        """Opens the bar and shows the prompts that the search begins with."""
+        """Open the bar and print the initial prompts."""
         if self._bar is None:
             self._open.enter_context(logging_redirect_tqdm([logging.getLogger()]))
             self._bar = self._open.enter_context(
@@ -58,7 +57,7 @@ class PromptProgress(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Shows what has changed."""
+        """Print what changed."""
         self._show(pl_module, range(len(pl_module.batch)))
         self._advance(pl_module)
         for row in pl_module.batch.rows:
@@ -66,20 +65,20 @@ class PromptProgress(pl.Callback):
                 self._shown.pop(row.record.key, None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Closes the bar."""
+        """Close the bar."""
         self._open.close()
         self._bar = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: PromptMethod, exception: BaseException) -> None:
-        """Leaves the terminal as it was."""
+        """Restore the terminal."""
         self._open.close()
 
     def _share(self, module: PromptMethod) -> int:
-        """How many problems are this rank's."""
+        """Return the number of this rank's problems."""
         return sum(module.data.owns(place) for place in range(module.data.total))
 
     def _advance(self, module: PromptMethod) -> None:
-        """Moves the bar to the steps that were taken, those of finished problems counted in full."""
+        """Advance the bar; a finished problem counts as all of its steps."""
         if self._bar is not None:
             active = [row.steps for row in module.batch.rows if row.active]
             finished = len(module.data.seen) - len(active)

@@ -1,4 +1,4 @@
-"""What a person gets: pictures drawn from the found text, its scores, the grid and the files to paste or load."""
+"""Write the results of a run: images of the best prompts, scores, the grid, and files for other tools."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ EXPORTED = 1000  # problems in the files for other tools
 
 
 class Results(Checkpoint):
-    """Scores each problem when its search has ended, and writes the files of a run when `fit` or `test` ends.
+    """Score each problem when its search ends, and write the files of a run when `fit` or `test` ends.
 
-    Scores are measured here and nowhere else, after everything has been selected. As a `Checkpoint` it comes after what finishes a
-    search, and has to be named before what saves states. `results.jsonl` gets a line as soon as a problem is
-    scored; `result.json`, `prompt.txt`, `grid.png` and so on are written at the end, by rank 0 of what all ranks have found.
+    Scores are computed only here, after everything was selected. A `Checkpoint` is called after the callbacks that finish problems;
+    this one must come before PromptCheckpoint. `results.jsonl` gets a line when a problem is scored. Rank 0 writes `result.json`,
+    `prompt.txt`, `grid.png` and the other files at the end, with the results of all ranks.
 
     Args:
-        scores: What measures them.
-        seeds: Seeds that `predict` draws pictures from.
-        settings: What to record as the run's settings.
-        prompts: What `predict` draws instead of the found prompts.
-        negative: What `predict` leads away from.
-        tell: Print what was found.
+        scores: The scores to compute.
+        seeds: Seeds of the images of `predict`.
+        settings: The settings to record.
+        prompts: Prompts for `predict`, in place of those of the run.
+        negative: Negative prompt for `predict`.
+        tell: Print the results.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Results(Checkpoint):
         self._ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Refuses a scorer that takes part in the search, and has the lines say what earlier processes have finished."""
+        """Refuse a scorer that takes part in the search, and write the lines of problems that earlier runs finished."""
         self.scores.check_heldout(pl_module)
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         if trainer.is_global_zero:
@@ -78,18 +78,18 @@ class Results(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Scores what has finished."""
+        """Score the finished problems."""
         self._score(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Say so if Lightning has not begun, as when earlier runs have used up `--trainer.max_time`, which counts for all together."""
+        """Warn if nothing was searched because earlier runs used up `--trainer.max_time`, which counts all runs of a search."""
         if not self._ended and trainer.is_global_zero:
             log.warning(
                 "Nothing was searched, since --trainer.max_time was used up by earlier runs of this search; raise it."
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Writes; when `on_fit_end` is called Lightning has moved the model to the CPU."""
+        """Write the files here, since Lightning has moved the model to the CPU before `on_fit_end`."""
         self._ended = True
         self._score(trainer, pl_module)
         self._mark_open(trainer, pl_module)
@@ -100,11 +100,11 @@ class Results(Checkpoint):
             self._write(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Refuses a scorer that takes part in the search, before any score is replaced."""
+        """Refuse a scorer that takes part in the search, before any score is replaced."""
         self.scores.check_heldout(pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Draws again from the text, scores and writes."""
+        """Generate images again, score them, and write the files."""
         if not trainer.is_global_zero:
             return
         pl_module.microbatch.ranks = 1
@@ -123,7 +123,7 @@ class Results(Checkpoint):
             say(reason)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Draws one picture a prompt and seed."""
+        """Generate an image per prompt and seed."""
         if not trainer.is_global_zero:
             return
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
@@ -140,7 +140,7 @@ class Results(Checkpoint):
     def _drawn(
         self, module: PromptMethod, found: Iterable[Problem], noise: Tensor
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """A name, the text and pictures, one from each noise, of the person's own prompts or else of what was found."""
+        """Yield a file name, the text and an image per noise, of the given prompts or of those of the run."""
         for text in dict.fromkeys(self.prompts):
             yield file_name(text), text, module.draw([text] * len(noise), noise, self.negative)
         if not self.prompts:
@@ -148,7 +148,7 @@ class Results(Checkpoint):
                 yield problem.key, str(problem.prompt), module.draw_found(problem, noise, self.negative)
 
     def _score(self, trainer: pl.Trainer, module: PromptMethod) -> None:
-        """Scores and saves what has finished since the last time, and tells it."""
+        """Score and save the newly finished problems, and append their lines."""
         problems = [problem for problem in module.batch.finished if problem.prompt and problem.status != "failed"]
         if problems:
             module.final_evaluation(problems, self.scores)
@@ -156,7 +156,7 @@ class Results(Checkpoint):
             trainer.datamodule.folder.append_line(problem, trainer.global_rank)  # type: ignore[attr-defined]
 
     def _mark_open(self, trainer: pl.Trainer, module: PromptMethod) -> None:
-        """Say of problems that are still searched that the search was cut short, as `--trainer.max_time` does."""
+        """Record in open problems that the search was cut short, as by `--trainer.max_time`."""
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         for problem in module.batch.records:
             if problem.status == "open":
@@ -164,7 +164,7 @@ class Results(Checkpoint):
                 folder.save(problem)
 
     def _write(self, trainer: pl.Trainer, module: PromptMethod) -> None:
-        """Writes the files of the run, and prints what was found."""
+        """Write the files of the run, and print the results."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder: RunFolder = data.folder
         if shown := data.unchanged(list(islice(folder.found(), SHOWN))):
@@ -212,7 +212,7 @@ def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 def file_name(text: str) -> str:
-    """A name of at most 45 letters, digits and dashes for what is drawn from a text; other texts have others."""
+    """Return a file name of at most 45 letters, digits and dashes for a text; different texts have different names."""
     start = re.sub(r"[\W_]+", "-", text.lower())[:40].strip("-")
     return f"{start}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 

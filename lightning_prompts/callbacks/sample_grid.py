@@ -1,4 +1,4 @@
-"""Show what the best prompts draw while the search runs."""
+"""Log images of the best prompts during the search."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class SampleGrid(pl.Callback):
-    """Logs, while the search runs, what the best prompts so far draw.
+    """Log images of the best prompts so far.
 
     Args:
-        every: Steps of the wave between grids; 0 for none.
-        most: Problems of the wave that are drawn, one picture each, from the same noise every time.
+        every: Steps between grids; 0 for none.
+        most: Problems per grid, with an image each, always from the same noise.
     """
 
     def __init__(self, every: int = 40, most: int = 4) -> None:
@@ -27,7 +27,7 @@ class SampleGrid(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Draws when it is time."""
+        """Log a grid when it is time."""
         step = trainer.fit_loop.total_batch_idx + 1
         if not self.every or step % self.every or not takes_images(trainer.loggers):
             return

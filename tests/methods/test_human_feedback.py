@@ -178,7 +178,7 @@ def test_the_chooser_is_told_when_the_run_is_stopped(tiny, tmp_path):
     with pytest.raises(SystemExit):
         trainer.fit(module, datamodule=Prompts(PROMPT))
     signal.signal(signal.SIGINT, before)
-    assert chooser.said == ["The run was stopped. What was chosen is kept."]
+    assert chooser.said == ["The run was stopped. Your choices are kept."]
 
 
 @pytest.mark.parametrize("name", ["choose", "draw", "keep"])
@@ -194,7 +194,7 @@ def test_the_chooser_is_closed_whatever_makes_the_search_fail(tiny, tmp_path, mo
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
     with pytest.raises(ValueError, match=name):
         trainer.fit(module, datamodule=Prompts(PROMPT))
-    assert chooser.said == ["The run was stopped. What was chosen is kept."]
+    assert chooser.said == ["The run was stopped. Your choices are kept."]
 
 
 def test_steps_end_a_search(tiny, tmp_path):
@@ -270,7 +270,10 @@ def test_scripted_chooser_goes_to_what_is_most_like_its_picture(tiny, clip_file,
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda tiny, file: HumanFeedback(backbone=tiny, texts=3), "5 candidates from 3 texts"),
+        (
+            lambda tiny, file: HumanFeedback(backbone=tiny, texts=3),
+            "--model.texts must be at least --model.candidates, got 3 and 5",
+        ),
         (lambda tiny, file: HumanFeedback(backbone=tiny, words=[]), "--model.words has no words"),
         (lambda tiny, file: Page(port=70000), "at most 65535, not 70000"),
         (lambda tiny, file: Scripted(file, strengths=[]), "between 0 and 1"),

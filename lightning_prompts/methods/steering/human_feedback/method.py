@@ -27,31 +27,31 @@ from lightning_prompts.types import Positive
 
 log = logging.getLogger(__name__)
 
-NEARER = 4  # rounds in which candidates come nearer, each time by half, before they are far again
+NEARER = 4  # rounds in which the distance of candidates is halved before it is reset
 
 
 class HumanFeedback(Steering):
-    """Moves an encoded prompt to where a person likes its pictures.
+    """Move an encoded prompt to where the user likes its images.
 
-    Every round adds random words to the text that one was last heading for, and shows where those lead whose directions are
-    farthest apart. The person chooses one and how far to go on the arc to it, or asks for others, which are nearer. The record
-    keeps the moves, from which the way can be gone again. One prompt comes after the other.
+    Each round adds random words to the text of the last move, and shows images of the texts that lead farthest apart. The user
+    chooses one and how far to move on the arc to it, or asks for other candidates, which are nearer. The record has the moves, so
+    that the search can resume. Prompts are searched one after the other.
 
     Args:
-        chooser: Who chooses: a person on a `Page`, or `Scripted`.
-        candidates: Pictures of a round.
-        texts: Random texts of a round, among which candidates are chosen; 500 in the paper.
-        added: Words at most that such a text has more than the one before.
-        words: Which words these can be; None for all whole words of the vocabulary.
-        steps: Answers after which a search is finished anyway.
+        chooser: Who chooses: the user on a `Page`, or `Scripted`.
+        candidates: Images per round.
+        texts: Random texts per round, from which the candidates are chosen; 500 in the paper.
+        added: The most words that a text adds.
+        words: The words to add; None for all whole words of the vocabulary.
+        steps: Answers after which a search ends.
         **kwargs: See `Steering`.
     """
 
     prompt: PromptEmbeds
     result_class = HumanFeedbackResult
-    at: list[Tensor]  # encoded prompts (S, R, D) on the way, from the person's to here
-    drawn: list[Tensor]  # their pictures
-    axes: Tensor  # of the map, (2, D)
+    at: list[Tensor]  # encoded prompts (S, R, D) of the moves, from the user's prompt to the current one
+    drawn: list[Tensor]  # their images
+    axes: Tensor  # axes of the map, (2, D)
 
     def __init__(
         self,
@@ -64,32 +64,30 @@ class HumanFeedback(Steering):
         steps: Positive = 100,
         **kwargs: Any,
     ) -> None:
-        # One prompt comes after the other, each choice is kept at once, and the person decides when to stop.
+        # One prompt at a time, every choice is kept, and the user decides when to stop.
         super().__init__(unconditional=False, steps=steps, together=1, score_every=1, patience=1, **kwargs)
         if texts < candidates:
-            raise UserError(
-                f"There cannot be {candidates} candidates from {texts} texts; raise --model.texts or lower --model.candidates."
-            )
+            raise UserError(f"--model.texts must be at least --model.candidates, got {texts} and {candidates}.")
         self.chooser, self.candidates, self.texts, self.added = chooser or Page(), candidates, texts, added
         if words is None:
             allowed = self.vocabulary.allowed().nonzero()
             words = [word.strip() for word in self.vocabulary.tokenizer.batch_decode(allowed)]
             words = [word for word in words if word.isalpha()]
         if not words:
-            raise UserError("--model.words has no words; give some, or leave it out.")
+            raise UserError("--model.words has no words; give at least one, or leave it out.")
         self.words = words
         self.tokens = [len(ids) for ids in token_lists(self.vocabulary.tokenizer, words)]
-        self.ended: set[str] = set()  # by the person
+        self.ended: set[str] = set()  # keys of the problems that the user finished
 
-    # --- where one is
+    # --- the current prompt
 
     def init_params(self, rows: Tensor) -> Tensor:
-        """Where a person has stopped, or the encoded prompt."""
+        """Return the current embeddings, those of the last move or the encoded prompt."""
         return self.prompt.of(torch.stack([self.at[-1]] * len(rows)))
 
     @torch.no_grad()
     def set_rows(self, problems: list[Problem]) -> None:
-        """Makes a problem the wave, and goes its way again."""
+        """Set the problem, and repeat the moves of its record."""
         if newest := self.data.folder.read(problems[0].key):  # which may be newer than a checkpoint
             problems[0].result = HumanFeedbackResult.of(newest)
         super().set_rows(problems)
@@ -101,35 +99,35 @@ class HumanFeedback(Steering):
             self.arrive(slerp(self.at[-1], end, move["strength"]))
 
     def arrive(self, embeds: Tensor) -> None:
-        """Makes an encoded prompt (S, R, D) where one is."""
+        """Make an encoded prompt (S, R, D) the current one."""
         self.at.append(embeds)
         self.drawn.append(self.picture(embeds))
 
     @torch.no_grad()
     def stay(self) -> None:
-        """Makes where one is the prompt."""
+        """Set the parameters to the current prompt."""
         self.prompt.rows.copy_(self.prompt.of(self.at[-1][None]))
 
     def encoded(self, texts: Sequence[str]) -> Tensor:
-        """Encoded texts (T, S, R, D)."""
+        """Encode texts to (T, S, R, D)."""
         return self.encode(texts).unsqueeze(1).float()
 
     def picture(self, embeds: Tensor) -> Tensor:
-        """What an encoded prompt (S, R, D) draws, (3, H, W), always from the same noise."""
+        """Draw the image (3, H, W) of an encoded prompt (S, R, D), always from the same noise."""
         return self.sampler.draw_embeds(embeds[None], self.noise[:, :1])[0, 0]
 
     def places(self, embeds: Sequence[Tensor]) -> Tensor:
-        """Where N encoded prompts (S, R, D) are on the map, (N, 2): by what they say, from the person's prompt."""
+        """Return the positions (N, 2) of encoded prompts (S, R, D) on the map, relative to the user's prompt."""
         return (self.gists(torch.stack(list(embeds))) - self.gists(self.at[0][None])) @ self.axes.T
 
     def gists(self, embeds: Tensor) -> Tensor:
-        """One row (T, D) for each of T encoded prompts (T, S, R, D), see `Backbone.gist`."""
+        """Summarize encoded prompts (T, S, R, D) to vectors (T, D); see `Backbone.gist`."""
         return self.backbone.gist(embeds[:, 0])
 
-    # --- where one could go
+    # --- candidates
 
     def variations(self, problem: Problem, moves: int, others: int) -> list[str]:
-        """The texts of a round after so many moves; the same ones whenever it is asked for."""
+        """Return the random texts of a round, a function of the seed, the problem, the moves and the rounds without a move."""
         rng, text = random.Random(address(self.data.seed, problem.key, moves, others)), self.base(problem, moves)
         found: list[str] = []
         for _ in range(self.texts):
@@ -140,13 +138,13 @@ class HumanFeedback(Steering):
         return found
 
     def base(self, problem: Problem, moves: int) -> str:
-        """The text that words are added to after so many moves: the last with room that was gone to at least half of the way."""
+        """Return the text to add words to: that of the last move of at least half the way that has room for more words."""
         made = HumanFeedbackResult.of(problem).moves[:moves]
         gone_to = (move["text"] for move in reversed(made) if move["strength"] >= 0.5)
         return next((text for text in gone_to if self.has_room(text)), problem.target)
 
     def has_room(self, text: str) -> bool:
-        """Whether words can be added to a text."""
+        """Return whether words can be added to a text."""
         longest = max(self.tokens)
         return (
             len(token_lists(self.vocabulary.tokenizer, [text])[0]) + int(self.added) * longest
@@ -154,21 +152,21 @@ class HumanFeedback(Steering):
         )
 
     def check(self, prompt: str) -> None:
-        """Refuses prompts that have no room for more words."""
+        """Refuse a prompt that has no room for more words."""
         super().check(prompt)
         if not self.has_room(prompt):
             raise UserError(
-                f"The prompt {prompt!r} leaves no room for more words in the text encoder, which takes {self.vocabulary.length} tokens "
-                "with start and end; shorten it, or lower --model.added."
+                f"The prompt {prompt!r} is too long to add words, as the text encoder takes {self.vocabulary.length} tokens with start "
+                "and end; shorten it or lower --model.added."
             )
 
     def ends(self, texts: Sequence[str], text: str) -> Tensor:
-        """Where the changes that lead from a text to T others lead from here, (T, S, R, D)."""
+        """Apply the changes from a text to T others to the current prompt, (T, S, R, D)."""
         return transfer(self.at[-1], self.encoded([text]), self.encoded(texts))
 
     @torch.no_grad()
     def step(self, batch: Step, rows: Tensor) -> None:
-        """One round: what is chosen becomes where one is."""
+        """Show a round of candidates and apply the user's choice."""
         (problem,) = self.batch.records
         result = HumanFeedbackResult.of(problem)
         texts = self.variations(problem, len(result.moves), result.others)
@@ -198,7 +196,7 @@ class HumanFeedback(Steering):
         self.stay()
 
     def answer(self, problem: Problem, choice: Choice, texts: Sequence[str], reach: float) -> None:
-        """Does what was chosen."""
+        """Apply a choice."""
         result = HumanFeedbackResult.of(problem)
         if choice.action == "finish":
             self.ended.add(problem.key)
@@ -210,16 +208,16 @@ class HumanFeedback(Steering):
             self.drawn.pop()
         elif choice.action == "go":
             text, strength = texts[choice.candidate], reach * choice.strength
-            end = self.ends([text], self.base(problem, len(result.moves)))  # alone, as when a search goes on
+            end = self.ends([text], self.base(problem, len(result.moves)))  # alone, as in a resumed search
             result.moves.append(Move(text=text, strength=strength, candidate=choice.candidate, others=result.others))
             result.others = 0
             self.arrive(slerp(self.at[-1], end[0], strength))
             log.info("%s: move %d, %.2f of the way to %r", problem.target, len(result.moves), strength, text)
 
-    # --- what is kept
+    # --- results
 
     def score(self, rows: Tensor) -> list[Problem]:
-        """Keeps where one is, which is the best by definition."""
+        """Keep the current prompt, which is the best by definition."""
         (problem,) = self.batch.records
         problem.prompt = problem.target
         self.batch[0].best = self.at[-1]
@@ -227,60 +225,60 @@ class HumanFeedback(Steering):
         return [problem]
 
     def finish_done(self, rows: Tensor) -> None:
-        """Finishes what the person has finished."""
+        """Finish the problem if the user did."""
         if len(rows) and self.batch[0].record.key in self.ended:
             self.finish(0)
         else:
             super().finish_done(rows)
 
     def finish(self, row: int) -> None:
-        """Finishes a problem, which leaves the wave."""
+        """Finish a problem; one without a move is not improved."""
         super().finish(row)
         if not HumanFeedbackResult.of(self.batch[row].record).moves:
             self.batch[row].record.status, self.batch[row].record.reason = "not improved", "Nothing was chosen."
 
     def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """Nothing: what a person likes is not measured."""
+        """Return nothing, since what the user likes is not measured."""
         return {}
 
     def metric(self, values: dict[str, Tensor]) -> Tensor:
-        """There is none."""
-        raise UserError("What a person has chosen has no score to validate; look at grid.png, or run `test`.")
+        """Refuse, since there is no metric."""
+        raise UserError("HumanFeedback has no score to validate; look at grid.png, or run `test`.")
 
     def clips(self) -> list[ClipSimilarity]:
-        """See `PromptMethod.clips`; a scripted chooser has one."""
+        """See `PromptMethod.clips`; includes the CLIP of a scripted chooser."""
         return [*super().clips(), *(one for one in vars(self.chooser).values() if isinstance(one, ClipSimilarity))]
 
-    # --- the source of choices
+    # --- the chooser
 
     @property
     def stopped(self) -> bool:
-        """Whether the run has been told to stop."""
+        """Whether the run is stopping."""
         return self.trainer.should_stop or self.trainer.received_sigterm
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Whatever ends the search closes it."""
+        """Return the callbacks, with one that closes the chooser however the search ends."""
         return [*super().configure_callbacks(), _Closing()]
 
     def on_fit_start(self) -> None:
-        """Opens it."""
+        """Open the chooser."""
         self.chooser.open(self.backbone, self.offline)
 
     def on_fit_end(self) -> None:
-        """Closes it; the results are written."""
+        """Close the chooser after the results are written."""
         self.chooser.close(f"Finished. The files are in {self.data.folder.path}.")
 
     def on_train_start(self) -> None:
-        """Goes on where the record is."""
+        """Resume from the record, which may be newer than the checkpoint."""
         super().on_train_start()
         if self.batch.records:
-            self.score(torch.tensor([0]))  # a checkpoint's embeddings may be older, too
+            self.score(torch.tensor([0]))  # the checkpoint's embeddings may be older too
 
 
 class _Closing(pl.Callback):
-    """Closes the source of choices when a search fails or is stopped, of which Lightning tells callbacks alone."""
+    """Close the chooser when a search fails or is stopped, which Lightning reports to callbacks only."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Closes it, also at Ctrl-C."""
+        """Close the chooser, also on Ctrl-C."""
         if isinstance(pl_module, HumanFeedback):
-            pl_module.chooser.close("The run was stopped. What was chosen is kept.")
+            pl_module.chooser.close("The run was stopped. Your choices are kept.")
