@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lightning_prompts.errors import UserError, shortened
-from lightning_prompts.types import IN_WORDS
+from lightning_prompts.setting_types import IN_WORDS
 
 _WANTED = IN_WORDS | {
     "bool": "True or False",

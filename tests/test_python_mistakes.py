@@ -102,7 +102,7 @@ SETTINGS = {  # of `invert`, and what is said
     ),
     "no backbone": ({"backbone": None}, "backbone cannot be None"),
     "negative": ({"negative_images": [PICTURE, 3]}, "negative_images[1] cannot be 3; give a PIL image"),
-    "nothing to minimize": ({"denoising_weight": 0, "clip_weight": 0}, "raise denoising_weight or clip_weight."),
+    "nothing to minimize": ({"denoising_weight": 0, "clip_weight": 0}, "set denoising_weight or clip_weight above 0."),
     "one seed": ({"draw_seeds": 3}, "draw_seeds cannot be 3; it takes a list, each item a whole number."),
     "seeds as text": ({"draw_seeds": "0,1"}, "draw_seeds cannot be '0,1'"),
     "seed as text": ({"draw_seeds": ["1"]}, "draw_seeds cannot be ['1']"),

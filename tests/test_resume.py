@@ -407,7 +407,7 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(("sent", "code"), [("KILL", -signal.SIGKILL), ("TERM", 128 + signal.SIGTERM)])
 def test_killed_after_a_checkpoint(command, whole, tmp_path, sent, code):
     program = [sys.executable, "-c", KILLED.format(sent), *command("broken")]
-    ended = subprocess.run(program, cwd=Path(cli.__file__).parents[1], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(program, cwd=Path(cli.__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     assert (f"--run {tmp_path / 'broken'} --ckpt_path last resumes it" in ended.stdout) == (sent == "TERM")
@@ -418,7 +418,7 @@ def test_killed_after_a_checkpoint(command, whole, tmp_path, sent, code):
 
 def test_killed_at_any_time_leaves_prompts(command, whole, tmp_path):
     args = [sys.executable, "-m", "lightning_prompts", *command("broken"), "--data.steps", "100000"]
-    with subprocess.Popen(args, cwd=Path(cli.__file__).parents[1], stdout=subprocess.DEVNULL) as program:
+    with subprocess.Popen(args, cwd=Path(cli.__file__).parents[2], stdout=subprocess.DEVNULL) as program:
         deadline, records = time.monotonic() + 90, tmp_path / "broken" / "problems"
         while not any('"prompt": "' in path.read_text() for path in records.glob("[!.]*.json")):
             assert time.monotonic() < deadline

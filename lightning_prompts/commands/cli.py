@@ -61,9 +61,9 @@ from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
 from lightning_prompts.sampling import OUT_OF_MEMORY, out_of_memory
+from lightning_prompts.setting_types import Positive
 from lightning_prompts.terminal import say
 from lightning_prompts.text_settings import Text, all_settings, keep_texts, text_settings
-from lightning_prompts.types import Positive
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.types import IN_WORDS, LEAST, MOST
+from lightning_prompts.setting_types import IN_WORDS, LEAST, MOST
 
 KINDS = IN_WORDS | {
     "bool": "true or false",

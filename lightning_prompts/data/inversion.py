@@ -23,7 +23,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.runs.record import Problem, unreadable_key
 from lightning_prompts.sampling import Microbatch
 from lightning_prompts.sampling.seeding import draw_timesteps
-from lightning_prompts.types import Byte, NotNegative, Positive
+from lightning_prompts.setting_types import Byte, NotNegative, Positive
 
 if TYPE_CHECKING:
     from lightning_prompts.methods.inversion.base import Inverter

@@ -29,9 +29,9 @@ from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import MethodResult, Problem, checked
 from lightning_prompts.sampling import Microbatch, Sampler
 from lightning_prompts.sampling.seeding import draw_noise
+from lightning_prompts.setting_types import NotNegative, Positive
 from lightning_prompts.terminal import say
 from lightning_prompts.typed_module import TypedModule
-from lightning_prompts.types import NotNegative, Positive
 from lightning_prompts.unused import refuse_unused
 
 if TYPE_CHECKING:

@@ -286,7 +286,7 @@ def test_threshold_keeps_the_meaning(task, solver, tiny, tmp_path):
     ("settings", "told"),
     [
         ({"threshold": 2, "positive": ["neighbours"]}, "--model.threshold must be between"),
-        ({"budget": 3}, "population of 4"),
+        ({"budget": 3}, "at least --model.population, got 3 and 4"),
         ({"unchanged": 1.0}, "--model.unchanged must be above 0"),
         ({"mutation": 1.5}, "--model.mutation must be between"),
         ({"gradient_share": -0.1}, "--model.gradient_share must be between"),

@@ -139,7 +139,7 @@ def test_candidates_lie_in_directions_that_are_far_apart(tiny, tmp_path):
 def test_a_prompt_without_room_for_more_words_is_refused(tiny, tmp_path):
     _, chooser, _ = search(tiny, tmp_path / "room", FINISH, prompts=" ".join(["cat"] * 29))
     assert {len(text.split()) for text in chooser.questions[0][0].texts} == {30}
-    with pytest.raises(UserError, match=r"no room for more words .* takes 32 tokens .* lower --model.added"):
+    with pytest.raises(UserError, match=r"too long to add words.* takes 32 tokens .* lower --model.added"):
         search(tiny, tmp_path / "none", FINISH, prompts=" ".join(["cat"] * 29), added=2)
 
 

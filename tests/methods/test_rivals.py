@@ -143,7 +143,7 @@ def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks
             for ranks in (1, 2, 3):
                 calls, self.microbatch.ranks = [], ranks
                 with monkeypatch.context() as patch:
-                    patch.setattr(Microbatch, "over", lambda self, n, work, on: self._over(torch.arange(n), work))
+                    patch.setattr(Microbatch, "map", lambda self, n, work, on: self._map(torch.arange(n), work))
                     for part in ("encode", "denoise"):
                         noted(patch, self.backbone, part, calls)
                     found.append((calls, super()._losses(*given)))

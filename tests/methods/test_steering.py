@@ -217,8 +217,8 @@ def test_metric_that_is_not_finite(tiny, tmp_path, caplog):
 
 def test_settings_that_make_no_search_are_refused(tiny):
     for settings, told in (
-        ({"objective": []}, "nothing to improve"),
-        ({"objective": Sharpness(), "seeds": 2, "seeds_per_step": 3}, "3 of 2 seeds"),
+        ({"objective": []}, "at least one metric"),
+        ({"objective": Sharpness(), "seeds": 2, "seeds_per_step": 3}, "got 3 and 2"),
         ({"objective": Sharpness(), "unconditional": True, "guidance_scale": 1.0}, "guidance of 1"),
         ({"objective": Sharpness(), "lr": 0.0}, "--model.lr"),
     ):

@@ -27,7 +27,7 @@ from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Candidate, DPODiffResult, Problem
 from lightning_prompts.sampling.figures import before_and_after, to_png
 from lightning_prompts.sampling.seeding import FRESH, FRESH_SEEDS, SEARCH, generator
-from lightning_prompts.types import Positive, Rate
+from lightning_prompts.setting_types import Positive, Rate
 from lightning_prompts.unused import refuse_unused
 
 TRIES = 50  # draws for each candidate that is wanted, before a step makes do with fewer

@@ -41,7 +41,7 @@ from lightning_prompts.sampling import Sampler
 from lightning_prompts.sampling.attention_maps import word_picture
 from lightning_prompts.sampling.figures import grid, regenerate, to_image, to_png
 from lightning_prompts.sampling.seeding import START, TRIAL, VALIDATION, draw_noise, picture_turns, validation_timesteps
-from lightning_prompts.types import Positive
+from lightning_prompts.setting_types import Positive
 from lightning_prompts.unused import refuse_unused
 
 log = logging.getLogger(__name__)

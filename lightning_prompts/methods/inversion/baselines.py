@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.methods.inversion.base import Inverter
-from lightning_prompts.types import Positive
+from lightning_prompts.setting_types import Positive
 
 
 class RandomTokens(Inverter):

@@ -14,7 +14,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inversion.base import Inverter, Samples
 from lightning_prompts.methods.inversion.init import prompt_features
 from lightning_prompts.sampling.seeding import generator
-from lightning_prompts.types import Positive
+from lightning_prompts.setting_types import Positive
 
 TRIES = 20  # draws of as many candidates as are wanted, before a step makes do with fewer different ones
 

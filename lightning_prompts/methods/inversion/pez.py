@@ -11,7 +11,7 @@ from lightning_prompts.backbones.vocabulary import Metric
 from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.methods.inversion.base import Inverter
 from lightning_prompts.optimizers import BatchedAdam
-from lightning_prompts.types import Rate
+from lightning_prompts.setting_types import Rate
 
 
 class PEZ(Inverter):

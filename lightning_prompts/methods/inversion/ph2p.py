@@ -15,7 +15,7 @@ from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.methods.inversion.base import Inverter, Samples
 from lightning_prompts.optimizers import BatchedAdam, BatchedLBFGS
 from lightning_prompts.sampling.seeding import generator
-from lightning_prompts.types import NotNegative, Positive, Rate
+from lightning_prompts.setting_types import NotNegative, Positive, Rate
 from lightning_prompts.unused import refuse_unused
 
 

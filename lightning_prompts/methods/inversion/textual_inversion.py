@@ -19,7 +19,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inversion.base import Found, Inverter
 from lightning_prompts.optimizers import BatchedAdam
 from lightning_prompts.runs.record import Problem
-from lightning_prompts.types import Rate
+from lightning_prompts.setting_types import Rate
 
 PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
 

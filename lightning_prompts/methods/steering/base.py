@@ -22,7 +22,7 @@ from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem, SteeringResult
 from lightning_prompts.sampling.figures import before_and_after, to_png
 from lightning_prompts.sampling.seeding import FRESH, FRESH_SEEDS, SEARCH
-from lightning_prompts.types import Positive
+from lightning_prompts.setting_types import Positive
 
 SHOWN = 12  # problems in the grid
 

@@ -17,7 +17,7 @@ from lightning_prompts.methods.steering.parameters import PromptEmbeds
 from lightning_prompts.objectives.base import Objective
 from lightning_prompts.optimizers import AdamOnLion, BatchedAdam
 from lightning_prompts.runs.record import Problem, SteeringResult
-from lightning_prompts.types import NotNegative, Positive, Rate
+from lightning_prompts.setting_types import NotNegative, Positive, Rate
 from lightning_prompts.unused import refuse_unused
 
 

@@ -24,7 +24,7 @@ from lightning_prompts.optimizers import AdamOnLion
 from lightning_prompts.runs.record import Problem, SeedInvarianceResult
 from lightning_prompts.sampling.figures import sheet
 from lightning_prompts.sampling.seeding import SEARCH
-from lightning_prompts.types import Positive, Rate
+from lightning_prompts.setting_types import Positive, Rate
 from lightning_prompts.unused import refuse_unused
 
 

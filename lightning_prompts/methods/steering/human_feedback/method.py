@@ -23,7 +23,7 @@ from lightning_prompts.methods.steering.parameters import PromptEmbeds
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.runs.record import HumanFeedbackResult, Move, Problem
 from lightning_prompts.sampling.seeding import address
-from lightning_prompts.types import Positive
+from lightning_prompts.setting_types import Positive
 
 log = logging.getLogger(__name__)
 

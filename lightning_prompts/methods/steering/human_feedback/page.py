@@ -24,7 +24,7 @@ from lightning_prompts.errors import UserError, printable
 from lightning_prompts.methods.steering.human_feedback.choices import Choice, Chooser, Round
 from lightning_prompts.methods.steering.human_feedback.door import Server
 from lightning_prompts.sampling.figures import to_image
-from lightning_prompts.types import NotNegative
+from lightning_prompts.setting_types import NotNegative
 
 log = logging.getLogger(__name__)
 
