@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_prompts.commands.main import main
-from lightning_prompts.methods import dpo_diff, steering
+from lightning_prompts.methods.dpo_diff import method as dpo_diff
+from lightning_prompts.methods.steering import base as steering
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -432,7 +432,7 @@ def test_a_page_that_is_closed_halfway_loses_nothing(tiny, tmp_path, browser):
     code, said = run.end(signal.SIGINT)
     assert code == 130, said
     (record,) = (json.loads(file.read_text()) for file in (folder / "problems").glob("*.json"))
-    assert len(record["moves"]) == 1
+    assert len(record["result"]["moves"]) == 1
     again = Run(tiny, folder, "--ckpt_path", "last")
     page = browser.new_page()
     page.goto(again.address)
