@@ -366,7 +366,7 @@ def _prepared(folder: str | Path | None) -> Iterator[tuple[Path | None, RunLock 
 
 
 def _result(method: PromptMethod, problem: Problem, noise: Tensor) -> Result:
-    method.result_class.of(problem)
+    method.result_class.of(problem)  # of this class also where nothing was recorded
     problem.reason = problem.reason and in_python(problem.reason)
     if problem.prompt is None or problem.status == "failed":
         return Result("", None, None, None, None, [], problem)

@@ -133,21 +133,20 @@ class Scores:
             own = _clip(method, clip_of(method.backbone))
             similarity, diversity, agreement = ClipImageSimilarity(own), Diversity(own), ClipTextSimilarity(own)
             for problem, drawn, target in rows:
-                InversionResult.of(problem).clip_similarity = float(similarity(drawn, target))
-                InversionResult.of(problem).diversity = float(diversity(drawn[None]))
+                result = InversionResult.of(problem)
+                result.clip_similarity = float(similarity(drawn, target))
+                result.diversity = float(diversity(drawn[None]))
             for problem, _, target in rows:
                 if problem.embedding is None:  # the others' prompts are pseudo-words, which only their backbone knows
-                    InversionResult.of(problem).clip_text_similarity = float(
-                        agreement(target, [str(problem.prompt)] * len(target))
-                    )
+                    cosine = agreement(target, [str(problem.prompt)] * len(target))
+                    InversionResult.of(problem).clip_text_similarity = float(cosine)
         with _told():
             if clip := self.heldout(method):
                 similarity, diversity = ClipImageSimilarity(clip), Diversity(clip)
                 for problem, drawn, target in rows:
-                    InversionResult.of(problem).heldout_clip_similarity = float(similarity(drawn, target))
-                    InversionResult.of(problem).diversity = float(
-                        diversity(drawn[None])
-                    )  # rather than by a CLIP that may have searched
+                    result = InversionResult.of(problem)
+                    result.heldout_clip_similarity = float(similarity(drawn, target))
+                    result.diversity = float(diversity(drawn[None]))  # rather than by a CLIP that may have searched
         with _told():
             if not lpips_lacks(weights=self.lpips_weights):
                 lpips = _kept(method, "lpips", lambda: Lpips(weights=self.lpips_weights))
@@ -160,9 +159,10 @@ class Scores:
         recall, special = WordRecall(synonyms), SpecialCharacters()
         texts = [problem for problem in problems if problem.embedding is None]
         for problem in texts:
+            result = InversionResult.of(problem)
             if problem.caption:
-                InversionResult.of(problem).word_recall = float(recall([str(problem.prompt)], [problem.caption]))
-            InversionResult.of(problem).special_characters = float(special([str(problem.prompt)]))
+                result.word_recall = float(recall([str(problem.prompt)], [problem.caption]))
+            result.special_characters = float(special([str(problem.prompt)]))
         with _told():
             name = self.dictionary
             if known := _kept(method, name, lambda: read_dictionary(str(name))) if name else words:

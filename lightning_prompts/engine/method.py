@@ -26,7 +26,7 @@ from lightning_prompts.engine.datamodule import ProblemData, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.runs.folder import RunFolder
-from lightning_prompts.runs.record import MethodResult, Problem, checked
+from lightning_prompts.runs.record import MethodResult, Problem
 from lightning_prompts.sampling import Microbatch, Sampler
 from lightning_prompts.sampling.seeding import draw_noise
 from lightning_prompts.setting_types import NotNegative, Positive
@@ -460,7 +460,13 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self._resumed = saved = checkpoint["batch"]
         saved["records"] = [asdict(Problem(**record)) for record in saved["records"]]
         for record in saved["records"]:
-            self._check_result(record["result"])
+            try:
+                self.result_class.read(record["result"])
+            except ValueError as error:
+                raise UserError(
+                    f"The checkpoint has results that are not those of {type(self).__name__}; give the settings that the run was begun "
+                    "with."
+                ) from error
             here = records[record["key"]]
             record |= {name: getattr(here, name) for name in ("target", "paths", "stamps", "caption", "index")}
         ((name, prompts),) = checkpoint["state_dict"].items()
@@ -478,17 +484,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.parameter.data = torch.empty_like(prompts)
         if self.microbatch.fitted:  # as before, so that calls round alike
             self.microbatch.size = saved["microbatch"]
-
-    def _check_result(self, result: dict[str, Any] | None) -> None:
-        """Refuse a checkpoint's result that is not one of this method."""
-        if result is not None and self.result_class is not MethodResult:
-            try:
-                checked(self.result_class, result)
-            except ValueError as error:
-                raise UserError(
-                    f"The checkpoint has results that are not those of {type(self).__name__}; give the settings that the run was begun "
-                    "with."
-                ) from error
 
 
 def by_step(batch: Step, rows: Tensor) -> list[tuple[int, Tensor]]:

@@ -433,9 +433,7 @@ def _read_record(file: Path, result_class: type[MethodResult]) -> Problem:
             )
         result = content.pop("result", None)
         problem: Problem = checked(Problem, content)
-        if result is not None and result_class is not MethodResult:
-            result = checked(result_class, result)
-        problem.result = result
+        problem.result = result_class.read(result)
         if problem.key != file.stem:
             raise ValueError(f"its key is {problem.key!r}")
     except UserError:

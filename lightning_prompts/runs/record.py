@@ -67,6 +67,15 @@ class MethodResult:
             raise TypeError(f"The problem has a {type(problem.result).__name__}, not a {cls.__name__}.")
         return problem.result
 
+    @classmethod
+    def read(cls, content: dict[str, Any] | None) -> Self | dict[str, Any] | None:
+        """Check what a record or a checkpoint holds of a result; this base class takes that of any method, as it is.
+
+        Raises:
+            ValueError: It is not a result of this class.
+        """
+        return content if content is None or cls is MethodResult else checked(cls, content)
+
     def entry(self, problem: Problem) -> dict[str, Any]:
         """Return the fields of an entry of `result.json` that come after the common ones."""
         return _without_none(asdict(self))
