@@ -1,6 +1,7 @@
 """More problems than are searched at a time: each as if it were alone, in whatever company and after whatever interruption."""
 
 import json
+import os
 import shutil
 import subprocess
 from contextlib import suppress
@@ -221,7 +222,9 @@ def test_lines_come_as_soon_as_a_problem_is_done(make, tmp_path, watched, monkey
         assert table[name].to_pylist() == [problem[name] for problem in problems]
 
 
-def test_workers_read_the_same(make, tmp_path):
+def test_workers_read_the_same(make, tmp_path, monkeypatch):
+    """Workers are threads: a process that is forked beside the threads of a search may never end, nor the search then."""
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
     for workers in ("0", "2"):
         main(make(tmp_path / workers, "PEZ", "--model.together", "2", "--data.workers", workers))
     assert found(tmp_path / "0") == found(tmp_path / "2")

@@ -97,7 +97,7 @@ def _refuse(message: str) -> NoReturn:
 
 def _manners() -> None:
     warnings.filterwarnings(
-        "ignore", module=r"pytorch_lightning|lightning_fabric|torch|diffusers|transformers|jsonargparse"
+        "ignore", module=r"pytorch_lightning|lightning_fabric|torch|diffusers|transformers|jsonargparse|PIL"
     )
     prepare()
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import struct
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -197,9 +196,7 @@ def _read(path: Path, max_bytes: int) -> bytes:
 def _decode(path: Path, data: bytes, max_pixels: int) -> Image.Image:
     damaged = f"'{path}' is damaged or cut short; save or download the picture again."
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
         too_many = image.width * image.height > max_pixels
     except Image.DecompressionBombError:  # Pillow's own limit, twice MAX_IMAGE_PIXELS
         max_pixels = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))

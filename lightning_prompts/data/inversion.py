@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.data.images import Fit, Target, content_key, find_targets, load_image, to_tensor
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lightning_prompts.methods.inversion.base import Inverter
 
 log = logging.getLogger(__name__)
+
+AHEAD = 2  # targets that each worker reads before they are needed
 
 
 class ImagesToPrompts(ProblemData):
@@ -46,7 +48,7 @@ class ImagesToPrompts(ProblemData):
         negative_images: Pictures to lead away from, whose denoising loss is to be high: as `images`, for all targets.
         seed: Addresses every random draw.
         retry: Search those again that have failed, and of the others only what a checkpoint goes on with.
-        workers: Processes that read pictures ahead of the search, where there are more than are searched at a time.
+        workers: Threads that read images ahead of the search if there are more than are searched at a time; 0 for none.
     """
 
     given = ("pictures", "--data.images")
@@ -204,11 +206,27 @@ class ImagesToPrompts(ProblemData):
         size = self.method.backbone.image_size
         return Reading(self.targets, settings, (size, self.fit, self.background))
 
-    def _read(self, places: Iterator[int]) -> Iterable[Read]:
-        """Reads targets, by workers where there are many."""
+    def _read(self, places: Iterator[int]) -> Iterator[Read]:
+        """Read targets in order, ahead of the search if there are more than it searches at a time.
+
+        Threads and not the processes of a DataLoader, since a process that is forked beside other threads may never end.
+        """
+        reading = self._reading()
         workers = int(self.workers) if self.total > self.method.together else 0
-        how: dict[str, Any] = {"num_workers": workers, "collate_fn": _as_it_is, "worker_init_fn": _deaf}
-        return DataLoader(self._reading(), None, sampler=places, **how)
+        if not workers:
+            yield from map(reading.__getitem__, places)
+            return
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="read-ahead")
+        try:
+            coming: deque[Future[Read]] = deque()
+            for place in places:
+                coming.append(pool.submit(reading.__getitem__, place))
+                if len(coming) > AHEAD * workers:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def unchanged(self, problems: Sequence[Problem]) -> list[Problem]:
         """See `ProblemData.unchanged`; the images that are returned stay in memory until `release`."""
@@ -275,8 +293,8 @@ class Read(NamedTuple):
     error: str | None
 
 
-class Reading(Dataset[Read]):
-    """Reads targets, in whatever process.
+class Reading:
+    """Read targets, in any thread.
 
     Args:
         targets: Which.
@@ -338,16 +356,6 @@ def _stat(path: str) -> os.stat_result | None:
         return os.stat(address[0]) if address else None
     except OSError:
         return None
-
-
-def _as_it_is(read: Read) -> Read:
-    return read
-
-
-def _deaf(worker: int) -> None:
-    """Leaves it to the process that searches to stop when all are told to, as by a cluster."""
-    for told in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(told, signal.SIG_IGN)
 
 
 def _encoded(backbone: Backbone, pictures: Tensor, batch: int = 4) -> Tensor:
