@@ -239,8 +239,8 @@ class SeedInvarianceResult(SteeringResult):
 
 
 @dataclass
-class HumanFeedbackResult(SteeringResult):
-    """The result of HumanFeedback.
+class HumanFeedbackResult(RefinementResult):
+    """The result of HumanFeedback, which has no metric.
 
     Attributes:
         moves: What the user chose, oldest first.
