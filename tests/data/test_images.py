@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_prompts.data.images import Target, content_key, find_targets, load_image, to_tensor
+from lightning_prompts.data.images import content_key, load_image, to_tensor
+from lightning_prompts.data.targets import Target, find_targets
 from lightning_prompts.errors import UserError
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -132,7 +133,7 @@ def test_pad_of_a_long_strip(tmp_path):
 
 def test_unknown_fit_is_refused(tmp_path):
     noise().save(tmp_path / "a.png")
-    refused("The fit 'stretch' is unknown", load_image, tmp_path / "a.png", 8, "stretch")
+    refused("The fit must be 'crop' or 'pad', got 'stretch'", load_image, tmp_path / "a.png", 8, "stretch")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
@@ -309,7 +310,7 @@ def test_32_bit_values_up_to_65535_count_as_16_bit(tmp_path):
 @pytest.mark.parametrize("value", [np.int32(65536), np.int32(-1), np.float32(0.5)])
 def test_32_bit_values_are_refused(tmp_path, value):
     Image.fromarray(np.full((8, 8), value)).save(tmp_path / "a.tiff")
-    refused("a.tiff' has pixels of kind", load_image, tmp_path / "a.tiff", 8)
+    refused("a.tiff' has pixels of mode", load_image, tmp_path / "a.tiff", 8)
 
 
 @pytest.mark.parametrize("color", [(0, 255, 255), (255, 255, 255), (20, 40, 60)])
@@ -340,7 +341,7 @@ def test_missing_file(tmp_path):
 
 
 def test_folder_given(tmp_path):
-    refused(f"'{tmp_path}' is a folder where one picture is needed", load_image, tmp_path, 8)
+    refused(f"'{tmp_path}' is a folder where one image is needed", load_image, tmp_path, 8)
 
 
 def test_unreadable_file(tmp_path, monkeypatch):
@@ -358,7 +359,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"These are words.", b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
 def test_not_a_picture(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
-    refused("a.png' is no picture", load_image, tmp_path / "a.png", 8)
+    refused("a.png' is not an image", load_image, tmp_path / "a.png", 8)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp", "tiff"])
@@ -444,7 +445,7 @@ def test_missing_sources(tmp_path):
     for name in ("a.png", "cats", "list.csv"):
         refused(f"There is no file or folder '{tmp_path / name}'", find_targets, [tmp_path / name])
     refused("There is no file or folder ''", find_targets, [""])
-    refused("No pictures were given", find_targets, [])
+    refused("No images were given", find_targets, [])
 
 
 def test_folder(folder):
@@ -517,7 +518,7 @@ def test_a_name_that_looks_like_a_range(tmp_path):
 def test_folder_without_pictures(folder):
     for path in folder.glob("?.*"):
         path.unlink()
-    refused(f"The folder '{folder}' has no pictures", find_targets, [folder])
+    refused(f"The folder '{folder}' has no images", find_targets, [folder])
 
 
 def test_pattern(folder):
@@ -528,7 +529,7 @@ def test_pattern(folder):
 
 @pytest.mark.parametrize("pattern", ["*.bmp", "*.txt", "inner*"])
 def test_pattern_without_pictures(folder, pattern):
-    refused(f"The pattern '{folder}/{pattern}' matches no pictures", find_targets, [f"{folder}/{pattern}"])
+    refused(f"The pattern '{folder}/{pattern}' matches no images", find_targets, [f"{folder}/{pattern}"])
 
 
 def test_signs_of_patterns_in_real_names(tmp_path):
@@ -590,13 +591,13 @@ def test_captions_of_a_subject_that_disagree_give_none(folder):
         ("l.csv", 'file,"caption', "Line 1 of '{}' is not valid CSV"),
         ("l.csv", b"file,caf\xe9\na.png,x\n", "Line 1 of '{}' is not UTF-8"),
         ("l.csv", "file\nz.png\ny.png\n", "Line 2 of '{}' names '"),
-        ("l.csv", "file\n", "The list '{}' names no pictures"),
+        ("l.csv", "file\n", "The list '{}' names no images"),
         ("l.csv", "file,captions\na.png,x\n", "Line 2 of '{}' is not just"),
         ("l.csv", 'file,caption\na.png,"x\n', "Line 2 of '{}' is not valid CSV"),
         ("l.csv", "file\n\n\nz.png\n", "Line 4 of '{}' names '"),
         ("l.csv", "file\ninner\n", "Line 2 of '{}' names '"),
         ("l.csv", b"file,caption\na.png,caf\xe9\n", "Line 2 of '{}' is not UTF-8"),
-        ("l.jsonl", "\n", "The list '{}' names no pictures"),
+        ("l.jsonl", "\n", "The list '{}' names no images"),
         ("l.jsonl", "[" * 100_000, "Line 1 of '{}' is not valid JSON"),
         ("l.jsonl", '["a.png"]', "Line 1 of '{}' is not just"),
         ("l.jsonl", '{"file": "a.png", "captoin": "x"}', "Line 1 of '{}' is not just"),
@@ -621,7 +622,7 @@ def test_malformed_lists(folder, name, content, match):
     [
         ("a.png,a cat, asleep", "is not just 'file'"),
         (",y", "has no usable 'file'"),
-        ("z.png,y", "names '{}/z.png', which is no file"),
+        ("z.png,y", "names '{}/z.png', which is not a file"),
         ('a.png,"x"y', "is not valid CSV"),
         ('a.png,"x', "is not valid CSV"),  # would take in all lines up to the next quote
         (b"a.png,caf\xe9", "is not UTF-8"),
@@ -637,7 +638,7 @@ def test_a_broken_line_of_a_csv_leaves_the_others(folder, line, match, after):
     assert (first.name, first.caption, first.error) == ("b.JPG", "x", None)
     assert (last.name, last.error) == ("c.webp", None)
     assert last.caption == after.partition(",")[2].strip('"')
-    known = (str(folder / "z.png"),) if "no file" in match else ()
+    known = (str(folder / "z.png"),) if "not a file" in match else ()
     assert (broken.paths, broken.name) == (known, f"line 4 of {path}")
     assert broken.error.startswith(f"Line 4 of '{path}' " + match.format(folder))
 
@@ -648,7 +649,7 @@ def test_a_broken_line_of_a_csv_leaves_the_others(folder, line, match, after):
         (b'{"file": ', "is not valid JSON"),
         (b'{"file": "a.png", "captoin": "x"}', "is not just 'file'"),
         (b'{"file": [""]}', "has no usable 'file'"),
-        (b'{"file": "z.png", "subject": "Tom"}', "names '{}/z.png', which is no file"),
+        (b'{"file": "z.png", "subject": "Tom"}', "names '{}/z.png', which is not a file"),
         (b'{"file": "a.png", "caption": 3}', "has a 'caption' or 'subject' that is not text"),
         (b'{"file": "a.png", "caption": "caf\xe9"}', "is not UTF-8"),
     ],
@@ -658,7 +659,7 @@ def test_a_broken_line_of_a_jsonl_leaves_the_others(folder, line, match):
     path.write_bytes(b'{"file": "b.JPG", "subject": "Tom"}\n\n' + line + b'\n{"file": "c.webp", "subject": "Tom"}')
     tom, broken = find_targets([path])
     assert tom == target((folder / "b.JPG", folder / "c.webp"), name="Tom")
-    known = (str(folder / "z.png"),) if "no file" in match else ()
+    known = (str(folder / "z.png"),) if "not a file" in match else ()
     assert (broken.paths, broken.name) == (known, f"line 3 of {path}")
     assert broken.error.startswith(f"Line 3 of '{path}' " + match.format(folder))
     assert find_targets([path, path]) == [tom, broken]

@@ -11,7 +11,8 @@ from PIL import Image
 
 from lightning_prompts.commands.main import main
 from lightning_prompts.data import shards
-from lightning_prompts.data.images import Target, find_targets, load_image
+from lightning_prompts.data.images import load_image
+from lightning_prompts.data.targets import Target, find_targets
 from lightning_prompts.errors import UserError
 
 
@@ -179,7 +180,7 @@ def test_addresses_that_mean_nothing(tmp_path):
     path = tmp_path / "000.tar"
     three(path)
     for name in ("0009.png", "0000.txt", "x/0000.png", "000.png"):
-        with pytest.raises(UserError, match=f"There is no picture '{name}' in the shard"):
+        with pytest.raises(UserError, match=f"There is no image '{name}' in the shard"):
             load_image(path / name, 16)
         with pytest.raises(UserError, match="There is no file or folder"):
             find_targets([path / name])
@@ -232,7 +233,7 @@ def test_compressed_shards(tmp_path):
     assert [bool(target.error) for target in found] == [True, False, False, False]
     with tarfile.open(tmp_path / "c.tar", "w:gz") as tar:
         tar.add(tmp_path / "b.tar", "a.png")
-    with pytest.raises(UserError, match=r"c.tar' is no .tar archive, is compressed"):
+    with pytest.raises(UserError, match=r"c.tar' is not a .tar archive, is compressed"):
         find_targets([tmp_path / "c.tar"])
 
 
@@ -240,7 +241,7 @@ def test_compressed_shards(tmp_path):
 def test_what_is_no_archive(tmp_path, content):
     path = tmp_path / "a.tar"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"a.tar' is no .tar archive") as caught:
+    with pytest.raises(UserError, match=r"a.tar' is not a .tar archive") as caught:
         find_targets([path])
     assert one_sentence(str(caught.value))
     (tmp_path / "b.png").write_bytes(encoded(0))
@@ -248,7 +249,7 @@ def test_what_is_no_archive(tmp_path, content):
         Target((), error=str(caught.value), name=str(path)),
         Target((f"{tmp_path}/b.png",), name="b.png"),
     ]
-    with pytest.raises(UserError, match=r"a.tar' is no .tar archive"):
+    with pytest.raises(UserError, match=r"a.tar' is not a .tar archive"):
         load_image(path / "a.png", 16)
 
 
@@ -256,7 +257,7 @@ def test_shards_without_pictures(tmp_path):
     archive(tmp_path / "empty.tar", [])
     archive(tmp_path / "words.tar", [("a.txt", b"x")])
     for name in ("empty", "words"):
-        with pytest.raises(UserError, match=f"The shard '.*{name}.tar' has no pictures") as caught:
+        with pytest.raises(UserError, match=f"The shard '.*{name}.tar' has no images") as caught:
             find_targets([tmp_path / f"{name}.tar"])
         assert one_sentence(str(caught.value))
 
@@ -385,7 +386,7 @@ def test_headers_that_are_none_end(tmp_path):
     good, failed = find_targets([path])
     assert (good.name, "(samples found: 1)" in failed.error) == ("a.tar/a.png", True)
     archive(path, [(sparse, b"x"), ("c.png", b"x")], format=tarfile.PAX_FORMAT)
-    with pytest.raises(UserError, match=r"is no .tar archive"):
+    with pytest.raises(UserError, match=r"is not a .tar archive"):
         find_targets([path])
 
 

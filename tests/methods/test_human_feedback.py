@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from lightning_prompts.commands.main import main
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.embeddings import slerp
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, HumanFeedback
 from lightning_prompts.methods.steering.human_feedback import Choice, Chooser, Page, Scripted
