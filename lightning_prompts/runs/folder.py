@@ -133,7 +133,7 @@ class RunFolder:
         return [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp"), *self.path.glob(".lock.*")]
 
     def discard(self) -> None:
-        """Delete the folder if it has no records; keep a lock, which deletes the rest when it is released."""
+        """Delete the folder if it has no records; of a locked one everything but the lock file, which `RunLock` removes."""
         if any(self.problems.glob("*.json")):
             return
         for path in self.path.glob("*"):
@@ -173,7 +173,7 @@ class RunFolder:
         return self.problems / f"{key}.safetensors"
 
     def image_of(self, key: str) -> Path:
-        """Return the file of the images of a problem's prompt."""
+        """Return the file of the images of a problem's prompt, side by side."""
         return self.problems / f"{key}.png"
 
     def save_embeds(self, key: str, content: bytes) -> None:
