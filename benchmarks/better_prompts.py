@@ -28,8 +28,8 @@ from prompt_pool import Written, written
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.emoji import world
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.objectives.clip import ClipSimilarity
 from lightning_prompts.runs.record import DPODiffResult

@@ -24,7 +24,7 @@ from inversion import TARGETS, interval, words_of
 from metric_guidance import judge
 from torch import Tensor
 
-from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, HumanFeedback
 from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.runs.record import HumanFeedbackResult

@@ -27,8 +27,8 @@ from inversion import interval, share, spread
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.emoji import world
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Blurriness, ClipQuality, ClipSimilarity, Objective, Sharpness
 from lightning_prompts.sampling.seeding import FRESH

@@ -23,8 +23,8 @@ from inversion import interval, spread
 from metric_guidance import CONFIG, captions, judge, objective
 from torch import Tensor
 
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.embeddings import transfer
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.sampling.seeding import FRESH
 

@@ -23,7 +23,7 @@ import yaml
 from inversion import interval
 from metric_guidance import captions, judge
 
-from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, SeedInvariance
 from lightning_prompts.runs.record import SeedInvarianceResult
 from lightning_prompts.sampling.seeding import FRESH

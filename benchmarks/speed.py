@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from lightning_prompts.backbones import Backbone, load_backbone, repeat
-from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.methods import PEZ, PH2P, TRAINER
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import Denoising

@@ -18,8 +18,8 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from lightning_prompts.api import CONFIGS
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.commands.dry_run import forget_peak, peak
-from lightning_prompts.data.inversion import ImagesToPrompts
-from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER
 
 WARM = 1  # steps that are not timed

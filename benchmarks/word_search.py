@@ -24,7 +24,7 @@ from inversion import interval, spread
 from prompt_pool import written
 from torch import Tensor
 
-from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.sampling.seeding import SEARCH, draw_noise

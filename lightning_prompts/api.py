@@ -29,9 +29,11 @@ from lightning_prompts.backbones.hub import pinned
 from lightning_prompts.callbacks import OwnerGuard, Results, Scores
 from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.data.arrays import array_to_image
-from lightning_prompts.data.images import DAMAGE, MIN_SIDE, find_targets, load_image
-from lightning_prompts.data.inversion import ImagesToPrompts
-from lightning_prompts.data.prompts import Prompts, find_prompts
+from lightning_prompts.data.images import DECODING_ERRORS, MIN_SIDE, load_image
+from lightning_prompts.data.prompts import find_prompts
+from lightning_prompts.data.targets import find_targets
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError, first_sentence
 from lightning_prompts.methods import TRAINER, PromptMethod
 from lightning_prompts.methods.inversion.base import Inverter
@@ -445,7 +447,7 @@ def _written(picture: Image.Image, name: str, scratch: Path) -> str:
         load_image(file, MIN_SIDE)
     except UserError as error:
         raise UserError(str(error).replace(f"'{file}'", name)) from error
-    except DAMAGE as error:
+    except DECODING_ERRORS as error:
         raise UserError(
             f"{name} is a picture that cannot be read ({first_sentence(error).rstrip('.')}); open it again."
         ) from error

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytorch_lightning as pl
 
 from lightning_prompts.callbacks import Results, VocabularyProjection
-from lightning_prompts.data.inversion import ImagesToPrompts
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.engine.datamodule import ProblemData
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import PH2P, DPODiff, PromptMethod
 from lightning_prompts.methods.inversion.base import Inverter
 from lightning_prompts.methods.steering.base import Steering

@@ -5,8 +5,8 @@ import json
 import pytorch_lightning as pl
 from safetensors.torch import load_file
 
-from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.engine.batch import Row
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.methods import TRAINER
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from lightning_prompts import guide, hold, invert, load_backbone, prefer, reword
 from lightning_prompts.api import search
 from lightning_prompts.commands.main import main
-from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import DPODiff
 from lightning_prompts.methods.steering.human_feedback import Choice
@@ -75,7 +75,7 @@ def test_every_input_has_its_result(tiny, pictures):
     assert [result.record.target for result in found] == [one.name, two.name, three.name, one.name]
     assert [bool(result.prompt) for result in found] == [True, False, True, True]
     assert found[0] is found[3]
-    assert "is no picture" in found[1].record.reason
+    assert "is not an image" in found[1].record.reason
     assert found[1].pictures == []
 
 

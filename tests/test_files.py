@@ -54,7 +54,7 @@ def test_a_save_that_was_swallowed_is_reported(tmp_path, monkeypatch):
 
 def test_a_save_that_was_cut_short_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda source, target: target.write_bytes(b"con"))
-    with pytest.raises(OSError, match=r"3 bytes are there after 7 were written: .*file"):
+    with pytest.raises(OSError, match=r"the file has 3 bytes after 7 were written: .*file"):
         atomic_write(tmp_path / "file", b"content")
 
 

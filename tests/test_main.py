@@ -485,7 +485,7 @@ def test_empty_folder_is_refused(base, tmp_path, capsys):
 def test_folder_without_a_readable_picture_is_refused(base, pictures, capsys):
     for path in pictures.iterdir():
         path.write_text("no picture")
-    refused(capsys, *base, "--data.images", pictures, names=["3 pictures", "0.png"])
+    refused(capsys, *base, "--data.images", pictures, names=["3 images", "0.png"])
 
 
 def test_finished_run_is_not_overwritten(base, finished, capsys):

@@ -8,8 +8,8 @@ import torch
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.engine.checkpoint import PromptCheckpoint, last_checkpoint
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Denoising, Sharpness

@@ -18,7 +18,7 @@ def test_an_unknown_status_is_refused():
         (0.4, 0.5, "done", None),
         (0.5, 0.5, "not improved", "0.5 is no lower than the initial one's 0.5"),
         (0.6, 0.5, "not improved", "0.6 is no lower than"),
-        (None, 0.5, "failed", "No prompt was found that is read again"),
+        (None, 0.5, "failed", "No prompt was found whose text encodes to the same tokens"),
         (None, math.nan, "failed", "not a finite number from the start"),
         (math.nan, 0.5, "failed", "not a finite number"),
         (math.inf, None, "failed", "not a finite number"),

@@ -14,6 +14,7 @@ import pytest
 from lightning_prompts.errors import UserError
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import DPODiffResult, InversionResult, Problem
+from lightning_prompts.runs.result_files import write_results
 
 # Children that only write files; forked, so that a test does not wait for imports.
 fork = multiprocessing.get_context("fork")
@@ -59,7 +60,7 @@ def folder(tmp_path):
 
 
 def write_result(folder, **settings):
-    folder.write_result("PH2P", "emoji", 7, settings, {"torch": "2.6"})
+    write_results(folder, "PH2P", "emoji", 7, settings, {"torch": "2.6"})
     return json.loads(folder.result.read_bytes())
 
 
@@ -334,7 +335,7 @@ def test_a_run_is_resumed_but_not_overwritten(folder, what):
     else:  # somebody else's
         folder.config.write_text("seed: 1\n")
         folder.problems.rmdir()
-    with pytest.raises(UserError, match="already holds a run; give --ckpt_path last to go on with it or another --run"):
+    with pytest.raises(UserError, match="already holds a run; give --ckpt_path last to resume it or another --run"):
         folder.prepare(resume=False)
     folder.prepare(resume=True)
     assert list(folder.load()) == ([FULL.key] if what == "record" else [])
@@ -400,7 +401,7 @@ def test_hard_prompts_are_those_that_were_found(tmp_path):
     with pytest.raises(UserError, match=r"no config\.yaml"):
         folder.hard_prompts()
     folder.config.write_text("model:\n")
-    assert folder.saved_config() == folder.config
+    folder.saved.check()
     with pytest.raises(UserError, match="no prompt yet"):
         folder.hard_prompts()
     kept = [Problem(f"{i:016}", f"{i}.png", index=9 - i, prompt=f"word {i}", token_ids=[i]) for i in range(2)]

@@ -1,4 +1,4 @@
-"""The folder of a run has one owner at a time, and none that is dead."""
+"""The folder of a run has one owner at a time, and never a dead one."""
 
 import errno
 import multiprocessing
@@ -50,14 +50,14 @@ os.utime = lambda file, times=None, **more: real(file, ns=(next(beats), next(bea
 
 @pytest.fixture
 def short(monkeypatch):
-    """A lease that expires soon."""
+    """Shorten the lease."""
     monkeypatch.setattr(lock, "LEASE", SECONDS)
     monkeypatch.setattr(lock, "HEARTBEAT", SECONDS / 10)
 
 
 @pytest.fixture
 def holder():
-    """Starts a process that holds a folder, on this machine or, as it says, on another."""
+    """Start a process that locks a folder, on this machine or on one that it pretends to be."""
     started = []
 
     def start(folder, before="", lease=lock.LEASE):
@@ -74,7 +74,7 @@ def holder():
 
 
 def held_for(folder):
-    """How long it takes until the folder can be locked."""
+    """Return the seconds until the folder can be locked."""
     began = time.monotonic()
     with RunLock(folder):
         return time.monotonic() - began
@@ -87,13 +87,13 @@ BY_OWN_CLOCK = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("before", ["", ELSEWHERE, pytest.param(ELSEWHERE + LATE, marks=BY_OWN_CLOCK)])
-def test_who_holds_it_is_told(before, holder, tmp_path):
+def test_the_message_names_the_owner(before, holder, tmp_path):
     process = holder(tmp_path, before)
     name = "elsewhere" if before else re.escape(socket.gethostname())
     since = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d \S+"
-    told = rf"{re.escape(str(tmp_path))} is in use by process {process.pid} on {name} since {since}; wait for it to end, stop"
+    message = rf"{re.escape(str(tmp_path))} is in use by process {process.pid} on {name} since {since}; wait for it to end, stop"
     for _ in range(3):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             held_for(tmp_path)
     assert process.poll() is None
 
@@ -118,7 +118,7 @@ def test_one_that_has_the_number_of_a_dead_one_does_not_count(holder, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["elsewhere", "by a clock that is behind", "nobody has reaped it", "empty"])
-def test_one_that_gives_no_sign_of_life_counts_for_a_lease(how, short, holder, tmp_path):
+def test_an_owner_without_a_heartbeat_counts_for_a_lease(how, short, holder, tmp_path):
     if how == "empty":  # after a power failure
         (tmp_path / ".lock").touch()
     else:
@@ -147,7 +147,7 @@ def test_one_that_was_suspended_ends_when_another_has_taken_over(short, holder, 
 
 
 def test_the_end_of_a_child_is_not_the_owners(tmp_path):
-    """Pictures are read ahead by processes that are forked."""
+    """Images are read ahead by forked processes."""
     with RunLock(tmp_path):
         child = multiprocessing.get_context("fork").Process(target=sys.exit)
         child.start()
@@ -209,7 +209,7 @@ def test_processes_that_have_lost_the_first_one_end(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """A finished search, and its command."""
+    """Return the folder of a finished search, and its command."""
     folder = tmp_path_factory.mktemp("locked")
     Image.new("RGB", (16, 16), "red").save(folder / "red.png")
     args = ["fit", "--run", str(folder / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(tiny),
@@ -220,7 +220,7 @@ def run(tiny, tmp_path_factory):
 
 
 def contents(folder):
-    """All but the signs of life."""
+    """Return the content of all files but the lock, which changes with each heartbeat."""
     return {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file() and path.name != ".lock"}
 
 
@@ -228,7 +228,7 @@ def test_commands_leave_a_folder_alone_that_another_process_holds(run, holder, t
     folder, fit = run
     process = holder(folder)
     before = contents(folder)
-    told = f"in use by process {process.pid} on "
+    message = f"in use by process {process.pid} on "
     mixed = ["predict", "--mix", str(folder), str(folder), "--run", str(tmp_path / "mix")]
     holder(tmp_path / "mix")
     for args in (
@@ -241,8 +241,8 @@ def test_commands_leave_a_folder_alone_that_another_process_holds(run, holder, t
         with pytest.raises(SystemExit) as stopped:
             main(args)
         assert stopped.value.code == 2
-        assert ("in use by" if args is mixed else told) in capsys.readouterr().err
-    with pytest.raises(UserError, match=told):
+        assert ("in use by" if args is mixed else message) in capsys.readouterr().err
+    with pytest.raises(UserError, match=message):
         search("pez", {"images": fit[fit.index("--data.images") + 1], "backbone": "emoji"}, folder=folder)
     main(["validate", "--run", str(folder)])  # which writes nothing
     assert contents(folder) == before

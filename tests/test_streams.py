@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_prompts.callbacks import results
 from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
 from lightning_prompts.data.prompts import find_prompts
 from lightning_prompts.engine.checkpoint import PromptCheckpoint
 from lightning_prompts.methods import GCG, PEZ, PH2P
-from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem, unreadable_key
 from lightning_prompts.runs.reports import failed_line
 
@@ -187,11 +187,13 @@ def test_killed_at_any_step_is_as_unbroken(method, make, tmp_path, watched, roun
 
 def test_finished_problems_are_not_read_again(make, folder, tmp_path, watched, monkeypatch):
     """They are known by their files, so that going on does not begin with reading all that is done."""
-    from lightning_prompts.data import inversion
+    from lightning_prompts.engine import target_dataset
 
     read = []
-    load = inversion.load_image
-    monkeypatch.setattr(inversion, "load_image", lambda path, *how: read.append(Path(path).name) or load(path, *how))
+    load = target_dataset.load_image
+    monkeypatch.setattr(
+        target_dataset, "load_image", lambda path, *how: read.append(Path(path).name) or load(path, *how)
+    )
     watched.stop = 9  # in the last step of the fifth picture's company
     how = ("--model.together", "1", "--data.workers", "0")
     with pytest.raises(SystemExit):
@@ -205,13 +207,13 @@ def test_finished_problems_are_not_read_again(make, folder, tmp_path, watched, m
 
 def test_lines_come_as_soon_as_a_problem_is_done(make, tmp_path, watched, monkeypatch):
     lines = []
-    tell = RunFolder.append_line
+    append = results.append_line
 
-    def told(self, problem, rank=0):
-        tell(self, problem, rank)
-        lines.append(len((self.path / "results.jsonl").read_text().splitlines()))
+    def append_and_count(folder, problem, rank=0):
+        append(folder, problem, rank)
+        lines.append(len((folder.path / "results.jsonl").read_text().splitlines()))
 
-    monkeypatch.setattr(RunFolder, "append_line", told)
+    monkeypatch.setattr(results, "append_line", append_and_count)
     main(make(tmp_path / "run", "PEZ", "--model.together", "2"))
     assert lines == [1, 2, 3, 4, 5]
     problems = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]
@@ -302,7 +304,7 @@ def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch
     main(make(tmp_path / "run", method.__name__, "--model.together", "1", "--model.trial_weight", "1"))
     (module,) = modules
     data = module.trainer.datamodule
-    for kept in (data._pictures, data._latents, module._features):
+    for kept in (data._images, data._latents, module._features):
         assert len(kept) <= 1
     assert len(module.batch) == len(module.latents) == 1
     assert torch.isfinite(module.parameter).all()

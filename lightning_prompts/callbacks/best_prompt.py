@@ -1,4 +1,4 @@
-"""Keep the best prompt, on disk from the first scoring."""
+"""Score the prompts during a search, and save the best ones."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class BestPrompt(pl.Callback):
     """Score the prompts, save those that improved, and finish problems."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
-        """Score prompts before their first step, and finish problems that a resumed search with fewer steps has already exceeded."""
-        self._keep(trainer, pl_module, pl_module.batch.where(lambda row: row.active and row.steps == 0))
-        if len(over := pl_module.batch.where(lambda row: row.active and row.steps >= pl_module.data.steps)):
-            self._keep(trainer, pl_module, over)
-            pl_module.finish_done(over)
+        """Score prompts before their first step; finish problems that already have more steps than a resumed search allows."""
+        self._score(trainer, pl_module, pl_module.batch.where(lambda row: row.active and row.steps == 0))
+        if len(exceeded := pl_module.batch.where(lambda row: row.active and row.steps >= pl_module.data.steps)):
+            self._score(trainer, pl_module, exceeded)
+            pl_module.finish_done(exceeded)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
         """Score after every n-th step of a problem and after its last one."""
         rows = pl_module.rows_to_score()
-        self._keep(trainer, pl_module, rows)
+        self._score(trainer, pl_module, rows)
         pl_module.finish_done(rows)
 
-    def _keep(self, trainer: pl.Trainer, module: PromptMethod, rows: Tensor) -> None:
+    def _score(self, trainer: pl.Trainer, module: PromptMethod, rows: Tensor) -> None:
         better = module.score(rows) if len(rows) else []
         for problem in better:
             trainer.datamodule.folder.save_or_warn(problem)  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
 from lightning_prompts.runs.reports import versions
+from lightning_prompts.runs.result_files import append_line, write_lines, write_results
 from lightning_prompts.sampling.figures import to_image, to_png
 from lightning_prompts.terminal import say
 
@@ -71,7 +72,7 @@ class Results(Checkpoint):
         self.scores.check_heldout(pl_module)
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            folder.write_lines()
+            write_lines(folder)
         elif folder.writes:
             folder.lines_of(trainer.global_rank).unlink(missing_ok=True)
 
@@ -153,7 +154,7 @@ class Results(Checkpoint):
         if problems:
             module.final_evaluation(problems, self.scores)
         for problem in module.save_finished():
-            trainer.datamodule.folder.append_line(problem, trainer.global_rank)  # type: ignore[attr-defined]
+            append_line(trainer.datamodule.folder, problem, trainer.global_rank)  # type: ignore[attr-defined]
 
     def _mark_open(self, trainer: pl.Trainer, module: PromptMethod) -> None:
         """Record in open problems that the search was cut short, as by `--trainer.max_time`."""
@@ -174,7 +175,7 @@ class Results(Checkpoint):
         if exported := list(islice(folder.found(), EXPORTED)):
             module.write_files(exported, folder)
         settings = {**self.settings, "drawing": module.drawing}
-        folder.write_result(type(module).__name__, module.backbone.name, data.seed, settings, versions())
+        write_results(folder, type(module).__name__, module.backbone.name, data.seed, settings, versions())
         for lines in folder.path.glob("results-rank*.jsonl"):
             lines.unlink()
         if self.tell:

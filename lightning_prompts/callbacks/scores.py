@@ -102,7 +102,7 @@ class Scores:
         """
         for problem in problems:
             problem.result = InversionResult()
-        self._score_pictures(method, list(zip(problems, drawn, method.data.pictures(problems), strict=True)))
+        self._score_pictures(method, list(zip(problems, drawn, method.data.target_images(problems), strict=True)))
         self._score_texts(method, problems)
         _leave_the_device(method)
 

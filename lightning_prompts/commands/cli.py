@@ -40,8 +40,8 @@ from lightning_prompts.commands.dry_run import DryRun
 from lightning_prompts.commands.interpolate import Between
 from lightning_prompts.commands.mix import Mix, parents_of
 from lightning_prompts.commands.parser_errors import mistake_in, one_sentence, refused_class
-from lightning_prompts.data.images import check_sources, find_targets
-from lightning_prompts.data.prompts import Prompts, find_prompts, read_prompts
+from lightning_prompts.data.prompts import find_prompts, read_prompts
+from lightning_prompts.data.targets import check_sources, find_targets
 from lightning_prompts.distributed import ranks_of
 from lightning_prompts.engine.checkpoint import (
     AtomicCheckpointIO,
@@ -53,6 +53,7 @@ from lightning_prompts.engine.checkpoint import (
     ranks_in,
 )
 from lightning_prompts.engine.datamodule import ProblemData
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError, first_sentence
 from lightning_prompts.launchers import Launched, own_rank, started_by_lightning, starting_others
 from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
@@ -316,14 +317,14 @@ class CLI(LightningCLI):
         model = config.model.init_args
         for name in ("revision", "variant"):
             if begun and model[name] is None:
-                model[name] = self.folder.saved_settings()["model"]["init_args"].get(name)
+                model[name] = self.folder.saved.load()["model"]["init_args"].get(name)
         # What is saved is the commit and the variant, so that later commands read the same weights.
         model.revision, model.variant = pinned(model.backbone, model.offline, model.revision, model.variant)
         if own_rank() == 0:
             dumped = self._parser("fit").dump(config.clone())
             if begun:
                 _check_same(self.folder, dumped)
-            self.saved = self.folder.with_origin(re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped))
+            self.saved = self.folder.saved.with_origin(re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped))
         if config.ckpt_path == "last":
             config.ckpt_path = self._last(own_rank() if parts > 1 else 0, parts)
         config.weights_only = True
@@ -592,7 +593,7 @@ def _with_texts(args: list[str]) -> list[str]:
 
 def _check_same(folder: RunFolder, wanted: str) -> None:
     """Refuses to go on with a search under settings that would make its past and its future two different searches."""
-    before, now = folder.saved_settings(), yaml.safe_load(wanted)
+    before, now = folder.saved.load(), yaml.safe_load(wanted)
     may_change = MAY_CHANGE - getattr(methods, now["model"]["class_path"].rpartition(".")[2]).decisive
     differ: list[tuple[str, str, str]] = []
     for part in ("model", "data"):

@@ -194,11 +194,12 @@ def _with_run_config(args: list[str]) -> tuple[Path | None, list[str]]:
     if looked_at is None:
         raise UserError(f"The command {args[0]!r} needs the run to look at: train.py {args[0]} --run runs/NAME.")
     folder = RunFolder(looked_at)
-    saved = ["--config", str(folder.saved_config())]
+    folder.saved.check()
+    saved = ["--config", str(folder.config)]
     with suppress(
         LookupError, TypeError, ValueError, AttributeError, YAMLError
     ):  # the parser names what is wrong with the file
-        moved = folder.moved_settings()
+        moved = folder.saved.moved()
         saved += ["--config", json.dumps(moved)] if moved else []
     return run, [args[0], *saved, *args[1:]]
 

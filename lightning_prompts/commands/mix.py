@@ -43,7 +43,7 @@ class Parent(NamedTuple):
     def pictures(self, size: int) -> Tensor:
         """The target's pictures (I, 3, H, W) in [-1, 1]."""
         red, green, blue = self.data["background"]
-        paths = map(self.run.located, self.problem.paths)
+        paths = map(self.run.saved.located, self.problem.paths)
         images = [load_image(path, size, self.data["fit"], (red, green, blue)) for path in paths]
         return torch.stack([to_tensor(image) for image in images])
 
@@ -51,7 +51,7 @@ class Parent(NamedTuple):
 def parents_of(runs: Sequence[str]) -> tuple[Parent, Parent]:
     """The first prompt of each of two runs; of one run named twice, its first two."""
     several = [RunFolder(run) for run in runs]
-    settings = [run.saved_settings() for run in several]
+    settings = [run.saved.load() for run in several]
     backbones = [_backbone(run, one["model"]["init_args"]) for run, one in zip(several, settings, strict=True)]
     if backbones[0] != backbones[1]:
         raise UserError(
@@ -71,7 +71,7 @@ def parents_of(runs: Sequence[str]) -> tuple[Parent, Parent]:
 def _backbone(run: RunFolder, model: dict[str, Any]) -> str:
     """The model as it was named, a folder by its full path, with its revision."""
     name, revision = str(model.get("backbone", "emoji")), model.get("revision")
-    name = str(Path(run.located(name)).resolve()) if Path(run.located(name)).is_dir() else name
+    name = str(Path(run.saved.located(name)).resolve()) if Path(run.saved.located(name)).is_dir() else name
     return f"{name} {revision}" if revision else name
 
 

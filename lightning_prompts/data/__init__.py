@@ -1,1 +1,1 @@
-"""Data modules and what they read."""
+"""Where inputs come from: images, prompts, lists and shards."""

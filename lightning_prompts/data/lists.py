@@ -1,4 +1,4 @@
-"""Lists of inputs that a person has written: plain text, CSV and JSON lines."""
+"""Read lists of inputs that a user wrote: plain text, CSV and JSON lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_prompts.errors import UserError
 
 
 class Row(NamedTuple):
-    """A line of a list: its number, and what it says or why that cannot be known, in one sentence."""
+    """A row of a list: the number of its line, and its value or an error in one sentence."""
 
     line: int
     value: Any = None
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
 
 def read_lines(path: Path) -> Iterator[Row]:
-    """Gives each line of a text that is not blank.
+    """Yield each line of a text file that is not blank.
 
     Raises:
         UserError: The list cannot be read.
@@ -33,15 +33,15 @@ def read_lines(path: Path) -> Iterator[Row]:
 
 
 def read_rows(path: Path, column: str, header: str) -> Iterator[Row]:
-    """Gives each row of a list with the number of its line, the last if it has several; a broken one has an error.
+    """Yield each row of a list with the number of its line, the last one if it spans several; a broken row has an error.
 
     Args:
-        path: A `.csv`, or JSON values, one a line.
-        column: What the header of a `.csv` must have.
-        header: Such a header, as an example.
+        path: A `.csv` file, or one with a JSON value per line.
+        column: The column that the header of a `.csv` must have.
+        header: An example of such a header, for the error message.
 
     Raises:
-        UserError: The list cannot be read, or its header is none.
+        UserError: The list cannot be read, or its header lacks the column.
     """
     text = _read(path)
     if path.suffix.lower() == ".csv":
@@ -54,7 +54,7 @@ def read_rows(path: Path, column: str, header: str) -> Iterator[Row]:
             try:
                 value = None if error else json.loads(content)
             except (ValueError, RecursionError):
-                error = f"Line {line} of '{path}' is not valid JSON; write one object a line."
+                error = f"Line {line} of '{path}' is not valid JSON; write one object per line."
             yield Row(line, value, error)
 
 
@@ -77,10 +77,10 @@ def _read_table(path: Path, text: str, column: str, header: str) -> Iterator[Row
             for cells in reader:
                 read = before + reader.line_num
                 if cells:
-                    row = dict(itertools.zip_longest(names, cells))  # what is too much has the name None
+                    row = dict(itertools.zip_longest(names, cells))  # surplus cells have the key None
                     yield Row(read, row, _encoding_error(path, read, "".join(cells)))
         except csv.Error as error:
-            read += 1  # and not to where the reader is: a lone quote takes in all lines up to the next quote
+            read += 1  # not the reader's position, since a lone quote swallows all lines up to the next quote
             yield Row(read, None, _malformed(path, read, error))
 
 
@@ -90,7 +90,7 @@ def _malformed(path: Path, line: int, error: csv.Error) -> str:
 
 def _read(path: Path) -> str:
     try:
-        # Spreadsheets write a byte order mark; what is not UTF-8 is found line by line.
+        # Spreadsheets write a byte order mark; `_encoding_error` finds the lines that are not UTF-8.
         return path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise UserError(f"The list '{path}' cannot be read ({error.strerror}); check its permissions.") from error

@@ -1,1 +1,1 @@
-"""The folder of a run: records, results, and how they are written."""
+"""The folder of a run: records, results, saved settings, and the lock."""

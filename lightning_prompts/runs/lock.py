@@ -1,4 +1,4 @@
-"""One owner at a time for the folder of a run."""
+"""Lock the folder of a run, so that one process owns it at a time."""
 
 from __future__ import annotations
 
@@ -19,70 +19,70 @@ from lightning_prompts.runs.atomic_io import atomic_write
 log = logging.getLogger(__name__)
 
 LEASE = 60.0
-"""Seconds after which an owner that gives no sign of life counts as dead; the same for all versions of this program."""
+"""Seconds without a heartbeat after which an owner counts as dead; must stay the same in all versions of this program."""
 HEARTBEAT = 2.0
-"""Seconds between signs of life, by which a second process learns that the first one works."""
+"""Seconds between heartbeats, which show a second process that the first one is alive."""
 PATIENCE = 10.0
-"""Seconds until a second process says that it waits for a sign of life."""
+"""Seconds until a second process logs that it waits for a heartbeat."""
 
 
 class RunLock:
-    """Holds the folder of a run for this process, and with it for all that share the search.
+    """Lock the folder of a run for this process and the ranks that share its search.
 
-    The lock is a file that its owner touches every two seconds. It needs nothing of the file system but exclusive creation, so it
-    works where `flock` is unknown or counts on one machine only. What is left by a process of this machine that was killed is taken
-    over at once, and by one of another machine after a minute without a sign of life, measured by one's own clock.
+    The lock is a file that its owner touches every two seconds. The file system only has to support exclusive creation, so the lock
+    works where `flock` is missing or works on one machine only. The lock of a killed process of this machine is taken over at once; that
+    of another machine after a minute without a heartbeat, measured by this machine's clock.
 
     Args:
-        folder: The run's folder, which is created if there is none.
+        folder: The run's folder, which is created if it is missing.
 
     Raises:
-        UserError: On entry, another process works in the folder.
+        UserError: On entry, another process owns the folder.
         OSError: On entry, the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / ".lock"
-        self.holder = folder / ".lock-holder"  # who it is, for those who are refused
+        self.holder = folder / ".lock-holder"  # names the owner, for the message to a process that is refused
         self._lease = SoftFileLease(self.path, lease_duration=LEASE, heartbeat_interval=HEARTBEAT)
-        self._made = self._warned = False
+        self._created = self._warned = False
 
     def __enter__(self) -> RunLock:
-        self._made = not self.folder.exists()
-        began, first = time.monotonic(), self._last_sign()
-        told = False
+        self._created = not self.folder.exists()
+        began, first = time.monotonic(), self._heartbeat()
+        announced = False
 
-        def works() -> bool:
-            """Whether the owner has given a sign of life, or there is another owner."""
-            nonlocal first, told
-            now = self._last_sign()
+        def owner_is_alive() -> bool:
+            """Return whether there was a heartbeat or a change of owner since the first look."""
+            nonlocal first, announced
+            now = self._heartbeat()
             if first is None or now is None:
                 first = now
-            if not told and time.monotonic() - began > PATIENCE:
-                told = True
+            if not announced and time.monotonic() - began > PATIENCE:
+                announced = True
                 log.info(
-                    "Waiting up to %d seconds to learn whether %s, which held %s, still works.",
+                    "Waiting up to %d seconds for a sign that %s, which locked %s, is alive.",
                     LEASE,
-                    self._who(),
+                    self._owner(),
                     self.folder,
                 )
             return now != first
 
         try:
             try:
-                self._lease.acquire(timeout=1.5 * LEASE, poll_interval=0.25, cancel_check=works)
+                self._lease.acquire(timeout=1.5 * LEASE, poll_interval=0.25, cancel_check=owner_is_alive)
             except Timeout:
-                if self._last_sign() not in (None, first):
+                if self._heartbeat() not in (None, first):
                     raise
-                self.path.unlink(missing_ok=True)  # empty, as a power failure may leave it, and nobody's
+                self.path.unlink(missing_ok=True)  # empty, as after a power failure, and without an owner
                 self._lease.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"The run folder {self.folder} is in use by {self._who()}; wait for it to end, stop it, or give another folder."
+                f"The run folder {self.folder} is in use by {self._owner()}; wait for it to end, stop it, or give another folder."
             ) from None
         except OSError:
-            self._unmake()
+            self._remove_created()
             raise
         since = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %Z}"
         with suppress(OSError):
@@ -98,50 +98,52 @@ class RunLock:
         if not taken:
             with suppress(OSError):
                 self.holder.unlink(missing_ok=True)
-        with suppress(OSError):  # what is left is taken over by the next process
+        with suppress(OSError):  # the next process takes over what is left
             self._lease.release()
         if not taken:
-            self._unmake()
+            self._remove_created()
 
-    def _unmake(self) -> None:
-        """Delete the folder that this lock has created, if nothing was written."""
-        if self._made:
+    def _remove_created(self) -> None:
+        """Delete the folder if this lock created it and it is empty."""
+        if self._created:
             with suppress(OSError):
                 self.folder.rmdir()
 
     @property
     def taken(self) -> bool:
-        """Whether another process has taken over, since this one was suspended for longer than the lease."""
+        """Whether another process took over because this one was suspended for longer than the lease."""
         return self._lease.compromise is not None and self.path.exists() and not self._lease.is_lock_held_by_us
 
     def check(self) -> None:
-        """Make sure that the folder is still this process's.
+        """Make sure that this process still owns the folder.
 
         Raises:
-            UserError: Another process has taken over.
+            UserError: Another process took over.
         """
         if self._lease.compromise is None:
             return
         if self.taken:
             raise UserError(
-                f"The run folder {self.folder} was taken over by {self._who()}, since this process had given no sign of life for "
-                f"{LEASE:.0f} seconds; it ends here, and the other goes on."
+                f"The run folder {self.folder} was taken over by {self._owner()}, since this process had no heartbeat for "
+                f"{LEASE:.0f} seconds; this process ends, and the other continues."
             )
         if not self._warned:
             self._warned = True
             log.warning(
-                "The lock of %s is lost (%s); start no other process there.", self.folder, self._lease.compromise.reason
+                "The lock of %s is lost (%s); do not start another process in this folder.",
+                self.folder,
+                self._lease.compromise.reason,
             )
 
-    def _last_sign(self) -> tuple[int, int] | None:
-        """What changes with each sign of life, and with each owner."""
+    def _heartbeat(self) -> tuple[int, int] | None:
+        """Return a value that changes with each heartbeat and each owner; None without a lock file."""
         try:
-            there = self.path.stat()
+            stat = self.path.stat()
         except OSError:
             return None
-        return there.st_mtime_ns, there.st_ino
+        return stat.st_mtime_ns, stat.st_ino
 
-    def _who(self) -> str:
+    def _owner(self) -> str:
         try:
             return shortened(self.holder.read_text(errors="replace").strip(), 200) or "another process"
         except OSError:

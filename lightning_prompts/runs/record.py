@@ -1,4 +1,4 @@
-"""The record of each problem: what is searched, and the best that was found for it so far."""
+"""The record of each problem: its inputs, and its best prompt so far."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
-from typing_extensions import Self, TypedDict  # pydantic checks no others before Python 3.12
+from typing_extensions import Self, TypedDict  # before Python 3.12, pydantic accepts only these
 
 from lightning_prompts.runs.atomic_io import finite
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# "not improved" is finished, too, but the prompt is no better than the one that the search started from.
+# "not improved" is finished, too, but its prompt is no better than the initial one.
 Status = Literal["open", "done", "not improved", "failed"]
 
 BEST_CANDIDATES = 5  # of DPO-Diff in result.json
 
 
 class Better(TypedDict):
-    """A prompt that was the best when it was found."""
+    """A prompt of the history, which was the best of its time."""
 
     unet_samples: int
     validation_loss: float
@@ -34,21 +34,21 @@ class Better(TypedDict):
 
 
 class Candidate(TypedDict):
-    """A prompt that was drawn and judged."""
+    """A prompt that was sampled and evaluated."""
 
     prompt: str
     negative_prompt: str
-    choice: list[int]  # of each slot the word's number
-    losses: list[float]  # what is minimised, by seed: of an attack the negative distances
-    budget: float  # generations spent by then
+    choice: list[int]  # index of the word, by slot
+    losses: list[float]  # minimized, by seed; of an attack the negative distances
+    budget: float  # generations spent up to here
 
 
 class Move(TypedDict):
-    """Where a person has gone: on the arc to a text."""
+    """A choice of the user: a move on the arc to a text."""
 
     text: str
-    candidate: int  # its number in its round, from 0
-    strength: float  # how far it went, 1 is all the way
+    candidate: int  # its index in the round
+    strength: float  # fraction of the arc, in [0, 1]
     others: int  # rounds without a move before it
 
 
@@ -58,7 +58,11 @@ class MethodResult:
 
     @classmethod
     def of(cls, problem: Problem) -> Self:
-        """Return the problem's result as this class; the first call makes an empty one."""
+        """Return the problem's result as this class; the first call creates an empty one.
+
+        Raises:
+            TypeError: The problem has a result of another method.
+        """
         if problem.result is None:
             problem.result = cls()
         elif isinstance(problem.result, dict):  # as it was read
@@ -69,10 +73,10 @@ class MethodResult:
 
     @classmethod
     def read(cls, content: dict[str, Any] | None) -> Self | dict[str, Any] | None:
-        """Check what a record or a checkpoint holds of a result; this base class takes that of any method, as it is.
+        """Check a result from a record or a checkpoint; this base class accepts that of any method unchanged.
 
         Raises:
-            ValueError: It is not a result of this class.
+            ValueError: The content is not a result of this class.
         """
         return content if content is None or cls is MethodResult else checked(cls, content)
 
@@ -88,7 +92,7 @@ class MethodResult:
 
 @dataclass
 class InversionResult(MethodResult):
-    """Scores of a prompt that was found for images; None where a score was not measured.
+    """Scores of a prompt that was found for images; None where a score was not computed.
 
     Attributes:
         clip_similarity: Cosine of the target and the generated images, by the model's own CLIP.
@@ -113,7 +117,7 @@ class InversionResult(MethodResult):
     perplexity: float | None = None
 
     def entry(self, problem: Problem) -> dict[str, Any]:
-        """See `MethodResult.entry`; the two similarities are there even if they were not measured."""
+        """See `MethodResult.entry`; the two similarities are always present."""
         similarities = {
             "clip_similarity": self.clip_similarity,
             "heldout_clip_similarity": self.heldout_clip_similarity,
@@ -140,7 +144,7 @@ class RefinementResult(MethodResult):
 
     @property
     def comparisons(self) -> list[tuple[str, list[float] | None, list[float] | None]]:
-        """What to compare before and after, the most important first: a name and the values per seed."""
+        """Scores before and after the change, the most important first: a name and the values per seed."""
         return [("held-out similarity", self.heldout_before, self.heldout_after)]
 
     @property
@@ -239,8 +243,8 @@ class SeedInvarianceResult(SteeringResult):
 
 
 @dataclass
-class HumanFeedbackResult(SteeringResult):
-    """The result of HumanFeedback.
+class HumanFeedbackResult(RefinementResult):
+    """The result of HumanFeedback, which has no metric.
 
     Attributes:
         moves: What the user chose, oldest first.
@@ -268,10 +272,10 @@ def unreadable_key(names: Sequence[str]) -> str:
 
 @dataclass
 class Problem:
-    """One independent problem and the best that was found for it so far. Losses are better lower, similarities higher."""
+    """One independent problem and its best prompt so far. Lower losses are better."""
 
-    key: str  # 16 hexadecimal digits, the hash of the content and of the settings that matter; names the record's file
-    target: str  # what to show a person: a file name, a folder or a prompt
+    key: str  # 16 hexadecimal digits: the hash of the inputs and of the settings that identify the problem; names the record's file
+    target: str  # the name in messages: of a file, folder or subject, or the prompt
     paths: list[str] = field(default_factory=list)
     caption: str | None = None
     index: int = 0  # place among the inputs, which is the order of results
@@ -279,15 +283,15 @@ class Problem:
     reason: str | None = None  # one sentence, why it is "not improved" or "failed"
     prompt: str | None = None
     token_ids: list[int] | None = None
-    embedding: list[list[float]] | None = None  # (M, D) of a prompt that is no text: what its pseudo-word stands for
+    embedding: list[list[float]] | None = None  # (M, D) of a pseudo-word, whose prompt is no text
     validation_loss: float | None = None
-    initial_validation_loss: float | None = None  # of the prompt that the search started from
-    negative_prompt: str | None = None  # found by methods that search one
-    unet_samples: int = 0  # forward and backward counted each
+    initial_validation_loss: float | None = None  # of the initial prompt
+    negative_prompt: str | None = None  # of methods that search one
+    unet_samples: int = 0  # a forward and a backward pass count one each
     seconds: float = 0.0
     history: list[Better] = field(default_factory=list)  # of the best prompt, oldest first
-    result: MethodResult | dict[str, Any] | None = None  # of the method; a dictionary where its class is not known
-    stamps: list[str] = field(default_factory=list)  # of each file, by which it is known again without being read
+    result: MethodResult | dict[str, Any] | None = None  # of the method; a dictionary if its class is not known
+    stamps: list[str] = field(default_factory=list)  # of each file, to recognize it without reading it
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
@@ -295,15 +299,8 @@ class Problem:
 
     @property
     def shown(self) -> str:
-        """The prompt for a person's eyes, with the negative one if there is any."""
+        """The prompt with the negative prompt, if any, for display."""
         return (self.prompt or "") + (f" | without {self.negative_prompt}" if self.negative_prompt else "")
-
-    def keep(
-        self, prompt: str, loss: float, token_ids: list[int] | None = None, embedding: list[list[float]] | None = None
-    ) -> None:
-        """Takes a better prompt."""
-        self.prompt, self.validation_loss, self.token_ids, self.embedding = prompt, loss, token_ids, embedding
-        self.history.append({"unet_samples": self.unet_samples, "validation_loss": loss, "prompt": prompt})
 
     def offer(
         self, prompt: str, loss: float, token_ids: list[int] | None = None, embedding: list[list[float]] | None = None
@@ -311,28 +308,32 @@ class Problem:
         """Keep a prompt if its loss is the lowest so far; return whether it is."""
         improves = self.validation_loss is None or loss < self.validation_loss
         if improves:
-            self.keep(prompt, loss, token_ids, embedding)
+            self.prompt, self.validation_loss, self.token_ids, self.embedding = prompt, loss, token_ids, embedding
+            self.history.append({"unet_samples": self.unet_samples, "validation_loss": loss, "prompt": prompt})
         return improves
 
-    def move_to(self, here: Problem) -> bool:
-        """Takes over what the inputs say now: the pictures may have moved or been renamed, and others come before them.
+    def move_to(self, current: Problem) -> bool:
+        """Copy the fields of the inputs from a problem without results, since files may have moved and the order may have changed.
+
+        Args:
+            current: The problem with the same key among the current inputs.
 
         Returns:
-            Whether anything is new.
+            Whether a field has changed.
         """
         names = ("target", "paths", "stamps", "caption", "index")
-        new = [name for name in names if getattr(self, name) != getattr(here, name)]
-        for name in new:
-            setattr(self, name, getattr(here, name))
-        return bool(new)
+        changed = [name for name in names if getattr(self, name) != getattr(current, name)]
+        for name in changed:
+            setattr(self, name, getattr(current, name))
+        return bool(changed)
 
     def forget_prompt(self) -> None:
-        """Takes away the best prompt, so that the next one is kept whatever its loss."""
+        """Remove the best prompt, so that the next one is kept whatever its loss."""
         self.prompt = self.validation_loss = self.token_ids = self.embedding = None
         self.history.clear()
 
     def finish(self) -> None:
-        """Sets the final status from the two losses; without any, a problem is done, and one that failed stays so."""
+        """Set the final status by the validation losses; without losses a problem is done, and a failed one stays failed."""
         if self.status == "failed":
             return
         loss, initial = finite(self.validation_loss), finite(self.initial_validation_loss)
@@ -341,7 +342,7 @@ class Problem:
             self.status, self.reason = "failed", "The validation loss of the prompt is not a finite number."
         elif loss is None and initial is not None:
             self.status = "failed"
-            self.reason = "No prompt was found that is read again as the same tokens and holds no blocked word."
+            self.reason = "No prompt was found whose text encodes to the same tokens and has no blocked word."
         elif loss is None and self.initial_validation_loss is not None:
             self.status = "failed"
             self.reason = "The validation loss is not a finite number from the start; try --model.dtype float32."
@@ -353,7 +354,15 @@ class Problem:
 
 
 def checked(kind: type[T], content: dict[str, Any]) -> T:
-    """Make a dataclass of what a JSON file holds of its fields; a ValueError names a field that is unknown or of another type."""
+    """Create a dataclass from JSON values, and check the type of each field.
+
+    Args:
+        kind: The dataclass.
+        content: Values by field; null in place of a number in a list or dictionary becomes NaN.
+
+    Raises:
+        ValueError: A field is unknown, missing or of another type.
+    """
     if unknown := sorted(content.keys() - {field.name for field in fields(kind)}):  # type: ignore[arg-type]
         raise ValueError(f"the field {unknown[0]!r} is unknown")
     content = {name: None if value is None else _with_nan(value) for name, value in content.items()}
@@ -369,7 +378,7 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 
 def _with_nan(value: Any) -> Any:
-    """Replace null by NaN, of which `to_json` has made it; in a list or an entry of one, null stands for nothing else."""
+    """Replace null by NaN, which `to_json` writes as null; lists and their entries have no other null."""
     if isinstance(value, dict):
         return {key: _with_nan(item) for key, item in value.items()}
     if isinstance(value, list):

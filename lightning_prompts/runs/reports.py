@@ -1,4 +1,4 @@
-"""What the files of a run say of its problems: entries of `result.json`, lines of JSONL files and rows of a table."""
+"""Convert records to entries of `result.json`, lines of JSONL files, and rows of a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RESULT_KEYS = (
 
 
 def prompt_lines(texts: Iterable[str | None]) -> bytes:
-    """A line a prompt, empty without one."""
+    """Return one line per prompt, empty where there is none."""
     return "".join(" ".join((text or "").splitlines()) + "\n" for text in texts).encode(errors="backslashreplace")
 
 
@@ -32,30 +32,39 @@ def result_line(problem: Problem, result_class: type[MethodResult]) -> bytes:
 
 
 def failed_line(problem: Problem, paths: Sequence[str] = ()) -> bytes:
-    """Return a line that names what has failed, as a list of inputs does: its files, its prompt, or a broken line of a list.
+    """Return the line of a failed problem in `failed.jsonl`, which can be given as a list of inputs again.
+
+    The line has the problem's files, its prompt, or the broken line of a list.
 
     Args:
         problem: The record.
-        paths: Its files as they are from here.
+        paths: Its files, relative to the current folder.
     """
     files = [os.path.abspath(path) for path in paths]
-    named = {"file": files[0] if len(files) == 1 else files} if files else {"prompt": problem.target}
+    source = {"file": files[0] if len(files) == 1 else files} if files else {"prompt": problem.target}
     if not files and problem.key == unreadable_key([problem.target]):
-        named = {"line": problem.target}
+        source = {"line": problem.target}
     caption = {"caption": problem.caption} if problem.caption else {}
-    return json_line({**named, **caption, "reason": problem.reason})
+    return json_line({**source, **caption, "reason": problem.reason})
 
 
 def write_table(
     path: Path, problems: Iterable[Problem], result_class: type[MethodResult] = MethodResult, rows: int = 1000
 ) -> None:
-    """Write the texts, numbers and lists of these that records hold as a Parquet file, a thousand rows at a time."""
+    """Write a Parquet file with the fields of records that are texts, numbers, or lists of these.
+
+    Args:
+        path: The file.
+        problems: The records.
+        result_class: Class of the method's results.
+        rows: Records in memory at a time.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
     plain = {str: pa.string(), int: pa.int64(), float: pa.float64()}
     columns: dict[str, pa.DataType] = {}
-    own = get_type_hints(result_class)
+    own = get_type_hints(result_class)  # the method's fields
     for name, kind in (get_type_hints(Problem) | own).items():
         kind = next((part for part in get_args(kind) if part is not type(None)), kind) if _optional(kind) else kind
         if kind in plain:
@@ -67,14 +76,14 @@ def write_table(
     del columns["stamps"]
     schema = pa.schema(list(columns.items()))
     with atomic_writer(path) as file, parquet.ParquetWriter(file, schema) as writer:
-        several: list[dict[str, Any]] = []
+        chunk: list[dict[str, Any]] = []
         for problem in problems:
             result = result_class.of(problem)
-            several.append({name: _clean(getattr(result if name in own else problem, name)) for name in columns})
-            if len(several) == rows:
-                writer.write_table(pa.Table.from_pylist(several, schema))
-                several.clear()
-        writer.write_table(pa.Table.from_pylist(several, schema))
+            chunk.append({name: _clean(getattr(result if name in own else problem, name)) for name in columns})
+            if len(chunk) == rows:
+                writer.write_table(pa.Table.from_pylist(chunk, schema))
+                chunk.clear()
+        writer.write_table(pa.Table.from_pylist(chunk, schema))
 
 
 def _optional(kind: Any) -> bool:
@@ -82,7 +91,7 @@ def _optional(kind: Any) -> bool:
 
 
 def _clean(value: Any) -> Any:
-    """Numbers that are finite, and texts that UTF-8 has."""
+    """Replace NaN and infinities by None, and escape what UTF-8 cannot encode."""
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
     return [_clean(item) for item in value] if isinstance(value, list) else finite(value)
@@ -95,7 +104,7 @@ def result_entry(problem: Problem, result_class: type[MethodResult]) -> dict[str
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide a result, without importing them."""
+    """Return the versions of Python and of the packages that affect results, without importing them."""
     return {"python": platform.python_version()} | {package: _version(package) for package in _PACKAGES}
 
 

@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 
 from lightning_prompts.callbacks import PromptProgress
-from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.errors import escaped_markdown
 from lightning_prompts.methods import PEZ, TRAINER
 

@@ -10,7 +10,7 @@ from PIL import Image
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.data.images import to_tensor
-from lightning_prompts.data.inversion import ImagesToPrompts
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.methods import PEZ, TRAINER, TextualInversion
 from lightning_prompts.runs.record import Problem
 from lightning_prompts.sampling.attention_maps import HEAT, SAMPLES, found_word_maps, token_texts, word_maps, word_rows

@@ -20,7 +20,7 @@ def test_prompts_from_all_kinds_of_lists(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", '{"prompt": "a"}\n{"prompt"', "Line 2 of"),
         ("a.jsonl", '{"text": "a"}', "no text under 'prompt'"),
@@ -32,11 +32,11 @@ def test_prompts_from_all_kinds_of_lists(tmp_path):
         (None, "  ", "A prompt is empty"),
     ],
 )
-def test_lists_that_are_none(name, content, told, tmp_path):
+def test_lists_without_prompts(name, content, message, tmp_path):
     source = content if name is None else str(tmp_path / name)
     if name and content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_prompts([source])
 
 
@@ -47,7 +47,7 @@ def test_a_list_without_a_usable_line_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "line", "told"),
+    ("name", "content", "line", "message"),
     [
         ("a.txt", b"a dog\n\ncaf\xe9\na cat", 3, "is not UTF-8"),
         ("a.csv", b'prompt\na dog\n"a\na cat\n', 3, "is not valid CSV"),
@@ -57,20 +57,20 @@ def test_a_list_without_a_usable_line_is_refused(tmp_path):
         ("a.jsonl", b'{"prompt": "a dog"}\n[]\n{"prompt": "a cat"}', 2, "has no text under 'prompt'"),
     ],
 )
-def test_a_broken_line_leaves_the_other_prompts(name, content, line, told, tmp_path):
+def test_a_broken_line_leaves_the_other_prompts(name, content, line, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     first, broken, last = find_prompts([str(path)])
     assert (first, last) == (Line("a dog"), Line("a cat"))
     assert broken.text == f"line {line} of {path}"
-    assert broken.error.startswith(f"Line {line} of '{path}' {told}")
+    assert broken.error.startswith(f"Line {line} of '{path}' {message}")
     assert find_prompts([str(path), "a cat", str(path)]) == [first, broken, last]
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_prompts([str(path)])
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (["--data.prompts", ""], "A prompt is empty"),
         (["--data.prompts", "of the", "--model.positive", "[neighbours]", "--model.negative", "[]"], "has no word"),
@@ -89,7 +89,7 @@ def test_a_broken_line_leaves_the_other_prompts(name, content, line, told, tmp_p
         ([], "--data"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(settings, told, tiny, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_one_sentence(settings, message, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text('{"a dog": ')
     (tmp_path / "other.json").write_text('["a dog"]')
@@ -101,7 +101,7 @@ def test_mistakes_are_one_sentence(settings, told, tiny, tmp_path, monkeypatch, 
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert re.search(told, line), line
+    assert re.search(message, line), line
 
 
 def test_a_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):

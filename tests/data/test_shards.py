@@ -11,7 +11,8 @@ from PIL import Image
 
 from lightning_prompts.commands.main import main
 from lightning_prompts.data import shards
-from lightning_prompts.data.images import Target, find_targets, load_image
+from lightning_prompts.data.images import load_image
+from lightning_prompts.data.targets import Target, find_targets
 from lightning_prompts.errors import UserError
 
 
@@ -26,7 +27,7 @@ def encoded(seed, kind="png"):
 
 
 def archive(path, members, **options):
-    """Writes pairs of name and bytes (or a TarInfo alone); returns where the header, the data and the padding of each end."""
+    """Write pairs of name and bytes (or a TarInfo alone); return the ends of the header, the data and the padding of each."""
     places = []
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w", **options) as tar:
         for name, data in members:
@@ -43,7 +44,7 @@ def archive(path, members, **options):
 
 
 def written(path, samples, **options):
-    """Writes samples as WebDataset's ShardWriter does: the fields of each, by their names, under the key."""
+    """Write samples as WebDataset's ShardWriter does: the fields of each, by their names, under the key."""
     members = [(f"{key}.{kind}", fields[kind]) for key, fields in samples.items() for kind in sorted(fields)]
     return archive(path, members, **options)
 
@@ -81,8 +82,8 @@ def test_samples_of_a_shard(tmp_path, format):
     ]
 
 
-def test_every_picture_is_a_target_of_its_own(tmp_path):
-    """Also those that WebDataset takes for parts of one sample: none disappears."""
+def test_every_image_is_a_target_of_its_own(tmp_path):
+    """Also images that WebDataset takes for parts of one sample are targets of their own."""
     path = tmp_path / "a.tar"
     members = {
         "a": {"seg.png": b"x", "jpg": b"x", "npy": b"x", "txt": b"ay"},
@@ -98,7 +99,7 @@ def test_every_picture_is_a_target_of_its_own(tmp_path):
     }
 
 
-def test_a_picture_that_is_cut_takes_no_other_with_it(tmp_path):
+def test_an_image_that_is_cut_takes_no_other_with_it(tmp_path):
     path = tmp_path / "a.tar"
     places = archive(path, [("IMG_22.0.png", encoded(0)), ("IMG_22.1.png", encoded(1))])
     with path.open("r+b") as file:
@@ -125,7 +126,7 @@ def test_files_of_a_sample_need_not_be_neighbours(tmp_path):
     assert [found.caption for found in find_targets([path])] == ["ay", "bee", "see"]
 
 
-def test_what_is_no_picture_or_hidden_is_left_out(tmp_path):
+def test_what_is_no_image_or_hidden_is_left_out(tmp_path):
     link = tarfile.TarInfo("link.png")
     link.type, link.linkname = tarfile.SYMTYPE, "a.png"
     folder = tarfile.TarInfo("folder.png")
@@ -155,12 +156,12 @@ def test_names_with_beginnings(tmp_path, beginning):
         *[("json", content) for content in (b"{", b"[" * 100_000, b'["caption"]', b'{"caption": ["x"]}', b'{"caption": null}', b'{"text": "x"}')],
     ],
 )  # fmt: skip
-def test_a_caption_that_is_none_leaves_the_picture(tmp_path, kind, content):
+def test_a_caption_that_is_none_leaves_the_image(tmp_path, kind, content):
     written(tmp_path / "a.tar", {"0": {kind: content, "png": b"x"}, "1": {"png": b"x", "txt": b"y"}})
     assert [(found.caption, found.error) for found in find_targets([tmp_path / "a.tar"])] == [(None, None), ("y", None)]
 
 
-def test_pictures_are_read_by_their_addresses(tmp_path):
+def test_images_are_read_by_their_addresses(tmp_path):
     path = tmp_path / "000.tar"
     three(path)
     for seed, target in enumerate(find_targets([path])):
@@ -171,7 +172,7 @@ def test_pictures_are_read_by_their_addresses(tmp_path):
     listed, missing = find_targets([tmp_path / "list.csv"])
     assert (listed.paths, listed.caption) == ((f"{path}/0002.png",), "mine")
     assert "Line 3 of" in missing.error
-    both = find_targets([path, tmp_path / "list.csv"])  # with two captions of one picture
+    both = find_targets([path, tmp_path / "list.csv"])  # with two captions of one image
     assert [target.caption for target in both] == ["caption 0" * 50, "caption 1" * 50, None, "none"]
 
 
@@ -179,7 +180,7 @@ def test_addresses_that_mean_nothing(tmp_path):
     path = tmp_path / "000.tar"
     three(path)
     for name in ("0009.png", "0000.txt", "x/0000.png", "000.png"):
-        with pytest.raises(UserError, match=f"There is no picture '{name}' in the shard"):
+        with pytest.raises(UserError, match=f"There is no image '{name}' in the shard"):
             load_image(path / name, 16)
         with pytest.raises(UserError, match="There is no file or folder"):
             find_targets([path / name])
@@ -232,7 +233,7 @@ def test_compressed_shards(tmp_path):
     assert [bool(target.error) for target in found] == [True, False, False, False]
     with tarfile.open(tmp_path / "c.tar", "w:gz") as tar:
         tar.add(tmp_path / "b.tar", "a.png")
-    with pytest.raises(UserError, match=r"c.tar' is no .tar archive, is compressed"):
+    with pytest.raises(UserError, match=r"c.tar' is not a .tar archive, is compressed"):
         find_targets([tmp_path / "c.tar"])
 
 
@@ -240,7 +241,7 @@ def test_compressed_shards(tmp_path):
 def test_what_is_no_archive(tmp_path, content):
     path = tmp_path / "a.tar"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"a.tar' is no .tar archive") as caught:
+    with pytest.raises(UserError, match=r"a.tar' is not a .tar archive") as caught:
         find_targets([path])
     assert one_sentence(str(caught.value))
     (tmp_path / "b.png").write_bytes(encoded(0))
@@ -248,15 +249,15 @@ def test_what_is_no_archive(tmp_path, content):
         Target((), error=str(caught.value), name=str(path)),
         Target((f"{tmp_path}/b.png",), name="b.png"),
     ]
-    with pytest.raises(UserError, match=r"a.tar' is no .tar archive"):
+    with pytest.raises(UserError, match=r"a.tar' is not a .tar archive"):
         load_image(path / "a.png", 16)
 
 
-def test_shards_without_pictures(tmp_path):
+def test_shards_without_images(tmp_path):
     archive(tmp_path / "empty.tar", [])
     archive(tmp_path / "words.tar", [("a.txt", b"x")])
     for name in ("empty", "words"):
-        with pytest.raises(UserError, match=f"The shard '.*{name}.tar' has no pictures") as caught:
+        with pytest.raises(UserError, match=f"The shard '.*{name}.tar' has no images") as caught:
             find_targets([tmp_path / f"{name}.tar"])
         assert one_sentence(str(caught.value))
 
@@ -284,7 +285,7 @@ def test_a_shard_that_ends_early(tmp_path, format):
             continue
         path.write_bytes(data[:end])
         begun = next((i for i, (_, _, padded) in enumerate(places) if end <= padded), len(places))
-        whole = sum(places[3 * i + 1][1] <= end for i in range(3))  # pictures
+        whole = sum(places[3 * i + 1][1] <= end for i in range(3))  # images
         # A sample is known to be cut where one of its files begins and does not end.
         inside = begun < len(places) and places[begun][0] <= end < places[begun][1]
         cut = begun // 3 if inside else None
@@ -300,7 +301,7 @@ def test_a_shard_that_ends_early(tmp_path, format):
         assert f"'{path}' " in failed.error
         assert f"(samples found: {len(names)})" in failed.error
         assert one_sentence(failed.error)
-        known = cut is not None and begun % 3 > 0  # its picture's header has been read
+        known = cut is not None and begun % 3 > 0  # its image's header has been read
         assert failed.paths == ((f"{path}/{cut:04}.png",) if known else ()), end
         for target in found:
             assert np.array_equal(load_image(*target.paths, 16), pixels(int(target.name[6:10])))
@@ -308,7 +309,7 @@ def test_a_shard_that_ends_early(tmp_path, format):
     assert seen == {(n, known) for n in (1, 2, 3) for known in (True, False)} - {(3, True)}
 
 
-def test_a_picture_that_is_cut_off_is_told_when_it_is_read(tmp_path):
+def test_an_image_that_is_cut_off_is_refused_when_it_is_read(tmp_path):
     path = tmp_path / "a.tar"
     places = three(path)
     path.write_bytes(path.read_bytes()[: places[4][1] - 1])
@@ -336,13 +337,13 @@ def test_damage_is_no_end(tmp_path):
     assert "(samples found: 2)" in failed.error
 
 
-def test_any_damage_is_told_or_harmless(tmp_path):
+def test_any_damage_is_reported_or_harmless(tmp_path):
     path = tmp_path / "a.tar"
     places = three(path)
     data = path.read_bytes()
     headers = [0, *(end for _, _, end in places)]
     draw = random.Random(0)
-    told = 0
+    reported = 0
     for _ in range(400):
         damaged = bytearray(data)
         for _ in range(draw.choice([1, 1, 3])):
@@ -350,12 +351,12 @@ def test_any_damage_is_told_or_harmless(tmp_path):
         path.write_bytes(damaged)
         samples = shards.find_samples(str(path))
         assert samples
-        told += samples[-1].error is not None
+        reported += samples[-1].error is not None
         for sample in samples:
             if not sample.error:
                 shards.read_member(path, sample.name, 10)
         assert all(one_sentence(sample.error) for sample in samples if sample.error)
-    assert 100 < told < 400
+    assert 100 < reported < 400
 
 
 @pytest.mark.parametrize("size", [-2048, -2, 2**80])
@@ -385,7 +386,7 @@ def test_headers_that_are_none_end(tmp_path):
     good, failed = find_targets([path])
     assert (good.name, "(samples found: 1)" in failed.error) == ("a.tar/a.png", True)
     archive(path, [(sparse, b"x"), ("c.png", b"x")], format=tarfile.PAX_FORMAT)
-    with pytest.raises(UserError, match=r"is no .tar archive"):
+    with pytest.raises(UserError, match=r"is not a .tar archive"):
         find_targets([path])
 
 
@@ -415,7 +416,7 @@ def test_of_two_with_one_name_the_later_counts(tmp_path):
 
 
 def test_only_headers_and_captions_are_read(tmp_path):
-    """A file with holes: to read its pictures would take minutes."""
+    """The shard is a sparse file, and to read its images would take minutes."""
     path = tmp_path / "a.tar"
     size = 1_000_000_000
     with open(path, "wb") as file:

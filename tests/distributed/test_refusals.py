@@ -9,9 +9,9 @@ from PIL import Image
 
 from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
-from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.distributed import met, shared
 from lightning_prompts.engine.batch import fit_shape, merge
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PEZ, TRAINER
 
@@ -123,11 +123,11 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, pictures, m
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        ((2, "x", None), "The ranks see different pictures: rank 0 has 3 and rank 1 has 2;"),
+        ((2, "x", None), "The ranks see different images: rank 0 has 3 and rank 1 has 2;"),
         ((3, "x", None), "rank 0 has 3 and rank 1 has 3, but not the same;"),
         (
             (0, "x", "There is no file or folder 'pictures'; check the path."),
-            "Rank 1 found no pictures: There is no",
+            "Rank 1 found no images: There is no",
         ),
     ],
 )

@@ -60,7 +60,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, ti
         denoising = (output - samples.noise[0]).square().mean()  # the tiny model predicts the noise
         clip = 0.0
         if clip_weight:
-            (picture,) = module.data.pictures(module.batch.records)
+            (picture,) = module.data.target_images(module.batch.records)
             text = module.clip.text_features(ids)[0]
             clip = 1 - float(text @ torch.nn.functional.normalize(module.clip.features(picture), dim=1)[0])
     assert float(found) == pytest.approx(denoising_weight * float(denoising) + clip_weight * clip, rel=1e-4)

@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 from searches import fit
 
 from lightning_prompts.backbones import base
-from lightning_prompts.data.prompts import Prompts
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import (
     GCG,
     PEZ,

@@ -16,10 +16,10 @@ from PIL import Image
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.commands.main import main
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.engine.batch import Row
 from lightning_prompts.engine.checkpoint import PromptCheckpoint
 from lightning_prompts.engine.datamodule import Step
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.methods.dpo_diff.logits import WordChoices

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from lightning_prompts.commands.main import main
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.embeddings import slerp
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, HumanFeedback
 from lightning_prompts.methods.steering.human_feedback import Choice, Chooser, Page, Scripted
@@ -213,6 +213,8 @@ def test_results_hold_the_moves_and_no_metric(tiny, tmp_path, clip_file):
     ])  # fmt: skip
     (problem,) = json.loads((run / "result.json").read_text())["problems"]
     assert "metric_before" not in problem
+    (record,) = (json.loads(file.read_text()) for file in (run / "problems").glob("*.json"))
+    assert record["result"].keys() == {"moves", "others", "heldout_before", "heldout_after"}
     assert 0 < len(problem["moves"]) <= 6
     assert (run / "grid.png").exists()
     assert (run / "prompt_embeds.safetensors").exists()

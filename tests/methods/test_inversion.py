@@ -16,7 +16,7 @@ from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text, round_trip
 from lightning_prompts.callbacks import Results
 from lightning_prompts.data.images import load_image, to_tensor
-from lightning_prompts.data.inversion import ImagesToPrompts, Step
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, RandomTokens, TextualInversion
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
@@ -551,7 +551,7 @@ def test_subjects_of_different_sizes_do_not_disturb_each_other(tiny, pictures, t
 @pytest.mark.parametrize("which", ["subject", "negative"])
 def test_more_pictures_than_scoring_looks_at_are_refused(which, tiny, pictures, tmp_path):
     more = {"one_subject": True} if which == "subject" else {"negative_images": str(pictures)}
-    with pytest.raises(UserError, match=r"3 pictures .* give --data.validation_samples 3 or more"):
+    with pytest.raises(UserError, match=r"3 images .* give --data.validation_samples 3 or more"):
         search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run", **more)
     assert not (tmp_path / "run" / "problems").exists()
 
@@ -629,7 +629,7 @@ def test_negative_pictures_count_and_make_another_problem(tiny, pictures, tmp_pa
     assert led.unet_samples == 2 * alone.unet_samples
 
 
-@pytest.mark.parametrize(("content", "told"), [(None, "There is no file"), ("no picture", "is no picture")])
+@pytest.mark.parametrize(("content", "told"), [(None, "There is no file"), ("no image", "is not an image")])
 def test_negative_picture_that_cannot_be_read_is_named(tiny, pictures, tmp_path, content, told):
     bad = tmp_path / "bad.png"
     if content:

@@ -21,9 +21,9 @@ from lightning_prompts import methods
 from lightning_prompts.api import CONFIGS
 from lightning_prompts.backbones import Vocabulary, load_backbone
 from lightning_prompts.callbacks import Results
-from lightning_prompts.data.inversion import ImagesToPrompts
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.engine.checkpoint import AtomicCheckpointIO, PromptCheckpoint
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER
 from lightning_prompts.methods.inversion import base

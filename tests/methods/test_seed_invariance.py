@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.commands.main import main
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.engine.datamodule import Step
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, SeedInvariance
 from lightning_prompts.runs.record import Problem, SeedInvarianceResult

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.commands.main import main
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.engine.checkpoint import PromptCheckpoint
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Blurriness, ClipText, LatentDistance, Objective, Sharpness

@@ -17,13 +17,15 @@ from safetensors.numpy import save
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.embedding_files import read_embedding
-from lightning_prompts.data.images import find_targets, load_image
+from lightning_prompts.data.images import load_image
 from lightning_prompts.data.prompts import find_prompts
+from lightning_prompts.data.targets import find_targets
 from lightning_prompts.engine.checkpoint import is_checkpoint
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.dpo_diff.word_files import from_file
-from lightning_prompts.runs.folder import RECORD_VERSION, RunFolder
+from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
+from lightning_prompts.runs.record_io import RECORD_VERSION
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_prompts.backbones import repeat
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.engine.method import PromptMethod, by_step
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.dpo_diff.logits import WordChoices
 from lightning_prompts.methods.dpo_diff.similarity import Meaning, keeping

@@ -17,9 +17,9 @@ from lightning_prompts.backbones import repeat
 from lightning_prompts.backbones.vocabulary import contains_blocked, fill_template, round_trip
 from lightning_prompts.callbacks.board import log_images
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.engine.batch import Row
 from lightning_prompts.engine.datamodule import Step
+from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.method import MOST_STEPS, PromptMethod
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inversion.init import (
@@ -339,7 +339,7 @@ class Inverter(PromptMethod):
     def features_of(self, problem: Problem) -> Tensor:
         """Return the mean image features (E,) of a problem in the search's CLIP, computed once."""
         if problem.key not in self._features:
-            (pictures,) = self.data.pictures([problem])
+            (pictures,) = self.data.target_images([problem])
             self._features[problem.key] = self.clip.features(pictures).mean(0)
         return self._features[problem.key]
 
@@ -400,7 +400,9 @@ class Inverter(PromptMethod):
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return a grid of the targets above an image of each prompt."""
-        return grid([several[0] for several in self.data.pictures(problems)], regenerate(self, problems, 1), problems)
+        return grid(
+            [several[0] for several in self.data.target_images(problems)], regenerate(self, problems, 1), problems
+        )
 
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Generate four images from each prompt and score them."""
@@ -408,11 +410,11 @@ class Inverter(PromptMethod):
         scores.measure(self, problems, drawn)
         for problem, pictures in zip(problems, drawn, strict=True):
             if problem.index < SHOWN:  # for the grid
-                self.data.folder.save_drawn(problem.key, to_png(to_image(torch.cat([*pictures], dim=2))))
+                self.data.folder.save_image(problem.key, to_png(to_image(torch.cat([*pictures], dim=2))))
 
     def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
         """Write the grid and the word maps."""
-        targets = [several[0] for several in self.data.pictures(problems)]
+        targets = [several[0] for several in self.data.target_images(problems)]
         drawn = torch.stack([self._pictures_of(problem) for problem in problems])
         atomic_write(folder.grid, to_png(grid(targets, drawn, problems)))
         words = word_picture(self, problems, targets) if self.backbone.cross_attends else None
@@ -425,7 +427,7 @@ class Inverter(PromptMethod):
     def _pictures_of(self, problem: Problem) -> Tensor:
         """Return the images (4, 3, H, W) in [-1, 1] of a problem's prompt, from their file if there is one."""
         try:
-            drawn = pil_to_tensor(Image.open(self.data.folder.drawn_of(problem.key)))
+            drawn = pil_to_tensor(Image.open(self.data.folder.image_of(problem.key)))
         except OSError:  # not scored yet, or the file could not be written
             return regenerate(self, [problem], REGENERATIONS)[0]
         return torch.stack(drawn.chunk(REGENERATIONS, dim=2)) / 127.5 - 1

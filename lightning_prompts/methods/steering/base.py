@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lightning_prompts.backbones.embedding_files import base_prompts, pack_prompt_embeds, read_prompt_embeds
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.engine.method import PromptMethod
+from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
-from lightning_prompts.runs.record import Problem, SteeringResult
+from lightning_prompts.runs.record import MethodResult, Problem, SteeringResult
 from lightning_prompts.sampling.figures import before_and_after, to_png
 from lightning_prompts.sampling.seeding import FRESH, FRESH_SEEDS, SEARCH
 from lightning_prompts.setting_types import Positive
@@ -42,7 +42,7 @@ class Steering(PromptMethod):
 
     prompt: PromptEmbeds | PromptArc
     data_class = Prompts
-    result_class = SteeringResult
+    result_class: ClassVar[type[MethodResult]] = SteeringResult
     draws = True
     higher_is_better: bool  # whether a higher metric is better
 
