@@ -10,7 +10,17 @@ from transformers import CLIPTokenizerFast
 
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.emoji import world
-from lightning_prompts.emoji.world import COLOR_SYNONYMS, COLORS, LOOKS, OBJECTS, SHAPES, SYNONYMS, Scene, caption, draw
+from lightning_prompts.emoji.world import (
+    COLOR_SYNONYMS,
+    COLORS,
+    LOOKS,
+    OBJECTS,
+    SHAPES,
+    SYNONYMS,
+    Scene,
+    caption,
+    render,
+)
 
 PLAIN = Scene("circle", "red", "plain", "blue", "medium", "center", "plain", 7)
 
@@ -29,7 +39,7 @@ def said(word, text):
 @pytest.mark.parametrize("look", LOOKS)
 def test_drawing_is_deterministic(look):
     scene = Scene("star", "green", "striped", "black", "large", "left", look, 11)
-    first, second = np.asarray(draw(scene)), np.asarray(draw(scene))
+    first, second = np.asarray(render(scene)), np.asarray(render(scene))
     assert first.shape == (64, 64, 3)
     assert (first == second).all()
 
@@ -38,7 +48,7 @@ def test_drawing_does_not_touch_global_randomness():
     random.seed(0)
     np.random.seed(0)
     before = random.getstate(), np.random.get_state()[1].tobytes()
-    draw(Scene("star", "green", "plain", "black", "large", "left", "grainy", 11))
+    render(Scene("star", "green", "plain", "black", "large", "left", "grainy", 11))
     assert (random.getstate(), np.random.get_state()[1].tobytes()) == before
 
 
@@ -52,11 +62,11 @@ def test_scenes_and_captions_are_functions_of_their_generator():
 
 def test_seed_changes_details():
     other = Scene(**{**PLAIN.__dict__, "seed": 8})
-    assert (np.asarray(draw(PLAIN)) != np.asarray(draw(other))).any()
+    assert (np.asarray(render(PLAIN)) != np.asarray(render(other))).any()
 
 
 def test_words_are_what_is_drawn():
-    pixels = np.asarray(draw(PLAIN)).astype(int)
+    pixels = np.asarray(render(PLAIN)).astype(int)
     assert np.abs(pixels[32, 32] - COLORS["red"]).max() <= 8
     assert np.abs(pixels[0, 0] - COLORS["blue"]).max() <= 8
 
@@ -101,13 +111,13 @@ def test_every_word_of_the_world_has_one_meaning():
 def test_emoji_are_drawn():
     pytest.importorskip("emoji", reason="the package emoji is not installed")
     pictures = [
-        np.asarray(draw(Scene(name, None, "plain", "white", "large", "center", "plain", 3)))
+        np.asarray(render(Scene(name, None, "plain", "white", "large", "center", "plain", 3)))
         for name in ("cat", "truck")
     ]
     assert all((picture != picture[0, 0]).any() for picture in pictures)
     assert (pictures[0] != pictures[1]).any()
     cat = Scene("cat", None, "plain", "white", "large", "center", "plain", 3)
-    assert (np.asarray(draw(cat)) == pictures[0]).all()
+    assert (np.asarray(render(cat)) == pictures[0]).all()
 
 
 @pytest.mark.skipif(not world.FONT.exists(), reason="the font Noto Color Emoji is not installed")
