@@ -65,7 +65,7 @@ def test_scorer_of_the_folder_scores(model, tmp_path):
         ({"num_inference_steps": 0}, "num_inference_steps must be positive, got 0"),
         ({"guidance_scale": -1}, "guidance_scale must be a finite number of at least 0, got -1"),
         ({"synonyms": {"dog": "puppy"}}, "synonyms: Input should be a valid"),
-        ([], "Input should be an object"),
+        ([], "Input should be a"),
         ('{"scorer": ', "Invalid JSON"),
     ],
 )
