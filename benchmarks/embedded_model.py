@@ -76,7 +76,7 @@ def main() -> None:
     captions = [world.caption(scene, rng, keep=1) for scene in scenes]
     for source, pictures in (
         ("drawn by the model", draw(backbone, captions, args.guidance_scale)),
-        ("rendered, the scorer's ceiling", torch.stack([to_tensor(world.draw(scene)) for scene in scenes])),
+        ("rendered, the scorer's ceiling", torch.stack([to_tensor(world.render(scene)) for scene in scenes])),
     ):
         for kind, share in recognised(scenes, pictures).items():
             print(f"| {kind} recognised in {args.captions} pictures {source} | {share:.1%} |")

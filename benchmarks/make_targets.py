@@ -38,7 +38,7 @@ def inside(seed: int, count: int) -> list[tuple[Image.Image, str, dict[str, str]
     scenes = [world.random_scene(rng) for _ in range(count)]
     return [
         (
-            world.draw(scene),
+            world.render(scene),
             world.caption(scene, rng, keep=1, synonym_share=0),
             {"object": scene.object, "background": scene.background},
         )
@@ -56,12 +56,12 @@ def outside(seed: int, count: int) -> list[tuple[Image.Image, str, dict[str, str
             left = replace(scene, size="small", place="left")
             right = replace(world.random_scene(rng), size="small", place="right")
             caption = f"a {left.object} and a {right.object}"
-            rows.append((world.draw(left, also=right), caption, {"object": left.object, "second": right.object}))
+            rows.append((world.render(left, second=right), caption, {"object": left.object, "second": right.object}))
         else:
             name = rng.choice(list(OTHER_COLORS))
             usual = world.COLORS[scene.background]
             world.COLORS[scene.background] = OTHER_COLORS[name]
-            rows.append((world.draw(scene), f"a {scene.object} on a {name} background", {"object": scene.object}))
+            rows.append((world.render(scene), f"a {scene.object} on a {name} background", {"object": scene.object}))
             world.COLORS[scene.background] = usual
     return rows
 

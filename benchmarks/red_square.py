@@ -14,7 +14,7 @@ from pathlib import Path
 from inversion import has
 
 from lightning_prompts.commands.main import main as lightning_prompts
-from lightning_prompts.emoji.world import Scene, draw
+from lightning_prompts.emoji.world import Scene, render
 
 PICTURES = ("red square", "blue circle", "green triangle", "yellow star", "pink heart", "black cross", "purple diamond",
             "orange ring", "cyan hexagon", "brown arrow")  # fmt: skip
@@ -29,7 +29,7 @@ def main() -> None:
         for number, name in enumerate(PICTURES):
             color, shape = name.split()
             scene = Scene(shape, color, "plain", "white", "large", "center", "plain", number)
-            draw(scene).save(Path(scratch) / f"{number} {name}.png")
+            render(scene).save(Path(scratch) / f"{number} {name}.png")
         run = Path(scratch) / "run"
         lightning_prompts(["fit", "--config", args.config, "--data.images", scratch, "--run", str(run), *extra])
         problems = json.loads((run / "result.json").read_text())["problems"]

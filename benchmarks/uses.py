@@ -101,7 +101,7 @@ def lone(name: str, index: int) -> Image.Image:
     """An object alone in the middle of a picture."""
     color = list(world.COLORS)[index % len(world.COLORS)]
     other = list(world.COLORS)[(index + 1) % len(world.COLORS)]
-    return world.draw(
+    return world.render(
         world.Scene(name, other if name in world.SHAPES else None, "plain", color, "large", "center", "plain", index)
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lightning_prompts.backbones.metadata import Metadata
 from lightning_prompts.backbones.towers import Kind, Said, TextTower, Vocabulary, at_least_float32
 from lightning_prompts.errors import UserError
 from lightning_prompts.typed_module import TypedModule
@@ -76,6 +77,7 @@ class Backbone(TypedModule, ABC):
     # Config keys of the autoencoder for the mean and the deviation of latents; the family's pipeline uses them if all are set.
     vae_statistics: ClassVar[tuple[str, ...]] = ()
 
+    metadata = Metadata()  # of the model's folder, if it has one
     offloaded = False  # see `save_memory`
     towers: Sequence[TextTower]
     alphas_cumprod: Tensor

@@ -16,6 +16,7 @@ import torch
 from lightning_prompts.backbones.base import Backbone, Reads
 from lightning_prompts.backbones.flux import Flux
 from lightning_prompts.backbones.hub import EMOJI, find_model, local_file, variants_in
+from lightning_prompts.backbones.metadata import read_metadata
 from lightning_prompts.backbones.pixart import PixArt
 from lightning_prompts.backbones.sd3 import StableDiffusion3
 from lightning_prompts.backbones.single_file import as_stated, find_configuration, read_header, read_single_file
@@ -86,6 +87,7 @@ def load_backbone(
         folder = find_model(name, offline, revision, variant=variant)
         variants = _variants(name, folder, variant)
     family, index = _check(config or name, folder, None if checkpoint else variants)
+    metadata = read_metadata(name)
     pipeline: str = index["_class_name"]
     if clip_skip is not None and not family.takes_clip_skip:
         raise UserError(
@@ -130,8 +132,11 @@ def load_backbone(
     backbone = family(name, towers, denoiser, vae, own, vocabulary, image_size, zero_empty, clip_skip)
     if other is not None:
         backbone.replace_scheduler(other)
-    if name == "emoji":
-        backbone.default_steps, backbone.default_guidance = 25, 3.0  # docs/emoji.md
+    backbone.metadata = metadata
+    if metadata.num_inference_steps is not None:
+        backbone.default_steps = metadata.num_inference_steps
+    if metadata.guidance_scale is not None:
+        backbone.default_guidance = metadata.guidance_scale
     return backbone
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_prompts.backbones import EMOJI
 from lightning_prompts.errors import UserError
 from lightning_prompts.metrics import (
     ClipImageSimilarity,
@@ -42,10 +41,10 @@ class Scores:
     """What scores the results, after everything has been selected.
 
     Args:
-        scorer: Folder or hub id of the CLIP that scores and takes no part in any search; None for the embedded model's own
-            on the embedded model, and for no held-out score elsewhere.
-        dictionary: File of words, one a line, to find in the prompts; None for those of its captions on the embedded model,
-            and for no such score elsewhere.
+        scorer: Folder or hub id of the CLIP that scores and takes no part in any search; None for the one that the
+            model's metadata.json names, or else no held-out score.
+        dictionary: File of words, one a line, to find in the prompts; None for the one that the model's metadata.json
+            names, or else no such score.
         language_model: Folder or hub id of the causal language model that gives the prompts' perplexity; None for none.
         lpips_weights: File of the weights of LPIPS's AlexNet; None for the one in torch's cache, if it is there.
     """
@@ -79,7 +78,7 @@ class Scores:
         Raises:
             UserError: It takes part, or cannot be loaded.
         """
-        name = self.scorer or (str(EMOJI.parent / "scorer") if method.backbone.name == "emoji" else None)
+        name = self.scorer or method.backbone.metadata.scorer
         if name is None:
             return None
         clip = _clip(method, name)
@@ -155,8 +154,8 @@ class Scores:
 
     def _score_texts(self, method: PromptMethod, problems: Sequence[Problem]) -> None:
         """Scores problems by their prompts alone."""
-        synonyms, words = _world(method.backbone.name)
-        recall, special = WordRecall(synonyms), SpecialCharacters()
+        metadata = method.backbone.metadata
+        recall, special = WordRecall(metadata.synonyms), SpecialCharacters()
         texts = [problem for problem in problems if problem.embedding is None]
         for problem in texts:
             result = InversionResult.of(problem)
@@ -164,9 +163,8 @@ class Scores:
                 result.word_recall = float(recall([str(problem.prompt)], [problem.caption]))
             result.special_characters = float(special([str(problem.prompt)]))
         with _told():
-            name = self.dictionary
-            if known := _kept(method, name, lambda: read_dictionary(str(name))) if name else words:
-                dictionary = DictionaryWords(known)
+            if name := self.dictionary or metadata.dictionary:
+                dictionary = DictionaryWords(_kept(method, name, lambda: read_dictionary(name)))
                 for problem in texts:
                     InversionResult.of(problem).dictionary_words = float(dictionary([str(problem.prompt)]))
         with _told():
@@ -204,12 +202,3 @@ def _told() -> Iterator[None]:
         yield
     except UserError as error:
         say(f"Not everything is scored: {error}", stream=sys.stderr)
-
-
-def _world(backbone: str) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
-    """The synonyms and all words that captions can have, where they are known."""
-    if backbone != "emoji":
-        return {}, frozenset()
-    from lightning_prompts.emoji.world import SYNONYMS, caption_words
-
-    return SYNONYMS, caption_words()

@@ -1,1 +1,1 @@
-"""The embedded model: the world it draws, its training and its weights."""
+"""The embedded model: its scenes, its tokenizer and its weights."""

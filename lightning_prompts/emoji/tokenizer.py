@@ -1,4 +1,4 @@
-"""A byte-pair tokenizer in CLIP's format, trained on the world's captions."""
+"""Train a byte-pair tokenizer in CLIP's format."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizerFast
 
 CONTEXT = 32
-"""Longest token sequence that the text encoder takes, start and end included."""
+"""Maximum number of tokens of the text encoder, including start and end."""
 
 _PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""  # CLIP's
 
 
 def train_tokenizer(captions: Iterable[str], merges: int, folder: Path) -> CLIPTokenizerFast:
-    """Learns merges and writes `vocab.json`, `merges.txt` and `tokenizer.json`.
+    """Train a tokenizer and write its `vocab.json`, `merges.txt` and `tokenizer.json`.
 
-    The vocabulary is laid out as CLIP's: 256 bytes, the same 256 at the end of a word, one token a merge, start, end. All bytes
-    are in it whether or not a caption has them, because an unknown token would read as the end of the text.
+    The vocabulary has CLIP's layout: 256 bytes, the same 256 at the end of a word, one token per merge, start, end. It contains
+    all bytes, even those that occur in no caption, because CLIP's unknown token is the end of the text.
 
     Args:
-        captions: The text to learn from.
-        merges: How many pairs are merged.
-        folder: Where the files go.
+        captions: Texts to train on.
+        merges: Number of merges.
+        folder: Folder to write to.
     """
     from tokenizers import Regex
 

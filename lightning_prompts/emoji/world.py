@@ -1,14 +1,14 @@
-"""The world the embedded model draws: one emoji or coloured shape on a coloured background, with captions.
+"""Scenes of the embedded model, their images and captions: one emoji or colored shape on a colored background.
 
-Emoji come from a font under their English CLDR names. Both the font and the names are read at training time only;
-a person who uses the model needs neither.
+Emoji are rendered with a font, by their English CLDR names. Rendering them needs the font and the package `emoji`; the model
+itself needs neither.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 SIZE = 64
-"""Side of a picture in pixels."""
+"""Height and width of an image in pixels."""
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-"""Where Debian's package fonts-noto-color-emoji puts the font."""
+"""The font, as Debian's package fonts-noto-color-emoji installs it."""
 
-_SPRITE = 128  # side of the drawings that scenes are composed from
+_SPRITE = 128  # side of the sprites that scenes are composed from, in pixels
 
 _NAMES = """
     monkey/ape gorilla dog/hound/puppy wolf fox/vixen raccoon cat/kitten lion tiger horse/stallion unicorn zebra
@@ -45,7 +45,7 @@ _NAMES = """
 EMOJI: dict[str, tuple[str, ...]] = {
     name: tuple(synonyms) for name, *synonyms in (entry.split("/") for entry in _NAMES.split())
 }
-"""Each emoji's name and its synonyms."""
+"""Names of the emoji, with their synonyms."""
 SHAPES: dict[str, tuple[str, ...]] = {
     "circle": ("disc",), "square": ("box",), "triangle": (), "diamond": ("rhombus",), "star": (), "heart": (), "cross": ("plus",),
     "ring": ("hoop",), "hexagon": (), "arrow": (),
@@ -69,21 +69,21 @@ LOOKS: dict[str, tuple[str, ...]] = {"plain": (), "blurry": ("blurred",), "dark"
 PATTERNS: dict[str, tuple[str, ...]] = {"plain": (), "striped": (), "dotted": ("spotted",)}
 
 OBJECTS: dict[str, tuple[str, ...]] = EMOJI | SHAPES
-"""Each object's name and its synonyms."""
+"""Names of all objects, with their synonyms."""
 
-_SILENT = {"plain", "medium"}  # what is not worth a word in a caption
+_UNMENTIONED = {"plain", "medium"}  # values that captions leave out
 
 SYNONYMS: dict[str, tuple[str, ...]] = OBJECTS | COLOR_SYNONYMS | SIZES | LOOKS | PATTERNS
-"""Every word of the world that has synonyms, with them."""
+"""Names of all objects and attributes except places, with their synonyms."""
 
-_CLDR = {"truck": "delivery_truck", "hourglass": "hourglass_done"}  # names of which we say a part only
+_CLDR = {"truck": "delivery_truck", "hourglass": "hourglass_done"}  # CLDR names that are shortened here
 _PIXELS = {"small": 27, "medium": 37, "large": 50}
 _OFFSETS = {"center": (0, 0), "top": (0, -1), "bottom": (0, 1), "left": (-1, 0), "right": (1, 0)}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's content; `seed` decides what the words leave open (exact place, size, tint and grain)."""
+    """The content of an image; `seed` determines the exact place, size, tint and grain."""
 
     object: str
     color: str | None
@@ -96,7 +96,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """Draws a scene: shapes get a colour other than the background's and, in half of the cases, a pattern."""
+    """Sample a scene; shapes have another color than the background and, in half of the cases, a pattern."""
     background = rng.choice(list(COLORS))
     if rng.random() < 0.12:
         name = rng.choice(list(SHAPES))
@@ -110,29 +110,24 @@ def random_scene(rng: random.Random) -> Scene:
     return Scene(name, color, pattern, background, size, place, look, rng.getrandbits(32))
 
 
-def words_of(scene: Scene) -> dict[str, str]:
-    """The scene's attributes by name, as plain words."""
-    return {f.name: getattr(scene, f.name) for f in fields(scene) if isinstance(getattr(scene, f.name), str)}
-
-
-def _say(word: str, rng: random.Random, synonym_share: float) -> str:
+def _word_or_synonym(word: str, rng: random.Random, synonym_share: float) -> str:
     synonyms = SYNONYMS.get(word, ())
     return rng.choice(synonyms) if synonyms and rng.random() < synonym_share else word
 
 
 def caption(scene: Scene, rng: random.Random, keep: float | None = None, synonym_share: float = 0.25) -> str:
-    """Describes a scene in one of several sentence forms.
+    """Sample a caption of a scene, in one of several forms.
 
     Args:
-        scene: What to describe.
-        rng: Decides the form, the synonyms and what is left out.
-        keep: Chance that each attribute is mentioned; by default most are, the object nearly always.
-        synonym_share: Chance that a word is replaced by one of its synonyms.
+        scene: The scene to describe.
+        rng: Source of all random choices.
+        keep: Probability of mentioning an attribute, for all attributes; None for a default of each.
+        synonym_share: Probability of replacing a word by one of its synonyms.
     """
 
     def maybe(word: str | None, chance: float) -> str:
-        silent = word in (None, *_SILENT) or rng.random() > (chance if keep is None else keep)
-        return "" if silent else _say(str(word), rng, synonym_share)
+        omitted = word in (None, *_UNMENTIONED) or rng.random() > (chance if keep is None else keep)
+        return "" if omitted else _word_or_synonym(str(word), rng, synonym_share)
 
     look, size = maybe(scene.look, 0.8), maybe(scene.size, 0.6)
     pattern, color = maybe(scene.pattern, 0.8), maybe(scene.color, 0.85)
@@ -140,7 +135,9 @@ def caption(scene: Scene, rng: random.Random, keep: float | None = None, synonym
     place = (
         rng.choice(PLACES[scene.place]) if rng.random() < (0.2 if scene.place == "center" else 0.6) or keep == 1 else ""
     )
-    name = _say(scene.object, rng, synonym_share) if rng.random() < 0.97 or not background or keep == 1 else ""
+    name = (
+        _word_or_synonym(scene.object, rng, synonym_share) if rng.random() < 0.97 or not background or keep == 1 else ""
+    )
     thing = " ".join(filter(None, (look, size, pattern, color, name)))
     if not name:
         return f"{_article(background)} {background} background"
@@ -166,8 +163,8 @@ def caption(scene: Scene, rng: random.Random, keep: float | None = None, synonym
 
 
 def caption_words() -> frozenset[str]:
-    """Every word that a caption can have."""
-    words = {*SYNONYMS, *(synonym for synonyms in SYNONYMS.values() for synonym in synonyms)} - _SILENT
+    """Return all words that captions can contain."""
+    words = {*SYNONYMS, *(synonym for synonyms in SYNONYMS.values() for synonym in synonyms)} - _UNMENTIONED
     places = {word for phrases in PLACES.values() for phrase in phrases for word in phrase.split()}
     return frozenset(words | places | set("a an on over against with background".split()))
 
@@ -181,13 +178,13 @@ def _emoji_sprite(name: str) -> Image.Image:
     import emoji
 
     code = next(c for c, data in emoji.EMOJI_DATA.items() if data["en"] == f":{name}:" and data["status"] == 2)
-    font = ImageFont.truetype(str(FONT), 109, layout_engine=ImageFont.Layout.BASIC)  # the one size of its bitmaps
+    font = ImageFont.truetype(str(FONT), 109, layout_engine=ImageFont.Layout.BASIC)  # the only size of its bitmaps
     canvas = Image.new("RGBA", (200, 200))
     ImageDraw.Draw(canvas).text((20, 20), code.rstrip("\ufe0f"), font=font, embedded_color=True)
-    drawn = canvas.crop(canvas.getbbox())
-    side = max(drawn.size)
+    glyph = canvas.crop(canvas.getbbox())
+    side = max(glyph.size)
     sprite = Image.new("RGBA", (side, side))
-    sprite.paste(drawn, ((side - drawn.width) // 2, (side - drawn.height) // 2))
+    sprite.paste(glyph, ((side - glyph.width) // 2, (side - glyph.height) // 2))
     return sprite.resize((_SPRITE, _SPRITE), Image.Resampling.LANCZOS)
 
 
@@ -233,8 +230,8 @@ def _jitter(color: tuple[int, int, int], rng: random.Random) -> tuple[int, ...]:
     return tuple(max(0, min(255, c + rng.randint(-8, 8))) for c in color)
 
 
-def draw_object(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene's object alone on a transparent square."""
+def _object_sprite(scene: Scene, rng: random.Random) -> Image.Image:
+    """Render a scene's object on a transparent square."""
     if scene.color is None:
         return _emoji_sprite(_CLDR.get(scene.object, scene.object))
     sprite = Image.new("RGBA", (_SPRITE, _SPRITE), (*_jitter(COLORS[scene.color], rng), 255))
@@ -242,28 +239,29 @@ def draw_object(scene: Scene, rng: random.Random) -> Image.Image:
     return sprite
 
 
-def draw(scene: Scene, also: Scene | None = None) -> Image.Image:
-    """Draws a scene, and on the same background a second scene's object where one is given.
+def render(scene: Scene, second: Scene | None = None) -> Image.Image:
+    """Render a scene as an RGB image of 64 x 64 pixels; equal scenes give equal pixels.
 
-    Returns:
-        An RGB picture of 64 x 64 pixels; the same scene always gives the same pixels.
+    Args:
+        scene: The scene.
+        second: A scene whose object is added on the same background.
     """
     rng = random.Random(scene.seed)
-    picture = Image.new("RGB", (SIZE, SIZE), _jitter(COLORS[scene.background], rng))
-    for part in filter(None, (scene, also)):
+    image = Image.new("RGB", (SIZE, SIZE), _jitter(COLORS[scene.background], rng))
+    for part in filter(None, (scene, second)):
         side = _PIXELS[part.size] + rng.randint(-2, 2)
         room = (SIZE - side) // 2
         left, top = (room + round(d * (room - 1)) + rng.randint(-1, 1) for d in _OFFSETS[part.place])
-        sprite = draw_object(part, rng).resize((side, side), Image.Resampling.BOX)
-        picture.paste(sprite, (left, top), sprite)
+        sprite = _object_sprite(part, rng).resize((side, side), Image.Resampling.BOX)
+        image.paste(sprite, (left, top), sprite)
     if scene.look == "blurry":
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(1.3, 1.8)))
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(1.3, 1.8)))
     elif scene.look == "dark":
-        picture = ImageChops.multiply(picture, _vignette())
+        image = ImageChops.multiply(image, _vignette())
     elif scene.look == "grainy":
         grain = np.random.default_rng(scene.seed).normal(0, 18, (SIZE, SIZE, 1))
-        picture = Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8))
-    return picture
+        image = Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
+    return image
 
 
 @cache

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prompts.backbones import EMOJI, Backbone
-from lightning_prompts.backbones.hub import clip_beside, hub_access
+from lightning_prompts.backbones import Backbone
+from lightning_prompts.backbones.hub import clip_beside, hub_access, local_folder
 from lightning_prompts.backbones.vocabulary import check_embedded
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.image_processor import load_image_processor
@@ -58,8 +57,8 @@ def load_tokenizer(name: str, offline: bool = False) -> Any:
 
 def clip_of(backbone: Backbone) -> str:
     """The CLIP that goes with a backbone: the folder `clip` beside its components, else that of its (first) text encoder."""
-    folder = EMOJI if backbone.name == "emoji" else Path(backbone.name).expanduser()
-    if (folder / "clip").is_dir():
+    folder = local_folder(backbone.name)
+    if folder and (folder / "clip").is_dir():
         return str(folder / "clip")
     return clip_beside(tower.width for tower in backbone.towers)
 

@@ -1,3 +1,5 @@
+"""Scenes, captions and files of the embedded model."""
+
 import json
 import random
 import warnings
@@ -10,39 +12,49 @@ from transformers import CLIPTokenizerFast
 
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.emoji import world
-from lightning_prompts.emoji.world import COLOR_SYNONYMS, COLORS, LOOKS, OBJECTS, SHAPES, SYNONYMS, Scene, caption, draw
+from lightning_prompts.emoji.world import (
+    COLOR_SYNONYMS,
+    COLORS,
+    LOOKS,
+    OBJECTS,
+    SHAPES,
+    SYNONYMS,
+    Scene,
+    caption,
+    render,
+)
 
 PLAIN = Scene("circle", "red", "plain", "blue", "medium", "center", "plain", 7)
 
 
 def shapes(count, seed=0):
-    """Scenes that need no font."""
+    """Sample scenes of shapes, which need no font."""
     rng = random.Random(seed)
     scenes = (world.random_scene(rng) for _ in range(100 * count))
     return [scene for scene in scenes if scene.object in SHAPES][:count]
 
 
-def said(word, text):
+def mentions(text, word):
     return any(f" {known} " in f" {text.replace(',', '')} " for known in (word, *SYNONYMS.get(word, ())))
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_drawing_is_deterministic(look):
+def test_rendering_is_deterministic(look):
     scene = Scene("star", "green", "striped", "black", "large", "left", look, 11)
-    first, second = np.asarray(draw(scene)), np.asarray(draw(scene))
+    first, second = np.asarray(render(scene)), np.asarray(render(scene))
     assert first.shape == (64, 64, 3)
     assert (first == second).all()
 
 
-def test_drawing_does_not_touch_global_randomness():
+def test_rendering_leaves_global_random_state_unchanged():
     random.seed(0)
     np.random.seed(0)
     before = random.getstate(), np.random.get_state()[1].tobytes()
-    draw(Scene("star", "green", "plain", "black", "large", "left", "grainy", 11))
+    render(Scene("star", "green", "plain", "black", "large", "left", "grainy", 11))
     assert (random.getstate(), np.random.get_state()[1].tobytes()) == before
 
 
-def test_scenes_and_captions_are_functions_of_their_generator():
+def test_scenes_and_captions_depend_only_on_the_generator():
     def make():
         rng = random.Random(5)
         return [(scene := world.random_scene(rng), caption(scene, rng)) for _ in range(20)]
@@ -52,16 +64,16 @@ def test_scenes_and_captions_are_functions_of_their_generator():
 
 def test_seed_changes_details():
     other = Scene(**{**PLAIN.__dict__, "seed": 8})
-    assert (np.asarray(draw(PLAIN)) != np.asarray(draw(other))).any()
+    assert (np.asarray(render(PLAIN)) != np.asarray(render(other))).any()
 
 
-def test_words_are_what_is_drawn():
-    pixels = np.asarray(draw(PLAIN)).astype(int)
+def test_image_has_the_colors_of_the_scene():
+    pixels = np.asarray(render(PLAIN)).astype(int)
     assert np.abs(pixels[32, 32] - COLORS["red"]).max() <= 8
     assert np.abs(pixels[0, 0] - COLORS["blue"]).max() <= 8
 
 
-def test_shape_has_another_colour_than_its_background():
+def test_shape_and_background_differ_in_color():
     scenes = shapes(200)
     assert len(scenes) == 200
     assert all(scene.color != scene.background for scene in scenes)
@@ -72,9 +84,9 @@ def test_captions_name_object_and_background():
     for _ in range(500):
         scene = world.random_scene(rng)
         text = caption(scene, rng, keep=1)
-        assert said(scene.object, text), (scene, text)
-        assert said(scene.background, text), (scene, text)
-        assert scene.color is None or said(scene.color, text)
+        assert mentions(text, scene.object), (scene, text)
+        assert mentions(text, scene.background), (scene, text)
+        assert scene.color is None or mentions(text, scene.color)
 
 
 def test_captions_without_synonyms_use_the_plain_words():
@@ -85,29 +97,29 @@ def test_captions_without_synonyms_use_the_plain_words():
 
 
 def test_caption_words_are_those_of_captions():
-    rng, said = random.Random(4), set()
+    rng, words = random.Random(4), set()
     for _ in range(20_000):
-        said |= set(caption(world.random_scene(rng), rng, synonym_share=0.6).replace(",", "").split())
-    assert said == world.caption_words()
+        words |= set(caption(world.random_scene(rng), rng, synonym_share=0.6).replace(",", "").split())
+    assert words == world.caption_words()
 
 
-def test_every_word_of_the_world_has_one_meaning():
+def test_no_word_has_two_meanings():
     groups = [{word, *others} for names in (OBJECTS, COLOR_SYNONYMS) for word, others in names.items()]
     words = [word for group in groups for word in group]
     assert len(words) == len(set(words))
 
 
 @pytest.mark.skipif(not world.FONT.exists(), reason="the font Noto Color Emoji is not installed")
-def test_emoji_are_drawn():
+def test_emoji_are_rendered():
     pytest.importorskip("emoji", reason="the package emoji is not installed")
-    pictures = [
-        np.asarray(draw(Scene(name, None, "plain", "white", "large", "center", "plain", 3)))
+    images = [
+        np.asarray(render(Scene(name, None, "plain", "white", "large", "center", "plain", 3)))
         for name in ("cat", "truck")
     ]
-    assert all((picture != picture[0, 0]).any() for picture in pictures)
-    assert (pictures[0] != pictures[1]).any()
+    assert all((image != image[0, 0]).any() for image in images)
+    assert (images[0] != images[1]).any()
     cat = Scene("cat", None, "plain", "white", "large", "center", "plain", 3)
-    assert (np.asarray(draw(cat)) == pictures[0]).all()
+    assert (np.asarray(render(cat)) == images[0]).all()
 
 
 @pytest.mark.skipif(not world.FONT.exists(), reason="the font Noto Color Emoji is not installed")
@@ -124,9 +136,9 @@ def test_shipped_model_is_a_diffusers_pipeline():
         pipeline = StableDiffusionPipeline.from_pretrained(EMOJI, safety_checker=None, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    picture = pipeline("a red circle on a blue background", num_inference_steps=3, generator=generator).images[0]
-    assert picture.size == (64, 64)
-    assert np.asarray(picture).std() > 1
+    image = pipeline("a red circle on a blue background", num_inference_steps=3, generator=generator).images[0]
+    assert image.size == (64, 64)
+    assert np.asarray(image).std() > 1
 
 
 @pytest.mark.parametrize("folder", ["model/tokenizer", "model/clip", "scorer"])

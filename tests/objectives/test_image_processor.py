@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.emoji.networks import image_processor
 from lightning_prompts.errors import UserError
 from lightning_prompts.metrics import ClipImageSimilarity
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.image_processor import MEAN, STD, ImageProcessor, load_image_processor
+from tools.train_emoji.networks import image_processor
 
 CLIPS = [EMOJI / "clip", EMOJI.parent / "scorer"]
 

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from lightning_prompts.errors import UserError
@@ -44,3 +46,10 @@ def test_absent_wordnet_says_how_to_get_it(tmp_path, monkeypatch):
         WordNet()
     with pytest.raises(UserError, match=r"no data\.noun"):
         WordNet(str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", [None, "."])
+def test_absent_nltk_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nltk", None)
+    with pytest.raises(UserError, match=r"needs nltk, .*; run `pip install 'lightning-prompts\[wordnet\]'`\.$"):
+        WordNet(folder)

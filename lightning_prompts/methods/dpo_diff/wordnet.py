@@ -18,6 +18,7 @@ PLACES = (
     "/opt/homebrew/share/wordnet/dict",
 )
 HINT = "install Debian's package wordnet-base, run `python -m nltk.downloader wordnet`, or give its folder as --model.dictionary"
+INSTALL = "WordNet needs nltk, which is not installed; run `pip install 'lightning-prompts[wordnet]'`."
 
 
 class WordNet:
@@ -59,8 +60,10 @@ def _text(lemma: Any) -> str:
 
 
 def _find(folder: str | None) -> Path:
-    import nltk.data
-
+    try:
+        import nltk.data
+    except ModuleNotFoundError:
+        raise UserError(INSTALL) from None
     if folder is not None:
         if not (Path(folder) / "data.noun").is_file():
             raise UserError(f"There is no WordNet in {folder!r} (it has no data.noun); {HINT}.")

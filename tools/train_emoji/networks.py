@@ -1,4 +1,4 @@
-"""The embedded model's networks, untrained."""
+"""The untrained networks of the embedded model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from lightning_prompts.emoji.tokenizer import CONTEXT
 
 
 def clip(tokenizer: CLIPTokenizerFast, vision: tuple[int, int], text: tuple[int, int]) -> CLIPModel:
-    """A new CLIP with `(width, layers)` for each tower and patches of 8 pixels."""
+    """Create a CLIP with patches of 8 pixels and a joint space of 128 dimensions.
 
-    def tower(width: int, layers: int) -> dict[str, Any]:
+    Args:
+        tokenizer: Supplies the vocabulary size and the ids of the special tokens.
+        vision: Width and number of layers of the vision encoder.
+        text: Width and number of layers of the text encoder.
+    """
+
+    def transformer(width: int, layers: int) -> dict[str, Any]:
         return {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": width // 32,
                 "projection_dim": 128}  # fmt: skip
 
@@ -25,15 +31,15 @@ def clip(tokenizer: CLIPTokenizerFast, vision: tuple[int, int], text: tuple[int,
     }
     return CLIPModel(
         CLIPConfig(
-            text_config={**tower(*text), **ids, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT},
-            vision_config={**tower(*vision), "image_size": world.SIZE, "patch_size": 8},
+            text_config={**transformer(*text), **ids, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT},
+            vision_config={**transformer(*vision), "image_size": world.SIZE, "patch_size": 8},
             projection_dim=128,
         )
     )
 
 
 def image_processor() -> dict[str, Any]:
-    """Give the preprocessor_config.json of the CLIPs, which are trained on pixels in [-1, 1]."""
+    """Return the preprocessor_config.json of the CLIPs, which are trained on pixels in [-1, 1]."""
     size = {"height": world.SIZE, "width": world.SIZE}
     return {
         "crop_size": size, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
@@ -43,7 +49,7 @@ def image_processor() -> dict[str, Any]:
 
 
 def autoencoder() -> AutoencoderKL:
-    """A new autoencoder: 64 x 64 x 3 to 16 x 16 x 4."""
+    """Create an autoencoder with images (3, 64, 64) and latents (4, 16, 16)."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=world.SIZE,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
@@ -51,7 +57,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def denoiser(width: int) -> UNet2DConditionModel:
-    """A new UNet: text enters at 8 x 8 and 4 x 4."""
+    """Create a UNet with cross-attention at resolutions 8 x 8 and 4 x 4 to a text encoder of a given width."""
     return UNet2DConditionModel(
         sample_size=world.SIZE // 4, in_channels=4, out_channels=4, block_out_channels=(64, 128, 128), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=16,
@@ -60,7 +66,7 @@ def denoiser(width: int) -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """The DDPM schedule, sampled from its noisiest step on."""
+    """Create the scheduler: DDPM's linear betas, with sampling from the noisiest timestep."""
     return DDIMScheduler(
         beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
     )

@@ -1,0 +1,1 @@
+"""Tools for maintainers, which are not part of the wheel."""
