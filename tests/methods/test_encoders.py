@@ -22,7 +22,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
 from lightning_prompts.methods.dpo_diff.logits import WordChoices
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
-from lightning_prompts.methods.inversion.init import best_words, reads_tokens, word_features
+from lightning_prompts.methods.inversion.search_clip import best_words, reads_tokens, word_features
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import ClipSimilarity, Sharpness
 

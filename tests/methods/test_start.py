@@ -94,7 +94,7 @@ def test_long_text(backbone):
         ("fox.bin", "There is neither a run nor an embedding"),
         ("clip words", "did you mean --model.start clip_words"),
         ("randon", "did you mean --model.start random"),
-        ("", "There is nothing to start from"),
+        ("", "--model.start must not be empty"),
     ],
 )
 def test_starts_that_are_none(start, said, backbone):

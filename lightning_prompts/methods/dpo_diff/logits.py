@@ -74,7 +74,7 @@ class WordChoices(TypedModule):
         others = ((self.counts >= 0).sum(2) - 1).clamp(min=1)
         return torch.ones(others.shape) if unchanged is None else (others * unchanged / (1 - unchanged)).log()
 
-    def sound(self) -> Tensor:
+    def is_finite(self) -> Tensor:
         """Which problems' logits are finite, (P,)."""
         return self.logits.detach().isfinite().flatten(1).all(1)
 

@@ -130,7 +130,7 @@ class MetricGuidance(Steering):
             due = rows[[(batch.steps[row] + 1) % self.shift_every == 0 for row in rows.tolist()]]
             if len(due):
                 begun = self.prompt.of(self.prompt.initial[due.to(self.device)])
-                self.reset_rows(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
+                self.batch.reset_rows(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
         self.log_step(batch, rows, loss=losses, **values)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -48,7 +48,7 @@ class PromptEmbeds(TypedModule):
         """The moving rows (..., M, D) of encoded prompts (..., R, D)."""
         return embeds.index_select(-2, self.moving)
 
-    def sound(self) -> Tensor:
+    def is_finite(self) -> Tensor:
         """Which problems' embeddings are finite, (P,)."""
         return self.rows.detach().isfinite().flatten(1).all(1)
 
@@ -83,7 +83,7 @@ class PromptArc(TypedModule):
         """What trains, (Q, 1, 1, 1), where it starts: near the prompts."""
         return torch.full((len(first), 1, 1, 1), self.near, device=self.initial.device)
 
-    def sound(self) -> Tensor:
+    def is_finite(self) -> Tensor:
         """Which problems' places are finite, (P,)."""
         return self.place.detach().isfinite().flatten(1).all(1)
 
