@@ -58,7 +58,7 @@ def measure(line: str, prompt: str) -> list[dict[str, Any]]:
         pl.Trainer(**how).fit(method, datamodule=data)
         problems = list(data.folder.load().values())
         with torch.no_grad():
-            drawn = method.draw_before_and_after(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
+            drawn = method.images_before_and_after(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
             wanted = method.targets(problems).unsqueeze(1)
     rows: list[dict[str, Any]] = [
         {"prompt": prompt, "target": SeedInvarianceResult.of(problem).target_seed, "seconds": problem.seconds}

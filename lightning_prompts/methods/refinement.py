@@ -29,8 +29,8 @@ class Refinement(PromptMethod):
     seeds: int  # images per prompt that the search uses
 
     @abstractmethod
-    def draw_before_and_after(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw images (P, N, 3, H, W) of the users' prompts and of the best results from noise (P, N, C, h, w)."""
+    def images_before_and_after(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Generate images (P, N, 3, H, W) of the users' prompts and of the best results from noise (P, N, C, h, w)."""
 
     @abstractmethod
     def record_fresh_scores(self, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:
@@ -38,13 +38,13 @@ class Refinement(PromptMethod):
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return the images of the users' prompts above those of the best results, from the seeds of the search."""
-        before, after = self.draw_before_and_after(problems, self.draw_noise(problems, SEARCH, self.seeds))
+        before, after = self.images_before_and_after(problems, self.draw_noise(problems, SEARCH, self.seeds))
         return before_and_after(before, after, [problem.shown or problem.target for problem in problems])
 
     @torch.no_grad()
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Score the best results on fresh seeds, also by the held-out CLIP."""
-        before, after = self.draw_before_and_after(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
+        before, after = self.images_before_and_after(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
         scores.compare(self, problems, before, after)
         self.record_fresh_scores(problems, before, after)
 

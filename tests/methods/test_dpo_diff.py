@@ -662,7 +662,7 @@ def test_pictures_before_and_after_are_of_the_users_prompt_and_of_the_found_one(
     noise = module.draw_noise([problem], SEARCH, 2)
     for prompt, negative in (("a large dog", "blurry"), ("a large dog", None), (problem.target, "dark")):
         problem.prompt, problem.negative_prompt = prompt, negative
-        before, after = module.draw_before_and_after([problem], noise)
+        before, after = module.images_before_and_after([problem], noise)
         torch.testing.assert_close(before[0], module.draw([problem.target] * 2, noise[0]))
         torch.testing.assert_close(after[0], module.draw([prompt] * 2, noise[0], negative or ""))
         assert not torch.equal(before, after)

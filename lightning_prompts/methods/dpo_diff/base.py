@@ -235,8 +235,8 @@ class WordSearch(Refinement):
         text_features = self.clip.features_of([problem.target for problem in problems])
         return self.evaluate(pairs, self.draw_noise(problems, SEARCH, self.seeds), text_features).mean(1)
 
-    def draw_before_and_after(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Refinement.draw_before_and_after`."""
+    def images_before_and_after(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Refinement.images_before_and_after`."""
         count = noise.shape[1]
         originals, prompts, negatives = (
             [text for text in texts for _ in range(count)]

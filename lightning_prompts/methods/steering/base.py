@@ -217,13 +217,13 @@ class Steering(Refinement):
             return self.best_embeds(keys.index(key))
         return read_prompt_embeds(self.data.folder.embeds_of(key), self.backbone, shape)[key].to(self.device)
 
-    def draw_before_and_after(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Refinement.draw_before_and_after`."""
+    def images_before_and_after(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Refinement.images_before_and_after`."""
         before = self.sampler.draw_embeds(self.initial(problems), noise)
         return before, self.sampler.draw_embeds(self.best_embeds_of(problems), noise)
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
-        """Draw images (N, 3, H, W) of a problem's best embeddings; see `PromptMethod.draw_found`."""
+        """Generate images (N, 3, H, W) of a problem's best embeddings; see `PromptMethod.draw_found`."""
         embeds = self.best_embeds_of([problem])
         if negative:
             embeds = torch.stack([embeds[:, 0], self.encode([negative], negative=True).to(embeds)], dim=1)

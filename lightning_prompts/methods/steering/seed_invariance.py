@@ -171,11 +171,11 @@ class SeedInvariance(Steering):
         return noise_of(seeds, self.backbone.latent_shape).to(self.device)
 
     def targets(self, problems: Sequence[Problem]) -> Tensor:
-        """Return the target images (P, 3, H, W), each drawn once and alone so that it does not depend on the batch."""
+        """Return the target images (P, 3, H, W), each generated once and alone so that it does not depend on the batch."""
         for problem in problems:
             if problem.key not in self._targets:
-                drawn = self.sampler.draw_embeds(self.initial([problem]), self.target_noise([problem]).unsqueeze(1))
-                self._targets[problem.key] = drawn[0, 0]
+                images = self.sampler.draw_embeds(self.initial([problem]), self.target_noise([problem]).unsqueeze(1))
+                self._targets[problem.key] = images[0, 0]
         return torch.stack([self._targets[problem.key] for problem in problems])
 
     def values(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ class SeedInvariance(Steering):
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return the target images, each beside the prompt's images on other seeds, above those of the best embeddings."""
-        before, after = self.draw_before_and_after(problems, self.draw_noise(problems, SEARCH, self.seeds))
+        before, after = self.images_before_and_after(problems, self.draw_noise(problems, SEARCH, self.seeds))
         columns: list[tuple[Tensor, ...]] = []
         for p, target in enumerate(self.targets(problems)):
             columns += [(target,), *((before[p, n], after[p, n]) for n in range(self.seeds))]

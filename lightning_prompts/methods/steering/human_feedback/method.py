@@ -113,7 +113,7 @@ class HumanFeedback(Steering):
         return self.encode(texts).unsqueeze(1).float()
 
     def image(self, embeds: Tensor) -> Tensor:
-        """Draw the image (3, H, W) of an encoded prompt (S, R, D), always from the same noise."""
+        """Generate the image (3, H, W) of an encoded prompt (S, R, D), always from the same noise."""
         return self.sampler.draw_embeds(embeds[None], self.noise[:, :1])[0, 0]
 
     def positions(self, embeds: Sequence[Tensor]) -> Tensor:

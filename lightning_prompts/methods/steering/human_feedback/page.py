@@ -141,7 +141,9 @@ class Page(Chooser):
                 continue
             if request.question != number:  # a second click on an answered question
                 continue
-            if request.preview and not self.requests.empty():  # a moving slider makes more requests than can be drawn
+            if (
+                request.preview and not self.requests.empty()
+            ):  # a moving slider makes more requests than images can be generated
                 continue
             if not request.preview:
                 self.publish(ready=False, status="generating images.")
