@@ -144,7 +144,7 @@ def measure(task: str, space: str, solver: str, prompts: list[Written], file: Pa
                 ):
                     seen = {"loss": sum(losses) / len(losses), **judged(one, problem.key, text, negative)}
                     row |= {f"{name}_{when}": value for name, value in seen.items()}
-                row["similarity"] = float(search.meaning(one.prompt, [problem.prompt]))
+                row["similarity"] = float(search.similarity(one.prompt, [problem.prompt]))
             rows.append(row)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(rows))

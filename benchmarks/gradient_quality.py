@@ -62,8 +62,8 @@ def main() -> None:
     method, correlations = Small(schedule=SCHEDULE, **SETTINGS), {calls: list[float]() for calls in CALLS}
     for one in written(SEED, PROMPTS):
         table, space = enumerated(one.prompt, args.runs / "tables"), method.space(one.prompt)
-        method.prompt.show([space])
-        method.wanted = method.clip.features_of([one.prompt])
+        method.prompt.set_spaces([space])
+        method.text_features = method.clip.features_of([one.prompt])
         shape = method.backbone.latent_shape
         method.noise = draw_noise(0, [one.prompt], SEARCH, method.seeds, shape, torch.device("cpu"))
         rng = random.Random(one.prompt)

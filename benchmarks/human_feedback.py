@@ -61,7 +61,7 @@ def edited(method: HumanFeedback, chooser: Scripted, prompt: str, seed: int) -> 
     for _ in range(CHOICES):
         edits = [edit(prompt, method.words, rng) for _ in range(count)]
         drawn = method.draw(edits, noise.expand(count, -1, -1, -1))
-        seen = chooser.likes([picture, *drawn])
+        seen = chooser.similarities([picture, *drawn])
         best = int(seen[1:].argmax())
         if seen[1 + best] > seen[0]:
             prompt, picture = edits[best], drawn[best]
@@ -78,7 +78,7 @@ def measure(said: str, file: Path, seed: int) -> dict[str, Any]:
         pl.Trainer(**how).fit(method, datamodule=data)
         prompt, by_words = edited(method, chooser, said, seed)
     clip, _ = judge()
-    seen = clip.features(torch.stack([chooser.wanted, method.drawn[0], method.drawn[-1], by_words]))
+    seen = clip.features(torch.stack([chooser.wanted, method.images[0], method.images[-1], by_words]))
     similar = dict(zip(("before", "by_moves", "by_edits"), (seen[1:] @ seen[0]).tolist(), strict=True))
     (problem,) = data.folder.load().values()
     return {

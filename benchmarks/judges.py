@@ -29,8 +29,8 @@ SEEDS, FURTHER = 3, 10
 def negatives(prompt: str) -> list[tuple[str, str]]:
     """The person's prompt, and it with different negative ones, as drawn from the logits at the beginning."""
     space, choices = method().space(prompt), method().prompt
-    choices.show([space])
-    choices.logits.data = choices.start(method().unchanged)
+    choices.set_spaces([space])
+    choices.logits.data = choices.init_logits(method().unchanged)
     words = torch.distributions.Categorical(logits=choices.perturbed(torch.tensor([0]), torch.zeros(1))[0])
     found = {space.texts((0,) * len(space.slots)): None}
     torch.manual_seed(SEED)

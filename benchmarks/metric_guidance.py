@@ -80,7 +80,7 @@ def measure(line: str, some: list[tuple[str, str]]) -> list[dict[str, Any]]:
             pl.Trainer(**how).fit(method, datamodule=data)
             seconds = (time.perf_counter() - begun) / len(some)
             problems = list(data.folder.load().values())
-            pictures = method.both(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
+            pictures = method.images_before_and_after(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
     clip, things = judge()
     good, bad = clip.features_of([GOOD, BAD])
     seen_right: dict[str, Tensor] = {}

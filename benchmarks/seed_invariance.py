@@ -58,8 +58,8 @@ def measure(line: str, prompt: str) -> list[dict[str, Any]]:
         pl.Trainer(**how).fit(method, datamodule=data)
         problems = list(data.folder.load().values())
         with torch.no_grad():
-            drawn = method.both(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
-            wanted = method.pictures(problems).unsqueeze(1)
+            drawn = method.images_before_and_after(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
+            wanted = method.targets(problems).unsqueeze(1)
     rows: list[dict[str, Any]] = [
         {"prompt": prompt, "target": SeedInvarianceResult.of(problem).target_seed, "seconds": problem.seconds}
         for problem in problems

@@ -378,7 +378,7 @@ def _result(method: PromptMethod, problem: Problem, noise: Tensor) -> Result:
         told, *more = method.best_embeds_of([problem])[0].cpu()
         away = more[0] if more else None
     elif isinstance(method, Inverter):
-        embedding = method.embedded(problem).float().cpu()
+        embedding = method.embeddings_of(problem).float().cpu()
     return Result(problem.prompt, problem.negative_prompt, embedding, told, away, pictures, problem)
 
 

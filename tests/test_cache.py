@@ -10,8 +10,8 @@ from searches import fit
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.cache import cache_folder, cached, fingerprint
 from lightning_prompts.methods import GCG
-from lightning_prompts.methods.inversion import base, init
-from lightning_prompts.methods.inversion.init import word_features
+from lightning_prompts.methods.inversion import search_clip
+from lightning_prompts.methods.inversion.search_clip import word_features
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import ClipSimilarity
 
@@ -83,11 +83,11 @@ def test_fingerprints_see_every_value():
 def test_features_of_words_are_the_same_from_the_cache(tiny, folder, monkeypatch):
     backbone, clip = load_backbone(tiny), ClipSimilarity(os.path.join(tiny, "clip"))
     prompt = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 3, blocked=("cat",))
-    expected = init.prompt_features(clip, prompt, prompt.allowed.nonzero(), as_text=False)
+    expected = search_clip.prompt_features(clip, prompt, prompt.allowed.nonzero(), as_text=False)
     computed = word_features(clip, prompt, as_text=False)
     torch.testing.assert_close(computed, expected, atol=1e-6, rtol=0)
     calls = []
-    monkeypatch.setattr(init, "prompt_features", lambda *args: calls.append(args))
+    monkeypatch.setattr(search_clip, "prompt_features", lambda *args: calls.append(args))
     assert torch.equal(word_features(clip, prompt, as_text=False), computed)
     other = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 2, blocked=("dog",))  # of another length and list
     assert word_features(clip, other, as_text=False).shape == (int(other.allowed.sum()), computed.shape[1])
@@ -114,8 +114,8 @@ def test_a_few_words_are_not_worth_a_vocabulary(tiny, folder):
 
 def test_a_search_asks_for_the_words_once(tiny, pictures, tmp_path, monkeypatch):
     """However often images join it."""
-    calls, original = [], base.word_features
-    monkeypatch.setattr(base, "word_features", lambda *args: calls.append(args) or original(*args))
+    calls, original = [], search_clip.word_features
+    monkeypatch.setattr(search_clip, "word_features", lambda *args: calls.append(args) or original(*args))
     module = GCG(backbone=tiny, tokens=2, start="clip_words", candidates=2, together=1, sampling_steps=2)
     assert len(fit(module, pictures, tmp_path / "run", steps=1)) == 3
     assert len(calls) == 1

@@ -14,8 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_prompts.commands.main import main
-from lightning_prompts.methods.dpo_diff import method as dpo_diff
-from lightning_prompts.methods.steering import base as steering
+from lightning_prompts.methods import refinement
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -114,8 +113,7 @@ def test_commands_of_the_page_run(page, place, tiny):
 
 @pytest.mark.slow
 def test_python_of_the_page_runs(place, capsys, monkeypatch):
-    for module in (steering, dpo_diff):
-        monkeypatch.setattr(module, "FRESH_SEEDS", 2)
+    monkeypatch.setattr(refinement, "FRESH_SEEDS", 2)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
     short = code.replace("steps=30", "steps=6").replace("steps=5", "steps=2")
     assert short.count("steps=2") == 2

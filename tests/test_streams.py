@@ -304,7 +304,7 @@ def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch
     main(make(tmp_path / "run", method.__name__, "--model.together", "1", "--model.trial_weight", "1"))
     (module,) = modules
     data = module.trainer.datamodule
-    for kept in (data._images, data._latents, module._features):
+    for kept in (data._images, data._latents, module.search_clip._image_features):
         assert len(kept) <= 1
     assert len(module.batch) == len(module.latents) == 1
     assert torch.isfinite(module.parameter).all()

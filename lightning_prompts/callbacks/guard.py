@@ -37,7 +37,7 @@ class NonFiniteGuard(pl.Callback):
         """Check the prompts to score, and the steps that were skipped."""
         rows = pl_module.rows_to_score()
         here = pl_module.batch
-        sound, skipped = pl_module.prompt.sound().cpu()[rows], here.skipped.cpu()[rows]
+        sound, skipped = pl_module.prompt.is_finite().cpu()[rows], here.skipped.cpu()[rows]
         here.skipped[rows.to(here.skipped.device)] = 0
         for row, is_sound, steps in zip(rows.tolist(), sound.tolist(), skipped.tolist(), strict=True):
             target, step = here[row].record.target, here[row].steps
@@ -55,7 +55,7 @@ class NonFiniteGuard(pl.Callback):
 
     def _go_back(self, module: PromptMethod, row: int, reason: str) -> None:
         problem, step = module.batch[row].record, module.batch[row].steps
-        module.reset_rows(torch.tensor([row]), module.best_params(row)[None])
+        module.batch.reset_rows(torch.tensor([row]), module.best_params(row)[None])
         module.batch[row].halvings += 1
         if module.batch[row].halvings <= self.most:
             lbfgs = any(isinstance(optimizer, BatchedLBFGS) for optimizer in module.trainer.optimizers)

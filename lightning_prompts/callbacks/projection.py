@@ -41,6 +41,6 @@ class VocabularyProjection(pl.Callback):
         """Project the problems that are due; a row that is not finite is left to `NonFiniteGuard`."""
         prompt = cast("TokenEmbeddings", pl_module.prompt)
         rows = pl_module.batch.where(lambda row: row.active and row.steps % self.every == 0)
-        rows = rows[prompt.sound().cpu()[rows]]
+        rows = rows[prompt.is_finite().cpu()[rows]]
         if len(rows):
-            pl_module.reset_rows(rows, prompt.table[prompt.project()[rows.to(pl_module.device)]])
+            pl_module.batch.reset_rows(rows, prompt.table[prompt.project()[rows.to(pl_module.device)]])

@@ -173,7 +173,7 @@ def right_texts(method: Inverter, rows: Tensor) -> tuple[list[str], str]:
     captions = [method.batch[row].record.caption for row in rows.tolist()]
     if all(captions):
         return [str(caption) for caption in captions], "caption"
-    return [found.prompt for found in method.written(method.clip_words(rows).cpu())], "CLIP's words"
+    return [found.prompt for found in method.prompt.decode(method.clip_words(rows).cpu())], "CLIP's words"
 
 
 def wrong_texts(method: Inverter, texts: Sequence[str], seed: int) -> tuple[list[str], str]:
@@ -182,7 +182,7 @@ def wrong_texts(method: Inverter, texts: Sequence[str], seed: int) -> tuple[list
         return [*texts[1:], texts[0]], "another's"
     keys = [problem.key for problem in method.batch.records[: len(texts)]]
     return [
-        found.prompt for found in method.written(random_tokens(method.prompt, keys, seed, CHECK).cpu())
+        found.prompt for found in method.prompt.decode(random_tokens(method.prompt, keys, seed, CHECK).cpu())
     ], "random tokens"
 
 

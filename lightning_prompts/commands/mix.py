@@ -118,8 +118,8 @@ class Mix(pl.Callback):
         self.drawn: dict[int, Tensor] = {}  # pictures (S, 3, H, W) of those that may still be chosen
 
         def read(token_ids: list[int]) -> str | None:
-            (found,) = pl_module.written(torch.tensor([token_ids]))
-            return str(found.prompt) if found.sound else None
+            (found,) = pl_module.prompt.decode(torch.tensor([token_ids]))
+            return str(found.prompt) if found.valid else None
 
         def score(members: list[Member]) -> None:
             texts = [member.prompt for member in members for _ in self.seeds]

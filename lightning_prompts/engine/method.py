@@ -241,10 +241,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """Forget what is cached for a problem that left the batch."""
         self.data.evict(problem)
 
-    def reset_rows(self, rows: Tensor, values: Tensor) -> None:
-        """Move the problems `rows` (Q,) to other parameters (Q, ...); see `Batch.reset_rows`."""
-        self.batch.reset_rows(rows, values)
-
     def on_train_epoch_end(self) -> None:
         """Stop the run when no problem is open; problems that are open after an early stop can be resumed."""
         self.trainer.should_stop = self.trainer.should_stop or self.batch.exhausted

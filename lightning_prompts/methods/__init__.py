@@ -1,4 +1,4 @@
-"""One paper, one file, one LightningModule."""
+"""The search methods, each a LightningModule in a file of its own."""
 
 from lightning_prompts.engine.method import TRAINER, PromptMethod
 from lightning_prompts.methods.dpo_diff.method import DPODiff

@@ -90,7 +90,7 @@ def test_methods_that_begin_with_a_prompt(method, settings, tiny, tmp_path, monk
     module, data = method(backbone=tiny, seeds=2, **settings, **FEW), Prompts(["a small cat", "two dogs"])
     seen = counted(module)
     if method is SeedInvariance:  # what the target images take is not counted
-        for name in ("set_rows", "pictures"):
+        for name in ("set_rows", "targets"):
             monkeypatch.setattr(module, name, paused(getattr(module, name), seen))
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
     trainer.fit(module, datamodule=data)

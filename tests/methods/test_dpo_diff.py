@@ -23,8 +23,8 @@ from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.methods.dpo_diff.logits import WordChoices
-from lightning_prompts.methods.dpo_diff.method import calls_before_gradient, linear_plan
-from lightning_prompts.methods.dpo_diff.similarity import keeping
+from lightning_prompts.methods.dpo_diff.schedule import calls_before_gradient, linear_plan
+from lightning_prompts.methods.dpo_diff.semantic_similarity import filter_by_similarity
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.runs.folder import RunFolder
@@ -43,8 +43,8 @@ SPACE = Space(
 @pytest.fixture
 def choices(tiny):
     module = WordChoices(load_backbone(tiny).vocabulary)
-    module.show([SPACE])
-    module.logits.data = module.start()
+    module.set_spaces([SPACE])
+    module.logits.data = module.init_logits()
     return module
 
 
@@ -77,12 +77,12 @@ def test_only_words_of_the_drawn_number_of_tokens_are_mixed(choices):
 
 def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
     module = DPODiff(backbone=tiny, sampling_steps=4, schedule="fix-1")
-    module.prompt.show([SPACE])
-    module.prompt.logits.data = module.prompt.start()
+    module.prompt.set_spaces([SPACE])
+    module.prompt.logits.data = module.prompt.init_logits()
     module.prompt.logits.data[0, 1, :4] = torch.tensor([0.0, 1.0, 2.0, 0.5])
     module.batch.rows = [Row(Problem("some", ""))]
     module.trainer = type("Trainer", (), {"datamodule": type("Data", (), {"seed": 0})})
-    drawn = torch.tensor([module.learned(0, 1, attempt) for attempt in range(4000)])
+    drawn = torch.tensor([module.draw_choice(0, 1, attempt) for attempt in range(4000)])
     expected = torch.tensor([0.0, 1.0, 2.0, 0.5]).softmax(0)
     shares = torch.bincount(drawn[:, 1], minlength=4) / len(drawn)
     torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
@@ -90,7 +90,7 @@ def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
 
 @pytest.mark.parametrize("chance", [0.2, 0.7])
 def test_slots_stay_as_they_are_with_the_chance_that_was_given(choices, chance):
-    choices.logits.data = choices.start(chance)
+    choices.logits.data = choices.init_logits(chance)
     weights = choices.perturbed(torch.tensor([0]), torch.zeros_like(choices.logits)).softmax(2)
     torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), chance))
 
@@ -110,7 +110,7 @@ def test_chance_that_was_given_survives_a_step_without_a_gradient(chance, attach
 def test_logits_stay_in_the_range_of_the_released_code_or_where_they_began(attached):
     module = attached(unchanged=0.02, lr=50.0)
     module.optimizers = module.configure_optimizers
-    begun = module.prompt.start(0.02)
+    begun = module.prompt.init_logits(0.02)
     for sign in (1, -1):
         module.descend(sign * module.prompt.logits.sum(), torch.tensor([0]))
         bound = begun.clamp(max=0) if sign == 1 else torch.full_like(begun, 3)
@@ -166,8 +166,8 @@ def test_shortcut_gradient_is_that_of_finite_differences(before, grad_steps, gui
     backbone = load_backbone(str(sd)).double()
     backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, clip_sample=False)
     choices = WordChoices(backbone.vocabulary)
-    choices.show([SPACE])
-    choices.logits.data = choices.start()
+    choices.set_spaces([SPACE])
+    choices.logits.data = choices.init_logits()
     choices.logits.data = choices.logits.data.double()
     noise = torch.randn(2, *backbone.latent_shape, dtype=torch.float64)
     weights = torch.randn(3, backbone.image_size, backbone.image_size, dtype=torch.float64)
@@ -252,7 +252,7 @@ def test_budget_is_kept_and_nothing_is_paid_twice(solver, task, tiny, tmp_path):
 
 def test_step_that_draws_no_word_moves_nothing(tiny, tmp_path):
     (problem,) = search(tiny, tmp_path, PROMPTS[:1], solver="hybrid", unchanged=1 - 1e-9, gradient_share=0.9)
-    assert len(problem.result.candidates) == 1  # nothing but the person's own prompt is ever drawn
+    assert len(problem.result.candidates) == 1  # nothing but the user's own prompt is ever drawn
 
 
 def test_batch_equals_its_parts(tiny, tmp_path):
@@ -272,14 +272,14 @@ def test_threshold_keeps_the_meaning(task, solver, tiny, tmp_path):
     space = module.space(PROMPTS[0])
     singles = [[i if other == number else 0 for other in range(len(space.slots))]
                for number, slot in enumerate(space.slots) for i in range(1, len(slot.words))]  # fmt: skip
-    cosines = module.meaning(PROMPTS[0], [space.texts(choice)[0] for choice in singles])
+    cosines = module.similarity(PROMPTS[0], [space.texts(choice)[0] for choice in singles])
     threshold = float(cosines.median())
-    kept = keeping(space, module.meaning, threshold)
+    kept = filter_by_similarity(space, module.similarity, threshold)
     assert sum(len(slot.words) - 1 for slot in kept.slots) == int((cosines >= threshold).sum())
     (problem,) = search(tiny, tmp_path, PROMPTS[0], task=task, **sources, solver=solver, threshold=threshold)
     assert len(problem.result.candidates) > 2
     for candidate in problem.result.candidates:
-        assert float(module.meaning(problem.target, [candidate["prompt"]])) >= threshold - 1e-6
+        assert float(module.similarity(problem.target, [candidate["prompt"]])) >= threshold - 1e-6
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_bad_settings_are_refused(settings, told, tiny, tmp_path):
 
 
 def spaced(space, **settings):
-    """A method whose space is given."""
+    """Return a method with a given space."""
 
     class Spaced(DPODiff):
         def space(self, prompt):
@@ -315,7 +315,7 @@ def spaced(space, **settings):
 
 @pytest.fixture
 def attached(tiny, tmp_path):
-    """A method with a wave of one problem, as in the middle of a search."""
+    """Return a method with a batch of one problem, as in the middle of a search."""
 
     def make(**settings):
         module, data = spaced(SPACE, backbone=tiny, **settings), Prompts("a small cat on a blue background")
@@ -336,7 +336,7 @@ def test_hybrid_begins_with_what_the_gradient_has_learned(attached):
     for solver, share in (("hybrid", 1.0), ("gradient", 1.0), ("evolution", 0.1)):
         module = attached(solver=solver)
         module.prompt.logits.data.zero_()
-        module.prompt.logits.data = module.prompt.start()
+        module.prompt.logits.data = module.prompt.init_logits()
         if solver != "evolution":
             module.prompt.logits.data[0].scatter_(1, torch.tensor(wanted).unsqueeze(1), 20.0)
         first = module.propose(0, 5, 5)
@@ -348,7 +348,7 @@ def test_children_are_of_the_best(attached):
     module = attached(solver="evolution", select=2, mutation=0.0)
     problem = module.batch.records[0]
     for choice, loss in (((1, 1, 1, 1), 0.1), ((2, 2, 2, 2), 0.2), ((0, 3, 0, 3), 0.9)):
-        module.keep(0, choice, SPACE.texts(choice), [loss, loss])
+        module.record_candidate(0, choice, SPACE.texts(choice), [loss, loss])
     problem.result.candidates = [
         candidate for candidate in problem.result.candidates if candidate["losses"][0] in (0.1, 0.2, 0.9)
     ]
@@ -361,10 +361,10 @@ def test_clip_sees_the_pictures_as_they_are_drawn(attached):
     module = attached()
     texts, noise = [("a small cat", "dark"), ("two dogs", "")], torch.randn(2, 2, *module.backbone.latent_shape)
     with torch.no_grad():
-        losses = module.evaluate(texts, noise, module.wanted[[0, 0]])
+        losses = module.evaluate(texts, noise, module.text_features[[0, 0]])
         for b, (prompt, negative) in enumerate(texts):
             pictures = module.draw([prompt] * 2, noise[b], negative)
-            angles = (module.clip.features(pictures) @ module.wanted[0]).acos()
+            angles = (module.clip.features(pictures) @ module.text_features[0]).acos()
             torch.testing.assert_close(losses[b], angles.square() / 2, atol=1e-4, rtol=1e-4)
 
 
@@ -388,7 +388,7 @@ def test_shortcut_loss_is_the_mean_over_seeds_with_its_gradient(attached):
     (gradient,) = torch.autograd.grad(value.sum(), module.prompt.logits)
     told, away = (module.backbone.encode(*side).repeat_interleave(2, 0) for side in module.prompt(rows, noise))
     latents = module.backbone.sample(told, away, module.noise[0], 3, module.sampler.guidance_scale, 1, 2)
-    plain = module.loss(module.backbone.decode(latents), module.wanted[[0, 0]]).mean()
+    plain = module.loss(module.backbone.decode(latents), module.text_features[[0, 0]]).mean()
     (expected,) = torch.autograd.grad(plain, module.prompt.logits)
     torch.testing.assert_close(value[0], plain, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3)
@@ -662,7 +662,7 @@ def test_pictures_before_and_after_are_of_the_users_prompt_and_of_the_found_one(
     noise = module.draw_noise([problem], SEARCH, 2)
     for prompt, negative in (("a large dog", "blurry"), ("a large dog", None), (problem.target, "dark")):
         problem.prompt, problem.negative_prompt = prompt, negative
-        before, after = module.both([problem], noise)
+        before, after = module.images_before_and_after([problem], noise)
         torch.testing.assert_close(before[0], module.draw([problem.target] * 2, noise[0]))
         torch.testing.assert_close(after[0], module.draw([prompt] * 2, noise[0], negative or ""))
         assert not torch.equal(before, after)

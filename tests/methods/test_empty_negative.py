@@ -46,8 +46,8 @@ def method(backbone):
     method = DPODiff(
         backbone=backbone, sampling_steps=3, seeds=1, schedule="fix-1", gradient_share=1.0, guidance_scale=3.0
     )
-    method.prompt.show([SPACE])
-    method.prompt.logits.data = method.prompt.start()
+    method.prompt.set_spaces([SPACE])
+    method.prompt.logits.data = method.prompt.init_logits()
     method.batch.rows = [Row(Problem("key", PROMPT))]
     method.trainer = type("Trainer", (), {"datamodule": type("Data", (), {"seed": 0})})
     return method
@@ -86,8 +86,8 @@ def test_gradient_and_candidates_are_told_the_same(choice, method, pipeline, mon
 
 def test_some_problems_are_empty_and_others_are_not(method):
     """Each row of a batch is zeros or not by itself."""
-    method.prompt.show([SPACE, SPACE])
-    method.prompt.logits.data = method.prompt.start()
+    method.prompt.set_spaces([SPACE, SPACE])
+    method.prompt.logits.data = method.prompt.init_logits()
     gumbel = torch.zeros(method.prompt.logits.shape)
     gumbel[0, :, 0], gumbel[1, :, 1] = 1e4, 1e4
     _, negative = method.prompt(torch.tensor([0, 1]), gumbel)
@@ -121,8 +121,8 @@ def test_searches_start_from_zeros(backbone, pipeline):
     one_row = SeedInvariance(
         backbone=backbone, sampling_steps=3, unconditional=True, embedding="one_row", guidance_scale=3.0
     )
-    one_row.prompt.show(initial)
-    start = one_row.prompt.start(initial)
+    one_row.prompt.set_initial(initial)
+    start = one_row.prompt.init_params(initial)
     assert start.shape == (1, 2, 1, initial.shape[-1])
     assert not start[:, 1].any()
     assert start[:, 0].any()

@@ -22,7 +22,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
 from lightning_prompts.methods.dpo_diff.logits import WordChoices
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
-from lightning_prompts.methods.inversion.init import best_words, reads_tokens, word_features
+from lightning_prompts.methods.inversion.search_clip import best_words, reads_tokens, word_features
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import ClipSimilarity, Sharpness
 
@@ -155,8 +155,8 @@ def test_words_drawn_are_read_as_they_are_written(family, vocabulary, folders):
     backbone = load_backbone(folders(family), vocabulary=vocabulary)
     space = Space(("A Red ", " Behind!"), (Slot("Cat", ("Cat", "Two Dogs")),), (Slot("Blurry", ("", "Blurry")),))
     choices = WordChoices(backbone.vocabulary)
-    choices.show([space])
-    choices.logits.data = choices.start()
+    choices.set_spaces([space])
+    choices.logits.data = choices.init_logits()
     for choice in ((0, 0), (1, 1)):
         noise = torch.zeros(choices.logits.shape).scatter_(2, torch.tensor(choice).view(1, 2, 1), 1e4)
         sides = zip(choices(torch.tensor([0]), noise), space.texts(choice), (False, True), strict=True)

@@ -42,14 +42,14 @@ class Answers(Chooser):
         """Has nothing to prepare."""
 
     def choose(self, question):
-        self.questions.append((question, torch.stack([question.draw(i, 1.0) for i in range(len(question.ends))])))
+        self.questions.append((question, torch.stack([question.draw(i, 1.0) for i in range(len(question.texts))])))
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
             raise answer
         return answer
 
-    def close(self, last_words):
-        self.said.append(last_words)
+    def close(self, message):
+        self.said.append(message)
 
 
 def search(tiny, folder, *answers, prompts=PROMPT, **settings):
@@ -73,7 +73,7 @@ def test_a_move_goes_so_far_on_the_arc_to_the_candidates_text(tiny, tmp_path):
     expected = slerp(start, end, 0.5)
     torch.testing.assert_close(module.best_embeds_of([problem])[0], expected)
     noise = module.noise[:, :1]
-    torch.testing.assert_close(second.pictures[-1], module.sampler.draw_embeds(expected[None], noise)[0, 0])
+    torch.testing.assert_close(second.images[-1], module.sampler.draw_embeds(expected[None], noise)[0, 0])
     torch.testing.assert_close(drawn[1], module.sampler.draw_embeds(end[None], noise)[0, 0])
     (move,) = problem.result.moves
     assert move == {"text": first.texts[1], "candidate": 1, "strength": 0.5, "others": 0}
@@ -99,7 +99,7 @@ def test_undo_goes_back_to_the_same_candidates_and_others_are_others(tiny, tmp_p
     texts = [question.texts for question, _ in chooser.questions]
     assert texts[1] == texts[3] == texts[4] != texts[0]  # with no move left, an undo changes nothing
     assert texts[5] not in texts[:5]
-    assert [len(question.pictures) for question, _ in chooser.questions] == [1, 1, 2, 1, 1, 1]
+    assert [len(question.images) for question, _ in chooser.questions] == [1, 1, 2, 1, 1, 1]
     assert problem.result.moves == []
     assert (problem.status, problem.reason) == ("not improved", "Nothing was chosen.")
     torch.testing.assert_close(module.batch[0].best, module.prompt.initial[0])
@@ -113,8 +113,8 @@ def test_others_are_nearer_and_after_some_rounds_far_again(tiny, tmp_path):
         end = slerp(start, module.encode([question.texts[0]])[0], reach)
         torch.testing.assert_close(drawn[0], module.sampler.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
     assert problem.result.moves[0]["strength"] == 0.125
-    assert module.base(problem, 1) == PROMPT  # it is still the nearest
-    here, reaches = module.at[-1][0], (1, 0.5, 0.25, 0.125, 1)
+    assert module.base_text(problem, 1) == PROMPT  # it is still the nearest
+    here, reaches = module.path[-1][0], (1, 0.5, 0.25, 0.125, 1)
     for (question, drawn), reach in zip(chooser.questions[3:], reaches, strict=True):
         change = module.encode([question.texts[0]])[0] - start
         end = slerp(here, here + change, reach)
@@ -157,7 +157,7 @@ def test_one_prompt_after_the_other(tiny, tmp_path):
 
 
 @pytest.mark.exact
-def test_a_run_that_is_killed_goes_on_where_the_person_was(tiny, tmp_path, rounding):
+def test_a_run_that_is_killed_resumes_where_the_user_was(tiny, tmp_path, rounding):
     """Without a checkpoint: the record holds the moves, from which everything follows."""
     whole, _, (expected,) = search(tiny, tmp_path / "whole", GO, Choice("others"), Choice("go", 2, 1.0), FINISH)
     before = signal.getsignal(signal.SIGINT)
@@ -166,7 +166,7 @@ def test_a_run_that_is_killed_goes_on_where_the_person_was(tiny, tmp_path, round
     signal.signal(signal.SIGINT, before)
     module, chooser, (found,) = search(tiny, tmp_path / "broken", Choice("go", 2, 1.0), FINISH)
     assert found.result.moves == expected.result.moves
-    assert [len(question.pictures) for question, _ in chooser.questions] == [2, 3]
+    assert [len(question.images) for question, _ in chooser.questions] == [2, 3]
     assert torch.equal(module.batch[0].best, whole.batch[0].best)
 
 
@@ -190,7 +190,7 @@ def test_the_chooser_is_closed_whatever_makes_the_search_fail(tiny, tmp_path, mo
         raise ValueError(name)
 
     if name != "choose":
-        monkeypatch.setattr(module, {"draw": "variations", "keep": "answer"}[name], fail)
+        monkeypatch.setattr(module, {"draw": "variations", "keep": "apply_choice"}[name], fail)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
     with pytest.raises(ValueError, match=name):
         trainer.fit(module, datamodule=Prompts(PROMPT))
@@ -227,23 +227,23 @@ def test_results_hold_the_moves_and_no_metric(tiny, tmp_path, clip_file):
 
 @pytest.fixture(scope="module")
 def clip_file(tmp_path_factory):
-    """A picture that a scripted chooser wants."""
+    """An image that a scripted chooser wants."""
     file = tmp_path_factory.mktemp("wants") / "wanted.png"
     Image.new("RGB", (16, 16), "red").save(file)
     return file
 
 
-def test_scripted_chooser_likes_its_picture_most(tiny, clip_file):
+def test_scripted_chooser_prefers_its_image(tiny, clip_file):
     backbone = HumanFeedback(backbone=tiny, chooser=Answers(), **SMALL).backbone
     chooser = Scripted(str(clip_file))
     chooser.open(backbone, offline=True)
     near, far = chooser.wanted * 0.9, -chooser.wanted
-    likes = chooser.likes([chooser.wanted, near, far])
-    assert float(likes[0]) == pytest.approx(1)
-    assert likes[0] > likes[1] > likes[2]
+    similarities = chooser.similarities([chooser.wanted, near, far])
+    assert float(similarities[0]) == pytest.approx(1)
+    assert similarities[0] > similarities[1] > similarities[2]
     features = chooser.clip.features(torch.stack([chooser.wanted, far]))
     expected = features[0] @ features[1] - 0.5 * (far - chooser.wanted).square().mean()
-    torch.testing.assert_close(likes[2], expected)
+    torch.testing.assert_close(similarities[2], expected)
 
 
 def test_scripted_chooser_goes_to_what_is_most_like_its_picture(tiny, clip_file, monkeypatch):
@@ -251,18 +251,18 @@ def test_scripted_chooser_goes_to_what_is_most_like_its_picture(tiny, clip_file,
     chooser = Scripted(str(clip_file), strengths=[0.5, 1.0])
     chooser.open(backbone, offline=True)
     picture = torch.zeros(3, 16, 16)
-    likes = {(0, 1.0): 0.2, (1, 1.0): 0.4, (2, 1.0): 0.3, (1, 0.5): 0.5}
+    similarities = {(0, 1.0): 0.2, (1, 1.0): 0.4, (2, 1.0): 0.3, (1, 0.5): 0.5}
     now = 0.1
 
     class Question:
-        pictures, ends = [picture], torch.zeros(3, 2)
+        images, texts = [picture], ["a", "b", "c"]
 
         @staticmethod
         def draw(candidate, strength):
-            return picture + likes[candidate, strength]
+            return picture + similarities[candidate, strength]
 
     monkeypatch.setattr(
-        chooser, "likes", lambda pictures: torch.stack([x.mean() + now * (x.mean() == 0) for x in pictures])
+        chooser, "similarities", lambda pictures: torch.stack([x.mean() + now * (x.mean() == 0) for x in pictures])
     )
     assert chooser.choose(Question) == Choice("go", 1, 0.5)
     now = 0.6
@@ -277,9 +277,9 @@ def test_scripted_chooser_goes_to_what_is_most_like_its_picture(tiny, clip_file,
             "--model.texts must be at least --model.candidates, got 3 and 5",
         ),
         (lambda tiny, file: HumanFeedback(backbone=tiny, words=[]), "--model.words has no words"),
-        (lambda tiny, file: Page(port=70000), "at most 65535, not 70000"),
-        (lambda tiny, file: Scripted(file, strengths=[]), "between 0 and 1"),
-        (lambda tiny, file: Scripted(file, strengths=[1.5]), "between 0 and 1"),
+        (lambda tiny, file: Page(port=70000), "--model.chooser.port must be at most 65535, got 70000"),
+        (lambda tiny, file: Scripted(file, strengths=[]), "must be above 0 and at most 1, got \\[\\]"),
+        (lambda tiny, file: Scripted(file, strengths=[1.5]), "must be above 0 and at most 1, got"),
     ],
 )
 def test_settings_that_make_no_search_are_refused(make, told, tiny, clip_file):

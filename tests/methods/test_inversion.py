@@ -338,14 +338,19 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
     seen = []
 
     class Watched(PH2P):
-        def reset_rows(self, rows, values):
-            super().reset_rows(rows, values)
-            token_ids = self.prompt.project()
-            (state,) = self.trainer.optimizers[0].state.values()
-            assert not any(value.any() for value in state.values())
-            seen.append(
-                [(problem.token_ids, ids) for problem, ids in zip(self.batch.records, token_ids.tolist(), strict=True)]
-            )
+        def set_rows(self, problems):
+            super().set_rows(problems)
+            reset_rows = self.batch.reset_rows
+
+            def watched(rows, values):
+                reset_rows(rows, values)
+                token_ids = self.prompt.project()
+                (state,) = self.trainer.optimizers[0].state.values()
+                assert not any(value.any() for value in state.values())
+                records = self.batch.records
+                seen.append([(record.token_ids, ids) for record, ids in zip(records, token_ids.tolist(), strict=True)])
+
+            self.batch.reset_rows = watched
 
     module = Watched(backbone=tiny, optimizer="adam", restart_every=2, tokens=6, sampling_steps=2)
     search(module, [pictures], tmp_path / "run", steps=7)
@@ -394,7 +399,7 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
             if batch.steps[0] in range(1, 1 + times) and self.batch[0].record.target == "0.png":
                 self.prompt.embeddings.data[0] = value
             elif batch.steps[0] == 2:  # after the first time
-                best = self.embedded(self.batch[0].record)
+                best = self.embeddings_of(self.batch[0].record)
                 assert torch.equal(before[0], best)
                 assert [row.halvings for row in self.batch.rows] == [1, 0, 0]
                 if method is PEZ:  # Adam's first step is as long as its step size

@@ -226,7 +226,7 @@ def test_nothing_can_be_uploaded_and_no_other_file_is_read(opened, tmp_path):
         assert opened.request("POST", opened.secret + path, headers, body)[0] == 404
     assert sorted(tmp_path.rglob("*")) == before
     (other := tmp_path / "other.png").write_bytes(b"secret")
-    folder = opened.page.pictures
+    folder = opened.page.images
     (hidden := folder / "hidden").mkdir()
     (hidden / "other.png").write_bytes(b"secret")
     for file in (
@@ -272,7 +272,7 @@ def test_the_pictures_of_a_round_go_with_it(opened):
     assert [opened.request("GET", path, [("Host", opened.host)])[0] for path in first] == [403] * 3  # gradio's answer
     shown = opened.shown()
     assert [opened.request("GET", path, [("Host", opened.host)])[0] for path in paths(shown)] == [200] * 3
-    assert len(list(opened.page.pictures.iterdir())) == 3 + 2  # the candidates, where one is, and the map
+    assert len(list(opened.page.images.iterdir())) == 3 + 2  # the candidates, where one is, and the map
 
 
 def test_prompts_and_captions_are_shown_as_they_stand(opened):
@@ -290,7 +290,7 @@ def test_prompts_and_captions_are_shown_as_they_stand(opened):
 
 def test_a_page_that_is_closed_leaves_nothing(opened, tmp_path, monkeypatch):
     opened.shown()
-    assert list(opened.page.pictures.iterdir())
+    assert list(opened.page.images.iterdir())
     opened.close()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConnectionRefusedError):
@@ -301,7 +301,7 @@ def test_a_page_that_is_closed_leaves_nothing(opened, tmp_path, monkeypatch):
 def test_a_page_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(
-        "lightning_prompts.methods.steering.human_feedback.door.secrets.token_urlsafe", lambda *_: 1 / 0
+        "lightning_prompts.methods.steering.human_feedback.server.secrets.token_urlsafe", lambda *_: 1 / 0
     )
     before = set(threading.enumerate())
     with pytest.raises(ZeroDivisionError):
@@ -313,7 +313,7 @@ def test_a_page_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
 def test_each_page_has_another_secret_and_its_gradio_folder_is_only_its_own(opened, monkeypatch):
     import os
 
-    assert os.environ["GRADIO_TEMP_DIR"] == str(opened.page.pictures)
+    assert os.environ["GRADIO_TEMP_DIR"] == str(opened.page.images)
     first = opened.secret
     opened.close()
     assert "GRADIO_TEMP_DIR" not in os.environ

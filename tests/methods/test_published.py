@@ -26,7 +26,7 @@ from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER
-from lightning_prompts.methods.inversion import base
+from lightning_prompts.methods.inversion import search_clip
 from lightning_prompts.methods.inversion.base import Inverter
 from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import Sharpness, clip
@@ -118,7 +118,7 @@ def pixart(flux, folder):
 @pytest.fixture(scope="module", autouse=True)
 def once():
     """Computes what only depends on a vocabulary or a CLIP once."""
-    allowed, features = Vocabulary.allowed, base.word_features
+    allowed, features = Vocabulary.allowed, search_clip.word_features
     known = {}
 
     def allowed_once(self, blocked=(), words=None):
@@ -135,7 +135,7 @@ def once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Vocabulary, "allowed", allowed_once)
-        patch.setattr(base, "word_features", features_once)
+        patch.setattr(search_clip, "word_features", features_once)
         patch.setattr(clip, "load_clip", cache(clip.load_clip))
         patch.setattr(clip, "load_tokenizer", cache(clip.load_tokenizer))
         yield

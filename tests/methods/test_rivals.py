@@ -14,7 +14,7 @@ from lightning_prompts.backbones.vocabulary import encode_text, fill_template
 from lightning_prompts.callbacks import Results
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, TextualInversion
-from lightning_prompts.methods.inversion.init import best_words
+from lightning_prompts.methods.inversion.search_clip import best_words
 from lightning_prompts.methods.inversion.textual_inversion import pseudo_word
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import ClipSimilarity
@@ -179,7 +179,7 @@ def test_screen_keeps_what_the_clip_finds_most_similar(tiny, pictures, tmp_path)
     module = All(backbone=tiny, tokens=2, candidates=5, topk=8, screen=3, sampling_steps=2)
     (problem,) = fit(module, pictures / "0.png", tmp_path, steps=1)
     assert problem.unet_samples == 2 * 2 + 2 * 2 + 5 * 2
-    clip, tokenizer, feature = module.clip, module.vocabulary.tokenizer, module.features_of(problem)
+    clip, tokenizer, (feature,) = module.clip, module.vocabulary.tokenizer, module.features(torch.tensor([0]))
 
     def similarity(token_ids):
         text = clip.clip.get_text_features(input_ids=encode_text(tokenizer, [tokenizer.decode(token_ids)], 32))
@@ -341,7 +341,7 @@ def test_search_starts_from_the_result_of_another(source, method, tiny, pictures
     fit(module, pictures, tmp_path / "second", steps=1)
     assert seen[0].shape[:2] == (3, 4)
     for row, problem in enumerate(found):
-        assert torch.equal(seen[0][row, :3], module.embedded(problem))
+        assert torch.equal(seen[0][row, :3], module.embeddings_of(problem))
 
 
 def test_start_that_lacks_a_picture_is_refused(tiny, pictures, tmp_path):

@@ -17,6 +17,7 @@ from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, SeedInvariance
+from lightning_prompts.methods.steering.seed_invariance import LOSS_SCALE
 from lightning_prompts.runs.record import Problem, SeedInvarianceResult
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,11 +61,11 @@ def test_each_stage_has_a_step_and_ends_at_the_new_seeds(stages, tiny):
 def test_arc_is_long_enough_to_be_gone_from_end_to_end(tiny):
     """The gradient points to the other prompt at each step, so that the optimizer goes as far as it can."""
     module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents", embedding="arc", towards="two dogs")
-    module.prompt.place.data = torch.full((1, 1, 1, 1), module.prompt.near)
+    module.prompt.place.data = torch.full((1, 1, 1, 1), module.prompt.initial_logit)
     optimizer = module.configure_optimizers()
     assert module.prompt.place.sigmoid() < 0.01
     for _ in range(module.steps):
-        module.prompt.place.grad = -module.weight * torch.ones(1, 1, 1, 1)
+        module.prompt.place.grad = -LOSS_SCALE * torch.ones(1, 1, 1, 1)
         optimizer.step()
     assert 0.98 < module.prompt.place.sigmoid() < 1
 
@@ -105,7 +106,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     others = torch.randn(1, 2, 4, 8, 8, dtype=torch.float64)
     monkeypatch.setattr(module, "draw_noise", lambda problems, step, count: others[:, :count])
     set_batch(module, [problem], steps=1)
-    module.parameter.data = module.prompt.double().start(module.prompt.initial)
+    module.parameter.data = module.prompt.double().init_params(module.prompt.initial)
     module.prompt.initial, module.starts = module.prompt.initial.double(), module.starts.double()
     losses = []
     monkeypatch.setattr(module, "step_active", lambda loss, rows: losses.append(loss))
@@ -143,7 +144,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
             noise = slerp(start.flatten(1), others[:, n].flatten(1), 0.5).view(1, 4, 8, 8)
             seen = clean(told if grad_steps == 2 else fixed, told, noise)
             for weight, one, other in zip([0.7, 0.3] if len(seen) == 2 else [1.0], seen, wanted, strict=True):
-                total += weight * 1e4 * (1 - F.cosine_similarity(one.flatten(1), other.flatten(1))) / 2
+                total += weight * LOSS_SCALE * (1 - F.cosine_similarity(one.flatten(1), other.flatten(1))) / 2
         return total
 
     with torch.no_grad():
@@ -176,7 +177,7 @@ def test_metric_is_the_signal_to_noise_ratio(tiny):
         Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=3)),
         torch.rand(3, 16, 16) - 0.5,
     )
-    module._pictures["key"] = wanted
+    module._targets["key"] = wanted
     for error, ratio in ((0.2, 20), (0.02, 40), (2, 0)):  # of a range of 2
         values = module.values((wanted + error)[None], [problem])
         assert float(module.metric(values)) == pytest.approx(ratio, abs=1e-3)
@@ -196,7 +197,7 @@ def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
     main(["predict", "--run", str(folder), "--prompts", PROMPTS[0], "--seeds", "5", "--trainer.accelerator", "cpu"])
     (path,) = (folder / "pictures").iterdir()
     module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents")
-    (wanted,) = module.pictures([Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=5))])
+    (wanted,) = module.targets([Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=5))])
     with Image.open(path) as picture:
         drawn = torch.tensor(list(picture.getdata())).view(16, 16, 3).permute(2, 0, 1)
     assert (((wanted + 1) * 127.5).round() - drawn).abs().max() <= 1
@@ -226,13 +227,13 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
     )
     found = []
     for batches in ([[second]], [[first, second], [second, third]], [[third, second, first]]):
-        module._wanted.clear()
-        module._pictures.clear()
+        module._target_vectors.clear()
+        module._targets.clear()
         for batch in batches:
             set_batch(module, batch)
-            pictures = module.pictures(batch)
+            pictures = module.targets(batch)
         place = batch.index(second)
-        found.append((module.prompt.initial[place], pictures[place], *module._wanted["4"].values()))
+        found.append((module.prompt.initial[place], pictures[place], *module._target_vectors["4"].values()))
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
 

@@ -94,7 +94,7 @@ def test_long_text(backbone):
         ("fox.bin", "There is neither a run nor an embedding"),
         ("clip words", "did you mean --model.start clip_words"),
         ("randon", "did you mean --model.start random"),
-        ("", "There is nothing to start from"),
+        ("", "--model.start must not be empty"),
     ],
 )
 def test_starts_that_are_none(start, said, backbone):
@@ -125,8 +125,8 @@ def test_textual_inversion_goes_on_from_its_own_file(backbone, picture, tmp_path
 def seen(module, prompts):
     """Where a method that steers begins, and what it compares with."""
     module.batch.rows = [Row(Problem(str(i), prompt)) for i, prompt in enumerate(prompts)]
-    module.prompt.show(module.initial(module.batch.records))
-    return module.beginnings(torch.arange(len(prompts))), module.prompt.initial
+    module.prompt.set_initial(module.initial(module.batch.records))
+    return module.init_embeds(torch.arange(len(prompts))), module.prompt.initial
 
 
 def test_embeddings_of_an_earlier_run(backbone, tmp_path):

@@ -22,7 +22,7 @@ from lightning_prompts.data.prompts import find_prompts
 from lightning_prompts.data.targets import find_targets
 from lightning_prompts.engine.checkpoint import is_checkpoint
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.dpo_diff.word_files import from_file
+from lightning_prompts.methods.dpo_diff.word_files import read_word_file
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
 from lightning_prompts.runs.record_io import RECORD_VERSION
@@ -201,6 +201,6 @@ def test_dictionaries(tmp_path):
     @given(contents(VALID["a.json"]))
     def check(content):
         (tmp_path / "a.json").write_bytes(content)
-        answered(lambda: from_file(str(tmp_path / "a.json")))
+        answered(lambda: read_word_file(str(tmp_path / "a.json")))
 
     check()

@@ -1,1 +1,1 @@
-"""DPO-Diff (arXiv 2407.01606): the method, and where its words come from."""
+"""DPO-Diff (arXiv 2407.01606): the method, and the sources of its words."""

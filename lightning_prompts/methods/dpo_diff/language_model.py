@@ -1,4 +1,4 @@
-"""Synonyms and antonyms that a language model gives for a prompt."""
+"""Synonyms and antonyms of a prompt's words from a language model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.runs.atomic_io import atomic_write
 
 Kind = Literal["synonyms", "antonyms"]
-ASKS = 5  # times that a prompt is asked about before it is given up
-WANTED: dict[Kind, str] = {
+ATTEMPTS = 5  # answers per prompt before the search gives up
+REQUESTS: dict[Kind, str] = {
     "synonyms": "five words or short phrases that could stand in its place without changing what the sentence means",
     "antonyms": "five words or short phrases that mean its opposite",
 }
@@ -31,11 +31,11 @@ Sentence: {prompt}
 
 
 class LanguageModel:
-    """Asks a model on this machine, or an endpoint that speaks OpenAI's protocol, and remembers the answers on disk.
+    """Ask a local model, or an endpoint with OpenAI's protocol, and cache the answers on disk.
 
     Args:
         name: Folder or hub id of a causal language model, or the URL of an endpoint such as `http://localhost:8000/v1`, with the
-            model's name behind a `#`. The endpoint's key, if it needs one, is in the environment variable OPENAI_API_KEY.
+            model's name after a `#`. An endpoint that needs a key gets that of the environment variable OPENAI_API_KEY.
         cache: File of earlier answers.
         offline: Do not connect to the hub.
     """
@@ -45,31 +45,31 @@ class LanguageModel:
         self._answer: Callable[[str, int], str] | None = None
 
     def __call__(self, prompt: str, kind: Kind) -> dict[str, list[str]]:
-        """Words of a prompt and what can stand in their place.
+        """Return words of a prompt with their synonyms or antonyms.
 
         Raises:
-            UserError: The endpoint is down, or no answer in `ASKS` had the form that was asked for.
+            UserError: The endpoint is down, or none of `ATTEMPTS` answers has the required format.
         """
-        question = QUESTION.format(wanted=WANTED[kind], prompt=prompt)
+        question = QUESTION.format(wanted=REQUESTS[kind], prompt=prompt)
         key = hashlib.sha256(f"{self.name}\n{question}".encode()).hexdigest()[:16]
-        known = self._known()
+        known = self._read_cache()
         if key in known:
             return dict(known[key]["words"])
-        said = ""
-        for attempt in range(ASKS):
-            said = self._ask(question, attempt)
-            words = parse(said, prompt)
+        answer = ""
+        for attempt in range(ATTEMPTS):
+            answer = self._ask(question, attempt)
+            words = parse_answer(answer, prompt)
             if is_usable(words):
-                known = self._known()  # another process may have asked, too
+                known = self._read_cache()  # another process may have added answers
                 known[key] = {"model": self.name, "prompt": prompt, "kind": kind, "words": words}
                 atomic_write(self.cache, (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
                 return words
         raise UserError(
-            f"The language model {self.name!r} was asked {ASKS} times for the {kind} of {prompt!r} and gave no list of words (last: "
-            f"{said[:60]!r}); give another model or a JSON file."
+            f"The language model {self.name!r} was asked {ATTEMPTS} times for the {kind} of {prompt!r} and gave no list of words "
+            f"(last: {answer[:60]!r}); give another model or a JSON file."
         )
 
-    def _known(self) -> dict[str, Any]:
+    def _read_cache(self) -> dict[str, Any]:
         try:
             known = json.loads(self.cache.read_bytes())
         except FileNotFoundError:
@@ -82,7 +82,7 @@ class LanguageModel:
         if self.name.startswith(("http://", "https://")):
             return self._ask_endpoint(question, attempt)
         if self._answer is None:
-            self._answer = local_model(self.name, self.offline)
+            self._answer = load_local_model(self.name, self.offline)
         return self._answer(question, attempt)
 
     def _ask_endpoint(self, question: str, attempt: int) -> str:
@@ -98,19 +98,19 @@ class LanguageModel:
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return str(json.loads(answer.read())["choices"][0]["message"]["content"])
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return str(json.loads(response.read())["choices"][0]["message"]["content"])
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", None) or error
             raise UserError(
                 f"The endpoint {url} cannot be reached ({reason}); start it, or give a JSON file."
             ) from error
         except (ValueError, KeyError, IndexError, TypeError):
-            return ""  # no answer in the protocol's form is no list of words either
+            return ""  # not in the protocol's format, so that the next attempt follows
 
 
-def local_model(name: str, offline: bool) -> Callable[[str, int], str]:
-    """A causal language model that answers a question; the first time what is likeliest, then by chance."""
+def load_local_model(name: str, offline: bool) -> Callable[[str, int], str]:
+    """Load a causal language model, and return a function that answers a question: greedily at attempt 0, then by sampling."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -125,23 +125,23 @@ def local_model(name: str, offline: bool) -> Callable[[str, int], str]:
 
     @torch.no_grad()
     def answer(question: str, attempt: int) -> str:
-        """What it says; each attempt is another draw."""
+        """Generate an answer; each attempt has its own seed."""
         if tokenizer.chat_template:
             message = [{"role": "user", "content": question}]
             question = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(question, return_tensors="pt").input_ids.to(model.device)
-        most = min(400, (getattr(model.config, "max_position_embeddings", None) or 2048) - ids.shape[1])
+        max_new_tokens = min(400, (getattr(model.config, "max_position_embeddings", None) or 2048) - ids.shape[1])
         torch.manual_seed(attempt)
         sampling = {"do_sample": True, "temperature": 0.3 * attempt} if attempt else {"do_sample": False}
-        said = model.generate(ids, max_new_tokens=most, pad_token_id=tokenizer.eos_token_id, **sampling)
-        return str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True))
+        output = model.generate(ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
     return answer
 
 
-def parse(answer: str, prompt: str) -> dict[str, list[str]]:
-    """The words and substitutes of an answer in two columns; lines of another form, and words that the prompt lacks, are left out."""
-    found: dict[str, list[str]] = {}
+def parse_answer(answer: str, prompt: str) -> dict[str, list[str]]:
+    """Parse the lines `word -> other, words` of an answer; skip other lines, and words that the prompt does not have."""
+    words: dict[str, list[str]] = {}
     for line in answer.splitlines():
         match = re.fullmatch(r"\s*(?:[-*•]|\d+[.)])?\s*[\"'`*]*([^\"'`*>:=]+?)[\"'`*]*\s*(?:->|→|=>|:)\s*(.+)", line)
         if not match or not re.search(rf"(?<!\w){re.escape(match[1])}(?!\w)", prompt, re.IGNORECASE):
@@ -149,11 +149,11 @@ def parse(answer: str, prompt: str) -> dict[str, list[str]]:
         others = [re.sub(r"^[\"'`*\s]+|[\"'`*.;\s]+$", "", other).lower() for other in match[2].split(",")]
         others = [other for other in dict.fromkeys(others) if re.search(r"\w", other) and other != match[1].lower()]
         if others:
-            found.setdefault(match[1], others)
-    return found
+            words.setdefault(match[1], others)
+    return words
 
 
 def is_usable(words: dict[str, list[str]]) -> bool:
-    """Whether an answer has words, and not too many with a single substitute, which is how a misread list looks."""
-    lonely = sum(len(others) == 1 for others in words.values())
-    return bool(words) and lonely <= 0.4 * len(words)
+    """Return whether an answer has words, at most 40% of them with a single substitute, as a list in another format would have."""
+    single = sum(len(others) == 1 for others in words.values())
+    return bool(words) and single <= 0.4 * len(words)

@@ -9,20 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prompts.backbones import Vocabulary
-from lightning_prompts.backbones.vocabulary import (
-    token_lists,
-)
+from lightning_prompts.backbones.vocabulary import token_lists
 from lightning_prompts.methods.dpo_diff.space import Part, Space
 from lightning_prompts.typed_module import TypedModule
 
 
 class MixedPrompts(NamedTuple):
-    """Prompts in which mixtures of words stand; what `Backbone.encode` takes.
+    """Prompts whose slots hold mixtures of words, as `Backbone.encode` takes them.
 
     Attributes:
-        ids: Token ids of the words drawn, (Q, L).
-        embeddings: Embeddings, (Q, L, D); with one-hot weights those of the words drawn.
-        texts: The Q texts of the words drawn, for text encoders that are not searched.
+        ids: Token ids of the drawn words, (Q, L).
+        embeddings: Embeddings, (Q, L, D); with one-hot weights those of the drawn words.
+        texts: Q texts of the drawn words, for text encoders that are not searched.
     """
 
     ids: Tensor
@@ -31,10 +29,10 @@ class MixedPrompts(NamedTuple):
 
 
 class WordChoices(TypedModule):
-    """For each of P problems a word to choose for each of S slots, as logits (P, S, W); W is that of the longest slot.
+    """Logits (P, S, W) over the words of each of S slots of P problems; W is the size of the largest slot.
 
     Args:
-        vocabulary: The vocabulary that the words' tokens are of.
+        vocabulary: The vocabulary of the words' tokens.
     """
 
     table: Tensor
@@ -44,10 +42,10 @@ class WordChoices(TypedModule):
         self.vocabulary = vocabulary
         self.register_buffer("table", vocabulary.table, persistent=False)
         self.logits = nn.Parameter(torch.empty(0, 0, 0))
-        self.show([])
+        self.set_spaces([])
 
-    def show(self, spaces: Sequence[Space]) -> None:
-        """Makes the spaces those that the logits choose from."""
+    def set_spaces(self, spaces: Sequence[Space]) -> None:
+        """Set the spaces that the logits choose from, one per problem."""
         self.spaces = list(spaces)
         self.word_ids = [[self.vocabulary.token_lists(slot.words) for slot in space.slots] for space in spaces]
         slots = max((len(space.slots) for space in spaces), default=0)
@@ -57,46 +55,45 @@ class WordChoices(TypedModule):
             for s, ids in enumerate(row):
                 self.counts[p, s, : len(ids)] = torch.tensor([len(word) for word in ids])
 
-    def start(self, unchanged: float | None = None) -> Tensor:
-        """Logits (P, S, W) of 0, and `initial` for what stands in each slot before the search."""
-        logits = torch.zeros(self.counts.shape, device=self.table.device)
-        if logits.numel():
-            logits[:, :, 0] = self.initial(unchanged).to(logits)
-        return logits
-
-    def initial(self, unchanged: float | None = None) -> Tensor:
-        """Logits (P, S) of what stands in each slot before the search.
+    def init_logits(self, unchanged: float | None = None) -> Tensor:
+        """Return initial logits (P, S, W), all 0 except that of each slot's first word, which leaves the prompt unchanged.
 
         Args:
-            unchanged: Chance, in (0, 1), that a draw leaves a slot as it is. None: the logit is 1, as in the paper, whatever the
-                chance is with so many words.
+            unchanged: Probability, in (0, 1), that a draw leaves a slot as it is. None: the first word's logit is 1, as in the paper.
         """
+        logits = torch.zeros(self.counts.shape, device=self.table.device)
+        if logits.numel():
+            logits[:, :, 0] = self._first_logits(unchanged).to(logits)
+        return logits
+
+    def _first_logits(self, unchanged: float | None) -> Tensor:
+        """Return the initial logits (P, S) of the first words; see `init_logits`."""
         others = ((self.counts >= 0).sum(2) - 1).clamp(min=1)
         return torch.ones(others.shape) if unchanged is None else (others * unchanged / (1 - unchanged)).log()
 
-    def sound(self) -> Tensor:
-        """Which problems' logits are finite, (P,)."""
+    def is_finite(self) -> Tensor:
+        """Return which problems' logits are finite, (P,)."""
         return self.logits.detach().isfinite().flatten(1).all(1)
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a piece of text, without start and end."""
+        """Return the token ids of a piece of text, without start and end tokens."""
         return token_lists(self.vocabulary.tokenizer, [text])[0]
 
     def perturbed(self, rows: Tensor, gumbel: Tensor) -> Tensor:
-        """Logits (Q, S, W) of some problems, plus noise (Q, S, W); minus infinity where there is no word."""
+        """Add noise (Q, S, W) to the logits (Q, S, W) of the problems `rows` (Q,); minus infinity where there is no word."""
         absent = (self.counts[rows] < 0).to(self.logits.device)
         return (self.logits[rows.to(self.logits.device)] + gumbel).masked_fill(absent, -torch.inf)
 
     def forward(self, rows: Tensor, gumbel: Tensor, temperature: float = 1.0) -> list[MixedPrompts]:
-        """Mixes the embeddings of the words of each slot by their Gumbel-softmax weights (arXiv 2407.01606, section 3.2).
+        """Mix the embeddings of the words of each slot by their Gumbel-softmax weights (arXiv 2407.01606, section 3.2).
 
-        A slot's words can have different numbers of tokens. The word with the highest perturbed logit, which is a draw from the
-        softmax, decides the number; only words of that many tokens are mixed.
+        A slot's words can have different numbers of tokens. Only words with as many tokens as the word with the highest perturbed
+        logit, which is a draw from the softmax, are mixed.
 
         Args:
-            rows: Numbers of the problems, (Q,).
+            rows: Rows of the problems, (Q,).
             gumbel: Standard Gumbel noise, (Q, S, W).
-            temperature: Of the softmax.
+            temperature: Temperature of the softmax.
 
         Returns:
             The Q positive prompts, then the negative ones.
@@ -123,19 +120,19 @@ class WordChoices(TypedModule):
     def _mixed(
         self, word_ids: Sequence[Sequence[Sequence[int]]], parts: Sequence[Part], choice: Sequence[int], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Ids (L,) and embeddings (L, D) of a text whose slots are mixtures by weights (S, W)."""
+        """Return the ids (L,) and embeddings (L, D) of a text whose slots are mixtures with weights (S, W)."""
         ids = self.vocabulary.encode_text(["".join(part.text for part in parts)])[0]
-        ids, place = ids.to(self.table.device), self.vocabulary.first
+        ids, position = ids.to(self.table.device), self.vocabulary.first
         embeddings = self.table[ids].to(self.logits.dtype)
         for part in parts:
             if part.slot is None:
-                place += len(self.tokens(part.text))
+                position += len(self.tokens(part.text))
                 continue
             words = word_ids[part.slot]
             count = len(words[choice[part.slot]])
             alike = [i for i, word in enumerate(words) if len(word) == count]
             table = self.table[torch.tensor([words[i] for i in alike], device=ids.device)]  # (A, T, D)
             mixed = torch.einsum("a,atd->td", weights[part.slot, alike], table.to(weights))
-            embeddings = embeddings.index_copy(0, torch.arange(place, place + count, device=ids.device), mixed)
-            place += count
+            embeddings = embeddings.index_copy(0, torch.arange(position, position + count, device=ids.device), mixed)
+            position += count
         return ids, embeddings

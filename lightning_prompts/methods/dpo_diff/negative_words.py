@@ -1,7 +1,7 @@
-"""Words that people put into negative prompts, by kind; written for this project, under its licence."""
+"""Common words of negative prompts, by kind; written for this project, under its license."""
 
 SLOTS = 4  # in a negative prompt, as in the paper
-LIBRARY: dict[str, tuple[str, ...]] = {
+NEGATIVE_WORDS: dict[str, tuple[str, ...]] = {
     "sharpness": ("blurry", "out of focus", "soft", "hazy", "smeared", "motion blur", "low resolution", "pixelated"),
     "noise": ("noisy", "grainy", "speckled", "jpeg artifacts", "banding", "moire", "dirty", "scratched"),
     "light": ("dark", "underexposed", "overexposed", "dim", "washed out", "flat lighting", "harsh shadows", "glare"),
@@ -17,8 +17,8 @@ LIBRARY: dict[str, tuple[str, ...]] = {
 }
 
 
-def library_slots() -> dict[str, list[str]]:
-    """The library's words by slot of a negative prompt, some kinds in each."""
-    kinds, size = list(LIBRARY), len(LIBRARY) // SLOTS
+def negative_word_slots() -> dict[str, list[str]]:
+    """Return the words by slot of a negative prompt, each slot with the words of several kinds."""
+    kinds, size = list(NEGATIVE_WORDS), len(NEGATIVE_WORDS) // SLOTS
     groups = [kinds[i : i + size] for i in range(0, len(kinds), size)]
-    return {" and ".join(group): [word for kind in group for word in LIBRARY[kind]] for group in groups}
+    return {" and ".join(group): [word for kind in group for word in NEGATIVE_WORDS[kind]] for group in groups}

@@ -1,4 +1,4 @@
-"""Words that are near in the text encoder's table of token embeddings; needs nothing but the model."""
+"""Words with similar token embeddings in the text encoder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from lightning_prompts.backbones import Vocabulary
 
 
-class Neighbours:
+class Neighbors:
     """The nearest words of a word, by the cosine of token embeddings.
 
     Args:
-        vocabulary: The vocabulary that is searched.
-        count: Neighbours of a word.
+        vocabulary: The searched vocabulary.
+        count: Neighbors per word.
     """
 
     def __init__(self, vocabulary: Vocabulary, count: int = 5) -> None:
@@ -28,7 +28,7 @@ class Neighbours:
 
     @torch.no_grad()
     def __call__(self, word: str) -> list[str]:
-        """The neighbours of a word, the nearest first; of a word of several tokens, those of the tokens' mean."""
+        """Return the neighbors of a word, the nearest first; a word of several tokens has the mean of their embeddings."""
         (ids,) = self.vocabulary.token_lists([word])
         if not ids:
             return []

@@ -1,4 +1,4 @@
-"""The prompts that a search can choose from: a text with slots, and the words that can stand in each."""
+"""The search space of DPO-Diff: a text with slots, and the words that can fill each."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 Substitutes = Mapping[str, Sequence[str]]
-"""What can stand in the place of words or phrases of a prompt."""
+"""The words that can replace a word or phrase of a prompt, by this word or phrase."""
+
+Choice = tuple[int, ...]
+"""The index of the chosen word of each slot."""
 
 
 class Slot(NamedTuple):
-    """A place for a word; the first one is what stands there before the search: a word of the prompt, or nothing."""
+    """A position for a word; the first of its words leaves the prompt unchanged: the prompt's own word, or an empty text."""
 
     name: str
     words: tuple[str, ...]
 
 
 class Part(NamedTuple):
-    """A piece of a text: fixed, or the word that was chosen for a slot."""
+    """A piece of a text: fixed, or the word chosen for a slot."""
 
     text: str
     slot: int | None = None
@@ -28,12 +31,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """Positive and negative prompts: a choice of a word for each slot.
+    """Positive and negative prompts, given by a word for each slot.
 
     Attributes:
-        fixed: The text before, between and behind the slots of the positive prompt, one piece more than these are.
+        fixed: The text before, between and after the slots of the positive prompt, one more piece than slots.
         positive: The slots of the positive prompt.
-        negative: Those of the negative prompt, whose words stand behind each other with commas between.
+        negative: The slots of the negative prompt, whose words are separated by commas.
     """
 
     fixed: tuple[str, ...]
@@ -47,11 +50,11 @@ class Space:
 
     @property
     def size(self) -> int:
-        """How many choices there are."""
+        """The number of choices."""
         return math.prod(len(slot.words) for slot in self.slots)
 
     def parts(self, choice: Sequence[int]) -> tuple[list[Part], list[Part]]:
-        """What the positive and the negative prompt consist of; a slot without a word takes its comma with it."""
+        """Return the parts of the positive and the negative prompt; an empty slot loses its comma, too."""
         words = [slot.words[i] for slot, i in zip(self.slots, choice, strict=True)]
         text, split = [Part(self.fixed[0])], len(self.positive)
         for number, (word, after) in enumerate(zip(words[:split], self.fixed[1:], strict=True)):
@@ -63,19 +66,19 @@ class Space:
             elif not word:
                 after = after.lstrip()
             text += [Part(word, number), Part(after)]
-        away: list[Part] = []
+        negative: list[Part] = []
         for number, word in enumerate(words[split:], split):
             if word:
-                away += [Part(", "), Part(word, number)] if away else [Part(word, number)]
-        return [part for part in text if part.text], away
+                negative += [Part(", "), Part(word, number)] if negative else [Part(word, number)]
+        return [part for part in text if part.text], negative
 
-    def alone(self, number: int) -> list[tuple[int, ...]]:
-        """A choice for each word of a slot, with what stood there before in all others."""
+    def single_changes(self, number: int) -> list[Choice]:
+        """Return a choice for each word of a slot, with the first word in all other slots."""
         return [tuple(word if slot == number else 0 for slot in range(len(self.slots)))
                 for word in range(len(self.slots[number].words))]  # fmt: skip
 
     def with_slots(self, slots: Sequence[Slot]) -> Space:
-        """The space with other words in its slots; a slot that has one word left is text again, or gone from the negative prompt."""
+        """Return the space with other words in its slots; a slot with a single word becomes fixed text, or leaves the negative prompt."""
         split = len(self.positive)
         pieces, kept, text = list[str](), list[Slot](), self.fixed[0]
         for slot, after in zip(slots[:split], self.fixed[1:], strict=True):
@@ -89,7 +92,7 @@ class Space:
         return Space((*pieces, text), tuple(kept), negative)
 
     def table(self) -> list[str]:
-        """Lines of a table, one a slot: where it stands, what it is of, and the words that can stand there."""
+        """Return the lines of a Markdown table of the slots: the prompt, the slot's name and its words."""
         sides = [("positive", self.positive), ("negative", self.negative)]
         rows = [
             f"| {side} | {slot.name} | {', '.join(word or '(nothing)' for word in slot.words)} |"
@@ -99,7 +102,7 @@ class Space:
         return ["| prompt | slot | words |", "|---|---|---|", *rows]
 
     def texts(self, choice: Sequence[int]) -> tuple[str, str]:
-        """The positive and the negative prompt."""
+        """Return the positive and the negative prompt."""
         positive, negative = ("".join(part.text for part in parts) for parts in self.parts(choice))
         return positive.strip(), negative
 
@@ -107,15 +110,15 @@ class Space:
 def positive_slots(
     prompt: str, substitutes: Substitutes, empty: bool = False
 ) -> tuple[tuple[str, ...], tuple[Slot, ...]]:
-    """Cuts a prompt at the words and phrases that have substitutes.
+    """Split a prompt at the words and phrases that have substitutes.
 
     Args:
-        prompt: The person's.
-        substitutes: What can stand in the place of what, in whatever case; longer phrases go first.
-        empty: Whether a slot can also be left empty.
+        prompt: The user's prompt.
+        substitutes: The substitutes of words and phrases, whatever their case; longer phrases take precedence.
+        empty: Whether a slot can also be empty.
 
     Returns:
-        The fixed text around the slots, and the slots in the order of the text, the word itself first in each.
+        The fixed text around the slots, and the slots in the order of the text, with the prompt's word first in each.
     """
     by_phrase = {phrase.casefold(): words for phrase, words in substitutes.items() if phrase.strip()}
     phrases = sorted(by_phrase, key=len, reverse=True)
@@ -132,17 +135,17 @@ def positive_slots(
 
 
 def negative_slots(prompt: str, substitutes: Substitutes) -> tuple[Slot, ...]:
-    """A slot for each word or phrase that has substitutes, empty at first; what the prompt itself says is left out."""
+    """Return a slot for each word or phrase that has substitutes, with an empty text first and without words of the prompt."""
     slots = (Slot(name, _distinct([""], words, prompt)) for name, words in substitutes.items())
     return tuple(slot for slot in slots if len(slot.words) > 1)
 
 
 def _distinct(first: Sequence[str], more: Sequence[str], without: str = "") -> tuple[str, ...]:
-    """Words in their order, each once whatever its case, without those that a text has."""
-    said = set(re.findall(r"\w+", without.casefold()))
+    """Return words in their order, each once whatever its case, without those of a text."""
+    excluded = set(re.findall(r"\w+", without.casefold()))
     kept: dict[str, str] = {}
     for word in (*first, *more):
         word = " ".join(word.split())
-        if word.casefold() not in said:
+        if word.casefold() not in excluded:
             kept.setdefault(word.casefold(), word)
     return tuple(kept.values())

@@ -1,4 +1,4 @@
-"""Spaces in the JSON layout of DPO-Diff's released files, in both of its spellings."""
+"""Word files in the JSON layout of DPO-Diff's released files, in both of its spellings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ SPELLINGS = {"synonyms": ("synonym", "sub"), "antonyms": ("antonym", "opp")}
 LAYOUT = '{"a prompt": {"synonym": {"word": ["other", "words"]}, "antonym": {"word": ["opposite"]}}}'
 
 
-def from_file(path: str) -> dict[str, dict[str, dict[str, list[str]]]]:
-    """Reads substitutes by prompt, kind (`synonyms` or `antonyms`) and word.
+def read_word_file(path: str) -> dict[str, dict[str, dict[str, list[str]]]]:
+    """Read substitutes by prompt, kind (`synonyms` or `antonyms`) and word.
 
     Args:
-        path: A JSON file: an object of prompts, in each `synonym` or `sub` and `antonym` or `opp`, in these words with a list
-            of what can stand in their place. Other keys are left alone.
+        path: A JSON file: an object of prompts, each with `synonym` or `sub` and `antonym` or `opp`, an object that has a list of
+            substitutes for each word. Other keys are ignored.
 
     Raises:
-        UserError: The file is no JSON or of another layout.
+        UserError: The file is not JSON or has another layout.
     """
     try:
         content = json.loads(Path(path).read_bytes())
@@ -35,26 +35,26 @@ def from_file(path: str) -> dict[str, dict[str, dict[str, list[str]]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path!r} is not UTF-8 text; save the space as UTF-8.") from error
     if not isinstance(content, dict) or not content:
-        raise _layout(path, "it is no object of prompts")
+        raise _layout_error(path, "it is not an object of prompts")
     return {prompt: _kinds(path, prompt, entry) for prompt, entry in content.items()}
 
 
 def _kinds(path: str, prompt: str, entry: Any) -> dict[str, dict[str, list[str]]]:
     if not isinstance(entry, dict):
-        raise _layout(path, f"what stands under {prompt!r} is no object")
+        raise _layout_error(path, f"the value of {prompt!r} is not an object")
     kinds = {}
     for kind, names in SPELLINGS.items():
         given: Any = next((entry[name] for name in names if name in entry), {})
         if not isinstance(given, dict):
-            raise _layout(path, f"the {kind} of {prompt!r} are no object of words")
+            raise _layout_error(path, f"the {kind} of {prompt!r} are not an object of words")
         for word, others in given.items():
             if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
-                raise _layout(path, f"the {kind} of {word!r} in {prompt!r} are no list of texts")
+                raise _layout_error(path, f"the {kind} of {word!r} in {prompt!r} are not a list of texts")
             if not others:
-                raise _layout(path, f"the {kind} of {word!r} in {prompt!r} are empty")
+                raise _layout_error(path, f"the {kind} of {word!r} in {prompt!r} are empty")
         kinds[kind] = given
     return kinds
 
 
-def _layout(path: str, what: str) -> UserError:
-    return UserError(f"The space {path!r} has another layout than {LAYOUT}: {what}.")
+def _layout_error(path: str, reason: str) -> UserError:
+    return UserError(f"The space {path!r} must have the layout {LAYOUT}; {reason}.")

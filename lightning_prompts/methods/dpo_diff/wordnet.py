@@ -22,22 +22,22 @@ INSTALL = "WordNet needs nltk, which is not installed; run `pip install 'lightni
 
 
 class WordNet:
-    """The WordNet database, by nltk.
+    """The WordNet database, read with nltk.
 
     Args:
-        folder: Where its files are (`data.noun` and so on); None for the usual places.
-        count: Words for a word, at most: those of rare meanings come last.
+        folder: Folder with its files, such as `data.noun`; None for the usual places.
+        count: The most synonyms or antonyms of a word; those of common meanings come first.
     """
 
     def __init__(self, folder: str | None = None, count: int = 10) -> None:
         self.words, self.count = _reader(str(_find(folder))), count
 
     def synonyms(self, word: str) -> list[str]:
-        """Words that share a meaning with a word, the commonest meaning first."""
+        """Return words that share a meaning with a word, those of the most common meaning first."""
         return self._lemmas(word, lambda lemma: [lemma])[: self.count]
 
     def antonyms(self, word: str) -> list[str]:
-        """Words that mean the opposite; of an adjective also the opposites of what it is similar to."""
+        """Return words that mean the opposite; for an adjective also the opposites of similar adjectives."""
         direct = self._lemmas(word, lambda lemma: lemma.antonyms())
         similar = [
             a for synset in self.words.synsets(word) for other in synset.similar_tos() for a in _opposites(other)
@@ -45,10 +45,10 @@ class WordNet:
         return list(dict.fromkeys([*direct, *(_text(lemma) for lemma in similar)]))[: self.count]
 
     def _lemmas(self, word: str, related: Any) -> list[str]:
-        found = [
+        texts = [
             _text(other) for synset in self.words.synsets(word) for lemma in synset.lemmas() for other in related(lemma)
         ]
-        return [other for other in dict.fromkeys(found) if other.casefold() != word.casefold()]
+        return [other for other in dict.fromkeys(texts) if other.casefold() != word.casefold()]
 
 
 def _opposites(synset: Any) -> list[Any]:
@@ -77,12 +77,12 @@ def _find(folder: str | None) -> Path:
 
 @cache
 def _reader(folder: str) -> Any:
-    """The reader of a folder, by nltk; takes seconds."""
+    """Return nltk's reader of a folder; takes seconds."""
     import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class Reader(WordNetCorpusReader):  # type: ignore[misc]
-        """Also reads the files as Debian has them, without the list of lexicographers' files, which nothing here needs."""
+        """Read also Debian's files, which lack the list of lexicographers' files; it is not needed here."""
 
         def open(self, file: str) -> Any:
             if file == "lexnames" and not (Path(folder) / file).is_file():
@@ -90,10 +90,10 @@ def _reader(folder: str) -> Any:
             return super().open(file)
 
         def map_wn(self, version: str = "wordnet") -> None:
-            """Needs another version to map to."""
+            """Skip the mapping to another version of WordNet."""
 
     if folder not in nltk.data.path:
-        nltk.data.path.append(folder)  # nltk reads nowhere else
+        nltk.data.path.append(folder)  # nltk refuses to read outside of its path
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about other languages
+        warnings.simplefilter("ignore")  # warnings about other languages
         return Reader(folder, None)

@@ -1,1 +1,1 @@
-"""Methods that find a prompt for images."""
+"""Methods that find the prompt of given images."""

@@ -31,7 +31,7 @@ class RandomTokens(Inverter):
 
 
 class ClipWords(Inverter):
-    """Add one word after the other that is most similar to the images in CLIP; one step, without the denoiser.
+    """Build a prompt of the words that are most similar to the images in CLIP; one step, without the denoiser.
 
     Args:
         beams: Prompts to keep at each length; 1 is greedy.
@@ -54,8 +54,7 @@ class ClipWords(Inverter):
         """Find all words. They are the result even if the initial random tokens have a lower validation loss."""
         new = torch.tensor([row for row in rows.tolist() if batch.steps[row] == 0], dtype=torch.long)
         if len(new):
-            self.prompt.embeddings.data[new.to(self.device)] = self.prompt.table[
-                self.clip_words(new, self.beams)
-            ].float()
+            words = self.clip_words(new, self.beams)
+            self.prompt.embeddings.data[new.to(self.device)] = self.prompt.table[words].float()
             for row in new.tolist():
                 self.batch[row].record.forget_prompt()

@@ -5,19 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_prompts.backbones.vocabulary import Metric
-from lightning_prompts.engine.datamodule import Step
-from lightning_prompts.methods.inversion.base import Inverter
+from lightning_prompts.methods.inversion.gradient import GradientInverter
 from lightning_prompts.optimizers import BatchedAdam
 from lightning_prompts.setting_types import Rate
 
 
-class PEZ(Inverter):
+class PEZ(GradientInverter):
     """Take gradients at the embeddings of the nearest tokens, and apply them to continuous ones (algorithm 1 of the paper).
 
-    The denoising loss is the paper's Stable Diffusion variant; its main one, the cosine of prompt and pictures, is
+    The denoising loss is the paper's Stable Diffusion variant; its main one, the cosine of prompt and images, is
     `denoising_weight=0, clip_weight=1`.
 
     Args:
@@ -27,17 +25,12 @@ class PEZ(Inverter):
         **kwargs: See `Inverter`.
     """
 
+    straight_through = True
+
     def __init__(self, *, lr: Rate = 0.1, weight_decay: float = 0.1, metric: Metric = "cosine", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.prompt.metric = metric
         self.lr, self.weight_decay = float(lr), weight_decay
-
-    def step(self, batch: Step, rows: Tensor) -> None:
-        """Take an AdamW step."""
-        ids, embeddings = self.prompt(self.to_device(rows), straight_through=True)
-        loss = self.loss(rows, ids, embeddings, self.samples(rows, batch))
-        self.step_active(loss, rows)
-        self.log_step(batch, rows, loss=loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW, as in the released code."""

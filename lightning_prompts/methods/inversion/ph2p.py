@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -12,14 +11,14 @@ from torch import Tensor
 from lightning_prompts.backbones.vocabulary import Metric
 from lightning_prompts.callbacks import VocabularyProjection
 from lightning_prompts.engine.datamodule import Step
-from lightning_prompts.methods.inversion.base import Inverter, Samples
+from lightning_prompts.methods.inversion.gradient import GradientInverter
 from lightning_prompts.optimizers import BatchedAdam, BatchedLBFGS
 from lightning_prompts.sampling.seeding import generator
 from lightning_prompts.setting_types import NotNegative, Positive, Rate
 from lightning_prompts.unused import refuse_unused
 
 
-class PH2P(Inverter):
+class PH2P(GradientInverter):
     """Optimize token embeddings on the denoising loss at noisy timesteps with L-BFGS, and decode their nearest tokens.
 
     The noise is fixed within a step and changes between steps, since L-BFGS compares gradients of one function. Gradients are taken at
@@ -74,6 +73,7 @@ class PH2P(Inverter):
             "max_step_norm": max_step_norm,
         }
         self.projection, self.project_every, self.restart_every = projection, project_every, restart_every
+        self.straight_through = projection == "immediate"
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """See `PromptMethod.configure_callbacks`; projection comes after the guard and before scoring."""
@@ -88,52 +88,50 @@ class PH2P(Inverter):
             self._restart(
                 [row for row in rows.tolist() if batch.steps[row] and batch.steps[row] % self.restart_every == 0]
             )
-        optimizer: Any = self.optimizers()
-        samples, texts = self.samples(rows, batch), self.nearest_texts(rows)
-        if self.optimizer != "lbfgs":
-            loss = self.losses(rows, samples, texts)
-            self.step_active(loss, rows)
+        if self.optimizer == "lbfgs":
+            self._lbfgs_step(batch, rows)
         else:
-            everyone = torch.zeros(len(self.batch.records), dtype=torch.bool)
-            everyone[rows] = True
-
-            def losses() -> Tensor:
-                """Compute the losses (P,) that the optimizer needs; the others are 0."""
-                among = optimizer.optimizer.needed.cpu()[rows].nonzero().squeeze(1)
-                some = self.losses(rows[among], samples[among], texts and [texts[i] for i in among.tolist()])
-                return some.new_zeros(len(everyone)).index_put((rows[among].to(self.device),), some)
-
-            loss = optimizer.step(closure=losses, active=everyone.to(self.device), new_function=True)[rows]
-        self.log_step(batch, rows, loss=loss)
-
-    def losses(self, rows: Tensor, samples: Samples, texts: Sequence[str] | None = None) -> Tensor:
-        """Compute losses (Q,) of the problems `rows` (Q,), given texts for the encoders that are not searched."""
-        ids, embeddings = self.prompt(self.to_device(rows), straight_through=self.projection == "immediate")
-        return self.loss(rows, ids, embeddings, samples, texts)
-
-    def nearest_texts(self, rows: Tensor) -> list[str] | None:
-        """Return the texts of the nearest tokens for the encoders that are not searched; None without such encoders.
-
-        They are fixed within a step, whose losses must be those of one function.
-        """
-        if not self.backbone.others or self.projection == "immediate":
-            return None
-        return self.prompt.texts(self.prompt.nearest(self.to_device(rows)))
+            super().step(batch, rows)
 
     def _restart(self, rows: list[int]) -> None:
         """Restart from the best prompts, with half of their tokens replaced by random ones."""
         if not rows:
             return
         steps = [self.batch[row].steps for row in rows]
-        drawn = self.random_tokens(torch.tensor(rows), steps)
+        token_ids = self.random_tokens(torch.tensor(rows), steps)
         for place, (row, step) in enumerate(zip(rows, steps, strict=True)):
-            if self.batch[row].record.token_ids:
-                order = torch.randperm(
-                    drawn.shape[1], generator=generator(self.data.seed, f"{self.batch[row].record.key}/kept", step, 0)
-                )
+            problem = self.batch[row].record
+            if problem.token_ids:
+                draw = generator(self.data.seed, f"{problem.key}/kept", step, 0)
+                order = torch.randperm(token_ids.shape[1], generator=draw)
                 kept = order[: len(order) // 2]
-                drawn[place, kept] = torch.tensor(self.batch[row].record.token_ids)[kept].to(drawn)
-        self.reset_rows(torch.tensor(rows), self.prompt.table[drawn].float())
+                token_ids[place, kept] = torch.tensor(problem.token_ids)[kept].to(token_ids)
+        self.batch.reset_rows(torch.tensor(rows), self.prompt.table[token_ids].float())
+
+    def _lbfgs_step(self, batch: Step, rows: Tensor) -> None:
+        """Take up to `max_iter` iterations of L-BFGS on one function: the losses on this step's samples."""
+        optimizer: Any = self.optimizers()
+        samples, texts = self.samples(rows, batch), self.texts(rows)
+        active = torch.zeros(len(self.batch), dtype=torch.bool)
+        active[rows] = True
+
+        def closure() -> Tensor:
+            """Compute the losses (P,) of the problems that the optimizer needs; the others are 0."""
+            needed = optimizer.optimizer.needed.cpu()[rows].nonzero().squeeze(1)
+            losses = self.losses(rows[needed], samples[needed], texts and [texts[i] for i in needed.tolist()])
+            return losses.new_zeros(len(active)).index_put((rows[needed].to(self.device),), losses)
+
+        loss = optimizer.step(closure=closure, active=active.to(self.device), new_function=True)
+        self.log_step(batch, rows, loss=loss[rows])
+
+    def texts(self, rows: Tensor) -> list[str] | None:
+        """Return the texts of the nearest tokens for the text encoders that are not searched; None without such encoders.
+
+        They are fixed within a step, as the function that L-BFGS minimizes must be.
+        """
+        if not self.backbone.others or self.straight_through:
+            return None
+        return self.prompt.texts(self.prompt.nearest(self.to_device(rows)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return batched L-BFGS, with one curvature history per problem, Adam or SGD."""

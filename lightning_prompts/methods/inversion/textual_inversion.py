@@ -14,9 +14,9 @@ from torch import Tensor
 from lightning_prompts.backbones.embedding_files import pack_embedding
 from lightning_prompts.backbones.vocabulary import fill_template, fillers
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.inversion.base import Found, Inverter
+from lightning_prompts.methods.inversion.gradient import GradientInverter
+from lightning_prompts.methods.inversion.token_embeddings import DecodedPrompt
 from lightning_prompts.optimizers import BatchedAdam
 from lightning_prompts.runs.record import Problem
 from lightning_prompts.setting_types import Rate
@@ -24,7 +24,7 @@ from lightning_prompts.setting_types import Rate
 PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
 
 
-class TextualInversion(Inverter):
+class TextualInversion(GradientInverter):
     """Optimize free embeddings on the denoising loss with AdamW, without projecting them.
 
     The prompt of a problem has a pseudo-word in angle brackets for its M embeddings. They are in the record, in
@@ -44,23 +44,17 @@ class TextualInversion(Inverter):
         super().__init__(**kwargs)
         self.lr, self.weight_decay = float(lr), weight_decay
 
-    def step(self, batch: Step, rows: Tensor) -> None:
-        """Take an AdamW step."""
-        ids, embeddings = self.prompt(self.to_device(rows))
-        loss = self.loss(rows, ids, embeddings, self.samples(rows, batch), self.texts(rows))
-        self.step_active(loss, rows)
-        self.log_step(batch, rows, loss=loss)
-
-    def decode(self, rows: Tensor) -> tuple[list[Found], Tensor]:
+    def decode(self, rows: Tensor) -> tuple[list[DecodedPrompt], Tensor]:
         """Return the pseudo-words with their embeddings, and the encoded prompts (Q, R, D)."""
         texts = self.texts(rows)
         ids, embeddings = self.prompt(rows.to(self.device))
-        told = self.backbone.encode(ids, embeddings, texts=texts)
-        free = self.prompt.embeddings.detach()[rows.to(self.device)].tolist()
-        return [Found(text, None, embedding) for text, embedding in zip(texts, free, strict=True)], told
+        prompt_embeds = self.backbone.encode(ids, embeddings, texts=texts)
+        learned = self.prompt.embeddings.detach()[rows.to(self.device)].tolist()
+        decoded = [DecodedPrompt(text, None, embedding) for text, embedding in zip(texts, learned, strict=True)]
+        return decoded, prompt_embeds
 
     def texts(self, rows: Tensor) -> list[str]:
-        """Write the pseudo-words of the problems `rows` (Q,) in the template."""
+        """Return the pseudo-words of the problems `rows` (Q,) in the template."""
         return [fill_template(self.template, pseudo_word(self.batch[row].record)) for row in rows.tolist()]
 
     def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
@@ -68,24 +62,25 @@ class TextualInversion(Inverter):
         return torch.cat([self._encode(text, negative) for text in texts])
 
     def _encode(self, text: str, negative: bool) -> Tensor:
-        known = {word: self.embedded(self._record(word)) for word in re.findall(PSEUDO_WORD, text)}
-        parts = re.split(f"({'|'.join(map(re.escape, known))})", text) if known else [text]
-        found = [known[part] for part in parts if part in known]
-        if not found:
+        known = {word: self.embeddings_of(self._record(word)) for word in re.findall(PSEUDO_WORD, text)}
+        if not known:
             return super().encode([text], negative)
+        parts = re.split(f"({'|'.join(map(re.escape, known))})", text)
+        learned = torch.cat([known[part] for part in parts if part in known]).to(self.prompt.table)
+        # With two different fillers in place of the pseudo-words, the tokens that differ are the positions of the embeddings.
         filled = [
             " ".join(" ".join([word] * len(known[part])) if part in known else part.strip() for part in parts)
             for word in fillers(self.vocabulary.tokenizer)
         ]
         ids, others = self.vocabulary.encode_text(filled).to(self.device)
-        places, free = (ids != others).nonzero().squeeze(1), torch.cat(found).to(self.prompt.table)
-        embeddings = self.prompt.table[ids].index_copy(0, places, free)
+        positions = (ids != others).nonzero().squeeze(1)
+        embeddings = self.prompt.table[ids].index_copy(0, positions, learned)
         return self.backbone.encode(ids[None], embeddings[None], texts=[text], negative=negative)
 
     def _record(self, word: str) -> Problem:
         """Return the record of a pseudo-word."""
-        begun, folder = word[-9:-1], self.data.folder
-        files = [file.stem for file in folder.problems.glob(f"{begun}*.json")]
+        key_start, folder = word[-9:-1], self.data.folder
+        files = [file.stem for file in folder.problems.glob(f"{key_start}*.json")]
         for problem in (*self.batch.records, *map(folder.read, files)):
             if problem and problem.embedding and pseudo_word(problem) == word:
                 return problem
@@ -97,7 +92,7 @@ class TextualInversion(Inverter):
         super().final_evaluation(problems, scores)
         for problem in problems:
             word = pseudo_word(problem)
-            content = pack_embedding(self.embedded(problem), self.backbone, word)
+            content = pack_embedding(self.embeddings_of(problem), self.backbone, word)
             self.data.folder.write(self.data.folder.embeddings / f"{word[1:-1]}.safetensors", content)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

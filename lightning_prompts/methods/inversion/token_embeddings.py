@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -9,25 +11,43 @@ from lightning_prompts.backbones import Vocabulary
 from lightning_prompts.backbones.vocabulary import (
     LARGEST,
     Metric,
+    contains_blocked,
     decode,
     fill_template,
     nearest_tokens,
+    round_trip,
     template_ids,
 )
 from lightning_prompts.errors import UserError
 from lightning_prompts.typed_module import TypedModule
 
 
+class DecodedPrompt(NamedTuple):
+    """A prompt as text, with its tokens or, for methods without readable text, its embeddings.
+
+    Attributes:
+        prompt: The text.
+        token_ids: Its M tokens.
+        embedding: Its embeddings, (M, D).
+        valid: Whether the text encodes to the same tokens and has no blocked word.
+    """
+
+    prompt: str
+    token_ids: list[int] | None
+    embedding: list[list[float]] | None
+    valid: bool = True
+
+
 class TokenEmbeddings(TypedModule):
-    """M token embeddings for each of P problems, standing in a template of fixed tokens.
+    """M token embeddings for each of P problems, in a template of fixed tokens.
 
     Args:
-        vocabulary: The vocabulary that is searched.
-        template: Fixed words around the prompt, with `{}` where it goes.
-        tokens: M, how many tokens the prompt has.
+        vocabulary: The searched vocabulary.
+        template: Fixed words around the prompt, with `{}` in its place.
+        tokens: M, the length of the prompt in tokens.
         blocked: Words, or parts of words, that no token may contain.
         words: The only words that may be used; None for the whole vocabulary.
-        metric: Distance by which an embedding is replaced with a token.
+        metric: Distance that decides which token is nearest to an embedding.
     """
 
     template: Tensor
@@ -46,9 +66,7 @@ class TokenEmbeddings(TypedModule):
     ) -> None:
         super().__init__()
         if tokens < 1:
-            raise UserError(
-                f"A prompt of {tokens} tokens was asked for; it needs at least one, so raise --model.tokens."
-            )
+            raise UserError(f"--model.tokens must be at least 1, got {tokens}.")
         ids, positions = template_ids(vocabulary.tokenizer, template, tokens, vocabulary.length, vocabulary.rows)
         self.vocabulary, self.words_around = vocabulary, template
         self.metric: Metric = metric
@@ -62,53 +80,62 @@ class TokenEmbeddings(TypedModule):
 
     @torch.no_grad()
     def project(self) -> Tensor:
-        """Ids of the nearest allowed tokens, (P, M)."""
+        """Return the ids of the nearest allowed tokens, (P, M)."""
         return nearest_tokens(self.embeddings, self.table, self.allowed, self.metric)
 
     @torch.no_grad()
     def nearest(self, rows: Tensor) -> Tensor:
-        """Find the nearest allowed tokens (Q, M) of the problems `rows` (Q,); any where the embeddings are not finite."""
-        sound = self.sound()[rows].view(-1, 1, 1)
-        return nearest_tokens(self.embeddings[rows].where(sound, 0), self.table, self.allowed, self.metric)
+        """Return the nearest allowed tokens (Q, M) of the problems `rows` (Q,); any tokens where the embeddings are not finite."""
+        finite = self.is_finite()[rows].view(-1, 1, 1)
+        return nearest_tokens(self.embeddings[rows].where(finite, 0), self.table, self.allowed, self.metric)
 
-    def sound(self) -> Tensor:
-        """Which problems' embeddings are numbers that have a nearest token, (P,) bool."""
-        sound: Tensor = (self.embeddings.detach().norm(dim=2) < LARGEST).all(dim=1)
-        return sound
+    def is_finite(self) -> Tensor:
+        """Return which problems' embeddings are finite and small enough to have a nearest token, (P,) bool."""
+        finite: Tensor = (self.embeddings.detach().norm(dim=2) < LARGEST).all(dim=1)
+        return finite
 
     def ids(self, token_ids: Tensor) -> Tensor:
-        """Puts prompts (P, m) of up to M tokens into the template: ids with start, end and padding, (P, L)."""
+        """Put prompts (P, m) of up to M tokens into the template: ids with start, end and padding, (P, L)."""
         used = token_ids.shape[1]
         ids = self.template.repeat(len(token_ids), 1)
         ids[:, self.positions[:used]] = token_ids
         if used == len(self.positions):
             return ids
-        rest = self.positions[-1] + 1  # what follows the prompt moves up to it; what it leaves behind it is padding
+        rest = self.positions[-1] + 1  # the tokens after a shorter prompt move up to it, and padding fills the end
         ends = self.positions[used]
         return torch.cat([ids[:, :ends], ids[:, rest:], ids[:, -1:].expand(-1, int(rest - ends))], dim=1)
 
     def texts(self, token_ids: Tensor) -> list[str]:
-        """Write prompts (P, m) as P texts in the template, as a user would paste them."""
+        """Decode prompts (P, m) to P texts in the template, as a user would paste them."""
         return [fill_template(self.words_around, text) for text in decode(self.vocabulary.tokenizer, token_ids)]
 
+    def decode(self, token_ids: Tensor) -> list[DecodedPrompt]:
+        """Decode prompts (P, M) to texts in the template, and check that these encode to the same tokens."""
+        texts, survives = round_trip(self.vocabulary.tokenizer, token_ids)
+        prompts = [fill_template(self.words_around, text) for text in texts]
+        return [
+            DecodedPrompt(prompt, ids, None, same and not contains_blocked(prompt, self.blocked))
+            for prompt, ids, same in zip(prompts, token_ids.tolist(), survives.tolist(), strict=True)
+        ]
+
     def forward(self, rows: Tensor, straight_through: bool = False) -> tuple[Tensor, Tensor]:
-        """What the text encoder is given for some of the problems.
+        """Return the input of the text encoder for the problems `rows` (Q,).
 
         Args:
-            rows: Numbers of the problems, (Q,).
+            rows: Rows of the problems, (Q,).
             straight_through: Use the nearest tokens' embeddings and pass their gradient on to the continuous ones (PEZ).
 
         Returns:
-            Ids (Q, L), those of the nearest tokens or, where none are asked for, of any; and embeddings (Q, L, D). Those of a
-            problem that has left the numbers are not numbers, so that neither its loss nor its gradient is taken for one, and the other problems go on.
+            Ids (Q, L), with the nearest tokens if `straight_through` and otherwise any token, and embeddings (Q, L, D). The embeddings
+            of a problem that is not finite are NaN, so that its loss and its gradient are too, and the others are not affected.
         """
         embeddings = self.embeddings[rows]
-        sound = self.sound()[rows].view(-1, 1, 1)
+        finite = self.is_finite()[rows].view(-1, 1, 1)
         if straight_through:
             token_ids = self.nearest(rows)
             embeddings = self.table[token_ids] + embeddings - embeddings.detach()
-        else:  # all that an id says beside an embedding is that a token stands there
+        else:  # beside an embedding, an id only marks the position of a token
             token_ids = self.positions.new_full((len(rows), len(self.positions)), self.some_token)
-        embeddings = embeddings.where(sound, torch.nan)
+        embeddings = embeddings.where(finite, torch.nan)
         ids = self.ids(token_ids)
         return ids, self.table[ids].index_copy(1, self.positions, embeddings.to(self.table.dtype))

@@ -1,1 +1,1 @@
-"""Methods that move encoded prompts (arXiv 2308.12059)."""
+"""Methods that change encoded prompts (arXiv 2308.12059)."""

@@ -1,4 +1,4 @@
-"""The base class of methods that move encoded prompts (arXiv 2308.12059)."""
+"""The base class of methods that change encoded prompts (arXiv 2308.12059)."""
 
 from __future__ import annotations
 
@@ -8,26 +8,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lightning_prompts.backbones.embedding_files import base_prompts, pack_prompt_embeds, read_prompt_embeds
-from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.engine.method import PromptMethod
-from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
+from lightning_prompts.methods.refinement import Refinement
 from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import MethodResult, Problem, SteeringResult
-from lightning_prompts.sampling.figures import before_and_after, to_png
-from lightning_prompts.sampling.seeding import FRESH, FRESH_SEEDS, SEARCH
+from lightning_prompts.sampling.seeding import SEARCH
 from lightning_prompts.setting_types import Positive
 
-SHOWN = 12  # problems in the grid
 
-
-class Steering(PromptMethod):
+class Steering(Refinement):
     """Change the encoded prompts and not their words.
 
     Args:
@@ -41,9 +35,7 @@ class Steering(PromptMethod):
     """
 
     prompt: PromptEmbeds | PromptArc
-    data_class = Prompts
     result_class: ClassVar[type[MethodResult]] = SteeringResult
-    draws = True
     higher_is_better: bool  # whether a higher metric is better
 
     def __init__(
@@ -62,7 +54,7 @@ class Steering(PromptMethod):
         if pooled and not self.backbone.pooled_width:
             raise UserError(f"The model {self.backbone.name!r} has no pooled vector; give --model.pooled false.")
         self.unconditional, self.pooled, self.seeds, self.steps = unconditional, pooled, seeds, steps
-        self.started = self._started(Path(start)) if start else {}  # encoded prompts (S, R, D) by text
+        self.started = self._read_start(Path(start)) if start else {}  # encoded prompts (S, R, D) by text
         self.prompt = PromptEmbeds(self.moving)  # unless a subclass replaces it
 
     # --- the batch
@@ -85,32 +77,34 @@ class Steering(PromptMethod):
     def set_rows(self, problems: list[Problem]) -> None:
         """Set the problems of the batch."""
         super().set_rows(problems)
-        self.prompt.show(self.initial(problems))
+        self.prompt.set_initial(self.initial(problems))
         self.noise = self.draw_noise(problems, SEARCH, self.seeds)
         for row, initial in zip(self.batch.rows, self.prompt.initial, strict=True):
             row.best = initial.clone() if row.best is None else row.best
 
     def initial(self, problems: Sequence[Problem]) -> Tensor:
         """Encode the prompts of P problems to (P, S, R, D), each alone so that the result does not depend on the batch."""
-        told = torch.cat([self.encode([problem.target]) for problem in problems])
-        away = self.encode([""], negative=True).expand_as(told)
-        return torch.stack([told, away] if self.unconditional else [told], dim=1).float()
+        prompt_embeds = torch.cat([self.encode([problem.target]) for problem in problems])
+        if not self.unconditional:
+            return prompt_embeds.unsqueeze(1).float()
+        negative_prompt_embeds = self.encode([""], negative=True).expand_as(prompt_embeds)
+        return torch.stack([prompt_embeds, negative_prompt_embeds], dim=1).float()
 
     def init_params(self, rows: Tensor) -> Tensor:
         """Return the moving rows of the encoded prompts, or of those that `start` names."""
-        return self.prompt.start(self.beginnings(rows))
+        return self.prompt.init_params(self.init_embeds(rows))
 
     def best_params(self, row: int) -> Tensor:
         """Return the moving rows of the best embeddings so far."""
-        return self.prompt.start(self.best_embeds(row)[None])[0]
+        return self.prompt.init_params(self.best_embeds(row)[None])[0]
 
     def best_embeds(self, row: int) -> Tensor:
         """Return the best encoded prompt (S, R, D) of a row."""
         best = self.batch[row].best
-        assert best is not None  # `set_rows` begins with the initial one
+        assert best is not None  # `set_rows` sets the initial one
         return best
 
-    def beginnings(self, rows: Tensor) -> Tensor:
+    def init_embeds(self, rows: Tensor) -> Tensor:
         """Return the initial encoded prompts (Q, S, R, D) of the problems `rows` (Q,)."""
         initial = self.prompt.initial[rows.to(self.device)]
         if not self.started:
@@ -119,30 +113,30 @@ class Steering(PromptMethod):
         only = next(iter(self.started.values())) if len(self.started) == 1 else None
         for embeds, row in zip(initial, rows.tolist(), strict=True):
             problem = self.batch[row].record
-            found = self.started.get(problem.target, only)
-            if found is None:
+            given = self.started.get(problem.target, only)
+            if given is None:
                 raise UserError(
                     f"--model.start has no embeddings of the prompt {problem.target!r}; give another file or run."
                 )
-            sides = min(len(found), len(embeds))  # one of them may lack the negative prompt
-            embeds[:sides] = found[:sides]
+            common = min(len(given), len(embeds))  # one of them may lack the negative prompt
+            embeds[:common] = given[:common]
         return initial
 
-    def _started(self, start: Path) -> dict[str, Tensor]:
+    def _read_start(self, start: Path) -> dict[str, Tensor]:
         """Read encoded prompts, by the text of the prompts."""
         file = RunFolder(start).prompt_embeds if start.is_dir() else start
         if not file.is_file():
             raise UserError(
                 f"There are no embeddings in {start} to start from; give --model.start a run or a file of them."
             )
-        found = read_prompt_embeds(file, self.backbone, self.encode([""]).shape[1:])
+        by_key = read_prompt_embeds(file, self.backbone, self.encode([""]).shape[1:])
         prompts = base_prompts(file)
-        return {prompts.get(key, key): embeds for key, embeds in found.items()}
+        return {prompts.get(key, key): embeds for key, embeds in by_key.items()}
 
-    # --- what is best
+    # --- scores
 
     @abstractmethod
-    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+    def values(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Measure images (B, 3, H, W) in [-1, 1] of B problems: values (B,) by name; may be empty."""
 
     @abstractmethod
@@ -161,12 +155,12 @@ class Steering(PromptMethod):
         count = noise.shape[1]
         prompt_embeds, negative_prompt_embeds = self.sampler.split(embeds, count)
 
-        def judge(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            values = self.values(self.backbone.decode(latents), [problems[i // count] for i in some.tolist()])
+        def score(latents: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            values = self.values(self.backbone.decode(latents), [problems[i // count] for i in indices.tolist()])
             return self.loss(values), values
 
         losses, values = self.sampler.sample_and_score(
-            prompt_embeds, negative_prompt_embeds, noise.flatten(0, 1), judge, grad_steps
+            prompt_embeds, negative_prompt_embeds, noise.flatten(0, 1), score, grad_steps
         )
         return losses.view(len(embeds), count), {name: value.view(len(embeds), count) for name, value in values.items()}
 
@@ -179,7 +173,7 @@ class Steering(PromptMethod):
         Returns:
             The problems whose embeddings improved.
         """
-        better: list[Problem] = []
+        improved: list[Problem] = []
         problems = [self.batch[row].record for row in rows.tolist()]
         results = [SteeringResult.of(problem) for problem in problems]
         first = torch.tensor([result.metric_before is None for result in results], device=self.device)
@@ -191,15 +185,15 @@ class Steering(PromptMethod):
         metrics = self.metric(values)
         for i, (row, problem, result) in enumerate(zip(rows.tolist(), problems, results, strict=True)):
             loss, metric = float(losses[i].mean()), metrics[i].tolist()
-            seen = {name: value[i].tolist() for name, value in values.items()}
+            by_name = {name: value[i].tolist() for name, value in values.items()}
             if result.metric_before is None:
-                result.metric_before, result.values_before, problem.initial_validation_loss = metric, seen, loss
-            if self.batch.offer(row, problem.target, loss, acceptable=self.acceptable(problem, seen)):
-                result.metric_after, result.values_after = metric, seen
+                result.metric_before, result.values_before, problem.initial_validation_loss = metric, by_name, loss
+            if self.batch.offer(row, problem.target, loss, acceptable=self.acceptable(problem, by_name)):
+                result.metric_after, result.values_after = metric, by_name
                 self.batch[row].best = embeds[i].clone()
                 self.data.folder.save_embeds(problem.key, self.file([problem], embeds[i : i + 1]))
-                better.append(problem)
-        return better
+                improved.append(problem)
+        return improved
 
     def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
         """Return whether embeddings with these values, by seed, may become a problem's best."""
@@ -214,62 +208,51 @@ class Steering(PromptMethod):
 
     def best_embeds_of(self, problems: Sequence[Problem]) -> Tensor:
         """Return the best encoded prompts (P, S, R, D), from the batch or from disk."""
-        shape, here = self.encode([""]).shape[1:], [problem.key for problem in self.batch.records]
-        return torch.stack([self._best_embeds(problem.key, here, shape) for problem in problems]).to(self.device)
+        shape, keys = self.encode([""]).shape[1:], [problem.key for problem in self.batch.records]
+        return torch.stack([self._best_embeds(problem.key, keys, shape) for problem in problems]).to(self.device)
 
-    def _best_embeds(self, key: str, here: list[str], shape: torch.Size) -> Tensor:
-        if key in here:
-            return self.best_embeds(here.index(key))
+    def _best_embeds(self, key: str, keys: list[str], shape: torch.Size) -> Tensor:
+        """Return the best encoded prompt (S, R, D) of a key, from the batch with these keys or from disk."""
+        if key in keys:
+            return self.best_embeds(keys.index(key))
         return read_prompt_embeds(self.data.folder.embeds_of(key), self.backbone, shape)[key].to(self.device)
 
-    def both(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw images (P, N, 3, H, W) of the users' prompts and of the best embeddings from noise (P, N, C, h, w)."""
-        return self.sampler.draw_embeds(self.initial(problems), noise), self.sampler.draw_embeds(
-            self.best_embeds_of(problems), noise
-        )
+    def images_before_and_after(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Refinement.images_before_and_after`."""
+        before = self.sampler.draw_embeds(self.initial(problems), noise)
+        return before, self.sampler.draw_embeds(self.best_embeds_of(problems), noise)
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
-        """Draw images (N, 3, H, W) of a problem's best embeddings; see `PromptMethod.draw_found`."""
+        """Generate images (N, 3, H, W) of a problem's best embeddings; see `PromptMethod.draw_found`."""
         embeds = self.best_embeds_of([problem])
         if negative:
             embeds = torch.stack([embeds[:, 0], self.encode([negative], negative=True).to(embeds)], dim=1)
         return self.sampler.draw_embeds(embeds, noise[None])[0]
 
-    def preview(self, problems: list[Problem]) -> Image.Image:
-        """Return the images of the users' prompts above those of the best embeddings, from the seeds of the search."""
-        drawn = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
-        return before_and_after(*drawn, [problem.target for problem in problems])
-
     @torch.no_grad()
-    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
-        """Score the best embeddings on fresh seeds, also by the held-out CLIP."""
-        drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
-        scores.compare(self, problems, *drawn)
-        before, after = (self.values_of(pictures, problems) for pictures in drawn)
-        for p, problem in enumerate(problems if before else []):
+    def record_fresh_scores(self, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:
+        """Record the metric and the values of images on fresh seeds; nothing without a metric."""
+        values_before, values_after = self.values_of(before, problems), self.values_of(after, problems)
+        for p, problem in enumerate(problems if values_before else []):
             result = SteeringResult.of(problem)
-            result.fresh_metric_before, result.fresh_metric_after = (
-                self.metric(x)[p].tolist() for x in (before, after)
-            )
-            result.fresh_values_before, result.fresh_values_after = (
-                {name: value[p].tolist() for name, value in x.items()} for x in (before, after)
-            )
-
-    def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
-        """Write the grid."""
-        atomic_write(folder.grid, to_png(self.preview(problems[:SHOWN])))
+            result.fresh_metric_before = self.metric(values_before)[p].tolist()
+            result.fresh_metric_after = self.metric(values_after)[p].tolist()
+            result.fresh_values_before = {name: value[p].tolist() for name, value in values_before.items()}
+            result.fresh_values_after = {name: value[p].tolist() for name, value in values_after.items()}
 
     def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
         """Write the encoded prompts."""
         atomic_write(folder.prompt_embeds, self.file(problems, self.best_embeds_of(problems)))
 
-    def values_of(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+    def values_of(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Compute values (P, N) by name of images (P, N, 3, H, W)."""
-        flat, whose = pictures.flatten(0, 1), [problem for problem in problems for _ in range(pictures.shape[1])]
-        values = self.microbatch.map(
-            len(flat), lambda some: self.values(flat[some].to(self.device), [whose[i] for i in some.tolist()])
-        )
-        return {name: value.view(pictures.shape[:2]) for name, value in values.items()}
+        flat, count = images.flatten(0, 1), images.shape[1]
+
+        def call(indices: Tensor) -> dict[str, Tensor]:
+            return self.values(flat[indices].to(self.device), [problems[i // count] for i in indices.tolist()])
+
+        values = self.microbatch.map(len(flat), call)
+        return {name: value.view(images.shape[:2]) for name, value in values.items()}
 
     def validation_losses(self, problems: list[Problem]) -> Tensor:
         """Recompute the metrics of the best embeddings on the seeds of the search."""

@@ -1,4 +1,4 @@
-"""Metric-based optimisation: manipulating embeddings of Stable Diffusion prompts (arXiv 2308.12059, section 3.1)."""
+"""Metric-based optimization: manipulating embeddings of Stable Diffusion prompts (arXiv 2308.12059, section 3.1)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class MetricGuidance(Steering):
                 f"--model.seeds_per_step must be at most --model.seeds, got {seeds_per_step} and {self.seeds}."
             )
         if lr <= 0 or eps < 0:
-            raise UserError("--model.lr must be above 0, and --model.eps 0 or more.")
+            raise UserError(f"--model.lr must be above 0 and --model.eps 0 or more, got {lr:g} and {eps:g}.")
         if optimizer == "sgd":
             refuse_unused(MetricGuidance, "with --model.optimizer sgd", {"eps": eps})
         if watch is None:
@@ -91,13 +91,13 @@ class MetricGuidance(Steering):
 
     # --- the metric
 
-    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+    def values(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Compute the values (B,) of all objectives, the watched one included, of images (B, 3, H, W)."""
         prompts = [problem.target for problem in problems]
-        values = {name: objective(pictures, prompts) for name, objective in self.objectives.items()}
+        values = {name: objective(images, prompts) for name, objective in self.objectives.items()}
         if self.watch:
             with torch.no_grad():
-                values[self.watched] = self.watch(pictures, prompts)
+                values[self.watched] = self.watch(images, prompts)
         return values
 
     def metric(self, values: dict[str, Tensor]) -> Tensor:
@@ -120,17 +120,17 @@ class MetricGuidance(Steering):
         """Take an optimizer step on the loss of this step's images."""
         problems = [self.batch[row].record for row in rows.tolist()]
         count = int(self.seeds_per_step or self.seeds)
-        number = torch.tensor([batch.steps[row] for row in rows.tolist()]).unsqueeze(1) * count + torch.arange(count)
-        losses, values = self.evaluate(
-            self.prompt(self.to_device(rows)), self.noise[rows[:, None], number % self.seeds], problems, self.grad_steps
-        )
+        first = torch.tensor([batch.steps[row] for row in rows.tolist()]).unsqueeze(1) * count
+        noise = self.noise[rows[:, None], (first + torch.arange(count)) % self.seeds]
+        losses, values = self.evaluate(self.prompt(self.to_device(rows)), noise, problems, self.grad_steps)
         self.add_cost(rows, count * self.sampler.cost(grad_steps=self.grad_steps))
         self.step_active(losses.mean(1), rows)
         if self.shift_every:
             due = rows[[(batch.steps[row] + 1) % self.shift_every == 0 for row in rows.tolist()]]
             if len(due):
-                begun = self.prompt.of(self.prompt.initial[due.to(self.device)])
-                self.reset_rows(due, shift(self.prompt.rows.detach()[due.to(self.device)], begun))
+                on_device = due.to(self.device)
+                initial = self.prompt.moving_rows(self.prompt.initial[on_device])
+                self.batch.reset_rows(due, shift(self.prompt.rows.detach()[on_device], initial))
         self.log_step(batch, rows, loss=losses, **values)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -154,6 +154,6 @@ class MetricGuidance(Steering):
 
 
 def _free_name(objective: Objective, taken: dict[str, float]) -> str:
-    """An objective's class, with a number if others have it, too."""
+    """Return the name of an objective's class, with a number if it is taken."""
     name = type(objective).__name__
     return name if name not in taken else next(f"{name} {i}" for i in range(2, 100) if f"{name} {i}" not in taken)

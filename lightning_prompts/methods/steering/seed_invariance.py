@@ -27,6 +27,10 @@ from lightning_prompts.sampling.seeding import SEARCH
 from lightning_prompts.setting_types import Positive, Rate
 from lightning_prompts.unused import refuse_unused
 
+LOSS_SCALE = (
+    1e4  # the paper's; AdamOnLion's `eps` is relative to it, and smaller gradients would vanish in a float16 model
+)
+
 
 class SeedInvariance(Steering):
     """Move an encoded prompt until every seed gives the image that the prompt gives with one seed, the target seed.
@@ -49,9 +53,8 @@ class SeedInvariance(Steering):
         grad_steps: The last of these calls that propagate a gradient; None for all.
         ramp: Share of a stage in which the noise moves from the target seed's to the new ones'; 1 in the paper.
         seeds_per_step: New seeds per step; 3 in the paper.
-        weight: Scale of the loss, one minus the cosine.
         lr: Learning rate of AdamOnLion. None: 0.01, or the paper's 0.1 on an arc.
-        eps: Added to the square root of its second moment.
+        eps: Added to the square root of its second moment. The loss, one minus the cosine, is scaled by 10000.
         steps: Steps of the search. None: 60, or the paper's 100 on an arc, which lead from one end to the other.
         **kwargs: See `Steering`.
     """
@@ -72,7 +75,6 @@ class SeedInvariance(Steering):
         grad_steps: Positive | None = None,
         ramp: float = 0.3,
         seeds_per_step: Positive = 3,
-        weight: float = 1e4,
         lr: Rate | None = None,
         eps: float = 1e-3,
         steps: Positive | None = None,
@@ -86,15 +88,8 @@ class SeedInvariance(Steering):
         super().__init__(steps=steps or (100 if arc else 60), **kwargs)
         calls = self.sampler.calls
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
-        self.towards, self.seeds_per_step, self.weight, self.lr, self.eps = (
-            towards,
-            seeds_per_step,
-            weight,
-            float(lr or (0.1 if arc else 0.01)),
-            eps,
-        )
-        self.pixels = pixels
-        self.grad_steps, self.ramp = int(grad_steps or calls), ramp
+        self.towards, self.seeds_per_step, self.pixels, self.ramp = towards, seeds_per_step, pixels, ramp
+        self.grad_steps, self.lr, self.eps = int(grad_steps or calls), float(lr or (0.1 if arc else 0.01)), eps
         if max(self.stages) > calls:
             raise UserError(
                 f"--model.stages must be at most the sampler's {calls} denoiser calls, got {self.stages}; change it or "
@@ -129,8 +124,8 @@ class SeedInvariance(Steering):
                 {"pooled": self.pooled},
             )
         self.prompt = PromptArc() if arc else PromptEmbeds(self.moving, one_row=embedding == "one_row")
-        self._pictures: dict[str, Tensor] = {}
-        self._wanted: dict[str, dict[int, Tensor]] = {}  # vectors (E,) by problem and stage
+        self._targets: dict[str, Tensor] = {}  # images (3, H, W) by problem
+        self._target_vectors: dict[str, dict[int, Tensor]] = {}  # (E,), by problem and denoiser calls
 
     @property
     def identities(self) -> list[dict[str, Any]]:
@@ -144,29 +139,29 @@ class SeedInvariance(Steering):
         if isinstance(self.prompt, PromptArc):
             self.prompt.other = self.encode([str(self.towards)])[:, None].float()
         self.starts = self.target_noise(problems)  # (P, C, h, w)
-        new = [row for row, problem in enumerate(problems) if problem.key not in self._wanted]
+        new = [row for row, problem in enumerate(problems) if problem.key not in self._target_vectors]
 
-        def look(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return latents.flatten(1).sum(1), {"seen": self.compared(latents)}
+        def vectors(latents: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return latents.flatten(1).sum(1), {"vectors": self.compared(latents)}
 
         for row in new:  # one by one, since a resumed search has another batch
             embeds = self.sampler.split(self.prompt.initial[row : row + 1])
             for calls in set(self.stages):
-                _, found = self.sampler.sample_and_score(*embeds, self.starts[row : row + 1], look, calls=calls)
-                self._wanted.setdefault(problems[row].key, {})[calls] = found["seen"][0]
+                _, others = self.sampler.sample_and_score(*embeds, self.starts[row : row + 1], vectors, calls=calls)
+                self._target_vectors.setdefault(problems[row].key, {})[calls] = others["vectors"][0]
 
     def evict(self, problem: Problem) -> None:
         """Forget what is cached for a problem that left the batch."""
         super().evict(problem)
-        self._wanted.pop(problem.key, None)
-        self._pictures.pop(problem.key, None)
+        self._target_vectors.pop(problem.key, None)
+        self._targets.pop(problem.key, None)
 
     def compared(self, latents: Tensor) -> Tensor:
         """Return vectors (B, E) of clean latents (B, C, h, w) to compare by cosine."""
         if not self.clip:
             return latents.flatten(1)
-        pictures = self.backbone.decode(latents)
-        features, pixels = self.clip.features(pictures), F.normalize(pictures.flatten(1), dim=1)
+        images = self.backbone.decode(latents)
+        features, pixels = self.clip.features(images), F.normalize(images.flatten(1), dim=1)
         # The cosine of two such vectors is the weighted sum of both cosines.
         return torch.cat([math.sqrt(1 - self.pixels) * features, math.sqrt(self.pixels) * pixels], dim=1)
 
@@ -175,34 +170,35 @@ class SeedInvariance(Steering):
         seeds = [int(SeedInvarianceResult.of(problem).target_seed or 0) for problem in problems]
         return noise_of(seeds, self.backbone.latent_shape).to(self.device)
 
-    def pictures(self, problems: Sequence[Problem]) -> Tensor:
-        """Return the target images (P, 3, H, W), each drawn once and alone so that it does not depend on the batch."""
+    def targets(self, problems: Sequence[Problem]) -> Tensor:
+        """Return the target images (P, 3, H, W), each generated once and alone so that it does not depend on the batch."""
         for problem in problems:
-            if problem.key not in self._pictures:
-                drawn = self.sampler.draw_embeds(self.initial([problem]), self.target_noise([problem]).unsqueeze(1))
-                self._pictures[problem.key] = drawn[0, 0]
-        return torch.stack([self._pictures[problem.key] for problem in problems])
+            if problem.key not in self._targets:
+                images = self.sampler.draw_embeds(self.initial([problem]), self.target_noise([problem]).unsqueeze(1))
+                self._targets[problem.key] = images[0, 0]
+        return torch.stack([self._targets[problem.key] for problem in problems])
 
-    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+    def values(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Compute the peak signal-to-noise ratio (B,), in dB, of images (B, 3, H, W) and the target images; higher is better."""
-        error = (pictures - self.pictures(problems).to(pictures)).square().flatten(1).mean(1)
+        error = (images - self.targets(problems).to(images)).square().flatten(1).mean(1)
         return {"PSNR": 10 * torch.log10(4 / error.clamp(min=1e-10))}
 
     def metric(self, values: dict[str, Tensor]) -> Tensor:
-        """Return this ratio."""
+        """Return the peak signal-to-noise ratio."""
         return values["PSNR"]
 
     def stage(self, step: int) -> tuple[int, float]:
         """Return the denoiser calls of a step, and the position of its noise on the arc from the target seed's, from 0 to 1."""
         stages, steps = len(self.stages), self.steps
         number = step * stages // steps
-        begun, end = (
-            -(-of * steps // stages) for of in (number, number + 1)
-        )  # the steps [begun, end) are this stage's
-        return self.stages[number], min(1.0, (step - begun + 1) / max(1.0, self.ramp * (end - begun)))
+        first, end = (
+            -(-number * steps // stages),
+            -(-(number + 1) * steps // stages),
+        )  # this stage has the steps [first, end)
+        return self.stages[number], min(1.0, (step - first + 1) / max(1.0, self.ramp * (end - first)))
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """Take a step towards the target on new seeds."""
+        """Take an optimizer step towards the targets on new seeds."""
         parts = [(some, self.distances(some, step)) for step, some in by_step(batch, rows)]
         losses = torch.cat([loss for _, loss in parts])
         self.step_active(losses, torch.cat([some for some, _ in parts]))
@@ -215,13 +211,13 @@ class SeedInvariance(Steering):
         others, on_device = self.draw_noise(problems, step, count), self.to_device(rows)  # (Q, N, C, h, w)
         starts = self.starts[on_device].unsqueeze(1).expand_as(others)
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
-        wanted = repeat(torch.stack([self._wanted[problem.key][calls] for problem in problems]), count)
+        targets = repeat(torch.stack([self._target_vectors[problem.key][calls] for problem in problems]), count)
         embeds = self.sampler.split(self.prompt(on_device), count)
 
-        def far(latents: Tensor, some: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.weight * (1 - F.cosine_similarity(self.compared(latents), wanted[some], dim=1)), {}
+        def distance(latents: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return LOSS_SCALE * (1 - F.cosine_similarity(self.compared(latents), targets[indices], dim=1)), {}
 
-        losses, _ = self.sampler.sample_and_score(*embeds, noise, far, min(self.grad_steps, calls), calls)
+        losses, _ = self.sampler.sample_and_score(*embeds, noise, distance, min(self.grad_steps, calls), calls)
         self.add_cost(rows, count * self.sampler.cost(calls, self.grad_steps))
         return losses.view(-1, count).mean(1)
 
@@ -231,9 +227,9 @@ class SeedInvariance(Steering):
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return the target images, each beside the prompt's images on other seeds, above those of the best embeddings."""
-        before, after = self.both(problems, self.draw_noise(problems, SEARCH, self.seeds))
+        before, after = self.images_before_and_after(problems, self.draw_noise(problems, SEARCH, self.seeds))
         columns: list[tuple[Tensor, ...]] = []
-        for p, wanted in enumerate(self.pictures(problems)):
-            columns += [(wanted,), *((before[p, n], after[p, n]) for n in range(self.seeds))]
+        for p, target in enumerate(self.targets(problems)):
+            columns += [(target,), *((before[p, n], after[p, n]) for n in range(self.seeds))]
         texts = [text for problem in problems for text in (problem.target, *[""] * self.seeds)]
         return sheet(columns, texts, 2 * (self.seeds + 1))

@@ -1,4 +1,4 @@
-"""Steering an encoded prompt by what a person likes: the method, who chooses, and the page."""
+"""Iterative human feedback: the method, the choosers and the page."""
 
 from lightning_prompts.methods.steering.human_feedback.choices import Choice, Chooser, Round, Scripted
 from lightning_prompts.methods.steering.human_feedback.method import HumanFeedback

@@ -1,4 +1,4 @@
-"""What is shown to whoever chooses, what they can answer, and a chooser for studies who wants a picture."""
+"""Rounds, choices and choosers of human feedback, with a scripted chooser for studies."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Action = Literal["go", "others", "undo", "finish"]
 
 @dataclass(frozen=True)
 class Round:
-    """One question: where to go from here.
+    """One question to the user: which candidate to move to.
 
     Attributes:
-        prompt: The person's prompt.
-        pictures: What is drawn at the prompt, after each of H moves, and so here: H + 1 pictures (3, H, W) in [-1, 1].
-        texts: The C candidates' texts.
-        trail: Where these pictures are on the map, (H + 1, 2).
-        ends: Where the C candidates are on it, (C, 2).
-        draw: Draws a candidate at a strength between 0, which is here, and 1, from the noise of the other pictures.
-        stopped: Whether the run has been told to stop.
+        prompt: The user's prompt.
+        images: Images of the prompt and after each of K moves: K + 1 images (3, H, W) in [-1, 1], the last one is the current one.
+        texts: The texts of the C candidates.
+        positions: Positions of these images on the map, (K + 1, 2).
+        candidate_positions: Positions of the C candidates on the map, (C, 2).
+        draw: Generates the image of a candidate, given its index and a strength from 0, the current image, to 1; from the noise of the other images.
+        stopped: Returns whether the run is stopping.
     """
 
     prompt: str
-    pictures: list[Tensor]
+    images: list[Tensor]
     texts: list[str]
-    trail: Tensor
-    ends: Tensor
+    positions: Tensor
+    candidate_positions: Tensor
     draw: Callable[[int, float], Tensor]
     stopped: Callable[[], bool]
 
@@ -48,9 +48,9 @@ class Choice:
     """An answer.
 
     Attributes:
-        action: Go to a candidate, see other candidates, take the last move back, or finish.
-        candidate: Its number, from 0.
-        strength: How far to go, from 0 to 1.
+        action: Move to a candidate (`go`), show other candidates, undo the last move, or finish.
+        candidate: Index of the candidate.
+        strength: How far to move, from 0 to 1.
     """
 
     action: Action
@@ -66,7 +66,7 @@ def checked_choice(choice: object, candidates: int) -> Choice:
         candidates: Number of candidates of the round.
 
     Raises:
-        UserError: It is no choice, or not one of this round.
+        UserError: The answer is not a choice of this round.
     """
     if not isinstance(choice, Choice):
         raise UserError(f"An answer must be a Choice, got {choice!r:.40}; return such as Choice('go', 0, 0.5).")
@@ -77,7 +77,7 @@ def checked_choice(choice: object, candidates: int) -> Choice:
         raise UserError(f"A Choice's candidate must be a whole number from 0 to {candidates - 1}, got {number!r:.40}.")
     if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 1:
         raise UserError(f"A Choice's strength must be a number from 0 to 1, got {strength!r:.40}.")
-    return Choice(choice.action, int(number), float(strength))  # NumPy's numbers cannot be recorded
+    return Choice(choice.action, int(number), float(strength))  # NumPy numbers cannot be written to a record
 
 
 class Chooser(ABC):
@@ -85,58 +85,61 @@ class Chooser(ABC):
 
     @abstractmethod
     def open(self, backbone: Backbone, offline: bool) -> None:
-        """Prepares, before the search."""
+        """Prepare before the search."""
 
     @abstractmethod
     def choose(self, question: Round) -> Choice | None:
-        """Answers, however long it takes; None when the run has been told to stop meanwhile."""
+        """Return the answer, however long it takes; None if the run is stopping."""
 
     @abstractmethod
-    def close(self, last_words: str) -> None:
-        """Ends, after the search."""
+    def close(self, message: str) -> None:
+        """Close after the search, with a message about how it ended."""
 
 
 class Scripted(Chooser):
-    """Wants a picture, and goes to what looks most like it; for tests and studies.
+    """Choose the candidate that is most similar to a wanted image, for tests and studies.
 
-    How much it likes a picture is the cosine to the wanted one, by the CLIP that goes with the backbone, less half of their mean
-    squared difference: a CLIP alone is pleased by pictures that a person is not.
+    The similarity is the cosine in the CLIP that goes with the backbone, minus half of the mean squared error, since images that a
+    CLIP finds similar do not always look similar to a user.
 
     Args:
-        wants: The picture's file.
-        strengths: How far it tries to go to the candidate that it likes most. If it likes where it is more, it asks for others.
+        wants: File of the wanted image.
+        strengths: Strengths to try for the most similar candidate. If the current image is more similar, the choice is `others`.
         clip: Folder or hub id of another CLIP.
     """
 
     def __init__(self, wants: str, strengths: Sequence[float] = (1.0,), clip: str | None = None) -> None:
         if not strengths or not all(0 < strength <= 1 for strength in strengths):
             raise UserError(
-                f"The chooser's strengths are between 0 and 1, not {list(strengths)}; give such as [0.5, 1.0]."
+                f"--model.chooser.strengths must be above 0 and at most 1, got {list(strengths)}; give such as [0.5, 1.0]."
             )
         if not os.path.isfile(wants):  # before a model is loaded
-            raise UserError(f"There is no file {wants!r} that the chooser could want; check the path of the picture.")
+            raise UserError(
+                f"--model.chooser.wants must be an image file, got {wants!r}, which does not exist; check the path."
+            )
         self.wants, self.strengths, self.clip_name = wants, list(strengths), clip
 
     def open(self, backbone: Backbone, offline: bool) -> None:
-        """Looks at the wanted picture."""
+        """Load the wanted image."""
         self.clip = ClipSimilarity(self.clip_name or clip_of(backbone), offline)
         self.wanted = to_tensor(load_image(self.wants, backbone.image_size))
 
     @torch.no_grad()
-    def likes(self, pictures: Sequence[Tensor]) -> Tensor:
-        """How much it likes B pictures (3, H, W) in [-1, 1], (B,); at most 1."""
-        seen = torch.stack([self.wanted, *pictures])
-        features = self.clip.features(seen).cpu()
-        return features[1:] @ features[0] - 0.5 * (seen[1:] - seen[0]).square().flatten(1).mean(1)
+    def similarities(self, images: Sequence[Tensor]) -> Tensor:
+        """Compute the similarities (B,), at most 1, of B images (3, H, W) in [-1, 1] to the wanted one."""
+        together = torch.stack([self.wanted, *images])
+        features = self.clip.features(together).cpu()
+        return features[1:] @ features[0] - 0.5 * (together[1:] - together[0]).square().flatten(1).mean(1)
 
     def choose(self, question: Round) -> Choice | None:
-        """Goes to the most similar."""
-        seen = self.likes([question.pictures[-1], *(question.draw(i, 1.0) for i in range(len(question.ends)))])
-        best = int(seen[1:].argmax())
-        tried = self.likes([question.draw(best, strength) for strength in self.strengths])
-        if tried.max() <= seen[0]:
+        """Choose the most similar candidate."""
+        candidates = [question.draw(i, 1.0) for i in range(len(question.texts))]
+        current, *others = self.similarities([question.images[-1], *candidates])
+        best = int(torch.stack(others).argmax())
+        tried = self.similarities([question.draw(best, strength) for strength in self.strengths])
+        if tried.max() <= current:
             return Choice("others")
         return Choice("go", best, self.strengths[int(tried.argmax())])
 
-    def close(self, last_words: str) -> None:
-        """Has nothing to end."""
+    def close(self, message: str) -> None:
+        """Do nothing."""

@@ -27,11 +27,11 @@ from lightning_prompts.setting_types import Positive
 
 log = logging.getLogger(__name__)
 
-NEARER = 4  # rounds in which the distance of candidates is halved before it is reset
+HALVINGS = 4  # rounds of other candidates, each at half the distance, before the distance is reset
 
 
 class HumanFeedback(Steering):
-    """Move an encoded prompt to where the user likes its images.
+    """Move an encoded prompt towards images that the user likes.
 
     Each round adds random words to the text of the last move, and shows images of the texts that lead farthest apart. The user
     chooses one and how far to move on the arc to it, or asks for other candidates, which are nearer. The record has the moves, so
@@ -49,8 +49,8 @@ class HumanFeedback(Steering):
 
     prompt: PromptEmbeds
     result_class = HumanFeedbackResult
-    at: list[Tensor]  # encoded prompts (S, R, D) of the moves, from the user's prompt to the current one
-    drawn: list[Tensor]  # their images
+    path: list[Tensor]  # encoded prompts (S, R, D) after each move, from the user's prompt to the current one
+    images: list[Tensor]  # their images
     axes: Tensor  # axes of the map, (2, D)
 
     def __init__(
@@ -77,13 +77,13 @@ class HumanFeedback(Steering):
             raise UserError("--model.words has no words; give at least one, or leave it out.")
         self.words = words
         self.tokens = [len(ids) for ids in token_lists(self.vocabulary.tokenizer, words)]
-        self.ended: set[str] = set()  # keys of the problems that the user finished
+        self.finished_keys: set[str] = set()  # keys of the problems that the user finished
 
     # --- the current prompt
 
     def init_params(self, rows: Tensor) -> Tensor:
         """Return the current embeddings, those of the last move or the encoded prompt."""
-        return self.prompt.of(torch.stack([self.at[-1]] * len(rows)))
+        return self.prompt.moving_rows(torch.stack([self.path[-1]] * len(rows)))
 
     @torch.no_grad()
     def set_rows(self, problems: list[Problem]) -> None:
@@ -91,36 +91,36 @@ class HumanFeedback(Steering):
         if newest := self.data.folder.read(problems[0].key):  # which may be newer than a checkpoint
             problems[0].result = HumanFeedbackResult.of(newest)
         super().set_rows(problems)
-        self.at, self.drawn = [], []
-        self.arrive(self.beginnings(torch.tensor([0]))[0])
-        self.axes = principal_axes(self.gists(self.encoded(self.variations(problems[0], 0, 0))), 2)
+        self.path, self.images = [], []
+        self.move_to(self.init_embeds(torch.tensor([0]))[0])
+        self.axes = principal_axes(self.summaries(self.encoded(self.variations(problems[0], 0, 0))), 2)
         for i, move in enumerate(HumanFeedbackResult.of(problems[0]).moves):
-            (end,) = self.ends([move["text"]], self.base(problems[0], i))
-            self.arrive(slerp(self.at[-1], end, move["strength"]))
+            (end,) = self.candidate_embeds([move["text"]], self.base_text(problems[0], i))
+            self.move_to(slerp(self.path[-1], end, move["strength"]))
 
-    def arrive(self, embeds: Tensor) -> None:
+    def move_to(self, embeds: Tensor) -> None:
         """Make an encoded prompt (S, R, D) the current one."""
-        self.at.append(embeds)
-        self.drawn.append(self.picture(embeds))
+        self.path.append(embeds)
+        self.images.append(self.image(embeds))
 
     @torch.no_grad()
-    def stay(self) -> None:
+    def update_params(self) -> None:
         """Set the parameters to the current prompt."""
-        self.prompt.rows.copy_(self.prompt.of(self.at[-1][None]))
+        self.prompt.rows.copy_(self.prompt.moving_rows(self.path[-1][None]))
 
     def encoded(self, texts: Sequence[str]) -> Tensor:
         """Encode texts to (T, S, R, D)."""
         return self.encode(texts).unsqueeze(1).float()
 
-    def picture(self, embeds: Tensor) -> Tensor:
-        """Draw the image (3, H, W) of an encoded prompt (S, R, D), always from the same noise."""
+    def image(self, embeds: Tensor) -> Tensor:
+        """Generate the image (3, H, W) of an encoded prompt (S, R, D), always from the same noise."""
         return self.sampler.draw_embeds(embeds[None], self.noise[:, :1])[0, 0]
 
-    def places(self, embeds: Sequence[Tensor]) -> Tensor:
-        """Return the positions (N, 2) of encoded prompts (S, R, D) on the map, relative to the user's prompt."""
-        return (self.gists(torch.stack(list(embeds))) - self.gists(self.at[0][None])) @ self.axes.T
+    def positions(self, embeds: Sequence[Tensor]) -> Tensor:
+        """Return the positions (N, 2) of N encoded prompts (S, R, D) on the map, relative to the user's prompt."""
+        return (self.summaries(torch.stack(list(embeds))) - self.summaries(self.path[0][None])) @ self.axes.T
 
-    def gists(self, embeds: Tensor) -> Tensor:
+    def summaries(self, embeds: Tensor) -> Tensor:
         """Summarize encoded prompts (T, S, R, D) to vectors (T, D); see `Backbone.gist`."""
         return self.backbone.gist(embeds[:, 0])
 
@@ -128,28 +128,25 @@ class HumanFeedback(Steering):
 
     def variations(self, problem: Problem, moves: int, others: int) -> list[str]:
         """Return the random texts of a round, a function of the seed, the problem, the moves and the rounds without a move."""
-        rng, text = random.Random(address(self.data.seed, problem.key, moves, others)), self.base(problem, moves)
-        found: list[str] = []
+        rng, text = random.Random(address(self.data.seed, problem.key, moves, others)), self.base_text(problem, moves)
+        texts: list[str] = []
         for _ in range(self.texts):
             varied = text.split()
             for _ in range(rng.randint(1, int(self.added))):
                 varied.insert(rng.randint(0, len(varied)), rng.choice(self.words))
-            found.append(" ".join(varied))
-        return found
+            texts.append(" ".join(varied))
+        return texts
 
-    def base(self, problem: Problem, moves: int) -> str:
+    def base_text(self, problem: Problem, moves: int) -> str:
         """Return the text to add words to: that of the last move of at least half the way that has room for more words."""
         made = HumanFeedbackResult.of(problem).moves[:moves]
-        gone_to = (move["text"] for move in reversed(made) if move["strength"] >= 0.5)
-        return next((text for text in gone_to if self.has_room(text)), problem.target)
+        texts = (move["text"] for move in reversed(made) if move["strength"] >= 0.5)
+        return next((text for text in texts if self.has_room(text)), problem.target)
 
     def has_room(self, text: str) -> bool:
         """Return whether words can be added to a text."""
-        longest = max(self.tokens)
-        return (
-            len(token_lists(self.vocabulary.tokenizer, [text])[0]) + int(self.added) * longest
-            <= self.vocabulary.length - 2
-        )
+        (tokens,) = token_lists(self.vocabulary.tokenizer, [text])
+        return len(tokens) + int(self.added) * max(self.tokens) <= self.vocabulary.length - 2
 
     def check(self, prompt: str) -> None:
         """Refuse a prompt that has no room for more words."""
@@ -160,9 +157,9 @@ class HumanFeedback(Steering):
                 "and end; shorten it or lower --model.added."
             )
 
-    def ends(self, texts: Sequence[str], text: str) -> Tensor:
-        """Apply the changes from a text to T others to the current prompt, (T, S, R, D)."""
-        return transfer(self.at[-1], self.encoded([text]), self.encoded(texts))
+    def candidate_embeds(self, texts: Sequence[str], text: str) -> Tensor:
+        """Apply the changes from a text to T others to the current encoded prompt, (T, S, R, D)."""
+        return transfer(self.path[-1], self.encoded([text]), self.encoded(texts))
 
     @torch.no_grad()
     def step(self, batch: Step, rows: Tensor) -> None:
@@ -170,48 +167,55 @@ class HumanFeedback(Steering):
         (problem,) = self.batch.records
         result = HumanFeedbackResult.of(problem)
         texts = self.variations(problem, len(result.moves), result.others)
-        ends = self.ends(texts, self.base(problem, len(result.moves)))
-        chosen = farthest(self.gists(ends) - self.gists(self.at[-1][None]), int(self.candidates))
+        ends = self.candidate_embeds(texts, self.base_text(problem, len(result.moves)))
+        chosen = farthest(self.summaries(ends) - self.summaries(self.path[-1][None]), int(self.candidates))
         texts, ends = [texts[i] for i in chosen], ends[chosen]
-        reach = 0.5 ** (result.others % NEARER)
+        reach = 0.5 ** (result.others % HALVINGS)
 
         @cache
         def draw(candidate: int, strength: float) -> Tensor:
-            return self.picture(slerp(self.at[-1], ends[candidate], reach * strength))
+            return self.image(slerp(self.path[-1], ends[candidate], reach * strength))
 
         question = Round(
-            problem.target,
-            list(self.drawn),
-            texts,
-            self.places(self.at),
-            self.places(list(slerp(self.at[-1], ends, reach))),
-            draw,
-            lambda: self.stopped,
+            prompt=problem.target,
+            images=list(self.images),
+            texts=texts,
+            positions=self.positions(self.path),
+            candidate_positions=self.positions(list(slerp(self.path[-1], ends, reach))),
+            draw=draw,
+            stopped=lambda: self.stopped,
         )
         choice = self.chooser.choose(question)
         if choice is not None or not self.stopped:
             choice = checked_choice(choice, len(texts))
         if choice:
-            self.answer(problem, choice, texts, reach)
-        self.stay()
+            self.apply_choice(problem, choice, texts, reach)
+        self.update_params()
 
-    def answer(self, problem: Problem, choice: Choice, texts: Sequence[str], reach: float) -> None:
-        """Apply a choice."""
+    def apply_choice(self, problem: Problem, choice: Choice, texts: Sequence[str], reach: float) -> None:
+        """Apply a choice to a problem's moves.
+
+        Args:
+            problem: The record.
+            choice: The choice.
+            texts: Texts of the round's candidates.
+            reach: How far the candidates are on the arcs to their texts, up to 1.
+        """
         result = HumanFeedbackResult.of(problem)
         if choice.action == "finish":
-            self.ended.add(problem.key)
+            self.finished_keys.add(problem.key)
         elif choice.action == "others":
             result.others += 1
         elif choice.action == "undo" and result.moves:
             result.others = result.moves.pop()["others"]
-            self.at.pop()
-            self.drawn.pop()
+            self.path.pop()
+            self.images.pop()
         elif choice.action == "go":
             text, strength = texts[choice.candidate], reach * choice.strength
-            end = self.ends([text], self.base(problem, len(result.moves)))  # alone, as in a resumed search
+            end = self.candidate_embeds([text], self.base_text(problem, len(result.moves)))  # alone, as after resuming
             result.moves.append(Move(text=text, strength=strength, candidate=choice.candidate, others=result.others))
             result.others = 0
-            self.arrive(slerp(self.at[-1], end[0], strength))
+            self.move_to(slerp(self.path[-1], end[0], strength))
             log.info("%s: move %d, %.2f of the way to %r", problem.target, len(result.moves), strength, text)
 
     # --- results
@@ -220,13 +224,13 @@ class HumanFeedback(Steering):
         """Keep the current prompt, which is the best by definition."""
         (problem,) = self.batch.records
         problem.prompt = problem.target
-        self.batch[0].best = self.at[-1]
-        self.data.folder.save_embeds(problem.key, self.file([problem], self.at[-1][None]))
+        self.batch[0].best = self.path[-1]
+        self.data.folder.save_embeds(problem.key, self.file([problem], self.path[-1][None]))
         return [problem]
 
     def finish_done(self, rows: Tensor) -> None:
         """Finish the problem if the user did."""
-        if len(rows) and self.batch[0].record.key in self.ended:
+        if len(rows) and self.batch[0].record.key in self.finished_keys:
             self.finish(0)
         else:
             super().finish_done(rows)
@@ -237,13 +241,13 @@ class HumanFeedback(Steering):
         if not HumanFeedbackResult.of(self.batch[row].record).moves:
             self.batch[row].record.status, self.batch[row].record.reason = "not improved", "Nothing was chosen."
 
-    def values(self, pictures: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """Return nothing, since what the user likes is not measured."""
+    def values(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
+        """Return nothing, since the user's taste has no metric."""
         return {}
 
     def metric(self, values: dict[str, Tensor]) -> Tensor:
         """Refuse, since there is no metric."""
-        raise UserError("HumanFeedback has no score to validate; look at grid.png, or run `test`.")
+        raise UserError("HumanFeedback has no metric to validate; look at grid.png, or run `test`.")
 
     def clips(self) -> list[ClipSimilarity]:
         """See `PromptMethod.clips`; includes the CLIP of a scripted chooser."""

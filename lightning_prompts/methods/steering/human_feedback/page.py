@@ -1,4 +1,4 @@
-"""The page on which a person chooses: gradio, on this machine alone."""
+"""The page on which the user chooses: gradio, on this machine only."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from torch import Tensor
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.errors import UserError, printable
 from lightning_prompts.methods.steering.human_feedback.choices import Choice, Chooser, Round
-from lightning_prompts.methods.steering.human_feedback.door import Server
+from lightning_prompts.methods.steering.human_feedback.server import Server
 from lightning_prompts.sampling.figures import to_image
 from lightning_prompts.setting_types import NotNegative
 
 log = logging.getLogger(__name__)
 
-SIDE, TICK = 256, 0.25  # pixels of a small picture on the page; seconds between looks at what is new
+SIDE, TICK = 256, 0.25  # pixels of an image on the page; seconds between updates
 KEYS = """<script>
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input:not([type=radio]), textarea")) return;
@@ -37,148 +37,151 @@ document.addEventListener("keydown", (event) => {
   (chosen || button)?.click();
 });
 </script>"""
-HELP = "Keys: **1** to **9** choose a candidate, arrows on the slider change the strength, **g** goes, **o** shows others, **u** undoes, **f** finishes."
+HELP = "Keys: **1** to **9** choose a candidate, arrows on the slider change the strength, **g** moves there, **o** shows others, **u** undoes, **f** finishes."
 
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows: texts as they stand, and files of pictures; it never changes, another one takes its place."""
+    """The content of the page: unescaped texts and image files; each update makes a new view."""
 
     number: int = 0
     question: int = 0
     prompt: str = ""
-    status: str = "The first pictures are being drawn."
+    status: str = "Generating the first images."
     ready: bool = False
     trail: list[str] = field(default_factory=list)
     candidates: list[tuple[str, str]] = field(default_factory=list)
     preview: str | None = None
     plane: str | None = None
 
-    def pictures(self) -> set[str]:
-        """The files."""
-        every = [*self.trail, *(picture for picture, _ in self.candidates), self.preview, self.plane]
-        return {picture for picture in every if picture is not None}
+    def files(self) -> set[str]:
+        """Return the image files."""
+        every = [*self.trail, *(file for file, _ in self.candidates), self.preview, self.plane]
+        return {file for file in every if file is not None}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a person has asked for on the page, and of which question."""
+class Request:
+    """A choice that the user made on the page, with the number of its question."""
 
     question: int
     choice: Choice
-    look: bool = False  # at what it would give
+    preview: bool = False  # only show what the choice would give
 
 
 class Page(Chooser):
-    """A page that shows the candidates and takes the person's choices; it ends with the run.
+    """A page that shows the candidates and takes the user's choices, as long as the run lasts.
 
-    Everything that it shows is the run's, so it can be reloaded or closed and opened again. It has only the pictures of the
-    current round, in a temporary folder that goes with it.
+    Its state is in the run, so it can be reloaded, or closed and opened again. Images of the current round are in a temporary folder,
+    which is deleted with the page.
 
     Args:
-        port: Where it listens on 127.0.0.1; 0 for the first free one from 7860.
-        show: Open it in the browser.
+        port: Port on 127.0.0.1; 0 for the first free one from 7860.
+        show: Open the page in the browser.
     """
 
     def __init__(self, port: NotNegative = 0, show: bool = True) -> None:
         if port > 65535:
-            raise UserError(f"A port is at most 65535, not {port}; change --model.chooser.port.")
+            raise UserError(f"--model.chooser.port must be at most 65535, got {port}.")
         self.port, self.show = port, show
         self.view = View()
-        self.asked: queue.Queue[Asked] = queue.Queue()
+        self.requests: queue.Queue[Request] = queue.Queue()
         self.opened: ExitStack | None = None  # the server and its files
-        self.seen = 0  # the newest view that a browser has
+        self.seen = 0  # number of the newest view that a browser has
 
-    # --- the run's side
+    # --- called by the run
 
     def open(self, backbone: Backbone, offline: bool) -> None:
-        """Starts the server."""
+        """Start the server."""
         try:
             import gradio
         except ModuleNotFoundError:
             raise UserError(
                 "The page needs gradio, which is not installed; run pip install 'lightning-prompts[page]'."
             ) from None
-        self.view, self.asked, self.seen = View(), queue.Queue(), 0  # nothing of a search before
+        self.view, self.requests, self.seen = View(), queue.Queue(), 0  # nothing of an earlier search
         with ExitStack() as opened:
             folder = opened.enter_context(
                 tempfile.TemporaryDirectory(prefix="lightning-prompts-page-", ignore_cleanup_errors=True)
             )
-            self.pictures = Path(folder).resolve()
-            opened.callback(_set_cache, _set_cache(str(self.pictures)))
+            self.images = Path(folder).resolve()
+            opened.callback(_set_cache, _set_cache(str(self.images)))
             shared = Path(gradio.route_utils.DEFAULT_TEMP_DIR)
-            unasked = [empty for empty in (shared / "vibe_edit_history", shared) if not empty.exists()]
+            unused = [empty for empty in (shared / "vibe_edit_history", shared) if not empty.exists()]
             server = Server(
-                gradio, self.build(gradio), self.port, self.pictures, head=KEYS, footer_links=[],
+                gradio, self.build(gradio), self.port, self.images, head=KEYS, footer_links=[],
                 theme=gradio.themes.Default(font="sans-serif", font_mono="monospace"),
             )  # fmt: skip
             opened.callback(server.close)
-            for empty in unasked:  # which gradio makes for what this page does not have
+            for empty in unused:  # gradio creates them for features that this page does not have
                 with suppress(OSError):
                     empty.rmdir()
             self.opened = opened.pop_all()
-        log.info("Choose on %s (Ctrl-C stops, and what is chosen by then is kept).", server.address)
+        log.info("Choose on %s (Ctrl-C stops, and your choices so far are kept).", server.address)
         if self.show:
             webbrowser.open(server.address)
 
     def choose(self, question: Round) -> Choice | None:
-        """Draws the candidates onto the page and waits for an answer."""
-        moves, count, number = len(question.trail) - 1, len(question.ends), self.view.question + 1
+        """Show the candidates on the page and wait for an answer."""
+        moves, count, number = len(question.images) - 1, len(question.texts), self.view.question + 1
         self.publish(
-            question=number, prompt=question.prompt, status="on the way.", ready=False,
-            trail=[self.keep(_shown(x)) for x in question.pictures], candidates=[], preview=None,
-            plane=self.keep(_plane(question)),
+            question=number, prompt=question.prompt, status="generating images.", ready=False,
+            trail=[self.save(_enlarged(x)) for x in question.images], candidates=[], preview=None,
+            plane=self.save(_plane(question)),
         )  # fmt: skip
         for i in range(count):
-            self.publish(status=f"drawing candidate {i + 1} of {count}.")
-            candidate = self.keep(_shown(question.draw(i, 1.0))), f"{i + 1}  {question.texts[i]}"
+            self.publish(status=f"generating candidate {i + 1} of {count}.")
+            candidate = self.save(_enlarged(question.draw(i, 1.0))), f"{i + 1}  {question.texts[i]}"
             self.publish(candidates=[*self.view.candidates, candidate])
         self.publish(ready=True, status=f"after move {moves}: which one do you like?")
         while not question.stopped():
             try:
-                asked = self.asked.get(timeout=0.2)
+                request = self.requests.get(timeout=0.2)
             except queue.Empty:
                 continue
-            if asked.question != number:  # a second click on what has been answered
+            if request.question != number:  # a second click on an answered question
                 continue
-            if asked.look and not self.asked.empty():  # a slider that moves asks for more than can be drawn
+            if (
+                request.preview and not self.requests.empty()
+            ):  # a moving slider makes more requests than images can be generated
                 continue
-            if not asked.look:
-                self.publish(ready=False, status="on the way.")
-                return asked.choice
-            self.publish(preview=self.keep(_shown(question.draw(asked.choice.candidate, asked.choice.strength))))
+            if not request.preview:
+                self.publish(ready=False, status="generating images.")
+                return request.choice
+            image = question.draw(request.choice.candidate, request.choice.strength)
+            self.publish(preview=self.save(_enlarged(image)))
         return None
 
     def publish(self, **changes: Any) -> None:
-        """Shows something new, and deletes the pictures that are no longer shown."""
+        """Replace the view, and delete the images that are no longer shown."""
         before = self.view
         self.view = replace(before, number=before.number + 1, **changes)
-        for picture in before.pictures() - self.view.pictures():
-            Path(picture).unlink(missing_ok=True)
+        for file in before.files() - self.view.files():
+            Path(file).unlink(missing_ok=True)
 
-    def keep(self, picture: Image.Image) -> str:
-        """The file of a picture, by whose name a browser knows whether it has it already."""
-        name = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:32]
-        file = self.pictures / f"{name}.png"
+    def save(self, image: Image.Image) -> str:
+        """Save an image, named by its content so that a browser loads it once, and return its file."""
+        name = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:32]
+        file = self.images / f"{name}.png"
         if not file.exists():
-            picture.save(file)
+            image.save(file)
         return str(file)
 
-    def close(self, last_words: str) -> None:
-        """Says what has become of the run, waits until a page that is open has said it, and stops the server."""
+    def close(self, message: str) -> None:
+        """Show a message, wait until an open page has it, and stop the server."""
         if self.opened is None:
             return
         opened, self.opened = self.opened, None
-        with opened:  # also at a second Ctrl-C
-            self.publish(prompt="", status=last_words, ready=False, candidates=[], preview=None)
+        with opened:  # also after a second Ctrl-C
+            self.publish(prompt="", status=message, ready=False, candidates=[], preview=None)
             until = time.monotonic() + 4 * TICK
             while self.seen < self.view.number and time.monotonic() < until:
                 time.sleep(TICK / 4)
 
-    # --- the browser's side
+    # --- called by the browser
 
     def build(self, gradio: Any) -> Any:
-        """The page's parts and what they do."""
+        """Build the page's components and connect their events."""
         with gradio.Blocks(title="Which one do you like?", analytics_enabled=False) as page:
             shown: dict[str, Any] = {"interactive": False, "buttons": [], "height": SIDE}
             number, question = gradio.State(-1), gradio.State(0)
@@ -216,7 +219,7 @@ class Page(Chooser):
                     view.question,
                     _text(view),
                     gradio.Gallery(
-                        [(picture, printable(text)) for picture, text in view.candidates],
+                        [(file, printable(text)) for file, text in view.candidates],
                         selected_index=None if new else gradio.skip(),
                     ),
                     gradio.Radio(choices=names, **({"value": None} if new else {}), interactive=ready),
@@ -227,37 +230,37 @@ class Page(Chooser):
                     view.trail,
                 ]
 
-            def ask(of: int, choice: Choice, look: bool = False) -> None:
-                self.asked.put(Asked(of, choice, look))
+            def request(number: int, choice: Choice, preview: bool = False) -> None:
+                self.requests.put(Request(number, choice, preview))
 
-            def go(of: int, name: str | None, far: float) -> None:
+            def go(number: int, name: str | None, strength: float) -> None:
                 if name is None:
                     gradio.Info("Choose a candidate first.")
                 else:
-                    ask(of, Choice("go", int(name) - 1, far))
+                    request(number, Choice("go", int(name) - 1, strength))
 
-            def look(of: int, name: str | None, far: float) -> None:
+            def show_preview(number: int, name: str | None, strength: float) -> None:
                 if name is not None:
-                    ask(of, Choice("go", int(name) - 1, far), look=True)
+                    request(number, Choice("go", int(name) - 1, strength), preview=True)
 
-            def picked(event: Any) -> str:
+            def selected(event: Any) -> str:
                 return str(event.index + 1)
 
-            picked.__annotations__["event"] = gradio.SelectData  # by which gradio knows what to give
+            selected.__annotations__["event"] = gradio.SelectData  # gradio passes the event by this annotation
 
             quiet = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-            gallery.select(picked, None, candidate, **quiet)
+            gallery.select(selected, None, candidate, **quiet)
             for changed in (candidate.change, strength.change):
-                changed(look, [question, candidate, strength], None, **quiet)
+                changed(show_preview, [question, candidate, strength], None, **quiet)
             buttons[0].click(go, [question, candidate, strength], None, **quiet)
             for button, action in zip(buttons[1:], ("others", "undo", "finish"), strict=True):
-                button.click(lambda of, action=action: ask(of, Choice(action)), question, None, **quiet)
+                button.click(lambda number, action=action: request(number, Choice(action)), question, None, **quiet)
             gradio.Timer(TICK).tick(refresh, [number, question], parts, **quiet)
         return page
 
 
 def _set_cache(folder: str | None) -> str | None:
-    """Where gradio keeps the files of its pages, by default in a folder that all of them share; returns where it was before."""
+    """Set the folder of gradio's files, None for the default that all pages share; return the folder before."""
     before = os.environ.pop("GRADIO_TEMP_DIR", None)
     if folder is not None:
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -265,24 +268,24 @@ def _set_cache(folder: str | None) -> str | None:
 
 
 def _text(view: View) -> str:
-    """What the page says, as HTML in which a prompt is text, whatever characters it has."""
+    """Return the prompt and the status as HTML, with both escaped."""
     prompt, status = (html.escape(printable(text)) for text in (view.prompt, view.status))
     return f"<strong>{prompt}</strong> {status}" if prompt else status
 
 
-def _shown(picture: Tensor) -> Image.Image:
-    """A picture (3, H, W) in [-1, 1]; a small one in larger pixels."""
-    image = to_image(picture)
+def _enlarged(tensor: Tensor) -> Image.Image:
+    """Convert an image (3, H, W) in [-1, 1], and enlarge it by a whole factor if it is small."""
+    image = to_image(tensor)
     larger = max(1, SIDE // image.width)
     return image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST)
 
 
 def _plane(question: Round) -> Image.Image:
-    """The map: the way here, which ends in a dot, and the candidates' numbers."""
-    points = torch.cat([question.trail, question.ends])
+    """Draw the map: the moves so far, which end in a dot, and the candidates' numbers."""
+    points = torch.cat([question.positions, question.candidate_positions])
     low, high = points.min(0).values, points.max(0).values
     places = ((points - low) / (high - low).max().clamp(min=1e-6) * (SIDE - 40) + 20).tolist()
-    canvas, here = Image.new("RGB", (SIDE, SIDE), "white"), len(question.trail) - 1
+    canvas, here = Image.new("RGB", (SIDE, SIDE), "white"), len(question.positions) - 1
     pen = ImageDraw.Draw(canvas)
     pen.line([tuple(place) for place in places[: here + 1]], fill="orange", width=2)
     for i, (x, y) in enumerate(places):

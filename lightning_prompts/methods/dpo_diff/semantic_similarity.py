@@ -1,4 +1,4 @@
-"""Whether other words keep the meaning of a prompt."""
+"""Semantic similarity of prompts, by a sentence encoder."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives.clip import ClipSimilarity
 
-ROUNDING = 1e-6  # of a cosine, so that a text means the same as itself
+ROUNDING = 1e-6  # of a cosine, so that a text is as similar to itself as any threshold asks
 
 
-class Meaning:
-    """Likeness of texts in a sentence encoder.
+class SemanticSimilarity:
+    """The cosine of texts in a sentence encoder.
 
     Args:
-        clip: Its text tower is the encoder if no other is named.
+        clip: Its text encoder is the sentence encoder, unless `name` is given.
         name: Folder or hub id of a sentence-transformers model.
         offline: Do not connect to the hub.
 
@@ -33,16 +33,16 @@ class Meaning:
         self.clip, self.name = clip, name
         self.encoder = None if name is None else _load(name, offline)
 
-    def kept(self, text: str, others: Sequence[str], threshold: float) -> list[bool]:
-        """Which of B other texts mean the same, at a cosine of at least a threshold."""
+    def reaches(self, threshold: float, text: str, others: Sequence[str]) -> list[bool]:
+        """Return which of B other texts have at least this cosine with a text."""
         if all(other == text for other in others):
             return [True] * len(others)
         return (self(text, others) >= threshold - ROUNDING).tolist()
 
     def __call__(self, text: str, others: Sequence[str]) -> Tensor:
-        """Cosines (B,) in [-1, 1] of a text and B others.
+        """Compute the cosines (B,) in [-1, 1] of a text and B others.
 
-        They are encoded together and not remembered: what an earlier call has encoded is not there when a search goes on.
+        The texts are encoded together and not cached, since a cache would differ after resuming and rounding depends on the batch.
         """
         texts = list(dict.fromkeys([text, *others]))
         rows = dict(zip(texts, self._encode(texts).cpu(), strict=True))
@@ -51,7 +51,7 @@ class Meaning:
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> Tensor:
-        # What passes the threshold does not depend on the search's precision.
+        # The search's precision must not change which texts reach the threshold.
         with torch.autocast(self.clip.clip.device.type, enabled=False):
             if self.encoder is None:
                 return self.clip.features_of(texts)
@@ -64,8 +64,7 @@ def _load(name: str, offline: bool) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise UserError(
-            "A sentence encoder by name needs sentence-transformers; run `pip install sentence-transformers`, or leave "
-            "--model.sentence_encoder out."
+            "--model.sentence_encoder needs sentence-transformers; run `pip install sentence-transformers`, or leave it out."
         ) from error
     try:
         with hub_access(offline):
@@ -76,16 +75,18 @@ def _load(name: str, offline: bool) -> Any:
         ) from error
 
 
-def keeping(space: Space, meaning: Meaning, threshold: float) -> Space:
-    """A space without the words that change the meaning of the prompt on their own.
+def filter_by_similarity(space: Space, similarity: SemanticSimilarity, threshold: float) -> Space:
+    """Remove the words that, replaced alone, change the meaning of the prompt.
 
     Raises:
-        UserError: None is left.
+        UserError: No word is left.
     """
     prompt, slots = space.texts([0] * len(space.slots))[0], []
     for number, slot in enumerate(space.slots):
-        kept = meaning.kept(prompt, [space.texts(choice)[0] for choice in space.alone(number)], threshold)
-        slots.append(Slot(slot.name, tuple(word for i, word in enumerate(slot.words) if i == 0 or kept[i])))
+        similar = similarity.reaches(
+            threshold, prompt, [space.texts(choice)[0] for choice in space.single_changes(number)]
+        )
+        slots.append(Slot(slot.name, tuple(word for i, word in enumerate(slot.words) if i == 0 or similar[i])))
     smaller = space.with_slots(slots)
     if not smaller.slots:
         raise UserError(

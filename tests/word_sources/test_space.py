@@ -5,10 +5,10 @@ import pytest
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.dpo_diff.negative_words import LIBRARY
-from lightning_prompts.methods.dpo_diff.neighbors import Neighbours
-from lightning_prompts.methods.dpo_diff.sources import Sources, fitting
+from lightning_prompts.methods.dpo_diff.negative_words import NEGATIVE_WORDS
+from lightning_prompts.methods.dpo_diff.neighbors import Neighbors
 from lightning_prompts.methods.dpo_diff.space import Slot, Space, negative_slots, positive_slots
+from lightning_prompts.methods.dpo_diff.word_sources import WordSources, fit_to_encoder
 
 
 def space(prompt, substitutes, negative=None, empty=False):
@@ -57,7 +57,7 @@ def test_negative_prompt_has_commas_between_what_is_chosen():
 def test_kept_words_have_no_slot(tiny):
     tower = load_backbone(tiny).vocabulary
     for keep, names in (([], ["small", "red", "cat"]), (["Red cat", "car"], ["small"])):
-        found = Sources(tower, ["neighbours"], ["library"], empty=True, keep=keep).space("a small, red cat")
+        found = WordSources(tower, ["neighbours"], ["library"], empty=True, keep=keep).space("a small, red cat")
         assert [slot.name for slot in found.positive] == names
         assert len(found.negative) == 4
 
@@ -74,7 +74,7 @@ def test_every_choice_fits_and_is_read_as_it_was_put_together(tiny):
         "small": ["large", "2big"],
     }
     negative = {f"kind {i}": ["red", "blue square", "blurry", "in the top left corner of a photo"] for i in range(6)}
-    found = fitting(space("a photo of a small cat", words, negative), tower)
+    found = fit_to_encoder(space("a photo of a small cat", words, negative), tower)
     assert "dog" in found.slots[0].words + found.slots[1].words
     assert [len(slot.words) for slot in found.negative] == [len(found.negative[0].words)] * 6
     assert len(found.negative[0].words) > 1
@@ -88,9 +88,9 @@ def test_every_choice_fits_and_is_read_as_it_was_put_together(tiny):
             assert tokens == tower.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_neighbours_are_the_nearest_rows_of_the_table(tiny):
+def test_neighbors_are_the_nearest_rows_of_the_table(tiny):
     tower = load_backbone(tiny).vocabulary
-    near = Neighbours(tower, 3)
+    near = Neighbors(tower, 3)
     word = next(iter(near.words))
     found = near(word)
     table = tower.table / tower.table.norm(dim=1, keepdim=True)
@@ -103,9 +103,9 @@ def test_neighbours_are_the_nearest_rows_of_the_table(tiny):
 def test_prompt_without_replaceable_words_is_refused(tiny):
     tower = load_backbone(tiny).vocabulary
     with pytest.raises(UserError, match=r"'of the' has no word"):
-        Sources(tower, ["neighbours"], []).space("of the")
+        WordSources(tower, ["neighbours"], []).space("of the")
 
 
-def test_library_is_of_distinct_words():
-    words = [word for kind in LIBRARY.values() for word in kind]
+def test_negative_words_are_distinct():
+    words = [word for kind in NEGATIVE_WORDS.values() for word in kind]
     assert len(set(words)) == len(words) > 80

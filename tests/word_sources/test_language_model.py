@@ -6,7 +6,7 @@ import pytest
 
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.dpo_diff import language_model as module
-from lightning_prompts.methods.dpo_diff.language_model import LanguageModel, is_usable, parse
+from lightning_prompts.methods.dpo_diff.language_model import LanguageModel, is_usable, parse_answer
 
 PROMPT = "a small dog on a red mat"
 
@@ -28,7 +28,7 @@ PROMPT = "a small dog on a red mat"
     ],
 )
 def test_answers_are_read(answer, found):
-    assert parse(answer, PROMPT) == found
+    assert parse_answer(answer, PROMPT) == found
 
 
 def test_answers_with_single_words_are_asked_again():
@@ -92,7 +92,7 @@ def test_endpoint_that_is_down(tmp_path):
 
 def test_model_on_this_machine(language_model, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "QUESTION", "a {prompt:.3}")  # the model reads 24 tokens
-    monkeypatch.setattr(module, "parse", lambda answer, prompt: {"dog": [*answer.split()[:2], "b"]})
+    monkeypatch.setattr(module, "parse_answer", lambda answer, prompt: {"dog": [*answer.split()[:2], "b"]})
     words = LanguageModel(language_model, tmp_path / "answers.json")(PROMPT, "synonyms")
     assert words["dog"]
     again = LanguageModel(language_model, tmp_path / "other.json")(PROMPT, "synonyms")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.dpo_diff.similarity import Meaning, keeping
+from lightning_prompts.methods.dpo_diff.semantic_similarity import SemanticSimilarity, filter_by_similarity
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives.clip import ClipSimilarity
 
@@ -23,31 +23,31 @@ def clip():
 def test_cosines_are_those_of_the_clips_texts(clip):
     texts = ["a cat", "a dog", "a cat on a red mat"]
     features = torch.cat([clip.text_features(clip.encode([text])) for text in texts])
-    torch.testing.assert_close(Meaning(clip)(texts[0], texts), features @ features[0])
+    torch.testing.assert_close(SemanticSimilarity(clip)(texts[0], texts), features @ features[0])
 
 
 def test_precision_of_the_search_does_not_change_what_keeps_the_meaning(clip):
     texts = ["a cat", "a dog", "a cat on a red mat"]
     with torch.autocast("cpu", torch.bfloat16):
-        found = Meaning(clip)(texts[0], texts)
-    assert torch.equal(found, Meaning(clip)(texts[0], texts))
+        found = SemanticSimilarity(clip)(texts[0], texts)
+    assert torch.equal(found, SemanticSimilarity(clip)(texts[0], texts))
 
 
 def test_text_means_the_same_as_itself(clip):
     texts = [f"a {size} {name}" for size in ("small", "large") for name in ("cat", "dog", "tree", "fox")]
-    assert all(Meaning(clip).kept(text, [text], 1.0) == [True] for text in texts)
-    assert Meaning(clip).kept("a cat", ["a dog", "a cat"], 1.0) == [False, True]
-    assert Meaning(clip).kept("a cat", [], 1.0) == []
+    assert all(SemanticSimilarity(clip).reaches(1.0, text, [text]) == [True] for text in texts)
+    assert SemanticSimilarity(clip).reaches(1.0, "a cat", ["a dog", "a cat"]) == [False, True]
+    assert SemanticSimilarity(clip).reaches(1.0, "a cat", []) == []
 
 
 @pytest.mark.exact
 def test_cosines_do_not_depend_on_what_was_asked_for_before(clip, rounding):
-    meaning, others = Meaning(clip), ["a dog", "a cat on a red mat"]
-    first = meaning("a cat", others)
-    meaning("a tree", ["a dog", "a cat"])
-    meaning("a cat", ["a cat on a red mat", "a fox beside a very large green tree", "a red square"])
-    assert torch.equal(meaning("a cat", others), first)
-    assert torch.equal(Meaning(clip)("a cat", others), first)
+    similarity, others = SemanticSimilarity(clip), ["a dog", "a cat on a red mat"]
+    first = similarity("a cat", others)
+    similarity("a tree", ["a dog", "a cat"])
+    similarity("a cat", ["a cat on a red mat", "a fox beside a very large green tree", "a red square"])
+    assert torch.equal(similarity("a cat", others), first)
+    assert torch.equal(SemanticSimilarity(clip)("a cat", others), first)
 
 
 class Encoder:
@@ -64,13 +64,13 @@ class Encoder:
 
 def test_named_encoder_takes_its_place(clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Encoder))
-    meaning = Meaning(clip, "letters")
+    similarity = SemanticSimilarity(clip, "letters")
     one, other = (Encoder("letters", True).encode([text], True, False).float() for text in ("abba", "abb"))
     torch.testing.assert_close(
-        meaning("abba", ["abb", "abba"]), torch.tensor([float(F.cosine_similarity(one, other)), 1.0])
+        similarity("abba", ["abb", "abba"]), torch.tensor([float(F.cosine_similarity(one, other)), 1.0])
     )
     with pytest.raises(UserError, match="'unknown' cannot be loaded"):
-        Meaning(clip, "unknown")
+        SemanticSimilarity(clip, "unknown")
 
 
 def test_without_the_library_says_how_to_get_it(clip, monkeypatch):
@@ -81,13 +81,13 @@ def test_without_the_library_says_how_to_get_it(clip, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(UserError, match="pip install sentence-transformers"):
-        Meaning(clip, "letters")
+        SemanticSimilarity(clip, "letters")
 
 
 def test_words_that_change_the_meaning_alone_are_left_out():
     cosines = {"a dog on a big mat": 0.95, "a red fox on a big mat": 0.8, "a cat on a huge mat": 0.5}
 
-    class Given(Meaning):
+    class Given(SemanticSimilarity):
         def __init__(self):
             pass
 
@@ -95,9 +95,9 @@ def test_words_that_change_the_meaning_alone_are_left_out():
             assert text == "a cat on a big mat"
             return torch.tensor([1.0 if other == text else cosines[other] for other in others])
 
-    meaning = Given()
-    kept = keeping(SPACE, meaning, 0.9)
+    similarity = Given()
+    kept = filter_by_similarity(SPACE, similarity, 0.9)
     assert kept == Space(("a ", " on a big mat"), (Slot("cat", ("cat", "dog")),))
-    assert keeping(SPACE, meaning, 0.5) == SPACE
+    assert filter_by_similarity(SPACE, similarity, 0.5) == SPACE
     with pytest.raises(UserError, match="keeps the meaning"):
-        keeping(SPACE, meaning, 0.96)
+        filter_by_similarity(SPACE, similarity, 0.96)

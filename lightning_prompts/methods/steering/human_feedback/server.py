@@ -1,8 +1,7 @@
-"""The server of the page, and the door that every request to it passes.
+"""The server of the page, and the filter of its requests.
 
-Any page that a browser shows can send requests to 127.0.0.1, and any person of this machine can, too. So requests are answered
-only if they name this server as their host, come from its own page, know the secret of this run that its address has, and ask
-for what the page needs.
+Any page in a browser can send requests to 127.0.0.1, and so can any user of this machine. So requests are answered only if they name
+this server as their host, come from its own page, have the secret in its address, and use a route that the page needs.
 """
 
 from __future__ import annotations
@@ -24,31 +23,31 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 HOST, FIRST, TRIED = "127.0.0.1", 7860, 100
-NEEDED = {  # of gradio's routes, without those that take files, tell of the server or give files that are not the page's
+ROUTES = {  # of gradio, without those that upload files, describe the server or serve files that are not the page's
     "GET": r"/|/(assets|static)/.+|/theme\.css|/gradio_api/(heartbeat/\w+|queue/data)",
     "POST": r"/gradio_api/(run/\w+|queue/join)/?",
 }
-DRAINED = 2**16  # bytes of a refused request that are read and forgotten
+DRAINED = 2**16  # bytes of a refused request that are read and dropped
 HEADERS = [
-    (b"cache-control", b"no-store"),  # what was drawn is not to stay in the browser's files
+    (b"cache-control", b"no-store"),  # keeps images out of the browser's cache
     (b"referrer-policy", b"no-referrer"),  # the address is a secret
-    (b"x-frame-options", b"DENY"),  # no other page is to lead the person's clicks here
+    (b"x-frame-options", b"DENY"),  # no other page may embed this one to capture clicks
     (b"x-content-type-options", b"nosniff"),
 ]
 
 
-class Door:
-    """An ASGI application that lets those requests through that the page makes, and refuses all others.
+class RequestFilter:
+    """An ASGI application that passes on the requests of the page, and refuses all others.
 
     Args:
-        app: The application behind it, mounted at `prefix`.
-        port: Where it is reached.
-        prefix: The part of the address that is secret, such as /secret.
-        pictures: The folder of the pictures that the page shows.
+        app: The application to protect, mounted at `prefix`.
+        port: Port of the server.
+        prefix: Secret part of the address, such as /secret.
+        images: Folder of the images that the page shows.
     """
 
-    def __init__(self, app: App, port: int, prefix: str, pictures: Path) -> None:
-        self.app, self.prefix, self.pictures = app, prefix.encode(), pictures
+    def __init__(self, app: App, port: int, prefix: str, images: Path) -> None:
+        self.app, self.prefix, self.images = app, prefix.encode(), images
         names = [f"{name}:{port}" for name in (HOST, "localhost")] + ([HOST, "localhost"] if port == 80 else [])
         self.names, self.port = [name.encode() for name in names], port
 
@@ -68,7 +67,7 @@ class Door:
             await self.app(scope, receive, answer)
             return
         more, size = True, 0
-        while more and size < DRAINED:  # a connection that is closed with something unread loses the answer
+        while more and size < DRAINED:  # closing a connection with unread bytes would lose the response
             message = await receive()
             more, size = message.get("more_body", False), size + len(message.get("body", b""))
         status, text = refusal
@@ -77,43 +76,43 @@ class Door:
         await send({"type": "http.response.body", "body": text.encode()})
 
     def refusal(self, scope: Message) -> tuple[int, str] | None:
-        """Why a request is not answered, with the status that says so; None if it is."""
+        """Return the status and the reason of a refusal; None if the request is allowed."""
         hosts, origins = (
             [value.lower() for key, value in scope["headers"] if key == name] for name in (b"host", b"origin")
         )
         if len(hosts) != 1 or hosts[0] not in self.names:
             return 403, (
-                f"This page is reached as {HOST}:{self.port} or localhost:{self.port}; a tunnel must have this port on both ends.\n"
+                f"Open this page as {HOST}:{self.port} or localhost:{self.port}; a tunnel must have this port on both ends.\n"
             )
         if any(origin != b"http://" + hosts[0] for origin in origins):
             return 403, "This request comes from another page.\n"
         path = str(scope["path"])
         secret, inside = path[: len(self.prefix)], path[len(self.prefix) :]
         if not secrets.compare_digest(secret.encode(errors="replace"), self.prefix) or not inside.startswith("/"):
-            return 403, "Open the whole address that the terminal names.\n"
-        needed = re.fullmatch(NEEDED.get(scope["method"], "(?!)"), inside)
-        if not needed and not (scope["method"] == "GET" and self.is_picture(inside)):
-            return 404, "The page has nothing there.\n"
+            return 403, "Open the whole address that the terminal shows.\n"
+        allowed = re.fullmatch(ROUTES.get(scope["method"], "(?!)"), inside)
+        if not allowed and not (scope["method"] == "GET" and self.is_image(inside)):
+            return 404, "This page does not exist.\n"
         return None
 
-    def is_picture(self, path: str) -> bool:
-        """Whether a path names a picture that the page shows."""
-        found = re.fullmatch(r"/gradio_api/file=(.+)/\w+\.png", path)
-        return found is not None and Path(found[1]) == self.pictures
+    def is_image(self, path: str) -> bool:
+        """Return whether a path names an image that the page shows."""
+        match = re.fullmatch(r"/gradio_api/file=(.+)/\w+\.png", path)
+        return match is not None and Path(match[1]) == self.images
 
 
 class Server:
     """A server of one gradio page, in a thread of its own.
 
     Args:
-        gradio: The module.
-        page: The page, whose parts keep their files in `pictures`.
-        port: Where it listens on 127.0.0.1; 0 for the first free one from 7860.
-        pictures: The folder of the pictures that it shows.
-        settings: Further ones of `gradio.mount_gradio_app`.
+        gradio: The gradio module.
+        page: The page, whose components keep their files in `images`.
+        port: Port on 127.0.0.1; 0 for the first free one from 7860.
+        images: Folder of the images that the page shows.
+        settings: Further arguments of `gradio.mount_gradio_app`.
     """
 
-    def __init__(self, gradio: Any, page: Any, port: int, pictures: Path, **settings: Any) -> None:
+    def __init__(self, gradio: Any, page: Any, port: int, images: Path, **settings: Any) -> None:
         import uvicorn
         from fastapi import FastAPI
 
@@ -124,10 +123,10 @@ class Server:
             self.address = f"http://{HOST}:{port}{prefix}/"
             app = gradio.mount_gradio_app(
                 FastAPI(openapi_url=None), page, prefix, server_name=HOST, server_port=port, root_path=prefix,
-                allowed_paths=[str(pictures)], ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, **settings,
+                allowed_paths=[str(images)], ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, **settings,
             )  # fmt: skip
             config = uvicorn.Config(
-                Door(app, port, prefix, pictures), ws="none", proxy_headers=False, server_header=False, access_log=False,
+                RequestFilter(app, port, prefix, images), ws="none", proxy_headers=False, server_header=False, access_log=False,
                 log_config=None, log_level="critical",
             )  # fmt: skip
             self.server = uvicorn.Server(config)
@@ -147,7 +146,7 @@ class Server:
 
 
 def _listening(port: int) -> socket.socket:
-    """A socket that listens on a port; for 0 on the first free one."""
+    """Return a socket that listens on a port; for 0 on the first free one."""
     for tried in [port] if port else range(FIRST, FIRST + TRIED):
         listening = socket.socket()
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -158,10 +157,10 @@ def _listening(port: int) -> socket.socket:
             listening.close()
             if port and isinstance(error, PermissionError):
                 raise UserError(
-                    f"Port {port} cannot be listened on by this user; give --model.chooser.port one from 1024, or 0 to take one that is free."
+                    f"--model.chooser.port must be 1024 or above for this user, got {port}; give another port, or 0 for a free one."
                 ) from None
         else:
             return listening
     if port:
-        raise UserError(f"Port {port} is in use; give --model.chooser.port another one, or 0 to take one that is free.")
-    raise UserError(f"No port from {FIRST} to {FIRST + TRIED - 1} is free; give --model.chooser.port another one.")
+        raise UserError(f"Port {port} is in use; give --model.chooser.port another one, or 0 for a free one.")
+    raise UserError(f"No port from {FIRST} to {FIRST + TRIED - 1} is free; give another one as --model.chooser.port.")

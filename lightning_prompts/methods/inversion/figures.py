@@ -1,0 +1,54 @@
+"""The figures of an inversion: targets above regenerated images, and word maps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from lightning_prompts.callbacks.board import log_images
+from lightning_prompts.runs.atomic_io import atomic_write
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.runs.record import Problem
+from lightning_prompts.sampling.attention_maps import word_picture
+from lightning_prompts.sampling.figures import grid, regenerate, to_image, to_png
+
+if TYPE_CHECKING:
+    from lightning_prompts.methods.inversion.base import Inverter
+
+REGENERATIONS = 4  # images per prompt in the final evaluation
+SHOWN = 24  # problems in the grid and the word maps
+
+
+def regenerate_and_save(method: Inverter, problems: list[Problem]) -> Tensor:
+    """Generate images (P, 4, 3, H, W) in [-1, 1] from P prompts, and save those of the grid."""
+    generated = regenerate(method, problems, REGENERATIONS)
+    for problem, images in zip(problems, generated, strict=True):
+        if problem.index < SHOWN:
+            method.data.folder.save_image(problem.key, to_png(to_image(torch.cat([*images], dim=2))))
+    return generated
+
+
+def write_figures(method: Inverter, problems: list[Problem], folder: RunFolder) -> None:
+    """Write the grid and, for denoisers with cross-attention, the word maps; log both to TensorBoard."""
+    targets = [images[0] for images in method.data.target_images(problems)]
+    generated = torch.stack([_images_of(method, problem) for problem in problems])
+    atomic_write(folder.grid, to_png(grid(targets, generated, problems)))
+    words = word_picture(method, problems, targets) if method.backbone.cross_attends else None
+    if words:
+        atomic_write(folder.words, to_png(words))
+    log_images(method.trainer.loggers, "regenerations", [to_image(image) for image in generated.flatten(0, 1)])
+    if words:
+        log_images(method.trainer.loggers, "words", [words])
+
+
+def _images_of(method: Inverter, problem: Problem) -> Tensor:
+    """Return the images (4, 3, H, W) in [-1, 1] of a problem's prompt, from their file if there is one."""
+    try:
+        saved = pil_to_tensor(Image.open(method.data.folder.image_of(problem.key)))
+    except OSError:  # not scored yet, or the file could not be written
+        return regenerate(method, [problem], REGENERATIONS)[0]
+    return torch.stack(saved.chunk(REGENERATIONS, dim=2)) / 127.5 - 1
