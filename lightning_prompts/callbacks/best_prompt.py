@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytorch_lightning as pl
 from torch import Tensor
 
-from lightning_prompts.callbacks.board import log_text
+from lightning_prompts.callbacks.loggers import log_text
 
 if TYPE_CHECKING:
     from lightning_prompts.engine.datamodule import Step

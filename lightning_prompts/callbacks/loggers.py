@@ -33,7 +33,7 @@ def log_text(loggers: Sequence[Logger], name: str, lines: Sequence[str], step: i
             logger.experiment.log_text(logger.run_id, "\n".join(lines) + "\n", f"{name}/{step:08d}.txt")
 
 
-def takes_images(loggers: Sequence[Logger]) -> bool:
+def supports_images(loggers: Sequence[Logger]) -> bool:
     """Tell whether one of the loggers takes images, so that it is worth drawing some."""
     return any(isinstance(logger, TensorBoardLogger | WandbLogger | MLFlowLogger) for logger in loggers)
 

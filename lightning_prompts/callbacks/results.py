@@ -16,10 +16,10 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.distributed import wait_for_all
+from lightning_prompts.distributed import barrier
 from lightning_prompts.engine.datamodule import ProblemData
 from lightning_prompts.errors import UserError
-from lightning_prompts.metrics import lpips_lacks
+from lightning_prompts.metrics import missing_lpips_weights
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
@@ -94,7 +94,7 @@ class Results(Checkpoint):
         self._score(trainer, pl_module)
         self._mark_open(trainer, pl_module)
         if trainer.world_size > 1:
-            wait_for_all()
+            barrier()
         pl_module.microbatch.ranks = 1  # the others are done
         if trainer.is_global_zero:
             self._write(trainer, pl_module)
@@ -119,7 +119,7 @@ class Results(Checkpoint):
                 data.evict(problem)
         self._write(trainer, pl_module)
         pictured = any(problem.paths for problem in folder.found())
-        if pictured and (reason := lpips_lacks(weights=self.scores.lpips_weights)):
+        if pictured and (reason := missing_lpips_weights(weights=self.scores.lpips_weights)):
             say(reason)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:

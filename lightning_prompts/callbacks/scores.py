@@ -22,11 +22,11 @@ from lightning_prompts.metrics import (
     Perplexity,
     SpecialCharacters,
     WordRecall,
-    lpips_lacks,
+    missing_lpips_weights,
     read_dictionary,
 )
 from lightning_prompts.objectives import ClipSimilarity
-from lightning_prompts.objectives.clip import clip_of, load_clip
+from lightning_prompts.objectives.clip import default_clip, load_clip
 from lightning_prompts.runs.record import InversionResult, Problem, RefinementResult
 from lightning_prompts.terminal import say
 
@@ -83,7 +83,9 @@ class Scores:
         if name is None:
             return None
         clip = _clip(method, name)
-        if _kept(method, f"searching by {name}", lambda: any(map(clip.sees_like, (*method.clips(), *searching)))):
+        if _kept(
+            method, f"searching by {name}", lambda: any(map(clip.has_same_image_encoder, (*method.clips(), *searching)))
+        ):
             raise UserError(
                 f"The scorer {name!r} has the weights of the CLIP that this search goes by, so that its scores would not be held out; "
                 "give another CLIP as --scorer, or leave it out."
@@ -130,7 +132,7 @@ class Scores:
     def _score_pictures(self, method: PromptMethod, rows: Sequence[tuple[Problem, Tensor, Tensor]]) -> None:
         """Scores problems by their drawn pictures (N, 3, H, W) and their targets (I, 3, H, W)."""
         with _told():
-            own = _clip(method, clip_of(method.backbone))
+            own = _clip(method, default_clip(method.backbone))
             similarity, diversity, agreement = ClipImageSimilarity(own), Diversity(own), ClipTextSimilarity(own)
             for problem, drawn, target in rows:
                 result = InversionResult.of(problem)
@@ -148,7 +150,7 @@ class Scores:
                     result.heldout_clip_similarity = float(similarity(drawn, target))
                     result.diversity = float(diversity(drawn[None]))  # rather than by a CLIP that may have searched
         with _told():
-            if not lpips_lacks(weights=self.lpips_weights):
+            if not missing_lpips_weights(weights=self.lpips_weights):
                 lpips = _kept(method, "lpips", lambda: Lpips(weights=self.lpips_weights))
                 for problem, drawn, target in rows:
                     InversionResult.of(problem).lpips = float(lpips(drawn, target))

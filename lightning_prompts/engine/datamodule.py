@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 import pytorch_lightning as pl
 from torch import Tensor
 
-from lightning_prompts.distributed import of_all_ranks, sharing
+from lightning_prompts.distributed import all_gather_object, num_sample_ranks
 from lightning_prompts.errors import UserError
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
@@ -73,7 +73,7 @@ class ProblemData(pl.LightningDataModule, ABC):
     def folder(self) -> RunFolder:
         """The run's folder."""
         trainer: pl.Trainer = self.trainer  # type: ignore[assignment]
-        writes = sharing(trainer) == 1 or trainer.is_global_zero
+        writes = num_sample_ranks(trainer) == 1 or trainer.is_global_zero
         return RunFolder(trainer.default_root_dir, writes, self.method.result_class)
 
     @property
@@ -114,7 +114,7 @@ class ProblemData(pl.LightningDataModule, ABC):
     @property
     def part(self) -> tuple[int, int]:
         """This rank's part of the problems and the number of parts; ranks that share each problem's samples have all of them."""
-        if sharing(self.trainer) > 1:  # type: ignore[arg-type]
+        if num_sample_ranks(self.trainer) > 1:  # type: ignore[arg-type]
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
 
@@ -140,7 +140,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         except UserError as mistake:
             error = mistake
         digest = hashlib.sha256(repr(found).encode(errors="backslashreplace")).hexdigest()
-        everyone = of_all_ranks((len(found), digest, error and str(error)))
+        everyone = all_gather_object((len(found), digest, error and str(error)))
         if error:
             raise error
         for rank, (count, other, wrong) in enumerate(everyone):

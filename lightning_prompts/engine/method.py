@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_prompts.backbones import Backbone, Kind, load_backbone, save_memory
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.distributed import of_rank_zero, sharing
+from lightning_prompts.distributed import broadcast, num_sample_ranks
 from lightning_prompts.engine.batch import Batch, merge
 from lightning_prompts.engine.checkpoint import checkpoints_of_all
 from lightning_prompts.engine.datamodule import ProblemData, Step
@@ -192,17 +192,17 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             raise UserError(
                 "--model.microbatch null needs a GPU, since a CPU does not report when its memory is full; give --model.microbatch 16."
             )
-        self.microbatch.ranks = sharing(self.trainer)
+        self.microbatch.ranks = num_sample_ranks(self.trainer)
         if self.microbatch.ranks > 1:
-            self.parameter.register_hook(of_rank_zero)
+            self.parameter.register_hook(broadcast)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy a tensor from the host to the device without waiting for the device."""
         return tensor.to(self.device, non_blocking=True)
 
     def broadcast(self, value: T) -> T:
-        """Return rank 0's value on all ranks that share the samples; see `of_rank_zero`."""
-        return value if self.microbatch.ranks == 1 else of_rank_zero(value)
+        """Return rank 0's value on all ranks that share the samples; see `broadcast`."""
+        return value if self.microbatch.ranks == 1 else broadcast(value)
 
     def on_train_start(self) -> None:
         """Restore the batch of a checkpoint."""
@@ -258,7 +258,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         rows = self.batch.active_rows()
         self.step(batch, rows)
         if self.microbatch.ranks > 1:
-            self.parameter.data = of_rank_zero(self.parameter.data)
+            self.parameter.data = broadcast(self.parameter.data)
         elapsed, self._begun = time.perf_counter() - self._begun, time.perf_counter()
         for row in rows.tolist():
             self.batch[row].steps += 1

@@ -26,7 +26,7 @@ class Lpips(Mean):
     """Mean LPIPS between drawn pictures and their targets, 0 or more, 0 for equal ones; lower is better.
 
     The released network of the package `lpips`, version 0.1, in which pictures with a side below 64 are enlarged to 64 x 64.
-    Nothing is downloaded: see `lpips_lacks`.
+    Nothing is downloaded: see `missing_lpips_weights`.
 
     Args:
         trunk: The network whose features are compared.
@@ -37,7 +37,7 @@ class Lpips(Mean):
 
     def __init__(self, trunk: Trunk = "alex", weights: str | Path | None = None) -> None:
         super().__init__()
-        if reason := lpips_lacks(trunk, weights):
+        if reason := missing_lpips_weights(trunk, weights):
             raise UserError(reason)
         self.network = _network(trunk, _file(trunk, weights))
 
@@ -49,7 +49,7 @@ class Lpips(Mean):
         self.add(torch.cat([self.network(drawn, target.expand_as(drawn)) for target in targets]))
 
 
-def lpips_lacks(trunk: Trunk = "alex", weights: str | Path | None = None) -> str | None:
+def missing_lpips_weights(trunk: Trunk = "alex", weights: str | Path | None = None) -> str | None:
     """Why there is no LPIPS, in one sentence; None where there is."""
     (name, published), file = TRUNKS[trunk], _file(trunk, weights)
     if file.is_file():

@@ -56,7 +56,7 @@ def load_tokenizer(name: str, offline: bool = False) -> Any:
     return tokenizer
 
 
-def clip_of(backbone: Backbone) -> str:
+def default_clip(backbone: Backbone) -> str:
     """The CLIP that goes with a backbone: the folder `clip` beside its components, else that of its (first) text encoder."""
     folder = EMOJI if backbone.name == "emoji" else Path(backbone.name).expanduser()
     if (folder / "clip").is_dir():
@@ -97,7 +97,7 @@ class ClipSimilarity(TypedModule):
         """The CLIP's own, loaded when it is first needed."""
         return load_tokenizer(self.name, self.offline)
 
-    def sees_like(self, other: ClipSimilarity) -> bool:
+    def has_same_image_encoder(self, other: ClipSimilarity) -> bool:
         """Tell whether another CLIP has the same image encoder, from whatever folder or precision it was loaded."""
         own, others = (
             [*clip.clip.vision_model.parameters(), clip.clip.visual_projection.weight] for clip in (self, other)
@@ -116,7 +116,7 @@ class ClipSimilarity(TypedModule):
         check_embedded(self.tokenizer, texts, ids.tolist(), self.vocab_size)
         return ids.to(self.clip.device)
 
-    def knows(self, tokenizer: Any, ids: Tensor) -> bool:
+    def has_same_tokens(self, tokenizer: Any, ids: Tensor) -> bool:
         """Tell whether the ids (N,) of another tokenizer are the same tokens in this CLIP's vocabulary."""
         numbers = ids.tolist()
         if max(numbers) >= self.vocab_size:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.base import Objective
-from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+from lightning_prompts.objectives.clip import ClipSimilarity, default_clip
 
 
 class _ByClip(Objective):
@@ -34,7 +34,7 @@ class _ByClip(Objective):
 
     def attach(self, backbone: Backbone, offline: bool) -> None:
         """Loads the CLIP."""
-        self.clip = ClipSimilarity(self.name or clip_of(backbone), offline)
+        self.clip = ClipSimilarity(self.name or default_clip(backbone), offline)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (B, E) of texts, each computed once."""

@@ -54,7 +54,7 @@ def word_maps(
     return (share - share.mean((1, 2), keepdim=True)).clamp(min=0)
 
 
-def found_word_maps(method: Inverter, problems: Sequence[Problem]) -> list[Tensor]:
+def prompt_word_maps(method: Inverter, problems: Sequence[Problem]) -> list[Tensor]:
     """Maps (M, h, w) of the prompts that an inverter has found, each in its target, or in the first of its pictures."""
     shape, keys = method.backbone.latent_shape, [problem.key for problem in problems]
     noise = draw_noise(method.data.seed, keys, WORD_MAPS, SAMPLES, shape, method.device)
@@ -74,13 +74,13 @@ def token_texts(tokenizer: Any, problem: Problem) -> list[str]:
     return [tokenizer.decode([token]).strip() for token in problem.token_ids]
 
 
-def word_picture(method: Inverter, problems: Sequence[Problem], targets: Sequence[Tensor]) -> Image.Image:
+def word_map_figure(method: Inverter, problems: Sequence[Problem], targets: Sequence[Tensor]) -> Image.Image:
     """The maps of what an inverter has found in its targets (3, H, W) in [-1, 1]."""
     tokens = [token_texts(method.vocabulary.tokenizer, problem) for problem in problems]
-    return word_rows(targets, found_word_maps(method, problems), [problem.target for problem in problems], tokens)
+    return word_map_grid(targets, prompt_word_maps(method, problems), [problem.target for problem in problems], tokens)
 
 
-def word_rows(
+def word_map_grid(
     targets: Sequence[Tensor],
     maps: Sequence[Tensor],
     names: Sequence[str],

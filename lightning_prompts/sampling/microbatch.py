@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from lightning_prompts.distributed import gathered, shared
+from lightning_prompts.distributed import all_gather, shard_indices
 from lightning_prompts.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Microbatch:
     def map(self, samples: int, function: Callable[[Tensor], T], device: torch.device | None = None) -> T:
         """Call `function` on the indices (b,) of each microbatch and concatenate what it returns.
 
-        With several ranks, each computes its share (see `shared`) and receives the results of the others. A nested `map` is not
+        With several ranks, each computes its share (see `shard_indices`) and receives the results of the others. A nested `map` is not
         divided, since the other ranks work on other samples. A call that runs out of memory is repeated with fewer samples, so
         `function` must have no side effects before it returns.
 
@@ -59,13 +59,13 @@ class Microbatch:
         """
         if self.ranks == 1:
             return self._map(torch.arange(samples, device=device), function)
-        own, share = shared(samples, self.asked)
+        own, share = shard_indices(samples, self.asked)
         ranks, self.ranks = self.ranks, 1
         try:
             results = self._map(torch.arange(own.start, own.stop, device=device), function)
         finally:
             self.ranks = ranks
-        return gathered(results, share, samples)
+        return all_gather(results, share, samples)
 
     def _map(self, indices: Tensor, function: Callable[[Tensor], T]) -> T:
         results: list[T] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 VALIDATION = -1
 """The step of the draws that score prompts; no gradient ever sees them."""
 
-START = -2
+INIT = -2
 """The step of the draws that initial prompts come from."""
 
 REGENERATION = -3
@@ -24,34 +24,34 @@ REGENERATION = -3
 WORD_MAPS = -4
 """The step of the draws that word maps are computed on."""
 
-TRIAL = -5
+RERANK = -5
 """The step of the draws of pictures that prompts are scored by."""
 
 SEARCH = -6
 """The step of the draws of pictures that candidates are judged by."""
 
-FRESH = -7
+FINAL = -7
 """The step of the draws of pictures that the result is judged by."""
 
 CHECK = -100
 """The first of the steps of the draws that `check` measures with; it goes down from here."""
 
-FRESH_SEEDS = 10
+FINAL_SEEDS = 10
 """How many these are."""
 
 
-def address(seed: int, key: str, step: int, sample: int) -> int:
+def derive_seed(seed: int, key: str, step: int, sample: int) -> int:
     """Return a seed in [0, 2**63) for sample `sample` at step `step` of the problem `key`."""
     digest = hashlib.blake2b(f"{seed}/{key}/{step}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(seed: int, key: str, step: int, sample: int) -> torch.Generator:
-    """Return a generator at an address; always the CPU's, as every kind of device draws other numbers from a seed.
+    """Return a generator at an derive_seed; always the CPU's, as every kind of device draws other numbers from a seed.
 
     torch seeds it with the lowest 32 bits, so that two given addresses share their numbers with a probability of 2**-32.
     """
-    return torch.Generator().manual_seed(address(seed, key, step, sample))
+    return torch.Generator().manual_seed(derive_seed(seed, key, step, sample))
 
 
 def draw_noise(
@@ -91,7 +91,7 @@ def _each(step: int | Sequence[int], keys: Sequence[str]) -> Sequence[int]:
     return [step] * len(keys) if isinstance(step, int) else step
 
 
-def picture_turns(step: int, samples: int, pictures: int) -> Tensor:
+def image_indices(step: int, samples: int, pictures: int) -> Tensor:
     """Which of a subject's I pictures each of a step's N samples looks at, (N,).
 
     Sample k has the k-th part of the timesteps at every step. With plain turns a picture could stay in one part; here each

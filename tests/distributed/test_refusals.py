@@ -10,7 +10,7 @@ from PIL import Image
 from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
 from lightning_prompts.data.inversion import ImagesToPrompts
-from lightning_prompts.distributed import met, shared
+from lightning_prompts.distributed import handshake, shard_indices
 from lightning_prompts.engine.batch import fit_shape, merge
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PEZ, TRAINER
@@ -132,7 +132,7 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, pictures, m
     ],
 )
 def test_ranks_that_see_different_files(other, told, tiny, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_prompts.engine.datamodule.of_all_ranks", lambda own: [own, other])
+    monkeypatch.setattr("lightning_prompts.engine.datamodule.all_gather_object", lambda own: [own, other])
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     with pytest.raises(UserError, match=re.escape(told)):
         trainer.fit(PEZ(backbone=tiny, tokens=2, sampling_steps=2), datamodule=ImagesToPrompts(str(pictures), steps=1))
@@ -158,7 +158,7 @@ def test_every_sample_is_some_ranks_and_calls_are_those_of_one_process(count, si
     several, shares = [], set()
     for rank in range(ranks):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
-        own, share = shared(count, size)
+        own, share = shard_indices(count, size)
         several.append(list(own))
         shares.add(share)
     assert shares == {len(several[0])} == {max(map(len, several))}  # they exchange as many
@@ -179,7 +179,7 @@ def test_the_living_meet_through_a_store_of_the_dead():
         names = {}
 
         def meet(rank, names=names):
-            names[rank] = met(store, rank, 3)
+            names[rank] = handshake(store, rank, 3)
 
         threads = [Thread(target=meet, args=(rank,)) for rank in ((2, 1, 0) if attempt % 2 else (0, 1, 2))]
         for thread in threads:

@@ -17,7 +17,7 @@ FEW = {"sampling_steps": 2, "sample_every": 0}
 
 
 def test_draws_for_different_ends_have_different_addresses():
-    names = ("VALIDATION", "START", "REGENERATION", "WORD_MAPS", "TRIAL", "SEARCH", "FRESH", "CHECK")
+    names = ("VALIDATION", "INIT", "REGENERATION", "WORD_MAPS", "RERANK", "SEARCH", "FINAL", "CHECK")
     steps = [getattr(seeding, name) for name in names]
     assert set(names) == {
         name for name, value in vars(seeding).items() if isinstance(value, int) and name != "FRESH_SEEDS"

@@ -289,5 +289,5 @@ def test_weights_are_the_papers_or_those_given(reference, tmp_path):
 def test_ids_beyond_a_clips_vocabulary_are_not_known(tiny):
     clip = ClipSimilarity(f"{tiny}/clip")
     last = clip.vocab_size - 1
-    assert clip.knows(clip.tokenizer, torch.tensor([0, last]))
-    assert not clip.knows(clip.tokenizer, torch.tensor([0, last + 1]))
+    assert clip.has_same_tokens(clip.tokenizer, torch.tensor([0, last]))
+    assert not clip.has_same_tokens(clip.tokenizer, torch.tensor([0, last + 1]))

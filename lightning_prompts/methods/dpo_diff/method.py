@@ -20,13 +20,13 @@ from lightning_prompts.methods.dpo_diff.logits import WordChoices
 from lightning_prompts.methods.dpo_diff.similarity import Meaning, keeping
 from lightning_prompts.methods.dpo_diff.sources import Source, Sources
 from lightning_prompts.methods.dpo_diff.space import Space
-from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+from lightning_prompts.objectives.clip import ClipSimilarity, default_clip
 from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Candidate, DPODiffResult, Problem
 from lightning_prompts.sampling.figures import before_and_after, to_png
-from lightning_prompts.sampling.seeding import FRESH, FRESH_SEEDS, SEARCH, generator
+from lightning_prompts.sampling.seeding import FINAL, FINAL_SEEDS, SEARCH, generator
 from lightning_prompts.setting_types import Positive, Rate
 from lightning_prompts.unused import refuse_unused
 
@@ -152,7 +152,7 @@ class DPODiff(PromptMethod):
         self.population, self.select, self.mutation, self.threshold = population, select, mutation, threshold
         self._check()
         self.prompt = WordChoices(self.vocabulary)
-        self.clip = ClipSimilarity(clip or clip_of(self.backbone), self.offline)
+        self.clip = ClipSimilarity(clip or default_clip(self.backbone), self.offline)
         self.meaning = Meaning(self.clip, sentence_encoder, self.offline)
         neighbours = neighbours or (5 if task == "improve" else 60)
         self.sources = Sources(
@@ -482,7 +482,7 @@ class DPODiff(PromptMethod):
     @torch.no_grad()
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Score the best prompts on fresh seeds, also by the held-out CLIP."""
-        drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
+        drawn = self.both(problems, self.draw_noise(problems, FINAL, FINAL_SEEDS))
         scores.compare(self, problems, *drawn)
         wanted = self.clip.features_of([problem.target for problem in problems]).unsqueeze(1)  # (P, 1, E)
         before, after = (

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_prompts.backbones import repeat
 from lightning_prompts.backbones.vocabulary import contains_blocked, fill_template, round_trip
-from lightning_prompts.callbacks.board import log_images
+from lightning_prompts.callbacks.loggers import log_images
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.engine.batch import Row
@@ -33,14 +33,14 @@ from lightning_prompts.methods.inversion.init import (
 )
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import ClipSimilarity, Denoising
-from lightning_prompts.objectives.clip import clip_of
+from lightning_prompts.objectives.clip import default_clip
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import InversionResult, Problem
 from lightning_prompts.sampling import Sampler
-from lightning_prompts.sampling.attention_maps import word_picture
+from lightning_prompts.sampling.attention_maps import word_map_figure
 from lightning_prompts.sampling.figures import grid, regenerate, to_image, to_png
-from lightning_prompts.sampling.seeding import START, TRIAL, VALIDATION, draw_noise, picture_turns, validation_timesteps
+from lightning_prompts.sampling.seeding import INIT, RERANK, VALIDATION, draw_noise, image_indices, validation_timesteps
 from lightning_prompts.setting_types import Positive
 from lightning_prompts.unused import refuse_unused
 
@@ -130,14 +130,14 @@ class Inverter(PromptMethod):
             raise UserError(f"--model.template has a blocked word, got {template!r}; change it or --model.blocked.")
         super().__init__(**kwargs)
         if clip_weight and self.vocabulary.towers[0].kind != "clip":
-            self._check_clip_weight(clip or clip_of(self.backbone), denoising_weight)
+            self._check_clip_weight(clip or default_clip(self.backbone), denoising_weight)
         self.template, self.blocked, self.start = template, tuple(blocked), start
         words = None if words is None else tuple(words)
         self.prompt = TokenEmbeddings(self.vocabulary, template, int(tokens), self.blocked, words)
         self.given = given(start, self.backbone, int(tokens), allow_pickle)
         self.denoising = Denoising(self.microbatch)
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
-        self._clip_name, self._clip = clip or clip_of(self.backbone), cast("ClipSimilarity | None", None)
+        self._clip_name, self._clip = clip or default_clip(self.backbone), cast("ClipSimilarity | None", None)
         self._features: dict[str, Tensor] = {}
         self._words: Tensor | None = None  # features of the allowed tokens alone in this CLIP
         if not trial_weight:
@@ -183,7 +183,7 @@ class Inverter(PromptMethod):
             return self.given.to(self.device).repeat(len(rows), 1, 1)
         if self.start == "clip_words" and problems:
             return self.prompt.table[self.clip_words(rows)].float()
-        embeddings = self.prompt.table[self.random_tokens(rows, START)].float()
+        embeddings = self.prompt.table[self.random_tokens(rows, INIT)].float()
         if self.start not in ("random", "clip_words"):
             for place, record in enumerate(earlier(self.start, problems)):
                 found = self.embedded(record)[: embeddings.shape[1]]
@@ -220,7 +220,7 @@ class Inverter(PromptMethod):
         def turns(pictures: Sequence[Tensor]) -> Tensor:
             """Return the images (Q, N, C, h, w) of each problem's step, out of its (I, C, h, w)."""
             seen = [
-                some[self.to_device(picture_turns(max(step, 0), count, len(some)))]
+                some[self.to_device(image_indices(max(step, 0), count, len(some)))]
                 for some, step in zip(pictures, steps, strict=True)
             ]
             return torch.stack(seen)
@@ -355,7 +355,7 @@ class Inverter(PromptMethod):
     def trial_loss(self, rows: Tensor, told: Tensor) -> Tensor:
         """Compute one minus the cosine (Q,) in CLIP, in [0, 2], of the targets and a few images that Q prompts generate."""
         count, keys = self.trial_pictures, [self.batch[row].record.key for row in rows.tolist()]
-        noise = draw_noise(self.data.seed, keys, TRIAL, count, self.backbone.latent_shape, self.device).flatten(0, 1)
+        noise = draw_noise(self.data.seed, keys, RERANK, count, self.backbone.latent_shape, self.device).flatten(0, 1)
         told, away = repeat(told, count), self.encode([""], negative=True)
 
         def call(some: Tensor) -> Tensor:
@@ -415,7 +415,7 @@ class Inverter(PromptMethod):
         targets = [several[0] for several in self.data.pictures(problems)]
         drawn = torch.stack([self._pictures_of(problem) for problem in problems])
         atomic_write(folder.grid, to_png(grid(targets, drawn, problems)))
-        words = word_picture(self, problems, targets) if self.backbone.cross_attends else None
+        words = word_map_figure(self, problems, targets) if self.backbone.cross_attends else None
         if words:
             atomic_write(folder.words, to_png(words))
         log_images(self.trainer.loggers, "regenerations", [to_image(one) for one in drawn.flatten(0, 1)])

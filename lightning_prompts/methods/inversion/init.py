@@ -35,7 +35,7 @@ SHORTLIST = 64
 def reads_tokens(clip: ClipSimilarity, prompt: TokenEmbeddings) -> bool:
     """Tell whether a CLIP has the vocabulary of the prompts, so that it can read their token ids."""
     used = torch.cat([prompt.allowed.nonzero().squeeze(1), prompt.template]).unique()
-    return clip.knows(prompt.vocabulary.tokenizer, used)
+    return clip.has_same_tokens(prompt.vocabulary.tokenizer, used)
 
 
 @torch.no_grad()

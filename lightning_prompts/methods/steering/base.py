@@ -21,7 +21,7 @@ from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem, SteeringResult
 from lightning_prompts.sampling.figures import before_and_after, to_png
-from lightning_prompts.sampling.seeding import FRESH, FRESH_SEEDS, SEARCH
+from lightning_prompts.sampling.seeding import FINAL, FINAL_SEEDS, SEARCH
 from lightning_prompts.setting_types import Positive
 
 SHOWN = 12  # problems in the grid
@@ -243,7 +243,7 @@ class Steering(PromptMethod):
     @torch.no_grad()
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Score the best embeddings on fresh seeds, also by the held-out CLIP."""
-        drawn = self.both(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
+        drawn = self.both(problems, self.draw_noise(problems, FINAL, FINAL_SEEDS))
         scores.compare(self, problems, *drawn)
         before, after = (self.values_of(pictures, problems) for pictures in drawn)
         for p, problem in enumerate(problems if before else []):
