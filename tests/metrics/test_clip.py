@@ -118,5 +118,5 @@ def test_clip_without_a_tokenizer_compares_pictures_only(tiny, tmp_path, scored)
     drawn, targets = scored
     scorer = ClipSimilarity(str(folder))
     assert float(ClipImageSimilarity(scorer)(drawn, targets)) <= 1
-    with pytest.raises(UserError, match="has no tokenizer that can be loaded; put vocab"):
+    with pytest.raises(UserError, match="has no tokenizer that can be loaded; add vocab"):
         ClipTextSimilarity(scorer)(drawn[:1], ["a red cat"])
