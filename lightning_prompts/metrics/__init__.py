@@ -1,4 +1,4 @@
-"""Metrics of found prompts and of the pictures drawn from them."""
+"""Metrics of prompts and of the images generated from them."""
 
 from lightning_prompts.metrics.clip import ClipImageSimilarity, ClipTextSimilarity
 from lightning_prompts.metrics.diversity import Diversity

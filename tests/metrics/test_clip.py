@@ -106,7 +106,7 @@ def test_text_that_is_too_long_keeps_its_end_of_text_token(tiny, scored):
 
 
 def test_each_picture_needs_its_text(tiny, scored):
-    with pytest.raises(ValueError, match="4 pictures and 1 texts"):
+    with pytest.raises(ValueError, match="4 images and 1 texts"):
         ClipTextSimilarity(f"{tiny}/clip")(scored[0], ["a red cat"])
 
 
