@@ -1,4 +1,4 @@
-"""Keep the best prompt, on disk from the first scoring."""
+"""Keep each problem's best prompt, in its record on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BestPrompt(pl.Callback):
     """Score the prompts, save those that improved, and finish problems."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
-        """Score prompts before their first step, and finish problems that a resumed search with fewer steps has already exceeded."""
+        """Score initial prompts, and finish resumed problems that already have more steps than the search now takes."""
         self._keep(trainer, pl_module, pl_module.batch.where(lambda row: row.active and row.steps == 0))
         if len(over := pl_module.batch.where(lambda row: row.active and row.steps >= pl_module.data.steps)):
             self._keep(trainer, pl_module, over)

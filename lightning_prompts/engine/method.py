@@ -353,7 +353,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """Write images for users into the run folder.
 
         Args:
-            problems: The first `SHOWN` records of the run that have a prompt.
+            problems: The first `MAX_SHOWN` records of the run that have a prompt.
             folder: The run folder.
         """
 

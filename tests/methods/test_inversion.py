@@ -404,8 +404,8 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
 
     problems = search(Poisoned(backbone=tiny, **settings(method, **extra)), [pictures], tmp_path / "run", steps=8)
     first, *others = problems
-    how = ", in half as long steps" if method is PEZ else "."  # not with L-BFGS, whose history is of whole steps
-    assert caplog.text.count(f"goes on from its best{how}") == min(times, 5)
+    how = " with half the step size" if method is PEZ else "."  # not with L-BFGS, whose history is of whole steps
+    assert caplog.text.count(f"continuing from its best prompt{how}") == min(times, 5)
     assert ("finite" in str(first.reason)) == (times == 6)
     assert first.prompt
     assert (first.unet_samples < others[0].unet_samples) == (times == 6)

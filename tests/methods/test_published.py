@@ -171,7 +171,7 @@ class Cell:
         module = self.kind(**self.model)
         data = ImagesToPrompts(self.picture, **self.data) if issubclass(self.kind, Inverter) else Prompts(PROMPT)
         how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
-        callbacks = [Results(seeds=(3,), tell=False), saving(folder / "checkpoints")]
+        callbacks = [Results(seeds=(3,), report=False), saving(folder / "checkpoints")]
         trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
         if command == "fit":
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)

@@ -405,7 +405,7 @@ class Inverter(PromptMethod):
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Generate four images from each prompt and score them."""
         drawn = regenerate(self, problems, REGENERATIONS)
-        scores.measure(self, problems, drawn)
+        scores.evaluate(self, problems, drawn)
         for problem, pictures in zip(problems, drawn, strict=True):
             if problem.index < SHOWN:  # for the grid
                 self.data.folder.save_drawn(problem.key, to_png(to_image(torch.cat([*pictures], dim=2))))
