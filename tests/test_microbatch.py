@@ -14,7 +14,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Denoising, Sharpness
 from lightning_prompts.runs.record import Problem
-from lightning_prompts.sampling import Microbatch
+from lightning_prompts.sampling import Microbatch, out_of_memory
 
 
 def holding(most, work):
@@ -96,6 +96,22 @@ def test_other_errors_are_not_taken_for_it():
     with pytest.raises(RuntimeError, match="mat1"):
         microbatch.map(4, wrong)
     assert microbatch.size == 4
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA error: out of memory", True),  # of the driver, which is no torch.OutOfMemoryError
+        ("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to", True),
+        ("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to", True),
+        ("MPS backend out of memory (MPS allocated: 8 GB)", True),
+        ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if", True),  # for lack of workspace
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_errors_of_full_memory(message, is_memory):
+    assert out_of_memory(RuntimeError(message)) == is_memory
+    assert not out_of_memory(ValueError(message))
 
 
 def test_the_memory_of_a_cpu():

@@ -225,7 +225,9 @@ def _report(folder: RunFolder) -> None:
         score = f"  [{summary}]" if (summary := folder.result_class.of(problem).summary) else ""
         say(f"{problem.target}: {problem.shown or '-'}{score}{note}")
     if (total := sum(counts.values())) > MAX_SHOWN:
-        say(f"... and {total - MAX_SHOWN} more: {', '.join(f'{count} {status}' for status, count in counts.most_common())}")
+        say(
+            f"... and {total - MAX_SHOWN} more: {', '.join(f'{count} {status}' for status, count in counts.most_common())}"
+        )
     if counts["failed"] and total > 1:
         say(
             f"Why {counts['failed']} of {total} failed is in {folder.failed}; --ckpt_path last --data.retry true tries them again."

@@ -25,9 +25,7 @@ class Diversity(ClipMean):
     def update(self, images: Tensor) -> None:
         """Add the images (P, N, 3, H, W) in [-1, 1] of P prompts, with N of 2 or more."""
         if images.ndim != 5 or images.shape[1] < 2:
-            raise ValueError(
-                f"Diversity needs two or more images per prompt, (P, N, 3, H, W), got {(*images.shape,)}."
-            )
+            raise ValueError(f"Diversity needs two or more images per prompt, (P, N, 3, H, W), got {(*images.shape,)}.")
         features = self.scorer.features(images.flatten(0, 1)).view(*images.shape[:2], -1)
         # Half the squared distance of unit vectors is one minus their cosine, and exactly 0 for equal ones.
         self.add(torch.stack([F.pdist(several).square().mean() / 2 for several in features]))

@@ -121,7 +121,9 @@ def _load_language_model(name: str, offline: bool) -> tuple[Any, Any]:
     try:
         with quiet(), hub_access(offline):
             tokenizer = AutoTokenizer.from_pretrained(name, **where)
-            if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers returns an empty one if there are no files
+            if len(tokenizer) <= len(
+                tokenizer.all_special_ids
+            ):  # transformers returns an empty one if there are no files
                 raise ValueError("its tokenizer has no tokens")
             model, info = AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **where

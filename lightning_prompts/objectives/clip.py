@@ -47,7 +47,9 @@ def load_tokenizer(name: str, offline: bool = False) -> Any:
     try:
         with hub_access(offline):
             tokenizer = CLIPTokenizerFast.from_pretrained(name, local_files_only=offline)
-        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 returns an empty one if there are no files
+        if len(tokenizer) <= len(
+            tokenizer.all_special_ids
+        ):  # transformers 5 returns an empty one if there are no files
             raise ValueError("it has no tokens")
     except (OSError, TypeError, ValueError) as error:  # transformers 4 raises a TypeError if there are no files
         raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from pytorch_lightning.utilities.memory import is_oom_error
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-UNLIMITED = 2**31  # more samples than there ever are
+UNLIMITED = 2**31  # more than any number of samples
 
 OUT_OF_MEMORY = (
     "The device is out of memory; lower --model.microbatch, or give --model.gradient_checkpointing true, --model.cpu_offload true "
@@ -27,7 +28,7 @@ OUT_OF_MEMORY = (
 
 
 class Microbatch:
-    """The number of samples per call, which is halved whenever the device runs out of memory.
+    """Split work into calls of at most `size` samples; the size is halved whenever the device runs out of memory.
 
     Args:
         size: Samples per call; None for as many as the memory holds, found by halving in the first calls.
@@ -37,12 +38,12 @@ class Microbatch:
         self.fitted = size is None
         self.size = self.asked = UNLIMITED if size is None else int(size)
         self.most = 0  # samples of the largest call so far
-        self.ranks = 1  # among which the samples are divided
+        self.ranks = 1  # ranks that divide the samples
 
     def map(self, samples: int, function: Callable[[Tensor], T], device: torch.device | None = None) -> T:
         """Call `function` on the indices (b,) of each microbatch and concatenate what it returns.
 
-        With several ranks, each computes its share (see `shard_indices`) and receives the results of the others. A nested `map` is not
+        With several ranks, each computes its share (see `shard_indices`) and gathers the results of the others. A nested `map` is not
         divided, since the other ranks work on other samples. A call that runs out of memory is repeated with fewer samples, so
         `function` must have no side effects before it returns.
 
@@ -82,7 +83,7 @@ class Microbatch:
             else:
                 done, self.most = done + len(some), max(self.most, len(some))
                 continue
-            # Only here is the error gone, and with it what its traceback has held.
+            # Outside the except clause: the error, whose traceback holds tensors, must be gone before the cache is emptied.
             self.size = len(some) // 2
             torch.cuda.empty_cache()
             log.warning("The memory does not hold %d samples at once; continuing with %d.", len(some), self.size)
@@ -94,7 +95,7 @@ class Microbatch:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute a value for each of B samples, differentiable with respect to `inputs`.
 
-        Each microbatch computes its gradients at once, so that memory does not grow with B.
+        Each microbatch computes its gradients immediately, so that memory does not grow with B.
 
         Args:
             function: Given the inputs (b, ...) and the indices (b,) of a microbatch, returns terms (b, ...), whose mean is the value
@@ -124,7 +125,7 @@ class Microbatch:
 
 
 class _PrecomputedGradients(torch.autograd.Function):
-    """Give values (B,) the gradients that are already known, a tensor (B, ...) or None per input."""
+    """Attach precomputed gradients to values (B,): a tensor (B, ...) or None per input."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor) -> Tensor:
@@ -141,17 +142,15 @@ class _PrecomputedGradients(torch.autograd.Function):
 
 
 def _in_float32(tensor: Tensor) -> Tensor:
-    """Convert to float32, or keep float64."""
+    """Convert to float32; keep float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether a device, or the machine, ran out of memory."""
-    said = (
-        "can't allocate memory",
-        "not enough memory",
-        "backend out of memory",
-    )  # by the CPU, on Windows, and by Apple's
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(part in str(error) for part in said)
-    )
+    """Return whether a device or the machine ran out of memory."""
+    messages = ("not enough memory", "backend out of memory")  # of a CPU on Windows, and of MPS, which Lightning omits
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    known = is_oom_error(RuntimeError(text))  # as text, since it fails on errors whose first argument is none
+    return known or isinstance(error, torch.OutOfMemoryError) or any(part in text for part in messages)

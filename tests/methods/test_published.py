@@ -57,7 +57,10 @@ CELLS = {
 }  # fmt: skip
 MODELS = ["sd15", "sd21", "sdxl", "playground25", "sd3", "sd3, T5", "flux-dev", "flux-schnell", "pixart"]
 REFUSED = {
-    ("DPODiff", model): "guides itself, so that a negative prompt does nothing; search other words for the prompt with "
+    (
+        "DPODiff",
+        model,
+    ): "has guidance built in, so a negative prompt does nothing; search other words for the prompt with "
     r"--model.negative \[\] --model.positive \[synonyms\], or choose another model"
     for model in ("flux-dev", "flux-schnell")
 }
