@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """The steps that each of P problems has taken and, for the denoising loss, the timesteps (P, N) of this one."""
+    """One step of the batch: the number of steps that each of P problems has taken, and the timesteps (P, N) of the denoising loss."""
 
     steps: Sequence[int]
     timesteps: Tensor
@@ -129,7 +129,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         return self.owns(problem.index) and (record is None or record.status == "open")
 
     def same(self, find: Callable[[], list[T]]) -> list[T]:
-        """Find inputs, and make sure that all ranks find the same.
+        """Find inputs, and check that all ranks find the same.
 
         Raises:
             UserError: This rank or another one found none, or they differ.
@@ -185,7 +185,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         """Stop reading ahead."""
         self.stop()
 
-    def go_on(self, searched: dict[str, str]) -> None:
+    def resume(self, searched: dict[str, str]) -> None:
         """Leave out the problems that a checkpoint resumes, given as names by key; the first may have been read already."""
         self.seen |= searched
         coming = self.arrivals

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-ENDLESS = ("cpu",)  # devices that do not report when their memory is full
+NO_OOM_DEVICES = ("cpu",)  # devices that do not report when their memory is full
 Dtype = Literal["float32", "bfloat16", "float16"]
-MOST_STEPS = 10  # denoising steps of images that a search draws again and again, unless a user asks for more
+MOST_STEPS = 10  # default limit of the denoising steps of images that a search generates repeatedly
 
 TRAINER: dict[str, Any] = {
     "devices": 1,
@@ -161,7 +161,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """How images are drawn, with the model's defaults where no setting was given; recorded with the results."""
+        """The sampling settings of images, with the model's defaults for unset ones; recorded with the results."""
         return {"sampling_steps": self.sampler.num_inference_steps, "guidance_scale": self.sampler.guidance_scale}
 
     def clips(self) -> list[ClipSimilarity]:
@@ -178,17 +178,17 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     @cached_property
     def batch(self) -> Batch:
-        """The problems that are searched together."""
+        """The batch of problems that are searched together."""
         return Batch(self.prompt, self.together)
 
     @property
     def parameter(self) -> torch.nn.Parameter:
-        """What trains, (P, ...)."""
+        """The trainable parameter (P, ...)."""
         return self.batch.parameter
 
     def setup(self, stage: str) -> None:
         """Divide the samples among the ranks; refuse a fitted microbatch on a device that does not report full memory."""
-        if self.microbatch.fitted and self.trainer.strategy.root_device.type in ENDLESS:
+        if self.microbatch.fitted and self.trainer.strategy.root_device.type in NO_OOM_DEVICES:
             raise UserError(
                 "--model.microbatch null needs a GPU, since a CPU does not report when its memory is full; give --model.microbatch 16."
             )
@@ -210,7 +210,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         if self._resumed:
             saved, self._resumed = self._resumed, None
             self.batch.load(saved)
-            self.data.go_on({row.record.key: row.record.target for row in self.batch.rows if row.active})
+            self.data.resume({row.record.key: row.record.target for row in self.batch.rows if row.active})
             if len(self.batch):
                 self.set_rows(self.batch.records)
             for problem in self.batch.records:
@@ -391,10 +391,10 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return [NonFiniteGuard(), BestPrompt(), SampleGrid(self.sample_every), PromptProgress()]
 
     def test_step(self, batch: int, batch_idx: int) -> None:
-        """All is done by the `Results` callback."""
+        """Do nothing; the `Results` callback does the work."""
 
     def predict_step(self, batch: int, batch_idx: int) -> None:
-        """All is done by the `Results` callback."""
+        """Do nothing; the `Results` callback does the work."""
 
     def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
         """Encode texts as a user pastes them, to (P, R, D); see `Backbone.encode_text`."""
@@ -402,7 +402,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     @torch.no_grad()
     def draw(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:
-        """Draw images (B, 3, H, W) in [-1, 1] of B texts.
+        """Generate images (B, 3, H, W) in [-1, 1] of B texts.
 
         Args:
             texts: The prompts.
@@ -420,12 +420,12 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return self.sampler.draw(noise, encode)
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
-        """Draw images (N, 3, H, W) in [-1, 1] of a problem's best prompt.
+        """Generate images (N, 3, H, W) in [-1, 1] of a problem's best prompt.
 
         Args:
             problem: The record.
             noise: Standard normal, (N, C, h, w).
-            negative: A negative prompt, in place of the one that was found.
+            negative: A negative prompt, in place of the problem's own.
         """
         return self.draw([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
 

@@ -1,4 +1,4 @@
-"""The denoising loss of images under prompts."""
+"""The denoising loss of images given prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A CLIP's image processor with a gradient to the pixels."""
+"""A differentiable image processor of a CLIP."""
 
 from __future__ import annotations
 

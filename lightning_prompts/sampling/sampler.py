@@ -15,7 +15,7 @@ FEW_CALLS = 4  # denoiser calls per image through all of which a gradient can be
 
 
 class Sampler:
-    """Samples images with a frozen model: denoising steps, classifier-free guidance, and microbatch.
+    """A frozen model with its number of denoising steps, guidance scale and microbatch.
 
     Args:
         backbone: The model.

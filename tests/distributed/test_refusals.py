@@ -77,7 +77,7 @@ def torchrun(monkeypatch):
 
 def test_other_devices_than_torchrun_has_started(refused, torchrun):
     told = refused("--trainer.devices", "8")
-    assert "torchrun has started 2 processes on 2 machines, and --trainer.devices 8" in told
+    assert "torchrun has started 2 processes on 2 machines, but --trainer.devices is 8" in told
     assert "leave both out" in told
 
 
