@@ -1,4 +1,4 @@
-"""Cache tensors that are costly to compute and equal in all runs, in safetensors files named by a hash of their inputs."""
+"""Cache tensors that are costly and equal in all runs, in safetensors files named by a hash of their inputs."""
 
 from __future__ import annotations
 

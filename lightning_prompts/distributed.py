@@ -1,4 +1,4 @@
-"""Distributed runs (`--trainer.devices 8`, torchrun or srun): ranks divide the problems, or the samples of every problem."""
+"""Distributed runs (`--trainer.devices 8`, torchrun or srun): ranks divide the problems or their samples."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def resolve_devices(trainer: Any, launched: Launched | None) -> tuple[Any, int, 
     accelerators = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
     if trainer.accelerator not in accelerators:
         raise UserError(
-            f"--trainer.accelerator cannot be {trainer.accelerator!r}; it takes one of {', '.join(sorted({*accelerators}))}."
+            f"--trainer.accelerator cannot be {trainer.accelerator!r}; it takes one of "
+            f"{', '.join(sorted({*accelerators}))}."
         )
     if num_nodes < 1:
         raise UserError(f"--trainer.num_nodes cannot be {num_nodes}; it takes a whole number from 1 on.")
@@ -70,15 +71,15 @@ def resolve_devices(trainer: Any, launched: Launched | None) -> tuple[Any, int, 
     if launched:
         if (local, num_nodes) not in ((1, 1), (launched.processes, launched.machines)):
             raise UserError(
-                f"{launched.by} has started {launched.processes} processes on {launched.machines} machines, but --trainer.devices is "
-                f"{devices} and --trainer.num_nodes {num_nodes}; leave both out."
+                f"{launched.by} has started {launched.processes} processes on {launched.machines} machines, but "
+                f"--trainer.devices is {devices} and --trainer.num_nodes {num_nodes}; leave both out."
             )
         devices = local = launched.processes
         num_nodes = launched.machines
     elif num_nodes > 1:
         raise UserError(
-            f"--trainer.num_nodes {num_nodes} needs a launcher, since this process cannot start processes on other machines; start "
-            "the command on them with torchrun or srun."
+            f"--trainer.num_nodes {num_nodes} needs a launcher, since this process cannot start processes on other "
+            "machines; start the command on them with torchrun or srun."
         )
     if gpus == 0:
         raise UserError(
@@ -101,7 +102,8 @@ def _parse_count(devices: Any) -> int:
         count = 0
     if not 1 <= count <= MAX_PROCESSES:
         raise UserError(
-            f"--trainer.devices cannot be {devices!r}; it takes a number of processes from 1 to {MAX_PROCESSES}, or auto."
+            f"--trainer.devices cannot be {devices!r}; it takes a number of processes from 1 to {MAX_PROCESSES}, or "
+            "auto."
         )
     return count
 
@@ -140,8 +142,8 @@ class _UnwrappedDDP(DDPStrategy):
 class ProblemParallel(_UnwrappedDDP):
     """Divide the problems among the ranks, which do not communicate between start and end.
 
-    Each rank searches its own problems for as many steps as they need, and writes its own checkpoints and records. Rank 0 merges the
-    results.
+    Each rank searches its own problems for as many steps as they need, and writes its own checkpoints and records. Rank
+    0 merges the results.
     """
 
     strategy_name = "problems"
@@ -177,7 +179,7 @@ class ProblemParallel(_UnwrappedDDP):
 
 
 class SampleParallel(_UnwrappedDDP):
-    """Search the same problems on all ranks and divide the samples of every step, see `shard_indices`; rank 0 writes."""
+    """Search the same problems on all ranks, and divide the samples of every step; rank 0 writes."""
 
     strategy_name = "samples"
 
@@ -219,8 +221,8 @@ def create_store(address: str, port: int, rank: int, ranks: int) -> Any:
         within = f" within {minutes} minutes" if time.monotonic() - began >= JOIN_TIMEOUT.total_seconds() else ""
         raise UserError(
             f"Process {rank} of {ranks} could not connect to {others} at {address}:{port}{within} "
-            f"({first_sentence(error).rstrip('.')}); check that the command was started on every machine, that this port is free on "
-            "the first one, and that every machine can reach this address."
+            f"({first_sentence(error).rstrip('.')}); check that the command was started on every machine, that this "
+            "port is free on the first one, and that every machine can reach this address."
         ) from error
     store.set_timeout(RANK_TIMEOUT)
     return store
@@ -281,9 +283,10 @@ def num_sample_ranks(trainer: pl.Trainer) -> int:
 def shard_indices(count: int, size: int) -> tuple[range, int]:
     """Divide the indices of `count` samples among the ranks.
 
-    If every rank gets at least `size` samples, each makes whole calls of `size`, so that all ranks together make exactly the calls of
-    a single process, including its smaller last one. Otherwise all ranks get about the same number of samples. A rank for which none
-    are left computes the last sample again, so that its results have the structure of the others'.
+    If every rank gets at least `size` samples, each makes whole calls of `size`, so that all ranks together make
+    exactly the calls of a single process, including its smaller last one. Otherwise all ranks get about the same number
+    of samples. A rank for which none are left computes the last sample again, so that its results have the structure of
+    the others'.
 
     Returns:
         This rank's indices, and the largest number that any rank has.

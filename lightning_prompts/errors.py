@@ -10,8 +10,8 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake of the user.
 
-    The message says what was given, what is allowed and what to do. The command line prints it without a traceback and exits with
-    code 2. Control characters are escaped, since names may come from files.
+    The message says what was given, what is allowed and what to do. The command line prints it without a traceback and
+    exits with code 2. Control characters are escaped, since names may come from files.
     """
 
     def __init__(self, message: str = "") -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lightning_prompts.errors import UserError
 
 PARENT = "LIGHTNING_PROMPTS_PARENT"
-"""Variable with the id of the process that started this one for `--trainer.devices`: proof that RANK and others are not stale."""
+"""Variable with the id of the process that started this one, which shows that RANK and others are not stale."""
 
 RESERVED_STEPS = 0xFFFFFFF0  # SLURM's own step ids start here, such as those of a batch script or of salloc's shell
 SHELLS = ("bash", "interactive")  # SLURM's names for jobs of an interactive shell
@@ -42,8 +42,8 @@ class Launched(NamedTuple):
         """Read the variables of torchrun and srun; return None if neither started this process.
 
         Raises:
-            UserError: The variables are incomplete, out of range or contradictory, or some of the processes that they announce would
-                never start.
+            UserError: The variables are incomplete, out of range or contradictory, or some of the processes that they
+                announce would never start.
         """
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun may itself have been started by srun
             return _by_torchrun()
@@ -132,8 +132,8 @@ def _by_torchrun() -> Launched:
     _number("LOCAL_RANK", 0, local_world - 1, TORCHRUN, f"LOCAL_WORLD_SIZE is {local_world}")
     if world % local_world:
         raise UserError(
-            f"WORLD_SIZE is {world} and LOCAL_WORLD_SIZE {local_world}, so that machines have different numbers of processes; give "
-            "torchrun the same --nproc_per_node on each."
+            f"WORLD_SIZE is {world} and LOCAL_WORLD_SIZE {local_world}, so that machines have different numbers of "
+            "processes; give torchrun the same --nproc_per_node on each."
         )
     sizes = f"RANK is {rank}, WORLD_SIZE {world} and LOCAL_WORLD_SIZE {local_world}"
     machines = world // local_world
@@ -161,8 +161,8 @@ def _by_srun() -> Launched | None:
     if "SLURM_PTY_PORT" in environ:  # set by `srun --pty bash`: the shell is the first task, and the others are idle
         if rank:
             raise UserError(
-                f"SLURM_PTY_PORT is {environ['SLURM_PTY_PORT']!r}, as in a shell, but SLURM_PROCID is {rank}; start several processes "
-                "from such a shell with env -u SLURM_PTY_PORT srun."
+                f"SLURM_PTY_PORT is {environ['SLURM_PTY_PORT']!r}, as in a shell, but SLURM_PROCID is {rank}; start "
+                "several processes from such a shell with env -u SLURM_PTY_PORT srun."
             )
         return None
     reason = f"{counted} is {tasks}"
@@ -176,8 +176,8 @@ def _by_srun() -> Launched | None:
     again = f"give srun --ntasks {per_node * machines} --ntasks-per-node {per_node}"
     if per_node * machines != tasks:
         raise UserError(
-            f"SLURM_NTASKS_PER_NODE is {per_node} and {nodes} {machines}, but {counted} is {tasks} and not {per_node * machines}; "
-            f"{again}."
+            f"SLURM_NTASKS_PER_NODE is {per_node} and {nodes} {machines}, but {counted} is {tasks} and not "
+            f"{per_node * machines}; {again}."
         )
     if "SLURM_NTASKS" not in environ:  # Lightning reads it
         raise UserError(f"SLURM_NTASKS must be {tasks}, since {reason}, but is not set; {again}.")
@@ -211,8 +211,8 @@ def _refuse_batch() -> None:
         several = "SLURM_TASKS_PER_NODE"
     if several:
         raise UserError(
-            f"{several} is {environ[several]!r}, but srun did not start this process (SLURM_STEP_ID is not that of a step of yours), "
-            f"and the other processes would never start; {hint}."
+            f"{several} is {environ[several]!r}, but srun did not start this process (SLURM_STEP_ID is not that of a "
+            f"step of yours), and the other processes would never start; {hint}."
         )
     if "SLURM_PROCID" in environ:
         _number("SLURM_PROCID", 0, 0, SRUN, "the job has one task")
@@ -232,12 +232,12 @@ def _refuse_stale() -> None:
     wrong = [name for name in given if given[name] != alone[name] or (name in PROCESS and not complete)]
     if wrong:
         raise UserError(
-            f"{wrong[0]} is {given[wrong[0]]!r}, but no launcher has started this process; start the command with torchrun or srun, "
-            f"or unset {' and '.join(wrong)}."
+            f"{wrong[0]} is {given[wrong[0]]!r}, but no launcher has started this process; start the command with "
+            f"torchrun or srun, or unset {' and '.join(wrong)}."
         )
     for name in UNSUPPORTED:
         if name in os.environ and _number(name, 1, None, "unset it") > 1:
             raise UserError(
-                f"{name} is {os.environ[name]!r}, so mpirun or jsrun started several processes, which cannot connect to each other; "
-                "start the command with torchrun or srun."
+                f"{name} is {os.environ[name]!r}, so mpirun or jsrun started several processes, which cannot connect "
+                "to each other; start the command with torchrun or srun."
             )

@@ -41,8 +41,9 @@ def checked_settings(
 ) -> list[dict[str, Any]]:
     """Check settings and divide them among the classes that take them.
 
-    The parser would read `"3"` as a number, `"null"` as None and a file name as the file's content. So the types are checked here,
-    and the parser only checks the ranges of numbers and the values of a config; texts and objects are passed on unchanged.
+    The parser would read `"3"` as a number, `"null"` as None and a file name as the file's content. So the types are
+    checked here, and the parser only checks the ranges of numbers and the values of a config; texts and objects are
+    passed on unchanged.
 
     Args:
         kinds: The classes.
@@ -87,5 +88,5 @@ def _parser(kind: type, skip: Collection[str] = ()) -> _Parser:
 
 
 def _is_parsed(value: Any) -> bool:
-    """Return whether the parser can check a value: not a text, which it would interpret, nor an object, which it would copy."""
+    """Return whether the parser checks a value: no text, which it would interpret, and no object, which it would copy."""
     return all(isinstance(item, bool | int | float | None) for item in (value if isinstance(value, list) else [value]))

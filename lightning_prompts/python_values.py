@@ -21,7 +21,7 @@ _WANTED = IN_WORDS | {
 
 
 def plain(name: str, value: Any) -> Any:
-    """Convert paths to texts, and arrays, tensors, tuples and ranges to lists or numbers; return other values unchanged.
+    """Convert paths to texts, and arrays, tensors, tuples and ranges to lists or numbers; keep other values.
 
     Raises:
         UserError: A text is not UTF-8.

@@ -1,7 +1,7 @@
 """Print to the terminal safely.
 
-Control characters are escaped, since texts may come from files. A terminal that is closed, lacks characters, or is a file on a full
-disk does not interrupt a search.
+Control characters are escaped, since texts may come from files. A terminal that is closed, lacks characters, or is a
+file on a full disk does not interrupt a search.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
     The parser would read `style: watercolor`, `[a]`, `# one` and `null` as YAML.
 
     Args:
-        args: The arguments of the command. A setting of several texts takes them one after the other, or as a JSON list.
+        args: The arguments of the command. A setting of several texts takes them one after the other, or as a JSON
+            list.
         settings: The settings that take text, by `data`, `model`, or "" for those of the command.
 
     Returns:
@@ -105,7 +106,8 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
             raise UserError(f"The setting {name} cannot be {given[0]!r}; it takes a text, or null for none.")
         if text.listed and len(given) == 1 and given[0].lstrip().startswith("[") and _texts(given) == given:
             raise UserError(
-                f"The setting {name} cannot be {given[0]!r}; it takes words one after the other, or a JSON list such as "
+                f"The setting {name} cannot be {given[0]!r}; it takes words one after the other, or a JSON list such "
+                "as "
                 '\'["red", "blue"]\'.'
             )
         rest = rest if equals else rest[len(given) :]
@@ -151,7 +153,7 @@ def _config(part: str, name: str, value: Any) -> list[str]:
 
 
 def _texts_of_config(file: str, settings: Mapping[str, Mapping[str, Text]]) -> list[str]:
-    """Return arguments for settings of several texts to which a config file gives one, which would be read as YAML again."""
+    """Return arguments for settings of several texts for which a config file has only one."""
     try:
         config = yaml.safe_load(Path(file).read_bytes())
         given = [(part, name, (config[part].get("init_args") or {}).get(name)) for part in ("data", "model") if part in config

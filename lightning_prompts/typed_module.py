@@ -8,7 +8,7 @@ from torch import nn
 
 
 class TypedModule(nn.Module):
-    """Hide `nn.Module.__getattr__` from the type checker, which would otherwise accept every name as a tensor or a module."""
+    """Hide `nn.Module.__getattr__` from the type checker, which would otherwise accept every attribute name."""
 
     if TYPE_CHECKING:
         __getattr__: None  # type: ignore[assignment, misc]

@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 class NonFiniteGuard(pl.Callback):
     """Reset problems that are not finite to their best prompt, and halve their step size.
 
-    A problem is reset if its prompt is not finite or too large for a nearest token, or if its gradient was not finite in any step
-    since the last scoring. It is checked only when it is scored, since reading these values synchronizes the device.
+    A problem is reset if its prompt is not finite or too large for a nearest token, or if its gradient was not finite
+    in any step since the last scoring. It is checked only when it is scored, since reading these values synchronizes
+    the device.
 
     Args:
         most: Resets of a problem before it is finished with its best prompt so far.

@@ -15,8 +15,8 @@ from lightning_prompts.errors import escaped_markdown
 def log_text(loggers: Sequence[Logger], name: str, lines: Sequence[str], step: int = 0) -> None:
     """Log lines of text, such as prompts.
 
-    TensorBoard shows them as paragraphs, Weights & Biases as a table, and MLflow as a text file per step. Loggers without text, such
-    as `CSVLogger`, are skipped.
+    TensorBoard shows them as paragraphs, Weights & Biases as a table, and MLflow as a text file per step. Loggers
+    without text, such as `CSVLogger`, are skipped.
 
     Args:
         loggers: The trainer's loggers.

@@ -40,9 +40,10 @@ MAX_EXPORTED = 1000  # problems in the files for other tools
 class Results(Checkpoint):
     """Score each problem when its search ends, and write the files of a run when `fit` or `test` ends.
 
-    Scores are computed only here, so they cannot influence the search. A `Checkpoint` is called after the callbacks that finish
-    problems; this one must come before PromptCheckpoint. Each scored problem adds a line to `results.jsonl`. At the end, rank 0 writes
-    `result.json`, `prompt.txt`, `grid.png` and the other files with the results of all ranks.
+    Scores are computed only here, so they cannot influence the search. A `Checkpoint` is called after the callbacks
+    that finish problems; this one must come before PromptCheckpoint. Each scored problem adds a line to
+    `results.jsonl`. At the end, rank 0 writes `result.json`, `prompt.txt`, `grid.png` and the other files with the
+    results of all ranks.
 
     Args:
         scores: The scores to compute.
@@ -82,7 +83,7 @@ class Results(Checkpoint):
         self._score(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Warn if nothing was searched because earlier runs used up `--trainer.max_time`, which counts all runs of a search."""
+        """Warn if earlier runs of this search used up `--trainer.max_time`, so that nothing was searched."""
         if not self._ended and trainer.is_global_zero:
             log.warning(
                 "Nothing was searched, since --trainer.max_time was used up by earlier runs of this search; raise it."
@@ -189,8 +190,8 @@ def check_seeds(name: str, seeds: Sequence[int]) -> None:
         seeds: The seeds.
 
     Raises:
-        UserError: There are no seeds; one is negative or has more than 64 bits; or two agree in the 32 bits that torch's CPU
-            generator uses.
+        UserError: There are no seeds; one is negative or has more than 64 bits; or two agree in the 32 bits that
+            torch's CPU generator uses.
     """
     wrong = [seed for seed in seeds if not 0 <= seed < 2**64]
     if wrong or not seeds:
@@ -200,8 +201,8 @@ def check_seeds(name: str, seeds: Sequence[int]) -> None:
     for seed in seeds:
         if seed % 2**32 in first:
             raise UserError(
-                f"{name} must give different images, but {first[seed % 2**32]} and {seed} give the same one, since torch's CPU "
-                "generator uses only the lowest 32 bits of a seed; leave one of them out."
+                f"{name} must give different images, but {first[seed % 2**32]} and {seed} give the same one, since "
+                "torch's CPU generator uses only the lowest 32 bits of a seed; leave one of them out."
             )
         first[seed % 2**32] = seed
 
@@ -226,11 +227,13 @@ def _report(folder: RunFolder) -> None:
         say(f"{problem.target}: {problem.shown or '-'}{score}{note}")
     if (total := sum(counts.values())) > MAX_SHOWN:
         say(
-            f"... and {total - MAX_SHOWN} more: {', '.join(f'{count} {status}' for status, count in counts.most_common())}"
+            f"... and {total - MAX_SHOWN} more: "
+            f"{', '.join(f'{count} {status}' for status, count in counts.most_common())}"
         )
     if counts["failed"] and total > 1:
         say(
-            f"Why {counts['failed']} of {total} failed is in {folder.failed}; --ckpt_path last --data.retry true tries them again."
+            f"Why {counts['failed']} of {total} failed is in {folder.failed}; --ckpt_path last --data.retry true tries "
+            "them again."
         )
     if counts["open"]:
         say(f"The search was cut short; the same command with --run {folder.path} --ckpt_path last continues it.")

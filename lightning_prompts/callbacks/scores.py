@@ -42,10 +42,10 @@ class Scores:
     """The scores to compute for finished problems.
 
     Args:
-        scorer: Folder or hub id of a held-out CLIP, which takes no part in the search. None for the embedded model's own scorer on the
-            embedded model, and for no held-out scores on others.
-        dictionary: File with one word per line, for the share of dictionary words. None for the words of the captions on the embedded
-            model, and for no such score on others.
+        scorer: Folder or hub id of a held-out CLIP, which takes no part in the search. None for the embedded model's
+            own scorer on the embedded model, and for no held-out scores on others.
+        dictionary: File with one word per line, for the share of dictionary words. None for the words of the captions
+            on the embedded model, and for no such score on others.
         language_model: Folder or hub id of the causal language model for the perplexity; None for no perplexity.
         lpips_weights: File of the weights of LPIPS's AlexNet; None for the one in torch's cache, if it is there.
     """
@@ -56,7 +56,7 @@ class Scores:
     lpips_weights: str | None = None
 
     def check(self, offline: bool = False) -> None:
-        """Load everything once and release it, so that mistakes are reported before the search and no memory is taken from it.
+        """Load everything once and release it, so that mistakes are reported before the search.
 
         Raises:
             UserError: A model or file cannot be loaded.
@@ -88,8 +88,8 @@ class Scores:
             method, f"searching by {name}", lambda: any(map(clip.has_same_image_encoder, (*method.clips(), *searching)))
         ):
             raise UserError(
-                f"The scorer {name!r} has the weights of a CLIP that this search uses, so its scores would not be held out; give another "
-                "CLIP as --scorer, or leave it out."
+                f"The scorer {name!r} has the weights of a CLIP that this search uses, so its scores would not be held "
+                "out; give another CLIP as --scorer, or leave it out."
             )
         return clip
 
@@ -110,7 +110,7 @@ class Scores:
         _offload(method)
 
     def compare(self, method: PromptMethod, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:
-        """Score P problems by the held-out CLIP's cosines of the user's prompt with the images before and after the search.
+        """Score P problems by the held-out CLIP's cosines of the user's prompt with images before and after.
 
         Args:
             method: The method.

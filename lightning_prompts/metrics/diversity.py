@@ -12,8 +12,8 @@ from lightning_prompts.metrics.clip import ClipMean
 class Diversity(ClipMean):
     """Mean of one minus the cosine of CLIP features, over all pairs of a prompt's images and then over prompts.
 
-    In [0, 2]; 0 if all images of each prompt are equal. A higher value means that the images depend more on the seed and less on the
-    prompt; whether that is better depends on the prompt's purpose.
+    In [0, 2]; 0 if all images of each prompt are equal. A higher value means that the images depend more on the seed
+    and less on the prompt; whether that is better depends on the prompt's purpose.
 
     Args:
         clip: Folder or hub id of a CLIPModel, or one that is loaded.

@@ -25,8 +25,8 @@ TRUNKS: dict[Trunk, tuple[str, str]] = {
 class Lpips(Mean):
     """Mean LPIPS between generated images and their targets, 0 or more, 0 for equal ones; lower is better.
 
-    The released network of the package `lpips`, version 0.1. Images with a side below 64 are enlarged to 64 x 64. Nothing is
-    downloaded; see `missing_lpips_weights`.
+    The released network of the package `lpips`, version 0.1. Images with a side below 64 are enlarged to 64 x 64.
+    Nothing is downloaded; see `missing_lpips_weights`.
 
     Args:
         trunk: The network whose features are compared.
@@ -58,7 +58,8 @@ def missing_lpips_weights(trunk: Trunk = "alex", weights: str | Path | None = No
     if file.is_file():
         return None
     url = f"https://download.pytorch.org/models/{published}"
-    return f"LPIPS lacks the weights of its {name}: there is no file {file}; save {url} there, or give its path as --lpips_weights."
+    advice = f"save {url} there, or give its path as --lpips_weights"
+    return f"LPIPS lacks the weights of its {name}: there is no file {file}; {advice}."
 
 
 def _file(trunk: Trunk, weights: str | Path | None) -> Path:
@@ -75,13 +76,13 @@ def _network(trunk: Trunk, file: Path) -> Any:
         network = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)  # pnet_rand, since it would download the trunk
     try:
         published = torch.load(file, map_location="cpu", weights_only=True)
-        # lpips splits torchvision's `features` into slices and keeps the layers' indices: slice2.3.weight is features.3.weight.
+        # lpips splits `features` into slices and keeps the indices of layers: slice2.3.weight is features.3.weight.
         state = {name: published[f"features.{name.partition('.')[2]}"] for name in network.net.state_dict()}
         network.net.load_state_dict(state)
     except Exception as error:  # the type depends on the kind of file
         name, original = TRUNKS[trunk]
         raise UserError(
-            f"The file {file} does not hold the weights of torchvision's {name}; download {original} again, or give another file as "
-            "--lpips_weights."
+            f"The file {file} does not hold the weights of torchvision's {name}; download {original} again, or give "
+            "another file as --lpips_weights."
         ) from error
     return network.requires_grad_(False)

@@ -54,9 +54,9 @@ class SpecialCharacters(Mean):
 class Perplexity(Mean):
     """Exponential of the mean negative log-likelihood per token under a causal language model.
 
-    1 or more; lower is better, NaN without scored tokens. The mean is over the tokens of all prompts. If the tokenizer has a
-    beginning-of-sequence token, it precedes each prompt, and all of the prompt's tokens are scored; else a prompt's first token is not
-    scored. Prompts longer than the model's context are truncated.
+    1 or more; lower is better, NaN without scored tokens. The mean is over the tokens of all prompts. If the tokenizer
+    has a beginning-of-sequence token, it precedes each prompt, and all of the prompt's tokens are scored; else a
+    prompt's first token is not scored. Prompts longer than the model's context are truncated.
 
     Args:
         name: Folder or hub id of a causal language model in safetensors, with its tokenizer.
@@ -133,7 +133,7 @@ def _load_language_model(name: str, offline: bool) -> tuple[Any, Any]:
     except Exception as error:  # the type depends on the kind of folder
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
-            f"The language model {name!r} cannot be loaded ({reason}); give --language_model a folder or hub id that holds a "
-            "causal language model in safetensors and its tokenizer."
+            f"The language model {name!r} cannot be loaded ({reason}); give --language_model a folder or hub id that "
+            "holds a causal language model in safetensors and its tokenizer."
         ) from error
     return tokenizer, model.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ _STOP = frozenset("a an the of on at in over against with and to by for is are b
 
 
 def all_words(text: str) -> list[str]:
-    """Return the words of a text in lower case: sequences of letters and digits, with hyphens and apostrophes inside."""
+    """Return the words of a text in lower case: letters and digits, with hyphens and apostrophes inside."""
     return re.findall(r"\w+(?:['-]\w+)*", text.lower())
 
 
@@ -23,7 +23,7 @@ def content_words(text: str) -> list[str]:
 
 
 class WordRecall(Metric):
-    """Share of a caption's content words that are in the prompt, as themselves or as synonyms; in [0, 1], higher is better.
+    """Share of a caption's content words, or synonyms of them, in the prompt; in [0, 1], higher is better.
 
     Args:
         synonyms: The synonyms of each word, in lower case.

@@ -53,13 +53,14 @@ def load_tokenizer(name: str, offline: bool = False) -> Any:
             raise ValueError("it has no tokens")
     except (OSError, TypeError, ValueError) as error:  # transformers 4 raises a TypeError if there are no files
         raise UserError(
-            f"The CLIP {name!r} has no tokenizer that can be loaded; add vocab.json and merges.txt, or tokenizer.json, to its folder."
+            f"The CLIP {name!r} has no tokenizer that can be loaded; add vocab.json and merges.txt, or tokenizer.json, "
+            "to its folder."
         ) from error
     return tokenizer
 
 
 def default_clip(backbone: Backbone) -> str:
-    """Return the default CLIP of a backbone: the folder `clip` next to its components, else that of its first text encoder."""
+    """Return the default CLIP of a backbone: the folder `clip` next to it, else that of its first text encoder."""
     folder = EMOJI if backbone.name == "emoji" else Path(backbone.name).expanduser()
     if (folder / "clip").is_dir():
         return str(folder / "clip")
@@ -137,8 +138,8 @@ class ClipSimilarity(TypedModule):
         if pixels.shape[-2:] != (size, size):
             shape = " x ".join(map(str, pixels.shape[-2:]))
             raise UserError(
-                f"The CLIP {self.name!r} takes images of {size} x {size} pixels, but its image processor makes {shape}; correct its "
-                "preprocessor_config.json."
+                f"The CLIP {self.name!r} takes images of {size} x {size} pixels, but its image processor makes "
+                f"{shape}; correct its preprocessor_config.json."
             )
         return pixels
 
@@ -149,11 +150,11 @@ class ClipSimilarity(TypedModule):
         return torch.cat(features).view(*images.shape[:2], -1)
 
     def forward(self, ids: Tensor, embeddings: Tensor, features: Tensor) -> Tensor:
-        """Compute the losses (P,) of token ids (P, L) with embeddings (P, L, D) and the mean image features (P, E) per problem."""
+        """Compute the losses (P,) of token ids (P, L) with embeddings (P, L, D) for mean image features (P, E)."""
         return 1 - (self.text_features(ids, embeddings) * features).sum(1)
 
     def text_features(self, ids: Tensor, embeddings: Tensor | None = None) -> Tensor:
-        """Return unit features (P, E) of token ids (P, L), with `embeddings` (P, L, D) in place of their token embeddings."""
+        """Return unit features (P, E) of token ids (P, L), with `embeddings` (P, L, D) in place of their own."""
         layer, end = self.clip.text_model.embeddings.token_embedding, self.clip.config.text_config.eos_token_id
         # Old configs have 2 regardless of the tokenizer.
         ends = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)

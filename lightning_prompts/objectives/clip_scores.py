@@ -90,7 +90,7 @@ class Preference(ClipText):
 
 
 class ClipQuality(_ClipObjective):
-    """Probability in [0, 1] that the good text describes an image, and not the bad one, as in CLIP-IQA (arXiv 2207.12396).
+    """Probability in [0, 1] of the good text against the bad one, as in CLIP-IQA (arXiv 2207.12396).
 
     Args:
         good: Text for good images.
@@ -141,7 +141,8 @@ class Aesthetic(_ClipObjective):
         width = self.clip.clip.config.projection_dim
         if width != 768:
             raise UserError(
-                f"The CLIP {self.name!r} has features of {width} numbers, but the aesthetic predictor takes 768; give a CLIP ViT-L/14."
+                f"The CLIP {self.name!r} has features of {width} numbers, but the aesthetic predictor takes 768; give "
+                "a CLIP ViT-L/14."
             )
 
     def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -10,11 +10,11 @@ from lightning_prompts.typed_module import TypedModule
 
 
 class Denoising(TypedModule):
-    """Mean squared error of the denoiser's prediction on the target's noisy latents, given the prompt; 0 or more, lower is better.
+    """Mean squared error of the denoiser on the target's noisy latents, given the prompt; 0 or more, lower is better.
 
     Args:
-        microbatch: Samples per denoiser call. Memory does not grow with the number of problems or samples, and a loss depends on the
-            other problems only through rounding.
+        microbatch: Samples per denoiser call. Memory does not grow with the number of problems or samples, and a loss
+            depends on the other problems only through rounding.
     """
 
     def __init__(self, microbatch: Microbatch) -> None:

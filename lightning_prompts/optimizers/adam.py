@@ -41,7 +41,8 @@ class RowwiseOptimizer(torch.optim.Optimizer, ABC):
 class BatchedAdam(RowwiseOptimizer):
     """Adam and AdamW (arXiv 1412.6980, 1711.05101) with a step counter per row.
 
-    PyTorch counts the steps of the whole parameter, so a problem that joins the batch later would take other steps than alone.
+    PyTorch counts the steps of the whole parameter, so a problem that joins the batch later would take other steps than
+    alone.
 
     Args:
         params: Parameters of shape (P, ...).

@@ -14,8 +14,8 @@ from lightning_prompts.optimizers.adam import RowwiseOptimizer, bias_correction
 class AdamOnLion(RowwiseOptimizer):
     """Step along the sign of Lion's update with the length of Adam's step.
 
-    The length is computed per embedding (L, D), the last two dimensions of a parameter (..., L, D), so that problems in a batch take
-    the same steps as alone.
+    The length is computed per embedding (L, D), the last two dimensions of a parameter (..., L, D), so that problems in
+    a batch take the same steps as alone.
 
     Args:
         params: Parameters of two dimensions or more.

@@ -56,21 +56,23 @@ class _Progress:
 class BatchedLBFGS(Optimizer):
     """L-BFGS for one parameter of shape (P, ...), where every row is an independent problem.
 
-    Each problem has its own curvature, step sizes and stopping rules, and takes the steps that `torch.optim.LBFGS` would take for it
-    alone. The problems do not wait for each other: each evaluation is one trial of every problem, so `step` evaluates the closure at
-    most max_eval + 1 times, and rows that stopped earlier stay unchanged.
+    Each problem has its own curvature, step sizes and stopping rules, and takes the steps that `torch.optim.LBFGS`
+    would take for it alone. The problems do not wait for each other: each evaluation is one trial of every problem, so
+    `step` evaluates the closure at most max_eval + 1 times, and rows that stopped earlier stay unchanged.
 
-    A row whose loss, gradient or next point is not finite undoes the step, clears its curvature, stops for this call of `step`, and
-    starts along the negative gradient in the next one. The parameter never holds NaN or infinity unless it did before.
+    A row whose loss, gradient or next point is not finite undoes the step, clears its curvature, stops for this call of
+    `step`, and starts along the negative gradient in the next one. The parameter never holds NaN or infinity unless it
+    did before.
 
-    The state of each problem is 2 * history_size + 3 vectors of the problem's size, in the parameter's dtype, and a few numbers.
+    The state of each problem is 2 * history_size + 3 vectors of the problem's size, in the parameter's dtype, and a few
+    numbers.
 
     Args:
         params: One parameter of shape (P, ...) in float32 or float64.
         lr: Initial step size of each iteration; in the very first one it is scaled by min(1, 1 / |gradient|_1).
         max_iter: Largest number of iterations per call of `step`.
-        max_eval: Largest number of evaluations per problem and call of `step`, which a line search may exceed by one; None for
-            max_iter * 5 // 4.
+        max_eval: Largest number of evaluations per problem and call of `step`, which a line search may exceed by one;
+            None for max_iter * 5 // 4.
         tolerance_grad: A problem stops when no element of its gradient is larger.
         tolerance_change: A problem stops when its loss or its largest element changes by less.
         history_size: Number of curvature pairs per problem. PyTorch's default of 100 takes ten times the memory.
@@ -112,14 +114,14 @@ class BatchedLBFGS(Optimizer):
             raise ValueError("BatchedLBFGS takes exactly one parameter, with a row per problem.")
         if self._param.dtype not in (torch.float32, torch.float64):
             raise UserError(
-                f"BatchedLBFGS needs a parameter of torch.float32 or torch.float64, got {self._param.dtype}; convert it inside the "
-                "closure."
+                f"BatchedLBFGS needs a parameter of torch.float32 or torch.float64, got {self._param.dtype}; convert "
+                "it inside the closure."
             )
         if self._param.dim() == 0:
             raise ValueError("BatchedLBFGS needs a parameter of shape (P, ...), got a scalar.")
 
     needed: Tensor
-    """The problems whose losses are used while the closure runs, (P,) bool; the other losses may be any finite numbers."""
+    """The problems whose losses the running closure must compute, (P,) bool; the others may be any finite numbers."""
 
     @property
     def _param(self) -> Tensor:
@@ -135,8 +137,9 @@ class BatchedLBFGS(Optimizer):
         Args:
             closure: Returns the losses (P,) with their graph, and does not call backward.
             active: The problems to update, (P,) bool; None for all. The other rows and their state stay bit-equal.
-            new_function: Whether the closure computes another function than in the last call, such as one with other noise. The last
-                step is then not used as a curvature pair, since the gradients before and after it belong to two functions.
+            new_function: Whether the closure computes another function than in the last call, such as one with other
+                noise. The last step is then not used as a curvature pair, since the gradients before and after it
+                belong to two functions.
 
         Returns:
             The losses (P,) at the initial points, detached.

@@ -1,6 +1,7 @@
 """The line search for the strong Wolfe conditions, batched over independent problems.
 
-Each problem first brackets a good step, then zooms into the bracket, in its own phase: each evaluation is one trial of every problem,
+Each problem first brackets a good step, then zooms into the bracket, in its own phase: each evaluation is one trial of
+    every problem,
 so no problem waits for another one's search.
 """
 
@@ -62,7 +63,7 @@ def choose(mask: Tensor, yes: Trials, no: Trials) -> Trials:
 
 
 def cubic_minimum(a: Trials, b: Trials, low: Tensor, high: Tensor) -> Tensor:
-    """Minimize the cubic through two trials' losses and slopes, within bounds; return their midpoint where it has no minimum.
+    """Minimize the cubic through two trials' losses and slopes within bounds; take their midpoint without a minimum.
 
     Args:
         a: Trials at one end.
@@ -87,9 +88,10 @@ def cubic_minimum(a: Trials, b: Trials, low: Tensor, high: Tensor) -> Tensor:
 class StrongWolfe:
     """Line searches of P problems, with the steps of `torch.optim.LBFGS`.
 
-    `begin` starts the searches of some problems, `t` holds the step sizes to evaluate next, and `observe` takes the results. The
-    search of a problem ends at a step that satisfies the strong Wolfe conditions, or at the best end of its bracket when the bracket
-    is too small or the budget is used up; one that still descends at its largest step size ends there.
+    `begin` starts the searches of some problems, `t` holds the step sizes to evaluate next, and `observe` takes the
+    results. The search of a problem ends at a step that satisfies the strong Wolfe conditions, or at the best end of
+    its bracket when the bracket is too small or the budget is used up; one that still descends at its largest step size
+    ends there.
 
     Attributes:
         t: Step sizes to evaluate next, (P,).
@@ -144,7 +146,7 @@ class StrongWolfe:
         return ended | small
 
     def _conditions(self, new: Trials) -> tuple[Tensor, Tensor]:
-        """Return whether trials violate the sufficient decrease condition, and whether they meet the curvature condition."""
+        """Return whether trials violate the decrease condition, and whether they meet the curvature condition."""
         short = new.loss > self._start.loss + _ARMIJO * new.t * self._start.slope
         return short, new.slope.abs() <= -_CURVATURE * self._start.slope
 

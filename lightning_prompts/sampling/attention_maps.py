@@ -28,9 +28,9 @@ def word_maps(
 ) -> Tensor:
     """Compute where in an image each token of a prompt gets more cross-attention than on average over the image.
 
-    The start-of-text token gets most of the attention, and some words get more than others at every position. So a token's map is its
-    share of the attention to the prompt's tokens and the token after them (which a prompt of one token is compared with), minus the
-    mean of this share over the image.
+    The start-of-text token gets most of the attention, and some words get more than others at every position. So a
+    token's map is its share of the attention to the prompt's tokens and the token after them (which a prompt of one
+    token is compared with), minus the mean of this share over the image.
 
     Args:
         backbone: The frozen model.

@@ -22,8 +22,8 @@ T = TypeVar("T")
 UNLIMITED = 2**31  # more than any number of samples
 
 OUT_OF_MEMORY = (
-    "The device is out of memory; lower --model.microbatch, or give --model.gradient_checkpointing true, --model.cpu_offload true "
-    "or --model.dtype bfloat16."
+    "The device is out of memory; lower --model.microbatch, or give --model.gradient_checkpointing true, "
+    "--model.cpu_offload true or --model.dtype bfloat16."
 )
 
 
@@ -43,9 +43,9 @@ class Microbatch:
     def map(self, samples: int, function: Callable[[Tensor], T], device: torch.device | None = None) -> T:
         """Call `function` on the indices (b,) of each microbatch and concatenate what it returns.
 
-        With several ranks, each computes its share (see `shard_indices`) and gathers the results of the others. A nested `map` is not
-        divided, since the other ranks work on other samples. A call that runs out of memory is repeated with fewer samples, so
-        `function` must have no side effects before it returns.
+        With several ranks, each computes its share (see `shard_indices`) and gathers the results of the others. A
+        nested `map` is not divided, since the other ranks work on other samples. A call that runs out of memory is
+        repeated with fewer samples, so `function` must have no side effects before it returns.
 
         Args:
             samples: B, the number of samples.
@@ -83,7 +83,7 @@ class Microbatch:
             else:
                 done, self.most = done + len(some), max(self.most, len(some))
                 continue
-            # Outside the except clause: the error, whose traceback holds tensors, must be gone before the cache is emptied.
+            # Outside the except clause, so that the error is gone, whose traceback holds tensors.
             self.size = len(some) // 2
             torch.cuda.empty_cache()
             log.warning("The memory does not hold %d samples at once; continuing with %d.", len(some), self.size)
@@ -98,12 +98,13 @@ class Microbatch:
         Each microbatch computes its gradients immediately, so that memory does not grow with B.
 
         Args:
-            function: Given the inputs (b, ...) and the indices (b,) of a microbatch, returns terms (b, ...), whose mean is the value
-                of a sample, and other tensors (b, ...) by name.
+            function: Given the inputs (b, ...) and the indices (b,) of a microbatch, returns terms (b, ...), whose mean
+                is the value of a sample, and other tensors (b, ...) by name.
             inputs: Tensors (B, ...).
 
         Returns:
-            The values (B,), with gradients to the inputs where gradients are enabled, and the other tensors (B, ...), detached.
+            The values (B,), with gradients to the inputs where gradients are enabled, and the other tensors (B, ...),
+            detached.
         """
         leaves = [value.detach().requires_grad_(torch.is_grad_enabled()) for value in inputs]
 
@@ -112,8 +113,8 @@ class Microbatch:
             terms, others = function(parts, indices)
             terms, gradients = terms.flatten(1) if terms.dim() > 1 else terms.unsqueeze(1), list[Tensor | None]()
             if terms.requires_grad:
-                # Of the sum: in a float16 network the gradient of the mean would vanish. An input may be unused, such as negative
-                # prompts without guidance.
+                # Of the sum, since in a float16 network the gradient of the mean would vanish. An input may be unused,
+                # such as negative prompts without guidance.
                 slopes = torch.autograd.grad(terms.sum(), parts, allow_unused=True)
                 gradients = [None if slope is None else _in_float32(slope) / terms.shape[1] for slope in slopes]
             return terms.detach().mean(1), {name: value.detach() for name, value in others.items()}, gradients

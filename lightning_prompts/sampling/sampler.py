@@ -73,11 +73,13 @@ class Sampler:
         """
         if self.backbone.guides_itself:
             raise UserError(
-                f"The model {self.backbone.name!r} has guidance built in, so {consequence}; {instead}, or choose another model."
+                f"The model {self.backbone.name!r} has guidance built in, so {consequence}; {instead}, or choose "
+                "another model."
             )
         if not self.guided:
             raise UserError(
-                f"With --model.guidance_scale {self.guidance_scale:g}, {consequence}; give a value above 1, or {instead}."
+                f"With --model.guidance_scale {self.guidance_scale:g}, {consequence}; give a value above 1, or "
+                f"{instead}."
             )
 
     # --- images
@@ -97,11 +99,12 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, noise: Tensor, encode: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-        """Sample images (B, 3, H, W) in [-1, 1] from noise (B, C, h, w), one microbatch at a time, and return them on the CPU.
+        """Sample images (B, 3, H, W) in [-1, 1] from noise (B, C, h, w) in microbatches, and return them on the CPU.
 
         Args:
             noise: Standard normal, (B, C, h, w).
-            encode: Returns the encoded prompts (b, R, D) and negative prompts (1, R, D) or (b, R, D) of the images with the indices (b,).
+            encode: Returns the encoded prompts (b, R, D) and negative prompts (1, R, D) or (b, R, D) of the images with
+                the indices (b,).
         """
         return self.microbatch.map(
             len(noise), lambda indices: self.sample(*encode(indices), noise[indices]).cpu(), noise.device
@@ -116,7 +119,7 @@ class Sampler:
         return images.view(*noise.shape[:2], *images.shape[1:])
 
     def split(self, embeds: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-        """Split encoded prompts (Q, S, R, D) into `prompt_embeds` and `negative_prompt_embeds`, each repeated `count` times.
+        """Split encoded prompts (Q, S, R, D) into `prompt_embeds` and `negative_prompt_embeds`, repeated `count` times.
 
         With S = 1, the negative prompt is the empty text.
         """
@@ -142,8 +145,10 @@ class Sampler:
             prompt_embeds: Encoded prompts, (B, R, D).
             negative_prompt_embeds: Encoded negative prompts, (B, R, D).
             noise: Standard normal, (B, C, h, w).
-            score: Given latents (b, C, h, w) and their indices (b,), returns scores (b,) and other tensors (b, ...) by name.
-            grad_steps: Number of the last denoiser calls that propagate a gradient to both prompts; see `Backbone.sample`.
+            score: Given latents (b, C, h, w) and their indices (b,), returns scores (b,) and other tensors (b, ...) by
+                name.
+            grad_steps: Number of the last denoiser calls that propagate a gradient to both prompts; see
+                `Backbone.sample`.
             calls: Denoiser calls after which the clean latents are predicted; None for all.
 
         Returns:

@@ -94,8 +94,8 @@ def _per_key(step: int | Sequence[int], keys: Sequence[str]) -> Sequence[int]:
 def image_indices(step: int, samples: int, images: int) -> Tensor:
     """Return which of a target's I images each of the N samples of a step uses, (N,).
 
-    Sample k always has a timestep in the k-th part of the range. Simple cycling could pair an image with the same part at every step;
-    here every image is used equally often, and equally often in every part.
+    Sample k always has a timestep in the k-th part of the range. Simple cycling could pair an image with the same part
+    at every step; here every image is used equally often, and equally often in every part.
     """
     number = step * samples + torch.arange(samples)
     return (number + number // math.lcm(samples, images)) % images
