@@ -18,7 +18,7 @@ from lightning_prompts.sampling import Microbatch, out_of_memory
 
 
 def holding(most, work):
-    """Work in a memory that holds so many samples."""
+    """Return a function that runs out of memory with more than `most` samples."""
 
     def done(some):
         if len(some) > most:
@@ -60,8 +60,8 @@ def test_as_many_as_the_memory_holds(caplog):
     ]
 
 
-def test_what_was_fitted_stays_when_a_search_goes_on(tiny, tmp_path, monkeypatch):
-    """On a device that says when it is full, for which the CPU stands here."""
+def test_a_fitted_size_stays_when_a_search_resumes(tiny, tmp_path, monkeypatch):
+    """Here the CPU stands for a device that reports when its memory is full."""
     monkeypatch.setattr("lightning_prompts.engine.method.NO_OOM_DEVICES", ())
     data = {"prompts": ["a red cat", "two dogs"]}
     sizes = []
@@ -124,7 +124,7 @@ def test_the_memory_of_a_cpu():
 
 
 def too_small(monkeypatch, backbone, most):
-    """Has the denoiser run out of memory in larger calls: before it has begun, or when it has ended."""
+    """Make the denoiser run out of memory in larger calls, alternately before and after its work."""
     denoise, seen = backbone.denoise, []
 
     def limited(noisy, *args):
@@ -185,7 +185,7 @@ def test_gradients_do_not_vanish_in_half_precision():
     assert float(x.grad) == pytest.approx(float(steep.grad), rel=0.05) != 0
 
 
-def test_denoising_goes_on_with_less(tiny, monkeypatch):
+def test_denoising_continues_with_smaller_calls(tiny, monkeypatch):
     backbone = load_backbone(tiny)
     ids = encode_text(backbone.vocabulary.tokenizer, ["a red cat", "two dogs"], backbone.vocabulary.length)
     latents, noise = torch.randn(2, 2, 6, *backbone.latent_shape)
@@ -205,7 +205,7 @@ def test_denoising_goes_on_with_less(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("grad_steps", [0, 1, 3])
-def test_drawing_goes_on_with_less(tiny, monkeypatch, grad_steps):
+def test_sampling_continues_with_smaller_calls(tiny, monkeypatch, grad_steps):
     how = {"sampling_steps": 3, "guidance_scale": 3.0, "objective": Sharpness()}
     problems = [Problem("a", "a red cat"), Problem("b", "two dogs")]
 
@@ -227,7 +227,7 @@ def test_drawing_goes_on_with_less(tiny, monkeypatch, grad_steps):
         assert torch.equal(a, b)
 
 
-def test_said_once_a_size(tiny, monkeypatch, caplog):
+def test_each_new_size_is_logged_once(tiny, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     module = MetricGuidance(backbone=tiny, microbatch=8, sampling_steps=2, objective=Sharpness())
     too_small(monkeypatch, module.backbone, 8)

@@ -1,4 +1,4 @@
-"""What launchers tell a process in its environment, and what is refused of it before anything is joined or made."""
+"""Launchers are detected from the environment, and invalid variables are refused before any process connects."""
 
 import os
 import socket
@@ -38,7 +38,7 @@ ONE = {**BATCH, "SLURM_NNODES": "1", "SLURM_NTASKS": "1", "SLURM_NPROCS": "1", "
 
 @pytest.fixture
 def tell(monkeypatch):
-    """Sets an environment in which nothing else of launchers is; None stands for a variable that is missing."""
+    """Set variables in an environment without any others of launchers; None removes a variable."""
     for name in [name for name in os.environ if name in NAMES or name.startswith(PREFIXES)]:
         monkeypatch.delenv(name)
 
@@ -192,7 +192,7 @@ def test_help_is_given_anywhere(tell, capsys):
 
 
 def test_processes_that_this_one_starts_know_it(tell):
-    """Whatever a shell has exported; afterwards nothing is left of it."""
+    """Variables that a shell exported are ignored, and cleared afterwards."""
     tell(MASTER_ADDR="elsewhere", MASTER_PORT="1", NODE_RANK="0")
     ask = "from lightning_prompts.launchers import *; print(Launched.detect(), own_rank())"
     with lightning_launcher():
@@ -222,7 +222,7 @@ def test_processes_that_nobody_joins_say_so(rank, monkeypatch):
     [(0, r"could not connect to process 1 at localhost:\d+ \(.*listen.*port is free"), (1, r"process 0 at localhost:\d+ .*nothing has answered")],
 )  # fmt: skip
 def test_a_port_that_another_program_has_is_told(rank, message, monkeypatch):
-    """Which takes the connection and never answers."""
+    """The other program accepts the connection and never answers."""
     monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=1))
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))

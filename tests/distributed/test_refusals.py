@@ -1,4 +1,4 @@
-"""What cannot be divided is refused before the model is loaded, and what ranks do not agree on before anything is searched."""
+"""Invalid divisions are refused before the model is loaded, and differences between ranks before the search."""
 
 import re
 
@@ -29,7 +29,7 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def refused(pictures, tmp_path, monkeypatch, capsys):
-    """What is said of settings; the model must not be loaded for it."""
+    """Return the error message for settings, which must come before the model is loaded."""
 
     def loaded(*args, **kwargs):
         raise AssertionError("the model was loaded")
@@ -170,18 +170,18 @@ def test_every_sample_is_some_ranks_and_calls_are_those_of_one_process(count, si
         assert all(numbers[0] % size == 0 or numbers[0] == count - 1 for numbers in several)
 
 
-def test_the_living_meet_through_a_store_of_the_dead():
-    """Each process reads what others, perhaps of an earlier start, have left."""
+def test_handshake_ignores_entries_of_dead_processes():
+    """Each process may read entries that processes of an earlier start left in the store."""
     from threading import Thread
 
     store = torch.distributed.HashStore()
     for attempt in range(3):
         names = {}
 
-        def meet(rank, names=names):
+        def connect(rank, names=names):
             names[rank] = handshake(store, rank, 3)
 
-        threads = [Thread(target=meet, args=(rank,)) for rank in ((2, 1, 0) if attempt % 2 else (0, 1, 2))]
+        threads = [Thread(target=connect, args=(rank,)) for rank in ((2, 1, 0) if attempt % 2 else (0, 1, 2))]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -1,4 +1,4 @@
-"""On random trunks: the numbers mean nothing, what is compared with what and how does."""
+"""LPIPS on random trunks equals its definition, and nothing is downloaded."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pixels of a CLIP against transformers' own image processor, and what is no image processor."""
+"""The image processor equals that of transformers, and invalid ones are refused."""
 
 import json
 import logging
