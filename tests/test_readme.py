@@ -115,7 +115,7 @@ def test_commands_of_the_page_run(page, place, tiny):
 @pytest.mark.slow
 def test_python_of_the_page_runs(place, capsys, monkeypatch):
     for module in (steering, dpo_diff):
-        monkeypatch.setattr(module, "FRESH_SEEDS", 2)
+        monkeypatch.setattr(module, "FINAL_SEEDS", 2)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
     short = code.replace("steps=30", "steps=6").replace("steps=5", "steps=2")
     assert short.count("steps=2") == 2
