@@ -33,7 +33,7 @@ from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.objectives.clip import ClipSimilarity
 from lightning_prompts.runs.record import DPODiffResult
-from lightning_prompts.sampling.seeding import FRESH, SEARCH, draw_noise
+from lightning_prompts.sampling.seeding import FINAL, SEARCH, draw_noise
 
 SEED, POOL, TOGETHER, FRESH_SEEDS = 20_261_123, 400, 20, 10
 SETTINGS: dict[str, Any] = yaml.safe_load(Path("configs/dpo_diff.yaml").read_text())["model"]["init_args"]
@@ -100,7 +100,7 @@ def chosen(task: str, count: int, folder: Path) -> list[Written]:
 def judged(one: Written, key: str, text: str, negative: str) -> dict[str, float]:
     """Means over the fresh pictures of a prompt."""
     clip, things, colors = judge()
-    noise = draw_noise(0, [key], FRESH, FRESH_SEEDS, method().backbone.latent_shape, torch.device("cpu"))[0]
+    noise = draw_noise(0, [key], FINAL, FRESH_SEEDS, method().backbone.latent_shape, torch.device("cpu"))[0]
     prompt, caption = clip.features_of([one.prompt, f"a {one.thing} on a {one.color} background"])
     pictures = method().draw([text] * FRESH_SEEDS, noise, negative)
     features, wanted = clip.features(pictures), method().clip.features_of([one.prompt])

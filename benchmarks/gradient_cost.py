@@ -35,11 +35,11 @@ def measured(kind: str, steps: int) -> str:
     """Peak memory in megabytes above what was held before, and seconds."""
     from lightning_prompts.backbones import load_backbone
     from lightning_prompts.backbones.vocabulary import encode_text
-    from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+    from lightning_prompts.objectives.clip import ClipSimilarity, default_clip
     from lightning_prompts.objectives.spherical import spherical_distance
 
     backbone = load_backbone("emoji")
-    clip = ClipSimilarity(clip_of(backbone))
+    clip = ClipSimilarity(default_clip(backbone))
     prompt = "a small bunny on a crimson background"
     ids = encode_text(backbone.towers[0].tokenizer, [prompt, "blurry"], backbone.towers[0].length)
     noise = torch.randn(PICTURES, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,7 @@ from prompt_pool import Written, written
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prompts.sampling.seeding import FRESH, SEARCH, draw_noise
+from lightning_prompts.sampling.seeding import FINAL, SEARCH, draw_noise
 
 SEED, POOL, PROMPTS, CANDIDATES, AMONG, DRAWS = 20_261_125, 120, 30, 32, 24, 100
 SEEDS, FURTHER = 3, 10
@@ -51,7 +51,7 @@ def measured(one: Written) -> dict[str, Tensor]:
     pairs, clip, heldout = negatives(one.prompt), method().clip, judge()[0]
     noise = torch.cat([
         draw_noise(0, [one.prompt], step, count, method().backbone.latent_shape, torch.device("cpu"))[0]
-        for step, count in ((SEARCH, SEEDS), (FRESH, FURTHER))
+        for step, count in ((SEARCH, SEEDS), (FINAL, FURTHER))
     ])  # fmt: skip
     pictures = torch.cat([method().draw([text] * len(noise), noise, negative) for text, negative in pairs])
     texts = [one.prompt, f"a photo of {one.prompt}", f"a picture of {one.prompt}"]

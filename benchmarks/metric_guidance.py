@@ -31,7 +31,7 @@ from lightning_prompts.emoji import world
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Blurriness, ClipQuality, ClipSimilarity, Objective, Sharpness
-from lightning_prompts.sampling.seeding import FRESH
+from lightning_prompts.sampling.seeding import FINAL
 
 SEED, COUNT, TOGETHER, FRESH_SEEDS = 20_261_130, 50, 10, 100
 CONFIG = yaml.safe_load(Path("configs/metric_guidance.yaml").read_text())["model"]["init_args"]
@@ -80,7 +80,7 @@ def measure(line: str, some: list[tuple[str, str]]) -> list[dict[str, Any]]:
             pl.Trainer(**how).fit(method, datamodule=data)
             seconds = (time.perf_counter() - begun) / len(some)
             problems = list(data.folder.load().values())
-            pictures = method.images_before_and_after(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
+            pictures = method.images_before_and_after(problems, method.draw_noise(problems, FINAL, FRESH_SEEDS))
     clip, things = judge()
     good, bad = clip.features_of([GOOD, BAD])
     seen_right: dict[str, Tensor] = {}

@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_prompts.embeddings import transfer
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, MetricGuidance
-from lightning_prompts.sampling.seeding import FRESH
+from lightning_prompts.sampling.seeding import FINAL
 
 SEED, PROMPTS, SOURCES, FRESH_SEEDS = 20_261_160, 21, 5, 10
 VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -46,7 +46,7 @@ def measure(kind: str) -> list[dict[str, Any]]:
         problems = list(data.folder.load().values())
         with torch.no_grad():
             noise, before, found = (
-                method.draw_noise(problems, FRESH, FRESH_SEEDS),
+                method.draw_noise(problems, FINAL, FRESH_SEEDS),
                 method.initial(problems),
                 method.best_embeds_of(problems),
             )

@@ -26,7 +26,7 @@ from metric_guidance import captions, judge
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, SeedInvariance
 from lightning_prompts.runs.record import SeedInvarianceResult
-from lightning_prompts.sampling.seeding import FRESH
+from lightning_prompts.sampling.seeding import FINAL
 
 SEED, CAPTIONS, TARGETS, FRESH_SEEDS = 20_261_140, 10, 10, 20
 CONFIG = yaml.safe_load(Path("configs/seed_invariance.yaml").read_text())["model"]["init_args"]
@@ -58,7 +58,7 @@ def measure(line: str, prompt: str) -> list[dict[str, Any]]:
         pl.Trainer(**how).fit(method, datamodule=data)
         problems = list(data.folder.load().values())
         with torch.no_grad():
-            drawn = method.images_before_and_after(problems, method.draw_noise(problems, FRESH, FRESH_SEEDS))
+            drawn = method.images_before_and_after(problems, method.draw_noise(problems, FINAL, FRESH_SEEDS))
             wanted = method.targets(problems).unsqueeze(1)
     rows: list[dict[str, Any]] = [
         {"prompt": prompt, "target": SeedInvarianceResult.of(problem).target_seed, "seconds": problem.seconds}

@@ -317,7 +317,7 @@ def search(
             callbacks=[
                 OwnerGuard(lock),
                 Results(
-                    scores, settings={name: str(value) for name, value in (of_method | of_data).items()}, tell=False
+                    scores, settings={name: str(value) for name, value in (of_method | of_data).items()}, report=False
                 ),
             ],
             default_root_dir=kept or scratch,

@@ -1,4 +1,4 @@
-"""Cache tensors that are costly to compute and the same for every run, in safetensors files named by all that they depend on."""
+"""Cache tensors that are costly and equal in all runs, in safetensors files named by a hash of their inputs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def cache_folder() -> Path:
 def cached(what: str, depends_on: Mapping[str, str], compute: Callable[[], Tensor]) -> Tensor:
     """Return a tensor from the cache, or compute and cache it.
 
-    A file that is damaged or holds something else is computed again. A cache that cannot be written to is not an error.
+    A damaged or wrong file is computed again. A cache that cannot be written is not an error.
 
     Args:
         what: Kind of tensor, for the file's name.
-        depends_on: Everything that its values depend on.
+        depends_on: Everything that its values depend on, by name.
         compute: Function that computes it.
 
     Returns:
@@ -56,7 +56,7 @@ def cached(what: str, depends_on: Mapping[str, str], compute: Callable[[], Tenso
         atomic_write(path, content)
     except OSError as error:
         log.info(
-            "The cache %s cannot be written to (%s); the next run will compute its contents again.",
+            "The cache %s cannot be written to (%s); the next run will compute these tensors again.",
             path.parent,
             error.strerror or error,
         )

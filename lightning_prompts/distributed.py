@@ -1,4 +1,4 @@
-"""Several processes: `--trainer.devices 8`, torchrun or srun; each with its own problems, or all with a share of every problem's work."""
+"""Distributed runs (`--trainer.devices 8`, torchrun or srun): ranks divide the problems or their samples."""
 
 from __future__ import annotations
 
@@ -29,224 +29,241 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-MOST_PROCESSES = 1024  # on a machine
-JOINING = timedelta(minutes=10)  # until all processes have come: machines of a job may start minutes apart
-LONG = timedelta(days=30)  # of a rank's work until it meets the others; torchrun and srun notice those that are lost
+MAX_PROCESSES = 1024  # per machine
+JOIN_TIMEOUT = timedelta(minutes=10)  # for all processes to connect: the machines of a job may start minutes apart
+RANK_TIMEOUT = timedelta(days=30)  # between collectives: a rank may work long, and torchrun and srun detect lost ones
 
 
-def ranks_of(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
-    """Devices of each machine, machines and processes in all; a UserError where there are not so many."""
-    asked, machines = trainer.devices, int(trainer.num_nodes)
+def resolve_devices(trainer: Any, launched: Launched | None) -> tuple[Any, int, int]:
+    """Resolve the trainer's devices, machines and processes.
+
+    Args:
+        trainer: The trainer's settings.
+        launched: The processes of an external launcher, if one started this process.
+
+    Returns:
+        The devices per machine, the number of machines, and the number of processes in total.
+
+    Raises:
+        UserError: The settings are invalid, contradict the launcher, or ask for more than there is.
+    """
+    devices, num_nodes = trainer.devices, int(trainer.num_nodes)
     accelerators = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
     if trainer.accelerator not in accelerators:
         raise UserError(
-            f"--trainer.accelerator cannot be {trainer.accelerator!r}; it takes one of {', '.join(sorted({*accelerators}))}."
+            f"--trainer.accelerator cannot be {trainer.accelerator!r}; it takes one of "
+            f"{', '.join(sorted({*accelerators}))}."
         )
-    if machines < 1:
-        raise UserError(f"--trainer.num_nodes cannot be {machines}; it takes a whole number from 1 on.")
+    if num_nodes < 1:
+        raise UserError(f"--trainer.num_nodes cannot be {num_nodes}; it takes a whole number from 1 on.")
     on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
-    there = torch.cuda.device_count() if on_gpu else None
-    if str(asked) in ("auto", "-1"):
-        here = there or 1
-    elif isinstance(asked, list) or "," in str(asked):
-        names = asked if isinstance(asked, list) else [name.strip() for name in asked.split(",") if name.strip()]
-        here = len({str(name) for name in names})
-        if there is None or not here or here < len(names):
-            wanted = "a number of processes" if there is None else "the numbers of different GPUs"
-            raise UserError(f"--trainer.devices cannot be {asked}; it takes {wanted} here.")
+    gpus = torch.cuda.device_count() if on_gpu else None
+    if str(devices) in ("auto", "-1"):
+        local = gpus or 1
+    elif isinstance(devices, list) or "," in str(devices):
+        names = devices if isinstance(devices, list) else [name.strip() for name in devices.split(",") if name.strip()]
+        local = len({str(name) for name in names})
+        if gpus is None or not local or local < len(names):
+            wanted = "a number of processes" if gpus is None else "the indices of different GPUs"
+            raise UserError(f"--trainer.devices cannot be {devices}; it takes {wanted} here.")
     else:
-        here = _count(asked)
+        local = _parse_count(devices)
     if launched:
-        if (here, machines) not in ((1, 1), (launched.processes, launched.machines)):
+        if (local, num_nodes) not in ((1, 1), (launched.processes, launched.machines)):
             raise UserError(
-                f"{launched.by} has started {launched.processes} processes on {launched.machines} machines, and --trainer.devices "
-                f"{asked} with --trainer.num_nodes {machines} are others; leave both out."
+                f"{launched.by} has started {launched.processes} processes on {launched.machines} machines, but "
+                f"--trainer.devices is {devices} and --trainer.num_nodes {num_nodes}; leave both out."
             )
-        asked = here = launched.processes
-        machines = launched.machines
-    elif machines > 1:
-        raise UserError("Several machines are not reached from here; start the command on them with torchrun or srun.")
-    if there == 0:
+        devices = local = launched.processes
+        num_nodes = launched.machines
+    elif num_nodes > 1:
+        raise UserError(
+            f"--trainer.num_nodes {num_nodes} needs a launcher, since this process cannot start processes on other "
+            "machines; start the command on them with torchrun or srun."
+        )
+    if gpus == 0:
         raise UserError(
             f"--trainer.accelerator cannot be {trainer.accelerator!r}, since this machine has no GPU; give cpu or auto."
         )
-    if there is not None and here > there:
-        raise UserError(f"{here} GPUs were asked for and this machine has {there}; give --trainer.devices {there}.")
-    if launched and here * machines > 1:
+    if gpus is not None and local > gpus:
+        raise UserError(
+            f"--trainer.devices asks for {local} GPUs, but this machine has {gpus}; give --trainer.devices {gpus}."
+        )
+    if launched and local * num_nodes > 1:
         launched.check_address()
-    return asked, machines, here * machines
+    return devices, num_nodes, local * num_nodes
 
 
-def _count(devices: Any) -> int:
-    """Return how many devices were asked for as a number."""
+def _parse_count(devices: Any) -> int:
+    """Return the number of devices, given as a number or text."""
     try:
         count = int(devices)
     except ValueError:
         count = 0
-    if not 1 <= count <= MOST_PROCESSES:
+    if not 1 <= count <= MAX_PROCESSES:
         raise UserError(
-            f"--trainer.devices cannot be {devices!r}; it takes a number of processes from 1 to {MOST_PROCESSES}, or auto."
+            f"--trainer.devices cannot be {devices!r}; it takes a number of processes from 1 to {MAX_PROCESSES}, or "
+            "auto."
         )
     return count
 
 
-class _Apart(DDPStrategy):
-    """Processes of which Lightning reduces nothing: there is no gradient of a wrapped module to exchange."""
+class _UnwrappedDDP(DDPStrategy):
+    """DDP without a wrapped module: there is no gradient for Lightning to reduce."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(process_group_backend=kwargs.pop("process_group_backend", None), timeout=LONG, **kwargs)
+        super().__init__(
+            process_group_backend=kwargs.pop("process_group_backend", None), timeout=RANK_TIMEOUT, **kwargs
+        )
 
     def setup_distributed(self) -> None:
-        """Meet the other processes, or say within minutes that they do not come; once met, they may work for long."""
+        """Connect to the other processes within minutes; collectives may then take much longer."""
         if not dist.is_initialized():
             self.set_world_ranks()
             environment = self.cluster_environment
-            store = joined(environment.main_address, environment.main_port, self.global_rank, self.world_size)  # type: ignore[union-attr]
+            store = create_store(environment.main_address, environment.main_port, self.global_rank, self.world_size)  # type: ignore[union-attr]
             device = self.root_device if self.root_device.type != "cpu" else None
             backend = self._get_process_group_backend()
             dist.init_process_group(
-                backend, timeout=LONG, world_size=self.world_size, rank=self.global_rank, store=store,
+                backend, timeout=RANK_TIMEOUT, world_size=self.world_size, rank=self.global_rank, store=store,
                 device_id=device,
             )  # fmt: skip
             if backend == "nccl":
-                atexit.register(_destroy_dist_connection)  # as Lightning does for a group that it has made
+                atexit.register(_destroy_dist_connection)  # as Lightning does for a group that it creates
         super().setup_distributed()
 
     def configure_ddp(self) -> None:
-        """Leaves the module as it is."""
+        """Leave the module unwrapped."""
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Does not wait."""
+        """Skip Lightning's barriers."""
 
 
-class ProblemParallel(_Apart):
-    """Ranks do not speak to each other between start and end.
+class ProblemParallel(_UnwrappedDDP):
+    """Divide the problems among the ranks, which do not communicate between start and end.
 
-    Each has as many problems as fall to it, takes as many steps as these need and writes its own checkpoints; records by key are
-    the only exchange. So nothing is wrapped, reduced or waited for, until rank 0 merges the results.
+    Each rank searches its own problems for as many steps as they need, and writes its own checkpoints and records. Rank
+    0 merges the results.
     """
 
     strategy_name = "problems"
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Has no rank tell the others that it was told to stop: they may be at different steps, or gone."""
+        """Handle SIGTERM without Lightning's broadcast: the ranks may be at different steps, or done."""
         super().setup(trainer)
         connector = trainer._signal_connector
 
-        def told(signum: int, frame: Any) -> None:
+        def on_sigterm(signum: int, frame: Any) -> None:
             if not connector.received_sigterm and self.launcher:
                 self.launcher.kill(signum)
             connector.received_sigterm = True
 
-        connector._sigterm_notifier_fn = told  # type: ignore[method-assign,assignment]
+        connector._sigterm_notifier_fn = on_sigterm  # type: ignore[method-assign,assignment]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Keeps one's own."""
+        """Return this rank's own object."""
         return obj
 
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keeps one's own."""
+        """Return this rank's own tensor."""
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Decides alone."""
+        """Return this rank's own decision."""
         return decision
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Every rank saves its own."""
+        """Save a checkpoint on every rank."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
 
-class SampleParallel(_Apart):
-    """All ranks search the same problems, in the same steps, and divide the samples of every step, see `shared`.
-
-    Rank 0 writes.
-    """
+class SampleParallel(_UnwrappedDDP):
+    """Search the same problems on all ranks, and divide the samples of every step; rank 0 writes."""
 
     strategy_name = "samples"
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Has all ranks stop at the same step, whichever of them was told to."""
+        """Stop all ranks at the same step when any of them receives SIGTERM."""
         super().setup(trainer)
-        connector, heard = trainer._signal_connector, torch.zeros(1, device=self.root_device)
+        connector, received = trainer._signal_connector, torch.zeros(1, device=self.root_device)
 
-        def told(signum: int, frame: Any) -> None:
-            if not heard and self.launcher:
+        def on_sigterm(signum: int, frame: Any) -> None:
+            if not received and self.launcher:
                 self.launcher.kill(signum)
-            heard.fill_(1)
+            received.fill_(1)
 
-        def agree() -> None:
-            anyone = heard.clone()
-            dist.all_reduce(anyone, dist.ReduceOp.MAX)
-            if anyone:
+        def stop_together() -> None:
+            received_by_any = received.clone()
+            dist.all_reduce(received_by_any, dist.ReduceOp.MAX)
+            if received_by_any:
                 connector.received_sigterm = True
                 raise SIGTERMException
 
-        connector._sigterm_notifier_fn = told  # type: ignore[method-assign,assignment]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = agree  # type: ignore[method-assign]
+        connector._sigterm_notifier_fn = on_sigterm  # type: ignore[method-assign,assignment]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = stop_together  # type: ignore[method-assign]
 
 
-def joined(address: str, port: int, rank: int, ranks: int) -> Any:
-    """Meet all processes at the first one's address; return a store that they have in common.
+def create_store(address: str, port: int, rank: int, ranks: int) -> Any:
+    """Connect all processes at rank 0's address, and return their common store.
 
     Raises:
-        UserError: Not all of them have come in time.
+        UserError: Some processes did not connect in time.
     """
-    minutes, began = int(JOINING.total_seconds() / 60), time.monotonic()
+    minutes, began = int(JOIN_TIMEOUT.total_seconds() / 60), time.monotonic()
     if rank == 0 and ranks > 1:
-        log.info("Waiting up to %d minutes for all of %d processes to meet at %s:%d.", minutes, ranks, address, port)
+        log.info("Waiting up to %d minutes for all %d processes to connect to %s:%d.", minutes, ranks, address, port)
     try:
-        store = _connected(f"tcp://{address}:{port}?rank={rank}&world_size={ranks}")
-        store = PrefixStore(met(store, rank, ranks), store)
+        store = _connect(f"tcp://{address}:{port}?rank={rank}&world_size={ranks}")
+        store = PrefixStore(handshake(store, rank, ranks), store)
     except (dist.DistError, TimeoutError) as error:
         others = "process 0" if rank else "process 1" if ranks == 2 else f"processes 1 to {ranks - 1}"
-        within = f" within {minutes} minutes" if time.monotonic() - began >= JOINING.total_seconds() else ""
+        within = f" within {minutes} minutes" if time.monotonic() - began >= JOIN_TIMEOUT.total_seconds() else ""
         raise UserError(
-            f"Process {rank} of {ranks} has not met {others} at {address}:{port}{within} "
-            f"({first_sentence(error).rstrip('.')}); check that the command was started on every machine, that this port is free on "
-            "the first one, and that this address can be reached from each."
+            f"Process {rank} of {ranks} could not connect to {others} at {address}:{port}{within} "
+            f"({first_sentence(error).rstrip('.')}); check that the command was started on every machine, that this "
+            "port is free on the first one, and that every machine can reach this address."
         ) from error
-    store.set_timeout(LONG)
+    store.set_timeout(RANK_TIMEOUT)
     return store
 
 
-def _connected(url: str) -> Any:
-    """Connect to the store of all processes; in a thread, since another program at that port may never answer.
+def _connect(url: str) -> Any:
+    """Connect to the common store, in a thread, since another program at that port may never answer.
 
     Raises:
-        TimeoutError: Nothing has answered in time.
+        TimeoutError: Nothing answered in time.
     """
-    found: list[Any] = []
+    results: list[Any] = []
 
     def connect() -> None:
         try:
-            found.append(next(rendezvous(url, timeout=JOINING))[0])
+            results.append(next(rendezvous(url, timeout=JOIN_TIMEOUT))[0])
         except Exception as error:
-            found.append(error)
+            results.append(error)
 
     thread = Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(JOINING.total_seconds())
-    (store,) = found or [TimeoutError("nothing has answered there")]
+    thread.join(JOIN_TIMEOUT.total_seconds())
+    (store,) = results or [TimeoutError("nothing has answered there")]
     if isinstance(store, Exception):
         raise store
     return store
 
 
-def met(store: Any, rank: int, ranks: int) -> str:
-    """A name that the processes which are alive agree on, through a store in which dead ones have left theirs.
+def handshake(store: Any, rank: int, ranks: int) -> str:
+    """Agree with the other live processes on a name, in a store that may have entries of dead ones.
 
     Raises:
-        TimeoutError: Some have not come in time.
+        TimeoutError: Some processes did not connect in time.
     """
     own = secrets.token_hex(8)
     if rank:
         store.set(f"hello/{rank}", own)
-        name = str(store.get(f"welcome/{own}").decode())  # nobody but a rank 0 that is alive can have written this
+        name = str(store.get(f"welcome/{own}").decode())  # only a live rank 0 can have written this
         store.set(f"met/{name}/{rank}", "")
         return name
-    left, end = set(range(1, ranks)), time.monotonic() + JOINING.total_seconds()
+    left, end = set(range(1, ranks)), time.monotonic() + JOIN_TIMEOUT.total_seconds()
     while left:
         if time.monotonic() > end:
             raise TimeoutError(f"missing: {', '.join(map(str, sorted(left)))}")
@@ -258,20 +275,21 @@ def met(store: Any, rank: int, ranks: int) -> str:
     return own
 
 
-def sharing(trainer: pl.Trainer) -> int:
-    """How many ranks divide the samples of every call; 1 where each has its own problems, or is alone."""
+def num_sample_ranks(trainer: pl.Trainer) -> int:
+    """Return the number of ranks that divide the samples of every call; 1 if each rank has its own problems."""
     return trainer.world_size if isinstance(trainer.strategy, SampleParallel) else 1
 
 
-def shared(count: int, size: int) -> tuple[range, int]:
-    """Divide the numbers of `count` samples among the ranks.
+def shard_indices(count: int, size: int) -> tuple[range, int]:
+    """Divide the indices of `count` samples among the ranks.
 
-    With at least `size` samples for every rank each gets whole calls of `size`, so that all ranks together make exactly the calls of
-    a single process, the last and smaller one included. With fewer, each gets about as many samples as the others. A rank for which
-    none are left gets the last sample, too, so that what it computes has the structure of what the others compute.
+    If every rank gets at least `size` samples, each makes whole calls of `size`, so that all ranks together make
+    exactly the calls of a single process, including its smaller last one. Otherwise all ranks get about the same number
+    of samples. A rank for which none are left computes the last sample again, so that its results have the structure of
+    the others'.
 
     Returns:
-        This rank's samples, and the most that any rank has.
+        This rank's indices, and the largest number that any rank has.
     """
     share = -(-count // dist.get_world_size())
     if share > size:
@@ -280,52 +298,52 @@ def shared(count: int, size: int) -> tuple[range, int]:
     return range(begin, min(begin + share, count)), share
 
 
-def gathered(own: T, share: int, count: int) -> T:
-    """Collect what all ranks have computed for their `shared` samples.
+def all_gather(own: T, share: int, count: int) -> T:
+    """Gather the results of all ranks for their samples, see `shard_indices`.
 
     Args:
         own: Tensors (b, ...), in any structure, of this rank's b <= `share` samples.
-        share: The most samples that any rank has.
-        count: How many samples there are in all.
+        share: Largest number of samples that any rank has.
+        count: Number of samples in total.
 
     Returns:
         The same structure, with tensors (count, ...).
     """
 
-    def whole(tensor: Tensor) -> Tensor:
-        here = tensor.cuda() if dist.get_backend() == "nccl" else tensor
-        filled = here.new_zeros(share, *here.shape[1:])  # every rank sends as much as the others
-        filled[: len(here)] = here
-        parts = here.new_empty(dist.get_world_size() * share, *here.shape[1:])
-        dist.all_gather_into_tensor(parts, filled)
+    def gather(tensor: Tensor) -> Tensor:
+        local = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+        padded = local.new_zeros(share, *local.shape[1:])  # all ranks must send the same shape
+        padded[: len(local)] = local
+        parts = local.new_empty(dist.get_world_size() * share, *local.shape[1:])
+        dist.all_gather_into_tensor(parts, padded)
         return parts[:count].to(tensor.device)
 
-    found: T = pytree.tree_map_only(Tensor, whole, own)
-    return found
+    all_gather: T = pytree.tree_map_only(Tensor, gather, own)
+    return all_gather
 
 
-def of_rank_zero(value: T) -> T:
-    """What rank 0 has; for all that ranks compute alike, of which a last digit that differs must not lead them apart."""
+def broadcast(value: T) -> T:
+    """Return rank 0's value, so that ranks that compute the same do not diverge by a different last digit."""
     if isinstance(value, Tensor):
-        there = value.detach().clone()
-        dist.broadcast(there, 0)
-        return there  # type: ignore[return-value]
+        received = value.detach().clone()
+        dist.broadcast(received, 0)
+        return received  # type: ignore[return-value]
     holder = [value]
     dist.broadcast_object_list(holder)
     return holder[0]
 
 
-def of_all_ranks(value: T) -> list[T]:
-    """What each rank has."""
+def all_gather_object(value: T) -> list[T]:
+    """Return the values of all ranks, in order."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def wait_for_all() -> None:
-    """Waits until every rank has come here; returns at once where there is one."""
+def barrier() -> None:
+    """Wait until every rank reaches this call; return at once in a single process."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
 

@@ -15,9 +15,10 @@ def lerp(a: Tensor, b: Tensor, value: float | Tensor) -> Tensor:
 def slerp(a: Tensor, b: Tensor, value: float | Tensor) -> Tensor:
     """Interpolate on the arc from a at 0 to b at 1, row by row (arXiv 2308.12059, section 3).
 
-    The direction turns at a constant rate along the great circle, and the length changes at a constant rate. For rows of equal
-    length this is the paper's formula, which is unbounded for nearly opposite rows of different lengths. Between opposite rows, the
-    choice among the possible arcs is deterministic; from or to a row of zeros, the path is a straight line.
+    The direction turns at a constant rate along the great circle, and the length changes at a constant rate. For rows
+    of equal length this is the paper's formula, which is unbounded for nearly opposite rows of different lengths.
+    Between opposite rows, the choice among the possible arcs is deterministic; from or to a row of zeros, the path is a
+    straight line.
 
     Args:
         a: Rows (..., D).
@@ -51,7 +52,7 @@ def transfer(embeds: Tensor, before: Tensor, after: Tensor, strength: float = 1.
 
 
 def shift(embeds: Tensor, like: Tensor) -> Tensor:
-    """Shift embeddings (..., L, D) to the mean and standard deviation of `like` (..., L, D), each over its L * D numbers.
+    """Shift embeddings (..., L, D) to the mean and standard deviation of `like` (..., L, D), over all L * D numbers.
 
     Rows that are zeros in `like` are padding, which is ignored and stays unchanged.
     """
@@ -88,7 +89,7 @@ def farthest(vectors: Tensor, count: int, first: int = 0) -> list[int]:
 
 
 def principal_axes(vectors: Tensor, count: int) -> Tensor:
-    """Return the unit directions (count, D) in which vectors (V, D) vary most; the largest component of each is positive."""
+    """Return the first principal axes (count, D) of vectors (V, D), with a positive largest component each."""
     axes: Tensor = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False).Vh[:count]
     return axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
 

@@ -1,4 +1,4 @@
-"""The one exception for a person's mistake, and names from files made fit for a message."""
+"""The exception for a user's mistakes, and escaping of text in messages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake of the person who runs the program.
+    """A mistake of the user.
 
-    Its message is one sentence that says what was given, what is allowed and what to do. The command line prints it without a
-    traceback and exits with code 2. Characters that would act on a terminal are escaped, since names may come from files.
+    The message says what was given, what is allowed and what to do. The command line prints it without a traceback and
+    exits with code 2. Control characters are escaped, since names may come from files.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Escape the characters of a text that a terminal would act on; white space of any kind becomes a space."""
+    """Escape control characters, and replace white space of any kind by spaces."""
     return "".join(
         char if char.isprintable() else " " if char.isspace() else char.encode("unicode_escape").decode()
         for char in text
@@ -27,24 +27,24 @@ def printable(text: str) -> str:
 
 
 def escaped_markdown(text: str) -> str:
-    """Escape the characters of a text that a terminal, HTML or Markdown would act on, so that it is shown as it stands."""
+    """Escape control characters and the markup of HTML and Markdown."""
     escaped = re.sub(r"[\\`*_{}\[\]()#+.!-]", r"\\\g<0>", html.escape(printable(text), quote=False))
-    return escaped.replace("|", "&#124;").replace("~", "&#126;")  # which Markdown has no escapes for
+    return escaped.replace("|", "&#124;").replace("~", "&#126;")  # Markdown has no backslash escape for these
 
 
 def shortened(text: str, length: int = 40) -> str:
-    """Cut a text that may come from a file to a length, and escape what a terminal would act on."""
+    """Truncate a text to a length, and escape its control characters."""
     return printable(text if len(text) <= length else f"{text[: length - 1]}…")
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Quote names that may come from a file, and count those beyond the first few."""
+    """Quote the first `most` names, and count the rest."""
     quoted = [repr(shortened(name)) for name in names]
     more = [f"{len(quoted) - most} more"] if len(quoted) > most else []
     return " and ".join([", ".join(quoted[:most]), *more])
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return the first sentence of an error of a library, at most 400 characters."""
+    """Return the first sentence of a library's error, cut at 400 characters."""
     text = re.split(r"(?<=[.!?])\s|\n", str(error).strip())[0].strip() or type(error).__name__
     return text[:400] if text.endswith((".", "!", "?")) else f"{text[:399]}."

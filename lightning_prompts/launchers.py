@@ -1,4 +1,4 @@
-"""Who has started this process, as which of how many: read from the environment before Lightning is imported or anything is joined."""
+"""Detect the launcher of this process from its environment, before Lightning is imported."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ from typing import NamedTuple
 from lightning_prompts.errors import UserError
 
 PARENT = "LIGHTNING_PROMPTS_PARENT"
-"""The process that starts others with `--trainer.devices`, by which they know that their variables are not left over."""
+"""Variable with the id of the process that started this one, which shows that RANK and others are not stale."""
 
-OWN_STEPS = 0xFFFFFFF0  # steps from here on are SLURM's own, such as that of a batch script or of salloc's shell
-SHELLS = ("bash", "interactive")  # names that SLURM gives to jobs in which a person types commands
+RESERVED_STEPS = 0xFFFFFFF0  # SLURM's own step ids start here, such as those of a batch script or of salloc's shell
+SHELLS = ("bash", "interactive")  # SLURM's names for jobs of an interactive shell
 PROCESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 MACHINE = ("NODE_RANK", "GROUP_RANK")
-FOREIGN = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "JSM_NAMESPACE_SIZE")  # of Open MPI, of MPICH and of jsrun
+UNSUPPORTED = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "JSM_NAMESPACE_SIZE")  # of Open MPI, MPICH and jsrun
 TORCHRUN = "start the command with torchrun, which sets it, or unset TORCHELASTIC_RUN_ID"
 SRUN = "start the command with srun, which sets it"
 
 
 class Launched(NamedTuple):
-    """What another launcher than Lightning's has started: how many processes on how many machines, and which of them this is."""
+    """The processes that torchrun or srun started.
+
+    Attributes:
+        by: Name of the launcher.
+        processes: Processes per machine.
+        machines: Number of machines.
+        rank: Global rank of this process.
+    """
 
     by: str
     processes: int
@@ -32,25 +39,25 @@ class Launched(NamedTuple):
 
     @classmethod
     def detect(cls) -> Launched | None:
-        """Look into the environment, where torchrun and srun tell it; None where nothing else has started this process.
+        """Read the variables of torchrun and srun; return None if neither started this process.
 
         Raises:
-            UserError: The variables are incomplete, out of their range or contradict each other, or processes that they
-                announce would never come.
+            UserError: The variables are incomplete, out of range or contradictory, or some of the processes that they
+                announce would never start.
         """
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun may itself have been started by srun
             return _by_torchrun()
         if started_by_lightning():
             return None
         if (step := _by_srun()) is None:
-            _refuse_left_over()
+            _refuse_stale()
         return step
 
     def check_address(self) -> None:
-        """Refuse an address, at which the processes are to meet, that is none.
+        """Check the address at which the processes connect.
 
         Raises:
-            UserError: torchrun's is missing, or a port is out of range.
+            UserError: torchrun's address is missing, or the port is out of range.
         """
         if self.by == "torchrun" and not os.environ.get("MASTER_ADDR"):
             raise UserError(f"MASTER_ADDR must name the machine of the first process, but is not set; {TORCHRUN}.")
@@ -61,161 +68,176 @@ class Launched(NamedTuple):
 
 
 def started_by_lightning() -> bool:
-    """Tell whether a process of this program has started this one, as `--trainer.devices` has it do."""
+    """Return whether another process of this program started this one, for `--trainer.devices`."""
     return os.environ.get(PARENT) == str(os.getppid())
 
 
 def own_rank() -> int:
-    """Return this process's number, known before Lightning is set up: launchers pass it in the environment."""
+    """Return this process's global rank before Lightning is set up, from the launcher's variables."""
     if launched := Launched.detect():
         return launched.rank
     return _number("LOCAL_RANK", 0, None, "unset it") if started_by_lightning() else 0
 
 
 @contextmanager
-def starting_others() -> Iterator[None]:
-    """Have Lightning start the other processes, all on this machine, whatever the environment says; forget them at the end."""
-    _forget()
+def lightning_launcher() -> Iterator[None]:
+    """Let Lightning start the other processes on this machine; clear their variables before and after."""
+    _clear_environment()
     os.environ[PARENT] = str(os.getpid())
     try:
         yield
     finally:
-        _forget()
+        _clear_environment()
 
 
-def _forget() -> None:
+def _clear_environment() -> None:
     for name in (*PROCESS, *MACHINE, "MASTER_ADDR", "MASTER_PORT", PARENT):
         os.environ.pop(name, None)
 
 
 def _number(name: str, least: int, most: int | None, hint: str, most_is: str = "") -> int:
-    """Read a variable that is a whole number in a range; `most_is` says where the largest comes from."""
+    """Read a whole number in a range from a variable.
+
+    Args:
+        name: The variable.
+        least: Smallest value.
+        most: Largest value; None for no limit.
+        hint: What the error message advises.
+        most_is: Which variable sets the largest value, for the error message.
+    """
     wanted = f"a whole number from {least} " + ("on" if most is None else f"to {most}")
-    told = os.environ.get(name)
+    text = os.environ.get(name)
     try:
-        number = int(told) if told is not None else least - 1
+        number = int(text) if text is not None else least - 1
     except ValueError:
         number = least - 1
     if number < least or (most is not None and number > most):
-        given = "is not set" if told is None else f"is {told!r}"
+        given = "is not set" if text is None else f"is {text!r}"
         raise UserError(f"{name} must be {wanted}{most_is and f' ({most_is})'}, but {given}; {hint}.")
     return number
 
 
-def _agree(names: tuple[str, ...], value: int, reason: str, hint: str) -> None:
-    """Refuse variables that are set and say something else."""
+def _check_consistent(names: tuple[str, ...], value: int, reason: str, hint: str) -> None:
+    """Refuse variables that are set to another value."""
     for name in names:
         if name in os.environ and os.environ[name].strip() != str(value):
             raise UserError(f"{name} is {os.environ[name]!r}, but must be {value}, since {reason}; {hint}.")
 
 
 def _by_torchrun() -> Launched:
-    everywhere = _number("WORLD_SIZE", 1, None, TORCHRUN)
-    here = _number("LOCAL_WORLD_SIZE", 1, everywhere, TORCHRUN, f"WORLD_SIZE is {everywhere}")
-    rank = _number("RANK", 0, everywhere - 1, TORCHRUN, f"WORLD_SIZE is {everywhere}")
-    _number("LOCAL_RANK", 0, here - 1, TORCHRUN, f"LOCAL_WORLD_SIZE is {here}")
-    if everywhere % here:
+    """Read torchrun's variables."""
+    world = _number("WORLD_SIZE", 1, None, TORCHRUN)
+    local_world = _number("LOCAL_WORLD_SIZE", 1, world, TORCHRUN, f"WORLD_SIZE is {world}")
+    rank = _number("RANK", 0, world - 1, TORCHRUN, f"WORLD_SIZE is {world}")
+    _number("LOCAL_RANK", 0, local_world - 1, TORCHRUN, f"LOCAL_WORLD_SIZE is {local_world}")
+    if world % local_world:
         raise UserError(
-            f"WORLD_SIZE is {everywhere} and LOCAL_WORLD_SIZE {here}, so that machines have different numbers of processes; give "
-            "torchrun the same --nproc_per_node on each."
+            f"WORLD_SIZE is {world} and LOCAL_WORLD_SIZE {local_world}, so that machines have different numbers of "
+            "processes; give torchrun the same --nproc_per_node on each."
         )
-    sizes = f"RANK is {rank}, WORLD_SIZE {everywhere} and LOCAL_WORLD_SIZE {here}"
-    _agree(("LOCAL_RANK",), rank % here, sizes, TORCHRUN)
-    _agree(("GROUP_RANK",), rank // here, sizes, TORCHRUN)
-    _agree(("GROUP_WORLD_SIZE",), everywhere // here, sizes, "give torchrun the same --nproc_per_node on each machine")
+    sizes = f"RANK is {rank}, WORLD_SIZE {world} and LOCAL_WORLD_SIZE {local_world}"
+    machines = world // local_world
+    _check_consistent(("LOCAL_RANK",), rank % local_world, sizes, TORCHRUN)
+    _check_consistent(("GROUP_RANK",), rank // local_world, sizes, TORCHRUN)
+    _check_consistent(("GROUP_WORLD_SIZE",), machines, sizes, "give torchrun the same --nproc_per_node on each machine")
     if "TORCHELASTIC_RESTART_COUNT" in os.environ:
         _number("TORCHELASTIC_RESTART_COUNT", 0, None, TORCHRUN)
-    return Launched("torchrun", here, everywhere // here, rank)
+    return Launched("torchrun", local_world, machines, rank)
 
 
 def _by_srun() -> Launched | None:
-    """Read what SLURM tells; None outside of it, in a job with one task, and in a shell in which a person types."""
-    told = os.environ
-    step = next((name for name in ("SLURM_STEP_ID", "SLURM_STEPID") if name in told), None)
-    if step is None or _number(step, 0, None, SRUN) >= OWN_STEPS:
-        if told.get("SLURM_JOB_NAME") not in SHELLS:
+    """Read SLURM's variables; return None outside SLURM, in a job with one task, and in an interactive shell."""
+    environ = os.environ
+    step = next((name for name in ("SLURM_STEP_ID", "SLURM_STEPID") if name in environ), None)
+    if step is None or _number(step, 0, None, SRUN) >= RESERVED_STEPS:
+        if environ.get("SLURM_JOB_NAME") not in SHELLS:
             _refuse_batch()
         return None
-    counted = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in told), "SLURM_NTASKS")
+    counted = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in environ), "SLURM_NTASKS")
     tasks = _number(counted, 1, None, SRUN)
     rank = _number("SLURM_PROCID", 0, tasks - 1, SRUN, f"{counted} is {tasks}")
     if tasks == 1:
         return None
-    if "SLURM_PTY_PORT" in told:  # of `srun --pty bash`: the shell is the first task, and nothing runs in the others
+    if "SLURM_PTY_PORT" in environ:  # set by `srun --pty bash`: the shell is the first task, and the others are idle
         if rank:
             raise UserError(
-                f"SLURM_PTY_PORT is {told['SLURM_PTY_PORT']!r}, as in a shell, but SLURM_PROCID is {rank}; start several processes "
-                "from such a shell with env -u SLURM_PTY_PORT srun."
+                f"SLURM_PTY_PORT is {environ['SLURM_PTY_PORT']!r}, as in a shell, but SLURM_PROCID is {rank}; start "
+                "several processes from such a shell with env -u SLURM_PTY_PORT srun."
             )
         return None
     reason = f"{counted} is {tasks}"
-    nodes = "SLURM_STEP_NUM_NODES" if "SLURM_STEP_NUM_NODES" in told else "SLURM_NNODES"
+    nodes = "SLURM_STEP_NUM_NODES" if "SLURM_STEP_NUM_NODES" in environ else "SLURM_NNODES"
     machines = _number(nodes, 1, tasks, SRUN, reason)
-    if "SLURM_NTASKS_PER_NODE" not in told:
-        raise UserError("SLURM was asked for --ntasks, which may put any number on a machine; give --ntasks-per-node.")
-    here = _number("SLURM_NTASKS_PER_NODE", 1, tasks, "give srun the same --ntasks-per-node as sbatch", reason)
-    again = f"give srun --ntasks {here * machines} --ntasks-per-node {here}"
-    if here * machines != tasks:
+    if "SLURM_NTASKS_PER_NODE" not in environ:
         raise UserError(
-            f"SLURM_NTASKS_PER_NODE is {here} and {nodes} {machines}, but {counted} is {tasks} and not {here * machines}; {again}."
+            "SLURM was given --ntasks, which does not fix the number of processes per machine; give --ntasks-per-node."
         )
-    if "SLURM_NTASKS" not in told:  # Lightning reads it
+    per_node = _number("SLURM_NTASKS_PER_NODE", 1, tasks, "give srun the same --ntasks-per-node as sbatch", reason)
+    again = f"give srun --ntasks {per_node * machines} --ntasks-per-node {per_node}"
+    if per_node * machines != tasks:
+        raise UserError(
+            f"SLURM_NTASKS_PER_NODE is {per_node} and {nodes} {machines}, but {counted} is {tasks} and not "
+            f"{per_node * machines}; {again}."
+        )
+    if "SLURM_NTASKS" not in environ:  # Lightning reads it
         raise UserError(f"SLURM_NTASKS must be {tasks}, since {reason}, but is not set; {again}.")
-    _agree(("SLURM_NTASKS",), tasks, reason, again)
-    _agree(("SLURM_NNODES",), machines, f"{nodes} is {machines}", f"give srun --nodes {machines}")
-    local = _number("SLURM_LOCALID", 0, here - 1, SRUN, f"SLURM_NTASKS_PER_NODE is {here}")
+    _check_consistent(("SLURM_NTASKS",), tasks, reason, again)
+    _check_consistent(("SLURM_NNODES",), machines, f"{nodes} is {machines}", f"give srun --nodes {machines}")
+    local = _number("SLURM_LOCALID", 0, per_node - 1, SRUN, f"SLURM_NTASKS_PER_NODE is {per_node}")
     node = _number("SLURM_NODEID", 0, machines - 1, SRUN, f"{nodes} is {machines}")
     for name, value, source in (
         ("RANK", rank, "SLURM_PROCID"),
         ("WORLD_SIZE", tasks, counted),
         ("LOCAL_RANK", local, "SLURM_LOCALID"),
-        ("LOCAL_WORLD_SIZE", here, "SLURM_NTASKS_PER_NODE"),
+        ("LOCAL_WORLD_SIZE", per_node, "SLURM_NTASKS_PER_NODE"),
         ("NODE_RANK", node, "SLURM_NODEID"),
         ("GROUP_RANK", node, "SLURM_NODEID"),
     ):
-        _agree((name,), value, f"{source} is {value}", "start the command with srun or torchrun alone, or unset it")
-    return Launched("srun", here, machines, rank)
+        _check_consistent(
+            (name,), value, f"{source} is {value}", "start the command with srun or torchrun alone, or unset it"
+        )
+    return Launched("srun", per_node, machines, rank)
 
 
 def _refuse_batch() -> None:
-    """Refuse to be the only process of a job with several tasks: the others, which srun starts, would be waited for."""
-    told = os.environ
+    """Refuse to run outside srun in a job with several tasks: this process would wait for the others forever."""
+    environ = os.environ
     hint = "start the command with srun, or ask SLURM for one task (--ntasks 1)"
-    counts = [name for name in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE") if name in told]
+    counts = [name for name in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE") if name in environ]
     several = next((name for name in counts if _number(name, 1, None, hint) > 1), None)
-    spread = told.get("SLURM_TASKS_PER_NODE", "")
-    # Where no tasks were asked for SLURM counts one for each processor.
-    if not counts and spread != told.get("SLURM_JOB_CPUS_PER_NODE") and _in_all(spread) > 1:
+    per_node = environ.get("SLURM_TASKS_PER_NODE", "")
+    # If no tasks were requested, SLURM counts one per processor.
+    if not counts and per_node != environ.get("SLURM_JOB_CPUS_PER_NODE") and _total_tasks(per_node) > 1:
         several = "SLURM_TASKS_PER_NODE"
     if several:
         raise UserError(
-            f"{several} is {told[several]!r}, but srun has not started this process (SLURM_STEP_ID is not that of a step of yours), "
-            f"and the other processes would never come; {hint}."
+            f"{several} is {environ[several]!r}, but srun did not start this process (SLURM_STEP_ID is not that of a "
+            f"step of yours), and the other processes would never start; {hint}."
         )
-    if "SLURM_PROCID" in told:
+    if "SLURM_PROCID" in environ:
         _number("SLURM_PROCID", 0, 0, SRUN, "the job has one task")
 
 
-def _in_all(spread: str) -> int:
-    """Add up SLURM's tasks of each machine, such as `2(x3),1`, which is 7; 0 where it is something else."""
+def _total_tasks(spread: str) -> int:
+    """Return the sum of SLURM's tasks per machine, such as 7 for `2(x3),1`; 0 for any other format."""
     parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()) for part in spread.split(",")]
     return sum(int(part[1]) * int(part[2] or 1) for part in parts if part)
 
 
-def _refuse_left_over() -> None:
-    """Refuse variables of several processes where nothing has started any, such as those that a shell has exported."""
-    told = {name: os.environ[name].strip() for name in (*PROCESS, *MACHINE) if name in os.environ}
-    alone = {name: "1" if name.endswith("SIZE") else "0" for name in told}
-    whole = {"RANK", "WORLD_SIZE"} <= told.keys()  # some platforms describe every process, also an only one
-    wrong = [name for name in told if told[name] != alone[name] or (name in PROCESS and not whole)]
+def _refuse_stale() -> None:
+    """Refuse variables of several processes without a launcher, such as those that a shell exported."""
+    given = {name: os.environ[name].strip() for name in (*PROCESS, *MACHINE) if name in os.environ}
+    alone = {name: "1" if name.endswith("SIZE") else "0" for name in given}
+    complete = {"RANK", "WORLD_SIZE"} <= given.keys()  # some platforms set them for single processes too
+    wrong = [name for name in given if given[name] != alone[name] or (name in PROCESS and not complete)]
     if wrong:
         raise UserError(
-            f"{wrong[0]} is {told[wrong[0]]!r}, but no launcher has started this process; start the command with torchrun or srun, "
-            f"or unset {' and '.join(wrong)}."
+            f"{wrong[0]} is {given[wrong[0]]!r}, but no launcher has started this process; start the command with "
+            f"torchrun or srun, or unset {' and '.join(wrong)}."
         )
-    for name in FOREIGN:
+    for name in UNSUPPORTED:
         if name in os.environ and _number(name, 1, None, "unset it") > 1:
             raise UserError(
-                f"{name} is {os.environ[name]!r}, so that mpirun or jsrun has started several processes, which would not find each "
-                "other; start the command with torchrun or srun."
+                f"{name} is {os.environ[name]!r}, so mpirun or jsrun started several processes, which cannot connect "
+                "to each other; start the command with torchrun or srun."
             )

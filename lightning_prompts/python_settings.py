@@ -1,4 +1,4 @@
-"""Settings given as Python values, checked by the parser of the command line."""
+"""Check settings given as Python values with the command line's parser."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Parser(LightningArgumentParser):
 
 
 def in_python(message: str) -> str:
-    """Name settings in a message of the command line as Python arguments, such as `--model.tokens 8` as `tokens=8`."""
+    """Rewrite the settings in a command-line message as Python arguments, such as `--model.tokens 8` as `tokens=8`."""
 
     def argument(match: re.Match[str]) -> str:
         name, value = match.groups()
@@ -41,19 +41,20 @@ def checked_settings(
 ) -> list[dict[str, Any]]:
     """Check settings and divide them among the classes that take them.
 
-    The parser reads text: to it `"3"` is a number, `"null"` nothing and the name of a file what is in it. So the types are checked
-    before, it gets numbers and what a config says, and decides on ranges; texts and objects are kept as they stand.
+    The parser would read `"3"` as a number, `"null"` as None and a file name as the file's content. So the types are
+    checked here, and the parser only checks the ranges of numbers and the values of a config; texts and objects are
+    passed on unchanged.
 
     Args:
         kinds: The classes.
-        defaults: Settings of a config, among which classes have names.
-        given: Settings of a user, among which objects stand for themselves.
+        defaults: Settings of a config, in which classes are given by name.
+        given: Settings of the user, which may be objects.
 
     Returns:
         All settings of each class.
 
     Raises:
-        UserError: A setting is unknown, missing or has another type or range.
+        UserError: A setting is unknown, missing, or of the wrong type or range.
     """
     given = {name: plain(name, value) for name, value in given.items()}
     names = [list(_parser(kind).get_defaults().keys()) for kind in kinds]
@@ -69,7 +70,7 @@ def checked_settings(
 
 
 def _checked(kind: type, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings of a class."""
+    """Return the checked settings of one class, including its defaults."""
     hints = all_settings(kind)
     for name, value in given.items():
         check_type(name, value, hints[name])
@@ -87,5 +88,5 @@ def _parser(kind: type, skip: Collection[str] = ()) -> _Parser:
 
 
 def _is_parsed(value: Any) -> bool:
-    """Return whether a value is one that the parser neither interprets, as texts, nor copies, as objects."""
+    """Return whether the parser checks a value: no text, which it would interpret, and no object, which it would copy."""
     return all(isinstance(item, bool | int | float | None) for item in (value if isinstance(value, list) else [value]))

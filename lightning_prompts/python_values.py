@@ -1,4 +1,4 @@
-"""Python values that a user gives to a call, and the types that they must have."""
+"""Convert Python values given to a call, and check their types."""
 
 from __future__ import annotations
 
@@ -21,37 +21,41 @@ _WANTED = IN_WORDS | {
 
 
 def plain(name: str, value: Any) -> Any:
-    """Turn paths into texts, and arrays, tensors, tuples and ranges into lists or numbers; leave other values as they are."""
+    """Convert paths to texts, and arrays, tensors, tuples and ranges to lists or numbers; keep other values.
+
+    Raises:
+        UserError: A text is not UTF-8.
+    """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
         raise UserError(f"The setting {name} cannot be {shortened(value)!r}, which is not UTF-8; correct it.")
     if isinstance(value, str):
-        return str(value)  # of NumPy's, too
+        return str(value)  # for NumPy's str_ too
     if hasattr(value, "tolist"):
         value = value.tolist()
     return [plain(name, item) for item in value] if isinstance(value, list | tuple | range) else value
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """Refuse a plain value of another type than the hint of a setting, whatever its range.
+    """Check a plain value against the type hint of a setting; its range is not checked.
 
     Raises:
-        UserError: The value has another type, or is infinite or not a number.
+        UserError: The value has another type, or is infinite or NaN.
     """
     if not _fits(value, hint):
         raise UserError(f"The setting {name} cannot be {shown(value)}; it takes {_wanted(hint)}.")
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Refuse plain arguments of other types than a function's hints, see `check_type`."""
+    """Check plain arguments against a function's type hints; see `check_type`."""
     hints = get_type_hints(function)
     for name, value in given.items():
         check_type(name, value, hints[name])
 
 
 def shown(value: Any) -> str:
-    """Describe a value in a message: a small plain one as it is written, another by its type."""
+    """Describe a value in a message: a plain one by its repr, another by its type."""
     if value is None or isinstance(value, bool | int | float | str):
         return shortened(repr(value))
     if isinstance(value, list | tuple):

@@ -1,11 +1,11 @@
-"""Numbers that settings take; the command line refuses others."""
+"""Types of numeric settings, whose ranges the command line checks."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
 MOST = 2**31 - 1
-"""Largest whole number of a setting, which counts steps, samples or tokens."""
+"""Largest value of whole numbers, which count steps, samples or tokens."""
 
 LEAST = {"Positive": 1, "NotNegative": 0}
 """Smallest value of the types of whole numbers below."""
@@ -16,7 +16,7 @@ IN_WORDS = {
     "Rate": "a finite number above 0",
     **{name: f"a whole number from {least} on" for name, least in LEAST.items()},
 }
-"""What a message says that a setting takes, by the name of its type."""
+"""Descriptions of the types in error messages, by name."""
 
 if TYPE_CHECKING:
     NotNegative: TypeAlias = int

@@ -1,7 +1,7 @@
-"""The one door to the terminal.
+"""Print to the terminal safely.
 
-Texts may come from files. What is printed acts on no terminal and forges no line; and a terminal that has other characters, is
-closed or is a file on a full disk ends no search.
+Control characters are escaped, since texts may come from files. A terminal that is closed, lacks characters, or is a
+file on a full disk does not interrupt a search.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lightning_prompts.errors import printable
 
 
 def say(*lines: str, stream: TextIO | None = None) -> None:
-    """Print lines, each of which stays one line.
+    """Print lines, with line breaks and control characters inside them escaped.
 
     Args:
-        *lines: The lines, in which any characters may stand.
-        stream: Where to; None for standard output.
+        *lines: The lines.
+        stream: Where to print; None for standard output.
     """
     stream = stream or sys.stdout
     try:
@@ -32,29 +32,29 @@ def say(*lines: str, stream: TextIO | None = None) -> None:
 
 
 def prepare() -> None:
-    """Have all that this process logs go through this door, too."""
+    """Configure logging, standard output and standard error of this process in the same way."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # whatever characters the terminal has
+            stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(handlers=[handler])
-    logging.raiseExceptions = False  # a line that cannot be written is lost, and no traceback takes its place
+    logging.raiseExceptions = False  # print no traceback for a log line that cannot be written
     logging.getLogger("lightning_prompts").setLevel(logging.INFO)
     reports = logging.getLogger("pytorch_lightning.profilers")
     reports.handlers, reports.propagate = [_Report()], False
     reports.setLevel(logging.INFO)
-    threading.excepthook = _tell_of_thread
+    threading.excepthook = _print_thread_error
 
 
 def close() -> None:
-    """Write what is left, so that the interpreter has nothing to complain of when it exits."""
+    """Flush the streams, so that the interpreter reports no error at exit."""
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
 
 
 class _Printable(logging.Formatter):
-    """A formatter whose messages are one line that acts on nothing."""
+    """Format messages as one line, with control characters escaped."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Format a record without its traceback."""
@@ -62,15 +62,15 @@ class _Printable(logging.Formatter):
 
 
 class _Report(logging.Handler):
-    """Print the report of `--trainer.profiler`, the one message of many lines."""
+    """Print the report of `--trainer.profiler`, the only message of many lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print its lines."""
+        """Print the lines of a report."""
         say(*record.getMessage().splitlines())
 
 
-def _tell_of_thread(args: threading.ExceptHookArgs) -> None:
-    """Print the traceback of a thread but for a full disk, which whoever waits for the thread hears of."""
+def _print_thread_error(args: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, except for an OSError such as a full disk, which the waiting thread reports."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
@@ -83,8 +83,8 @@ def _flush(stream: TextIO) -> None:
 
 
 def _silence(stream: TextIO) -> None:
-    """Have a stream that nothing can be written to lead nowhere."""
-    with suppress(OSError):  # it is no file, as in a notebook
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+    """Redirect a stream that cannot be written to to the null device."""
+    with suppress(OSError):  # it has no file descriptor, as in a notebook
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

@@ -1,4 +1,4 @@
-"""Settings that take text, which the parser of the command line would read as YAML."""
+"""Protect settings that take text from the command line's parser, which would read them as YAML."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LISTS = {list[str], Sequence[str]}
 
 
 class Text(NamedTuple):
-    """What a setting takes: one text or several, or null.
+    """The type of a setting that takes text.
 
     Attributes:
         several: Whether it takes several texts.
         optional: Whether it takes null.
-        listed: Whether it takes a list even of one text.
+        listed: Whether a single text must be a list too.
     """
 
     several: bool
@@ -31,10 +31,10 @@ class Text(NamedTuple):
 
 
 def text_settings(base: type) -> dict[str, Text]:
-    """Find the settings of a class and its subclasses that take nothing but text, by name."""
+    """Return the settings of a class and its subclasses that take only text, by name."""
     found: dict[str, Text] = {}
     others: set[str] = set()
-    for kind in _family(base):
+    for kind in _with_subclasses(base):
         for name, hint in own_settings(kind).items():
             kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
             if kinds & {str, *LISTS} and kinds <= {str, *LISTS, NoneType}:
@@ -50,32 +50,36 @@ def own_settings(kind: type) -> dict[str, Any]:
 
 
 def all_settings(kind: type) -> dict[str, Any]:
-    """Return the type hints of all settings of a class, those of its bases included."""
+    """Return the type hints of all settings of a class, including those of its bases."""
     hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         hints |= own_settings(base)
     return hints
 
 
-def _family(base: type) -> Iterable[type]:
+def _with_subclasses(base: type) -> Iterable[type]:
+    """Yield a class and all of its subclasses."""
     yield base
     kinds: list[type] = base.__subclasses__()
     for kind in kinds:
-        yield from _family(kind)
+        yield from _with_subclasses(kind)
 
 
 def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) -> list[str]:
-    """Have the parser take texts as they stand.
+    """Replace text settings of a command by configs, in which the text is a quoted string.
 
-    To the parser `style: watercolor`, `[a]`, `# one` and `null` are no texts. A config with the text as a quoted string,
-    in place of the setting, is.
+    The parser would read `style: watercolor`, `[a]`, `# one` and `null` as YAML.
 
     Args:
-        args: A command with its settings. A setting that takes several texts takes them one after the other, or as a JSON list.
-        settings: The settings that take text, by `data`, `model` or "" for those of the command.
+        args: The arguments of the command. A setting of several texts takes them one after the other, or as a JSON
+            list.
+        settings: The settings that take text, by `data`, `model`, or "" for those of the command.
 
     Returns:
-        The command for the parser.
+        The arguments for the parser.
+
+    Raises:
+        UserError: A text is not UTF-8, reads as null in a setting that takes null, or is a list that is not JSON.
     """
     kept: list[str] = []
     rest = list(args)
@@ -94,15 +98,16 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
         if not text or not given or (text.optional and given == ["null"]):
             kept.append(arg)
             continue
-        if alien := [each for each in given if re.search("[\ud800-\udfff]", each)]:
+        if invalid := [each for each in given if re.search("[\ud800-\udfff]", each)]:
             raise UserError(
-                f"The setting {name} cannot be {alien[0]!r}, which is not UTF-8; rename the file, or name its folder."
+                f"The setting {name} cannot be {invalid[0]!r}, which is not UTF-8; rename the file, or name its folder."
             )
         if text.optional and not text.several and _is_null(given[0]):
             raise UserError(f"The setting {name} cannot be {given[0]!r}; it takes a text, or null for none.")
         if text.listed and len(given) == 1 and given[0].lstrip().startswith("[") and _texts(given) == given:
             raise UserError(
-                f"The setting {name} cannot be {given[0]!r}; it takes words one after the other, or a JSON list such as "
+                f"The setting {name} cannot be {given[0]!r}; it takes words one after the other, or a JSON list such "
+                "as "
                 '\'["red", "blue"]\'.'
             )
         rest = rest if equals else rest[len(given) :]
@@ -111,14 +116,14 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
 
 
 def _setting(name: str, settings: Mapping[str, Mapping[str, Text]]) -> tuple[str, Text | None]:
-    """Return the part that a setting on the command line belongs to, and what it takes if that is text."""
+    """Return the part (`data`, `model` or "") of a command-line setting, and its type if it takes text."""
     match = re.fullmatch(r"--(?:(\w+)\.(?:init_args\.)?)?(\w+)", name)
     part = (match[1] or "") if match else ""
     return part, settings.get(part, {}).get(match[2]) if match else None
 
 
 def _is_null(text: str) -> bool:
-    """Return whether a text means nothing as YAML, which the parser takes for None where a setting may be None."""
+    """Return whether the parser would read a text as None."""
     try:
         return yaml.safe_load(text) is None
     except (yaml.YAMLError, ValueError):
@@ -126,7 +131,7 @@ def _is_null(text: str) -> bool:
 
 
 def _texts(given: Sequence[str]) -> list[str]:
-    """Return several texts: those given, or those of a JSON list."""
+    """Return the given texts, or the items of a JSON list."""
     if len(given) == 1 and given[0].lstrip().startswith("["):
         try:
             listed = json.loads(given[0])
@@ -138,9 +143,9 @@ def _texts(given: Sequence[str]) -> list[str]:
 
 
 def _config(part: str, name: str, value: Any) -> list[str]:
-    """Return a setting as an argument of the parser that is not read as YAML twice."""
+    """Return a setting as a `--config` argument, in which its text is not read as YAML again."""
     setting = {name: value}
-    # YAML as ASCII in one line: JSON's escapes of characters beyond 16 bits are none in YAML.
+    # YAML as ASCII in one line, since YAML does not read JSON's escapes of characters beyond 16 bits.
     return [
         "--config",
         yaml.safe_dump({part: {"init_args": setting}} if part else setting, default_flow_style=True, width=10**9),
@@ -148,11 +153,11 @@ def _config(part: str, name: str, value: Any) -> list[str]:
 
 
 def _texts_of_config(file: str, settings: Mapping[str, Mapping[str, Text]]) -> list[str]:
-    """Return the settings of a config file that take several texts and have one, which the parser would read as YAML again."""
+    """Return arguments for settings of several texts for which a config file has only one."""
     try:
         config = yaml.safe_load(Path(file).read_bytes())
         given = [(part, name, (config[part].get("init_args") or {}).get(name)) for part in ("data", "model") if part in config
                  for name, text in settings.get(part, {}).items() if text.several]  # fmt: skip
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return []  # the parser says what is wrong
+        return []  # the parser reports the mistake
     return [arg for part, name, value in given if isinstance(value, str) for arg in _config(part, name, [value])]

@@ -1,4 +1,4 @@
-"""nn.Module for a type checker that reports misspelled attributes."""
+"""Provide an nn.Module whose misspelled attributes the type checker reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class TypedModule(nn.Module):
-    """Hide `nn.Module.__getattr__` from the type checker, to which every name would otherwise be a tensor or a module."""
+    """Hide `nn.Module.__getattr__` from the type checker, which would otherwise accept every attribute name."""
 
     if TYPE_CHECKING:
         __getattr__: None  # type: ignore[assignment, misc]

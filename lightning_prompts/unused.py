@@ -1,4 +1,4 @@
-"""Settings that would silently do nothing are mistakes, and are refused."""
+"""Refuse settings that would have no effect."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lightning_prompts.errors import UserError
 
 
 def refuse_unused(owner: type, because: str, given: Mapping[str, Any], prefix: str = "--model") -> None:
-    """Refuse settings that differ from their defaults and have no effect beside other settings.
+    """Refuse settings that are not at their defaults although another setting makes them ineffective.
 
     Args:
-        owner: The class whose settings they are.
-        because: Which other setting leaves them without effect, such as "with --model.optimizer adam".
+        owner: The class of the settings.
+        because: The other setting, such as "with --model.optimizer adam".
         given: Values by the settings' names.
-        prefix: What precedes the names on the command line.
+        prefix: Prefix of the names on the command line.
 
     Raises:
         UserError: A value is not the default.
@@ -28,7 +28,7 @@ def refuse_unused(owner: type, because: str, given: Mapping[str, Any], prefix: s
 
 
 def default_of(owner: type, name: str) -> Any:
-    """Return the default of a class's setting, which a base class may define."""
+    """Return the default of a setting of a class or of one of its bases."""
     for base in owner.__mro__:
         parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
         if name in parameters:

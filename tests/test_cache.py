@@ -1,4 +1,4 @@
-"""What is kept between runs is what would be computed, whatever happens to its files."""
+"""Cached tensors equal computed ones, whatever happens to their files."""
 
 import os
 

@@ -44,7 +44,7 @@ def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatc
         "--scorer",
         f"{folder}/clip",
     ]
-    monkeypatch.setattr("lightning_prompts.callbacks.scores.clip_of", lambda backbone: f"{folder}/clip")
+    monkeypatch.setattr("lightning_prompts.callbacks.scores.default_clip", lambda backbone: f"{folder}/clip")
     main(
         [
             "fit",

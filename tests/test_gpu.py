@@ -11,7 +11,7 @@ from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import round_trip, token_lists
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives import ClipSimilarity
-from lightning_prompts.objectives.clip import clip_of
+from lightning_prompts.objectives.clip import default_clip
 from lightning_prompts.sampling import OUT_OF_MEMORY
 
 ROOT = Path(__file__).parents[1]
@@ -261,7 +261,7 @@ def test_the_model_that_memory_writes_can_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "VIT_L", {**small, "image_size": 32, "patch_size": 8})
     memory.write_model(tmp_path)
     model = load_backbone(str(tmp_path / "model"), "bfloat16")
-    clip = ClipSimilarity(clip_of(model))
+    clip = ClipSimilarity(default_clip(model))
     ids = clip.encode(["a red dog"])
     assert ids[0].tolist() == token_lists(model.vocabulary.tokenizer, ["a red dog"], add_special_tokens=True)[0]
     assert clip.vocab_size == len(model.vocabulary.table)

@@ -224,7 +224,7 @@ def test_what_cannot_be_scored_is_left_out(fit, tiny, tmp_path, capsys):
     (problem,) = results(fit("--model.backbone", str(folder)))["problems"]
     assert set(problem) == PROBLEM_KEYS - {"clip_text_similarity"}
     assert -1 <= problem["clip_similarity"] <= 1
-    assert "Not everything is scored: The CLIP" in capsys.readouterr().err
+    assert "Some scores are missing: The CLIP" in capsys.readouterr().err
 
 
 def test_bad_file_in_a_folder_is_a_failed_record(fit, pictures):

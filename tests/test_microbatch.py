@@ -14,11 +14,11 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Denoising, Sharpness
 from lightning_prompts.runs.record import Problem
-from lightning_prompts.sampling import Microbatch
+from lightning_prompts.sampling import Microbatch, out_of_memory
 
 
 def holding(most, work):
-    """Work in a memory that holds so many samples."""
+    """Return a function that runs out of memory with more than `most` samples."""
 
     def done(some):
         if len(some) > most:
@@ -60,9 +60,9 @@ def test_as_many_as_the_memory_holds(caplog):
     ]
 
 
-def test_what_was_fitted_stays_when_a_search_goes_on(tiny, tmp_path, monkeypatch):
-    """On a device that says when it is full, for which the CPU stands here."""
-    monkeypatch.setattr("lightning_prompts.engine.method.ENDLESS", ())
+def test_a_fitted_size_stays_when_a_search_resumes(tiny, tmp_path, monkeypatch):
+    """Here the CPU stands for a device that reports when its memory is full."""
+    monkeypatch.setattr("lightning_prompts.engine.method.NO_OOM_DEVICES", ())
     data = {"prompts": ["a red cat", "two dogs"]}
     sizes = []
     for path, steps in ((None, 2), ("last", 4)):
@@ -98,6 +98,22 @@ def test_other_errors_are_not_taken_for_it():
     assert microbatch.size == 4
 
 
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA error: out of memory", True),  # of the driver, which is no torch.OutOfMemoryError
+        ("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to", True),
+        ("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to", True),
+        ("MPS backend out of memory (MPS allocated: 8 GB)", True),
+        ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if", True),  # for lack of workspace
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_errors_of_full_memory(message, is_memory):
+    assert out_of_memory(RuntimeError(message)) == is_memory
+    assert not out_of_memory(ValueError(message))
+
+
 def test_the_memory_of_a_cpu():
     def too_much(some):
         return torch.empty(2**62 if len(some) > 2 else 1, dtype=torch.uint8)
@@ -108,7 +124,7 @@ def test_the_memory_of_a_cpu():
 
 
 def too_small(monkeypatch, backbone, most):
-    """Has the denoiser run out of memory in larger calls: before it has begun, or when it has ended."""
+    """Make the denoiser run out of memory in larger calls, alternately before and after its work."""
     denoise, seen = backbone.denoise, []
 
     def limited(noisy, *args):
@@ -169,7 +185,7 @@ def test_gradients_do_not_vanish_in_half_precision():
     assert float(x.grad) == pytest.approx(float(steep.grad), rel=0.05) != 0
 
 
-def test_denoising_goes_on_with_less(tiny, monkeypatch):
+def test_denoising_continues_with_smaller_calls(tiny, monkeypatch):
     backbone = load_backbone(tiny)
     ids = encode_text(backbone.vocabulary.tokenizer, ["a red cat", "two dogs"], backbone.vocabulary.length)
     latents, noise = torch.randn(2, 2, 6, *backbone.latent_shape)
@@ -189,7 +205,7 @@ def test_denoising_goes_on_with_less(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("grad_steps", [0, 1, 3])
-def test_drawing_goes_on_with_less(tiny, monkeypatch, grad_steps):
+def test_sampling_continues_with_smaller_calls(tiny, monkeypatch, grad_steps):
     how = {"sampling_steps": 3, "guidance_scale": 3.0, "objective": Sharpness()}
     problems = [Problem("a", "a red cat"), Problem("b", "two dogs")]
 
@@ -211,7 +227,7 @@ def test_drawing_goes_on_with_less(tiny, monkeypatch, grad_steps):
         assert torch.equal(a, b)
 
 
-def test_said_once_a_size(tiny, monkeypatch, caplog):
+def test_each_new_size_is_logged_once(tiny, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     module = MetricGuidance(backbone=tiny, microbatch=8, sampling_steps=2, objective=Sharpness())
     too_small(monkeypatch, module.backbone, 8)

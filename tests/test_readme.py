@@ -113,7 +113,7 @@ def test_commands_of_the_page_run(page, place, tiny):
 
 @pytest.mark.slow
 def test_python_of_the_page_runs(place, capsys, monkeypatch):
-    monkeypatch.setattr(refinement, "FRESH_SEEDS", 2)
+    monkeypatch.setattr(refinement, "FINAL_SEEDS", 2)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
     short = code.replace("steps=30", "steps=6").replace("steps=5", "steps=2")
     assert short.count("steps=2") == 2

@@ -200,7 +200,7 @@ def test_processes_that_have_lost_the_first_one_end(monkeypatch):
     guard = OwnerGuard(None)
     guard.on_train_batch_start(None, None, None, 0)
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    with pytest.raises(UserError, match="is gone; the same command with --ckpt_path last resumes the run"):
+    with pytest.raises(UserError, match="is gone; repeat the command with --ckpt_path last to resume the run"):
         guard.on_train_batch_start(None, None, None, 0)
 
 

@@ -1,4 +1,4 @@
-"""What is printed acts on no terminal, and a terminal that cannot be written to ends no search."""
+"""Printed text is escaped, and a terminal that cannot be written to does not end a search."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""What happens around the steps: projection, scoring, checkpoints, results, guards and progress."""
+"""Callbacks around the steps of a search: projection, scoring, results, guards and progress."""
 
 from lightning_prompts.callbacks.best_prompt import BestPrompt
 from lightning_prompts.callbacks.guard import NonFiniteGuard

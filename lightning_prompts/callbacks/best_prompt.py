@@ -1,4 +1,4 @@
-"""Score the prompts during a search, and save the best ones."""
+"""Keep each problem's best prompt, in its record on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytorch_lightning as pl
 from torch import Tensor
 
-from lightning_prompts.callbacks.board import log_text
+from lightning_prompts.callbacks.loggers import log_text
 
 if TYPE_CHECKING:
     from lightning_prompts.engine.datamodule import Step
@@ -18,11 +18,11 @@ class BestPrompt(pl.Callback):
     """Score the prompts, save those that improved, and finish problems."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
-        """Score prompts before their first step; finish problems that already have more steps than a resumed search allows."""
+        """Score initial prompts, and finish resumed problems that already have more steps than the search now takes."""
         self._score(trainer, pl_module, pl_module.batch.where(lambda row: row.active and row.steps == 0))
-        if len(exceeded := pl_module.batch.where(lambda row: row.active and row.steps >= pl_module.data.steps)):
-            self._score(trainer, pl_module, exceeded)
-            pl_module.finish_done(exceeded)
+        if len(over := pl_module.batch.where(lambda row: row.active and row.steps >= pl_module.data.steps)):
+            self._score(trainer, pl_module, over)
+            pl_module.finish_done(over)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int

@@ -18,10 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(pl.Callback):
-    """Reset problems that are not finite to their best prompt, and halve their steps.
+    """Reset problems that are not finite to their best prompt, and halve their step size.
 
-    These are prompts without a nearest token, and prompts whose gradient was not finite in any step since the last scoring. The guard
-    checks them when they are scored, since reading them synchronizes the device.
+    A problem is reset if its prompt is not finite or too large for a nearest token, or if its gradient was not finite
+    in any step since the last scoring. It is checked only when it is scored, since reading these values synchronizes
+    the device.
 
     Args:
         most: Resets of a problem before it is finished with its best prompt so far.
@@ -43,24 +44,24 @@ class NonFiniteGuard(pl.Callback):
             target, step = here[row].record.target, here[row].steps
             if steps:
                 log.warning(
-                    "The gradient of %s was not finite in %d of the steps up to %d, which were left out.",
+                    "The gradient of %s was not finite in %d of the steps up to %d, which were skipped.",
                     target,
                     steps,
                     step,
                 )
             if not is_sound:
-                self._go_back(pl_module, row, "The prompt stopped being finite or grew beyond 1e18")
+                self._reset(pl_module, row, "The prompt stopped being finite or grew beyond 1e18")
             elif steps >= pl_module.score_every:
-                self._go_back(pl_module, row, "The gradient was not finite")
+                self._reset(pl_module, row, "The gradient was not finite")
 
-    def _go_back(self, module: PromptMethod, row: int, reason: str) -> None:
+    def _reset(self, module: PromptMethod, row: int, reason: str) -> None:
         problem, step = module.batch[row].record, module.batch[row].steps
         module.batch.reset_rows(torch.tensor([row]), module.best_params(row)[None])
         module.batch[row].halvings += 1
         if module.batch[row].halvings <= self.most:
             lbfgs = any(isinstance(optimizer, BatchedLBFGS) for optimizer in module.trainer.optimizers)
-            how = "" if lbfgs else ", in half as long steps"  # the history of L-BFGS is of whole steps
-            log.warning("%s for %s at step %d; it goes on from its best%s.", reason, problem.target, step, how)
+            how = "" if lbfgs else " with half the step size"  # the history of L-BFGS requires whole steps
+            log.warning("%s for %s at step %d; continuing from its best prompt%s.", reason, problem.target, step, how)
             return
         module.finish(row)
         if problem.status != "failed":

@@ -1,4 +1,4 @@
-"""Who may go on writing to the folder of a run."""
+"""Stop a search that no longer owns the folder of its run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ if TYPE_CHECKING:
 
 
 class OwnerGuard(pl.Callback):
-    """Ends a search whose folder another process has taken over, or whose first process, which holds it for all, is lost.
+    """Stop a search if another process took over its run folder, or if the process that started this one is gone.
 
     Args:
-        lock: What this process holds; None for processes after the first.
+        lock: The lock of the run folder, which the first process holds; None for the others.
     """
 
     def __init__(self, lock: RunLock | None) -> None:
         self.lock, self.follows = lock, started_by_lightning()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
-        """Look before each step."""
+        """Check the lock and the parent process before each step.
+
+        Raises:
+            UserError: The lock or the parent process is gone.
+        """
         if self.lock:
             self.lock.check()
         if self.follows and not started_by_lightning():
             raise UserError(
-                "The process that started this one is gone; the same command with --ckpt_path last resumes the run."
+                "The process that started this one is gone; repeat the command with --ckpt_path last to resume the run."
             )

@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class PromptProgress(pl.Callback):
-    """Print a line for every better prompt, above a progress bar if the output is a terminal.
+    """Print a line for every improved prompt, above a progress bar if the output is a terminal.
 
     Args:
-        most: The largest batch in which every better prompt has a line; in a larger one, a line counts them.
+        most: Largest batch in which every improved prompt has its own line; for larger ones, a line counts them.
     """
 
     def __init__(self, most: int = 4) -> None:
@@ -57,7 +57,7 @@ class PromptProgress(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Print what changed."""
+        """Print improved prompts, and advance the bar."""
         self._show(pl_module, range(len(pl_module.batch)))
         self._advance(pl_module)
         for row in pl_module.batch.rows:

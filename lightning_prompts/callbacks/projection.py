@@ -31,7 +31,8 @@ class VocabularyProjection(pl.Callback):
         """Refuse a method without token embeddings."""
         if not hasattr(pl_module.prompt, "project"):
             raise UserError(
-                f"VocabularyProjection projects token embeddings, and {type(pl_module).__name__} has none; remove the callback."
+                f"VocabularyProjection projects token embeddings, and {type(pl_module).__name__} has none; remove the "
+                "callback."
             )
 
     @torch.no_grad()

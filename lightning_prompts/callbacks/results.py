@@ -16,10 +16,10 @@ from pytorch_lightning.callbacks import Checkpoint
 from torch import Tensor
 
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.distributed import wait_for_all
+from lightning_prompts.distributed import barrier
 from lightning_prompts.engine.datamodule import ProblemData
 from lightning_prompts.errors import UserError
-from lightning_prompts.metrics import lpips_lacks
+from lightning_prompts.metrics import missing_lpips_weights
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
@@ -34,16 +34,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHOWN = 24  # problems in the grid
-EXPORTED = 1000  # problems in the files for other tools
+MAX_SHOWN = 24  # problems in the grid
+MAX_EXPORTED = 1000  # problems in the files for other tools
 
 
 class Results(Checkpoint):
     """Score each problem when its search ends, and write the files of a run when `fit` or `test` ends.
 
-    Scores are computed only here, after everything was selected. A `Checkpoint` is called after the callbacks that finish problems;
-    this one must come before PromptCheckpoint. `results.jsonl` gets a line when a problem is scored. Rank 0 writes `result.json`,
-    `prompt.txt`, `grid.png` and the other files at the end, with the results of all ranks.
+    Scores are computed only here, so they cannot influence the search. A `Checkpoint` is called after the callbacks
+    that finish problems; this one must come before PromptCheckpoint. Each scored problem adds a line to
+    `results.jsonl`. At the end, rank 0 writes `result.json`, `prompt.txt`, `grid.png` and the other files with the
+    results of all ranks.
 
     Args:
         scores: The scores to compute.
@@ -51,7 +52,7 @@ class Results(Checkpoint):
         settings: The settings to record.
         prompts: Prompts for `predict`, in place of those of the run.
         negative: Negative prompt for `predict`.
-        tell: Print the results.
+        report: Whether to print the results.
     """
 
     def __init__(
@@ -61,14 +62,14 @@ class Results(Checkpoint):
         settings: dict[str, Any] | None = None,
         prompts: Sequence[str] = (),
         negative: str = "",
-        tell: bool = True,
+        report: bool = True,
     ) -> None:
         self.scores, self.seeds, self.settings = scores or Scores(), tuple(seeds), settings or {}
-        self.prompts, self.negative, self.tell = tuple(prompts), negative, tell
+        self.prompts, self.negative, self.report = tuple(prompts), negative, report
         self._ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Refuse a scorer that takes part in the search, and write the lines of problems that earlier runs finished."""
+        """Refuse a scorer that takes part in the search, and write the results of problems finished by earlier runs."""
         self.scores.check_heldout(pl_module)
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         if trainer.is_global_zero:
@@ -83,7 +84,7 @@ class Results(Checkpoint):
         self._score(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Warn if nothing was searched because earlier runs used up `--trainer.max_time`, which counts all runs of a search."""
+        """Warn if earlier runs of this search used up `--trainer.max_time`, so that nothing was searched."""
         if not self._ended and trainer.is_global_zero:
             log.warning(
                 "Nothing was searched, since --trainer.max_time was used up by earlier runs of this search; raise it."
@@ -95,8 +96,8 @@ class Results(Checkpoint):
         self._score(trainer, pl_module)
         self._mark_open(trainer, pl_module)
         if trainer.world_size > 1:
-            wait_for_all()
-        pl_module.microbatch.ranks = 1  # the others are done
+            barrier()
+        pl_module.microbatch.ranks = 1  # only rank 0 continues
         if trainer.is_global_zero:
             self._write(trainer, pl_module)
 
@@ -120,7 +121,7 @@ class Results(Checkpoint):
                 data.evict(problem)
         self._write(trainer, pl_module)
         pictured = any(problem.paths for problem in folder.found())
-        if pictured and (reason := lpips_lacks(weights=self.scores.lpips_weights)):
+        if pictured and (reason := missing_lpips_weights(weights=self.scores.lpips_weights)):
             say(reason)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
@@ -132,16 +133,16 @@ class Results(Checkpoint):
         without = f"-without-{file_name(self.negative)}" if self.negative else ""
         if not self.prompts and not any(folder.found()):
             raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
-        for name, text, pictures in self._drawn(pl_module, folder.found(), noise):
-            for seed, picture in zip(self.seeds, pictures, strict=True):
+        for name, text, images in self._generate(pl_module, folder.found(), noise):
+            for seed, image in zip(self.seeds, images, strict=True):
                 path = folder.path / "pictures" / f"{name}{without}-seed{seed}.png"
-                atomic_write(path, to_png(to_image(picture)))
+                atomic_write(path, to_png(to_image(image)))
                 say(f"{path}  {text}")
 
-    def _drawn(
+    def _generate(
         self, module: PromptMethod, found: Iterable[Problem], noise: Tensor
     ) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield a file name, the text and an image per noise, of the given prompts or of those of the run."""
+        """Yield a file name, the text and its images, one per noise, for the given prompts or those of the run."""
         for text in dict.fromkeys(self.prompts):
             yield file_name(text), text, module.draw([text] * len(noise), noise, self.negative)
         if not self.prompts:
@@ -149,7 +150,7 @@ class Results(Checkpoint):
                 yield problem.key, str(problem.prompt), module.draw_found(problem, noise, self.negative)
 
     def _score(self, trainer: pl.Trainer, module: PromptMethod) -> None:
-        """Score and save the newly finished problems, and append their lines."""
+        """Score and save the newly finished problems, and append them to `results.jsonl`."""
         problems = [problem for problem in module.batch.finished if problem.prompt and problem.status != "failed"]
         if problems:
             module.final_evaluation(problems, self.scores)
@@ -157,7 +158,7 @@ class Results(Checkpoint):
             append_line(trainer.datamodule.folder, problem, trainer.global_rank)  # type: ignore[attr-defined]
 
     def _mark_open(self, trainer: pl.Trainer, module: PromptMethod) -> None:
-        """Record in open problems that the search was cut short, as by `--trainer.max_time`."""
+        """Record in open problems that the search was interrupted, such as by `--trainer.max_time`."""
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         for problem in module.batch.records:
             if problem.status == "open":
@@ -168,30 +169,30 @@ class Results(Checkpoint):
         """Write the files of the run, and print the results."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder: RunFolder = data.folder
-        if shown := data.unchanged(list(islice(folder.found(), SHOWN))):
+        if shown := data.unchanged(list(islice(folder.found(), MAX_SHOWN))):
             module.write_figures(shown, folder)
             for problem in shown:
                 data.evict(problem)
-        if exported := list(islice(folder.found(), EXPORTED)):
+        if exported := list(islice(folder.found(), MAX_EXPORTED)):
             module.write_files(exported, folder)
         settings = {**self.settings, "drawing": module.drawing}
         write_results(folder, type(module).__name__, module.backbone.name, data.seed, settings, versions())
         for lines in folder.path.glob("results-rank*.jsonl"):
             lines.unlink()
-        if self.tell:
+        if self.report:
             _report(folder)
 
 
 def check_seeds(name: str, seeds: Sequence[int]) -> None:
-    """Refuse seeds that a torch generator does not take, or that draw the same picture twice.
+    """Check that seeds are valid for a torch generator and give different images.
 
     Args:
-        name: Setting that gives them.
+        name: Name of the setting.
         seeds: The seeds.
 
     Raises:
-        UserError: There is none; one is negative or has more than 64 bits; or two of them agree in the 32 bits that torch's CPU
-            generator uses.
+        UserError: There are no seeds; one is negative or has more than 64 bits; or two agree in the 32 bits that
+            torch's CPU generator uses.
     """
     wrong = [seed for seed in seeds if not 0 <= seed < 2**64]
     if wrong or not seeds:
@@ -201,14 +202,14 @@ def check_seeds(name: str, seeds: Sequence[int]) -> None:
     for seed in seeds:
         if seed % 2**32 in first:
             raise UserError(
-                f"{name} must draw different pictures, and {first[seed % 2**32]} and {seed} draw the same one, since torch's CPU "
-                "generator uses the lowest 32 bits of a seed; leave one of them out."
+                f"{name} must give different images, but {first[seed % 2**32]} and {seed} give the same one, since "
+                "torch's CPU generator uses only the lowest 32 bits of a seed; leave one of them out."
             )
         first[seed % 2**32] = seed
 
 
 def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Draw standard normal noise (S, C, h, w) from seeds that a user has given, as diffusers does with CPU generators."""
+    """Draw standard normal noise (S, C, h, w) from seeds, as diffusers does with CPU generators."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -219,16 +220,21 @@ def file_name(text: str) -> str:
 
 
 def _report(folder: RunFolder) -> None:
+    """Print the results of a run."""
     counts = Counter(problem.status for problem in folder.records())
-    for problem in islice(folder.ordered(), SHOWN):
+    for problem in islice(folder.ordered(), MAX_SHOWN):
         note = f"  ({problem.status}: {problem.reason})" if problem.reason else ""
         score = f"  [{summary}]" if (summary := folder.result_class.of(problem).summary) else ""
         say(f"{problem.target}: {problem.shown or '-'}{score}{note}")
-    if (total := sum(counts.values())) > SHOWN:
-        say(f"... and {total - SHOWN} more: {', '.join(f'{count} {status}' for status, count in counts.most_common())}")
+    if (total := sum(counts.values())) > MAX_SHOWN:
+        say(
+            f"... and {total - MAX_SHOWN} more: "
+            f"{', '.join(f'{count} {status}' for status, count in counts.most_common())}"
+        )
     if counts["failed"] and total > 1:
         say(
-            f"Why {counts['failed']} of {total} failed is in {folder.failed}; --ckpt_path last --data.retry true tries them again."
+            f"Why {counts['failed']} of {total} failed is in {folder.failed}; --ckpt_path last --data.retry true tries "
+            "them again."
         )
     if counts["open"]:
         say(f"The search was cut short; the same command with --run {folder.path} --ckpt_path last continues it.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 
-from lightning_prompts.callbacks.board import log_images, takes_images
+from lightning_prompts.callbacks.loggers import log_images, supports_images
 
 if TYPE_CHECKING:
     from lightning_prompts.engine.datamodule import Step
@@ -29,7 +29,7 @@ class SampleGrid(pl.Callback):
     ) -> None:
         """Log a grid when it is time."""
         step = trainer.fit_loop.total_batch_idx + 1
-        if not self.every or step % self.every or not takes_images(trainer.loggers):
+        if not self.every or step % self.every or not supports_images(trainer.loggers):
             return
         problems = [problem for problem in pl_module.batch.records if problem.prompt][: self.most]
         if problems:

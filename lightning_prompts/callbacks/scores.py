@@ -1,4 +1,4 @@
-"""The scores of what a run has found; they choose nothing."""
+"""The scores of finished prompts, which take no part in the search."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_prompts.metrics import (
     Perplexity,
     SpecialCharacters,
     WordRecall,
-    lpips_lacks,
+    missing_lpips_weights,
     read_dictionary,
 )
 from lightning_prompts.objectives import ClipSimilarity
-from lightning_prompts.objectives.clip import clip_of, load_clip
+from lightning_prompts.objectives.clip import default_clip, load_clip
 from lightning_prompts.runs.record import InversionResult, Problem, RefinementResult
 from lightning_prompts.terminal import say
 
@@ -38,14 +38,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scores:
-    """What scores the results, after everything has been selected.
+    """The scores to compute for finished problems.
 
     Args:
-        scorer: Folder or hub id of the CLIP that scores and takes no part in any search; None for the one that the
-            model's metadata.json names, or else no held-out score.
-        dictionary: File of words, one a line, to find in the prompts; None for the one that the model's metadata.json
-            names, or else no such score.
-        language_model: Folder or hub id of the causal language model that gives the prompts' perplexity; None for none.
+        scorer: Folder or hub id of a held-out CLIP, which takes no part in the search. None for the one that the model's
+            metadata.json names, or else for no held-out scores.
+        dictionary: File with one word per line, for the share of dictionary words. None for the one that the model's
+            metadata.json names, or else for no such score.
+        language_model: Folder or hub id of the causal language model for the perplexity; None for no perplexity.
         lpips_weights: File of the weights of LPIPS's AlexNet; None for the one in torch's cache, if it is there.
     """
 
@@ -55,9 +55,10 @@ class Scores:
     lpips_weights: str | None = None
 
     def check(self, offline: bool = False) -> None:
-        """Tries what was given, so that a mistake is found before a search and not after it.
+        """Load everything once and release it, so that mistakes are reported before the search.
 
-        Nothing of it is kept: what scores in the end takes no memory from the search.
+        Raises:
+            UserError: A model or file cannot be loaded.
         """
         if self.scorer:
             load_clip(self.scorer, offline)
@@ -69,91 +70,93 @@ class Scores:
             Lpips(weights=self.lpips_weights)
 
     def heldout(self, method: PromptMethod, *searching: ClipSimilarity) -> ClipSimilarity | None:
-        """Return the CLIP that takes no part in the search, where there is one.
+        """Return the held-out CLIP, or None without one.
 
         Args:
-            method: The method, whose own CLIPs may take part.
-            searching: Other CLIPs that take part.
+            method: The method, whose CLIPs take part in the search.
+            searching: Other CLIPs that take part in it.
 
         Raises:
-            UserError: It takes part, or cannot be loaded.
+            UserError: The CLIP takes part in the search, or cannot be loaded.
         """
         name = self.scorer or method.backbone.metadata.scorer
         if name is None:
             return None
         clip = _clip(method, name)
-        if _kept(method, f"searching by {name}", lambda: any(map(clip.sees_like, (*method.clips(), *searching)))):
+        if _load_once(
+            method, f"searching by {name}", lambda: any(map(clip.has_same_image_encoder, (*method.clips(), *searching)))
+        ):
             raise UserError(
-                f"The scorer {name!r} has the weights of the CLIP that this search goes by, so that its scores would not be held out; "
-                "give another CLIP as --scorer, or leave it out."
+                f"The scorer {name!r} has the weights of a CLIP that this search uses, so its scores would not be held "
+                "out; give another CLIP as --scorer, or leave it out."
             )
         return clip
 
     def check_heldout(self, method: PromptMethod, *searching: ClipSimilarity) -> None:
-        """Refuse a scorer that takes part in the search, see `heldout`; its memory on the device is freed again."""
+        """Refuse a scorer that takes part in the search; see `heldout`."""
         self.heldout(method, *searching)
-        _leave_the_device(method)
+        _offload(method)
 
-    def measure(self, method: Inverter, problems: Sequence[Problem], drawn: Tensor) -> None:
-        """Scores P problems that have a prompt, by it and by the pictures (P, N, 3, H, W) drawn from each.
+    def evaluate(self, method: Inverter, problems: Sequence[Problem], images: Tensor) -> None:
+        """Score P problems by their prompts and by the images (P, N, 3, H, W) generated from them.
 
-        What cannot be measured is left out, and a line says why: the prompts are found all the same.
+        Scores that cannot be computed are left out, and the reason is printed.
         """
         for problem in problems:
             problem.result = InversionResult()
-        self._score_pictures(method, list(zip(problems, drawn, method.data.target_images(problems), strict=True)))
+        self._score_images(method, list(zip(problems, images, method.data.target_images(problems), strict=True)))
         self._score_texts(method, problems)
-        _leave_the_device(method)
+        _offload(method)
 
     def compare(self, method: PromptMethod, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:
-        """Tells how similar the pictures of P problems are to the person's prompt, by the CLIP that takes no part in any search.
+        """Score P problems by the held-out CLIP's cosines of the user's prompt with images before and after.
 
         Args:
-            method: What has drawn them.
+            method: The method.
             problems: The records.
-            before: What the person's prompt draws, (P, N, 3, H, W).
-            after: What was found draws, (P, N, 3, H, W).
+            before: Images of the user's prompts, (P, N, 3, H, W).
+            after: Images of the refined prompts, (P, N, 3, H, W).
         """
-        with _told():
+        with _report_user_errors():
             if clip := self.heldout(method):
-                wanted = clip.features_of([problem.target for problem in problems]).unsqueeze(1)
-                found = [
-                    (clip.features_of_many(drawn, method.microbatch.size) * wanted).sum(2).tolist()
-                    for drawn in (before, after)
+                texts = clip.features_of([problem.target for problem in problems]).unsqueeze(1)
+                before_and_after = [
+                    (clip.features_of_many(images, method.microbatch.size) * texts).sum(2).tolist()
+                    for images in (before, after)
                 ]
-                for problem, *cosines in zip(problems, *found, strict=True):
+                for problem, *cosines in zip(problems, *before_and_after, strict=True):
                     result = RefinementResult.of(problem)
                     result.heldout_before, result.heldout_after = cosines
-        _leave_the_device(method)
+        _offload(method)
 
-    def _score_pictures(self, method: PromptMethod, rows: Sequence[tuple[Problem, Tensor, Tensor]]) -> None:
-        """Scores problems by their drawn pictures (N, 3, H, W) and their targets (I, 3, H, W)."""
-        with _told():
-            own = _clip(method, clip_of(method.backbone))
+    def _score_images(self, method: PromptMethod, rows: Sequence[tuple[Problem, Tensor, Tensor]]) -> None:
+        """Score problems by their generated images (N, 3, H, W) and their targets (I, 3, H, W)."""
+        with _report_user_errors():
+            own = _clip(method, default_clip(method.backbone))
             similarity, diversity, agreement = ClipImageSimilarity(own), Diversity(own), ClipTextSimilarity(own)
-            for problem, drawn, target in rows:
+            for problem, images, target in rows:
                 result = InversionResult.of(problem)
-                result.clip_similarity = float(similarity(drawn, target))
-                result.diversity = float(diversity(drawn[None]))
+                result.clip_similarity = float(similarity(images, target))
+                result.diversity = float(diversity(images[None]))
             for problem, _, target in rows:
-                if problem.embedding is None:  # the others' prompts are pseudo-words, which only their backbone knows
+                if problem.embedding is None:  # else the prompt is pseudo-words, which a CLIP cannot encode
                     cosine = agreement(target, [str(problem.prompt)] * len(target))
                     InversionResult.of(problem).clip_text_similarity = float(cosine)
-        with _told():
+        with _report_user_errors():
             if clip := self.heldout(method):
                 similarity, diversity = ClipImageSimilarity(clip), Diversity(clip)
-                for problem, drawn, target in rows:
+                for problem, images, target in rows:
                     result = InversionResult.of(problem)
-                    result.heldout_clip_similarity = float(similarity(drawn, target))
-                    result.diversity = float(diversity(drawn[None]))  # rather than by a CLIP that may have searched
-        with _told():
-            if not lpips_lacks(weights=self.lpips_weights):
-                lpips = _kept(method, "lpips", lambda: Lpips(weights=self.lpips_weights))
-                for problem, drawn, target in rows:
-                    InversionResult.of(problem).lpips = float(lpips(drawn, target))
+                    result.heldout_clip_similarity = float(similarity(images, target))
+                    result.diversity = float(diversity(images[None]))  # in place of that by a CLIP of the search
+        with _report_user_errors():
+            if not missing_lpips_weights(weights=self.lpips_weights):
+                lpips = _load_once(method, "lpips", lambda: Lpips(weights=self.lpips_weights))
+                for problem, images, target in rows:
+                    InversionResult.of(problem).lpips = float(lpips(images, target))
 
     def _score_texts(self, method: PromptMethod, problems: Sequence[Problem]) -> None:
-        """Scores problems by their prompts alone."""
+        """Score problems by the text of their prompts."""
         metadata = method.backbone.metadata
         recall, special = WordRecall(metadata.synonyms), SpecialCharacters()
         texts = [problem for problem in problems if problem.embedding is None]
@@ -162,43 +165,43 @@ class Scores:
             if problem.caption:
                 result.word_recall = float(recall([str(problem.prompt)], [problem.caption]))
             result.special_characters = float(special([str(problem.prompt)]))
-        with _told():
+        with _report_user_errors():
             if name := self.dictionary or metadata.dictionary:
-                dictionary = DictionaryWords(_kept(method, name, lambda: read_dictionary(name)))
+                share = DictionaryWords(_load_once(method, name, lambda: read_dictionary(name)))
                 for problem in texts:
-                    InversionResult.of(problem).dictionary_words = float(dictionary([str(problem.prompt)]))
-        with _told():
+                    InversionResult.of(problem).dictionary_words = float(share([str(problem.prompt)]))
+        with _report_user_errors():
             if self.language_model:
                 model = self.language_model
-                perplexity = _kept(method, model, lambda: Perplexity(model, method.offline))
+                perplexity = _load_once(method, model, lambda: Perplexity(model, method.offline))
                 for problem in texts:
                     InversionResult.of(problem).perplexity = float(perplexity([str(problem.prompt)]))
 
 
-def _kept(method: PromptMethod, name: str, load: Callable[[], T]) -> T:
-    """What scores, loaded once a run, as problems are finished one after the other."""
+def _load_once(method: PromptMethod, name: str, load: Callable[[], T]) -> T:
+    """Return a scorer by name, which is loaded once per run."""
     if name not in method.scorers:
         method.scorers[name] = load()
-    kept: T = method.scorers[name]
-    return kept
+    scorer: T = method.scorers[name]
+    return scorer
 
 
 def _clip(method: PromptMethod, name: str) -> ClipSimilarity:
-    """A CLIP on the device."""
-    return _kept(method, f"CLIP {name}", lambda: ClipSimilarity(name, method.offline)).to(method.device)
+    """Return a CLIP on the method's device, loaded once per run."""
+    return _load_once(method, f"CLIP {name}", lambda: ClipSimilarity(name, method.offline)).to(method.device)
 
 
-def _leave_the_device(method: PromptMethod) -> None:
-    """Leaves the device's memory to the search."""
+def _offload(method: PromptMethod) -> None:
+    """Move all scorers to the CPU, to free the device's memory for the search."""
     for scorer in method.scorers.values():
         if isinstance(scorer, torch.nn.Module):
             scorer.to("cpu")
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Goes on after a person's mistake, with a line about it."""
+def _report_user_errors() -> Iterator[None]:
+    """Print a UserError and continue."""
     try:
         yield
     except UserError as error:
-        say(f"Not everything is scored: {error}", stream=sys.stderr)
+        say(f"Some scores are missing: {error}", stream=sys.stderr)

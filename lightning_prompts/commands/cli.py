@@ -42,7 +42,7 @@ from lightning_prompts.commands.mix import Mix, parents_of
 from lightning_prompts.commands.parser_errors import mistake_in, one_sentence, refused_class
 from lightning_prompts.data.prompts import find_prompts, read_prompts
 from lightning_prompts.data.targets import check_sources, find_targets
-from lightning_prompts.distributed import ranks_of
+from lightning_prompts.distributed import resolve_devices
 from lightning_prompts.engine.checkpoint import (
     AtomicCheckpointIO,
     PromptCheckpoint,
@@ -55,7 +55,7 @@ from lightning_prompts.engine.checkpoint import (
 from lightning_prompts.engine.datamodule import ProblemData
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError, first_sentence
-from lightning_prompts.launchers import Launched, own_rank, started_by_lightning, starting_others
+from lightning_prompts.launchers import Launched, lightning_launcher, own_rank, started_by_lightning
 from lightning_prompts.methods import TRAINER, DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.methods.inversion.init import looks_like_file
 from lightning_prompts.runs.atomic_io import atomic_write
@@ -266,7 +266,7 @@ class CLI(LightningCLI):
         launched = Launched.detect()
         if launched and launched.processes * launched.machines > 1 and not self.run and not self.instead:
             raise UserError(f"Processes started by {launched.by} need a common folder; give --run runs/NAME.")
-        config.trainer.devices, config.trainer.num_nodes, ranks = ranks_of(config.trainer, launched)
+        config.trainer.devices, config.trainer.num_nodes, ranks = resolve_devices(config.trainer, launched)
         if command != "fit" or self.instead:
             config.trainer.strategy = "auto"
             if not launched:
@@ -292,7 +292,7 @@ class CLI(LightningCLI):
                 *(ranks - given, ranks, given),
             )
         if not launched and not started_by_lightning():
-            CLI.held.enter_context(starting_others())
+            CLI.held.enter_context(lightning_launcher())
         return ranks if strategy == "problems" else 1
 
     def _hold(self) -> None:

@@ -18,7 +18,7 @@ from lightning_prompts.commands.evolution import Member, evolve, fittest
 from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.errors import UserError, printable
 from lightning_prompts.objectives import ClipSimilarity
-from lightning_prompts.objectives.clip import clip_of
+from lightning_prompts.objectives.clip import default_clip
 from lightning_prompts.runs.atomic_io import atomic_write, to_json
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
@@ -112,7 +112,7 @@ class Mix(pl.Callback):
             return
         size, seed = pl_module.backbone.image_size, pl_module.data.seed
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
-        clip = ClipSimilarity(clip_of(pl_module.backbone), pl_module.offline).to(pl_module.device)
+        clip = ClipSimilarity(default_clip(pl_module.backbone), pl_module.offline).to(pl_module.device)
         self.scores.check_heldout(pl_module, clip)
         self.targets = [parent.pictures(size) for parent in self.parents]
         self.drawn: dict[int, Tensor] = {}  # pictures (S, 3, H, W) of those that may still be chosen

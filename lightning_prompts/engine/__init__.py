@@ -1,1 +1,1 @@
-"""What is searched together: the batch and its rows."""
+"""The engine of a search: the batch of problems, checkpoints, and the base classes of methods and data modules."""

@@ -1,4 +1,4 @@
-"""The problems that are searched together, with one row each of everything that the search keeps about them."""
+"""The batch of problems that are searched together, with a row for each in all of its tensors and lists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row:
         record: The problem's record.
         steps: Steps taken.
         stale: Evaluations since the prompt last improved.
-        halvings: How often the size of its steps has been halved.
+        halvings: Number of times that its step size was halved.
         active: Whether it is still searched; a finished one keeps its row until the batch is refilled.
         best: The best encoded prompt (S, R, D) of methods whose records do not hold it.
     """
@@ -41,7 +41,7 @@ class Row:
 
 
 class Refill(NamedTuple):
-    """What a refill changed.
+    """The changes of a refill.
 
     Attributes:
         added: Records of the problems that joined.
@@ -76,18 +76,18 @@ class Batch:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What trains, (P, ...)."""
+        """The trainable parameter (P, ...)."""
         (parameter,) = (value for value in self.prompt.parameters() if value.requires_grad)
         return parameter
 
     @property
     def records(self) -> list[Problem]:
-        """The records of all rows."""
+        """The record of each row."""
         return [row.record for row in self.rows]
 
     @property
     def steps(self) -> list[int]:
-        """The steps that each row has taken."""
+        """The number of steps of each row."""
         return [row.steps for row in self.rows]
 
     def active_rows(self) -> Tensor:
@@ -163,9 +163,9 @@ class Batch:
         backward: Callable[[Tensor], None],
         clip: float | None = None,
     ) -> None:
-        """Step the optimizer on the losses (Q,) of `rows` (Q,); the others keep their parameters.
+        """Step the optimizer on the losses (Q,) of `rows` (Q,); the other rows keep their parameters.
 
-        So does a row whose gradient is not finite; `skipped` counts its step.
+        A row whose gradient is not finite keeps them too, and `skipped` counts the step.
 
         Args:
             take_step: Updates the parameter, such as `optimizer.step`.

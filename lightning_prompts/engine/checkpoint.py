@@ -47,7 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class SavedConfig(Checkpoint):
-    """Write the settings of a run once its search starts or resumes, so that a refused command leaves them as they were.
+    """Write the settings of a run when its search starts or resumes, so that a refused command does not change them.
 
     Lightning calls a `Checkpoint` after the other callbacks.
 
@@ -80,7 +80,7 @@ class PromptCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """Save when it is time."""
+        """Save if a problem changed its status or enough time has passed."""
         changed = any(not row.active or row.steps == 1 for row in pl_module.batch.rows)
         if changed or time.monotonic() - self._saved >= self.seconds:
             self._save(trainer)
@@ -176,7 +176,7 @@ def is_checkpoint(path: Path) -> bool:
         known = all(not state or {"state", "param_groups"} <= state.keys() for state in saved["optimizer_states"])
         known &= all(record.keys() <= FIELDS for record in batch["records"]) and "pytorch-lightning_version" in saved
         return rows == {len(prompts)} and known and "fit_loop" in saved["loops"] and batch["parts"] > 0
-    except Exception:  # whatever a file that is none makes of torch's unpickler
+    except Exception:  # the type depends on the kind of file
         return False
 
 

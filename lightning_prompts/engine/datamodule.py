@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 import pytorch_lightning as pl
 from torch import Tensor
 
-from lightning_prompts.distributed import of_all_ranks, sharing
+from lightning_prompts.distributed import all_gather_object, num_sample_ranks
 from lightning_prompts.errors import UserError
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """The steps that each of P problems has taken and, for the denoising loss, the timesteps (P, N) of this one."""
+    """One step of the batch: the number of steps that each of P problems has taken, and the timesteps (P, N) of the denoising loss."""
 
     steps: Sequence[int]
     timesteps: Tensor
@@ -73,7 +73,7 @@ class ProblemData(pl.LightningDataModule, ABC):
     def folder(self) -> RunFolder:
         """The run's folder."""
         trainer: pl.Trainer = self.trainer  # type: ignore[assignment]
-        writes = sharing(trainer) == 1 or trainer.is_global_zero
+        writes = num_sample_ranks(trainer) == 1 or trainer.is_global_zero
         return RunFolder(trainer.default_root_dir, writes, self.method.result_class)
 
     @property
@@ -114,7 +114,7 @@ class ProblemData(pl.LightningDataModule, ABC):
     @property
     def part(self) -> tuple[int, int]:
         """This rank's part of the problems and the number of parts; ranks that share each problem's samples have all of them."""
-        if sharing(self.trainer) > 1:  # type: ignore[arg-type]
+        if num_sample_ranks(self.trainer) > 1:  # type: ignore[arg-type]
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
 
@@ -129,7 +129,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         return self.owns(problem.index) and (record is None or record.status == "open")
 
     def same(self, find: Callable[[], list[T]]) -> list[T]:
-        """Find inputs, and make sure that all ranks find the same.
+        """Find inputs, and check that all ranks find the same.
 
         Raises:
             UserError: This rank or another one found none, or they differ.
@@ -140,7 +140,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         except UserError as mistake:
             error = mistake
         digest = hashlib.sha256(repr(found).encode(errors="backslashreplace")).hexdigest()
-        everyone = of_all_ranks((len(found), digest, error and str(error)))
+        everyone = all_gather_object((len(found), digest, error and str(error)))
         if error:
             raise error
         for rank, (count, other, wrong) in enumerate(everyone):
@@ -185,7 +185,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         """Stop reading ahead."""
         self.stop()
 
-    def go_on(self, searched: dict[str, str]) -> None:
+    def resume(self, searched: dict[str, str]) -> None:
         """Leave out the problems that a checkpoint resumes, given as names by key; the first may have been read already."""
         self.seen |= searched
         coming = self.arrivals

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_prompts.backbones import Backbone, Kind, load_backbone, save_memory
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.distributed import of_rank_zero, sharing
+from lightning_prompts.distributed import broadcast, num_sample_ranks
 from lightning_prompts.engine.batch import Batch, merge
 from lightning_prompts.engine.checkpoint import checkpoints_of_all
 from lightning_prompts.engine.datamodule import ProblemData, Step
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-ENDLESS = ("cpu",)  # devices that do not report when their memory is full
+NO_OOM_DEVICES = ("cpu",)  # devices that do not report when their memory is full
 Dtype = Literal["float32", "bfloat16", "float16"]
-MOST_STEPS = 10  # denoising steps of images that a search draws again and again, unless a user asks for more
+MOST_STEPS = 10  # default limit of the denoising steps of images that a search generates repeatedly
 
 TRAINER: dict[str, Any] = {
     "devices": 1,
@@ -161,7 +161,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """How images are drawn, with the model's defaults where no setting was given; recorded with the results."""
+        """The sampling settings of images, with the model's defaults for unset ones; recorded with the results."""
         return {"sampling_steps": self.sampler.num_inference_steps, "guidance_scale": self.sampler.guidance_scale}
 
     def clips(self) -> list[ClipSimilarity]:
@@ -178,31 +178,31 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     @cached_property
     def batch(self) -> Batch:
-        """The problems that are searched together."""
+        """The batch of problems that are searched together."""
         return Batch(self.prompt, self.together)
 
     @property
     def parameter(self) -> torch.nn.Parameter:
-        """What trains, (P, ...)."""
+        """The trainable parameter (P, ...)."""
         return self.batch.parameter
 
     def setup(self, stage: str) -> None:
         """Divide the samples among the ranks; refuse a fitted microbatch on a device that does not report full memory."""
-        if self.microbatch.fitted and self.trainer.strategy.root_device.type in ENDLESS:
+        if self.microbatch.fitted and self.trainer.strategy.root_device.type in NO_OOM_DEVICES:
             raise UserError(
                 "--model.microbatch null needs a GPU, since a CPU does not report when its memory is full; give --model.microbatch 16."
             )
-        self.microbatch.ranks = sharing(self.trainer)
+        self.microbatch.ranks = num_sample_ranks(self.trainer)
         if self.microbatch.ranks > 1:
-            self.parameter.register_hook(of_rank_zero)
+            self.parameter.register_hook(broadcast)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy a tensor from the host to the device without waiting for the device."""
         return tensor.to(self.device, non_blocking=True)
 
     def broadcast(self, value: T) -> T:
-        """Return rank 0's value on all ranks that share the samples; see `of_rank_zero`."""
-        return value if self.microbatch.ranks == 1 else of_rank_zero(value)
+        """Return rank 0's value on all ranks that share the samples; see `broadcast`."""
+        return value if self.microbatch.ranks == 1 else broadcast(value)
 
     def on_train_start(self) -> None:
         """Restore the batch of a checkpoint."""
@@ -210,7 +210,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         if self._resumed:
             saved, self._resumed = self._resumed, None
             self.batch.load(saved)
-            self.data.go_on({row.record.key: row.record.target for row in self.batch.rows if row.active})
+            self.data.resume({row.record.key: row.record.target for row in self.batch.rows if row.active})
             if len(self.batch):
                 self.set_rows(self.batch.records)
             for problem in self.batch.records:
@@ -254,7 +254,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         rows = self.batch.active_rows()
         self.step(batch, rows)
         if self.microbatch.ranks > 1:
-            self.parameter.data = of_rank_zero(self.parameter.data)
+            self.parameter.data = broadcast(self.parameter.data)
         elapsed, self._begun = time.perf_counter() - self._begun, time.perf_counter()
         for row in rows.tolist():
             self.batch[row].steps += 1
@@ -349,7 +349,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """Write images for users into the run folder.
 
         Args:
-            problems: The first `SHOWN` records of the run that have a prompt.
+            problems: The first `MAX_SHOWN` records of the run that have a prompt.
             folder: The run folder.
         """
 
@@ -387,10 +387,10 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return [NonFiniteGuard(), BestPrompt(), SampleGrid(self.sample_every), PromptProgress()]
 
     def test_step(self, batch: int, batch_idx: int) -> None:
-        """All is done by the `Results` callback."""
+        """Do nothing; the `Results` callback does the work."""
 
     def predict_step(self, batch: int, batch_idx: int) -> None:
-        """All is done by the `Results` callback."""
+        """Do nothing; the `Results` callback does the work."""
 
     def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
         """Encode texts as a user pastes them, to (P, R, D); see `Backbone.encode_text`."""
@@ -398,7 +398,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     @torch.no_grad()
     def draw(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:
-        """Draw images (B, 3, H, W) in [-1, 1] of B texts.
+        """Generate images (B, 3, H, W) in [-1, 1] of B texts.
 
         Args:
             texts: The prompts.
@@ -416,12 +416,12 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return self.sampler.draw(noise, encode)
 
     def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
-        """Draw images (N, 3, H, W) in [-1, 1] of a problem's best prompt.
+        """Generate images (N, 3, H, W) in [-1, 1] of a problem's best prompt.
 
         Args:
             problem: The record.
             noise: Standard normal, (N, C, h, w).
-            negative: A negative prompt, in place of the one that was found.
+            negative: A negative prompt, in place of the problem's own.
         """
         return self.draw([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
 

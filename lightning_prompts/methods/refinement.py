@@ -16,7 +16,7 @@ from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
 from lightning_prompts.sampling.figures import before_and_after, to_png
-from lightning_prompts.sampling.seeding import FRESH, FRESH_SEEDS, SEARCH
+from lightning_prompts.sampling.seeding import FINAL, FINAL_SEEDS, SEARCH
 
 SHOWN = 12  # problems in the grid
 
@@ -44,7 +44,7 @@ class Refinement(PromptMethod):
     @torch.no_grad()
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Score the best results on fresh seeds, also by the held-out CLIP."""
-        before, after = self.images_before_and_after(problems, self.draw_noise(problems, FRESH, FRESH_SEEDS))
+        before, after = self.images_before_and_after(problems, self.draw_noise(problems, FINAL, FINAL_SEEDS))
         scores.compare(self, problems, before, after)
         self.record_fresh_scores(problems, before, after)
 

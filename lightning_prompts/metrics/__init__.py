@@ -1,8 +1,8 @@
-"""Metrics of found prompts and of the pictures drawn from them."""
+"""Metrics of prompts and of the images generated from them."""
 
 from lightning_prompts.metrics.clip import ClipImageSimilarity, ClipTextSimilarity
 from lightning_prompts.metrics.diversity import Diversity
-from lightning_prompts.metrics.perceptual import Lpips, lpips_lacks
+from lightning_prompts.metrics.perceptual import Lpips, missing_lpips_weights
 from lightning_prompts.metrics.readability import DictionaryWords, Perplexity, SpecialCharacters, read_dictionary
 from lightning_prompts.metrics.words import WordRecall
 
@@ -15,6 +15,6 @@ __all__ = [
     "Perplexity",
     "SpecialCharacters",
     "WordRecall",
-    "lpips_lacks",
+    "missing_lpips_weights",
     "read_dictionary",
 ]

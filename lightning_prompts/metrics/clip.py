@@ -1,4 +1,4 @@
-"""Similarity of pictures to pictures and to texts by a CLIP."""
+"""CLIP similarity of images to images and to texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_prompts.objectives.clip import ClipSimilarity
 
 
 class ClipMean(Mean):
-    """What means of a CLIP's features have in common.
+    """The base class of means over CLIP features.
 
     Args:
         clip: Folder or hub id of a CLIPModel, or one that is loaded.
@@ -24,7 +24,7 @@ class ClipMean(Mean):
 
 
 class ClipImageSimilarity(ClipMean):
-    """Mean cosine between the CLIP features of drawn pictures and of their targets, in [-1, 1]; higher is better.
+    """Mean cosine between the CLIP features of generated images and of their targets, in [-1, 1]; higher is better.
 
     Args:
         clip: Folder or hub id of a CLIPModel, or one that is loaded.
@@ -33,15 +33,15 @@ class ClipImageSimilarity(ClipMean):
 
     higher_is_better = True
 
-    def update(self, drawn: Tensor, targets: Tensor) -> None:
-        """Adds all pairs of pictures (B, 3, H, W) and the targets (I, 3, H, W) they should look like, both in [-1, 1]."""
-        self.add(self.scorer.features(drawn) @ self.scorer.features(targets).T)
+    def update(self, images: Tensor, targets: Tensor) -> None:
+        """Add all pairs of generated images (B, 3, H, W) and target images (I, 3, H, W), both in [-1, 1]."""
+        self.add(self.scorer.features(images) @ self.scorer.features(targets).T)
 
 
 class ClipTextSimilarity(ClipMean):
-    """Mean cosine between the CLIP features of pictures and of their texts, in [-1, 1]; higher is better.
+    """Mean cosine between the CLIP features of images and of their texts, in [-1, 1]; higher is better.
 
-    Of a text that is longer than the CLIP takes, the beginning counts.
+    Texts longer than the CLIP's context are truncated.
 
     Args:
         clip: Folder or hub id of a CLIPModel with its tokenizer, or one that is loaded.
@@ -50,9 +50,9 @@ class ClipTextSimilarity(ClipMean):
 
     higher_is_better = True
 
-    def update(self, pictures: Tensor, texts: Sequence[str]) -> None:
-        """Adds pictures (B, 3, H, W) in [-1, 1] and their B texts."""
-        if len(pictures) != len(texts):
-            raise ValueError(f"There are {len(pictures)} pictures and {len(texts)} texts; give each picture its text.")
+    def update(self, images: Tensor, texts: Sequence[str]) -> None:
+        """Add images (B, 3, H, W) in [-1, 1] and their B texts."""
+        if len(images) != len(texts):
+            raise ValueError(f"There are {len(images)} images and {len(texts)} texts; give each image its text.")
         features = self.scorer.features_of(texts)
-        self.add((self.scorer.features(pictures) * features).sum(1))
+        self.add((self.scorer.features(images) * features).sum(1))

@@ -1,4 +1,4 @@
-"""How different from each other the pictures are that one prompt draws."""
+"""Diversity of the images generated from one prompt."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning_prompts.metrics.clip import ClipMean
 
 
 class Diversity(ClipMean):
-    """Mean over prompts of the mean of one minus the cosine over all pairs of a prompt's pictures, by a CLIP's features.
+    """Mean of one minus the cosine of CLIP features, over all pairs of a prompt's images and then over prompts.
 
-    In [0, 2], and 0 when all pictures of each prompt are the same. Higher means that the seed decides more and the prompt less;
-    which of them is better depends on what the prompt is for.
+    In [0, 2]; 0 if all images of each prompt are equal. A higher value means that the images depend more on the seed
+    and less on the prompt; whether that is better depends on the prompt's purpose.
 
     Args:
         clip: Folder or hub id of a CLIPModel, or one that is loaded.
@@ -22,12 +22,10 @@ class Diversity(ClipMean):
 
     higher_is_better = None
 
-    def update(self, pictures: Tensor) -> None:
-        """Adds N pictures, two or more, of each of P prompts, (P, N, 3, H, W) in [-1, 1]."""
-        if pictures.ndim != 5 or pictures.shape[1] < 2:
-            raise ValueError(
-                f"Diversity needs two or more pictures a prompt, (P, N, 3, H, W), not {(*pictures.shape,)}."
-            )
-        features = self.scorer.features(pictures.flatten(0, 1)).view(*pictures.shape[:2], -1)
-        # Between unit vectors half the squared distance is one minus the cosine, and exactly 0 for equal ones.
+    def update(self, images: Tensor) -> None:
+        """Add the images (P, N, 3, H, W) in [-1, 1] of P prompts, with N of 2 or more."""
+        if images.ndim != 5 or images.shape[1] < 2:
+            raise ValueError(f"Diversity needs two or more images per prompt, (P, N, 3, H, W), got {(*images.shape,)}.")
+        features = self.scorer.features(images.flatten(0, 1)).view(*images.shape[:2], -1)
+        # Half the squared distance of unit vectors is one minus their cosine, and exactly 0 for equal ones.
         self.add(torch.stack([F.pdist(several).square().mean() / 2 for several in features]))

@@ -1,4 +1,4 @@
-"""What metrics that are means have in common."""
+"""The base class of metrics that are means."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torchmetrics import Metric
 
 
 class Mean(Metric):
-    """The mean of all values that `update` adds, whatever batches and ranks they came in; nan without any."""
+    """The mean of all values passed to `add`, over batches and ranks; NaN without values.
+
+    Unlike torchmetrics' `MeanMetric`, it sums in float64, takes values from any device, and does not drop NaN.
+    """
 
     is_differentiable = False
     full_state_update = False
@@ -21,10 +24,10 @@ class Mean(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def add(self, values: Tensor) -> None:
-        """Adds values of any shape."""
-        self.total += values.to(self.total.device).double().sum()  # a CLIP may be elsewhere
+        """Add values of any shape."""
+        self.total += values.to(self.total.device).double().sum()  # the CLIP may be on another device
         self.count += values.numel()
 
     def compute(self) -> Tensor:
-        """The mean, a float32 scalar."""
+        """Return the mean, a float32 scalar."""
         return (self.total / self.count).float()

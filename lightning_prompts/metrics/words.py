@@ -1,4 +1,4 @@
-"""Which words of a caption a prompt has."""
+"""Recall of a caption's words in a prompt."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _STOP = frozenset("a an the of on at in over against with and to by for is are b
 
 
 def all_words(text: str) -> list[str]:
-    """Runs of letters and digits, with hyphens and apostrophes between them, in lower case."""
+    """Return the words of a text in lower case: letters and digits, with hyphens and apostrophes inside."""
     return re.findall(r"\w+(?:['-]\w+)*", text.lower())
 
 
 def content_words(text: str) -> list[str]:
-    """The words that carry content, in lower case."""
+    """Return the words of a text without stop words, in lower case."""
     return [word for word in all_words(text) if word not in _STOP]
 
 
 class WordRecall(Metric):
-    """Share of the caption's content words, or synonyms of them, that the prompt has; in [0, 1], higher is better.
+    """Share of a caption's content words, or synonyms of them, in the prompt; in [0, 1], higher is better.
 
     Args:
-        synonyms: Words that count as each other: a word and its synonyms, in lower case.
+        synonyms: The synonyms of each word, in lower case.
     """
 
     is_differentiable = False
@@ -45,12 +45,12 @@ class WordRecall(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, prompts: Sequence[str], captions: Sequence[str]) -> None:
-        """Adds prompts and the captions of their targets."""
+        """Add prompts and the captions of their targets."""
         for prompt, caption in zip(prompts, captions, strict=True):
-            said, wanted = set(content_words(prompt)), content_words(caption)
-            self.found += sum(bool(said & self.groups.get(word, frozenset([word]))) for word in wanted)
-            self.count += len(wanted)
+            in_prompt, in_caption = set(content_words(prompt)), content_words(caption)
+            self.found += sum(bool(in_prompt & self.groups.get(word, frozenset([word]))) for word in in_caption)
+            self.count += len(in_caption)
 
     def compute(self) -> Tensor:
-        """The share over all captions."""
+        """Return the share over all captions, 0 without words."""
         return self.found / self.count.clamp(min=1)

@@ -1,4 +1,4 @@
-"""What is minimised or judged by: plain modules that state their range and direction."""
+"""Losses, and objectives that score images; each objective states its range and direction."""
 
 from lightning_prompts.objectives.base import Objective
 from lightning_prompts.objectives.clip import ClipSimilarity

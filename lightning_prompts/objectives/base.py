@@ -1,4 +1,4 @@
-"""What a picture can be judged by."""
+"""The base class of objectives, which score images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_prompts.backbones import Backbone
 
 
 class Objective(nn.Module, ABC):
-    """A judgement of pictures that passes a gradient on to their pixels.
+    """A differentiable score of images.
 
     Args:
-        weight: What it counts for beside others, and the scale of its gradient.
+        weight: Weight among other objectives, and scale of the gradient.
     """
 
     lowest: ClassVar[float]
@@ -27,16 +27,16 @@ class Objective(nn.Module, ABC):
         self.weight = weight
 
     def attach(self, backbone: Backbone, offline: bool) -> None:
-        """Loads what depends on the model that draws."""
+        """Load what depends on the model that generates the images."""
 
     @abstractmethod
-    def forward(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Judges pictures.
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images.
 
         Args:
-            pictures: (B, 3, H, W) in [-1, 1].
-            prompts: The B prompts as the person wrote them.
+            images: Images (B, 3, H, W) in [-1, 1].
+            prompts: The B prompts as the user wrote them.
 
         Returns:
-            Values (B,) between `lowest` and `highest`.
+            Scores (B,) between `lowest` and `highest`.
         """

@@ -1,4 +1,4 @@
-"""The denoising loss of pictures under prompts."""
+"""The denoising loss of images given prompts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lightning_prompts.typed_module import TypedModule
 
 
 class Denoising(TypedModule):
-    """Measure how badly the denoiser predicts the noise in the target's latents given the prompt; lower is better, 0 is best.
+    """Mean squared error of the denoiser on the target's noisy latents, given the prompt; 0 or more, lower is better.
 
     Args:
-        microbatch: Samples per denoiser call. Memory does not grow with the number of problems or samples, and the other problems
-            affect a loss only through rounding.
+        microbatch: Samples per denoiser call. Memory does not grow with the number of problems or samples, and a loss
+            depends on the other problems only through rounding.
     """
 
     def __init__(self, microbatch: Microbatch) -> None:
@@ -22,7 +22,7 @@ class Denoising(TypedModule):
         self.microbatch = microbatch
 
     def forward(self, backbone: Backbone, prompts: Tensor, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """Compute the mean squared error over the N samples of each of P problems.
+        """Compute the loss of each of P problems, over its N samples.
 
         Args:
             backbone: The frozen model.

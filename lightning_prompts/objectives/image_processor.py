@@ -1,4 +1,4 @@
-"""A CLIP's image processor with a gradient to the pixels."""
+"""A differentiable image processor of a CLIP."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ class ImageProcessor(NamedTuple):
 def load_image_processor(name: str, image_size: int, offline: bool = False) -> ImageProcessor:
     """Load the image processor of a CLIP from its folder or the hub.
 
-    A CLIP without one gets the statistics of the published CLIP and bicubic resizing to its image size, and a log line says so.
+    A CLIP without one gets the statistics of the published CLIP and bicubic resizing to its image size, and a log line
+    says so.
 
     Args:
         name: Folder or hub id of the CLIP.

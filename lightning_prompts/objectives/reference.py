@@ -1,4 +1,4 @@
-"""How far a picture is from one that a person shows."""
+"""Distances of images from a reference image."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from lightning_prompts.metrics.perceptual import Lpips
 from lightning_prompts.objectives.base import Objective
 
 
-class _ToReference(Objective):
-    """A distance from a picture, in [0, inf), lower is nearer.
+class _ReferenceObjective(Objective):
+    """A distance from a reference image, in [0, inf); lower is better.
 
     Args:
-        reference: File of the picture.
+        reference: File of the reference image.
         weight: See `Objective`.
     """
 
     lowest, highest = 0.0, math.inf
     higher_is_better = False
-    picture: Tensor
+    image: Tensor
 
     def __init__(self, reference: str, weight: float = 1.0) -> None:
         super().__init__(weight)
-        load_image(reference, 8)  # refuses what is no picture before a model is loaded
+        load_image(reference, 8)  # raises an error for an invalid file before a model is loaded
         self.reference = reference
 
     def attach(self, backbone: Backbone, offline: bool) -> None:
-        """Reads the picture at the size that the model draws."""
-        picture = to_tensor(load_image(self.reference, backbone.image_size))[None]
-        self.register_buffer("picture", picture, persistent=False)
+        """Load the reference at the backbone's image size."""
+        image = to_tensor(load_image(self.reference, backbone.image_size))[None]
+        self.register_buffer("image", image, persistent=False)
 
-    def forward(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Values (B,) of pictures (B, 3, H, W) in [-1, 1]."""
-        return self.distance(pictures)
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images (B, 3, H, W) in [-1, 1]."""
+        return self.distance(images)
 
     @abstractmethod
-    def distance(self, pictures: Tensor) -> Tensor:
-        """Distances (B,) of pictures (B, 3, H, W) in [-1, 1]."""
+    def distance(self, images: Tensor) -> Tensor:
+        """Compute the distances (B,) of images (B, 3, H, W) in [-1, 1]."""
 
 
-class Perceptual(_ToReference):
-    """LPIPS (arXiv 1801.03924) to a reference picture.
+class Perceptual(_ReferenceObjective):
+    """LPIPS (arXiv 1801.03924) to a reference image.
 
     Args:
-        reference: File of the picture.
-        lpips_weights: File of the weights of its AlexNet; None for the one in torch's cache.
+        reference: File of the reference image.
+        lpips_weights: File of the weights of LPIPS's AlexNet; None for the one in torch's cache.
         weight: See `Objective`.
     """
 
@@ -59,29 +59,29 @@ class Perceptual(_ToReference):
         super().__init__(reference, weight)
         self.network = Lpips(weights=lpips_weights).network.eval()
 
-    def distance(self, pictures: Tensor) -> Tensor:
-        """Distances (B,) of pictures (B, 3, H, W) in [-1, 1]."""
-        pair = [F.interpolate(x, size=64) if min(x.shape[-2:]) < 64 else x for x in (pictures, self.picture)]
+    def distance(self, images: Tensor) -> Tensor:
+        """Compute the distances (B,) of images (B, 3, H, W) in [-1, 1]."""
+        pair = [F.interpolate(x, size=64) if min(x.shape[-2:]) < 64 else x for x in (images, self.image)]
         distances: Tensor = self.network(pair[0], pair[1].expand_as(pair[0]))
         return distances.flatten()
 
 
-class LatentDistance(_ToReference):
-    """Mean squared difference of latents, as the model's autoencoder encodes them, to a reference picture's.
+class LatentDistance(_ReferenceObjective):
+    """Mean squared difference from the latents of a reference image, both encoded by the backbone's autoencoder.
 
     Args:
-        reference: File of the picture.
+        reference: File of the reference image.
         weight: See `Objective`.
     """
 
     latents: Tensor
 
     def attach(self, backbone: Backbone, offline: bool) -> None:
-        """Encodes the picture."""
+        """Encode the reference image."""
         super().attach(backbone, offline)
         self._encode = backbone.encode_image
-        self.register_buffer("latents", self._encode(self.picture), persistent=False)
+        self.register_buffer("latents", self._encode(self.image), persistent=False)
 
-    def distance(self, pictures: Tensor) -> Tensor:
-        """Distances (B,) of pictures (B, 3, H, W) in [-1, 1]."""
-        return (self._encode(pictures) - self.latents).square().flatten(1).mean(1)
+    def distance(self, images: Tensor) -> Tensor:
+        """Compute the distances (B,) of images (B, 3, H, W) in [-1, 1]."""
+        return (self._encode(images) - self.latents).square().flatten(1).mean(1)

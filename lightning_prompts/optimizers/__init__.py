@@ -1,4 +1,4 @@
-"""Optimizers that treat every row of a parameter as a problem of its own."""
+"""Optimizers that treat every row of a parameter as an independent problem."""
 
 from lightning_prompts.optimizers.adam import BatchedAdam
 from lightning_prompts.optimizers.adam_on_lion import AdamOnLion

@@ -1,4 +1,4 @@
-"""Adam over the rows of one parameter, each row a problem of its own."""
+"""Adam for parameters whose rows are independent problems."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 
-class OfRows(torch.optim.Optimizer, ABC):
-    """An optimiser that says how a parameter moves along its gradient."""
+class RowwiseOptimizer(torch.optim.Optimizer, ABC):
+    """An optimizer of parameters (P, ...), whose rows are independent problems."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes a step down the gradients.
+        """Update all parameters that have a gradient.
 
         Args:
-            closure: Computes the loss, and the gradients with it.
+            closure: Computes the loss and its gradients.
 
         Returns:
-            What the closure returns.
+            The closure's result.
         """
         loss = None
         if closure is not None:
@@ -30,25 +30,26 @@ class OfRows(torch.optim.Optimizer, ABC):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.move(parameter, parameter.grad, group)
+                    self.update(parameter, parameter.grad, group)
         return loss
 
     @abstractmethod
-    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Moves a parameter, by the settings of its group."""
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update a parameter in place, with the settings of its group."""
 
 
-class BatchedAdam(OfRows):
-    """Adam and AdamW (arXiv 1412.6980, 1711.05101) that count the steps of every row for itself.
+class BatchedAdam(RowwiseOptimizer):
+    """Adam and AdamW (arXiv 1412.6980, 1711.05101) with a step counter per row.
 
-    PyTorch's count those of the parameter, so that a problem which joins others would not take the steps that it takes alone.
+    PyTorch counts the steps of the whole parameter, so a problem that joins the batch later would take other steps than
+    alone.
 
     Args:
         params: Parameters of shape (P, ...).
         lr: Step size.
-        betas: Of the moments.
+        betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
-        weight_decay: Of AdamW's kind, which is not part of the gradient.
+        weight_decay: Decoupled weight decay, as in AdamW.
     """
 
     def __init__(
@@ -61,8 +62,8 @@ class BatchedAdam(OfRows):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """See `OfRows`."""
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Take one step of Adam."""
         state, (first, second) = self.state[parameter], group["betas"]
         if not state:
             state["step"] = parameter.new_zeros(len(parameter))
@@ -70,12 +71,14 @@ class BatchedAdam(OfRows):
         state["step"] += 1
         state["mean"].lerp_(gradient, 1 - first)
         state["square"].lerp_(gradient.square(), 1 - second)
-        seen = [unbiased(state["step"], beta).view(-1, *[1] * (parameter.dim() - 1)) for beta in (first, second)]
-        size = (state["square"] / seen[1]).sqrt() + group["eps"]
+        mean, square = (
+            state[name] / bias_correction(state["step"], beta).view(-1, *[1] * (parameter.dim() - 1))
+            for name, beta in (("mean", first), ("square", second))
+        )
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter -= group["lr"] * (state["mean"] / seen[0]) / size
+        parameter -= group["lr"] * mean / (square.sqrt() + group["eps"])
 
 
-def unbiased(step: Tensor, beta: float) -> Tensor:
-    """What a moment has seen of the gradients after so many steps, 1 - beta**step."""
-    return (1 - beta ** step.double()).to(step)  # in single precision a beta near one would leave four digits
+def bias_correction(step: Tensor, beta: float) -> Tensor:
+    """Return 1 - beta**step, by which Adam divides a moment."""
+    return (1 - beta ** step.double()).to(step)  # in float32, a beta near 1 would leave only four digits

@@ -1,4 +1,4 @@
-"""The direction of Lion at the length of Adam (arXiv 2308.12059)."""
+"""AdamOnLion: Lion's direction with Adam's step length (arXiv 2308.12059)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prompts.optimizers.adam import OfRows, unbiased
+from lightning_prompts.optimizers.adam import RowwiseOptimizer, bias_correction
 
 
-class AdamOnLion(OfRows):
-    """Steps along the signs of Lion's momentum, as long as Adam's step would be.
+class AdamOnLion(RowwiseOptimizer):
+    """Step along the sign of Lion's update with the length of Adam's step.
 
-    Each embedding (L, D), the last two dimensions of a parameter (..., L, D), has a length of its own, so that problems beside
-    each other take the steps that they would take alone.
+    The length is computed per embedding (L, D), the last two dimensions of a parameter (..., L, D), so that problems in
+    a batch take the same steps as alone.
 
     Args:
         params: Parameters of two dimensions or more.
-        lr: Factor of Adam's step.
-        betas: Of Adam's moments.
-        eps: What is added to the root of Adam's second moment.
-        lion_betas: Share of Lion's momentum in the direction, and how much of it stays.
-        weight_decay: Of the L2 kind, which is added to the gradient.
+        lr: Step size of Adam.
+        betas: Decay rates of Adam's moments.
+        eps: Added to the root of Adam's second moment.
+        lion_betas: Weight of Lion's momentum in the update, and its decay rate.
+        weight_decay: L2 penalty, which is added to the gradient.
     """
 
     def __init__(
@@ -38,22 +38,20 @@ class AdamOnLion(OfRows):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "lion_betas": lion_betas, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
-    def move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """See `OfRows`."""
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Take one step along Lion's direction."""
         state = self.state[parameter]
         gradient = gradient + group["weight_decay"] * parameter
         if not state:
-            state["step"] = parameter.new_zeros(
-                *parameter.shape[:-2], 1, 1
-            )  # of each embedding, as problems join others
+            state["step"] = parameter.new_zeros(*parameter.shape[:-2], 1, 1)  # per embedding, since problems join later
             for name in ("mean", "square", "momentum"):
                 state[name] = torch.zeros_like(parameter)
         state["step"] += 1
-        (first, second), (share, stays), step = group["betas"], group["lion_betas"], state["step"]
-        mean = state["mean"].lerp_(gradient, 1 - first) / unbiased(step, first)
-        square = state["square"].lerp_(gradient.square(), 1 - second) / unbiased(step, second)
+        (first, second), (lion_first, lion_second), step = group["betas"], group["lion_betas"], state["step"]
+        mean = state["mean"].lerp_(gradient, 1 - first) / bias_correction(step, first)
+        square = state["square"].lerp_(gradient.square(), 1 - second) / bias_correction(step, second)
         adam = mean / (square.sqrt() + group["eps"])
-        lion = (share * state["momentum"] + (1 - share) * gradient).sign()
-        state["momentum"].lerp_(gradient, 1 - stays)
+        lion = (lion_first * state["momentum"] + (1 - lion_first) * gradient).sign()
+        state["momentum"].lerp_(gradient, 1 - lion_second)
         length = adam.norm(dim=(-2, -1), keepdim=True) / lion.norm(dim=(-2, -1), keepdim=True).clamp(min=1)
         parameter -= group["lr"] * length * lion

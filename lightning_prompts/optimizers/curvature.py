@@ -1,4 +1,4 @@
-"""What L-BFGS knows of each problem's curvature, and the direction that follows from it."""
+"""The curvature history of L-BFGS for independent problems, and the quasi-Newton direction."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from torch import Tensor
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of rows, (P, N) and (P, N) to (P,); no matrix product, which could be computed in TF32."""
+    """Return the inner products (P,) of rows (P, N) and (P, N); no matmul, which could run in TF32."""
     return (a * b).sum(dim=1)
 
 
 def choose_rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Takes the rows in a mask, (P,) bool, from one tensor (P, N) and the others from another."""
+    """Take the rows in a mask, (P,) bool, from `yes` (P, N) and the others from `no` (P, N)."""
     return torch.where(mask.unsqueeze(1), yes, no)
 
 
 def new_state(flat: Tensor, history: int) -> dict[str, Tensor]:
-    """The state of problems (P, N) of which nothing is known, each tensor with the leading axis P.
+    """Return the state of problems (P, N) with an empty history; each tensor has the leading axis P.
 
-    - steps, changes: Steps s and changes of gradient y, (P, history, N), rings of which unused slots are 0.
+    - steps, changes: Steps s and gradient changes y, (P, history, N), ring buffers with zeros in unused slots.
     - rho: 1 / (y.s) of each pair, (P, history), 0 in unused slots.
-    - pairs: Number of pairs ever stored, (P,).
-    - scale: Of the initial inverse Hessian, (P,).
+    - pairs: Number of pairs stored so far, (P,).
+    - scale: Scale of the initial inverse Hessian, (P,).
     - n_iter: Iterations since the history was empty, (P,).
-    - prev_grad: Gradient where the last iteration began, (P, N).
-    - move: The change of the point that the last iteration made, (P, N).
-    - point: The last point that was evaluated and accepted, (P, N).
+    - prev_grad: Gradient at the start of the last iteration, (P, N).
+    - move: Change of the point in the last iteration, (P, N).
+    - point: Last accepted point, (P, N).
     """
     state = {name: flat.new_zeros(len(flat), history, flat.shape[1]) for name in ("steps", "changes")}
     for name in ("prev_grad", "move", "point"):
@@ -38,14 +38,14 @@ def new_state(flat: Tensor, history: int) -> dict[str, Tensor]:
     return state
 
 
-def remember(state: dict[str, Tensor], mask: Tensor, change: Tensor, step: Tensor, curvature_eps: float) -> None:
-    """Stores the curvature pairs of some problems over their oldest ones.
+def store_pairs(state: dict[str, Tensor], mask: Tensor, change: Tensor, step: Tensor, curvature_eps: float) -> None:
+    """Store the curvature pairs of some problems in place of their oldest ones.
 
     Args:
-        state: See `new_state`.
+        state: The state; see `new_state`.
         mask: The problems, (P,) bool.
-        change: Changes of the gradient y, (P, N).
-        step: Steps s that made them, (P, N); 0 where there was none.
+        change: Gradient changes y, (P, N).
+        step: Steps s, (P, N); 0 where there was none.
         curvature_eps: A pair is skipped unless y.s is larger.
     """
     curvature = dot(change, step)
@@ -60,9 +60,9 @@ def remember(state: dict[str, Tensor], mask: Tensor, change: Tensor, step: Tenso
 
 
 def newton_direction(state: dict[str, Tensor], grad: Tensor) -> Tensor:
-    """Minus the inverse Hessian's estimate times the gradients, (P, N), by the two-loop recursion.
+    """Compute minus the estimated inverse Hessian times the gradients, (P, N), with the two-loop recursion.
 
-    Unused slots are 0 and change nothing, so problems with fewer pairs need no mask.
+    Unused slots are 0 and have no effect, so problems with fewer pairs need no mask.
     """
     history = state["rho"].shape[1]
     row = torch.arange(len(grad), device=grad.device)

@@ -1,4 +1,4 @@
-"""L-BFGS over the rows of one parameter, each row a problem of its own."""
+"""L-BFGS for a parameter whose rows are independent problems."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.optimizers.curvature import choose_rows, dot, new_state, newton_direction, remember
+from lightning_prompts.optimizers.curvature import choose_rows, dot, new_state, newton_direction, store_pairs
 from lightning_prompts.optimizers.strong_wolfe import Lines, StrongWolfe, Trials, choose
 
 LineSearch = Literal["strong_wolfe"]
 
 
 class _FixedStep:
-    """A search that takes the first step size it is given; the counterpart of `StrongWolfe`."""
+    """A line search that accepts the first step size; has the interface of `StrongWolfe`."""
 
     def __init__(self, here: Trials) -> None:
         self.t = here.t
@@ -34,55 +34,54 @@ class _FixedStep:
 
 @dataclass
 class _Progress:
-    """Where the problems stand within one call of `step`.
+    """Progress of the problems within one call of `step`.
 
     Attributes:
-        point: The points accepted so far, (P, N).
-        here: Loss and gradient there, at t = 0 of the next search line.
-        direction: Directions of the search lines, (P, N).
-        going: The problems that still move, (P,) bool.
+        point: Points accepted so far, (P, N).
+        here: Losses and gradients at these points, at t = 0 of the next search line.
+        direction: Search directions, (P, N).
+        active: The problems that have not stopped, (P,) bool.
         n_iter: Iterations begun in this call, (P,).
-        n_eval: Evaluations made in this call, (P,).
+        n_eval: Evaluations in this call, (P,).
     """
 
     point: Tensor
     here: Trials
     direction: Tensor
-    going: Tensor
+    active: Tensor
     n_iter: Tensor
     n_eval: Tensor
 
 
 class BatchedLBFGS(Optimizer):
-    """L-BFGS over one parameter of shape (P, ...), where every row is an independent problem.
+    """L-BFGS for one parameter of shape (P, ...), where every row is an independent problem.
 
-    Each problem has its own curvature, step sizes and stopping rules, and moves as `torch.optim.LBFGS` would move it
-    alone. The problems do not wait for each other: one evaluation moves each of them one trial forward, so `step`
-    evaluates the closure max_eval + 1 times at most, and rows that stopped earlier stay where they are.
+    Each problem has its own curvature, step sizes and stopping rules, and takes the steps that `torch.optim.LBFGS`
+    would take for it alone. The problems do not wait for each other: each evaluation is one trial of every problem, so
+    `step` evaluates the closure at most max_eval + 1 times, and rows that stopped earlier stay unchanged.
 
-    A row whose loss, gradient or next point is not finite takes back that step and forgets its curvature; it stops for
-    this call of `step` and begins anew, down the gradient, in the next one. The parameter never holds NaN or infinity
-    unless it did before.
+    A row whose loss, gradient or next point is not finite undoes the step, clears its curvature, stops for this call of
+    `step`, and starts along the negative gradient in the next one. The parameter never holds NaN or infinity unless it
+    did before.
 
-    The state of each problem is 2 * history_size + 3 vectors as long as the problem, in the parameter's dtype, and a
-    few numbers.
+    The state of each problem is 2 * history_size + 3 vectors of the problem's size, in the parameter's dtype, and a few
+    numbers.
 
     Args:
         params: One parameter of shape (P, ...) in float32 or float64.
-        lr: Step size that each iteration tries first; the very first one is scaled by min(1, 1 / |gradient|_1).
+        lr: Initial step size of each iteration; in the very first one it is scaled by min(1, 1 / |gradient|_1).
         max_iter: Largest number of iterations per call of `step`.
         max_eval: Largest number of evaluations per problem and call of `step`, which a line search may exceed by one;
-            by default max_iter * 5 // 4.
+            None for max_iter * 5 // 4.
         tolerance_grad: A problem stops when no element of its gradient is larger.
         tolerance_change: A problem stops when its loss or its largest element changes by less.
-        history_size: Number of curvature pairs kept per problem. PyTorch's default is 100, which takes ten times the
-            memory.
-        line_search_fn: None takes steps of size lr, "strong_wolfe" searches for a good step size.
-        max_step_norm: Largest Euclidean norm of the change of a problem in one iteration; None for no limit.
-        curvature_eps: A pair of a step s and a change of gradient y is skipped unless y.s is larger.
+        history_size: Number of curvature pairs per problem. PyTorch's default of 100 takes ten times the memory.
+        line_search_fn: "strong_wolfe", or None for steps of size lr.
+        max_step_norm: Largest Euclidean norm of a problem's change in one iteration; None for no limit.
+        curvature_eps: A pair of a step s and a gradient change y is skipped unless y.s is larger.
 
     Raises:
-        UserError: If the dtype or a number is not allowed.
+        UserError: The dtype or a setting is not allowed.
     """
 
     def __init__(
@@ -109,20 +108,20 @@ class BatchedLBFGS(Optimizer):
             "max_step_norm": max_step_norm,
             "curvature_eps": curvature_eps,
         }
-        _check_options(defaults)
+        _check_settings(defaults)
         super().__init__(params, defaults)
         if len(self.param_groups) != 1 or len(self.param_groups[0]["params"]) != 1:
-            raise ValueError("BatchedLBFGS takes exactly one parameter, whose rows are the problems.")
+            raise ValueError("BatchedLBFGS takes exactly one parameter, with a row per problem.")
         if self._param.dtype not in (torch.float32, torch.float64):
             raise UserError(
-                f"The parameter is of {self._param.dtype}, but BatchedLBFGS needs torch.float32 or torch.float64; "
-                "keep it in one of these and convert it inside the closure."
+                f"BatchedLBFGS needs a parameter of torch.float32 or torch.float64, got {self._param.dtype}; convert "
+                "it inside the closure."
             )
         if self._param.dim() == 0:
-            raise ValueError("BatchedLBFGS needs a parameter of shape (P, ...), but it has no axis.")
+            raise ValueError("BatchedLBFGS needs a parameter of shape (P, ...), got a scalar.")
 
     needed: Tensor
-    """While the closure runs: the problems whose losses are used, (P,) bool; of the others it may return anything finite."""
+    """The problems whose losses the running closure must compute, (P,) bool; the others may be any finite numbers."""
 
     @property
     def _param(self) -> Tensor:
@@ -133,18 +132,17 @@ class BatchedLBFGS(Optimizer):
     def step(  # type: ignore[override]  # a closure is needed, and the losses are one per problem
         self, closure: Callable[[], Tensor], active: Tensor | None = None, new_function: bool = False
     ) -> Tensor:
-        """Moves every active problem by up to max_iter iterations.
+        """Take up to max_iter iterations for every active problem.
 
         Args:
-            closure: Returns the loss of each problem, (P,), with its graph. It does not call backward; the gradient is
-                set to None before each call and calculated after it.
-            active: The problems that may move, (P,) bool; None for all. The other rows stay the same bit for bit, and
-                so does their state.
-            new_function: The closure is of another function than in the last call, such as one with other noise. The last
-                move is then no curvature pair, because the gradients before and after it are of two functions.
+            closure: Returns the losses (P,) with their graph, and does not call backward.
+            active: The problems to update, (P,) bool; None for all. The other rows and their state stay bit-equal.
+            new_function: Whether the closure computes another function than in the last call, such as one with other
+                noise. The last step is then not used as a curvature pair, since the gradients before and after it
+                belong to two functions.
 
         Returns:
-            The losses at the points where the call began, (P,), detached.
+            The losses (P,) at the initial points, detached.
         """
         param, group = self._param, self.param_groups[0]
         if not len(param):
@@ -162,22 +160,22 @@ class BatchedLBFGS(Optimizer):
         return losses
 
     def _run(self, now: _Progress, search: StrongWolfe | _FixedStep, closure: Callable[[], Tensor]) -> None:
-        """Moves the problems until all have stopped."""
-        fresh, rounds = now.going, 0
+        """Iterate until all problems have stopped."""
+        starting, rounds = now.active, 0
         while True:
-            self._begin(now, fresh, search)
+            self._begin(now, starting, search)
             trial = self._trial(now, search.t)
-            if not bool(now.going.any()):
+            if not bool(now.active.any()):
                 return
             rounds += 1
             if isinstance(search, _FixedStep) and rounds == self.param_groups[0]["max_iter"]:
-                self._move(now, now.going, search.t)  # the last iteration of all; its end is evaluated by the next call
+                self._step_problems(now, now.active, search.t)  # the last iteration; the next call evaluates its end
                 return
-            new = self._look(now, closure, trial, search.t)
-            fresh = self._accept(now, search.observe(now.going, new), search.result)
+            new = self._evaluate_trial(now, closure, trial, search.t)
+            starting = self._accept(now, search.observe(now.active, new), search.result)
 
     def reset_history(self, mask: Tensor | None = None) -> None:
-        """Forgets the curvature of problems, as is right after something else has moved their points.
+        """Clear the curvature of problems, such as after their parameters were set from outside.
 
         Args:
             mask: The problems, (P,) bool; None for all.
@@ -190,18 +188,20 @@ class BatchedLBFGS(Optimizer):
             tensor.masked_fill_(mask.view(-1, *[1] * (tensor.dim() - 1)), 1 if name == "scale" else 0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned.
+        """Restore the state that `state_dict` returned.
 
         Args:
-            state_dict: The state of an optimizer of a parameter of the same shape.
+            state_dict: State of an optimizer for a parameter of the same shape.
 
         Raises:
-            ValueError: If it belongs to a parameter of another shape.
+            ValueError: The state belongs to a parameter of another shape.
         """
         for saved in state_dict["state"].values():
             if saved and saved["move"].shape != self._flat().shape:
-                shapes = f"{tuple(saved['move'].shape)}, but the parameter's are {tuple(self._flat().shape)}"
-                raise ValueError(f"The state's numbers of problems and of their elements are {shapes}.")
+                raise ValueError(
+                    f"The saved state is for {tuple(saved['move'].shape)} problems and elements, but the parameter has "
+                    f"{tuple(self._flat().shape)}."
+                )
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name in ("n_iter", "pairs"):  # loading converts all tensors to the parameter's dtype
@@ -209,41 +209,43 @@ class BatchedLBFGS(Optimizer):
                     state[name] = state[name].long()
 
     def _flat(self) -> Tensor:
-        """The parameter as (P, N)."""
+        """Return the parameter as (P, N)."""
         return self._param.detach().flatten(1) if self._param.dim() > 1 else self._param.detach().unsqueeze(1)
 
     def _mask(self, mask: Tensor | None) -> Tensor:
-        """Checks a mask of problems, (P,) bool; all problems without one."""
+        """Check a mask of problems, (P,) bool, or return one of all problems."""
         count = len(self._param)
         if mask is None:
             return torch.ones(count, dtype=torch.bool, device=self._param.device)
         if mask.dtype != torch.bool or mask.shape != (count,):
             raise ValueError(
-                f"A mask of problems is bool of shape ({count},), not {mask.dtype} of {tuple(mask.shape)}."
+                f"A mask of problems must be bool of shape ({count},), got {mask.dtype} of {tuple(mask.shape)}."
             )
         return mask.to(self._param.device)
 
     def _problem_state(self) -> dict[str, Tensor]:
-        """The state of the problems, see `new_state`."""
+        """Return the state of the problems; see `new_state`."""
         state: dict[str, Tensor] = self.state[self._param]
         if not state:
             state.update(new_state(self._flat(), self.param_groups[0]["history_size"]))
         return state
 
     def _evaluate(self, closure: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Losses (P,) and gradients (P, N) at the parameter."""
+        """Compute the losses (P,) and gradients (P, N) at the current parameter."""
         param = self._param
         param.grad = None
         with torch.enable_grad():
             loss = closure()
             if loss.shape != param.shape[:1]:
-                raise ValueError(f"The closure returns one loss per problem, ({len(param)},), not {tuple(loss.shape)}.")
+                raise ValueError(
+                    f"The closure must return one loss per problem, ({len(param)},), got {tuple(loss.shape)}."
+                )
             loss.sum().backward()
         grad = torch.zeros_like(param) if param.grad is None else param.grad
         return loss.detach().to(param.dtype, copy=True), grad.reshape(len(param), -1)
 
     def _start(self, closure: Callable[[], Tensor], active: Tensor | None) -> _Progress:
-        """Evaluates the points that a call begins with; takes back a last step that turns out not to be finite."""
+        """Evaluate the initial points of a call, and undo the last step where the loss or gradient is not finite."""
         mask, state = self._mask(active), self._problem_state()
         self.needed = mask
         loss, grad = self._evaluate(closure)
@@ -253,20 +255,20 @@ class BatchedLBFGS(Optimizer):
         point = choose_rows(mask & ~sound & own_step, state["point"], point)
         state["point"] = choose_rows(mask & sound, point, state["point"])
 
-        going = mask & sound & (grad.abs().amax(dim=1) > self.param_groups[0]["tolerance_grad"])
+        moving = mask & sound & (grad.abs().amax(dim=1) > self.param_groups[0]["tolerance_grad"])
         zeros, counts = torch.zeros_like(loss), torch.zeros_like(state["n_iter"])
         here = Trials(t=zeros, loss=loss, slope=zeros, grad=grad)
-        now = _Progress(point, here, torch.zeros_like(grad), going, n_iter=counts, n_eval=counts + 1)
+        now = _Progress(point, here, torch.zeros_like(grad), moving, n_iter=counts, n_eval=counts + 1)
         self._reject(now, mask & ~sound)
         return now
 
-    def _begin(self, now: _Progress, fresh: Tensor, search: StrongWolfe | _FixedStep) -> None:
-        """Begins an iteration of some problems, (P,) bool: updates the curvature and sets off in a new direction."""
-        if not bool(fresh.any()):
+    def _begin(self, now: _Progress, starting: Tensor, search: StrongWolfe | _FixedStep) -> None:
+        """Begin an iteration of some problems, (P,) bool: update the curvature and choose a direction."""
+        if not bool(starting.any()):
             return
         group, state = self.param_groups[0], self._problem_state()
         grad = now.here.grad
-        remember(state, fresh, grad - state["prev_grad"], state["move"], group["curvature_eps"])
+        store_pairs(state, starting, grad - state["prev_grad"], state["move"], group["curvature_eps"])
         direction = newton_direction(state, grad)
         slope = dot(grad, direction)
         t = torch.full_like(slope, group["lr"])
@@ -281,31 +283,31 @@ class BatchedLBFGS(Optimizer):
             size=direction.abs().amax(dim=1),
             budget=group["max_eval"] - now.n_eval,
         )
-        state["prev_grad"] = choose_rows(fresh, grad, state["prev_grad"])
-        state["move"] = choose_rows(fresh, torch.zeros_like(grad), state["move"])
-        state["n_iter"] += fresh
-        now.n_iter = now.n_iter + fresh
-        now.direction = choose_rows(fresh, direction, now.direction)
-        now.going = now.going & ~(fresh & (slope > -group["tolerance_change"]))
-        search.begin(fresh, lines)
+        state["prev_grad"] = choose_rows(starting, grad, state["prev_grad"])
+        state["move"] = choose_rows(starting, torch.zeros_like(grad), state["move"])
+        state["n_iter"] += starting
+        now.n_iter = now.n_iter + starting
+        now.direction = choose_rows(starting, direction, now.direction)
+        now.active = now.active & ~(starting & (slope > -group["tolerance_change"]))
+        search.begin(starting, lines)
 
     def _trial(self, now: _Progress, t: Tensor) -> Tensor:
-        """The points to evaluate next, (P, N); a problem whose point would not be finite is rejected."""
+        """Return the points to evaluate next, (P, N); stop problems whose point is not finite."""
         trial = now.point + t.unsqueeze(1) * now.direction
-        self._reject(now, now.going & ~trial.isfinite().all(dim=1))
-        return choose_rows(now.going, trial, now.point)
+        self._reject(now, now.active & ~trial.isfinite().all(dim=1))
+        return choose_rows(now.active, trial, now.point)
 
-    def _look(self, now: _Progress, closure: Callable[[], Tensor], trial: Tensor, t: Tensor) -> Trials:
-        """Evaluates the points (P, N) that are at step sizes t, (P,); what is not finite is rejected."""
+    def _evaluate_trial(self, now: _Progress, closure: Callable[[], Tensor], trial: Tensor, t: Tensor) -> Trials:
+        """Evaluate the points (P, N) at step sizes t, (P,); stop problems whose loss or gradient is not finite."""
         self._param.copy_(trial.view_as(self._param))
-        self.needed = now.going
+        self.needed = now.active
         loss, grad = self._evaluate(closure)
-        now.n_eval = now.n_eval + now.going
-        self._reject(now, now.going & ~(loss.isfinite() & grad.isfinite().all(dim=1)))
+        now.n_eval = now.n_eval + now.active
+        self._reject(now, now.active & ~(loss.isfinite() & grad.isfinite().all(dim=1)))
         return Trials(t, loss, dot(grad, now.direction), grad)
 
-    def _move(self, now: _Progress, mask: Tensor, t: Tensor) -> Tensor:
-        """Moves the problems in a mask, (P,) bool, by t times their directions; returns all moves, (P, N)."""
+    def _step_problems(self, now: _Progress, mask: Tensor, t: Tensor) -> Tensor:
+        """Move the problems in a mask, (P,) bool, by t times their directions, and return all moves, (P, N)."""
         state = self._problem_state()
         move: Tensor = t.unsqueeze(1) * now.direction
         now.point = choose_rows(mask, now.point + move, now.point)
@@ -313,32 +315,32 @@ class BatchedLBFGS(Optimizer):
         return move
 
     def _accept(self, now: _Progress, ended: Tensor, found: Trials) -> Tensor:
-        """Moves problems whose search ended, (P,) bool, and stops some; returns those that go on to a new iteration."""
+        """Accept the steps of problems whose line search ended, (P,) bool; return those that begin a new iteration."""
         group, state = self.param_groups[0], self._problem_state()
-        move = self._move(now, ended, found.t)
+        move = self._step_problems(now, ended, found.t)
         state["point"] = choose_rows(ended, now.point, state["point"])
         stop = (now.n_iter >= group["max_iter"]) | (now.n_eval >= group["max_eval"])
         stop |= found.grad.abs().amax(dim=1) <= group["tolerance_grad"]
         stop |= move.abs().amax(dim=1) <= group["tolerance_change"]
         stop |= (found.loss - now.here.loss).abs() < group["tolerance_change"]
         now.here = choose(ended, found, now.here)
-        now.going = now.going & ~(ended & stop)
-        return ended & now.going
+        now.active = now.active & ~(ended & stop)
+        return ended & now.active
 
     def _reject(self, now: _Progress, mask: Tensor) -> None:
-        """Stops the problems in a mask, (P,) bool, at their last points and clears their curvature."""
+        """Stop the problems in a mask, (P,) bool, at their last points, and clear their curvature."""
         if bool(mask.any()):
-            now.going = now.going & ~mask
+            now.active = now.active & ~mask
             self.reset_history(mask)
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuses numbers outside their range."""
+def _check_settings(options: dict[str, Any]) -> None:
+    """Check the ranges of the settings."""
     lowest = {"max_iter": 1, "max_eval": 1, "history_size": 1, "lr": 0, "tolerance_grad": 0, "tolerance_change": 0}
     for name, low in {**lowest, "curvature_eps": 0}.items():
         if not options[name] >= low:
-            raise UserError(f"{name} is {options[name]}, but it is at least {low}.")
+            raise UserError(f"{name} must be at least {low}, got {options[name]}.")
     if options["max_step_norm"] is not None and not options["max_step_norm"] > 0:
-        raise UserError(f"max_step_norm is {options['max_step_norm']}, but it is more than 0, or None for no limit.")
+        raise UserError(f"max_step_norm must be above 0, or None for no limit, got {options['max_step_norm']}.")
     if options["line_search_fn"] not in (None, "strong_wolfe"):
-        raise UserError(f"line_search_fn is {options['line_search_fn']!r}; use 'strong_wolfe' or None.")
+        raise UserError(f"line_search_fn must be 'strong_wolfe' or None, got {options['line_search_fn']!r}.")

@@ -1,7 +1,8 @@
-"""The line search for the strong Wolfe conditions, for many independent problems at once.
+"""The line search for the strong Wolfe conditions, batched over independent problems.
 
-Every problem is in a phase of its own: it first looks for a bracket around a good step, then zooms into the bracket.
-One evaluation of all problems moves each of them one trial forward, so no problem waits for another one's search.
+Each problem first brackets a good step, then zooms into the bracket, in its own phase: each evaluation is one trial of
+    every problem,
+so no problem waits for another one's search.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-_ARMIJO = 1e-4  # share of the promised decrease that a step has to deliver
-_CURVATURE = 0.9  # share of the initial slope that may be left at its end
-_SMALLEST = 1e-9  # width of a bracket, times the largest element of the direction, at which a search gives up
+_ARMIJO = 1e-4  # c1 of the sufficient decrease condition
+_CURVATURE = 0.9  # c2 of the curvature condition
+_SMALLEST = 1e-9  # bracket width times the direction's largest element, below which a search ends
 
 
 @dataclass(frozen=True)
 class Trials:
-    """One evaluated point on the search line of each problem.
+    """An evaluated point on the search line of each problem.
 
     Attributes:
         t: Step sizes, (P,); the point is `start + t * direction`.
@@ -35,11 +36,11 @@ class Trials:
 
 @dataclass(frozen=True)
 class Lines:
-    """What the search of each problem begins with.
+    """The initial values of each problem's line search.
 
     Attributes:
-        start: The points to search from, at t = 0.
-        t: First step sizes to try, (P,).
+        start: Initial points, at t = 0.
+        t: Initial step sizes, (P,).
         t_max: Largest step sizes allowed, (P,).
         size: Largest absolute elements of the directions, (P,).
         budget: Evaluations allowed after the first one, (P,) integers.
@@ -53,7 +54,7 @@ class Lines:
 
 
 def choose(mask: Tensor, yes: Trials, no: Trials) -> Trials:
-    """Takes the problems in a mask, (P,) bool, from one set of trials and the others from another."""
+    """Take the problems in a mask, (P,) bool, from `yes` and the others from `no`."""
     picked = {}
     for name in (field.name for field in fields(Trials)):
         a, b = getattr(yes, name), getattr(no, name)
@@ -62,11 +63,11 @@ def choose(mask: Tensor, yes: Trials, no: Trials) -> Trials:
 
 
 def cubic_minimum(a: Trials, b: Trials, low: Tensor, high: Tensor) -> Tensor:
-    """Minimum of the cubic through two trials' losses and slopes, within bounds; their middle where there is none.
+    """Minimize the cubic through two trials' losses and slopes within bounds; take their midpoint without a minimum.
 
     Args:
-        a: The trials at one end.
-        b: The trials at the other end.
+        a: Trials at one end.
+        b: Trials at the other end.
         low: Lower bounds, (P,).
         high: Upper bounds, (P,).
 
@@ -85,35 +86,35 @@ def cubic_minimum(a: Trials, b: Trials, low: Tensor, high: Tensor) -> Tensor:
 
 
 class StrongWolfe:
-    """Line searches of P problems, step by step those of `torch.optim.LBFGS`.
+    """Line searches of P problems, with the steps of `torch.optim.LBFGS`.
 
-    `begin` starts the searches of some problems, `t` holds the step sizes to evaluate next, and `observe` takes what
-    was found there. The search of a problem ends at a step that satisfies the strong Wolfe conditions, or at the best
-    end of its bracket when the bracket is too small or the budget is spent; one that still descends at its largest
-    step size ends there.
+    `begin` starts the searches of some problems, `t` holds the step sizes to evaluate next, and `observe` takes the
+    results. The search of a problem ends at a step that satisfies the strong Wolfe conditions, or at the best end of
+    its bracket when the bracket is too small or the budget is used up; one that still descends at its largest step size
+    ends there.
 
     Attributes:
         t: Step sizes to evaluate next, (P,).
     """
 
     def __init__(self, here: Trials) -> None:
-        """Prepares the searches, for trials of the same shapes, dtype and device as those given."""
+        """Prepare searches for trials with the shapes, dtype and device of `here`."""
         self.t = torch.zeros_like(here.t)
         self._start = self._first = self._second = here
         self._t_max = self._size = torch.zeros_like(here.t)
         self._budget = self._count = torch.zeros_like(here.t, dtype=torch.int64)
-        # A bracket is between `first` and `second`; while there is none, `first` is the previous trial.
+        # The bracket is between `first` and `second`; before there is one, `first` is the previous trial.
         self._zooming = torch.zeros_like(here.t, dtype=torch.bool)
         self._first_is_low = torch.ones_like(self._zooming)
         self._near_end = torch.zeros_like(self._zooming)  # whether the last trial was close to an end of the bracket
 
     @property
     def result(self) -> Trials:
-        """The best end of each bracket, which is the result of a search that has ended."""
+        """The best end of each bracket: the result of a search that has ended."""
         return choose(self._first_is_low, self._first, self._second)
 
     def begin(self, mask: Tensor, lines: Lines) -> None:
-        """Starts the searches of the problems in a mask, (P,) bool; the others go on."""
+        """Start the searches of the problems in a mask, (P,) bool; the others continue."""
         self._start = choose(mask, lines.start, self._start)
         self._first = choose(mask, lines.start, self._first)
         self.t = torch.where(mask, lines.t, self.t)
@@ -125,11 +126,11 @@ class StrongWolfe:
         self._near_end = self._near_end & ~mask
 
     def observe(self, mask: Tensor, new: Trials) -> Tensor:
-        """Takes the evaluation at `t` and sets the next `t`.
+        """Process the evaluation at `t` and set the next `t`.
 
         Args:
             mask: The problems that are searching, (P,) bool; the others' values are ignored.
-            new: What was found at `t`, all finite where the mask is set.
+            new: The evaluation at `t`, finite where the mask is set.
 
         Returns:
             The problems whose search ended with this evaluation, (P,) bool.
@@ -145,18 +146,18 @@ class StrongWolfe:
         return ended | small
 
     def _conditions(self, new: Trials) -> tuple[Tensor, Tensor]:
-        """Which of the two strong Wolfe conditions the trials break and meet: too little decrease, a flat slope."""
+        """Return whether trials violate the decrease condition, and whether they meet the curvature condition."""
         short = new.loss > self._start.loss + _ARMIJO * new.t * self._start.slope
         return short, new.slope.abs() <= -_CURVATURE * self._start.slope
 
     def _exhaust(self, mask: Tensor, new: Trials) -> Tensor:
-        """Ends searches that never found a bracket at the better of the start and the last trial."""
+        """End searches without a bracket at the better of the start and the last trial."""
         self._first, self._second = choose(mask, self._start, self._first), choose(mask, new, self._second)
         self._first_is_low = torch.where(mask, self._start.loss <= new.loss, self._first_is_low)
         return mask
 
     def _bracket(self, mask: Tensor, new: Trials) -> Tensor:
-        """Closes the bracket at the new trials, ends there or goes on to a larger step; returns which ended."""
+        """Close the bracket at the new trials, end there, or extend the step; return which searches ended."""
         short, flat = self._conditions(new)
         climbed = short | ((self._count > 1) & (new.loss >= self._first.loss))
         closed = mask & (climbed | (~flat & (new.slope >= 0)))
@@ -174,7 +175,7 @@ class StrongWolfe:
         return ended
 
     def _zoom(self, mask: Tensor, new: Trials) -> Tensor:
-        """Replaces an end of the brackets by the new trials; returns which of these satisfy both conditions."""
+        """Replace an end of the brackets by the new trials; return which of these satisfy both conditions."""
         low = self.result
         high = choose(self._first_is_low, self._second, self._first)
         short, flat = self._conditions(new)
@@ -190,7 +191,7 @@ class StrongWolfe:
         return mask & ~worse & flat
 
     def _propose(self, mask: Tensor) -> None:
-        """Sets the next trials inside the brackets, away from an end that the last ones were close to, too."""
+        """Set the next trials inside the brackets, away from an end that the last ones were close to as well."""
         low, high = torch.minimum(self._first.t, self._second.t), torch.maximum(self._first.t, self._second.t)
         t = cubic_minimum(self._first, self._second, low, high)
         margin = 0.1 * (high - low)

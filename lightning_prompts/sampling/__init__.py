@@ -1,4 +1,4 @@
-"""Draw images and score them, a microbatch at a time."""
+"""Generate images and score them, one microbatch at a time."""
 
 from lightning_prompts.sampling.microbatch import OUT_OF_MEMORY, Microbatch, out_of_memory
 from lightning_prompts.sampling.sampler import Sampler

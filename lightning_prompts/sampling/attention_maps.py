@@ -1,4 +1,4 @@
-"""Where in the target each token of a prompt acts, as one picture."""
+"""Word maps: cross-attention maps of a prompt's tokens in its target, and their figure."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from lightning_prompts.sampling.seeding import WORD_MAPS, draw_noise, validation
 if TYPE_CHECKING:
     from lightning_prompts.methods.inversion.base import Inverter
 
-SAMPLES = 8  # noisy versions of a target that its maps are averaged over
+SAMPLES = 8  # noisy versions of a target, over which its maps are averaged
 HEAT = (255, 70, 0)
 
 
 def word_maps(
     backbone: Backbone, prompt: Tensor, latents: Tensor, noise: Tensor, first: int, tokens: int, batch: int = 16
 ) -> Tensor:
-    """Where a picture looks at each of a prompt's tokens more than it does elsewhere.
+    """Compute where in an image each token of a prompt gets more cross-attention than on average over the image.
 
-    The start-of-text token takes most of the attention, and some words more of the rest than others wherever they act. So a
-    token's map is its share among the prompt's tokens and the one that follows them, with which a prompt of one token is
-    compared too, less the mean of this share over the picture.
+    The start-of-text token gets most of the attention, and some words get more than others at every position. So a
+    token's map is its share of the attention to the prompt's tokens and the token after them (which a prompt of one
+    token is compared with), minus the mean of this share over the image.
 
     Args:
         backbone: The frozen model.
         prompt: One encoded prompt, (1, R, D).
-        latents: Of the picture, (C, h, w).
-        noise: Standard normal, (N, C, h, w); it is added at N timesteps from the middle half of the schedule.
+        latents: Latents of the image, (C, h, w).
+        noise: Standard normal, (N, C, h, w), added at N timesteps from the middle half of the schedule.
         first: Position of the prompt's first token.
-        tokens: M, how many it has.
-        batch: Samples per call of the denoiser.
+        tokens: Number M of the prompt's tokens.
+        batch: Samples per denoiser call.
 
     Returns:
         Maps (M, h, w) in [0, 1); 0 where the share is not above its mean.
@@ -54,8 +54,8 @@ def word_maps(
     return (share - share.mean((1, 2), keepdim=True)).clamp(min=0)
 
 
-def found_word_maps(method: Inverter, problems: Sequence[Problem]) -> list[Tensor]:
-    """Maps (M, h, w) of the prompts that an inverter has found, each in its target, or in the first of its pictures."""
+def prompt_word_maps(method: Inverter, problems: Sequence[Problem]) -> list[Tensor]:
+    """Compute the maps (M, h, w) of each problem's best prompt, in the first image of its target."""
     shape, keys = method.backbone.latent_shape, [problem.key for problem in problems]
     noise = draw_noise(method.data.seed, keys, WORD_MAPS, SAMPLES, shape, method.device)
     latents = [several[0].to(method.device) for several in method.data.latents(method.backbone, problems)]
@@ -68,33 +68,33 @@ def found_word_maps(method: Inverter, problems: Sequence[Problem]) -> list[Tenso
 
 
 def token_texts(tokenizer: Any, problem: Problem) -> list[str]:
-    """What to call the M tokens of a problem's prompt: their texts or, where they are free embeddings, 1, ..., M."""
+    """Return labels for the M tokens of a problem's prompt: their texts, or 1 to M for free embeddings."""
     if problem.token_ids is None:
         return [str(number) for number in range(1, 1 + len(problem.embedding or ()))]
     return [tokenizer.decode([token]).strip() for token in problem.token_ids]
 
 
-def word_picture(method: Inverter, problems: Sequence[Problem], targets: Sequence[Tensor]) -> Image.Image:
-    """The maps of what an inverter has found in its targets (3, H, W) in [-1, 1]."""
+def word_map_figure(method: Inverter, problems: Sequence[Problem], targets: Sequence[Tensor]) -> Image.Image:
+    """Return the figure of the best prompts' maps, with the targets (3, H, W) in [-1, 1]."""
     tokens = [token_texts(method.vocabulary.tokenizer, problem) for problem in problems]
-    return word_rows(targets, found_word_maps(method, problems), [problem.target for problem in problems], tokens)
+    return word_map_grid(targets, prompt_word_maps(method, problems), [problem.target for problem in problems], tokens)
 
 
-def word_rows(
+def word_map_grid(
     targets: Sequence[Tensor],
     maps: Sequence[Tensor],
     names: Sequence[str],
     tokens: Sequence[Sequence[str]],
     side: int = 96,
 ) -> Image.Image:
-    """One row a problem: the target and, for each token, its map laid over the target in gray.
+    """Arrange one row per problem: the target, and the map of each token over the target in gray.
 
     Args:
-        targets: P pictures (3, H, W) in [-1, 1].
-        maps: Of each, (M, h, w), 0 or more; full heat is the highest value of a row.
-        names: What to write below the P targets.
-        tokens: What to write below each one's M maps.
-        side: Pixels of a picture.
+        targets: P images (3, H, W) in [-1, 1].
+        maps: Maps (M, h, w) of each, 0 or more; full heat is the highest value of a row.
+        names: Captions of the P targets.
+        tokens: Captions of each target's M maps.
+        side: Side length of an image in pixels.
     """
     width, line = side + 8, 12
     texts = [
@@ -106,17 +106,17 @@ def word_rows(
     for row, (target, heats, labels) in enumerate(zip(targets, maps, texts, strict=True)):
         shown = to_image(target).resize((side, side), Image.Resampling.NEAREST)
         heats = F.interpolate(heats[None].float().cpu(), (side, side), mode="bilinear")[0]
-        pictures = [shown, *(_heated(shown, heat) for heat in heats / heats.max().clamp(min=1e-6))]
-        for column, (picture, lines) in enumerate(zip(pictures, labels, strict=True)):
+        images = [shown, *(_overlay(shown, heat) for heat in heats / heats.max().clamp(min=1e-6))]
+        for column, (image, lines) in enumerate(zip(images, labels, strict=True)):
             left, top = column * width + 4, row * height
-            canvas.paste(picture, (left, top + 2))
+            canvas.paste(image, (left, top + 2))
             for number, text in enumerate(lines):
                 pen.text((left, top + side + 4 + number * line), text, fill="black")
     return canvas
 
 
-def _heated(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """A picture in light gray, so that heat shows on every colour, under heat (H, W) in [0, 1]."""
-    gray = ImageOps.grayscale(picture).point(lambda value: 80 + value * 175 // 255).convert("RGB")
+def _overlay(image: Image.Image, heat: Tensor) -> Image.Image:
+    """Overlay heat (H, W) in [0, 1] on an image in light gray, on which it is visible for every original color."""
+    gray = ImageOps.grayscale(image).point(lambda value: 80 + value * 175 // 255).convert("RGB")
     mask = Image.fromarray((heat * 230).round().byte().numpy())
-    return Image.composite(Image.new("RGB", picture.size, HEAT), gray, mask)
+    return Image.composite(Image.new("RGB", image.size, HEAT), gray, mask)

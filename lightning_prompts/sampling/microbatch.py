@@ -7,27 +7,28 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from pytorch_lightning.utilities.memory import is_oom_error
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from lightning_prompts.distributed import gathered, shared
+from lightning_prompts.distributed import all_gather, shard_indices
 from lightning_prompts.errors import UserError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-UNLIMITED = 2**31  # more samples than there ever are
+UNLIMITED = 2**31  # more than any number of samples
 
 OUT_OF_MEMORY = (
-    "The device is out of memory; lower --model.microbatch, or give --model.gradient_checkpointing true, --model.cpu_offload true "
-    "or --model.dtype bfloat16."
+    "The device is out of memory; lower --model.microbatch, or give --model.gradient_checkpointing true, "
+    "--model.cpu_offload true or --model.dtype bfloat16."
 )
 
 
 class Microbatch:
-    """The number of samples per call, which is halved whenever the device runs out of memory.
+    """Split work into calls of at most `size` samples; the size is halved whenever the device runs out of memory.
 
     Args:
         size: Samples per call; None for as many as the memory holds, found by halving in the first calls.
@@ -37,14 +38,14 @@ class Microbatch:
         self.fitted = size is None
         self.size = self.asked = UNLIMITED if size is None else int(size)
         self.most = 0  # samples of the largest call so far
-        self.ranks = 1  # among which the samples are divided
+        self.ranks = 1  # ranks that divide the samples
 
     def map(self, samples: int, function: Callable[[Tensor], T], device: torch.device | None = None) -> T:
         """Call `function` on the indices (b,) of each microbatch and concatenate what it returns.
 
-        With several ranks, each computes its share (see `shared`) and receives the results of the others. A nested `map` is not
-        divided, since the other ranks work on other samples. A call that runs out of memory is repeated with fewer samples, so
-        `function` must have no side effects before it returns.
+        With several ranks, each computes its share (see `shard_indices`) and gathers the results of the others. A
+        nested `map` is not divided, since the other ranks work on other samples. A call that runs out of memory is
+        repeated with fewer samples, so `function` must have no side effects before it returns.
 
         Args:
             samples: B, the number of samples.
@@ -59,13 +60,13 @@ class Microbatch:
         """
         if self.ranks == 1:
             return self._map(torch.arange(samples, device=device), function)
-        own, share = shared(samples, self.asked)
+        own, share = shard_indices(samples, self.asked)
         ranks, self.ranks = self.ranks, 1
         try:
             results = self._map(torch.arange(own.start, own.stop, device=device), function)
         finally:
             self.ranks = ranks
-        return gathered(results, share, samples)
+        return all_gather(results, share, samples)
 
     def _map(self, indices: Tensor, function: Callable[[Tensor], T]) -> T:
         results: list[T] = []
@@ -82,7 +83,7 @@ class Microbatch:
             else:
                 done, self.most = done + len(some), max(self.most, len(some))
                 continue
-            # Only here is the error gone, and with it what its traceback has held.
+            # Outside the except clause, so that the error is gone, whose traceback holds tensors.
             self.size = len(some) // 2
             torch.cuda.empty_cache()
             log.warning("The memory does not hold %d samples at once; continuing with %d.", len(some), self.size)
@@ -94,15 +95,16 @@ class Microbatch:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute a value for each of B samples, differentiable with respect to `inputs`.
 
-        Each microbatch computes its gradients at once, so that memory does not grow with B.
+        Each microbatch computes its gradients immediately, so that memory does not grow with B.
 
         Args:
-            function: Given the inputs (b, ...) and the indices (b,) of a microbatch, returns terms (b, ...), whose mean is the value
-                of a sample, and other tensors (b, ...) by name.
+            function: Given the inputs (b, ...) and the indices (b,) of a microbatch, returns terms (b, ...), whose mean
+                is the value of a sample, and other tensors (b, ...) by name.
             inputs: Tensors (B, ...).
 
         Returns:
-            The values (B,), with gradients to the inputs where gradients are enabled, and the other tensors (B, ...), detached.
+            The values (B,), with gradients to the inputs where gradients are enabled, and the other tensors (B, ...),
+            detached.
         """
         leaves = [value.detach().requires_grad_(torch.is_grad_enabled()) for value in inputs]
 
@@ -111,8 +113,8 @@ class Microbatch:
             terms, others = function(parts, indices)
             terms, gradients = terms.flatten(1) if terms.dim() > 1 else terms.unsqueeze(1), list[Tensor | None]()
             if terms.requires_grad:
-                # Of the sum: in a float16 network the gradient of the mean would vanish. An input may be unused, such as negative
-                # prompts without guidance.
+                # Of the sum, since in a float16 network the gradient of the mean would vanish. An input may be unused,
+                # such as negative prompts without guidance.
                 slopes = torch.autograd.grad(terms.sum(), parts, allow_unused=True)
                 gradients = [None if slope is None else _in_float32(slope) / terms.shape[1] for slope in slopes]
             return terms.detach().mean(1), {name: value.detach() for name, value in others.items()}, gradients
@@ -124,7 +126,7 @@ class Microbatch:
 
 
 class _PrecomputedGradients(torch.autograd.Function):
-    """Give values (B,) the gradients that are already known, a tensor (B, ...) or None per input."""
+    """Attach precomputed gradients to values (B,): a tensor (B, ...) or None per input."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor) -> Tensor:
@@ -141,17 +143,15 @@ class _PrecomputedGradients(torch.autograd.Function):
 
 
 def _in_float32(tensor: Tensor) -> Tensor:
-    """Convert to float32, or keep float64."""
+    """Convert to float32; keep float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether a device, or the machine, ran out of memory."""
-    said = (
-        "can't allocate memory",
-        "not enough memory",
-        "backend out of memory",
-    )  # by the CPU, on Windows, and by Apple's
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(part in str(error) for part in said)
-    )
+    """Return whether a device or the machine ran out of memory."""
+    messages = ("not enough memory", "backend out of memory")  # of a CPU on Windows, and of MPS, which Lightning omits
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    known = is_oom_error(RuntimeError(text))  # as text, since it fails on errors whose first argument is none
+    return known or isinstance(error, torch.OutOfMemoryError) or any(part in text for part in messages)

@@ -1,4 +1,4 @@
-"""Draw images of encoded prompts and score them."""
+"""Sample images of encoded prompts and score them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEW_CALLS = 4  # denoiser calls per image through all of which a gradient can be
 
 
 class Sampler:
-    """How a search draws images: a frozen model, the denoising steps, the guidance, and the microbatch.
+    """A frozen model with its number of denoising steps, guidance scale and microbatch.
 
     Args:
         backbone: The model.
@@ -24,7 +24,7 @@ class Sampler:
         microbatch: Images per call.
 
     Raises:
-        UserError: The model's scheduler cannot make this many steps.
+        UserError: The model's scheduler does not support this number of steps.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class Sampler:
 
     @property
     def guided(self) -> bool:
-        """Whether images are drawn with classifier-free guidance."""
+        """Whether images are sampled with classifier-free guidance."""
         return self.backbone.guided(self.guidance_scale)
 
     def cost(self, calls: int | None = None, grad_steps: int = 0) -> int:
         """Return the denoiser samples per image; guidance doubles them, and a backward pass counts as one.
 
         Args:
-            calls: Denoiser calls; None to draw to the end.
-            grad_steps: The last of these calls that propagate a gradient.
+            calls: Denoiser calls; None for all.
+            grad_steps: Number of the last calls that propagate a gradient.
         """
         calls = self.calls if calls is None else calls
         return (calls + min(grad_steps, calls)) * (2 if self.guided else 1)
@@ -73,17 +73,19 @@ class Sampler:
         """
         if self.backbone.guides_itself:
             raise UserError(
-                f"The model {self.backbone.name!r} guides itself, so that {consequence}; {instead}, or choose another model."
+                f"The model {self.backbone.name!r} has guidance built in, so {consequence}; {instead}, or choose "
+                "another model."
             )
         if not self.guided:
             raise UserError(
-                f"With a guidance of {self.guidance_scale:g} {consequence}; give --model.guidance_scale above 1, or {instead}."
+                f"With --model.guidance_scale {self.guidance_scale:g}, {consequence}; give a value above 1, or "
+                f"{instead}."
             )
 
     # --- images
 
     def sample(self, prompt_embeds: Tensor, negative_prompt_embeds: Tensor, noise: Tensor) -> Tensor:
-        """Draw images (B, 3, H, W) in [-1, 1] in one call.
+        """Sample images (B, 3, H, W) in [-1, 1] in one call.
 
         Args:
             prompt_embeds: Encoded prompts, (B, R, D).
@@ -97,18 +99,19 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, noise: Tensor, encode: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-        """Draw images (B, 3, H, W) in [-1, 1] from noise (B, C, h, w); they are returned on the CPU.
+        """Sample images (B, 3, H, W) in [-1, 1] from noise (B, C, h, w) in microbatches, and return them on the CPU.
 
         Args:
             noise: Standard normal, (B, C, h, w).
-            encode: Returns the encoded prompts (b, R, D) and negative prompts (1, R, D) or (b, R, D) of the images with the indices (b,).
+            encode: Returns the encoded prompts (b, R, D) and negative prompts (1, R, D) or (b, R, D) of the images with
+                the indices (b,).
         """
         return self.microbatch.map(
             len(noise), lambda indices: self.sample(*encode(indices), noise[indices]).cpu(), noise.device
         )
 
     def draw_embeds(self, embeds: Tensor, noise: Tensor) -> Tensor:
-        """Draw images (P, N, 3, H, W) of encoded prompts (P, S, R, D) from noise (P, N, C, h, w); see `split`."""
+        """Sample images (P, N, 3, H, W) of encoded prompts (P, S, R, D) from noise (P, N, C, h, w); see `split`."""
         prompt_embeds, negative_prompt_embeds = self.split(embeds, noise.shape[1])
         images = self.draw(
             noise.flatten(0, 1), lambda indices: (prompt_embeds[indices], negative_prompt_embeds[indices])
@@ -116,7 +119,7 @@ class Sampler:
         return images.view(*noise.shape[:2], *images.shape[1:])
 
     def split(self, embeds: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
-        """Split encoded prompts (Q, S, R, D) into `prompt_embeds` and `negative_prompt_embeds`, each repeated `count` times.
+        """Split encoded prompts (Q, S, R, D) into `prompt_embeds` and `negative_prompt_embeds`, repeated `count` times.
 
         With S = 1, the negative prompt is the empty text.
         """
@@ -136,15 +139,17 @@ class Sampler:
         grad_steps: int = 0,
         calls: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sample B latents and score them, a microbatch at a time, with or without a gradient.
+        """Sample B latents and score them, one microbatch at a time, with or without a gradient.
 
         Args:
             prompt_embeds: Encoded prompts, (B, R, D).
             negative_prompt_embeds: Encoded negative prompts, (B, R, D).
             noise: Standard normal, (B, C, h, w).
-            score: Given latents (b, C, h, w) and their indices (b,), returns scores (b,) and other tensors (b, ...) by name.
-            grad_steps: The last denoiser calls that propagate a gradient to both prompts; see `Backbone.sample`.
-            calls: Denoiser calls after which the clean latents are predicted; None to draw to the end.
+            score: Given latents (b, C, h, w) and their indices (b,), returns scores (b,) and other tensors (b, ...) by
+                name.
+            grad_steps: Number of the last denoiser calls that propagate a gradient to both prompts; see
+                `Backbone.sample`.
+            calls: Denoiser calls after which the clean latents are predicted; None for all.
 
         Returns:
             The scores (B,), with a gradient if `grad_steps` is above 0, and the other tensors (B, ...), detached.

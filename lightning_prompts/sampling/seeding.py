@@ -1,6 +1,6 @@
-"""Randomness that is addressed, not consumed: every draw is a function of where it is used.
+"""Seed every random draw by its use: the run's seed, the problem's key, the step and the sample.
 
-So a resumed run, the company a problem keeps in a batch and the number of ranks do not change what is drawn.
+So resuming a run, the rest of the batch and the number of ranks do not change the draws.
 """
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ import torch
 from torch import Tensor
 
 VALIDATION = -1
-"""The step of the draws that score prompts; no gradient ever sees them."""
+"""Step of the noise that scores prompts, and that no gradient uses."""
 
-START = -2
-"""The step of the draws that initial prompts come from."""
+INIT = -2
+"""Step of the draws of initial prompts."""
 
 REGENERATION = -3
-"""The step of the draws that pictures are drawn from."""
+"""Step of the noise of the images that a run shows for its prompts."""
 
 WORD_MAPS = -4
-"""The step of the draws that word maps are computed on."""
+"""Step of the noise of word maps."""
 
-TRIAL = -5
-"""The step of the draws of pictures that prompts are scored by."""
+RERANK = -5
+"""Step of the noise of images by which prompts are reranked."""
 
 SEARCH = -6
-"""The step of the draws of pictures that candidates are judged by."""
+"""Step of the noise of images by which candidates are scored."""
 
-FRESH = -7
-"""The step of the draws of pictures that the result is judged by."""
+FINAL = -7
+"""Step of the noise of images by which the result is evaluated."""
 
 CHECK = -100
-"""The first of the steps of the draws that `check` measures with; it goes down from here."""
+"""Step of the first draws of `check`, whose further steps count down from here."""
 
-FRESH_SEEDS = 10
-"""How many these are."""
+FINAL_SEEDS = 10
+"""Number of images per prompt in the final evaluation."""
 
 
-def address(seed: int, key: str, step: int, sample: int) -> int:
+def derive_seed(seed: int, key: str, step: int, sample: int) -> int:
     """Return a seed in [0, 2**63) for sample `sample` at step `step` of the problem `key`."""
     digest = hashlib.blake2b(f"{seed}/{key}/{step}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(seed: int, key: str, step: int, sample: int) -> torch.Generator:
-    """Return a generator at an address; always the CPU's, as every kind of device draws other numbers from a seed.
+    """Return a generator for a draw; always on the CPU, since devices draw different numbers from the same seed.
 
-    torch seeds it with the lowest 32 bits, so that two given addresses share their numbers with a probability of 2**-32.
+    torch uses the lowest 32 bits of the seed, so two given draws coincide with a probability of 2**-32.
     """
-    return torch.Generator().manual_seed(address(seed, key, step, sample))
+    return torch.Generator().manual_seed(derive_seed(seed, key, step, sample))
 
 
 def draw_noise(
@@ -62,45 +62,45 @@ def draw_noise(
     shape: Sequence[int],
     device: torch.device | str,
 ) -> Tensor:
-    """Standard normal noise (P, N, *shape) for N samples of P problems, each at a step."""
+    """Draw standard normal noise (P, N, *shape) for N samples of P problems, at a common step or one step each."""
     draws = [
         torch.randn(*shape, generator=generator(seed, key, at, k))
-        for key, at in zip(keys, _each(step, keys), strict=True)
+        for key, at in zip(keys, _per_key(step, keys), strict=True)
         for k in range(samples)
     ]
-    drawn = torch.stack(draws).view(len(keys), samples, *shape)
-    # From memory that stays in its place a GPU fetches it while it computes, and nobody waits.
-    return (drawn.pin_memory() if torch.device(device).type == "cuda" else drawn).to(device, non_blocking=True)
+    noise = torch.stack(draws).view(len(keys), samples, *shape)
+    # Pinned memory, so that the copy to a GPU overlaps with its computation.
+    return (noise.pin_memory() if torch.device(device).type == "cuda" else noise).to(device, non_blocking=True)
 
 
 def draw_timesteps(
     seed: int, keys: Sequence[str], step: int | Sequence[int], samples: int, low: int, high: int
 ) -> Tensor:
-    """Timesteps (P, N) in [low, high): sample k from the k-th of N equal parts of the range, uniformly."""
+    """Draw timesteps (P, N) in [low, high): sample k uniformly from the k-th of N equal parts of the range."""
     draws = [
         float(torch.rand((), generator=generator(seed, f"{key}/t", at, k)))
-        for key, at in zip(keys, _each(step, keys), strict=True)
+        for key, at in zip(keys, _per_key(step, keys), strict=True)
         for k in range(samples)
     ]
     parts = torch.tensor(draws, dtype=torch.float64).view(len(keys), samples) + torch.arange(samples)
     return (low + parts / samples * (high - low)).long().clamp(max=high - 1)
 
 
-def _each(step: int | Sequence[int], keys: Sequence[str]) -> Sequence[int]:
-    """The step of each key."""
+def _per_key(step: int | Sequence[int], keys: Sequence[str]) -> Sequence[int]:
+    """Return the step of each key."""
     return [step] * len(keys) if isinstance(step, int) else step
 
 
-def picture_turns(step: int, samples: int, pictures: int) -> Tensor:
-    """Which of a subject's I pictures each of a step's N samples looks at, (N,).
+def image_indices(step: int, samples: int, images: int) -> Tensor:
+    """Return which of a target's I images each of the N samples of a step uses, (N,).
 
-    Sample k has the k-th part of the timesteps at every step. With plain turns a picture could stay in one part; here each
-    picture comes equally often, and equally often in every part.
+    Sample k always has a timestep in the k-th part of the range. Simple cycling could pair an image with the same part
+    at every step; here every image is used equally often, and equally often in every part.
     """
     number = step * samples + torch.arange(samples)
-    return (number + number // math.lcm(samples, pictures)) % pictures
+    return (number + number // math.lcm(samples, images)) % images
 
 
 def validation_timesteps(samples: int, low: int, high: int) -> Tensor:
-    """Timesteps (N,) in the middle of N equal parts of [low, high)."""
+    """Return the timesteps (N,) in the middle of N equal parts of [low, high)."""
     return (low + (torch.arange(samples) + 0.5) / samples * (high - low)).long()

@@ -80,15 +80,15 @@ def test_clip_that_takes_no_part_may_score(tiny, copied):
 def test_scorer_of_the_embedded_model_is_held_out():
     method = ClipWords(backbone="emoji", **FEW)
     assert Scores().heldout(method)
-    assert not ClipSimilarity(str(EMOJI.parent / "scorer")).sees_like(method.clip)
+    assert not ClipSimilarity(str(EMOJI.parent / "scorer")).has_same_image_encoder(method.clip)
 
 
 @pytest.mark.parametrize("change", [0.05, -0.05])
 def test_a_clip_that_was_trained_further_is_another(change, tiny, copied):
     one, two = ClipSimilarity(f"{tiny}/clip"), ClipSimilarity(copied)
-    assert one.sees_like(two)
+    assert one.has_same_image_encoder(two)
     two.clip.vision_model.post_layernorm.weight.data[3] += change
-    assert not one.sees_like(two)
+    assert not one.has_same_image_encoder(two)
 
 
 def test_nothing_is_searched_or_left_behind(tiny, pictures, copied, tmp_path, capsys):

@@ -13,7 +13,14 @@ from lightning_prompts.data.images import to_tensor
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.methods import PEZ, TRAINER, TextualInversion
 from lightning_prompts.runs.record import Problem
-from lightning_prompts.sampling.attention_maps import HEAT, SAMPLES, found_word_maps, token_texts, word_maps, word_rows
+from lightning_prompts.sampling.attention_maps import (
+    HEAT,
+    SAMPLES,
+    prompt_word_maps,
+    token_texts,
+    word_map_grid,
+    word_maps,
+)
 from lightning_prompts.sampling.seeding import WORD_MAPS, draw_noise, validation_timesteps
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -50,14 +57,14 @@ def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, pictures, 
     data = ImagesToPrompts([str(pictures)], steps=2, samples=1, validation_samples=1)
     pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path).fit(module, datamodule=data)
     problems = list(data.folder.load().values())
-    maps = found_word_maps(module, problems)
+    maps = prompt_word_maps(module, problems)
     assert len(maps) == 3
     for problem, found in zip(problems, maps, strict=True):
         latents = data.latents(module.backbone, [problem])[0][0]
         noise = draw_noise(0, [problem.key], WORD_MAPS, SAMPLES, latents.shape, "cpu")[0]
         prompt = module.encode([problem.prompt])
         torch.testing.assert_close(found, slowly(module.backbone, prompt, latents, noise, module.prompt.positions))
-        torch.testing.assert_close(found, found_word_maps(module, [problem])[0])
+        torch.testing.assert_close(found, prompt_word_maps(module, [problem])[0])
 
 
 def test_names_of_tokens(sd1):
@@ -74,7 +81,7 @@ def test_heat_is_laid_over_the_target():
     target = torch.zeros(3, 16, 16)
     maps = torch.zeros(2, 8, 8)
     maps[1, :4] = 0.3
-    picture = word_rows([target, target], [maps[1:], maps], ["a", "b"], [["one"], ["one", "two"]])
+    picture = word_map_grid([target, target], [maps[1:], maps], ["a", "b"], [["one"], ["one", "two"]])
     assert picture.size == (3 * 104, 2 * 116)
     pixels = np.asarray(picture).astype(int)
     assert (pixels[60, 52] == 128).all()  # the target as it is
@@ -87,7 +94,7 @@ def test_heat_is_laid_over_the_target():
 
 
 def test_a_map_that_is_zero_everywhere_shows_no_heat():
-    picture = np.asarray(word_rows([torch.zeros(3, 16, 16)], [torch.zeros(1, 8, 8)], ["a"], [["one"]]))
+    picture = np.asarray(word_map_grid([torch.zeros(3, 16, 16)], [torch.zeros(1, 8, 8)], ["a"], [["one"]]))
     shown = picture[2:98, 108:204]
     assert (shown == shown[0, 0]).all()
     assert len(set(shown[0, 0].tolist())) == 1

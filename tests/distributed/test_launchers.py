@@ -1,4 +1,4 @@
-"""What launchers tell a process in its environment, and what is refused of it before anything is joined or made."""
+"""Launchers are detected from the environment, and invalid variables are refused before any process connects."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ from lightning_prompts import distributed
 from lightning_prompts.commands.cli import _environment
 from lightning_prompts.commands.main import main
 from lightning_prompts.errors import UserError
-from lightning_prompts.launchers import PARENT, Launched, own_rank, starting_others
+from lightning_prompts.launchers import PARENT, Launched, lightning_launcher, own_rank
 
 ROOT = Path(__file__).parents[2]
 PREFIXES = ("SLURM_", "TORCHELASTIC_", "OMPI_", "LIGHTNING_PROMPTS_PARENT")
@@ -38,7 +38,7 @@ ONE = {**BATCH, "SLURM_NNODES": "1", "SLURM_NTASKS": "1", "SLURM_NPROCS": "1", "
 
 @pytest.fixture
 def tell(monkeypatch):
-    """Sets an environment in which nothing else of launchers is; None stands for a variable that is missing."""
+    """Set variables in an environment without any others of launchers; None removes a variable."""
     for name in [name for name in os.environ if name in NAMES or name.startswith(PREFIXES)]:
         monkeypatch.delenv(name)
 
@@ -100,12 +100,12 @@ REFUSED = [
     ({**TORCHRUN, "LOCAL_RANK": "0"}, "LOCAL_RANK is '0', but must be 1, since RANK is 3"),
     ({**TORCHRUN, "GROUP_RANK": "0"}, "GROUP_RANK is '0', but must be 1"),
     ({**TORCHRUN, "GROUP_WORLD_SIZE": "3"}, "GROUP_WORLD_SIZE is '3', but must be 2"),
-    (BATCH, r"SLURM_NTASKS is '4', but srun has not started this process.*start the command with srun, or ask SLURM for one task"),
-    ({**BATCH, "SLURM_STEP_ID": "4294967291"}, "SLURM_NTASKS is '4', but srun has not"),
-    ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS is '2', but srun has not"),
-    ({"SLURM_NPROCS": "2"}, "SLURM_NPROCS is '2', but srun has not"),
-    ({"SLURM_NTASKS_PER_NODE": "2"}, "SLURM_NTASKS_PER_NODE is '2', but srun has not"),
-    ({"SLURM_TASKS_PER_NODE": "2(x3),1"}, r"SLURM_TASKS_PER_NODE is '2\(x3\),1', but srun has not"),
+    (BATCH, r"SLURM_NTASKS is '4', but srun did not start this process.*start the command with srun, or ask SLURM for one task"),
+    ({**BATCH, "SLURM_STEP_ID": "4294967291"}, "SLURM_NTASKS is '4', but srun did not"),
+    ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS is '2', but srun did not"),
+    ({"SLURM_NPROCS": "2"}, "SLURM_NPROCS is '2', but srun did not"),
+    ({"SLURM_NTASKS_PER_NODE": "2"}, "SLURM_NTASKS_PER_NODE is '2', but srun did not"),
+    ({"SLURM_TASKS_PER_NODE": "2(x3),1"}, r"SLURM_TASKS_PER_NODE is '2\(x3\),1', but srun did not"),
     ({"SLURM_NTASKS": "two"}, "SLURM_NTASKS must be a whole number from 1 on, but is 'two'; start the command with srun"),
     ({**ONE, "SLURM_PROCID": "1"}, "SLURM_PROCID must be .*, but is '1'; start the command with srun"),
     *[({**SRUN, name: None}, f"{name} must be .*, but is not set; start the command with srun")
@@ -131,7 +131,7 @@ REFUSED = [
     ({"RANK": "x"}, "RANK is 'x', but no launcher"),
     (without(TORCHRUN, "TORCHELASTIC_RUN_ID"), "RANK is '3', but no launcher .*unset RANK and LOCAL_RANK and WORLD_SIZE"),
     ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "0", PARENT: "1"}, "LOCAL_RANK is '1', but no launcher"),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is '2', so that mpirun"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is '2', so mpirun or jsrun"),
 ]  # fmt: skip
 
 
@@ -192,10 +192,10 @@ def test_help_is_given_anywhere(tell, capsys):
 
 
 def test_processes_that_this_one_starts_know_it(tell):
-    """Whatever a shell has exported; afterwards nothing is left of it."""
+    """Variables that a shell exported are ignored, and cleared afterwards."""
     tell(MASTER_ADDR="elsewhere", MASTER_PORT="1", NODE_RANK="0")
     ask = "from lightning_prompts.launchers import *; print(Launched.detect(), own_rank())"
-    with starting_others():
+    with lightning_launcher():
         assert "MASTER_ADDR" not in os.environ
         os.environ.update(LOCAL_RANK="0", NODE_RANK="0", WORLD_SIZE="2")  # as Lightning does
         environment = {**os.environ, "LOCAL_RANK": "1", "PYTHONPATH": str(ROOT)}
@@ -207,32 +207,34 @@ def test_processes_that_this_one_starts_know_it(tell):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_nobody_joins_say_so(rank, monkeypatch):
-    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=1))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    with pytest.raises(UserError, match=f"Process {rank} of 2 has not met process {1 - rank} at localhost:{port}"):
-        distributed.joined("localhost", port, rank, 2)
+    with pytest.raises(
+        UserError, match=f"Process {rank} of 2 could not connect to process {1 - rank} at localhost:{port}"
+    ):
+        distributed.create_store("localhost", port, rank, 2)
 
 
 @pytest.mark.parametrize(
     ("rank", "message"),
-    [(0, r"has not met process 1 at localhost:\d+ \(.*listen.*port is free"), (1, r"process 0 at localhost:\d+ .*nothing has answered")],
+    [(0, r"could not connect to process 1 at localhost:\d+ \(.*listen.*port is free"), (1, r"process 0 at localhost:\d+ .*nothing has answered")],
 )  # fmt: skip
 def test_a_port_that_another_program_has_is_told(rank, message, monkeypatch):
-    """Which takes the connection and never answers."""
-    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
+    """The other program accepts the connection and never answers."""
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=1))
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
         other.listen()
         began = time.monotonic()
         with pytest.raises(UserError, match=message):
-            distributed.joined("localhost", other.getsockname()[1], rank, 2)
+            distributed.create_store("localhost", other.getsockname()[1], rank, 2)
     assert time.monotonic() - began < 10
 
 
 def test_processes_that_share_a_store_with_nobody_say_so(monkeypatch):
     """As those that torchrun has started, whose agent is there."""
-    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=0.1))
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=0.1))
     with pytest.raises(TimeoutError, match="missing: 1, 2"):
-        distributed.met(torch.distributed.HashStore(), 0, 3)
+        distributed.handshake(torch.distributed.HashStore(), 0, 3)

@@ -1,4 +1,4 @@
-"""Several processes find what one finds: each with its own problems, or all with a share of every call."""
+"""Several processes find the same as one, whether they divide the problems or the samples of every call."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ALIKE = ("ph2p_lbfgs", "textual_inversion")  # `make test-exact` leaves them out
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Three pictures and three prompts, an odd number, so that one rank has more to do than the other."""
+    """Three images and three prompts: an odd number, so that one rank has more problems than the other."""
     folder = tmp_path_factory.mktemp("inputs")
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -94,7 +94,7 @@ def fit(*args, ranks=1, launcher="torchrun", rounding=False):
 
 
 def torchrun(rank, ranks):
-    """What torchrun tells a process."""
+    """Return the variables that torchrun sets for a process."""
     told = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -106,7 +106,7 @@ def torchrun(rank, ranks):
 
 
 def srun(rank, ranks):
-    """What srun tells a process."""
+    """Return the variables that srun sets for a process."""
     told = {
         "NTASKS": ranks,
         "NTASKS_PER_NODE": ranks,
@@ -141,7 +141,7 @@ def found(run):
 
 @pytest.fixture(scope="module")
 def alone(tiny, inputs, tmp_path_factory):
-    """What one process finds with a method."""
+    """Return the results of a method in a single process."""
     kept = {}
 
     def run(method):
@@ -160,7 +160,7 @@ def marks(method):
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=marks(name)) for name in METHODS])
 def test_ranks_that_share_samples_find_exactly_what_one_finds(method, tiny, inputs, tmp_path):
-    """Where there are microbatches enough for all ranks, they make the calls that one process makes."""
+    """With at least one microbatch per rank, all ranks together make the calls of a single process."""
     one = fit(*arguments(tiny, inputs, tmp_path / "one", method), rounding=True)
     two = arguments(tiny, inputs, tmp_path / "two", method, "--trainer.strategy", "samples")
     assert fit(*two, ranks=2, rounding=True) == one
@@ -174,7 +174,7 @@ def answer(some):
 
 
 def share_samples(rank, ranks, port, results):
-    """One of the ranks: what it finds, and the calls that it makes, for many numbers of samples and sizes of calls."""
+    """Run one rank: collect its results and calls for many numbers of samples and call sizes."""
     try:
         dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=ranks)
         found = {}
@@ -282,7 +282,7 @@ def test_ranks_need_not_take_the_same_number_of_steps(tiny, inputs, alone, tmp_p
 
 
 def started(*args, launcher=()):
-    """A search in a process group of its own, which can be killed as a whole."""
+    """Start a search in its own process group, which can be killed as a whole."""
     return subprocess.Popen(
         [sys.executable, *launcher, *args], cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -329,7 +329,7 @@ def test_a_lost_rank_is_started_again_and_loses_nothing(tiny, inputs, alone, tmp
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", "--")
     process = started(*arguments(tiny, inputs, run, "ph2p", "--trainer.strategy", "problems"), launcher=torchrun)
     wait_for(lambda: checkpoints(run, 0) and checkpoints(run, 1), process)
-    (pid,) = ranks_of(process.pid, 1)
+    (pid,) = resolve_devices(process.pid, 1)
     os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=250)
     assert process.returncode == 0, errors[-3000:]
@@ -346,14 +346,14 @@ def test_ranks_that_share_stop_together(tiny, inputs, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
     process = started(*how, launcher=torchrun)
     wait_for(lambda: checkpoints(run, 0), process)
-    (pid,) = ranks_of(process.pid, 1)
+    (pid,) = resolve_devices(process.pid, 1)
     os.kill(pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert [json.loads(file.read_text())["status"] for file in (run / "problems").glob("*.json")] == ["open"] * 3
 
 
-def ranks_of(agent, rank):
-    """The process of a rank that torchrun has started."""
+def resolve_devices(agent, rank):
+    """Return the process of a rank that torchrun started."""
     for entry in Path("/proc").iterdir():
         try:
             environment = (entry / "environ").read_bytes().split(b"\0")

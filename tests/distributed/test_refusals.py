@@ -1,4 +1,4 @@
-"""What cannot be divided is refused before the model is loaded, and what ranks do not agree on before anything is searched."""
+"""Invalid divisions are refused before the model is loaded, and differences between ranks before the search."""
 
 import re
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
-from lightning_prompts.distributed import met, shared
+from lightning_prompts.distributed import handshake, shard_indices
 from lightning_prompts.engine.batch import fit_shape, merge
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.errors import UserError
@@ -29,7 +29,7 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def refused(pictures, tmp_path, monkeypatch, capsys):
-    """What is said of settings; the model must not be loaded for it."""
+    """Return the error message for settings, which must come before the model is loaded."""
 
     def loaded(*args, **kwargs):
         raise AssertionError("the model was loaded")
@@ -77,7 +77,7 @@ def torchrun(monkeypatch):
 
 def test_other_devices_than_torchrun_has_started(refused, torchrun):
     told = refused("--trainer.devices", "8")
-    assert "torchrun has started 2 processes on 2 machines, and --trainer.devices 8" in told
+    assert "torchrun has started 2 processes on 2 machines, but --trainer.devices is 8" in told
     assert "leave both out" in told
 
 
@@ -132,7 +132,7 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, pictures, m
     ],
 )
 def test_ranks_that_see_different_files(other, told, tiny, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_prompts.engine.datamodule.of_all_ranks", lambda own: [own, other])
+    monkeypatch.setattr("lightning_prompts.engine.datamodule.all_gather_object", lambda own: [own, other])
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     with pytest.raises(UserError, match=re.escape(told)):
         trainer.fit(PEZ(backbone=tiny, tokens=2, sampling_steps=2), datamodule=ImagesToPrompts(str(pictures), steps=1))
@@ -158,7 +158,7 @@ def test_every_sample_is_some_ranks_and_calls_are_those_of_one_process(count, si
     several, shares = [], set()
     for rank in range(ranks):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
-        own, share = shared(count, size)
+        own, share = shard_indices(count, size)
         several.append(list(own))
         shares.add(share)
     assert shares == {len(several[0])} == {max(map(len, several))}  # they exchange as many
@@ -170,18 +170,18 @@ def test_every_sample_is_some_ranks_and_calls_are_those_of_one_process(count, si
         assert all(numbers[0] % size == 0 or numbers[0] == count - 1 for numbers in several)
 
 
-def test_the_living_meet_through_a_store_of_the_dead():
-    """Each process reads what others, perhaps of an earlier start, have left."""
+def test_handshake_ignores_entries_of_dead_processes():
+    """Each process may read entries that processes of an earlier start left in the store."""
     from threading import Thread
 
     store = torch.distributed.HashStore()
     for attempt in range(3):
         names = {}
 
-        def meet(rank, names=names):
-            names[rank] = met(store, rank, 3)
+        def connect(rank, names=names):
+            names[rank] = handshake(store, rank, 3)
 
-        threads = [Thread(target=meet, args=(rank,)) for rank in ((2, 1, 0) if attempt % 2 else (0, 1, 2))]
+        threads = [Thread(target=connect, args=(rank,)) for rank in ((2, 1, 0) if attempt % 2 else (0, 1, 2))]
         for thread in threads:
             thread.start()
         for thread in threads:

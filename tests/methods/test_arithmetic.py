@@ -16,11 +16,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FEW = {"sampling_steps": 2, "sample_every": 0}
 
 
-def test_draws_for_different_ends_have_different_addresses():
-    names = ("VALIDATION", "START", "REGENERATION", "WORD_MAPS", "TRIAL", "SEARCH", "FRESH", "CHECK")
+def test_draws_for_different_uses_have_different_seeds():
+    names = ("VALIDATION", "INIT", "REGENERATION", "WORD_MAPS", "RERANK", "SEARCH", "FINAL", "CHECK")
     steps = [getattr(seeding, name) for name in names]
     assert set(names) == {
-        name for name, value in vars(seeding).items() if isinstance(value, int) and name != "FRESH_SEEDS"
+        name for name, value in vars(seeding).items() if isinstance(value, int) and name != "FINAL_SEEDS"
     }
     assert len(set(steps)) == len(steps)
     assert max(steps) < 0  # and those of a search begin at 0

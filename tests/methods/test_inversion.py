@@ -23,12 +23,12 @@ from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.sampling import Microbatch
 from lightning_prompts.sampling.seeding import (
-    TRIAL,
+    RERANK,
     VALIDATION,
-    address,
+    derive_seed,
     draw_noise,
     draw_timesteps,
-    picture_turns,
+    image_indices,
     validation_timesteps,
 )
 
@@ -225,7 +225,7 @@ def test_trials_are_what_the_pipeline_draws(guidance, tiny, pictures, tmp_path):
     for path, without, problem in zip(sorted(pictures.iterdir()), plain, drawn, strict=True):
         entry = problem.history[0]
         assert entry["prompt"] == without.history[0]["prompt"]
-        latents = draw_noise(0, [problem.key], TRIAL, 2, module.backbone.latent_shape, "cpu")[0]
+        latents = draw_noise(0, [problem.key], RERANK, 2, module.backbone.latent_shape, "cpu")[0]
         images = pipeline(
             [entry["prompt"]] * 2, latents=latents, num_inference_steps=3, guidance_scale=guidance, output_type="pt"
         ).images
@@ -409,8 +409,8 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
 
     problems = search(Poisoned(backbone=tiny, **settings(method, **extra)), [pictures], tmp_path / "run", steps=8)
     first, *others = problems
-    how = ", in half as long steps" if method is PEZ else "."  # not with L-BFGS, whose history is of whole steps
-    assert caplog.text.count(f"goes on from its best{how}") == min(times, 5)
+    how = " with half the step size" if method is PEZ else "."  # not with L-BFGS, whose history is of whole steps
+    assert caplog.text.count(f"continuing from its best prompt{how}") == min(times, 5)
     assert ("finite" in str(first.reason)) == (times == 6)
     assert first.prompt
     assert (first.unet_samples < others[0].unet_samples) == (times == 6)
@@ -529,7 +529,7 @@ def opposed(sd, pictures, tmp_path):
 def test_each_picture_is_seen_equally_often_at_all_timesteps(samples, pictures):
     seen = Counter()
     for step in range(pictures**2):
-        turns = picture_turns(step, samples, pictures).tolist()
+        turns = image_indices(step, samples, pictures).tolist()
         assert len(turns) == samples
         assert (
             max(Counter(turns).values()) - min([Counter(turns)[i] for i in range(pictures)]) <= 1
@@ -568,7 +568,7 @@ def test_negative_pictures_take_turns(opposed):
     for step in (VALIDATION, 0, 1, 2):
         samples = module.samples(torch.arange(2), Step([step] * 2, torch.full((2, 3), 700)))
         assert samples.negative.shape == samples.latents.shape == samples.noise.shape
-        turns = picture_turns(max(step, 0), 3, 2)
+        turns = image_indices(max(step, 0), 3, 2)
         for row in range(2):
             for n in range(3):
                 assert torch.equal(samples.negative[row, n], negatives[turns[n]].to(samples.negative))
@@ -699,7 +699,7 @@ def test_addresses_differ():
     places = [
         (seed, key, step, k) for seed in range(3) for key in ("a", "b") for step in range(-3, 5) for k in range(4)
     ]
-    assert len({address(*place) for place in places}) == len(places)
+    assert len({derive_seed(*place) for place in places}) == len(places)
 
 
 def test_validation_noise_never_trains():

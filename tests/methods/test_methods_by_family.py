@@ -43,8 +43,8 @@ METHODS = {
 }  # fmt: skip
 GUIDES_ITSELF = ("lcm", "flux", "flux-schnell")
 REFUSED = {
-    **{("DPODiff", family): "guides itself, so that a negative prompt does nothing; search other words" for family in GUIDES_ITSELF},
-    ("DPODiff", "sd-turbo"): "With a guidance of 1 a negative prompt does nothing; give --model.guidance_scale above 1",
+    **{("DPODiff", family): "has guidance built in, so a negative prompt does nothing; search other words" for family in GUIDES_ITSELF},
+    ("DPODiff", "sd-turbo"): "With --model.guidance_scale 1, a negative prompt does nothing; give a value above 1",
 }  # fmt: skip
 FAMILIES = [
     "sd-turbo",

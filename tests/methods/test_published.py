@@ -57,7 +57,10 @@ CELLS = {
 }  # fmt: skip
 MODELS = ["sd15", "sd21", "sdxl", "playground25", "sd3", "sd3, T5", "flux-dev", "flux-schnell", "pixart"]
 REFUSED = {
-    ("DPODiff", model): "guides itself, so that a negative prompt does nothing; search other words for the prompt with "
+    (
+        "DPODiff",
+        model,
+    ): "has guidance built in, so a negative prompt does nothing; search other words for the prompt with "
     r"--model.negative \[\] --model.positive \[synonyms\], or choose another model"
     for model in ("flux-dev", "flux-schnell")
 }
@@ -171,7 +174,7 @@ class Cell:
         module = self.kind(**self.model)
         data = ImagesToPrompts(self.picture, **self.data) if issubclass(self.kind, Inverter) else Prompts(PROMPT)
         how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
-        callbacks = [Results(seeds=(3,), tell=False), saving(folder / "checkpoints")]
+        callbacks = [Results(seeds=(3,), report=False), saving(folder / "checkpoints")]
         trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
         if command == "fit":
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)

@@ -245,7 +245,7 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
         ({"ramp": 1.5}, "must be between 0 and 1, got 1.5"),
         ({"stages": [1, 2, 3], "steps": 2}, "--model.steps must be at least"),
         ({"target_seeds": [3, -1]}, "--model.target_seeds takes .*not -1"),
-        ({"target_seeds": [3, 2**32 + 3]}, "3 and 4294967299 draw the same"),
+        ({"target_seeds": [3, 2**32 + 3]}, "3 and 4294967299 give the same"),
         ({"embedding": "arc"}, "--model.towards"),
         ({"towards": "two dogs"}, "--model.embedding arc"),
         ({"embedding": "arc", "towards": "two dogs", "unconditional": True}, "--model.unconditional false"),

@@ -219,7 +219,10 @@ def test_settings_that_make_no_search_are_refused(tiny):
     for settings, told in (
         ({"objective": []}, "at least one metric"),
         ({"objective": Sharpness(), "seeds": 2, "seeds_per_step": 3}, "got 3 and 2"),
-        ({"objective": Sharpness(), "unconditional": True, "guidance_scale": 1.0}, "guidance of 1"),
+        (
+            {"objective": Sharpness(), "unconditional": True, "guidance_scale": 1.0},
+            "guidance_scale 1, negative prompts",
+        ),
         ({"objective": Sharpness(), "lr": 0.0}, "--model.lr"),
     ):
         with pytest.raises(UserError, match=told):

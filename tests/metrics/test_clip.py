@@ -106,7 +106,7 @@ def test_text_that_is_too_long_keeps_its_end_of_text_token(tiny, scored):
 
 
 def test_each_picture_needs_its_text(tiny, scored):
-    with pytest.raises(ValueError, match="4 pictures and 1 texts"):
+    with pytest.raises(ValueError, match="4 images and 1 texts"):
         ClipTextSimilarity(f"{tiny}/clip")(scored[0], ["a red cat"])
 
 
@@ -118,5 +118,5 @@ def test_clip_without_a_tokenizer_compares_pictures_only(tiny, tmp_path, scored)
     drawn, targets = scored
     scorer = ClipSimilarity(str(folder))
     assert float(ClipImageSimilarity(scorer)(drawn, targets)) <= 1
-    with pytest.raises(UserError, match="has no tokenizer that can be loaded; put vocab"):
+    with pytest.raises(UserError, match="has no tokenizer that can be loaded; add vocab"):
         ClipTextSimilarity(scorer)(drawn[:1], ["a red cat"])

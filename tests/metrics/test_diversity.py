@@ -55,5 +55,5 @@ def test_it_is_counted_by_hand(metric, monkeypatch, features, expected):
 
 @pytest.mark.parametrize("shape", [(2, 1, 3, 8, 8), (4, 3, 8, 8)])
 def test_it_needs_two_pictures_a_prompt(metric, shape):
-    with pytest.raises(ValueError, match="two or more pictures a prompt"):
+    with pytest.raises(ValueError, match="two or more images per prompt"):
         metric(torch.zeros(shape))

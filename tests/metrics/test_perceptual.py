@@ -1,4 +1,4 @@
-"""On random trunks: the numbers mean nothing, what is compared with what and how does."""
+"""LPIPS on random trunks equals its definition, and nothing is downloaded."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.metrics import Lpips, lpips_lacks
+from lightning_prompts.metrics import Lpips, missing_lpips_weights
 from lightning_prompts.metrics.perceptual import TRUNKS
 
 RELUS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}  # of torchvision's `features`
@@ -91,8 +91,8 @@ def test_network_is_frozen_and_has_no_dropout(trunks, pictures):
 
 
 def test_nothing_is_downloaded(cache):
-    assert str(cache) in lpips_lacks()
-    assert "VGG16" in lpips_lacks("vgg")
+    assert str(cache) in missing_lpips_weights()
+    assert "VGG16" in missing_lpips_weights("vgg")
     with pytest.raises(UserError, match="AlexNet: there is no file"):
         Lpips()
     assert not list(cache.rglob("*.pth"))
@@ -102,7 +102,7 @@ def test_weights_in_the_cache_are_found(cache, trunks, pictures):
     file = trunks["alex"][1]
     (cache / "hub" / "checkpoints").mkdir(parents=True)
     (cache / "hub" / "checkpoints" / file.name).symlink_to(file)
-    assert lpips_lacks() is None
+    assert missing_lpips_weights() is None
     assert float(Lpips()(*pictures)) == float(Lpips(weights=file)(*pictures))
 
 
@@ -117,4 +117,4 @@ def test_wrong_file_is_refused(tmp_path, trunks, content):
 
 
 def test_missing_file_is_named(tmp_path):
-    assert str(tmp_path / "mine.pth") in lpips_lacks(weights=tmp_path / "mine.pth")
+    assert str(tmp_path / "mine.pth") in missing_lpips_weights(weights=tmp_path / "mine.pth")

@@ -76,7 +76,7 @@ def test_dictionary_is_read(tmp_path):
 def test_bad_dictionary_is_refused(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "words.txt").write_bytes(content)
-    with pytest.raises(UserError, match=rf"words.txt {reason}.*; give --dictionary .* one word a line\.$"):
+    with pytest.raises(UserError, match=rf"words.txt {reason}.*; give --dictionary .* one word per line\.$"):
         read_dictionary(tmp_path / "words.txt")
 
 

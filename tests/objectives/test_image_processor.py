@@ -1,4 +1,4 @@
-"""Pixels of a CLIP against transformers' own image processor, and what is no image processor."""
+"""The image processor equals that of transformers, and invalid ones are refused."""
 
 import json
 import logging
@@ -135,7 +135,7 @@ def test_read_from_the_hub(clip, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"size": 48, "crop_size": 48}, r"takes pictures of 32 x 32 pixels and its image processor makes 48 x 48; correct"),
+        ({"size": 48, "crop_size": 48}, r"takes images of 32 x 32 pixels, but its image processor makes 48 x 48; correct"),
         ({"size": 32, "crop_size": 64, "do_center_crop": False, "resample": 1}, r"its resample must be 0 \(nearest"),
         ({"size": {"longest_edge": 32}}, "it lacks 'height'"),
         ({"size": 32, "crop_size": 32, "image_mean": [0.5]}, "three numbers each"),

@@ -1,4 +1,4 @@
-"""Each judgement against another way to compute it, and its gradient against finite differences."""
+"""Each objective equals an independent computation, and its gradient finite differences."""
 
 import math
 import pickle
@@ -46,7 +46,7 @@ def reference(tmp_path):
 
 @pytest.fixture(scope="session")
 def vit_l(tiny, tmp_path_factory):
-    """A folder of a CLIP whose features are as wide as ViT-L/14's and whose pictures are as large."""
+    """A folder of a CLIP with the feature width and image size of ViT-L/14."""
     folder, text = tmp_path_factory.mktemp("vit_l"), CLIPTextConfig.from_pretrained(f"{tiny}/text_encoder")
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56)  # fmt: skip
     torch.manual_seed(0)
@@ -153,7 +153,7 @@ def test_quality_is_a_softmax_of_a_hundred_cosines(tiny):
     for share in (0.49, 0.498, 0.5, 0.503):  # between the two texts, where the chance is neither 0 nor 1
         features = F.normalize(share * good + (1 - share) * bad, dim=-1)
         expected = 1 / (1 + math.exp(100 * float(features @ bad - features @ good)))
-        assert float(objective.judge(features[None], [""])) == pytest.approx(expected, rel=1e-3)
+        assert float(objective.score(features[None], [""])) == pytest.approx(expected, rel=1e-3)
         assert 0.01 < expected < 0.99
 
 
@@ -183,14 +183,14 @@ def test_aesthetic_predictor_is_the_released_network(tiny, vit_l):
 @needs_head
 def test_aesthetic_predictor_rates_on_the_scale_of_people():
     objective = Aesthetic(str(HEAD))
-    rated = objective.judge(F.normalize(torch.randn(1000, 768), dim=1), [])
+    rated = objective.score(F.normalize(torch.randn(1000, 768), dim=1), [])
     assert float(rated.min()) > 0
     assert float(rated.max()) < 10  # 20 to 30 without unit vectors
 
 
 @needs_head
 def test_aesthetic_predictor_refuses_narrow_clips(tiny):
-    with pytest.raises(UserError, match="features of 16 numbers and the aesthetic predictor takes 768"):
+    with pytest.raises(UserError, match="features of 16 numbers, but the aesthetic predictor takes 768"):
         Aesthetic(str(HEAD), clip=f"{tiny}/clip").attach(load_backbone(tiny), True)
 
 
@@ -223,9 +223,9 @@ def test_latent_distance_is_that_of_encoded_pictures(tiny, reference):
     backbone, objective = load_backbone(tiny), LatentDistance(reference)
     objective.attach(backbone, True)
     pictures = torch.rand(2, 3, 16, 16) * 2 - 1
-    one, other = backbone.encode_image(pictures), backbone.encode_image(objective.picture)
+    one, other = backbone.encode_image(pictures), backbone.encode_image(objective.image)
     assert objective(pictures, ["", ""]).tolist() == pytest.approx([float(((x - other[0]) ** 2).mean()) for x in one])
-    assert float(objective(objective.picture, [""])) == 0
+    assert float(objective(objective.image, [""])) == 0
     assert (LatentDistance.lowest, LatentDistance.highest) == (0, math.inf)
 
 
@@ -249,7 +249,7 @@ def alexnet_file(folder):
 def test_perceptual_distance_passes_a_gradient_on(reference, tmp_path, tiny):
     objective = Perceptual(reference, str(alexnet_file(tmp_path)))
     objective.attach(load_backbone(tiny), True)
-    pictures = torch.cat([objective.picture, objective.picture + 0.2]).requires_grad_()
+    pictures = torch.cat([objective.image, objective.image + 0.2]).requires_grad_()
     values = objective(pictures, ["", ""])
     same, other = values.tolist()
     assert same == pytest.approx(0, abs=1e-6)
@@ -261,8 +261,8 @@ def test_perceptual_distance_passes_a_gradient_on(reference, tmp_path, tiny):
 @pytest.mark.parametrize("size", [(16, 16), (64, 64), (64, 80), (40, 80)])
 def test_images_too_small_for_lpips_are_enlarged(size, reference, tmp_path):
     objective = Perceptual(reference, str(alexnet_file(tmp_path)))
-    objective.picture, images = torch.rand(1, 3, *size) * 2 - 1, torch.rand(2, 3, *size) * 2 - 1
-    one, other = images, objective.picture.repeat(2, 1, 1, 1)
+    objective.image, images = torch.rand(1, 3, *size) * 2 - 1, torch.rand(2, 3, *size) * 2 - 1
+    one, other = images, objective.image.repeat(2, 1, 1, 1)
     if min(size) < 64:
         one, other = (F.interpolate(x, size=(64, 64)) for x in (one, other))
     assert objective(images, ["", ""]) == pytest.approx(objective.network(one, other).flatten().detach(), rel=1e-5)
@@ -289,5 +289,5 @@ def test_weights_are_the_papers_or_those_given(reference, tmp_path):
 def test_ids_beyond_a_clips_vocabulary_are_not_known(tiny):
     clip = ClipSimilarity(f"{tiny}/clip")
     last = clip.vocab_size - 1
-    assert clip.knows(clip.tokenizer, torch.tensor([0, last]))
-    assert not clip.knows(clip.tokenizer, torch.tensor([0, last + 1]))
+    assert clip.has_same_tokens(clip.tokenizer, torch.tensor([0, last]))
+    assert not clip.has_same_tokens(clip.tokenizer, torch.tensor([0, last + 1]))

@@ -1,4 +1,4 @@
-"""What drawing and scoring images costs, and where it has a gradient."""
+"""The cost of sampling and scoring images, and their gradients."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ from lightning_prompts.methods.dpo_diff.semantic_similarity import SemanticSimil
 from lightning_prompts.methods.dpo_diff.space import Choice, Space
 from lightning_prompts.methods.dpo_diff.word_sources import Source, WordSources
 from lightning_prompts.methods.refinement import Refinement
-from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+from lightning_prompts.objectives.clip import ClipSimilarity, default_clip
 from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.runs.record import Candidate, DPODiffResult, Problem
 from lightning_prompts.sampling.seeding import SEARCH
@@ -84,7 +84,7 @@ class WordSearch(Refinement):
         if not -1 <= threshold <= 1:
             raise UserError(f"--model.threshold must be between -1 and 1, got {threshold:g}.")
         self.prompt = WordChoices(self.vocabulary)
-        self.clip = ClipSimilarity(clip or clip_of(self.backbone), self.offline)
+        self.clip = ClipSimilarity(clip or default_clip(self.backbone), self.offline)
         self.similarity = SemanticSimilarity(self.clip, sentence_encoder, self.offline)
         count = int(neighbours or (5 if task == "improve" else 60))
         self.sources = WordSources(

@@ -24,12 +24,12 @@ from lightning_prompts.methods.inversion.search_clip import SearchClip, missing_
 from lightning_prompts.methods.inversion.token_embeddings import DecodedPrompt, TokenEmbeddings
 from lightning_prompts.methods.inversion.trial import Trial
 from lightning_prompts.objectives import ClipSimilarity, Denoising
-from lightning_prompts.objectives.clip import clip_of
+from lightning_prompts.objectives.clip import default_clip
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import InversionResult, Problem
 from lightning_prompts.sampling.figures import grid, regenerate
-from lightning_prompts.sampling.seeding import START, VALIDATION, validation_timesteps
+from lightning_prompts.sampling.seeding import INIT, VALIDATION, validation_timesteps
 from lightning_prompts.setting_types import Positive
 from lightning_prompts.unused import refuse_unused
 
@@ -87,7 +87,7 @@ class Inverter(PromptMethod):
             raise UserError(f"--model.template has a blocked word, got {template!r}; change it or --model.blocked.")
         super().__init__(**kwargs)
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
-        clip, refusal = clip or clip_of(self.backbone), None
+        clip, refusal = clip or default_clip(self.backbone), None
         if clip_weight and (self.moves_embeddings or not denoising_weight):
             refusal = missing_gradient(type(self).__name__, clip, self.backbone, self.moves_embeddings)
             if self.vocabulary.towers[0].kind != "clip":
@@ -141,7 +141,7 @@ class Inverter(PromptMethod):
             return self.given.to(self.device).repeat(len(rows), 1, 1)
         if self.start == "clip_words" and len(rows):
             return self.prompt.table[self.clip_words(rows)].float()
-        embeddings = self.prompt.table[self.random_tokens(rows, START)].float()
+        embeddings = self.prompt.table[self.random_tokens(rows, INIT)].float()
         if self.start not in ("random", "clip_words"):
             for place, record in enumerate(records_of_run(self.start, self.records(rows))):
                 earlier = self.embeddings_of(record)[: embeddings.shape[1]]
@@ -277,7 +277,7 @@ class Inverter(PromptMethod):
 
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Generate four images from each prompt and score them."""
-        scores.measure(self, problems, regenerate_and_save(self, problems))
+        scores.evaluate(self, problems, regenerate_and_save(self, problems))
 
     def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
         """Write the grid and the word maps."""

@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_prompts.callbacks.board import log_images
+from lightning_prompts.callbacks.loggers import log_images
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
-from lightning_prompts.sampling.attention_maps import word_picture
+from lightning_prompts.sampling.attention_maps import word_map_figure
 from lightning_prompts.sampling.figures import grid, regenerate, to_image, to_png
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def write_figures(method: Inverter, problems: list[Problem], folder: RunFolder) 
     targets = [images[0] for images in method.data.target_images(problems)]
     generated = torch.stack([_images_of(method, problem) for problem in problems])
     atomic_write(folder.grid, to_png(grid(targets, generated, problems)))
-    words = word_picture(method, problems, targets) if method.backbone.cross_attends else None
+    words = word_map_figure(method, problems, targets) if method.backbone.cross_attends else None
     if words:
         atomic_write(folder.words, to_png(words))
     log_images(method.trainer.loggers, "regenerations", [to_image(image) for image in generated.flatten(0, 1)])

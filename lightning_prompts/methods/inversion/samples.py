@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.engine.datamodule import Step
-from lightning_prompts.sampling.seeding import draw_noise, picture_turns
+from lightning_prompts.sampling.seeding import draw_noise, image_indices
 
 if TYPE_CHECKING:
     from lightning_prompts.methods.inversion.base import Inverter
@@ -59,7 +59,7 @@ def _take_turns(images: Sequence[Tensor], steps: Sequence[int], count: int) -> T
         count: N, the samples per problem.
     """
     used = [
-        some[picture_turns(max(step, 0), count, len(some)).to(some.device, non_blocking=True)]
+        some[image_indices(max(step, 0), count, len(some)).to(some.device, non_blocking=True)]
         for some, step in zip(images, steps, strict=True)
     ]
     return torch.stack(used)

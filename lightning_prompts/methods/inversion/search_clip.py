@@ -127,7 +127,7 @@ def missing_gradient(method: str, clip: str, backbone: Backbone, moves_embedding
 def reads_tokens(clip: ClipSimilarity, prompt: TokenEmbeddings) -> bool:
     """Return whether a CLIP has the vocabulary of the prompts, so that it can encode their token ids."""
     used = torch.cat([prompt.allowed.nonzero().squeeze(1), prompt.template]).unique()
-    return clip.knows(prompt.vocabulary.tokenizer, used)
+    return clip.has_same_tokens(prompt.vocabulary.tokenizer, used)
 
 
 @torch.no_grad()

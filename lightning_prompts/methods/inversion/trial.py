@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prompts.backbones import repeat
 from lightning_prompts.sampling import Sampler
-from lightning_prompts.sampling.seeding import TRIAL
+from lightning_prompts.sampling.seeding import RERANK
 
 if TYPE_CHECKING:
     from lightning_prompts.methods.inversion.base import Inverter
@@ -30,7 +30,7 @@ class Trial:
 
     def loss(self, method: Inverter, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Compute the weighted mean of one minus the cosine (Q,) in CLIP of the targets and the images of Q encoded prompts (Q, R, D)."""
-        noise = method.draw_noise(method.records(rows), TRIAL, self.images).flatten(0, 1)
+        noise = method.draw_noise(method.records(rows), RERANK, self.images).flatten(0, 1)
         prompt_embeds = repeat(prompt_embeds, self.images)
         negative_prompt_embeds = method.encode([""], negative=True)
 

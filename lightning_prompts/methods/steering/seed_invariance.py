@@ -19,7 +19,7 @@ from lightning_prompts.engine.method import by_step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering.base import Steering
 from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
-from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+from lightning_prompts.objectives.clip import ClipSimilarity, default_clip
 from lightning_prompts.optimizers import AdamOnLion
 from lightning_prompts.runs.record import Problem, SeedInvarianceResult
 from lightning_prompts.sampling.figures import sheet
@@ -106,7 +106,7 @@ class SeedInvariance(Steering):
             raise UserError(f"--model.ramp must be between 0 and 1, got {ramp:g}.")
         self.clip = None
         if compare == "clip":
-            self.clip = ClipSimilarity(clip or clip_of(self.backbone), self.offline)
+            self.clip = ClipSimilarity(clip or default_clip(self.backbone), self.offline)
         if arc != (towards is not None):
             raise UserError(
                 "--model.embedding arc and --model.towards, its other end, need each other; give both or neither."

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.errors import UserError
-from lightning_prompts.objectives.clip import ClipSimilarity, clip_of
+from lightning_prompts.objectives.clip import ClipSimilarity, default_clip
 
 Action = Literal["go", "others", "undo", "finish"]
 
@@ -121,7 +121,7 @@ class Scripted(Chooser):
 
     def open(self, backbone: Backbone, offline: bool) -> None:
         """Load the wanted image."""
-        self.clip = ClipSimilarity(self.clip_name or clip_of(backbone), offline)
+        self.clip = ClipSimilarity(self.clip_name or default_clip(backbone), offline)
         self.wanted = to_tensor(load_image(self.wants, backbone.image_size))
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from lightning_prompts.methods.steering.human_feedback.page import Page
 from lightning_prompts.methods.steering.parameters import PromptEmbeds
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.runs.record import HumanFeedbackResult, Move, Problem
-from lightning_prompts.sampling.seeding import address
+from lightning_prompts.sampling.seeding import derive_seed
 from lightning_prompts.setting_types import Positive
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,10 @@ class HumanFeedback(Steering):
 
     def variations(self, problem: Problem, moves: int, others: int) -> list[str]:
         """Return the random texts of a round, a function of the seed, the problem, the moves and the rounds without a move."""
-        rng, text = random.Random(address(self.data.seed, problem.key, moves, others)), self.base_text(problem, moves)
+        rng, text = (
+            random.Random(derive_seed(self.data.seed, problem.key, moves, others)),
+            self.base_text(problem, moves),
+        )
         texts: list[str] = []
         for _ in range(self.texts):
             varied = text.split()

@@ -1,4 +1,4 @@
-"""Text and images for the loggers that take them; metrics reach all loggers through Lightning."""
+"""Log text and images to the loggers that support them; metrics reach all loggers through Lightning."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_prompts.errors import escaped_markdown
 def log_text(loggers: Sequence[Logger], name: str, lines: Sequence[str], step: int = 0) -> None:
     """Log lines of text, such as prompts.
 
-    TensorBoard shows them as paragraphs, Weights & Biases as a table, and MLflow keeps them as a text file for each step.
-    Loggers of metrics alone, such as `CSVLogger`, are left out.
+    TensorBoard shows them as paragraphs, Weights & Biases as a table, and MLflow as a text file per step. Loggers
+    without text, such as `CSVLogger`, are skipped.
 
     Args:
         loggers: The trainer's loggers.
-        name: What they are.
-        lines: The lines, in which characters may stand that HTML or Markdown would act on.
-        step: The step they belong to.
+        name: Name in the loggers.
+        lines: The lines; markup of HTML or Markdown in them is escaped.
+        step: Step of the search.
     """
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -33,19 +33,19 @@ def log_text(loggers: Sequence[Logger], name: str, lines: Sequence[str], step: i
             logger.experiment.log_text(logger.run_id, "\n".join(lines) + "\n", f"{name}/{step:08d}.txt")
 
 
-def takes_images(loggers: Sequence[Logger]) -> bool:
-    """Tell whether one of the loggers takes images, so that it is worth drawing some."""
+def supports_images(loggers: Sequence[Logger]) -> bool:
+    """Return whether any of the loggers supports images."""
     return any(isinstance(logger, TensorBoardLogger | WandbLogger | MLFlowLogger) for logger in loggers)
 
 
 def log_images(loggers: Sequence[Logger], name: str, images: Sequence[Image.Image], step: int = 0) -> None:
-    """Log images of one size, to the loggers that `log_text` names.
+    """Log images of equal size to TensorBoard, Weights & Biases and MLflow.
 
     Args:
         loggers: The trainer's loggers.
-        name: What they are.
+        name: Name in the loggers.
         images: The images.
-        step: The step they belong to.
+        step: Step of the search.
     """
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
