@@ -431,8 +431,8 @@ BOMB = "a: &a [x, x, x]\n" + "".join(
     [
         (b"", "is empty"),
         (b"# nothing\n", "is empty"),
-        (b"- a\n", "is a list where settings by name are needed"),
-        (b"hello\n", "is a str where settings by name are needed"),
+        (b"- a\n", "must be a mapping of settings, got a list"),
+        (b"hello\n", "must be a mapping of settings, got a str"),
         (b"model:\n  class_path: PEZ\n  init_args:\n", "model.init_args in the config"),
         ("model: {}".encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
         (b'model: "caf\xe9"', "is not UTF-8 text; save it as UTF-8"),
@@ -644,11 +644,19 @@ def test_help(capsys, args):
         assert command in out
 
 
-def test_settings_are_listed(capsys):
+@pytest.mark.parametrize(
+    ("command", "shown", "hidden"),
+    [("fit", "--ckpt_path", "--seeds"), ("test", "--scorer", "--ckpt_path"), ("predict", "--seeds", "--ckpt_path")],
+)
+def test_help_lists_the_settings_of_a_command(capsys, command, shown, hidden):
     with pytest.raises(SystemExit) as stopped:
-        main(["test", "--help"])
+        main([command, "--help"])
     assert stopped.value.code == 0
-    assert "--seeds" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert shown in out
+    assert hidden not in out
+    assert "--trainer.devices" in out
+    assert "--trainer.max_steps" not in out  # which a search refuses
 
 
 @pytest.mark.parametrize("joined", [True, False])

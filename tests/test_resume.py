@@ -387,18 +387,18 @@ def test_checkpoint_that_is_none_is_refused(command, tmp_path, capsys, name):
 KILLED = """
 import os, signal, sys
 import torch
-from lightning_prompts.commands import cli
+from lightning_prompts import runner
 from lightning_prompts.commands.main import main
 
 torch.set_num_threads(1)
 
-class Killed(cli.PromptCheckpoint):
+class Killed(runner.PromptCheckpoint):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._save(trainer)
         if batch.steps[0] == 3:
             os.kill(os.getpid(), signal.SIG{})
 
-cli.PromptCheckpoint = Killed
+runner.PromptCheckpoint = Killed
 main(sys.argv[1:])
 """
 

@@ -194,7 +194,7 @@ def test_a_model_that_does_not_read_its_prompt_fails(tiny, pictures, tmp_path, c
     assert run(*how, "--model.backbone", str(broken), "--data.images", str(pictures), *FEW) == 1
     captured = capsys.readouterr()
     assert re.search(r"image +leaving out .* changes the image by 0.000 .* no", captured.out)
-    assert "A search cannot work: the prompt does not change the drawn image." in captured.out
+    assert "A search cannot work: the prompt does not change the generated image." in captured.out
     assert "Suggested" not in captured.out
     assert not config.exists()
 
@@ -210,7 +210,7 @@ def test_methods_that_start_from_prompts_are_checked_without_images(tiny, capsys
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (["--model", "HumanFeedback", "--data.prompts", "a red cat"], "A person's choices cannot be measured"),
+        (["--model", "HumanFeedback", "--data.prompts", "a red cat"], "A user's choices cannot be measured"),
         (["--model", "PH2P", "--data.images", "{pictures}", "--write", "{pictures}/0.png"], "must name a new file"),
         (["--model", "PH2P", "--data.images", "nowhere"], "nowhere"),
     ],
