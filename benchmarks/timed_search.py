@@ -15,12 +15,12 @@ import torch
 import yaml
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
-from lightning_prompts.api import CONFIGS
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.commands.dry_run import peak_memory, reset_peak_memory
 from lightning_prompts.data.inversion import ImagesToPrompts
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.methods import TRAINER
+from lightning_prompts.python_search import CONFIGS
 
 WARM = 1  # steps that are not timed
 

@@ -10,13 +10,13 @@ from PIL import Image
 from searches import found
 
 from lightning_prompts import guide, invert
-from lightning_prompts.api import CONFIGS
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.checkpoint import PromptCheckpoint
 from lightning_prompts.methods import PEZ, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.python_search import CONFIGS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
