@@ -1,4 +1,4 @@
-"""Wrong inputs of the Python calls: each is refused by one sentence, before a model is loaded."""
+"""Wrong inputs of the Python calls are refused in one sentence, before a model is loaded."""
 
 import io
 import math
@@ -19,7 +19,7 @@ from lightning_prompts.objectives import Sharpness
 ARRAY = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(ARRAY)
 
-PICTURES = {  # what is given as `images`, and what is said
+IMAGES = {  # the value of `images`, and the message
     "none": (None, "images cannot be None; give a PIL image, a NumPy array"),
     "number": (3, "images cannot be 3"),
     "bytes": (b"x", "images cannot be of type bytes"),
@@ -63,7 +63,7 @@ PICTURES = {  # what is given as `images`, and what is said
     "sparse": (torch.zeros(16, 16).to_sparse(), "images is a tensor that NumPy cannot read"),
 }
 
-SETTINGS = {  # of `invert`, and what is said
+SETTINGS = {  # of `invert`, and the message
     "method of another type": ({"method": 3}, "The method cannot be 3; give one of invert"),
     "methods": ({"method": np.array(["pez", "gcg"])}, "The method cannot be of type ndarray"),
     "unknown": ({"step": 3}, "The setting 'step' is unknown; did you mean 'steps'?"),
@@ -203,8 +203,8 @@ def check(ask, said):
     assert "--" not in message
 
 
-@pytest.mark.parametrize(("images", "said"), PICTURES.values(), ids=PICTURES)
-def test_pictures(images, said):
+@pytest.mark.parametrize(("images", "said"), IMAGES.values(), ids=IMAGES)
+def test_images(images, said):
     check(lambda: invert(images), said)
 
 

@@ -155,7 +155,7 @@ def check(method: PromptMethod, seed: int, dry_run: DryRun) -> Report:
     return Report(lines, not reason, suggestion)
 
 
-def written(settings: dict[str, Any], suggestion: Suggestion) -> str:
+def config_with(settings: dict[str, Any], suggestion: Suggestion) -> str:
     """Return a config for `fit` as YAML: the given settings of model and data, changed as a check suggests."""
     settings = copy.deepcopy(settings)
     data, model = settings["data"]["init_args"], settings["model"]["init_args"]

@@ -27,7 +27,7 @@ from lightning_prompts.backbones.hub import pinned
 from lightning_prompts.callbacks import Results, Scores
 from lightning_prompts.commands import predict
 from lightning_prompts.commands.arguments import prepare_arguments
-from lightning_prompts.commands.check import check, written
+from lightning_prompts.commands.check import check, config_with
 from lightning_prompts.commands.descriptions import GROUP_TITLES, SETTING_HELP, describe, usage
 from lightning_prompts.commands.dry_run import DryRun
 from lightning_prompts.commands.parser_errors import mistake_in, one_sentence, refused_class
@@ -316,7 +316,7 @@ class CLI(LightningCLI):
             report = check(model.to(self.trainer.strategy.root_device), datamodule.seed, self.measurement)
         say(*report.lines)
         if self.write and report.reacts:
-            atomic_write(self.write, written(self.settings, report.suggestion).encode())
+            atomic_write(self.write, config_with(self.settings, report.suggestion).encode())
             say(f"These settings are in {self.write}: train.py fit --config {self.write}")
         if not report.reacts:
             sys.exit(1)

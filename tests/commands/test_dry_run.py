@@ -1,4 +1,4 @@
-"""What a search would take, measured and not kept."""
+"""`dry-run` measures a search and writes nothing."""
 
 import re
 
@@ -12,7 +12,7 @@ CPU = ["--trainer.accelerator", "cpu"]
 DRAWN = ["--model.sampling_steps", "2", "--model.microbatch", "8"]
 
 
-def test_tells_and_keeps_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
+def test_reports_and_writes_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     data = ["--data", "ImagesToPrompts", "--data.images", str(pictures), "--data.steps", "40"]
@@ -51,7 +51,7 @@ def test_choices_of_a_user_cannot_be_measured(tiny, tmp_path, monkeypatch, capsy
     assert "A user's choices cannot be measured" in capsys.readouterr().err
 
 
-def test_the_peak_is_of_what_was_taken_since():
+def test_peak_memory_counts_since_the_reset():
     device, size = torch.device("cpu"), 2**28
     reset_peak_memory(device)
     before = peak_memory(device)
