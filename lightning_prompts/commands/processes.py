@@ -49,8 +49,8 @@ def divide_search(config: Any) -> int:
     strategy = config.trainer.strategy
     if strategy not in ("auto", "problems", "samples"):
         raise UserError(
-            f"--trainer.strategy {strategy!r} divides a model or its gradients, and a search has neither to divide; give problems (each "
-            "process searches its own problems) or samples (all search the same problems and divide the samples)."
+            f"--trainer.strategy {strategy!r} divides a model or its gradients, and a search has neither to divide; give "
+            "--trainer.strategy problems (each process searches its own) or samples (all search the same and divide the samples)."
         )
     if ranks == 1:
         config.trainer.strategy = "auto"
