@@ -1,4 +1,4 @@
-"""Runs Lightning Prompts: `python train.py fit --config configs/invert.yaml --data.images photo.png`."""
+"""Run Lightning Prompts: `python train.py fit --config configs/invert.yaml --data.images photo.png`."""
 
 from lightning_prompts.commands.main import main
 

@@ -40,7 +40,7 @@ from timed_search import Case, Clock, rate, search, synchronize
 from two_machines import compare
 
 from lightning_prompts.backbones import Backbone
-from lightning_prompts.commands.dry_run import forget_peak, peak
+from lightning_prompts.commands.dry_run import peak_memory, reset_peak_memory
 from lightning_prompts.methods import GCG, PH2P, DPODiff, MetricGuidance
 from lightning_prompts.objectives import Sharpness, clip
 from lightning_prompts.objectives.image_processor import ImageProcessor
@@ -197,11 +197,11 @@ class Bench:
 
     def taken(self, work: Callable[[], Any]) -> int:
         """Measure the peak memory of some work, in bytes."""
-        forget_peak(self.device)
-        before = peak(self.device)
+        reset_peak_memory(self.device)
+        before = peak_memory(self.device)
         work()
         synchronize(self.device)
-        return peak(self.device) - before
+        return peak_memory(self.device) - before
 
     def compiled(self, name: str, what: str) -> dict[str, Any]:
         """Measure gradient samples per second without and with torch.compile; the first, compiling call is timed separately."""

@@ -15,12 +15,12 @@ import torch
 import yaml
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
-from lightning_prompts.api import CONFIGS
 from lightning_prompts.backbones import Backbone
-from lightning_prompts.commands.dry_run import forget_peak, peak
+from lightning_prompts.commands.dry_run import peak_memory, reset_peak_memory
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER
+from lightning_prompts.python_search import CONFIGS
 
 WARM = 1  # steps that are not timed
 
@@ -56,12 +56,12 @@ class Clock(pl.Callback):
         """Begins to time, or ends it."""
         if batch_idx == WARM:
             synchronize(self.device)
-            forget_peak(self.device)
+            reset_peak_memory(self.device)
             self.begun, self.before = time.perf_counter(), samples_of(pl_module)
         elif batch_idx > WARM and time.perf_counter() - self.begun >= self.seconds:
             synchronize(self.device)
             self.rate = (samples_of(pl_module) - self.before) / (time.perf_counter() - self.begun)
-            self.peak = peak(self.device)
+            self.peak = peak_memory(self.device)
             pl_module.step = partial(self.counted, pl_module, pl_module.step)
             trainer.should_stop = True
 

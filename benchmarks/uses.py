@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.commands.main import main as lightning_prompts
-from lightning_prompts.commands.mix import likeness
+from lightning_prompts.commands.mix import joint_similarity
 from lightning_prompts.data.images import to_tensor
 from lightning_prompts.emoji import world
 from lightning_prompts.methods import PH2P
@@ -63,10 +63,12 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
     for pair, text in enumerate(mixed):
         here = [2 * pair, 2 * pair + 1]
         both = [targets[i] for i in here]
-        own.append(likeness(scorer, drawn[text], both)[1])
-        parents.append(max(likeness(scorer, drawn[found[i]], both)[1] for i in here))
-        joined.append(likeness(scorer, module.draw([", ".join(found[i] for i in here)] * DRAWN, noise), both)[1])
-        others = [likeness(scorer, drawn[text], both)[1] for i, text in enumerate(found) if i not in here]
+        own.append(joint_similarity(scorer, drawn[text], both)[1])
+        parents.append(max(joint_similarity(scorer, drawn[found[i]], both)[1] for i in here))
+        joined.append(
+            joint_similarity(scorer, module.draw([", ".join(found[i] for i in here)] * DRAWN, noise), both)[1]
+        )
+        others = [joint_similarity(scorer, drawn[text], both)[1] for i, text in enumerate(found) if i not in here]
         unrelated.append(sum(others) / len(others))
     return {
         "pairs": f"{args.targets}, {len(mixed)}",

@@ -1,4 +1,4 @@
-"""`python -m lightning_prompts`."""
+"""Run the command line: `python -m lightning_prompts`."""
 
 from lightning_prompts.commands.main import main
 

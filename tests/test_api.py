@@ -1,4 +1,4 @@
-"""The Python calls: the same results as the command line's, and nothing else of the process is touched."""
+"""The Python calls give the results of the command line and leave the rest of the process as it is."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def first(pictures):
     return sorted(pictures.iterdir())[0]
 
 
-def test_finds_what_the_command_line_finds(tiny, pictures, tmp_path, capsys):
+def test_results_equal_those_of_the_command_line(tiny, pictures, tmp_path, capsys):
     found = invert(sorted(pictures.iterdir()), method="ph2p", backbone=tiny, draw_seeds=(3, 4), **SHORT)
     assert capsys.readouterr() == ("", "")
     run = tmp_path / "run"
@@ -53,7 +53,7 @@ def test_finds_what_the_command_line_finds(tiny, pictures, tmp_path, capsys):
             assert np.abs(np.asarray(picture, int) - np.asarray(drawn, int)).max() <= 1
 
 
-def test_a_picture_in_memory_is_as_good_as_its_file(tiny, first, tmp_path):
+def test_image_in_memory_equals_its_file(tiny, first, tmp_path):
     turned = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
@@ -68,7 +68,7 @@ def test_a_picture_in_memory_is_as_good_as_its_file(tiny, first, tmp_path):
 
 
 def test_every_input_has_its_result(tiny, pictures):
-    """Pictures given twice and files that are none keep the others in their places."""
+    """Images given twice and files that are not images do not change the order of the others."""
     one, two, three = sorted(pictures.iterdir())
     two.write_text("no picture")
     found = invert([one, two, str(three), one], method="random_tokens", backbone=tiny, **SHORT)
@@ -134,7 +134,7 @@ def test_a_function_chooses(tiny):
 
 
 class Outer(pl.LightningModule):
-    """Another program's training, which may ask in the middle of it."""
+    """Training of another program, which calls a search in the middle."""
 
     def __init__(self, ask):
         super().__init__()
@@ -222,8 +222,8 @@ print(sorted({{"gradio", "tensorboard", "nltk", "diffusers.pipelines.flux"}} & s
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_a_picture_is_the_same_as_image_array_and_tensor(tiny, first):
-    """Whatever a picture is given as, its key and its result are those of its file."""
+def test_image_array_and_tensor_are_the_same_image(tiny, first):
+    """In any form, an image has the key and the result of its file."""
     image = Image.open(first)
     array = np.asarray(image)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
@@ -270,7 +270,7 @@ def test_gray_arrays(mode, tiny, first):
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "LAB", "YCbCr", "HSV", "RGBX", "PA", "I"])
 def test_modes_of_an_image(mode, tiny, first):
-    """An image in memory has the pixels of Pillow's conversion, or of its file where that knows more."""
+    """An image in memory has the pixels of Pillow's conversion, or of its file where Pillow loses information."""
     image = Image.open(first).convert(mode)
     if mode == "I":  # 16 bits
         image, wanted = image.point(lambda value: value * 257), image.convert("L")
@@ -287,7 +287,7 @@ def test_a_file_under_two_names(tiny, first, monkeypatch):
     assert [result.record.target for result in found] == [first.name] * 3
 
 
-def test_pictures_to_lead_away_from(tiny, pictures):
+def test_negative_images(tiny, pictures):
     one, two, three = sorted(pictures.iterdir())
     how = {"method": "pez", "backbone": tiny, **SHORT}
     in_memory = invert(one, negative_images=[np.asarray(Image.open(two)), Image.open(three)], **how)
@@ -297,7 +297,7 @@ def test_pictures_to_lead_away_from(tiny, pictures):
 
 
 def test_python_values(tiny, first, tmp_path):
-    """Numbers of NumPy and tensors, tuples, ranges and paths stand for plain values."""
+    """Numbers of NumPy and tensors, tuples, ranges and paths are accepted in place of plain values."""
     plain = invert(str(first), method="pez", backbone=tiny, lr=0.5, timesteps=[100, 900], draw_seeds=[0, 1], **SHORT)
     found = invert(
         first, method="pez", backbone=Path(tiny), lr=torch.tensor(0.5), timesteps=(np.int64(100), 900), draw_seeds=range(2),
@@ -314,7 +314,7 @@ def test_texts_are_texts(text, tiny):
 
 
 def test_settings_are_those_of_the_command_line(tiny, first, tmp_path):
-    """A call has the config's settings, which name classes, and every default."""
+    """A call uses the settings of the config, which name classes, and every default."""
     (result,) = search("metric_guidance", {"prompts": "a red cat", "backbone": tiny, **SHORT_SETTINGS}, device="cpu")
     assert len(result.details.metric_before) == 4  # seeds of the config
     invert(first, method="pez", backbone=tiny, folder=tmp_path / "run", **SHORT)
@@ -353,7 +353,7 @@ def test_no_folder_is_left_behind(tiny, first, tmp_path):
         (Choice("go", 0, float("nan")), "strength must be a number from 0 to 1, got nan"),
     ],
 )
-def test_answers_that_are_none(choice, said, tiny):
+def test_invalid_choices_are_refused(choice, said, tiny):
     with pytest.raises(UserError, match=said):
         prefer("a red cat", lambda question: choice, backbone=tiny, sampling_steps=1, texts=6, device="cpu")
 

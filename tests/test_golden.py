@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+from lightning_prompts import runner
 from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.checkpoint import PromptCheckpoint
@@ -231,7 +232,7 @@ def test_finds_the_same_when_it_is_stopped_and_resumed(config, here, monkeypatch
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "PromptCheckpoint", Stopping)
+        patch.setattr(runner, "PromptCheckpoint", Stopping)
         with pytest.raises(SystemExit):
             main(arguments(config, "emoji"))
     main([*arguments(config, "emoji"), "--ckpt_path", "last"])

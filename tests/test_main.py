@@ -104,7 +104,7 @@ def refused(capsys, *args, names):
 
 
 @pytest.mark.parametrize("method", ["PEZ", "PH2P"])
-def test_one_picture_to_a_prompt(fit, capsys, method):
+def test_one_image_to_a_prompt(fit, capsys, method):
     run = fit(method=method)
     result = results(run)
     assert set(result) == RESULT_KEYS
@@ -141,7 +141,7 @@ def test_free_embeddings_have_word_maps(fit):
     assert (logged.width, logged.height) == words.size
 
 
-def test_folder_of_pictures(fit, pictures):
+def test_folder_of_images(fit, pictures):
     problems = results(fit(images=pictures))["problems"]
     assert [problem["target"] for problem in problems] == ["0.png", "1.png", "2.png"]
     assert len({problem["key"] for problem in problems}) == 3
@@ -257,7 +257,7 @@ def test_validate_scores_the_prompts(done, capsys):
         assert f"{problem['validation_loss']:.5f}  {problem['target']}  {problem['prompt']}" in out
 
 
-def test_predict_draws_a_picture_a_seed(done):
+def test_predict_generates_an_image_per_seed(done):
     before = results(done)
     main(["predict", "--run", str(done), "--seeds", "0,1"])
     drawn = sorted(path.name for path in (done / "pictures").iterdir())
@@ -319,7 +319,7 @@ def base(tiny, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["missing", "text", "truncated", "1x1", "60,000 x 60,000", "empty file", "folder"])
-def test_bad_picture_is_refused(base, pictures, capsys, how):
+def test_bad_image_is_refused(base, pictures, capsys, how):
     spoil(pictures / "0.png", how)
     refused(capsys, *base, names="0.png")
 
@@ -431,8 +431,8 @@ BOMB = "a: &a [x, x, x]\n" + "".join(
     [
         (b"", "is empty"),
         (b"# nothing\n", "is empty"),
-        (b"- a\n", "is a list where settings by name are needed"),
-        (b"hello\n", "is a str where settings by name are needed"),
+        (b"- a\n", "must be a mapping of settings, got a list"),
+        (b"hello\n", "must be a mapping of settings, got a str"),
         (b"model:\n  class_path: PEZ\n  init_args:\n", "model.init_args in the config"),
         ("model: {}".encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
         (b'model: "caf\xe9"', "is not UTF-8 text; save it as UTF-8"),
@@ -482,7 +482,7 @@ def test_empty_folder_is_refused(base, tmp_path, capsys):
     refused(capsys, *base, "--data.images", tmp_path / "empty", names="empty")
 
 
-def test_folder_without_a_readable_picture_is_refused(base, pictures, capsys):
+def test_folder_without_a_readable_image_is_refused(base, pictures, capsys):
     for path in pictures.iterdir():
         path.write_text("no picture")
     refused(capsys, *base, "--data.images", pictures, names=["3 images", "0.png"])
@@ -580,7 +580,7 @@ def moved(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["changed", "gone", "broken"])
-def test_a_picture_that_is_not_the_one_that_was_searched_is_not_scored(moved, capsys, caplog, how):
+def test_image_that_has_changed_since_the_search_is_not_scored(moved, capsys, caplog, how):
     run, images = moved
     before, picture = results(run)["problems"], images / "0.png"
     if how == "changed":
@@ -604,7 +604,7 @@ def test_a_picture_that_is_not_the_one_that_was_searched_is_not_scored(moved, ca
     refused(capsys, "validate", "--run", run, names="images are missing or have changed")
 
 
-def test_a_picture_that_was_copied_is_scored(moved, caplog):
+def test_copied_image_is_scored(moved, caplog):
     run, images = moved
     os.utime(images / "0.png", (1, 1))
     Image.open(images / "1.png").save(images / "1.png", compress_level=0)  # the same pixels in another file
@@ -620,7 +620,7 @@ def test_run_without_prompts_is_refused(done, capsys):
         refused(capsys, command, "--run", done, names=["no prompts yet", "fit"])
 
 
-def test_name_that_no_terminal_can_show(fit, pictures, capsys):
+def test_name_with_control_characters_is_printed_safely(fit, pictures, capsys):
     name = os.fsdecode(b"caf\xe9.png")
     os.rename(pictures / "2.png", os.path.join(pictures, name))
     problem = results(fit(images=pictures))["problems"][2]
@@ -644,11 +644,19 @@ def test_help(capsys, args):
         assert command in out
 
 
-def test_settings_are_listed(capsys):
+@pytest.mark.parametrize(
+    ("command", "shown", "hidden"),
+    [("fit", "--ckpt_path", "--seeds"), ("test", "--scorer", "--ckpt_path"), ("predict", "--seeds", "--ckpt_path")],
+)
+def test_help_lists_the_settings_of_a_command(capsys, command, shown, hidden):
     with pytest.raises(SystemExit) as stopped:
-        main(["test", "--help"])
+        main([command, "--help"])
     assert stopped.value.code == 0
-    assert "--seeds" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert shown in out
+    assert hidden not in out
+    assert "--trainer.devices" in out
+    assert "--trainer.max_steps" not in out  # which a search refuses
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -707,7 +715,7 @@ def mixed(folder, *runs, more=()):
     return json.loads((folder / "generations.json").read_text()), results(folder)
 
 
-def test_mix_of_two_searches_of_one_picture_may_keep_what_they_found(finished, tiny, tmp_path):
+def test_mix_of_two_searches_of_one_image_may_keep_the_found_prompts(finished, tiny, tmp_path):
     again = tmp_path / "again"
     main([*short_fit(tiny, again, 4, str(finished.parent / "0.png")), "--data.seed", "1"])
     everyone, result = mixed(tmp_path / "mix", finished, again)
@@ -818,7 +826,7 @@ def test_texts_of_ones_own(done):
 
 
 @pytest.mark.parametrize("given", ["run", "text"])
-def test_negative_prompt_changes_the_pictures(done, given):
+def test_negative_prompt_changes_the_images(done, given):
     joined = ", ".join(problem["prompt"] for problem in results(done)["problems"])
     command = ["predict", "--run", str(done), "--prompts", "a red cat"]
     main(command)

@@ -1,4 +1,4 @@
-"""Wrong inputs of the Python calls: each is refused by one sentence, before a model is loaded."""
+"""Wrong inputs of the Python calls are refused in one sentence, before a model is loaded."""
 
 import io
 import math
@@ -19,7 +19,7 @@ from lightning_prompts.objectives import Sharpness
 ARRAY = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(ARRAY)
 
-PICTURES = {  # what is given as `images`, and what is said
+IMAGES = {  # the value of `images`, and the message
     "none": (None, "images cannot be None; give a PIL image, a NumPy array"),
     "number": (3, "images cannot be 3"),
     "bytes": (b"x", "images cannot be of type bytes"),
@@ -35,12 +35,12 @@ PICTURES = {  # what is given as `images`, and what is said
     "missing in a list": ([PICTURE, "none.png"], "There is no file or folder 'none.png'"),
     "not in a path": ("a\0b", "There is no file or folder 'a\\x00b'"),
     "address": ("https://example.org/a.png", "There is no file or folder"),
-    "folder": (Path("."), "give the pictures that it holds"),
-    "pattern": ("*.png", "give the pictures that it holds"),
-    "list of pictures": ("list.csv", "give the pictures that it holds"),
+    "folder": (Path("."), "give the images in it as a list"),
+    "pattern": ("*.png", "give the images in it as a list"),
+    "list of pictures": ("list.csv", "give the images in it as a list"),
     "text file": ("text.txt", "'text.txt' is not an image"),
     "unreadable": ("bad.png", "'bad.png' is not an image"),
-    "small image": (Image.new("RGB", (4, 16)), "images has 4 x 16 pixels; give a picture of at least 8"),
+    "small image": (Image.new("RGB", (4, 16)), "images has 4 x 16 pixels; give an image of at least 8"),
     "empty image": (Image.new("RGB", (0, 16)), "images has 0 x 16 pixels"),
     "image of floats": (Image.new("F", (16, 16)), "images has pixels of mode F"),
     "not a number": (np.full((16, 16, 3), math.nan), "images has values that are infinite or not a number"),
@@ -63,9 +63,9 @@ PICTURES = {  # what is given as `images`, and what is said
     "sparse": (torch.zeros(16, 16).to_sparse(), "images is a tensor that NumPy cannot read"),
 }
 
-SETTINGS = {  # of `invert`, and what is said
-    "method of another type": ({"method": 3}, "The method 3 is none that inverts pictures; give one of invert"),
-    "methods": ({"method": np.array(["pez", "gcg"])}, "The method of type ndarray is none"),
+SETTINGS = {  # of `invert`, and the message
+    "method of another type": ({"method": 3}, "The method cannot be 3; give one of invert"),
+    "methods": ({"method": np.array(["pez", "gcg"])}, "The method cannot be of type ndarray"),
     "unknown": ({"step": 3}, "The setting 'step' is unknown; did you mean 'steps'?"),
     "of another call": ({"prompts": "a"}, "The setting 'prompts' is unknown; give one of allow_pickle"),
     "share": ({"steps": 1.5}, "The setting steps cannot be 1.5; it takes a whole number from 1 on."),
@@ -145,7 +145,7 @@ CALLS = {
     "prompts: nested": (lambda: reword([["a"]]), "prompts cannot be a list with items of type list"),
     "prompts: dictionary": (lambda: reword({"a": 1}), "prompts cannot be of type dict"),
     "prompts: surrogate": (lambda: reword("\ud800"), "which is not UTF-8"),
-    "prompts: list": (lambda: reword("prompts.txt"), "give what it holds"),
+    "prompts: list": (lambda: reword("prompts.txt"), "give the prompts in it as a list"),
     "task": (lambda: reword("a", task="worsen"), "task cannot be 'worsen'; it takes one of 'improve', 'attack'."),
     "task: none": (lambda: reword("a", task=None), "task cannot be None"),
     "sources": (lambda: reword("a", positive="neighbours"), "positive cannot be 'neighbours'; it takes a list"),
@@ -203,8 +203,8 @@ def check(ask, said):
     assert "--" not in message
 
 
-@pytest.mark.parametrize(("images", "said"), PICTURES.values(), ids=PICTURES)
-def test_pictures(images, said):
+@pytest.mark.parametrize(("images", "said"), IMAGES.values(), ids=IMAGES)
+def test_images(images, said):
     check(lambda: invert(images), said)
 
 
@@ -221,9 +221,9 @@ def test_calls(ask, said):
 def test_closed_image():
     image = Image.open("a.png")
     image.close()
-    check(lambda: invert(image), "images is a picture that cannot be read (Operation on closed image); open it again.")
+    check(lambda: invert(image), "images is an image that cannot be read (Operation on closed image); open it again.")
 
 
 def test_image_cut_short():
     image = Image.open(io.BytesIO(Path("a.png").read_bytes()[:300]))
-    check(lambda: invert(image), "images is a picture that cannot be read (image file is truncated); open it again.")
+    check(lambda: invert(image), "images is an image that cannot be read (image file is truncated); open it again.")

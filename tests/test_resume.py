@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from lightning_prompts import runner
 from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.checkpoint import PromptCheckpoint, last_checkpoint
@@ -84,7 +85,7 @@ def stopping(step, error=KeyboardInterrupt):
 
 def stop(monkeypatch, args, step):
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "PromptCheckpoint", stopping(step))
+        patch.setattr(runner, "PromptCheckpoint", stopping(step))
         with pytest.raises(SystemExit) as stopped:
             main(args)
     return stopped.value.code
@@ -100,7 +101,7 @@ def steps_of(monkeypatch, args):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "PromptCheckpoint", Counting)
+        patch.setattr(runner, "PromptCheckpoint", Counting)
         main(args)
     return taken
 
@@ -248,7 +249,7 @@ def test_told_to_stop_and_resumed_is_as_unbroken(command, whole, tmp_path, monke
             trainer.should_stop = batch.steps[0] == 2  # as --trainer.max_time does
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "PromptCheckpoint", Told)
+        patch.setattr(runner, "PromptCheckpoint", Told)
         main(command("broken"))
     assert [problem["status"] for problem in found(tmp_path / "broken")["problems"]] == ["open", "open"]
     main([*command("broken"), "--ckpt_path", "last"])
@@ -387,18 +388,18 @@ def test_checkpoint_that_is_none_is_refused(command, tmp_path, capsys, name):
 KILLED = """
 import os, signal, sys
 import torch
-from lightning_prompts.commands import cli
+from lightning_prompts import runner
 from lightning_prompts.commands.main import main
 
 torch.set_num_threads(1)
 
-class Killed(cli.PromptCheckpoint):
+class Killed(runner.PromptCheckpoint):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._save(trainer)
         if batch.steps[0] == 3:
             os.kill(os.getpid(), signal.SIG{})
 
-cli.PromptCheckpoint = Killed
+runner.PromptCheckpoint = Killed
 main(sys.argv[1:])
 """
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_prompts import runner
 from lightning_prompts.callbacks import results
-from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
 from lightning_prompts.data.prompts import find_prompts
 from lightning_prompts.engine.checkpoint import PromptCheckpoint
@@ -125,7 +125,7 @@ class Watched(PromptCheckpoint):
 
 @pytest.fixture
 def watched(monkeypatch):
-    monkeypatch.setattr(cli, "PromptCheckpoint", Watched)
+    monkeypatch.setattr(runner, "PromptCheckpoint", Watched)
     monkeypatch.setattr(Watched, "seen", [])
     monkeypatch.setattr(Watched, "stop", 0)
     return Watched
@@ -340,7 +340,7 @@ def test_a_disk_that_fills_up(method, make, small_disk, tmp_path, monkeypatch, c
                         ballast.write(bytes(512))
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "PromptCheckpoint", Filling)
+        patch.setattr(runner, "PromptCheckpoint", Filling)
         with pytest.raises(SystemExit) as stopped:
             main(make(small_disk / "run", method, *how))
     assert stopped.value.code == 2

@@ -1,1 +1,1 @@
-"""Commands of the command line that are more than a call of Lightning's Trainer."""
+"""The command line: its entry point, the commands, and the checks of their settings."""

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from lightning_prompts.backbones import repeat
-from lightning_prompts.commands.dry_run import GIB, DryRun, forget_peak, memory_of, peak
+from lightning_prompts.commands.dry_run import GIB, DryRun, peak_memory, reset_peak_memory, total_memory
 from lightning_prompts.engine.method import PromptMethod
 from lightning_prompts.methods.inversion.base import Inverter
 from lightning_prompts.methods.inversion.init import random_tokens
@@ -29,7 +29,7 @@ LEVELS = 20  # equal parts of the timesteps
 SAMPLES = 2  # noise samples per image and level
 SETS, SIZES = 4, (1, 2, 4, 8)  # independent sets of gradients, and the numbers of samples per step that are compared
 LEAST_CHANGE = (
-    0.02  # smallest change of a drawn image (RMS on a scale of 0 to 1) that counts as a reaction to the prompt
+    0.02  # smallest change of a generated image (RMS on a scale of 0 to 1) that counts as a reaction to the prompt
 )
 NEARLY = 0.75  # share of the best quarter's mean gain that a level must reach to be suggested
 ENOUGH = 0.3  # signal-to-noise ratio of a step's gradient that is enough
@@ -58,15 +58,15 @@ class Losses:
         return 1 - (self.right / self.empty).log().mean(0).exp()
 
     @property
-    def told_apart(self) -> float:
+    def accuracy(self) -> float:
         """Return the share of images and levels whose loss is lower with the right text than with the wrong one."""
         return float((self.right < self.wrong).float().mean())
 
     @property
     def verdict(self) -> Verdict:
-        """Judge whether the loss can guide a search: the right text must beat the wrong one, and the empty prompt at some level."""
-        apart = judge_share(self.told_apart, self.right.numel(), chance=0.5)
-        return apart if (self.gain > 0).any() else "no"
+        """Return whether the loss can guide a search: the right text must beat the wrong one, and the empty prompt at some level."""
+        verdict = judge_share(self.accuracy, self.right.numel(), chance=0.5)
+        return verdict if (self.gain > 0).any() else "no"
 
     def timesteps(self) -> tuple[int, int]:
         """Return the range [low, high) from the first to the last level whose gain is close to that of the best quarter."""
@@ -101,37 +101,37 @@ class Report:
     suggestion: Suggestion
 
 
-def check(method: PromptMethod, seed: int, measured: DryRun) -> Report:
-    """Measure whether a search can work, after it has taken one step.
+def check(method: PromptMethod, seed: int, dry_run: DryRun) -> Report:
+    """Measure whether a search can work, after one step.
 
     Args:
         method: The method, on its device, with the problems of that step.
         seed: Seed of every random draw.
-        measured: Memory and time of that step.
+        dry_run: Memory and time of that step.
     """
     device, backbone, inverter = method.device, method.backbone, method if isinstance(method, Inverter) else None
     rows = torch.arange(min(IMAGES, len(method.batch)))
     texts, source = right_texts(inverter, rows) if inverter else ([method.batch[0].record.target], "prompt")
-    forget_peak(device)
+    reset_peak_memory(device)
     change = image_change(method, texts[0], method.batch[0].record.key, seed)
-    most = max([peak(device), *(memory for memory, _ in measured.taken.values())])
+    peak = max([peak_memory(device), *(memory for memory, _ in dry_run.measured.values())])
     halved = method.microbatch.size < method.microbatch.asked and not method.microbatch.fitted
     dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
-    memory = f"{most / GIB:.2f} GiB at most, of {memory_of(device) / GIB:.1f} GiB on {device.type}"
+    memory = f"{peak / GIB:.2f} GiB at most, of {total_memory(device) / GIB:.1f} GiB on {device.type}"
     reacts: Verdict = "ok" if change >= LEAST_CHANGE else "no"
     lines = [
         _line("model", f"{backbone.name} ({type(backbone).__name__}), {dtype} on {device}"),
         _line("memory", f"{memory}{', with a smaller microbatch than requested' if halved else ''}", "weak" if halved else "ok"),
-        _line("time", f"{measured.taken['a step'][1]:.2f} s per step. {measured.whole_search(method)}"),
+        _line("time", f"{dry_run.measured['a step'][1]:.2f} s per step. {dry_run.whole_search(method)}"),
         _line("image", f"leaving out the {source} changes the image by {change:.3f} (RMS on a scale of 0 to 1)", reacts),
     ]  # fmt: skip
-    reason = "" if reacts == "ok" else "the prompt does not change the drawn image"
+    reason = "" if reacts == "ok" else "the prompt does not change the generated image"
     suggestion = Suggestion()
     if inverter:
         losses, other = denoising_losses(inverter, rows, texts, seed)
         schedule = (inverter.data.timesteps[0], inverter.data.timesteps[1])
         if losses.verdict == "no":
-            reason = reason or f"the denoising loss does not tell the {source} from {other}"
+            reason = reason or f"the denoising loss does not distinguish the {source} from {other}"
         else:
             schedule = losses.timesteps()
         ratios = gradient_ratios(inverter, rows[:2], schedule, seed)
@@ -155,7 +155,7 @@ def check(method: PromptMethod, seed: int, measured: DryRun) -> Report:
     return Report(lines, not reason, suggestion)
 
 
-def written(settings: dict[str, Any], suggestion: Suggestion) -> str:
+def config_with(settings: dict[str, Any], suggestion: Suggestion) -> str:
     """Return a config for `fit` as YAML: the given settings of model and data, changed as a check suggests."""
     settings = copy.deepcopy(settings)
     data, model = settings["data"]["init_args"], settings["model"]["init_args"]
@@ -169,7 +169,7 @@ def written(settings: dict[str, Any], suggestion: Suggestion) -> str:
 
 
 def right_texts(method: Inverter, rows: Tensor) -> tuple[list[str], str]:
-    """Return a text for each image and its source: captions or, unless all images have one, the words that the CLIP finds."""
+    """Return a text for each image and its source: captions or, unless all images have one, the words most similar by the CLIP."""
     captions = [method.batch[row].record.caption for row in rows.tolist()]
     if all(captions):
         return [str(caption) for caption in captions], "caption"
@@ -188,7 +188,7 @@ def wrong_texts(method: Inverter, texts: Sequence[str], seed: int) -> tuple[list
 
 @torch.no_grad()
 def image_change(method: PromptMethod, text: str, key: str, seed: int) -> float:
-    """Return how much a drawn image changes without its prompt: RMS on a scale of 0 to 1; 0 if it is not finite."""
+    """Return how much a generated image changes without its prompt: RMS on a scale of 0 to 1; 0 if it is not finite."""
     noise = draw_noise(seed, [key], CHECK, 1, method.backbone.latent_shape, method.device)[0].expand(2, -1, -1, -1)
     with_text, without = method.draw([text, ""], noise)
     change = float((with_text - without).square().mean().sqrt()) / 2
@@ -304,9 +304,9 @@ def fastest_microbatch(method: Inverter, schedule: tuple[int, int], seed: int, m
         noise = draw_noise(seed, key, CHECK, size, method.backbone.latent_shape, method.device)[0]
         seconds, microbatch = math.inf, Microbatch(size)
         for _ in range(3):  # the first call with a shape selects its kernels
-            begun = time.perf_counter()
+            start = time.perf_counter()
             sample_gradients(method, 0, timesteps, noise, microbatch)
-            seconds = min(seconds, time.perf_counter() - begun)
+            seconds = min(seconds, time.perf_counter() - start)
             if seconds > SLOW or microbatch.size < size:
                 break
         if microbatch.size < size:  # halved because memory ran out
@@ -320,32 +320,32 @@ def fastest_microbatch(method: Inverter, schedule: tuple[int, int], seed: int, m
 # --- the table
 
 
-def _line(name: str, said: str, verdict: Verdict | None = None) -> str:
-    return f"{name:<10}{said:<88}{verdict or ''}".rstrip()
+def _line(name: str, text: str, verdict: Verdict | None = None) -> str:
+    return f"{name:<10}{text:<88}{verdict or ''}".rstrip()
 
 
 def _loss_lines(losses: Losses, source: str, other: str) -> list[str]:
-    """Format the losses of pairs of levels, and whether they tell the right text from a wrong one."""
+    """Format the losses of pairs of levels, and whether they are lower with the right text than with a wrong one."""
     lines = [_line("loss", f"{'timesteps':<16}{source:>15}{other:>15}{'empty prompt':>15}{'gain':>8}")]
     edges, columns = level_edges(losses.num_train_timesteps), (losses.right, losses.wrong, losses.empty)
     for level in range(0, LEVELS, 2):
         means = "".join(f"{float(column[:, level : level + 2].mean()):>14.4g}" for column in columns)
         gain = float(losses.gain[level : level + 2].mean())
         lines.append(_line("", f"{f'[{edges[level]}, {edges[level + 2]})':<16}{means}{gain:>8.0%}"))
-    said = f"lower with the {source} than with {other} in {losses.told_apart:.0%} of {losses.right.numel()} comparisons"
-    return [*lines, _line("", said, losses.verdict)]
+    text = f"lower with the {source} than with {other} in {losses.accuracy:.0%} of {losses.right.numel()} comparisons"
+    return [*lines, _line("", text, losses.verdict)]
 
 
 def _clip_line(method: Inverter, texts: Sequence[str], captioned: bool) -> str:
-    """Report how well the CLIP tells images apart: by their captions or else by the largest cosine of two images."""
+    """Format how well the CLIP distinguishes images: by their captions, or else by the largest cosine of two images."""
     features = method.features(torch.arange(len(method.batch)))
     if len(features) == 1:
-        return _line("CLIP", "only one image, so there is nothing to tell apart")
+        return _line("CLIP", "only one image, so there is nothing to distinguish")
     if captioned:
         nearest = (method.clip.features_of(texts) @ features[: len(texts)].T).argmax(1).tolist()
         share = sum(place == found for place, found in enumerate(nearest)) / len(texts)
-        said = f"finds {share:.0%} of {len(texts)} images by their captions"
-        return _line("CLIP", said, judge_share(share, len(texts), 1 / len(texts)))
+        text = f"finds {share:.0%} of {len(texts)} images by their captions"
+        return _line("CLIP", text, judge_share(share, len(texts), 1 / len(texts)))
     alike = float((features @ features.T - 2 * torch.eye(len(features), device=features.device)).max())
     verdict: Verdict = "ok" if alike < 0.9 else "weak" if alike < 0.98 else "no"
     return _line("CLIP", f"the two most similar of {len(features)} images have a cosine of {alike:.3f}", verdict)
@@ -358,7 +358,7 @@ def _gradient_line(ratios: Sequence[float], schedule: tuple[int, int]) -> str:
 
 
 def judge_share(share: float, count: int, chance: float) -> Verdict:
-    """Judge a share of successes: `no` within two standard errors of chance, `ok` from 0.8 on, else `weak`."""
+    """Return the verdict on a share of successes: `no` within two standard errors of chance, `ok` from 0.8 on, else `weak`."""
     if share <= chance + 2 * math.sqrt(chance * (1 - chance) / count):
         return "no"
     return "ok" if share >= 0.8 else "weak"

@@ -1,4 +1,4 @@
-"""What lies between two prompts: pictures of the encoded prompts on the way from one to the other (arXiv 2308.12059)."""
+"""Interpolate between two prompts: generate images from encoded prompts on the arc between them (arXiv 2308.12059)."""
 
 from __future__ import annotations
 
@@ -24,69 +24,83 @@ from lightning_prompts.terminal import say
 if TYPE_CHECKING:
     from lightning_prompts.methods import PromptMethod
 
-MILLISECONDS = 150  # of a frame
+FRAME_MILLISECONDS = 150
 
 
-class Between(pl.Callback):
-    """Writes a grid, a seed a row, and an animation there and back when `predict` ends.
+class Interpolate(pl.Callback):
+    """Write a grid with a row per seed, and an animation there and back, when `predict` ends.
 
     Args:
-        folder: Where.
-        first: A text, or a safetensors file with one encoded prompt.
-        last: The same.
-        seeds: Seeds of the pictures.
-        frames: Pictures of a seed, both ends included.
+        folder: Folder of the run, whose `pictures/` gets the files.
+        first: A prompt, or a safetensors file with one encoded prompt.
+        last: The same for the other end.
+        seeds: Seeds of the images.
+        frames: Images per seed, the two ends included.
+
+    Raises:
+        UserError: There are fewer than two frames.
     """
 
     def __init__(self, folder: RunFolder, first: str, last: str, seeds: Sequence[int] = (0,), frames: int = 12) -> None:
         if frames < 2:
-            raise UserError("A path has two ends at least; give --frames 2 or more.")
+            raise UserError(
+                f"--frames must be at least 2 for the two ends of --path, got {frames}; give --frames 2 or more."
+            )
         self.folder, self.ends, self.seeds, self.frames = folder, (first, last), tuple(seeds), frames
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Draws and writes."""
+        """Generate the images and write the files."""
         if not trainer.is_global_zero:
             return
-        one, other = (encoded(end, pl_module) for end in self.ends)
-        if len(one) != len(other):  # only one of them says what to lead away from
-            empty = pl_module.encode([""], negative=True).to(one)
-            one, other = (x if len(x) == 2 else torch.cat([x, empty]) for x in (one, other))
-        values = torch.linspace(0, 1, self.frames, device=one.device)
-        embeds = torch.stack([slerp(one, other, float(value)) for value in values])
+        first, last = (encode_end(end, pl_module) for end in self.ends)
+        if len(first) != len(last):  # only one of them has negative embeddings
+            empty = pl_module.encode([""], negative=True).to(first)
+            first, last = (embeds if len(embeds) == 2 else torch.cat([embeds, empty]) for embeds in (first, last))
+        weights = torch.linspace(0, 1, self.frames, device=first.device)
+        embeds = torch.stack([slerp(first, last, float(weight)) for weight in weights])
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
-        drawn = pl_module.sampler.draw_embeds(embeds, noise.expand(self.frames, *noise.shape))  # (F, N, 3, H, W)
-        texts = [f"{float(value):.2f}" for value in values]
+        images = pl_module.sampler.draw_embeds(embeds, noise.expand(self.frames, *noise.shape))  # (F, N, 3, H, W)
+        texts = [f"{float(weight):.2f}" for weight in weights]
         texts[0], texts[-1] = (Path(end).name if _is_file(end) else end for end in self.ends)
         name = "-to-".join(file_name(Path(end).stem if _is_file(end) else end) for end in self.ends)
         for suffix, content in (
-            ("png", to_png(sheet(list(drawn), texts, self.frames))),
-            ("gif", _gif([to_image(torch.cat(list(frame), dim=2)) for frame in drawn])),
+            ("png", to_png(sheet(list(images), texts, self.frames))),
+            ("gif", _to_gif([to_image(torch.cat(list(frame), dim=2)) for frame in images])),
         ):
             path = self.folder.path / "pictures" / f"{name}.{suffix}"
             atomic_write(path, content)
             say(str(path))
 
 
-def encoded(end: str, module: PromptMethod) -> Tensor:
-    """An encoded prompt (S, R, D): of a text, or the one in a file."""
-    told: Tensor = module.encode(["" if _is_file(end) else end]).float()
+def encode_end(end: str, module: PromptMethod) -> Tensor:
+    """Encode a prompt, or read an encoded one from a file.
+
+    Returns:
+        (S, R, D) float32: positive embeddings and, for S = 2, negative ones.
+
+    Raises:
+        UserError: The file cannot be read or has more than one encoded prompt.
+    """
+    prompt_embeds: Tensor = module.encode(["" if _is_file(end) else end]).float()
     if not _is_file(end):
-        return told
-    found = read_prompt_embeds(Path(end), module.backbone, told.shape[1:])
-    if len(found) != 1:
+        return prompt_embeds
+    saved = read_prompt_embeds(Path(end), module.backbone, prompt_embeds.shape[1:])
+    if len(saved) != 1:
         raise UserError(
-            f"The file {end} has {len(found)} embeddings and a path has one at each end; give a file of the run's folder problems/."
+            f"The file {end} has {len(saved)} embeddings, and an end of --path is one; give a file in the folder problems/ of a run."
         )
-    return next(iter(found.values())).to(told)
+    return next(iter(saved.values())).to(prompt_embeds)
 
 
 def _is_file(end: str) -> bool:
     return end.endswith(".safetensors")
 
 
-def _gif(frames: list[Image.Image]) -> bytes:
-    """There and back, for ever."""
+def _to_gif(frames: list[Image.Image]) -> bytes:
+    """Encode an animation that plays forward and backward forever."""
     buffer = io.BytesIO()
-    there, back = frames, frames[-2:0:-1]
-    there[0].save(buffer, "GIF", save_all=True, append_images=[*there[1:], *back], duration=MILLISECONDS, loop=0)
+    backward = frames[-2:0:-1]
+    frames[0].save(
+        buffer, "GIF", save_all=True, append_images=[*frames[1:], *backward], duration=FRAME_MILLISECONDS, loop=0
+    )
     return buffer.getvalue()

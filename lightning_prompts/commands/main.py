@@ -1,6 +1,6 @@
-"""The command line: Lightning's, with one-sentence errors, run folders and exit codes 0, 2, 130 and 143.
+"""The entry point of the command line: what needs no import of Lightning, and the exit codes.
 
-0 is success, 2 a person's mistake, 130 Ctrl-C and 143 SIGTERM.
+The exit code is 0 for success, 1 for a bug or a failed `check`, 2 for a user's mistake, 130 after Ctrl-C and 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,45 +18,30 @@ from typing import NoReturn
 
 from yaml import YAMLError
 
+from lightning_prompts.commands.descriptions import COMMANDS, OVERVIEW
 from lightning_prompts.errors import UserError
 from lightning_prompts.launchers import Launched
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.terminal import close, prepare, say
 
-ADVICE = {
+OS_ERROR_ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space, and continue a search with --run and --ckpt_path last"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "permit writing there, or give another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "permit writing there, or give another folder"),
 }
-COMMANDS = ("fit", "validate", "test", "predict", "show-space", "check", "dry-run", "prefetch")
-MOST_NESTED, MOST_ALIASES = 50, 10  # in a config
-HELP = """usage: train.py COMMAND [--config FILE] [--run FOLDER] [settings]
-
-  fit       search prompts:         train.py fit --config configs/invert.yaml --data.images photo.png
-  validate  score found prompts:    train.py validate --run runs/NAME
-  test      draw from the prompts:  train.py test --run runs/NAME
-  predict   draw more pictures:     train.py predict --run runs/NAME --seeds 0,1,2,3
-            mix two found prompts:  train.py predict --mix runs/NAME runs/OTHER
-  show-space  words that a search would choose from:  train.py show-space --config configs/dpo_diff.yaml --data.prompts "a dog"
-  check     measure whether a search can work on a model:  train.py check (settings of fit) --write mine.yaml
-  dry-run   memory and time that a search would take, and how to lower them:  train.py dry-run (settings of fit)
-  prefetch  download models to be used later or offline:  train.py prefetch sdxl
-
-General settings of a command: train.py COMMAND --help; of a method: train.py fit --model.help PH2P;
-of the pictures and the schedule: train.py fit --data.help ImagesToPrompts
-"""
+MAX_NESTING, MAX_ALIASES = 50, 10  # of a config file
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs one command and exits.
+    """Run one command; print errors of the user as one sentence, and exit.
 
     Args:
-        args: Command line; by default the process's.
+        args: The command line; None for that of the process.
     """
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
-        say(*HELP.splitlines())  # without importing Lightning, which takes seconds
+        say(*OVERVIEW.splitlines())  # without importing Lightning, which takes seconds
         return None
-    _manners()
+    _set_up_output()
     run = None
     try:
         _check_order(args)
@@ -64,38 +49,40 @@ def main(args: Sequence[str] | None = None) -> None:
             from lightning_prompts.commands.prefetch import prefetch
 
             return prefetch(args[1:])
-        _check_values(args)
+        _check_missing_values(args)
         run, args = _with_run_config(args)
         _check_configs(args)
         if "--help" not in args and "-h" not in args:
-            Launched.detect()  # before Lightning, which fails on a rank that is no number
+            Launched.detect()  # before Lightning, which fails on a rank that is not a number
         from lightning_prompts.commands.cli import run_command  # takes seconds to import
 
         run_command(args, run)
     except UserError as error:
-        _refuse(str(error))
+        _exit_with(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("lightning_prompts"):
             raise
-        _refuse(
+        _exit_with(
             f"The package {error.name!r} is not installed for {sys.executable}; activate the environment, or run pip install -e ."
         )
     except OSError as error:
         file = error.filename or (f"A file in {run}" if run else "A file")
         reason = f"{file} cannot be used ({error.strerror or error})"
-        _refuse(f"{reason}; {ADVICE.get(error.errno or 0, 'check the path and its permissions')}.")
+        _exit_with(f"{reason}; {OS_ERROR_ADVICE.get(error.errno or 0, 'check the path and its permissions')}.")
     finally:
         close()
 
 
-def _refuse(message: str) -> NoReturn:
+def _exit_with(message: str) -> NoReturn:
+    """Print a user's mistake in one line and exit with 2."""
     say(f"error: {' '.join(message.split())}", stream=sys.stderr)
     sys.exit(2)
 
 
-def _manners() -> None:
+def _set_up_output() -> None:
+    """Silence the libraries' warnings, and print safely, see `terminal`."""
     warnings.filterwarnings(
         "ignore", module=r"pytorch_lightning|lightning_fabric|torch|diffusers|transformers|jsonargparse|PIL"
     )
@@ -103,6 +90,7 @@ def _manners() -> None:
 
 
 def _check_order(args: list[str]) -> None:
+    """Refuse an unknown command, and settings before the command."""
     if args[0] in COMMANDS:
         return
     if any(command in args for command in COMMANDS):
@@ -114,8 +102,8 @@ def _check_order(args: list[str]) -> None:
     raise UserError(f"The command {args[0]!r} is unknown{hint}; use one of {', '.join(COMMANDS)}.")
 
 
-def _check_values(args: list[str]) -> None:
-    """Name the setting that has no value, for which the parser would name another."""
+def _check_missing_values(args: list[str]) -> None:
+    """Name a setting without a value; the parser would name another one."""
     for arg, following in zip(args, [*args[1:], "--"], strict=True):
         if (
             re.fullmatch(r"--(?:data|model|trainer)(?:\.\w+)+", arg)
@@ -126,7 +114,7 @@ def _check_values(args: list[str]) -> None:
 
 
 def _check_configs(args: list[str]) -> None:
-    """Name the config that holds no settings, which the parser does not, and the setting that stands before its class."""
+    """Name a config without settings, which the parser does not, and a setting given before its class."""
     for i, arg in enumerate(args):
         name, equals, value = arg.partition("=")
         path = Path(value if equals else "".join(args[i + 1 : i + 2]))
@@ -141,7 +129,7 @@ def _check_configs(args: list[str]) -> None:
 
 
 def _check_config(path: Path) -> None:
-    """Refuse a file that is no mapping of settings, or whose nesting or aliases would keep the parser busy."""
+    """Refuse a file that is not a mapping of settings, or whose nesting or aliases would take the parser too long."""
     import yaml
 
     advice = "correct it or give another"
@@ -151,9 +139,9 @@ def _check_config(path: Path) -> None:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             deepest, aliases = max(deepest, depth), aliases + isinstance(event, yaml.AliasEvent)
-            if deepest > MOST_NESTED or aliases > MOST_ALIASES:
+            if deepest > MAX_NESTING or aliases > MAX_ALIASES:
                 raise UserError(
-                    f"The config {path} has more than {MOST_NESTED} levels or {MOST_ALIASES} aliases; write it without them."
+                    f"The config {path} has more than {MAX_NESTING} levels or {MAX_ALIASES} aliases; write it without them."
                 )
         settings = yaml.safe_load(text)
     except UnicodeDecodeError as error:
@@ -161,13 +149,11 @@ def _check_config(path: Path) -> None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"The config {path} is no YAML{place}; {advice}.") from error
+        raise UserError(f"The config {path} is not valid YAML{place}; {advice}.") from error
     if settings is None:
         raise UserError(f"The config {path} is empty; {advice}.")
     if not isinstance(settings, dict):
-        raise UserError(
-            f"The config {path} is a {type(settings).__name__} where settings by name are needed; {advice}."
-        )
+        raise UserError(f"The config {path} must be a mapping of settings, got a {type(settings).__name__}; {advice}.")
     for part in ("model", "data"):
         given = settings.get(part)
         if isinstance(given, dict) and given.get("init_args", {}) is None:
@@ -175,41 +161,43 @@ def _check_config(path: Path) -> None:
 
 
 def _with_run_config(args: list[str]) -> tuple[Path | None, list[str]]:
-    """Takes --run out; for the commands that look at a finished run, puts its saved settings first."""
+    """Remove --run from the arguments; for the commands on a finished run, insert its saved settings.
+
+    Returns:
+        The run's folder, if one is given, and the other arguments.
+    """
     run = None
     for i, arg in enumerate(args):
         if arg == "--run" or arg.startswith("--run="):
-            taken = 1 if "=" in arg else 2
-            if taken == 2 and i + 1 == len(args):
+            length = 1 if "=" in arg else 2
+            if length == 2 and i + 1 == len(args):
                 raise UserError("--run needs the run's folder, for example --run runs/mine.")
-            named = arg.split("=", 1)[1] if taken == 1 else args[i + 1]
-            if not named.strip():
+            name = arg.split("=", 1)[1] if length == 1 else args[i + 1]
+            if not name.strip():
                 raise UserError("--run must name a folder, got an empty text; give for example --run runs/mine.")
-            run = Path(named)
-            args = args[:i] + args[i + taken :]
+            run = Path(name)
+            args = args[:i] + args[i + length :]
             break
     if args[0] in ("fit", "show-space", "check", "dry-run") or "--help" in args or "-h" in args:
         return run, args
-    looked_at = _first_to_mix(args) or run  # a mix has a folder of its own
-    if looked_at is None:
-        raise UserError(f"The command {args[0]!r} needs the run to look at: train.py {args[0]} --run runs/NAME.")
-    folder = RunFolder(looked_at)
+    finished = _first_to_mix(args) or run  # with --mix, --run names the new folder
+    if finished is None:
+        raise UserError(f"The command {args[0]!r} needs a finished run: train.py {args[0]} --run runs/NAME.")
+    folder = RunFolder(finished)
     folder.saved.check()
     saved = ["--config", str(folder.config)]
-    with suppress(
-        LookupError, TypeError, ValueError, AttributeError, YAMLError
-    ):  # the parser names what is wrong with the file
+    with suppress(LookupError, TypeError, ValueError, AttributeError, YAMLError):  # the parser reports a broken file
         moved = folder.saved.moved()
         saved += ["--config", json.dumps(moved)] if moved else []
     return run, [args[0], *saved, *args[1:]]
 
 
 def _first_to_mix(args: list[str]) -> Path | None:
-    """The first of the two runs that are mixed."""
-    place = next((i for i, arg in enumerate(args) if arg.partition("=")[0] == "--mix"), None)
-    if place is None:
+    """Return the first of the two runs given as --mix, or None without it."""
+    index = next((i for i, arg in enumerate(args) if arg.partition("=")[0] == "--mix"), None)
+    if index is None:
         return None
-    runs = [arg for arg in args[place + 1 : place + 3] if not arg.startswith("--")]
-    if args[place] != "--mix" or len(runs) != 2:
+    runs = [arg for arg in args[index + 1 : index + 3] if not arg.startswith("--")]
+    if args[index] != "--mix" or len(runs) != 2:
         raise UserError("--mix needs the folders of two runs, for example --mix runs/fox runs/ball.")
     return Path(runs[0])

@@ -1,4 +1,4 @@
-"""Mixes the prompts of two runs: draws, scores, asks and writes what `evolution` breeds."""
+"""Recombine the prompts of two runs: generate images of the members of an `evolution`, score them, and write the best."""
 
 from __future__ import annotations
 
@@ -30,64 +30,70 @@ if TYPE_CHECKING:
     from lightning_prompts.methods import PromptMethod
     from lightning_prompts.methods.inversion.base import Inverter
 
-ACROSS = 8  # prompts beside each other in a generation's picture
+COLUMNS = 8  # of the figure of a generation
 
 
 class Parent(NamedTuple):
-    """A found prompt to mix: its run, its record and the settings that its pictures were read with."""
+    """A found prompt to recombine: its run, its record, and the run's data settings."""
 
     run: RunFolder
     problem: Problem
     data: dict[str, Any]
 
-    def pictures(self, size: int) -> Tensor:
-        """The target's pictures (I, 3, H, W) in [-1, 1]."""
+    def images(self, size: int) -> Tensor:
+        """Load the images of the target, (I, 3, H, W) in [-1, 1], as the run did."""
         red, green, blue = self.data["background"]
         paths = map(self.run.saved.located, self.problem.paths)
         images = [load_image(path, size, self.data["fit"], (red, green, blue)) for path in paths]
         return torch.stack([to_tensor(image) for image in images])
 
 
-def parents_of(runs: Sequence[str]) -> tuple[Parent, Parent]:
-    """The first prompt of each of two runs; of one run named twice, its first two."""
-    several = [RunFolder(run) for run in runs]
-    settings = [run.saved.load() for run in several]
-    backbones = [_backbone(run, one["model"]["init_args"]) for run, one in zip(several, settings, strict=True)]
+def find_parents(runs: Sequence[str]) -> tuple[Parent, Parent]:
+    """Return the first prompt of each of two runs; of one run given twice, its first two.
+
+    Raises:
+        UserError: A run does not exist or has too few prompts of tokens, or the runs used different models.
+    """
+    folders = [RunFolder(run) for run in runs]
+    settings = [folder.saved.load() for folder in folders]
+    backbones = [_backbone(folder, each["model"]["init_args"]) for folder, each in zip(folders, settings, strict=True)]
     if backbones[0] != backbones[1]:
         raise UserError(
-            f"The runs {runs[0]} and {runs[1]} are of the models {backbones[0]!r} and {backbones[1]!r}, whose tokens differ; "
-            "give two runs of one model."
+            f"The runs {runs[0]} and {runs[1]} used the models {backbones[0]!r} and {backbones[1]!r}, whose tokens differ; give two "
+            "runs of one model."
         )
-    found = [run.hard_prompts() for run in several]
-    twice = several[0].path.resolve() == several[1].path.resolve()
-    if twice and len(found[1]) < 2:
-        raise UserError(f"The run {runs[0]} has one prompt and two are mixed; give two runs.")
-    problems = found[0][0], found[1][1 if twice else 0]
-    data = [one["data"]["init_args"] for one in settings]
-    one, other = (Parent(*parts) for parts in zip(several, problems, data, strict=True))
+    found = [folder.hard_prompts() for folder in folders]
+    same = folders[0].path.resolve() == folders[1].path.resolve()
+    if same and len(found[1]) < 2:
+        raise UserError(f"The run {runs[0]} has one prompt, and --mix needs two; give two runs.")
+    problems = found[0][0], found[1][1 if same else 0]
+    data = [each["data"]["init_args"] for each in settings]
+    one, other = (Parent(*parts) for parts in zip(folders, problems, data, strict=True))
     return one, other
 
 
 def _backbone(run: RunFolder, model: dict[str, Any]) -> str:
-    """The model as it was named, a folder by its full path, with its revision."""
+    """Return the model's name as it was given, a folder as its full path, with the revision."""
     name, revision = str(model.get("backbone", "emoji")), model.get("revision")
     name = str(Path(run.saved.located(name)).resolve()) if Path(run.saved.located(name)).is_dir() else name
     return f"{name} {revision}" if revision else name
 
 
-class Mix(pl.Callback):
-    """Writes `generations.json`, `generation-N.png`, `prompt.txt`, `result.json` and pictures when `predict` ends.
+class Crossover(pl.Callback):
+    """Evolve prompts from two found ones when `predict` ends.
+
+    Writes `generations.json`, `generation-N.png`, `prompt.txt`, `result.json` and images.
 
     Args:
-        folder: Where.
+        folder: The folder to write to.
         parents: The two found prompts.
-        generations: How often the chosen prompts have children.
-        population: Children of a generation.
-        select: How many prompts the score keeps for the next generation.
-        choose: Whether the `score` chooses, or a person by `hand`.
-        seeds: Seeds of the pictures that each prompt is drawn and scored on.
-        negative: What the drawing leads away from.
-        scores: Says which CLIP has taken no part, and judges the prompts that are kept.
+        generations: Number of generations.
+        population: Children per generation.
+        select: Prompts that the score keeps for the next generation.
+        choose: Whether the `score` chooses the prompts to keep, or a user by `hand`.
+        seeds: Seeds of the images that each prompt is scored by.
+        negative: Negative prompt of these images.
+        scores: The held-out CLIP that scores the prompts kept last.
     """
 
     def __init__(
@@ -107,46 +113,46 @@ class Mix(pl.Callback):
         self.seeds, self.negative = tuple(seeds), negative
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Inverter) -> None:
-        """Evolves and writes."""
+        """Evolve prompts and write the best."""
         if not trainer.is_global_zero:
             return
         size, seed = pl_module.backbone.image_size, pl_module.data.seed
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
         clip = ClipSimilarity(default_clip(pl_module.backbone), pl_module.offline).to(pl_module.device)
         self.scores.check_heldout(pl_module, clip)
-        self.targets = [parent.pictures(size) for parent in self.parents]
-        self.drawn: dict[int, Tensor] = {}  # pictures (S, 3, H, W) of those that may still be chosen
+        self.targets = [parent.images(size) for parent in self.parents]
+        self.images: dict[int, Tensor] = {}  # (S, 3, H, W) of each member that may still be selected
 
-        def read(token_ids: list[int]) -> str | None:
+        def decode(token_ids: list[int]) -> str | None:
             (found,) = pl_module.prompt.decode(torch.tensor([token_ids]))
             return str(found.prompt) if found.valid else None
 
         def score(members: list[Member]) -> None:
             texts = [member.prompt for member in members for _ in self.seeds]
-            drawn = pl_module.draw(texts, noise.repeat(len(members), 1, 1, 1), self.negative)
-            for member, pictures in zip(members, drawn.split(len(self.seeds)), strict=True):
-                self.drawn[member.index] = pictures
-                member.similarities, member.score = likeness(clip, pictures, self.targets)
+            images = pl_module.draw(texts, noise.repeat(len(members), 1, 1, 1), self.negative)
+            for member, own in zip(members, images.split(len(self.seeds)), strict=True):
+                self.images[member.index] = own
+                member.similarities, member.score = joint_similarity(clip, own, self.targets)
 
         one, other = (parent.problem for parent in self.parents)
         found = tuple(Member(i, str(p.prompt), tuple(p.token_ids or ())) for i, p in enumerate((one, other)))
         key = f"{one.key}+{other.key}"
-        extent = self.generations, self.population
-        best = evolve(found, read, score, self.keep, *extent, seed, key, keep_found=one.key == other.key)  # type: ignore[arg-type]
+        sizes = self.generations, self.population
+        best = evolve(found, decode, score, self.keep, *sizes, seed, key, keep_found=one.key == other.key)  # type: ignore[arg-type]
         if not best:
             raise UserError(
-                f"No mixture of {one.prompt!r} and {other.prompt!r} can be written down and read again; give other runs."
+                f"No recombination of {one.prompt!r} and {other.prompt!r} is encoded to its own tokens; give other runs."
             )
-        self._finish(pl_module, best, self.scores.heldout(pl_module, clip))
+        self._write(pl_module, best, self.scores.heldout(pl_module, clip))
 
-    def keep(self, generation: int, everyone: list[Member], candidates: list[Member]) -> list[Member]:
-        """Shows a generation, and keeps the fittest or whom the person names."""
-        atomic_write(self.folder.generations, to_json([asdict(member) for member in everyone]))
-        columns = [pictures[:1] for pictures in self.targets] + [self.drawn[member.index] for member in candidates]
+    def keep(self, generation: int, members: list[Member], candidates: list[Member]) -> list[Member]:
+        """Write a generation, and return the candidates to keep: the fittest, or those that the user names."""
+        atomic_write(self.folder.generations, to_json([asdict(member) for member in members]))
+        columns = [images[:1] for images in self.targets] + [self.images[member.index] for member in candidates]
         names = [f"target: {parent.problem.target}" for parent in self.parents]
         path = self.folder.path / f"generation-{generation}.png"
-        shown = sheet(columns, [*names, *(f"{m.index} [{m.score:.2f}] {m.prompt}" for m in candidates)], ACROSS)
-        atomic_write(path, to_png(shown))
+        figure = sheet(columns, [*names, *(f"{m.index} [{m.score:.2f}] {m.prompt}" for m in candidates)], COLUMNS)
+        atomic_write(path, to_png(figure))
         best = fittest(candidates, self.select)
         if self.choose == "hand":
             for member in candidates:
@@ -154,18 +160,18 @@ class Mix(pl.Callback):
             best = ask(path, candidates, best)
         else:
             say(f"{path}  [{best[0].score:.2f}]  {best[0].prompt}")
-        self.drawn = {member.index: self.drawn[member.index] for member in best}
+        self.images = {member.index: self.images[member.index] for member in best}
         return best
 
-    def _finish(self, module: PromptMethod, best: list[Member], heldout: ClipSimilarity | None) -> None:
+    def _write(self, module: PromptMethod, best: list[Member], heldout: ClipSimilarity | None) -> None:
+        """Write the images, scores and prompts of the members kept last."""
         entries = []
         for rank, member in enumerate(best, start=1):
-            pictures = self.drawn[member.index]
-            for seed, picture in zip(self.seeds, pictures, strict=True):
-                atomic_write(self.folder.path / "pictures" / f"{rank}-seed{seed}.png", to_png(to_image(picture)))
-            judged = likeness(heldout, pictures, self.targets) if heldout else (None, None)
-            entry = asdict(member) | {"heldout_similarities": judged[0], "heldout_score": judged[1]}
-            entries.append(entry)
+            images = self.images[member.index]
+            for seed, image in zip(self.seeds, images, strict=True):
+                atomic_write(self.folder.path / "pictures" / f"{rank}-seed{seed}.png", to_png(to_image(image)))
+            similarities, score = joint_similarity(heldout, images, self.targets) if heldout else (None, None)
+            entries.append(asdict(member) | {"heldout_similarities": similarities, "heldout_score": score})
         names = ("generations", "population", "select", "choose", "seeds", "negative")
         targets = [
             {"run": str(parent.run.path), "target": parent.problem.target, "key": parent.problem.key}
@@ -187,28 +193,39 @@ class Mix(pl.Callback):
         say(f"Results are in {self.folder.path}; look at {self.folder.path / 'pictures'}")
 
 
-def likeness(clip: ClipSimilarity, drawn: Tensor, targets: Sequence[Tensor]) -> tuple[tuple[float, float], float]:
-    """How much pictures (S, 3, H, W) look like two targets (I, 3, H, W) each, all in [-1, 1].
+def joint_similarity(
+    clip: ClipSimilarity, images: Tensor, targets: Sequence[Tensor]
+) -> tuple[tuple[float, float], float]:
+    """Return how similar images (S, 3, H, W) are to two targets (I, 3, H, W) each, all in [-1, 1].
 
     Returns:
-        The mean cosine to either target, and the mean over the pictures of the smaller of the two: a picture of one target
-        alone is no mixture, whatever it gains in the mean of both, and nor is every second picture of the other one.
+        The mean cosine to each target, and the mean over the images of the smaller of the two cosines. The mean of both cosines
+        would not do, as an image of one target alone can raise it; nor would the smaller mean, as every second image could show
+        the other target.
     """
-    seen = clip.features(drawn)
-    cosines = torch.stack([(seen @ clip.features(pictures).T).mean(1) for pictures in targets], dim=1)  # (S, 2)
+    features = clip.features(images)
+    cosines = torch.stack([(features @ clip.features(target).T).mean(1) for target in targets], dim=1)  # (S, 2)
     one, other = cosines.mean(0).tolist()
     return (one, other), float(cosines.amin(1).mean())
 
 
 def ask(path: Path, candidates: Sequence[Member], best: list[Member]) -> list[Member]:
-    """Whom a person wants to keep, best first; asks until the answer is numbers that are shown, or empty for the score's choice."""
-    known, default = {member.index: member for member in candidates}, " ".join(str(member.index) for member in best)
+    """Ask the user which members to keep until the answer is numbers of the figure, or empty for the score's choice.
+
+    Returns:
+        The members to keep, best first.
+
+    Raises:
+        EOFError: The input has ended.
+    """
+    by_index, default = {member.index: member for member in candidates}, " ".join(str(member.index) for member in best)
     while True:
         answer = (
             input(printable(f"Look at {path}. Which do you keep, best first? [{default}] ")).replace(",", " ").split()
         )
-        if all(re.fullmatch(r"[0-9]{1,9}", word) and int(word) in known for word in answer):
-            return [known[number] for number in dict.fromkeys(map(int, answer))] or best
+        if all(re.fullmatch(r"[0-9]{1,9}", word) and int(word) in by_index for word in answer):
+            return [by_index[number] for number in dict.fromkeys(map(int, answer))] or best
         say(
-            f"Give numbers from {min(known)} to {max(known)} that are in the picture, such as {default}, or nothing for these."
+            f"Give numbers from {min(by_index)} to {max(by_index)} that are in the figure, such as {default}, or an empty line for "
+            "these."
         )

@@ -1,4 +1,4 @@
-"""What the parser of the command line, or a constructor that it calls, has to say of a mistake, as one sentence."""
+"""Turn errors of the command line's parser, and of the constructors that it calls, into one sentence."""
 
 from __future__ import annotations
 
@@ -20,22 +20,27 @@ KINDS = IN_WORDS | {
     "NoneType": "null",
     "Byte": "whole numbers from 0 to 255",
 }
-"""What the command line says that a setting takes, by the name of its type."""
+"""The values that a setting takes, in words, by the name of its type."""
 
 
 def one_sentence(message: str, parser: Any) -> str:
-    """The parser's many lines as one sentence, with the nearest setting that exists."""
+    """Return an error of the parser, which may have many lines, as one sentence.
+
+    Args:
+        message: The error.
+        parser: The parser, whose settings are searched for one similar to an unknown one.
+    """
     text = re.sub(r"\s+", " ", message).strip()
     if missing := re.search(r"following arguments are required: (.*)", text):
-        absent = [f"--{name.lstrip('-').rpartition('.')[2]}" for name in missing[1].split(", ")]
-        absent = ["--data.images or --data.prompts" if name == "--data" else name for name in absent]
-        return f"{' and '.join(absent)} must be given, here or in a config file such as configs/invert.yaml."
+        required = [f"--{name.lstrip('-').rpartition('.')[2]}" for name in missing[1].split(", ")]
+        required = ["--data.images or --data.prompts" if name == "--data" else name for name in required]
+        return f"{' and '.join(required)} must be given, here or in a config file such as configs/invert.yaml."
     key = re.match(r'Parser key "([\w.]+)": ?', text)
     optional = re.search(r"Not of type (\w+): .*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
     if key and optional:
         return _number(f"{key[1]}.{optional[2]}", optional[3], optional[1], ", or null")
     nested = _of_alternatives(text)
-    if key and nested:  # what the parser of a class has said, in which settings lack the class's own name
+    if key and nested:  # an error of the parser of a class, whose settings lack the prefix of the class
         text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested, count=2)
     elif key:
         text = text[key.end() :]
@@ -49,7 +54,7 @@ def one_sentence(message: str, parser: Any) -> str:
         hint = f"; did you mean --{close[0]}?" if close else "; see --help for all settings."
         return f"The setting --{given} is unknown{hint}"
     if stray := re.match(r"unrecognized arguments: ([^-]\S*)", text):
-        return f"The argument {stray[1]!r} is none; settings begin with --, such as --config configs/invert.yaml."
+        return f"The argument {stray[1]!r} is unknown; settings begin with --, such as --config configs/invert.yaml."
     imported = re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text)
     if key and imported:
         name = next(filter(None, imported.groups()))
@@ -75,16 +80,15 @@ def one_sentence(message: str, parser: Any) -> str:
 
 
 def _of_alternatives(text: str) -> str | None:
-    """Return what is wrong with the alternative of a type that was meant, of all that the parser has tried."""
+    """Return the error of the alternative that was meant, of the alternatives of a type that the parser has tried."""
     errors = re.search(r"Errors: - (.*?)(?: Given value type: |$)", text)
-    told = errors[1].split(" - ") if errors else []
-    return next(
-        (one for one in told if not re.match(r"Expected|Not a valid|Not of type|a (?:class path|dict)", one)), None
-    )
+    reasons = errors[1].split(" - ") if errors else []
+    mismatch = r"Expected|Not a valid|Not of type|a (?:class path|dict)"
+    return next((reason for reason in reasons if not re.match(mismatch, reason)), None)
 
 
 def _alternatives(kinds: str, given: str) -> str:
-    """Return what a setting takes, in words, from the list of types in the parser's message."""
+    """Return the values that a setting takes, in words, from the list of types in the parser's message."""
     words: list[str] = []
     for literals, name in re.findall(r"typing\.Literal\[(.*?)\]|<class '(?:[\w.]*\.)?(\w+)'>", kinds):
         words += [literal.strip(" '") for literal in literals.split(",")] if literals else [_of_kind(name, given)]
@@ -93,41 +97,41 @@ def _alternatives(kinds: str, given: str) -> str:
 
 
 def refused_class(error: ValueError) -> str | None:
-    """Return as a sentence why a class that a setting names could not be instantiated; None for any other error."""
+    """Return in one sentence why a class that a setting names could not be instantiated; None for any other error."""
     text = re.sub(r"\s+", " ", str(error))
-    named, why = re.search(r"class_path='(?:[\w.]*\.)?(\w+)'", text), _of_alternatives(text)
-    if not text.startswith("Does not validate") or not named or not why:
+    name, reason = re.search(r"class_path='(?:[\w.]*\.)?(\w+)'", text), _of_alternatives(text)
+    if not text.startswith("Does not validate") or not name or not reason:
         return None
-    why = re.sub(r"^Problem with given class_path '[\w.]*': ", "", why).replace(". HINT: ", "; ")
-    return f"{named[1]} cannot be used: {why[:400].rstrip('.')}."
+    reason = re.sub(r"^Problem with given class_path '[\w.]*': ", "", reason).replace(". HINT: ", "; ")
+    return f"{name[1]} cannot be used: {reason[:400].rstrip('.')}."
 
 
 def _number(setting: str, given: str, kind: str, otherwise: str = "") -> str:
-    """Say what a setting takes that is a number in a range, see `ranges`."""
+    """Return the error of a setting that takes a number in a range, see `setting_types`."""
     return f"The setting --{setting} cannot be {given[:40]}; it takes {_of_kind(kind, given)}{otherwise}."
 
 
 def _of_kind(kind: str, given: str) -> str:
-    """Return what a setting of a type takes, in words; the largest number only where the given one is too large."""
+    """Return the values of a type in words, with the largest number only where the given one is too large."""
     if kind in LEAST and re.fullmatch(r"\d{10,}", given):
         return f"a whole number from {LEAST[kind]} to {MOST}"
     return KINDS.get(kind, kind)
 
 
 def _choice(message: str) -> str:
-    """The classes that could stand where the parser has refused one."""
+    """Return the classes that a setting takes, in words, from the base class in the parser's message."""
     base = re.search(r"<class '(lightning_prompts\.[\w.]+)'>", message)
-    open_, found = [pydoc.locate(base[1])] if base else [], set()
-    while open_:
-        kind: Any = open_.pop()
-        open_ += kind.__subclasses__()
+    queue, names = [pydoc.locate(base[1])] if base else [], set()
+    while queue:
+        kind: Any = queue.pop()
+        queue += kind.__subclasses__()
         if not inspect.isabstract(kind):
-            found.add(kind.__name__)
-    return f"one of {', '.join(sorted(found))}" if found else "one that --help names"
+            names.add(kind.__name__)
+    return f"one of {', '.join(sorted(names))}" if names else "one of those in --help"
 
 
 def mistake_in(error: BaseException | None) -> UserError | None:
-    """The person's mistake that a constructor has reported and jsonargparse wrapped."""
+    """Return the UserError that a constructor raised and jsonargparse wrapped; None if there is none."""
     while error and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error if isinstance(error, UserError) else None

@@ -1,4 +1,4 @@
-"""Downloads models before they are needed, as on a machine that has a connection."""
+"""Download models before they are needed, for example on a machine with a connection: `train.py prefetch`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lightning_prompts.backbones.hub import (
     megabytes,
 )
 from lightning_prompts.backbones.single_file import configuration_of, read_header
+from lightning_prompts.commands.descriptions import DESCRIPTIONS
 from lightning_prompts.errors import UserError
 from lightning_prompts.terminal import say
 
@@ -34,40 +35,43 @@ class _Parser(argparse.ArgumentParser):
 
 
 def prefetch(args: Sequence[str]) -> None:
-    """Downloads the files of models that a run would read, and of the CLIPs that search and judge there.
+    """Download the files of models that a run reads, and of the CLIPs that it searches by.
 
     Args:
         args: Names of models, --revision and --variant.
+
+    Raises:
+        UserError: A model does not exist or cannot be downloaded.
     """
-    parser = _Parser("train.py prefetch", description="Downloads the files of models that a run would read.")
+    parser = _Parser("train.py prefetch", description=DESCRIPTIONS["prefetch"])
     parser.add_argument(
         "names", nargs="+", metavar="NAME", help="a model on the hub, a short name such as sdxl, or a safetensors file"
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--variant", help="which weights, such as fp16, of components that have them")
+    parser.add_argument("--variant", help="variant of the weights, such as fp16, for the components that have it")
     given = parser.parse_args(args)
-    wanted = [(name, *_wanted(name)) for name in given.names]  # refuses a wrong name before it fetches the others
-    if is_offline() and any(files for *_, files in wanted):
+    models = [(name, *_files_to_read(name)) for name in given.names]  # refuse a wrong name before any download
+    if is_offline() and any(patterns for *_, patterns in models):
         raise UserError("HF_HUB_OFFLINE forbids the connection that prefetch needs; unset it.")
     clips = []
-    for name, model, files in wanted:
-        if files:
-            folder = _prefetch(model, given.revision, files, given.variant)
+    for name, model, patterns in models:
+        if patterns:
+            folder = _download(model, given.revision, patterns, given.variant)
             clips += [] if (folder / "clip").is_dir() else [clip_beside(_widths(folder))]
         else:
             say(f"The model {name!r} is the folder {model}, and nothing has to be fetched.")
     for clip in dict.fromkeys(clips):
-        _prefetch(clip, None, CLIP_FILES, None)
+        _download(clip, None, CLIP_FILES, None)
 
 
 def _widths(folder: Path) -> list[int]:
-    """Of the text encoders of a model."""
+    """Return the hidden size of each text encoder of a model."""
     configs = [json.loads(file.read_text()) for file in sorted(folder.glob("text_encoder*/config.json"))]
     return [int(config.get("hidden_size", config.get("d_model", 0))) for config in configs]
 
 
-def _wanted(name: str) -> tuple[str, list[str]]:
-    """A folder, or a model on the hub and which of its files a run would read."""
+def _files_to_read(name: str) -> tuple[str, list[str]]:
+    """Return the folder of a local model and no patterns, or a model on the hub and the patterns of the files that a run reads."""
     if folder := local_folder(name):
         return str(folder), []
     if file := local_file(name):
@@ -75,9 +79,9 @@ def _wanted(name: str) -> tuple[str, list[str]]:
     return hub_name(name), FILES
 
 
-def _prefetch(name: str, revision: str | None, wanted: list[str], variant: str | None) -> Path:
-    """Lists and downloads; gives the folder."""
-    files = files_on_hub(name, revision, wanted, variant)
+def _download(name: str, revision: str | None, patterns: list[str], variant: str | None) -> Path:
+    """List and download the files of a model; return its folder in the cache."""
+    files = files_on_hub(name, revision, patterns, variant)
     say(f"{name}:")
     for file in files:
         say(f"{megabytes(file.size):>14}  {file.name}{' (in the cache)' if file.cached else ''}")

@@ -291,7 +291,7 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
     assert not any(newer in path for _, path in hub.asked)
     told = refused_by_main("--ckpt_path", "last", "--model.revision", "v1")
     assert (
-        f'was begun with --model.revision "{published}" and cannot go on with "{hub.models["owner/model"][0]["v1"]}"'
+        f'was started with --model.revision "{published}" and cannot resume with "{hub.models["owner/model"][0]["v1"]}"'
         in told
     )
     main(["test", "--run", str(run), "--model.offline", "true"])
@@ -497,4 +497,4 @@ def test_a_run_keeps_its_variant(hub, sd1, pictures, tmp_path, capsys, caplog):
     with pytest.raises(SystemExit) as stopped:
         main([*fit, "--ckpt_path", "last", "--model.variant", "bf16"])
     assert stopped.value.code == 2
-    assert 'was begun with --model.variant "fp16" and cannot go on with "bf16"' in capsys.readouterr().err
+    assert 'was started with --model.variant "fp16" and cannot resume with "bf16"' in capsys.readouterr().err

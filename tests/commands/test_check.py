@@ -14,11 +14,11 @@ from lightning_prompts.backbones import repeat
 from lightning_prompts.commands.check import (
     Losses,
     Suggestion,
+    config_with,
     fastest_microbatch,
     judge_share,
     sample_gradients,
     signal_to_noise,
-    written,
 )
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.batch import Row
@@ -70,7 +70,7 @@ def test_a_loss_that_prefers_the_wrong_text_or_the_empty_prompt_leads_nowhere():
     assert losses([float("nan")] * 10).verdict == "no"
 
 
-def test_judgement_of_a_share_knows_chance():
+def test_verdict_on_a_share_accounts_for_chance():
     assert [judge_share(share, 80, 0.5) for share in (0.5, 0.61, 0.62, 0.79, 0.8)] == ["no", "no", "weak", "weak", "ok"]
     assert judge_share(1.0, 4, 0.25) == "ok"
 
@@ -133,10 +133,10 @@ def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monke
 def test_what_is_written_keeps_the_settings_and_takes_the_suggestion():
     given = {"model": {"class_path": "PH2P", "init_args": {"backbone": "emoji", "microbatch": 16, "lr": 0.1}},
              "data": {"class_path": "ImagesToPrompts", "init_args": {"images": "a: b.png", "samples": 2, "timesteps": [0, 9]}}}  # fmt: skip
-    content = yaml.safe_load(written(given, Suggestion((450, 850), 4, 8)))
+    content = yaml.safe_load(config_with(given, Suggestion((450, 850), 4, 8)))
     assert content["model"]["init_args"] == {"backbone": "emoji", "microbatch": 8, "lr": 0.1}
     assert content["data"]["init_args"] == {"images": "a: b.png", "samples": 4, "timesteps": [450, 850]}
-    assert yaml.safe_load(written(given, Suggestion())) == given
+    assert yaml.safe_load(config_with(given, Suggestion())) == given
 
 
 def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsys):
@@ -170,7 +170,7 @@ def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsy
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_without_captions_the_words_that_the_clip_finds_stand_for_them(tiny, pictures, tmp_path, monkeypatch, capsys):
+def test_without_captions_the_words_of_the_clip_are_used(tiny, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     run("--model", "GCG", "--model.tokens", "2", "--model.backbone", tiny, "--data.images", str(pictures), *FEW)
@@ -194,7 +194,7 @@ def test_a_model_that_does_not_read_its_prompt_fails(tiny, pictures, tmp_path, c
     assert run(*how, "--model.backbone", str(broken), "--data.images", str(pictures), *FEW) == 1
     captured = capsys.readouterr()
     assert re.search(r"image +leaving out .* changes the image by 0.000 .* no", captured.out)
-    assert "A search cannot work: the prompt does not change the drawn image." in captured.out
+    assert "A search cannot work: the prompt does not change the generated image." in captured.out
     assert "Suggested" not in captured.out
     assert not config.exists()
 
@@ -210,7 +210,7 @@ def test_methods_that_start_from_prompts_are_checked_without_images(tiny, capsys
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        (["--model", "HumanFeedback", "--data.prompts", "a red cat"], "A person's choices cannot be measured"),
+        (["--model", "HumanFeedback", "--data.prompts", "a red cat"], "A user's choices cannot be measured"),
         (["--model", "PH2P", "--data.images", "{pictures}", "--write", "{pictures}/0.png"], "must name a new file"),
         (["--model", "PH2P", "--data.images", "nowhere"], "nowhere"),
     ],

@@ -13,8 +13,8 @@ import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
 from lightning_prompts import distributed
-from lightning_prompts.commands.cli import _environment
 from lightning_prompts.commands.main import main
+from lightning_prompts.commands.processes import cluster_environment
 from lightning_prompts.errors import UserError
 from lightning_prompts.launchers import PARENT, Launched, lightning_launcher, own_rank
 
@@ -83,7 +83,7 @@ def test_what_has_started_this_process(environment, launched, tell):
     assert Launched.detect() == (launched and Launched(*launched))
     assert own_rank() == (launched[3] if launched else 0)
     if launched is None:  # Lightning would take some of them for processes of SLURM
-        assert isinstance(_environment(), LightningEnvironment)
+        assert isinstance(cluster_environment(), LightningEnvironment)
 
 
 REFUSED = [

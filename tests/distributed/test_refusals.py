@@ -51,7 +51,7 @@ def refused(pictures, tmp_path, monkeypatch, capsys):
     ("settings", "told"),
     [
         (["--trainer.devices", "2", "--trainer.strategy", "ddp"], "give --trainer.strategy problems"),
-        (["--trainer.devices", "2", "--trainer.strategy", "fsdp"], "The strategy 'fsdp' divides a model"),
+        (["--trainer.devices", "2", "--trainer.strategy", "fsdp"], "--trainer.strategy 'fsdp' divides a model"),
         (["--trainer.devices", "4", "--trainer.accelerator", "gpu"], "since this machine has no GPU; give cpu or auto"),
         (["--trainer.num_nodes", "2"], "start the command on them with torchrun or srun"),
     ],
@@ -61,9 +61,9 @@ def test_what_does_not_fit(refused, settings, told, monkeypatch):
     assert told in refused(*settings)
 
 
-def test_a_person_is_one(refused):
+def test_user_is_asked_in_one_process(refused):
     settings = ("--trainer.devices", "2", "--data.prompts", "a cat")
-    assert "asks one person" in refused(*settings, config="configs/human_feedback.yaml", given=False)
+    assert "asks one user" in refused(*settings, config="configs/human_feedback.yaml", given=False)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, pictures, m
         seen.append((config.trainer.strategy, parts))
         raise Reached
 
-    monkeypatch.setattr(cli.CLI, "_prepare", prepared)
+    monkeypatch.setattr(cli.CLI, "_prepare_fit", prepared)
     images = str(pictures) if given == 3 else str(pictures / "0.png")
     with pytest.raises(Reached):
         main(["fit", "--config", "configs/pez.yaml", "--data.images", images, "--run", "x", "--trainer.accelerator", "cpu",
@@ -145,7 +145,7 @@ def test_all_differences_from_an_earlier_run_are_told(tiny, pictures, tmp_path, 
     main(args)
     with pytest.raises(SystemExit):
         main([*args, "--ckpt_path", "last", "--model.lr", "0.5", "--data.seed", "3"])
-    assert "was begun with --model.lr 0.1, --data.seed 0 and cannot go on with 0.5, 3;" in capsys.readouterr().err
+    assert "was started with --model.lr 0.1, --data.seed 0 and cannot resume with 0.5, 3;" in capsys.readouterr().err
 
 
 # --- what ranks do with each other

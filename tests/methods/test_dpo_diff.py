@@ -673,7 +673,7 @@ def test_fewer_sampling_steps_are_another_search(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*run(tiny, tmp_path / "run"), "--ckpt_path", "last", "--model.sampling_steps", "4"])
     assert stop.value.code == 2
-    assert "--model.sampling_steps 3 and cannot go on with 4" in capsys.readouterr().err
+    assert "--model.sampling_steps 3 and cannot resume with 4" in capsys.readouterr().err
 
 
 def test_other_data_is_refused(tiny, tmp_path, capsys):

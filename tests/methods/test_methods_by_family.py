@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 from searches import found
 
-from lightning_prompts import guide, invert
-from lightning_prompts.api import CONFIGS
+from lightning_prompts import guide, invert, runner
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.checkpoint import PromptCheckpoint
 from lightning_prompts.methods import PEZ, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.python_search import CONFIGS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -169,7 +168,7 @@ def test_cell(family, method, folders, picture, tmp_path, capsys, monkeypatch):
         return
     assert code == 0, capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "PromptCheckpoint", Stopping)
+        patch.setattr(runner, "PromptCheckpoint", Stopping)
         assert command("fit", again, *given) == 130
     assert command("fit", again, *given, "--ckpt_path", "last") == 0
     (one, files), (other, theirs) = found(run), found(again)

@@ -1,4 +1,4 @@
-"""Wrong inputs, broken files and hostile settings: each is answered by one sentence and exit code 2, and changes nothing.
+"""Wrong inputs, broken files and hostile settings end in one sentence and exit code 2, and change nothing.
 
 The cases are in the tables beside this file. A case has a `command`, or a `base` from below and `args` for it; with `each`, one case
 for each value in place of {}. `words` are what the message must have ("." for no particular one), `more` is added to the end, `spoil`

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lightning_prompts.callbacks.results import file_name
 from lightning_prompts.commands.evolution import Member
-from lightning_prompts.commands.mix import ask, likeness
+from lightning_prompts.commands.mix import ask, joint_similarity
 from lightning_prompts.sampling.figures import sheet
 
 SOME = [Member(i, f"prompt {i}", (i,), score=i / 10) for i in (3, 5, 8)]
@@ -23,7 +23,7 @@ SOME = [Member(i, f"prompt {i}", (i,), score=i / 10) for i in (3, 5, 8)]
         ("4\n-3\nthree\n3 99\n3.0\n²\n 3 \n", [3]),
     ],
 )
-def test_person_names_whom_to_keep(monkeypatch, capsys, typed, kept):
+def test_user_names_the_prompts_to_keep(monkeypatch, capsys, typed, kept):
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     assert [member.index for member in ask(Path("generation-0.png"), SOME, [SOME[2], SOME[1]])] == kept
     told = capsys.readouterr().out
@@ -31,7 +31,7 @@ def test_person_names_whom_to_keep(monkeypatch, capsys, typed, kept):
     assert told.count("such as 8 5") == typed.count("\n") - 1
 
 
-def test_person_who_leaves_is_heard(monkeypatch):
+def test_end_of_input_is_raised(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("no\n"))
     with pytest.raises(EOFError):
         ask(Path("generation-0.png"), SOME, SOME[:1])
@@ -44,18 +44,21 @@ class Pixels:
         return F.normalize(pictures.flatten(1), dim=1)
 
 
-def test_likeness_wants_both_targets_in_one_picture():
+def test_joint_similarity_needs_both_targets_in_one_image():
     one, other = (torch.eye(12)[i].view(1, 3, 2, 2) for i in (0, 1))
     mixed = one + other
-    either, score = likeness(Pixels(), torch.cat([one, other]), [one, other])
+    either, score = joint_similarity(Pixels(), torch.cat([one, other]), [one, other])
     assert either == pytest.approx((0.5, 0.5))
     assert score == pytest.approx(0.0)
-    assert likeness(Pixels(), torch.cat([one, one]), [one, other]) == (pytest.approx((1.0, 0.0)), pytest.approx(0.0))
-    assert likeness(Pixels(), mixed, [one, other]) == (
+    assert joint_similarity(Pixels(), torch.cat([one, one]), [one, other]) == (
+        pytest.approx((1.0, 0.0)),
+        pytest.approx(0.0),
+    )
+    assert joint_similarity(Pixels(), mixed, [one, other]) == (
         pytest.approx((0.5**0.5, 0.5**0.5)),
         pytest.approx(0.5**0.5),
     )
-    assert likeness(Pixels(), one, [torch.cat([one, other]), one])[1] == pytest.approx(
+    assert joint_similarity(Pixels(), one, [torch.cat([one, other]), one])[1] == pytest.approx(
         0.5
     )  # of several pictures, the mean
 

@@ -1,18 +1,18 @@
-"""What a search would take, measured and not kept."""
+"""`dry-run` measures a search and writes nothing."""
 
 import re
 
 import pytest
 import torch
 
-from lightning_prompts.commands.dry_run import duration, forget_peak, peak
+from lightning_prompts.commands.dry_run import duration, peak_memory, reset_peak_memory
 from lightning_prompts.commands.main import main
 
 CPU = ["--trainer.accelerator", "cpu"]
 DRAWN = ["--model.sampling_steps", "2", "--model.microbatch", "8"]
 
 
-def test_tells_and_keeps_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
+def test_reports_and_writes_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     data = ["--data", "ImagesToPrompts", "--data.images", str(pictures), "--data.steps", "40"]
@@ -43,24 +43,24 @@ def test_of_prompts(method, tiny, tmp_path, monkeypatch, capsys):
     assert ("gradient_checkpointing" in told) == (method[0] == "DPODiff")
 
 
-def test_a_person_cannot_be_measured(tiny, tmp_path, monkeypatch, capsys):
+def test_choices_of_a_user_cannot_be_measured(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["dry-run", "--model", "HumanFeedback", "--model.backbone", tiny, "--data.prompts", "a red cat", *CPU])
     assert stop.value.code == 2
-    assert "A person's choices cannot be measured" in capsys.readouterr().err
+    assert "A user's choices cannot be measured" in capsys.readouterr().err
 
 
-def test_the_peak_is_of_what_was_taken_since():
+def test_peak_memory_counts_since_the_reset():
     device, size = torch.device("cpu"), 2**28
-    forget_peak(device)
-    before = peak(device)
+    reset_peak_memory(device)
+    before = peak_memory(device)
     taken = torch.ones(size, dtype=torch.uint8)
-    assert peak(device) - before >= 0.9 * size
+    assert peak_memory(device) - before >= 0.9 * size
     del taken
-    assert peak(device) - before >= 0.9 * size
-    forget_peak(device)
-    assert peak(device) - before < 0.5 * size
+    assert peak_memory(device) - before >= 0.9 * size
+    reset_peak_memory(device)
+    assert peak_memory(device) - before < 0.5 * size
 
 
 def test_durations():

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lightning_prompts.commands.evolution import Member, breed, crossover, evolve, fittest, mixes, mutate
+from lightning_prompts.commands.evolution import Member, breed, combines, crossover, evolve, fittest, mutate
 
 A, B = (1, 2, 3, 4), (11, 12, 13, 14)
 
@@ -65,15 +65,15 @@ def test_mutation_takes_one_token_back_from_a_found_prompt():
     assert {token for _, token in changed} == {*A, *B}
 
 
-def test_token_of_both_prompts_speaks_for_neither():
-    assert mixes((1, 11), A, B)
-    assert not mixes((1, 2), A, B)
-    assert not mixes((1, 5), (1, 5), (5, 11))  # 5 is in both
-    assert mixes((1, 11), (1, 5), (5, 11))
-    assert mixes((1, 2), (1, 2), (2, 1))  # there are no others
+def test_token_of_both_prompts_counts_for_neither():
+    assert combines((1, 11), A, B)
+    assert not combines((1, 2), A, B)
+    assert not combines((1, 5), (1, 5), (5, 11))  # 5 is in both
+    assert combines((1, 11), (1, 5), (5, 11))
+    assert combines((1, 2), (1, 2), (2, 1))  # there are no others
 
 
-def test_children_are_new_and_readable_and_say_whose_they_are():
+def test_children_are_new_and_readable_and_record_their_parents():
     everyone = list(members(A, B))
     for generation in range(3):
         parents = everyone[-4:]
@@ -84,7 +84,7 @@ def test_children_are_new_and_readable_and_say_whose_they_are():
             assert child.generation == generation
             assert child.prompt == read(child.token_ids)
             assert child.token_ids[0] != 1
-            assert mixes(child.token_ids, A, B)
+            assert combines(child.token_ids, A, B)
             assert len(set(child.parents)) == 2
             for parent in child.parents:
                 assert everyone[parent] in parents
@@ -110,8 +110,8 @@ def test_fittest_are_in_order():
     assert [member.index for member in fittest(some, 4)] == [2, 3, 1, 0]
 
 
-def climb(seed=0, generations=6, choose=None, wanted=frozenset((1, 2, 11, 12)), keep_found=False):
-    """Evolves towards wanted tokens; what was scored, what was chosen, and the result."""
+def climb(seed=0, generations=6, select=None, wanted=frozenset((1, 2, 11, 12)), keep_found=False):
+    """Evolve towards wanted tokens; return the scored members, the kept ones of each generation, and the result."""
     scored, chosen = [], []
 
     def score(some):
@@ -124,12 +124,12 @@ def climb(seed=0, generations=6, choose=None, wanted=frozenset((1, 2, 11, 12)), 
         chosen.append(fittest(candidates, 3))
         return chosen[-1]
 
-    best = evolve(members(A, B), read, score, choose or keep, generations, 8, seed, "key", keep_found)
+    best = evolve(members(A, B), read, score, select or keep, generations, 8, seed, "key", keep_found)
     return scored, chosen, best
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_evolution_finds_the_best_mixture(seed):
+def test_evolution_finds_the_best_recombination(seed):
     scored, chosen, best = climb(seed)
     assert best == chosen[-1]
     assert len(scored) == 2 + 6 * 8
@@ -151,7 +151,7 @@ def test_evolution_repeats_and_its_seed_matters():
     assert [member.token_ids for member in climb(1)[0]] != [member.token_ids for member in climb(2)[0]]
 
 
-def test_person_who_leaves_keeps_what_was_kept():
+def test_end_of_input_keeps_what_was_kept():
     def leave(at):
         def keep(generation, everyone, candidates):
             if generation == at:
@@ -160,11 +160,11 @@ def test_person_who_leaves_keeps_what_was_kept():
 
         return keep
 
-    scored, _, kept = climb(choose=leave(2))
+    scored, _, kept = climb(select=leave(2))
     assert kept == [scored[17]]  # the last one of generation 1
-    scored, _, kept = climb(choose=leave(0))
+    scored, _, kept = climb(select=leave(0))
     assert kept == fittest(scored[2:], 1)
 
 
-def test_prompts_that_cannot_be_mixed_give_nobody():
+def test_prompts_that_cannot_be_recombined_give_none():
     assert evolve(members(A, B), lambda ids: None, lambda some: None, lambda *args: [], 3, 4, 0, "key") == []

@@ -73,7 +73,7 @@ def test_ends_can_be_found_embeddings(run):
         (["--path", "a", "absent.safetensors"], "cannot be read as embeddings"),
         (["--path", "a", "{run}/prompt_embeds.safetensors"], "has 2 embeddings"),
         (["--path", "a", "b", "--frames", "1"], "--frames 2 or more"),
-        (["--path", "a", "b", "--prompts", "c"], "drawn alone"),
+        (["--path", "a", "b", "--prompts", "c"], "cannot be combined with --mix, --prompts or --negative"),
         (["--path", "a"], "expected 2 arguments"),
     ],
 )

@@ -1,0 +1,129 @@
+"""Check the settings of a command before any model is loaded, which may take minutes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from math import isfinite
+from types import NoneType
+from typing import Any, get_args
+
+import yaml
+
+from lightning_prompts import methods
+from lightning_prompts.backbones.embedding_files import split_name
+from lightning_prompts.data.prompts import find_prompts
+from lightning_prompts.data.targets import check_sources, find_targets
+from lightning_prompts.engine.prompts import Prompts
+from lightning_prompts.errors import UserError
+from lightning_prompts.methods.inversion.init import looks_like_file
+from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.text_settings import all_settings
+
+CHANGEABLE = {
+    "chooser",
+    "images",
+    "prompts",
+    "steps",
+    "patience",
+    "together",
+    "workers",
+    "retry",
+    "microbatch",
+    "gradient_checkpointing",
+    "vae_tiling",
+    "cpu_offload",
+    "score_every",
+    "sample_every",
+    "sampling_steps",
+    "offline",
+}
+"""Settings that may change when a search resumes."""
+
+
+def check_values(config: Any) -> None:
+    """Refuse null where a setting does not take it, and numbers that are not finite: the parser accepts both.
+
+    Args:
+        config: All settings of a command.
+
+    Raises:
+        UserError: A setting of the method or of its data is null or not finite.
+    """
+    for part in ("model", "data"):
+        module, _, name = config[part].class_path.rpartition(".")
+        hints = all_settings(getattr(importlib.import_module(module), name))
+        for setting, value in config[part].init_args.items():
+            hint = hints.get(setting, Any)
+            if value is None and hint is not Any and NoneType not in get_args(hint):
+                raise UserError(f"The setting --{part}.{setting} cannot be null; give a value, or leave it out.")
+            if isinstance(value, float) and not isfinite(value):
+                raise UserError(f"The setting --{part}.{setting} cannot be {value}; it takes a finite number.")
+
+
+def check_inputs(config: Any) -> None:
+    """Refuse inputs that do not exist.
+
+    Args:
+        config: All settings of a command.
+
+    Raises:
+        UserError: There is no such image or prompt, or no file to start from or to take words from.
+    """
+    data, model = config.data.init_args, config.model.init_args
+    if "prompts" in data:
+        find_prompts(_as_list(data.prompts))
+    else:
+        check_sources(_as_list(data.images))
+        if data.negative_images:
+            check_sources(_as_list(data.negative_images))
+    start, dictionary = model.get("start"), model.get("dictionary", "")
+    if start and looks_like_file(start) and not os.path.exists(split_name(start)[0]):
+        raise UserError(f"--model.start {start!r} is neither a run nor a file of embeddings; check the path.")
+    if dictionary.endswith(".json") and not os.path.isfile(dictionary):
+        raise UserError(f"There is no file {dictionary!r}; check --model.dictionary.")
+
+
+def count_problems(data: Any) -> int:
+    """Return the number of problems that inputs make up, or a lower bound where they are in shards.
+
+    Args:
+        data: Class and settings of the data module.
+    """
+    settings = data.init_args
+    if data.class_path.rpartition(".")[2] == Prompts.__name__:
+        return len(find_prompts(_as_list(settings.prompts)))
+    return len(find_targets(_as_list(settings.images), settings.one_subject))
+
+
+def check_resumable(folder: RunFolder, config: str) -> None:
+    """Refuse to resume a search under settings that would give other results than one search under the same settings.
+
+    Args:
+        folder: Folder of the run.
+        config: The settings to resume with, as YAML.
+
+    Raises:
+        UserError: Settings other than `CHANGEABLE` differ from those that the run started with.
+    """
+    saved, given = folder.saved.load(), yaml.safe_load(config)
+    changeable = CHANGEABLE - getattr(methods, given["model"]["class_path"].rpartition(".")[2]).decisive
+    differences: list[tuple[str, str, str]] = []
+    for part in ("model", "data"):
+        old, new = ({**run[part]["init_args"], "class_path": run[part].get("class_path")} for run in (saved, given))
+        for name in sorted(old.keys() & new.keys() - changeable):
+            if old[name] != new[name]:
+                setting = f"--{part}" if name == "class_path" else f"--{part}.{name}"
+                differences.append((setting, json.dumps(old[name]), json.dumps(new[name])))
+    if differences:
+        started = ", ".join(f"{setting} {old}" for setting, old, _ in differences)
+        wanted = ", ".join(new for *_, new in differences)
+        raise UserError(
+            f"The run in {folder.path} was started with {started} and cannot resume with {wanted}; give the former, or another "
+            "--run."
+        )
+
+
+def _as_list(inputs: str | list[str]) -> list[str]:
+    return [inputs] if isinstance(inputs, str) else inputs
