@@ -24,7 +24,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_prompts import methods
-from lightning_prompts.backbones import Backbone, load_backbone
+from lightning_prompts.backbones import Backbone, as_backbone, load_backbone
 from lightning_prompts.backbones.hub import pinned
 from lightning_prompts.callbacks import OwnerGuard, Results, Scores
 from lightning_prompts.callbacks.results import check_seeds, noise_of
@@ -260,8 +260,8 @@ def search(
 
     Args:
         config: The config's name, such as `ph2p`, whose settings are the default.
-        settings: Settings of the method and its data by name, such as `backbone`, `tokens` or `steps`; `backbone` may be a name or
-            what `load_backbone` has given, which saves loading it again.
+        settings: Settings of the method and its data by name, such as `backbone`, `tokens` or `steps`; `backbone` may be a name, a
+            diffusers pipeline, which stays unchanged, or a `Backbone`, which saves loading it again.
         draw_seeds: Seeds that the results' pictures are drawn from.
         folder: Where the files that a run writes are kept, in which there is no run yet; None for none.
         device: Where it computes, such as `cuda:1`; None for a GPU if there is one.
@@ -290,7 +290,8 @@ def search(
     data_kind: Any = {"Prompts": Prompts, "ImagesToPrompts": ImagesToPrompts}[read["data"]["class_path"]]
     defaults = {**read["model"]["init_args"], **read["data"].get("init_args", {})}
     with _in_python(), _apart(where), tempfile.TemporaryDirectory() as scratch, _prepared(folder) as (kept, lock):
-        of_method, of_data = checked_settings((kind, data_kind), defaults, settings)
+        given = {name: as_backbone(value) if name == "backbone" else value for name, value in settings.items()}
+        of_method, of_data = checked_settings((kind, data_kind), defaults, given)
         if scores:
             (texts,) = checked_settings((Scores,), {}, asdict(scores))
             scores = Scores(**texts)

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones.sampling_loop import generators_of
 from lightning_prompts.emoji.tokenizer import CONTEXT
 from lightning_prompts.errors import UserError
 
@@ -43,6 +44,7 @@ CAPTIONS = [
     "two dogs beside a large tree, blurry",
     "a dark picture of a green circle",
 ]
+TEXTS = ["a red square on a blue background", "two dogs and a Cat"]
 NOISE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
 }  # fmt: skip
@@ -273,6 +275,20 @@ def correct_end(encoder, tokenizer):
     for part in encoder.modules():
         if hasattr(part, "eos_token_id"):
             part.eos_token_id = tokenizer.eos_token_id
+
+
+def latents_of(pipeline, noise, guidance):
+    """Samples latents (B, C, h, w) of TEXTS with a pipeline."""
+    how = {"height": 16, "width": 16, "guidance_scale": guidance, "num_inference_steps": 3, "output_type": "latent"}
+    if isinstance(pipeline, diffusers.FluxPipeline):
+        packed = pipeline._pack_latents(noise, *noise.shape[:1], noise.shape[1], *noise.shape[2:])
+        drawn = pipeline(TEXTS, latents=packed, **how).images
+        return pipeline._unpack_latents(drawn, 16, 16, 2)
+    if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
+        how |= {"use_resolution_binning": False, "clean_caption": False}
+    if isinstance(pipeline, diffusers.LatentConsistencyModelPipeline):
+        how["generator"] = generators_of(noise)  # it adds noise at each step, which is the row's with us
+    return pipeline(TEXTS, latents=noise, **how).images
 
 
 def refused(match, name, **how):

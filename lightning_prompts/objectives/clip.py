@@ -61,7 +61,7 @@ def clip_of(backbone: Backbone) -> str:
     folder = EMOJI if backbone.name == "emoji" else Path(backbone.name).expanduser()
     if (folder / "clip").is_dir():
         return str(folder / "clip")
-    return clip_beside(tower.width for tower in backbone.towers)
+    return clip_beside(text_encoder.width for text_encoder in backbone.text_encoders)
 
 
 class ClipSimilarity(TypedModule):

@@ -14,8 +14,8 @@ def backbone(sd):
 
 def inputs(backbone, height=8, width=8):
     """Noisy latents, timesteps and prompts of different lengths."""
-    tower = backbone.towers[0]
-    ids = encode_text(tower.tokenizer, ["a red square", "", "two dogs and a cat"], tower.length)
+    text_encoder = backbone.text_encoders[0]
+    ids = encode_text(text_encoder.tokenizer, ["a red square", "", "two dogs and a cat"], text_encoder.length)
     return torch.randn(3, 4, height, width), torch.tensor([100, 500, 900]), backbone.encode(ids)
 
 

@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from lightning_prompts import guide, invert
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.backbones.embedding_files import pack_embedding, pack_prompt_embeds
+from lightning_prompts.backbones.embedding_files import pack_embedding
+from lightning_prompts.backbones.prompt_embeds_files import pack_prompt_embeds
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.commands.main import main
 from lightning_prompts.data.images import content_key, load_image
@@ -80,7 +81,7 @@ def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
 def test_gradient_goes_through_the_layers_that_are_left(folders):
     backbone = load_backbone(folders["sd1"], clip_skip=1).double()
     ids = encode_text(backbone.vocabulary.tokenizer, TEXTS, backbone.vocabulary.length)
-    x = backbone.towers[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
+    x = backbone.text_encoders[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
     weight = torch.randn(backbone.encode(ids).shape, dtype=torch.float64)
 
     def value(x):

@@ -153,7 +153,7 @@ def test_size_as_a_list(family, tmp_path):
         ours, theirs = (model.sample(prompt, prompt, noise, 2, 1.0) for model in (backbone, expected))
     assert torch.equal(ours, theirs)
     edit(file, lambda config: config.update(sample_size=[8, 12]))
-    refused("was trained on 8 x 12 latents, and only square pictures are drawn", folder)
+    refused("was trained on 8 x 12 latents, but only square images are supported", folder)
     if DENOISERS[family] == "unet":
         assert load_backbone(str(folder), image_size=16).latent_shape == (4, 8, 8)
 
@@ -161,7 +161,7 @@ def test_size_as_a_list(family, tmp_path):
 def test_size_that_is_not_stated(tmp_path):
     folder = families.save("sd1", tmp_path)
     edit(folder / "unet/config.json", lambda config: config.pop("sample_size"))
-    refused("does not state the size of its pictures; give --model.image_size", folder)
+    refused("does not state the size of its images; give --model.image_size", folder)
     assert load_backbone(str(folder), image_size=16).image_size == 16
 
 

@@ -9,13 +9,11 @@ import families
 import pytest
 import sentencepiece
 import torch
-from families import refused
+from families import TEXTS, latents_of, refused
 
-from lightning_prompts.backbones import base, load_backbone
+from lightning_prompts.backbones import Backbone, load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.errors import UserError
-
-TEXTS = ["a red square on a blue background", "two dogs and a Cat"]
 
 
 @pytest.fixture(scope="module", params=families.BUILD)
@@ -36,20 +34,6 @@ def pipeline(family):
     return pipeline
 
 
-def latents_of(pipeline, noise, guidance):
-    """What the pipeline draws, as latents (B, C, h, w)."""
-    how = {"height": 16, "width": 16, "guidance_scale": guidance, "num_inference_steps": 3, "output_type": "latent"}
-    if isinstance(pipeline, diffusers.FluxPipeline):
-        packed = pipeline._pack_latents(noise, *noise.shape[:1], noise.shape[1], *noise.shape[2:])
-        drawn = pipeline(TEXTS, latents=packed, **how).images
-        return pipeline._unpack_latents(drawn, 16, 16, 2)
-    if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
-        how |= {"use_resolution_binning": False, "clean_caption": False}
-    if isinstance(pipeline, diffusers.LatentConsistencyModelPipeline):
-        how["generator"] = base.generators_of(noise)  # it adds noise at each step, which is the row's with us
-    return pipeline(TEXTS, latents=noise, **how).images
-
-
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_draws_as_the_pipeline(guidance, backbone, pipeline):
     noise = torch.randn(2, *backbone.latent_shape)
@@ -63,7 +47,7 @@ def test_draws_as_the_pipeline(guidance, backbone, pipeline):
 
 
 def test_tokens_say_what_their_text_says(backbone, family):
-    for kind in {tower.kind for tower in backbone.towers}:
+    for kind in {text_encoder.kind for text_encoder in backbone.text_encoders}:
         other = load_backbone(str(family[1]), vocabulary=kind, image_size=16)
         vocabulary = other.vocabulary
         ids = encode_text(vocabulary.tokenizer, ["a red cat", ""], vocabulary.length)
@@ -102,7 +86,7 @@ def test_gradient_to_the_tokens(backbone):
     backbone.double()
     vocabulary = backbone.vocabulary
     ids = encode_text(vocabulary.tokenizer, ["a red cat"], vocabulary.length)
-    weights = [tower.encoder.get_input_embeddings().weight for tower in vocabulary.towers]
+    weights = [text_encoder.encoder.get_input_embeddings().weight for text_encoder in vocabulary.text_encoders]
     x = torch.cat(weights, dim=1)[ids].detach().requires_grad_()
     latents, noise = torch.randn(2, 1, *backbone.latent_shape, dtype=torch.float64)
     timesteps = torch.tensor([600])
@@ -115,7 +99,7 @@ def test_gradient_to_the_tokens(backbone):
     for part in gradient.split([weight.shape[1] for weight in weights], dim=2):
         assert part.abs().sum() > 0
     direction = torch.randn_like(x) * x.std()
-    eps, tolerance = (1e-3, 1e-2) if vocabulary.towers[0].kind == "t5" else (1e-4, 1e-5)  # T5 has float32 within
+    eps, tolerance = (1e-3, 1e-2) if vocabulary.text_encoders[0].kind == "t5" else (1e-4, 1e-5)  # T5 has float32 within
     assert (gradient * direction).sum().item() == pytest.approx(slope(loss, x, direction, eps), rel=tolerance)
 
 
@@ -152,7 +136,7 @@ def test_rows(backbone):
         assert torch.equal(again[0], hidden)
         assert torch.equal(again[1], pooled)
     rows = encoded.shape[2]
-    some, everything = (backbone.moving(encoded, pooled) for pooled in (False, True))
+    some, everything = (backbone.searchable_rows(encoded, pooled) for pooled in (False, True))
     one, other = backbone.encode_text(TEXTS)
     assert not (one != other).any(1)[~everything].any()  # the start of the text
     assert int((everything != some).sum()) == rows - hidden.shape[2]
@@ -167,7 +151,7 @@ def test_wide_pooled_vectors_take_several_rows(backbone):
     joined = backbone.join(hidden, pooled)
     assert joined.shape == (2, 6, 4)
     assert torch.equal(backbone.split(joined)[1], pooled)
-    assert backbone.moving(joined, False).tolist() == [i >= backbone.fixed and i < 3 for i in range(6)]
+    assert backbone.searchable_rows(joined, False).tolist() == [i >= backbone.fixed_rows and i < 3 for i in range(6)]
 
 
 def test_noise_target_and_x0(backbone):
@@ -241,7 +225,7 @@ def copy(family, tmp_path):
 
 
 def test_every_component_is_needed(copy, family):
-    kind = base.Backbone
+    kind = Backbone
     index = json.loads((copy / "model_index.json").read_text())
     parts = [
         part

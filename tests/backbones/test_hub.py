@@ -61,7 +61,7 @@ def test_fetches_only_what_is_read(hub, published, sd1):
     assert folder.name == published
     backbone = load_backbone("owner/model")
     assert backbone.name == "owner/model"
-    assert torch.equal(backbone.towers[0].table, load_backbone(str(sd1)).towers[0].table)
+    assert torch.equal(backbone.text_encoders[0].table, load_backbone(str(sd1)).text_encoders[0].table)
     assert len({path for method, path in hub.asked if method == "GET" and "/resolve/" in path}) == len(names(sd1))
 
 
@@ -356,14 +356,14 @@ def as_variant(folder, variant="fp16", parts=("text_encoder", "unet", "vae"), ke
 def halves(folder):
     """What is read of a folder's weights in half precision, by part."""
     full = load_backbone(str(folder))
-    parts = {"text_encoder": full.towers[0].encoder, "unet": full.denoiser, "vae": full.vae}
+    parts = {"text_encoder": full.text_encoders[0].encoder, "unet": full.denoiser, "vae": full.vae}
     return {part: {key: x.half().float() for key, x in network.state_dict().items()} for part, network in parts.items()}
 
 
 def check_read(backbone, half, full, parts=("text_encoder", "unet", "vae")):
     """The parts were read in half precision, and the others in full."""
-    read = {"text_encoder": backbone.towers[0].encoder, "unet": backbone.denoiser, "vae": backbone.vae}
-    whole = {"text_encoder": full.towers[0].encoder, "unet": full.denoiser, "vae": full.vae}
+    read = {"text_encoder": backbone.text_encoders[0].encoder, "unet": backbone.denoiser, "vae": backbone.vae}
+    whole = {"text_encoder": full.text_encoders[0].encoder, "unet": full.denoiser, "vae": full.vae}
     for part, network in read.items():
         expected = half[part] if part in parts else whole[part].state_dict()
         for key, x in network.state_dict().items():

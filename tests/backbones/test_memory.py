@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_prompts.backbones import load_backbone, save_memory
-from lightning_prompts.backbones.memory import Visitor
+from lightning_prompts.backbones.memory import OffloadedModule
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.sampling import Microbatch
@@ -45,23 +45,23 @@ def test_gives_the_same(folder, how, monkeypatch):
     """
     there, tables = set(), set()
 
-    def come(visitor, device):
-        there.add(id(visitor))
+    def load(module, device):
+        there.add(id(module))
         assert len(there) == 1
-        for tensor, data in visitor.weights:
+        for tensor, data in module.weights:
             tensor.data = data
 
-    def leave(visitor):
-        there.discard(id(visitor))
-        for tensor, data in visitor.weights:
+    def unload(module):
+        there.discard(id(module))
+        for tensor, data in module.weights:
             if data.is_floating_point() and id(tensor) not in tables:
                 tensor.data = torch.full_like(data, torch.nan)
 
     expected = computed(load_backbone(folder, image_size=16))
-    monkeypatch.setattr(Visitor, "come", come)
-    monkeypatch.setattr(Visitor, "leave", leave)
+    monkeypatch.setattr(OffloadedModule, "load", load)
+    monkeypatch.setattr(OffloadedModule, "unload", unload)
     backbone = load_backbone(folder, image_size=16)
-    tables |= {id(tower.encoder.get_input_embeddings().weight) for tower in backbone.towers}
+    tables |= {id(text_encoder.encoder.get_input_embeddings().weight) for text_encoder in backbone.text_encoders}
     save_memory(backbone, **{"gradient_checkpointing": False, "vae_tiling": False, "cpu_offload": False} | how)
     for a, b in zip(computed(backbone), expected, strict=True):
         assert a.isfinite().all()

@@ -7,8 +7,8 @@ import torch
 from families import edit, refused
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.backbones.base import generators_of
-from lightning_prompts.backbones.loading import EXCHANGEABLE
+from lightning_prompts.backbones.sampling_loop import generators_of, new_scheduler
+from lightning_prompts.backbones.schedulers import EXCHANGEABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -185,7 +185,7 @@ def test_clean_latents_between_two_timesteps_of_training(name, prediction, tmp_p
     """Of samplers that step there, whose own sigma decides."""
     config = {"_class_name": f"{name}Scheduler", "timestep_spacing": "linspace", "prediction_type": prediction}
     backbone = load_backbone(with_scheduler(families.save("sd1", tmp_path), config))
-    scheduler = backbone._sampler(7)
+    scheduler = new_scheduler(backbone, 7)
     assert (scheduler.timesteps % 1 > 0.1).any()
     x, output = torch.randn(2, 7, *backbone.latent_shape)
     for i, t in enumerate(scheduler.timesteps):

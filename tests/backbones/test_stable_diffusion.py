@@ -14,7 +14,7 @@ import transformers
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from lightning_prompts.backbones import Backbone, TextTower, load_backbone, repeat
+from lightning_prompts.backbones import Backbone, TextEncoder, load_backbone, repeat
 from lightning_prompts.errors import UserError
 from lightning_prompts.sampling import Microbatch, Sampler
 
@@ -37,9 +37,9 @@ def copy(sd1, tmp_path):
 
 
 def tokens(backbone, texts=TEXTS):
-    tower = backbone.towers[0]
-    return tower.tokenizer(
-        texts, padding="max_length", truncation=True, max_length=tower.length, return_tensors="pt"
+    text_encoder = backbone.text_encoders[0]
+    return text_encoder.tokenizer(
+        texts, padding="max_length", truncation=True, max_length=text_encoder.length, return_tensors="pt"
     ).input_ids
 
 
@@ -64,23 +64,23 @@ def directional(function, x, direction, eps):
         return (function(x + eps * direction) - function(x - eps * direction)).item() / (2 * eps)
 
 
-# Text tower
+# Text text_encoder
 
 
 def test_embeddings_of_the_tokens_change_nothing(backbone):
-    tower, ids = backbone.towers[0], tokens(backbone)
-    hidden, pooled = tower(ids)
-    hidden_again, pooled_again = tower(ids, tower.table[ids])
+    text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
+    hidden, pooled = text_encoder(ids)
+    hidden_again, pooled_again = text_encoder(ids, text_encoder.table[ids])
     assert torch.equal(hidden, hidden_again)
     assert torch.equal(pooled, pooled_again)
-    assert not torch.equal(hidden, tower(ids, tower.table[ids.roll(1, 0)])[0])
+    assert not torch.equal(hidden, text_encoder(ids, text_encoder.table[ids.roll(1, 0)])[0])
 
 
 def test_ids_say_where_the_text_ends(backbone):
-    tower, ids = backbone.towers[0], tokens(backbone)
-    embeddings = tower.table[ids[:1]]
-    hidden, pooled = tower(ids[:1], embeddings)
-    hidden_shorter, pooled_shorter = tower(ids[1:2], embeddings)
+    text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
+    embeddings = text_encoder.table[ids[:1]]
+    hidden, pooled = text_encoder(ids[:1], embeddings)
+    hidden_shorter, pooled_shorter = text_encoder(ids[1:2], embeddings)
     assert torch.equal(hidden, hidden_shorter)
     assert not torch.allclose(pooled, pooled_shorter)
 
@@ -93,35 +93,35 @@ def test_gradient_to_embeddings(backbone):
     def function(embeddings):
         return (backbone.encode(ids, embeddings) * weight).sum()
 
-    x = backbone.towers[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
+    x = backbone.text_encoders[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
     (gradient,) = torch.autograd.grad(function(x), x)
     direction = torch.randn_like(x) * x.std()
     assert (gradient * direction).sum().item() == pytest.approx(directional(function, x, direction, 1e-5), rel=1e-7)
 
 
 def test_hook_is_removed_after_an_exception(backbone):
-    tower, ids = backbone.towers[0], tokens(backbone)
-    before = tower(ids)[0]
+    text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
+    before = text_encoder(ids)[0]
     with pytest.raises(RuntimeError):
-        tower(ids, tower.table[ids][:, :-1])
-    assert torch.equal(tower(ids)[0], before)
+        text_encoder(ids, text_encoder.table[ids][:, :-1])
+    assert torch.equal(text_encoder(ids)[0], before)
 
 
 def test_length_is_what_tokenizer_and_encoder_take(backbone):
-    tower = backbone.towers[0]
-    assert tower.length == 32
-    tower.tokenizer.model_max_length = 20
-    assert tower.length == 20
-    tower.tokenizer.model_max_length = int(1e30)
-    assert tower.length == 32
+    text_encoder = backbone.text_encoders[0]
+    assert text_encoder.length == 32
+    text_encoder.tokenizer.model_max_length = 20
+    assert text_encoder.length == 20
+    text_encoder.tokenizer.model_max_length = int(1e30)
+    assert text_encoder.length == 32
 
 
 def test_half_precision_inside_and_float32_outside(sd):
     backbone = load_backbone(str(sd), dtype="bfloat16")
-    tower, ids = backbone.towers[0], tokens(backbone)
+    text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
     assert {p.dtype for p in backbone.parameters()} == {torch.bfloat16}
-    assert tower.table.dtype == backbone.alphas_cumprod.dtype == torch.float32
-    embeddings = tower.table[ids].requires_grad_()
+    assert text_encoder.table.dtype == backbone.alphas_cumprod.dtype == torch.float32
+    embeddings = text_encoder.table[ids].requires_grad_()
     told = backbone.encode(ids, embeddings)
     assert torch.equal(told, backbone.encode(ids))
     latents = backbone.sample(told, told[1:2], torch.randn(3, *backbone.latent_shape), 2, grad_steps=1)
@@ -161,7 +161,7 @@ def test_sizes(backbone):
     assert backbone.latent_shape == (4, 8, 8)
     assert backbone.image_size == 16
     assert backbone.num_train_timesteps == 1000
-    assert isinstance(backbone.towers[0], TextTower)
+    assert isinstance(backbone.text_encoders[0], TextEncoder)
 
 
 def test_layouts(sd1, sd2):
@@ -267,7 +267,7 @@ def test_memory_format_changes_nothing_but_the_speed(backbone):
 
 def test_the_empty_text_is_encoded_once(backbone):
     calls = []
-    backbone.towers[0].encoder.register_forward_hook(lambda *_: calls.append(None))
+    backbone.text_encoders[0].encoder.register_forward_hook(lambda *_: calls.append(None))
     with torch.inference_mode():
         empty = backbone.encode_text([""])
     assert torch.equal(backbone.encode_text([""]), empty)
@@ -468,7 +468,7 @@ def test_text_encoder_is_float32_although_its_file_says_half(sd1, tmp_path):
     assert json.loads((tmp_path / "text_encoder/config.json").read_text())["dtype"] == "float16"
     backbone, original = load_backbone(str(tmp_path)), load_backbone(str(sd1))
     assert {p.dtype for p in backbone.parameters()} == {torch.float32}
-    assert torch.equal(backbone.towers[0].table, original.towers[0].table.half().float())
+    assert torch.equal(backbone.text_encoders[0].table, original.text_encoders[0].table.half().float())
 
 
 def test_layout_of_old_files(sd1, copy):

@@ -129,7 +129,7 @@ class Inverter(PromptMethod):
         if contains_blocked(template.replace("{}", " "), tuple(blocked)):
             raise UserError(f"--model.template has a blocked word, got {template!r}; change it or --model.blocked.")
         super().__init__(**kwargs)
-        if clip_weight and self.vocabulary.towers[0].kind != "clip":
+        if clip_weight and self.vocabulary.text_encoders[0].kind != "clip":
             self._check_clip_weight(clip or clip_of(self.backbone), denoising_weight)
         self.template, self.blocked, self.start = template, tuple(blocked), start
         words = None if words is None else tuple(words)
@@ -252,7 +252,7 @@ class Inverter(PromptMethod):
         chunk = chunk or max(len(ids), 1)
         terms, parts = {}, [slice(begun, begun + chunk) for begun in range(0, max(len(ids), 1), chunk)]
         if self.denoising_weight:
-            if texts is None and self.backbone.others:
+            if texts is None and self.backbone.other_text_encoders:
                 texts = self.prompt.texts(ids[:, self.prompt.positions])
             encoded = [self.backbone.encode(ids[part], embeddings[part], texts=texts and texts[part]) for part in parts]
             terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, torch.cat(encoded), samples)
@@ -318,8 +318,8 @@ class Inverter(PromptMethod):
         """Refuse a weight of the CLIP's loss whose gradient is needed where it has none."""
         if not self.moves_embeddings and denoising_weight:
             return
-        kind, instead = self.vocabulary.towers[0].kind, ""
-        if kind != "clip" and any(tower.kind == "clip" for tower in self.backbone.towers):
+        kind, instead = self.vocabulary.text_encoders[0].kind, ""
+        if kind != "clip" and any(encoder.kind == "clip" for encoder in self.backbone.text_encoders):
             instead = ", or search the CLIP encoder's tokens with --model.vocabulary clip"
         if self.moves_embeddings:
             instead = f"give --model.clip_weight 0{instead}"

@@ -116,7 +116,7 @@ class PH2P(Inverter):
 
         They are fixed within a step, whose losses must be those of one function.
         """
-        if not self.backbone.others or self.projection == "immediate":
+        if not self.backbone.other_text_encoders or self.projection == "immediate":
             return None
         return self.prompt.texts(self.prompt.nearest(self.to_device(rows)))
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_prompts.backbones.embedding_files import base_prompts, pack_prompt_embeds, read_prompt_embeds
+from lightning_prompts.backbones.prompt_embeds_files import base_prompts, pack_prompt_embeds, read_prompt_embeds
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.data.prompts import Prompts
 from lightning_prompts.engine.method import PromptMethod
@@ -79,7 +79,7 @@ class Steering(PromptMethod):
 
     def moving(self, embeds: Tensor) -> Tensor:
         """Return the rows (R,) of encoded prompts (..., R, D) that move."""
-        return self.backbone.moving(embeds, self.pooled)
+        return self.backbone.searchable_rows(embeds, self.pooled)
 
     @torch.no_grad()
     def set_rows(self, problems: list[Problem]) -> None:

@@ -121,8 +121,8 @@ class HumanFeedback(Steering):
         return (self.gists(torch.stack(list(embeds))) - self.gists(self.at[0][None])) @ self.axes.T
 
     def gists(self, embeds: Tensor) -> Tensor:
-        """Summarize encoded prompts (T, S, R, D) to vectors (T, D); see `Backbone.gist`."""
-        return self.backbone.gist(embeds[:, 0])
+        """Summarize encoded prompts (T, S, R, D) to vectors (T, D); see `Backbone.summary_embedding`."""
+        return self.backbone.summary_embedding(embeds[:, 0])
 
     # --- candidates
 
