@@ -29,7 +29,7 @@ FOREIGN = {
     "the state of an optimizer": r"\b(?:exp_avg|exp_avg_sq|momentum_buffer|optimizer|param_groups)\b",
     "the weights of a model": r"\.(?:weight|bias)$|^state_dict$",
 }
-"""What a file holds if it is not an embedding, by patterns of the names in it."""
+"""Contents of files that are not embeddings, by patterns of the names in them."""
 
 WIDTHS = {
     768: "Stable Diffusion 1 (clip_l)",
@@ -72,10 +72,10 @@ def pack_embedding(embedding: Tensor, backbone: Backbone, token: str) -> bytes:
 def split_name(path: str | Path) -> tuple[Path, str | None]:
     """Split `file#name` into the file and the embedding's name; the name is None if the whole text is a file or there is none."""
     text = str(path)
-    if not os.path.isfile(text):  # unlike pathlib's, this takes a text of any length
-        for place in (match.start() for match in re.finditer("#", text)):
-            if os.path.isfile(text[:place]):
-                return Path(text[:place]), text[place + 1 :]
+    if not os.path.isfile(text):  # unlike pathlib's `is_file`, this takes a text of any length
+        for position in (match.start() for match in re.finditer("#", text)):
+            if os.path.isfile(text[:position]):
+                return Path(text[:position]), text[position + 1 :]
     return Path(text), None
 
 

@@ -12,8 +12,7 @@ from lightning_prompts.backbones.sd3 import StableDiffusion3
 from lightning_prompts.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_prompts.errors import UserError, shortened
 
-__all__ = ["ENTRY_POINTS", "Flux", "PixArt", "StableDiffusion", "StableDiffusion3", "StableDiffusionXL", "families"]
-
+OWN = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt)
 ENTRY_POINTS = "lightning_prompts.families"
 """The entry points by which other packages name their families."""
 
@@ -30,7 +29,8 @@ def families() -> dict[str, type[Backbone]]:
     ```
     """
     _import_others()
-    return dict(_FAMILIES)
+    own: dict[str, type[Backbone]] = {pipeline: family for family in OWN for pipeline in family.pipelines}
+    return own | _FAMILIES
 
 
 @cache

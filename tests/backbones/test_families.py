@@ -1,4 +1,4 @@
-"""Every family against diffusers' own pipeline."""
+"""Every family compared with its diffusers pipeline."""
 
 import io
 import json
@@ -35,18 +35,18 @@ def pipeline(family):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_draws_as_the_pipeline(guidance, backbone, pipeline):
+def test_samples_as_the_pipeline(guidance, backbone, pipeline):
     noise = torch.randn(2, *backbone.latent_shape)
     expected = latents_of(pipeline, noise, guidance)
     with torch.no_grad():
         empty = backbone.encode_text([""])
-        away = torch.zeros_like(empty) if backbone.zero_empty else empty
-        drawn = backbone.sample(backbone.encode_text(TEXTS), away, noise, 3, guidance)
-    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
-    assert drawn.std() > 0.1
+        negative = torch.zeros_like(empty) if backbone.zero_empty else empty
+        latents = backbone.sample(backbone.encode_text(TEXTS), negative, noise, 3, guidance)
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+    assert latents.std() > 0.1
 
 
-def test_tokens_say_what_their_text_says(backbone, family):
+def test_tokens_are_encoded_as_their_text(backbone, family):
     for kind in {text_encoder.kind for text_encoder in backbone.text_encoders}:
         other = load_backbone(str(family[1]), vocabulary=kind, image_size=16)
         vocabulary = other.vocabulary
@@ -82,7 +82,7 @@ def slope(function, x, direction, eps):
 
 
 def test_gradient_to_the_tokens(backbone):
-    """Of the denoising loss, through all text encoders that read the tokens."""
+    """Check the gradient of the denoising loss through all text encoders that take the tokens."""
     backbone.double()
     vocabulary = backbone.vocabulary
     ids = encode_text(vocabulary.tokenizer, ["a red cat"], vocabulary.length)
@@ -104,7 +104,7 @@ def test_gradient_to_the_tokens(backbone):
 
 
 def test_gradient_to_the_encoded_prompt(backbone, family):
-    """Of what is drawn in three steps, to all rows, that of the pooled vector among them."""
+    """Check the gradient of sampled latents after three steps with respect to all rows, including the pooled vector."""
     backbone.double()
     noise, weight = torch.randn(2, 1, *backbone.latent_shape, dtype=torch.float64)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_half_precision(family):
 
 
 def spoil(family, change):
-    """A changed index."""
+    """Change the index."""
     index = json.loads((family / "model_index.json").read_text())
     change(index)
     (family / "model_index.json").write_text(json.dumps(index))
@@ -249,13 +249,13 @@ def test_every_component_is_needed(copy, family):
 
 
 def parts(folder):
-    """The components that a folder has."""
+    """Return the components of a folder."""
     index = json.loads((folder / "model_index.json").read_text())
     return [part for part, value in index.items() if isinstance(value, list) and value[0]]
 
 
 def again(folder, part):
-    """What is said of a component that cannot be read."""
+    """Return the message about a component that cannot be read."""
     return rf"The {part} of the model {str(folder)!r} cannot be read \(.+\); download or save the model again\.$"
 
 
@@ -276,7 +276,7 @@ def loop(file):
 
 
 def in_shards(text):
-    """An index in place of weights."""
+    """Write an index in place of weights."""
     return lambda file: (file.unlink(), file.with_name(f"{file.name}.index.json").write_text(text))
 
 
@@ -344,7 +344,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """A component of another class for each class."""
+    """Return a component of another class for each class."""
     folders = {name: families.save(name, tmp_path_factory.mktemp("other")) for name in ("sd1", "sd3", "flux", "pixart")}
     return {kind: folders[name] / part for kind, (name, part) in OTHERS.items()}
 
