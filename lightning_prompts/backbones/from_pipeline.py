@@ -110,12 +110,14 @@ def _networks(family: type[Backbone], pipeline: DiffusionPipeline) -> dict[str, 
 
 
 def _check_shareable(component: str, network: Any, kind: str) -> None:
-    """Refuse a network that is quantized or whose calls are patched, which a copy would not follow."""
+    """Refuse a network that is quantized, offloaded or patched, or needs an image as input."""
     quantized = getattr(network, "is_quantized", False) or getattr(network, "hf_quantizer", None) is not None
     if quantized or any(type(p) is not nn.Parameter or p.dtype not in FLOATS for p in network.parameters()):
         raise UserError(
             f"The {component} of the {kind} is quantized, which is not supported; load it in float32, bfloat16 or float16."
         )
+    if getattr(network.config, "encoder_hid_dim_type", None) == "ip_image_proj":
+        raise UserError(f"The {component} of the {kind} has an IP-Adapter, which is not supported; unload it.")
     if any(tensor.is_meta for tensor in network.parameters()) or any(map(_is_patched, network.modules())):
         raise UserError(
             f"The {component} of the {kind} is offloaded or has other hooks that replace its `forward`, which is not supported; "

@@ -165,6 +165,9 @@ def test_quantized_and_offloaded_pipelines_are_refused(sd1):
     refused(
         "The unet of the StableDiffusionPipeline is quantized, which is not supported; load it in float32", quantized
     )
+    adapted = loaded(sd1)
+    adapted.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    refused("The unet of the StableDiffusionPipeline has an IP-Adapter, which is not supported; unload it", adapted)
     offloaded.vae.to("meta")
     refused("The vae of the StableDiffusionPipeline is offloaded", offloaded)
 
