@@ -33,13 +33,13 @@ SMALL = {"tokens": 2, "sampling_steps": 2, "image_size": 16, "sample_every": 0}
 @pytest.fixture
 def read(monkeypatch):
     """All texts that text encoders have read."""
-    seen, original = [], TextEncoder.read
+    seen, original = [], TextEncoder.encode_text
 
     def spy(self, texts, *args, **kwargs):
         seen.append((self.kind, list(texts)))
         return original(self, texts, *args, **kwargs)
 
-    monkeypatch.setattr(TextEncoder, "read", spy)
+    monkeypatch.setattr(TextEncoder, "encode_text", spy)
     return seen
 
 
