@@ -39,7 +39,7 @@ def vocabulary(share: float) -> list[str]:
     """A random part of the allowed tokens, the same at every call, as the list of words that may be used."""
     import torch
 
-    tokenizer = load_backbone("emoji").towers[0].tokenizer
+    tokenizer = load_backbone("emoji").text_encoders[0].tokenizer
     allowed = allowed_tokens(tokenizer).nonzero().flatten()
     kept = allowed[torch.randperm(len(allowed), generator=torch.Generator().manual_seed(0))][
         : int(share * len(allowed))

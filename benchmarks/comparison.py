@@ -63,7 +63,7 @@ Row = dict[str, str]
 @cache
 def tokenizer() -> Any:
     """The embedded model's."""
-    return load_backbone("emoji").towers[0].tokenizer
+    return load_backbone("emoji").text_encoders[0].tokenizer
 
 
 def ids_of(text: str) -> list[int]:

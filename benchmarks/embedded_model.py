@@ -40,9 +40,9 @@ def recognised(scenes: list[world.Scene], pictures: Tensor) -> dict[str, float]:
 
 def draw(backbone: Backbone, captions: list[str], guidance_scale: float) -> Tensor:
     """Pictures (B, 3, 64, 64) of captions, 25 steps."""
-    length = backbone.towers[0].length
-    told = backbone.encode(encode_text(backbone.towers[0].tokenizer, captions, length))
-    nothing = backbone.encode(encode_text(backbone.towers[0].tokenizer, [""], length))
+    length = backbone.text_encoders[0].length
+    told = backbone.encode(encode_text(backbone.text_encoders[0].tokenizer, captions, length))
+    nothing = backbone.encode(encode_text(backbone.text_encoders[0].tokenizer, [""], length))
     noise = torch.randn(len(captions), *backbone.latent_shape, generator=torch.Generator().manual_seed(SEED))
     rows = torch.arange(len(captions)).split(20)
     return torch.cat([backbone.decode(backbone.sample(told[r], nothing, noise[r], 25, guidance_scale)) for r in rows])
@@ -50,7 +50,7 @@ def draw(backbone: Backbone, captions: list[str], guidance_scale: float) -> Tens
 
 def loss_ratios(backbone: Backbone, latents: Tensor, captions: list[str]) -> dict[str, float]:
     """Denoising loss with each target's caption replaced by the next one's, over that with its own."""
-    told = backbone.encode(encode_text(backbone.towers[0].tokenizer, captions, backbone.towers[0].length))
+    told = backbone.encode(encode_text(backbone.text_encoders[0].tokenizer, captions, backbone.text_encoders[0].length))
     wrong, generator, ratios = told[torch.arange(len(latents)).roll(1)], torch.Generator().manual_seed(SEED), {}
     for low, high in ((0, 250), (250, 500), (500, 750), (750, 1000), (500, 1000)):
         t = torch.randint(low, high, (len(latents),), generator=generator)

@@ -191,7 +191,7 @@ class Bench:
         """Return the bytes that `benchmarks/memory.py` counts, in the order of `MEMORY`."""
         if name not in self.counts:
             model = memory.on_meta(self.models[name])
-            weights = sum(map(memory.weights, (model.towers, model.denoiser, model.vae)))
+            weights = sum(map(memory.weights, (model.text_encoders, model.denoiser, model.vae)))
             self.counts[name] = [weights, *memory.activations(model)]
         return self.counts[name]
 

@@ -41,13 +41,13 @@ def measured(kind: str, steps: int) -> str:
     backbone = load_backbone("emoji")
     clip = ClipSimilarity(default_clip(backbone))
     prompt = "a small bunny on a crimson background"
-    ids = encode_text(backbone.towers[0].tokenizer, [prompt, "blurry"], backbone.towers[0].length)
+    ids = encode_text(backbone.text_encoders[0].tokenizer, [prompt, "blurry"], backbone.text_encoders[0].length)
     noise = torch.randn(PICTURES, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
     wanted = clip.features_of([prompt])
     calls, grad_steps = (3 * steps // 5, 1) if kind == "shortcut" else (steps, steps)
 
     def gradient(calls: int, grad_steps: int) -> None:
-        table = backbone.towers[0].table[ids].clone().requires_grad_()
+        table = backbone.text_encoders[0].table[ids].clone().requires_grad_()
         told, away = (backbone.encode(ids[i : i + 1], table[i : i + 1]).repeat_interleave(PICTURES) for i in (0, 1))
         latents = backbone.sample(told, away, noise, steps, 3.0, grad_steps, calls)
         loss = spherical_distance(clip.features(backbone.decode(latents)), wanted).mean()

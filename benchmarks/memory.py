@@ -44,12 +44,12 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from lightning_prompts.backbones import Backbone, TextTower
+from lightning_prompts.backbones import Backbone, TextEncoder
 from lightning_prompts.backbones.flux import Flux
 from lightning_prompts.backbones.pixart import PixArt
 from lightning_prompts.backbones.sd3 import StableDiffusion3
 from lightning_prompts.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
-from lightning_prompts.backbones.towers import Said
+from lightning_prompts.backbones.text_encoders import TextEncoderOutput
 
 GIB = 2**30
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -154,11 +154,8 @@ def backbone(
     family: type[Backbone], texts: list[tuple[Any, Any]], denoiser: Any, autoencoder: Any, scheduler: Any
 ) -> Backbone:
     """A model of these parts."""
-    towers = [
-        TextTower(*text, reads.layer, reads.length, reads.masked)
-        for text, reads in zip(texts, family.reads, strict=True)
-    ]
-    return family(family.__name__, towers, denoiser, autoencoder, scheduler)
+    text_encoders = [TextEncoder(*text, spec) for text, spec in zip(texts, family.text_encoder_specs, strict=True)]
+    return family(family.__name__, text_encoders, denoiser, autoencoder, scheduler)
 
 
 EPSILON = diffusers.DDIMScheduler()
@@ -266,12 +263,14 @@ def on_meta(build: Callable[[], Backbone]) -> Backbone:
 def calls(model: Backbone) -> list[tuple[Any, Callable[[], Tensor]]]:
     """Calls of the denoiser and of the decoder for one picture, with a gradient to the prompt and to the latents."""
     said = []
-    for tower, reads in zip(
-        model.towers, model.reads, strict=True
+    for text_encoder, spec in zip(
+        model.text_encoders, model.text_encoder_specs, strict=True
     ):  # without content they cannot be called: T5 looks at what its mask holds
-        pooled = tower.encoder.config.projection_dim if reads.network.endswith("Projection") else tower.width
-        shapes = (1, tower.length, tower.width), (1, pooled)
-        said.append(Said(*(torch.zeros(shape, device=model.device) for shape in shapes)))
+        pooled = (
+            text_encoder.encoder.config.projection_dim if spec.network.endswith("Projection") else text_encoder.width
+        )
+        shapes = (1, text_encoder.length, text_encoder.width), (1, pooled)
+        said.append(TextEncoderOutput(*(torch.zeros(shape, device=model.device) for shape in shapes)))
     told = model.combine(said).to(torch.bfloat16).requires_grad_()
     latents = torch.zeros(1, *model.latent_shape, device=model.device)
     timesteps = torch.zeros(1, device=model.device)
@@ -302,7 +301,7 @@ def table() -> str:
     lines = [f"| GiB | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for name, build in MODELS.items():
         model = on_meta(build)
-        parts = [weights(part) for part in (model.towers, model.denoiser, model.vae)]
+        parts = [weights(part) for part in (model.text_encoders, model.denoiser, model.vae)]
         figures = [size / GIB for size in (*parts, *activations(model))]
         lines.append(f"| {name} | {model.image_size} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
     return "\n".join(lines)
@@ -331,7 +330,7 @@ def clip_model(text: Any, projection: int = 768, **vision: Any) -> Any:
 def write_model(folder: Path) -> None:
     """A model of the size of Stable Diffusion 1.5, and the CLIP of which its text encoder is."""
     model = MODELS["Stable Diffusion 1.5"]()
-    tokenizer, encoder = model.towers[0].tokenizer, model.towers[0].encoder
+    tokenizer, encoder = model.text_encoders[0].tokenizer, model.text_encoders[0].encoder
     pipeline = diffusers.StableDiffusionPipeline(
         vae=model.vae, text_encoder=encoder, tokenizer=tokenizer, unet=model.denoiser, scheduler=model.scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.backbones import Backbone, load_backbone
-from lightning_prompts.backbones.base import generators_of
-from lightning_prompts.backbones.loading import exchangeable
+from lightning_prompts.backbones.sampling_loop import generators_of
+from lightning_prompts.backbones.schedulers import exchangeable
 from lightning_prompts.backbones.vocabulary import token_lists
 
 ROOT = Path(__file__).parents[1]

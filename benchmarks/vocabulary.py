@@ -71,7 +71,7 @@ def watch(clock: Clock) -> None:
     """Time the parts: the networks with their backward passes, and the search as a whole."""
     from pytorch_lightning import Trainer
 
-    from lightning_prompts.backbones import Backbone, TextTower
+    from lightning_prompts.backbones import Backbone, TextEncoder
     from lightning_prompts.objectives import ClipSimilarity
 
     def patch(owner: Any, name: str, part: str) -> None:
@@ -81,7 +81,7 @@ def watch(clock: Clock) -> None:
         patch(family, "denoise", "denoiser")
     for name in ("encode_image", "decode"):
         patch(Backbone, name, "denoiser")
-    patch(TextTower, "forward", "text encoders")
+    patch(TextEncoder, "forward", "text encoders")
     for name in ("features", "text_features"):
         patch(ClipSimilarity, name, "CLIP")
     patch(ClipSimilarity, "__init__", "loading")

@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     backbone, folder = load_backbone("emoji"), TARGETS / args.targets
-    tokenizer, length = backbone.towers[0].tokenizer, backbone.towers[0].length
+    tokenizer, length = backbone.text_encoders[0].tokenizer, backbone.text_encoders[0].length
     words = json.loads((folder / "words.json").read_text())
     rows = [json.loads(line) for line in (folder / "targets.jsonl").read_text().splitlines()]
     rows = [row for row in rows if not set(content_words(row["caption"])) & set(LOOKS)]

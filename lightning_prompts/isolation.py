@@ -33,7 +33,9 @@ def isolated(device: torch.device) -> Iterator[None]:
             logger.setLevel(logging.ERROR)
         modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)
         with isolate_rng(), modes[0], modes[1], modes[2], warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|torch|diffusers|transformers|PIL")
+            warnings.filterwarnings(
+                "ignore", module=r"pytorch_lightning|lightning_fabric|torch|diffusers|transformers|PIL"
+            )
             yield
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):

@@ -10,13 +10,9 @@ import torch
 from safetensors.torch import load, save_file
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.backbones.embedding_files import (
-    embedding_in,
-    encoder_names,
-    pack_embedding,
-    read_embedding,
-    read_prompt_embeds,
-)
+from lightning_prompts.backbones.embedding_files import embedding_keys, pack_embedding, read_embedding
+from lightning_prompts.backbones.pipeline_embeddings import embedding_in
+from lightning_prompts.backbones.prompt_embeds_files import read_prompt_embeds
 from lightning_prompts.backbones.vocabulary import encode_text, fillers
 from lightning_prompts.errors import UserError
 
@@ -71,7 +67,7 @@ def automatic1111(tensors):
 def test_other_tools_take_our_tensors(backbone, embedding, family):
     tensors = load(pack_embedding(embedding, backbone, "<fox>"))
     parts = backbone.vocabulary.split(embedding)
-    for name, part in zip(encoder_names(backbone), parts, strict=True):
+    for name, part in zip(embedding_keys(backbone), parts, strict=True):
         assert torch.equal(comfy(tensors, name), part)
     theirs = automatic1111(tensors)
     if len(parts) == 2:
@@ -256,16 +252,16 @@ def test_parts_that_are_not_searched_are_said(family_name, vocabulary, name, tmp
     widths = {"flux": {"clip_l": 32, name: 48}, "sd3": {"clip_l": 32, "clip_g": 48, name: 96}}[family_name]
     parts = {encoder: torch.randn(2, width) for encoder, width in widths.items()}
     save_file(parts, tmp_path / "fox.safetensors")
-    searched = [{"t5xxl": name}.get(encoder, encoder) for encoder in encoder_names(backbone)]
+    searched = [{"t5xxl": name}.get(encoder, encoder) for encoder in embedding_keys(backbone)]
     with caplog.at_level(logging.INFO, "lightning_prompts"):
         found = read_embedding(tmp_path / "fox.safetensors", backbone)
     assert torch.equal(found, torch.cat([parts[encoder] for encoder in searched], 1))
     unused = " and ".join({name: "t5xxl"}.get(encoder, encoder) for encoder in widths if encoder not in searched)
     assert f"Ignoring the embedding for {unused} in" in caplog.text
-    assert f"the search uses the tokens of {' and '.join(encoder_names(backbone))}." in caplog.text
+    assert f"the search uses the tokens of {' and '.join(embedding_keys(backbone))}." in caplog.text
     del parts[searched[-1]]
     save_file(parts, tmp_path / "fox.safetensors")
-    with pytest.raises(UserError, match=f"and the model .* needs {encoder_names(backbone)[-1]}; give"):
+    with pytest.raises(UserError, match=f"and the model .* needs {embedding_keys(backbone)[-1]}; give"):
         read_embedding(tmp_path / "fox.safetensors", backbone)
 
 
@@ -315,10 +311,12 @@ def test_token_in_a_pipeline_which_is_left_as_it_was(backbone, embedding, family
         hidden, pooled = told(used, TEXT.format("<fox>"))
     ours, our_pooled = backbone.split(encoded(backbone, embedding))
     rows = (
-        slice(None) if len(backbone.vocabulary.towers) == len(backbone.towers) else slice(0, backbone.vocabulary.length)
+        slice(None)
+        if len(backbone.vocabulary.text_encoders) == len(backbone.text_encoders)
+        else slice(0, backbone.vocabulary.length)
     )
     torch.testing.assert_close(hidden[:, rows], ours[:, rows], atol=1e-5, rtol=1e-5)
-    if pooled is not None and backbone.vocabulary.towers[0].kind == "clip":
+    if pooled is not None and backbone.vocabulary.text_encoders[0].kind == "clip":
         torch.testing.assert_close(pooled, our_pooled, atol=1e-5, rtol=1e-5)
     for name, part in parts.items():
         assert all(torch.equal(x, before[name][key]) for key, x in part.state_dict().items())

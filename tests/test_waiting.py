@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prompts.backbones import base, load_backbone
+from lightning_prompts.backbones import load_backbone, sampling_loop
 from lightning_prompts.engine.batch import Row
 from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.methods import PH2P, TextualInversion
@@ -91,7 +91,9 @@ def test_a_step_does_not_wait(method, settings, tiny, monkeypatch):
 )
 @pytest.mark.parametrize("stop", [None, 2])
 def test_drawing_does_not_wait(scheduler, stop, sd1, monkeypatch):
-    monkeypatch.setattr(base, "generators_of", lambda noise: None)  # these are seeded by the noise, for which it waits
+    monkeypatch.setattr(
+        sampling_loop, "generators_of", lambda noise: None
+    )  # these are seeded by the noise, for which it waits
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     model = load_backbone(str(sd1), scheduler=scheduler).to(DEVICE)
     prompts = torch.zeros(2, 5, 32, device=DEVICE, requires_grad=True)

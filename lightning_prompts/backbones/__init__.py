@@ -1,17 +1,22 @@
-"""Frozen text-to-image models behind one interface, and where they are loaded from."""
+"""Frozen text-to-image models behind one interface, and the code that loads them."""
 
-from lightning_prompts.backbones.base import Backbone, repeat
-from lightning_prompts.backbones.loading import EMOJI, FAMILIES, load_backbone, quiet
+from lightning_prompts.backbones.base import Backbone
+from lightning_prompts.backbones.from_pipeline import as_backbone
+from lightning_prompts.backbones.loading import EMOJI, load_backbone, quiet
 from lightning_prompts.backbones.memory import save_memory
-from lightning_prompts.backbones.towers import Kind, TextTower, Vocabulary
+from lightning_prompts.backbones.registry import families
+from lightning_prompts.backbones.sampling_loop import repeat
+from lightning_prompts.backbones.text_encoders import Kind, TextEncoder, TextEncoderSpec, Vocabulary
 
 __all__ = [
     "EMOJI",
-    "FAMILIES",
     "Backbone",
     "Kind",
-    "TextTower",
+    "TextEncoder",
+    "TextEncoderSpec",
     "Vocabulary",
+    "as_backbone",
+    "families",
     "load_backbone",
     "quiet",
     "repeat",

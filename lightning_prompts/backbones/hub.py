@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_prompts.backbones.registry import families
 from lightning_prompts.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -32,28 +34,7 @@ SHORT_NAMES = {
     "pixart": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
 }
 
-PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae")
-"""The components that have weights."""
-
-FILES = [  # safetensors and the files that describe them; no pickles, no other frameworks
-    "model_index.json",
-    "scheduler/*.json",
-    "tokenizer*/*",
-    *(f"{part}/config.json" for part in PARTS),
-    *(f"{part}/*{end}" for part in PARTS for end in (".safetensors", ".safetensors.index.json", ".safetensors.index.*.json")),
-]  # fmt: skip
-
-WEIGHTS = re.compile(
-    r"(?P<part>text_encoder\w*(?=/model\b)|(?:unet|transformer|vae)(?=/diffusion_pytorch_model\b))/\w+"
-    r"(?:(?:\.(?P<variant>[\w-]+?))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors|\.safetensors\.index(?:\.(?P<indexed>[\w-]+))?\.json)"
-)
-"""Match a component's weight file as diffusers and transformers name it: `unet/diffusion_pytorch_model.fp16.safetensors`, in shards
-`text_encoder/model.fp16-00001-of-00002.safetensors` with `text_encoder/model.safetensors.index.fp16.json`."""
-
-CONFIGURATION = [pattern for pattern in FILES if "safetensors" not in pattern]
-"""Patterns of the files that describe a model, without its weights."""
-
-CLIPS = {  # that the text encoders are taken from, by width
+CLIPS = {  # the CLIPs that text encoders come from, by width
     768: "openai/clip-vit-large-patch14",  # Stable Diffusion 1, SDXL, Stable Diffusion 3, FLUX
     1024: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",  # Stable Diffusion 2
 }
@@ -69,6 +50,38 @@ CLIP_FILES = [
 ]
 
 
+def components() -> dict[str, str]:
+    """Return the components with weights, of all families, and the stem of their files."""
+    kinds = dict.fromkeys(families().values())
+    return {component: stem for family in kinds for component, (_, stem) in family.components().items()}
+
+
+def configuration_files() -> list[str]:
+    """Return patterns of the files that describe a model, without its weights."""
+    return ["model_index.json", "scheduler/*.json", "tokenizer*/*", *(f"{name}/config.json" for name in components())]
+
+
+def model_files() -> list[str]:
+    """Return patterns of a model's files: safetensors and what describes them; no pickles, no other frameworks."""
+    ends = (".safetensors", ".safetensors.index.json", ".safetensors.index.*.json")
+    return [*configuration_files(), *(f"{name}/*{end}" for name in components() for end in ends)]
+
+
+def match_weights(file: str) -> re.Match[str] | None:
+    """Match a component's weight file as diffusers and transformers name it.
+
+    Examples are `unet/diffusion_pytorch_model.fp16.safetensors` and, in shards, `text_encoder/model.fp16-00001-of-00002.safetensors`
+    with `text_encoder/model.safetensors.index.fp16.json`. The groups are `part`, `variant` or `indexed`, and `shard`.
+    """
+    parts = "|".join(rf"{re.escape(name)}(?=/{stem}\b)" for name, stem in components().items())
+    return re.fullmatch(
+        rf"(?P<part>{parts})/\w+"
+        r"(?:(?:\.(?P<variant>[\w-]+?))?(?P<shard>-\d{5}-of-\d{5})?\.safetensors"
+        r"|\.safetensors\.index(?:\.(?P<indexed>[\w-]+))?\.json)",
+        file,
+    )
+
+
 class File(NamedTuple):
     """A file of a model on the hub, with its size in bytes."""
 
@@ -78,9 +91,9 @@ class File(NamedTuple):
 
 
 def find_model(
-    name: str, offline: bool, revision: str | None, wanted: Sequence[str] = FILES, variant: str | None = None
+    name: str, offline: bool, revision: str | None, wanted: Sequence[str] | None = None, variant: str | None = None
 ) -> Path:
-    """Return a model's folder, with the wanted files downloaded if necessary."""
+    """Return a model's folder; download the wanted files if necessary, by default all that are read."""
     return local_folder(name) or _from_hub(hub_name(name), offline or is_offline(), revision, wanted, variant)
 
 
@@ -130,7 +143,7 @@ def choose_variant(name: str, files: Iterable[str], variant: str | None) -> tupl
         UserError: The variant does not exist, or there are several and none was named.
     """
     found: dict[str, set[str | None]] = {}
-    for match in filter(None, map(WEIGHTS.fullmatch, files)):
+    for match in filter(None, map(match_weights, files)):
         if not match["shard"]:  # shards are read by their index
             found.setdefault(match["part"], set()).add(match["variant"] or match["indexed"])
     there = sorted({each for variants in found.values() for each in variants if each})
@@ -159,7 +172,7 @@ def choose_variant(name: str, files: Iterable[str], variant: str | None) -> tupl
 def chosen_files(name: str, files: Sequence[str], variant: str | None) -> list[str]:
     """Return a model's files, leaving out the weights of variants that are not read."""
     _, read = choose_variant(name, files, variant)
-    matches = {file: WEIGHTS.fullmatch(file) for file in files}
+    matches = {file: match_weights(file) for file in files}
     return [
         file
         for file, match in matches.items()
@@ -214,7 +227,9 @@ def hub_access(offline: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _from_hub(name: str, offline: bool, revision: str | None, wanted: Sequence[str], variant: str | None) -> Path:
+def _from_hub(
+    name: str, offline: bool, revision: str | None, wanted: Sequence[str] | None, variant: str | None
+) -> Path:
     """Return a hub model's folder in the local cache, with only the files that are read."""
     refused: UserError | None = None
     if not offline:
@@ -230,7 +245,7 @@ def _from_hub(name: str, offline: bool, revision: str | None, wanted: Sequence[s
     )
 
 
-def _downloaded(name: str, revision: str | None, wanted: Sequence[str], variant: str | None) -> Path | None:
+def _downloaded(name: str, revision: str | None, wanted: Sequence[str] | None, variant: str | None) -> Path | None:
     """Return the folder of a model that was downloaded before, None if files are missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -240,19 +255,20 @@ def _downloaded(name: str, revision: str | None, wanted: Sequence[str], variant:
             return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
 
     try:
-        found = folder([wanted[0]])
-        if wanted is FILES:
+        found = folder([(wanted or model_files())[0]])
+        if wanted is None:
             _, read = choose_variant(name, files_in(found), variant)
-            wanted = [*CONFIGURATION, *(pattern for part in PARTS for pattern in _patterns(part, read.get(part)))]
+            weights = (_patterns(part, stem, read.get(part)) for part, stem in components().items())
+            wanted = [*configuration_files(), *chain.from_iterable(weights)]
         found = folder(list(wanted))
     except (LocalEntryNotFoundError, UserError):
         return None
     return found if (found / wanted[0]).is_file() else None  # old versions of huggingface_hub do not check
 
 
-def _patterns(part: str, variant: str | None) -> list[str]:
+def _patterns(part: str, stem: str, variant: str | None) -> list[str]:
     """Return the patterns of a component's weight files."""
-    stem = f"{part}/{'model' if part.startswith('text_encoder') else 'diffusion_pytorch_model'}"
+    stem = f"{part}/{stem}"
     end = f".{variant}" if variant else ""
     return [
         f"{stem}{end}.safetensors",
@@ -266,7 +282,7 @@ class Unanswered(UserError):
 
 
 def files_on_hub(
-    name: str, revision: str | None, wanted: Sequence[str] = FILES, variant: str | None = None
+    name: str, revision: str | None, wanted: Sequence[str] | None = None, variant: str | None = None
 ) -> list[File]:
     """List the files of a model on the hub, by default those that are read.
 
@@ -277,6 +293,7 @@ def files_on_hub(
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    wanted = wanted or model_files()
     timeout = constants.HF_HUB_ETAG_TIMEOUT
     try:  # with a timeout; snapshot_download alone would wait forever
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=timeout)

@@ -1,4 +1,4 @@
-"""A frozen model in less memory."""
+"""Settings by which a frozen model takes less memory and more time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_prompts.backbones.base import Backbone
 
 
 def save_memory(backbone: Backbone, gradient_checkpointing: bool, vae_tiling: bool, cpu_offload: bool) -> None:
-    """Has a model take less memory and more time.
+    """Let a model take less memory and more time.
 
     Args:
         backbone: The model.
-        gradient_checkpointing: Blocks of the denoiser and the decoder keep no activations; the backward pass computes them again.
-        vae_tiling: Large pictures are decoded in tiles, which changes them a little where these overlap.
-        cpu_offload: The text encoders, the denoiser and the autoencoder are on the device one at a time.
+        gradient_checkpointing: Recompute the activations of the denoiser and the decoder in the backward pass.
+        vae_tiling: Decode large images in tiles, which changes them a little where the tiles overlap.
+        cpu_offload: Keep only one of the text encoders, the denoiser and the autoencoder on the device at a time.
     """
     if gradient_checkpointing:
         backbone.denoiser.enable_gradient_checkpointing()
@@ -29,66 +29,65 @@ def save_memory(backbone: Backbone, gradient_checkpointing: bool, vae_tiling: bo
         backbone.vae.enable_tiling()
     if cpu_offload:
         backbone.offloaded = True
-        texts = [(tower, ["forward"]) for tower in backbone.towers]
-        one_at_a_time(
+        texts = [(text_encoder, ["forward"]) for text_encoder in backbone.text_encoders]
+        offload_all(
             [*texts, (backbone.denoiser, ["forward"]), (backbone.vae, ["encode", "decode"])], lambda: backbone.device
         )
 
 
-class Visitor:
-    """A frozen network that comes to the device when it is called, and until another one is.
+class OffloadedModule:
+    """A frozen network that is on the device only while it computes, or until another one does.
 
-    Its weights stay where they are, and what is on the device is a copy.
+    Its weights stay where they are; the device gets a copy.
 
     Args:
         network: The network.
-        calls: Its methods that compute.
+        methods: The names of its methods that compute.
     """
 
-    def __init__(self, network: nn.Module, calls: Sequence[str]) -> None:
-        self.network, self.calls = network, calls
+    def __init__(self, network: nn.Module, methods: Sequence[str]) -> None:
+        self.network, self.methods = network, methods
         tensors: list[Tensor] = [*chain(network.parameters(), network.buffers())]
         self.weights = [(tensor, tensor.data) for tensor in tensors]
 
-    def come(self, device: torch.device) -> None:
-        """Copies the weights to the device, unless they are there."""
+    def load(self, device: torch.device) -> None:
+        """Copy the weights to the device, unless they are there."""
         for tensor, data in self.weights:
             if tensor.device != device:
                 tensor.data = data.to(device)
 
-    def leave(self) -> None:
-        """Frees the copy."""
+    def unload(self) -> None:
+        """Free the copy on the device."""
         for tensor, data in self.weights:
             tensor.data = data
 
 
-def one_at_a_time(networks: Sequence[tuple[nn.Module, Sequence[str]]], device: Callable[[], torch.device]) -> None:
-    """Has no more than one network on the device, also when gradients go back through several.
+def offload_all(networks: Sequence[tuple[nn.Module, Sequence[str]]], device: Callable[[], torch.device]) -> None:
+    """Keep at most one of several networks on the device, even if gradients flow through several.
 
-    A call that a gradient goes through keeps no activations: the backward pass calls again, so that the network is there when its
-    turn comes.
+    A call with gradients keeps no activations: the backward pass calls the network again, which loads it again.
 
     Args:
-        networks: The networks, each with its methods that compute.
-        device: Where they compute.
+        networks: The networks, each with the names of its methods that compute.
+        device: Returns the device of the computation.
     """
-    visitors = [Visitor(*network) for network in networks]
+    modules = [OffloadedModule(*network) for network in networks]
 
-    def called(visitor: Visitor, compute: Callable[..., Any]) -> Callable[..., Any]:
-        def alone(*args: Any, **kwargs: Any) -> Any:
-            for other in visitors:
-                if other is not visitor:
-                    other.leave()
-            visitor.come(device())
+    def offloaded(module: OffloadedModule, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def compute_alone(*args: Any, **kwargs: Any) -> Any:
+            for other in modules:
+                if other is not module:
+                    other.unload()
+            module.load(device())
             return compute(*args, **kwargs)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
-                return alone(*args, **kwargs)
-            return checkpoint(alone, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+                return compute_alone(*args, **kwargs)
+            return checkpoint(compute_alone, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         return call
 
-    for visitor in visitors:
-        for name in visitor.calls:
-            setattr(visitor.network, name, called(visitor, getattr(visitor.network, name)))
+    for module in modules:
+        for name in module.methods:
+            setattr(module.network, name, offloaded(module, getattr(module.network, name)))

@@ -8,58 +8,59 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_prompts.backbones.base import Backbone, Reads
-from lightning_prompts.backbones.towers import Said, at_least_float32
+from lightning_prompts.backbones.base import Backbone
+from lightning_prompts.backbones.text_encoders import TextEncoderOutput, TextEncoderSpec, at_least_float32, t5
 
 
 class StableDiffusion3(Backbone):
-    """Two CLIP text towers side by side, filled up to the width of T5's hidden states, which stand below; both pooled vectors.
+    """Stable Diffusion 3: two CLIPs, concatenated and padded to the width of T5, then T5's rows; both pooled vectors.
 
-    Without its T5, which is optional, the model is told zeros in its place.
+    T5 is optional; without it, its rows are zeros.
     """
 
     pipelines = ("StableDiffusion3Pipeline",)
-    reads = (
-        Reads("text_encoder", "CLIPTextModelWithProjection", layer=-2),
-        Reads("text_encoder_2", "CLIPTextModelWithProjection", layer=-2),
-        Reads("text_encoder_3", "T5EncoderModel", length=256, optional=True),
+    text_encoder_specs = (
+        TextEncoderSpec("text_encoder", "CLIPTextModelWithProjection", layer=-2),
+        TextEncoderSpec("text_encoder_2", "CLIPTextModelWithProjection", embedding_key="clip_g", layer=-2),
+        t5("text_encoder_3", length=256, optional=True),
     )
-    denoises = ("transformer", "SD3Transformer2DModel")
-    predicts = ("flow_prediction",)
+    denoiser_spec = ("transformer", "SD3Transformer2DModel")
+    prediction_types = ("flow_prediction",)
     pipeline_steps, pipeline_guidance = 28, 7.0
     patch = 2
-    takes_clip_skip = True
+    supports_clip_skip = True
     vae_statistics = ("shift_factor",)
 
     def widths(self) -> dict[str, tuple[int, int]]:
         """See `Backbone.widths`."""
         config = self.denoiser.config
-        taken = config.joint_attention_dim
+        expected = config.joint_attention_dim
+        t5_width = self.text_encoders[2].width if len(self.text_encoders) == 3 else expected
         return {
-            "T5 encoder's hidden states": (self.towers[2].width if len(self.towers) == 3 else taken, taken),
+            "T5 encoder's hidden states": (t5_width, expected),
             "pooled vectors": (self.pooled_width, config.pooled_projection_dim),
             "autoencoder's latents": (self.vae.config.latent_channels, config.in_channels),
         }
 
     @property
     def pooled_width(self) -> int:
-        """Of both projections together."""
-        return sum(tower.encoder.config.projection_dim for tower in self.towers[:2])
+        """The width of both projections together."""
+        return sum(encoder.encoder.config.projection_dim for encoder in self.text_encoders[:2])
 
-    def combine(self, said: Sequence[Said]) -> Tensor:
-        """See `Backbone.combine`."""
-        clip = torch.cat([part.hidden for part in said[:2]], dim=-1)
-        width, length = self.denoiser.config.joint_attention_dim, self.reads[2].length
+    def combine(self, outputs: Sequence[TextEncoderOutput]) -> Tensor:
+        """Join the rows of the CLIPs, those of T5, and the pooled vectors, see `Backbone.combine`."""
+        clip = torch.cat([output.hidden for output in outputs[:2]], dim=-1)
+        width, length = self.denoiser.config.joint_attention_dim, self.text_encoder_specs[2].length
         clip = F.pad(clip, (0, width - clip.shape[-1]))
-        t5 = said[2].hidden if len(said) == 3 else clip.new_zeros(len(clip), int(length or 0), width)
-        pooled = torch.cat([part.pooled for part in said[:2] if part.pooled is not None], dim=-1)
-        return self.join(torch.cat([clip, t5.to(clip)], dim=-2), pooled)
+        t5_rows = outputs[2].hidden if len(outputs) == 3 else clip.new_zeros(len(clip), int(length or 0), width)
+        pooled = torch.cat([output.pooled for output in outputs[:2] if output.pooled is not None], dim=-1)
+        return self.join(torch.cat([clip, t5_rows.to(clip)], dim=-2), pooled)
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, guidance_scale: float = 1.0) -> Tensor:
-        """Calls the transformer; see `Backbone.denoise`."""
+    def denoise(self, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, guidance_scale: float = 1.0) -> Tensor:
+        """Call the transformer, see `LatentDiffusion.denoise`."""
         dtype = self.denoiser.dtype
-        told, pooled = self.split(prompts.to(dtype))
+        hidden, pooled = self.split(prompt_embeds.to(dtype))
         output: Tensor = self.denoiser(
-            noisy.to(dtype), encoder_hidden_states=told, pooled_projections=pooled, timestep=timesteps
+            noisy.to(dtype), encoder_hidden_states=hidden, pooled_projections=pooled, timestep=timesteps
         ).sample
         return at_least_float32(output)

@@ -12,20 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_prompts.backbones.hub import CONFIGURATION, SHORT_NAMES, find_model
+from lightning_prompts.backbones.hub import SHORT_NAMES, configuration_files, find_model
+from lightning_prompts.backbones.registry import families
 from lightning_prompts.errors import UserError, shortened
 
 log = logging.getLogger(__name__)
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT = {  # prefixes of the text encoder's weights, and the model that has them
-    "conditioner.embedders.1.model.": "sdxl",
-    "cond_stage_model.transformer.": "sd15",
-    "cond_stage_model.model.": "sd21",
-}
 OLD_TEXT = "cond_stage_model.transformer."  # not followed by "text_model." in old files
 
-OTHERS = {  # what else a file can be, by the names of its weights
+OTHERS = {  # unsupported kinds of files, by patterns of their weights' names
     "a LoRA": r"^lora_|\blora_(up|down|A|B|mid)\b|\.lora[._]|\b(hada|lokr)_w\d",
     "a ControlNet": r"^control_model\.|^controlnet_|^input_hint_block\.",
     "FLUX": r"(^|\.)double_blocks\.0\.",
@@ -36,7 +32,7 @@ OTHERS = {  # what else a file can be, by the names of its weights
     "an embedding, which --model.start takes": r"^(clip_[lg]|t5(_?xxl)?|emb_params|string_to_param)$",
 }
 CHANNELS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
-ALONE = {  # a single component, in either layout
+ALONE = {  # single components, in either layout
     "a UNet alone": rf"^{re.escape(UNET)}|^(down_blocks|input_blocks)\.0\.",
     "an autoencoder (VAE) alone": rf"^{re.escape(VAE)}|^decoder\.conv_in\.",
     "a text encoder alone": r"^(text_model|cond_stage_model|conditioner|shared|token_embedding|transformer\.resblocks)\b",
@@ -98,7 +94,8 @@ def read_header(file: Path) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         reason = shortened(str(error).partition("\n")[0], 100)
         raise UserError(f"The file {str(file)!r} cannot be read ({reason}); download it again.") from error
-    model = next((model for start, model in TEXT.items() if any(name.startswith(start) for name in names)), None)
+    known = {prefix: model for family in families().values() for prefix, model in family.single_files.items()}
+    model = next((model for prefix, model in known.items() if any(name.startswith(prefix) for name in names)), None)
     if kind := _other_kind(names, model, shape):
         raise UserError(f"The file {str(file)!r} is {kind}; give {SUPPORTED}, or a folder in diffusers' layout.")
     stated = PREDICTIONS.get(metadata.get("modelspec.prediction_type", "")) or ARCHITECTURES.get(
@@ -154,7 +151,7 @@ def find_configuration(checkpoint: Checkpoint, config: str | None, offline: bool
     """Return the folder of the configuration and tokenizers that go with a file; download it if necessary."""
     wanted = config or configuration_of(checkpoint)
     try:
-        return find_model(wanted, offline, revision, CONFIGURATION)
+        return find_model(wanted, offline, revision, configuration_files())
     except UserError as error:
         raise UserError(
             f"The file {str(checkpoint.file)!r} holds only weights and needs the configuration of "

@@ -1,7 +1,7 @@
-"""Token ids and the text that they stand for: which may be used, which is nearest, which survive being written down.
+"""Token ids and their text: which tokens are allowed, which are nearest, and which survive decoding and encoding.
 
-A prompt is a text that a person pastes elsewhere, so ids count only if the tokenizer reads their text as these same ids. Byte-pair
-tokenizers do not promise that: CLIP's `cane` followed by `leroy</w>` is written `caneleroy`, which is read as other tokens.
+A prompt is a text that a user pastes elsewhere, so ids are valid only if the tokenizer encodes their text as the same ids. Byte-pair
+tokenizers do not guarantee that: CLIP's `cane` followed by `leroy</w>` decodes to `caneleroy`, which is encoded as other tokens.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 Metric = Literal["euclidean", "cosine"]
 
-_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs that are drawn as nothing
-LARGEST = 1e18  # norm of an embedding, whose square still has room in float32
-# CLIP has a token for each letter as a word of its own, and T5 for longer words.
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that are rendered as blank
+LARGEST = 1e18  # norm of an embedding, whose square does not overflow in float32
+# CLIP has a token for each letter as a word, T5 for longer words.
 FILLERS = ("a", "b", "the", "of", "in", "to")
 
 
@@ -33,18 +33,18 @@ FILLERS = ("a", "b", "the", "of", "in", "to")
 def nearest_tokens(
     embeddings: Tensor, table: Tensor, allowed: Tensor, metric: Metric = "euclidean", chunk: int | None = None
 ) -> Tensor:
-    """Projects embeddings onto the vocabulary.
+    """Project embeddings onto the vocabulary.
 
-    A matrix product rules out the rows that cannot be nearest and the few that remain are measured by their difference, which
-    loses no digits; the answer is the same whether the product runs in float32, TF32 or bfloat16. Of rows that are equally near,
-    the one with the lowest id is returned. The host waits for the device once a product, to learn how many rows remain.
+    A matrix product rules out the rows that cannot be nearest. The distances of the few that remain are computed from differences
+    in double precision, so the result is the same whether the product runs in float32, TF32 or bfloat16. Of rows that are equally
+    near, the one with the lowest id is returned. Each product synchronizes with the device once, for the number of remaining rows.
 
     Args:
-        embeddings: What to project, (..., D), such as (P, M, D).
+        embeddings: Embeddings (..., D), such as (P, M, D).
         table: The text encoder's token embeddings, (V, D).
         allowed: Which tokens may be returned, (V,) bool.
-        metric: By which distance; with "cosine" a row of zeros is never nearest.
-        chunk: Rows of the table in a product, which bounds the memory; None for all, as far as that is 8 MB of distances.
+        metric: The distance; with "cosine" a row of zeros is never nearest.
+        chunk: Rows of the table per product, which bounds the memory; None for as many as give 8 MB of distances.
 
     Returns:
         Token ids, (...), such as (P, M), on the device of the embeddings.
@@ -58,11 +58,11 @@ def nearest_tokens(
         )
     x = embeddings.float().reshape(-1, embeddings.shape[-1])  # (N, D)
     length = x.norm(dim=-1, keepdim=True)
-    sound, cosine = (length < LARGEST).all(), metric == "cosine"
+    finite, cosine = (length < LARGEST).all(), metric == "cosine"
     queries = x / length.clamp_min(1e-30) if cosine else x
     length = queries.norm(dim=-1, keepdim=True)
     rounding = (x.shape[-1] + 8) * 2.0**-22  # of a sum of D float32 products, relative to the norms
-    bound = x.new_full((len(x), 1), torch.inf)  # the nearest row is no farther, (N, 1)
+    bound = x.new_full((len(x), 1), torch.inf)  # upper bound of the nearest row's score, (N, 1)
     candidates = []
     chunk = chunk or max(2**21 // max(len(x), 1), 1)
     for first in range(0, len(table), chunk):
@@ -73,30 +73,30 @@ def nearest_tokens(
             scores = queries @ rows.T
         if cosine:
             scores, norms = scores / norms, torch.ones_like(norms)
-        scores = norms.square() - 2 * scores  # squared distances less that of the origin, (N, C)
+        scores = norms.square() - 2 * scores  # squared distances minus that of the origin, (N, C)
         error = norms * ((0.016 + rounding) * length + rounding * norms)  # 0.016: factors cut to bfloat16's 8 bits
         farthest = (scores + error).masked_fill(~usable, torch.inf)
         bound = torch.minimum(bound, farthest.amin(1, keepdim=True))
         which, near = (usable & (scores - error <= bound)).nonzero(as_tuple=True)
         candidates.append(torch.stack([which, first + near]))
-    if not sound:
-        raise UserError("The embeddings to project are not finite or larger than 1e18; lower the learning rate.")
+    if not finite:
+        raise UserError("The embeddings to project are not finite or exceed 1e18; lower the learning rate.")
     which, ids = torch.cat(candidates, 1)
     if len(x) and not len(which):
-        raise UserError("No token is allowed that has an embedding to compare with; block fewer words or allow more.")
+        raise UserError("No token is allowed that has a usable embedding; block fewer words or allow more.")
     pairs = zip(which.split(8192), ids.to(table.device).split(8192), strict=True)
     distances = torch.cat([_distances(x[n], table[i].to(x), metric) for n, i in pairs])
-    # A few numbers, so on the CPU, where scatter_reduce is deterministic.
+    # On the CPU, where scatter_reduce is deterministic; these are few numbers.
     which, ids, distances = which.cpu(), ids.cpu(), distances.cpu()
     least = distances.new_full((len(x),), torch.inf).scatter_reduce(0, which, distances, "amin")
-    slack = 1e-14 if cosine else 0.0  # multiples of one row are equally near but for the last digit
+    slack = 1e-14 if cosine else 0.0  # multiples of a row are equally near up to rounding
     nearest = distances <= least[which] + slack
     found: Tensor = ids.new_full((len(x),), len(table)).scatter_reduce(0, which[nearest], ids[nearest], "amin")
     return found.reshape(embeddings.shape[:-1]).to(x.device)
 
 
 def _distances(x: Tensor, rows: Tensor, metric: Metric) -> Tensor:
-    """Squared distances between vectors, or between their directions: (C, D) and (C, D) to (C,)."""
+    """Return squared distances (C,) between vectors (C, D) and rows (C, D), or between their directions."""
     precise = torch.float32 if x.device.type == "mps" else torch.float64
     x, rows = x.to(precise), rows.to(precise)
     if metric == "cosine":
@@ -111,20 +111,20 @@ def allowed_tokens(
     rows: int | None = None,
     others: Sequence[PreTrainedTokenizerBase] = (),
 ) -> Tensor:
-    """Finds the tokens that a search may use.
+    """Return which tokens a search may use.
 
-    These are the tokens that survive the round trip alone (in CLIP: tokens that end a word, in lower case), are neither special
-    nor added, and whose text is valid and has something to see: a letter, a digit, punctuation or a symbol. A control
-    character, a zero-width space or an accent without its letter is not enough.
+    These are the tokens that survive a round trip alone (in CLIP: lowercase tokens that end a word), are neither special nor added,
+    and whose text is valid and visible: it has a letter, a digit, punctuation or a symbol. Control characters, zero-width spaces and
+    accents without a letter are not allowed.
 
     Args:
         tokenizer: The tokenizer.
-        blocked: Texts that no token may contain, in whatever case. Words of several tokens are `contains_blocked`'s.
-        words: The only words that may be used; those of several tokens cannot be.
-        rows: V, rows of the table of token embeddings, which may have more or fewer rows than the tokenizer has tokens (T5's
-            has 32128 rows for 32100 tokens); None for as many as there are tokens. Rows without a token are not allowed.
-        others: Tokenizers with the same vocabulary that must read a token's text as this token, too. SDXL's second one reads
-            "!" as its padding.
+        blocked: Texts that no token may contain, ignoring case. `contains_blocked` finds words of several tokens.
+        words: The only words to allow; words of several tokens are ignored.
+        rows: V, rows of the table of token embeddings, which may differ from the number of tokens (T5's table has 32128 rows for
+            32100 tokens); None for the number of tokens. Rows without a token are not allowed.
+        others: Tokenizers with the same vocabulary that have to encode a token's text as this token, too. SDXL's second tokenizer
+            encodes "!" as padding.
 
     Returns:
         Which tokens are allowed, (V,) bool.
@@ -153,7 +153,7 @@ def allowed_tokens(
         settings.append(f"blocked ({len(blocked)} given)")
     if not allowed.any():
         if not settings:
-            raise UserError(f"The tokenizer has {size} tokens and none that a search may use; use CLIP's tokenizer.")
+            raise UserError(f"None of the tokenizer's {size} tokens can be used in a search; use CLIP's tokenizer.")
         raise UserError(
             f"Of the {before} tokens that a search may use, the setting {' with the setting '.join(settings)} leaves none; "
             "give more words that are one token or block fewer."
@@ -166,15 +166,15 @@ def _visible(text: str) -> bool:
 
 
 def round_trip(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> tuple[list[str], Tensor]:
-    """Writes prompts down and reads them again.
+    """Decode prompts and encode their texts again.
 
     Args:
         tokenizer: The tokenizer.
         ids: Token ids without start, end and padding, (P, M).
 
     Returns:
-        The P texts, words apart by one space, and which of them are read as exactly these ids, (P,) bool. A special token is no
-        text, so that a row with one does not survive.
+        The P texts, with single spaces between words, and which of them are encoded as exactly these ids, (P,) bool. Rows with a
+        special token do not survive.
     """
     rows, texts, special = ids.tolist(), decode(tokenizer, ids), set(tokenizer.all_special_ids)
     again = token_lists(tokenizer, texts)
@@ -183,16 +183,16 @@ def round_trip(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> tuple[list[st
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
-    """Write token ids (P, M), without start, end and padding, as P texts whose words are one space apart."""
+    """Decode token ids (P, M), without start, end and padding, to P texts with single spaces between words."""
     rows = ids.tolist()
     decoded = rows and tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return [" ".join(text.split()) for text in decoded]
 
 
 def token_lists(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> list[list[int]]:
-    """Token ids of texts, each of its own length: without start and end, and none cut, unless `options` ask for it."""
+    """Tokenize texts, by default without start and end tokens and without truncation; `options` go to the tokenizer."""
     if not texts:
-        return []  # transformers cannot
+        return []  # transformers fails without texts
     options = {"add_special_tokens": False, "truncation": False, "verbose": False, **options}
     ids: list[list[int]] = tokenizer(list(texts), **options)["input_ids"]
     return ids
@@ -201,7 +201,7 @@ def token_lists(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **opti
 def check_embedded(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ids: Sequence[Sequence[int]], rows: int
 ) -> None:
-    """Refuse texts with a token that the text encoder has no embedding for, such as one that was added to the tokenizer alone.
+    """Refuse texts with a token that has no embedding, such as one that was added to the tokenizer alone.
 
     Args:
         tokenizer: The tokenizer.
@@ -223,12 +223,12 @@ def _shortened(text: str) -> str:
 
 
 def contains_blocked(text: str, blocked: Iterable[str]) -> bool:
-    """Tells whether a text contains a blocked text, in whatever case and however it was cut into tokens.
+    """Return whether a text contains a blocked text, ignoring case and the boundaries of tokens.
 
-    Decoded prompts have spaces that nobody wrote: "don't" comes back as "don 't" and "2024" as "2 0 2 4". Between a run of
-    letters and a digit or sign, space is therefore ignored. Whole words that spell a blocked one, as "nu de" does, contain it
-    too; "glass exit" does not contain "sex". Compatibility forms (full-width letters) count as the letter, and characters
-    without a shape (zero-width space, soft hyphen) as nothing.
+    Decoding adds spaces: "don't" becomes "don 't" and "2024" becomes "2 0 2 4". Spaces between a run of letters and a digit or
+    symbol are therefore ignored. Whole words that together spell a blocked one, such as "nu de", also contain it; "glass exit" does
+    not contain "sex". Compatibility forms, such as full-width letters, count as the letter; invisible characters, such as zero-width
+    spaces and soft hyphens, are ignored.
 
     Args:
         text: A prompt.
@@ -246,7 +246,7 @@ def _fold(text: str) -> str:
 
 @lru_cache(maxsize=64)
 def _fold_all(blocked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Folded texts with and without their spaces."""
+    """Return folded texts with and without their spaces."""
     folded = [_fold(phrase) for phrase in blocked]
     if "" in folded:
         raise UserError(
@@ -256,7 +256,7 @@ def _fold_all(blocked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def _pattern(phrase: str) -> str:
-    """What to search for: the phrase with space between its runs of letters, or between all letters of whole words."""
+    """Return a regular expression for a phrase with spaces between runs of letters, or between all letters of whole words."""
     runs, letters = (
         r"\s+".join(r"\s*".join(map(re.escape, re.findall(piece, word))) for word in phrase.split())
         for piece in (r"[^\W\d_]+|.", ".")
@@ -274,24 +274,24 @@ def encode_text(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     length: int,
-    cut: bool = False,
+    truncate: bool = False,
     rows: int | None = None,
 ) -> Tensor:
-    """Encodes texts with start, end and padding.
+    """Encode texts with start, end and padding.
 
     Args:
         tokenizer: The tokenizer.
         texts: P texts.
-        length: How many tokens the text encoder takes, start and end included.
-        cut: Cut off words at the end of texts that are too long, instead of refusing these.
-        rows: Rows of the text encoder's table of token embeddings; texts with a token beyond them are refused. None for any.
+        length: Number of tokens that the text encoder takes, including start and end.
+        truncate: Truncate texts that are too long, instead of refusing them.
+        rows: Rows of the text encoder's table of token embeddings; texts with a token beyond them are refused. None for no limit.
 
     Returns:
         Token ids, (P, length).
     """
     texts = _listed("texts", texts)
-    how = {"add_special_tokens": True, "padding": "max_length", "max_length": length, "truncation": cut}
-    lists = token_lists(tokenizer, texts, **how)
+    options = {"add_special_tokens": True, "padding": "max_length", "max_length": length, "truncation": truncate}
+    lists = token_lists(tokenizer, texts, **options)
     for text, ids in zip(texts, lists, strict=True):
         if len(ids) > length:
             raise UserError(
@@ -304,7 +304,7 @@ def encode_text(
 
 
 def fillers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Find two words that are one token each, to find out where a prompt's tokens are in a text."""
+    """Return two words that are one token each, which mark the prompt's positions in a template."""
     special = set(tokenizer.all_special_ids)
     single = [
         word
@@ -325,26 +325,26 @@ def template_ids(
     length: int | None = None,
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Encodes a template and says where the prompt's tokens belong.
+    """Encode a template and find the positions of the prompt's tokens.
 
     Args:
         tokenizer: The tokenizer.
         template: A text with one `{}`, such as "a photo of {} background".
-        tokens: M, how many tokens the prompt has.
-        length: L, how many tokens the text encoder takes; by default what the tokenizer says.
-        rows: Rows of its table of token embeddings; a template with a token beyond them is refused. None for any.
+        tokens: M, the number of prompt tokens.
+        length: L, number of tokens that the text encoder takes; None for the tokenizer's `model_max_length`.
+        rows: Rows of its table of token embeddings; a template with a token beyond them is refused. None for no limit.
 
     Returns:
-        The ids with start, end and padding, (L,), in which any token stands in the prompt's place, and the positions of the
-        prompt's tokens, (M,). Word-final tokens put there give what `encode_text` makes of the filled template.
+        The ids with start, end and padding, (L,), with arbitrary tokens in place of the prompt, and the positions of the prompt's
+        tokens, (M,). With word-final tokens at these positions, the ids equal those that `encode_text` returns for the filled template.
     """
     length = tokenizer.model_max_length if length is None else length
-    if length > 10**6:  # what transformers writes when it does not know
-        raise UserError("The tokenizer does not say how many tokens the text encoder takes; give the length.")
+    if length > 10**6:  # transformers' value for an unknown length
+        raise UserError("The tokenizer does not state how many tokens the text encoder takes; give the length.")
     if tokens < 1:
-        raise UserError(f"A prompt of {tokens} tokens was asked for; it needs at least 1.")
+        raise UserError(f"A prompt must have at least 1 token, got {tokens}; give more.")
     words = fillers(tokenizer)
-    one = fill_template(template, words[0])  # so many tokens may be asked for that no memory holds them
+    one = fill_template(template, words[0])  # the whole prompt is not encoded yet, since it may not fit into memory
     used = len(token_lists(tokenizer, [one], add_special_tokens=True)[0]) + tokens - 1
     if used > length:
         room = length - used + tokens
@@ -359,7 +359,7 @@ def template_ids(
 
 
 def fill_template(template: str, text: str) -> str:
-    """Writes a prompt into a template, with a space on either side so that its tokens stay what they are.
+    """Fill a template with a prompt, with a space on either side so that its tokens do not change.
 
     Args:
         template: A text with one `{}`, such as "a photo of {}, oil on canvas".

@@ -83,7 +83,7 @@ class DryRun(pl.Callback):
     def _table(self, module: PromptMethod, problems: int) -> str:
         """Format the measurements, and the settings that lower the memory."""
         backbone = module.backbone
-        parts = {"text encoders": backbone.towers, "denoiser": backbone.denoiser, "autoencoder": backbone.vae}
+        parts = {"text encoders": backbone.text_encoders, "denoiser": backbone.denoiser, "autoencoder": backbone.vae}
         sizes = {name: sum(weight.nbytes for weight in part.parameters()) / GIB for name, part in parts.items()}
         dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
         by_part = ", ".join(f"{name} {size:.2f}" for name, size in sizes.items())

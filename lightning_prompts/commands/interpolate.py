@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_prompts.backbones.embedding_files import read_prompt_embeds
+from lightning_prompts.backbones.prompt_embeds_files import read_prompt_embeds
 from lightning_prompts.callbacks.results import file_name, noise_of
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError

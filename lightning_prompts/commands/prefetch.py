@@ -10,9 +10,8 @@ from typing import NoReturn
 
 from lightning_prompts.backbones.hub import (
     CLIP_FILES,
-    CONFIGURATION,
-    FILES,
     clip_beside,
+    configuration_files,
     fetch,
     files_on_hub,
     hub_name,
@@ -20,6 +19,7 @@ from lightning_prompts.backbones.hub import (
     local_file,
     local_folder,
     megabytes,
+    model_files,
 )
 from lightning_prompts.backbones.single_file import configuration_of, read_header
 from lightning_prompts.commands.descriptions import DESCRIPTIONS
@@ -75,8 +75,8 @@ def _files_to_read(name: str) -> tuple[str, list[str]]:
     if folder := local_folder(name):
         return str(folder), []
     if file := local_file(name):
-        return hub_name(configuration_of(read_header(file))), CONFIGURATION
-    return hub_name(name), FILES
+        return hub_name(configuration_of(read_header(file))), configuration_files()
+    return hub_name(name), model_files()
 
 
 def _download(name: str, revision: str | None, patterns: list[str], variant: str | None) -> Path:

@@ -63,7 +63,7 @@ def default_clip(backbone: Backbone) -> str:
     folder = local_folder(backbone.name)
     if folder and (folder / "clip").is_dir():
         return str(folder / "clip")
-    return clip_beside(tower.width for tower in backbone.towers)
+    return clip_beside(text_encoder.width for text_encoder in backbone.text_encoders)
 
 
 class ClipSimilarity(TypedModule):

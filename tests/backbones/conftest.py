@@ -27,9 +27,9 @@ def hub(monkeypatch, cache):
 
 @pytest.fixture
 def attempts(monkeypatch):
-    """No network; what has tried to reach it."""
+    """Attempts to reach the network, which all fail."""
     attempts = []
-    # What recent versions of huggingface_hub ask the hub once for a process, whatever is read; each test begins as a process does.
+    # Recent versions of huggingface_hub ask the hub this once per process; each test starts like a new process.
     import huggingface_hub.utils  # noqa: F401
 
     if agents := sys.modules.get("huggingface_hub.utils._detect_agent"):

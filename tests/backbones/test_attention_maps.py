@@ -14,8 +14,8 @@ def backbone(sd):
 
 def inputs(backbone, height=8, width=8):
     """Noisy latents, timesteps and prompts of different lengths."""
-    tower = backbone.towers[0]
-    ids = encode_text(tower.tokenizer, ["a red square", "", "two dogs and a cat"], tower.length)
+    text_encoder = backbone.text_encoders[0]
+    ids = encode_text(text_encoder.tokenizer, ["a red square", "", "two dogs and a cat"], text_encoder.length)
     return torch.randn(3, 4, height, width), torch.tensor([100, 500, 900]), backbone.encode(ids)
 
 
@@ -24,8 +24,8 @@ def hooks(backbone):
 
 
 @torch.no_grad()
-def slowly(backbone, noisy, timesteps, told):
-    """Own softmax(q k' / sqrt(d)), one layer, row, head and place at a time, from what goes into each layer."""
+def slowly(backbone, noisy, timesteps, prompt_embeds):
+    """Compute softmax(q k' / sqrt(d)) from the inputs of each layer, one layer, row, head and location at a time."""
     layers = [
         block.attn2
         for stage in (*backbone.denoiser.down_blocks, backbone.denoiser.mid_block, *backbone.denoiser.up_blocks)
@@ -40,16 +40,16 @@ def slowly(backbone, noisy, timesteps, told):
         )
         for layer in layers
     ]
-    backbone.denoise(noisy, timesteps, told)
+    backbone.denoise(noisy, timesteps, prompt_embeds)
     for handle in handles:
         handle.remove()
     maps = []
     for layer in layers:
-        hidden, told = seen[layer]
+        hidden, prompt_embeds = seen[layer]
         heads, side = layer.heads, round(hidden.shape[1] ** 0.5)
-        probabilities = torch.zeros(len(hidden), told.shape[1], side, side)
+        probabilities = torch.zeros(len(hidden), prompt_embeds.shape[1], side, side)
         for row in range(len(hidden)):
-            queries, keys = hidden[row] @ layer.to_q.weight.T, told[row] @ layer.to_k.weight.T
+            queries, keys = hidden[row] @ layer.to_q.weight.T, prompt_embeds[row] @ layer.to_k.weight.T
             size = queries.shape[1] // heads
             for head in range(heads):
                 part = slice(head * size, (head + 1) * size)
@@ -86,10 +86,10 @@ def test_half_precision_is_close(sd):
 
 
 def test_batch_equals_its_parts(backbone):
-    noisy, timesteps, told = inputs(backbone)
-    together = backbone.attention_maps(noisy, timesteps, told)
+    noisy, timesteps, prompt_embeds = inputs(backbone)
+    together = backbone.attention_maps(noisy, timesteps, prompt_embeds)
     for row in (slice(0, 1), slice(1, 3)):
-        alone = backbone.attention_maps(noisy[row], timesteps[row], told[row])
+        alone = backbone.attention_maps(noisy[row], timesteps[row], prompt_embeds[row])
         torch.testing.assert_close(alone, together[row], atol=1e-6, rtol=1e-4)
 
 
@@ -107,8 +107,8 @@ def test_looking_changes_nothing(backbone, monkeypatch):
 
 
 def test_hooks_are_removed_after_an_exception(backbone):
-    noisy, timesteps, told = inputs(backbone)
+    noisy, timesteps, prompt_embeds = inputs(backbone)
     count = hooks(backbone)
     with pytest.raises(RuntimeError):
-        backbone.attention_maps(noisy[:, :3], timesteps, told)
+        backbone.attention_maps(noisy[:, :3], timesteps, prompt_embeds)
     assert hooks(backbone) == count

@@ -1,4 +1,4 @@
-"""Layers of the text encoders that are skipped, as diffusers' pipelines do."""
+"""Skipped layers of the text encoders, compared with diffusers' pipelines."""
 
 import json
 from types import SimpleNamespace
@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from lightning_prompts import guide, invert
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.backbones.embedding_files import pack_embedding, pack_prompt_embeds
+from lightning_prompts.backbones.embedding_files import pack_embedding
+from lightning_prompts.backbones.prompt_embeds_files import pack_prompt_embeds
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.commands.main import main
 from lightning_prompts.data.images import content_key, load_image
@@ -20,7 +21,7 @@ from lightning_prompts.objectives import Sharpness
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TEXTS = ["a red square on a blue background", "two dogs and a cat"]  # as T5 is told what CLIP's tokens spell
+TEXTS = ["a red square on a blue background", "two dogs and a cat"]  # since T5 encodes the decoded tokens of the CLIPs
 MOST = {"sd1": 2, "sd2": 2, "sdxl": 1, "sd3": 1, "lcm": 2}  # of two layers; SDXL and SD3 begin at the last but one
 CELLS = [(family, skip) for family, most in MOST.items() for skip in range(1, most + 1)]
 
@@ -59,9 +60,9 @@ def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
     ids = encode_text(vocabulary.tokenizer, TEXTS, vocabulary.length)
     torch.testing.assert_close(backbone.encode(ids), prompt, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(backbone.encode(ids, vocabulary.table[ids]), prompt, atol=1e-5, rtol=1e-5)
-    away = encode_text(vocabulary.tokenizer, ["blurry", "dark"], vocabulary.length)
+    negative_ids = encode_text(vocabulary.tokenizer, ["blurry", "dark"], vocabulary.length)
     torch.testing.assert_close(
-        backbone.encode(away, vocabulary.table[away], negative=True), negative, atol=1e-5, rtol=1e-5
+        backbone.encode(negative_ids, vocabulary.table[negative_ids], negative=True), negative, atol=1e-5, rtol=1e-5
     )
     plain = load_backbone(folders[family], image_size=16)
     assert not torch.allclose(plain.encode_text(TEXTS), prompt, atol=1e-3)
@@ -80,7 +81,7 @@ def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
 def test_gradient_goes_through_the_layers_that_are_left(folders):
     backbone = load_backbone(folders["sd1"], clip_skip=1).double()
     ids = encode_text(backbone.vocabulary.tokenizer, TEXTS, backbone.vocabulary.length)
-    x = backbone.towers[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
+    x = backbone.text_encoders[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
     weight = torch.randn(backbone.encode(ids).shape, dtype=torch.float64)
 
     def value(x):
@@ -136,8 +137,8 @@ def test_exports_say_it(skip, folders, tmp_path):
         assert {key: value for key, value in found.items() if key == "clip_skip"} == expected
 
 
-def test_runs_record_it_and_have_keys_of_their_own(tiny, pictures, tmp_path):
-    """Keys without skipped layers are those of a run that knows no such setting."""
+def test_runs_record_it_and_have_their_own_keys(tiny, pictures, tmp_path):
+    """Runs without skipped layers have the same keys as before the setting existed."""
     how = {"backbone": tiny, "sampling_steps": 1, "steps": 1, "device": "cpu", "image_size": 16}
     noisy = {"method": "ph2p", "samples": 1, "validation_samples": 1, "tokens": 2}
     plain = invert(pictures / "0.png", **noisy, **how)

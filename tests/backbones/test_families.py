@@ -1,4 +1,4 @@
-"""Every family against diffusers' own pipeline."""
+"""Every family compared with its diffusers pipeline."""
 
 import io
 import json
@@ -9,13 +9,11 @@ import families
 import pytest
 import sentencepiece
 import torch
-from families import refused
+from families import TEXTS, latents_of, refused
 
-from lightning_prompts.backbones import base, load_backbone
+from lightning_prompts.backbones import Backbone, load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.errors import UserError
-
-TEXTS = ["a red square on a blue background", "two dogs and a Cat"]
 
 
 @pytest.fixture(scope="module", params=families.BUILD)
@@ -36,34 +34,20 @@ def pipeline(family):
     return pipeline
 
 
-def latents_of(pipeline, noise, guidance):
-    """What the pipeline draws, as latents (B, C, h, w)."""
-    how = {"height": 16, "width": 16, "guidance_scale": guidance, "num_inference_steps": 3, "output_type": "latent"}
-    if isinstance(pipeline, diffusers.FluxPipeline):
-        packed = pipeline._pack_latents(noise, *noise.shape[:1], noise.shape[1], *noise.shape[2:])
-        drawn = pipeline(TEXTS, latents=packed, **how).images
-        return pipeline._unpack_latents(drawn, 16, 16, 2)
-    if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
-        how |= {"use_resolution_binning": False, "clean_caption": False}
-    if isinstance(pipeline, diffusers.LatentConsistencyModelPipeline):
-        how["generator"] = base.generators_of(noise)  # it adds noise at each step, which is the row's with us
-    return pipeline(TEXTS, latents=noise, **how).images
-
-
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_draws_as_the_pipeline(guidance, backbone, pipeline):
+def test_samples_as_the_pipeline(guidance, backbone, pipeline):
     noise = torch.randn(2, *backbone.latent_shape)
     expected = latents_of(pipeline, noise, guidance)
     with torch.no_grad():
         empty = backbone.encode_text([""])
-        away = torch.zeros_like(empty) if backbone.zero_empty else empty
-        drawn = backbone.sample(backbone.encode_text(TEXTS), away, noise, 3, guidance)
-    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
-    assert drawn.std() > 0.1
+        negative = torch.zeros_like(empty) if backbone.zero_empty else empty
+        latents = backbone.sample(backbone.encode_text(TEXTS), negative, noise, 3, guidance)
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+    assert latents.std() > 0.1
 
 
-def test_tokens_say_what_their_text_says(backbone, family):
-    for kind in {tower.kind for tower in backbone.towers}:
+def test_tokens_are_encoded_as_their_text(backbone, family):
+    for kind in {text_encoder.kind for text_encoder in backbone.text_encoders}:
         other = load_backbone(str(family[1]), vocabulary=kind, image_size=16)
         vocabulary = other.vocabulary
         ids = encode_text(vocabulary.tokenizer, ["a red cat", ""], vocabulary.length)
@@ -98,11 +82,11 @@ def slope(function, x, direction, eps):
 
 
 def test_gradient_to_the_tokens(backbone):
-    """Of the denoising loss, through all text encoders that read the tokens."""
+    """Check the gradient of the denoising loss through all text encoders that take the tokens."""
     backbone.double()
     vocabulary = backbone.vocabulary
     ids = encode_text(vocabulary.tokenizer, ["a red cat"], vocabulary.length)
-    weights = [tower.encoder.get_input_embeddings().weight for tower in vocabulary.towers]
+    weights = [text_encoder.encoder.get_input_embeddings().weight for text_encoder in vocabulary.text_encoders]
     x = torch.cat(weights, dim=1)[ids].detach().requires_grad_()
     latents, noise = torch.randn(2, 1, *backbone.latent_shape, dtype=torch.float64)
     timesteps = torch.tensor([600])
@@ -115,12 +99,12 @@ def test_gradient_to_the_tokens(backbone):
     for part in gradient.split([weight.shape[1] for weight in weights], dim=2):
         assert part.abs().sum() > 0
     direction = torch.randn_like(x) * x.std()
-    eps, tolerance = (1e-3, 1e-2) if vocabulary.towers[0].kind == "t5" else (1e-4, 1e-5)  # T5 has float32 within
+    eps, tolerance = (1e-3, 1e-2) if vocabulary.text_encoders[0].kind == "t5" else (1e-4, 1e-5)  # T5 has float32 within
     assert (gradient * direction).sum().item() == pytest.approx(slope(loss, x, direction, eps), rel=tolerance)
 
 
 def test_gradient_to_the_encoded_prompt(backbone, family):
-    """Of what is drawn in three steps, to all rows, that of the pooled vector among them."""
+    """Check the gradient of sampled latents after three steps with respect to all rows, including the pooled vector."""
     backbone.double()
     noise, weight = torch.randn(2, 1, *backbone.latent_shape, dtype=torch.float64)
     with torch.no_grad():
@@ -152,7 +136,7 @@ def test_rows(backbone):
         assert torch.equal(again[0], hidden)
         assert torch.equal(again[1], pooled)
     rows = encoded.shape[2]
-    some, everything = (backbone.moving(encoded, pooled) for pooled in (False, True))
+    some, everything = (backbone.searchable_rows(encoded, pooled) for pooled in (False, True))
     one, other = backbone.encode_text(TEXTS)
     assert not (one != other).any(1)[~everything].any()  # the start of the text
     assert int((everything != some).sum()) == rows - hidden.shape[2]
@@ -167,7 +151,7 @@ def test_wide_pooled_vectors_take_several_rows(backbone):
     joined = backbone.join(hidden, pooled)
     assert joined.shape == (2, 6, 4)
     assert torch.equal(backbone.split(joined)[1], pooled)
-    assert backbone.moving(joined, False).tolist() == [i >= backbone.fixed and i < 3 for i in range(6)]
+    assert backbone.searchable_rows(joined, False).tolist() == [i >= backbone.fixed_rows and i < 3 for i in range(6)]
 
 
 def test_noise_target_and_x0(backbone):
@@ -229,7 +213,7 @@ def test_half_precision(family):
 
 
 def spoil(family, change):
-    """A changed index."""
+    """Change the index."""
     index = json.loads((family / "model_index.json").read_text())
     change(index)
     (family / "model_index.json").write_text(json.dumps(index))
@@ -241,7 +225,7 @@ def copy(family, tmp_path):
 
 
 def test_every_component_is_needed(copy, family):
-    kind = base.Backbone
+    kind = Backbone
     index = json.loads((copy / "model_index.json").read_text())
     parts = [
         part
@@ -265,13 +249,13 @@ def test_every_component_is_needed(copy, family):
 
 
 def parts(folder):
-    """The components that a folder has."""
+    """Return the components of a folder."""
     index = json.loads((folder / "model_index.json").read_text())
     return [part for part, value in index.items() if isinstance(value, list) and value[0]]
 
 
 def again(folder, part):
-    """What is said of a component that cannot be read."""
+    """Return the message about a component that cannot be read."""
     return rf"The {part} of the model {str(folder)!r} cannot be read \(.+\); download or save the model again\.$"
 
 
@@ -292,7 +276,7 @@ def loop(file):
 
 
 def in_shards(text):
-    """An index in place of weights."""
+    """Write an index in place of weights."""
     return lambda file: (file.unlink(), file.with_name(f"{file.name}.index.json").write_text(text))
 
 
@@ -360,7 +344,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """A component of another class for each class."""
+    """Return a component of another class for each class."""
     folders = {name: families.save(name, tmp_path_factory.mktemp("other")) for name in ("sd1", "sd3", "flux", "pixart")}
     return {kind: folders[name] / part for kind, (name, part) in OTHERS.items()}
 

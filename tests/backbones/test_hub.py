@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, of which a small one runs here."""
+"""Models on the Hugging Face hub, with a small local hub."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ OTHERS = [  # other precisions, pickles, what is not read
 
 @pytest.fixture
 def published(hub, sd1, tmp_path):
-    """A model with other files beside those that are read."""
+    """A model with files that are not read."""
     folder = shutil.copytree(sd1, tmp_path / "published")
     for name in OTHERS:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -44,7 +44,7 @@ def published(hub, sd1, tmp_path):
 
 @pytest.fixture
 def clip(hub, tiny):
-    """The CLIP that goes with it; its commit."""
+    """The commit of the CLIP that belongs to it."""
     return hub.push(CLIPS[768], f"{tiny}/clip")
 
 
@@ -61,7 +61,7 @@ def test_fetches_only_what_is_read(hub, published, sd1):
     assert folder.name == published
     backbone = load_backbone("owner/model")
     assert backbone.name == "owner/model"
-    assert torch.equal(backbone.towers[0].table, load_backbone(str(sd1)).towers[0].table)
+    assert torch.equal(backbone.text_encoders[0].table, load_backbone(str(sd1)).text_encoders[0].table)
     assert len({path for method, path in hub.asked if method == "GET" and "/resolve/" in path}) == len(names(sd1))
 
 
@@ -191,10 +191,10 @@ def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_prompts.commands.cli", None)
     monkeypatch.setattr("lightning_prompts.backbones.hub.SHORT_NAMES", {"short": "owner/model"})
     main(["prefetch", "short", "emoji", str(sd1)])
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     size = sum(path.stat().st_size for path in sd1.rglob("*") if path.is_file()) / 1e6
     snapshot = cache / "models--owner--model" / "snapshots" / published
-    model, _, beside = told.out.partition(f"{CLIPS[768]}:\n")
+    model, _, beside = output.out.partition(f"{CLIPS[768]}:\n")
     lines = model.splitlines()
     assert lines[0] == "owner/model:"
     assert {line.split()[-1] for line in lines[1:-4]} == names(sd1)
@@ -207,15 +207,15 @@ def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
     assert beside.endswith(f"commit {clip}.\n")
     (folder,) = (cache / f"models--{CLIPS[768].replace('/', '--')}" / "snapshots").iterdir()
     assert load_clip(str(folder), offline=True)
-    assert "MB" in told.err or "%" in told.err or "B/s" in told.err
+    assert "MB" in output.err or "%" in output.err or "B/s" in output.err
     main(["prefetch", "short"])
-    told = capsys.readouterr().out
-    assert f"of which {size:.1f} MB are in the cache" in told
-    assert told.count("(in the cache)") == len(names(sd1)) + len(listed)
+    output = capsys.readouterr().out
+    assert f"of which {size:.1f} MB are in the cache" in output
+    assert output.count("(in the cache)") == len(names(sd1)) + len(listed)
 
 
 @pytest.mark.parametrize(
-    ("args", "environment", "told"),
+    ("args", "environment", "output"),
     [
         (["owner/model", "nowhere"], {}, "The model 'nowhere' is neither"),
         (["owner/model", "--revision", "v9"], {}, "has no revision 'v9'"),
@@ -224,7 +224,7 @@ def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
         (["owner/model"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids the connection that prefetch needs; unset it."),
     ],
 )  # fmt: skip
-def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment, told):
+def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment, output):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stopped:
@@ -233,12 +233,12 @@ def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert told in error
+    assert output in error
     assert not any("/resolve/" in path for _, path in hub.asked)
 
 
 def test_prefetch_as_a_program(hub, published, clip, tmp_path):
-    """Where the environment says where hub and cache are, and nothing of Lightning is imported."""
+    """The environment sets hub and cache, and Lightning is not imported."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     code = "import sys; from lightning_prompts.commands.main import main; main(['prefetch', 'owner/model']); assert 'pytorch_lightning' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
@@ -289,17 +289,17 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
     assert len(json.loads((run / "result.json").read_text())["problems"]) == 3
     main([*fit, "--ckpt_path", "last", "--model.revision", published])
     assert not any(newer in path for _, path in hub.asked)
-    told = refused_by_main("--ckpt_path", "last", "--model.revision", "v1")
+    output = refused_by_main("--ckpt_path", "last", "--model.revision", "v1")
     assert (
         f'was started with --model.revision "{published}" and cannot resume with "{hub.models["owner/model"][0]["v1"]}"'
-        in told
+        in output
     )
     main(["test", "--run", str(run), "--model.offline", "true"])
     assert commit() == published
     hub.answer["/api"] = (401, {"X_Error_Code": "RepoNotFound"})
     fit[2] = str(tmp_path / "other")
-    told = refused_by_main("--model.revision", "v2")
-    assert "neither a folder nor on the Hugging Face hub" in told
+    output = refused_by_main("--model.revision", "v2")
+    assert "neither a folder nor on the Hugging Face hub" in output
     assert not (tmp_path / "other").exists()
 
 
@@ -340,7 +340,7 @@ def test_offline_reads_without_a_connection(hub, family, monkeypatch, request):
 
 
 def as_variant(folder, variant="fp16", parts=("text_encoder", "unet", "vae"), keep=False, shards=None, source=None):
-    """Adds the weights of parts in half precision as a variant, as the libraries save them, in the place of the others."""
+    """Replace the weights of components with a half-precision variant, saved by the libraries."""
     import diffusers
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source or folder)
@@ -354,16 +354,16 @@ def as_variant(folder, variant="fp16", parts=("text_encoder", "unet", "vae"), ke
 
 
 def halves(folder):
-    """What is read of a folder's weights in half precision, by part."""
+    """Return the half-precision weights of a folder by component."""
     full = load_backbone(str(folder))
-    parts = {"text_encoder": full.towers[0].encoder, "unet": full.denoiser, "vae": full.vae}
+    parts = {"text_encoder": full.text_encoders[0].encoder, "unet": full.denoiser, "vae": full.vae}
     return {part: {key: x.half().float() for key, x in network.state_dict().items()} for part, network in parts.items()}
 
 
 def check_read(backbone, half, full, parts=("text_encoder", "unet", "vae")):
-    """The parts were read in half precision, and the others in full."""
-    read = {"text_encoder": backbone.towers[0].encoder, "unet": backbone.denoiser, "vae": backbone.vae}
-    whole = {"text_encoder": full.towers[0].encoder, "unet": full.denoiser, "vae": full.vae}
+    """Assert that these components were read in half precision and the others in full precision."""
+    read = {"text_encoder": backbone.text_encoders[0].encoder, "unet": backbone.denoiser, "vae": backbone.vae}
+    whole = {"text_encoder": full.text_encoders[0].encoder, "unet": full.denoiser, "vae": full.vae}
     for part, network in read.items():
         expected = half[part] if part in parts else whole[part].state_dict()
         for key, x in network.state_dict().items():
@@ -384,7 +384,7 @@ def half(sd1):
 @pytest.mark.parametrize("shards", [None, "60KB"])
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_variant_of_a_folder(sd1, full, half, tmp_path, caplog, shards, variant):
-    """Found by itself where there is no other, also in shards."""
+    """The only variant is chosen automatically, also in shards."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), shards=shards)
     names_of = {path.name for path in folder.glob("*/*")}
     if shards:
@@ -399,7 +399,7 @@ def test_variant_of_a_folder(sd1, full, half, tmp_path, caplog, shards, variant)
 
 
 def test_variant_of_some_components(sd1, full, half, tmp_path, caplog):
-    """The others are read without one, as in diffusers, and a line says so."""
+    """The other components are read without a variant, as in diffusers, and a log line says so."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), parts=["unet", "text_encoder"], keep=True)
     check_read(load_backbone(str(folder)), half, full, [])  # what has no variant goes first
     with caplog.at_level("INFO", "lightning_prompts"):
@@ -436,7 +436,7 @@ def test_variants_that_are_none(sd1, tmp_path):
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_variant_of_a_repository(hub, sd1, full, half, tmp_path, variant, request):
-    """And of what was downloaded before."""
+    """Also of files that were downloaded before."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), shards="60KB")
     hub.push("owner/model", folder)
     check_read(load_backbone("owner/model", variant=variant), half, full)

@@ -1,11 +1,11 @@
-"""The same results in less memory."""
+"""Results do not change with settings that save memory."""
 
 import families
 import pytest
 import torch
 
 from lightning_prompts.backbones import load_backbone, save_memory
-from lightning_prompts.backbones.memory import Visitor
+from lightning_prompts.backbones.memory import OffloadedModule
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.sampling import Microbatch
@@ -13,24 +13,24 @@ from lightning_prompts.sampling import Microbatch
 
 @pytest.fixture(scope="module", params=families.BUILD)
 def folder(request, tmp_path_factory):
-    """The folder of a family."""
+    """Save a family and return its folder."""
     return str(families.save(request.param, tmp_path_factory.mktemp(request.param)))
 
 
 def computed(backbone):
-    """A loss through text encoders and denoiser, one through denoiser and decoder, and latents, with their gradients."""
+    """Compute a loss through text encoders and denoiser, one through denoiser and decoder, latents, and their gradients."""
     torch.manual_seed(0)
     vocabulary, shape = backbone.vocabulary, backbone.latent_shape
     ids = encode_text(vocabulary.tokenizer, ["a red cat", "two dogs"], vocabulary.length)
     embeddings = vocabulary.table[ids].clone().requires_grad_()
     noise, latents = torch.randn(2, 2, 2, *shape)
-    told = backbone.encode(ids, embeddings)
-    losses = Denoising(Microbatch(3))(backbone, told, latents, torch.tensor([[1, 999], [500, 300]]), noise)
+    prompt_embeds = backbone.encode(ids, embeddings)
+    losses = Denoising(Microbatch(3))(backbone, prompt_embeds, latents, torch.tensor([[1, 999], [500, 300]]), noise)
     given = torch.autograd.grad(losses.sum(), embeddings)
-    embeds = told.detach().requires_grad_()
-    drawn = backbone.decode(backbone.sample(embeds, embeds.detach().flip(0), noise[:, 0], 2, 3.0, grad_steps=2))
-    given += torch.autograd.grad(drawn.square().sum(), embeds)
-    return *given, losses.detach(), drawn.detach(), backbone.encode_image(drawn.detach())
+    embeds = prompt_embeds.detach().requires_grad_()
+    images = backbone.decode(backbone.sample(embeds, embeds.detach().flip(0), noise[:, 0], 2, 3.0, grad_steps=2))
+    given += torch.autograd.grad(images.square().sum(), embeds)
+    return *given, losses.detach(), images.detach(), backbone.encode_image(images.detach())
 
 
 @pytest.mark.parametrize(
@@ -39,29 +39,29 @@ def computed(backbone):
     ids=["offload", "checkpointing", "both"],
 )
 def test_gives_the_same(folder, how, monkeypatch):
-    """Weights that have left are no numbers here, so that whatever computed with them would show.
+    """Unloaded weights are NaN here, so that any computation with them would show.
 
     Tables of embeddings are left alone: they are looked up where they are.
     """
     there, tables = set(), set()
 
-    def come(visitor, device):
-        there.add(id(visitor))
+    def load(module, device):
+        there.add(id(module))
         assert len(there) == 1
-        for tensor, data in visitor.weights:
+        for tensor, data in module.weights:
             tensor.data = data
 
-    def leave(visitor):
-        there.discard(id(visitor))
-        for tensor, data in visitor.weights:
+    def unload(module):
+        there.discard(id(module))
+        for tensor, data in module.weights:
             if data.is_floating_point() and id(tensor) not in tables:
                 tensor.data = torch.full_like(data, torch.nan)
 
     expected = computed(load_backbone(folder, image_size=16))
-    monkeypatch.setattr(Visitor, "come", come)
-    monkeypatch.setattr(Visitor, "leave", leave)
+    monkeypatch.setattr(OffloadedModule, "load", load)
+    monkeypatch.setattr(OffloadedModule, "unload", unload)
     backbone = load_backbone(folder, image_size=16)
-    tables |= {id(tower.encoder.get_input_embeddings().weight) for tower in backbone.towers}
+    tables |= {id(text_encoder.encoder.get_input_embeddings().weight) for text_encoder in backbone.text_encoders}
     save_memory(backbone, **{"gradient_checkpointing": False, "vae_tiling": False, "cpu_offload": False} | how)
     for a, b in zip(computed(backbone), expected, strict=True):
         assert a.isfinite().all()
@@ -69,8 +69,8 @@ def test_gives_the_same(folder, how, monkeypatch):
     assert len(there) == (1 if "cpu_offload" in how else 0)
 
 
-def test_networks_stay_where_they_are(sd1):
-    """Of an offloaded model only what is small moves with the module that holds it."""
+def test_offloaded_networks_do_not_move(sd1):
+    """Only the small tensors of an offloaded model move with its parent module."""
     backbone = load_backbone(str(sd1))
     save_memory(backbone, False, False, True)
     weights = {name: tensor.data_ptr() for name, tensor in backbone.state_dict().items()}
@@ -90,9 +90,9 @@ def test_checkpointing_keeps_fewer_activations(sd1):
                 numbers[tensor.data_ptr()] = tensor.numel()
             return tensor
 
-        told = backbone.encode_text(["a red cat"]).requires_grad_()
+        prompt_embeds = backbone.encode_text(["a red cat"]).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            backbone.denoise(torch.randn(1, *backbone.latent_shape), torch.tensor([500]), told)
+            backbone.denoise(torch.randn(1, *backbone.latent_shape), torch.tensor([500]), prompt_embeds)
         return sum(numbers.values())
 
     backbone = load_backbone(str(sd1))
@@ -109,8 +109,8 @@ def test_tiles_are_decoded_nearly_as_the_whole(sd1):
     tiles = []
     decoder = backbone.vae.decoder
     decoder.register_forward_hook(lambda module, args, output: tiles.append(output.shape[-1]))
-    drawn = backbone.decode(latents)
-    assert drawn.shape == whole.shape
+    images = backbone.decode(latents)
+    assert images.shape == whole.shape
     assert len(tiles) > 1
     assert max(tiles) < 48
-    assert (drawn - whole).abs().mean() < 0.3 * whole.std()
+    assert (images - whole).abs().mean() < 0.3 * whole.std()

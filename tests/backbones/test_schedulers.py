@@ -1,4 +1,4 @@
-"""Another scheduler in place of a model's own gives what diffusers' `from_config` gives, and its pipeline with it draws."""
+"""Replaced schedulers, compared with diffusers' `from_config` and with pipelines that use them."""
 
 import diffusers
 import families
@@ -7,8 +7,8 @@ import torch
 from families import edit, refused
 
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.backbones.base import generators_of
-from lightning_prompts.backbones.loading import EXCHANGEABLE
+from lightning_prompts.backbones.sampling_loop import generators_of, new_scheduler
+from lightning_prompts.backbones.schedulers import EXCHANGEABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -35,7 +35,7 @@ OWN = {  # as they are published, what is stated and no more
 
 
 def with_scheduler(folder, config):
-    """Gives a model another scheduler of its own."""
+    """Replace the scheduler in a model's folder."""
     kind = config["_class_name"]
     edit(folder / "model_index.json", lambda index: index.update(scheduler=["diffusers", kind]))
     edit(folder / "scheduler/scheduler_config.json", lambda old: (old.clear(), old.update(config)))
@@ -47,7 +47,7 @@ CASES = [("sd1", "sd15"), ("sdxl", "sd21"), ("sd1", "trailing"), ("sd1", "multis
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request, tmp_path_factory):
-    """A folder and diffusers' pipeline of it."""
+    """Save a family; return its folder and diffusers' pipeline."""
     family, own = request.param
     folder = with_scheduler(families.save(family, tmp_path_factory.mktemp(family)), OWN[own])
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -55,8 +55,8 @@ def case(request, tmp_path_factory):
     return folder, pipeline, pipeline.scheduler
 
 
-def drawn(backbone, pipeline, steps=3, guidance=3.0):
-    """The pictures of both, (2, 3, H, W) in [0, 1]."""
+def images_of(backbone, pipeline, steps=3, guidance=3.0):
+    """Sample images (2, 3, H, W) in [0, 1] with both."""
     noise = torch.randn(2, *backbone.latent_shape)
     how = {"num_inference_steps": steps, "guidance_scale": guidance, "height": 16, "width": 16, "output_type": "pt"}
     theirs = pipeline(TEXTS, latents=noise, generator=generators_of(noise), **how).images
@@ -87,7 +87,7 @@ def test_is_what_diffusers_makes_of_the_pipelines(name, case):
     pipeline.scheduler = getattr(diffusers, name).from_config(
         own.config, **({"clip_sample": False} if "clip_sample" in config else {})
     )
-    ours, theirs = drawn(backbone, pipeline, steps=5)
+    ours, theirs = images_of(backbone, pipeline, steps=5)
     pipeline.scheduler = own
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
 
@@ -97,7 +97,7 @@ def test_own_scheduler_is_the_pipelines(case):
     backbone = load_backbone(folder, image_size=16)
     found, expected = ({k: v for k, v in x.config.items() if k not in PRIVATE} for x in (backbone.scheduler, own))
     assert found == expected
-    torch.testing.assert_close(*drawn(backbone, pipeline), atol=5e-5, rtol=0)
+    torch.testing.assert_close(*images_of(backbone, pipeline), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
@@ -114,13 +114,13 @@ def test_keys_that_a_scheduler_does_not_state_have_the_pipelines_values(kind, fa
     assert found == expected
     if family == "pixart":
         return
-    ours, theirs = drawn(backbone, pipeline, steps=5)
+    ours, theirs = images_of(backbone, pipeline, steps=5)
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "LCMScheduler", "EulerDiscreteScheduler"])
 def test_noise_levels_of_a_class_stay(name, tmp_path):
-    """Of DDIM, which has others than Heun and LCM where its file states none."""
+    """DDIM's default noise levels differ from those of Heun and LCM."""
     folder = with_scheduler(families.save("sd1", tmp_path), {"_class_name": "DDIMScheduler"})
     own, other = load_backbone(folder).scheduler, load_backbone(folder, scheduler=name).scheduler
     assert own.config.beta_end == other.config.beta_end == 0.02
@@ -138,7 +138,7 @@ def test_clipping_stays_where_the_model_has_it_on(tmp_path):
 
 
 def test_defaults_stay_those_of_the_model(tmp_path):
-    """A Turbo model is drawn in one step with any scheduler, and others are not taken for one."""
+    """A Turbo model samples in one step with any scheduler; other models do not."""
     folder = str(families.save("sd-turbo", tmp_path / "turbo"))
     backbone = load_backbone(folder, scheduler="DDIMScheduler")
     assert (backbone.default_steps, backbone.default_guidance) == (1, 1.0)
@@ -174,7 +174,7 @@ def test_schedulers_that_do_not_fit(name, tmp_path):
 
 
 def test_noise_levels_that_are_shifted_by_the_size_stay(tmp_path):
-    """Heun's, of which diffusers' pipeline of FLUX would raise an error, has no such shift."""
+    """Heun's scheduler lacks this shift; FLUX's pipeline would raise an error."""
     message = "The scheduler 'FlowMatchHeunDiscreteScheduler' does not fit this model, .*; use one of FlowMatchEulerDiscreteScheduler.$"
     refused(message, families.save("flux", tmp_path), scheduler="FlowMatchHeunDiscreteScheduler")
 
@@ -182,10 +182,10 @@ def test_noise_levels_that_are_shifted_by_the_size_stay(tmp_path):
 @pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_clean_latents_between_two_timesteps_of_training(name, prediction, tmp_path):
-    """Of samplers that step there, whose own sigma decides."""
+    """For samplers that step between timesteps, compared with their own sigma."""
     config = {"_class_name": f"{name}Scheduler", "timestep_spacing": "linspace", "prediction_type": prediction}
     backbone = load_backbone(with_scheduler(families.save("sd1", tmp_path), config))
-    scheduler = backbone._sampler(7)
+    scheduler = new_scheduler(backbone, 7)
     assert (scheduler.timesteps % 1 > 0.1).any()
     x, output = torch.randn(2, 7, *backbone.latent_shape)
     for i, t in enumerate(scheduler.timesteps):

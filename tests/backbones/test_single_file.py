@@ -1,4 +1,4 @@
-"""Checkpoints in one file, in the layout that people have them."""
+"""Checkpoints in one file, in their original layout."""
 
 import json
 import logging
@@ -78,7 +78,7 @@ def vae_weight(key, value, blocks=2):
 
 
 def clip_weights(folder):
-    """Without the prefix that only some versions of transformers write."""
+    """Remove the prefix that only some versions of transformers write."""
     return {key.removeprefix("text_model."): value for key, value in load_file(folder / "model.safetensors").items()}
 
 
@@ -113,7 +113,7 @@ SHORT = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
 
 
 def original(family, folder, layers=1):
-    """The weights of a pipeline's folder in the original layout."""
+    """Convert the weights of a pipeline's folder to the original layout."""
     unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
     weights = {f"model.diffusion_model.{unet_key(key, layers)}": value for key, value in unet.items()}
     weights |= {f"first_stage_model.{key}": value for key, value in (vae_weight(*item) for item in vae.items())}
@@ -148,13 +148,15 @@ def test_file_is_the_folder(model, dtype):
     same(one, other)
     assert other.name == str(file)
     noise = torch.randn(1, *one.latent_shape)
-    told, again = (backbone.encode_text(["a red square"]) for backbone in (one, other))
+    prompt_embeds, again = (backbone.encode_text(["a red square"]) for backbone in (one, other))
     torch.testing.assert_close(
-        told, again, atol=1e-6, rtol=1e-6
+        prompt_embeds, again, atol=1e-6, rtol=1e-6
     )  # SDXL's projection lies otherwise in memory and rounds otherwise
     with torch.no_grad():
-        drawn = [backbone.decode(backbone.sample(told, told, noise, 2, 3.0)) for backbone in (one, other)]
-    assert torch.equal(*drawn)
+        images = [
+            backbone.decode(backbone.sample(prompt_embeds, prompt_embeds, noise, 2, 3.0)) for backbone in (one, other)
+        ]
+    assert torch.equal(*images)
 
 
 # Its configuration
@@ -239,7 +241,7 @@ def test_weight_that_is_missing(model, tmp_path, part):
     ],
 )
 def test_network_that_is_missing(model, tmp_path, start, left):
-    """All of its weights."""
+    """Every weight of the component is required."""
     _, _, config, file = model
     save_file(
         {key: value for key, value in load_file(file).items() if not key.startswith(start)},
@@ -253,7 +255,7 @@ def test_network_that_is_missing(model, tmp_path, start, left):
 
 
 def test_weights_that_are_not_described(model, tmp_path):
-    """As a consistency model's embedding of the guidance, which would be left out."""
+    """Such as the guidance embedding of consistency models, which would be ignored."""
     _, _, config, file = model
     more = {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(32, 16)}
     save_file(load_file(file) | more, tmp_path / "more.safetensors")
@@ -359,14 +361,14 @@ def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts
 
 
 def stated(model, tmp_path, keys=(), metadata=None):
-    """The file with empty tensors and metadata that say what it predicts."""
+    """Write the file with empty tensors and metadata that state its prediction type."""
     file = tmp_path / "stated.safetensors"
     save_file(load_file(model[3]) | {key: torch.tensor([]) for key in keys}, file, metadata)
     return file
 
 
 def zero_snr(alphas):
-    """Rescaled so that the last is 0: algorithm 1 of arXiv 2305.08891."""
+    """Rescale so that the last one is 0: algorithm 1 of arXiv 2305.08891."""
     root = alphas.double().sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
@@ -390,7 +392,7 @@ V, EPSILON = {"modelspec.prediction_type": "v"}, {"modelspec.prediction_type": "
     ],
 )
 def test_what_a_file_states(model, tmp_path, caplog, keys, metadata, prediction, zero):
-    """It goes before its configuration's scheduler, of which the rest is kept."""
+    """It overrides the scheduler config, of which the rest is kept."""
     _, folder, config, _ = model
     with caplog.at_level(logging.INFO, "lightning_prompts"):
         found = load_backbone(str(stated(model, tmp_path, keys, metadata)), image_size=16, config=str(config))
@@ -414,8 +416,8 @@ def test_what_a_file_states(model, tmp_path, caplog, keys, metadata, prediction,
         assert torch.equal(found.alphas_cumprod, plain.alphas_cumprod)
 
 
-def test_pictures_of_zero_terminal_snr(tmp_path):
-    """Are those of diffusers' pipeline with the scheduler that its documentation gives such models."""
+def test_sampling_with_zero_terminal_snr(tmp_path):
+    """Compare with diffusers' pipeline and the scheduler that its documentation recommends."""
     folder = families.save("sdxl", tmp_path)
     file = tmp_path / "file.safetensors"
     save_file(original("sdxl", folder) | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, file)
@@ -428,8 +430,8 @@ def test_pictures_of_zero_terminal_snr(tmp_path):
     how = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent", "height": 16, "width": 16}
     theirs = pipeline("a red square", latents=noise, **how).images
     with torch.no_grad():
-        drawn = ours.sample(ours.encode_text(["a red square"]), ours.encode_text([""]), noise, 4, 1.0)
-    torch.testing.assert_close(drawn, theirs, atol=1e-4, rtol=1e-4)
+        latents = ours.sample(ours.encode_text(["a red square"]), ours.encode_text([""]), noise, 4, 1.0)
+    torch.testing.assert_close(latents, theirs, atol=1e-4, rtol=1e-4)
     other = load_backbone(str(file), image_size=16, config=str(folder), scheduler="DDIMScheduler")
     assert other.scheduler.config.rescale_betas_zero_snr
     assert float(other.alphas_cumprod[-1]) < 1e-7
@@ -440,7 +442,7 @@ SPREADS = {"v": (0.2, "sd21", "v_prediction"), "epsilon": (0.03, "sd21-base", "e
 
 @pytest.mark.parametrize("case", SPREADS)
 def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, capsys):
-    """As ComfyUI tells it, from the spread of a bias."""
+    """Detected as in ComfyUI, from the standard deviation of a bias."""
     spread, short, prediction = SPREADS[case]
     torch.manual_seed(0)
     pipeline = families.BUILD["sd2"](tmp_path)
@@ -483,7 +485,7 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
 
 
 def test_old_names_of_the_text_encoder(tmp_path):
-    """Without `text_model.`, as the first files of Stable Diffusion 1 have them."""
+    """Names without `text_model.`, as in the first files of Stable Diffusion 1."""
     folder = families.save("sd1", tmp_path)
     weights, prefix = original("sd1", folder), "cond_stage_model.transformer."
     old = {key.replace(f"{prefix}text_model.", prefix): value for key, value in weights.items()}

@@ -14,7 +14,7 @@ import transformers
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from lightning_prompts.backbones import Backbone, TextTower, load_backbone, repeat
+from lightning_prompts.backbones import Backbone, TextEncoder, load_backbone, repeat
 from lightning_prompts.errors import UserError
 from lightning_prompts.sampling import Microbatch, Sampler
 
@@ -32,25 +32,25 @@ def backbone(sd):
 
 @pytest.fixture
 def copy(sd1, tmp_path):
-    """A folder that a test may spoil."""
+    """A copy of the folder that a test may damage."""
     return Path(shutil.copytree(sd1, tmp_path / "copy"))
 
 
 def tokens(backbone, texts=TEXTS):
-    tower = backbone.towers[0]
-    return tower.tokenizer(
-        texts, padding="max_length", truncation=True, max_length=tower.length, return_tensors="pt"
+    text_encoder = backbone.text_encoders[0]
+    return text_encoder.tokenizer(
+        texts, padding="max_length", truncation=True, max_length=text_encoder.length, return_tensors="pt"
     ).input_ids
 
 
 def prompts(backbone, count):
-    """`count` encoded prompts, and the empty one."""
+    """Encode `count` prompts and the empty one."""
     words = ["red", "blue", "cat", "dog"][:count]
     return backbone.encode(tokens(backbone, words)), backbone.encode(tokens(backbone, [""]))
 
 
 def use(backbone, sampler):
-    """Another sampler on the same noise schedule, as people set it up for Stable Diffusion."""
+    """Return another sampler with the same noise schedule, configured as usual for Stable Diffusion."""
     scheduler = getattr(diffusers, f"{sampler}Scheduler")
     known = inspect.signature(scheduler).parameters
     settings = {"clip_sample": False, "skip_prk_steps": True}
@@ -64,23 +64,23 @@ def directional(function, x, direction, eps):
         return (function(x + eps * direction) - function(x - eps * direction)).item() / (2 * eps)
 
 
-# Text tower
+# Text text_encoder
 
 
 def test_embeddings_of_the_tokens_change_nothing(backbone):
-    tower, ids = backbone.towers[0], tokens(backbone)
-    hidden, pooled = tower(ids)
-    hidden_again, pooled_again = tower(ids, tower.table[ids])
+    text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
+    hidden, pooled = text_encoder(ids)
+    hidden_again, pooled_again = text_encoder(ids, text_encoder.table[ids])
     assert torch.equal(hidden, hidden_again)
     assert torch.equal(pooled, pooled_again)
-    assert not torch.equal(hidden, tower(ids, tower.table[ids.roll(1, 0)])[0])
+    assert not torch.equal(hidden, text_encoder(ids, text_encoder.table[ids.roll(1, 0)])[0])
 
 
 def test_ids_say_where_the_text_ends(backbone):
-    tower, ids = backbone.towers[0], tokens(backbone)
-    embeddings = tower.table[ids[:1]]
-    hidden, pooled = tower(ids[:1], embeddings)
-    hidden_shorter, pooled_shorter = tower(ids[1:2], embeddings)
+    text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
+    embeddings = text_encoder.table[ids[:1]]
+    hidden, pooled = text_encoder(ids[:1], embeddings)
+    hidden_shorter, pooled_shorter = text_encoder(ids[1:2], embeddings)
     assert torch.equal(hidden, hidden_shorter)
     assert not torch.allclose(pooled, pooled_shorter)
 
@@ -93,40 +93,42 @@ def test_gradient_to_embeddings(backbone):
     def function(embeddings):
         return (backbone.encode(ids, embeddings) * weight).sum()
 
-    x = backbone.towers[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
+    x = backbone.text_encoders[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
     (gradient,) = torch.autograd.grad(function(x), x)
     direction = torch.randn_like(x) * x.std()
     assert (gradient * direction).sum().item() == pytest.approx(directional(function, x, direction, 1e-5), rel=1e-7)
 
 
 def test_hook_is_removed_after_an_exception(backbone):
-    tower, ids = backbone.towers[0], tokens(backbone)
-    before = tower(ids)[0]
+    text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
+    before = text_encoder(ids)[0]
     with pytest.raises(RuntimeError):
-        tower(ids, tower.table[ids][:, :-1])
-    assert torch.equal(tower(ids)[0], before)
+        text_encoder(ids, text_encoder.table[ids][:, :-1])
+    assert torch.equal(text_encoder(ids)[0], before)
 
 
 def test_length_is_what_tokenizer_and_encoder_take(backbone):
-    tower = backbone.towers[0]
-    assert tower.length == 32
-    tower.tokenizer.model_max_length = 20
-    assert tower.length == 20
-    tower.tokenizer.model_max_length = int(1e30)
-    assert tower.length == 32
+    text_encoder = backbone.text_encoders[0]
+    assert text_encoder.length == 32
+    text_encoder.tokenizer.model_max_length = 20
+    assert text_encoder.length == 20
+    text_encoder.tokenizer.model_max_length = int(1e30)
+    assert text_encoder.length == 32
 
 
 def test_half_precision_inside_and_float32_outside(sd):
     backbone = load_backbone(str(sd), dtype="bfloat16")
-    tower, ids = backbone.towers[0], tokens(backbone)
+    text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
     assert {p.dtype for p in backbone.parameters()} == {torch.bfloat16}
-    assert tower.table.dtype == backbone.alphas_cumprod.dtype == torch.float32
-    embeddings = tower.table[ids].requires_grad_()
-    told = backbone.encode(ids, embeddings)
-    assert torch.equal(told, backbone.encode(ids))
-    latents = backbone.sample(told, told[1:2], torch.randn(3, *backbone.latent_shape), 2, grad_steps=1)
+    assert text_encoder.table.dtype == backbone.alphas_cumprod.dtype == torch.float32
+    embeddings = text_encoder.table[ids].requires_grad_()
+    prompt_embeds = backbone.encode(ids, embeddings)
+    assert torch.equal(prompt_embeds, backbone.encode(ids))
+    latents = backbone.sample(
+        prompt_embeds, prompt_embeds[1:2], torch.randn(3, *backbone.latent_shape), 2, grad_steps=1
+    )
     images = backbone.decode(latents)
-    full = told.float()
+    full = prompt_embeds.float()
     assert backbone.denoise(latents, torch.tensor([1, 2, 3]), full).dtype == torch.float32
     assert latents.dtype == images.dtype == backbone.encode_image(images).dtype == torch.float32
     images.sum().backward()
@@ -161,7 +163,7 @@ def test_sizes(backbone):
     assert backbone.latent_shape == (4, 8, 8)
     assert backbone.image_size == 16
     assert backbone.num_train_timesteps == 1000
-    assert isinstance(backbone.towers[0], TextTower)
+    assert isinstance(backbone.text_encoders[0], TextEncoder)
 
 
 def test_layouts(sd1, sd2):
@@ -173,7 +175,7 @@ def test_layouts(sd1, sd2):
 
 
 def test_between_two_timesteps_the_noise_level_is_between_theirs(backbone):
-    """Also between the last two; sigma is linear there, as samplers have it."""
+    """Also between the last two, where sigma is linear, as in the samplers."""
     latents, noise = torch.ones(1, *backbone.latent_shape), torch.zeros(1, *backbone.latent_shape)
     alphas = backbone.scheduler.alphas_cumprod
     sigmas = (1 / alphas - 1).sqrt()
@@ -221,13 +223,13 @@ def test_x0_is_the_schedulers(backbone):
 
 
 def test_denoise_calls_the_unet_with_each_rows_timestep(backbone):
-    told, _ = prompts(backbone, 2)
+    prompt_embeds, _ = prompts(backbone, 2)
     noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
-    output = backbone.denoise(noisy, timesteps, told)
+    output = backbone.denoise(noisy, timesteps, prompt_embeds)
     for i in range(2):
-        alone = backbone.denoiser(noisy[i : i + 1], timesteps[i], told[i : i + 1]).sample
+        alone = backbone.denoiser(noisy[i : i + 1], timesteps[i], prompt_embeds[i : i + 1]).sample
         torch.testing.assert_close(output[i : i + 1], alone, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(output, backbone.denoise(noisy, timesteps.flip(0), told), atol=1e-4)
+    assert not torch.allclose(output, backbone.denoise(noisy, timesteps.flip(0), prompt_embeds), atol=1e-4)
 
 
 def test_nothing_is_kept_of_what_comes_before_the_prompt():
@@ -241,13 +243,13 @@ def test_nothing_is_kept_of_what_comes_before_the_prompt():
         module.register_forward_hook(lambda _, args, output, name=name: graphs.update({name: output.requires_grad}))
     first.register_forward_pre_hook(lambda *_: kept.append(len(saved)))
     saved = []
-    told = backbone.encode_text(["cat", "dog"]).requires_grad_()
+    prompt_embeds = backbone.encode_text(["cat", "dog"]).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        output = backbone.denoise(torch.randn(2, 4, 16, 16), torch.tensor([600, 900]), told)
+        output = backbone.denoise(torch.randn(2, 4, 16, 16), torch.tensor([600, 900]), prompt_embeds)
     assert graphs == dict.fromkeys(places, False) | {"key": True}
     assert kept == [0]
     assert len(saved) > 100
-    (slope,) = torch.autograd.grad(output.square().sum(), told)
+    (slope,) = torch.autograd.grad(output.square().sum(), prompt_embeds)
     assert slope.abs().sum() > 0
     assert all(tensor.grad is None for tensor in backbone.parameters())
 
@@ -256,18 +258,18 @@ def test_memory_format_changes_nothing_but_the_speed(backbone):
     for network in (backbone.denoiser, backbone.vae):
         kernels = [weight for weight in network.parameters() if weight.dim() == 4]
         assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
-    told, _ = prompts(backbone, 2)
+    prompt_embeds, _ = prompts(backbone, 2)
     noisy, t, images = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.rand(2, 3, 16, 16) * 2 - 1
-    found = backbone.denoise(noisy, t, told), backbone.decode(noisy), backbone.encode_image(images)
+    found = backbone.denoise(noisy, t, prompt_embeds), backbone.decode(noisy), backbone.encode_image(images)
     backbone.denoiser.to(memory_format=torch.contiguous_format)
     backbone.vae.to(memory_format=torch.contiguous_format)
-    expected = backbone.denoise(noisy, t, told), backbone.decode(noisy), backbone.encode_image(images)
+    expected = backbone.denoise(noisy, t, prompt_embeds), backbone.decode(noisy), backbone.encode_image(images)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_empty_text_is_encoded_once(backbone):
     calls = []
-    backbone.towers[0].encoder.register_forward_hook(lambda *_: calls.append(None))
+    backbone.text_encoders[0].encoder.register_forward_hook(lambda *_: calls.append(None))
     with torch.inference_mode():
         empty = backbone.encode_text([""])
     assert torch.equal(backbone.encode_text([""]), empty)
@@ -318,61 +320,63 @@ def test_sample_as_the_pipeline(backbone, sd, sampler):
     pipeline = StableDiffusionPipeline.from_pretrained(sd)
     pipeline.scheduler = backbone.scheduler
     pipeline.set_progress_bar_config(disable=True)
-    (told, negative), noise = prompts(backbone, 2), torch.randn(2, 4, 8, 8)
+    (prompt_embeds, negative), noise = prompts(backbone, 2), torch.randn(2, 4, 8, 8)
     for guidance in (3.0, 1.0):
         expected = pipeline(
-            prompt_embeds=told,
+            prompt_embeds=prompt_embeds,
             negative_prompt_embeds=repeat(negative, 2),
             latents=noise,
             num_inference_steps=4,
             guidance_scale=guidance,
             output_type="latent",
         ).images
-        latents = backbone.sample(told, negative, noise, steps=4, guidance_scale=guidance)
+        latents = backbone.sample(prompt_embeds, negative, noise, steps=4, guidance_scale=guidance)
         torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 def test_old_scheduler_files_as_the_pipeline(sd1, copy):
-    """Files that would clip latents and start a timestep early."""
+    """Old files would clip latents and start a timestep early."""
     (copy / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
     backbone, pipeline = load_backbone(str(copy)), StableDiffusionPipeline.from_pretrained(copy)
-    told, negative = prompts(backbone, 1)
+    prompt_embeds, negative = prompts(backbone, 1)
     noise = torch.randn(1, 4, 8, 8)
     expected = pipeline(
-        prompt_embeds=told, negative_prompt_embeds=negative, latents=noise,
+        prompt_embeds=prompt_embeds, negative_prompt_embeds=negative, latents=noise,
         num_inference_steps=3, output_type="latent",
     ).images  # fmt: skip
-    torch.testing.assert_close(backbone.sample(told, negative, noise, steps=3), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(backbone.sample(prompt_embeds, negative, noise, steps=3), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_added_noise_depends_on_the_row_alone(backbone, sampler):
     use(backbone, sampler)
-    (told, negative), noise = prompts(backbone, 3), torch.randn(3, 4, 8, 8)
+    (prompt_embeds, negative), noise = prompts(backbone, 3), torch.randn(3, 4, 8, 8)
     state = torch.get_rng_state()
-    latents = backbone.sample(told, negative, noise, steps=3)
+    latents = backbone.sample(prompt_embeds, negative, noise, steps=3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    alone = backbone.sample(told[1:2], negative, noise[1:2], steps=3)
+    alone = backbone.sample(prompt_embeds[1:2], negative, noise[1:2], steps=3)
     torch.testing.assert_close(alone, latents[1:2], atol=1e-4, rtol=1e-4)
 
 
 def test_added_noise_differs_between_rows(backbone):
     use(backbone, "DDPM")
-    told, negative = prompts(backbone, 1)
+    prompt_embeds, negative = prompts(backbone, 1)
     noise = torch.randn(1, 4, 8, 8)
-    latents = backbone.sample(repeat(told, 2), negative, torch.cat([noise, noise + 1e-6]), steps=3, guidance_scale=1)
+    latents = backbone.sample(
+        repeat(prompt_embeds, 2), negative, torch.cat([noise, noise + 1e-6]), steps=3, guidance_scale=1
+    )
     assert (latents[0] - latents[1]).abs().max() > 0.01
 
 
 def test_negatives_of_each_row(backbone):
-    (told, negative), noise = prompts(backbone, 2), torch.randn(2, 4, 8, 8)
-    one = backbone.sample(told, negative, noise, steps=3)
-    torch.testing.assert_close(backbone.sample(told, repeat(negative, 2), noise, steps=3), one)
-    other = backbone.sample(told, torch.cat([negative, told[:1]]), noise, steps=3)
+    (prompt_embeds, negative), noise = prompts(backbone, 2), torch.randn(2, 4, 8, 8)
+    one = backbone.sample(prompt_embeds, negative, noise, steps=3)
+    torch.testing.assert_close(backbone.sample(prompt_embeds, repeat(negative, 2), noise, steps=3), one)
+    other = backbone.sample(prompt_embeds, torch.cat([negative, prompt_embeds[:1]]), noise, steps=3)
     torch.testing.assert_close(other[:1], one[:1])
     assert not torch.allclose(other[1:], one[1:], atol=1e-3)
 
@@ -392,13 +396,13 @@ def test_no_guidance_skips_the_unconditional_half(backbone, monkeypatch, guidanc
 def test_gradient_of_sample(backbone, sampler):
     use(backbone, sampler)
     backbone.double()
-    told, negative = prompts(backbone, 2)
+    prompt_embeds, negative = prompts(backbone, 2)
     noise, weight = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
 
     def function(embeds, grad_steps=0):
         return (backbone.sample(embeds, negative, noise, 3, 3.0, grad_steps) * weight).sum()
 
-    x = told.requires_grad_()
+    x = prompt_embeds.requires_grad_()
     (gradient,) = torch.autograd.grad(function(x, grad_steps=3), x)
     direction = torch.randn_like(x)
     expected = directional(function, x, direction, 1e-5)
@@ -407,8 +411,8 @@ def test_gradient_of_sample(backbone, sampler):
 
 def test_gradient_of_the_last_step(backbone, monkeypatch):
     use(backbone, "DDIM")
-    told, negative = prompts(backbone, 2)
-    noise, x = torch.randn(2, 4, 8, 8), told.requires_grad_()
+    prompt_embeds, negative = prompts(backbone, 2)
+    noise, x = torch.randn(2, 4, 8, 8), prompt_embeds.requires_grad_()
 
     def gradient(grad_steps):
         return torch.autograd.grad(backbone.sample(x, negative, noise, 3, 3.0, grad_steps).sum(), x)[0]
@@ -418,8 +422,8 @@ def test_gradient_of_the_last_step(backbone, monkeypatch):
     assert not torch.allclose(last, everything, rtol=0.01)
     denoise = backbone.denoise
 
-    def constant_before_the_last(noisy, t, *told):
-        output = denoise(noisy, t, *told)
+    def constant_before_the_last(noisy, t, *prompt_embeds):
+        output = denoise(noisy, t, *prompt_embeds)
         return output if t[0] == 1 else output.detach()
 
     monkeypatch.setattr(backbone, "denoise", constant_before_the_last)
@@ -428,13 +432,13 @@ def test_gradient_of_the_last_step(backbone, monkeypatch):
 
 def test_gradient_steps_keep_no_activations(backbone, monkeypatch):
     use(backbone, "DPMSolverMultistep")
-    told, negative = prompts(backbone, 1)
+    prompt_embeds, negative = prompts(backbone, 1)
     calls, steps, denoise, step = [], [], backbone.denoise, type(backbone.scheduler).step
     monkeypatch.setattr(backbone, "denoise", lambda *args: (calls.append(0), denoise(*args))[1])
     monkeypatch.setattr(
         type(backbone.scheduler), "step", lambda *args, **kwargs: (steps.append(0), step(*args, **kwargs))[1]
     )
-    x = told.requires_grad_()
+    x = prompt_embeds.requires_grad_()
     latents = backbone.sample(x, negative, torch.randn(1, 4, 8, 8), steps=5, grad_steps=2)
     assert (len(calls), len(steps)) == (5, 5)
     latents.sum().backward()
@@ -453,10 +457,10 @@ def test_calls_are_those_of_sampling(sampler, guidance, backbone, monkeypatch):
 
 
 def test_sample_turns_no_gradient_on(backbone):
-    told, negative = prompts(backbone, 1)
-    told.requires_grad_()
+    prompt_embeds, negative = prompts(backbone, 1)
+    prompt_embeds.requires_grad_()
     with torch.no_grad():
-        latents = backbone.sample(told, negative, torch.randn(1, 4, 8, 8), 2, guidance_scale=1, grad_steps=2)
+        latents = backbone.sample(prompt_embeds, negative, torch.randn(1, 4, 8, 8), 2, guidance_scale=1, grad_steps=2)
     assert not latents.requires_grad
 
 
@@ -468,11 +472,11 @@ def test_text_encoder_is_float32_although_its_file_says_half(sd1, tmp_path):
     assert json.loads((tmp_path / "text_encoder/config.json").read_text())["dtype"] == "float16"
     backbone, original = load_backbone(str(tmp_path)), load_backbone(str(sd1))
     assert {p.dtype for p in backbone.parameters()} == {torch.float32}
-    assert torch.equal(backbone.towers[0].table, original.towers[0].table.half().float())
+    assert torch.equal(backbone.text_encoders[0].table, original.text_encoders[0].table.half().float())
 
 
 def test_layout_of_old_files(sd1, copy):
-    """Names with `text_model.` and positions among the weights; vocabulary and merges are read as tokenizer.json."""
+    """Weights named `text_model.` and stored positions are read, and vocab.json with merges.txt in place of tokenizer.json."""
     before = {path.name for path in (copy / "tokenizer").iterdir()}
     families.tokenizer_of_captions().save_pretrained(copy / "tokenizer")
     for name in ("vocab.json", "merges.txt"):

@@ -68,7 +68,7 @@ def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, pictures, 
 
 
 def test_names_of_tokens(sd1):
-    tokenizer = load_backbone(str(sd1)).towers[0].tokenizer
+    tokenizer = load_backbone(str(sd1)).text_encoders[0].tokenizer
     ids = tokenizer("red cat", add_special_tokens=False).input_ids
     texts = token_texts(tokenizer, Problem("0" * 16, "x", prompt="red cat", token_ids=ids))
     assert len(texts) == len(ids)
@@ -103,7 +103,7 @@ def test_a_map_that_is_zero_everywhere_shows_no_heat():
 def test_words_light_what_they_name():
     """On the embedded model: the object's word where the picture is not the background, the colour's word around it."""
     backbone = load_backbone("emoji")
-    tower, words = backbone.towers[0], json.loads((TARGETS / "words.json").read_text())
+    tower, words = backbone.text_encoders[0], json.loads((TARGETS / "words.json").read_text())
     for file in ("002.png", "005.png", "007.png"):
         named, picture = words[file], to_tensor(Image.open(TARGETS / file).convert("RGB"))
         latents = backbone.encode_image(picture[None])[0]

@@ -41,7 +41,7 @@ def pixels(image):
 def test_frames_are_those_of_the_arc(run, tiny):
     files = predict(run, "--path", *ENDS, "--frames", "4", "--seeds", "3,8")
     backbone = load_backbone(tiny)
-    tower, noise = backbone.towers[0], noise_of([3, 8], backbone.latent_shape)
+    tower, noise = backbone.text_encoders[0], noise_of([3, 8], backbone.latent_shape)
     one, other, empty = (backbone.encode(encode_text(tower.tokenizer, [x], tower.length)) for x in (*ENDS, ""))
     with Image.open(files[".gif"]) as animation:
         assert animation.n_frames == 6  # there and back, the ends once

@@ -4,7 +4,7 @@ import pytest
 import pytorch_lightning as pl
 from searches import fit
 
-from lightning_prompts.backbones import base
+from lightning_prompts.backbones import sampling_loop
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import (
     GCG,
@@ -86,7 +86,7 @@ def test_inverters(method, settings, tiny, pictures, tmp_path):
 @pytest.mark.parametrize(("method", "settings"), OTHERS)
 def test_methods_that_begin_with_a_prompt(method, settings, tiny, tmp_path, monkeypatch):
     # A checkpointed call is computed twice, the second time for its gradient alone.
-    monkeypatch.setattr(base, "checkpoint", lambda function, *arguments, **how: function(*arguments))
+    monkeypatch.setattr(sampling_loop, "checkpoint", lambda function, *arguments, **how: function(*arguments))
     module, data = method(backbone=tiny, seeds=2, **settings, **FEW), Prompts(["a small cat", "two dogs"])
     seen = counted(module)
     if method is SeedInvariance:  # what the target images take is not counted

@@ -198,7 +198,7 @@ def test_all_steps_is_plain_autograd_through_the_sampler(sd):
     backbone = load_backbone(str(sd)).double()
     backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, clip_sample=False)
     noise = torch.randn(2, *backbone.latent_shape, dtype=torch.float64)
-    ids = encode_text(backbone.towers[0].tokenizer, ["a small cat", "dark"], backbone.towers[0].length)
+    ids = encode_text(backbone.text_encoders[0].tokenizer, ["a small cat", "dark"], backbone.text_encoders[0].length)
     leaves = [embeds.detach().requires_grad_() for embeds in backbone.encode(ids).split(1)]
     told, away = (leaf.expand(2, -1, -1) for leaf in leaves)
     shortcut = torch.autograd.grad(backbone.decode(backbone.sample(told, away, noise, 5, 3.0, 5, 5)).sum(), leaves)

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from lightning_prompts import guide, reword
 from lightning_prompts.backbones import load_backbone
-from lightning_prompts.backbones.towers import TextTower
+from lightning_prompts.backbones.text_encoders import TextEncoder
 from lightning_prompts.backbones.vocabulary import round_trip
 from lightning_prompts.callbacks import Results
 from lightning_prompts.errors import UserError
@@ -33,13 +33,13 @@ SMALL = {"tokens": 2, "sampling_steps": 2, "image_size": 16, "sample_every": 0}
 @pytest.fixture
 def read(monkeypatch):
     """All texts that text encoders have read."""
-    seen, original = [], TextTower.read
+    seen, original = [], TextEncoder.encode_text
 
     def spy(self, texts, *args, **kwargs):
         seen.append((self.kind, list(texts)))
         return original(self, texts, *args, **kwargs)
 
-    monkeypatch.setattr(TextTower, "read", spy)
+    monkeypatch.setattr(TextEncoder, "encode_text", spy)
     return seen
 
 
@@ -59,7 +59,7 @@ def test_textual_inversion_has_one_loss(family, vocabulary, folders, pictures, r
         backbone=folders(family), vocabulary=vocabulary, lr=0.05, template="A photo of {}", **SMALL
     )
     problems = fit(module, pictures, tmp_path)
-    other = "t5" if module.vocabulary.towers[0].kind == "clip" else "clip"
+    other = "t5" if module.vocabulary.text_encoders[0].kind == "clip" else "clip"
     written = {text for kind, texts in read if kind == other for text in texts}
     assert written - {""} == {problem.prompt for problem in problems}
     again = module.validation_losses(problems)
@@ -269,7 +269,7 @@ def shorter(folders, tmp_path):
 
 def test_rows_without_a_token_are_no_results(longer, folders, pictures, tmp_path):
     vocabulary, expected = (load_backbone(folder).vocabulary for folder in (longer, folders("sdxl")))
-    assert [tower.rows for tower in vocabulary.towers] == [561, 557]
+    assert [tower.rows for tower in vocabulary.text_encoders] == [561, 557]
     assert vocabulary.table.shape == (557, 80)
     assert torch.equal(vocabulary.allowed(), F.pad(expected.allowed(), (0, 3)))
     for method in (PH2P, PEZ, GCG, RandomTokens, ClipWords, TextualInversion):
@@ -286,7 +286,7 @@ def test_rows_without_a_token_are_no_results(longer, folders, pictures, tmp_path
 def test_tokens_that_the_encoders_of_one_model_read_differently_are_not_allowed(folders):
     """SDXL's second tokenizer pads with "!", and reads it as padding."""
     vocabulary = load_backbone(folders("sdxl")).vocabulary
-    one, other = (tower.tokenizer for tower in vocabulary.towers)
+    one, other = (tower.tokenizer for tower in vocabulary.text_encoders)
     (mark,) = one("!", add_special_tokens=False)["input_ids"]
     assert other("!", add_special_tokens=False)["input_ids"] != [mark]
     ids = vocabulary.allowed().nonzero()

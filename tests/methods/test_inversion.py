@@ -194,7 +194,7 @@ def test_score_is_of_the_text(hard, tiny, pictures, tmp_path):
     problems = search(module, [pictures], tmp_path / "run")
     backbone = load_backbone(tiny)
     for row, problem in enumerate(problems):
-        ids = encode_text(backbone.towers[0].tokenizer, [problem.prompt], backbone.towers[0].length)
+        ids = encode_text(backbone.text_encoders[0].tokenizer, [problem.prompt], backbone.text_encoders[0].length)
         timesteps = validation_timesteps(2, 500, 1000)
         noise = draw_noise(0, [problem.key], VALIDATION, 2, backbone.latent_shape, "cpu")[0]
         latents = module.latents[row].expand(2, -1, -1, -1)

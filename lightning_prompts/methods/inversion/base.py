@@ -90,7 +90,7 @@ class Inverter(PromptMethod):
         clip, refusal = clip or default_clip(self.backbone), None
         if clip_weight and (self.moves_embeddings or not denoising_weight):
             refusal = missing_gradient(type(self).__name__, clip, self.backbone, self.moves_embeddings)
-            if self.vocabulary.towers[0].kind != "clip":
+            if self.vocabulary.text_encoders[0].kind != "clip":
                 raise refusal
         self.template, self.blocked, self.start = template, tuple(blocked), start
         allowed = None if words is None else tuple(words)
@@ -191,7 +191,7 @@ class Inverter(PromptMethod):
         chunk = chunk or max(len(ids), 1)
         terms, parts = {}, [slice(begin, begin + chunk) for begin in range(0, max(len(ids), 1), chunk)]
         if self.denoising_weight:
-            if texts is None and self.backbone.others:
+            if texts is None and self.backbone.other_text_encoders:
                 texts = self.prompt.texts(ids[:, self.prompt.positions])
             encoded = [self.backbone.encode(ids[part], embeddings[part], texts=texts and texts[part]) for part in parts]
             terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, torch.cat(encoded), samples)

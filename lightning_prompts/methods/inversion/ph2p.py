@@ -129,7 +129,7 @@ class PH2P(GradientInverter):
 
         They are fixed within a step, as the function that L-BFGS minimizes must be.
         """
-        if not self.backbone.others or self.straight_through:
+        if not self.backbone.other_text_encoders or self.straight_through:
             return None
         return self.prompt.texts(self.prompt.nearest(self.to_device(rows)))
 

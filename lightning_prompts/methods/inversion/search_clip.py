@@ -111,8 +111,8 @@ def missing_gradient(method: str, clip: str, backbone: Backbone, moves_embedding
         backbone: The model.
         moves_embeddings: Whether the method needs the gradient of the whole loss, even with a denoising loss.
     """
-    kind, instead = backbone.vocabulary.towers[0].kind, ""
-    if kind != "clip" and any(tower.kind == "clip" for tower in backbone.towers):
+    kind, instead = backbone.vocabulary.text_encoders[0].kind, ""
+    if kind != "clip" and any(tower.kind == "clip" for tower in backbone.text_encoders):
         instead = ", or search the CLIP encoder's tokens with --model.vocabulary clip"
     way_out = "give --model.clip_weight 0" if moves_embeddings else "give --model.denoising_weight above 0"
     instead = way_out + instead

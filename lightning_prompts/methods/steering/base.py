@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_prompts.backbones.embedding_files import base_prompts, pack_prompt_embeds, read_prompt_embeds
+from lightning_prompts.backbones.prompt_embeds_files import base_prompts, pack_prompt_embeds, read_prompt_embeds
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.refinement import Refinement
 from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
@@ -71,7 +71,7 @@ class Steering(Refinement):
 
     def moving(self, embeds: Tensor) -> Tensor:
         """Return the rows (R,) of encoded prompts (..., R, D) that move."""
-        return self.backbone.moving(embeds, self.pooled)
+        return self.backbone.searchable_rows(embeds, self.pooled)
 
     @torch.no_grad()
     def set_rows(self, problems: list[Problem]) -> None:

@@ -122,7 +122,7 @@ class HumanFeedback(Steering):
 
     def summaries(self, embeds: Tensor) -> Tensor:
         """Summarize encoded prompts (T, S, R, D) to vectors (T, D); see `Backbone.gist`."""
-        return self.backbone.gist(embeds[:, 0])
+        return self.backbone.summary_embedding(embeds[:, 0])
 
     # --- candidates
 

@@ -1,0 +1,50 @@
+"""The families of models, those of other packages included."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from lightning_prompts.backbones.base import _FAMILIES, Backbone
+from lightning_prompts.backbones.flux import Flux
+from lightning_prompts.backbones.pixart import PixArt
+from lightning_prompts.backbones.sd3 import StableDiffusion3
+from lightning_prompts.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
+from lightning_prompts.errors import UserError, shortened
+
+OWN = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt)
+ENTRY_POINTS = "lightning_prompts.families"
+"""The entry points by which other packages name their families."""
+
+
+def families() -> dict[str, type[Backbone]]:
+    """Return the family of each supported diffusers pipeline.
+
+    To add a family, define a subclass of `Backbone`. In Python it is supported from then on; a package that names the class in its
+    pyproject.toml also adds it to the command line:
+
+    ```toml
+    [project.entry-points."lightning_prompts.families"]
+    my_family = "my_package.my_module:MyFamily"
+    ```
+    """
+    _import_others()
+    own: dict[str, type[Backbone]] = {pipeline: family for family in OWN for pipeline in family.pipelines}
+    return own | _FAMILIES
+
+
+@cache
+def _import_others() -> None:
+    """Import the families of other packages, which registers them."""
+    for entry_point in entry_points(group=ENTRY_POINTS):
+        _import(entry_point)
+
+
+def _import(entry_point: EntryPoint) -> None:
+    try:
+        entry_point.load()
+    except Exception as error:  # the other package's code may raise anything
+        raise UserError(
+            f"The family {entry_point.name!r} ({entry_point.value}) cannot be imported ({type(error).__name__}: "
+            f"{shortened(str(error), 100)}); correct or uninstall the package that names it."
+        ) from error
