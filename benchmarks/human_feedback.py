@@ -92,14 +92,14 @@ def measure(said: str, file: Path, seed: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line a picture, and what they say together."""
-    head = ("said", "picture", "before", "by moves", "by edits of words")
+    head = ("prompt", "image", "before", "by moves", "by word edits")
     found = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     moves, edits = ([row[f"by_{way}"] for row in rows] for way in ("moves", "edits"))
     for row, by_moves, by_edits in zip(rows, moves, edits, strict=True):
         found.append(f"| {row['said']} | {row['picture']} | {row['before']:.3f} | {by_moves:.3f} | {by_edits:.3f} |")
-    nearer = sum(by_moves > by_edits for by_moves, by_edits in zip(moves, edits, strict=True))
+    closer = sum(by_moves > by_edits for by_moves, by_edits in zip(moves, edits, strict=True))
     difference = interval([by_moves - by_edits for by_moves, by_edits in zip(moves, edits, strict=True)])
-    return "\n".join([*found, "", f"Nearer by moves: {nearer} of {len(rows)}; by moves less by edits {difference}."])
+    return "\n".join([*found, "", f"Closer by moves: {closer} of {len(rows)}; moves minus edits: {difference}."])
 
 
 def rows_of(targets: str) -> list[dict[str, Any]]:
