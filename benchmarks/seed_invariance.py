@@ -41,9 +41,9 @@ PAPER = {
 }
 LINES: dict[str, dict[str, Any]] = {
     "all rows": {},
-    "the CLIP alone": {"pixels": 0.0},
+    "only the CLIP": {"pixels": 0.0},
     "one row": {"embedding": "one_row"},
-    "what is told alone": {"unconditional": False},
+    "only prompt_embeds": {"unconditional": False},
     "as in the paper": {**PAPER, "embedding": "one_row", "unconditional": False},
 }
 FIGURES = Path(__file__).parent / "figures" / "seed_invariance"
@@ -91,7 +91,7 @@ def rows_of(line: str) -> list[dict[str, Any]]:
 
 def table() -> str:
     """The lines that are measured, on two captions at least."""
-    head = ("captions", "held-out similarity", "closed", "PSNR in dB", "squared error closed", "seconds a target")
+    head = ("captions", "held-out similarity", "closed", "PSNR in dB", "squared error closed", "seconds per target")
     found = [f"| embedding | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for line in LINES:
         by_caption: dict[str, list[dict[str, Any]]] = {}

@@ -63,7 +63,7 @@ def main() -> None:
             maps = word_maps(backbone, told, latents, noise, 1, len(tokens))
             for name, word, region in (
                 ("the object's word", seen, on_object),
-                ("the background's colour", color, 1 - on_object),
+                ("the background's color", color, 1 - on_object),
                 ('the word "background"', "background", 1 - on_object),
             ):
                 if word not in prompt.replace(",", "").split():
