@@ -56,7 +56,7 @@ KINDS = {  # by how their names in the profile begin or go on; the first that fi
     "convolutions": ("convolution",),
     "matrix products": ("::mm", "::bmm", "addmm", "baddbmm"),
     "attention": ("scaled_dot_product",),
-    "normalisation, activation": ("norm", "silu", "gelu", "softmax"),
+    "normalization, activation": ("norm", "silu", "gelu", "softmax"),
     "copies": ("copy_", "::cat", "fill_", "zero_", "upsample", "index", "slice_backward", "gather", "embedding"),
 }
 OTHER, PYTHON = "other operations", "Python and calls"
@@ -347,23 +347,23 @@ def measure_settings(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
     weights = other(lambda changed: changed.denoiser.requires_grad_(True))
     checkpointed = other(lambda changed: changed.denoiser.enable_gradient_checkpointing())
     steps = {
-        "a step as it is": gradient(backbone, count),
-        "one sample a call": gradient(backbone, count, microbatch=1),
+        "default": gradient(backbone, count),
+        "one sample per call": gradient(backbone, count, microbatch=1),
         "gradients of the denoiser's weights": gradient(weights, count, objective=whole_graph),
         "contiguous instead of channels-last": gradient(other(contiguous), count),
-        "attention that is not fused": gradient(other(unfused), count),
+        "unfused attention": gradient(other(unfused), count),
         "torch.compile": gradient(other(lambda changed: changed.denoiser.compile()), count),
         "bfloat16 autocast": within(gradient(backbone, count), lambda: torch.autocast("cpu", torch.bfloat16)),
         "bfloat16 weights": gradient(other(lambda changed: None, "bfloat16"), count),
-        "bfloat16 weights, attention that is not fused": gradient(other(unfused, "bfloat16"), count),
+        "bfloat16 weights, unfused attention": gradient(other(unfused, "bfloat16"), count),
         "float32 products in bfloat16": within(gradient(backbone, count), lambda: products_in("medium")),
         "linear layers as convolutions": gradient(other(lambda changed: convolve(changed.denoiser)), count),
         "denormals to zero": within(gradient(backbone, count), flushed),
         "gradient checkpointing": gradient(checkpointed, count),
     }
     pictures = {
-        "four pictures as they are": decoded(backbone),
-        "four pictures, contiguous instead of channels-last": decoded(other(contiguous)),
+        "four images, default": decoded(backbone),
+        "four images, contiguous instead of channels-last": decoded(other(contiguous)),
     }
     return compared(steps, rounds) + compared(pictures, rounds)
 
@@ -462,7 +462,7 @@ def share_table(rows: list[dict[str, Any]]) -> str:
 
 
 def profile_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| operations | ms a step | share |", "|---|---|---|"]
+    lines = ["| operations | ms per step | share |", "|---|---|---|"]
     lines += [f"| {row['kind']} | {row['milliseconds']:.1f} | {row['share']:.0%} |" for row in rows]
     return "\n".join(lines)
 
@@ -500,13 +500,13 @@ def plot() -> None:
             first.plot(
                 [str(int(row["targets"])) for row in own], [row[name] for row in own], style, color=color, label=label
             )
-    first.set(xlabel="targets", ylabel="denoiser samples a second", ylim=(0, None), title="Against a plain loop")
+    first.set(xlabel="targets", ylabel="denoiser samples per second", ylim=(0, None), title="Against a plain loop")
     first.legend(fontsize="small")
-    _bars(share, "share", "what", "share_of_best", "per cent of the machine's best", "Share of the arithmetic")
-    share.axvline(30, color="grey", linestyle=":")
-    _bars(profile, "profile", "kind", "share", "per cent of a step, 16 targets", "Where the time goes")
-    _bars(settings, "settings", "setting", "speed", "per cent of the speed as it is", "What each way is worth")
-    settings.axvline(100, color="grey", linestyle=":")
+    _bars(share, "share", "what", "share_of_best", "percent of the machine's best", "Share of the arithmetic")
+    share.axvline(30, color="gray", linestyle=":")
+    _bars(profile, "profile", "kind", "share", "percent of a step, 16 targets", "Where the time goes")
+    _bars(settings, "settings", "setting", "speed", "percent of the default speed", "Alternative computations")
+    settings.axvline(100, color="gray", linestyle=":")
     settings.tick_params("y", labelsize="x-small")
     figure.savefig(IMAGE, dpi=80)
 
