@@ -196,7 +196,7 @@ class Bench:
         return self.counts[name]
 
     def taken(self, work: Callable[[], Any]) -> int:
-        """Measure the peak memory of a computation, in bytes."""
+        """Measure the peak memory of some work, in bytes."""
         forget_peak(self.device)
         before = peak(self.device)
         work()
