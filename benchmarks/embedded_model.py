@@ -51,11 +51,7 @@ def draw(backbone: Backbone, captions: list[str], guidance_scale: float) -> Tens
 def loss_ratios(backbone: Backbone, latents: Tensor, captions: list[str]) -> dict[str, float]:
     """Compute the ratio of the denoising losses with the next target's caption and with the target's own."""
     told = backbone.encode(encode_text(backbone.towers[0].tokenizer, captions, backbone.towers[0].length))
-    wrong, generator, ratios = (
-        told[torch.arange(len(latents)).roll(1)],
-        torch.Generator().manual_seed(SEED),
-        {},
-    )
+    wrong, generator, ratios = told[torch.arange(len(latents)).roll(1)], torch.Generator().manual_seed(SEED), {}
     for low, high in ((0, 250), (250, 500), (500, 750), (750, 1000), (500, 1000)):
         t = torch.randint(low, high, (len(latents),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)

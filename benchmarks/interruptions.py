@@ -63,9 +63,7 @@ def interrupted(
     elif reached:
         os.killpg(process.pid, getattr(signal, kind))
         process.communicate()
-        broken = len(
-            [file for file in jobs.unreadable(run) if not file.endswith(".tmp")]
-        )  # as another reader would see it
+        broken = len([file for file in jobs.unreadable(run) if not file.endswith(".tmp")])  # as other readers see it
         jobs.finish(jobs.start(args))
     else:
         jobs.finish(process)

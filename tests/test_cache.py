@@ -1,4 +1,4 @@
-"""What is kept between runs is what would be computed, whatever happens to its files."""
+"""Cached values equal computed ones, whatever happens to the files."""
 
 import os
 
@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def counted(values):
-    """Make a function that computes, and a list of its calls."""
+    """Return a function that computes, and a list of its calls."""
     calls = []
     return lambda: calls.append(1) or torch.tensor(values), calls
 
@@ -89,7 +89,7 @@ def test_features_of_words_are_the_same_from_the_cache(tiny, folder, monkeypatch
     calls = []
     monkeypatch.setattr(init, "prompt_features", lambda *args: calls.append(args))
     assert torch.equal(word_features(clip, prompt, as_text=False), computed)
-    other = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 2, blocked=("dog",))  # of another length and list
+    other = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 2, blocked=("dog",))  # another length and word list
     assert word_features(clip, other, as_text=False).shape == (int(other.allowed.sum()), computed.shape[1])
     assert not calls
 
@@ -113,7 +113,7 @@ def test_a_few_words_are_not_worth_a_vocabulary(tiny, folder):
 
 
 def test_a_search_asks_for_the_words_once(tiny, pictures, tmp_path, monkeypatch):
-    """However often images join it."""
+    """The words are computed once, however many images join the search."""
     calls, original = [], base.word_features
     monkeypatch.setattr(base, "word_features", lambda *args: calls.append(args) or original(*args))
     module = GCG(backbone=tiny, tokens=2, start="clip_words", candidates=2, together=1, sampling_steps=2)

@@ -1,4 +1,4 @@
-"""Running out of memory: smaller calls, the same results."""
+"""When memory runs out, calls get smaller and results stay the same."""
 
 import logging
 
@@ -18,7 +18,7 @@ from lightning_prompts.sampling import Microbatch
 
 
 def holding(most, work):
-    """Work in a memory that holds so many samples."""
+    """Simulate a memory that holds a given number of samples."""
 
     def done(some):
         if len(some) > most:
@@ -61,7 +61,7 @@ def test_as_many_as_the_memory_holds(caplog):
 
 
 def test_what_was_fitted_stays_when_a_search_goes_on(tiny, tmp_path, monkeypatch):
-    """On a device that says when it is full, for which the CPU stands here."""
+    """On a device that reports when its memory is full, simulated on the CPU."""
     monkeypatch.setattr("lightning_prompts.engine.method.ENDLESS", ())
     data = {"prompts": ["a red cat", "two dogs"]}
     sizes = []
@@ -108,7 +108,7 @@ def test_the_memory_of_a_cpu():
 
 
 def too_small(monkeypatch, backbone, most):
-    """Has the denoiser run out of memory in larger calls: before it has begun, or when it has ended."""
+    """Make the denoiser run out of memory in larger calls, before or after its computation."""
     denoise, seen = backbone.denoise, []
 
     def limited(noisy, *args):
@@ -156,7 +156,7 @@ def test_an_infinite_gradient_leaves_the_value_finite():
 
 
 def test_gradients_do_not_vanish_in_half_precision():
-    """The gradient of a mean over 2^20 terms is below the least float16; that of their sum is not."""
+    """The gradient of a mean over 2^20 terms is below the smallest float16; that of their sum is not."""
     x = torch.full((1, 1), 0.5, dtype=torch.float16, requires_grad=True)
     steep = torch.full((1, 1), 0.5, requires_grad=True)
 
@@ -203,7 +203,7 @@ def test_drawing_goes_on_with_less(tiny, monkeypatch, grad_steps):
     noise = torch.randn(2, 4, *module.backbone.latent_shape)
     expected = measured(module)
     limited = MetricGuidance(backbone=tiny, microbatch=8, **how)
-    seen = too_small(monkeypatch, limited.backbone, 4)  # with guidance two samples a picture
+    seen = too_small(monkeypatch, limited.backbone, 4)  # with guidance, two samples per image
     found = measured(limited)
     assert max(seen) == 16
     assert limited.microbatch.size == 2

@@ -1,4 +1,4 @@
-"""The folder of a run has one owner at a time, and none that is dead."""
+"""A run folder has one owner at a time, and a dead owner loses it."""
 
 import errno
 import multiprocessing
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-SECONDS = 2.0  # of the lease in these tests
+SECONDS = 2.0  # lease of these tests
 HOLD = """
 import os, socket, sys, time
 from pathlib import Path
@@ -50,14 +50,14 @@ os.utime = lambda file, times=None, **more: real(file, ns=(next(beats), next(bea
 
 @pytest.fixture
 def short(monkeypatch):
-    """A lease that expires soon."""
+    """Use a lease that expires soon."""
     monkeypatch.setattr(lock, "LEASE", SECONDS)
     monkeypatch.setattr(lock, "HEARTBEAT", SECONDS / 10)
 
 
 @pytest.fixture
 def holder():
-    """Starts a process that holds a folder, on this machine or, as it says, on another."""
+    """Start a process that holds a folder, on this machine or, by its own account, on another."""
     started = []
 
     def start(folder, before="", lease=lock.LEASE):
@@ -74,13 +74,13 @@ def holder():
 
 
 def held_for(folder):
-    """How long it takes until the folder can be locked."""
+    """Return the seconds until the folder can be locked."""
     began = time.monotonic()
     with RunLock(folder):
         return time.monotonic() - began
 
 
-# The last filelock for Python 3.10 judges the lock of another machine by the file's time.
+# The last filelock for Python 3.10 checks the lock of another machine by the file's time.
 BY_OWN_CLOCK = pytest.mark.skipif(
     sys.version_info < (3, 11), reason="filelock judges by the file's time with Python 3.10"
 )
@@ -113,7 +113,7 @@ def test_one_that_has_the_number_of_a_dead_one_does_not_count(holder, tmp_path):
     process.wait()
     left = tmp_path / ".lock"
     assert f"pid={process.pid}\n" in left.read_text()
-    left.write_text(left.read_text().replace(f"pid={process.pid}\n", f"pid={os.getpid()}\n"))  # as this one
+    left.write_text(left.read_text().replace(f"pid={process.pid}\n", f"pid={os.getpid()}\n"))  # like this process
     assert held_for(tmp_path) < 1
 
 
@@ -147,7 +147,7 @@ def test_one_that_was_suspended_ends_when_another_has_taken_over(short, holder, 
 
 
 def test_the_end_of_a_child_is_not_the_owners(tmp_path):
-    """Pictures are read ahead by processes that are forked."""
+    """Forked processes read images ahead."""
     with RunLock(tmp_path):
         child = multiprocessing.get_context("fork").Process(target=sys.exit)
         child.start()
@@ -173,7 +173,7 @@ def test_a_refused_command_leaves_nothing_but_what_was_there(tmp_path):
         folder.prepare(resume=False)
         folder.config.touch()
         folder.discard()
-        assert (folder.path / ".lock").exists()  # to the end
+        assert (folder.path / ".lock").exists()  # until the end
     assert not list(tmp_path.iterdir())
 
 
@@ -209,7 +209,7 @@ def test_processes_that_have_lost_the_first_one_end(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """A finished search, and its command."""
+    """Return a finished search and its command."""
     folder = tmp_path_factory.mktemp("locked")
     Image.new("RGB", (16, 16), "red").save(folder / "red.png")
     args = ["fit", "--run", str(folder / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(tiny),
@@ -220,7 +220,7 @@ def run(tiny, tmp_path_factory):
 
 
 def contents(folder):
-    """All but the signs of life."""
+    """Return everything in a folder except the heartbeat files."""
     return {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file() and path.name != ".lock"}
 
 
@@ -244,7 +244,7 @@ def test_commands_leave_a_folder_alone_that_another_process_holds(run, holder, t
         assert ("in use by" if args is mixed else told) in capsys.readouterr().err
     with pytest.raises(UserError, match=told):
         search("pez", {"images": fit[fit.index("--data.images") + 1], "backbone": "emoji"}, folder=folder)
-    main(["validate", "--run", str(folder)])  # which writes nothing
+    main(["validate", "--run", str(folder)])  # writes nothing
     assert contents(folder) == before
 
 
