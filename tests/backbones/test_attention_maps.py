@@ -13,7 +13,7 @@ def backbone(sd):
 
 
 def inputs(backbone, height=8, width=8):
-    """Noisy latents, timesteps and prompts of different lengths."""
+    """Return noisy latents, timesteps and prompts of different lengths."""
     tower = backbone.towers[0]
     ids = encode_text(tower.tokenizer, ["a red square", "", "two dogs and a cat"], tower.length)
     return torch.randn(3, 4, height, width), torch.tensor([100, 500, 900]), backbone.encode(ids)
@@ -25,7 +25,7 @@ def hooks(backbone):
 
 @torch.no_grad()
 def slowly(backbone, noisy, timesteps, told):
-    """Own softmax(q k' / sqrt(d)), one layer, row, head and place at a time, from what goes into each layer."""
+    """Compute softmax(q k' / sqrt(d)) for one layer, row, head and position at a time, from each layer's inputs."""
     layers = [
         block.attn2
         for stage in (*backbone.denoiser.down_blocks, backbone.denoiser.mid_block, *backbone.denoiser.up_blocks)
@@ -100,7 +100,7 @@ def test_looking_changes_nothing(backbone, monkeypatch):
     denoise = backbone.denoise
     monkeypatch.setattr(backbone, "denoise", lambda *args: shown.append(denoise(*args)))
     backbone.attention_maps(*given)
-    assert torch.equal(shown[0], expected)  # while it is looked at
+    assert torch.equal(shown[0], expected)  # while it is recorded
     assert torch.equal(denoise(*given), expected)
     assert hooks(backbone) == count
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())

@@ -1,4 +1,4 @@
-"""Layers of the text encoders that are skipped, as diffusers' pipelines do."""
+"""Skipped layers of the text encoders match diffusers' pipelines."""
 
 import json
 from types import SimpleNamespace
@@ -20,8 +20,8 @@ from lightning_prompts.objectives import Sharpness
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TEXTS = ["a red square on a blue background", "two dogs and a cat"]  # as T5 is told what CLIP's tokens spell
-MOST = {"sd1": 2, "sd2": 2, "sdxl": 1, "sd3": 1, "lcm": 2}  # of two layers; SDXL and SD3 begin at the last but one
+TEXTS = ["a red square on a blue background", "two dogs and a cat"]  # as T5 reads the text of CLIP's tokens
+MOST = {"sd1": 2, "sd2": 2, "sdxl": 1, "sd3": 1, "lcm": 2}  # two layers; SDXL and SD3 start at the second to last
 CELLS = [(family, skip) for family, most in MOST.items() for skip in range(1, most + 1)]
 
 
@@ -66,7 +66,7 @@ def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
     plain = load_backbone(folders[family], image_size=16)
     assert not torch.allclose(plain.encode_text(TEXTS), prompt, atol=1e-3)
     assert torch.equal(plain.encode_text(["dark"], negative=True), plain.encode_text(["dark"]))
-    if family == "lcm":  # whose sampler adds noise
+    if family == "lcm":  # its sampler adds noise
         return
     noise = torch.randn(2, *backbone.latent_shape)
     how = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16, "output_type": "pt"}
@@ -137,7 +137,7 @@ def test_exports_say_it(skip, folders, tmp_path):
 
 
 def test_runs_record_it_and_have_keys_of_their_own(tiny, pictures, tmp_path):
-    """Keys without skipped layers are those of a run that knows no such setting."""
+    """Without skipped layers, keys are those of a run without this setting."""
     how = {"backbone": tiny, "sampling_steps": 1, "steps": 1, "device": "cpu", "image_size": 16}
     noisy = {"method": "ph2p", "samples": 1, "validation_samples": 1, "tokens": 2}
     plain = invert(pictures / "0.png", **noisy, **how)

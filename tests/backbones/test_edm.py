@@ -1,4 +1,4 @@
-"""SDXL with EDM's noise levels (arXiv 2206.00364), as Playground v2.5 and CosXL have them."""
+"""SDXL with EDM's noise levels (arXiv 2206.00364), as in Playground v2.5 and CosXL."""
 
 import math
 
@@ -46,9 +46,9 @@ def backbone(folder):
 
 
 def sigma_of(scheduler, timestep):
-    """The row of diffusers' descending table that an ascending timestep of training stands for."""
+    """Return the row of diffusers' descending table for an ascending training timestep."""
     config, count = scheduler.config, scheduler.config.num_train_timesteps
-    last = count if isinstance(scheduler, diffusers.EDMEulerScheduler) else count - 1  # Euler's table has one row more
+    last = count if isinstance(scheduler, diffusers.EDMEulerScheduler) else count - 1  # Euler's table has one more row
     share = (count - 1 - timestep) / last
     low, high = config.sigma_min, config.sigma_max
     if config.sigma_schedule == "exponential":
@@ -57,7 +57,7 @@ def sigma_of(scheduler, timestep):
 
 
 def test_preconditioning_is_the_papers(backbone, scheduler):
-    """Table 1, number by number; F is the network and D the denoiser."""
+    """Compares with table 1, number by number; F is the network and D the denoiser."""
     backbone.double()
     data, sign = scheduler.config.sigma_data, -1 if scheduler.config.prediction_type == "v_prediction" else 1
     most = backbone.num_train_timesteps
@@ -96,7 +96,7 @@ def test_larger_timesteps_are_noisier(backbone):
     told = backbone.condition(torch.arange(backbone.num_train_timesteps))
     assert (told.diff() > 0).all()
     c_noise = torch.tensor([-0.5, 0.3])
-    assert torch.equal(backbone.condition(c_noise), c_noise)  # the sampler's timesteps are what the denoiser is told
+    assert torch.equal(backbone.condition(c_noise), c_noise)  # the denoiser gets the sampler's timesteps
 
 
 def test_denoiser_is_told_c_noise(backbone):
@@ -129,7 +129,7 @@ def test_draws_as_the_pipeline(guidance, backbone, folder):
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_shortcut_predicts_what_the_scheduler_does(guidance, backbone, folder):
-    """Against diffusers' loop up to the second of four calls, and its own `precondition_outputs`."""
+    """Compares with diffusers' loop up to the second of four calls, and its own `precondition_outputs`."""
     prompt, negative = backbone.encode_text(TEXTS), backbone.encode_text([""], negative=True).expand(2, -1, -1)
     scheduler = type(backbone.scheduler).from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(4)
@@ -166,13 +166,13 @@ def test_gradient_through_all_calls(stop, backbone):
 
 
 def test_methods_search_it(tmp_path):
-    """An inverter, which adds noise, and methods that draw, to the end and by the shortcut."""
+    """Covers an inversion method, which adds noise, and methods that generate images, completely and by the shortcut."""
     folder = families.save_with_clip("playground", tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "p.png")
     how = {"backbone": load_backbone(folder, image_size=16), "sampling_steps": 3, "device": "cpu"}
     found = invert(tmp_path / "p.png", method="ph2p", steps=3, samples=2, validation_samples=4, tokens=2, **how)
     assert found.prompt
-    assert 0 < found.record.validation_loss < 2  # against a target of variance 1 at most, as these latents vary little
+    assert 0 < found.record.validation_loss < 2  # with a target of variance 1 at most, since these latents vary little
     moved = guide("a red cat", Sharpness(), steps=3, seeds=2, unconditional=True, **how)
     assert moved.record.validation_loss <= moved.record.initial_validation_loss
     assert moved.negative_prompt_embeds.isfinite().all()

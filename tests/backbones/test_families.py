@@ -1,4 +1,4 @@
-"""Every family against diffusers' own pipeline."""
+"""Every family matches diffusers' own pipeline."""
 
 import io
 import json
@@ -20,7 +20,7 @@ TEXTS = ["a red square on a blue background", "two dogs and a Cat"]
 
 @pytest.fixture(scope="module", params=families.BUILD)
 def family(request, tmp_path_factory):
-    """The name of a family and its folder."""
+    """Return the name of a family and its folder."""
     return request.param, families.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -37,7 +37,7 @@ def pipeline(family):
 
 
 def latents_of(pipeline, noise, guidance):
-    """What the pipeline draws, as latents (B, C, h, w)."""
+    """Generate latents (B, C, h, w) with the pipeline."""
     how = {"height": 16, "width": 16, "guidance_scale": guidance, "num_inference_steps": 3, "output_type": "latent"}
     if isinstance(pipeline, diffusers.FluxPipeline):
         packed = pipeline._pack_latents(noise, *noise.shape[:1], noise.shape[1], *noise.shape[2:])
@@ -98,7 +98,7 @@ def slope(function, x, direction, eps):
 
 
 def test_gradient_to_the_tokens(backbone):
-    """Of the denoising loss, through all text encoders that read the tokens."""
+    """Checks the gradient of the denoising loss through all text encoders that read the tokens."""
     backbone.double()
     vocabulary = backbone.vocabulary
     ids = encode_text(vocabulary.tokenizer, ["a red cat"], vocabulary.length)
@@ -115,12 +115,12 @@ def test_gradient_to_the_tokens(backbone):
     for part in gradient.split([weight.shape[1] for weight in weights], dim=2):
         assert part.abs().sum() > 0
     direction = torch.randn_like(x) * x.std()
-    eps, tolerance = (1e-3, 1e-2) if vocabulary.towers[0].kind == "t5" else (1e-4, 1e-5)  # T5 has float32 within
+    eps, tolerance = (1e-3, 1e-2) if vocabulary.towers[0].kind == "t5" else (1e-4, 1e-5)  # T5 uses float32 internally
     assert (gradient * direction).sum().item() == pytest.approx(slope(loss, x, direction, eps), rel=tolerance)
 
 
 def test_gradient_to_the_encoded_prompt(backbone, family):
-    """Of what is drawn in three steps, to all rows, that of the pooled vector among them."""
+    """Checks the gradient of an image of three steps to all rows, including the pooled vector."""
     backbone.double()
     noise, weight = torch.randn(2, 1, *backbone.latent_shape, dtype=torch.float64)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_gradient_to_the_encoded_prompt(backbone, family):
     direction = torch.randn_like(x) * x.std() * (x != 0).any(2, keepdim=True)  # zeros are PixArt's padding
     eps, tolerance = (
         (1e-4, 1e-5) if family[0] in ("sd1", "sd2", "lcm") else (1e-2, 1e-2)
-    )  # float32 within the others' schedulers
+    )  # the other schedulers use float32 internally
     assert (gradient * direction).sum().item() == pytest.approx(slope(value, x, direction, eps), rel=tolerance)
     hidden, pooled = backbone.split(gradient)
     assert hidden.abs().sum() > 0
@@ -176,7 +176,7 @@ def test_noise_target_and_x0(backbone):
     timesteps = torch.tensor([10, 500, 999])
     noisy, target = backbone.add_noise(latents, noise, timesteps), backbone.target(latents, noise, timesteps)
     torch.testing.assert_close(backbone.predict_x0(noisy, target, timesteps), latents)
-    scale = 1 / backbone.scheduler.config.get("sigma_data", 1.0)  # EDM shows the denoiser latents of variance 1
+    scale = 1 / backbone.scheduler.config.get("sigma_data", 1.0)  # EDM gives the denoiser latents of variance 1
     first = backbone.add_noise(latents, noise, torch.tensor([0] * 3))
     torch.testing.assert_close(first, scale * latents, atol=0.2, rtol=0)
 
@@ -225,11 +225,11 @@ def test_half_precision(family):
     assert x.grad.abs().sum() > 0
 
 
-# What is refused
+# Refused models
 
 
 def spoil(family, change):
-    """A changed index."""
+    """Return a changed index."""
     index = json.loads((family / "model_index.json").read_text())
     change(index)
     (family / "model_index.json").write_text(json.dumps(index))
@@ -265,13 +265,13 @@ def test_every_component_is_needed(copy, family):
 
 
 def parts(folder):
-    """The components that a folder has."""
+    """Return the components of a folder."""
     index = json.loads((folder / "model_index.json").read_text())
     return [part for part, value in index.items() if isinstance(value, list) and value[0]]
 
 
 def again(folder, part):
-    """What is said of a component that cannot be read."""
+    """Return the message for a component that is not readable."""
     return rf"The {part} of the model {str(folder)!r} cannot be read \(.+\); download or save the model again\.$"
 
 
@@ -292,7 +292,7 @@ def loop(file):
 
 
 def in_shards(text):
-    """An index in place of weights."""
+    """Replace the weights by an index."""
     return lambda file: (file.unlink(), file.with_name(f"{file.name}.index.json").write_text(text))
 
 
@@ -360,7 +360,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """A component of another class for each class."""
+    """Return a component of another class for each class."""
     folders = {name: families.save(name, tmp_path_factory.mktemp("other")) for name in ("sd1", "sd3", "flux", "pixart")}
     return {kind: folders[name] / part for kind, (name, part) in OTHERS.items()}
 
@@ -406,7 +406,7 @@ def test_another_scheduler(family):
     if name in ("sd3", "flux", "flux-schnell"):
         fits, other = "FlowMatchHeunDiscreteScheduler", "EDMEulerScheduler"
     if name == "flux":
-        fits = "FlowMatchEulerDiscreteScheduler"  # the only one that shifts its noise levels by the size of the image
+        fits = "FlowMatchEulerDiscreteScheduler"  # the only family that shifts its noise levels by the image size
     elif name == "playground":
         fits, other = "EDMEulerScheduler", "EulerDiscreteScheduler"
     backbone = load_backbone(str(folder), scheduler=fits, image_size=16)

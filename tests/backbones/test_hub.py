@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, of which a small one runs here."""
+"""Models on the Hugging Face hub, simulated by a small local one."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ def refused(match, name="owner/model", **how):
     families.refused(match, name, **how)
 
 
-OTHERS = [  # other precisions, pickles, what is not read
+OTHERS = [  # other precisions, pickles and further files that are not read
     "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors",
     "v1-5-pruned.safetensors", "text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors", "README.md",
 ]  # fmt: skip
@@ -34,7 +34,7 @@ OTHERS = [  # other precisions, pickles, what is not read
 
 @pytest.fixture
 def published(hub, sd1, tmp_path):
-    """A model with other files beside those that are read."""
+    """Publish a model with further files that are not read."""
     folder = shutil.copytree(sd1, tmp_path / "published")
     for name in OTHERS:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -44,7 +44,7 @@ def published(hub, sd1, tmp_path):
 
 @pytest.fixture
 def clip(hub, tiny):
-    """The CLIP that goes with it; its commit."""
+    """Publish the CLIP of the model; return its commit."""
     return hub.push(CLIPS[768], f"{tiny}/clip")
 
 
@@ -94,7 +94,7 @@ def test_revisions(hub, published, sd1, sd2):
     refused("has no revision", revision="0" * 40)
 
 
-# Its answers
+# Answers of the hub
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_model_that_is_no_pipeline(hub, language_model, cache):
 
 
 def test_transfer_that_breaks_off(hub, published, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts
     hub.broken = "unet/diffusion_pytorch_model.safetensors"
     refused(r"The download of the model 'owner/model' was interrupted \(\w+\); check the connection and run again")
-    # Old versions of huggingface_hub do not look whether all is there; then the loader does.
+    # Old versions of huggingface_hub do not check for missing files; then the loader does.
     incomplete = r"has not been downloaded completely|has no unet/diffusion_pytorch_model\.safetensors; download"
     refused(incomplete, offline=True)
     refused(incomplete, offline=True, revision=published)
@@ -183,7 +183,7 @@ def test_disk_that_is_full_in_the_middle(hub, published, monkeypatch):
     load_backbone("owner/model")
 
 
-# Fetching before
+# Prefetching
 
 
 def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
@@ -238,7 +238,7 @@ def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment
 
 
 def test_prefetch_as_a_program(hub, published, clip, tmp_path):
-    """Where the environment says where hub and cache are, and nothing of Lightning is imported."""
+    """Hub and cache are set in the environment, and Lightning is not imported."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     code = "import sys; from lightning_prompts.commands.main import main; main(['prefetch', 'owner/model']); assert 'pytorch_lightning' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
@@ -308,7 +308,7 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
 
 @pytest.fixture(scope="module", params=families.BUILD)
 def family(request, tmp_path_factory):
-    """The folder of each family."""
+    """Return the folder of each family."""
     return families.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -340,7 +340,7 @@ def test_offline_reads_without_a_connection(hub, family, monkeypatch, request):
 
 
 def as_variant(folder, variant="fp16", parts=("text_encoder", "unet", "vae"), keep=False, shards=None, source=None):
-    """Adds the weights of parts in half precision as a variant, as the libraries save them, in the place of the others."""
+    """Replace the weights of components by a variant in half precision, as the libraries save them."""
     import diffusers
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source or folder)
@@ -354,14 +354,14 @@ def as_variant(folder, variant="fp16", parts=("text_encoder", "unet", "vae"), ke
 
 
 def halves(folder):
-    """What is read of a folder's weights in half precision, by part."""
+    """Return which weights of a folder are read in half precision, by component."""
     full = load_backbone(str(folder))
     parts = {"text_encoder": full.towers[0].encoder, "unet": full.denoiser, "vae": full.vae}
     return {part: {key: x.half().float() for key, x in network.state_dict().items()} for part, network in parts.items()}
 
 
 def check_read(backbone, half, full, parts=("text_encoder", "unet", "vae")):
-    """The parts were read in half precision, and the others in full."""
+    """Assert that these components were read in half precision, and the others in full."""
     read = {"text_encoder": backbone.towers[0].encoder, "unet": backbone.denoiser, "vae": backbone.vae}
     whole = {"text_encoder": full.towers[0].encoder, "unet": full.denoiser, "vae": full.vae}
     for part, network in read.items():
@@ -384,7 +384,7 @@ def half(sd1):
 @pytest.mark.parametrize("shards", [None, "60KB"])
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_variant_of_a_folder(sd1, full, half, tmp_path, caplog, shards, variant):
-    """Found by itself where there is no other, also in shards."""
+    """It is found automatically if there are no other weights, also in shards."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), shards=shards)
     names_of = {path.name for path in folder.glob("*/*")}
     if shards:
@@ -399,7 +399,7 @@ def test_variant_of_a_folder(sd1, full, half, tmp_path, caplog, shards, variant)
 
 
 def test_variant_of_some_components(sd1, full, half, tmp_path, caplog):
-    """The others are read without one, as in diffusers, and a line says so."""
+    """The others are read without a variant, as in diffusers, with a message."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), parts=["unet", "text_encoder"], keep=True)
     check_read(load_backbone(str(folder)), half, full, [])  # what has no variant goes first
     with caplog.at_level("INFO", "lightning_prompts"):
@@ -436,7 +436,7 @@ def test_variants_that_are_none(sd1, tmp_path):
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_variant_of_a_repository(hub, sd1, full, half, tmp_path, variant, request):
-    """And of what was downloaded before."""
+    """Also from earlier downloads."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), shards="60KB")
     hub.push("owner/model", folder)
     check_read(load_backbone("owner/model", variant=variant), half, full)
@@ -472,7 +472,7 @@ def test_only_what_is_read_is_fetched_of_variants(hub, sd1, full, half, tmp_path
 
 def test_variant_that_was_not_downloaded_completely(hub, sd1, tmp_path, monkeypatch):
     hub.push("owner/model", as_variant(shutil.copytree(sd1, tmp_path / "model"), shards="60KB"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts
     hub.broken = "text_encoder/model.fp16-00002-of-00002.safetensors"
     refused("was interrupted")
     hub.broken = None

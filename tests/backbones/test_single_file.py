@@ -1,4 +1,4 @@
-"""Checkpoints in one file, in the layout that people have them."""
+"""Checkpoints in one file, in the original layout."""
 
 import json
 import logging
@@ -78,7 +78,7 @@ def vae_weight(key, value, blocks=2):
 
 
 def clip_weights(folder):
-    """Without the prefix that only some versions of transformers write."""
+    """Return the weights without the prefix that only some versions of transformers write."""
     return {key.removeprefix("text_model."): value for key, value in load_file(folder / "model.safetensors").items()}
 
 
@@ -113,18 +113,18 @@ SHORT = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
 
 
 def original(family, folder, layers=1):
-    """The weights of a pipeline's folder in the original layout."""
+    """Convert the weights of a pipeline's folder to the original layout."""
     unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
     weights = {f"model.diffusion_model.{unet_key(key, layers)}": value for key, value in unet.items()}
     weights |= {f"first_stage_model.{key}": value for key, value in (vae_weight(*item) for item in vae.items())}
     weights |= TEXTS[family](folder)
-    weights |= {"model_ema.decay": torch.ones(1), "alphas_cumprod": torch.ones(1000)}  # what is there and not read
+    weights |= {"model_ema.decay": torch.ones(1), "alphas_cumprod": torch.ones(1000)}  # present, but not read
     return {key: value.contiguous() for key, value in weights.items()}
 
 
 @pytest.fixture(scope="module", params=TEXTS)
 def model(request, tmp_path_factory):
-    """A family's name, its folder, the same without weights, and the same in a file."""
+    """Return a family's name, its folder, the same without weights, and the same in one file."""
     place = tmp_path_factory.mktemp(request.param)
     folder = families.save(request.param, place)
     config = shutil.copytree(folder, place / "config", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -151,7 +151,7 @@ def test_file_is_the_folder(model, dtype):
     told, again = (backbone.encode_text(["a red square"]) for backbone in (one, other))
     torch.testing.assert_close(
         told, again, atol=1e-6, rtol=1e-6
-    )  # SDXL's projection lies otherwise in memory and rounds otherwise
+    )  # SDXL's projection has another memory layout and rounds differently
     with torch.no_grad():
         drawn = [backbone.decode(backbone.sample(told, told, noise, 2, 3.0)) for backbone in (one, other)]
     assert torch.equal(*drawn)
@@ -162,7 +162,7 @@ def test_file_is_the_folder(model, dtype):
 
 def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request, capsys, tmp_path):
     family, folder, _, file = model
-    if family == "sd2":  # which has to say what it predicts
+    if family == "sd2":  # must state its prediction type
         file = tmp_path / "file.safetensors"
         save_file(load_file(model[3]), file, {"modelspec.architecture": "stable-diffusion-v2-768-v"})
     monkeypatch.setitem(SHORT_NAMES, SHORT[family], "owner/model")
@@ -180,7 +180,7 @@ def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request
     forget_connections()
     attempts = request.getfixturevalue("attempts")
     same(load_backbone(str(file), offline=True), load_backbone(str(folder)))
-    # As old versions of huggingface_hub do not look whether all is there, the loader does.
+    # Old versions of huggingface_hub do not check for missing files, so the loader does.
     incomplete = r"has not been downloaded completely|has no text_encoder/model\.safetensors; download"
     refused(incomplete, "owner/model", offline=True)
     assert not attempts
@@ -207,7 +207,7 @@ def test_configuration_of_another_model(model, hub, tmp_path):
         )
 
 
-# What is refused
+# Refused files
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_weight_that_is_missing(model, tmp_path, part):
     ],
 )
 def test_network_that_is_missing(model, tmp_path, start, left):
-    """All of its weights."""
+    """All weights of a network are missing."""
     _, _, config, file = model
     save_file(
         {key: value for key, value in load_file(file).items() if not key.startswith(start)},
@@ -253,7 +253,7 @@ def test_network_that_is_missing(model, tmp_path, start, left):
 
 
 def test_weights_that_are_not_described(model, tmp_path):
-    """As a consistency model's embedding of the guidance, which would be left out."""
+    """Such as a consistency model's embedding of the guidance scale, which would be ignored."""
     _, _, config, file = model
     more = {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(32, 16)}
     save_file(load_file(file) | more, tmp_path / "more.safetensors")
@@ -338,7 +338,7 @@ def test_denoisers_of_more_than_latents(keys, channels, kind, tmp_path):
     "name", ["model.ckpt", "model.txt", "short.safetensors", "empty.safetensors", "folder", "none.safetensors"]
 )
 def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts):
-    """One sentence and exit code 2."""
+    """Each gives one sentence and exit code 2."""
     path = tmp_path / name
     if name == "folder":
         path.mkdir()
@@ -355,18 +355,18 @@ def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts
     assert name in error
 
 
-# What the weights predict
+# Prediction types
 
 
 def stated(model, tmp_path, keys=(), metadata=None):
-    """The file with empty tensors and metadata that say what it predicts."""
+    """Write the file with empty tensors and metadata that state the prediction type."""
     file = tmp_path / "stated.safetensors"
     save_file(load_file(model[3]) | {key: torch.tensor([]) for key in keys}, file, metadata)
     return file
 
 
 def zero_snr(alphas):
-    """Rescaled so that the last is 0: algorithm 1 of arXiv 2305.08891."""
+    """Rescale so that the last value is 0: algorithm 1 of arXiv 2305.08891."""
     root = alphas.double().sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
@@ -390,7 +390,7 @@ V, EPSILON = {"modelspec.prediction_type": "v"}, {"modelspec.prediction_type": "
     ],
 )
 def test_what_a_file_states(model, tmp_path, caplog, keys, metadata, prediction, zero):
-    """It goes before its configuration's scheduler, of which the rest is kept."""
+    """It takes precedence over the scheduler of its configuration, whose other values are kept."""
     _, folder, config, _ = model
     with caplog.at_level(logging.INFO, "lightning_prompts"):
         found = load_backbone(str(stated(model, tmp_path, keys, metadata)), image_size=16, config=str(config))
@@ -415,7 +415,7 @@ def test_what_a_file_states(model, tmp_path, caplog, keys, metadata, prediction,
 
 
 def test_pictures_of_zero_terminal_snr(tmp_path):
-    """Are those of diffusers' pipeline with the scheduler that its documentation gives such models."""
+    """Compares with diffusers' pipeline and the scheduler that its documentation gives for such models."""
     folder = families.save("sdxl", tmp_path)
     file = tmp_path / "file.safetensors"
     save_file(original("sdxl", folder) | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, file)
@@ -440,7 +440,7 @@ SPREADS = {"v": (0.2, "sd21", "v_prediction"), "epsilon": (0.03, "sd21-base", "e
 
 @pytest.mark.parametrize("case", SPREADS)
 def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, capsys):
-    """As ComfyUI tells it, from the spread of a bias."""
+    """Detected as in ComfyUI, from the standard deviation of a bias."""
     spread, short, prediction = SPREADS[case]
     torch.manual_seed(0)
     pipeline = families.BUILD["sd2"](tmp_path)
@@ -475,15 +475,18 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
         found = load_backbone(str(file))
         assert found.prediction_type == prediction
         same(found.denoiser, load_backbone(str(folders[short])).denoiser)
-    for name, kind in (("sd21", "v_prediction"), ("sd21-base", "epsilon")):  # what is given goes before a guess
+    for name, kind in (
+        ("sd21", "v_prediction"),
+        ("sd21-base", "epsilon"),
+    ):  # a given value takes precedence over a guess
         assert load_backbone(str(file), config=name).prediction_type == kind
-    save_file(weights, file, {"modelspec.prediction_type": "epsilon"})  # and what is stated before both
+    save_file(weights, file, {"modelspec.prediction_type": "epsilon"})  # and a stated value over both
     assert load_backbone(str(file)).prediction_type == "epsilon"
     assert load_backbone(str(file), config="sd21").prediction_type == "epsilon"
 
 
 def test_old_names_of_the_text_encoder(tmp_path):
-    """Without `text_model.`, as the first files of Stable Diffusion 1 have them."""
+    """Without `text_model.`, as in the first files of Stable Diffusion 1."""
     folder = families.save("sd1", tmp_path)
     weights, prefix = original("sd1", folder), "cond_stage_model.transformer."
     old = {key.replace(f"{prefix}text_model.", prefix): value for key, value in weights.items()}

@@ -57,7 +57,7 @@ def test_likeness_wants_both_targets_in_one_picture():
     )
     assert likeness(Pixels(), one, [torch.cat([one, other]), one])[1] == pytest.approx(
         0.5
-    )  # of several pictures, the mean
+    )  # the mean over several images
 
 
 def test_sheet_begins_new_lines():

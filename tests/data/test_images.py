@@ -23,7 +23,7 @@ def noise(width=16, height=16, seed=0):
 
 
 def halves(width=16, height=8):
-    """Left half red, right half blue."""
+    """Create an image with a red left and a blue right half."""
     image = Image.new("RGB", (width, height), RED)
     image.paste(BLUE, (width // 2, 0, width, height))
     return image
@@ -41,7 +41,7 @@ def png_header(path, width, height):
 
 
 def refused(match, function, *args, **kwargs):
-    """Expects a UserError of one sentence that contains `match`."""
+    """Expect a UserError of one sentence that contains `match`."""
     with pytest.raises(UserError) as caught:
         function(*args, **kwargs)
     message = str(caught.value)
@@ -61,7 +61,7 @@ def close(pixel, expected, tolerance=3):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Folder `cats` of three pictures and what is no picture."""
+    """Create the folder `cats` with three images and other files."""
     cats = tmp_path / "cats"
     cats.mkdir()
     for seed, name in enumerate(["b.JPG", "a.png", "c.webp"]):
@@ -74,7 +74,7 @@ def folder(tmp_path):
     return cats
 
 
-# Reading one picture
+# Reading one image
 
 
 def test_matching_size_is_not_resampled(tmp_path):
@@ -138,7 +138,7 @@ def test_unknown_fit_is_refused(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
 def test_exif_orientation_is_applied(tmp_path, suffix):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown a quarter turn clockwise
+    exif[0x0112] = 6  # displayed after a quarter turn clockwise
     path = tmp_path / f"a.{suffix}"
     halves(32, 16).save(path, exif=exif)
     image = load_image(path, 32, "pad")  # red above blue, white at both sides
@@ -154,7 +154,7 @@ def test_broken_exif_is_ignored(tmp_path, exif):
 
 
 def icc_profile(primaries, gamma=2.19921875):
-    """An ICC profile of a display: the XYZ of its red, green and blue under D50, and the exponent of its values."""
+    """Create an ICC profile of a display from the XYZ of red, green and blue under D50 and the exponent of its values."""
 
     def xyz(values):
         return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
@@ -330,7 +330,7 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
     assert load_image(tmp_path / f"a.{suffix}", 8).getcolors() == [(64, RED)]
 
 
-# Refusing a picture
+# Refused images
 
 
 def test_missing_file(tmp_path):
@@ -372,10 +372,12 @@ def test_truncated_file(tmp_path, suffix, part):
     refused(f"a.{suffix}' is damaged or cut short", load_image, path, 64)
 
 
-@pytest.mark.parametrize("side", [7072, 10_000, 60_000])  # just too many; more than Pillow warns of; than it opens
+@pytest.mark.parametrize(
+    "side", [7072, 10_000, 60_000]
+)  # just too many; more than Pillow's warning; more than its limit
 def test_too_many_pixels_are_not_decoded(tmp_path, side):
     limit = Image.MAX_IMAGE_PIXELS
-    path = png_header(tmp_path / "a.png", side, side)  # decoding it would say that it is damaged
+    path = png_header(tmp_path / "a.png", side, side)  # decoding it would report damage
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         refused("a.png' has more than the 50,000,000 pixels allowed", load_image, path, 64)
@@ -623,7 +625,7 @@ def test_malformed_lists(folder, name, content, match):
         (",y", "has no usable 'file'"),
         ("z.png,y", "names '{}/z.png', which is no file"),
         ('a.png,"x"y', "is not valid CSV"),
-        ('a.png,"x', "is not valid CSV"),  # would take in all lines up to the next quote
+        ('a.png,"x', "is not valid CSV"),  # would include all lines up to the next quote
         (b"a.png,caf\xe9", "is not UTF-8"),
         (b"a.png,\xed\xa0\x80", "is not UTF-8"),
     ],

@@ -26,7 +26,7 @@ def encoded(seed, kind="png"):
 
 
 def archive(path, members, **options):
-    """Writes pairs of name and bytes (or a TarInfo alone); returns where the header, the data and the padding of each end."""
+    """Write pairs of name and bytes (or only a TarInfo); return the ends of each header, data and padding."""
     places = []
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w", **options) as tar:
         for name, data in members:
@@ -35,7 +35,7 @@ def archive(path, members, **options):
                 info.size, info.mtime = (
                     len(data),
                     time.time(),
-                )  # not whole seconds, for which PAX has a header of its own
+                )  # not whole seconds, so PAX needs a header of its own
             tar.addfile(info, io.BytesIO(data or b""))
             end = file.tell()
             places.append((end - -(-info.size // 512) * 512, end - -info.size % 512, end))
@@ -43,7 +43,7 @@ def archive(path, members, **options):
 
 
 def written(path, samples, **options):
-    """Writes samples as WebDataset's ShardWriter does: the fields of each, by their names, under the key."""
+    """Write samples like WebDataset's ShardWriter: the fields of each, by their names, under the key."""
     members = [(f"{key}.{kind}", fields[kind]) for key, fields in samples.items() for kind in sorted(fields)]
     return archive(path, members, **options)
 
@@ -62,7 +62,7 @@ def one_sentence(text):
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_samples_of_a_shard(tmp_path, format):
-    long = "a/" * 40 + "x" * 90  # more than the 100 bytes that a header has for a name
+    long = "a/" * 40 + "x" * 90  # more than the 100 bytes for a name in a header
     samples = {
         "0001": {"jpg": b"x", "txt": b" a cat \n", "json": b'{"caption": "not this"}'},
         "0000": {"PNG": b"x", "json": json.dumps({"caption": "ein Bär", "width": 3}).encode()},
@@ -82,7 +82,7 @@ def test_samples_of_a_shard(tmp_path, format):
 
 
 def test_every_picture_is_a_target_of_its_own(tmp_path):
-    """Also those that WebDataset takes for parts of one sample: none disappears."""
+    """Also those that WebDataset treats as parts of one sample; none disappears."""
     path = tmp_path / "a.tar"
     members = {
         "a": {"seg.png": b"x", "jpg": b"x", "npy": b"x", "txt": b"ay"},
@@ -171,7 +171,7 @@ def test_pictures_are_read_by_their_addresses(tmp_path):
     listed, missing = find_targets([tmp_path / "list.csv"])
     assert (listed.paths, listed.caption) == ((f"{path}/0002.png",), "mine")
     assert "Line 3 of" in missing.error
-    both = find_targets([path, tmp_path / "list.csv"])  # with two captions of one picture
+    both = find_targets([path, tmp_path / "list.csv"])  # with two captions for one image
     assert [target.caption for target in both] == ["caption 0" * 50, "caption 1" * 50, None, "none"]
 
 
@@ -285,7 +285,7 @@ def test_a_shard_that_ends_early(tmp_path, format):
         path.write_bytes(data[:end])
         begun = next((i for i, (_, _, padded) in enumerate(places) if end <= padded), len(places))
         whole = sum(places[3 * i + 1][1] <= end for i in range(3))  # pictures
-        # A sample is known to be cut where one of its files begins and does not end.
+        # A sample is truncated if one of its files starts and does not end.
         inside = begun < len(places) and places[begun][0] <= end < places[begun][1]
         cut = begun // 3 if inside else None
         names = [f"{i:04}" for i in range(whole) if i != cut]
@@ -300,7 +300,7 @@ def test_a_shard_that_ends_early(tmp_path, format):
         assert f"'{path}' " in failed.error
         assert f"(samples found: {len(names)})" in failed.error
         assert one_sentence(failed.error)
-        known = cut is not None and begun % 3 > 0  # its picture's header has been read
+        known = cut is not None and begun % 3 > 0  # its image's header has been read
         assert failed.paths == ((f"{path}/{cut:04}.png",) if known else ()), end
         for target in found:
             assert np.array_equal(load_image(*target.paths, 16), pixels(int(target.name[6:10])))
@@ -365,7 +365,7 @@ def test_a_size_that_is_none_ends(tmp_path, size, name):
     archive(path, [("a.png", encoded(0)), ("b.txt", b"x"), ("b.png", b"")], format=tarfile.GNU_FORMAT)
     data = bytearray(path.read_bytes())
     start = data.index(name)
-    data[start + 124 : start + 136] = (size % 2**96 | 2**95).to_bytes(12, "big")  # as GNU writes what needs more
+    data[start + 124 : start + 136] = (size % 2**96 | 2**95).to_bytes(12, "big")  # as GNU tar writes longer names
     data[start + 148 : start + 156] = b" " * 8
     data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
     path.write_bytes(data)
@@ -395,7 +395,7 @@ def test_a_shard_is_looked_through_once(tmp_path, monkeypatch):
     passes = []
     members = shards._members
     monkeypatch.setattr(shards, "_members", lambda tar: passes.append(1) or members(tar))
-    shards._index.cache_clear()  # as in a process that begins
+    shards._index.cache_clear()  # as in a new process
     for _ in range(5):
         for seed in range(3):
             assert np.array_equal(load_image(path / f"{seed:04}.png", 16), pixels(seed))
@@ -415,7 +415,7 @@ def test_of_two_with_one_name_the_later_counts(tmp_path):
 
 
 def test_only_headers_and_captions_are_read(tmp_path):
-    """A file with holes: to read its pictures would take minutes."""
+    """The file is sparse, and reading its images would take minutes."""
     path = tmp_path / "a.tar"
     size = 1_000_000_000
     with open(path, "wb") as file:

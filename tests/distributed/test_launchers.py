@@ -1,4 +1,4 @@
-"""What launchers tell a process in its environment, and what is refused of it before anything is joined or made."""
+"""Environment variables of launchers, and which of them are refused before processes connect or folders are created."""
 
 import os
 import socket
@@ -38,7 +38,7 @@ ONE = {**BATCH, "SLURM_NNODES": "1", "SLURM_NTASKS": "1", "SLURM_NPROCS": "1", "
 
 @pytest.fixture
 def tell(monkeypatch):
-    """Sets an environment in which nothing else of launchers is; None stands for a variable that is missing."""
+    """Set an environment without other variables of launchers; None stands for a missing variable."""
     for name in [name for name in os.environ if name in NAMES or name.startswith(PREFIXES)]:
         monkeypatch.delenv(name)
 
@@ -62,7 +62,7 @@ def without(environment, *names):
         (TORCHRUN, ("torchrun", 2, 2, 3)),
         (SRUN, ("srun", 2, 2, 3)),
         ({**SRUN, "SLURM_JOB_NAME": "interactive"}, ("srun", 2, 2, 3)),  # srun in a shell of salloc
-        ({**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ("srun", 2, 2, 3)),  # as scripts export it
+        ({**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ("srun", 2, 2, 3)),  # exported by scripts
         ({**BATCH, **TORCHRUN}, ("torchrun", 2, 2, 3)),
         ({**SRUN, **TORCHRUN}, ("torchrun", 2, 2, 3)),
         ({}, None),
@@ -74,7 +74,7 @@ def without(environment, *names):
         ({**SRUN, "SLURM_JOB_NAME": "zsh", "SLURM_PTY_PORT": "4711", "SLURM_PROCID": "0"}, None),  # srun --pty zsh
         # All processors of a machine, and no tasks asked for.
         ({"SLURM_JOB_ID": "77", "SLURM_TASKS_PER_NODE": "64", "SLURM_JOB_CPUS_PER_NODE": "64", "SLURM_PROCID": "0"}, None),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),  # of platforms that describe also an only process
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),  # on platforms that set it for a single process too
         ({"NODE_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}, None),
     ],
 )  # fmt: skip
@@ -82,7 +82,7 @@ def test_what_has_started_this_process(environment, launched, tell):
     tell(environment)
     assert Launched.detect() == (launched and Launched(*launched))
     assert own_rank() == (launched[3] if launched else 0)
-    if launched is None:  # Lightning would take some of them for processes of SLURM
+    if launched is None:  # Lightning would treat some of them as processes of SLURM
         assert isinstance(_environment(), LightningEnvironment)
 
 
@@ -192,7 +192,7 @@ def test_help_is_given_anywhere(tell, capsys):
 
 
 def test_processes_that_this_one_starts_know_it(tell):
-    """Whatever a shell has exported; afterwards nothing is left of it."""
+    """Whatever a shell has exported; afterwards, nothing of it is left."""
     tell(MASTER_ADDR="elsewhere", MASTER_PORT="1", NODE_RANK="0")
     ask = "from lightning_prompts.launchers import *; print(Launched.detect(), own_rank())"
     with starting_others():
@@ -220,7 +220,7 @@ def test_processes_that_nobody_joins_say_so(rank, monkeypatch):
     [(0, r"has not met process 1 at localhost:\d+ \(.*listen.*port is free"), (1, r"process 0 at localhost:\d+ .*nothing has answered")],
 )  # fmt: skip
 def test_a_port_that_another_program_has_is_told(rank, message, monkeypatch):
-    """Which takes the connection and never answers."""
+    """The program accepts the connection and never answers."""
     monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
@@ -232,7 +232,7 @@ def test_a_port_that_another_program_has_is_told(rank, message, monkeypatch):
 
 
 def test_processes_that_share_a_store_with_nobody_say_so(monkeypatch):
-    """As those that torchrun has started, whose agent is there."""
+    """Like processes that torchrun started, whose agent is there."""
     monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=0.1))
     with pytest.raises(TimeoutError, match="missing: 1, 2"):
         distributed.met(torch.distributed.HashStore(), 0, 3)

@@ -1,4 +1,4 @@
-"""The denoiser samples of a record are those that the denoiser has seen."""
+"""The denoiser samples in a record match those that the denoiser processed."""
 
 import pytest
 import pytorch_lightning as pl
@@ -48,7 +48,7 @@ OTHERS = [
 
 
 def counted(module):
-    """Count the samples that the denoiser takes, and those that a gradient goes back through."""
+    """Count the samples of the denoiser, and those with a gradient."""
     seen = {"forward": 0, "backward": 0}
     forward = module.backbone.denoiser.forward
 
@@ -64,7 +64,7 @@ def counted(module):
 
 
 def paused(function, seen):
-    """Leave what a function does out of the count."""
+    """Exclude a function from the count."""
 
     def run(*args):
         before = dict(seen)
@@ -89,7 +89,7 @@ def test_methods_that_begin_with_a_prompt(method, settings, tiny, tmp_path, monk
     monkeypatch.setattr(base, "checkpoint", lambda function, *arguments, **how: function(*arguments))
     module, data = method(backbone=tiny, seeds=2, **settings, **FEW), Prompts(["a small cat", "two dogs"])
     seen = counted(module)
-    if method is SeedInvariance:  # what the target images take is not counted
+    if method is SeedInvariance:  # the samples of the target images are not counted
         for name in ("set_rows", "pictures"):
             monkeypatch.setattr(module, name, paused(getattr(module, name), seen))
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})

@@ -33,13 +33,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Answers(Chooser):
-    """Gives answers that are known before, and remembers what it was asked."""
+    """Give predetermined answers, and record the questions."""
 
     def __init__(self, *answers):
         self.answers, self.questions, self.said = list(answers), [], []
 
     def open(self, backbone, offline):
-        """Has nothing to prepare."""
+        """Do nothing, since there is nothing to prepare."""
 
     def choose(self, question):
         self.questions.append((question, torch.stack([question.draw(i, 1.0) for i in range(len(question.ends))])))
@@ -122,7 +122,7 @@ def test_others_are_nearer_and_after_some_rounds_far_again(tiny, tmp_path):
 
 
 def test_candidates_lie_in_directions_that_are_far_apart(tiny, tmp_path):
-    """The nearest two of them are no nearer than the nearest two of most choices at random."""
+    """The closest two of them are at least as far apart as those of most random choices."""
     module, chooser, (problem,) = search(tiny, tmp_path, FINISH, texts=30)
     ((question, _),) = chooser.questions
     start = module.encode([PROMPT])[:, -1]
@@ -158,7 +158,7 @@ def test_one_prompt_after_the_other(tiny, tmp_path):
 
 @pytest.mark.exact
 def test_a_run_that_is_killed_goes_on_where_the_person_was(tiny, tmp_path, rounding):
-    """Without a checkpoint: the record holds the moves, from which everything follows."""
+    """Without a checkpoint: the record holds the moves, which determine everything else."""
     whole, _, (expected,) = search(tiny, tmp_path / "whole", GO, Choice("others"), Choice("go", 2, 1.0), FINISH)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
@@ -225,7 +225,7 @@ def test_results_hold_the_moves_and_no_metric(tiny, tmp_path, clip_file):
 
 @pytest.fixture(scope="module")
 def clip_file(tmp_path_factory):
-    """A picture that a scripted chooser wants."""
+    """Create the target image of a scripted chooser."""
     file = tmp_path_factory.mktemp("wants") / "wanted.png"
     Image.new("RGB", (16, 16), "red").save(file)
     return file
@@ -305,7 +305,7 @@ def test_a_page_without_gradio_says_what_to_install(monkeypatch):
 
 @pytest.fixture
 def browser():
-    """A headless Chromium."""
+    """Start a headless Chromium."""
     api = pytest.importorskip("playwright.sync_api")
     pytest.importorskip("gradio")
     if CHROMIUM is None:
@@ -341,7 +341,7 @@ class Run:
         raise AssertionError("".join(said))
 
     def end(self, stop=None):
-        """Waits for its end; returns the exit code and what it has said."""
+        """Wait for the end of the run; return the exit code and the output."""
         if stop:
             self.process.send_signal(stop)
         said, _ = self.process.communicate(timeout=60)
@@ -351,7 +351,7 @@ class Run:
 
 
 def wait_for_question(page, move):
-    """Waits until five candidates can be chosen from."""
+    """Wait until there are five candidates to choose from."""
     page.wait_for_function(
         """move => document.querySelector('#status')?.innerText.includes(`after move ${move}: which`)
         && document.querySelectorAll('#candidates img').length == 5 && document.querySelectorAll('#candidate input').length == 5

@@ -1,4 +1,4 @@
-"""One embedding whatever the seed: what it is compared with, and how the seeds come in."""
+"""Seed invariance: the comparison with the target, and the schedule of the seeds."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_each_stage_has_a_step_and_ends_at_the_new_seeds(stages, tiny):
 
 
 def test_arc_is_long_enough_to_be_gone_from_end_to_end(tiny):
-    """The gradient points to the other prompt at each step, so that the optimizer goes as far as it can."""
+    """The gradient points to the other prompt at each step, so the optimizer moves as far as it can."""
     module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents", embedding="arc", towards="two dogs")
     module.prompt.place.data = torch.full((1, 1, 1, 1), module.prompt.near)
     optimizer = module.configure_optimizers()
@@ -120,7 +120,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     away = module.encode([""])[0]
 
     def clean(first, last, latents):
-        """What is compared of the clean latents that the second call predicts, the first told one embedding and the second another."""
+        """Compute the compared vectors of the clean latents at the second call; the two calls get different embeddings."""
         scheduler.set_timesteps(3)
         for i, (t, told) in enumerate(zip(scheduler.timesteps, (first, last), strict=False)):
             outputs = [module.backbone.denoiser(latents, t, x[None]).sample for x in (away, told)]
@@ -203,7 +203,7 @@ def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
 
 
 def test_batch_equals_its_parts(tiny, tmp_path, monkeypatch):
-    """With plain steps: the sign that AdamOnLion takes turns where a gradient is next to nothing."""
+    """With plain steps, because the sign in AdamOnLion flips where a gradient is almost zero."""
     monkeypatch.setattr(SeedInvariance, "configure_optimizers", lambda self: torch.optim.SGD([self.parameter], lr=1e-3))
     module, together = search(tiny, tmp_path / "both", PROMPTS, target_seeds=[1, 2])
     assert [(p.target, p.result.target_seed) for p in together] == [
@@ -218,7 +218,7 @@ def test_batch_equals_its_parts(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.exact
 def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding):
-    """A search that goes on finds it again, in another batch than that in which its problem began."""
+    """A resumed search computes the target again, in another batch than that in which its problem started."""
     module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=4, stages=[1, 2], microbatch=3)
     monkeypatch.setattr(module, "draw_noise", lambda problems, *at: torch.zeros(len(problems), 1, 4, 8, 8))
     first, second, third = (

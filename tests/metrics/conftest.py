@@ -3,7 +3,7 @@ import pytest
 
 @pytest.fixture
 def adds_up():
-    """Checks that a metric of all parts, and of two ranks merged, is that of the whole, and that it is nan without any."""
+    """Check that a metric of all parts, and of two ranks merged, equals that of the whole, and is nan without values."""
 
     def check(metric, whole, *parts):
         expected = float(metric(*whole))

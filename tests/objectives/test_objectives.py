@@ -1,4 +1,4 @@
-"""Each judgement against another way to compute it, and its gradient against finite differences."""
+"""Each objective matches another way to compute it, and its gradient matches finite differences."""
 
 import math
 import pickle
@@ -46,7 +46,7 @@ def reference(tmp_path):
 
 @pytest.fixture(scope="session")
 def vit_l(tiny, tmp_path_factory):
-    """A folder of a CLIP whose features are as wide as ViT-L/14's and whose pictures are as large."""
+    """Create a CLIP with the feature width and image size of ViT-L/14; return its folder."""
     folder, text = tmp_path_factory.mktemp("vit_l"), CLIPTextConfig.from_pretrained(f"{tiny}/text_encoder")
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56)  # fmt: skip
     torch.manual_seed(0)
@@ -238,7 +238,7 @@ def test_perceptual_distance_lacks_weights_or_pictures(reference, tmp_path, monk
 
 
 def alexnet_file(folder):
-    """A file of random weights for the trunk of LPIPS."""
+    """Create a file of random weights for the trunk of LPIPS."""
     from torchvision.models import alexnet
 
     file = folder / "alexnet.pth"

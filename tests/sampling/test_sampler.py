@@ -1,4 +1,4 @@
-"""What drawing and scoring images costs, and where it has a gradient."""
+"""The cost of generating and scoring images, and where it has a gradient."""
 
 import pytest
 import torch
