@@ -62,7 +62,7 @@ Row = dict[str, str]
 
 @cache
 def tokenizer() -> Any:
-    """Return the tokenizer of the embedded model."""
+    """The embedded model's."""
     return load_backbone("emoji").towers[0].tokenizer
 
 

@@ -39,7 +39,7 @@ def recognized(scenes: list[world.Scene], pictures: Tensor) -> dict[str, float]:
 
 
 def draw(backbone: Backbone, captions: list[str], guidance_scale: float) -> Tensor:
-    """Generate images (B, 3, 64, 64) for captions in 25 steps."""
+    """Pictures (B, 3, 64, 64) of captions, 25 steps."""
     length = backbone.towers[0].length
     told = backbone.encode(encode_text(backbone.towers[0].tokenizer, captions, length))
     nothing = backbone.encode(encode_text(backbone.towers[0].tokenizer, [""], length))
@@ -49,7 +49,7 @@ def draw(backbone: Backbone, captions: list[str], guidance_scale: float) -> Tens
 
 
 def loss_ratios(backbone: Backbone, latents: Tensor, captions: list[str]) -> dict[str, float]:
-    """Compute the ratio of the denoising losses with the next target's caption and with the target's own."""
+    """Denoising loss with each target's caption replaced by the next one's, over that with its own."""
     told = backbone.encode(encode_text(backbone.towers[0].tokenizer, captions, backbone.towers[0].length))
     wrong, generator, ratios = told[torch.arange(len(latents)).roll(1)], torch.Generator().manual_seed(SEED), {}
     for low, high in ((0, 250), (250, 500), (500, 750), (750, 1000), (500, 1000)):

@@ -153,7 +153,7 @@ def unet(**config: Any) -> Any:
 def backbone(
     family: type[Backbone], texts: list[tuple[Any, Any]], denoiser: Any, autoencoder: Any, scheduler: Any
 ) -> Backbone:
-    """Create a model with these components."""
+    """A model of these parts."""
     towers = [
         TextTower(*text, reads.layer, reads.length, reads.masked)
         for text, reads in zip(texts, family.reads, strict=True)
@@ -268,7 +268,7 @@ def calls(model: Backbone) -> list[tuple[Any, Callable[[], Tensor]]]:
     said = []
     for tower, reads in zip(
         model.towers, model.reads, strict=True
-    ):  # cannot be called on the meta device, since T5 reads the values of its mask
+    ):  # without content they cannot be called: T5 looks at what its mask holds
         pooled = tower.encoder.config.projection_dim if reads.network.endswith("Projection") else tower.width
         shapes = (1, tower.length, tower.width), (1, pooled)
         said.append(Said(*(torch.zeros(shape, device=model.device) for shape in shapes)))

@@ -80,7 +80,7 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
     }
 
 
-class Recognizer:
+class Recogniser:
     """The held-out CLIP, which returns the objects closest to an image, on any background."""
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[s
         away = ["--data.negative_images", str(unwanted[i]), "--model.negative_weight", str(args.negative_weight)]
         (problem,) = fit(args.config, listed(both[i : i + 1]), scratch / f"against{i}", [*extra, *away])
         against.append(str(problem["prompt"]))
-    module, recognise, table = PH2P(guidance_scale=args.guidance_scale), Recognizer(), {}
+    module, recognise, table = PH2P(guidance_scale=args.guidance_scale), Recogniser(), {}
 
     def measure(name: str, pictures: list[Tensor]) -> None:
         seen = [[recognise(some, case[which]) for some, case in zip(pictures, cases, strict=True)] for which in (0, 1)]

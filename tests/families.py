@@ -1,8 +1,8 @@
-"""Tiny pipelines of every family, with random weights, in the layouts of the Hugging Face hub.
+"""Tiny pipelines of every family, with random weights, in the layouts that are found on the hub.
 
-They have the quirks of published models: T5's table has more rows than its tokenizer has tokens and no token for "a"; CLIP's tokenizers
-come without tokenizer.json, and the configs of their text encoders have the end-of-text id 2, which no tokenizer has; keys that were
-added to model_index.json later are missing.
+They are as awkward as published models: T5's table has more rows than its tokenizer has tokens and no token for "a"; CLIP's tokenizers
+come without tokenizer.json and their text encoders' configs have the end-of-text id 2, which no tokenizer has; keys that
+model_index.json has got later are absent.
 """
 
 import copy
@@ -65,7 +65,7 @@ def tokenizer_of_captions():
 
 
 def clip(width, pad="<|endoftext|>", new=False, kind=CLIPTextModel, **text):
-    """Create a CLIP text encoder and its tokenizer; the config has the ids of old files unless `new`."""
+    """A CLIP text encoder, whose config has the ids that old files have unless it is `new`, and its tokenizer."""
     tokenizer = copy.deepcopy(tokenizer_of_captions())
     tokenizer.pad_token = pad
     config = CLIPTextConfig(
@@ -77,7 +77,7 @@ def clip(width, pad="<|endoftext|>", new=False, kind=CLIPTextModel, **text):
 
 
 def unigram(pieces):
-    """Create a T5 tokenizer of pieces and their scores; read from a file, because transformers 4 and 5 take different arguments."""
+    """A T5 tokenizer of pieces and their scores; read from a file, as transformers 4 and 5 take other arguments."""
     tokenizer = Tokenizer(models.Unigram(list(pieces.items()), unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
@@ -89,7 +89,7 @@ def unigram(pieces):
 
 
 def t5(width):
-    """Create a T5 encoder, whose table has rows without a token, and its tokenizer, which has the captions' words and letters."""
+    """A T5 encoder, whose table has rows without a token, and its tokenizer, which knows the captions' words and letters."""
     words = dict.fromkeys(word.strip(",") for caption in CAPTIONS for word in caption.split() if len(word) > 1)
     pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, **{f"▁{word}": -2.0 for word in words}, "▁": -3.0}
     pieces |= dict.fromkeys("abcdefghijklmnopqrstuvwxyz,.!-'", -4.0)
@@ -102,7 +102,7 @@ def t5(width):
 
 
 def vae(**config):
-    """Create an autoencoder with two pixels per latent."""
+    """An autoencoder of two pixels a latent."""
     return AutoencoderKL(
         block_out_channels=(8, 16), norm_num_groups=8, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, **config,
@@ -110,7 +110,7 @@ def vae(**config):
 
 
 def unet(width, **config):
-    """Create a UNet for images of 16 pixels."""
+    """A UNet for pictures of 16 pixels."""
     return UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=width, attention_head_dim=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **config,
@@ -118,7 +118,7 @@ def unet(width, **config):
 
 
 def stable_diffusion(folder, scheduler, width, pipeline="StableDiffusionPipeline", time_cond=None, **text):
-    """Create a pipeline with one CLIP and a UNet."""
+    """One CLIP and a UNet."""
     tokenizer, encoder = clip(width, **text)
     return getattr(diffusers, pipeline)(
         vae=vae(), text_encoder=encoder, tokenizer=tokenizer, unet=unet(width, time_cond_proj_dim=time_cond), scheduler=scheduler,
@@ -127,7 +127,7 @@ def stable_diffusion(folder, scheduler, width, pipeline="StableDiffusionPipeline
 
 
 def sdxl(folder, scheduler, **autoencoder):
-    """Create a pipeline with two CLIPs that pad differently, a pooled vector and sizes."""
+    """Two CLIPs that pad differently, a pooled vector, sizes."""
     one, first = clip(32)
     two, second = clip(48, "!", kind=CLIPTextModelWithProjection, projection_dim=24)
     added = {
@@ -142,7 +142,7 @@ def sdxl(folder, scheduler, **autoencoder):
 
 
 def sd3(folder, scheduler):
-    """Create a pipeline with two CLIPs and a T5, and flow matching."""
+    """Two CLIPs and a T5, flow matching."""
     one, first = clip(32, kind=CLIPTextModelWithProjection, projection_dim=24)
     two, second = clip(48, "!", kind=CLIPTextModelWithProjection, projection_dim=40)
     three, third = t5(96)
@@ -157,7 +157,7 @@ def sd3(folder, scheduler):
 
 
 def flux(folder, scheduler, guidance=True):
-    """Create a pipeline with a CLIP's pooled vector and a T5, and distilled guidance."""
+    """A CLIP's pooled vector and a T5, guidance distilled."""
     one, first = clip(32)
     two, second = t5(48)
     transformer = diffusers.FluxTransformer2DModel(
@@ -171,7 +171,7 @@ def flux(folder, scheduler, guidance=True):
 
 
 def pixart(scheduler):
-    """Create a pipeline with a T5 whose padding is masked."""
+    """A T5 whose padding is masked."""
     tokenizer, encoder = t5(32)
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=4, caption_channels=32, in_channels=4,
@@ -181,7 +181,7 @@ def pixart(scheduler):
 
 
 def flow(**config):
-    """Create the scheduler for flow matching."""
+    """The scheduler of flows."""
     return diffusers.FlowMatchEulerDiscreteScheduler(**config)
 
 
@@ -211,14 +211,14 @@ BUILD = {
 
 
 def edit(file, change):
-    """Change the content of a JSON file."""
+    """Changes the content of a JSON file."""
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
 
 
 def save(family, folder):
-    """Write the folder of a family."""
+    """Writes a family's folder."""
     torch.manual_seed(0)
     pipeline = BUILD[family](folder)
     pipeline.save_pretrained(folder / "model")
@@ -237,7 +237,7 @@ NEWER = ("feature_extractor", "image_encoder", "requires_safety_checker", "safet
 
 
 def without_tokenizer_json(folder):
-    """Keep only vocab.json and merges.txt in a folder of CLIP's tokenizer, as older versions of transformers wrote it."""
+    """Leaves vocab.json and merges.txt in a folder of CLIP's tokenizer, as older versions of transformers have written it."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     if model["type"] == "BPE":
         merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
@@ -247,13 +247,13 @@ def without_tokenizer_json(folder):
 
 
 def save_image_processor(folder, size=32, mean=0.5, std=0.5):
-    """Write the preprocessor_config.json of a CLIP that takes pixels in [-1, 1], like this project's own CLIPs."""
+    """Writes the preprocessor_config.json of a CLIP that takes pixels in [-1, 1], as this project's own do."""
     config = {"size": {"shortest_edge": size}, "crop_size": size, "image_mean": [mean] * 3, "image_std": [std] * 3}
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(config))
 
 
 def save_with_clip(family, folder):
-    """Write the folder of a family with a CLIP beside its components, as whole runs need it."""
+    """Writes a family's folder with a CLIP beside its components, as whole runs need it."""
     model = save(family, folder)
     torch.manual_seed(0)
     tokenizer, text = clip(32)
@@ -269,14 +269,14 @@ def save_with_clip(family, folder):
 
 
 def correct_end(encoder, tokenizer):
-    """Make a CLIP text encoder pool at the end of the text; with the id of an old config, transformers pools at an added token."""
+    """Makes a CLIP text encoder pool at the end of the text; with an old config's id transformers pools at an added token."""
     for part in encoder.modules():
         if hasattr(part, "eos_token_id"):
             part.eos_token_id = tokenizer.eos_token_id
 
 
 def refused(match, name, **how):
-    """Load a model that must be refused with one sentence; return the message."""
+    """Loads what must be refused in one sentence."""
     with pytest.raises(UserError, match=match) as error:
         load_backbone(str(name), **how)
     text = str(error.value)

@@ -1,4 +1,4 @@
-"""A local hub that serves folders, and can simulate failures."""
+"""A small hub that serves folders, and can do wrong."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ import huggingface_hub
 
 
 class Hub:
-    """Serve the files of models.
+    """Serves the files of models.
 
     Attributes:
-        models: For each model name, its revisions with their commits, and the folder of each commit.
-        answer: Status and headers to return for paths with a given prefix, instead of the right answer.
-        broken: End of the path of a file whose transfer breaks off.
-        asked: The requests so far.
+        models: Of each model's name its revisions, the commit of each, and of each commit its folder.
+        answer: Instead of the right answer, a status and headers to what begins with a path.
+        broken: The end of the path of a file whose transfer breaks off.
+        asked: What was asked for.
     """
 
     def __init__(self):
@@ -35,7 +35,7 @@ class Hub:
         self.server.server_close()
 
     def push(self, name, folder, revision="main"):
-        """Add a commit to a model."""
+        """A new commit of a model."""
         refs, commits = self.models.setdefault(name, ({}, {}))
         commit = hashlib.sha1(f"{name} {len(commits)}".encode()).hexdigest()
         refs[revision], commits[commit] = commit, Path(folder)
@@ -43,7 +43,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The answers of https://huggingface.co to huggingface_hub."""
+    """What https://huggingface.co answers to huggingface_hub."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def forget_connections():
-    """Close open connections, which would be reused where there should be none."""
+    """Those that are open would be used again where there should be none."""
     utils = huggingface_hub.utils
     (utils.close_session if hasattr(utils, "close_session") else utils.reset_sessions)()  # the latter in old versions
 

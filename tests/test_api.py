@@ -1,4 +1,4 @@
-"""Python calls: they give the results of the command line and leave the process unchanged."""
+"""The Python calls: the same results as the command line's, and nothing else of the process is touched."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ def test_a_picture_in_memory_is_as_good_as_its_file(tiny, first, tmp_path):
 
 
 def test_every_input_has_its_result(tiny, pictures):
-    """Duplicate images and files that are not images do not shift the other results."""
+    """Pictures given twice and files that are none keep the others in their places."""
     one, two, three = sorted(pictures.iterdir())
     two.write_text("no picture")
     found = invert([one, two, str(three), one], method="random_tokens", backbone=tiny, **SHORT)
@@ -134,7 +134,7 @@ def test_a_function_chooses(tiny):
 
 
 class Outer(pl.LightningModule):
-    """Another program's training, which may make a call in the middle."""
+    """Another program's training, which may ask in the middle of it."""
 
     def __init__(self, ask):
         super().__init__()
@@ -223,7 +223,7 @@ print(sorted({{"gradio", "tensorboard", "nltk", "diffusers.pipelines.flux"}} & s
 
 
 def test_a_picture_is_the_same_as_image_array_and_tensor(tiny, first):
-    """In every form, an image has the key and the result of its file."""
+    """Whatever a picture is given as, its key and its result are those of its file."""
     image = Image.open(first)
     array = np.asarray(image)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
@@ -270,7 +270,7 @@ def test_gray_arrays(mode, tiny, first):
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "LAB", "YCbCr", "HSV", "RGBX", "PA", "I"])
 def test_modes_of_an_image(mode, tiny, first):
-    """An image in memory has the pixels of Pillow's conversion, or those of its file if that is more exact."""
+    """An image in memory has the pixels of Pillow's conversion, or of its file where that knows more."""
     image = Image.open(first).convert(mode)
     if mode == "I":  # 16 bits
         image, wanted = image.point(lambda value: value * 257), image.convert("L")
@@ -297,7 +297,7 @@ def test_pictures_to_lead_away_from(tiny, pictures):
 
 
 def test_python_values(tiny, first, tmp_path):
-    """NumPy numbers, tensors, tuples, ranges and paths are accepted as plain values."""
+    """Numbers of NumPy and tensors, tuples, ranges and paths stand for plain values."""
     plain = invert(str(first), method="pez", backbone=tiny, lr=0.5, timesteps=[100, 900], draw_seeds=[0, 1], **SHORT)
     found = invert(
         first, method="pez", backbone=Path(tiny), lr=torch.tensor(0.5), timesteps=(np.int64(100), 900), draw_seeds=range(2),
@@ -314,7 +314,7 @@ def test_texts_are_texts(text, tiny):
 
 
 def test_settings_are_those_of_the_command_line(tiny, first, tmp_path):
-    """A call has the settings of the config, which name classes, and every default."""
+    """A call has the config's settings, which name classes, and every default."""
     (result,) = search("metric_guidance", {"prompts": "a red cat", "backbone": tiny, **SHORT_SETTINGS}, device="cpu")
     assert len(result.details.metric_before) == 4  # seeds of the config
     invert(first, method="pez", backbone=tiny, folder=tmp_path / "run", **SHORT)

@@ -113,7 +113,7 @@ def test_a_few_words_are_not_worth_a_vocabulary(tiny, folder):
 
 
 def test_a_search_asks_for_the_words_once(tiny, pictures, tmp_path, monkeypatch):
-    """The words are computed once, however many images join the search."""
+    """However often images join it."""
     calls, original = [], base.word_features
     monkeypatch.setattr(base, "word_features", lambda *args: calls.append(args) or original(*args))
     module = GCG(backbone=tiny, tokens=2, start="clip_words", candidates=2, together=1, sampling_steps=2)

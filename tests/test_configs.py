@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 MODELS = sorted((Path(__file__).parents[1] / "configs/models").glob("*.yaml"))
 SHORT = "--data.steps 2 --data.samples 1 --data.validation_samples 2 --model.sampling_steps 2"
-FAMILY_OF = {"sd15": "sd1", "sd21": "sd2", "sd35": "sd3"}  # its name in tests/families.py
+FAMILY_OF = {"sd15": "sd1", "sd21": "sd2", "sd35": "sd3"}  # of tests/families.py, where it has another name
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda path: path.stem)

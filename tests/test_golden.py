@@ -111,8 +111,8 @@ def arguments(config, model):
     given += ["--data.prompts", "prompts.txt"] if config in STEERING else ["--model.tokens", "3"]
     if config != "clip_words":
         given += ["--model.sampling_steps", "2"]
-    if config != "human_feedback":  # the user sees one prompt at a time
-        given += ["--model.together", "2"]  # fewer than the three inputs, so one is searched after another
+    if config != "human_feedback":  # whose user sees one prompt at a time
+        given += ["--model.together", "2"]  # of three, so that one takes the place of another
     if model != "emoji":
         given += ["--model.backbone", f"{model}/model", *TINY.split()]
     return given + INSTEAD.get((config, model), "").split()

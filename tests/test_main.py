@@ -62,7 +62,7 @@ def short_fit(backbone, run, tokens, images):
     """Return the command of a search with two steps."""
     args = ["fit", "--run", run, "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", backbone]
     args += ["--model.tokens", tokens, "--model.sampling_steps", 2, "--data.images", images]
-    args += ["--model.lr", 0.01]  # small enough that the prompts of the two images stay different
+    args += ["--model.lr", 0.01]  # so small that the two pictures' prompts do not become the same
     return [str(arg) for arg in (*args, "--data.steps", 2, "--data.samples", 1, "--data.validation_samples", 2)]
 
 

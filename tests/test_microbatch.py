@@ -61,7 +61,7 @@ def test_as_many_as_the_memory_holds(caplog):
 
 
 def test_what_was_fitted_stays_when_a_search_goes_on(tiny, tmp_path, monkeypatch):
-    """On a device that reports when its memory is full, simulated on the CPU."""
+    """On a device that says when it is full, for which the CPU stands here."""
     monkeypatch.setattr("lightning_prompts.engine.method.ENDLESS", ())
     data = {"prompts": ["a red cat", "two dogs"]}
     sizes = []

@@ -1,4 +1,4 @@
-"""Wrong arguments of Python calls are refused with one sentence, before a model is loaded."""
+"""Wrong inputs of the Python calls: each is refused by one sentence, before a model is loaded."""
 
 import io
 import math
@@ -19,7 +19,7 @@ from lightning_prompts.objectives import Sharpness
 ARRAY = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(ARRAY)
 
-PICTURES = {  # `images`, and the message
+PICTURES = {  # what is given as `images`, and what is said
     "none": (None, "images cannot be None; give a PIL image, a NumPy array"),
     "number": (3, "images cannot be 3"),
     "bytes": (b"x", "images cannot be of type bytes"),
@@ -63,7 +63,7 @@ PICTURES = {  # `images`, and the message
     "sparse": (torch.zeros(16, 16).to_sparse(), "images is a tensor that NumPy cannot read"),
 }
 
-SETTINGS = {  # arguments of `invert`, and the message
+SETTINGS = {  # of `invert`, and what is said
     "method of another type": ({"method": 3}, "The method 3 is none that inverts pictures; give one of invert"),
     "methods": ({"method": np.array(["pez", "gcg"])}, "The method of type ndarray is none"),
     "unknown": ({"step": 3}, "The setting 'step' is unknown; did you mean 'steps'?"),

@@ -85,7 +85,7 @@ def test_commands_of_the_page_run(page, place, tiny):
                 method = Path(args[args.index("--config") + 1]).stem
                 short = ["--model.sampling_steps=2", "--model.seeds=1", *SHORT_OF_PROMPTS[method]]
             short = [*short, "--trainer.accelerator=cpu"] if args[0] in ("fit", "check", "dry-run") else []
-            if any(word.startswith("configs/models/") for word in args):  # no weights of these models here
+            if any(word.startswith("configs/models/") for word in args):  # of which there are no weights here
                 short += ["--model.backbone", tiny, "--model.image_size=16"]
             if "--trainer.devices" in args:
                 processes(["train.py", *args, *short])

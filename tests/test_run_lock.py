@@ -1,4 +1,4 @@
-"""A run folder has one owner at a time, and a dead owner loses it."""
+"""The folder of a run has one owner at a time, and none that is dead."""
 
 import errno
 import multiprocessing
@@ -50,14 +50,14 @@ os.utime = lambda file, times=None, **more: real(file, ns=(next(beats), next(bea
 
 @pytest.fixture
 def short(monkeypatch):
-    """Use a lease that expires soon."""
+    """A lease that expires soon."""
     monkeypatch.setattr(lock, "LEASE", SECONDS)
     monkeypatch.setattr(lock, "HEARTBEAT", SECONDS / 10)
 
 
 @pytest.fixture
 def holder():
-    """Start a process that holds a folder, on this machine or, by its own account, on another."""
+    """Starts a process that holds a folder, on this machine or, as it says, on another."""
     started = []
 
     def start(folder, before="", lease=lock.LEASE):
@@ -74,7 +74,7 @@ def holder():
 
 
 def held_for(folder):
-    """Return the seconds until the folder can be locked."""
+    """How long it takes until the folder can be locked."""
     began = time.monotonic()
     with RunLock(folder):
         return time.monotonic() - began
@@ -147,7 +147,7 @@ def test_one_that_was_suspended_ends_when_another_has_taken_over(short, holder, 
 
 
 def test_the_end_of_a_child_is_not_the_owners(tmp_path):
-    """Forked processes read images ahead."""
+    """Pictures are read ahead by processes that are forked."""
     with RunLock(tmp_path):
         child = multiprocessing.get_context("fork").Process(target=sys.exit)
         child.start()
@@ -209,7 +209,7 @@ def test_processes_that_have_lost_the_first_one_end(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """Return a finished search and its command."""
+    """A finished search, and its command."""
     folder = tmp_path_factory.mktemp("locked")
     Image.new("RGB", (16, 16), "red").save(folder / "red.png")
     args = ["fit", "--run", str(folder / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(tiny),
@@ -220,7 +220,7 @@ def run(tiny, tmp_path_factory):
 
 
 def contents(folder):
-    """Return everything in a folder except the heartbeat files."""
+    """All but the signs of life."""
     return {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file() and path.name != ".lock"}
 
 

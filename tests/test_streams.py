@@ -187,13 +187,13 @@ def test_killed_at_any_step_is_as_unbroken(method, make, tmp_path, watched, roun
 
 
 def test_finished_problems_are_not_read_again(make, folder, tmp_path, watched, monkeypatch):
-    """They are identified by their files, so resuming does not start by reading all finished images."""
+    """They are known by their files, so that going on does not begin with reading all that is done."""
     from lightning_prompts.data import inversion
 
     read = []
     load = inversion.load_image
     monkeypatch.setattr(inversion, "load_image", lambda path, *how: read.append(Path(path).name) or load(path, *how))
-    watched.stop = 9  # in the last step of the fifth image's batch
+    watched.stop = 9  # in the last step of the fifth picture's company
     how = ("--model.together", "1", "--data.workers", "0")
     with pytest.raises(SystemExit):
         main(make(tmp_path / "run", "PEZ", *how))

@@ -89,7 +89,7 @@ def test_a_step_does_not_wait(method, settings, tiny, monkeypatch):
 )
 @pytest.mark.parametrize("stop", [None, 2])
 def test_drawing_does_not_wait(scheduler, stop, sd1, monkeypatch):
-    monkeypatch.setattr(base, "generators_of", lambda noise: None)  # their seeds come from the noise, which waits
+    monkeypatch.setattr(base, "generators_of", lambda noise: None)  # these are seeded by the noise, for which it waits
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     model = load_backbone(str(sd1), scheduler=scheduler).to(DEVICE)
     prompts = torch.zeros(2, 5, 32, device=DEVICE, requires_grad=True)

@@ -27,7 +27,7 @@ def hub(monkeypatch, cache):
 
 @pytest.fixture
 def attempts(monkeypatch):
-    """Block the network; return the attempts to reach it."""
+    """No network; what has tried to reach it."""
     attempts = []
     # What recent versions of huggingface_hub ask the hub once for a process, whatever is read; each test begins as a process does.
     import huggingface_hub.utils  # noqa: F401

@@ -13,7 +13,7 @@ def backbone(sd):
 
 
 def inputs(backbone, height=8, width=8):
-    """Return noisy latents, timesteps and prompts of different lengths."""
+    """Noisy latents, timesteps and prompts of different lengths."""
     tower = backbone.towers[0]
     ids = encode_text(tower.tokenizer, ["a red square", "", "two dogs and a cat"], tower.length)
     return torch.randn(3, 4, height, width), torch.tensor([100, 500, 900]), backbone.encode(ids)
@@ -25,7 +25,7 @@ def hooks(backbone):
 
 @torch.no_grad()
 def slowly(backbone, noisy, timesteps, told):
-    """Compute softmax(q k' / sqrt(d)) for one layer, row, head and position at a time, from each layer's inputs."""
+    """Own softmax(q k' / sqrt(d)), one layer, row, head and place at a time, from what goes into each layer."""
     layers = [
         block.attn2
         for stage in (*backbone.denoiser.down_blocks, backbone.denoiser.mid_block, *backbone.denoiser.up_blocks)

@@ -1,4 +1,4 @@
-"""Skipped layers of the text encoders match diffusers' pipelines."""
+"""Layers of the text encoders that are skipped, as diffusers' pipelines do."""
 
 import json
 from types import SimpleNamespace
@@ -20,8 +20,8 @@ from lightning_prompts.objectives import Sharpness
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TEXTS = ["a red square on a blue background", "two dogs and a cat"]  # as T5 reads the text of CLIP's tokens
-MOST = {"sd1": 2, "sd2": 2, "sdxl": 1, "sd3": 1, "lcm": 2}  # two layers; SDXL and SD3 start at the second to last
+TEXTS = ["a red square on a blue background", "two dogs and a cat"]  # as T5 is told what CLIP's tokens spell
+MOST = {"sd1": 2, "sd2": 2, "sdxl": 1, "sd3": 1, "lcm": 2}  # of two layers; SDXL and SD3 begin at the last but one
 CELLS = [(family, skip) for family, most in MOST.items() for skip in range(1, most + 1)]
 
 
@@ -137,7 +137,7 @@ def test_exports_say_it(skip, folders, tmp_path):
 
 
 def test_runs_record_it_and_have_keys_of_their_own(tiny, pictures, tmp_path):
-    """Without skipped layers, keys are those of a run without this setting."""
+    """Keys without skipped layers are those of a run that knows no such setting."""
     how = {"backbone": tiny, "sampling_steps": 1, "steps": 1, "device": "cpu", "image_size": 16}
     noisy = {"method": "ph2p", "samples": 1, "validation_samples": 1, "tokens": 2}
     plain = invert(pictures / "0.png", **noisy, **how)

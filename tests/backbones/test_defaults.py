@@ -1,4 +1,4 @@
-"""Values that a model's files do not state have the defaults of diffusers' pipeline."""
+"""What a model's files do not state is what diffusers' pipeline makes of that."""
 
 import diffusers
 import families
@@ -15,14 +15,14 @@ TEXTS = ["a red square on a blue background", "two dogs and a Cat"]
 
 
 def loaded(folder, **how):
-    """Return this package's model, and diffusers' pipeline."""
+    """Our model, and diffusers' pipeline."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return load_backbone(str(folder), **{"image_size": 16, **how}), pipeline
 
 
 def encoded(backbone, pipeline):
-    """Return the pipeline's encoded prompts and negative prompts in this package's layout, (2, R, D)."""
+    """Encoded prompts and negative prompts of the pipeline, as ours (2, R, D)."""
     how = {} if isinstance(pipeline, diffusers.StableDiffusionPipeline) else {"prompt_2": None}
     if isinstance(pipeline, diffusers.StableDiffusion3Pipeline):
         how["prompt_3"] = None
@@ -35,7 +35,7 @@ def encoded(backbone, pipeline):
 
 
 def as_the_pipeline(backbone, pipeline, guidance=3.0):
-    """Assert that encoded prompts and images are those of the pipeline."""
+    """Asserts that encoded prompts and pictures are those of the pipeline."""
     prompt, negative = backbone.encode_text(TEXTS), backbone.encode_text([""], negative=True)
     expected = encoded(backbone, pipeline)
     torch.testing.assert_close(prompt, expected[0], atol=1e-5, rtol=1e-5)
@@ -78,7 +78,7 @@ def test_safety_checker_need_not_be_named(tmp_path):
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3"])
 def test_use_attention_mask(family, mask, tmp_path):
-    """Only Stable Diffusion's pipeline uses it; sd1 pads with the end of the text and sd2 with a word."""
+    """Stable Diffusion's pipeline alone obeys it; sd1 pads with the end of the text and sd2 with a word."""
     folder = families.save(family, tmp_path)
     plain = load_backbone(str(folder)).encode_text(TEXTS)
     for file in folder.glob("text_encoder*/config.json"):
@@ -105,7 +105,7 @@ VAE = {
 @pytest.mark.parametrize("case", VAE)
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])
 def test_statistics_of_latents(family, case, tmp_path):
-    """Only SDXL's pipeline uses mean and deviation, if both are given, and only those of flow matching use the shift."""
+    """Only SDXL's pipeline obeys mean and deviation, if both are there, and only those of flows the shift."""
     folder = families.save(family, tmp_path)
     keys = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     edit(folder / "vae/config.json", lambda config: [config.pop(key, None) for key in keys])
@@ -127,7 +127,7 @@ def test_statistics_of_latents(family, case, tmp_path):
 @pytest.mark.parametrize("eos", ["absent", 2, "own"])
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_end_of_text_of_old_configs(family, eos, tmp_path):
-    """It determines the position of the pooled vector."""
+    """It decides where the pooled vector is read."""
     folder = families.save(family, tmp_path)
     for file in folder.glob("text_encoder*/config.json"):
         if eos == "absent":
@@ -167,7 +167,7 @@ def test_size_that_is_not_stated(tmp_path):
 
 @pytest.mark.parametrize(("version", "size"), [("0.6.0", 128), ("0.8.1", 128), ("0.9.0", 16), (None, 16)])
 def test_size_in_old_configs(version, size, tmp_path):
-    """For smaller sizes in files before 0.9, Stable Diffusion's pipeline uses 64 latents; this model has two pixels per latent."""
+    """Stable Diffusion's pipeline takes 64 latents for fewer in files before 0.9; pictures of this model have two pixels a latent."""
     folder = families.save("sd1", tmp_path)
     edit(folder / "unet/config.json", lambda config: config.pop("_diffusers_version"))
     if version:

@@ -1,4 +1,4 @@
-"""SDXL with EDM's noise levels (arXiv 2206.00364), as in Playground v2.5 and CosXL."""
+"""SDXL with EDM's noise levels (arXiv 2206.00364), as Playground v2.5 and CosXL have them."""
 
 import math
 
@@ -46,7 +46,7 @@ def backbone(folder):
 
 
 def sigma_of(scheduler, timestep):
-    """Return the row of diffusers' descending table for an ascending training timestep."""
+    """The row of diffusers' descending table that an ascending timestep of training stands for."""
     config, count = scheduler.config, scheduler.config.num_train_timesteps
     last = count if isinstance(scheduler, diffusers.EDMEulerScheduler) else count - 1  # Euler's table has one more row
     share = (count - 1 - timestep) / last
@@ -96,7 +96,7 @@ def test_larger_timesteps_are_noisier(backbone):
     told = backbone.condition(torch.arange(backbone.num_train_timesteps))
     assert (told.diff() > 0).all()
     c_noise = torch.tensor([-0.5, 0.3])
-    assert torch.equal(backbone.condition(c_noise), c_noise)  # the denoiser gets the sampler's timesteps
+    assert torch.equal(backbone.condition(c_noise), c_noise)  # the sampler's timesteps are what the denoiser is told
 
 
 def test_denoiser_is_told_c_noise(backbone):
@@ -129,7 +129,7 @@ def test_draws_as_the_pipeline(guidance, backbone, folder):
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_shortcut_predicts_what_the_scheduler_does(guidance, backbone, folder):
-    """Compares with diffusers' loop up to the second of four calls, and its own `precondition_outputs`."""
+    """Against diffusers' loop up to the second of four calls, and its own `precondition_outputs`."""
     prompt, negative = backbone.encode_text(TEXTS), backbone.encode_text([""], negative=True).expand(2, -1, -1)
     scheduler = type(backbone.scheduler).from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(4)
@@ -166,7 +166,7 @@ def test_gradient_through_all_calls(stop, backbone):
 
 
 def test_methods_search_it(tmp_path):
-    """Covers an inversion method, which adds noise, and methods that generate images, completely and by the shortcut."""
+    """An inverter, which adds noise, and methods that draw, to the end and by the shortcut."""
     folder = families.save_with_clip("playground", tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "p.png")
     how = {"backbone": load_backbone(folder, image_size=16), "sampling_steps": 3, "device": "cpu"}

@@ -1,4 +1,4 @@
-"""Every family matches diffusers' own pipeline."""
+"""Every family against diffusers' own pipeline."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def pipeline(family):
 
 
 def latents_of(pipeline, noise, guidance):
-    """Generate latents (B, C, h, w) with the pipeline."""
+    """What the pipeline draws, as latents (B, C, h, w)."""
     how = {"height": 16, "width": 16, "guidance_scale": guidance, "num_inference_steps": 3, "output_type": "latent"}
     if isinstance(pipeline, diffusers.FluxPipeline):
         packed = pipeline._pack_latents(noise, *noise.shape[:1], noise.shape[1], *noise.shape[2:])
@@ -98,7 +98,7 @@ def slope(function, x, direction, eps):
 
 
 def test_gradient_to_the_tokens(backbone):
-    """Checks the gradient of the denoising loss through all text encoders that read the tokens."""
+    """Of the denoising loss, through all text encoders that read the tokens."""
     backbone.double()
     vocabulary = backbone.vocabulary
     ids = encode_text(vocabulary.tokenizer, ["a red cat"], vocabulary.length)
@@ -115,12 +115,12 @@ def test_gradient_to_the_tokens(backbone):
     for part in gradient.split([weight.shape[1] for weight in weights], dim=2):
         assert part.abs().sum() > 0
     direction = torch.randn_like(x) * x.std()
-    eps, tolerance = (1e-3, 1e-2) if vocabulary.towers[0].kind == "t5" else (1e-4, 1e-5)  # T5 uses float32 internally
+    eps, tolerance = (1e-3, 1e-2) if vocabulary.towers[0].kind == "t5" else (1e-4, 1e-5)  # T5 has float32 within
     assert (gradient * direction).sum().item() == pytest.approx(slope(loss, x, direction, eps), rel=tolerance)
 
 
 def test_gradient_to_the_encoded_prompt(backbone, family):
-    """Checks the gradient of an image of three steps to all rows, including the pooled vector."""
+    """Of what is drawn in three steps, to all rows, that of the pooled vector among them."""
     backbone.double()
     noise, weight = torch.randn(2, 1, *backbone.latent_shape, dtype=torch.float64)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_half_precision(family):
 
 
 def spoil(family, change):
-    """Return a changed index."""
+    """A changed index."""
     index = json.loads((family / "model_index.json").read_text())
     change(index)
     (family / "model_index.json").write_text(json.dumps(index))
@@ -265,13 +265,13 @@ def test_every_component_is_needed(copy, family):
 
 
 def parts(folder):
-    """Return the components of a folder."""
+    """The components that a folder has."""
     index = json.loads((folder / "model_index.json").read_text())
     return [part for part, value in index.items() if isinstance(value, list) and value[0]]
 
 
 def again(folder, part):
-    """Return the message for a component that is not readable."""
+    """What is said of a component that cannot be read."""
     return rf"The {part} of the model {str(folder)!r} cannot be read \(.+\); download or save the model again\.$"
 
 
@@ -292,7 +292,7 @@ def loop(file):
 
 
 def in_shards(text):
-    """Replace the weights by an index."""
+    """An index in place of weights."""
     return lambda file: (file.unlink(), file.with_name(f"{file.name}.index.json").write_text(text))
 
 
@@ -360,7 +360,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """Return a component of another class for each class."""
+    """A component of another class for each class."""
     folders = {name: families.save(name, tmp_path_factory.mktemp("other")) for name in ("sd1", "sd3", "flux", "pixart")}
     return {kind: folders[name] / part for kind, (name, part) in OTHERS.items()}
 

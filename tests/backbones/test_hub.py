@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, simulated by a small local one."""
+"""Models on the Hugging Face hub, of which a small one runs here."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ OTHERS = [  # other precisions, pickles and further files that are not read
 
 @pytest.fixture
 def published(hub, sd1, tmp_path):
-    """Publish a model with further files that are not read."""
+    """A model with other files beside those that are read."""
     folder = shutil.copytree(sd1, tmp_path / "published")
     for name in OTHERS:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -44,7 +44,7 @@ def published(hub, sd1, tmp_path):
 
 @pytest.fixture
 def clip(hub, tiny):
-    """Publish the CLIP of the model; return its commit."""
+    """The CLIP that goes with it; its commit."""
     return hub.push(CLIPS[768], f"{tiny}/clip")
 
 
@@ -238,7 +238,7 @@ def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment
 
 
 def test_prefetch_as_a_program(hub, published, clip, tmp_path):
-    """Hub and cache are set in the environment, and Lightning is not imported."""
+    """Where the environment says where hub and cache are, and nothing of Lightning is imported."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     code = "import sys; from lightning_prompts.commands.main import main; main(['prefetch', 'owner/model']); assert 'pytorch_lightning' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
@@ -340,7 +340,7 @@ def test_offline_reads_without_a_connection(hub, family, monkeypatch, request):
 
 
 def as_variant(folder, variant="fp16", parts=("text_encoder", "unet", "vae"), keep=False, shards=None, source=None):
-    """Replace the weights of components by a variant in half precision, as the libraries save them."""
+    """Adds the weights of parts in half precision as a variant, as the libraries save them, in the place of the others."""
     import diffusers
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(source or folder)
@@ -354,14 +354,14 @@ def as_variant(folder, variant="fp16", parts=("text_encoder", "unet", "vae"), ke
 
 
 def halves(folder):
-    """Return which weights of a folder are read in half precision, by component."""
+    """What is read of a folder's weights in half precision, by part."""
     full = load_backbone(str(folder))
     parts = {"text_encoder": full.towers[0].encoder, "unet": full.denoiser, "vae": full.vae}
     return {part: {key: x.half().float() for key, x in network.state_dict().items()} for part, network in parts.items()}
 
 
 def check_read(backbone, half, full, parts=("text_encoder", "unet", "vae")):
-    """Assert that these components were read in half precision, and the others in full."""
+    """The parts were read in half precision, and the others in full."""
     read = {"text_encoder": backbone.towers[0].encoder, "unet": backbone.denoiser, "vae": backbone.vae}
     whole = {"text_encoder": full.towers[0].encoder, "unet": full.denoiser, "vae": full.vae}
     for part, network in read.items():
@@ -384,7 +384,7 @@ def half(sd1):
 @pytest.mark.parametrize("shards", [None, "60KB"])
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_variant_of_a_folder(sd1, full, half, tmp_path, caplog, shards, variant):
-    """It is found automatically if there are no other weights, also in shards."""
+    """Found by itself where there is no other, also in shards."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), shards=shards)
     names_of = {path.name for path in folder.glob("*/*")}
     if shards:
@@ -399,7 +399,7 @@ def test_variant_of_a_folder(sd1, full, half, tmp_path, caplog, shards, variant)
 
 
 def test_variant_of_some_components(sd1, full, half, tmp_path, caplog):
-    """The others are read without a variant, as in diffusers, with a message."""
+    """The others are read without one, as in diffusers, and a line says so."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), parts=["unet", "text_encoder"], keep=True)
     check_read(load_backbone(str(folder)), half, full, [])  # what has no variant goes first
     with caplog.at_level("INFO", "lightning_prompts"):
@@ -436,7 +436,7 @@ def test_variants_that_are_none(sd1, tmp_path):
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_variant_of_a_repository(hub, sd1, full, half, tmp_path, variant, request):
-    """Also from earlier downloads."""
+    """And of what was downloaded before."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), shards="60KB")
     hub.push("owner/model", folder)
     check_read(load_backbone("owner/model", variant=variant), half, full)

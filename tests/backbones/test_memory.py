@@ -1,4 +1,4 @@
-"""The memory savers give the same results."""
+"""The same results in less memory."""
 
 import families
 import pytest
@@ -13,12 +13,12 @@ from lightning_prompts.sampling import Microbatch
 
 @pytest.fixture(scope="module", params=families.BUILD)
 def folder(request, tmp_path_factory):
-    """Return the folder of a family."""
+    """The folder of a family."""
     return str(families.save(request.param, tmp_path_factory.mktemp(request.param)))
 
 
 def computed(backbone):
-    """Return a loss through text encoders and denoiser, one through denoiser and decoder, and latents, with their gradients."""
+    """A loss through text encoders and denoiser, one through denoiser and decoder, and latents, with their gradients."""
     torch.manual_seed(0)
     vocabulary, shape = backbone.vocabulary, backbone.latent_shape
     ids = encode_text(vocabulary.tokenizer, ["a red cat", "two dogs"], vocabulary.length)
@@ -39,7 +39,7 @@ def computed(backbone):
     ids=["offload", "checkpointing", "both"],
 )
 def test_gives_the_same(folder, how, monkeypatch):
-    """Offloaded weights are replaced by NaN here, so that computing with them would show.
+    """Weights that have left are no numbers here, so that whatever computed with them would show.
 
     Embedding tables are left alone, because they are looked up where they are.
     """
@@ -70,7 +70,7 @@ def test_gives_the_same(folder, how, monkeypatch):
 
 
 def test_networks_stay_where_they_are(sd1):
-    """Only the small parts of an offloaded model move with the module that holds it."""
+    """Of an offloaded model only what is small moves with the module that holds it."""
     backbone = load_backbone(str(sd1))
     save_memory(backbone, False, False, True)
     weights = {name: tensor.data_ptr() for name, tensor in backbone.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Another scheduler for a model equals that of diffusers' `from_config`, and the pipeline gives the same images with it."""
+"""Another scheduler in place of a model's own gives what diffusers' `from_config` gives, and its pipeline with it draws."""
 
 import diffusers
 import families
@@ -35,7 +35,7 @@ OWN = {  # as published, with only the stated values
 
 
 def with_scheduler(folder, config):
-    """Replace the scheduler of a model."""
+    """Gives a model another scheduler of its own."""
     kind = config["_class_name"]
     edit(folder / "model_index.json", lambda index: index.update(scheduler=["diffusers", kind]))
     edit(folder / "scheduler/scheduler_config.json", lambda old: (old.clear(), old.update(config)))
@@ -47,7 +47,7 @@ CASES = [("sd1", "sd15"), ("sdxl", "sd21"), ("sd1", "trailing"), ("sd1", "multis
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request, tmp_path_factory):
-    """Return a folder and its diffusers pipeline."""
+    """A folder and diffusers' pipeline of it."""
     family, own = request.param
     folder = with_scheduler(families.save(family, tmp_path_factory.mktemp(family)), OWN[own])
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -56,7 +56,7 @@ def case(request, tmp_path_factory):
 
 
 def drawn(backbone, pipeline, steps=3, guidance=3.0):
-    """Return the images of both, (2, 3, H, W) in [0, 1]."""
+    """The pictures of both, (2, 3, H, W) in [0, 1]."""
     noise = torch.randn(2, *backbone.latent_shape)
     how = {"num_inference_steps": steps, "guidance_scale": guidance, "height": 16, "width": 16, "output_type": "pt"}
     theirs = pipeline(TEXTS, latents=noise, generator=generators_of(noise), **how).images
@@ -122,7 +122,7 @@ def test_keys_that_a_scheduler_does_not_state_have_the_pipelines_values(kind, fa
 
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "LCMScheduler", "EulerDiscreteScheduler"])
 def test_noise_levels_of_a_class_stay(name, tmp_path):
-    """DDIM's defaults differ from those of Heun and LCM if its file states none."""
+    """Of DDIM, which has others than Heun and LCM where its file states none."""
     folder = with_scheduler(families.save("sd1", tmp_path), {"_class_name": "DDIMScheduler"})
     own, other = load_backbone(folder).scheduler, load_backbone(folder, scheduler=name).scheduler
     assert own.config.beta_end == other.config.beta_end == 0.02
@@ -140,7 +140,7 @@ def test_clipping_stays_where_the_model_has_it_on(tmp_path):
 
 
 def test_defaults_stay_those_of_the_model(tmp_path):
-    """A Turbo model takes one step with any scheduler, and other models are not mistaken for one."""
+    """A Turbo model is drawn in one step with any scheduler, and others are not taken for one."""
     folder = str(families.save("sd-turbo", tmp_path / "turbo"))
     backbone = load_backbone(folder, scheduler="DDIMScheduler")
     assert (backbone.default_steps, backbone.default_guidance) == (1, 1.0)
@@ -176,7 +176,7 @@ def test_schedulers_that_do_not_fit(name, tmp_path):
 
 
 def test_noise_levels_that_are_shifted_by_the_size_stay(tmp_path):
-    """Heun, for which diffusers' FLUX pipeline would raise an error, has no such shift."""
+    """Heun's, of which diffusers' pipeline of FLUX would raise an error, has no such shift."""
     message = "The scheduler 'FlowMatchHeunDiscreteScheduler' does not fit this model, .*; use one of FlowMatchEulerDiscreteScheduler.$"
     refused(message, families.save("flux", tmp_path), scheduler="FlowMatchHeunDiscreteScheduler")
 
@@ -184,7 +184,7 @@ def test_noise_levels_that_are_shifted_by_the_size_stay(tmp_path):
 @pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_clean_latents_between_two_timesteps_of_training(name, prediction, tmp_path):
-    """Checks samplers that step there, whose own sigma is used."""
+    """Of samplers that step there, whose own sigma decides."""
     config = {"_class_name": f"{name}Scheduler", "timestep_spacing": "linspace", "prediction_type": prediction}
     backbone = load_backbone(with_scheduler(families.save("sd1", tmp_path), config))
     scheduler = backbone._sampler(7)

@@ -1,4 +1,4 @@
-"""Checkpoints in one file, in the original layout."""
+"""Checkpoints in one file, in the layout that people have them."""
 
 import json
 import logging
@@ -78,7 +78,7 @@ def vae_weight(key, value, blocks=2):
 
 
 def clip_weights(folder):
-    """Return the weights without the prefix that only some versions of transformers write."""
+    """Without the prefix that only some versions of transformers write."""
     return {key.removeprefix("text_model."): value for key, value in load_file(folder / "model.safetensors").items()}
 
 
@@ -113,7 +113,7 @@ SHORT = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
 
 
 def original(family, folder, layers=1):
-    """Convert the weights of a pipeline's folder to the original layout."""
+    """The weights of a pipeline's folder in the original layout."""
     unet, vae = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
     weights = {f"model.diffusion_model.{unet_key(key, layers)}": value for key, value in unet.items()}
     weights |= {f"first_stage_model.{key}": value for key, value in (vae_weight(*item) for item in vae.items())}
@@ -151,7 +151,7 @@ def test_file_is_the_folder(model, dtype):
     told, again = (backbone.encode_text(["a red square"]) for backbone in (one, other))
     torch.testing.assert_close(
         told, again, atol=1e-6, rtol=1e-6
-    )  # SDXL's projection has another memory layout and rounds differently
+    )  # SDXL's projection lies otherwise in memory and rounds otherwise
     with torch.no_grad():
         drawn = [backbone.decode(backbone.sample(told, told, noise, 2, 3.0)) for backbone in (one, other)]
     assert torch.equal(*drawn)
@@ -239,7 +239,7 @@ def test_weight_that_is_missing(model, tmp_path, part):
     ],
 )
 def test_network_that_is_missing(model, tmp_path, start, left):
-    """All weights of a network are missing."""
+    """All of its weights."""
     _, _, config, file = model
     save_file(
         {key: value for key, value in load_file(file).items() if not key.startswith(start)},
@@ -253,7 +253,7 @@ def test_network_that_is_missing(model, tmp_path, start, left):
 
 
 def test_weights_that_are_not_described(model, tmp_path):
-    """Such as a consistency model's embedding of the guidance scale, which would be ignored."""
+    """As a consistency model's embedding of the guidance, which would be left out."""
     _, _, config, file = model
     more = {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(32, 16)}
     save_file(load_file(file) | more, tmp_path / "more.safetensors")
@@ -359,14 +359,14 @@ def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts
 
 
 def stated(model, tmp_path, keys=(), metadata=None):
-    """Write the file with empty tensors and metadata that state the prediction type."""
+    """The file with empty tensors and metadata that say what it predicts."""
     file = tmp_path / "stated.safetensors"
     save_file(load_file(model[3]) | {key: torch.tensor([]) for key in keys}, file, metadata)
     return file
 
 
 def zero_snr(alphas):
-    """Rescale so that the last value is 0: algorithm 1 of arXiv 2305.08891."""
+    """Rescaled so that the last is 0: algorithm 1 of arXiv 2305.08891."""
     root = alphas.double().sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
@@ -390,7 +390,7 @@ V, EPSILON = {"modelspec.prediction_type": "v"}, {"modelspec.prediction_type": "
     ],
 )
 def test_what_a_file_states(model, tmp_path, caplog, keys, metadata, prediction, zero):
-    """It takes precedence over the scheduler of its configuration, whose other values are kept."""
+    """It goes before its configuration's scheduler, of which the rest is kept."""
     _, folder, config, _ = model
     with caplog.at_level(logging.INFO, "lightning_prompts"):
         found = load_backbone(str(stated(model, tmp_path, keys, metadata)), image_size=16, config=str(config))
@@ -415,7 +415,7 @@ def test_what_a_file_states(model, tmp_path, caplog, keys, metadata, prediction,
 
 
 def test_pictures_of_zero_terminal_snr(tmp_path):
-    """Compares with diffusers' pipeline and the scheduler that its documentation gives for such models."""
+    """Are those of diffusers' pipeline with the scheduler that its documentation gives such models."""
     folder = families.save("sdxl", tmp_path)
     file = tmp_path / "file.safetensors"
     save_file(original("sdxl", folder) | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, file)
@@ -440,7 +440,7 @@ SPREADS = {"v": (0.2, "sd21", "v_prediction"), "epsilon": (0.03, "sd21-base", "e
 
 @pytest.mark.parametrize("case", SPREADS)
 def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, capsys):
-    """Detected as in ComfyUI, from the standard deviation of a bias."""
+    """As ComfyUI tells it, from the spread of a bias."""
     spread, short, prediction = SPREADS[case]
     torch.manual_seed(0)
     pipeline = families.BUILD["sd2"](tmp_path)
@@ -486,7 +486,7 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
 
 
 def test_old_names_of_the_text_encoder(tmp_path):
-    """Without `text_model.`, as in the first files of Stable Diffusion 1."""
+    """Without `text_model.`, as the first files of Stable Diffusion 1 have them."""
     folder = families.save("sd1", tmp_path)
     weights, prefix = original("sd1", folder), "cond_stage_model.transformer."
     old = {key.replace(f"{prefix}text_model.", prefix): value for key, value in weights.items()}

@@ -32,7 +32,7 @@ def backbone(sd):
 
 @pytest.fixture
 def copy(sd1, tmp_path):
-    """Return a folder that a test may change."""
+    """A folder that a test may spoil."""
     return Path(shutil.copytree(sd1, tmp_path / "copy"))
 
 
@@ -44,13 +44,13 @@ def tokens(backbone, texts=TEXTS):
 
 
 def prompts(backbone, count):
-    """Return `count` encoded prompts, and the empty one."""
+    """`count` encoded prompts, and the empty one."""
     words = ["red", "blue", "cat", "dog"][:count]
     return backbone.encode(tokens(backbone, words)), backbone.encode(tokens(backbone, [""]))
 
 
 def use(backbone, sampler):
-    """Set another sampler on the same noise schedule, as users do for Stable Diffusion."""
+    """Another sampler on the same noise schedule, as people set it up for Stable Diffusion."""
     scheduler = getattr(diffusers, f"{sampler}Scheduler")
     known = inspect.signature(scheduler).parameters
     settings = {"clip_sample": False, "skip_prk_steps": True}
@@ -64,7 +64,7 @@ def directional(function, x, direction, eps):
         return (function(x + eps * direction) - function(x - eps * direction)).item() / (2 * eps)
 
 
-# Text encoder
+# Text tower
 
 
 def test_embeddings_of_the_tokens_change_nothing(backbone):
@@ -173,7 +173,7 @@ def test_layouts(sd1, sd2):
 
 
 def test_between_two_timesteps_the_noise_level_is_between_theirs(backbone):
-    """Also between the last two; sigma is linear there, as in samplers."""
+    """Also between the last two; sigma is linear there, as samplers have it."""
     latents, noise = torch.ones(1, *backbone.latent_shape), torch.zeros(1, *backbone.latent_shape)
     alphas = backbone.scheduler.alphas_cumprod
     sigmas = (1 / alphas - 1).sqrt()
@@ -334,7 +334,7 @@ def test_sample_as_the_pipeline(backbone, sd, sampler):
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 def test_old_scheduler_files_as_the_pipeline(sd1, copy):
-    """Such files would clip latents and start one timestep early."""
+    """Files that would clip latents and start a timestep early."""
     (copy / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
@@ -472,7 +472,7 @@ def test_text_encoder_is_float32_although_its_file_says_half(sd1, tmp_path):
 
 
 def test_layout_of_old_files(sd1, copy):
-    """Names have `text_model.`, positions are among the weights, and vocabulary and merges replace tokenizer.json."""
+    """Names with `text_model.` and positions among the weights; vocabulary and merges are read as tokenizer.json."""
     before = {path.name for path in (copy / "tokenizer").iterdir()}
     families.tokenizer_of_captions().save_pretrained(copy / "tokenizer")
     for name in ("vocab.json", "merges.txt"):

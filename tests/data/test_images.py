@@ -23,7 +23,7 @@ def noise(width=16, height=16, seed=0):
 
 
 def halves(width=16, height=8):
-    """Create an image with a red left and a blue right half."""
+    """Left half red, right half blue."""
     image = Image.new("RGB", (width, height), RED)
     image.paste(BLUE, (width // 2, 0, width, height))
     return image
@@ -41,7 +41,7 @@ def png_header(path, width, height):
 
 
 def refused(match, function, *args, **kwargs):
-    """Expect a UserError of one sentence that contains `match`."""
+    """Expects a UserError of one sentence that contains `match`."""
     with pytest.raises(UserError) as caught:
         function(*args, **kwargs)
     message = str(caught.value)
@@ -61,7 +61,7 @@ def close(pixel, expected, tolerance=3):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Create the folder `cats` with three images and other files."""
+    """Folder `cats` of three pictures and what is no picture."""
     cats = tmp_path / "cats"
     cats.mkdir()
     for seed, name in enumerate(["b.JPG", "a.png", "c.webp"]):
@@ -74,7 +74,7 @@ def folder(tmp_path):
     return cats
 
 
-# Reading one image
+# Reading one picture
 
 
 def test_matching_size_is_not_resampled(tmp_path):
@@ -154,7 +154,7 @@ def test_broken_exif_is_ignored(tmp_path, exif):
 
 
 def icc_profile(primaries, gamma=2.19921875):
-    """Create an ICC profile of a display from the XYZ of red, green and blue under D50 and the exponent of its values."""
+    """An ICC profile of a display: the XYZ of its red, green and blue under D50, and the exponent of its values."""
 
     def xyz(values):
         return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
@@ -330,7 +330,7 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
     assert load_image(tmp_path / f"a.{suffix}", 8).getcolors() == [(64, RED)]
 
 
-# Refused images
+# Refusing a picture
 
 
 def test_missing_file(tmp_path):
@@ -625,7 +625,7 @@ def test_malformed_lists(folder, name, content, match):
         (",y", "has no usable 'file'"),
         ("z.png,y", "names '{}/z.png', which is no file"),
         ('a.png,"x"y', "is not valid CSV"),
-        ('a.png,"x', "is not valid CSV"),  # would include all lines up to the next quote
+        ('a.png,"x', "is not valid CSV"),  # would take in all lines up to the next quote
         (b"a.png,caf\xe9", "is not UTF-8"),
         (b"a.png,\xed\xa0\x80", "is not UTF-8"),
     ],

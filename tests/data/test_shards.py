@@ -26,7 +26,7 @@ def encoded(seed, kind="png"):
 
 
 def archive(path, members, **options):
-    """Write pairs of name and bytes (or only a TarInfo); return the ends of each header, data and padding."""
+    """Writes pairs of name and bytes (or a TarInfo alone); returns where the header, the data and the padding of each end."""
     places = []
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w", **options) as tar:
         for name, data in members:
@@ -43,7 +43,7 @@ def archive(path, members, **options):
 
 
 def written(path, samples, **options):
-    """Write samples like WebDataset's ShardWriter: the fields of each, by their names, under the key."""
+    """Writes samples as WebDataset's ShardWriter does: the fields of each, by their names, under the key."""
     members = [(f"{key}.{kind}", fields[kind]) for key, fields in samples.items() for kind in sorted(fields)]
     return archive(path, members, **options)
 
@@ -82,7 +82,7 @@ def test_samples_of_a_shard(tmp_path, format):
 
 
 def test_every_picture_is_a_target_of_its_own(tmp_path):
-    """Also those that WebDataset treats as parts of one sample; none disappears."""
+    """Also those that WebDataset takes for parts of one sample: none disappears."""
     path = tmp_path / "a.tar"
     members = {
         "a": {"seg.png": b"x", "jpg": b"x", "npy": b"x", "txt": b"ay"},
@@ -171,7 +171,7 @@ def test_pictures_are_read_by_their_addresses(tmp_path):
     listed, missing = find_targets([tmp_path / "list.csv"])
     assert (listed.paths, listed.caption) == ((f"{path}/0002.png",), "mine")
     assert "Line 3 of" in missing.error
-    both = find_targets([path, tmp_path / "list.csv"])  # with two captions for one image
+    both = find_targets([path, tmp_path / "list.csv"])  # with two captions of one picture
     assert [target.caption for target in both] == ["caption 0" * 50, "caption 1" * 50, None, "none"]
 
 
@@ -285,7 +285,7 @@ def test_a_shard_that_ends_early(tmp_path, format):
         path.write_bytes(data[:end])
         begun = next((i for i, (_, _, padded) in enumerate(places) if end <= padded), len(places))
         whole = sum(places[3 * i + 1][1] <= end for i in range(3))  # pictures
-        # A sample is truncated if one of its files starts and does not end.
+        # A sample is known to be cut where one of its files begins and does not end.
         inside = begun < len(places) and places[begun][0] <= end < places[begun][1]
         cut = begun // 3 if inside else None
         names = [f"{i:04}" for i in range(whole) if i != cut]
@@ -300,7 +300,7 @@ def test_a_shard_that_ends_early(tmp_path, format):
         assert f"'{path}' " in failed.error
         assert f"(samples found: {len(names)})" in failed.error
         assert one_sentence(failed.error)
-        known = cut is not None and begun % 3 > 0  # its image's header has been read
+        known = cut is not None and begun % 3 > 0  # its picture's header has been read
         assert failed.paths == ((f"{path}/{cut:04}.png",) if known else ()), end
         for target in found:
             assert np.array_equal(load_image(*target.paths, 16), pixels(int(target.name[6:10])))
@@ -415,7 +415,7 @@ def test_of_two_with_one_name_the_later_counts(tmp_path):
 
 
 def test_only_headers_and_captions_are_read(tmp_path):
-    """The file is sparse, and reading its images would take minutes."""
+    """A file with holes: to read its pictures would take minutes."""
     path = tmp_path / "a.tar"
     size = 1_000_000_000
     with open(path, "wb") as file:

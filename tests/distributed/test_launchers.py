@@ -82,7 +82,7 @@ def test_what_has_started_this_process(environment, launched, tell):
     tell(environment)
     assert Launched.detect() == (launched and Launched(*launched))
     assert own_rank() == (launched[3] if launched else 0)
-    if launched is None:  # Lightning would treat some of them as processes of SLURM
+    if launched is None:  # Lightning would take some of them for processes of SLURM
         assert isinstance(_environment(), LightningEnvironment)
 
 
@@ -220,7 +220,7 @@ def test_processes_that_nobody_joins_say_so(rank, monkeypatch):
     [(0, r"has not met process 1 at localhost:\d+ \(.*listen.*port is free"), (1, r"process 0 at localhost:\d+ .*nothing has answered")],
 )  # fmt: skip
 def test_a_port_that_another_program_has_is_told(rank, message, monkeypatch):
-    """The program accepts the connection and never answers."""
+    """Which takes the connection and never answers."""
     monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
@@ -232,7 +232,7 @@ def test_a_port_that_another_program_has_is_told(rank, message, monkeypatch):
 
 
 def test_processes_that_share_a_store_with_nobody_say_so(monkeypatch):
-    """Like processes that torchrun started, whose agent is there."""
+    """As those that torchrun has started, whose agent is there."""
     monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=0.1))
     with pytest.raises(TimeoutError, match="missing: 1, 2"):
         distributed.met(torch.distributed.HashStore(), 0, 3)

@@ -89,7 +89,7 @@ def test_methods_that_begin_with_a_prompt(method, settings, tiny, tmp_path, monk
     monkeypatch.setattr(base, "checkpoint", lambda function, *arguments, **how: function(*arguments))
     module, data = method(backbone=tiny, seeds=2, **settings, **FEW), Prompts(["a small cat", "two dogs"])
     seen = counted(module)
-    if method is SeedInvariance:  # the samples of the target images are not counted
+    if method is SeedInvariance:  # what the target images take is not counted
         for name in ("set_rows", "pictures"):
             monkeypatch.setattr(module, name, paused(getattr(module, name), seen))
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})

@@ -301,7 +301,7 @@ def test_bad_settings_are_refused(settings, told, tiny, tmp_path):
 
 
 def spaced(space, **settings):
-    """Return a method with a given space."""
+    """A method whose space is given."""
 
     class Spaced(DPODiff):
         def space(self, prompt):
@@ -315,7 +315,7 @@ def spaced(space, **settings):
 
 @pytest.fixture
 def attached(tiny, tmp_path):
-    """Return a method with a batch of one problem, as in the middle of a search."""
+    """A method with a wave of one problem, as in the middle of a search."""
 
     def make(**settings):
         module, data = spaced(SPACE, backbone=tiny, **settings), Prompts("a small cat on a blue background")

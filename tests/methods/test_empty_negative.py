@@ -85,7 +85,7 @@ def test_gradient_and_candidates_are_told_the_same(choice, method, pipeline, mon
 
 
 def test_some_problems_are_empty_and_others_are_not(method):
-    """Each row of a batch is zeros or not, independently of the others."""
+    """Each row of a batch is zeros or not by itself."""
     method.prompt.show([SPACE, SPACE])
     method.prompt.logits.data = method.prompt.start()
     gumbel = torch.zeros(method.prompt.logits.shape)

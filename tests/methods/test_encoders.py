@@ -32,7 +32,7 @@ SMALL = {"tokens": 2, "sampling_steps": 2, "image_size": 16, "sample_every": 0}
 
 @pytest.fixture
 def read(monkeypatch):
-    """Record all texts that the text encoders read."""
+    """All texts that text encoders have read."""
     seen, original = [], TextTower.read
 
     def spy(self, texts, *args, **kwargs):
@@ -137,7 +137,7 @@ def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
 
 @pytest.mark.parametrize(("family", "method"), [("sd3", GCG), ("flux", GCG), ("sd3", PEZ), ("sdxl", PEZ)])
 def test_search_and_scoring_read_one_text(family, method, folders, pictures, tmp_path):
-    """CLIP's tokens lose the capitals of a template, which T5 reads; the second CLIP of SDXL and SD3 reads "!" as padding."""
+    """CLIP's tokens lose a template's capitals, which T5 reads; the second CLIP of SDXL and SD3 reads "!" as padding."""
     module = method(backbone=folders(family), template="A Red {} Background!", **SMALL)
     problems = fit(module, pictures, tmp_path)
     rows, samples = samples_of(module, problems)

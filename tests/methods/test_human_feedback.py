@@ -158,7 +158,7 @@ def test_one_prompt_after_the_other(tiny, tmp_path):
 
 @pytest.mark.exact
 def test_a_run_that_is_killed_goes_on_where_the_person_was(tiny, tmp_path, rounding):
-    """Without a checkpoint: the record holds the moves, which determine everything else."""
+    """Without a checkpoint: the record holds the moves, from which everything follows."""
     whole, _, (expected,) = search(tiny, tmp_path / "whole", GO, Choice("others"), Choice("go", 2, 1.0), FINISH)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
@@ -225,7 +225,7 @@ def test_results_hold_the_moves_and_no_metric(tiny, tmp_path, clip_file):
 
 @pytest.fixture(scope="module")
 def clip_file(tmp_path_factory):
-    """Create the target image of a scripted chooser."""
+    """A picture that a scripted chooser wants."""
     file = tmp_path_factory.mktemp("wants") / "wanted.png"
     Image.new("RGB", (16, 16), "red").save(file)
     return file

@@ -207,7 +207,7 @@ def test_score_is_of_the_text(hard, tiny, pictures, tmp_path):
 
 @pytest.mark.parametrize("guidance", [1, 3])
 def test_trials_are_what_the_pipeline_draws(guidance, tiny, pictures, tmp_path):
-    """With a weight, the loss adds what a plain CLIP measures on images that a user generates with diffusers."""
+    """With a weight on them, what a person draws with diffusers, and a plain CLIP finds, is added to the same prompt's loss."""
     module = PEZ(backbone=tiny, tokens=3, sampling_steps=2, guidance_scale=guidance)
     plain = search(module, [pictures], tmp_path / "plain", steps=1)
     trial = {"trial_weight": 0.5, "trial_pictures": 2, "trial_steps": 3}

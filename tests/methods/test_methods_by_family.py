@@ -102,7 +102,7 @@ def command(name, run, *args):
 
 
 def settings(family, method, folder, picture, steps):
-    """Return the settings of a search with a number of steps."""
+    """A search of so many steps."""
     given = {**SEARCH, **METHODS[method], **({"--model.vocabulary": "t5"} if family.endswith("T5") else {})}
     if "--data.prompts" not in given:
         given["--data.images"] = picture

@@ -117,7 +117,7 @@ def pixart(flux, folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def once():
-    """Compute values that depend only on a vocabulary or a CLIP once."""
+    """Computes what only depends on a vocabulary or a CLIP once."""
     allowed, features = Vocabulary.allowed, base.word_features
     known = {}
 

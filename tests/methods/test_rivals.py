@@ -65,7 +65,7 @@ def test_step_takes_what_is_better_and_nothing_else(tiny, pictures, tmp_path):
 
 
 def test_step_finds_the_best_of_all_tokens(tiny, pictures, tmp_path):
-    """With one position and enough candidates to include every proposal, the step is an exhaustive search."""
+    """One place, and so many candidates that each proposal is among them: what remains is the exhaustive search."""
     module = Watched(backbone=tiny, tokens=1, candidates=400, topk=40, words=list("abcdefghijklmnop"), sampling_steps=2)
     fit(module, pictures / "0.png", tmp_path, steps=1, samples=1)
     ((before, after, *_),) = module.steps

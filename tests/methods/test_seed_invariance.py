@@ -58,7 +58,7 @@ def test_each_stage_has_a_step_and_ends_at_the_new_seeds(stages, tiny):
 
 
 def test_arc_is_long_enough_to_be_gone_from_end_to_end(tiny):
-    """The gradient points to the other prompt at each step, so the optimizer moves as far as it can."""
+    """The gradient points to the other prompt at each step, so that the optimizer goes as far as it can."""
     module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents", embedding="arc", towards="two dogs")
     module.prompt.place.data = torch.full((1, 1, 1, 1), module.prompt.near)
     optimizer = module.configure_optimizers()
@@ -218,7 +218,7 @@ def test_batch_equals_its_parts(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.exact
 def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding):
-    """A resumed search computes the target again, in another batch than that in which its problem started."""
+    """A search that goes on finds it again, in another batch than that in which its problem began."""
     module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=4, stages=[1, 2], microbatch=3)
     monkeypatch.setattr(module, "draw_noise", lambda problems, *at: torch.zeros(len(problems), 1, 4, 8, 8))
     first, second, third = (

@@ -49,7 +49,7 @@ def search(tiny, folder, prompts, **settings):
 
 @pytest.fixture(scope="module")
 def exact(tiny):
-    """Return a method in float64 whose sampler is exact in float64."""
+    """A method in float64 whose sampler is exact in it."""
     module = MetricGuidance(backbone=tiny, objective=Sharpness(), sampling_steps=3, seeds=2, unconditional=True)
     module.backbone.double()
     module.backbone.scheduler = DDIMScheduler(num_train_timesteps=1000, steps_offset=1, clip_sample=False)

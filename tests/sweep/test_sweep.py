@@ -1,4 +1,4 @@
-"""Wrong inputs, broken files and hostile settings give one sentence and exit code 2, and change nothing.
+"""Wrong inputs, broken files and hostile settings: each is answered by one sentence and exit code 2, and changes nothing.
 
 The cases are in the tables beside this file. A case has a `command`, or a `base` from below with its `args`; with `each`, it is one
 case for each value in place of {}. `words` must be in the message ("." for no particular ones), `more` is added to the end, `spoil`
