@@ -42,12 +42,12 @@ def test_tokens_are_taken_with_equal_chance_in_either_order():
     counts = Counter(token for child in children for token in child)
     assert set(counts) == {*A, *B}
     for count in counts.values():
-        assert count == pytest.approx(1000, abs=120)  # 4 of 8 tokens per child; five standard deviations
+        assert count == pytest.approx(1000, abs=120)  # 4 of 8 tokens a child; five standard deviations
     kept = [
         all([token for token in child if token in parent] == sorted({*child} & {*parent}) for parent in (A, B))
         for child in children
     ]
-    assert 0.5 < sum(kept) / len(kept) < 0.8  # half of them, and the randomly ordered rest
+    assert 0.5 < sum(kept) / len(kept) < 0.8  # half of them, and those of the others that chance orders
 
 
 def test_words_at_the_same_place_can_meet():
@@ -70,7 +70,7 @@ def test_token_of_both_prompts_speaks_for_neither():
     assert not mixes((1, 2), A, B)
     assert not mixes((1, 5), (1, 5), (5, 11))  # 5 is in both
     assert mixes((1, 11), (1, 5), (5, 11))
-    assert mixes((1, 2), (1, 2), (2, 1))  # there are no other tokens
+    assert mixes((1, 2), (1, 2), (2, 1))  # there are no others
 
 
 def test_children_are_new_and_readable_and_say_whose_they_are():
@@ -111,7 +111,7 @@ def test_fittest_are_in_order():
 
 
 def climb(seed=0, generations=6, choose=None, wanted=frozenset((1, 2, 11, 12)), keep_found=False):
-    """Evolve towards given tokens; return the scored candidates, the selected ones, and the result."""
+    """Evolves towards wanted tokens; what was scored, what was chosen, and the result."""
     scored, chosen = [], []
 
     def score(some):
@@ -134,7 +134,7 @@ def test_evolution_finds_the_best_mixture(seed):
     assert best == chosen[-1]
     assert len(scored) == 2 + 6 * 8
     assert [some[0].score for some in chosen] == sorted(some[0].score for some in chosen)  # the best is never lost
-    assert best[0].score == 1.0  # one of 70 sets of four tokens is right
+    assert best[0].score == 1.0  # of 70 sets of four tokens, one is right
 
 
 def test_found_prompts_can_be_kept_where_both_are_for_one_target():
@@ -161,7 +161,7 @@ def test_person_who_leaves_keeps_what_was_kept():
         return keep
 
     scored, _, kept = climb(choose=leave(2))
-    assert kept == [scored[17]]  # the last candidate of generation 1
+    assert kept == [scored[17]]  # the last one of generation 1
     scored, _, kept = climb(choose=leave(0))
     assert kept == fittest(scored[2:], 1)
 

@@ -1,4 +1,4 @@
-"""The cost of a search is measured, and nothing is kept."""
+"""What a search would take, measured and not kept."""
 
 import re
 
@@ -26,7 +26,7 @@ def test_tells_and_keeps_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
     assert "A search of 40 steps and 6 scorings would take" in told
     for setting in ("dtype bfloat16", "microbatch 4", "gradient_checkpointing true", "image_size 8"):
         assert f"--model.{setting} " in told
-    assert "cpu_offload" not in told  # nothing moves on the CPU
+    assert "cpu_offload" not in told  # on the CPU there is nothing to move
 
 
 @pytest.mark.parametrize(
