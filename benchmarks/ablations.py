@@ -1,10 +1,10 @@
-"""What each choice is worth: `python benchmarks/ablations.py timesteps` and likewise for the other groups.
+"""Measure the effect of each setting: `python benchmarks/ablations.py timesteps`, and likewise for the other groups.
 
 Each variant changes one setting of configs/ph2p.yaml, or of configs/invert.yaml in the group `default`, and spends the same number
-of denoiser samples for its steps on the first targets of a list; scoring comes on top. Prints, per variant, the held-out similarity
-of four regenerations, by how much it differs from the first variant's target by target, and the share of targets whose words of
-each kind (object, background or second object) were found, with 95% intervals, and draws how these shares grow with the samples
-spent (the mean of all words). Finished runs are kept in --runs and not repeated.
+of denoiser samples for its steps on the first targets of a list; scoring is extra. Prints, per variant, the held-out similarity of
+four regenerations, its difference from the first variant, target by target, and the share of targets whose words of each kind
+(object, background or second object) were found, with 95% intervals. Plots these shares, as the mean over all words, against the
+samples spent. Finished runs are kept in --runs and not repeated.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import allowed_tokens
 
 GROUPS = ("timesteps", "projection", "optimizer", "vocabulary", "length", "samples", "default")
-SAMPLES = 600  # denoiser samples of a search's gradients; scoring comes on top
-RESTART = 240  # of them between restarts
-SCORE = 60  # of them between scorings
+SAMPLES = 600  # denoiser samples of a search's gradients; scoring is extra
+RESTART = 240  # samples between restarts
+SCORE = 60  # samples between scorings
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def steps(samples: int, passes: int = 1) -> list[str]:
-    """The schedule that spends `SAMPLES` on steps of so many samples and evaluations, with as many scorings and restarts."""
+    """Return the schedule that spends `SAMPLES` on steps with this many samples and evaluations, with as many scorings and restarts."""
     cost = 2 * samples * passes
     return [f"--data.steps={SAMPLES // cost}", f"--data.samples={samples}", f"--model.score_every={max(1, SCORE // cost)}",
             f"--model.restart_every={RESTART // cost}"]  # fmt: skip
 
 
 def vocabulary(share: float) -> list[str]:
-    """A random part of the allowed tokens, the same at every call, as the list of words that may be used."""
+    """Return a random part of the allowed tokens, the same at every call, as a list of allowed words."""
     import torch
 
     tokenizer = load_backbone("emoji").text_encoders[0].tokenizer
@@ -48,7 +48,7 @@ def vocabulary(share: float) -> list[str]:
 
 
 def names() -> list[str]:
-    """The world's words, as a person would list them for its pictures."""
+    """Return the words of the embedded model's world, as a user would list them."""
     from lightning_prompts.emoji import world
 
     spoken = [*world.OBJECTS, *world.COLORS, *world.SIZES, *world.LOOKS, *world.PATTERNS]
@@ -57,7 +57,7 @@ def names() -> list[str]:
 
 
 def variants(group: str) -> dict[str, list[str]]:
-    """Variants of a group: their names and settings; the first is what the others are compared with."""
+    """Return the variants of a group, names and settings; the others are compared with the first one."""
     lbfgs = ["--model.optimizer=lbfgs", "--model.lr=1", "--model.max_iter=5", "--model.metric=euclidean", *steps(4, 5)]
     sgd = "--model.optimizer=sgd"
     if group == "timesteps":
@@ -80,16 +80,16 @@ def variants(group: str) -> dict[str, list[str]]:
         return {"100%": [], **parts, "the world's words": names()}
     if group == "length":
         return {"8 tokens": [], **{f"{count} tokens": [f"--model.tokens={count}"] for count in (4, 12, 16)}}
-    if group == "samples":  # with fewer steps each has to go farther
+    if group == "samples":  # fewer steps must be larger
         rate = {count: f"--model.lr={0.02 * (count / 2) ** 0.5:.4f}" for count in (1, 4, 8, 16)}
-        return {"2 a step": [], **{f"{count} a step": [*steps(count), lr] for count, lr in rate.items()}}
+        return {"2 per step": [], **{f"{count} per step": [*steps(count), lr] for count, lr in rate.items()}}
     return {
         "configs/invert.yaml": [],
         "from random tokens": ["--model.start=random"],
-        "without the CLIP in the loss": ["--model.clip_weight=0"],
-        "without screening": ["--model.screen=1", "--model.topk=32"],
-        "scored without pictures": ["--model.trial_weight=0"],
-        "two exchanges at once": ["--model.swaps=2"],
+        "without CLIP loss": ["--model.clip_weight=0"],
+        "without prefilter": ["--model.screen=1", "--model.topk=32"],
+        "scored without images": ["--model.trial_weight=0"],
+        "two replacements at once": ["--model.swaps=2"],
         "timesteps [0, 1000)": ["--data.timesteps=[0,1000]"],
         "4 tokens": ["--model.tokens=4"],
         "12 tokens": ["--model.tokens=12"],
@@ -97,7 +97,7 @@ def variants(group: str) -> dict[str, list[str]]:
 
 
 def curve(problems: list[dict[str, Any]], words: dict[str, dict[str, str]], at: list[int]) -> list[float]:
-    """Share of the words that the best prompt has after so many samples."""
+    """Return the share of the words in the best prompt after each number of samples."""
     shares = []
     for spent in at:
         found = []
@@ -109,20 +109,20 @@ def curve(problems: list[dict[str, Any]], words: dict[str, dict[str, str]], at: 
 
 
 def main() -> None:
-    """Prints one table and draws one plot."""
+    """Print one table and draw one plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--targets", default="development", choices=["development", "outside"])
-    parser.add_argument("--count", type=int, default=24, help="the first so many of them")
+    parser.add_argument("--count", type=int, default=24, help="number of targets")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of the searches")
-    parser.add_argument("--plot", type=Path, help="where the curves go; docs/images/ if nothing is said")
+    parser.add_argument("--plot", type=Path, help="file of the plot, by default in docs/images/")
     args = parser.parse_args()
 
     config = "invert" if args.group == "default" else "ph2p"
     rows, words, reference = rows_of(args.targets, args.count), words_of(args.targets), dict[str, float]()
     kinds = [kind for kind in ("object", "background", "second") if any(kind in named for named in words.values())]
     figure, axes = plt.subplots(figsize=(7.5, 4))
-    head = ["held-out similarity", "difference", *(f"{kind} word" for kind in kinds), "samples an image"]
+    head = ["held-out similarity", "difference", *(f"{kind} word" for kind in kinds), "samples per image"]
     print(f"| | {' | '.join(head)} |\n|{'---|' * (1 + len(head))}")
     for name, settings in variants(args.group).items():
         label = re.sub(r"[^\w.]+", "_", f"{args.group} {name}" if settings else config)
@@ -140,7 +140,7 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         shown = list(range(0, max(p["unet_samples"] for p in problems) + 1, 20))
         axes.plot(shown, curve(problems, words, shown), label=name)
-    axes.set(xlabel="denoiser samples an image", ylabel=f"{' and '.join(kinds)} words found", ylim=(0, 1))
+    axes.set(xlabel="denoiser samples per image", ylabel=f"{' and '.join(kinds)} words found", ylim=(0, 1))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     place = "" if args.targets == "development" else f"_{args.targets}"

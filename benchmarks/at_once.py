@@ -1,6 +1,6 @@
-"""What it saves to invert many pictures in one run: `python benchmarks/at_once.py --config configs/ph2p.yaml`.
+"""Measure how much time inverting many images in one run saves: `python benchmarks/at_once.py --config configs/ph2p.yaml`.
 
-Inverts the same targets in one process and in one process each, and prints both times and how good the prompts are.
+Inverts the same targets in one process, then in one process per target, and prints both times and the scores of the prompts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 
 
 def invert(config: str, pictures: list[Path], run: Path, extra: list[str]) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds of the whole process and the problems of its result."""
+    """Invert images in a process of its own; return its seconds and the problems of its result."""
     command = [sys.executable, str(TRAIN), "fit", "--config", config, "--run", str(run)]
     begun = time.perf_counter()
     subprocess.run(
@@ -32,7 +32,7 @@ def invert(config: str, pictures: list[Path], run: Path, extra: list[str]) -> tu
 
 
 def main() -> None:
-    """Prints one table."""
+    """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/ph2p.yaml")
     parser.add_argument("--targets", default="evaluation", choices=["evaluation", "development"])
@@ -56,7 +56,7 @@ def main() -> None:
         found = [[float(has(str(p["prompt"]), words[p["target"]][kind])) for p in some] for some in (together, alone)]
         print(f"| {kind} word found | " + " | ".join(map(interval, found)) + " |")
     equal = sum(one["prompt"] == other["prompt"] for one, other in zip(together, alone, strict=True))
-    print(f"| time at once over one by one | {seconds / apart:.2f} | |")
+    print(f"| time at once / one by one | {seconds / apart:.2f} | |")
     print(f"| equal prompts | {equal} of {len(pictures)} | |")
 
 

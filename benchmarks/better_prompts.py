@@ -1,12 +1,12 @@
-"""What DPO-Diff does for prompts as persons write them: `python benchmarks/better_prompts.py improve`, then `... attack`.
+"""Measure DPO-Diff on prompts as users write them: `python benchmarks/better_prompts.py improve`, then `... attack`.
 
-Of 400 prompts the 100 with the highest loss are improved, or the 100 with the lowest attacked, as in the paper. Each is searched on
-three seeds and judged on ten others, by what takes no part in the search: how near the pictures are, in the held-out CLIP, to the
-person's prompt and to the plain caption that the embedded model was trained on, and whether that CLIP recognises the object and the
-background, among all of the embedded model's. An object is recognised in a prompt if it is in at least half of its pictures. Prints a
-line a space and solver, with 95% intervals. The figures of each prompt go to benchmarks/figures/, a file a line; what is there is not
-measured again. The searches draw in bfloat16, as with `--trainer.precision bf16-mixed`, which a CPU does half as fast again; the
-pictures that are judged are drawn in float32.
+Of 400 prompts, improves the 100 with the highest loss, or attacks the 100 with the lowest loss, as in the paper. Each prompt is
+searched on three seeds and scored on ten others by the held-out CLIP, which the search does not use: how similar the images are to
+the user's prompt and to the plain caption that the embedded model was trained on, and whether this CLIP recognizes the object and the
+background among all of the embedded model's. An object counts as recognized in a prompt if it is recognized in at least half of the
+prompt's images. Prints one line per space and solver, with 95% intervals. The figures of each prompt go to benchmarks/figures/, one
+file per line of the table; existing ones are not measured again. The searches sample in bfloat16, as with `--trainer.precision
+bf16-mixed`, which is 1.5 times as fast on a CPU; the scored images are generated in float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lightning_prompts.sampling.seeding import FINAL, SEARCH, draw_noise
 SEED, POOL, TOGETHER, FRESH_SEEDS = 20_261_123, 400, 20, 10
 SETTINGS: dict[str, Any] = yaml.safe_load(Path("configs/dpo_diff.yaml").read_text())["model"]["init_args"]
 FIGURES = Path(__file__).parent / "figures"
-SPACES: dict[str, dict[str, dict[str, Any]]] = {  # the sources of the prompt's words, and of the negative prompt's
+SPACES: dict[str, dict[str, dict[str, Any]]] = {  # sources of words for the prompt and for the negative prompt
     "improve": {
         "library": {"positive": [], "negative": ["library"]},
         "neighbours": {"positive": ["neighbours"], "negative": []},
@@ -55,7 +55,7 @@ SPACES: dict[str, dict[str, dict[str, Any]]] = {  # the sources of the prompt's 
 }
 HEADS = {
     "improve": ("wins", "wins, plain caption", "similarity", "to the plain caption", "object", "background"),
-    "attack": ("recognised", "object broken", "background broken", "one of them", "similarity",
+    "attack": ("recognized", "object broken", "background broken", "one of them", "similarity",
                "to the plain caption", "least likeness", "without words"),
 }  # fmt: skip
 SOLVERS = ("random", "gradient", "evolution", "hybrid")
@@ -63,13 +63,13 @@ SOLVERS = ("random", "gradient", "evolution", "hybrid")
 
 @cache
 def method() -> Any:
-    """What draws, without a search."""
+    """Return a method that generates images without a search."""
     return DPODiff(**SETTINGS)
 
 
 @cache
 def judge() -> tuple[ClipSimilarity, Tensor, Tensor]:
-    """The held-out CLIP, and its features (O, E) of all objects and (C, E) of all backgrounds."""
+    """Return the held-out CLIP, and its features (O, E) of all objects and (C, E) of all backgrounds."""
     clip = ClipSimilarity(str(EMOJI.parent / "scorer"))
     names = ([f"a {name}" for name in world.OBJECTS], [f"a {name} background" for name in world.COLORS])
     things, colors = (clip.features_of(texts) for texts in names)
@@ -78,7 +78,7 @@ def judge() -> tuple[ClipSimilarity, Tensor, Tensor]:
 
 @torch.no_grad()
 def losses_of(prompts: list[Written]) -> list[float]:
-    """The losses of prompts as they are, on two seeds."""
+    """Compute the losses of unchanged prompts on two seeds."""
     texts = [one.prompt for one in prompts]
     noise = draw_noise(0, texts, SEARCH, 2, method().backbone.latent_shape, torch.device("cpu"))
     found: Tensor = method().evaluate([(text, "") for text in texts], noise, method().clip.features_of(texts)).mean(1)
@@ -86,7 +86,7 @@ def losses_of(prompts: list[Written]) -> list[float]:
 
 
 def chosen(task: str, count: int, folder: Path) -> list[Written]:
-    """The prompts of a task, by their loss."""
+    """Return the prompts of a task, selected by their loss."""
     prompts, file = written(SEED, POOL), folder / "losses.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,10 +95,10 @@ def chosen(task: str, count: int, folder: Path) -> list[Written]:
     return [prompts[i] for _, i in order[:count]]
 
 
-@cache  # all lines have the persons' prompts in common
+@cache  # all lines share the users' prompts
 @torch.no_grad()
-def judged(one: Written, key: str, text: str, negative: str) -> dict[str, float]:
-    """Means over the fresh pictures of a prompt."""
+def scored(one: Written, key: str, text: str, negative: str) -> dict[str, float]:
+    """Score images of a prompt on fresh seeds; return the mean scores."""
     clip, things, colors = judge()
     noise = draw_noise(0, [key], FINAL, FRESH_SEEDS, method().backbone.latent_shape, torch.device("cpu"))[0]
     prompt, caption = clip.features_of([one.prompt, f"a {one.thing} on a {one.color} background"])
@@ -114,12 +114,12 @@ def judged(one: Written, key: str, text: str, negative: str) -> dict[str, float]
 
 
 def share_of(features: Tensor, names: Tensor, right: int) -> float:
-    """Part of the pictures (N, E) that are nearest to the right one of some names (M, E)."""
+    """Return the share of images (N, E) whose nearest of some names (M, E) is the right one."""
     return float(((features @ names.T).argmax(1) == right).float().mean())
 
 
 def measure(task: str, space: str, solver: str, prompts: list[Written], file: Path) -> list[dict[str, Any]]:
-    """Searches and judges: a row a prompt."""
+    """Search and score; return one row per prompt."""
     if not file.exists():
         search = DPODiff(**SETTINGS | SPACES[task][space] | {"task": task, "solver": solver})
         data = Prompts([one.prompt for one in prompts])
@@ -142,7 +142,7 @@ def measure(task: str, space: str, solver: str, prompts: list[Written], file: Pa
                     ("before", one.prompt, "", result.loss_before or []),
                     ("after", problem.prompt, problem.negative_prompt or "", result.loss_after or []),
                 ):
-                    seen = {"loss": sum(losses) / len(losses), **judged(one, problem.key, text, negative)}
+                    seen = {"loss": sum(losses) / len(losses), **scored(one, problem.key, text, negative)}
                     row |= {f"{name}_{when}": value for name, value in seen.items()}
                 row["similarity"] = float(search.similarity(one.prompt, [problem.prompt]))
             rows.append(row)
@@ -161,7 +161,7 @@ COLUMNS = [
 
 
 def line(task: str, rows: list[dict[str, str]]) -> str:
-    """Cells of a line; what has no feasible words counts as not won and not broken."""
+    """Return the cells of a line; prompts without feasible words count as not won and not broken."""
     found = [row for row in rows if row["found"]]
     gains = {name: [float(row[f"{name}_after"]) - float(row[f"{name}_before"]) for row in found]
              for name in ("heldout", "plain", "object", "background")}  # fmt: skip
@@ -189,18 +189,18 @@ def line(task: str, rows: list[dict[str, str]]) -> str:
 
 
 def lines(task: str) -> list[tuple[str, str]]:
-    """The spaces and solvers of the table: all solvers in the first space."""
+    """Return the spaces and solvers of the table; only the first space has all solvers."""
     spaces = list(SPACES[task])
     return [*((spaces[0], solver) for solver in SOLVERS), *((space, "hybrid") for space in spaces[1:])]
 
 
 def file_of(task: str, count: int, space: str, solver: str) -> Path:
-    """Where the figures of a line are."""
+    """Return the file with the figures of a line."""
     return FIGURES / f"{task}_{count}" / (re.sub(r"\W+", "_", f"{space} {solver}").lower() + ".csv")
 
 
 def table(task: str, count: int) -> str:
-    """The lines that are measured."""
+    """Return the table of the measured lines."""
     rows = [f"| space | solver | {' | '.join(HEADS[task])} |", "|---" * (2 + len(HEADS[task])) + "|"]
     for space, solver in lines(task):
         if (file := file_of(task, count, space, solver)).exists():
@@ -210,12 +210,14 @@ def table(task: str, count: int) -> str:
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=["improve", "attack"])
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--only", nargs=2, metavar=("SPACE", "SOLVER"), help="measure one line")
-    parser.add_argument("--part", type=int, nargs=2, metavar=("I", "N"), help="only search every N-th part from I on")
+    parser.add_argument(
+        "--part", type=int, nargs=2, metavar=("I", "N"), help="only search every N-th part, starting at I"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/better_prompts"))
     args = parser.parse_args()
     prompts = chosen(args.task, args.count, args.runs)

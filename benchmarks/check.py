@@ -50,7 +50,7 @@ def measure(name: str, config: Path, runs: Path) -> None:
 def table() -> str:
     """Return the table of the measured figures."""
     measured = tables.read(FIGURES)
-    head = "| | timesteps, samples a step | object word | background word | held-out similarity | difference | samples an image |"
+    head = "| | timesteps, samples per step | object word | background word | held-out similarity | difference | samples per image |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     first: dict[str, float] = {}
     for name in dict.fromkeys(row["config"] for row in measured):

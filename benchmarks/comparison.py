@@ -1,11 +1,11 @@
-"""Every inverter at three budgets: `python benchmarks/comparison.py evaluation`, then `... outside`.
+"""Compare all inversion methods at three budgets: `python benchmarks/comparison.py evaluation`, then `... outside`.
 
-Each method searches once, with the largest budget, and what it had found by the smaller ones is read from its history; textual
-inversion, whose history has no embeddings, searches once a budget. A budget is a number of denoiser samples an image, scoring
-included, a backward counted as one. Then `test` draws four pictures from each prompt and compares them with the target by the
-held-out CLIP. The figures of each target go to benchmarks/figures/, a file a method; from these come the table, the plot and the
-differences between methods, target by target. A method whose file is there is not measured again, nor is a search that --runs
-holds: delete both to do so.
+Each method searches once, with the largest budget; the results for smaller budgets are read from its history. Textual inversion,
+whose history has no embeddings, searches once per budget. A budget is a number of denoiser samples per image, including scoring; a
+backward pass counts as one sample. Then `test` generates four images from each prompt and compares them with the target by the
+held-out CLIP. The figures of each target go to benchmarks/figures/, one file per method, from which the table, the plot and the
+differences between methods, target by target, are computed. Methods with a file and searches in --runs are not measured again;
+delete both to repeat them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONFIGS = {
     "PH2P, Adam with restarts": "ph2p", "PH2P, L-BFGS": "ph2p_lbfgs", "GCG": "gcg", "the default": "invert",
     "textual inversion": "textual_inversion",
 }  # fmt: skip
-FEW = ("CLIP words", "PEZ, CLIP loss")  # which draw samples for scoring alone
+FEW = ("CLIP words", "PEZ, CLIP loss")  # which need samples only for scoring
 CAPTION, SOFT = "true caption", "textual inversion"
 PAIRS = [
     ("PH2P, Adam with restarts", "PH2P, L-BFGS"),
@@ -67,13 +67,13 @@ def tokenizer() -> Any:
 
 
 def ids_of(text: str) -> list[int]:
-    """Its tokens."""
+    """Tokenize a prompt with the embedded model's tokenizer."""
     ids: list[int] = tokenizer()(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def with_prompts(source: Path, run: Path, prompts: dict[str, tuple[str, int]]) -> None:
-    """Makes a run of other prompts, and what they cost, for the same targets by name, and scores it."""
+    """Create a run with other prompts and costs for the same targets, by name, and score it."""
     if (run / "result.json").exists():
         return
     shutil.rmtree(run, ignore_errors=True)
@@ -87,13 +87,13 @@ def with_prompts(source: Path, run: Path, prompts: dict[str, tuple[str, int]]) -
 
 
 def best_by(problem: Problem, budget: int) -> tuple[str, int]:
-    """The best prompt that a search had found within a budget, and the samples it had spent by then."""
+    """Return the best prompt that a search found within a budget, and the samples it had spent by then."""
     found = [entry for entry in problem.history if entry["unet_samples"] <= budget] or problem.history[:1]
     return found[-1]["prompt"], min(problem.unet_samples, budget)
 
 
 def measure(method: str, targets: str, runs: Path) -> list[Row]:
-    """Searches with a method and scores what it found at each budget: a row a budget and target."""
+    """Search with a method and score its result at each budget; return one row per budget and target."""
     whole = runs / f"{method} {BUDGETS[-1]}"
     made, rows = {BUDGETS[-1]: whole}, rows_of(targets)
     if method == CAPTION:
@@ -106,7 +106,7 @@ def measure(method: str, targets: str, runs: Path) -> list[Row]:
         for budget in BUDGETS[:-1] if method not in FEW else ():
             made[budget] = runs / f"{method} {budget}"
             if method == SOFT:
-                # Two less, so that the scoring of the first prompt and of the last fits in.
+                # Two fewer, so that there are samples left to score the first and the last prompt.
                 steps = 300 * budget // BUDGETS[-1] - 2
                 fit(f"configs/{CONFIGS[method]}.yaml", rows, made[budget], [f"--data.steps={steps}"])
             else:
@@ -117,7 +117,7 @@ def measure(method: str, targets: str, runs: Path) -> list[Row]:
 
 
 def figures(budget: int, problem: dict[str, Any], soft: bool) -> Row:
-    """A row of a file in benchmarks/figures/."""
+    """Return a row of a file in benchmarks/figures/."""
     scores = [f"{problem[name]:.4f}" for name in ("heldout_clip_similarity", "diversity")]
     if soft:
         text = ["", "", ""]
@@ -129,7 +129,7 @@ def figures(budget: int, problem: dict[str, Any], soft: bool) -> Row:
 
 
 def means(rows: list[Row], words: dict[str, dict[str, str]], kinds: list[str]) -> list[str]:
-    """A line of the table."""
+    """Return the cells of a line of the table."""
     cells = [
         f"{sum(float(row['samples']) for row in rows) / len(rows):.0f}",
         interval([float(row["similarity"]) for row in rows]),
@@ -146,7 +146,7 @@ def means(rows: list[Row], words: dict[str, dict[str, str]], kinds: list[str]) -
 
 
 def plot(results: dict[tuple[str, int], list[Row]], path: Path) -> None:
-    """Held-out similarity over samples, a line a method, with 95% intervals."""
+    """Plot the held-out similarity over samples, one line per method, with 95% intervals."""
     figure, axes = plt.subplots(figsize=(7.5, 4))
     for method in dict.fromkeys(method for method, _ in results):
         budgets = [budget for name, budget in results if name == method]
@@ -157,14 +157,14 @@ def plot(results: dict[tuple[str, int], list[Row]], path: Path) -> None:
             axes.axhline(points[0], linestyle=style[0], color=style[1], label=method)
         else:
             axes.errorbar(budgets, points, [spread(of) for of in values], capsize=3, marker="o", label=method)
-    axes.set(xlabel="denoiser samples an image", ylabel="held-out similarity of regenerations", xticks=BUDGETS)
+    axes.set(xlabel="denoiser samples per image", ylabel="held-out similarity of regenerations", xticks=BUDGETS)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
 
 def measured(targets: str) -> dict[tuple[str, int], list[Row]]:
-    """What the files in benchmarks/figures/ have: the rows of each method and budget."""
+    """Read the files in benchmarks/figures/: the rows of each method and budget."""
     results: dict[tuple[str, int], list[Row]] = {}
     for method in [*CONFIGS, CAPTION]:
         if (file := file_of(method, targets)).exists():
@@ -175,12 +175,12 @@ def measured(targets: str) -> dict[tuple[str, int], list[Row]]:
 
 
 def file_of(method: str, targets: str) -> Path:
-    """Where the figures of a method are kept."""
+    """Return the file with the figures of a method."""
     return FIGURES / targets / f"{re.sub(r'[^a-z0-9]+', '_', method.lower())}.csv"
 
 
 def table(results: dict[tuple[str, int], list[Row]], words: dict[str, dict[str, str]]) -> str:
-    """A line a method and budget."""
+    """Return a table with one line per method and budget."""
     kinds = [kind for kind in ("object", "background", "second") if any(kind in wanted for wanted in words.values())]
     head = ["method", "timesteps", "samples", "held-out similarity", *kinds, "diversity", "dictionary words", "special characters",
             "round-trip failures"]  # fmt: skip
@@ -192,7 +192,7 @@ def table(results: dict[tuple[str, int], list[Row]], words: dict[str, dict[str, 
 
 
 def timesteps_of(method: str) -> str:
-    """Return from where to where a method's config draws timesteps, for the search and for scoring."""
+    """Return the range of timesteps in a method's config, for the search and for scoring."""
     if method == CAPTION:
         return "-"
     low, high = yaml.safe_load((Path("configs") / f"{CONFIGS[method]}.yaml").read_text())["data"]["init_args"].get(
@@ -202,7 +202,7 @@ def timesteps_of(method: str) -> str:
 
 
 def differences(results: dict[tuple[str, int], list[Row]]) -> str:
-    """By how much one method is better than another, with the largest budget."""
+    """Return a table of differences between methods with the largest budget."""
     lines = ["| held-out similarity, target by target | difference |", "|---|---|"]
     for pair in PAIRS:
         if all((name, BUDGETS[-1]) in results for name in pair):
@@ -214,11 +214,11 @@ def differences(results: dict[tuple[str, int], list[Row]]) -> str:
 
 
 def main() -> None:
-    """Measures what is missing, prints the tables and draws the plot."""
+    """Measure what is missing, print the tables and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", choices=["evaluation", "outside", "development"])
     parser.add_argument(
-        "--method", choices=[*CONFIGS, CAPTION], action="append", help="measure only this one; may be repeated"
+        "--method", choices=[*CONFIGS, CAPTION], action="append", help="measure only this method; may be repeated"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="folder of the searches")
     args = parser.parse_args()

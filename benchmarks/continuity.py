@@ -1,9 +1,9 @@
-"""Whether pictures change evenly with what the denoiser is told: `python benchmarks/continuity.py`.
+"""Measure whether images change evenly with `prompt_embeds`: `python benchmarks/continuity.py`.
 
-Draws 50 arcs between encoded captions of the embedded model's world, one seed each. Prints how well the order of the pictures' distances
-from the first is that of the embeddings' (rank correlation), and how large the largest step between neighbours is, as a share of the
-distance between the ends, with more and more pictures on the arc: where nothing jumps, it shrinks as they get more. Distances are
-root mean squares of pixels, and one minus the cosine by the held-out CLIP. Writes docs/images/continuity.png.
+Generates images on 50 arcs between encoded captions of the embedded model's world, one seed each. Prints the rank correlation between
+the images' distances from the first one and those of the embeddings, and the largest step between neighbors, as a share of the
+distance between the ends, for increasing numbers of images on the arc: without jumps, this share shrinks. Distances are the root mean
+square of pixels, and one minus the cosine by the held-out CLIP. Writes docs/images/continuity.png.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ PLOT = Path(__file__).parents[1] / "docs" / "images" / "continuity.png"
 
 
 def distances(pictures: Tensor) -> dict[str, Tensor]:
-    """Distances (F, F) of F pictures (F, 3, H, W) by pixels and by the held-out CLIP."""
+    """Compute distances (F, F) between F images (F, 3, H, W) by pixels and by the held-out CLIP."""
     flat, features = pictures.flatten(1), judge()[0].features_of_many(pictures[None], 50)[0]
     return {"pixels": torch.cdist(flat, flat) / flat.shape[1] ** 0.5, "held-out CLIP": 1 - features @ features.T}
 
 
 @torch.no_grad()
 def main() -> None:
-    """Prints the table and plots."""
+    """Print the table and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--paths", type=int, default=50)
     args = parser.parse_args()
     method = MetricGuidance(objective=Sharpness(), sampling_steps=10, microbatch=32)
     ends = [prompt for prompt, _ in captions(SEED, 2 * args.paths)]
-    told: list[Tensor] = []
+    embedded: list[Tensor] = []
     seen: dict[str, list[Tensor]] = {"pixels": [], "held-out CLIP": []}
     for number, (one, other) in enumerate(zip(ends[::2], ends[1::2], strict=True)):
         a, b = method.encode([one, other])
@@ -49,7 +49,7 @@ def main() -> None:
         pictures = method.sampler.draw_embeds(
             arc[:, None], noise_of([number], method.backbone.latent_shape).expand(FRAMES, 1, -1, -1, -1)
         )
-        told.append((arc - a).flatten(1).norm(dim=1))
+        embedded.append((arc - a).flatten(1).norm(dim=1))
         for name, between in distances(pictures[:, 0]).items():
             seen[name].append(between)
     steps = [8, 4, 2, 1]
@@ -59,14 +59,14 @@ def main() -> None:
     print("|---" * (2 + len(steps)) + "|")
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, (name, found) in zip(axes, seen.items(), strict=True):
-        ranks = [float(spearmanr(x, y[0]).statistic) for x, y in zip(told, found, strict=True)]
+        ranks = [float(spearmanr(x, y[0]).statistic) for x, y in zip(embedded, found, strict=True)]
         largest = [[float(y[::step, ::step].diagonal(1).max() / y[0, -1]) for y in found] for step in steps]
         cells = [interval(values) for values in (ranks, *largest)]
         print(f"| {name} | {' | '.join(cells)} |")
-        for x, y in zip(told, found, strict=True):
+        for x, y in zip(embedded, found, strict=True):
             axis.plot(x / x[-1], y[0], color="tab:blue", alpha=0.2, linewidth=1)
         axis.plot(torch.linspace(0, 1, FRAMES), torch.stack([y[0] for y in found]).mean(0), color="black", label="mean")
-        axis.set(xlabel="distance of the embeddings, share of the whole", ylabel=f"distance of the pictures, {name}")
+        axis.set(xlabel="distance of the embeddings, share of the arc", ylabel=f"distance of the images, {name}")
         axis.legend(frameon=False)
     figure.savefig(PLOT, dpi=120)
 

@@ -1,8 +1,8 @@
-"""How good the embedded model is: `python benchmarks/embedded_model.py` (needs the font and the `emoji` package).
+"""Measure the quality of the embedded model: `python benchmarks/embedded_model.py` (needs the font and the `emoji` package).
 
-Of pictures drawn in 25 steps for held-out captions, in how many the held-out CLIP recognises the object among all names and the
-background among all colours; the autoencoder's PSNR on the evaluation targets; and the denoising loss under a wrong caption over
-that under the true one, by range of timesteps.
+Prints in how many images, generated in 25 steps for held-out captions, the held-out CLIP recognizes the object among all names and
+the background among all colors; the autoencoder's PSNR on the evaluation targets; and the ratio of the denoising losses with a wrong
+and with the true caption, by range of timesteps.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lightning_prompts.emoji import world
 from lightning_prompts.objectives.clip import ClipSimilarity
 
 EVALUATION = Path(__file__).parent / "targets" / "evaluation"
-SEED = 20_261_123  # no other captions have it
+SEED = 20_261_123  # used for no other captions
 
 
-def recognised(scenes: list[world.Scene], pictures: Tensor) -> dict[str, float]:
-    """Shares of pictures whose object and whose background the held-out CLIP names."""
+def recognized(scenes: list[world.Scene], pictures: Tensor) -> dict[str, float]:
+    """Return the shares of images whose object and whose background the held-out CLIP recognizes."""
     scorer = ClipSimilarity(str(EMOJI.parent / "scorer"))
     objects, colors = list(world.OBJECTS), list(world.COLORS)
     texts = [f"{word}, {color} background" for word in objects for color in colors]
@@ -63,7 +63,7 @@ def loss_ratios(backbone: Backbone, latents: Tensor, captions: list[str]) -> dic
 
 @torch.no_grad()
 def main() -> None:
-    """Prints one table."""
+    """Measure and print one table."""
     import json
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -78,8 +78,8 @@ def main() -> None:
         ("drawn by the model", draw(backbone, captions, args.guidance_scale)),
         ("rendered, the scorer's ceiling", torch.stack([to_tensor(world.render(scene)) for scene in scenes])),
     ):
-        for kind, share in recognised(scenes, pictures).items():
-            print(f"| {kind} recognised in {args.captions} pictures {source} | {share:.1%} |")
+        for kind, share in recognized(scenes, pictures).items():
+            print(f"| {kind} recognized in {args.captions} images {source} | {share:.1%} |")
     rows = [json.loads(line) for line in (EVALUATION / "targets.jsonl").read_text().splitlines()]
     targets = torch.stack([to_tensor(Image.open(EVALUATION / row["file"]).convert("RGB")) for row in rows])
     latents = torch.cat([backbone.encode_image(part) for part in targets.split(20)])
@@ -87,7 +87,7 @@ def main() -> None:
     psnr = 10 * torch.log10(4 / (decoded - targets).square().flatten(1).mean(1))
     print(f"| autoencoder PSNR on {len(rows)} evaluation targets | {psnr.mean():.1f} dB |")
     for span, ratio in loss_ratios(backbone, latents, [row["caption"] for row in rows]).items():
-        print(f"| loss under a wrong caption over that under the true one, t in {span} | {ratio:.2f} |")
+        print(f"| loss with a wrong caption / with the true one, t in {span} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

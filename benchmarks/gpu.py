@@ -55,7 +55,7 @@ class Work(NamedTuple):
 
     images: int  # in a batch of PH2P
     problems: int  # in a batch of the other methods
-    microbatch: int  # of the inverters
+    microbatch: int  # of the inversion methods
     pictures: int  # microbatch of methods that draw images, whose gradients pass through the decoder
     steps: int  # num_inference_steps
     seeds: int
@@ -90,7 +90,7 @@ def cases(work: Work, guides_itself: bool) -> dict[str, Case]:
     }
 
 
-# --- what is measured
+# --- measurements
 
 MEMORY = (
     "weights",
@@ -171,7 +171,7 @@ class Bench:
         return size | rates | {"product": self.product, "share": teraflops / self.product}
 
     def memory(self, name: str, what: str) -> dict[str, Any]:
-        """Measure the peak memory in GiB above what was held before, and compare it with the count on the meta device."""
+        """Measure the peak memory in GiB above what was allocated before, and compare it with the count on the meta device."""
         place = MEMORY.index(what)
         if not place:
             self.free(models=True)
@@ -224,7 +224,7 @@ class Bench:
         return rates | {"ratio": plain / compiled} | shares | {"difference": difference, "first": first}
 
     def two_processes(self, name: str, strategy: str) -> dict[str, Any]:
-        """Compare what two processes find with PH2P with what one finds; one pair of processes runs all strategies."""
+        """Compare the prompts that two processes find with PH2P with those of one; one pair of processes runs all strategies."""
         if not self.found:
             with tempfile.TemporaryDirectory() as scratch:
                 self.fixed(name, f"{scratch}/one")
@@ -250,12 +250,12 @@ class Bench:
 
 
 def found_in(folder: str) -> list[dict[str, Any]]:
-    """Return what a search has found, in the order of its images."""
+    """Return the prompts that a search found, in the order of its images."""
     records = sorted(RunFolder(folder).load().values(), key=lambda record: record.index)
     return [{"prompt": record.prompt, "validation_loss": record.validation_loss} for record in records]
 
 
-# --- how the measurements follow each other
+# --- schedule of the measurements
 
 
 class OutOfTime(BaseException):
@@ -302,7 +302,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def run(bench: Bench, cells: list[Cell], folder: Path, minutes: float) -> bool:
-    """Run the missing measurements that fit into the time; return False if one failed for another reason than time or memory."""
+    """Run the missing measurements that fit into the time; return False if one failed for any reason other than time or memory."""
     end, sound = time.monotonic() + 60 * minutes, True
     for cell in cells:
         file, key = file_of(folder, cell.part), {"device": bench.name, "model": cell.model, "what": cell.what}
@@ -329,7 +329,7 @@ def run(bench: Bench, cells: list[Cell], folder: Path, minutes: float) -> bool:
     return sound
 
 
-# --- what is printed
+# --- tables
 
 FORMATS: dict[str, dict[str, tuple[str, str]]] = {  # by part and column, heading and format
     "throughput": {

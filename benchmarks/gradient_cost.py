@@ -1,9 +1,9 @@
-"""What the gradient of a picture with respect to its prompt costs: `python benchmarks/gradient_cost.py`.
+"""Measure the cost of the gradient of an image with respect to its prompt: `python benchmarks/gradient_cost.py`.
 
-For 10 to 100 sampling steps, the peak memory above what the loaded models take, and the time, of the shortcut text gradient (one
-call of the denoiser, three fifths along the way) and of the full gradient through all calls, whose activations are computed again
-in the backward pass. Each is measured in processes of its own, on the embedded model: the time as it is, the memory with an allocator
-that gives back at once what is freed, which is slow, but holds nothing that is not in use.
+For 10 to 100 sampling steps, prints the peak memory beyond the loaded models and the time of the shortcut text gradient (through one
+call of the denoiser, three fifths along the way) and of the full gradient through all calls, whose activations are recomputed in the
+backward pass. Each is measured on the embedded model in processes of its own: the time with the default allocator, and the memory
+with one that returns freed memory immediately, which is slow but holds nothing that is not in use.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch
 
 STEPS = (10, 25, 50, 100)
 PICTURES = 4
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc keeps nothing larger
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc caches no larger blocks
 
 
 def peak_and_now() -> tuple[float, float]:
-    """Megabytes that this process has held at most, and holds."""
+    """Return the peak and the current memory of this process, in megabytes."""
     status = Path("/proc/self/status").read_text()
     most, now = (int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) / 1024 for name in ("VmHWM", "VmRSS"))
     return most, now
 
 
 def measured(kind: str, steps: int) -> str:
-    """Peak memory in megabytes above what was held before, and seconds."""
+    """Measure the peak memory in megabytes above what was allocated before, and the seconds."""
     from lightning_prompts.backbones import load_backbone
     from lightning_prompts.backbones.vocabulary import encode_text
     from lightning_prompts.objectives.clip import ClipSimilarity, default_clip
@@ -54,7 +54,7 @@ def measured(kind: str, steps: int) -> str:
         torch.autograd.grad(loss, table)
 
     _, before = peak_and_now()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
     begun = time.perf_counter()
     gradient(calls, grad_steps)
     seconds = time.perf_counter() - begun
@@ -63,14 +63,14 @@ def measured(kind: str, steps: int) -> str:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs=2, metavar=("KIND", "STEPS"), help="measure one, as the processes do")
+    parser.add_argument("--only", nargs=2, metavar=("KIND", "STEPS"), help="measure one line in this process")
     args = parser.parse_args()
     if args.only:
         print(measured(args.only[0], int(args.only[1])))
         return
-    print(f"{PICTURES} pictures, {platform.machine()}, {torch.get_num_threads()} threads, float32\n")
+    print(f"{PICTURES} images, {platform.machine()}, {torch.get_num_threads()} threads, float32\n")
     print("| sampling steps | shortcut, MB | full, MB | shortcut, s | full, s |\n|---|---|---|---|---|")
     for steps in STEPS:
         cells = []

@@ -1,8 +1,8 @@
-"""What the shortcut text gradient knows: `python benchmarks/gradient_quality.py`, after `python benchmarks/word_search.py`.
+"""Measure what the shortcut text gradient predicts: `python benchmarks/gradient_quality.py`, after `python benchmarks/word_search.py`.
 
-On the spaces that are enumerated there, a word of a random candidate is replaced by another of as many tokens. The gradient at the
-candidate predicts how the loss changes; the tables say how it does. Prints the rank correlation of both over all such replacements,
-the mean over prompts with its 95% interval, by how many calls of the denoiser come before the gradient and how many pass it on.
+In the spaces that word_search.py enumerates, a word of a random candidate is replaced by another with as many tokens. The gradient at
+the candidate predicts the change of the loss, and the tables have the true change. Prints the rank correlation of both over all such
+replacements, as the mean over prompts with its 95% interval, by the number of denoiser calls before the gradient and with it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.sampling.seeding import SEARCH, draw_noise
 
 CANDIDATES = 6
-CALLS = [*((before, 1) for before in range(8)), (4, 4), (0, 8)]  # before the gradient, and with it, of 8
+CALLS = [*((before, 1) for before in range(8)), (4, 4), (0, 8)]  # calls before the gradient, and calls with it, of 8
 
 
 def changes(method: Small, table: Table, choice: list[int], before: int, grad_steps: int) -> list[tuple[float, float]]:
-    """Predicted and true changes of the loss for each word that can stand in the place of one of as many tokens."""
+    """Return predicted and true changes of the loss for each replacement of a word by one with as many tokens."""
     space, words = method.prompt.spaces[0], method.prompt.word_ids[0]
     ids = [encode_text(method.vocabulary.tokenizer, [text], method.vocabulary.length) for text in space.texts(choice)]
     embeddings = [method.prompt.table[row].clone().requires_grad_() for row in ids]
@@ -50,12 +50,12 @@ def changes(method: Small, table: Table, choice: list[int], before: int, grad_st
 
 
 def mean(table: Table, texts: tuple[str, str]) -> float:
-    """The loss of a candidate, over its seeds."""
+    """Return the mean loss of a candidate over its seeds."""
     return sum(table[texts]) / len(table[texts])
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/word_search"))
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Choosing among moves of an encoded prompt, against choosing among edits of its words: `python benchmarks/human_feedback.py`.
+"""Compare moves of an encoded prompt with edits of its words: `python benchmarks/human_feedback.py`.
 
-A scripted chooser wants a picture that it alone knows, and says what words can say of it. Eight pictures are `outside`: the
-object stands on a colour that no caption of the embedded model names, and the prompt says the object. Eight are scenes of the
-`evaluation`, and the prompt says the object and the colour of the background, not the rest, which words could say. The chooser
-sees five pictures a round, twenty times; it goes to the one that it likes best, or stays where it is if it likes that more. In
-one interface the pictures are the candidates of `HumanFeedback`, of the liked one at full and at half strength; in the other they
-are drawn from random edits of the prompt, one word added, exchanged or left out, and a choice takes the edit. Prints how like the
-wanted picture the last one is by the held-out CLIP. Settings were tried on other pictures.
+A scripted chooser has a target image, and a prompt that describes it only in part. Eight targets are from `outside`: the object stands
+on a color that no caption of the embedded model names, and the prompt names the object. Eight are scenes from `evaluation`, and the
+prompt names the object and the color of the background, but not the rest, which words could describe. The chooser sees five images per
+round, for twenty rounds; it moves to the one that it prefers, or keeps the current image if it prefers that. With moves, the images
+are the candidates of `HumanFeedback`, and the preferred one at full and at half strength; with edits, they come from random edits of
+the prompt (one word added, replaced or removed), and a choice takes the edit. Prints the similarity of the last image to the target by
+the held-out CLIP. The settings were tuned on other images.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ FIGURES = Path(__file__).parent / "figures" / "human_feedback"
 
 
 def wanted(targets: str) -> list[tuple[str, Path]]:
-    """What the person says, and the picture that they want."""
+    """Return the prompts and the files of the target images."""
     words = words_of(targets)
-    if targets == "outside":  # every second one is on such a colour
+    if targets == "outside":  # every second target has such a color
         return [(f"a {of['object']}", TARGETS / targets / name) for name, of in list(words.items())[: 2 * COUNT : 2]]
     said = [(f"a {of['object']} on a {of['background']} background", name) for name, of in words.items()]
     return [(text, TARGETS / targets / name) for text, name in said[:COUNT]]
 
 
 def edit(text: str, words: list[str], rng: random.Random) -> str:
-    """A text with one word added, exchanged or, unless it is the only one, left out."""
+    """Return a text with one word added, replaced or, unless it is the only one, removed."""
     change, varied = rng.choice(["add", "exchange", "leave out"]), text.split()
     place = rng.randrange(len(varied) + (change == "add"))
     if change == "leave out" and len(varied) > 1:
@@ -55,7 +55,7 @@ def edit(text: str, words: list[str], rng: random.Random) -> str:
 
 
 def edited(method: HumanFeedback, chooser: Scripted, prompt: str, seed: int) -> tuple[str, Tensor]:
-    """The prompt that twenty choices among edits lead to, and its picture (3, H, W)."""
+    """Return the prompt after twenty choices among edits, and its image (3, H, W)."""
     rng, noise, count = random.Random(seed), method.noise[:, 0], int(method.candidates)
     picture = method.draw([prompt], noise)[0]
     for _ in range(CHOICES):
@@ -69,7 +69,7 @@ def edited(method: HumanFeedback, chooser: Scripted, prompt: str, seed: int) -> 
 
 
 def measure(said: str, file: Path, seed: int) -> dict[str, Any]:
-    """Both ways to a picture."""
+    """Measure moves and edits for one target."""
     chooser = Scripted(str(file), strengths=STRENGTHS)
     method = HumanFeedback(**CONFIG | {"chooser": chooser, "steps": CHOICES})
     data = Prompts(said, seed=seed)
@@ -91,24 +91,24 @@ def measure(said: str, file: Path, seed: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line a picture, and what they say together."""
-    head = ("said", "picture", "before", "by moves", "by edits of words")
+    """Return a table with one line per target, and a summary."""
+    head = ("prompt", "image", "before", "by moves", "by word edits")
     found = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     moves, edits = ([row[f"by_{way}"] for row in rows] for way in ("moves", "edits"))
     for row, by_moves, by_edits in zip(rows, moves, edits, strict=True):
         found.append(f"| {row['said']} | {row['picture']} | {row['before']:.3f} | {by_moves:.3f} | {by_edits:.3f} |")
-    nearer = sum(by_moves > by_edits for by_moves, by_edits in zip(moves, edits, strict=True))
+    closer = sum(by_moves > by_edits for by_moves, by_edits in zip(moves, edits, strict=True))
     difference = interval([by_moves - by_edits for by_moves, by_edits in zip(moves, edits, strict=True)])
-    return "\n".join([*found, "", f"Nearer by moves: {nearer} of {len(rows)}; by moves less by edits {difference}."])
+    return "\n".join([*found, "", f"Closer by moves: {closer} of {len(rows)}; moves minus edits: {difference}."])
 
 
 def rows_of(targets: str) -> list[dict[str, Any]]:
-    """The figures, a row a picture."""
+    """Return the figures, one row per target."""
     return tables.read(FIGURES / f"{targets}.csv")
 
 
 def main() -> None:
-    """Measures what is missing and prints the tables."""
+    """Measure what is missing and print the tables."""
     for targets in ("outside", "evaluation"):
         known = {row["picture"] for row in rows_of(targets)}
         for i, (said, file) in enumerate(wanted(targets)):

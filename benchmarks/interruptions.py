@@ -1,7 +1,7 @@
-"""Whether a search that was interrupted at any moment finds what an unbroken one finds: `python benchmarks/interruptions.py`.
+"""Test whether interrupted searches find the same prompts as uninterrupted ones: `python benchmarks/interruptions.py`.
 
-Fifty searches are killed at random moments (SIGKILL), ten are told to stop (SIGTERM), and of five with two processes under torchrun
-one process is killed. Each goes on by the same command. What is there already is not measured again.
+Fifty searches are killed at random times (SIGKILL), ten get SIGTERM, and in five with two processes under torchrun one process is
+killed. Each is resumed by the same command. Existing rows are not measured again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measure what is missing and print the table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     done = tables.read(FIGURES)
     with tempfile.TemporaryDirectory() as scratch:
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def unbroken(method: str, ranks: bool, scratch: Path) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds, and what was found."""
+    """Run a search without interruption; return its seconds and results."""
     begun, run = time.perf_counter(), scratch / f"{method}-{ranks}"
     jobs.finish(jobs.start(jobs.command(method, scratch, run), TORCHRUN if ranks else ()))
     return time.perf_counter() - begun, jobs.results(run)
@@ -50,7 +50,7 @@ def unbroken(method: str, ranks: bool, scratch: Path) -> tuple[float, list[dict[
 def interrupted(
     kind: str, number: int, method: str, seconds: float, expected: list[dict[str, Any]], scratch: Path
 ) -> dict[str, Any]:
-    """Interrupts a search at a moment, has it go on, and compares."""
+    """Interrupt a search at a given time, resume it, and compare the results."""
     run = scratch / f"{kind}-{number}"
     moment = random.Random(f"{kind}{number}").uniform(0.1, 1) * seconds
     args, ranks = jobs.command(method, scratch, run, "--ckpt_path", "last"), kind == "a rank killed"
@@ -63,7 +63,7 @@ def interrupted(
     elif reached:
         os.killpg(process.pid, getattr(signal, kind))
         process.communicate()
-        broken = len([file for file in jobs.unreadable(run) if not file.endswith(".tmp")])  # as others would find it
+        broken = len([file for file in jobs.unreadable(run) if not file.endswith(".tmp")])  # as other readers see it
         jobs.finish(jobs.start(args))
     else:
         jobs.finish(process)
@@ -74,7 +74,7 @@ def interrupted(
 
 
 def kill_rank(agent: int) -> bool:
-    """Kills the second process that torchrun has started; whether there was one."""
+    """Kill the second process that torchrun started; return whether there was one."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -90,7 +90,7 @@ def kill_rank(agent: int) -> bool:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a kind of interruption."""
+    """Return a table with one line per kind of interruption."""
     lines = [
         "| interruption | searches | stopped before their end | identical results | unreadable files |",
         "|---|---|---|---|---|",
@@ -103,7 +103,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """When each search was interrupted, and whether it found the same."""
+    """Plot when each search was interrupted, and whether its results were identical."""
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 2.6))
@@ -121,11 +121,11 @@ def plot(rows: list[dict[str, Any]]) -> None:
         label="not identical",
     )
     axis.set(
-        xlabel="% of the time of an unbroken search",
+        xlabel="% of the time of an uninterrupted search",
         xlim=(0, 100),
         yticks=range(len(kinds)),
         yticklabels=kinds,
-        title="Interrupted, gone on, identical",
+        title="Interrupted, resumed, identical",
     )
     axis.invert_yaxis()
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")

@@ -1,7 +1,7 @@
-"""How often an inversion finds the words: `python benchmarks/inversion.py --config configs/ph2p.yaml`.
+"""Measure how often an inversion finds the words: `python benchmarks/inversion.py --config configs/ph2p.yaml`.
 
-Prints the share of targets whose object word and whose background word (or a synonym) is in the found prompt, with 95% intervals,
-the similarity of regenerations by the held-out CLIP, the denoiser samples (a backward counts as one) and the seconds an image.
+Prints the share of targets whose word for the object and for the background (or a synonym) is in the found prompt, with 95% intervals,
+the similarity of regenerations by the held-out CLIP, the denoiser samples (a backward pass counts as one) and the seconds per image.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ TARGETS = Path(__file__).parent / "targets"
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half the width of the mean's 95% interval, by Student's t."""
+    """Return half the width of the mean's 95% interval, by Student's t."""
     count = len(values)
     quantile = float(student.ppf(0.975, count - 1)) if count > 1 else math.nan
     return quantile * statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and 95% interval."""
+    """Return the mean and its 95% interval."""
     return f"{statistics.fmean(values):.3f} ± {spread(values):.3f}"
 
 
 def share(values: Sequence[bool]) -> str:
-    """Share of what is true, and its 95% interval by Wilson, which does not vanish where all or none are."""
+    """Return the share of true values and its 95% interval by Wilson, which has a width even if all or none are true."""
     low, high = binomtest(sum(values), len(values)).proportion_ci(method="wilson")
     return f"{sum(values) / len(values):.3f} ({low:.3f} to {high:.3f})"
 
 
 def has(prompt: str, word: str) -> bool:
-    """Whether a prompt has a word or one of its synonyms."""
+    """Return whether a prompt has a word or one of its synonyms."""
     return bool(set(content_words(prompt)) & {word, *SYNONYMS.get(word, ())})
 
 
 def words_of(targets: str) -> dict[str, dict[str, str]]:
-    """The words that each target's prompt should have."""
+    """Return the words that each target's prompt should have."""
     found: dict[str, dict[str, str]] = json.loads((TARGETS / targets / "words.json").read_text())
     return found
 
 
 def rows_of(targets: str, count: int | None = None) -> list[dict[str, str]]:
-    """The first targets, or all: `file`, a path, and `caption`."""
+    """Return the first targets, or all: `file`, a path, and `caption`."""
     folder = TARGETS / targets
     rows = [json.loads(line) for line in (folder / "targets.jsonl").read_text().splitlines()[:count]]
     return [{**row, "file": str(folder.resolve() / row["file"])} for row in rows]
 
 
 def fit(config: str, rows: Sequence[dict[str, str]], run: Path, extra: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Inverts the pictures of a list in one run, from where it was stopped if it was; gives its problems."""
+    """Invert the images of a list in one run, which resumes if it was stopped; return its problems."""
     if not (run / "result.json").exists():
         chosen = run.parent / f"{run.name}.jsonl"
         chosen.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def fit(config: str, rows: Sequence[dict[str, str]], run: Path, extra: Sequence[
 
 
 def alone(run: Path, problem: dict[str, Any], folder: Path) -> str:
-    """A run of one of a run's problems."""
+    """Create a run with one of a run's problems; return its folder."""
     (folder / "problems").mkdir(parents=True)
     shutil.copy(run / "config.yaml", folder)
     shutil.copy(run / "problems" / f"{problem['key']}.json", folder / "problems")
@@ -86,7 +86,7 @@ def alone(run: Path, problem: dict[str, Any], folder: Path) -> str:
 
 
 def table_of(config: str, targets: str, count: int, extra: list[str]) -> dict[str, str]:
-    """Inverts and measures."""
+    """Invert and score; return the column of a config."""
     with tempfile.TemporaryDirectory() as scratch:
         begun = time.perf_counter()
         problems = fit(config, rows_of(targets, count), Path(scratch) / "run", extra)
@@ -99,14 +99,14 @@ def table_of(config: str, targets: str, count: int, extra: list[str]) -> dict[st
         if found:
             table[f"{kind} word found"] = share(found)
     table["held-out similarity"] = interval([p["heldout_clip_similarity"] for p in problems])
-    table["denoiser samples an image"] = f"{sum(p['unet_samples'] for p in problems) / len(problems):.0f}"
-    table["seconds an image, search"] = f"{sum(p['seconds'] for p in problems) / len(problems):.1f}"
-    table["seconds an image, whole run"] = f"{seconds / len(problems):.1f}"
+    table["denoiser samples per image"] = f"{sum(p['unet_samples'] for p in problems) / len(problems):.0f}"
+    table["seconds per image, search"] = f"{sum(p['seconds'] for p in problems) / len(problems):.1f}"
+    table["seconds per image, whole run"] = f"{seconds / len(problems):.1f}"
     return table
 
 
 def main() -> None:
-    """Prints one table, a column a config."""
+    """Print one table with one column per config."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", nargs="+", default=["configs/ph2p.yaml"])
     parser.add_argument("--targets", default="evaluation", choices=["evaluation", "outside", "development"])

@@ -1,4 +1,4 @@
-"""What the benchmarks of large jobs share: small searches on the embedded model, started as a person starts them."""
+"""Shared parts of the benchmarks of large jobs: small searches on the embedded model, started from the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_prompts.emoji import world
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "benchmarks" / "figures"
-# One thread a process, so that ranks do not stand in each other's way and every process rounds alike.
+# One thread per process, so that ranks do not compete for cores and all processes round in the same way.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 METHODS = {
     "PH2P": ["ph2p", "--data.steps", "24", "--model.restart_every", "8", "--model.score_every", "4"],
@@ -31,7 +31,7 @@ PROMPTS = ("a dog on a blue background", "a big red square", "a small cat on a g
 
 
 def pictures(folder: Path, count: int) -> Path:
-    """So many scenes of the embedded model's world."""
+    """Return this many scenes of the embedded model's world."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -50,7 +50,7 @@ def _save(path: Path, pixels: np.ndarray[Any, Any]) -> None:
 
 
 def command(method: str, scratch: Path, run: Path, *extra: str) -> list[str]:
-    """The arguments of a search for five pictures or prompts, two at a time."""
+    """Return the arguments of a search for five images or prompts, two at a time."""
     config, *settings = METHODS[method]
     inputs = pictures(scratch / "pictures", 5)
     given = ["--data.images", str(inputs)]
@@ -63,7 +63,7 @@ def command(method: str, scratch: Path, run: Path, *extra: str) -> list[str]:
 def start(
     args: list[str], launcher: tuple[str, ...] = (), before: tuple[str, ...] = (), **more: str
 ) -> subprocess.Popen[bytes]:
-    """Starts a search, by a launcher of processes if one is given, in a process group of its own."""
+    """Start a search in a process group of its own, with a launcher of processes if one is given."""
     return subprocess.Popen(
         [*before, sys.executable, *launcher, *args], cwd=ROOT, env={**ENVIRONMENT, **more}, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, start_new_session=True,
@@ -71,20 +71,20 @@ def start(
 
 
 def finish(process: subprocess.Popen[bytes], expected: int = 0) -> None:
-    """Waits until it has ended well."""
+    """Wait until a search has finished successfully."""
     _, errors = process.communicate()
     if process.returncode != expected:
         raise SystemExit(f"It ended with {process.returncode}:\n{errors.decode()[-3000:]}")
 
 
 def results(run: Path) -> list[dict[str, Any]]:
-    """What was found, without the time that it took."""
+    """Return the results without the times."""
     problems = json.loads((run / "result.json").read_text())["problems"]
     return [{name: value for name, value in problem.items() if name != "seconds"} for problem in problems]
 
 
 def unreadable(run: Path) -> list[str]:
-    """The files of a run that cannot be read, or are left over."""
+    """Return the files of a run that are not readable, or left over."""
     return [str(file.relative_to(run)) for file in sorted(run.rglob("*")) if file.is_file() and not _readable(file)]
 
 
@@ -106,5 +106,5 @@ def _readable(file: Path) -> bool:
         elif file.suffix == ".png":
             Image.open(file).verify()
         return file.suffix != ".tmp"
-    except Exception:  # whatever a reader makes of a broken file
+    except Exception:  # any error of a reader on a broken file
         return False

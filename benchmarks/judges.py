@@ -1,10 +1,10 @@
-"""What the judge of a search can reach: `python benchmarks/judges.py`.
+"""Measure the best that the loss of a search can reach: `python benchmarks/judges.py`.
 
-For 30 prompts of high loss from another pool than that of `better_prompts.py`, 32 negative prompts are drawn as a search begins, and pictures
-from 3 seeds and 10 others. Then judges choose the best of 24 of them, drawn at random 100 times, by the 3 seeds. Prints how often the
-choice wins against the person's prompt on the 10 others, in the held-out CLIP, and by how much it is nearer, with 95% intervals over
-prompts. One judge is the held-out CLIP itself, which no search may ask. A choice that is confirmed on three of the 10 is judged by
-the other seven.
+For 30 prompts of high loss from another pool than that of `better_prompts.py`, 32 negative prompts are sampled as at the start of a
+search, with images from 3 seeds and 10 others. Then each judge, a way to score images, selects the best of 24 of them by the 3 seeds,
+for 100 random choices of the 24. Prints how often the selected one wins against the user's prompt on the 10 other seeds in the held-out
+CLIP, and by how much it is closer, with 95% intervals over prompts. One judge is the held-out CLIP itself, which no search may use. A
+choice that is confirmed on three of the 10 seeds is scored on the other seven.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEEDS, FURTHER = 3, 10
 
 
 def negatives(prompt: str) -> list[tuple[str, str]]:
-    """The person's prompt, and it with different negative ones, as drawn from the logits at the beginning."""
+    """Return the user's prompt alone, and with different negative prompts, as sampled from the initial logits."""
     space, choices = method().space(prompt), method().prompt
     choices.set_spaces([space])
     choices.logits.data = choices.init_logits(method().unchanged)
@@ -40,14 +40,14 @@ def negatives(prompt: str) -> list[tuple[str, str]]:
 
 
 def shifted(pictures: Tensor) -> list[Tensor]:
-    """Pictures (B, 3, H, W), mirrored, and moved by four pixels in four directions."""
+    """Return images (B, 3, H, W), mirrored, and shifted by four pixels in four directions."""
     size, wide = pictures.shape[-1], F.pad(pictures, (4, 4, 4, 4), mode="replicate")
     corners = ((0, 4), (8, 4), (4, 0), (4, 8))
     return [pictures, pictures.flip(3), *(wide[..., y : y + size, x : x + size] for y, x in corners)]
 
 
 def measured(one: Written) -> dict[str, Tensor]:
-    """By judge what is minimised, (candidates, seeds)."""
+    """Return the scores (candidates, seeds) that each judge minimizes."""
     pairs, clip, heldout = negatives(one.prompt), method().clip, judge()[0]
     noise = torch.cat([
         draw_noise(0, [one.prompt], step, count, method().backbone.latent_shape, torch.device("cpu"))[0]
@@ -59,7 +59,7 @@ def measured(one: Written) -> dict[str, Tensor]:
     moved = [clip.features(some) @ clip.features_of(texts[:1]).T for some in shifted(pictures)]
     judges = {
         "CLIP": cosines[:, 0].acos().square(),  # the loss of the search
-        "CLIP, six views of a picture": torch.cat(moved, 1).acos().square().mean(1),
+        "CLIP, six views of an image": torch.cat(moved, 1).acos().square().mean(1),
         "CLIP, three sentences": cosines.acos().square().mean(1),
         "held-out CLIP": -(heldout.features(pictures) @ heldout.features_of(texts[:1]).T)[:, 0],
     }
@@ -67,7 +67,7 @@ def measured(one: Written) -> dict[str, Tensor]:
 
 
 def chosen(losses: Tensor, confirmed: bool, rng: random.Random) -> int:
-    """The best of some candidates by the seeds of the search; if confirmed, of the best five the best on three seeds more."""
+    """Select the best of some candidates by the seeds of the search; if confirmed, the best of the top five on three more seeds."""
     among = [0, *rng.sample(range(1, CANDIDATES), AMONG)]
     ranked = sorted(among, key=lambda i: float(losses[i, :SEEDS].mean()))
     return min(ranked[:5], key=lambda i: float(losses[i, : 2 * SEEDS].mean())) if confirmed else ranked[0]
@@ -75,7 +75,7 @@ def chosen(losses: Tensor, confirmed: bool, rng: random.Random) -> int:
 
 @torch.no_grad()
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/judges"))
     args = parser.parse_args()

@@ -1,6 +1,6 @@
-"""What many pictures cost, and what a second process saves: `python benchmarks/large_jobs.py scaling` or `processes`.
+"""Measure the cost of many images, and the speedup by a second process: `python benchmarks/large_jobs.py scaling` or `processes`.
 
-`processes` measures in turns and wants a machine on which nothing else runs.
+`processes` alternates between the cases and needs a machine on which nothing else runs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import tables
 
 COUNTS = (10, 100, 1000)
 ROUNDS = 3
-PICTURES = 32  # for two processes, of which each searches 16 at a time, as in a large job
+PICTURES = 32  # for two processes with batches of 16, as in a large job
 SHORT = ("--data.steps", "4", "--data.samples", "2", "--data.validation_samples", "4", "--model.score_every", "4",
          "--model.sampling_steps", "2", "--model.restart_every", "0", "--model.sample_every", "0")  # fmt: skip
 LONG = ("--data.steps", "120", "--model.restart_every", "30", "--model.sample_every", "0")
 
 
 def search(scratch: Path, count: int, name: str, *settings: str) -> tuple[float, float, list[dict[str, Any]]]:
-    """Seconds, the most memory of the first process in MB, and what was found, of a search for so many pictures."""
+    """Search this many images; return the seconds, the peak memory of the first process in MB, and the results."""
     inputs, run = jobs.pictures(scratch / f"pictures{count}", count), scratch / name
     args = ["train.py", "fit", "--config", "configs/ph2p.yaml", "--data.images", str(inputs), "--run", str(run),
             "--trainer.accelerator", "cpu", *settings]  # fmt: skip
@@ -39,16 +39,16 @@ def search(scratch: Path, count: int, name: str, *settings: str) -> tuple[float,
 
 
 def memory(pid: int) -> float:
-    """The most memory, in MB, that a process has held so far."""
+    """Return the peak memory of a process so far, in MB."""
     try:
         told = Path(f"/proc/{pid}/status").read_text()
-    except OSError:  # it has just ended
+    except OSError:  # it has just finished
         return 0.0
     return int(told.split("VmHWM:")[1].split()[0]) / 1024 if "VmHWM:" in told else 0.0
 
 
 def scaling(scratch: Path) -> None:
-    """Measures one process with one thread."""
+    """Measure one process with one thread."""
     done = [row["pictures"] for row in tables.read(FIGURES["scaling"])]
     for count in COUNTS:
         if count not in done:
@@ -59,11 +59,11 @@ def scaling(scratch: Path) -> None:
 
 
 def processes(scratch: Path) -> None:
-    """Measures one process and two, with one thread each, in turns."""
+    """Measure one process and two, with one thread each, in turns."""
     for number in range(len(tables.read(FIGURES["processes"])) // 2, ROUNDS):
         for count in (1, 2):
             seconds, _, _ = search(scratch, PICTURES, f"{count}-{number}", *LONG, "--trainer.devices", str(count))
-            # Loading the model is not divided, and weighs more here than in a large job.
+            # The processes do not share the loading of the model, which takes a larger part of the time here than in a large job.
             told = json.loads((scratch / f"{count}-{number}" / "result.json").read_text())["problems"]
             longest = max(sum(problem["seconds"] for problem in told[rank::count]) for rank in range(count))
             samples = sum(problem["unet_samples"] for problem in told)
@@ -76,8 +76,8 @@ MEASURE = {"scaling": scaling, "processes": processes}
 
 
 def scaling_table(rows: list[dict[str, Any]]) -> str:
-    """One line a number of pictures."""
-    lines = ["| pictures | seconds | seconds a further picture | memory, MB |", "|---|---|---|---|"]
+    """Return a table with one line per number of images."""
+    lines = ["| images | seconds | seconds per further image | memory, MB |", "|---|---|---|---|"]
     for before, row in zip([None, *rows], rows, strict=False):
         more = (row["seconds"] - before["seconds"]) / (row["pictures"] - before["pictures"]) if before else None
         cells = (
@@ -91,9 +91,9 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
 
 
 def processes_table(rows: list[dict[str, Any]]) -> str:
-    """One line a number of processes, the median of the rounds."""
+    """Return a table with one line per number of processes, with the medians of the rounds."""
     lines = [
-        "| processes, a thread each | seconds of the search | times as fast | of the whole command |",
+        "| processes, one thread each | seconds of the search | speedup | seconds of the whole command |",
         "|---|---|---|---|",
     ]
     search, whole = (
@@ -105,28 +105,28 @@ def processes_table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot_scaling(rows: list[dict[str, Any]]) -> None:
-    """Seconds and memory by the number of pictures."""
+    """Plot seconds and memory against the number of images."""
     from matplotlib import pyplot as plt
 
     figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(8, 3))
     counts = [row["pictures"] for row in rows]
     time_axis.loglog(counts, [row["seconds"] for row in rows], "o-")
-    time_axis.set(xlabel="pictures", ylabel="seconds", title="time, one thread")
+    time_axis.set(xlabel="images", ylabel="seconds", title="time, one thread")
     memory_axis.semilogx(counts, [row["megabytes"] for row in rows], "o-")
-    memory_axis.set(xlabel="pictures", ylabel="MB", title="most memory", ylim=(0, None))
+    memory_axis.set(xlabel="images", ylabel="MB", title="peak memory", ylim=(0, None))
     figure.tight_layout()
     figure.savefig(jobs.ROOT / "docs" / "images" / "large_jobs.png", dpi=110)
 
 
 def plot_processes(rows: list[dict[str, Any]]) -> None:
-    """How many times as fast two processes are, of each round."""
+    """Plot the speedup by two processes in each round."""
     from matplotlib import pyplot as plt
 
     one, two = ([row["search"] for row in rows if row["processes"] == count] for count in (1, 2))
     figure, axis = plt.subplots(figsize=(4, 3))
     axis.bar([str(number + 1) for number in range(len(two))], [a / b for a, b in zip(one, two, strict=True)])
     axis.axhline(2, color="grey", linestyle=":")
-    axis.set(xlabel="round", ylabel="times as fast", title="two processes against one", ylim=(0, 2.2))
+    axis.set(xlabel="round", ylabel="speedup", title="two processes against one", ylim=(0, 2.2))
     figure.tight_layout()
     figure.savefig(jobs.ROOT / "docs" / "images" / "processes.png", dpi=110)
 
@@ -136,7 +136,7 @@ TABLES = {"scaling": scaling_table, "processes": processes_table}
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=list(MEASURE))
     what = parser.parse_args().what

@@ -1,7 +1,7 @@
-"""Renders the target pictures: `python benchmarks/make_targets.py` (needs the font and the `emoji` package).
+"""Render the target images: `python benchmarks/make_targets.py` (needs the font and the `emoji` package).
 
-`evaluation` (200 scenes of the grammar) and `outside` (40 that it cannot describe) are for reporting; `development` (48) is for
-tuning. Their seeds are apart from each other's and from the training data's.
+`evaluation` (200 scenes of the grammar) and `outside` (40 scenes that it cannot describe) are for reporting; `development` (48) is for
+tuning. Their seeds differ from each other and from those of the training data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OTHER_COLORS = {"teal": (0, 110, 110), "maroon": (110, 10, 40), "olive": (120, 1
 
 
 def write(name: str, rows: list[tuple[Image.Image, str, dict[str, str]]]) -> None:
-    """Writes pictures, the list with captions that `--data.images` takes, and the words that recall is counted on."""
+    """Write images, the list with captions that `--data.images` takes, and the words for word recall."""
     folder = TARGETS / name
     folder.mkdir(parents=True, exist_ok=True)
     lines, words = [], {}
@@ -33,7 +33,7 @@ def write(name: str, rows: list[tuple[Image.Image, str, dict[str, str]]]) -> Non
 
 
 def inside(seed: int, count: int) -> list[tuple[Image.Image, str, dict[str, str]]]:
-    """Scenes that the grammar describes."""
+    """Return scenes that the grammar describes."""
     rng = random.Random(seed)
     scenes = [world.random_scene(rng) for _ in range(count)]
     return [
@@ -47,7 +47,7 @@ def inside(seed: int, count: int) -> list[tuple[Image.Image, str, dict[str, str]
 
 
 def outside(seed: int, count: int) -> list[tuple[Image.Image, str, dict[str, str]]]:
-    """Two objects side by side, or a background of a colour that no caption names."""
+    """Return scenes with two objects side by side, or with a background color that no caption names."""
     rng = random.Random(seed)
     rows = []
     for i in range(count):

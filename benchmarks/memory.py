@@ -1,12 +1,12 @@
-"""Memory of every family at its full size: `python benchmarks/memory.py`.
+"""Measure the memory of every family at its full size: `python benchmarks/memory.py`.
 
 Weights and activations are counted on the meta device, where tensors have a size and no content, so no model is downloaded and
-any machine gives the same figures. Weights are bfloat16. Activations are what autograd keeps of one call of the denoiser for one
-noisy picture at the family's own size, with a gradient to the prompt.
+all machines give the same figures. Weights are bfloat16. Activations are those that autograd keeps for one call of the denoiser on one
+noisy image at the family's default size, with a gradient to the prompt.
 
-`python benchmarks/memory.py --search ph2p` or `--search dpo_diff` measures instead: it writes a model of the size of Stable
-Diffusion 1.5, with random weights, and the CLIP beside it into a folder, searches for two steps as the command line does, and
-prints the most memory that the process has taken and the seconds of the steps.
+`python benchmarks/memory.py --search ph2p` or `--search dpo_diff` runs a search instead: it writes a model of the size of Stable
+Diffusion 1.5 with random weights, and its CLIP, into a folder, searches for two steps from the command line, and prints the peak
+memory of the process and the seconds of the steps.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ PIXART = {
 
 
 def words() -> Iterator[str]:
-    """Every word of one to four letters, the short ones first."""
+    """Return every word of one to four letters, the short ones first."""
     return (
         "".join(letters) for size in range(1, 5) for letters in itertools.product(string.ascii_lowercase, repeat=size)
     )
@@ -92,12 +92,12 @@ def words() -> Iterator[str]:
 
 @cache
 def clip_tokenizer(size: int = 49408, pad: str = "<|endoftext|>") -> Any:
-    """A tokenizer in CLIP's layout whose tokens are words of up to four letters, each of which survives the round trip.
+    """Create a tokenizer in CLIP's format whose tokens are words of up to four letters, which all survive the round trip.
 
     A word is merged from its end, `a b c</w>` to `a bc</w>` to `abc</w>`, so that no two merges compete.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merged = list(itertools.islice(words(), 26, 26 + size - 2 * len(alphabet) - 2))  # a word of one letter is a byte
+    merged = list(itertools.islice(words(), 26, 26 + size - 2 * len(alphabet) - 2))  # one-letter words are bytes
     tokens = [*alphabet, *(f"{word}</w>" for word in (*alphabet, *merged)), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
@@ -109,7 +109,7 @@ def clip_tokenizer(size: int = 49408, pad: str = "<|endoftext|>") -> Any:
 
 @cache
 def t5_tokenizer(size: int = 32128) -> Any:
-    """A tokenizer in T5's layout, of letters and of words of up to four letters."""
+    """Create a tokenizer in T5's format with letters and words of up to four letters."""
     letters = string.ascii_lowercase + string.digits + ",.!-'"
     pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -4.0, **dict.fromkeys(letters, -4.0)}
     pieces |= {f"▁{word}": -2.0 for word in itertools.islice(words(), size - len(pieces))}
@@ -123,7 +123,7 @@ def t5_tokenizer(size: int = 32128) -> Any:
 
 
 def clip(projection: int | None = None, tokenizer: Any = None, **config: int) -> tuple[Any, Any]:
-    """A CLIP text encoder and its tokenizer, by default one that stands for CLIP's."""
+    """Create a CLIP text encoder and its tokenizer, by default one in place of CLIP's own."""
     tokenizer = tokenizer or clip_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     own = CLIPTextConfig(
@@ -133,13 +133,13 @@ def clip(projection: int | None = None, tokenizer: Any = None, **config: int) ->
 
 
 def t5(tokenizer: Any = None, **config: Any) -> tuple[Any, Any]:
-    """The T5 that three families read, or a smaller one."""
+    """Create the T5 of three families, or a smaller one."""
     tokenizer = tokenizer or t5_tokenizer()
     return tokenizer, T5EncoderModel(T5Config(**T5_XXL | config | {"vocab_size": len(tokenizer)}))
 
 
 def vae(channels: int = 4, **config: Any) -> Any:
-    """The autoencoder of Stable Diffusion, or one of more channels."""
+    """Create the autoencoder of Stable Diffusion, or one with more channels."""
     return diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=channels, sample_size=512, **config,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -186,33 +186,33 @@ MODELS: dict[str, Callable[[], Backbone]] = {
 
 
 def weights(network: Any) -> int:
-    """Bytes of a network."""
+    """Count the bytes of a network's weights."""
     return sum(weight.nbytes for weight in network.parameters())
 
 
 class Kept:
-    """What autograd keeps while this is entered, weights apart."""
+    """A context that records the tensors that autograd keeps, except weights."""
 
     def __init__(self, network: Any) -> None:
         self.weights = {weight.untyped_storage()._cdata for weight in network.parameters()}
-        self.tensors: dict[int, Tensor] = {}  # held, so that no other takes a storage's place
+        self.tensors: dict[int, Tensor] = {}  # kept alive, so that no other tensor reuses the storage
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Keeps a tensor."""
+        """Record a tensor."""
         if tensor.untyped_storage()._cdata not in self.weights:
             self.tensors[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     @property
     def bytes(self) -> int:
-        """Of all storages together."""
+        """Return the bytes of all recorded storages."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Has attention keep meanwhile what fused kernels keep, see `FusedAttention`."""
+    """Make attention keep the tensors that fused kernels keep, see `FusedAttention`."""
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         return FusedAttention.apply(query, key, value)
@@ -222,18 +222,18 @@ def fused_attention() -> Iterator[None]:
 
 
 class FusedAttention(torch.autograd.Function):
-    """Keeps what fused kernels keep; on the meta device torch has none and would keep each head's matrix."""
+    """Keep the tensors that fused kernels keep; on the meta device, torch would keep the matrix of each head instead."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Gives something of the right shape."""
+        """Return a tensor of the right shape."""
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output)
         return output
 
 
 def kept_of(network: Any, call: Callable[[], Tensor], checkpointing: bool) -> int:
-    """Bytes that autograd keeps of a call of a network; with gradient checkpointing also of the largest block's second call."""
+    """Count the bytes that autograd keeps of a network call; with gradient checkpointing, add the second call of the largest block."""
     kept, blocks = Kept(network), [0]
 
     def block(module: Any, *args: Any) -> Any:
@@ -255,13 +255,13 @@ def kept_of(network: Any, call: Callable[[], Tensor], checkpointing: bool) -> in
 
 
 def on_meta(build: Callable[[], Backbone]) -> Backbone:
-    """A model in bfloat16 without content."""
+    """Create a model in bfloat16 on the meta device."""
     with torch.device("meta"):
         return build().to(torch.bfloat16).to("meta")
 
 
 def calls(model: Backbone) -> list[tuple[Any, Callable[[], Tensor]]]:
-    """Calls of the denoiser and of the decoder for one picture, with a gradient to the prompt and to the latents."""
+    """Return calls of the denoiser and of the decoder for one image, with a gradient to the prompt and to the latents."""
     said = []
     for text_encoder, spec in zip(
         model.text_encoders, model.text_encoder_specs, strict=True
@@ -281,13 +281,13 @@ def calls(model: Backbone) -> list[tuple[Any, Callable[[], Tensor]]]:
 
 
 def activations(model: Backbone) -> list[int]:
-    """Bytes that autograd keeps of a call of the denoiser, plain and with gradient checkpointing, and of the decoder, the same."""
+    """Count the bytes that autograd keeps of a denoiser call and of decoding, each without and with gradient checkpointing."""
     with fused_attention():
         return [kept_of(*call, checkpointing) for call in calls(model) for checkpointing in (False, True)]
 
 
 def table() -> str:
-    """Weights and activations of each family."""
+    """Return the table of weights and activations of each family."""
     head = (
         "pixels",
         "text encoders",
@@ -320,7 +320,7 @@ SEARCHES = {
 
 
 def clip_model(text: Any, projection: int = 768, **vision: Any) -> Any:
-    """The CLIP of which a text encoder of this configuration is."""
+    """Create the CLIP to which a text encoder of this configuration belongs."""
     pictures = CLIPVisionConfig(**vision)
     return CLIPModel(
         CLIPConfig(text_config=text.to_dict(), vision_config=pictures.to_dict(), projection_dim=projection)
@@ -328,7 +328,7 @@ def clip_model(text: Any, projection: int = 768, **vision: Any) -> Any:
 
 
 def write_model(folder: Path) -> None:
-    """A model of the size of Stable Diffusion 1.5, and the CLIP of which its text encoder is."""
+    """Write a model of the size of Stable Diffusion 1.5, and the CLIP to which its text encoder belongs."""
     model = MODELS["Stable Diffusion 1.5"]()
     tokenizer, encoder = model.text_encoders[0].tokenizer, model.text_encoders[0].encoder
     pipeline = diffusers.StableDiffusionPipeline(
@@ -341,7 +341,7 @@ def write_model(folder: Path) -> None:
 
 
 def measure(search: str, settings: list[str]) -> str:
-    """Two steps as the command line takes them."""
+    """Run two steps from the command line."""
     with tempfile.TemporaryDirectory() as scratch:
         write_model(Path(scratch))
         run = Path(scratch) / "run"
@@ -369,14 +369,14 @@ def measure(search: str, settings: list[str]) -> str:
         subprocess.run(command, check=True)
         (problem,) = json.loads((run / "result.json").read_text())["problems"]
     most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / GIB
-    told = f"{most:.1f} GiB at most, {problem['seconds'] / 2:.0f} s a step, {time.perf_counter() - begun:.0f} s in all"
-    return f"{search} {' '.join(settings)}: {told}"
+    line = f"{most:.1f} GiB peak, {problem['seconds'] / 2:.0f} s per step, {time.perf_counter() - begun:.0f} s in total"
+    return f"{search} {' '.join(settings)}: {line}"
 
 
 def main() -> None:
-    """Counts or measures."""
+    """Count or measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--search", choices=SEARCHES, help="measure a search; what follows are settings of it")
+    parser.add_argument("--search", choices=SEARCHES, help="run a search; further arguments are its settings")
     args, settings = parser.parse_known_args()
     if args.search:
         print(measure(args.search, settings))

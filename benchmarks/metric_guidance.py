@@ -1,11 +1,11 @@
-"""What moving an encoded prompt does to its pictures: `python benchmarks/metric_guidance.py`.
+"""Measure the effect of metric guidance on images: `python benchmarks/metric_guidance.py`.
 
-Searches embeddings for plain captions of the embedded model's world and draws 100 fresh seeds from each, before and after. Prints for
-each objective, and for gradients through one, five and all calls of the denoiser, how often it moves the right way on the seeds of
-the search and on the fresh ones, by how much, how often the held-out CLIP still recognises the object among all of the model's,
-and what it costs. An object is
-kept in a prompt if most of its pictures showed it and do, in a picture if the one from the same seed did. 95% intervals. The figures of each
-prompt go to benchmarks/figures/, a file a line; what is there is not measured again. Settings were tried on other prompts.
+Searches embeddings for plain captions of the embedded model's world and generates images from 100 fresh seeds of each, before and
+after. Prints for each objective, and for gradients through one, five and all denoiser calls, how often the metric improves on the
+seeds of the search and on the fresh ones, by how much, how often the held-out CLIP still recognizes the object among all of the
+model's, and the cost. An object is kept in a prompt if most of its images show it both before and after, and in an image if the image
+of the same seed showed it. Intervals are 95% intervals. The figures of each prompt go to benchmarks/figures/, one file per line of the
+table; existing ones are not measured again. The settings were tuned on other prompts.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from lightning_prompts.sampling.seeding import FINAL
 SEED, COUNT, TOGETHER, FRESH_SEEDS = 20_261_130, 50, 10, 100
 CONFIG = yaml.safe_load(Path("configs/metric_guidance.yaml").read_text())["model"]["init_args"]
 FIGURES = Path(__file__).parent / "figures" / "metric_guidance"
-GOOD, BAD = "a photo", "a blurry dark grainy photo"  # looks that the embedded model's captions know
+GOOD, BAD = "a photo", "a blurry dark grainy photo"  # looks that occur in the embedded model's captions
 LINES: dict[str, dict[str, Any]] = {
     "sharpness": {},
     "blurriness": {},
     "quality": {},
     "sharpness, 5 calls": {"grad_steps": 5},
-    "sharpness, all calls": {"grad_steps": 10},  # of the 10 that the config draws with on the embedded model
+    "sharpness, all calls": {"grad_steps": 10},  # of the config's 10 denoising steps on the embedded model
 }
 
 
 def captions(seed: int, count: int) -> list[tuple[str, str]]:
-    """Different captions and their objects, drawn at random."""
+    """Sample different captions and their objects."""
     rng, found = random.Random(seed), dict[str, str]()
     while len(found) < count:
         thing, color = rng.choice(sorted(world.OBJECTS)), rng.choice(sorted(world.COLORS))
@@ -56,21 +56,21 @@ def captions(seed: int, count: int) -> list[tuple[str, str]]:
 
 
 def objective(line: str) -> Objective:
-    """What a line improves."""
+    """Return the objective of a line."""
     kind = line.partition(",")[0]
     return {"sharpness": Sharpness, "blurriness": Blurriness}[kind]() if kind != "quality" else ClipQuality(GOOD, BAD)
 
 
 @cache
 def judge() -> tuple[ClipSimilarity, Tensor]:
-    """The held-out CLIP, and its features (O, E) of all objects."""
+    """Return the held-out CLIP, and its features (O, E) of all objects."""
     clip = ClipSimilarity(str(EMOJI.parent / "scorer"))
     return clip, clip.features_of([f"a {name}" for name in world.OBJECTS])
 
 
 @torch.no_grad()
 def measure(line: str, some: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Searches together and judges: a row a prompt."""
+    """Search prompts together and score them; return one row per prompt."""
     with torch.enable_grad():
         method = MetricGuidance(**CONFIG | {"objective": objective(line)} | LINES[line])
         data = Prompts([prompt for prompt, _ in some])
@@ -89,7 +89,7 @@ def measure(line: str, some: list[tuple[str, str]]) -> list[dict[str, Any]]:
         metrics, features = method.metric(method.values_of(drawn, problems)), clip.features_of_many(drawn, 50)
         for row, problem, (prompt, thing), metric, seen in zip(rows, problems, some, metrics, features, strict=True):
             right = (seen @ things.T).argmax(1) == list(world.OBJECTS).index(thing)
-            row[f"optimised_{when}"] = fmean(getattr(problem, f"metric_{when}"))
+            row[f"optimized_{when}"] = fmean(getattr(problem, f"metric_{when}"))
             row[f"fresh_{when}"] = float(metric.mean())
             row[f"object_{when}"] = float(right.float().mean())
             was = seen_right.setdefault(prompt, right)
@@ -100,21 +100,21 @@ def measure(line: str, some: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def table() -> str:
-    """The lines that are measured to the end."""
-    head = ("right way, optimised", "right way, fresh", "fresh before", "gain on fresh", "object kept, prompts", "object kept, pictures",
-            "held-out similarity", "held-out quality", "seconds a prompt", "gain a second")  # fmt: skip
+    """Return the table of the lines that are complete."""
+    head = ("right way, optimized", "right way, fresh", "fresh before", "gain on fresh", "object kept, prompts", "object kept, images",
+            "held-out similarity", "held-out quality", "seconds per prompt", "gain per second")  # fmt: skip
     found = [f"| objective | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for line in LINES:
         if len(rows := rows_of(line)) < COUNT:
             continue
         sign = 1 if objective(line).higher_is_better else -1
         gain = {
-            of: [sign * (row[f"{of}_after"] - row[f"{of}_before"]) for row in rows] for of in ("optimised", "fresh")
+            of: [sign * (row[f"{of}_after"] - row[f"{of}_before"]) for row in rows] for of in ("optimized", "fresh")
         }
         known = [row for row in rows if row["object_before"] >= 0.5]
         seconds = fmean(row["seconds"] for row in rows)
         cells = [
-            share([gain > 0 for gain in gain["optimised"]]),
+            share([gain > 0 for gain in gain["optimized"]]),
             share([gain > 0 for gain in gain["fresh"]]),
             f"{fmean(row['fresh_before'] for row in rows):.4f}",
             f"{fmean(gain['fresh']):.4f} ± {spread(gain['fresh']):.4f}",
@@ -130,17 +130,17 @@ def table() -> str:
 
 
 def file_of(line: str) -> Path:
-    """Where the figures of a line are."""
+    """Return the file with the figures of a line."""
     return FIGURES / f"{line.replace(', ', '_').replace(' ', '_')}.csv"
 
 
 def rows_of(line: str) -> list[dict[str, Any]]:
-    """The figures of a line, a row a prompt."""
+    """Return the figures of a line, one row per prompt."""
     return tables.read(file_of(line))
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=LINES, help="measure one line")
     args = parser.parse_args()

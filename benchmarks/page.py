@@ -1,4 +1,4 @@
-"""Seconds from a click to five pictures on the page, in a headless Chromium: `python benchmarks/page.py`."""
+"""Measure the seconds from a click to five images on the page, in a headless Chromium: `python benchmarks/page.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ READY = """moves => document.querySelector("#status")?.innerText.includes(`after
 
 
 def main() -> None:
-    """Goes to the third candidate ten times."""
+    """Move to the third candidate ten times."""
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         command = [
             sys.executable,

@@ -1,9 +1,9 @@
-"""Real photographs: `python benchmarks/photographs.py` (needs scikit-learn and scikit-image, for their sample pictures).
+"""Invert real photographs: `python benchmarks/photographs.py` (needs scikit-learn and scikit-image, for their sample images).
 
-Inverts two sample photographs of scikit-learn and two of scikit-image by configs/invert.yaml and by configs/ph2p.yaml, and mixes the
-two prompts found for each. Says how many random captions of the embedded model's world draw something less similar to the
-photograph, by the held-out CLIP, than each of the three prompts does: in the mean of four pictures of a caption and of sixteen of
-a prompt, on seeds that chose nothing.
+Inverts two sample photographs of scikit-learn and two of scikit-image with configs/invert.yaml and configs/ph2p.yaml, and mixes the
+two prompts of each. Prints the share of random captions of the embedded model's world whose images are less similar to the photograph,
+by the held-out CLIP, than those of each of the three prompts: as means over four images per caption and sixteen per prompt, on seeds
+that were not used for selection.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from lightning_prompts.methods import PEZ
 from lightning_prompts.metrics import ClipImageSimilarity
 
 SEED = 20_261_124
-JUDGED = range(1000, 1016)  # seeds of the pictures that are judged; the mixing has chosen on others
+SCORED = range(1000, 1016)  # seeds of the scored images; mixing selected on others
 
 
 def photographs() -> dict[str, Image.Image]:
-    """The pictures by name, all free to use: CC BY by their authors, public domain (NASA) and CC0."""
+    """Return the photographs by name, all free to use: CC BY by their authors, public domain (NASA) and CC0."""
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -41,7 +41,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def prompts_of(rows: list[dict[str, str]], scratch: Path) -> dict[str, list[str]]:
-    """The prompt that each search has found for each photograph, then their mixtures."""
+    """Return the prompt of each search for each photograph, then the mixes."""
     runs = {name: scratch / name for name in ("invert", "ph2p")}
     several = [fit(f"configs/{name}.yaml", rows, run) for name, run in runs.items()]
     found = {
@@ -55,13 +55,15 @@ def prompts_of(rows: list[dict[str, str]], scratch: Path) -> dict[str, list[str]
         mix = scratch / f"{number}-mix"
         lightning_prompts(["predict", "--mix", *parents, "--run", str(mix)])
         mixed.append(json.loads((mix / "result.json").read_text())["prompts"][0]["prompt"])
-    return {**found, "mixture": mixed}
+    return {**found, "mix": mixed}
 
 
 def main() -> None:
-    """Prints one table."""
+    """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="other photographs, such as those that the settings were chosen on")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of other photographs, such as those on which the settings were tuned"
+    )
     parser.add_argument("--captions", type=int, default=200)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -83,7 +85,7 @@ def main() -> None:
     for number, (path, target) in enumerate(zip(paths, targets, strict=True)):
         others = [float(similarity(pictures, target)) for pictures in drawn]
         for search, prompts in found.items():
-            pictures = method.draw([prompts[number]] * len(JUDGED), noise_of(JUDGED, method.backbone.latent_shape))
+            pictures = method.draw([prompts[number]] * len(SCORED), noise_of(SCORED, method.backbone.latent_shape))
             own = float(similarity(pictures, target))
             below = sum(other < own for other in others) / len(others)
             print(f"| {path.stem} | {search} | {prompts[number]} | {own:.3f} | {below:.1%} |")

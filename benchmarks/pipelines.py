@@ -1,6 +1,6 @@
 """Measure how far images are from those of diffusers' pipelines: `python benchmarks/pipelines.py`.
 
-Draws with this package and with diffusers' own pipeline of each model, from the same latents and prompts, for all combinations of
+Generates images with this package and with diffusers' own pipeline of each model, from the same latents and prompts, for all combinations of
 scheduler, guidance and prompt length, and prints the largest absolute difference of a pixel in [0, 1] for each model. All models
 have random weights: those of `tests/families.py` and, if the folder `shared` is next to the checkout, reduced models with published
 configurations and tokenizers. Combinations that diffusers' pipeline refuses are left out.

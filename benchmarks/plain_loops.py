@@ -1,8 +1,8 @@
-"""Plain loops: one image or prompt at a time, one noise sample or picture a call, as the released codes of the methods do.
+"""Plain loops for comparison: one image or prompt at a time, and one noise sample or image per call, like the methods' released code.
 
-Each takes a method that has searched, for its settings, and yields after every step how many denoiser samples it took, of which a
-backward pass counts as one. No weight asks for a gradient, and nearest tokens are looked up on the device, both of which the released
-codes of PH2P and PEZ do not spare; nor is there any of what they do besides, such as encoding the image anew or decoding candidates.
+Each takes its settings from a method that has searched, and yields the number of denoiser samples after every step; a backward pass
+counts as one sample. Unlike in the released code of PH2P and PEZ, weights require no gradients, and nearest tokens are looked up on the
+device. Other costs of released code are left out, such as encoding the image again or decoding candidates.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOW, HIGH = 450, 1000  # timesteps
 
 
 def noise_loss(model: Backbone, prompt_embeds: Tensor, latents: Tensor) -> Tensor:
-    """The denoising loss of one noise sample of one image (1, C, h, w)."""
+    """Compute the denoising loss of one noise sample of one image (1, C, h, w)."""
     timesteps, noise = torch.randint(LOW, HIGH, (1,), device=model.device), torch.randn_like(latents)
     output = model.denoise(model.add_noise(latents, noise, timesteps), timesteps, prompt_embeds)
     return F.mse_loss(output, model.target(latents, noise, timesteps))
@@ -33,7 +33,7 @@ def noise_loss(model: Backbone, prompt_embeds: Tensor, latents: Tensor) -> Tenso
 def picture(
     method: Any, prompt_embeds: Tensor, negative: Tensor, grad_steps: int = 0, stop: int | None = None
 ) -> Tensor:
-    """A picture (1, 3, H, W), drawn alone; guidance takes two samples a call, as in diffusers' pipelines."""
+    """Generate one image (1, 3, H, W); guidance takes two samples per call, as in diffusers' pipelines."""
     model = method.backbone
     noise = torch.randn(1, *model.latent_shape, device=model.device)
     steps, scale = method.sampler.num_inference_steps, method.sampler.guidance_scale
@@ -42,7 +42,7 @@ def picture(
 
 
 def ph2p(method: Any) -> Iterator[int]:
-    """Adam on the embeddings, whose nearest tokens are looked up for each noise sample, as in the released code."""
+    """Run Adam on the embeddings, and look up their nearest tokens for each noise sample, as in the released code."""
     model, prompt, count = method.backbone, method.prompt, int(method.data.samples)
     table, rows = F.normalize(prompt.table), prompt.allowed.nonzero().squeeze(1)
     embeddings = nn.Parameter(prompt.table[rows[: len(prompt.positions)]].clone())
@@ -62,7 +62,7 @@ def ph2p(method: Any) -> Iterator[int]:
 
 
 def gcg(method: Any) -> Iterator[int]:
-    """Exchanges of a token that the gradient proposes; each candidate is encoded and evaluated alone."""
+    """Replace tokens that the gradient proposes; encode and evaluate each candidate alone."""
     model, prompt, count = method.backbone, method.prompt, int(method.data.samples)
     tokens = prompt.allowed.nonzero().squeeze(1)[: len(prompt.positions)]
     latents = torch.randn(1, *model.latent_shape, device=model.device)
@@ -85,7 +85,7 @@ def gcg(method: Any) -> Iterator[int]:
 
 
 def dpo_diff_gradients(method: Any) -> Iterator[int]:
-    """DPO-Diff's gradient, by RMSprop on the embeddings of the prompt's tokens."""
+    """Run DPO-Diff's gradient steps, with RMSprop on the embeddings of the prompt's tokens."""
     model, before = method.backbone, method.plan(0)[0]
     text, away = (
         encode_text(method.vocabulary.tokenizer, PROMPTS[:1], method.vocabulary.length),
@@ -105,7 +105,7 @@ def dpo_diff_gradients(method: Any) -> Iterator[int]:
 
 @torch.no_grad()
 def dpo_diff_candidates(method: Any) -> Iterator[int]:
-    """DPO-Diff's candidates: each is encoded, drawn from every seed and judged by the CLIP."""
+    """Evaluate DPO-Diff's candidates: encode each, generate images from every seed and score them with the CLIP."""
     wanted = method.clip.features_of(PROMPTS[:1])
     while True:
         for _ in range(method.population):
@@ -116,7 +116,7 @@ def dpo_diff_candidates(method: Any) -> Iterator[int]:
 
 
 def metric_guidance(method: Any) -> Iterator[int]:
-    """MetricGuidance's gradient, by Adam on the encoded prompt."""
+    """Run MetricGuidance's gradient steps, with Adam on the encoded prompt."""
     embeds, away = nn.Parameter(method.encode(PROMPTS[:1]).float()), method.encode([""], negative=True)
     optimizer, objective = torch.optim.Adam([embeds], lr=0.01), Sharpness()
     while True:

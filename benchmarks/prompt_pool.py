@@ -1,4 +1,4 @@
-"""Prompts as a person would write them for the embedded model: its objects and colours, by whatever name, in other sentences."""
+"""Prompts as a user would write them for the embedded model: its objects and colors under various names, in other sentences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SENTENCES = (
 
 
 class Written(NamedTuple):
-    """A prompt, and what its picture should show, under the embedded model's own names."""
+    """A prompt and the content of its image, under the embedded model's own names."""
 
     prompt: str
     thing: str
@@ -27,7 +27,7 @@ class Written(NamedTuple):
 
 
 def written(seed: int, count: int) -> list[Written]:
-    """Different prompts, drawn at random."""
+    """Sample different prompts."""
     rng, found = random.Random(seed), dict[str, Written]()
     while len(found) < count:
         thing, color = rng.choice(sorted(world.OBJECTS)), rng.choice(sorted(world.COLORS))

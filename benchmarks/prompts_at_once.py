@@ -1,7 +1,7 @@
-"""What it saves to search words for many prompts in one run: `python benchmarks/prompts_at_once.py`.
+"""Measure how much time searching words for many prompts in one run saves: `python benchmarks/prompts_at_once.py`.
 
-Searches 100 prompts in one process; the first of them in a process each; and the very first ones as the released code does, which
-draws one seed of one candidate after the other. Prints the seconds a prompt of whole processes, and by how much the losses differ.
+Searches 100 prompts in one process; the first of them in one process each; and the very first ones like the released code, which
+generates one seed of one candidate at a time. Prints the seconds per prompt of whole processes, and the differences of the losses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEED = 20_261_123
 
 
 def searched(prompts: list[str], run: Path, extra: list[str]) -> tuple[float, list[dict[str, Any]]]:
-    """Seconds of the whole process and the problems of its result."""
+    """Search in a process of its own; return its seconds and the problems of its result."""
     command = [sys.executable, str(TRAIN), "fit", "--config", "configs/dpo_diff.yaml", "--run", str(run)]
     begun = time.perf_counter()
     subprocess.run(
@@ -32,16 +32,16 @@ def searched(prompts: list[str], run: Path, extra: list[str]) -> tuple[float, li
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--alone", type=int, default=10, help="prompts that are searched one at a time")
-    parser.add_argument("--looped", type=int, default=5, help="prompts that are searched picture by picture")
+    parser.add_argument("--looped", type=int, default=5, help="prompts that are searched image by image")
     parser.add_argument("--budget", type=int, default=5)
     args = parser.parse_args()
     prompts = [one.prompt for one in written(SEED, args.count)]
     budget = ["--model.budget", str(args.budget)]
-    print("| | prompts | seconds a prompt | largest difference of a loss |\n|---|---|---|---|")
+    print("| | prompts | seconds per prompt | largest difference of a loss |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         seconds, together = searched(prompts, Path(scratch) / "together", budget)
         print(f"| all in one run | {args.count} | {seconds / args.count:.1f} | |", flush=True)

@@ -1,4 +1,4 @@
-"""Models with random weights at published sizes, made where they compute, and small ones of the same families for tests."""
+"""Models with random weights at published sizes, created on the device, and small ones of the same families for tests."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tiny_flux() -> Backbone:
         pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
     )  # fmt: skip
     model = memory.backbone(Flux, [tiny_clip(), tiny_t5()], transformer, tiny_vae(**memory.NO_QUANT), memory.FLOW)
-    model.image_size = 16  # a Flux's own size is always 128 latents
+    model.image_size = 16  # the default size of Flux is always 128 latents
     return model
 
 
@@ -71,7 +71,7 @@ TINY: dict[str, Callable[[], Backbone]] = {
 
 @contextmanager
 def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Has networks made on a device in a precision, always with the same random weights."""
+    """Create networks on a device in a given precision, always with the same random weights."""
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -83,7 +83,7 @@ def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def backbone(build: Callable[[], Backbone], device: torch.device) -> Backbone:
-    """A model in bfloat16, as `load_backbone` would give it."""
+    """Return a model in bfloat16, like `load_backbone`."""
     with made_on(device, torch.bfloat16):
         model = build()
     model.alphas_cumprod = model.alphas_cumprod.to(device, torch.float32)
@@ -95,7 +95,7 @@ def backbone(build: Callable[[], Backbone], device: torch.device) -> Backbone:
 
 @cache
 def clip(device: torch.device, tiny: bool) -> tuple[Any, Any]:
-    """A tokenizer and a CLIP of the size of ViT-L/14 in float32, as `load_tokenizer` and `load_clip` would give them."""
+    """Return a tokenizer and a CLIP of the size of ViT-L/14 in float32, like `load_tokenizer` and `load_clip`."""
     tokenizer, text = tiny_clip() if tiny else memory.clip(**memory.CLIP_L)
     small = {
         "hidden_size": 32,

@@ -1,10 +1,10 @@
-"""Does what was learned on one prompt help another: `python benchmarks/reuse.py`.
+"""Test whether changes learned on one prompt improve others: `python benchmarks/reuse.py`.
 
-Searches embeddings for 21 plain captions of the embedded model's world. Then the difference that was found for a caption, what the
-text encoder says of it taken away from what was found, is added to each of the 20 others, for five such captions. On ten fresh
-seeds it prints the gain by a prompt's own search, by the added difference, and the share of the former that this is; how often it
-goes the right way; and what it does to the held-out similarity of pictures and captions. 95% intervals over the prompts, of each of
-which the five differences are one value: they hold for these five.
+Searches embeddings for 21 plain captions of the embedded model's world. For five of them, the learned change, which is the found
+embeddings minus the encoded caption, is added to each of the 20 others. On ten fresh seeds, prints the gain by a prompt's own search,
+the gain by the added change, and the ratio of the two; how often the added change is a gain; and its effect on the held-out similarity
+of images and captions. The 95% intervals are over the prompts, with one value per prompt for the five changes, so they hold for these
+five.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FIGURES = Path(__file__).parent / "figures" / "reuse.csv"
 
 
 def measure(kind: str) -> list[dict[str, Any]]:
-    """A row for each pair of a caption that was learned on and another."""
+    """Return a row for each pair of a caption whose change is learned and another caption."""
     prompts = [prompt for prompt, _ in captions(SEED, PROMPTS)]
     method, data = MetricGuidance(**CONFIG | {"objective": objective(kind)}), Prompts(prompts)
     with tempfile.TemporaryDirectory() as scratch:
@@ -55,16 +55,16 @@ def measure(kind: str) -> list[dict[str, Any]]:
     sign = 1 if method.higher_is_better else -1
 
     @torch.no_grad()
-    def judged(embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean metric, where higher is better, and the held-out similarity of each prompt's pictures."""
+    def scored(embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the mean metric, where higher is better, and the held-out similarity of each prompt's images."""
         drawn = method.sampler.draw_embeds(embeds, noise)
         similar = (clip.features_of_many(drawn, 50) * texts.unsqueeze(1)).sum(2).mean(1)
         return sign * method.metric(method.values_of(drawn, problems)).mean(1), similar
 
-    plain, own = judged(before), judged(found)
+    plain, own = scored(before), scored(found)
     rows = []
     for source in range(SOURCES):
-        added = judged(transfer(before, before[source], found[source]))
+        added = scored(transfer(before, before[source], found[source]))
         for i, prompt in enumerate(prompts):
             if i != source:
                 rows.append({
@@ -76,7 +76,7 @@ def measure(kind: str) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line an objective."""
+    """Return a table with one line per objective."""
     head = (
         "objective",
         "gain by own search",
@@ -108,7 +108,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measures, unless it is there, and prints the table."""
+    """Measure, unless the figures exist, and print the table."""
     known = {row["objective"] for row in tables.read(FIGURES)}
     for kind in ("sharpness", "blurriness", "quality"):
         if kind not in known:

@@ -1,11 +1,11 @@
-"""One embedding whatever the seed: `python benchmarks/seed_invariance.py`.
+"""Measure how much one embedding fixes the image of every seed: `python benchmarks/seed_invariance.py`.
 
-Ten plain captions of the embedded model's world, of each the pictures of ten seeds as targets. For each line, a variant of the
-method, draws 20 fresh seeds from the plain prompt and from the found embedding, and prints how like the target these are, by the
-held-out CLIP and by the peak signal-to-noise ratio. Closed is the share of the distance between the plain prompt and the target
-itself, which has none: of one minus the similarity, and of the mean squared error. 95% intervals over the captions. The figures
-of each target go to benchmarks/figures/, a file a line; what is there is not measured again. Settings were tried on other
-captions.
+Takes ten plain captions of the embedded model's world and, as targets, the images of ten seeds for each. For each line, a variant of
+the method, generates images from 20 fresh seeds of the plain prompt and of the found embedding, and prints how similar they are to
+the target, by the held-out CLIP and by the peak signal-to-noise ratio. Closed is the share of the plain prompt's distance to the
+target that the embedding removes, for one minus the similarity and for the mean squared error. Intervals are 95% intervals over the
+captions. The figures of each target go to benchmarks/figures/, one file per line; existing ones are not measured again. The settings
+were tuned on other captions.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ PAPER = {
 }
 LINES: dict[str, dict[str, Any]] = {
     "all rows": {},
-    "the CLIP alone": {"pixels": 0.0},
+    "only the CLIP": {"pixels": 0.0},
     "one row": {"embedding": "one_row"},
-    "what is told alone": {"unconditional": False},
+    "only prompt_embeds": {"unconditional": False},
     "as in the paper": {**PAPER, "embedding": "one_row", "unconditional": False},
 }
 FIGURES = Path(__file__).parent / "figures" / "seed_invariance"
 
 
 def measure(line: str, prompt: str) -> list[dict[str, Any]]:
-    """Searches for all targets of a caption together and judges: a row a target."""
+    """Search all targets of a caption together and score them; return one row per target."""
     method = SeedInvariance(**CONFIG | LINES[line] | {"target_seeds": list(range(TARGETS))})
     data = Prompts(prompt)
     with tempfile.TemporaryDirectory() as scratch:
@@ -80,18 +80,18 @@ def measure(line: str, prompt: str) -> list[dict[str, Any]]:
 
 
 def file_of(line: str) -> Path:
-    """Where the figures of a line are."""
+    """Return the file with the figures of a line."""
     return FIGURES / f"{line.replace(' ', '_')}.csv"
 
 
 def rows_of(line: str) -> list[dict[str, Any]]:
-    """The figures of a line, a row a target."""
+    """Return the figures of a line, one row per target."""
     return tables.read(file_of(line))
 
 
 def table() -> str:
-    """The lines that are measured, on two captions at least."""
-    head = ("captions", "held-out similarity", "closed", "PSNR in dB", "squared error closed", "seconds a target")
+    """Return the table of the lines with at least two captions."""
+    head = ("captions", "held-out similarity", "closed", "PSNR in dB", "squared error closed", "seconds per target")
     found = [f"| embedding | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for line in LINES:
         by_caption: dict[str, list[dict[str, Any]]] = {}
@@ -115,9 +115,9 @@ def table() -> str:
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--captions", type=int, default=CAPTIONS, help="how many of them")
+    parser.add_argument("--captions", type=int, default=CAPTIONS, help="number of captions")
     parser.add_argument("--only", choices=LINES, help="measure one line")
     args = parser.parse_args()
     for line in [args.only] if args.only else LINES:

@@ -1,9 +1,9 @@
-"""How fast one process searches: `python benchmarks/speed.py`, on the embedded model; `--print` for the tables of what was measured.
+"""Measure how fast one process searches with the embedded model: `python benchmarks/speed.py`; `--print` only prints the tables.
 
-Four tables: the search against a plain loop, which takes one target after the other and one noise sample a call as the released codes
-do; the share of the arithmetic that the machine does in large products; where the time of a step goes; and what each way of computing
-is worth. Things that are compared take turns, and what is reported is the median of the rounds. Beside another program give
-`--threads 1`, and what is compared still has the same threads.
+There are four tables: the search compared with a plain loop, which takes one target after the other and one noise sample per call, like
+the released code; the share of the machine's arithmetic rate in large products; where the time of a step goes; and alternative
+computations. Alternatives are measured in turns, and the tables have the medians of the rounds. If other programs are running, use
+`--threads 1`; both sides of a comparison always have the same number of threads.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ IMAGE = Path(__file__).parents[1] / "docs" / "images" / "speed.png"
 TOKENS, SAMPLES, MICROBATCH, LOW, HIGH = 8, 2, 32, 450, 1000
 WARM = 2  # steps that are not timed
 COUNTS = (1, 4, 16)  # targets
-BATCHES = (1, 4, 16, 32, 64)  # samples a call of the denoiser
+BATCHES = (1, 4, 16, 32, 64)  # samples per denoiser call
 HOW: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "PH2P, Adam": (PH2P, {"optimizer": "adam", "lr": 0.02, "metric": "cosine"}),
     "PEZ": (PEZ, {"lr": 0.1, "weight_decay": 0.1}),
 }
-KINDS = {  # by how their names in the profile begin or go on; the first that fits
+KINDS = {  # parts of operation names in the profile; the first match counts
     "convolutions": ("convolution",),
     "matrix products": ("::mm", "::bmm", "addmm", "baddbmm"),
     "attention": ("scaled_dot_product",),
-    "normalisation, activation": ("norm", "silu", "gelu", "softmax"),
+    "normalization, activation": ("norm", "silu", "gelu", "softmax"),
     "copies": ("copy_", "::cat", "fill_", "zero_", "upsample", "index", "slice_backward", "gather", "embedding"),
 }
 OTHER, PYTHON = "other operations", "Python and calls"
 
 
-# --- what is measured
+# --- measured functions
 
 
 def targets(count: int) -> list[str]:
@@ -70,11 +70,11 @@ def targets(count: int) -> list[str]:
 
 
 class Clock(pl.Callback):
-    """Notes when each step begins; the scoring before the first step is not a step's, nor is the warming up.
+    """Record when each step starts, without the scoring before the first step and the warm-up.
 
     Args:
-        steps: Of the search.
-        recorder: Records what is computed meanwhile.
+        steps: Steps of the search.
+        recorder: Profiler that records the timed steps.
     """
 
     def __init__(self, steps: int, recorder: Any = None) -> None:
@@ -82,7 +82,7 @@ class Clock(pl.Callback):
         self.begun: list[float] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Notes it."""
+        """Record the time."""
         if self.recorder and batch_idx in (WARM, self.steps - 1):
             (self.recorder.start if batch_idx == WARM else self.recorder.stop)()
         if batch_idx >= WARM:
@@ -90,7 +90,7 @@ class Clock(pl.Callback):
 
 
 def search(backbone: Backbone, name: str, count: int, steps: int, recorder: Any = None) -> float:
-    """Seconds of a step of the search, with everything that a step does but scoring."""
+    """Measure the seconds per step of a search, without scoring."""
     kind, settings = HOW[name]
     method = kind(
         backbone=backbone, tokens=TOKENS, microbatch=MICROBATCH, score_every=10**9, sample_every=0, **settings
@@ -107,18 +107,18 @@ def search(backbone: Backbone, name: str, count: int, steps: int, recorder: Any 
 
 
 def plain(backbone: Backbone, name: str, latents: Tensor, steps: int) -> float:
-    """Seconds of a step of the plain loop.
+    """Measure the seconds per step of the plain loop.
 
-    It does what the released codes of PH2P and PEZ do: one target after the other and one noise sample a call. PH2P's has a network
-    whose weights ask for gradients, and searches the nearest tokens at each call in NumPy, token by token through the whole
-    vocabulary; PEZ's asks for no weight's gradient and looks them up in torch. Spared is what they do besides: PH2P's encodes the
-    picture anew at each call.
+    It does what the released code of PH2P and PEZ does: one target after the other and one noise sample per call. The code of PH2P
+    computes gradients of the network's weights, and searches the nearest tokens at each call in NumPy, token by token through the whole
+    vocabulary; that of PEZ computes no gradients of weights and looks tokens up in torch. Other costs of released code are left out, such
+    as encoding the image again at each call.
 
     Args:
         backbone: The model.
-        name: Which method.
-        latents: Of the targets, (P, C, h, w).
-        steps: How many, for each target.
+        name: Name of the method.
+        latents: Latents of the targets, (P, C, h, w).
+        steps: Steps per target.
     """
     prompt, projected = TokenEmbeddings(backbone.vocabulary, tokens=TOKENS), name == "PEZ"
     table, allowed = prompt.table, prompt.allowed
@@ -142,23 +142,23 @@ def plain(backbone: Backbone, name: str, latents: Tensor, steps: int) -> float:
                     nearest = torch.tensor([nearest_in_numpy(row, table, allowed) for row in embeddings.detach()])
                 ids = prompt.ids(nearest.unsqueeze(0))
                 inserted = table[nearest] + embeddings - embeddings.detach() if projected else embeddings
-                told = backbone.encode(ids, table[ids].index_copy(1, prompt.positions, inserted.unsqueeze(0)))
+                prompt_embeds = backbone.encode(ids, table[ids].index_copy(1, prompt.positions, inserted.unsqueeze(0)))
                 t, noise = torch.randint(LOW, HIGH, (1,)), torch.randn(1, *latent.shape)
-                output = backbone.denoise(backbone.add_noise(latent.unsqueeze(0), noise, t), t, told)
+                output = backbone.denoise(backbone.add_noise(latent.unsqueeze(0), noise, t), t, prompt_embeds)
                 (F.mse_loss(output, noise) / SAMPLES).backward()
             optimizer.step()
     return (time.perf_counter() - begun) / steps
 
 
 def nearest_in_numpy(row: Tensor, table: Tensor, allowed: Tensor) -> int:
-    """The nearest token of an embedding (D,), by cosine."""
+    """Return the nearest token of an embedding (D,), by cosine."""
     rows = table.cpu().numpy()
     cosines = rows @ row.numpy() / np.linalg.norm(rows, axis=1)
     return int(np.where(allowed.numpy(), cosines, -np.inf).argmax())
 
 
 def nearest_in_torch(embeddings: Tensor, table: Tensor, allowed: Tensor) -> Tensor:
-    """The nearest tokens (M,) of embeddings (M, D), by cosine."""
+    """Return the nearest tokens (M,) of embeddings (M, D), by cosine."""
     cosines = F.normalize(embeddings, dim=1) @ F.normalize(table, dim=1).T
     return cosines.masked_fill(~allowed, -torch.inf).argmax(1)
 
@@ -170,10 +170,10 @@ def gradient(
     microbatch: int = MICROBATCH,
     objective: Callable[..., Tensor] | None = None,
 ) -> Callable[[], Tensor]:
-    """The arithmetic of a step without what is around it: text encoder and denoiser, forward and backward.
+    """Return the arithmetic of a step as a function: text encoder and denoiser, forward and backward.
 
     Returns:
-        A function that gives gradients (P, L, D), always the same.
+        A function that returns gradients (P, L, D), always the same.
     """
     draw, denoising = torch.Generator().manual_seed(0), objective or Denoising(Microbatch(microbatch))
     prompt = TokenEmbeddings(backbone.vocabulary, tokens=TOKENS).to(backbone.device)
@@ -192,13 +192,13 @@ def gradient(
 
 
 def whole_graph(backbone: Backbone, prompts: Tensor, latents: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-    """The loss of `Denoising` in one call, with a graph that reaches all that asks for a gradient."""
+    """Compute the loss of `Denoising` in one call, with a graph that includes everything that requires a gradient."""
     x, eps, t = latents.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten()
     output = backbone.denoise(backbone.add_noise(x, eps, t), t, repeat(prompts, timesteps.shape[1]))
     return (output - eps).square().flatten(1).mean(1).view(timesteps.shape).mean(1)
 
 
-# --- how it is measured
+# --- measurement
 
 
 def seconds(compute: Callable[[], Any]) -> float:
@@ -208,19 +208,21 @@ def seconds(compute: Callable[[], Any]) -> float:
 
 
 def flops(compute: Callable[[], Any], device: str = "cpu") -> int:
-    """Floating-point operations of products and convolutions; attention is counted as the products that it is made of.
+    """Count the floating-point operations of products and convolutions; attention counts as its products.
 
-    The counter knows the fused attention of a GPU. It does not know a CPU's, in whose place the products are computed.
+    The counter supports the fused attention of a GPU, but not that of a CPU, which is replaced by its products.
     """
     counter = FlopCounterMode(display=False)
-    counter.mod_tracker = Everything()  # its own cannot follow calls without a gradient on tensors that require one
+    counter.mod_tracker = (
+        Everything()
+    )  # the default tracker fails on calls without a gradient on tensors that require one
     with counter, sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
         compute()
     return int(counter.get_total_flops())
 
 
 class Everything(ModuleTracker):
-    """Has operations counted without telling modules apart."""
+    """A tracker that counts operations without assigning them to modules."""
 
     def __enter__(self) -> Everything:
         return self
@@ -231,9 +233,9 @@ class Everything(ModuleTracker):
 
 @torch.no_grad()
 def rates() -> tuple[float, float]:
-    """Operations a second of a large float32 matrix product, and of the fastest product or convolution of the machine's libraries.
+    """Measure operations per second: of a large float32 matrix product, and of the faster of this product and a convolution.
 
-    On some processors the two differ: what multiplies matrices and what convolves are different libraries.
+    They differ on some processors, because matrix products and convolutions come from different libraries.
     """
     size, channels, images, side = 2048, 128, 64, 16
     a, b = torch.randn(2, size, size)
@@ -247,7 +249,7 @@ def rates() -> tuple[float, float]:
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Multiplies float32 matrices in another precision."""
+    """Compute float32 matrix products in another precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -256,11 +258,11 @@ def products_in(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-# --- the tables
+# --- figures
 
 
 def measure_throughput(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
-    """Denoiser samples a second of the search and of the plain loop, and the median ratio of rounds in which they take turns."""
+    """Measure samples per second of the search and the plain loop, and the median ratio of rounds in which they take turns."""
     unfrozen, rows = load_backbone("emoji"), []
     unfrozen.denoiser.requires_grad_(True).to(memory_format=torch.contiguous_format)
     for name in HOW:
@@ -273,7 +275,7 @@ def measure_throughput(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
                 )
                 for _ in range(rounds)
             ]
-            samples = 2 * count * SAMPLES  # a backward counts as one
+            samples = 2 * count * SAMPLES  # a backward pass counts as one sample
             ours, theirs = (samples / statistics.median(times) for times in zip(*pairs, strict=True))
             ratio = statistics.median(loop / step for step, loop in pairs)
             rows.append({"method": name, "targets": count, "search": ours, "plain": theirs, "ratio": ratio})
@@ -281,7 +283,7 @@ def measure_throughput(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
 
 
 def measure_share(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
-    """Operations a second, of gradients by samples a call and of whole steps of the search, and the shares that they are."""
+    """Measure operations per second, of gradients by samples per call and of whole steps, and their shares of the machine's rates."""
     product, best = (statistics.median(found) for found in zip(*(rates() for _ in range(rounds)), strict=True))
     measured = []
     for batch in BATCHES:
@@ -316,7 +318,7 @@ def measure_share(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
 
 
 def measure_profile(backbone: Backbone, steps: int = 12) -> list[dict[str, Any]]:
-    """Milliseconds of a step of PH2P with Adam by kind of operation."""
+    """Measure the milliseconds per step of PH2P with Adam by kind of operation."""
     recorder = profile(activities=[ProfilerActivity.CPU])
     step = 1000 * search(backbone, "PH2P, Adam", COUNTS[-1], steps, recorder)
     spent = dict.fromkeys([*KINDS, OTHER], 0.0)
@@ -329,7 +331,7 @@ def measure_profile(backbone: Backbone, steps: int = 12) -> list[dict[str, Any]]
 
 
 def measure_settings(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
-    """What other ways are worth: of a step's arithmetic, and of pictures' gradients with respect to latents."""
+    """Compare alternative computations of a step, and of the gradients of images with respect to latents."""
     count = COUNTS[-1]
 
     def other(change: Callable[[Any], Any], dtype: Any = "float32") -> Backbone:
@@ -343,38 +345,38 @@ def measure_settings(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
     def contiguous(changed: Backbone) -> None:
         changed.to(memory_format=torch.contiguous_format)
 
-    torch.compiler.config.force_disable_caches = True  # the first call is to be a first one
+    torch.compiler.config.force_disable_caches = True  # so that the first call compiles
     weights = other(lambda changed: changed.denoiser.requires_grad_(True))
     checkpointed = other(lambda changed: changed.denoiser.enable_gradient_checkpointing())
     steps = {
-        "a step as it is": gradient(backbone, count),
-        "one sample a call": gradient(backbone, count, microbatch=1),
+        "default": gradient(backbone, count),
+        "one sample per call": gradient(backbone, count, microbatch=1),
         "gradients of the denoiser's weights": gradient(weights, count, objective=whole_graph),
         "contiguous instead of channels-last": gradient(other(contiguous), count),
-        "attention that is not fused": gradient(other(unfused), count),
+        "unfused attention": gradient(other(unfused), count),
         "torch.compile": gradient(other(lambda changed: changed.denoiser.compile()), count),
         "bfloat16 autocast": within(gradient(backbone, count), lambda: torch.autocast("cpu", torch.bfloat16)),
         "bfloat16 weights": gradient(other(lambda changed: None, "bfloat16"), count),
-        "bfloat16 weights, attention that is not fused": gradient(other(unfused, "bfloat16"), count),
+        "bfloat16 weights, unfused attention": gradient(other(unfused, "bfloat16"), count),
         "float32 products in bfloat16": within(gradient(backbone, count), lambda: products_in("medium")),
         "linear layers as convolutions": gradient(other(lambda changed: convolve(changed.denoiser)), count),
         "denormals to zero": within(gradient(backbone, count), flushed),
         "gradient checkpointing": gradient(checkpointed, count),
     }
     pictures = {
-        "four pictures as they are": decoded(backbone),
-        "four pictures, contiguous instead of channels-last": decoded(other(contiguous)),
+        "four images, default": decoded(backbone),
+        "four images, contiguous instead of channels-last": decoded(other(contiguous)),
     }
     return compared(steps, rounds) + compared(pictures, rounds)
 
 
 def compared(ways: dict[str, Callable[[], Tensor]], rounds: int) -> list[dict[str, Any]]:
-    """Speed of each way against that of the first one in the same round, and how far its gradient is from the first one's."""
+    """Compare the speed of each alternative with the first one in the same round, and its gradient with the first one's."""
     first = {name: seconds(compute) for name, compute in ways.items()}
     gradients = {name: compute() for name, compute in ways.items()}
     times, base = [], next(iter(ways))
     for _ in range(4 * rounds):
-        names = random.sample(list(ways), len(ways))  # what one leaves in the caches is not always the same one's
+        names = random.sample(list(ways), len(ways))  # a random order, since each affects the caches of the next
         times.append({name: seconds(ways[name]) for name in names})
     return [
         {
@@ -388,7 +390,7 @@ def compared(ways: dict[str, Callable[[], Tensor]], rounds: int) -> list[dict[st
 
 
 def decoded(backbone: Backbone) -> Callable[[], Tensor]:
-    """Gradients (4, C, h, w) of decoded pictures with respect to their latents."""
+    """Return a function that computes gradients (4, C, h, w) of decoded images with respect to their latents."""
     latents = torch.randn(4, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
 
     def compute() -> Tensor:
@@ -400,7 +402,7 @@ def decoded(backbone: Backbone) -> Callable[[], Tensor]:
 
 
 def convolve(network: nn.Module) -> None:
-    """Has linear layers computed by the library that convolves, which on some processors multiplies faster; nothing is copied."""
+    """Compute linear layers with the library for convolutions, which is faster on some processors; nothing is copied."""
 
     def convolved(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
         kernel = layer.weight[..., None, None]
@@ -418,7 +420,7 @@ def convolve(network: nn.Module) -> None:
 
 
 def within(compute: Callable[[], Tensor], context: Callable[[], Any]) -> Callable[[], Tensor]:
-    """The same in a context."""
+    """Return the same function, called within a context."""
 
     def inside() -> Tensor:
         with context():
@@ -436,7 +438,7 @@ def flushed() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-# --- what is printed
+# --- tables
 
 
 def throughput_table(rows: list[dict[str, Any]]) -> str:
@@ -462,7 +464,7 @@ def share_table(rows: list[dict[str, Any]]) -> str:
 
 
 def profile_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| operations | ms a step | share |", "|---|---|---|"]
+    lines = ["| operations | ms per step | share |", "|---|---|---|"]
     lines += [f"| {row['kind']} | {row['milliseconds']:.1f} | {row['share']:.0%} |" for row in rows]
     return "\n".join(lines)
 
@@ -488,7 +490,7 @@ def figures(part: str) -> Path:
 
 
 def plot() -> None:
-    """The search and the plain loop by targets, the share of the arithmetic, where the time goes, and what each way is worth."""
+    """Plot search and plain loop by targets, the share of the arithmetic, where the time goes, and the alternative computations."""
     import matplotlib.pyplot as plt
 
     figure, ((first, share), (profile, settings)) = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
@@ -500,13 +502,13 @@ def plot() -> None:
             first.plot(
                 [str(int(row["targets"])) for row in own], [row[name] for row in own], style, color=color, label=label
             )
-    first.set(xlabel="targets", ylabel="denoiser samples a second", ylim=(0, None), title="Against a plain loop")
+    first.set(xlabel="targets", ylabel="denoiser samples per second", ylim=(0, None), title="Against a plain loop")
     first.legend(fontsize="small")
-    _bars(share, "share", "what", "share_of_best", "per cent of the machine's best", "Share of the arithmetic")
-    share.axvline(30, color="grey", linestyle=":")
-    _bars(profile, "profile", "kind", "share", "per cent of a step, 16 targets", "Where the time goes")
-    _bars(settings, "settings", "setting", "speed", "per cent of the speed as it is", "What each way is worth")
-    settings.axvline(100, color="grey", linestyle=":")
+    _bars(share, "share", "what", "share_of_best", "percent of the machine's best", "Share of the arithmetic")
+    share.axvline(30, color="gray", linestyle=":")
+    _bars(profile, "profile", "kind", "share", "percent of a step, 16 targets", "Where the time goes")
+    _bars(settings, "settings", "setting", "speed", "percent of the default speed", "Alternative computations")
+    settings.axvline(100, color="gray", linestyle=":")
     settings.tick_params("y", labelsize="x-small")
     figure.savefig(IMAGE, dpi=80)
 
@@ -518,12 +520,12 @@ def _bars(axis: Any, part: str, name: str, value: str, label: str, title: str) -
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=list(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--print", action="store_true", help="only print the tables")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -543,7 +545,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    """The processor, as far as it says."""
+    """Return the name of the processor, if available."""
     said = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", said.read_text()) if said.exists() else []
     return names[0] if names else platform.machine()

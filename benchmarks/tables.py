@@ -1,4 +1,4 @@
-"""Files of figures, which are added to as they are measured: a CSV with a header."""
+"""CSV files of figures, to which rows are added as they are measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The rows that are there; what is a number is one."""
+    """Read the existing rows; numbers become floats."""
     if not file.exists():
         return []
     with file.open(newline="") as stream:
@@ -16,7 +16,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def add(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows, with numbers to six decimals."""
+    """Add rows, with numbers to six decimals."""
     file.parent.mkdir(parents=True, exist_ok=True)
     there = read(file)
     with file.open("a", newline="") as stream:

@@ -1,4 +1,4 @@
-"""Searches and plain loops, timed: a method in its Trainer with its own config, on a model that stays where it is."""
+"""Timed searches and plain loops: a method in its Trainer with its own config, on a model that stays on its device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WARM = 1  # steps that are not timed
 
 
 class Case(NamedTuple):
-    """A method, how many problems it searches together, what its config is changed in, and its plain loop."""
+    """A method, the number of problems in its batch, the changes to its config, and its plain loop."""
 
     kind: Any
     config: str
@@ -36,24 +36,24 @@ class Case(NamedTuple):
 
 
 class Stay(SingleDeviceStrategy):
-    """A device on which the model is left when a search has ended; Lightning would copy it to the CPU."""
+    """A device on which the model stays after a search; Lightning would copy it to the CPU."""
 
     def teardown(self) -> None:
-        """Leaves it there."""
+        """Leave the model on the device."""
 
 
 class Clock(pl.Callback):
-    """Times a search after its first steps for so many seconds, counts the operations of one more step, and ends it.
+    """Time a search after its first steps for a number of seconds, count the operations of one more step, and stop it.
 
-    It waits for the device at the beginning and at the end alone, so that the search may run ahead of the device.
+    It waits for the device only at the start and the end, so the search can run ahead of the device.
     """
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self.seconds = device, seconds
-        self.rate, self.operations, self.peak = 0.0, 0.0, 0  # samples a second, operations a sample, bytes
+        self.rate, self.operations, self.peak = 0.0, 0.0, 0  # samples per second, operations per sample, bytes
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Begins to time, or ends it."""
+        """Start or stop the clock."""
         if batch_idx == WARM:
             synchronize(self.device)
             reset_peak_memory(self.device)
@@ -66,14 +66,14 @@ class Clock(pl.Callback):
             trainer.should_stop = True
 
     def counted(self, module: Any, search: Callable[..., None], *args: Any) -> None:
-        """Takes a step and counts its operations."""
+        """Take a step and count its operations."""
         before = samples_of(module)
         operations = speed.flops(lambda: search(*args), self.device.type)
         self.operations = operations / (samples_of(module) - before)
 
 
 def samples_of(method: Any) -> int:
-    """Denoiser samples that a search has taken, of which a backward pass counts as one."""
+    """Return the denoiser samples of a search; a backward pass counts as one."""
     return sum(problem.unet_samples for problem in method.batch.records)
 
 
@@ -83,7 +83,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def search(model: Backbone, case: Case, steps: int, folder: str, *callbacks: pl.Callback, **trainer: Any) -> Any:
-    """Searches as `fit` does with the method's config, but for the results, and gives the method."""
+    """Search like `fit` with the method's config, but write no results; return the method."""
     config = yaml.safe_load((CONFIGS / f"{case.config}.yaml").read_text())
     settings = config["model"]["init_args"] | {"score_every": 10**9, "sample_every": 0} | case.settings
     method = case.kind(**settings | {"backbone": model, "together": case.problems})
@@ -100,7 +100,7 @@ def search(model: Backbone, case: Case, steps: int, folder: str, *callbacks: pl.
 
 
 def rate(loop: Iterator[int], device: torch.device, seconds: float) -> float:
-    """Samples a second of a plain loop, whose first step is not timed."""
+    """Measure the samples per second of a plain loop, without its first step."""
     next(loop)
     synchronize(device)
     begun, samples = time.perf_counter(), 0

@@ -1,6 +1,6 @@
-"""Whether two processes, and two machines, find what one process finds: `python benchmarks/two_machines.py`, as root on Linux.
+"""Test whether two processes or machines give the results of one process: `python benchmarks/two_machines.py`, as root on Linux.
 
-The machines are network namespaces with a cable between them, each with its own torchrun; the processes meet over it by gloo.
+The machines are network namespaces with a virtual cable between them, each with its own torchrun; the processes connect with gloo.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAMES, ADDRESSES = ("first", "second"), ("10.77.0.1", "10.77.0.2")
 
 
 def main() -> None:
-    """Measures what is missing and prints the table."""
+    """Measure what is missing and print the table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     done = [(row["method"], row["way"], row["strategy"]) for row in tables.read(FIGURES)]
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def together(way: str, args: list[str]) -> None:
-    """Searches with two processes."""
+    """Search with two processes."""
     if way == "two processes":
         jobs.finish(jobs.start([*args, "--trainer.devices", "2"]))
         return
@@ -62,7 +62,7 @@ def together(way: str, args: list[str]) -> None:
 
 
 def compare(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
-    """How alike two results are."""
+    """Compare two results."""
     pairs = list(zip(one, other, strict=True))
     losses = [abs(b["validation_loss"] / a["validation_loss"] - 1) for a, b in pairs]
     return {
@@ -78,7 +78,7 @@ def _texts(problem: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def connect() -> None:
-    """Two namespaces with a cable between them."""
+    """Create two network namespaces with a virtual cable between them."""
     disconnect()
     for name in NAMES:
         _ip("netns", "add", name)
@@ -90,7 +90,7 @@ def connect() -> None:
 
 
 def disconnect() -> None:
-    """Takes them away."""
+    """Delete the network namespaces."""
     for name in NAMES:
         subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
 
@@ -100,7 +100,7 @@ def _ip(*args: str) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a method and way."""
+    """Return a table with one line per method and setup."""
     lines = [
         "| method | processes | strategy | same prompts as one process | largest relative difference of a loss | everything identical |",
         "|---|---|---|---|---|---|",
@@ -120,7 +120,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
-    """How far the losses are from those of one process."""
+    """Plot the differences of the losses from those of one process."""
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 2.6))

@@ -1,9 +1,9 @@
-"""What found prompts are good for: `python benchmarks/uses.py evolution` and `python benchmarks/uses.py removal`.
+"""Measure uses of found prompts: `python benchmarks/uses.py evolution` and `python benchmarks/uses.py removal`.
 
-`evolution` mixes the prompts of pairs of targets and asks the held-out CLIP how much the pictures look like both of them.
-`removal` draws from texts and found prompts for two objects, with and without what was found for one of them as the negative,
-and counts what the held-out CLIP recognises; it renders scenes (needs the font and the `emoji` package). Settings of `fit`
-follow the options. Both print one table with 95% intervals.
+`evolution` mixes the prompts of pairs of targets and measures by the held-out CLIP how similar the images are to both of them.
+`removal` generates images from texts and found prompts for two objects, with and without the prompt found for one of them as the
+negative prompt, and counts the objects that the held-out CLIP recognizes; it renders scenes (needs the font and the `emoji` package).
+Settings of `fit` follow the options. Both print one table with 95% intervals.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from lightning_prompts.emoji import world
 from lightning_prompts.methods import PH2P
 from lightning_prompts.objectives import ClipSimilarity
 
-SEEDS = {"evaluation": 20_261_121, "development": 20_261_125}  # of scenes with two objects
-FIRST = 1000  # seed of the first picture that is judged; the evolution has chosen on others
-DRAWN = 4  # pictures a prompt
-NEAREST = 3  # an object is recognised if its name is among so many that are nearest to the picture
+SEEDS = {"evaluation": 20_261_121, "development": 20_261_125}  # scenes with two objects
+FIRST = 1000  # first seed of the scored images; the evolution selects on others
+DRAWN = 4  # images per prompt
+NEAREST = 3  # an object is recognized if its name is among this many closest to the image
 
 
 def listed(paths: list[Path]) -> list[dict[str, str]]:
-    """Pictures as `fit` wants them."""
+    """Return images in the form that `fit` takes."""
     return [{"file": str(path)} for path in paths]
 
 
 def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[str, str]:
-    """Mixes the prompts of targets 0 and 1, 2 and 3, and so on."""
+    """Mix the prompts of targets 0 and 1, 2 and 3, and so on."""
     folder = (TARGETS / args.targets).resolve()
     images = sorted(folder.glob("*.png"))[: 2 * args.count]
     words = json.loads((folder / "words.json").read_text())
@@ -77,13 +77,13 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
         "of the two prompts joined by a comma": interval(joined),
         "of the better one of the two prompts": interval(parents),
         "of the prompts of the other targets": interval(unrelated),
-        "best mixture less other targets' prompts": interval([a - b for a, b in zip(own, unrelated, strict=True)]),
-        "best mixture less the joined prompts": interval([a - b for a, b in zip(own, joined, strict=True)]),
+        "best mixture minus other targets' prompts": interval([a - b for a, b in zip(own, unrelated, strict=True)]),
+        "best mixture minus the joined prompts": interval([a - b for a, b in zip(own, joined, strict=True)]),
     }
 
 
 class Recogniser:
-    """The held-out CLIP, asked which of all objects are nearest to a picture, on whatever background."""
+    """The held-out CLIP, which returns the objects closest to an image, on any background."""
 
     def __init__(self) -> None:
         self.scorer, self.names = ClipSimilarity(str(EMOJI.parent / "scorer")), list(world.OBJECTS)
@@ -93,14 +93,14 @@ class Recogniser:
         self.said = said.view(len(self.names), len(world.COLORS), -1)
 
     def __call__(self, pictures: Tensor, name: str) -> float:
-        """The share of pictures (B, 3, H, W) in which an object is recognised."""
+        """Return the share of images (B, 3, H, W) in which an object is recognized."""
         cosines = torch.einsum("be,nce->bnc", self.scorer.features(pictures), self.said).amax(2)
         nearer = (cosines > cosines[:, [self.names.index(name)]]).sum(1)
         return float((nearer < NEAREST).float().mean())
 
 
 def lone(name: str, index: int) -> Image.Image:
-    """An object alone in the middle of a picture."""
+    """Render an object alone in the middle of an image."""
     color = list(world.COLORS)[index % len(world.COLORS)]
     other = list(world.COLORS)[(index + 1) % len(world.COLORS)]
     return world.render(
@@ -109,7 +109,7 @@ def lone(name: str, index: int) -> Image.Image:
 
 
 def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[str, str]:
-    """Draws two objects and removes the second."""
+    """Generate images of two objects and remove the second."""
     rows = [row for row in outside(SEEDS[args.targets], 40) if "second" in row[2]][: args.count]
     cases = [(words["object"], words["second"]) for _, _, words in rows]
     both, unwanted, wanted = (
@@ -162,7 +162,7 @@ def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[s
 
 
 def main() -> None:
-    """Prints one table."""
+    """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("use", choices=["evolution", "removal"])
     parser.add_argument("--config", default="configs/ph2p.yaml")
@@ -170,14 +170,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10, help="pairs, or scenes with two objects")
     parser.add_argument("--generations", type=int, default=4)
     parser.add_argument("--population", type=int, default=16)
-    parser.add_argument("--seeds", default="0,1", help="of the pictures that the evolution chooses by")
+    parser.add_argument("--seeds", default="0,1", help="seeds of the images by which the evolution selects")
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--negative-weight", type=float, default=0.2)
     args, extra = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         table = (evolution if args.use == "evolution" else removal)(args, extra, Path(scratch))
     print(
-        "| | wanted recognised | unwanted recognised |\n|---|---|---|" if args.use == "removal" else "| | |\n|---|---|"
+        "| | wanted recognized | unwanted recognized |\n|---|---|---|" if args.use == "removal" else "| | |\n|---|---|"
     )
     for name, value in table.items():
         print(f"| {name} | {value} |")

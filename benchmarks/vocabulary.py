@@ -1,4 +1,4 @@
-"""Measure where `fit` spends its time with vocabularies of real size: `python benchmarks/vocabulary.py FOLDER`.
+"""Measure where `fit` spends its time with vocabularies of full size: `python benchmarks/vocabulary.py FOLDER`.
 
 FOLDER holds a diffusers pipeline, preferably with small networks and the tokenizers of a published model, so that costs that grow
 with the vocabulary stand out. Runs each method's config on one image or prompt, in a process of its own, and prints the seconds of

@@ -1,9 +1,9 @@
-"""Whether word maps show what the words say: `python benchmarks/word_maps.py`.
+"""Measure whether word maps are right: `python benchmarks/word_maps.py`.
 
-Looks at the targets through prompts that name what is there, the captions and two words alone, and prints for a word of each kind
-how much of its map lies on the right region, what an even map would have there, and in how many pictures its highest place is
-there; with 95% intervals. The object's region is where the picture differs from the colour of its border, so targets whose look
-changes the background (dark, grainy, blurry) are left out.
+Computes maps on the targets for prompts that name their content, which are the captions and two words alone. Prints, for a word of
+each kind, the share of its map on the right region, the share of an even map, and in how many images the maximum is in the right
+region, with 95% intervals. The object's region is where the image differs from the color of its border, so targets whose look changes
+the background (dark, grainy, blurry) are left out.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from lightning_prompts.sampling.seeding import WORD_MAPS, draw_noise
 
 
 def object_region(picture: Tensor, places: int) -> Tensor:
-    """How much of each place (places, places) of a picture (3, H, H) in [-1, 1] is not its border's colour, in [0, 1]."""
+    """Return how much each cell (places, places) of an image (3, H, H) in [-1, 1] differs from the border's color, in [0, 1]."""
     border = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], dim=1).median(1).values
     differs = ((picture - border.view(3, 1, 1)).abs().amax(0) > 0.2).float()
     return F.adaptive_avg_pool2d(differs[None], places)[0]
 
 
 def position(tokens: list[int], word: list[int]) -> int:
-    """Where a word's first token is among a prompt's, the last time that it occurs."""
+    """Return the position of a word's first token in a prompt, at its last occurrence."""
     return max(i for i in range(len(tokens)) if tokens[i : i + len(word)] == word)
 
 
 @torch.no_grad()
 def main() -> None:
-    """Prints one table."""
+    """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", default="evaluation", choices=["evaluation", "development"])
     args = parser.parse_args()
@@ -58,12 +58,12 @@ def main() -> None:
         seen, color = words[row["file"]]["object"], words[row["file"]]["background"]
         on_object = object_region(picture, latents.shape[-1])
         for kind, prompt in (("caption", row["caption"]), ("two words", f"{seen} {color}")):
-            told = backbone.encode(encode_text(tokenizer, [prompt], length))
+            prompt_embeds = backbone.encode(encode_text(tokenizer, [prompt], length))
             tokens = tokenizer(prompt, add_special_tokens=False).input_ids
-            maps = word_maps(backbone, told, latents, noise, 1, len(tokens))
+            maps = word_maps(backbone, prompt_embeds, latents, noise, 1, len(tokens))
             for name, word, region in (
                 ("the object's word", seen, on_object),
-                ("the background's colour", color, 1 - on_object),
+                ("the background's color", color, 1 - on_object),
                 ('the word "background"', "background", 1 - on_object),
             ):
                 if word not in prompt.replace(",", "").split():

@@ -1,10 +1,10 @@
-"""How soon each solver of DPO-Diff finds the best words: `python benchmarks/word_search.py`.
+"""Measure how quickly each solver of DPO-Diff finds the best words: `python benchmarks/word_search.py`.
 
-Every candidate of 20 small spaces, of some 600 each, is drawn and judged once, so that the true optimum is known. Then each solver
-searches them under budgets of 8 to 40 generations, its evaluations looked up, its gradients real. Prints the mean regret, which is
-by how much the best loss that was found is above the least there is, how often it is the least, and how much lower it is than that
-of random search, prompt by prompt, with 95% intervals over prompts, each the mean of some repetitions. The regrets go to
-benchmarks/figures/word_search.csv; what is there is not measured again. Finished parts are kept in --runs.
+Evaluates every candidate of 20 small spaces, about 600 each, so the true optimum is known. Then each solver searches them with budgets
+of 8 to 40 generations; its evaluations are looked up, its gradients are computed. Prints the mean regret, which is the best loss found
+minus the lowest loss, how often the optimum is found, and the difference from the regret of random search, prompt by prompt. The 95%
+intervals are over prompts, each the mean of some repetitions. The regrets go to benchmarks/figures/word_search.csv; existing ones are
+not measured again. Finished parts are kept in --runs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Small(DPODiff):
     """By prompt."""
 
     def space(self, prompt: str) -> Space:
-        """Two slots of the prompt and two of the negative prompt, of five words each; the first ones that have as many."""
+        """Return two slots of the prompt and two of the negative prompt, with five words each: the first ones with as many."""
         space = super().space(prompt)
         cut, left = list[Slot](), {True: 2, False: 2}
         for number, slot in enumerate(space.slots):
@@ -64,23 +64,23 @@ class Small(DPODiff):
         return space.with_slots(cut)
 
     def try_candidates(self, wanted: Any, cost: float = 1) -> None:
-        """Notes which prompts the losses are looked up for."""
+        """Record the prompts whose losses are looked up."""
         self._asked = [self.batch[row].record.target for row, _ in wanted]
         super().try_candidates(wanted, cost)
 
     def evaluate(self, texts: Any, noise: Tensor, wanted: Tensor) -> Tensor:
-        """From the tables."""
+        """Look up the losses in the tables."""
         return torch.tensor([self.tables[asked][pair] for asked, pair in zip(self._asked, texts, strict=True)])
 
 
 def lines() -> list[tuple[str, int]]:
-    """Solvers and the budgets that evaluate a population of theirs."""
+    """Return the solvers with their budgets, which are multiples of the population."""
     pairs = itertools.product(SOLVERS, BUDGETS)
     return [(solver, budget) for solver, budget in pairs if budget >= SOLVERS[solver].get("population", 0)]
 
 
 def enumerated(prompt: str, folder: Path) -> Table:
-    """The losses by seed of all candidates of a prompt."""
+    """Compute the losses by seed of all candidates of a prompt."""
     file = folder / f"{prompt.replace(' ', '_')}.json"
     if not file.exists():
         method = Small(solver="random", **SETTINGS)
@@ -104,7 +104,7 @@ def enumerated(prompt: str, folder: Path) -> Table:
 
 
 def searched(solver: str, budget: int, seed: int, tables: dict[str, Table], file: Path) -> dict[str, float]:
-    """The least loss that a solver has found, a prompt."""
+    """Return the lowest loss that a solver found for each prompt."""
     if not file.exists():
         settings = SOLVERS[solver] | SETTINGS
         if settings["solver"] in ("gradient", "hybrid"):
@@ -124,7 +124,7 @@ def searched(solver: str, budget: int, seed: int, tables: dict[str, Table], file
 
 
 def measured(repetitions: int, runs: Path) -> None:
-    """Searches, and writes the regrets."""
+    """Search, and write the regrets."""
     tables = {prompt: enumerated(prompt, runs / "tables") for prompt in (one.prompt for one in written(SEED, PROMPTS))}
     least = {prompt: min(sum(losses) / len(losses) for losses in table.values()) for prompt, table in tables.items()}
     rows: list[list[Any]] = [["solver", "budget", "repetition", "prompt", "candidates", "regret"]]
@@ -137,7 +137,7 @@ def measured(repetitions: int, runs: Path) -> None:
 
 
 def regrets() -> tuple[Regrets, list[int]]:
-    """What the file has, and how many candidates each prompt has."""
+    """Read the regrets of the file, and the number of candidates of each prompt."""
     found, sizes = Regrets(), dict[str, int]()
     with FIGURES.open(newline="") as stream:
         for row in csv.DictReader(stream):
@@ -148,15 +148,15 @@ def regrets() -> tuple[Regrets, list[int]]:
 
 
 def means(found: dict[str, list[float]]) -> list[float]:
-    """Of each prompt, over its repetitions."""
+    """Return the mean of each prompt over its repetitions."""
     return [sum(values) / len(values) for values in found.values()]
 
 
 def tables_of(found: Regrets) -> str:
-    """The mean regrets; how often the optimum is found; and what each solver is better than random search."""
+    """Return the tables of the mean regrets, of how often the optimum is found, and of the differences from random search."""
     heads = f" | {' | '.join(map(str, BUDGETS))} |\n|{'---|' * (1 + len(BUDGETS))}\n"
     regret, optimum, better = (
-        [f"| {name}{heads}"] for name in ("mean regret", "optimum found", "regret less random's")
+        [f"| {name}{heads}"] for name in ("mean regret", "optimum found", "regret minus random's")
     )
     for solver in dict.fromkeys(solver for solver, _ in found):
         cells: tuple[list[str], ...] = ([], [], [])
@@ -174,7 +174,7 @@ def tables_of(found: Regrets) -> str:
 
 
 def plot(found: Regrets) -> None:
-    """Mean regret over budgets, a line a solver, with 95% intervals."""
+    """Plot the mean regret over budgets, one line per solver, with 95% intervals."""
     figure, axes = plt.subplots(figsize=(7.5, 4))
     for number, solver in enumerate(dict.fromkeys(solver for solver, _ in found)):
         values = [means(found[solver, budget]) for budget in BUDGETS if (solver, budget) in found]
@@ -189,12 +189,12 @@ def plot(found: Regrets) -> None:
 
 
 def main() -> None:
-    """Measures what is missing, prints the tables and draws the plot."""
+    """Measure what is missing, print the tables and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/word_search"))
     parser.add_argument(
-        "--part", type=int, nargs=2, metavar=("I", "N"), help="only enumerate every N-th prompt from I on"
+        "--part", type=int, nargs=2, metavar=("I", "N"), help="only enumerate every N-th prompt, starting at I"
     )
     args = parser.parse_args()
     if args.part:
@@ -205,7 +205,7 @@ def main() -> None:
     if not FIGURES.exists():
         measured(args.repetitions, args.runs)
     found, sizes = regrets()
-    print(f"Candidates a prompt: {min(sizes)} to {max(sizes)}\n\n{tables_of(found)}")
+    print(f"Candidates per prompt: {min(sizes)} to {max(sizes)}\n\n{tables_of(found)}")
     plot(found)
 
 

@@ -1,4 +1,4 @@
-"""Tiny pipelines with random weights, in the layouts that are found on the hub."""
+"""Fixtures: tiny pipelines with random weights, in the layouts of the Hugging Face hub."""
 
 import logging
 import os
@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-torch.set_num_threads(1)  # networks this small only wait for a second thread
-os.environ["OMP_NUM_THREADS"] = "1"  # nor do the processes that tests start need one, beside the other tests
+torch.set_num_threads(1)  # a second thread slows networks this small down
+os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def seed():
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """Keep what is cached out of the user's folders, in this process and those that it starts."""
+    """Keep caches out of the user's folders, in this process and those that it starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_PROMPTS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -49,7 +49,7 @@ def benchmarks(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Lightning switches Ctrl-C off when it has been pressed."""
+    """Restore the handler of Ctrl-C, which Lightning disables after the first SIGINT."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
@@ -57,10 +57,10 @@ def ctrl_c():
 
 @pytest.fixture(autouse=True, scope="session")
 def float64():
-    """Lets a CLIP be checked in float64: transformers 4 makes its mask in float32, where float64's least number has no room."""
+    """Allow a CLIP to be checked in float64: transformers 4 creates its mask in float32, which cannot hold the lowest float64."""
     try:
         from transformers.modeling_attn_mask_utils import AttentionMaskConverter
-    except ImportError:  # later ones make it in the precision of the network
+    except ImportError:  # later versions create it in the precision of the network
         yield
         return
     original = AttentionMaskConverter._make_causal_mask
@@ -75,38 +75,38 @@ def float64():
 
 @pytest.fixture(autouse=True)
 def silent():
-    """The command line turns messages on, which other tests in the same process would have, too."""
+    """Undo the logging setup of the command line, which would affect other tests in the same process."""
     logging.getLogger("lightning_prompts").setLevel(logging.NOTSET)
 
 
 @pytest.fixture
 def rounding():
-    """Has layers round by the shape of each call, see `rounding_by_shape`."""
+    """Make layers round by the shape of each call, see `rounding_by_shape`."""
     with rounding_by_shape():
         yield
 
 
 @pytest.fixture(scope="session")
 def sd1(tmp_path_factory):
-    """A folder laid out as Stable Diffusion 1.5: epsilon, PNDM, padding with the end of text, legacy end-of-text id."""
+    """Return a folder in the layout of Stable Diffusion 1.5: epsilon, PNDM, padding with the end of text, legacy end-of-text id."""
     return families.save("sd1", tmp_path_factory.mktemp("sd1"))
 
 
 @pytest.fixture(scope="session")
 def sd2(tmp_path_factory):
-    """A folder laid out as Stable Diffusion 2.1: v-prediction, DDIM, padding with "!", another width and activation."""
+    """Return a folder in the layout of Stable Diffusion 2.1: v-prediction, DDIM, padding with "!", another width and activation."""
     return families.save("sd2", tmp_path_factory.mktemp("sd2"))
 
 
 @pytest.fixture(scope="session", params=["sd1", "sd2"])
 def sd(request):
-    """Each of the two folders."""
+    """Return each of the two folders."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")
 def tiny(sd1, tmp_path_factory):
-    """The first folder with a CLIP beside its components, as whole runs need it."""
+    """Return the first folder with a CLIP beside its components, as whole runs need it."""
     folder = shutil.copytree(sd1, tmp_path_factory.mktemp("tiny") / "model")
     torch.manual_seed(0)
     text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
@@ -122,7 +122,7 @@ def tiny(sd1, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory):
-    """A folder of a causal language model that knows a few words."""
+    """Return a folder with a causal language model that has a few words."""
     folder = tmp_path_factory.mktemp("language_model")
     words = {word: i for i, word in enumerate("<bos> <unk> a red blue cat dog on".split())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -138,7 +138,7 @@ def language_model(tmp_path_factory):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder of three pictures of noise."""
+    """Return a folder with three images of noise."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(3):

@@ -37,7 +37,7 @@ from lightning_prompts.errors import UserError
 EXTRA, PADDED = (
     3,
     28,
-)  # T5's tokens without a text of their own, and rows of its table without a token; 100 and 28 are published
+)  # T5's extra tokens, and rows of its table without a token; published models have 100 and 28
 CAPTIONS = [
     "a red square on a blue background",
     "a photo of a small cat in the top left corner",
@@ -229,7 +229,7 @@ def save(family, folder):
     index = json.loads((folder / "model/model_index.json").read_text())
     index = {name: value for name, value in index.items() if name not in NEWER}
     (folder / "model/model_index.json").write_text(json.dumps(index))
-    if family == "sdxl":  # whose default is true
+    if family == "sdxl":  # the default is true
         edit(folder / "model/model_index.json", lambda index: index.pop("force_zeros_for_empty_prompt"))
     return folder / "model"
 

@@ -1,4 +1,4 @@
-"""A stand-in for processors whose kernels round by the shape of a call, so that tests of exactness can fail on every machine."""
+"""Simulate processors whose kernels round by the shape of a call, so that tests of exactness can fail on every machine."""
 
 from contextlib import contextmanager
 
@@ -11,10 +11,10 @@ STEP = 2**-22  # twice the relative distance of neighboring float32 numbers
 
 @contextmanager
 def rounding_by_shape():
-    """Scale what every linear and convolutional layer returns by a factor that depends on the call's shape and on the row's place.
+    """Scale the output of every linear and convolutional layer by a factor that depends on the call's shape and the row's position.
 
-    Results are then equal only if they come from calls of the same shape with the same samples in the same places. No processor is
-    as bad: this one never returns the same for two shapes.
+    Results are then equal only if they come from calls of the same shape with the same samples at the same positions. This is stricter
+    than any processor: two shapes never return the same values.
     """
     with pytest.MonkeyPatch.context() as patch:
         for layer in (nn.Linear, nn.Conv2d):

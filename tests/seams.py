@@ -1,6 +1,6 @@
-"""Wrong attributes on the seams between methods, data modules and callbacks, each of which mypy has to see.
+"""Wrong attributes at the boundaries between methods, data modules and callbacks, which mypy must report.
 
-`make types` checks this file: under `strict` an ignored error that does not exist is an error. Nothing runs it.
+`make types` checks this file: in strict mode, an ignore comment without an error is an error. The file is never run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_prompts.methods.steering.base import Steering
 
 
 def method_to_data(method: PromptMethod, inverter: Inverter, ph2p: PH2P, dpo_diff: DPODiff, steering: Steering) -> None:
-    """Read what no data module has."""
+    """Read an attribute that no data module has."""
     method.data.pictures  # type: ignore[attr-defined]
     inverter.data.picturs  # type: ignore[attr-defined]
     ph2p.data.latent  # type: ignore[attr-defined]
@@ -26,14 +26,14 @@ def method_to_data(method: PromptMethod, inverter: Inverter, ph2p: PH2P, dpo_dif
 
 
 def data_to_method(data: ProblemData, images: ImagesToPrompts, prompts: Prompts) -> None:
-    """Read what no method has."""
+    """Read an attribute that no method has."""
     data.method.template  # type: ignore[attr-defined]
     images.method.templates  # type: ignore[attr-defined]
     prompts.method.template  # type: ignore[union-attr]
 
 
 def method_itself(method: PromptMethod, inverter: Inverter, steering: Steering) -> None:
-    """Read what nn.Module, which answers to every name, lets pass."""
+    """Read an attribute that nn.Module alone would accept, because it accepts every name."""
     method.problem  # type: ignore[attr-defined]
     inverter.prompt.tabel  # type: ignore[attr-defined]
     steering.prompt.table  # type: ignore[union-attr]
@@ -41,9 +41,9 @@ def method_itself(method: PromptMethod, inverter: Inverter, steering: Steering) 
 
 
 class WrongCallback(pl.Callback):
-    """Hooks are typed in lightning_prompts/callbacks; these are what their callers would get wrong."""
+    """A callback with wrong types; the hooks are typed in lightning_prompts/callbacks."""
 
     def call(self, trainer: pl.Trainer, module: PromptMethod, results: Results) -> None:
-        """Hand a hook something else than a method."""
+        """Call a hook with something other than a method."""
         results.on_train_end(trainer, pl.LightningModule())  # type: ignore[arg-type]
         VocabularyProjection().on_train_batch_end(trainer, module, None, 3, 0)  # type: ignore[arg-type]

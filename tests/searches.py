@@ -1,4 +1,4 @@
-"""Searches of a few steps, and what they have found."""
+"""Searches of a few steps, and their results."""
 
 import json
 
@@ -20,13 +20,13 @@ def fit(module, images, folder, callbacks=(), **data):
 
 
 def set_batch(module, problems, steps=0):
-    """Make problems the batch of a method, each after so many steps."""
+    """Make problems the batch of a method, each after the given number of steps."""
     module.batch.rows = [Row(problem, steps) for problem in problems]
     module.set_rows(list(problems))
 
 
 def found(run, digits=5):
-    """Return what a run of one problem has found, without its seconds and the cosine's last digits, and its tensors by file."""
+    """Return the result of a run with one problem, without its seconds and the cosine's last digits, and its tensors by file."""
     files = {path.name: load_file(path) for path in run.glob("*.safetensors")}
     (problem,) = json.loads((run / "result.json").read_text())["problems"]
     problem["similarity"] = round(problem.get("similarity") or 0.0, digits)

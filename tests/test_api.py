@@ -56,7 +56,7 @@ def test_results_equal_those_of_the_command_line(tiny, pictures, tmp_path, capsy
 def test_image_in_memory_equals_its_file(tiny, first, tmp_path):
     turned = tmp_path / "turned.jpg"
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.open(first).save(turned, exif=exif)
     how = {"method": "clip_words", "backbone": tiny, **SHORT, "steps": 1}
     by_file, in_memory = invert(turned, **how), invert(Image.open(turned), **how)
@@ -111,7 +111,7 @@ def test_embeddings_of_a_prompt(tiny, tmp_path):
     )
     assert sharp.prompt_embeds.shape == sharp.negative_prompt_embeds.shape == (32, 32)
     assert len(sharp.pictures) == 2
-    assert len(sharp.details.metric_after) == 3  # seeds that it was searched on
+    assert len(sharp.details.metric_after) == 3  # seeds of the search
     with pytest.raises(UserError, match="already holds a run; give another folder"):
         guide("a red cat", Sharpness(), folder=tmp_path / "kept", **how)
     assert (tmp_path / "kept/prompt_embeds.safetensors").exists()

@@ -1,4 +1,4 @@
-"""The tables in the docs are those that the committed figures give."""
+"""The tables in the docs match the committed figures."""
 
 from pathlib import Path
 from statistics import median
@@ -48,7 +48,7 @@ def test_each_method_is_measured_on_each_target_at_each_budget(targets, comparis
     for rows in results.values():
         assert sorted(row["target"] for row in rows) == sorted(comparison.words_of(targets))
     for method in {name for name, _ in results}:
-        # The words of the CLIP spend next to nothing, a caption nothing.
+        # CLIP words need almost no samples, a caption none.
         budgets = comparison.BUDGETS if method not in (*comparison.FEW, comparison.CAPTION) else comparison.BUDGETS[-1:]
         assert [budget for name, budget in results if name == method] == list(budgets)
 

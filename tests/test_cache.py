@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def counted(values):
-    """Make a function that computes, and a list of its calls."""
+    """Return a function that computes, and a list of its calls."""
     calls = []
     return lambda: calls.append(1) or torch.tensor(values), calls
 
@@ -89,7 +89,7 @@ def test_features_of_words_are_the_same_from_the_cache(tiny, folder, monkeypatch
     calls = []
     monkeypatch.setattr(search_clip, "prompt_features", lambda *args: calls.append(args))
     assert torch.equal(word_features(clip, prompt, as_text=False), computed)
-    other = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 2, blocked=("dog",))  # of another length and list
+    other = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 2, blocked=("dog",))  # another length and word list
     assert word_features(clip, other, as_text=False).shape == (int(other.allowed.sum()), computed.shape[1])
     assert not calls
 

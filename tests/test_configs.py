@@ -18,7 +18,7 @@ FAMILY_OF = {"sd15": "sd1", "sd21": "sd2", "sd35": "sd3"}  # of tests/families.p
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda path: path.stem)
 def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatch):
-    """It names a model on the hub, in whose place there is one of its family here."""
+    """The config names a model on the hub, which a tiny model of its family replaces here."""
     picture = tmp_path / "photo.png"
     Image.new("RGB", (16, 16), "red").save(picture)
     folder = families.save_with_clip(FAMILY_OF.get(config.stem, config.stem), tmp_path)

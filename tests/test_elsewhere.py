@@ -1,4 +1,4 @@
-"""Runs whose settings have relative paths are looked at again from other folders, and after they were moved."""
+"""Runs with relative paths can be read from other folders, and after they were moved."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def project(tiny, tmp_path, monkeypatch):
-    """A folder with a model, images and a run of two of them, of which one is damaged; the run was searched from within."""
+    """Create a folder with a model, images and a run on two of them, one of which is damaged; the search ran inside the folder."""
     project = tmp_path / "project"
     project.mkdir()
     monkeypatch.chdir(project)
@@ -61,11 +61,11 @@ def test_run_is_found_again_from_elsewhere(moved, project, tmp_path, monkeypatch
     assert json.loads((run / "failed.jsonl").read_text())["file"] == str(project / "photos" / "b.png")
     assert list((run / "pictures").iterdir())
     assert not list(elsewhere.iterdir())
-    assert RunFolder(run).load()[next(iter(RunFolder(run).load()))].paths == ["photos/a.png"]  # as they were given
+    assert RunFolder(run).load()[next(iter(RunFolder(run).load()))].paths == ["photos/a.png"]  # as given
 
 
 def test_files_of_the_same_name_elsewhere_are_others(project, tmp_path, monkeypatch, capsys):
-    """Relative paths mean what they meant when the search ran."""
+    """Relative paths keep the meaning that they had when the search ran."""
     before = outcome(project / "runs" / "one")
     other = tmp_path / "other"
     (other / "photos").mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""Every config finds what it found when tests/golden/ was written: prompts, losses, records and the order of the callbacks.
+"""Every config gives the results in tests/golden/: prompts, losses, records and the order of the callbacks.
 
-`REWRITE_GOLDEN=1 pytest tests/test_golden.py` writes the files again, for a change that is meant to change results.
+`REWRITE_GOLDEN=1 pytest tests/test_golden.py` writes the files again, for changes that are meant to change results.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 MODELS = ("emoji", "sdxl", "flux")
-STEERING = ("dpo_diff", "human_feedback", "metric_guidance", "seed_invariance")  # begin with a prompt
+STEERING = ("dpo_diff", "human_feedback", "metric_guidance", "seed_invariance")  # methods that take prompts
 
 COMMON = "--trainer.accelerator cpu --trainer.logger CSVLogger --trainer.logger.save_dir logs"
 INVERSION = (
@@ -55,17 +55,15 @@ SHORT = {
     "metric_guidance": "--model.steps 4 --model.seeds 2 --model.score_every 2",
     "seed_invariance": "--model.steps 4 --model.seeds 2 --model.score_every 2",
 }
-INSTEAD = {  # where a model guides itself or the search cannot read the CLIP's tokens
+INSTEAD = {  # for models with distilled guidance, or whose CLIP has other tokens
     ("dpo_diff", "flux"): "--model.negative [] --model.positive [synonyms]",
     ("pez_clip", "flux"): "--model.vocabulary clip",
     ("seed_invariance", "flux"): "--model.unconditional false",
 }
 TINY = "--model.image_size 16 --model.offline true --scorer scorer"
 
-VOLATILE = ("seconds", "stamps", "version")  # differ from run to run, or say nothing of what was found
-RENAMED: dict[
-    str, str
-] = {}  # of the fields, metrics and callbacks that have other names now: the golden one to today's
+VOLATILE = ("seconds", "stamps", "version")  # differ between runs, or are not results
+RENAMED: dict[str, str] = {}  # renamed fields, metrics and callbacks: golden name to current name
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +86,7 @@ def inputs(tmp_path_factory):
 
 
 def name_weights(file, salt):
-    """Draw a file's weights again, each by its name alone, so that they do not depend on how a library initializes a network."""
+    """Sample a file's weights again, each by its name alone, so that they do not depend on a library's initialization."""
     weights = load_file(file)
     alone = all(name.startswith("text_model.") for name in weights)  # a CLIPTextModel of transformers 4 has this prefix
     for name, weight in weights.items():
@@ -122,8 +120,8 @@ def arguments(config, model):
 
 
 def record_of(problem):
-    """Return what a record says of a search, without fields that are empty, and without the losses that its reason repeats."""
-    problem |= {"others": 0, **(problem.pop("result") or {})}  # of human feedback alone now, and of every method then
+    """Return the fields of a search in a record, without empty fields, and without the losses that its reason repeats."""
+    problem |= {"others": 0, **(problem.pop("result") or {})}  # only for human feedback now, formerly for every method
     if problem["reason"]:
         problem["reason"] = re.sub(r"-?\d[\d.e+-]*\d", "#", problem["reason"])
     return {name: value for name, value in problem.items() if name not in VOLATILE and value not in (None, [], {})}
@@ -136,7 +134,7 @@ def problems_in(run):
 
 
 def metrics_in(logs):
-    """Return what was logged, a dictionary a line."""
+    """Return the logged metrics, one dictionary per line."""
     rows = []
     for file in logs.rglob("metrics.csv"):  # HumanFeedback logs none
         with file.open() as lines:
@@ -154,14 +152,14 @@ def rounded(value):
 
 
 def renamed(value):
-    """Give fields, metrics and callbacks of a golden file their names of today."""
+    """Replace old names of fields, metrics and callbacks in a golden file by the current ones."""
     if isinstance(value, dict):
         return {RENAMED.get(name, name): renamed(item) for name, item in value.items()}
     return [renamed(item) for item in value] if isinstance(value, list) else value
 
 
 def assert_alike(found, golden, where=""):
-    """Compare texts, whole numbers and structure exactly, other numbers to one part in a thousand, as processors round differently."""
+    """Compare texts, integers and structure exactly, and other numbers to one part in a thousand, since processors round differently."""
     if isinstance(golden, dict):
         assert found.keys() == golden.keys(), where
         for name in golden:
@@ -182,7 +180,7 @@ def golden_of(config, model):
 
 @pytest.fixture
 def here(inputs, tmp_path, monkeypatch):
-    """Work in a folder of this test's own, with the inputs in it under relative names, which are part of the keys."""
+    """Work in a folder for this test, with the inputs under relative names, which are part of the keys."""
     for path in inputs.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
@@ -253,12 +251,12 @@ def test_later_commands_find_the_same(config, here, capsys):
     """`validate` computes the losses again, and `test` the scores."""
     main(arguments(config, "sdxl"))
     golden = renamed(golden_of(config, "sdxl")["problems"])
-    if config != "human_feedback":  # what a user has chosen has no loss
+    if config != "human_feedback":  # the user's choices have no loss
         capsys.readouterr()
         main(["validate", "--run", "run"])
         shown = [float(loss) for loss in re.findall(r"(?m)^(\d+\.\d+)  ", capsys.readouterr().out)]
         losses = [abs(problem["validation_loss"]) for problem in golden]
-        if config == "metric_guidance":  # which shows the metric, not its weighted loss
+        if config == "metric_guidance":  # shows the metric, not the weighted loss
             losses = [sum(problem["metric_after"]) / len(problem["metric_after"]) for problem in golden]
         assert_alike(sorted(shown), sorted(losses))
     main(["test", "--run", "run", "--scorer", "scorer"])

@@ -1,4 +1,4 @@
-"""The benchmark for a GPU works, as far as a CPU can tell, before there is one."""
+"""The GPU benchmark works, as far as a CPU can show."""
 
 import sys
 import time
@@ -27,7 +27,7 @@ def gpu():
 
 @pytest.fixture
 def call(gpu, monkeypatch, tmp_path, capsys):
-    """Runs the command in this process; gives its exit code and what it has printed."""
+    """Run the command in this process; return its exit code and output."""
 
     def main(*args):
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--folder", str(tmp_path), *args])
@@ -51,7 +51,7 @@ def test_tokenizers_have_as_many_tokens_as_the_published_ones_and_read_what_they
     tokenizer = getattr(memory, f"{kind}_tokenizer")()
     assert len(tokenizer) == len(tokenizer.get_vocab()) == size
     assert tokenizer.eos_token_id == end
-    tokens = torch.arange(600, size - 2)  # behind letters, bytes and what is special
+    tokens = torch.arange(600, size - 2)  # after letters, bytes and special tokens
     prompts = tokens[torch.randperm(len(tokens))[:4000]].view(-1, 8)
     _, survives = round_trip(tokenizer, prompts)
     assert survives.all()
@@ -81,7 +81,7 @@ def test_models_are_made_in_bfloat16_with_the_same_weights_each_time():
         said = model.encode_text(["a red dog"])
         assert said.isfinite().all()
         assert said.std() > 0
-        empty = memory.on_meta(build)  # of which memory is counted
+        empty = memory.on_meta(build)  # models whose memory is counted
         assert memory.weights(empty) == memory.weights(model)
 
 
@@ -106,7 +106,7 @@ def test_searches_and_plain_loops_are_measured(family, gpu, call, tmp_path, monk
 
 @pytest.fixture
 def bench(gpu):
-    """Measures on the CPU, with a CLIP in place."""
+    """Measure on the CPU, with a CLIP in place."""
     bench = gpu.Bench(tiny=True)
     with gpu.random_clip(bench.device, True):
         yield bench
@@ -213,12 +213,12 @@ def test_a_measurement_that_fails_leaves_the_others(gpu, bench, tmp_path, capsys
     assert "| CPU, tiny | large | weights | out of memory | out of memory | out of memory |" in gpu.table(
         "memory", rows
     )
-    gpu.run(bench, cells, tmp_path, minutes=5)  # tries again what may go better
+    gpu.run(bench, cells, tmp_path, minutes=5)  # retries what may succeed
     assert made == [*limits, "slow", "broken"]
 
 
 def test_a_search_that_is_cut_short_leaves_nothing_behind(gpu, bench, tmp_path, capsys):
-    bench.seconds = 60.0  # of which it gets one
+    bench.seconds = 60.0  # gets only one of them
     cells = [gpu.Cell("throughput", gpu.SD15, "PH2P", 1, bench.throughput)]
     assert gpu.run(bench, cells, tmp_path, minutes=5)
     assert "no time left of its 1 s" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Files of embeddings: every layout that people have, other tools' loaders, and pipelines that are left as they were."""
+"""Embedding files: all common layouts, other tools' loaders, and pipelines that stay unchanged."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ def embedding(backbone):
 
 
 def encoded(backbone, embedding):
-    """What is told for the text with the embedding in it."""
+    """Return the `prompt_embeds` of the text with the embedding in it."""
     vocabulary = backbone.vocabulary
     ids, others = encode_text(
         vocabulary.tokenizer, [TEXT.format(f"{x} {x}") for x in fillers(vocabulary.tokenizer)], vocabulary.length
@@ -46,18 +46,18 @@ def encoded(backbone, embedding):
 
 
 def test_file_is_read_again(backbone, embedding, tmp_path):
-    file = tmp_path / "fox.bin"  # what it is called does not count
+    file = tmp_path / "fox.bin"  # the name does not matter
     file.write_bytes(pack_embedding(embedding, backbone, "<fox>"))
     assert torch.equal(read_embedding(file, backbone), embedding)
 
 
 def comfy(tensors, key):
-    """Which tensor ComfyUI takes for an encoder: comfy/sd1_clip.py, load_embed, of its repository."""
+    """Return the tensor that ComfyUI takes for an encoder: comfy/sd1_clip.py, load_embed, in its repository."""
     return tensors["string_to_param"].values() if "string_to_param" in tensors else tensors.get(key, next(iter(tensors.values())))  # fmt: skip
 
 
 def automatic1111(tensors):
-    """What AUTOMATIC1111 takes: modules/textual_inversion/textual_inversion.py, create_embedding_from_data, of its repository."""
+    """Return the tensor that AUTOMATIC1111 takes: modules/textual_inversion/textual_inversion.py, create_embedding_from_data."""
     if "clip_g" in tensors and "clip_l" in tensors:
         return tensors
     assert len(tensors) == 1
@@ -145,7 +145,7 @@ def test_what_is_refused(tmp_path, capsys):
 
 
 def original(embeddings, path, **how):
-    """A file of the released code of arXiv 2208.01618: embedding_manager.py, save, of its repository."""
+    """Write a file like the released code of arXiv 2208.01618: embedding_manager.py, save, in its repository."""
     parameters = torch.nn.ParameterDict({name: torch.nn.Parameter(rows) for name, rows in embeddings.items()})
     torch.save({"string_to_token": dict.fromkeys(embeddings, torch.tensor(265)), "string_to_param": parameters}, path, **how)  # fmt: skip
     return path
@@ -153,7 +153,7 @@ def original(embeddings, path, **how):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_original_files(old, tmp_path, monkeypatch):
-    """Also those of torch before 2.0, whose ParameterDict had no list of its keys."""
+    """Includes files of torch before 2.0, whose ParameterDict had no list of its keys."""
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     rows = torch.randn(2, 32)
     if old:
@@ -174,7 +174,7 @@ def test_original_files(old, tmp_path, monkeypatch):
 
 
 def test_legacy_format(tmp_path):
-    """Of torch before 1.6: tensors are read, modules are not."""
+    """In files of torch before 1.6, tensors are read and modules are refused."""
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     rows, legacy = torch.randn(2, 32), {"_use_new_zipfile_serialization": False}
     torch.save({"string_to_param": {"*": rows}, "name": "fox"}, tmp_path / "fox.pt", **legacy)
@@ -184,7 +184,7 @@ def test_legacy_format(tmp_path):
 
 
 class Code:
-    """Leaves a mark where its pickle is run."""
+    """An object whose pickle leaves a mark when it is run."""
 
     def __init__(self, call, *args):
         self.call, self.args = call, args
@@ -218,7 +218,7 @@ def test_no_code_of_a_pickle_is_run(legacy, tmp_path):
     torch.load(file, weights_only=False)
     torch.save(touch, file)
     torch.load(file, weights_only=False)
-    assert mark.exists()  # the marks are left where code runs
+    assert mark.exists()  # executed code leaves its mark here
 
 
 def test_several_embeddings(tmp_path):
@@ -232,7 +232,7 @@ def test_several_embeddings(tmp_path):
     assert torch.equal(read_embedding(f"{file}#dog#1", backbone), dog)
     with pytest.raises(UserError, match=r"has no embedding 'cat', only 'dog#1', 'fox'; name one"):
         read_embedding(f"{file}#cat", backbone)
-    save_file({"emb_params": fox}, tmp_path / "a#b")  # a file's own name comes first
+    save_file({"emb_params": fox}, tmp_path / "a#b")  # a file named like this takes precedence
     assert torch.equal(read_embedding(tmp_path / "a#b", backbone), fox)
     with pytest.raises(UserError, match="holds one embedding, which has no name; leave out #fox"):
         read_embedding(f"{tmp_path}/a#b#fox", backbone)
@@ -275,7 +275,7 @@ def test_names_cannot_act_on_a_terminal(tmp_path, caplog):
         text = str(error.value)
         assert text.isprintable()
         assert len(text) < 1000
-    for name in names:  # all can be taken
+    for name in names:  # all can be used
         assert read_embedding(f"{tmp_path}/f\x1b[2J.safetensors#{name}", backbone).shape == (1, 32)
     assert all(line.isprintable() for line in caplog.text.splitlines())
 
@@ -287,7 +287,7 @@ def pipeline_of(folder):
 
 
 def told(pipeline, text):
-    """What a pipeline tells its denoiser, in our rows."""
+    """Return the `prompt_embeds` of a pipeline in this package's layout."""
     if isinstance(pipeline, diffusers.FluxPipeline | diffusers.StableDiffusion3Pipeline):
         more = {"prompt_3": None} if isinstance(pipeline, diffusers.StableDiffusion3Pipeline) else {}
         found = pipeline.encode_prompt(text, prompt_2=None, **more)
@@ -341,7 +341,7 @@ def test_pictures_of_diffusers_own_loader(tmp_path):
 
 
 def test_pictures_of_diffusers_own_loader_with_two_encoders(tmp_path):
-    """Which takes an encoder's tensor at a time."""
+    """The loader takes the tensor of one encoder at a time."""
     folder = families.save("sdxl", tmp_path)
     backbone, pipeline = load_backbone(str(folder), image_size=16), pipeline_of(folder)
     embedding = torch.randn(2, 80)
@@ -385,7 +385,7 @@ def test_pipeline_of_another_family(tmp_path):
 
 
 def test_what_a_pipeline_has_encoded_is_read(backbone, family, tmp_path):
-    """Under diffusers' names, padding masked; a batch is numbered."""
+    """Under diffusers' names, with masked padding; the items of a batch are numbered."""
     pipeline, texts = pipeline_of(family), ["a red cat", "two dogs beside a large tree"]
     said = [told(pipeline, text) for text in texts]
     tensors = {"prompt_embeds": torch.cat([hidden for hidden, _ in said]).contiguous()}

@@ -24,7 +24,9 @@ from lightning_prompts.metrics import Perplexity
 from lightning_prompts.metrics.words import all_words
 from lightning_prompts.sampling.figures import to_image, to_png
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command line silences them, pytest puts them back
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # warnings of libraries, which the command line silences and pytest restores
 
 RESULT_KEYS = {"schema_version", "method", "backbone", "seed", "settings", "versions", "problems"}
 PROBLEM_KEYS = {
@@ -35,7 +37,7 @@ PROBLEM_KEYS = {
 
 @pytest.fixture
 def fit(tiny, pictures, tmp_path):
-    """Runs `fit` on one picture in two steps; more arguments come last and win."""
+    """Run `fit` on one image for two steps; later arguments take precedence."""
 
     def run(*more, method="PEZ", images=pictures / "0.png"):
         args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", method]
@@ -57,7 +59,7 @@ def fit(tiny, pictures, tmp_path):
 
 
 def short_fit(backbone, run, tokens, images):
-    """The command of a search of two steps."""
+    """Return the command of a search with two steps."""
     args = ["fit", "--run", run, "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", backbone]
     args += ["--model.tokens", tokens, "--model.sampling_steps", 2, "--data.images", images]
     args += ["--model.lr", 0.01]  # so small that the two pictures' prompts do not become the same
@@ -66,7 +68,7 @@ def short_fit(backbone, run, tokens, images):
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A finished run on two pictures that no test changes."""
+    """Return a finished run on two images that no test changes."""
     folder = tmp_path_factory.mktemp("finished")
     for i, color in enumerate(("red", "blue")):
         Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
@@ -76,7 +78,7 @@ def finished(tiny, tmp_path_factory):
 
 @pytest.fixture
 def done(finished, tmp_path):
-    """A copy of it, to be changed."""
+    """Return a copy of the finished run that a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "done"))
 
 
@@ -89,7 +91,7 @@ def content(folder):
 
 
 def refused(capsys, *args, names):
-    """Runs a command that must be refused in one sentence that has these words."""
+    """Run a command that must be refused with one sentence that contains these words."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main([str(arg) for arg in args])
@@ -164,7 +166,7 @@ def test_caption_is_compared(fit, pictures):
 def test_clip_objective(fit):
     (problem,) = results(fit("--model.denoising_weight", "0", "--model.clip_weight", "1"))["problems"]
     assert problem["prompt"]
-    assert problem["unet_samples"] == 3 * 2  # of the scorings alone
+    assert problem["unet_samples"] == 3 * 2  # samples of scoring only
 
 
 def test_heldout_scorer(fit, tiny):
@@ -269,7 +271,7 @@ def test_predict_generates_an_image_per_seed(done):
     pixels = [
         np.asarray(Image.open(source), dtype=int) for source in (io.BytesIO(second), done / "pictures" / drawn[1])
     ]
-    assert abs(pixels[0] - pixels[1]).max() <= 1  # alone and in company, the last digits differ
+    assert abs(pixels[0] - pixels[1]).max() <= 1  # the last digits depend on the batch
 
 
 def png_header(path, width, height):
@@ -302,7 +304,7 @@ def spoil(path, how):
 
 @pytest.fixture
 def base(tiny, pictures, tmp_path):
-    """The arguments of a run that would be fine."""
+    """Return the arguments of a valid run."""
     args = [
         "fit",
         "--run",
@@ -548,7 +550,7 @@ def test_looking_at_a_run_needs_one(tmp_path, capsys, command):
 
 @pytest.mark.parametrize("how", ["cut short", "newer", "missing", "no folder", "file"])
 def test_a_record_that_cannot_be_read_is_named_and_nothing_changes(done, finished, tiny, capsys, how):
-    """Commands that write results would write less than was found."""
+    """Commands that write results would overwrite them with fewer results."""
     record = next((done / "problems").glob("*.json"))
     if how == "cut short":
         record.write_bytes(record.read_bytes()[:-20])
@@ -570,7 +572,7 @@ def test_a_record_that_cannot_be_read_is_named_and_nothing_changes(done, finishe
 
 @pytest.fixture
 def moved(tiny, tmp_path):
-    """A finished run on two pictures that may be changed, and their folder."""
+    """Return a finished run on two images that a test may change, and their folder."""
     folder = tmp_path / "images"
     folder.mkdir()
     for i, color in enumerate(("red", "blue")):
@@ -702,7 +704,7 @@ def test_mistake_leaves_a_folder_that_was_there(fit, pictures):
 
 @pytest.fixture(scope="module")
 def other(finished, tiny):
-    """A second finished run on one other picture."""
+    """Return a second finished run on one other image."""
     folder = finished.parent
     Image.new("RGB", (16, 16), "green").save(folder / "green.png")
     main(short_fit(tiny, folder / "other", 5, folder / "green.png"))
@@ -776,7 +778,7 @@ def test_mix_of_one_run_takes_its_first_two(finished, tmp_path):
 
 
 def test_mix_by_hand(finished, other, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("4 2\n"))  # and then the person leaves
+    monkeypatch.setattr("sys.stdin", io.StringIO("4 2\n"))  # then the user quits
     everyone, result = mixed(tmp_path / "mix", finished, other, more=["--choose", "hand", "--negative", "a cat"])
     assert (result["settings"]["choose"], result["settings"]["negative"]) == ("hand", "a cat")
     assert [entry["index"] for entry in result["prompts"]] == [4, 2]

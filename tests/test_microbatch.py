@@ -1,4 +1,4 @@
-"""Running out of memory: smaller calls, the same results."""
+"""When memory runs out, calls get smaller and results stay the same."""
 
 import logging
 
@@ -172,7 +172,7 @@ def test_an_infinite_gradient_leaves_the_value_finite():
 
 
 def test_gradients_do_not_vanish_in_half_precision():
-    """The gradient of a mean over 2^20 terms is below the least float16; that of their sum is not."""
+    """The gradient of a mean over 2^20 terms is below the smallest float16; that of their sum is not."""
     x = torch.full((1, 1), 0.5, dtype=torch.float16, requires_grad=True)
     steep = torch.full((1, 1), 0.5, requires_grad=True)
 
@@ -219,7 +219,7 @@ def test_sampling_continues_with_smaller_calls(tiny, monkeypatch, grad_steps):
     noise = torch.randn(2, 4, *module.backbone.latent_shape)
     expected = measured(module)
     limited = MetricGuidance(backbone=tiny, microbatch=8, **how)
-    seen = too_small(monkeypatch, limited.backbone, 4)  # with guidance two samples a picture
+    seen = too_small(monkeypatch, limited.backbone, 4)  # with guidance, two samples per image
     found = measured(limited)
     assert max(seen) == 16
     assert limited.microbatch.size == 2

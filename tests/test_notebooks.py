@@ -8,7 +8,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
-SHORTER = {  # in place of what is in a notebook, whose searches are of a length that shows something
+SHORTER = {  # replacements that shorten the searches of a notebook
     "metric_guidance": ('"fit", *config', '"fit", *config, "--model.steps", "5"'),
     "seed_invariance": ('"30"', '"6"'),
     "evolve_and_remove": ('"90"', '"10"'),

@@ -180,7 +180,7 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Work in a folder with some files, in which nothing else is left, and load no model."""
+    """Work in a folder with some files, check that nothing else is left in it, and load no model."""
     (tmp_path / "text.txt").write_text("a dog")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "list.csv").write_text("file\na.png\n")

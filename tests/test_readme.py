@@ -1,4 +1,4 @@
-"""Every command that the README and the docs show for train.py, run as it stands but for its length."""
+"""Every train.py command in the README and the docs runs, with shorter searches."""
 
 import io
 import os
@@ -32,18 +32,18 @@ PAGES = [
 
 
 def commands(page):
-    """The lines of a page's shell blocks, without comments."""
+    """Return the lines of a page's shell blocks, without comments."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)).replace("\\\n", " ")
     return [words for line in blocks.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def content(file):
-    """What the shell puts in place of `$(cat file)`."""
+    """Return what the shell substitutes for `$(cat file)`."""
     return Path(file[1]).read_text().rstrip("\n")
 
 
 def processes(args):
-    """Runs what begins several processes, two instead of many on one machine instead of four."""
+    """Run a command for several processes, with two instead of many, on one machine instead of four."""
     here = {"8": "2", "4": "1", "N": "0", "HOST": "localhost", "runs/big": f"runs/{args[0]}"}
     command = [sys.executable, *(here.get(word, word) for word in args)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -53,7 +53,7 @@ def processes(args):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder like the repository's root with pictures in it."""
+    """Create a folder like the repository's root, with images in it."""
     for name in ("benchmarks", "configs", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "photos").mkdir()
@@ -63,9 +63,9 @@ def place(tmp_path, monkeypatch):
     save_file({"<fox>": torch.randn(1, 128)}, tmp_path / "fox.safetensors")
     (tmp_path / "prompts.txt").write_text("a small dog on a red background\na bicycle on a crimson background\n")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # in place of a database, whose package is not among ours
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # instead of a database, whose package is not a dependency
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.stdin", io.StringIO())  # nobody answers
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # no input
     return tmp_path
 
 

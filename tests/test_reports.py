@@ -20,5 +20,5 @@ def test_a_package_that_is_not_installed_is_said_to_be_so(monkeypatch):
 
 def test_versions_import_nothing(monkeypatch):
     for package in reports._PACKAGES:
-        monkeypatch.setitem(sys.modules, package, None)  # now importing it fails
+        monkeypatch.setitem(sys.modules, package, None)  # makes its import fail
     assert versions()["torch"] == version("torch")

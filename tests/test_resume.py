@@ -17,7 +17,9 @@ from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.checkpoint import PromptCheckpoint, last_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command line silences them, pytest puts them back
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # warnings of libraries, which the command line silences and pytest restores
 
 METHODS = {
     "PEZ": [],
@@ -32,7 +34,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two pictures."""
+    """Create two images."""
     folder = tmp_path_factory.mktemp("images")
     for i, color in enumerate(("red", "blue")):
         Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
@@ -41,7 +43,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(tiny, images):
-    """The arguments of a search of six steps."""
+    """Return the arguments of a search with six steps."""
 
     def arguments(run, method="PEZ"):
         args = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", method.split()[0]]
@@ -54,7 +56,7 @@ def make(tiny, images):
 
 @pytest.fixture(scope="module")
 def whole(make, tmp_path_factory):
-    """The folder of an unbroken run of a method; no test changes it."""
+    """Return the folder of an uninterrupted run of a method; no test changes it."""
 
     @cache
     def run(method="PEZ"):
@@ -67,12 +69,12 @@ def whole(make, tmp_path_factory):
 
 @pytest.fixture
 def command(make, tmp_path):
-    """The arguments of a search in this test's own folder."""
+    """Return the arguments of a search in this test's own folder."""
     return lambda run, method="PEZ": make(tmp_path / run, method)
 
 
 def stopping(step, error=KeyboardInterrupt):
-    """A callback that saves after every step and stops the program after one of them."""
+    """Return a callback that saves after every step and stops the program after one of them."""
 
     class Stopping(PromptCheckpoint):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -92,7 +94,7 @@ def stop(monkeypatch, args, step):
 
 
 def steps_of(monkeypatch, args):
-    """The steps that a command takes, in order."""
+    """Return the steps that a command takes, in order."""
     taken = []
 
     class Counting(PromptCheckpoint):
@@ -107,7 +109,7 @@ def steps_of(monkeypatch, args):
 
 
 def found(run):
-    """The results without what differs between runs of the same."""
+    """Return the results without fields that differ between equal runs."""
     result = json.loads((Path(run) / "result.json").read_text())
     for problem in result["problems"]:
         del problem["seconds"]
@@ -125,7 +127,7 @@ def test_stopped_and_resumed_is_as_unbroken(command, whole, tmp_path, monkeypatc
     unbroken, broken = whole(method), tmp_path / "broken"
     assert stop(monkeypatch, command("broken", method), 3) == 130
     for record in (broken / "problems").glob("*.json"):
-        assert json.loads(record.read_text())["prompt"]  # the best so far is on disk
+        assert json.loads(record.read_text())["prompt"]  # the best prompt so far is on disk
     assert last_checkpoint(broken / "checkpoints") == checkpoints(broken)[-1]
     assert steps_of(monkeypatch, [*command("broken", method), "--ckpt_path", "last"]) == [3, 4, 5]
     assert found(broken) == found(unbroken)
@@ -147,7 +149,7 @@ def test_stopped_twice(command, whole, tmp_path, monkeypatch, caplog):
 def test_checkpoint_holds_the_prompts_alone(command, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken", "PH2P"), 3)
     paths = checkpoints(tmp_path / "broken")
-    assert len(paths) == 2  # older ones are removed
+    assert len(paths) == 2  # older checkpoints are removed
     for path in paths:
         assert path.stat().st_size < 100_000
         checkpoint = torch.load(path, weights_only=True)
@@ -188,7 +190,7 @@ FOREIGN = {
 
 @pytest.fixture(scope="module")
 def stopped_run(make, tmp_path_factory):
-    """The folder of a stopped run; no test changes it."""
+    """Return the folder of a stopped run; no test changes it."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         stop(patch, make(folder), 4)
@@ -196,7 +198,7 @@ def stopped_run(make, tmp_path_factory):
 
 
 def change(path, edit):
-    """Changes a checkpoint."""
+    """Change a checkpoint."""
     saved = torch.load(path, weights_only=True)
     edit(saved)
     torch.save(saved, path)
@@ -239,7 +241,7 @@ def test_other_pictures_are_refused(command, whole, tmp_path, monkeypatch, pictu
         main([*command("broken"), "--ckpt_path", "last", "--data.images", str(pictures / other)])
     assert stopped.value.code == 2
     assert told in capsys.readouterr().err
-    main(["test", "--run", str(tmp_path / "broken")])  # by the settings it was begun with
+    main(["test", "--run", str(tmp_path / "broken")])  # by the initial settings
     assert len(found(tmp_path / "broken")["problems"]) == 2
 
 
@@ -342,7 +344,7 @@ def test_picture_added_after_a_wave_that_ended_early_is_searched_whole(command, 
     assert grown[0]["prompt"] == first["prompt"]
     whole_one = found(whole())["problems"][1]
     assert grown[1]["unet_samples"] == whole_one["unet_samples"]
-    for name in ("initial_validation_loss", "validation_loss"):  # in other company, so the last digits differ
+    for name in ("initial_validation_loss", "validation_loss"):  # the batch differs, and with it the last digits
         assert grown[1][name] == pytest.approx(whole_one[name], rel=1e-5)
 
 
@@ -368,7 +370,7 @@ def test_what_failed_is_tried_again_when_asked_to(command, whole, tmp_path, monk
     main([*command("broken"), "--ckpt_path", "last", "--data.retry", "true"])
     assert not (tmp_path / "broken" / "failed.jsonl").exists()
     again, unbroken = found(tmp_path / "broken")["problems"], found(whole())["problems"]
-    for one, other in zip(again, unbroken, strict=True):  # in other company, so the last digits differ
+    for one, other in zip(again, unbroken, strict=True):  # the batch differs, and with it the last digits
         assert one["status"] == other["status"]
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)
 
@@ -430,6 +432,6 @@ def test_killed_at_any_time_leaves_prompts(command, whole, tmp_path):
         json.loads(path.read_text())
     main([*command("broken"), "--ckpt_path", "last"])
     pairs = zip(found(tmp_path / "broken")["problems"], found(whole())["problems"], strict=True)
-    for broken, unbroken in pairs:  # the killed run may have found better ones
+    for broken, unbroken in pairs:  # the killed run may have found better prompts
         assert broken["status"] in ("done", "not improved")
         assert broken["validation_loss"] <= unbroken["validation_loss"] + 1e-6

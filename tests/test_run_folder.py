@@ -16,7 +16,7 @@ from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import DPODiffResult, InversionResult, Problem
 from lightning_prompts.runs.result_files import write_results
 
-# Children that only write files; forked, so that a test does not wait for imports.
+# Child processes that only write files; forked, so that tests do not wait for imports.
 fork = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -209,7 +209,7 @@ def names(path):
 def test_a_disk_that_fills_in_mid_write_leaves_the_old_record_and_nothing_else(folder):
     folder.save(FULL)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # the kernel takes this much of a file, no more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # the kernel limits files to this size
     try:
         with pytest.raises(OSError, match="File too large"):
             folder.save(Problem(FULL.key, "x" * (3 << 20)))
@@ -287,7 +287,7 @@ def test_the_result_has_exactly_these_keys(folder):
 
 def test_results_of_another_method_stay_as_they_are(folder):
     folder.save(FULL)
-    other = RunFolder(folder.path)  # of whoever only wants the prompts
+    other = RunFolder(folder.path)  # for users who only need the prompts
     (record,) = other.records()
     assert record.result == asdict(FULL.result)
     other.save(record)
@@ -332,7 +332,7 @@ def test_a_run_that_found_a_mistake_before_its_search_can_be_begun_again(folder)
 def test_a_run_is_resumed_but_not_overwritten(folder, what):
     if what == "record":
         folder.save(FULL)
-    else:  # somebody else's
+    else:  # a file of the user
         folder.config.write_text("seed: 1\n")
         folder.problems.rmdir()
     with pytest.raises(UserError, match="already holds a run; give --ckpt_path last to resume it or another --run"):
@@ -352,7 +352,7 @@ def test_a_file_is_no_run_folder(tmp_path, resume):
 
 
 def test_a_folder_without_permission_is_the_users_mistake(tmp_path, monkeypatch):
-    def refuse(*args):  # not chmod, which stops nobody who runs the tests as root
+    def refuse(*args):  # not chmod, which has no effect for root
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "replace", refuse)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-SECONDS = 2.0  # of the lease in these tests
+SECONDS = 2.0  # lease of these tests
 HOLD = """
 import os, socket, sys, time
 from pathlib import Path
@@ -80,7 +80,7 @@ def held_for(folder):
         return time.monotonic() - began
 
 
-# The last filelock for Python 3.10 judges the lock of another machine by the file's time.
+# The last filelock for Python 3.10 checks the lock of another machine by the file's time.
 BY_OWN_CLOCK = pytest.mark.skipif(
     sys.version_info < (3, 11), reason="filelock judges by the file's time with Python 3.10"
 )
@@ -113,7 +113,7 @@ def test_one_that_has_the_number_of_a_dead_one_does_not_count(holder, tmp_path):
     process.wait()
     left = tmp_path / ".lock"
     assert f"pid={process.pid}\n" in left.read_text()
-    left.write_text(left.read_text().replace(f"pid={process.pid}\n", f"pid={os.getpid()}\n"))  # as this one
+    left.write_text(left.read_text().replace(f"pid={process.pid}\n", f"pid={os.getpid()}\n"))  # like this process
     assert held_for(tmp_path) < 1
 
 
@@ -173,7 +173,7 @@ def test_a_refused_command_leaves_nothing_but_what_was_there(tmp_path):
         folder.prepare(resume=False)
         folder.config.touch()
         folder.discard()
-        assert (folder.path / ".lock").exists()  # to the end
+        assert (folder.path / ".lock").exists()  # until the end
     assert not list(tmp_path.iterdir())
 
 
@@ -244,7 +244,7 @@ def test_commands_leave_a_folder_alone_that_another_process_holds(run, holder, t
         assert ("in use by" if args is mixed else message) in capsys.readouterr().err
     with pytest.raises(UserError, match=message):
         search("pez", {"images": fit[fit.index("--data.images") + 1], "backbone": "emoji"}, folder=folder)
-    main(["validate", "--run", str(folder)])  # which writes nothing
+    main(["validate", "--run", str(folder)])  # writes nothing
     assert contents(folder) == before
 
 

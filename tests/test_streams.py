@@ -1,4 +1,4 @@
-"""More problems than are searched at a time: each as if it were alone, in whatever company and after whatever interruption."""
+"""With more problems than fit into a batch, each result is the same as alone, for any batch and after any interruption."""
 
 import json
 import os
@@ -43,14 +43,14 @@ METHODS = {
     ],
 }  # fmt: skip
 INVERTERS = ("PEZ", "PH2P", "PH2P adam", "GCG")
-DEFAULT = ("PH2P adam",)  # killed in the default run; the others are slow
-ALIKE = ("PEZ", "PH2P adam", "GCG")  # `make test-exact` leaves them out: others make the same calls
+DEFAULT = ("PH2P adam",)  # killed in the default run; other tests of this kind are slow
+ALIKE = ("PEZ", "PH2P adam", "GCG")  # left out of `make test-exact`, since other tests make the same calls
 PROMPTS = ["a cat", "two dogs beside a large tree", "a red square"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Five pictures and three prompts."""
+    """Create five images and three prompts."""
     folder = tmp_path_factory.mktemp("inputs")
     for i in range(5):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -61,13 +61,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def beside_the_model(tiny, monkeypatch):
-    """The model has the same name each time, on which random draws hang, too: GCG's words are sometimes equally good."""
+    """Keep the model's name, which random draws depend on, since GCG's candidates sometimes have equal losses."""
     monkeypatch.chdir(Path(tiny).parent)
 
 
 @pytest.fixture(scope="module")
 def make(tiny, folder):
-    """The arguments of a search."""
+    """Return the arguments of a search."""
 
     def arguments(run, method, *extra, images=None):
         args = [
@@ -92,7 +92,7 @@ def make(tiny, folder):
 
 
 def found(run):
-    """The results, without what differs between runs of the same."""
+    """Return the results without fields that differ between equal runs."""
     problems = json.loads((Path(run) / "result.json").read_text())["problems"]
     for problem in problems:
         del problem["seconds"]
@@ -100,7 +100,7 @@ def found(run):
 
 
 def assert_alike(some, others):
-    """The same results, but for the last digits, which depend on the company in a call."""
+    """Compare results except for the last digits, which depend on the samples in a call."""
     for one, other in zip(some, others, strict=True):
         assert one.keys() == other.keys()
         for name in ("target", "key", "status", "prompt", "negative_prompt", "unet_samples", "words"):
@@ -110,7 +110,7 @@ def assert_alike(some, others):
 
 
 class Watched(PromptCheckpoint):
-    """Looks who is searched together, and stops the program after one of the steps."""
+    """Record which problems are searched together, and stop the program after one of the steps."""
 
     seen: list[list[tuple[str, int]]] = []  # noqa: RUF012
     stop = 0
@@ -149,7 +149,7 @@ def test_company_changes_nothing(method, make, tmp_path, watched):
 
 @pytest.mark.parametrize("method", ["GCG", pytest.param("PH2P adam", marks=pytest.mark.slow)])
 def test_who_is_finished_makes_room(method, make, tmp_path, watched):
-    """With patience they do not end at the same step, so that the wave's problems are at different steps."""
+    """With patience, problems end at different steps, so the problems of a batch are at different steps."""
     how = ("--data.steps", "12", "--model.patience", "2", "--model.tokens", "4")
     main(make(tmp_path / "all", method, *how))
     watched.seen.clear()
@@ -161,7 +161,7 @@ def test_who_is_finished_makes_room(method, make, tmp_path, watched):
 
 
 def marks(method):
-    """What decides when a test of a method runs."""
+    """Return the marks that decide when a test of a method runs."""
     exact = [] if method in ALIKE else [pytest.mark.exact]
     return exact if method in DEFAULT else [*exact, pytest.mark.slow]
 
@@ -172,7 +172,9 @@ def test_killed_at_any_step_is_as_unbroken(method, make, tmp_path, watched, roun
     how = ("--model.patience", str(patience), "--model.together", "2", "--model.microbatch", "3")
     main(make(tmp_path / "whole", method, *how))
     steps, whole = len(watched.seen), found(tmp_path / "whole")
-    for stop in (1, steps // 2, steps - 1) if method in INVERTERS else (steps // 2,):  # others have such tests, too
+    for stop in (
+        (1, steps // 2, steps - 1) if method in INVERTERS else (steps // 2,)
+    ):  # other methods have such tests, too
         run = tmp_path / str(stop)
         watched.seen.clear()
         watched.stop = stop
@@ -248,7 +250,7 @@ def test_what_has_failed_is_listed_and_searched_alone(make, folder, tmp_path, ca
     assert "Why 1 of 3 failed is in" in capsys.readouterr().out
     watched.seen.clear()
     main([*make(run, "PEZ", images=images), "--ckpt_path", "last"])
-    assert watched.seen == []  # it is known to be damaged
+    assert watched.seen == []  # it is recorded as damaged
     (images / "1.png").write_bytes(good)
     main([*make(run, "PEZ", images=images), "--ckpt_path", "last", "--data.retry", "true"])
     assert {target for wave in watched.seen for target, _ in wave} == {"1.png"}
@@ -265,7 +267,7 @@ def test_what_has_failed_is_listed_and_searched_alone(make, folder, tmp_path, ca
 
 
 def test_list_of_what_has_failed_can_be_given_back(make, folder, tmp_path):
-    """A file that was missing is searched when it is there; a broken line stays a failed entry and never becomes a prompt or file."""
+    """A missing file is searched once it exists; a broken line stays a failed entry and never becomes a prompt or file."""
     listed = tmp_path / "list.jsonl"
     lines = [{"file": str(folder / "0.png")}, {"file": "late.png", "caption": "a cat"}, {"nothing": 1}]
     listed.write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
@@ -312,7 +314,7 @@ def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own with one megabyte."""
+    """Create a file system with one megabyte."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
@@ -324,7 +326,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("method", ["PEZ", pytest.param("MetricGuidance", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up(method, make, small_disk, tmp_path, monkeypatch, capsys, caplog):
-    """The search goes on, says what it could not write, and can go on when there is room again."""
+    """The search continues, reports what it could not write, and can resume when there is space again."""
     how = ("--model.together", "2")
     main(make(tmp_path / "whole", method, *how))
 

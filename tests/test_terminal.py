@@ -24,7 +24,7 @@ def test_a_line_stays_a_line_and_acts_on_nothing(capsys):
     assert len(out.splitlines()) == 2
     assert all(char.isprintable() for line in out.splitlines() for char in line)
     assert out.endswith("\nsecond\n")
-    assert "error: forged" in out  # is shown, within its line
+    assert "error: forged" in out  # is printed within its line
 
 
 def test_other_characters_are_escaped_where_a_stream_has_none(monkeypatch):
@@ -52,7 +52,7 @@ def test_stream_that_is_gone_is_passed_over():
 @pytest.mark.parametrize("closed", ["pipe", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
 def test_search_ends_well_when_nobody_reads(closed, tiny, tmp_path):
-    """Names with escapes and newlines in an ASCII terminal that is closed after the first line, or a file on a full disk."""
+    """Names with escapes and newlines, in an ASCII terminal that closes after the first line, or with output to a full disk."""
     if closed == "full" and not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     name = "p\x1b[2J\nforged.png"

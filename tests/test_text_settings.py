@@ -1,4 +1,4 @@
-"""Texts reach the search as they were given, however much they look like YAML."""
+"""Texts reach the search unchanged, however much they look like YAML."""
 
 import json
 
@@ -23,12 +23,12 @@ NULLS = ("~", "# one", "&x", "")
 
 
 class Stopped(Exception):
-    """The settings are known."""
+    """Raised when the settings are parsed, to stop the program."""
 
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """The settings that a command comes to."""
+    """Return the settings that a command parses to."""
 
     def parse(*args):
         def stop(self):
@@ -80,7 +80,7 @@ def test_a_text_is_taken_as_it_stands(text, parsed, tmp_path):
 
 
 def finished(folder):
-    """A folder that looks like that of a run."""
+    """Create a folder that looks like a run folder."""
     (folder / "config.yaml").write_text(
         "model: {class_path: PEZ}\ndata: {class_path: ImagesToPrompts, init_args: {images: a.png}}\n"
     )

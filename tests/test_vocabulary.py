@@ -64,7 +64,7 @@ def ids_of(tokenizer, text):
 
 
 def reference(embeddings, table, allowed, metric):
-    """All differences in double precision."""
+    """Compute all differences in double precision."""
     x, rows = embeddings.double(), table.double()
     if metric == "cosine":
         allowed = allowed & (rows.norm(dim=-1) > 0)
@@ -209,7 +209,7 @@ def test_added_tokens_are_not_allowed(small, tmp_path):
 
 
 def test_mask_is_as_long_as_the_table(small):
-    """Rows without a token are not allowed; tokens without a row are not in it."""
+    """Rows without a token are not allowed; tokens without a row are not in the mask."""
     own = allowed_tokens(small)
     assert torch.equal(allowed_tokens(small, rows=len(small) + 28), torch.cat([own, torch.zeros(28, dtype=torch.bool)]))
     assert torch.equal(allowed_tokens(small, rows=len(small) - 90), own[:-90])
@@ -235,7 +235,7 @@ def test_text_without_an_embedding_is_refused(small):
 
 @pytest.mark.parametrize("name", ["flux-dev/tokenizer_2", "sd3/tokenizer_3"])
 def test_vocabulary_of_t5(name):
-    """32128 rows and 32100 tokens, of which none is the letter a."""
+    """T5 has 32128 rows and 32100 tokens, none of which is the letter a."""
     if not PUBLISHED.exists():
         pytest.skip(f"The published tokenizers are not at {PUBLISHED}")
     t5 = T5TokenizerFast.from_pretrained(PUBLISHED / name)
@@ -373,7 +373,7 @@ def test_encode_text_never_cuts(small):
 
 
 def check_template(tokenizer, template, rows, length):
-    """Word-final tokens put at the positions are what the tokenizer reads in the filled template."""
+    """Check that word-final tokens at the positions are the tokens of the filled template."""
     ids, positions = template_ids(tokenizer, template, rows.shape[1])
     assert ids.shape == (length,)
     assert positions.shape == rows.shape[1:]
@@ -452,8 +452,8 @@ def test_clip_allowed_tokens(clip, clip_allowed):
     blocked = allowed_tokens(clip, blocked=[f"word{i}" for i in range(400)] + ["nude", "gun"])
     seconds = time.perf_counter() - start
     print(f"mask in {seconds:.2f} s, {int(clip_allowed.sum())} tokens")
-    assert seconds < 15  # 2 s where nothing else runs
-    assert 34_000 < int(clip_allowed.sum()) < 34_303  # which survive alone, specials and invisible ones included
+    assert seconds < 15  # 2 s on an idle machine
+    assert 34_000 < int(clip_allowed.sum()) < 34_303  # tokens that survive alone, including special and invisible ones
     tokens = clip.convert_ids_to_tokens(range(49408))
     assert all(tokens[i].endswith("</w>") for i in clip_allowed.nonzero().flatten().tolist())
     assert not clip_allowed[
@@ -489,7 +489,7 @@ def test_clip_projection(clip_allowed):
     found = nearest_tokens(embeddings, table, clip_allowed)
     seconds = time.perf_counter() - start
     print(f"16 embeddings in {seconds * 1000:.0f} ms")
-    assert seconds < 10  # 0.2 s where nothing else runs
+    assert seconds < 10  # 0.2 s on an idle machine
     assert torch.equal(found, reference(embeddings, table, clip_allowed, "euclidean"))
     assert torch.equal(
         nearest_tokens(embeddings, table, clip_allowed, "cosine"), reference(embeddings, table, clip_allowed, "cosine")

@@ -1,4 +1,4 @@
-"""Nothing in a step of an inverter, or in drawing, makes the host wait for the device."""
+"""No step of an inversion method, and no sampling of images, makes the host wait for the device."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -17,14 +17,12 @@ from lightning_prompts.runs.record import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-DEVICE = torch.device(
-    "meta"
-)  # whose tensors have no content: to look at one, as a GPU would make us wait for it, raises
+DEVICE = torch.device("meta")  # tensors without content: reading one, for which a GPU would have to wait, raises
 PROBLEMS = [Problem("a", "a red cat"), Problem("b", "two dogs")]
 
 
 class Copies(TorchDispatchMode):
-    """Notes copies to the device that wait until it has done all else: all but those that are said not to."""
+    """Record copies to the device that wait for it, which are all but those marked non-blocking."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +41,7 @@ class Copies(TorchDispatchMode):
 
 
 def wave(module, monkeypatch):
-    """Makes two problems, at different steps, the wave of a module that is on the device."""
+    """Make two problems, at different steps, the batch of a method on the device."""
     module.to(DEVICE)
     module.batch.rows = [Row(PROBLEMS[0], steps=1), Row(PROBLEMS[1], steps=2, halvings=1)]
     module.batch.skipped = torch.zeros(2, dtype=torch.long, device=DEVICE)
@@ -52,7 +50,7 @@ def wave(module, monkeypatch):
     optimizer = module.configure_optimizers()
     monkeypatch.setattr(module, "optimizers", lambda: optimizer)
     monkeypatch.setattr(module, "manual_backward", lambda loss: loss.backward())
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # which this device does not know
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # not supported by this device
     timesteps = torch.randint(1000, (2, 3))
     return Step([1, 2], timesteps), torch.arange(2)
 

@@ -7,7 +7,7 @@ from hub import Hub
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """An empty download folder."""
+    """Use an empty download folder."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     return tmp_path / "hub"
@@ -15,7 +15,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, cache):
-    """A hub without models."""
+    """Start a hub without models."""
     hub = Hub()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"

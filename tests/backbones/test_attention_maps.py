@@ -100,7 +100,7 @@ def test_looking_changes_nothing(backbone, monkeypatch):
     denoise = backbone.denoise
     monkeypatch.setattr(backbone, "denoise", lambda *args: shown.append(denoise(*args)))
     backbone.attention_maps(*given)
-    assert torch.equal(shown[0], expected)  # while it is looked at
+    assert torch.equal(shown[0], expected)  # while it is recorded
     assert torch.equal(denoise(*given), expected)
     assert hooks(backbone) == count
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())

@@ -67,7 +67,7 @@ def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
     plain = load_backbone(folders[family], image_size=16)
     assert not torch.allclose(plain.encode_text(TEXTS), prompt, atol=1e-3)
     assert torch.equal(plain.encode_text(["dark"], negative=True), plain.encode_text(["dark"]))
-    if family == "lcm":  # whose sampler adds noise
+    if family == "lcm":  # its sampler adds noise
         return
     noise = torch.randn(2, *backbone.latent_shape)
     how = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16, "output_type": "pt"}

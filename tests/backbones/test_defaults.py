@@ -87,7 +87,7 @@ def test_use_attention_mask(family, mask, tmp_path):
     as_the_pipeline(backbone, pipeline)
     found = backbone.encode_text(TEXTS)
     assert torch.allclose(found, plain, atol=1e-4) == (not mask or family not in ("sd1", "sd2"))
-    texts = ["a red cat", "! a !"] if family in ("sd1", "sd2") else ["a red cat"]  # which sd2 pads with
+    texts = ["a red cat", "! a !"] if family in ("sd1", "sd2") else ["a red cat"]  # the padding of sd2
     ids = encode_text(backbone.vocabulary.tokenizer, texts, backbone.vocabulary.length)
     expected = backbone.encode_text(texts)
     torch.testing.assert_close(backbone.encode(ids, backbone.vocabulary.table[ids]), expected, atol=1e-5, rtol=1e-5)

@@ -48,7 +48,7 @@ def backbone(folder):
 def sigma_of(scheduler, timestep):
     """Return the row of diffusers' descending table for an ascending training timestep."""
     config, count = scheduler.config, scheduler.config.num_train_timesteps
-    last = count if isinstance(scheduler, diffusers.EDMEulerScheduler) else count - 1  # Euler's table has one row more
+    last = count if isinstance(scheduler, diffusers.EDMEulerScheduler) else count - 1  # Euler's table has one more row
     share = (count - 1 - timestep) / last
     low, high = config.sigma_min, config.sigma_max
     if config.sigma_schedule == "exponential":
@@ -57,7 +57,7 @@ def sigma_of(scheduler, timestep):
 
 
 def test_preconditioning_is_the_papers(backbone, scheduler):
-    """Table 1, number by number; F is the network and D the denoiser."""
+    """Compares with table 1, number by number; F is the network and D the denoiser."""
     backbone.double()
     data, sign = scheduler.config.sigma_data, -1 if scheduler.config.prediction_type == "v_prediction" else 1
     most = backbone.num_train_timesteps
@@ -172,7 +172,7 @@ def test_methods_search_it(tmp_path):
     how = {"backbone": load_backbone(folder, image_size=16), "sampling_steps": 3, "device": "cpu"}
     found = invert(tmp_path / "p.png", method="ph2p", steps=3, samples=2, validation_samples=4, tokens=2, **how)
     assert found.prompt
-    assert 0 < found.record.validation_loss < 2  # against a target of variance 1 at most, as these latents vary little
+    assert 0 < found.record.validation_loss < 2  # with a target of variance 1 at most, since these latents vary little
     moved = guide("a red cat", Sharpness(), steps=3, seeds=2, unconditional=True, **how)
     assert moved.record.validation_loss <= moved.record.initial_validation_loss
     assert moved.negative_prompt_embeds.isfinite().all()

@@ -18,7 +18,7 @@ from lightning_prompts.errors import UserError
 
 @pytest.fixture(scope="module", params=families.BUILD)
 def family(request, tmp_path_factory):
-    """The name of a family and its folder."""
+    """Return the name of a family and its folder."""
     return request.param, families.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -117,7 +117,7 @@ def test_gradient_to_the_encoded_prompt(backbone, family):
     direction = torch.randn_like(x) * x.std() * (x != 0).any(2, keepdim=True)  # zeros are PixArt's padding
     eps, tolerance = (
         (1e-4, 1e-5) if family[0] in ("sd1", "sd2", "lcm") else (1e-2, 1e-2)
-    )  # float32 within the others' schedulers
+    )  # the other schedulers use float32 internally
     assert (gradient * direction).sum().item() == pytest.approx(slope(value, x, direction, eps), rel=tolerance)
     hidden, pooled = backbone.split(gradient)
     assert hidden.abs().sum() > 0
@@ -160,7 +160,7 @@ def test_noise_target_and_x0(backbone):
     timesteps = torch.tensor([10, 500, 999])
     noisy, target = backbone.add_noise(latents, noise, timesteps), backbone.target(latents, noise, timesteps)
     torch.testing.assert_close(backbone.predict_x0(noisy, target, timesteps), latents)
-    scale = 1 / backbone.scheduler.config.get("sigma_data", 1.0)  # EDM shows the denoiser latents of variance 1
+    scale = 1 / backbone.scheduler.config.get("sigma_data", 1.0)  # EDM gives the denoiser latents of variance 1
     first = backbone.add_noise(latents, noise, torch.tensor([0] * 3))
     torch.testing.assert_close(first, scale * latents, atol=0.2, rtol=0)
 
@@ -209,7 +209,7 @@ def test_half_precision(family):
     assert x.grad.abs().sum() > 0
 
 
-# What is refused
+# Refused models
 
 
 def spoil(family, change):
@@ -390,7 +390,7 @@ def test_another_scheduler(family):
     if name in ("sd3", "flux", "flux-schnell"):
         fits, other = "FlowMatchHeunDiscreteScheduler", "EDMEulerScheduler"
     if name == "flux":
-        fits = "FlowMatchEulerDiscreteScheduler"  # the only one that shifts its noise levels by the size of the image
+        fits = "FlowMatchEulerDiscreteScheduler"  # the only family that shifts its noise levels by the image size
     elif name == "playground":
         fits, other = "EDMEulerScheduler", "EulerDiscreteScheduler"
     backbone = load_backbone(str(folder), scheduler=fits, image_size=16)

@@ -26,7 +26,7 @@ def refused(match, name="owner/model", **how):
     families.refused(match, name, **how)
 
 
-OTHERS = [  # other precisions, pickles, what is not read
+OTHERS = [  # other precisions, pickles and further files that are not read
     "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors",
     "v1-5-pruned.safetensors", "text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors", "README.md",
 ]  # fmt: skip
@@ -94,7 +94,7 @@ def test_revisions(hub, published, sd1, sd2):
     refused("has no revision", revision="0" * 40)
 
 
-# Its answers
+# Answers of the hub
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ def test_model_that_is_no_pipeline(hub, language_model, cache):
 
 
 def test_transfer_that_breaks_off(hub, published, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts
     hub.broken = "unet/diffusion_pytorch_model.safetensors"
     refused(r"The download of the model 'owner/model' was interrupted \(\w+\); check the connection and run again")
-    # Old versions of huggingface_hub do not look whether all is there; then the loader does.
+    # Old versions of huggingface_hub do not check for missing files; then the loader does.
     incomplete = r"has not been downloaded completely|has no unet/diffusion_pytorch_model\.safetensors; download"
     refused(incomplete, offline=True)
     refused(incomplete, offline=True, revision=published)
@@ -183,7 +183,7 @@ def test_disk_that_is_full_in_the_middle(hub, published, monkeypatch):
     load_backbone("owner/model")
 
 
-# Fetching before
+# Prefetching
 
 
 def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
@@ -308,7 +308,7 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
 
 @pytest.fixture(scope="module", params=families.BUILD)
 def family(request, tmp_path_factory):
-    """The folder of each family."""
+    """Return the folder of each family."""
     return families.save(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -472,7 +472,7 @@ def test_only_what_is_read_is_fetched_of_variants(hub, sd1, full, half, tmp_path
 
 def test_variant_that_was_not_downloaded_completely(hub, sd1, tmp_path, monkeypatch):
     hub.push("owner/model", as_variant(shutil.copytree(sd1, tmp_path / "model"), shards="60KB"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the tries
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts
     hub.broken = "text_encoder/model.fp16-00002-of-00002.safetensors"
     refused("was interrupted")
     hub.broken = None

@@ -41,7 +41,7 @@ def computed(backbone):
 def test_gives_the_same(folder, how, monkeypatch):
     """Unloaded weights are NaN here, so that any computation with them would show.
 
-    Tables of embeddings are left alone: they are looked up where they are.
+    Embedding tables are left alone, because they are looked up where they are.
     """
     there, tables = set(), set()
 

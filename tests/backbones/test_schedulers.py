@@ -13,7 +13,7 @@ from lightning_prompts.backbones.schedulers import EXCHANGEABLE
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TEXTS = ["a red square on a blue background", "two dogs and a Cat"]
-OWN = {  # as they are published, what is stated and no more
+OWN = {  # as published, with only the stated values
     "sd15": {
         "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
         "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
@@ -72,7 +72,9 @@ PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_v
 def test_is_what_diffusers_makes_of_the_pipelines(name, case):
     folder, pipeline, own = case
     expected = getattr(diffusers, name).from_config(own.config)
-    if not torch.allclose(own.alphas_cumprod, expected.alphas_cumprod, atol=1e-6):  # it knows no zero terminal SNR
+    if not torch.allclose(
+        own.alphas_cumprod, expected.alphas_cumprod, atol=1e-6
+    ):  # it does not support zero terminal SNR
         assert own.config.get("rescale_betas_zero_snr")
         refused(f"{name}' would change the noise levels or the prediction type", folder, scheduler=name)
         return
@@ -103,7 +105,7 @@ def test_own_scheduler_is_the_pipelines(case):
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "pixart"])
 def test_keys_that_a_scheduler_does_not_state_have_the_pipelines_values(kind, family, tmp_path):
-    """Stable Diffusion's pipeline corrects `clip_sample` and `steps_offset`, the others do not."""
+    """Stable Diffusion's pipeline corrects `clip_sample` and `steps_offset`; other pipelines do not."""
     folder = with_scheduler(families.save(family, tmp_path), {"_class_name": kind})
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)

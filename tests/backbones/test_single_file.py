@@ -118,13 +118,13 @@ def original(family, folder, layers=1):
     weights = {f"model.diffusion_model.{unet_key(key, layers)}": value for key, value in unet.items()}
     weights |= {f"first_stage_model.{key}": value for key, value in (vae_weight(*item) for item in vae.items())}
     weights |= TEXTS[family](folder)
-    weights |= {"model_ema.decay": torch.ones(1), "alphas_cumprod": torch.ones(1000)}  # what is there and not read
+    weights |= {"model_ema.decay": torch.ones(1), "alphas_cumprod": torch.ones(1000)}  # present, but not read
     return {key: value.contiguous() for key, value in weights.items()}
 
 
 @pytest.fixture(scope="module", params=TEXTS)
 def model(request, tmp_path_factory):
-    """A family's name, its folder, the same without weights, and the same in a file."""
+    """Return a family's name, its folder, the same without weights, and the same in one file."""
     place = tmp_path_factory.mktemp(request.param)
     folder = families.save(request.param, place)
     config = shutil.copytree(folder, place / "config", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -164,7 +164,7 @@ def test_file_is_the_folder(model, dtype):
 
 def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request, capsys, tmp_path):
     family, folder, _, file = model
-    if family == "sd2":  # which has to say what it predicts
+    if family == "sd2":  # must state its prediction type
         file = tmp_path / "file.safetensors"
         save_file(load_file(model[3]), file, {"modelspec.architecture": "stable-diffusion-v2-768-v"})
     monkeypatch.setitem(SHORT_NAMES, SHORT[family], "owner/model")
@@ -182,7 +182,7 @@ def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request
     forget_connections()
     attempts = request.getfixturevalue("attempts")
     same(load_backbone(str(file), offline=True), load_backbone(str(folder)))
-    # As old versions of huggingface_hub do not look whether all is there, the loader does.
+    # Old versions of huggingface_hub do not check for missing files, so the loader does.
     incomplete = r"has not been downloaded completely|has no text_encoder/model\.safetensors; download"
     refused(incomplete, "owner/model", offline=True)
     assert not attempts
@@ -209,7 +209,7 @@ def test_configuration_of_another_model(model, hub, tmp_path):
         )
 
 
-# What is refused
+# Refused files
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_denoisers_of_more_than_latents(keys, channels, kind, tmp_path):
     "name", ["model.ckpt", "model.txt", "short.safetensors", "empty.safetensors", "folder", "none.safetensors"]
 )
 def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts):
-    """One sentence and exit code 2."""
+    """Each gives one sentence and exit code 2."""
     path = tmp_path / name
     if name == "folder":
         path.mkdir()
@@ -357,7 +357,7 @@ def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts
     assert name in error
 
 
-# What the weights predict
+# Prediction types
 
 
 def stated(model, tmp_path, keys=(), metadata=None):
@@ -477,9 +477,12 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
         found = load_backbone(str(file))
         assert found.prediction_type == prediction
         same(found.denoiser, load_backbone(str(folders[short])).denoiser)
-    for name, kind in (("sd21", "v_prediction"), ("sd21-base", "epsilon")):  # what is given goes before a guess
+    for name, kind in (
+        ("sd21", "v_prediction"),
+        ("sd21-base", "epsilon"),
+    ):  # a given value takes precedence over a guess
         assert load_backbone(str(file), config=name).prediction_type == kind
-    save_file(weights, file, {"modelspec.prediction_type": "epsilon"})  # and what is stated before both
+    save_file(weights, file, {"modelspec.prediction_type": "epsilon"})  # and a stated value over both
     assert load_backbone(str(file)).prediction_type == "epsilon"
     assert load_backbone(str(file), config="sd21").prediction_type == "epsilon"
 

@@ -443,7 +443,7 @@ def test_gradient_steps_keep_no_activations(backbone, monkeypatch):
     assert (len(calls), len(steps)) == (5, 5)
     latents.sum().backward()
     assert (len(calls), len(steps)) == (7, 5)
-    assert backbone.scheduler.num_inference_steps is None  # what holds the graph is gone with the call
+    assert backbone.scheduler.num_inference_steps is None  # the graph is freed after the call
 
 
 @pytest.mark.parametrize("sampler", ["PNDM", "DDIM", "HeunDiscrete", "LMSDiscrete"])

@@ -24,7 +24,7 @@ FEW = {"sampling_steps": 2, "sample_every": 0}
 
 @pytest.fixture
 def copied(tiny, tmp_path):
-    """The weights of the tiny model's CLIP in another folder, as float16."""
+    """Copy the weights of the tiny model's CLIP to another folder as float16."""
     folder = shutil.copytree(f"{tiny}/clip", tmp_path / "another")
     CLIPModel.from_pretrained(folder).half().save_pretrained(folder)
     return str(folder)
@@ -32,7 +32,7 @@ def copied(tiny, tmp_path):
 
 @pytest.fixture
 def other(tiny, tmp_path):
-    """A CLIP of the same shape with other weights."""
+    """Create a CLIP of the same shape with other weights."""
     folder = shutil.copytree(f"{tiny}/clip", tmp_path / "other")
     torch.manual_seed(1)
     CLIPModel(CLIPModel.from_pretrained(folder).config).save_pretrained(folder)

@@ -30,7 +30,7 @@ def search(tiny, pictures, tmp_path):
 
 
 def shown(folder):
-    """The tags of a folder's TensorBoard events."""
+    """Return the tags of a folder's TensorBoard events."""
     events = EventAccumulator(str(folder)).Reload()
     return {
         "images": set(events.Tags()["images"]),
@@ -123,7 +123,7 @@ def test_logger_whose_package_is_missing_is_named(search, tmp_path, capsys):
     ],
 )
 def test_text_is_shown_as_it_stands(text):
-    """With the package and the extensions that TensorBoard renders Markdown with."""
+    """Renders with the package and the extensions that TensorBoard uses for Markdown."""
     rendered = markdown.markdown(
         f"0.png: {escaped_markdown(text)}", extensions=["markdown.extensions.tables", "markdown.extensions.fenced_code"]
     )

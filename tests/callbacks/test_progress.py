@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def search(tiny, pictures, tmp_path):
-    """Runs a search of some steps and gives the trainer and the problems."""
+    """Run a search of some steps; return the trainer and the problems."""
 
     def run(logger=False, raises=None, **settings):
         class Broken(PEZ):
@@ -43,7 +43,7 @@ def test_terminal_shows_step_and_newest_prompt(search, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     problems = search()
     shown = terminal.getvalue()
-    assert "12/12" in shown  # three pictures, four steps each
+    assert "12/12" in shown  # three images, four steps each
     assert any(f"{problem.validation_loss:.5f} {problem.prompt}" in shown for problem in problems)
 
 
@@ -81,7 +81,7 @@ def test_terminal_is_left_as_it_was(search, monkeypatch):
 def test_samples_and_prompts_are_in_tensorboard_while_it_runs(search, pictures, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.raises(RuntimeError, match="broken"):  # so nothing comes from the end of the run
+    with pytest.raises(RuntimeError, match="broken"):  # so that nothing is written at the end of the run
         search(logger=pl.loggers.TensorBoardLogger(tmp_path / "log", name="", version=""), raises=3, sample_every=1)
     events = EventAccumulator(str(tmp_path / "log")).Reload()
     drawn = events.Images("samples")

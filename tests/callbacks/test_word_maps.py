@@ -29,7 +29,7 @@ TARGETS = Path(__file__).parents[2] / "benchmarks" / "targets" / "development"
 
 
 def slowly(backbone, prompt, latents, noise, positions):
-    """One sample at a time, the share and its mean as they are defined."""
+    """Compute the share and its mean by their definition, one sample at a time."""
     maps = 0
     for t, eps in zip(validation_timesteps(len(noise), 250, 750), noise, strict=True):
         noisy = backbone.add_noise(latents[None], eps[None], t[None])
@@ -84,13 +84,13 @@ def test_heat_is_laid_over_the_target():
     picture = word_map_grid([target, target], [maps[1:], maps], ["a", "b"], [["one"], ["one", "two"]])
     assert picture.size == (3 * 104, 2 * 116)
     pixels = np.asarray(picture).astype(int)
-    assert (pixels[60, 52] == 128).all()  # the target as it is
+    assert (pixels[60, 52] == 128).all()  # the unchanged target
     without, above, below = pixels[116 + 20, 104 + 52], pixels[116 + 20, 208 + 52], pixels[116 + 90, 208 + 52]
     assert (without == below).all()
     assert len(set(without.tolist())) == 1
     assert np.abs(above - HEAT).max() < 20
-    assert (pixels[20, 104 + 52] == above).all()  # each row has its own full heat
-    assert (pixels[:116, 208:] == 255).all()  # a shorter prompt leaves white
+    assert (pixels[20, 104 + 52] == above).all()  # each row has its own maximum
+    assert (pixels[:116, 208:] == 255).all()  # a shorter prompt leaves white space
 
 
 def test_a_map_that_is_zero_everywhere_shows_no_heat():
@@ -101,7 +101,7 @@ def test_a_map_that_is_zero_everywhere_shows_no_heat():
 
 
 def test_words_light_what_they_name():
-    """On the embedded model: the object's word where the picture is not the background, the colour's word around it."""
+    """On the embedded model, the object's word lights up on the object, the color's word around it."""
     backbone = load_backbone("emoji")
     tower, words = backbone.text_encoders[0], json.loads((TARGETS / "words.json").read_text())
     for file in ("002.png", "005.png", "007.png"):

@@ -76,7 +76,7 @@ def test_verdict_on_a_share_accounts_for_chance():
 
 
 def test_signal_to_noise_of_known_gradients():
-    """Independent samples gain the square root of their number; what differs between strata costs single samples only."""
+    """The ratio grows with the square root of the number of independent samples; differences between strata lower only single samples'."""
     draw = torch.Generator().manual_seed(0)
     mean = torch.zeros(1000)
     mean[0] = 10.0
@@ -121,12 +121,12 @@ def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monke
         sizes.append(len(noisy))
         if len(noisy) > 4:
             raise torch.OutOfMemoryError
-        time.sleep(0.01)  # as long for any number of samples
+        time.sleep(0.01)  # the same time for any number of samples
         return denoise(noisy, *args)
 
     monkeypatch.setattr(method.backbone, "denoise", limited)
     assert fastest_microbatch(method, (0, 1000), 0, 64)[0] == 4
-    assert max(sizes) == 8  # nothing larger is tried
+    assert max(sizes) == 8  # no larger size is tried
     assert fastest_microbatch(method, (0, 1000), 0, 2)[0] == 2
 
 
@@ -181,7 +181,7 @@ def test_without_captions_the_words_of_the_clip_are_used(tiny, pictures, tmp_pat
 
 
 def test_a_model_that_does_not_read_its_prompt_fails(tiny, pictures, tmp_path, capsys):
-    """The denoiser's cross-attention gives nothing, as where a text encoder's output does not arrive."""
+    """The denoiser's cross-attention returns zeros, as if the text encoder's output did not arrive."""
 
     broken = shutil.copytree(tiny, tmp_path / "broken")
     weights = broken / "unet" / "diffusion_pytorch_model.safetensors"

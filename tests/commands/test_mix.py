@@ -60,7 +60,7 @@ def test_joint_similarity_needs_both_targets_in_one_image():
     )
     assert joint_similarity(Pixels(), one, [torch.cat([one, other]), one])[1] == pytest.approx(
         0.5
-    )  # of several pictures, the mean
+    )  # the mean over several images
 
 
 def test_sheet_begins_new_lines():

@@ -101,7 +101,7 @@ def test_unknown_fit_is_refused(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
 def test_exif_orientation_is_applied(tmp_path, suffix):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown a quarter turn clockwise
+    exif[0x0112] = 6  # displayed after a quarter turn clockwise
     path = tmp_path / f"a.{suffix}"
     halves(32, 16).save(path, exif=exif)
     image = load_image(path, 32, "pad")  # red above blue, white at both sides
@@ -335,10 +335,12 @@ def test_truncated_file(tmp_path, suffix, part):
     refused(f"a.{suffix}' is damaged or cut short", load_image, path, 64)
 
 
-@pytest.mark.parametrize("side", [7072, 10_000, 60_000])  # just too many; more than Pillow warns of; than it opens
+@pytest.mark.parametrize(
+    "side", [7072, 10_000, 60_000]
+)  # just too many; more than Pillow's warning; more than its limit
 def test_too_many_pixels_are_not_decoded(tmp_path, side):
     limit = Image.MAX_IMAGE_PIXELS
-    path = png_header(tmp_path / "a.png", side, side)  # decoding it would say that it is damaged
+    path = png_header(tmp_path / "a.png", side, side)  # decoding it would report damage
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", module="PIL")  # as commands and calls do

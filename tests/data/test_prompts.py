@@ -16,7 +16,7 @@ def test_prompts_from_all_kinds_of_lists(tmp_path):
     table.write_text('name,prompt\nx,"a cat, sleeping"\ny,a dog\n')
     lines.write_text('{"prompt": "a fox"}\n\n{"prompt": "a dog", "more": 1}\n')
     found = read_prompts([str(text), "an  owl", str(table), str(lines)])
-    assert found == ["a café", "a dog", "an owl", "a cat, sleeping", "a fox"]  # each once, spaces made one
+    assert found == ["a café", "a dog", "an owl", "a cat, sleeping", "a fox"]  # without duplicates, spaces merged
 
 
 @pytest.mark.parametrize(

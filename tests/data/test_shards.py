@@ -36,7 +36,7 @@ def archive(path, members, **options):
                 info.size, info.mtime = (
                     len(data),
                     time.time(),
-                )  # not whole seconds, for which PAX has a header of its own
+                )  # not whole seconds, so PAX needs a header of its own
             tar.addfile(info, io.BytesIO(data or b""))
             end = file.tell()
             places.append((end - -(-info.size // 512) * 512, end - -info.size % 512, end))
@@ -63,7 +63,7 @@ def one_sentence(text):
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_samples_of_a_shard(tmp_path, format):
-    long = "a/" * 40 + "x" * 90  # more than the 100 bytes that a header has for a name
+    long = "a/" * 40 + "x" * 90  # more than the 100 bytes for a name in a header
     samples = {
         "0001": {"jpg": b"x", "txt": b" a cat \n", "json": b'{"caption": "not this"}'},
         "0000": {"PNG": b"x", "json": json.dumps({"caption": "ein Bär", "width": 3}).encode()},
@@ -366,7 +366,7 @@ def test_a_size_that_is_none_ends(tmp_path, size, name):
     archive(path, [("a.png", encoded(0)), ("b.txt", b"x"), ("b.png", b"")], format=tarfile.GNU_FORMAT)
     data = bytearray(path.read_bytes())
     start = data.index(name)
-    data[start + 124 : start + 136] = (size % 2**96 | 2**95).to_bytes(12, "big")  # as GNU writes what needs more
+    data[start + 124 : start + 136] = (size % 2**96 | 2**95).to_bytes(12, "big")  # as GNU tar writes longer names
     data[start + 148 : start + 156] = b" " * 8
     data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
     path.write_bytes(data)
@@ -396,7 +396,7 @@ def test_a_shard_is_looked_through_once(tmp_path, monkeypatch):
     passes = []
     members = shards._members
     monkeypatch.setattr(shards, "_members", lambda tar: passes.append(1) or members(tar))
-    shards._index.cache_clear()  # as in a process that begins
+    shards._index.cache_clear()  # as in a new process
     for _ in range(5):
         for seed in range(3):
             assert np.array_equal(load_image(path / f"{seed:04}.png", 16), pixels(seed))

@@ -62,7 +62,7 @@ def without(environment, *names):
         (TORCHRUN, ("torchrun", 2, 2, 3)),
         (SRUN, ("srun", 2, 2, 3)),
         ({**SRUN, "SLURM_JOB_NAME": "interactive"}, ("srun", 2, 2, 3)),  # srun in a shell of salloc
-        ({**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ("srun", 2, 2, 3)),  # as scripts export it
+        ({**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ("srun", 2, 2, 3)),  # exported by scripts
         ({**BATCH, **TORCHRUN}, ("torchrun", 2, 2, 3)),
         ({**SRUN, **TORCHRUN}, ("torchrun", 2, 2, 3)),
         ({}, None),
@@ -74,7 +74,7 @@ def without(environment, *names):
         ({**SRUN, "SLURM_JOB_NAME": "zsh", "SLURM_PTY_PORT": "4711", "SLURM_PROCID": "0"}, None),  # srun --pty zsh
         # All processors of a machine, and no tasks asked for.
         ({"SLURM_JOB_ID": "77", "SLURM_TASKS_PER_NODE": "64", "SLURM_JOB_CPUS_PER_NODE": "64", "SLURM_PROCID": "0"}, None),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),  # of platforms that describe also an only process
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),  # on platforms that set it for a single process too
         ({"NODE_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}, None),
     ],
 )  # fmt: skip

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["lightning_prompts.commands.cli", "lightning_prompts.backbones.loading"])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-METHODS = {  # odd numbers of samples and seeds, so that the last call of a step is a smaller one
+METHODS = {  # odd numbers of samples and seeds, so that the last call of a step is smaller
     "ph2p": ["--model.restart_every", "3", "--model.score_every", "2", "--model.microbatch", "4", "--data.steps", "8",
              "--data.samples", "3", "--data.validation_samples", "5"],
     "ph2p_lbfgs": ["--model.microbatch", "2", "--data.steps", "3", "--data.samples", "3", "--data.validation_samples", "5"],
@@ -43,8 +43,8 @@ METHODS = {  # odd numbers of samples and seeds, so that the last call of a step
     "seed_invariance": ["--model.seeds", "3", "--model.steps", "2", "--model.seeds_per_step", "3", "--model.microbatch", "4"],
 }  # fmt: skip
 STEERED = ("dpo_diff", "metric_guidance", "seed_invariance")
-DEFAULT = ("ph2p",)  # the others are slow
-ALIKE = ("ph2p_lbfgs", "textual_inversion")  # `make test-exact` leaves them out: others make the same calls
+DEFAULT = ("ph2p",)  # the other methods are slow
+ALIKE = ("ph2p_lbfgs", "textual_inversion")  # left out of `make test-exact`, since other tests make the same calls
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def arguments(tiny, inputs, run, method, *extra):
 
 
 def fit(*args, ranks=1, launcher="torchrun", rounding=False):
-    """A search by so many processes, as a launcher starts them, but with everything imported already.
+    """Run a search with a number of processes, like a launcher, but with everything imported already.
 
-    With `rounding` they round by the shape of each call, see `rounding_by_shape`.
+    With `rounding`, they round by the shape of each call, see `rounding_by_shape`.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -153,7 +153,7 @@ def alone(tiny, inputs, tmp_path_factory):
 
 
 def marks(method):
-    """What decides when a test of a method runs."""
+    """Return the marks that decide when a test of a method runs."""
     exact = [] if method in ALIKE else [pytest.mark.exact]
     return exact if method in DEFAULT else [*exact, pytest.mark.slow]
 
@@ -168,7 +168,7 @@ def test_ranks_that_share_samples_find_exactly_what_one_finds(method, tiny, inpu
 
 
 def answer(some):
-    """What differs with the shape of the call, with a structure as that of `judged`."""
+    """Return a value that depends on the shape of the call, structured like a score."""
     size = torch.full_like(some, len(some))
     return some + size / 64, {"numbers": some.view(-1, 1).expand(-1, 2)}, [size.bool(), None]
 
@@ -229,7 +229,7 @@ def test_ranks_that_share_samples_make_the_calls_of_one_process():
             assert numbers == value.tolist() or -(-count // ranks) < size
         if -(-count // ranks) >= size:
             assert made == expected
-        else:  # a call for each rank, of as many samples as the others have
+        else:  # one call per rank, with equal numbers of samples
             assert [number for call in made for number in call] == list(range(count))
             assert {len(call) for call in made[:-1]} <= {-(-count // ranks)}
 
@@ -249,13 +249,13 @@ def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs,
     lines = (tmp_path / "two" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == [problem["key"] for problem in together]
     assert not list((tmp_path / "two").glob("results-rank*"))
-    assert fit(*arguments(tiny, inputs, tmp_path / "two", method, "--ckpt_path", "last")) == together  # goes on alone
+    assert fit(*arguments(tiny, inputs, tmp_path / "two", method, "--ckpt_path", "last")) == together  # continues alone
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ph2p", "metric_guidance"])
 def test_ranks_that_share_less_than_a_microbatch_each_find_nearly_the_same(method, tiny, inputs, alone, tmp_path):
-    """The samples are divided evenly then, so that calls are smaller ones."""
+    """The samples are then divided evenly, so the calls are smaller."""
     how = ("--trainer.strategy", "samples", "--model.microbatch", "32")
     two = fit(*arguments(tiny, inputs, tmp_path / "two", method, *how), ranks=2)
     assert_alike(two, alone(method))
@@ -272,7 +272,7 @@ def test_ranks_that_slurm_has_started(tiny, inputs, alone, tmp_path):
 
 @pytest.mark.slow
 def test_ranks_need_not_take_the_same_number_of_steps(tiny, inputs, alone, tmp_path):
-    """One has nothing to do; Lightning starts them."""
+    """One rank has nothing to do; Lightning starts the ranks."""
     one = ("--data.images", str(inputs / "0.png"), "--trainer.devices", "2", "--trainer.strategy", "problems")
     process = started(*arguments(tiny, inputs, tmp_path / "two", "ph2p", *one))
     _, errors = process.communicate(timeout=250)
@@ -324,7 +324,7 @@ def test_other_ranks_go_on_where_two_were_killed(tiny, inputs, alone, tmp_path):
 
 @pytest.mark.slow
 def test_a_lost_rank_is_started_again_and_loses_nothing(tiny, inputs, alone, tmp_path):
-    """Without --ckpt_path: that the processes were started before is known from torchrun."""
+    """Without --ckpt_path: torchrun tells the processes that they were restarted."""
     run = tmp_path / "run"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", "--")
     process = started(*arguments(tiny, inputs, run, "ph2p", "--trainer.strategy", "problems"), launcher=torchrun)
@@ -338,7 +338,7 @@ def test_a_lost_rank_is_started_again_and_loses_nothing(tiny, inputs, alone, tmp
 
 @pytest.mark.slow
 def test_ranks_that_share_stop_together(tiny, inputs, tmp_path):
-    """Whichever of them is told to; told in different steps, they would wait for each other for ever."""
+    """Whichever rank gets the signal; if they stopped at different steps, they would wait for each other forever."""
     run = tmp_path / "run"
     how = arguments(
         tiny, inputs, run, "ph2p", "--trainer.strategy", "samples", "--ckpt_path", "last", "--data.steps", "400"

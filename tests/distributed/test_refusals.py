@@ -68,7 +68,7 @@ def test_user_is_asked_in_one_process(refused):
 
 @pytest.fixture
 def torchrun(monkeypatch):
-    """The environment of the second of four processes, two on each of two machines."""
+    """Set the environment of the second of four processes, two on each of two machines."""
     told = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # fmt: skip
     for name, value in told.items():
@@ -148,7 +148,7 @@ def test_all_differences_from_an_earlier_run_are_told(tiny, pictures, tmp_path, 
     assert "was started with --model.lr 0.1, --data.seed 0 and cannot resume with 0.5, 3;" in capsys.readouterr().err
 
 
-# --- what ranks do with each other
+# --- communication of ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
@@ -161,7 +161,7 @@ def test_every_sample_is_some_ranks_and_calls_are_those_of_one_process(count, si
         own, share = shard_indices(count, size)
         several.append(list(own))
         shares.add(share)
-    assert shares == {len(several[0])} == {max(map(len, several))}  # they exchange as many
+    assert shares == {len(several[0])} == {max(map(len, several))}  # they exchange equal numbers
     assert [number for numbers in several for number in numbers][:count] == list(range(count))
     assert all(
         numbers == [count - 1] for numbers in several[-(-count // len(several[0])) :]
@@ -191,7 +191,7 @@ def test_handshake_ignores_entries_of_dead_processes():
 
 
 def checkpoint(keys, steps, width, **batch):
-    """A batch of problems whose rows hold their numbers of steps."""
+    """Create a batch of problems whose rows hold their numbers of steps."""
     rows = torch.tensor(steps, dtype=torch.float).view(-1, 1).expand(-1, width).clone()
     state = {0: {"mean": rows.clone(), "step": torch.tensor(steps), "lr": torch.tensor(0.5)}} if keys else {}
     return {
@@ -215,7 +215,7 @@ def test_checkpoints_of_several_ranks_are_merge():
         checkpoint(["e"], [9], 1),
     ]
     whole = merge(some, lambda record: record["key"] != "e")
-    assert [record["key"] for record in whole["batch"]["records"]] == ["a", "c", "b"]  # b where it has come farthest
+    assert [record["key"] for record in whole["batch"]["records"]] == ["a", "c", "b"]  # b at its latest step
     assert whole["batch"]["steps"] == [3, 4, 7]
     assert whole["state_dict"]["prompt"].tolist() == [[3, 3, 0], [4, 4, 4], [7, 7, 7]]
     state = whole["optimizer_states"][0]["state"][0]
@@ -226,7 +226,7 @@ def test_checkpoints_of_several_ranks_are_merge():
 
 
 def test_checkpoints_of_a_method_without_an_optimizer_are_merge():
-    """Lightning saves the state {} where there is none."""
+    """Lightning saves the state {} if there is no optimizer."""
     some = [checkpoint([key], [1], 2) | {"optimizer_states": [{}]} for key in "ab"]
     assert merge(some, lambda record: True)["optimizer_states"] == [{}]
 

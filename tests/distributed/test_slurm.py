@@ -1,4 +1,4 @@
-"""The script for SLURM, with programs that stand in for SLURM's."""
+"""The script for SLURM, with stand-ins for SLURM's programs."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ kill -TERM "$(cat "$TOLD/pid")"
 
 @pytest.fixture
 def job(tmp_path):
-    """The job, begun, and what its programs were told."""
+    """Start the job; return it and the arguments of its programs."""
     for name, content in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)

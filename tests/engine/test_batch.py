@@ -1,4 +1,4 @@
-"""The batch alone: rows that join, step, leave, and come back from a checkpoint."""
+"""The batch alone: rows join, step, leave, and are restored from a checkpoint."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_a_step_is_the_optimizers():
 
 
 def test_other_rows_stay_where_they_are():
-    """Momentum and weight decay would move them, too."""
+    """Momentum and weight decay must not move them either."""
     batch, optimizer = filled(momentum=0.9, weight_decay=0.5)
     step(batch, optimizer, linear([[1.0, 1.0]] * 3))
     before = batch.parameter.detach().clone()
@@ -71,7 +71,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(wrong):
     step(batch, optimizer, linear([[0.0, 0.0]] * 3))
     torch.testing.assert_close(batch.parameter[1], batch.parameter[2])
     buffer = optimizer.state[batch.parameter]["momentum_buffer"]
-    assert (buffer[0] <= 0.5 * (1 + 0.9 + 0.81)).all()  # of the weight decay alone
+    assert (buffer[0] <= 0.5 * (1 + 0.9 + 0.81)).all()  # only by weight decay
 
 
 def test_gradients_are_clipped_on_both_sides():
@@ -183,4 +183,4 @@ def test_merged_batches_keep_the_row_with_the_most_steps():
     assert merged["batch"]["parts"] == 2
     assert merged["state_dict"]["prompt"][:, 0].tolist() == [1.0, 2.0, 2.0]
     assert merged["optimizer_states"][0]["state"][0]["exp_avg"][:, 0].tolist() == [2.0, 4.0, 4.0]
-    assert parts[0]["batch"]["steps"] == [10, 11, 12]  # which stays as it was
+    assert parts[0]["batch"]["steps"] == [10, 11, 12]  # stays unchanged

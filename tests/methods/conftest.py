@@ -1,4 +1,4 @@
-"""Models of every family, shared by a file's tests."""
+"""Models of every family, shared by the tests of a file."""
 
 import families
 import pytest
@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The families' folders, written when they are first asked for; what follows a comma is not part of a family's name."""
+    """Return the families' folders, written on first use; text after a comma is not part of a family's name."""
     found = {}
 
     def folder(family):

@@ -1,4 +1,4 @@
-"""The arithmetic of searches against formulas that are written out here, or torch's own optimizers."""
+"""The arithmetic of searches matches formulas written out here, or PyTorch's own optimizers."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_steps_are_those_of_torchs_adamw(method, settings, decay, tiny):
     ],
 )
 def test_gradient_is_taken_where_the_paper_takes_it(method, settings, projected, tiny, pictures, tmp_path):
-    """PEZ at the nearest tokens, PH2P and textual inversion at the continuous embeddings."""
+    """PEZ computes it at the nearest tokens, PH2P and textual inversion at the continuous embeddings."""
     taken = []
 
     class Watched(method):
@@ -135,7 +135,7 @@ def test_ph2p_steps_are_those_of_torchs_optimizers(settings, theirs, tiny):
 
 
 def test_ph2p_tells_its_optimizer_of_new_noise_in_each_step(tiny, pictures, tmp_path, monkeypatch):
-    """So that no pair of gradients of two functions is taken for curvature; tests/optimizers has what it does then."""
+    """So that no pair of gradients of two functions is used as curvature; see tests/optimizers."""
     told, step = [], BatchedLBFGS.step
     monkeypatch.setattr(
         BatchedLBFGS, "step", lambda self, *args, **how: told.append(how["new_function"]) or step(self, *args, **how)

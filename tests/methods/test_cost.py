@@ -1,4 +1,4 @@
-"""The denoiser samples of a record are those that the denoiser has seen."""
+"""The denoiser samples in a record match those that the denoiser processed."""
 
 import pytest
 import pytorch_lightning as pl
@@ -48,7 +48,7 @@ OTHERS = [
 
 
 def counted(module):
-    """Count the samples that the denoiser takes, and those that a gradient goes back through."""
+    """Count the samples of the denoiser, and those with a gradient."""
     seen = {"forward": 0, "backward": 0}
     forward = module.backbone.denoiser.forward
 
@@ -64,7 +64,7 @@ def counted(module):
 
 
 def paused(function, seen):
-    """Leave what a function does out of the count."""
+    """Exclude a function from the count."""
 
     def run(*args):
         before = dict(seen)

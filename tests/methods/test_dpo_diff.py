@@ -118,7 +118,7 @@ def test_logits_stay_in_the_range_of_the_released_code_or_where_they_began(attac
 
 
 def test_step_is_rmsprop_with_momentum_on_a_clipped_gradient(attached):
-    """The released code's: alpha 0.99, momentum 0.5 and gradients in [-0.025, 0.025], written out."""
+    """As in the released code: alpha 0.99, momentum 0.5 and gradients in [-0.025, 0.025], written out."""
     module = attached(unchanged=None, lr=0.01)
     optimizer = module.configure_optimizers()
     module.optimizers = lambda: optimizer
@@ -138,7 +138,7 @@ def test_step_is_rmsprop_with_momentum_on_a_clipped_gradient(attached):
 
 
 def drawn(backbone, sides, noise, guidance, before, held=None, grad_steps=1, steps=5):
-    """A slow DDIM (eta 0): the latents before call `before`, or, from such, what is decoded after `grad_steps` more calls."""
+    """Run a slow DDIM (eta 0); return the latents before call `before`, or from those, the image after `grad_steps` more calls."""
     scheduler = DDIMScheduler.from_config(backbone.scheduler.config)
     scheduler.set_timesteps(steps)
     latents = noise if held is None else held
@@ -369,7 +369,7 @@ def test_clip_sees_the_pictures_as_they_are_drawn(attached):
 
 
 def test_gradient_goes_through_the_text_encoder(attached):
-    """What the released code mixed were rows of the table, without the encoder: the gradient of another function."""
+    """The released code mixed rows of the table, without the encoder, which is the gradient of another function."""
     module = attached()
     noise = torch.zeros_like(module.prompt.logits)
     noise[:, :, 1] = 2  # at first the negative prompt is empty
@@ -439,7 +439,7 @@ def test_schedules(schedule, expected):
 
 
 def test_plan_is_the_papers_at_fifty_calls():
-    """15 to 24 calls before one with a gradient, one more on every second of 20 steps."""
+    """There are 15 to 24 calls before the one with a gradient, one more at every second of 20 steps."""
     share = sum(15 + i // 2 + 2 for i in range(20)) / 50
     draw = torch.Generator()
     assert linear_plan(50, 1, share) == [calls_before_gradient("step-15-2", i, draw) for i in range(20)]
@@ -457,7 +457,7 @@ def test_plan_is_the_papers_at_fifty_calls():
 
 
 def test_plan_of_the_config_on_the_embedded_model():
-    """As it was with 10 steps and the schedule step-3-4."""
+    """With 10 steps it equals the schedule step-3-4."""
     config = yaml.safe_load((Path(__file__).parents[2] / "configs/dpo_diff.yaml").read_text())["model"]["init_args"]
     module = DPODiff(**config)
     assert (module.sampler.num_inference_steps, module.grad_steps, module.plan(0)) == (10, 1, [3, 3, 3, 3, 4, 4, 4])
@@ -527,7 +527,7 @@ def problems(folder):
     [pytest.param(1, marks=pytest.mark.exact), *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 4))],
 )
 def test_killed_while_records_are_written_is_as_unbroken(records, tiny, tmp_path, monkeypatch, rounding):
-    """Some prompts' candidates are on disk then and others' are not, and no other checkpoint than that of the first step."""
+    """Some candidates are on disk and others are not, and the only checkpoint is that of the first step."""
     how = ("--model.task", "attack", "--model.neighbours", "5", "--model.threshold", "-1")
     main([*run(tiny, tmp_path / "whole"), *how])
     before, written = signal.getsignal(signal.SIGINT), itertools.count(1)

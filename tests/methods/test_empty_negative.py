@@ -1,4 +1,4 @@
-"""The empty negative prompt of SDXL is zeros, both where a gradient is taken and where candidates are evaluated."""
+"""The empty negative prompt of SDXL is zeros, both for gradients and for the evaluation of candidates."""
 
 import diffusers
 import families
@@ -55,7 +55,7 @@ def method(backbone):
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_gradient_and_candidates_are_told_the_same(choice, method, pipeline, monkeypatch):
-    """With one-hot weights the relaxed prompts are the candidate's, which are those of diffusers' pipeline."""
+    """With one-hot weights, the relaxed prompts equal the candidate's, which equal those of diffusers' pipeline."""
     gumbel, relaxed, candidates = torch.zeros(method.prompt.logits.shape), [], []
     gumbel[0].scatter_(1, torch.tensor(choice).unsqueeze(1), 1e4)
     monkeypatch.setattr(method, "gumbel", lambda rows, step: gumbel)
@@ -101,7 +101,7 @@ def test_some_problems_are_empty_and_others_are_not(method):
 
 
 def test_textual_inversion_encodes_an_empty_text_by_its_side(backbone, pipeline):
-    """Its own `encode`, which reads pseudo-words, leaves every other text to the model."""
+    """Its own `encode`, which reads pseudo-words, passes every other text to the model."""
     method = TextualInversion(backbone=backbone, tokens=2)
     expected = pipeline.encode_prompt("", device="cpu", do_classifier_free_guidance=False)
     torch.testing.assert_close(method.encode([""])[0], backbone.join(expected[0], expected[2])[0], atol=1e-5, rtol=1e-5)

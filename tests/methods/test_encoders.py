@@ -1,4 +1,4 @@
-"""Text encoders that are not searched, CLIPs with another vocabulary, and tables of another length than the tokenizer."""
+"""Text encoders that are not searched, CLIPs with another vocabulary, and tables whose length differs from the tokenizer's."""
 
 import logging
 import shutil
@@ -44,7 +44,7 @@ def read(monkeypatch):
 
 
 def samples_of(module, problems):
-    """The samples that validation takes, and the rows of the problems."""
+    """Return the samples of the validation, and the rows of the problems."""
     set_batch(module, problems)
     return torch.arange(len(problems)), module.samples(torch.arange(len(problems)), module.data.step())
 
@@ -54,7 +54,7 @@ def samples_of(module, problems):
 
 @pytest.mark.parametrize(("family", "vocabulary"), [("flux", None), ("sd3", None), ("sd3", "t5")])
 def test_textual_inversion_has_one_loss(family, vocabulary, folders, pictures, read, tmp_path):
-    """Encoders that are not searched read the pseudo-word as it is written, in the search and whenever it is scored or drawn."""
+    """Encoders that are not searched read the pseudo-word as it is written, in the search, for scoring and for images."""
     module = TextualInversion(
         backbone=folders(family), vocabulary=vocabulary, lr=0.05, template="A photo of {}", **SMALL
     )
@@ -116,7 +116,7 @@ def test_exported_embedding_draws_the_same_in_diffusers(family, folders, picture
 def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
     optimizer, folders, pictures, read, tmp_path
 ):
-    """What the CLIP of FLUX reads while T5's embeddings move; it stays the same within a step."""
+    """The CLIP of FLUX reads this text while T5's embeddings move; it stays the same within a step."""
 
     class Watched(PH2P):
         def step(self, batch, rows):
@@ -151,7 +151,7 @@ def test_search_and_scoring_read_one_text(family, method, folders, pictures, tmp
 
 @pytest.mark.parametrize(("family", "vocabulary"), [("sdxl", None), ("sd3", None), ("sd3", "t5"), ("flux", None)])
 def test_words_drawn_are_read_as_they_are_written(family, vocabulary, folders):
-    """DPO-Diff's gradient is taken at the encoded prompt that a candidate of the words drawn has."""
+    """DPO-Diff's gradient is computed at the encoded prompt of a candidate with the sampled words."""
     backbone = load_backbone(folders(family), vocabulary=vocabulary)
     space = Space(("A Red ", " Behind!"), (Slot("Cat", ("Cat", "Two Dogs")),), (Slot("Blurry", ("", "Blurry")),))
     choices = WordChoices(backbone.vocabulary)
@@ -169,7 +169,7 @@ def test_words_drawn_are_read_as_they_are_written(family, vocabulary, folders):
 
 
 def cosine(clip, feature, text):
-    """Of a picture with a text that the CLIP's own tokenizer reads, alone and without padding."""
+    """Compute the cosine of an image and a text with the CLIP's own tokenizer, alone and without padding."""
     ids = torch.tensor([clip.tokenizer(text)["input_ids"]])
     hidden = clip.clip.text_model(ids).last_hidden_state[:, -1]
     return float(F.cosine_similarity(clip.clip.text_projection(hidden)[0], feature, dim=0))
@@ -196,7 +196,7 @@ def test_words_of_a_clip_that_reads_text(family, vocabulary, folders):
 
 
 def test_clip_that_reads_text_decides_between_candidates(folders, pictures, caplog, tmp_path):
-    """The CLIP's term of GCG's loss, whose gradient is that of the denoising loss alone; said once."""
+    """GCG's loss includes the CLIP loss, but its gradient is that of the denoising loss; this is logged once."""
     folder = folders("flux")
     plain = GCG(backbone=folder, candidates=4, **SMALL)
     module = GCG(backbone=folder, candidates=4, screen=2, clip_weight=0.7, start="clip_words", **SMALL)
@@ -248,7 +248,7 @@ def test_candidates_without_any_gradient_are_refused(folders):
 
 @pytest.fixture
 def longer(folders, tmp_path):
-    """SDXL whose two text encoders have 7 and 3 rows more than their tokenizers have tokens."""
+    """Create an SDXL whose two text encoders have 7 and 3 rows more than their tokenizers have tokens."""
     folder = shutil.copytree(folders("sdxl"), tmp_path / "longer")
     for part, kind, more in (("text_encoder", CLIPTextModel, 7), ("text_encoder_2", CLIPTextModelWithProjection, 3)):
         encoder = kind.from_pretrained(folder / part)
@@ -259,7 +259,7 @@ def longer(folders, tmp_path):
 
 @pytest.fixture
 def shorter(folders, tmp_path):
-    """Stable Diffusion whose tokenizer has an added token, for which its text encoder has no row."""
+    """Create a Stable Diffusion whose tokenizer has an added token, for which its text encoder has no row."""
     folder = shutil.copytree(folders("sd-turbo"), tmp_path / "shorter")
     tokenizer = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
     tokenizer.add_tokens(["<sks>"])

@@ -33,13 +33,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Answers(Chooser):
-    """Gives answers that are known before, and remembers what it was asked."""
+    """Give predetermined answers, and record the questions."""
 
     def __init__(self, *answers):
         self.answers, self.questions, self.said = list(answers), [], []
 
     def open(self, backbone, offline):
-        """Has nothing to prepare."""
+        """Do nothing, since there is nothing to prepare."""
 
     def choose(self, question):
         self.questions.append((question, torch.stack([question.draw(i, 1.0) for i in range(len(question.texts))])))
@@ -122,7 +122,7 @@ def test_others_are_nearer_and_after_some_rounds_far_again(tiny, tmp_path):
 
 
 def test_candidates_lie_in_directions_that_are_far_apart(tiny, tmp_path):
-    """The nearest two of them are no nearer than the nearest two of most choices at random."""
+    """The closest two of them are at least as far apart as those of most random choices."""
     module, chooser, (problem,) = search(tiny, tmp_path, FINISH, texts=30)
     ((question, _),) = chooser.questions
     start = module.encode([PROMPT])[:, -1]
@@ -307,7 +307,7 @@ def test_a_page_without_gradio_says_what_to_install(monkeypatch):
 
 @pytest.fixture
 def browser():
-    """A headless Chromium."""
+    """Start a headless Chromium."""
     api = pytest.importorskip("playwright.sync_api")
     pytest.importorskip("gradio")
     if CHROMIUM is None:
@@ -343,7 +343,7 @@ class Run:
         raise AssertionError("".join(said))
 
     def end(self, stop=None):
-        """Waits for its end; returns the exit code and what it has said."""
+        """Wait for the end of the run; return the exit code and the output."""
         if stop:
             self.process.send_signal(stop)
         said, _ = self.process.communicate(timeout=60)
@@ -353,7 +353,7 @@ class Run:
 
 
 def wait_for_question(page, move):
-    """Waits until five candidates can be chosen from."""
+    """Wait until there are five candidates to choose from."""
     page.wait_for_function(
         """move => document.querySelector('#status')?.innerText.includes(`after move ${move}: which`)
         && document.querySelectorAll('#candidates img').length == 5 && document.querySelectorAll('#candidate input').length == 5

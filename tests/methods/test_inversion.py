@@ -40,7 +40,7 @@ DATA = {"steps": 3, "samples": 2, "validation_samples": 2}
 
 
 def search(module, images, folder, **data):
-    """Runs a search and gives its problems."""
+    """Run a search and return its problems."""
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder)
     data = ImagesToPrompts([str(image) for image in images], **{**DATA, **data})
     trainer.fit(module, datamodule=data)
@@ -54,7 +54,7 @@ def method(request):
 
 @pytest.fixture(params=HARD)
 def hard(request):
-    """An inverter whose prompts are text."""
+    """Return an inversion method whose prompts are text."""
     return request.param
 
 
@@ -189,7 +189,7 @@ def test_prompts_survive_being_written_down(hard, tiny, pictures, tmp_path):
 
 
 def test_score_is_of_the_text(hard, tiny, pictures, tmp_path):
-    """The record's loss is what anyone computes from the prompt, the picture and the validation noise."""
+    """The loss in a record can be computed from the prompt, the image and the validation noise alone."""
     module = hard(backbone=tiny, **settings(hard))
     problems = search(module, [pictures], tmp_path / "run")
     backbone = load_backbone(tiny)
@@ -435,7 +435,7 @@ def test_prompt_that_leaves_the_numbers_within_a_step_takes_the_step_back(projec
 
 
 def test_records_and_results_are_written_by_lightning_alone(tiny, pictures, tmp_path):
-    """Everything works from Python, too, without the command line."""
+    """Everything works from Python too, without the command line."""
     how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
     trainer = pl.Trainer(**how, default_root_dir=tmp_path, callbacks=[Results()])
     trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=ImagesToPrompts(str(pictures), **DATA))
@@ -448,7 +448,7 @@ def test_records_and_results_are_written_by_lightning_alone(tiny, pictures, tmp_
 
 @pytest.fixture
 def double(sd):
-    """Each of the two backbones in float64, and what a loss needs: embeddings (2, L, D) and 3 samples a problem."""
+    """Return each of the two backbones in float64, with embeddings (2, L, D) and 3 samples per problem for a loss."""
     backbone = load_backbone(str(sd)).double()
     tower = backbone.vocabulary
     ids = encode_text(tower.tokenizer, ["a red cat", "two dogs beside a tree"], tower.length)
@@ -458,7 +458,7 @@ def double(sd):
 
 
 def slope(double, loss):
-    """Losses and their gradient with respect to the prompts' embeddings."""
+    """Compute losses and their gradient with respect to the prompts' embeddings."""
     backbone, ids, embeddings, latents, timesteps, noise = double
     embeddings = embeddings.clone().requires_grad_()
     losses = loss(backbone, backbone.encode(ids, embeddings), latents, timesteps, noise)
@@ -467,7 +467,7 @@ def slope(double, loss):
 
 
 def plain(backbone, told, latents, timesteps, noise):
-    """The loss as one writes it down, in one batch."""
+    """Compute the loss by its definition, in one batch."""
     told, (x, eps), t = (
         told.repeat_interleave(3, 0),
         (v.flatten(0, 1) for v in (latents, noise)),
@@ -510,7 +510,7 @@ def test_results_are_drawn_before_the_model_leaves_its_device(tiny, pictures, tm
 
 @pytest.fixture
 def opposed(sd, pictures, tmp_path):
-    """A wave of two targets with two negative pictures in float64: the module and its data."""
+    """Create a batch of two targets with two negative images in float64; return the method and its data."""
     paths = [str(path) for path in sorted(pictures.iterdir())]
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
     module = PH2P(backbone=str(sd), negative_weight=0.7, microbatch=2, **settings(PH2P))
@@ -577,7 +577,7 @@ def test_negative_pictures_take_turns(opposed):
 
 
 def test_loss_with_negative_pictures_is_a_difference(opposed):
-    """At equal timesteps and noise, each side computed as one writes it down."""
+    """Both terms use equal timesteps and noise, and are computed by their definition."""
     module, data = opposed
     rows, batch = torch.arange(2), Step([1] * 2, torch.tensor([[10, 500, 999], [0, 700, 300]]))
     samples, backbone = module.samples(rows, batch), module.backbone

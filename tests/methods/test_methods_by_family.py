@@ -1,4 +1,4 @@
-"""Every method on every family: searched, resumed, tested and drawn from, or refused in one sentence."""
+"""Every method on every family is searched, resumed, tested and sampled from, or refused in one sentence."""
 
 import json
 from pathlib import Path
@@ -65,19 +65,19 @@ DEFAULT = {
 
 
 def params():
-    """All cells; those that do not run by default are marked."""
+    """Return all cells; those that do not run by default are marked."""
     for family in FAMILIES:
         for method in METHODS:
             yield pytest.param(family, method, marks=[] if (method, family) in DEFAULT else [pytest.mark.slow])
 
 
 def slow_but(default, names):
-    """Names of which one runs by default."""
+    """Return names, all but one of which are marked as slow."""
     return [name if name == default else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 class Stopping(PromptCheckpoint):
-    """Saves after the second step and stops the program."""
+    """Save after the second step and stop the program."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._save(trainer)
@@ -92,7 +92,7 @@ def picture(tmp_path):
 
 
 def command(name, run, *args):
-    """Runs a command; gives its exit code."""
+    """Run a command; return its exit code."""
     try:
         main([name, "--run", str(run), "--trainer.accelerator", "cpu", *args])
     except SystemExit as stop:
@@ -122,7 +122,7 @@ def test_table_of_the_docs_is_what_is_tested():
 
 @pytest.mark.parametrize("family", slow_but("sd3", [family for family in FAMILIES if "," not in family]))
 def test_company_changes_nothing(family, folders, tmp_path):
-    """Two problems together come to what each of them comes to alone."""
+    """Two problems in one batch get the results of each alone."""
     backbone = load_backbone(folders(family), image_size=16)
     files = []
     for i in range(2):
@@ -187,7 +187,7 @@ def test_cell(family, method, folders, picture, tmp_path, capsys, monkeypatch):
 
 
 def files_of(folder):
-    """The files of a model."""
+    """Return the files of a model."""
     return {path: path.read_bytes() for path in Path(folder).rglob("*.*")}
 
 
@@ -209,7 +209,7 @@ SHORT = {
 @pytest.mark.parametrize("config", SHORT)
 @pytest.mark.parametrize("family", slow_but("sd-turbo", FEW))
 def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture, tmp_path, capsys):
-    """Few-step models in their own one or four, with the configs as they are but for their length."""
+    """Few-step models take their own one or four steps, with unchanged configs of shorter length."""
     args = [
         "--config",
         str(CONFIGS / f"{config}.yaml"),
@@ -237,7 +237,7 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture
 
 
 def test_steps_of_the_model_are_what_a_setting_does_not_say(folders):
-    """At most 10 where the search itself draws; what is given counts."""
+    """At most 10 if the search itself generates images; a given number takes precedence."""
     objective = {"objective": Sharpness()}
     turbo, schnell, flux = (
         load_backbone(folders(name), image_size=16) for name in ("sd-turbo", "flux-schnell", "flux")

@@ -1,4 +1,4 @@
-"""The page of a person who chooses answers that person's browser alone, and shows texts as texts."""
+"""The page of human feedback answers only the user's browser, and shows texts as texts."""
 
 import html.parser
 import http.client
@@ -38,7 +38,7 @@ class Opened:
         self.config = json.loads(re.search(r"window\.gradio_config = (.*?);</script>", self.get("")[1])[1])
 
     def ask(self):
-        """Asks until it is told to stop."""
+        """Ask until the test stops it."""
         while not self.stopped:
             pictures = [torch.rand(3, 16, 16) for _ in range(4)]
             places = torch.zeros(1, 2), torch.tensor([[0.0, 1], [1, 0], [1, 1]])
@@ -51,14 +51,14 @@ class Opened:
             self.answers.append(answer)
 
     def until(self, true):
-        """Waits until something is so."""
+        """Wait until a condition is true."""
         end = time.monotonic() + 20
         while not true():
             assert time.monotonic() < end
             time.sleep(0.02)
 
     def request(self, method, path, headers, body=None):
-        """The status and the text of an answer; headers are exactly those that are given."""
+        """Return the status and the text of an answer; the request has exactly the given headers."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         for name, value in headers:
@@ -74,11 +74,11 @@ class Opened:
             connection.close()
 
     def get(self, path, *headers):
-        """What the page's own browser gets."""
+        """Request a file like the page's own browser."""
         return self.request("GET", self.secret + path, [("Host", self.host), *headers])
 
     def call(self, trigger, data, *headers, host=None, secret=None):
-        """Does what a click does, or the clock, by which the session knows of which question it is."""
+        """Trigger the event of a click or of the clock, which tells the session the number of the question."""
         if trigger[0] != "timer":
             self.shown()
         (number,) = (
@@ -92,12 +92,12 @@ class Opened:
         return self.request("POST", path, everything, body)
 
     def part(self, number):
-        """The name of a part of the page, or its type."""
+        """Return the name of a part of the page, or its type."""
         (part,) = (part for part in self.config["components"] if part["id"] == number)
         return part["props"].get("elem_id") or part["type"]
 
     def shown(self):
-        """What the page shows, by the name of its part."""
+        """Return the content of the page by the name of the part."""
         status, text = self.call(("timer", "tick"), [-1, 0])
         assert status == 200, text
         (outputs,) = (
@@ -106,7 +106,7 @@ class Opened:
         return dict(zip(map(self.part, outputs), json.loads(text)["data"], strict=True))
 
     def close(self):
-        """Ends it."""
+        """Close the page."""
         self.stopped = True
         self.page.close("Finished.")
 
@@ -123,13 +123,13 @@ def opened(tmp_path, monkeypatch, caplog):
 
 
 def paths(shown):
-    """The pictures of the candidates, as the page asks for them."""
+    """Return the images of the candidates, as the page requests them."""
     value = shown["candidates"]["value"]
     return [urllib.parse.urlsplit(picture["image"]["url"]).path for picture in value]
 
 
 class Texts(html.parser.HTMLParser):
-    """What a browser shows of HTML, and its tags."""
+    """The visible text of HTML, and its tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -243,7 +243,7 @@ def test_nothing_can_be_uploaded_and_no_other_file_is_read(opened, tmp_path):
 
 
 def test_a_refused_request_gets_its_answer_although_it_has_a_body(opened):
-    """A connection that is closed before all is read is reset, and the answer can be lost."""
+    """A connection that is closed before everything is read is reset, which can lose the answer."""
     for _ in range(20):
         with socket.create_connection(("127.0.0.1", opened.port), timeout=10) as connection:
             head = f"POST {opened.secret}x HTTP/1.1\r\nHost: example.com\r\nContent-Length: 40000\r\n\r\n"

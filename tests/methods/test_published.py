@@ -1,6 +1,6 @@
-"""Every method on models with the configurations and tokenizers of published ones: searched, resumed, tested and drawn from.
+"""Every method on models with published configurations and tokenizers is searched, resumed, tested and sampled from.
 
-The models are loaded once, and what only depends on a vocabulary of real size is computed once. By default a few
+The models are loaded once, and values that depend only on a vocabulary of full size are computed once. By default, a few
 cells of the table run; `pytest -m slow` runs the others.
 """
 
@@ -69,7 +69,7 @@ DEFAULT = {("configs/invert.yaml", "flux-dev"), ("DPODiff", "sd3, T5"), ("GCG", 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The models, loaded when they are first asked for."""
+    """Return the models, loaded on first use."""
     spec = importlib.util.spec_from_file_location("published", SHARED / "tools/published.py")
     published = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(published)
@@ -89,7 +89,7 @@ def models(tmp_path_factory):
 
 
 def pixart(flux, folder):
-    """PixArt-Sigma XL 2 1024 MS as it is documented, of less width and depth, with the T5 of FLUX, which it shares."""
+    """Create PixArt-Sigma XL 2 1024 MS as documented, with reduced width and depth, and the T5 that it shares with FLUX."""
     import diffusers
     import transformers
 
@@ -145,7 +145,7 @@ def once():
 
 
 class Stopping(PromptCheckpoint):
-    """Saves after the first step and stops the program."""
+    """Save after the first step and stop the program."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._save(trainer)
@@ -170,7 +170,7 @@ class Cell:
             self.model["chooser"] = Scripted(picture)
 
     def run(self, command, folder, saving=PromptCheckpoint, ckpt_path=None):
-        """Does what a command does, in its own module and Trainer."""
+        """Run a command in its own module and Trainer."""
         module = self.kind(**self.model)
         data = ImagesToPrompts(self.picture, **self.data) if issubclass(self.kind, Inverter) else Prompts(PROMPT)
         how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
@@ -183,7 +183,7 @@ class Cell:
 
 
 def params():
-    """All cells; those that are not in the part that runs by default are marked."""
+    """Return all cells; those that do not run by default are marked."""
     for model in MODELS:
         for name in CELLS:
             marks = [] if (name, model) in DEFAULT else [pytest.mark.slow]

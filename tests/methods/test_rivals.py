@@ -1,4 +1,4 @@
-"""GCG, textual inversion, CLIP words, and searches that start from one another's results."""
+"""GCG, textual inversion, CLIP words, and searches that start from each other's results."""
 
 import itertools
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def first_step(module):
-    """The step that the search of the problems has begun with, which are made the wave again."""
+    """Return the first step of a search, whose problems become the batch again."""
     set_batch(module, module.data.folder.load().values())
     return module.data.step()
 
@@ -34,7 +34,7 @@ def first_step(module):
 
 
 class Watched(GCG):
-    """Keeps what each step has proposed and found."""
+    """Record the proposals and results of each step."""
 
     def step(self, batch, rows):
         before, samples = self.prompt.project(), self.samples(rows, batch)
@@ -135,7 +135,7 @@ def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, ti
 def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks(
     samples, tiny, pictures, tmp_path, monkeypatch, rounding
 ):
-    """And only the last call of the denoiser is not a whole microbatch."""
+    """Only the last denoiser call is smaller than a microbatch."""
     found = []
 
     class Compared(GCG):
@@ -213,7 +213,7 @@ def test_more_swaps_than_tokens_are_refused(tiny):
 
 @pytest.fixture
 def matching(tiny):
-    """A CLIP, prompts of two tokens in its vocabulary, and features of three pictures."""
+    """Create a CLIP, prompts of two tokens in its vocabulary, and features of three images."""
     tower = load_backbone(tiny).vocabulary
     prompt = TokenEmbeddings(tower, "a photo of {} , blurry", 2, words=tuple("abcdefghijk"))
     clip = ClipSimilarity(f"{tiny}/clip")
@@ -221,7 +221,7 @@ def matching(tiny):
 
 
 def cosine(clip, tokenizer, feature, words):
-    """Of a picture with a text, the plain way."""
+    """Compute the cosine of an image and a text by its definition."""
     ids = encode_text(tokenizer, [fill_template("a photo of {} , blurry", words)], tokenizer.model_max_length)
     text = clip.clip.get_text_features(input_ids=ids)
     text = text if isinstance(text, torch.Tensor) else text.pooler_output

@@ -1,4 +1,4 @@
-"""One embedding whatever the seed: what it is compared with, and how the seeds come in."""
+"""Seed invariance: the comparison with the target, and the schedule of the seeds."""
 
 import json
 
@@ -121,7 +121,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     away = module.encode([""])[0]
 
     def clean(first, last, latents):
-        """What is compared of the clean latents that the second call predicts, the first told one embedding and the second another."""
+        """Compute the compared vectors of the clean latents at the second call; the two calls get different embeddings."""
         scheduler.set_timesteps(3)
         for i, (t, told) in enumerate(zip(scheduler.timesteps, (first, last), strict=False)):
             outputs = [module.backbone.denoiser(latents, t, x[None]).sample for x in (away, told)]
@@ -204,7 +204,7 @@ def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
 
 
 def test_batch_equals_its_parts(tiny, tmp_path, monkeypatch):
-    """With plain steps: the sign that AdamOnLion takes turns where a gradient is next to nothing."""
+    """With plain steps, because the sign in AdamOnLion flips where a gradient is almost zero."""
     monkeypatch.setattr(SeedInvariance, "configure_optimizers", lambda self: torch.optim.SGD([self.parameter], lr=1e-3))
     module, together = search(tiny, tmp_path / "both", PROMPTS, target_seeds=[1, 2])
     assert [(p.target, p.result.target_seed) for p in together] == [

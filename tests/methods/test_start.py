@@ -1,4 +1,4 @@
-"""Searches that begin at an embedding's file, at a text, or where an earlier search has ended."""
+"""Searches that start from an embedding file, from a text, or from the result of an earlier search."""
 
 import logging
 
@@ -29,7 +29,7 @@ def backbone(tiny):
 
 
 def begun(module, problems=2):
-    """Where a method begins with so many problems."""
+    """Return the start of a method with a number of problems."""
     module.batch.rows = [Row(Problem(str(i), "")) for i in range(problems)]
     return module.init_params(torch.arange(problems))
 
@@ -78,7 +78,7 @@ def test_one_embedding_of_several(backbone, tmp_path):
 
 
 def test_long_text(backbone):
-    """Longer than the name of a file may be."""
+    """The text is longer than a file name may be."""
     text = "a red cat " * 500
     first = begun(GCG(backbone=backbone, tokens=2, start=text))
     assert torch.equal(first, begun(GCG(backbone=backbone, tokens=2, start="a red cat")))
@@ -111,7 +111,7 @@ def test_embedding_of_another_model(backbone, tmp_path):
 
 
 def test_textual_inversion_goes_on_from_its_own_file(backbone, picture, tmp_path):
-    """What a search has found is a file of its own, which other tools read and another search goes on from."""
+    """A result is written to a file, from which other tools and other searches can start."""
     how = {"method": "textual_inversion", "backbone": backbone, "tokens": 2, **SHORT, "steps": 3}
     first = invert(picture, folder=tmp_path / "run", **how)
     (file,) = (tmp_path / "run/embeddings").iterdir()
@@ -123,7 +123,7 @@ def test_textual_inversion_goes_on_from_its_own_file(backbone, picture, tmp_path
 
 
 def seen(module, prompts):
-    """Where a method that steers begins, and what it compares with."""
+    """Return the start of a steering method, and what it is compared with."""
     module.batch.rows = [Row(Problem(str(i), prompt)) for i, prompt in enumerate(prompts)]
     module.prompt.set_initial(module.initial(module.batch.records))
     return module.init_embeds(torch.arange(len(prompts))), module.prompt.initial
@@ -148,7 +148,7 @@ def test_embeddings_of_an_earlier_run(backbone, tmp_path):
 
 
 def test_what_was_found_is_compared_with_the_prompt_all_the_same(backbone, tmp_path):
-    """A search that begins where another one has ended begins with its metric, and tells how much the prompt has gained."""
+    """A search that starts from a result starts with its metric, and reports the gain over the prompt."""
     how = {"backbone": backbone, **SHORT, "lr": 0.05}
     one = guide("a red cat", Sharpness(), folder=tmp_path / "one", **how)
     two = guide("a red cat", Sharpness(), start=str(tmp_path / "one"), **how | {"lr": 1e-12})

@@ -1,4 +1,4 @@
-"""Encoded prompts that are moved: gradients, what is kept, files, resuming."""
+"""Steering of encoded prompts: gradients, what is kept, files, resuming."""
 
 import itertools
 import json
@@ -72,7 +72,7 @@ def test_gradient_is_that_of_the_last_calls(exact, grad_steps):
     (gradient,) = torch.autograd.grad(losses.sum(), leaf)
 
     def reference(moved):
-        """A plain loop: the first calls are told the embeddings where they are, the last ones those that move."""
+        """Run a plain loop: the first calls get constant embeddings, the last calls those with a gradient."""
         scheduler = DDIMScheduler(num_train_timesteps=1000, steps_offset=1, clip_sample=False)
         scheduler.set_timesteps(3)
         total = 0.0

@@ -1,4 +1,4 @@
-"""A setting that would do nothing beside the others is refused, with its name and the setting that it depends on."""
+"""A setting without effect is refused, with its name and the setting that it depends on."""
 
 import pytest
 from searches import fit

@@ -51,7 +51,7 @@ def test_clip_of_a_metric_is_frozen(tiny):
 
 
 def logits(clip, ids, pixels):
-    """Cosines (B, P) as transformers' own forward has them."""
+    """Compute cosines (B, P) with transformers' own forward pass."""
     with torch.no_grad():
         return clip(input_ids=ids, pixel_values=pixels).logits_per_image / clip.logit_scale.exp()
 
@@ -71,7 +71,7 @@ def test_texts_add_up(tiny, scored, adds_up):
 
 
 def test_picture_as_the_processor_makes_it(tiny, tmp_path):
-    """A CLIP of 224 pixels sees what transformers' processor would show it."""
+    """A CLIP of 224 pixels gets the pixels of transformers' processor."""
     torch.manual_seed(1)
     config = CLIPConfig.from_pretrained(f"{tiny}/clip")
     config.vision_config.image_size, config.vision_config.patch_size = 224, 56

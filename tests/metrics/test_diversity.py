@@ -16,7 +16,7 @@ def metric(tiny):
 
 @pytest.fixture
 def pictures():
-    """Three of each of two prompts, of the size that the CLIP takes."""
+    """Create three images for each of two prompts, of the CLIP's size."""
     return torch.rand(2, 3, 3, 32, 32) * 2 - 1
 
 

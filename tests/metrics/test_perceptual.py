@@ -17,7 +17,7 @@ NETWORKS = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}
 
 @pytest.fixture(scope="module")
 def trunks(tmp_path_factory):
-    """Random layers of the two networks, and files of them as torchvision publishes weights."""
+    """Create random layers of the two networks, and files of them in the format of torchvision."""
     made = {}
     for trunk, network in NETWORKS.items():
         with torch.device("meta"):  # without the large layers that LPIPS has no use for
@@ -39,14 +39,14 @@ def pictures():
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """An empty cache of torch's."""
+    """Use an empty cache of torch."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     return tmp_path
 
 
 def distance(trunk, features, a, b):
-    """The definition: squared differences of unit feature vectors, weighted a channel, averaged over places, summed over layers."""
+    """Compute the definition: squared differences of unit feature vectors, weighted per channel, averaged over positions, and summed."""
     weights = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{trunk}.pth", "cpu", weights_only=True)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     x, total = torch.stack([(picture - shift[:, None, None]) / scale[:, None, None] for picture in (a, b)]), 0.0

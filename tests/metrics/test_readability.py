@@ -98,7 +98,7 @@ def without_bos(folder, tmp_path):
 
 
 def likelihoods(folder, prompt):
-    """Log-probability of each scored token, from a call of the model of its own for each."""
+    """Compute the log-probability of each scored token with a separate call of the model."""
     model, tokenizer = GPT2LMHeadModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     ids = ([] if tokenizer.bos_token is None else [tokenizer.bos_token_id]) + [
         tokenizer.convert_tokens_to_ids(word) for word in prompt.split()

@@ -24,7 +24,7 @@ CLIPS = [EMOJI / "clip", EMOJI.parent / "scorer"]
 
 
 def picture(height, width):
-    """A smooth picture of 8 bits as Pillow's and as ours, (1, 3, H, W) in [-1, 1]."""
+    """Create a smooth 8-bit image for Pillow and as a tensor (1, 3, H, W) in [-1, 1]."""
     noise = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 255
     pixels = F.interpolate(noise, size=(height, width), mode="bilinear").round().byte()[0]
     return Image.fromarray(pixels.permute(1, 2, 0).numpy()), pixels[None] / 127.5 - 1
@@ -47,7 +47,7 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("size", [(64, 64), (16, 16), (100, 100), (64, 96), (90, 64)])
 def test_pixels_are_transformers_own(config, size):
-    """To a rounding where nothing is resized; where it is, transformers rounds to 8 bits, so to two steps of 255."""
+    """Equal up to rounding without resizing; with resizing, transformers rounds to 8 bits, so up to two steps of 255."""
     image, ours = picture(*size)
     processor = CLIPImageProcessor(**{key: value for key, value in config.items() if key != "feature_extractor_type"})
     expected = torch.as_tensor(np.asarray(processor(image, return_tensors="pt").pixel_values))
@@ -68,7 +68,7 @@ def test_pixels_have_a_gradient():
 
 @pytest.mark.parametrize("folder", CLIPS, ids=["clip", "scorer"])
 def test_embedded_clips_see_pixels_as_they_are(folder):
-    """Bit for bit what they were trained on: [-1, 1] without a normalization."""
+    """Bit-identical to their training: [-1, 1] without normalization."""
     clip, images = ClipSimilarity(str(folder)), torch.rand(2, 3, 64, 64) * 2 - 1
     assert torch.equal(clip.pixels(images), images)
     small = images[..., :16, :16]
@@ -81,14 +81,14 @@ def test_embedded_clips_see_pixels_as_they_are(folder):
 
 @pytest.fixture
 def clip(tiny, tmp_path):
-    """A CLIP of 32 pixels, whose image processor is to be written."""
+    """Create a CLIP of 32 pixels, whose image processor is written by the test."""
     folder = shutil.copytree(f"{tiny}/clip", tmp_path / "clip")
     (folder / "preprocessor_config.json").unlink()
     return folder
 
 
 def test_size_does_not_decide(clip, caplog):
-    """A small CLIP without an image processor has the published statistics, too."""
+    """A small CLIP without an image processor uses the published statistics too."""
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     with caplog.at_level(logging.INFO, "lightning_prompts"):
         found = ClipSimilarity(str(clip)).pixels(images)

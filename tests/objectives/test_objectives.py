@@ -238,7 +238,7 @@ def test_perceptual_distance_lacks_weights_or_pictures(reference, tmp_path, monk
 
 
 def alexnet_file(folder):
-    """A file of random weights for the trunk of LPIPS."""
+    """Create a file of random weights for the trunk of LPIPS."""
     from torchvision.models import alexnet
 
     file = folder / "alexnet.pth"

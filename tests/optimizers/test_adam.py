@@ -39,7 +39,7 @@ def test_each_row_takes_the_steps_of_torchs_alone(torchs, settings, dtype):
 
 @pytest.mark.parametrize("optimizer", [BatchedAdam, AdamOnLion])
 def test_a_row_that_joins_later_steps_as_it_would_alone(optimizer):
-    """With PyTorch's, which count the steps of the parameter, its first steps would be too short."""
+    """PyTorch's optimizers count the steps of the parameter, so the first steps of the row would be too short."""
     first, later = torch.randn(2, 1, 4, 5)
     x = first.clone().requires_grad_()
     own = optimizer([x], lr=0.1)

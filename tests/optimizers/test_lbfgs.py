@@ -171,7 +171,7 @@ def landscapes(count, seed):
 
 @pytest.mark.parametrize("budget", [4, 25])
 def test_each_trial_of_a_line_search_is_torchs(budget):
-    """Two searches of 300 problems, which begin at several times."""
+    """Runs two searches of 300 problems, which start at different times."""
     if not BOUNDED:
         pytest.skip("line searches of this torch are not bounded; a newer one is needed to compare with")
     count = 300
@@ -330,7 +330,7 @@ def test_what_was_in_the_gradient_before_plays_no_part():
 
 
 def walled(x):
-    """Its minimum is behind a wall of NaN."""
+    """Return a problem whose minimum is behind a wall of NaN."""
     return torch.where(x.sum() > 2, math.nan, ((x - 10) ** 2).sum())
 
 
@@ -705,7 +705,7 @@ def test_takes_exactly_one_parameter_with_an_axis():
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 def test_no_curvature_is_taken_from_gradients_of_two_functions(line_search_fn):
-    """Two functions of one Hessian: every pair kept is a step and what the Hessian makes of it, unless they were mixed up."""
+    """With two functions of one Hessian, each kept pair is a step and the Hessian applied to it, unless gradients were mixed."""
     matrix = torch.diag(torch.tensor([1.0, 2, 4, 8], dtype=torch.float64))
     shifts = torch.tensor([[3.0, -1, 2, 1], [-30.0, 10, -20, -10]], dtype=torch.float64)
 

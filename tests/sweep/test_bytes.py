@@ -1,4 +1,4 @@
-"""Whatever bytes a file holds, its loader takes them or refuses them in one sentence."""
+"""A loader reads any bytes in a file, or refuses them in one sentence."""
 
 import csv
 import io
@@ -84,7 +84,7 @@ VALID = {
 
 @st.composite
 def contents(draw, valid):
-    """Arbitrary bytes, or a valid file that was cut short, has bytes changed or has others behind it."""
+    """Return arbitrary bytes, or a valid file that is truncated, changed or extended."""
     whole = draw(st.sampled_from(valid))
     how = draw(st.sampled_from(["any", "cut", "changed", "longer"]))
     if how == "any":
@@ -102,7 +102,7 @@ def contents(draw, valid):
 
 
 def answered(load):
-    """A loader succeeds or says what is wrong."""
+    """Assert that a loader succeeds or raises a clear error."""
     said = "It is taken."
     try:
         load()

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only; mounting them takes root."""
+"""Tests with full or read-only disks; mounting them requires root."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture
 def disk(tmp_path):
-    """Mounts a small disk."""
+    """Mount a small disk."""
     mounted = tmp_path / "disk"
     mounted.mkdir()
 

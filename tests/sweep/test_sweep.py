@@ -1,9 +1,9 @@
 """Wrong inputs, broken files and hostile settings end in one sentence and exit code 2, and change nothing.
 
-The cases are in the tables beside this file. A case has a `command`, or a `base` from below and `args` for it; with `each`, one case
-for each value in place of {}. `words` are what the message must have ("." for no particular one), `more` is added to the end, `spoil`
-names what a copy of a finished run has suffered, and `seconds` how soon the answer must come. {tiny} is a model, {place} the folder
-of broken files, {run} a finished run, {spoiled} its spoiled copy and {new} a folder that does not exist and must not afterwards.
+The cases are in the tables beside this file. A case has a `command`, or a `base` from below with its `args`; with `each`, it is one
+case for each value in place of {}. `words` must be in the message ("." for no particular ones), `more` is added to the end, `spoil`
+names the damage to a copy of a finished run, and `seconds` limits the time. {tiny} is a model, {place} the folder of broken files,
+{run} a finished run, {spoiled} its damaged copy and {new} a folder that must not exist before or after.
 """
 
 import io
@@ -44,7 +44,7 @@ BASES = {
 
 
 class Evil:
-    """A pickle that would leave a file behind."""
+    """A pickle that would create a file."""
 
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -118,7 +118,7 @@ def spoil(run, how):
 
 
 def cases():
-    """Every case of every table."""
+    """Return every case of every table."""
     for table in sorted(HERE.glob("*.yaml")):
         for number, row in enumerate(yaml.safe_load(table.read_text())):
             for value in map(_shown, row.get("each", [""])):
@@ -153,7 +153,7 @@ def finished(tiny, place, tmp_path_factory):
 
 
 def content(*folders):
-    """The content of all files."""
+    """Return the content of all files."""
     return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
