@@ -24,8 +24,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_prompts import methods
-from lightning_prompts.backbones import Backbone, load_backbone
-from lightning_prompts.backbones.hub import pinned
+from lightning_prompts.backbones import Backbone, BackboneSettings, load_backbone
 from lightning_prompts.callbacks import OwnerGuard, Results, Scores
 from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.data.arrays import array_to_image
@@ -294,13 +293,9 @@ def search(
         if scores:
             (texts,) = checked_settings((Scores,), {}, asdict(scores))
             scores = Scores(**texts)
-            scores.check(of_method["offline"])
-        model = of_method["backbone"]
-        if isinstance(
-            model, str
-        ):  # what is recorded is the commit of a model from the hub, and the variant that is read
-            commit = pinned(model, of_method["offline"], of_method["revision"], of_method["variant"])
-            of_method["revision"], of_method["variant"] = commit
+            scores.check(of_method["backbone"].offline)
+        if isinstance(of_method["backbone"], BackboneSettings):
+            of_method["backbone"] = of_method["backbone"].pinned()  # so that the record names the weights that were read
         method: PromptMethod = kind(**of_method)
         data = data_kind(**of_data)
         trainer = pl.Trainer(

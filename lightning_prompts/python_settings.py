@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import is_dataclass
 from itertools import chain
 from typing import Any, NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
 
+from lightning_prompts.backbones import Backbone
 from lightning_prompts.commands.parser_errors import one_sentence
 from lightning_prompts.errors import UserError, shortened
-from lightning_prompts.python_values import check_type, plain
+from lightning_prompts.python_values import check_type, plain, shown
 from lightning_prompts.text_settings import all_settings
 
 _FLAG = r"--(?:(?:model|data)\.|(?=(?:scorer|dictionary|language_model|lpips_weights)\b))"
@@ -33,11 +35,11 @@ def in_python(message: str) -> str:
             return str(name)
         return f"{name}={value.title() if value in ('true', 'false') else repr(value) if 'float' in value else value}"
 
-    return re.sub(rf"{_FLAG}([a-z]\w*)(?: ({_VALUE}))?", argument, message)
+    return re.sub(rf"{_FLAG}([a-z][\w.]*\w)(?: ({_VALUE}))?", argument, message)
 
 
 def checked_settings(
-    kinds: Sequence[type], defaults: Mapping[str, Any], given: Mapping[str, Any]
+    kinds: Sequence[type], defaults: Mapping[str, Any], given: Mapping[str, Any], group: str = ""
 ) -> list[dict[str, Any]]:
     """Check settings and divide them among the classes that take them.
 
@@ -47,7 +49,9 @@ def checked_settings(
     Args:
         kinds: The classes.
         defaults: Settings of a config, among which classes have names.
-        given: Settings of a user, among which objects stand for themselves.
+        given: Settings of a user, among which objects stand for themselves. A group such as `backbone` may be a name, a dictionary
+            or an object.
+        group: The group that these settings belong to, for messages.
 
     Returns:
         All settings of each class.
@@ -55,34 +59,55 @@ def checked_settings(
     Raises:
         UserError: A setting is unknown, missing or has another type or range.
     """
-    given = {name: plain(name, value) for name, value in given.items()}
-    names = [list(_parser(kind).get_defaults().keys()) for kind in kinds]
+    prefix = f"{group}." if group else ""
+    given = {name: plain(prefix + name, value) for name, value in given.items()}
+    names = [list(_parser(kind).get_defaults().as_dict()) for kind in kinds]
     known = sorted({*chain.from_iterable(names)})
     if unknown := next((name for name in given if name not in known), None):
         close = difflib.get_close_matches(unknown, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"give one of {', '.join(known)}."
-        raise UserError(f"The setting {shortened(unknown)!r} is unknown; {hint}")
+        hint = f"did you mean {prefix + close[0]!r}?" if close else f"give one of {', '.join(known)}."
+        raise UserError(f"The setting {shortened(prefix + str(unknown))!r} is unknown; {hint}")
     return [
-        _checked(kind, *({name: values[name] for name in own if name in values} for values in (defaults, given)))
+        _checked(kind, *({name: values[name] for name in own if name in values} for values in (defaults, given)), group)
         for kind, own in zip(kinds, names, strict=True)
     ]
 
 
-def _checked(kind: type, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _checked(kind: type, defaults: dict[str, Any], given: dict[str, Any], group: str) -> dict[str, Any]:
     """Return all settings of a class."""
     hints = all_settings(kind)
+    kept: dict[str, Any] = {}
     for name, value in given.items():
-        check_type(name, value, hints[name])
-    kept = {name: value for name, value in given.items() if not _is_parsed(value)}
+        if is_dataclass(hints[name]):
+            kept[name] = _group(name, hints[name], defaults.get(name), value)
+            continue
+        check_type(f"{group}.{name}" if group else name, value, hints[name])
+        if not _is_parsed(value):
+            kept[name] = value
     parsed = {name: value for name, value in (defaults | given).items() if name not in kept}
-    parser = _parser(kind, skip=set(kept))
-    settings: dict[str, Any] = parser.instantiate(parser.parse_object(parsed)).as_dict()
-    return settings | kept
+    parser = _parser(kind, group, skip=set(kept))
+    settings = parser.instantiate(parser.parse_object({group: parsed} if group else parsed))
+    found: dict[str, Any] = (settings[group] if group else settings).as_dict() if parser.get_defaults() else {}
+    return found | kept
 
 
-def _parser(kind: type, skip: Collection[str] = ()) -> _Parser:
+def _group(name: str, kind: type, default: Any, given: Any) -> Any:
+    """Return a group of settings such as `backbone`; what is loaded already is kept."""
+    if isinstance(given, kind) or (name == "backbone" and isinstance(given, Backbone)):
+        return given
+    default, given = ({"name": value} if isinstance(value, str) else value for value in (default or {}, given))
+    if not isinstance(given, Mapping) or not all(isinstance(setting, str) for setting in given):
+        others = ", a model's name or a loaded model" * (name == "backbone")
+        raise UserError(
+            f"The setting {name} cannot be {shown(given)}; it takes a dictionary of settings, {kind.__name__}{others}."
+        )
+    (settings,) = checked_settings((kind,), default, given, name)
+    return kind(**settings)
+
+
+def _parser(kind: type, group: str = "", skip: Collection[str] = ()) -> _Parser:
     parser = _Parser()
-    parser.add_class_arguments(kind, skip=set(skip), instantiate=False)
+    parser.add_class_arguments(kind, group or None, skip=set(skip), instantiate=False)
     return parser
 
 

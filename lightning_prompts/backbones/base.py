@@ -77,6 +77,7 @@ class Backbone(TypedModule, ABC):
     vae_statistics: ClassVar[tuple[str, ...]] = ()
 
     offloaded = False  # see `save_memory`
+    offline = False  # whether the hub must not be connected to, also for models that a search loads beside this one
     towers: Sequence[TextTower]
     alphas_cumprod: Tensor
     sigmas: Tensor

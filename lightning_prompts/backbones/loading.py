@@ -128,6 +128,7 @@ def load_backbone(
     # Only SDXL's pipeline has this key; it is true if absent.
     zero_empty = pipeline == "StableDiffusionXLPipeline" and bool(index.get("force_zeros_for_empty_prompt", True))
     backbone = family(name, towers, denoiser, vae, own, vocabulary, image_size, zero_empty, clip_skip)
+    backbone.offline = offline
     if other is not None:
         backbone.replace_scheduler(other)
     if name == "emoji":

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -63,7 +63,7 @@ from lightning_prompts.runs.lock import RunLock
 from lightning_prompts.sampling import OUT_OF_MEMORY, out_of_memory
 from lightning_prompts.setting_types import Positive
 from lightning_prompts.terminal import say
-from lightning_prompts.text_settings import Text, all_settings, keep_texts, text_settings
+from lightning_prompts.text_settings import Text, all_settings, keep_texts, text_settings, with_groups
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +81,13 @@ MAY_CHANGE = {
     "workers",
     "retry",
     "microbatch",
-    "gradient_checkpointing",
-    "vae_tiling",
-    "cpu_offload",
+    "backbone.gradient_checkpointing",
+    "backbone.vae_tiling",
+    "backbone.cpu_offload",
+    "backbone.offline",
     "score_every",
     "sample_every",
-    "sampling_steps",
-    "offline",
+    "sampler.num_inference_steps",
 }
 
 # A config is data: it can name classes of these modules and no others.
@@ -188,7 +188,7 @@ class CLI(LightningCLI):
         check_seeds("--seeds", self.seeds)
         self.scores = Scores(**{field.name: config[field.name] for field in fields(Scores)})
         if (command in ("fit", "test") or mix) and own_rank() == 0:
-            self.scores.check(config.model.init_args.offline)
+            self.scores.check(config.model.init_args.backbone.offline)
         method = "mix" if mix else config.model.class_path.rsplit(".", 1)[-1]
         if self.instead == "check":
             self._prepare_check(config)
@@ -313,12 +313,12 @@ class CLI(LightningCLI):
             self._hold()
             self.folder.prepare(resume=bool(config.ckpt_path))
         begun = bool(config.ckpt_path) and self.folder.config.exists()
-        model = config.model.init_args
+        model = config.model.init_args.backbone
         for name in ("revision", "variant"):
             if begun and model[name] is None:
-                model[name] = self.folder.saved_settings()["model"]["init_args"].get(name)
+                model[name] = self.folder.saved_settings()["model"]["init_args"]["backbone"].get(name)
         # What is saved is the commit and the variant, so that later commands read the same weights.
-        model.revision, model.variant = pinned(model.backbone, model.offline, model.revision, model.variant)
+        model.revision, model.variant = pinned(model.name, model.offline, model.revision, model.variant)
         if own_rank() == 0:
             dumped = self._parser("fit").dump(config.clone())
             if begun:
@@ -463,8 +463,8 @@ def _refuse_nulls(config: Any) -> None:
     for part in ("model", "data"):
         module, _, name = config[part].class_path.rpartition(".")
         kind = getattr(importlib.import_module(module), name)
-        hints = all_settings(kind)
-        for setting, value in config[part].init_args.items():
+        hints = dict(with_groups(all_settings(kind)))
+        for setting, value in vars(config[part].init_args.as_flat()).items():
             hint = hints.get(setting, Any)
             if value is None and hint is not Any and NoneType not in get_args(hint):
                 raise UserError(f"The setting --{part}.{setting} cannot be null; give a value, or leave it out.")
@@ -596,7 +596,7 @@ def _check_same(folder: RunFolder, wanted: str) -> None:
     may_change = MAY_CHANGE - getattr(methods, now["model"]["class_path"].rpartition(".")[2]).decisive
     differ: list[tuple[str, str, str]] = []
     for part in ("model", "data"):
-        old, new = ({**run[part]["init_args"], "class_path": run[part].get("class_path")} for run in (before, now))
+        old, new = (flat(run[part]["init_args"]) | {"class_path": run[part].get("class_path")} for run in (before, now))
         for name in sorted(old.keys() & new.keys() - may_change):
             if old[name] != new[name]:
                 setting = f"--{part}" if name == "class_path" else f"--{part}.{name}"
@@ -607,6 +607,13 @@ def _check_same(folder: RunFolder, wanted: str) -> None:
         raise UserError(
             f"The run in {folder.path} was begun with {begun} and cannot go on with {wanted}; give the former or another --run."
         )
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by name, those of the groups `backbone` and `sampler` as `backbone.dtype`."""
+    groups = {name: value for name, value in settings.items() if name in ("backbone", "sampler")}
+    inner = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    return {name: value for name, value in settings.items() if name not in groups} | inner
 
 
 def negative_text(given: str) -> str:

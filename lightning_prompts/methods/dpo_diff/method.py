@@ -78,7 +78,7 @@ class DPODiff(PromptMethod):
     prompt: WordChoices
     data_class = Prompts
     result_class = DPODiffResult
-    decisive = frozenset({"sampling_steps"})  # the search itself draws
+    decisive = frozenset({"sampler.num_inference_steps"})  # the search itself draws
     draws = True
 
     def __init__(
