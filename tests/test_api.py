@@ -39,7 +39,7 @@ def test_finds_what_the_command_line_finds(tiny, pictures, tmp_path, capsys):
     found = invert(sorted(pictures.iterdir()), method="ph2p", backbone=tiny, draw_seeds=(3, 4), **SHORT)
     assert capsys.readouterr() == ("", "")
     run = tmp_path / "run"
-    how = ["--model.backbone", tiny, "--data.steps", "2", "--model.sampling_steps", "2", "--trainer.accelerator", "cpu"]
+    how = ["--model.backbone", tiny, "--data.steps", "2", "--model.sampler.num_inference_steps", "2", "--trainer.accelerator", "cpu"]
     main(["fit", "--config", "configs/ph2p.yaml", "--data.images", str(pictures), *how, "--run", str(run)])
     problems = json.loads((run / "result.json").read_text())["problems"]
     assert [result.prompt for result in found] == [problem["prompt"] for problem in problems]

@@ -12,7 +12,7 @@ from lightning_prompts.commands.main import main
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 MODELS = sorted((Path(__file__).parents[1] / "configs/models").glob("*.yaml"))
-SHORT = "--data.steps 2 --data.samples 1 --data.validation_samples 2 --model.sampling_steps 2"
+SHORT = "--data.steps 2 --data.samples 1 --data.validation_samples 2 --model.sampler.num_inference_steps 2"
 FAMILY_OF = {"sd15": "sd1", "sd21": "sd2", "sd35": "sd3"}  # of tests/families.py, where it has another name
 
 
@@ -35,11 +35,11 @@ def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatc
         "2",
     ]
     small = [
-        "--model.image_size",
+        "--model.backbone.image_size",
         "16",
         "--model.clip",
         f"{folder}/clip",
-        "--model.offline",
+        "--model.backbone.offline",
         "true",
         "--scorer",
         f"{folder}/clip",

@@ -56,10 +56,10 @@ SHORT = {
 }
 INSTEAD = {  # where a model guides itself or the search cannot read the CLIP's tokens
     ("dpo_diff", "flux"): "--model.negative [] --model.positive [synonyms]",
-    ("pez_clip", "flux"): "--model.vocabulary clip",
+    ("pez_clip", "flux"): "--model.backbone.vocabulary clip",
     ("seed_invariance", "flux"): "--model.unconditional false",
 }
-TINY = "--model.image_size 16 --model.offline true --scorer scorer"
+TINY = "--model.backbone.image_size 16 --model.backbone.offline true --scorer scorer"
 
 VOLATILE = ("seconds", "stamps", "version")  # differ from run to run, or say nothing of what was found
 RENAMED: dict[
@@ -112,7 +112,7 @@ def arguments(config, model):
     ]
     given += ["--data.prompts", "prompts.txt"] if config in STEERING else ["--model.tokens", "3"]
     if config != "clip_words":
-        given += ["--model.sampling_steps", "2"]
+        given += ["--model.sampler.num_inference_steps", "2"]
     if config != "human_feedback":  # whose user sees one prompt at a time
         given += ["--model.together", "2"]  # of three, so that one takes the place of another
     if model != "emoji":

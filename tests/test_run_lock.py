@@ -213,7 +213,7 @@ def run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("locked")
     Image.new("RGB", (16, 16), "red").save(folder / "red.png")
     args = ["fit", "--run", str(folder / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(tiny),
-            "--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(folder / "red.png"), "--data.steps", "1",
+            "--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(folder / "red.png"), "--data.steps", "1",
             "--data.validation_samples", "1"]  # fmt: skip
     main(args)
     return folder / "run", args

@@ -103,7 +103,7 @@ class Backbone(TypedModule, ABC):
         kind = vocabulary or self.searched
         if not (same := [tower for tower in towers if tower.kind == kind]):
             raise UserError(
-                f"The model {name!r} has no {kind} text encoder to search the tokens of; leave out --model.vocabulary."
+                f"The model {name!r} has no {kind} text encoder to search the tokens of; leave out --model.backbone.vocabulary."
             )
         if any(tower.tokenizer.get_vocab() != same[0].tokenizer.get_vocab() for tower in same[1:]):
             raise UserError(
@@ -135,7 +135,7 @@ class Backbone(TypedModule, ABC):
         self.image_size = image_size or self.trained_size
         if self.image_size % (self.factor * self.patch):
             raise UserError(
-                f"--model.image_size must be a multiple of {self.factor * self.patch} for the model {name!r}, got "
+                f"--model.backbone.image_size must be a multiple of {self.factor * self.patch} for the model {name!r}, got "
                 f"{self.image_size}; change it."
             )
         self.default_steps, self.default_guidance = self._defaults()
@@ -147,7 +147,7 @@ class Backbone(TypedModule, ABC):
         most = min(tower.most_skipped for tower in self.towers if tower.kind == "clip")
         if not 1 <= clip_skip <= most:
             raise UserError(
-                f"--model.clip_skip must be between 1 and {most}, the most layers that the model {self.name!r} can skip, got "
+                f"--model.backbone.clip_skip must be between 1 and {most}, the most layers that the model {self.name!r} can skip, got "
                 f"{clip_skip}; leave it out to skip none."
             )
 
@@ -576,13 +576,13 @@ def square_size(sample_size: int | Sequence[int] | None, name: str) -> int:
     """
     if sample_size is None:
         raise UserError(
-            f"The denoiser of the model {name!r} does not state the size of its pictures; give --model.image_size in pixels."
+            f"The denoiser of the model {name!r} does not state the size of its pictures; give --model.backbone.image_size in pixels."
         )
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     if height != width:
         raise UserError(
             f"The model {name!r} was trained on {height} x {width} latents, and only square pictures are drawn; give "
-            "--model.image_size in pixels."
+            "--model.backbone.image_size in pixels."
         )
     return height
 

@@ -75,12 +75,12 @@ def load_backbone(
     checkpoint, variants = None, dict[str, str | None]()
     if file := local_file(name):
         if variant:
-            raise UserError(f"The model {name!r} is a file, which has no variants; leave out --model.variant.")
+            raise UserError(f"The model {name!r} is a file, which has no variants; leave out --model.backbone.variant.")
         checkpoint = read_header(file)
         folder = find_configuration(checkpoint, config, offline, revision)
     elif config:
         raise UserError(
-            f"The model {name!r} is not a single file and has its own configuration; leave out --model.config."
+            f"The model {name!r} is not a single file and has its own configuration; leave out --model.backbone.config."
         )
     else:
         folder = find_model(name, offline, revision, variant=variant)
@@ -89,14 +89,14 @@ def load_backbone(
     pipeline: str = index["_class_name"]
     if clip_skip is not None and not family.takes_clip_skip:
         raise UserError(
-            f"--model.clip_skip is not supported by the {pipeline} of the model {name!r}, got {clip_skip}; leave it out."
+            f"--model.backbone.clip_skip is not supported by the {pipeline} of the model {name!r}, got {clip_skip}; leave it out."
         )
     part, kind = family.denoises
     towers = []
     with quiet():
         if checkpoint:
             with _unreadable(
-                name, "networks", "download it again, or give the model that describes it as --model.config"
+                name, "networks", "download it again, or give the model that describes it as --model.backbone.config"
             ):
                 networks = read_single_file(checkpoint, folder, index, set(components(family)), dtype)
 
@@ -306,14 +306,14 @@ def _replaced(own: Any, name: str, model: str) -> Any:
         reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(" .:")
         raise UserError(
             f"The scheduler {name!r} cannot be created from the {its} of the model {model!r} ({reason}); leave out "
-            "--model.scheduler or choose another."
+            "--model.backbone.scheduler or choose another."
         ) from error
     levels = [getattr(scheduler, "alphas_cumprod", torch.empty(0)) for scheduler in (own, other)]
     same = all(own.config.get(key) == other.config.get(key) for key in ("prediction_type", "sigma_data"))
     if not same or not torch.allclose(levels[0], levels[1], rtol=0, atol=1e-6):
         raise UserError(
             f"The scheduler {name!r} would change the noise levels or the prediction type of the model {model!r}, whose own "
-            f"is {its}; leave out --model.scheduler or choose another."
+            f"is {its}; leave out --model.backbone.scheduler or choose another."
         )
     return other
 

@@ -167,7 +167,7 @@ class CLI(LightningCLI):
         if str(config.trainer.precision) in HALF:
             raise UserError(
                 f"The precision {config.trainer.precision} would round the prompts or their gradients to half precision, which "
-                "ruins their optimisation; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
+                "ruins their optimisation; use 32-true or bf16-mixed, and --model.backbone.dtype for the frozen weights."
             )
         _refuse_nulls(config)
         _refuse_flags(config)

@@ -93,7 +93,7 @@ class Sampler:
             )
         if not self.guided:
             raise UserError(
-                f"With a guidance of {self.guidance_scale:g} {consequence}; give --model.guidance_scale above 1, or {instead}."
+                f"With a guidance of {self.guidance_scale:g} {consequence}; give --model.sampler.guidance_scale above 1, or {instead}."
             )
 
     # --- images

@@ -96,7 +96,7 @@ def test_gradient_goes_through_the_layers_that_are_left(folders):
 @pytest.mark.parametrize("family", ["flux", "pixart"])
 def test_refused_where_no_pipeline_skips(family, folders):
     refused(
-        "--model.clip_skip is not supported by the .*, got 1; leave it out",
+        "--model.backbone.clip_skip is not supported by the .*, got 1; leave it out",
         folders[family],
         clip_skip=1,
     )
@@ -106,7 +106,7 @@ def test_refused_where_no_pipeline_skips(family, folders):
 def test_refused_beyond_the_layers(family, folders):
     for skip in (-1, 0, MOST[family] + 1):
         refused(
-            f"--model.clip_skip must be between 1 and {MOST[family]}, .*got {skip}", folders[family], clip_skip=skip
+            f"--model.backbone.clip_skip must be between 1 and {MOST[family]}, .*got {skip}", folders[family], clip_skip=skip
         )
 
 
@@ -114,10 +114,10 @@ def test_command_refuses_what_is_no_number_of_layers(capsys, tmp_path):
     for value in ("0", "-1", "x"):
         with pytest.raises(SystemExit) as stop:
             main(
-                ["fit", "--run", str(tmp_path), "--model", "PH2P", "--data.images", "x.png", "--model.clip_skip", value]
+                ["fit", "--run", str(tmp_path), "--model", "PH2P", "--data.images", "x.png", "--model.backbone.clip_skip", value]
             )
         assert stop.value.code == 2
-        assert "--model.clip_skip" in capsys.readouterr().err
+        assert "--model.backbone.clip_skip" in capsys.readouterr().err
 
 
 def metadata(content, tmp_path):

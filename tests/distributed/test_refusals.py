@@ -140,7 +140,7 @@ def test_ranks_that_see_different_files(other, told, tiny, pictures, tmp_path, m
 
 def test_all_differences_from_an_earlier_run_are_told(tiny, pictures, tmp_path, capsys):
     args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", tiny,
-            "--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(pictures), "--data.steps", "1",
+            "--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures), "--data.steps", "1",
             "--data.validation_samples", "1"]  # fmt: skip
     main(args)
     with pytest.raises(SystemExit):

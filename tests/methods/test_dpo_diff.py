@@ -511,7 +511,7 @@ def test_malformed_schedules_are_refused(schedule):
 def run(tiny, folder, *extra):
     return [
         "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "DPODiff", "--model.backbone", tiny,
-        "--model.sampling_steps", "3", "--model.schedule", "fix-1", "--model.seeds", "2", "--model.budget", "8",
+        "--model.sampler.num_inference_steps", "3", "--model.schedule", "fix-1", "--model.seeds", "2", "--model.budget", "8",
         "--model.population", "3", "--model.select", "2", "--model.sample_every", "0", "--data", "Prompts", "--data.prompts",
         *(extra or [json.dumps(PROMPTS)]),
     ]  # fmt: skip
@@ -671,9 +671,9 @@ def test_pictures_before_and_after_are_of_the_users_prompt_and_of_the_found_one(
 def test_fewer_sampling_steps_are_another_search(tiny, tmp_path, capsys):
     main(run(tiny, tmp_path / "run"))
     with pytest.raises(SystemExit) as stop:
-        main([*run(tiny, tmp_path / "run"), "--ckpt_path", "last", "--model.sampling_steps", "4"])
+        main([*run(tiny, tmp_path / "run"), "--ckpt_path", "last", "--model.sampler.num_inference_steps", "4"])
     assert stop.value.code == 2
-    assert "--model.sampling_steps 3 and cannot go on with 4" in capsys.readouterr().err
+    assert "--model.sampler.num_inference_steps 3 and cannot go on with 4" in capsys.readouterr().err
 
 
 def test_other_data_is_refused(tiny, tmp_path, capsys):

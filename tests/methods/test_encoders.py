@@ -228,7 +228,7 @@ def test_gradient_of_a_clip_that_reads_text_is_refused(
     monkeypatch.setattr("lightning_prompts.objectives.clip.load_clip", None)  # before it is loaded
     with pytest.raises(UserError) as error:
         method(backbone=folders(family), vocabulary=vocabulary, clip_weight=0.1, **SMALL)
-    instead = "" if family == "pixart" else ", or search the CLIP encoder's tokens with --model.vocabulary clip"
+    instead = "" if family == "pixart" else ", or search the CLIP encoder's tokens with --model.backbone.vocabulary clip"
     assert str(error.value) == (
         f"{method.__name__} needs the gradient of the CLIP loss, and the CLIP '{folders(family)}/clip' does not have the token "
         f"embeddings of the model's T5 text encoder; give --model.clip_weight 0{instead}."

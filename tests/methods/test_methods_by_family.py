@@ -21,7 +21,7 @@ from lightning_prompts.objectives import Sharpness
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPT = "a small cat on a red background"
-SEARCH = {"--model.sampling_steps": "2", "--model.image_size": "16", "--model.sample_every": "0"}
+SEARCH = {"--model.sampler.num_inference_steps": "2", "--model.backbone.image_size": "16", "--model.sample_every": "0"}
 PICTURE = {"--data.samples": "2", "--data.validation_samples": "2", "--model.tokens": "2"}
 PROMPTED = {"--data.prompts": PROMPT, "--model.seeds": "2"}
 METHODS = {
@@ -44,7 +44,7 @@ METHODS = {
 GUIDES_ITSELF = ("lcm", "flux", "flux-schnell")
 REFUSED = {
     **{("DPODiff", family): "guides itself, so that a negative prompt does nothing; search other words" for family in GUIDES_ITSELF},
-    ("DPODiff", "sd-turbo"): "With a guidance of 1 a negative prompt does nothing; give --model.guidance_scale above 1",
+    ("DPODiff", "sd-turbo"): "With a guidance of 1 a negative prompt does nothing; give --model.sampler.guidance_scale above 1",
 }  # fmt: skip
 FAMILIES = [
     "sd-turbo",
@@ -103,7 +103,7 @@ def command(name, run, *args):
 
 def settings(family, method, folder, picture, steps):
     """A search of so many steps."""
-    given = {**SEARCH, **METHODS[method], **({"--model.vocabulary": "t5"} if family.endswith("T5") else {})}
+    given = {**SEARCH, **METHODS[method], **({"--model.backbone.vocabulary": "t5"} if family.endswith("T5") else {})}
     if "--data.prompts" not in given:
         given["--data.images"] = picture
     if method == "HumanFeedback":
@@ -216,7 +216,7 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture
         str(CONFIGS / f"{config}.yaml"),
         "--model.backbone",
         folders(family),
-        "--model.image_size",
+        "--model.backbone.image_size",
         "16",
     ]
     args += SHORT[config] + WITHOUT_NEGATIVE.get(config, [])

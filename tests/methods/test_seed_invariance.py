@@ -187,7 +187,7 @@ def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
     folder = tmp_path / "run"
     main([
         "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "SeedInvariance", "--model.backbone", tiny,
-        "--model.sampling_steps", "3", "--model.seeds", "1", "--model.steps", "2", "--model.target_seeds", "[5, 6]",
+        "--model.sampler.num_inference_steps", "3", "--model.seeds", "1", "--model.steps", "2", "--model.target_seeds", "[5, 6]",
         "--model.compare", "latents", "--model.stages", "[1]", "--data", "Prompts", "--data.prompts", PROMPTS[0],
     ])  # fmt: skip
     found = json.loads((folder / "result.json").read_text())["problems"]

@@ -232,7 +232,7 @@ def test_settings_that_make_no_search_are_refused(tiny):
 def run(tiny, folder, *extra):
     return [
         "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "MetricGuidance", "--model.backbone", tiny,
-        "--model.objective", "Sharpness", "--model.sampling_steps", "3", "--model.seeds", "2", "--model.steps", "4",
+        "--model.objective", "Sharpness", "--model.sampler.num_inference_steps", "3", "--model.seeds", "2", "--model.steps", "4",
         "--model.lr", "0.05", "--model.sample_every", "0", "--data", "Prompts", "--data.prompts", json.dumps(PROMPTS), *extra,
     ]  # fmt: skip
 

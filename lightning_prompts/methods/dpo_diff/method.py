@@ -200,7 +200,7 @@ class DPODiff(PromptMethod):
             if number + self.grad_steps > calls:
                 raise UserError(
                     f"The schedule {self.schedule!r} goes beyond the sampler's {calls} calls; change --model.schedule or "
-                    "--model.sampling_steps."
+                    "--model.sampler.num_inference_steps."
                 )
             spent += (number + 2 * self.grad_steps) / calls
             if spent > share + 1e-6:

@@ -320,7 +320,7 @@ class Inverter(PromptMethod):
             return
         kind, instead = self.vocabulary.towers[0].kind, ""
         if kind != "clip" and any(tower.kind == "clip" for tower in self.backbone.towers):
-            instead = ", or search the CLIP encoder's tokens with --model.vocabulary clip"
+            instead = ", or search the CLIP encoder's tokens with --model.backbone.vocabulary clip"
         if self.moves_embeddings:
             instead = f"give --model.clip_weight 0{instead}"
         else:
