@@ -42,9 +42,21 @@ from lightning_prompts.python_values import check_type, plain, shown
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
 from lightning_prompts.runs.record import MethodResult, Problem
+from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.figures import to_image
 
-__all__ = ["Result", "guide", "hold", "invert", "load_backbone", "prefer", "reword", "search"]
+__all__ = [
+    "BackboneSettings",
+    "Result",
+    "SamplerSettings",
+    "guide",
+    "hold",
+    "invert",
+    "load_backbone",
+    "prefer",
+    "reword",
+    "search",
+]
 
 Picture: TypeAlias = Image.Image | np.ndarray[Any, Any] | Tensor | str | Path
 """A picture: a PIL image, an array, a tensor, or a file.
@@ -295,7 +307,9 @@ def search(
             scores = Scores(**texts)
             scores.check(of_method["backbone"].offline)
         if isinstance(of_method["backbone"], BackboneSettings):
-            of_method["backbone"] = of_method["backbone"].pinned()  # so that the record names the weights that were read
+            of_method["backbone"] = of_method[
+                "backbone"
+            ].pinned()  # so that the record names the weights that were read
         method: PromptMethod = kind(**of_method)
         data = data_kind(**of_data)
         trainer = pl.Trainer(

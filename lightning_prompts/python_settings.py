@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -65,6 +66,9 @@ def checked_settings(
     known = sorted({*chain.from_iterable(names)})
     if unknown := next((name for name in given if name not in known), None):
         close = difflib.get_close_matches(unknown, known, 1)
+        groups = {name: hint for kind in kinds for name, hint in all_settings(kind).items() if is_dataclass(hint)}
+        if home := next((name for name, kind in groups.items() if unknown in all_settings(kind)), None):
+            raise UserError(f"The setting {unknown!r} is unknown; did you mean {home}={{{unknown!r}: ...}}?")
         hint = f"did you mean {prefix + close[0]!r}?" if close else f"give one of {', '.join(known)}."
         raise UserError(f"The setting {shortened(prefix + str(unknown))!r} is unknown; {hint}")
     return [
@@ -95,13 +99,12 @@ def _group(name: str, kind: type, default: Any, given: Any) -> Any:
     """Return a group of settings such as `backbone`; what is loaded already is kept."""
     if isinstance(given, kind) or (name == "backbone" and isinstance(given, Backbone)):
         return given
-    default, given = ({"name": value} if isinstance(value, str) else value for value in (default or {}, given))
+    if isinstance(given, str | os.PathLike) and name == "backbone":
+        given = {"name": given}
     if not isinstance(given, Mapping) or not all(isinstance(setting, str) for setting in given):
-        others = ", a model's name or a loaded model" * (name == "backbone")
-        raise UserError(
-            f"The setting {name} cannot be {shown(given)}; it takes a dictionary of settings, {kind.__name__}{others}."
-        )
-    (settings,) = checked_settings((kind,), default, given, name)
+        taken = "a dictionary of settings" + ", a model's name, a loaded model" * (name == "backbone")
+        raise UserError(f"The setting {name} cannot be {shown(given)}; it takes {taken} or {kind.__name__}.")
+    (settings,) = checked_settings((kind,), default or {}, given, name)
     return kind(**settings)
 
 

@@ -22,6 +22,7 @@ from lightning_prompts.commands.main import main
 from lightning_prompts.methods import PEZ
 from lightning_prompts.metrics import Perplexity
 from lightning_prompts.metrics.words import all_words
+from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.figures import to_image, to_png
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries; the command line silences them, pytest puts them back
@@ -828,7 +829,9 @@ def test_negative_prompt_changes_the_pictures(done, given):
     assert plain.exists()
     assert plain.read_bytes() != without.read_bytes()
     assert without.name.startswith(plain.name.removesuffix("-seed0.png"))
-    module = PEZ(backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampling_steps=2)
+    module = PEZ(
+        backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampler=SamplerSettings(2)
+    )
     (expected,) = module.draw(["a red cat"], noise_of([0], module.backbone.latent_shape), joined)
     assert without.read_bytes() == to_png(to_image(expected))
 
@@ -837,7 +840,9 @@ def test_texts_are_taken_as_they_stand(done):
     for text in ("# a cat", "~", "null"):
         main(["predict", "--run", str(done), "--prompts", text, "--negative", text])
         (path,) = (done / "pictures").iterdir()
-        module = PEZ(backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampling_steps=2)
+        module = PEZ(
+            backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampler=SamplerSettings(2)
+        )
         (expected,) = module.draw([text], noise_of([0], module.backbone.latent_shape), text)
         assert path.read_bytes() == to_png(to_image(expected))
         path.unlink()

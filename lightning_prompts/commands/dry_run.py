@@ -99,14 +99,20 @@ def _advice(module: PromptMethod) -> list[str]:
     """Settings that lower the memory, those first that cost least."""
     backbone, advice = module.backbone, []
     if next(backbone.denoiser.parameters()).dtype == torch.float32:
-        advice.append("--model.backbone.dtype bfloat16                 half the weights and activations of the frozen model")
+        advice.append(
+            "--model.backbone.dtype bfloat16                 half the weights and activations of the frozen model"
+        )
     if _calls(module) > 1:
         half = f"--model.microbatch {_calls(module) // 2}"
         advice.append(f"{half:<38} half the activations")
     if not backbone.denoiser.is_gradient_checkpointing:
-        advice.append("--model.backbone.gradient_checkpointing true    activations of one block at a time in the backward pass")
+        advice.append(
+            "--model.backbone.gradient_checkpointing true    activations of one block at a time in the backward pass"
+        )
     if not backbone.offloaded and module.device.type != "cpu":
-        advice.append("--model.backbone.cpu_offload true               text encoders, denoiser and autoencoder one at a time")
+        advice.append(
+            "--model.backbone.cpu_offload true               text encoders, denoiser and autoencoder one at a time"
+        )
     if not backbone.vae.use_tiling and backbone.image_size > 512:
         advice.append("--model.backbone.vae_tiling true                pictures are decoded in tiles")
     smaller = f"--model.backbone.image_size {backbone.image_size // 2}"

@@ -1,6 +1,7 @@
 """Layers of the text encoders that are skipped, as diffusers' pipelines do."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
@@ -11,12 +12,13 @@ from families import refused
 from safetensors import safe_open
 
 from lightning_prompts import guide, invert
-from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones import BackboneSettings, load_backbone
 from lightning_prompts.backbones.embedding_files import pack_embedding, pack_prompt_embeds
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.commands.main import main
 from lightning_prompts.data.images import content_key, load_image
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -106,7 +108,9 @@ def test_refused_where_no_pipeline_skips(family, folders):
 def test_refused_beyond_the_layers(family, folders):
     for skip in (-1, 0, MOST[family] + 1):
         refused(
-            f"--model.backbone.clip_skip must be between 1 and {MOST[family]}, .*got {skip}", folders[family], clip_skip=skip
+            f"--model.backbone.clip_skip must be between 1 and {MOST[family]}, .*got {skip}",
+            folders[family],
+            clip_skip=skip,
         )
 
 
@@ -114,7 +118,17 @@ def test_command_refuses_what_is_no_number_of_layers(capsys, tmp_path):
     for value in ("0", "-1", "x"):
         with pytest.raises(SystemExit) as stop:
             main(
-                ["fit", "--run", str(tmp_path), "--model", "PH2P", "--data.images", "x.png", "--model.backbone.clip_skip", value]
+                [
+                    "fit",
+                    "--run",
+                    str(tmp_path),
+                    "--model",
+                    "PH2P",
+                    "--data.images",
+                    "x.png",
+                    "--model.backbone.clip_skip",
+                    value,
+                ]
             )
         assert stop.value.code == 2
         assert "--model.backbone.clip_skip" in capsys.readouterr().err
@@ -138,10 +152,12 @@ def test_exports_say_it(skip, folders, tmp_path):
 
 def test_runs_record_it_and_have_keys_of_their_own(tiny, pictures, tmp_path):
     """Keys without skipped layers are those of a run that knows no such setting."""
-    how = {"backbone": tiny, "sampling_steps": 1, "steps": 1, "device": "cpu", "image_size": 16}
+    how = {"sampler": SamplerSettings(1), "steps": 1, "device": "cpu"}
+    backbone = BackboneSettings(tiny, image_size=16)
     noisy = {"method": "ph2p", "samples": 1, "validation_samples": 1, "tokens": 2}
-    plain = invert(pictures / "0.png", **noisy, **how)
-    skipped = invert(pictures / "0.png", **noisy, **how, clip_skip=1, folder=tmp_path / "run")
+    plain = invert(pictures / "0.png", backbone=backbone, **noisy, **how)
+    skipping = replace(backbone, clip_skip=1)
+    skipped = invert(pictures / "0.png", backbone=skipping, **noisy, **how, folder=tmp_path / "run")
     image = load_image(pictures / "0.png", 16, "crop", (255, 255, 255))
     assert plain.record.key == content_key([image], {"backbone": tiny, "template": "{}"})
     assert skipped.record.key == content_key([image], {"backbone": tiny, "template": "{}", "clip_skip": 1})

@@ -412,7 +412,9 @@ def test_variant_of_some_components(sd1, full, half, tmp_path, caplog):
 def test_variants_that_are_none(sd1, tmp_path):
     folder = shutil.copytree(sd1, tmp_path / "model")
     refused("has no variants, but 'fp16' was given; leave out --model.backbone.variant", folder, variant="fp16")
-    refused("'emoji' has no variants, but 'fp16' was given; leave out --model.backbone.variant", "emoji", variant="fp16")
+    refused(
+        "'emoji' has no variants, but 'fp16' was given; leave out --model.backbone.variant", "emoji", variant="fp16"
+    )
     as_variant(folder, "bf16", keep=True)
     as_variant(folder, "non_ema", ["unet"], keep=True)
     refused("has no variant 'fp16', only bf16, non_ema; choose one of these", folder, variant="fp16")

@@ -507,8 +507,22 @@ def test_a_search(model, pictures, tmp_path, attempts):
     _, _, config, file = model
     run = tmp_path / "run"
     args = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(file)]
-    args += ["--model.backbone.config", str(config), "--model.backbone.image_size", "16", "--model.backbone.offline", "true"]
-    args += ["--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures / "0.png")]
+    args += [
+        "--model.backbone.config",
+        str(config),
+        "--model.backbone.image_size",
+        "16",
+        "--model.backbone.offline",
+        "true",
+    ]
+    args += [
+        "--model.tokens",
+        "2",
+        "--model.sampler.num_inference_steps",
+        "2",
+        "--data.images",
+        str(pictures / "0.png"),
+    ]
     main([*args, "--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"])
     main(["test", "--run", str(run)])
     assert json.loads((run / "result.json").read_text())["problems"][0]["prompt"]

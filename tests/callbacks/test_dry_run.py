@@ -36,7 +36,9 @@ def test_tells_and_keeps_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
 )  # fmt: skip
 def test_of_prompts(method, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    extra = ["--model.schedule", "fix-0"] if method[0] == "DPODiff" else ["--model.backbone.gradient_checkpointing", "true"]
+    extra = (
+        ["--model.schedule", "fix-0"] if method[0] == "DPODiff" else ["--model.backbone.gradient_checkpointing", "true"]
+    )
     main(["dry-run", "--model", *method, "--model.backbone", tiny, "--data.prompts", "a red cat", *extra, *DRAWN, *CPU])
     told = capsys.readouterr().out
     assert "the results" in told

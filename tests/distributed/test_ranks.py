@@ -71,7 +71,15 @@ def arguments(tiny, inputs, run, method, *extra):
         "--model.backbone",
         str(tiny),
     ]
-    return [*command, "--model.sampler.num_inference_steps", "2", "--trainer.accelerator", "cpu", *METHODS[method], *extra]
+    return [
+        *command,
+        "--model.sampler.num_inference_steps",
+        "2",
+        "--trainer.accelerator",
+        "cpu",
+        *METHODS[method],
+        *extra,
+    ]
 
 
 def fit(*args, ranks=1, launcher="torchrun", rounding=False):

@@ -14,6 +14,7 @@ from lightning_prompts.distributed import met, shared
 from lightning_prompts.engine.batch import fit_shape, merge
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PEZ, TRAINER
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -135,7 +136,9 @@ def test_ranks_that_see_different_files(other, told, tiny, pictures, tmp_path, m
     monkeypatch.setattr("lightning_prompts.engine.datamodule.of_all_ranks", lambda own: [own, other])
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     with pytest.raises(UserError, match=re.escape(told)):
-        trainer.fit(PEZ(backbone=tiny, tokens=2, sampling_steps=2), datamodule=ImagesToPrompts(str(pictures), steps=1))
+        trainer.fit(
+            PEZ(backbone=tiny, tokens=2, sampler=SamplerSettings(2)), datamodule=ImagesToPrompts(str(pictures), steps=1)
+        )
 
 
 def test_all_differences_from_an_earlier_run_are_told(tiny, pictures, tmp_path, capsys):

@@ -24,11 +24,12 @@ from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, HumanFeedback
 from lightning_prompts.methods.steering.human_feedback import Choice, Chooser, Page, Scripted
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPT = "a small cat on a blue background"
-SMALL = {"sampling_steps": 2, "seeds": 1, "texts": 8, "candidates": 3, "sample_every": 0}
+SMALL = {"sampler": SamplerSettings(2), "seeds": 1, "texts": 8, "candidates": 3, "sample_every": 0}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

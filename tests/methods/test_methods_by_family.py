@@ -17,6 +17,7 @@ from lightning_prompts.commands.main import main
 from lightning_prompts.engine.checkpoint import PromptCheckpoint
 from lightning_prompts.methods import PEZ, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -129,7 +130,7 @@ def test_company_changes_nothing(family, folders, tmp_path):
     for i in range(2):
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(files[-1])
-    how = {"backbone": backbone, "sampling_steps": 2, "steps": 2, "device": "cpu"}
+    how = {"backbone": backbone, "sampler": SamplerSettings(2), "steps": 2, "device": "cpu"}
     pictured = {
         "method": "textual_inversion",
         "start": "random",
@@ -230,8 +231,8 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture
     assert command("fit", tmp_path / "run", *args) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "run/result.json").read_text())
     drawn = result["settings"]["drawing"]
-    assert result["settings"]["model"]["sampling_steps"] is None
-    assert drawn["sampling_steps"] == FEW[family]
+    assert result["settings"]["model"]["sampler"]["num_inference_steps"] is None
+    assert drawn["num_inference_steps"] == FEW[family]
     assert drawn.get("trial_steps") == (FEW[family] if config == "invert" else None)
     if config == "dpo_diff":  # three pictures of the prompt and of each of its candidates
         assert result["problems"][0]["unet_samples"] == 2 * FEW[family]
@@ -254,5 +255,8 @@ def test_steps_of_the_model_are_what_a_setting_does_not_say(folders):
         ] == [most] * 4
         inverter = PEZ(backbone=backbone, tokens=2)
         assert (inverter.sampler.num_inference_steps, inverter.trial_steps) == (own, most)
-        assert MetricGuidance(backbone=backbone, sampling_steps=12, **objective).sampler.num_inference_steps == 12
+        assert (
+            MetricGuidance(backbone=backbone, sampler=SamplerSettings(12), **objective).sampler.num_inference_steps
+            == 12
+        )
         assert PEZ(backbone=backbone, tokens=2, trial_weight=1.0, trial_steps=12).trial_steps == 12
