@@ -324,7 +324,7 @@ def search(
             callbacks=[
                 OwnerGuard(lock),
                 Results(
-                    scores, settings={name: str(value) for name, value in (of_method | of_data).items()}, tell=False
+                    scores, settings={name: _recorded(value) for name, value in (of_method | of_data).items()}, tell=False
                 ),
             ],
             default_root_dir=kept or scratch,
@@ -334,6 +334,13 @@ def search(
         noise = noise_of(draw_seeds, method.backbone.latent_shape).to(where)
         records = data.folder.load()
         return [_result(method, records[key], noise) for key in data.keys]
+
+
+def _recorded(setting: Any) -> Any:
+    """Return a setting as the result's file holds it."""
+    if isinstance(setting, BackboneSettings | SamplerSettings):
+        return asdict(setting)
+    return setting.name if isinstance(setting, Backbone) else str(setting)
 
 
 @contextmanager

@@ -58,6 +58,6 @@ def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatc
         ]
     )
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]
-    assert saved["backbone"] == config.stem
+    assert saved["backbone"]["name"] == config.stem
     assert saved["candidates"] == 2
     assert json.loads((tmp_path / "run/result.json").read_text())["problems"][0]["prompt"]

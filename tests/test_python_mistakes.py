@@ -120,7 +120,7 @@ SETTINGS = {  # of `invert`, and what is said
     "surrogate": ({"template": "{} \ud800"}, "which is not UTF-8"),
     "backbone": (
         {"backbone": torch.nn.Linear(1, 1)},
-        "backbone cannot be of type Linear; it takes a text or a Backbone.",
+        "backbone cannot be of type Linear; it takes a dictionary of settings, a model's name, a loaded model or BackboneSettings.",
     ),
     "no backbone": ({"backbone": None}, "backbone cannot be None"),
     "negative": ({"negative_images": [PICTURE, 3]}, "negative_images[1] cannot be 3; give a PIL image"),
@@ -210,7 +210,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "run/problems").mkdir(parents=True)
     (tmp_path / "run/problems/0.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lightning_prompts.engine.method.load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lightning_prompts.backbones.settings.load_backbone", lambda *_: pytest.fail("a model was loaded"))
     before = sorted(tmp_path.rglob("*"))
     yield
     assert sorted(tmp_path.rglob("*")) == before

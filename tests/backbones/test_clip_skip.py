@@ -161,9 +161,9 @@ def test_runs_record_it_and_have_keys_of_their_own(tiny, pictures, tmp_path):
     image = load_image(pictures / "0.png", 16, "crop", (255, 255, 255))
     assert plain.record.key == content_key([image], {"backbone": tiny, "template": "{}"})
     assert skipped.record.key == content_key([image], {"backbone": tiny, "template": "{}", "clip_skip": 1})
-    assert json.loads((tmp_path / "run/result.json").read_text())["settings"]["clip_skip"] == "1"
+    assert json.loads((tmp_path / "run/result.json").read_text())["settings"]["backbone"]["clip_skip"] == 1
     keys = {
-        guide("a red cat", Sharpness(), seeds=1, **how, **more).record.key
-        for more in ({}, {"clip_skip": 1}, {"clip_skip": 2})
+        guide("a red cat", Sharpness(), seeds=1, **how, backbone=replace(backbone, clip_skip=skip)).record.key
+        for skip in (None, 1, 2)
     }
     assert len(keys) == 3

@@ -35,7 +35,7 @@ def refused(pictures, tmp_path, monkeypatch, capsys):
     def loaded(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lightning_prompts.engine.method.load_backbone", loaded)
+    monkeypatch.setattr("lightning_prompts.backbones.settings.load_backbone", loaded)
 
     def run(*settings, command="fit", config="configs/pez.yaml", given=True, name=True):
         inputs = ["--data.images", str(pictures)] if given else []

@@ -88,7 +88,7 @@ def test_inverters(method, settings, tiny, pictures, tmp_path):
 def test_methods_that_begin_with_a_prompt(method, settings, tiny, tmp_path, monkeypatch):
     # A checkpointed call is computed twice, the second time for its gradient alone.
     monkeypatch.setattr(base, "checkpoint", lambda function, *arguments, **how: function(*arguments))
-    module, data = method(backbone=tiny, seeds=2, **settings, **FEW), Prompts(["a small cat", "two dogs"])
+    module, data = method(backbone=tiny, seeds=2, **FEW | settings), Prompts(["a small cat", "two dogs"])
     seen = counted(module)
     if method is SeedInvariance:  # what the target images take is not counted
         for name in ("set_rows", "pictures"):
