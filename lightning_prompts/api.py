@@ -324,7 +324,9 @@ def search(
             callbacks=[
                 OwnerGuard(lock),
                 Results(
-                    scores, settings={name: _recorded(value) for name, value in (of_method | of_data).items()}, tell=False
+                    scores,
+                    settings={name: _recorded(value) for name, value in (of_method | of_data).items()},
+                    tell=False,
                 ),
             ],
             default_root_dir=kept or scratch,

@@ -16,7 +16,7 @@ from lightning_prompts.backbones import Backbone
 from lightning_prompts.commands.parser_errors import one_sentence
 from lightning_prompts.errors import UserError, shortened
 from lightning_prompts.python_values import check_type, plain, shown
-from lightning_prompts.text_settings import all_settings
+from lightning_prompts.text_settings import all_settings, settings_of_group
 
 _FLAG = r"--(?:(?:model|data)\.|(?=(?:scorer|dictionary|language_model|lpips_weights)\b))"
 _VALUE = r"\d+(?:\.\d+)?\b|\[[^]]*\]|true\b|false\b|b?float\d+\b"
@@ -66,13 +66,13 @@ def checked_settings(
     known = sorted({*chain.from_iterable(names)})
     if unknown := next((name for name in given if name not in known), None):
         close = difflib.get_close_matches(unknown, known, 1)
-        groups = {name: hint for kind in kinds for name, hint in all_settings(kind).items() if is_dataclass(hint)}
-        if home := next((name for name, kind in groups.items() if unknown in all_settings(kind)), None):
+        hints = {name: hint for kind in kinds for name, hint in all_settings(kind).items()}
+        if home := next((name for name in hints if unknown in settings_of_group(hints[name])), None):
             raise UserError(f"The setting {unknown!r} is unknown; did you mean {home}={{{unknown!r}: ...}}?")
         hint = f"did you mean {prefix + close[0]!r}?" if close else f"give one of {', '.join(known)}."
         raise UserError(f"The setting {shortened(prefix + str(unknown))!r} is unknown; {hint}")
     return [
-        _checked(kind, *({name: values[name] for name in own if name in values} for values in (defaults, given)), group)
+        _checked(kind, {n: defaults[n] for n in own if n in defaults}, {n: given[n] for n in own if n in given}, group)
         for kind, own in zip(kinds, names, strict=True)
     ]
 

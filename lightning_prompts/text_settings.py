@@ -51,13 +51,15 @@ def with_groups(hints: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     The name of a group alone stands for the setting `name` in it, so that `--model.backbone sdxl` is `--model.backbone.name sdxl`.
     """
     for name, hint in hints.items():
-        if not is_dataclass(hint):
-            yield name, hint
-            continue
-        group = get_type_hints(hint)
+        group = settings_of_group(hint)
         yield from ((f"{name}.{inner}", kind) for inner, kind in group.items())
-        if "name" in group:
-            yield name, group["name"]
+        if not group or "name" in group:
+            yield name, group.get("name", hint)
+
+
+def settings_of_group(hint: Any) -> dict[str, Any]:
+    """Return the type hints of the settings in a group; none if the hint is not that of a group."""
+    return get_type_hints(hint) if is_dataclass(hint) else {}
 
 
 def own_settings(kind: type) -> dict[str, Any]:

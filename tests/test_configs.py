@@ -61,3 +61,28 @@ def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatc
     assert saved["backbone"]["name"] == config.stem
     assert saved["candidates"] == 2
     assert json.loads((tmp_path / "run/result.json").read_text())["problems"][0]["prompt"]
+
+
+@pytest.mark.parametrize("flags_first", [True, False])
+@pytest.mark.parametrize("given", ["flag", "config", "group"])
+def test_backbone_name_composes_with_its_group(given, flags_first, tiny, pictures, tmp_path):
+    """`--model.backbone NAME` is the group's name, in flags and YAML, before or after other settings of the group."""
+    config = tmp_path / "backbone.yaml"
+    value = {"name": tiny, "clip_skip": 1} if given == "group" else tiny
+    config.write_text(yaml.safe_dump({"model": {"init_args": {"backbone": value}}}))
+    named = ["--model.backbone", tiny] if given == "flag" else ["--config", str(config)]
+    rest = ["--model.backbone.image_size", "16", "--model.backbone.vocabulary", "clip"]
+    command = ["fit", "--config", "configs/pez.yaml", "--run", str(tmp_path / "run")]
+    command += rest + named if flags_first else named + rest
+    command += [
+        "--data.images",
+        str(pictures / "0.png"),
+        "--data.steps",
+        "1",
+        "--model.sampler.num_inference_steps",
+        "1",
+    ]
+    main([*command, "--model.tokens", "2", "--trainer.accelerator", "cpu"])
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]["backbone"]
+    assert (saved["name"], saved["image_size"], saved["vocabulary"]) == (tiny, 16, "clip")
+    assert saved.get("clip_skip") == (1 if given == "group" else None)

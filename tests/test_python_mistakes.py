@@ -210,7 +210,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "run/problems").mkdir(parents=True)
     (tmp_path / "run/problems/0.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lightning_prompts.backbones.settings.load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "lightning_prompts.backbones.settings.load_backbone", lambda *_: pytest.fail("a model was loaded")
+    )
     before = sorted(tmp_path.rglob("*"))
     yield
     assert sorted(tmp_path.rglob("*")) == before

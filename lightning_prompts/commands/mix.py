@@ -70,7 +70,7 @@ def parents_of(runs: Sequence[str]) -> tuple[Parent, Parent]:
 
 def _backbone(run: RunFolder, model: dict[str, Any]) -> str:
     """The model as it was named, a folder by its full path, with its revision."""
-    name, revision = str(model["backbone"]["name"]), model["backbone"]["revision"]
+    name, revision = str(model["backbone"]["name"]), model["backbone"].get("revision")
     name = str(Path(run.located(name)).resolve()) if Path(run.located(name)).is_dir() else name
     return f"{name} {revision}" if revision else name
 
