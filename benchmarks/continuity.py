@@ -22,6 +22,7 @@ from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.methods import MetricGuidance
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.sampling import SamplerSettings
 
 SEED, FRAMES = 20_261_131, 81
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "continuity.png"
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--paths", type=int, default=50)
     args = parser.parse_args()
-    method = MetricGuidance(objective=Sharpness(), sampling_steps=10, microbatch=32)
+    method = MetricGuidance(objective=Sharpness(), sampler=SamplerSettings(10), microbatch=32)
     ends = [prompt for prompt, _ in captions(SEED, 2 * args.paths)]
     embedded: list[Tensor] = []
     seen: dict[str, list[Tensor]] = {"pixels": [], "held-out CLIP": []}

@@ -45,7 +45,7 @@ from lightning_prompts.methods import GCG, PH2P, DPODiff, MetricGuidance
 from lightning_prompts.objectives import Sharpness, clip
 from lightning_prompts.objectives.image_processor import ImageProcessor
 from lightning_prompts.runs.folder import RunFolder
-from lightning_prompts.sampling import OUT_OF_MEMORY, out_of_memory
+from lightning_prompts.sampling import OUT_OF_MEMORY, SamplerSettings, out_of_memory
 
 FIGURES = Path(__file__).parent / "figures"
 
@@ -75,7 +75,7 @@ TINY_WORK = Work(images=2, problems=2, microbatch=2, pictures=2, steps=2, seeds=
 def cases(work: Work, guides_itself: bool) -> dict[str, Case]:
     """Return the methods to measure; DPO-Diff's gradient steps and its evaluation of candidates are separate cases."""
     tokens = {"microbatch": work.microbatch}
-    drawn = {"microbatch": work.pictures, "sampling_steps": work.steps, "seeds": work.seeds}
+    drawn = {"microbatch": work.pictures, "sampler": SamplerSettings(work.steps), "seeds": work.seeds}
     words = drawn | ({"negative": [], "positive": ["neighbours"], "threshold": -1.0} if guides_itself else {})
     learning = words | {"solver": "gradient", "gradient_share": 1.0, "budget": 1000, "schedule": "fix-1"}
     evaluating = words | {"solver": "evolution", "population": work.population, "budget": 10**6}

@@ -24,7 +24,7 @@ METHODS = {
     "PH2P": ["ph2p", "--data.steps", "24", "--model.restart_every", "8", "--model.score_every", "4"],
     "PH2P by L-BFGS": ["ph2p_lbfgs", "--data.steps", "3"],
     "GCG": ["invert", "--data.steps", "3", "--model.candidates", "8", "--model.trial_steps", "4"],
-    "DPO-Diff": ["dpo_diff", "--model.budget", "12", "--model.seeds", "2", "--model.sampling_steps", "6", "--model.schedule", "step-2-2"],
+    "DPO-Diff": ["dpo_diff", "--model.budget", "12", "--model.seeds", "2", "--model.sampler.num_inference_steps", "6", "--model.schedule", "step-2-2"],
     "MetricGuidance": ["metric_guidance", "--model.objective", "Sharpness", "--model.steps", "5", "--model.seeds", "2"],
 }  # fmt: skip
 PROMPTS = ("a dog on a blue background", "a big red square", "a small cat on a green background", "two trees", "a car")

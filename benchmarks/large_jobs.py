@@ -20,7 +20,7 @@ COUNTS = (10, 100, 1000)
 ROUNDS = 3
 PICTURES = 32  # for two processes with batches of 16, as in a large job
 SHORT = ("--data.steps", "4", "--data.samples", "2", "--data.validation_samples", "4", "--model.score_every", "4",
-         "--model.sampling_steps", "2", "--model.restart_every", "0", "--model.sample_every", "0")  # fmt: skip
+         "--model.sampler.num_inference_steps", "2", "--model.restart_every", "0", "--model.sample_every", "0")  # fmt: skip
 LONG = ("--data.steps", "120", "--model.restart_every", "30", "--model.sample_every", "0")
 
 

@@ -310,11 +310,11 @@ def table() -> str:
 SEARCHES = {
     "ph2p": (
         "--config configs/ph2p.yaml --data.images docs/images/demo.png --data.steps 2 --data.samples 1 --data.validation_samples 1 "
-        "--model.sampling_steps 2 --model.guidance_scale 7.5"
+        "--model.sampler.num_inference_steps 2 --model.sampler.guidance_scale 7.5"
     ),
     "dpo_diff": (
         "--config configs/dpo_diff.yaml --data.prompts dog --model.solver gradient --model.budget 2 --model.gradient_share 0.5 "
-        "--model.seeds 1 --model.sampling_steps 2 --model.schedule fix-1 --model.guidance_scale 7.5"
+        "--model.seeds 1 --model.sampler.num_inference_steps 2 --model.schedule fix-1 --model.sampler.guidance_scale 7.5"
     ),
 }
 
@@ -348,7 +348,7 @@ def measure(search: str, settings: list[str]) -> str:
         how = [
             "--model.backbone",
             f"{scratch}/model",
-            "--model.offline",
+            "--model.backbone.offline",
             "true",
             "--model.microbatch",
             "1",

@@ -27,6 +27,7 @@ from lightning_prompts.data.images import to_tensor
 from lightning_prompts.emoji import world
 from lightning_prompts.methods import PH2P
 from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.sampling import SamplerSettings
 
 SEEDS = {"evaluation": 20_261_121, "development": 20_261_125}  # scenes with two objects
 FIRST = 1000  # first seed of the scored images; the evolution selects on others
@@ -126,7 +127,7 @@ def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[s
         away = ["--data.negative_images", str(unwanted[i]), "--model.negative_weight", str(args.negative_weight)]
         (problem,) = fit(args.config, listed(both[i : i + 1]), scratch / f"against{i}", [*extra, *away])
         against.append(str(problem["prompt"]))
-    module, recognise, table = PH2P(guidance_scale=args.guidance_scale), Recogniser(), {}
+    module, recognise, table = PH2P(sampler=SamplerSettings(guidance_scale=args.guidance_scale)), Recogniser(), {}
 
     def measure(name: str, pictures: list[Tensor]) -> None:
         seen = [[recognise(some, case[which]) for some, case in zip(pictures, cases, strict=True)] for which in (0, 1)]

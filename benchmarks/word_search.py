@@ -27,6 +27,7 @@ from torch import Tensor
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
+from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.seeding import SEARCH, draw_noise
 
 SEED, PROMPTS, WORDS = 20_261_122, 20, 5
@@ -35,7 +36,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
     **{solver: {"solver": solver} for solver in ("random", "gradient", "evolution", "hybrid")},
     "hybrid, 20 at a time": {"solver": "hybrid", "population": 20, "select": 10},  # as in the paper
 }
-SETTINGS: dict[str, Any] = {"sampling_steps": 8, "seeds": 2, "microbatch": 64, "sample_every": 0,
+SETTINGS: dict[str, Any] = {"sampler": SamplerSettings(8), "seeds": 2, "microbatch": 64, "sample_every": 0,
             "positive": ["neighbours"], "negative": ["library"], "threshold": -1}  # fmt: skip
 
 SCHEDULE = "step-2-4"

@@ -6,10 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_prompts.api import Result, guide, hold, invert, prefer, reword
-    from lightning_prompts.backbones import load_backbone
+    from lightning_prompts.backbones import BackboneSettings, load_backbone
+    from lightning_prompts.sampling import SamplerSettings
 
 __version__ = "0.1.0"
-__all__ = ["Result", "guide", "hold", "invert", "load_backbone", "prefer", "reword"]
+__all__ = [
+    "BackboneSettings",
+    "Result",
+    "SamplerSettings",
+    "guide",
+    "hold",
+    "invert",
+    "load_backbone",
+    "prefer",
+    "reword",
+]
 
 
 def __getattr__(name: str) -> Any:

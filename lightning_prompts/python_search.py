@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from lightning_prompts import methods
-from lightning_prompts.backbones.hub import pinned
+from lightning_prompts.backbones import Backbone, BackboneSettings, as_backbone
 from lightning_prompts.callbacks import Results, Scores
 from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
@@ -33,6 +33,7 @@ from lightning_prompts.runner import TRAINER_DEFAULTS, build_trainer, held_folde
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
 from lightning_prompts.runs.record import MethodResult, Problem
+from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.figures import to_image
 
 _PACKAGE = Path(__file__).parent
@@ -83,8 +84,9 @@ def search(
 
     Args:
         config: Name of the config whose settings are the defaults, such as `ph2p`.
-        settings: Settings of the method and its data by name, such as `backbone`, `tokens` or `steps`. `backbone` is a name, or the
-            result of `load_backbone`, which several calls can share.
+        settings: Settings of the method and its data by name, such as `backbone`, `tokens` or `steps`. `backbone` is a name, a
+            dictionary or `BackboneSettings` to load a model, a diffusers pipeline, which stays unchanged, or the result of
+            `load_backbone`, which several calls can share. `sampler` is a dictionary or `SamplerSettings`.
         draw_seeds: Seeds of the results' images.
         folder: Folder to keep the files of the run in, which must not hold a run; None to keep none.
         device: Device of the search, such as `cuda:1`; None for a GPU if there is one.
@@ -110,24 +112,30 @@ def search(
         tempfile.TemporaryDirectory() as scratch,
         _prepared(folder) as (kept, lock),
     ):
-        of_method, of_data = checked_settings((kind, data_kind), defaults, settings)
+        given = {name: as_backbone(value) if name == "backbone" else value for name, value in settings.items()}
+        of_method, of_data = checked_settings((kind, data_kind), defaults, given)
         if scores:
             (texts,) = checked_settings((Scores,), {}, asdict(scores))
             scores = Scores(**texts)
-            scores.check(of_method["offline"])
-        backbone = of_method["backbone"]
-        if isinstance(backbone, str):  # record the commit of a model from the hub, and the variant that is read
-            commit = pinned(backbone, of_method["offline"], of_method["revision"], of_method["variant"])
-            of_method["revision"], of_method["variant"] = commit
+            scores.check(of_method["backbone"].offline)
+        if isinstance(of_method["backbone"], BackboneSettings):
+            of_method["backbone"] = of_method["backbone"].pinned()  # so that the record names the weights that are read
         method: PromptMethod = kind(**of_method)
         data = data_kind(**of_data)
-        recorded = {name: str(value) for name, value in (of_method | of_data).items()}
+        recorded = {name: _recorded(value) for name, value in (of_method | of_data).items()}
         trainer = _trainer(where, kept or scratch, lock, Results(scores, settings=recorded, report=False))
         trainer.fit(method, datamodule=data)
         method.to(where)  # Lightning has moved it to the CPU
         noise = noise_of(draw_seeds, method.backbone.latent_shape).to(where)
         records = data.folder.load()
         return [_result(method, records[key], noise) for key in data.keys]
+
+
+def _recorded(setting: Any) -> Any:
+    """Return a setting as it is written to the results' file."""
+    if isinstance(setting, BackboneSettings | SamplerSettings):
+        return asdict(setting)
+    return setting.name if isinstance(setting, Backbone) else str(setting)
 
 
 def _check_arguments(config: Any, settings: Any, draw_seeds: Any, scores: Any) -> None:

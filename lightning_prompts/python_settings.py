@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import is_dataclass
 from itertools import chain
 from typing import Any, NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
 
+from lightning_prompts.backbones import Backbone
 from lightning_prompts.commands.parser_errors import one_sentence
 from lightning_prompts.errors import UserError, shortened
-from lightning_prompts.python_values import check_type, plain
-from lightning_prompts.text_settings import all_settings
+from lightning_prompts.python_values import check_type, plain, shown
+from lightning_prompts.text_settings import all_settings, settings_of_group
 
 _FLAG = r"--(?:(?:model|data)\.|(?=(?:scorer|dictionary|language_model|lpips_weights)\b))"
 _VALUE = r"\d+(?:\.\d+)?\b|\[[^]]*\]|true\b|false\b|b?float\d+\b"
@@ -33,11 +36,11 @@ def in_python(message: str) -> str:
             return str(name)
         return f"{name}={value.title() if value in ('true', 'false') else repr(value) if 'float' in value else value}"
 
-    return re.sub(rf"{_FLAG}([a-z]\w*)(?: ({_VALUE}))?", argument, message)
+    return re.sub(rf"{_FLAG}([a-z][\w.]*\w)(?: ({_VALUE}))?", argument, message)
 
 
 def checked_settings(
-    kinds: Sequence[type], defaults: Mapping[str, Any], given: Mapping[str, Any]
+    kinds: Sequence[type], defaults: Mapping[str, Any], given: Mapping[str, Any], group: str = ""
 ) -> list[dict[str, Any]]:
     """Check settings and divide them among the classes that take them.
 
@@ -48,7 +51,9 @@ def checked_settings(
     Args:
         kinds: The classes.
         defaults: Settings of a config, in which classes are given by name.
-        given: Settings of the user, which may be objects.
+        given: Settings of the user, which may be objects. A group such as `backbone` may be a name, a dictionary
+            or an object.
+        group: The group that the settings belong to, for messages.
 
     Returns:
         All settings of each class.
@@ -56,34 +61,57 @@ def checked_settings(
     Raises:
         UserError: A setting is unknown, missing, or of the wrong type or range.
     """
-    given = {name: plain(name, value) for name, value in given.items()}
-    names = [list(_parser(kind).get_defaults().keys()) for kind in kinds]
+    prefix = f"{group}." if group else ""
+    given = {name: plain(prefix + name, value) for name, value in given.items()}
+    names = [list(_parser(kind).get_defaults().as_dict()) for kind in kinds]
     known = sorted({*chain.from_iterable(names)})
     if unknown := next((name for name in given if name not in known), None):
         close = difflib.get_close_matches(unknown, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"give one of {', '.join(known)}."
-        raise UserError(f"The setting {shortened(unknown)!r} is unknown; {hint}")
+        hints = {name: hint for kind in kinds for name, hint in all_settings(kind).items()}
+        if home := next((name for name in hints if unknown in settings_of_group(hints[name])), None):
+            raise UserError(f"The setting {unknown!r} is unknown; did you mean {home}={{{unknown!r}: ...}}?")
+        hint = f"did you mean {prefix + close[0]!r}?" if close else f"give one of {', '.join(known)}."
+        raise UserError(f"The setting {shortened(prefix + str(unknown))!r} is unknown; {hint}")
     return [
-        _checked(kind, *({name: values[name] for name in own if name in values} for values in (defaults, given)))
+        _checked(kind, {n: defaults[n] for n in own if n in defaults}, {n: given[n] for n in own if n in given}, group)
         for kind, own in zip(kinds, names, strict=True)
     ]
 
 
-def _checked(kind: type, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _checked(kind: type, defaults: dict[str, Any], given: dict[str, Any], group: str) -> dict[str, Any]:
     """Return the checked settings of one class, including its defaults."""
     hints = all_settings(kind)
+    kept: dict[str, Any] = {}
     for name, value in given.items():
-        check_type(name, value, hints[name])
-    kept = {name: value for name, value in given.items() if not _is_parsed(value)}
+        if is_dataclass(hints[name]):
+            kept[name] = _group(name, hints[name], defaults.get(name), value)
+            continue
+        check_type(f"{group}.{name}" if group else name, value, hints[name])
+        if not _is_parsed(value):
+            kept[name] = value
     parsed = {name: value for name, value in (defaults | given).items() if name not in kept}
-    parser = _parser(kind, skip=set(kept))
-    settings: dict[str, Any] = parser.instantiate(parser.parse_object(parsed)).as_dict()
-    return settings | kept
+    parser = _parser(kind, group, skip=set(kept))
+    settings = parser.instantiate(parser.parse_object({group: parsed} if group else parsed))
+    found: dict[str, Any] = (settings[group] if group else settings).as_dict() if parser.get_defaults() else {}
+    return found | kept
 
 
-def _parser(kind: type, skip: Collection[str] = ()) -> _Parser:
+def _group(name: str, kind: type, default: Any, given: Any) -> Any:
+    """Return a group of settings such as `backbone`; what is loaded already is kept."""
+    if isinstance(given, kind) or (name == "backbone" and isinstance(given, Backbone)):
+        return given
+    if isinstance(given, str | os.PathLike) and name == "backbone":
+        given = {"name": given}
+    if not isinstance(given, Mapping) or not all(isinstance(setting, str) for setting in given):
+        taken = "a dictionary of settings" + ", a model's name, a loaded model" * (name == "backbone")
+        raise UserError(f"The setting {name} cannot be {shown(given)}; it takes {taken} or {kind.__name__}.")
+    (settings,) = checked_settings((kind,), default or {}, given, name)
+    return kind(**settings)
+
+
+def _parser(kind: type, group: str = "", skip: Collection[str] = ()) -> _Parser:
     parser = _Parser()
-    parser.add_class_arguments(kind, skip=set(skip), instantiate=False)
+    parser.add_class_arguments(kind, group or None, skip=set(skip), instantiate=False)
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -35,13 +36,30 @@ def text_settings(base: type) -> dict[str, Text]:
     found: dict[str, Text] = {}
     others: set[str] = set()
     for kind in _with_subclasses(base):
-        for name, hint in own_settings(kind).items():
+        for name, hint in with_groups(own_settings(kind)):
             kinds = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
             if kinds & {str, *LISTS} and kinds <= {str, *LISTS, NoneType}:
                 found[name] = Text(bool(kinds & LISTS), NoneType in kinds, str not in kinds)
             else:
                 others.add(name)
     return {name: text for name, text in found.items() if name not in others}
+
+
+def with_groups(hints: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Yield settings and their type hints, those of a group such as `backbone` as `backbone.dtype`.
+
+    The name of a group alone stands for the setting `name` in it, so that `--model.backbone sdxl` is `--model.backbone.name sdxl`.
+    """
+    for name, hint in hints.items():
+        group = settings_of_group(hint)
+        yield from ((f"{name}.{inner}", kind) for inner, kind in group.items())
+        if not group or "name" in group:
+            yield name, group.get("name", hint)
+
+
+def settings_of_group(hint: Any) -> dict[str, Any]:
+    """Return the type hints of the settings in a group; none if the hint is not that of a group."""
+    return get_type_hints(hint) if is_dataclass(hint) else {}
 
 
 def own_settings(kind: type) -> dict[str, Any]:
@@ -86,10 +104,10 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
     while rest:
         arg = rest.pop(0)
         name, equals, value = arg.partition("=")
-        part, text = _setting(name, settings)
+        part, setting, text = _setting(name, settings)
         if name == "--config":
             file = value if equals else "".join(rest[:1])
-            kept += [arg] if equals else [arg, *rest[:1]]
+            kept += ["--config", _with_backbone_group(file)] if equals or rest else [arg]
             rest = rest if equals else rest[1:]
             kept += _texts_of_config(file, settings)
             continue
@@ -111,15 +129,17 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
                 '\'["red", "blue"]\'.'
             )
         rest = rest if equals else rest[len(given) :]
-        kept += _config(part, name.rpartition(".")[2].lstrip("-"), _texts(given) if text.several else given[0])
+        kept += _config(part, setting, _texts(given) if text.several else given[0])
     return kept
 
 
-def _setting(name: str, settings: Mapping[str, Mapping[str, Text]]) -> tuple[str, Text | None]:
-    """Return the part (`data`, `model` or "") of a command-line setting, and its type if it takes text."""
-    match = re.fullmatch(r"--(?:(\w+)\.(?:init_args\.)?)?(\w+)", name)
-    part = (match[1] or "") if match else ""
-    return part, settings.get(part, {}).get(match[2]) if match else None
+def _setting(name: str, settings: Mapping[str, Mapping[str, Text]]) -> tuple[str, str, Text | None]:
+    """Return the part (`data`, `model` or "") of a command-line setting, its name in it, and its type if it takes text."""
+    match = re.fullmatch(r"--(?:(model|data)\.(?:init_args\.)?)?([\w.]+)", name)
+    if not match:
+        return "", "", None
+    part, setting = match[1] or "", match[2].replace(".init_args.", ".")
+    return part, setting, settings.get(part, {}).get(setting)
 
 
 def _is_null(text: str) -> bool:
@@ -144,12 +164,30 @@ def _texts(given: Sequence[str]) -> list[str]:
 
 def _config(part: str, name: str, value: Any) -> list[str]:
     """Return a setting as a `--config` argument, in which its text is not read as YAML again."""
-    setting = {name: value}
+    group, _, inner = name.partition(".")
+    setting = {group: {inner or "name": value}} if inner or name == "backbone" else {name: value}
     # YAML as ASCII in one line, since YAML does not read JSON's escapes of characters beyond 16 bits.
     return [
         "--config",
         yaml.safe_dump({part: {"init_args": setting}} if part else setting, default_flow_style=True, width=10**9),
     ]
+
+
+def _with_backbone_group(file: str) -> str:
+    """Return a config whose `backbone: sdxl` is written as the group `backbone: {name: sdxl}`; the file itself if it has none.
+
+    The parser would not merge a name with settings of the group that come before or after it.
+    """
+    try:
+        config = yaml.safe_load(Path(file).read_bytes())
+        settings = config["model"]["init_args"]
+        name = settings["backbone"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return file  # without a backbone, or the parser says what is wrong
+    if not isinstance(name, str):
+        return file
+    settings["backbone"] = {"name": name}
+    return str(yaml.safe_dump(config, default_flow_style=True, width=10**9))
 
 
 def _texts_of_config(file: str, settings: Mapping[str, Mapping[str, Text]]) -> list[str]:

@@ -25,8 +25,9 @@ from lightning_prompts.methods import DPODiff
 from lightning_prompts.methods.steering.human_feedback import Choice
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.python_settings import checked_settings
+from lightning_prompts.sampling import SamplerSettings
 
-SHORT_SETTINGS = {"steps": 2, "sampling_steps": 2}
+SHORT_SETTINGS = {"steps": 2, "sampler": SamplerSettings(2)}
 SHORT = {**SHORT_SETTINGS, "device": "cpu"}
 
 
@@ -39,7 +40,16 @@ def test_results_equal_those_of_the_command_line(tiny, pictures, tmp_path, capsy
     found = invert(sorted(pictures.iterdir()), method="ph2p", backbone=tiny, draw_seeds=(3, 4), **SHORT)
     assert capsys.readouterr() == ("", "")
     run = tmp_path / "run"
-    how = ["--model.backbone", tiny, "--data.steps", "2", "--model.sampling_steps", "2", "--trainer.accelerator", "cpu"]
+    how = [
+        "--model.backbone",
+        tiny,
+        "--data.steps",
+        "2",
+        "--model.sampler.num_inference_steps",
+        "2",
+        "--trainer.accelerator",
+        "cpu",
+    ]
     main(["fit", "--config", "configs/ph2p.yaml", "--data.images", str(pictures), *how, "--run", str(run)])
     problems = json.loads((run / "result.json").read_text())["problems"]
     assert [result.prompt for result in found] == [problem["prompt"] for problem in problems]
@@ -95,7 +105,7 @@ def test_a_loaded_model_is_used_as_it_is(tiny, first):
 
 
 def test_words_for_a_prompt(tiny):
-    how = {"backbone": tiny, "budget": 6, "sampling_steps": 2, "schedule": "fix-0", "device": "cpu"}
+    how = {"backbone": tiny, "budget": 6, "sampler": SamplerSettings(2), "schedule": "fix-0", "device": "cpu"}
     better = reword(["a red cat", "two dogs", "a red  cat"], positive=["neighbours"], negative=[], **how)
     assert [result.record.target for result in better] == ["a red cat", "two dogs", "a red cat"]
     assert better[0] is better[2]
@@ -127,7 +137,7 @@ def test_a_function_chooses(tiny):
         asked.append(question)
         return Choice("go", 1, 0.5) if len(asked) < 3 else Choice("finish")
 
-    result = prefer("a red cat", choose, backbone=tiny, sampling_steps=2, texts=6, device="cpu")
+    result = prefer("a red cat", choose, backbone=tiny, sampler=SamplerSettings(2), texts=6, device="cpu")
     assert [question.prompt for question in asked] == ["a red cat"] * 3
     assert [move["strength"] for move in result.details.moves] == [0.5, 0.5]
     assert result.prompt_embeds.shape == (32, 32)
@@ -205,7 +215,7 @@ def test_ctrl_c_is_ctrl_c(tiny):
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        prefer("a red cat", interrupted, backbone=tiny, sampling_steps=2, texts=6, device="cpu")
+        prefer("a red cat", interrupted, backbone=tiny, sampler=SamplerSettings(2), texts=6, device="cpu")
     assert signal.getsignal(signal.SIGINT) == before
 
 
@@ -215,7 +225,7 @@ import sys
 import lightning_prompts
 assert not {{"torch", "pytorch_lightning"}} & set(sys.modules)
 from lightning_prompts import invert
-assert invert({str(first)!r}, method="pez", backbone={tiny!r}, steps=1, sampling_steps=1, device="cpu").prompt
+assert invert({str(first)!r}, method="pez", backbone={tiny!r}, steps=1, sampler=SamplerSettings(1), device="cpu").prompt
 print(sorted({{"gradio", "tensorboard", "nltk", "diffusers.pipelines.flux"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
@@ -301,7 +311,7 @@ def test_python_values(tiny, first, tmp_path):
     plain = invert(str(first), method="pez", backbone=tiny, lr=0.5, timesteps=[100, 900], draw_seeds=[0, 1], **SHORT)
     found = invert(
         first, method="pez", backbone=Path(tiny), lr=torch.tensor(0.5), timesteps=(np.int64(100), 900), draw_seeds=range(2),
-        steps=np.int32(2), sampling_steps=torch.tensor(2), device=torch.device("cpu"), folder=str(tmp_path / "run"),
+        steps=np.int32(2), sampler={"num_inference_steps": torch.tensor(2)}, device=torch.device("cpu"), folder=str(tmp_path / "run"),
     )  # fmt: skip
     assert (found.prompt, found.record.validation_loss) == (plain.prompt, plain.record.validation_loss)
     assert len(found.pictures) == 2
@@ -309,7 +319,7 @@ def test_python_values(tiny, first, tmp_path):
 
 @pytest.mark.parametrize("text", ["null", "~", "- a", "style: x", "[a]", "# one", "3", "true"])
 def test_texts_are_texts(text, tiny):
-    how = {"backbone": tiny, "steps": 1, "sampling_steps": 1, "device": "cpu", "embedding": "arc"}
+    how = {"backbone": tiny, "steps": 1, "sampler": SamplerSettings(1), "device": "cpu", "embedding": "arc"}
     assert hold([text], towards=text, unconditional=False, **how)[0].record.target == text
 
 
@@ -355,12 +365,14 @@ def test_no_folder_is_left_behind(tiny, first, tmp_path):
 )
 def test_invalid_choices_are_refused(choice, said, tiny):
     with pytest.raises(UserError, match=said):
-        prefer("a red cat", lambda question: choice, backbone=tiny, sampling_steps=1, texts=6, device="cpu")
+        prefer("a red cat", lambda question: choice, backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu")
 
 
 def test_answers_of_numpy(tiny):
     answers = iter([Choice("go", np.int64(1), np.float32(0.5)), Choice("finish")])
-    result = prefer("a red cat", lambda question: next(answers), backbone=tiny, sampling_steps=1, texts=6, device="cpu")
+    result = prefer(
+        "a red cat", lambda question: next(answers), backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu"
+    )
     assert [(move["candidate"], move["strength"]) for move in result.details.moves] == [(1, 0.5)]
 
 
@@ -371,7 +383,7 @@ def test_the_errors_of_a_function_are_its_own(tiny):
         raise mistake
 
     with pytest.raises(LookupError) as raised:
-        prefer("a red cat", fails, backbone=tiny, sampling_steps=1, texts=6, device="cpu")
+        prefer("a red cat", fails, backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu")
     assert raised.value is mistake
     objective = Sharpness()
     objective.forward = fails
@@ -381,7 +393,7 @@ def test_the_errors_of_a_function_are_its_own(tiny):
 
 
 def test_reasons_name_arguments(tiny):
-    found = prefer(["a red cat", "word " * 30], lambda question: Choice("finish"), backbone=tiny, sampling_steps=1, texts=6, device="cpu")  # fmt: skip
+    found = prefer(["a red cat", "word " * 30], lambda question: Choice("finish"), backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu")  # fmt: skip
     assert found[1].prompt == ""
     assert "--" not in found[1].record.reason
 

@@ -12,7 +12,7 @@ from lightning_prompts.commands.main import main
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 MODELS = sorted((Path(__file__).parents[1] / "configs/models").glob("*.yaml"))
-SHORT = "--data.steps 2 --data.samples 1 --data.validation_samples 2 --model.sampling_steps 2"
+SHORT = "--data.steps 2 --data.samples 1 --data.validation_samples 2 --model.sampler.num_inference_steps 2"
 FAMILY_OF = {"sd15": "sd1", "sd21": "sd2", "sd35": "sd3"}  # of tests/families.py, where it has another name
 
 
@@ -35,11 +35,11 @@ def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatc
         "2",
     ]
     small = [
-        "--model.image_size",
+        "--model.backbone.image_size",
         "16",
         "--model.clip",
         f"{folder}/clip",
-        "--model.offline",
+        "--model.backbone.offline",
         "true",
         "--scorer",
         f"{folder}/clip",
@@ -58,6 +58,31 @@ def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatc
         ]
     )
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]
-    assert saved["backbone"] == config.stem
+    assert saved["backbone"]["name"] == config.stem
     assert saved["candidates"] == 2
     assert json.loads((tmp_path / "run/result.json").read_text())["problems"][0]["prompt"]
+
+
+@pytest.mark.parametrize("flags_first", [True, False])
+@pytest.mark.parametrize("given", ["flag", "config", "group"])
+def test_backbone_name_composes_with_its_group(given, flags_first, tiny, pictures, tmp_path):
+    """`--model.backbone NAME` is the group's name, in flags and YAML, before or after other settings of the group."""
+    config = tmp_path / "backbone.yaml"
+    value = {"name": tiny, "clip_skip": 1} if given == "group" else tiny
+    config.write_text(yaml.safe_dump({"model": {"init_args": {"backbone": value}}}))
+    named = ["--model.backbone", tiny] if given == "flag" else ["--config", str(config)]
+    rest = ["--model.backbone.image_size", "16", "--model.backbone.vocabulary", "clip"]
+    command = ["fit", "--config", "configs/pez.yaml", "--run", str(tmp_path / "run")]
+    command += rest + named if flags_first else named + rest
+    command += [
+        "--data.images",
+        str(pictures / "0.png"),
+        "--data.steps",
+        "1",
+        "--model.sampler.num_inference_steps",
+        "1",
+    ]
+    main([*command, "--model.tokens", "2", "--trainer.accelerator", "cpu"])
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]["backbone"]
+    assert (saved["name"], saved["image_size"], saved["vocabulary"]) == (tiny, 16, "clip")
+    assert saved.get("clip_skip") == (1 if given == "group" else None)

@@ -57,10 +57,10 @@ SHORT = {
 }
 INSTEAD = {  # for models with distilled guidance, or whose CLIP has other tokens
     ("dpo_diff", "flux"): "--model.negative [] --model.positive [synonyms]",
-    ("pez_clip", "flux"): "--model.vocabulary clip",
+    ("pez_clip", "flux"): "--model.backbone.vocabulary clip",
     ("seed_invariance", "flux"): "--model.unconditional false",
 }
-TINY = "--model.image_size 16 --model.offline true --scorer scorer"
+TINY = "--model.backbone.image_size 16 --model.backbone.offline true --scorer scorer"
 
 VOLATILE = ("seconds", "stamps", "version")  # differ between runs, or are not results
 RENAMED: dict[str, str] = {}  # renamed fields, metrics and callbacks: golden name to current name
@@ -111,7 +111,7 @@ def arguments(config, model):
     ]
     given += ["--data.prompts", "prompts.txt"] if config in STEERING else ["--model.tokens", "3"]
     if config != "clip_words":
-        given += ["--model.sampling_steps", "2"]
+        given += ["--model.sampler.num_inference_steps", "2"]
     if config != "human_feedback":  # whose user sees one prompt at a time
         given += ["--model.together", "2"]  # of three, so that one takes the place of another
     if model != "emoji":

@@ -22,6 +22,7 @@ from lightning_prompts.commands.main import main
 from lightning_prompts.methods import PEZ
 from lightning_prompts.metrics import Perplexity
 from lightning_prompts.metrics.words import all_words
+from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.figures import to_image, to_png
 
 pytestmark = pytest.mark.filterwarnings(
@@ -41,7 +42,7 @@ def fit(tiny, pictures, tmp_path):
 
     def run(*more, method="PEZ", images=pictures / "0.png"):
         args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", method]
-        args += ["--model.backbone", tiny, "--model.tokens", "2", "--model.sampling_steps", "2"]
+        args += ["--model.backbone", tiny, "--model.tokens", "2", "--model.sampler.num_inference_steps", "2"]
         args += [
             "--data.images",
             str(images),
@@ -61,7 +62,7 @@ def fit(tiny, pictures, tmp_path):
 def short_fit(backbone, run, tokens, images):
     """Return the command of a search with two steps."""
     args = ["fit", "--run", run, "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", backbone]
-    args += ["--model.tokens", tokens, "--model.sampling_steps", 2, "--data.images", images]
+    args += ["--model.tokens", tokens, "--model.sampler.num_inference_steps", 2, "--data.images", images]
     args += ["--model.lr", 0.01]  # so small that the two pictures' prompts do not become the same
     return [str(arg) for arg in (*args, "--data.steps", 2, "--data.samples", 1, "--data.validation_samples", 2)]
 
@@ -332,14 +333,14 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
         (["--model.tokens", "500"], ["500", "takes 32"]),
         (["--model.tokens", "0"], "0"),
         (["--model.microbatch", "0"], ["--model.microbatch", "0", "a whole number from 1 on, or null"]),
-        (["--model.image_size", "many"], ["--model.image_size", "many", "a whole number from 1 on"]),
+        (["--model.backbone.image_size", "many"], ["--model.backbone.image_size", "many", "a whole number from 1 on"]),
         (["--model.microbatch", "null"], ["CPU", "--model.microbatch 16"]),
         (["--model.score_every", "0"], ["--model.score_every", "0"]),
         (["--data.steps", "0"], ["--data.steps", "0"]),
         (["--data.samples", "-1"], ["--data.samples", "-1"]),
         (["--data.validation_samples", "0"], ["--data.validation_samples", "0"]),
         (["--data.steps", "9" * 20], ["--data.steps", "9" * 20, "a whole number from 1 to 2147483647"]),
-        (["--model.image_size", "9" * 20], ["--model.image_size", "from 1 to 2147483647, or null"]),
+        (["--model.backbone.image_size", "9" * 20], ["--model.backbone.image_size", "from 1 to 2147483647, or null"]),
         (["--model.tokens", "2000000000"], ["2000000002", "takes 32"]),
         (["--model.tokens", "null"], "--model.tokens cannot be null"),
         (["--data.seed", "null"], "--data.seed cannot be null"),
@@ -347,7 +348,7 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
         (["--model.lr", "-1"], ["--model.lr cannot be -1", "a finite number above 0"]),
         (["--model.lr", "0"], "--model.lr cannot be 0"),
         (["--model.lr", "inf"], "--model.lr cannot be inf"),
-        (["--model.guidance_scale", ".nan"], "--model.guidance_scale cannot be nan; it takes a finite number"),
+        (["--model.sampler.guidance_scale", ".nan"], "--model.sampler.guidance_scale cannot be nan; it takes a finite number"),
         (["--model.lr", "fast"], ["--model.lr cannot be fast", "a finite number above 0"]),
         (["--data.background", "[300, 0, 0]"], ["--data.background cannot be 300", "whole numbers from 0 to 255"]),
         (["--data.background", "[0, -1, 0]"], "--data.background cannot be -1"),
@@ -375,24 +376,24 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
         (["--model.template", "a photo of {}x"], "{}x"),
         (["--model.words", "nosuchwordanywhere"], "words"),
         (["--model.words", "[red, blue]"], "JSON list"),
-        (["--model.dtype", "float8"], "float8"),
+        (["--model.backbone.dtype", "float8"], "float8"),
         (["--model.metric", "manhattan"], "manhattan"),
         (["--data.steps", "many"], "many"),
         (["--data.fit", "stretch"], "stretch"),
         (["--data.stepz", "5"], ["data.stepz", "did you mean --data.steps"]),
         (["--model.tokenz", "5"], ["model.tokenz", "did you mean --model.tokens"]),
         (["--trainer.acelerator", "cpu"], ["trainer.acelerator", "did you mean --trainer.accelerator"]),
-        (["--trainer.precision", "bf16-true"], ["bf16-true", "--model.dtype"]),
+        (["--trainer.precision", "bf16-true"], ["bf16-true", "--model.backbone.dtype"]),
         (["--trainer.precision", "16-true"], "16-true"),
         (["--trainer.precision", "16-mixed"], "16-mixed"),
         (["--trainer.precision", "16"], "16"),
-        (["--model.sampling_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
+        (["--model.sampler.num_inference_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
         (["--model.trial_weight", "1", "--model.trial_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
         (["--seeds", "one"], "one"),
         (["--model", "PEZZ"], "PEZZ"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--model.backbone", "nothing-here"], "nothing-here"),
-        (["--model.backbone", "nobody/nothing", "--model.offline", "true"], "nobody/nothing"),
+        (["--model.backbone", "nobody/nothing", "--model.backbone.offline", "true"], "nobody/nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
@@ -460,10 +461,10 @@ def test_seeds_that_no_generator_takes_are_refused(done, capsys, seed):
 
 @pytest.mark.parametrize("setting", ["scorer", "dictionary", "language_model", "lpips_weights"])
 def test_what_cannot_score_is_found_before_the_search(base, tmp_path, capsys, setting):
-    args = [f"--{setting}", tmp_path / "nowhere", "--model.offline", "true"]
+    args = [f"--{setting}", tmp_path / "nowhere", "--model.backbone.offline", "true"]
     refused(capsys, *base, *args, names=["nowhere", "give" if setting == "scorer" else f"--{setting}"])
     assert not (tmp_path / "run").exists()
-    refused(capsys, *base, f"--{setting}", tmp_path, "--model.offline", "true", names=str(tmp_path))
+    refused(capsys, *base, f"--{setting}", tmp_path, "--model.backbone.offline", "true", names=str(tmp_path))
 
 
 def test_model_without_an_index_is_refused(base, tiny, tmp_path, capsys):
@@ -838,7 +839,9 @@ def test_negative_prompt_changes_the_images(done, given):
     assert plain.exists()
     assert plain.read_bytes() != without.read_bytes()
     assert without.name.startswith(plain.name.removesuffix("-seed0.png"))
-    module = PEZ(backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampling_steps=2)
+    module = PEZ(
+        backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampler=SamplerSettings(2)
+    )
     (expected,) = module.draw(["a red cat"], noise_of([0], module.backbone.latent_shape), joined)
     assert without.read_bytes() == to_png(to_image(expected))
 
@@ -847,7 +850,9 @@ def test_texts_are_taken_as_they_stand(done):
     for text in ("# a cat", "~", "null"):
         main(["predict", "--run", str(done), "--prompts", text, "--negative", text])
         (path,) = (done / "pictures").iterdir()
-        module = PEZ(backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampling_steps=2)
+        module = PEZ(
+            backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampler=SamplerSettings(2)
+        )
         (expected,) = module.draw([text], noise_of([0], module.backbone.latent_shape), text)
         assert path.read_bytes() == to_png(to_image(expected))
         path.unlink()
@@ -856,5 +861,5 @@ def test_texts_are_taken_as_they_stand(done):
 def test_negative_that_does_nothing_or_is_misspelt_is_refused(done, capsys):
     command = ["predict", "--run", done, "--negative"]
     refused(capsys, *command, done.parent / "dome", names=["dome", "config.yaml"])
-    refused(capsys, *command, "a cat", "--model.guidance_scale", "1", names=["guidance", "above 1"])
+    refused(capsys, *command, "a cat", "--model.sampler.guidance_scale", "1", names=["guidance", "above 1"])
     refused(capsys, *command, "cat " * 40, names=["takes 32", "shorten"])

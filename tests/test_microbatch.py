@@ -14,7 +14,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Denoising, Sharpness
 from lightning_prompts.runs.record import Problem
-from lightning_prompts.sampling import Microbatch, out_of_memory
+from lightning_prompts.sampling import Microbatch, SamplerSettings, out_of_memory
 
 
 def holding(most, work):
@@ -67,7 +67,7 @@ def test_a_fitted_size_stays_when_a_search_resumes(tiny, tmp_path, monkeypatch):
     sizes = []
     for path, steps in ((None, 2), ("last", 4)):
         module = MetricGuidance(
-            backbone=tiny, microbatch=None, sampling_steps=2, objective=Sharpness(), seeds=4, steps=steps, sample_every=0
+            backbone=tiny, microbatch=None, sampler=SamplerSettings(2), objective=Sharpness(), seeds=4, steps=steps, sample_every=0
         )  # fmt: skip
         if path is None:
             too_small(monkeypatch, module.backbone, 6)
@@ -206,7 +206,7 @@ def test_denoising_continues_with_smaller_calls(tiny, monkeypatch):
 
 @pytest.mark.parametrize("grad_steps", [0, 1, 3])
 def test_sampling_continues_with_smaller_calls(tiny, monkeypatch, grad_steps):
-    how = {"sampling_steps": 3, "guidance_scale": 3.0, "objective": Sharpness()}
+    how = {"sampler": SamplerSettings(3, 3.0), "objective": Sharpness()}
     problems = [Problem("a", "a red cat"), Problem("b", "two dogs")]
 
     def measured(module):
@@ -229,7 +229,7 @@ def test_sampling_continues_with_smaller_calls(tiny, monkeypatch, grad_steps):
 
 def test_each_new_size_is_logged_once(tiny, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
-    module = MetricGuidance(backbone=tiny, microbatch=8, sampling_steps=2, objective=Sharpness())
+    module = MetricGuidance(backbone=tiny, microbatch=8, sampler=SamplerSettings(2), objective=Sharpness())
     too_small(monkeypatch, module.backbone, 8)
     module.draw(["a red cat"] * 20, torch.randn(20, *module.backbone.latent_shape))
     assert [record.message for record in caplog.records] == [

@@ -78,9 +78,12 @@ SETTINGS = {  # of `invert`, and the message
     "list for a number": ({"steps": [1]}, "steps cannot be [1]"),
     "NumPy's float": ({"steps": np.float64(2)}, "steps cannot be 2.0"),
     "no step size": ({"method": "pez", "lr": 0}, "lr cannot be 0; it takes a finite number above 0."),
-    "infinite": ({"guidance_scale": math.inf}, "guidance_scale cannot be inf; it takes a finite number or None."),
-    "too large": ({"guidance_scale": 10**400}, "it takes a finite number or None."),
-    "text for a number": ({"guidance_scale": "7"}, "guidance_scale cannot be '7'"),
+    "infinite": (
+        {"sampler": {"guidance_scale": math.inf}},
+        "sampler.guidance_scale cannot be inf; it takes a finite number or None.",
+    ),
+    "too large": ({"sampler": {"guidance_scale": 10**400}}, "it takes a finite number or None."),
+    "text for a number": ({"sampler": {"guidance_scale": "7"}}, "sampler.guidance_scale cannot be '7'"),
     "color": ({"background": "red"}, "cannot be 'red'; it takes a list of 3, each item a whole number from 0 to 255."),
     "two colors": ({"background": [1, 2]}, "background cannot be [1, 2]"),
     "bright": ({"background": (0, 0, 256)}, "background cannot be 256"),
@@ -88,17 +91,36 @@ SETTINGS = {  # of `invert`, and the message
     "text for a range": ({"timesteps": "0,1000"}, "timesteps cannot be '0,1000'; it takes a list of 2"),
     "texts in a range": ({"timesteps": ["0", "1000"]}, "timesteps cannot be ['0', '1000']"),
     "text for yes": ({"one_subject": "yes"}, "one_subject cannot be 'yes'; it takes True or False."),
-    "1 for yes": ({"offline": 1}, "offline cannot be 1; it takes True or False."),
+    "1 for yes": ({"backbone": {"offline": 1}}, "backbone.offline cannot be 1; it takes True or False."),
     "choice": ({"fit": "stretch"}, "fit cannot be 'stretch'; it takes one of 'crop', 'pad'."),
-    "null": ({"vocabulary": "null"}, "vocabulary cannot be 'null'; it takes one of 'clip', 't5' or None."),
-    "type for its name": ({"dtype": torch.float16}, "dtype cannot be of type dtype; it takes one of 'float32'"),
+    "null": (
+        {"backbone": {"vocabulary": "null"}},
+        "backbone.vocabulary cannot be 'null'; it takes one of 'clip', 't5' or None.",
+    ),
+    "type for its name": (
+        {"backbone": {"dtype": torch.float16}},
+        "backbone.dtype cannot be of type dtype; it takes one of 'float32'",
+    ),
+    "in another group": ({"dtype": "float32"}, "The setting 'dtype' is unknown; did you mean backbone={'dtype': ...}?"),
+    "unknown in a group": (
+        {"backbone": {"dtyp": "float32"}},
+        "'backbone.dtyp' is unknown; did you mean 'backbone.dtype'?",
+    ),
+    "list for a group": (
+        {"sampler": [3]},
+        "sampler cannot be [3]; it takes a dictionary of settings or SamplerSettings.",
+    ),
+    "text for a group": (
+        {"sampler": "3"},
+        "sampler cannot be '3'; it takes a dictionary of settings or SamplerSettings.",
+    ),
     "text for a list": ({"words": "[cat]"}, "words cannot be '[cat]'; it takes a list, each item a text or None."),
     "number for a text": ({"template": 3}, "template cannot be 3; it takes a text."),
     "none for a text": ({"start": None}, "start cannot be None; it takes a text."),
     "surrogate": ({"template": "{} \ud800"}, "which is not UTF-8"),
     "backbone": (
         {"backbone": torch.nn.Linear(1, 1)},
-        "backbone cannot be of type Linear; it takes a text or a Backbone.",
+        "backbone cannot be of type Linear; it takes a dictionary of settings, a model's name, a loaded model or BackboneSettings.",
     ),
     "no backbone": ({"backbone": None}, "backbone cannot be None"),
     "negative": ({"negative_images": [PICTURE, 3]}, "negative_images[1] cannot be 3; give a PIL image"),
@@ -188,7 +210,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "run/problems").mkdir(parents=True)
     (tmp_path / "run/problems/0.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lightning_prompts.engine.method.load_backbone", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "lightning_prompts.backbones.settings.load_backbone", lambda *_: pytest.fail("a model was loaded")
+    )
     before = sorted(tmp_path.rglob("*"))
     yield
     assert sorted(tmp_path.rglob("*")) == before

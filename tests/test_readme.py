@@ -19,11 +19,11 @@ from lightning_prompts.methods import refinement
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[1]
-SHORT = ["--data.steps=2", "--data.samples=1", "--data.validation_samples=2", "--model.sampling_steps=2"]
+SHORT = ["--data.steps=2", "--data.samples=1", "--data.validation_samples=2", "--model.sampler.num_inference_steps=2"]
 SHORT_OF_PROMPTS = {
     "dpo_diff": ["--model.schedule=fix-1", "--model.budget=3", "--model.population=2"],
     "metric_guidance": ["--model.steps=2"],
-    "seed_invariance": ["--model.steps=3", "--model.sampling_steps=3"],
+    "seed_invariance": ["--model.steps=3", "--model.sampler.num_inference_steps=3"],
     "human_feedback": ["--model.steps=2", "--model.chooser=Scripted", "--model.chooser.wants=photo.png"],
 }
 PAGES = [
@@ -82,10 +82,10 @@ def test_commands_of_the_page_run(page, place, tiny):
             short = SHORT
             if "--data.prompts" in args:
                 method = Path(args[args.index("--config") + 1]).stem
-                short = ["--model.sampling_steps=2", "--model.seeds=1", *SHORT_OF_PROMPTS[method]]
+                short = ["--model.sampler.num_inference_steps=2", "--model.seeds=1", *SHORT_OF_PROMPTS[method]]
             short = [*short, "--trainer.accelerator=cpu"] if args[0] in ("fit", "check", "dry-run") else []
             if any(word.startswith("configs/models/") for word in args):  # of which there are no weights here
-                short += ["--model.backbone", tiny, "--model.image_size=16"]
+                short += ["--model.backbone", tiny, "--model.backbone.image_size=16"]
             if "--trainer.devices" in args:
                 processes(["train.py", *args, *short])
             else:

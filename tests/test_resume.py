@@ -47,7 +47,15 @@ def make(tiny, images):
 
     def arguments(run, method="PEZ"):
         args = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", method.split()[0]]
-        args += ["--model.backbone", tiny, "--model.tokens", "2", "--model.sampling_steps", "2", *METHODS[method]]
+        args += [
+            "--model.backbone",
+            tiny,
+            "--model.tokens",
+            "2",
+            "--model.sampler.num_inference_steps",
+            "2",
+            *METHODS[method],
+        ]
         args += ["--data.images", f"{images}/0.png", f"{images}/1.png"]
         return [*args, "--data.steps", "6", "--data.samples", "1", "--data.validation_samples", "2"]
 

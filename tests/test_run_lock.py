@@ -23,6 +23,7 @@ from lightning_prompts.launchers import PARENT
 from lightning_prompts.runs import lock
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -213,7 +214,7 @@ def run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("locked")
     Image.new("RGB", (16, 16), "red").save(folder / "red.png")
     args = ["fit", "--run", str(folder / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(tiny),
-            "--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(folder / "red.png"), "--data.steps", "1",
+            "--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(folder / "red.png"), "--data.steps", "1",
             "--data.validation_samples", "1"]  # fmt: skip
     main(args)
     return folder / "run", args
@@ -260,7 +261,7 @@ def test_calls_from_python_hold_their_folder(run, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(OwnerGuard, "on_train_batch_start", lambda self, *_: seen.append(self.lock.path.exists()))
     how = {"images": fit[fit.index("--data.images") + 1], "backbone": fit[fit.index("--model.backbone") + 1], "tokens": 2,
-           "steps": 1, "sampling_steps": 2, "validation_samples": 1}  # fmt: skip
+           "steps": 1, "sampler": SamplerSettings(2), "validation_samples": 1}  # fmt: skip
     search("pez", how, folder=tmp_path / "kept", device="cpu")
     assert seen
     assert all(seen)

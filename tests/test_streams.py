@@ -31,7 +31,7 @@ METHODS = {
     "GCG": ["--model", "GCG", "--model.candidates", "3"],
     "DPODiff": [
         *("--model", "DPODiff", "--model.schedule", "fix-1", "--model.gradient_share", "0.4", "--model.seeds", "1"),
-        *("--model.budget", "8", "--model.population", "4", "--model.guidance_scale", "2"),
+        *("--model.budget", "8", "--model.population", "4", "--model.sampler.guidance_scale", "2"),
     ],
     "MetricGuidance": [
         *("--model", "MetricGuidance", "--model.objective", "Sharpness", "--model.seeds", "2", "--model.steps", "4"),
@@ -80,7 +80,7 @@ def make(tiny, folder):
             "--model.backbone",
             Path(tiny).name,
         ]
-        args += ["--model.sampling_steps", "3", "--model.sample_every", "0"]
+        args += ["--model.sampler.num_inference_steps", "3", "--model.sample_every", "0"]
         if method in INVERTERS:
             args += ["--data.images", str(images or folder), "--model.tokens", "2", "--data.steps", "4"]
             args += ["--data.samples", "1", "--data.validation_samples", "2"]

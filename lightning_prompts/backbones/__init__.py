@@ -6,11 +6,14 @@ from lightning_prompts.backbones.loading import EMOJI, load_backbone, quiet
 from lightning_prompts.backbones.memory import save_memory
 from lightning_prompts.backbones.registry import families
 from lightning_prompts.backbones.sampling_loop import repeat
+from lightning_prompts.backbones.settings import BackboneLike, BackboneSettings
 from lightning_prompts.backbones.text_encoders import Kind, TextEncoder, TextEncoderSpec, Vocabulary
 
 __all__ = [
     "EMOJI",
     "Backbone",
+    "BackboneLike",
+    "BackboneSettings",
     "Kind",
     "TextEncoder",
     "TextEncoderSpec",

@@ -56,6 +56,7 @@ class Backbone(LatentDiffusion, ABC):
 
     metadata = Metadata()  # of the model's folder, if it has one
     offloaded = False  # see `save_memory`
+    offline = False  # whether to avoid the hub, also for the other models that a search loads
     text_encoders: Sequence[TextEncoder]
 
     def __init__(
@@ -76,7 +77,7 @@ class Backbone(LatentDiffusion, ABC):
         kind = vocabulary or self.default_vocabulary
         if not (searched := [encoder for encoder in text_encoders if encoder.kind == kind]):
             raise UserError(
-                f"The model {name!r} has no {kind} text encoder to search the tokens of; leave out --model.vocabulary."
+                f"The model {name!r} has no {kind} text encoder to search the tokens of; leave out --model.backbone.vocabulary."
             )
         if any(encoder.tokenizer.get_vocab() != searched[0].tokenizer.get_vocab() for encoder in searched[1:]):
             raise UserError(
@@ -146,7 +147,7 @@ class Backbone(LatentDiffusion, ABC):
         most = min(encoder.most_skipped for encoder in self.text_encoders if encoder.kind == "clip")
         if not 1 <= clip_skip <= most:
             raise UserError(
-                f"--model.clip_skip must be between 1 and {most}, the most layers that the model {self.name!r} can skip, got "
+                f"--model.backbone.clip_skip must be between 1 and {most}, the most layers that the model {self.name!r} can skip, got "
                 f"{clip_skip}; leave it out to skip none."
             )
 

@@ -151,20 +151,20 @@ def choose_variant(name: str, files: Iterable[str], variant: str | None) -> tupl
         common = sorted(each for each in set.intersection(*lacking) if each)
         if len(common) != 1:
             raise UserError(
-                f"The model {name!r} has weights only as the variants {', '.join(there)}; choose one with --model.variant."
+                f"The model {name!r} has weights only as the variants {', '.join(there)}; choose one with --model.backbone.variant."
             )
         variant = common[0]
     if found and variant is not None and variant not in there:
         raise UserError(
             f"The model {name!r} has no variant {variant!r}, only {', '.join(there)}; choose one of these."
             if there
-            else f"The model {name!r} has no variants, but {variant!r} was given; leave out --model.variant."
+            else f"The model {name!r} has no variants, but {variant!r} was given; leave out --model.backbone.variant."
         )
     read = {part: variant if variant in variants else None for part, variants in found.items()}
     if missing := [part for part, each in read.items() if each not in found[part]]:
         raise UserError(
             f"The {missing[0]} of the model {name!r} has neither the variant {variant!r} nor weights without one, only "
-            f"{', '.join(sorted(map(str, found[missing[0]])))}; choose another --model.variant."
+            f"{', '.join(sorted(map(str, found[missing[0]])))}; choose another --model.backbone.variant."
         )
     return variant, read
 

@@ -44,7 +44,7 @@ class LatentDiffusion(NoiseSchedule, ABC):
         self.image_size = image_size or self.trained_size
         if self.image_size % (self.factor * self.patch):
             raise UserError(
-                f"--model.image_size must be a multiple of {self.factor * self.patch} for the model {name!r}, got "
+                f"--model.backbone.image_size must be a multiple of {self.factor * self.patch} for the model {name!r}, got "
                 f"{self.image_size}; change it."
             )
         self.default_steps, self.default_guidance = self._default_sampling()
@@ -218,12 +218,12 @@ def square_size(sample_size: int | Sequence[int] | None, name: str) -> int:
     """
     if sample_size is None:
         raise UserError(
-            f"The denoiser of the model {name!r} does not state the size of its images; give --model.image_size in pixels."
+            f"The denoiser of the model {name!r} does not state the size of its images; give --model.backbone.image_size in pixels."
         )
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     if height != width:
         raise UserError(
             f"The model {name!r} was trained on {height} x {width} latents, but only square images are supported; give "
-            "--model.image_size in pixels."
+            "--model.backbone.image_size in pixels."
         )
     return height

@@ -21,7 +21,7 @@ from lightning_prompts.backbones.assembly import (
     read_tokenizer,
 )
 from lightning_prompts.backbones.base import Backbone
-from lightning_prompts.backbones.hub import EMOJI, find_model, local_file, variants_in
+from lightning_prompts.backbones.hub import EMOJI, find_model, local_file, local_folder, variants_in
 from lightning_prompts.backbones.metadata import read_metadata
 from lightning_prompts.backbones.registry import families
 from lightning_prompts.backbones.schedulers import replacement
@@ -72,24 +72,24 @@ def load_backbone(
     checkpoint, variants = None, dict[str, str | None]()
     if file := local_file(name):
         if variant:
-            raise UserError(f"The model {name!r} is a file, which has no variants; leave out --model.variant.")
+            raise UserError(f"The model {name!r} is a file, which has no variants; leave out --model.backbone.variant.")
         checkpoint = read_header(file)
         folder = find_configuration(checkpoint, config, offline, revision)
     elif config:
         raise UserError(
-            f"The model {name!r} is not a single file and has its own configuration; leave out --model.config."
+            f"The model {name!r} is not a single file and has its own configuration; leave out --model.backbone.config."
         )
     else:
         folder = find_model(name, offline, revision, variant=variant)
         variants = _variants(name, folder, variant)
     family, index = _check(config or name, folder, None if checkpoint else variants)
-    metadata = read_metadata(name)
+    metadata = read_metadata(name, local_folder(name))
     pipeline: str = index["_class_name"]
     check_clip_skip(family, pipeline, name, clip_skip)
     with quiet():
         if checkpoint:
             with _unreadable(
-                name, "networks", "download it again, or give the model that describes it as --model.config"
+                name, "networks", "download it again, or give the model that describes it as --model.backbone.config"
             ):
                 networks = read_single_file(checkpoint, folder, index, set(family.components()), dtype)
 
@@ -105,7 +105,7 @@ def load_backbone(
         other = replacement(own, scheduler, name) if scheduler else None
         components = Components(*_read_networks(name, family, index, folder, network), own, other)
     backbone = assemble(family, name, components, index, vocabulary, image_size, clip_skip)
-    backbone.metadata = metadata
+    backbone.metadata, backbone.offline = metadata, offline
     if metadata.num_inference_steps is not None:
         backbone.default_steps = metadata.num_inference_steps
     if metadata.guidance_scale is not None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lightning_prompts.backbones.hub import local_folder
 from lightning_prompts.errors import UserError
 
 
@@ -37,17 +36,20 @@ class Metadata:
             raise ValueError(f"guidance_scale must be a finite number of at least 0, got {self.guidance_scale}")
 
 
-def read_metadata(name: str) -> Metadata:
+def read_metadata(name: str, folder: Path | None) -> Metadata:
     """Read the metadata.json of a model; without this file, and for models that are not a folder, nothing is set.
 
     Relative paths start at the model's folder. Unknown keys are ignored.
+
+    Args:
+        name: The model's name, for messages.
+        folder: The model's folder; None for models that are not one.
 
     Raises:
         UserError: The file cannot be read, or a value has another type or is out of range.
     """
     from pydantic import TypeAdapter, ValidationError
 
-    folder = local_folder(name)
     if folder is None or not (file := folder / "metadata.json").is_file():
         return Metadata()
     try:

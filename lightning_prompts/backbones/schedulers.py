@@ -90,14 +90,14 @@ def replacement(own: Any, name: str, model: str) -> Any:
         reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(" .:")
         raise UserError(
             f"The scheduler {name!r} cannot be created from the {own_name} of the model {model!r} ({reason}); leave out "
-            "--model.scheduler or choose another."
+            "--model.backbone.scheduler or choose another."
         ) from error
     levels = [getattr(scheduler, "alphas_cumprod", torch.empty(0)) for scheduler in (own, other)]
     same = all(own.config.get(key) == other.config.get(key) for key in ("prediction_type", "sigma_data"))
     if not same or not torch.allclose(levels[0], levels[1], rtol=0, atol=1e-6):
         raise UserError(
             f"The scheduler {name!r} would change the noise levels or the prediction type of the model {model!r}, whose own "
-            f"is {own_name}; leave out --model.scheduler or choose another."
+            f"is {own_name}; leave out --model.backbone.scheduler or choose another."
         )
     return other
 

@@ -142,7 +142,7 @@ def configuration_of(checkpoint: Checkpoint) -> str:
     if checkpoint.model is None:
         raise UserError(
             f"The file {str(checkpoint.file)!r} is a Stable Diffusion 2 and does not state whether it predicts epsilon or v; set "
-            "--model.config to sd21-base (512 pixels, epsilon), sd21 (768 pixels, v), another model or a folder."
+            "--model.backbone.config to sd21-base (512 pixels, epsilon), sd21 (768 pixels, v), another model or a folder."
         )
     return checkpoint.model
 
@@ -155,7 +155,7 @@ def find_configuration(checkpoint: Checkpoint, config: str | None, offline: bool
     except UserError as error:
         raise UserError(
             f"The file {str(checkpoint.file)!r} holds only weights and needs the configuration of "
-            f"{config or SHORT_NAMES[wanted]!r}, or of another model or folder given as --model.config: {error}"
+            f"{config or SHORT_NAMES[wanted]!r}, or of another model or folder given as --model.backbone.config: {error}"
         ) from error
 
 

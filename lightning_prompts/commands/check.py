@@ -162,7 +162,9 @@ def config_with(settings: dict[str, Any], suggestion: Suggestion) -> str:
     if suggestion.timesteps:
         data |= {"timesteps": list(suggestion.timesteps), "samples": suggestion.samples}
         model["microbatch"] = suggestion.microbatch
-    return f"# Written by `train.py check` for {model['backbone']}.\n{yaml.safe_dump(settings, sort_keys=False)}"
+    return (
+        f"# Written by `train.py check` for {model['backbone']['name']}.\n{yaml.safe_dump(settings, sort_keys=False)}"
+    )
 
 
 # --- measurements

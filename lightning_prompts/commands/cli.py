@@ -176,7 +176,7 @@ class CLI(LightningCLI):
         mix = config.mix if self.command == "predict" else None
         self.scores = Scores(**{field.name: config[field.name] for field in fields(Scores)})
         if (self.subcommand in ("fit", "test") or mix) and own_rank() == 0:
-            self.scores.check(config.model.init_args.offline)
+            self.scores.check(config.model.init_args.backbone.offline)
         if self.command in ("check", "dry-run"):
             self._prepare_measurement(config)
             return
@@ -245,12 +245,12 @@ class CLI(LightningCLI):
             self.lock = self.until_end.enter_context(held_folder(self.folder))
             self.folder.prepare(resume=bool(config.ckpt_path))
         resumes = bool(config.ckpt_path) and self.folder.config.exists()
-        model = config.model.init_args
+        model = config.model.init_args.backbone
         for name in ("revision", "variant"):
             if resumes and model[name] is None:
-                model[name] = self.folder.saved.load()["model"]["init_args"].get(name)
+                model[name] = self.folder.saved.load()["model"]["init_args"]["backbone"].get(name)
         # Save the commit and the variant, so that later commands read the same weights.
-        model.revision, model.variant = pinned(model.backbone, model.offline, model.revision, model.variant)
+        model.revision, model.variant = pinned(model.name, model.offline, model.revision, model.variant)
         if own_rank() == 0:
             dumped = self._parser("fit").dump(config.clone())
             if resumes:

@@ -64,7 +64,7 @@ SETTING_HELP = {
     "trainer.num_nodes": "Number of machines, on which torchrun or srun has started the command.",
     "trainer.strategy": "How processes divide the work: problems (each process searches its own problems), samples (all search "
     "the same problems and divide the samples), or auto.",
-    "trainer.precision": "Precision of the computation: 32-true or bf16-mixed. That of the frozen weights is --model.dtype.",
+    "trainer.precision": "Precision of the computation: 32-true or bf16-mixed. That of the frozen weights is --model.backbone.dtype.",
     "trainer.max_time": "Stop the search after this time, as days:hours:minutes:seconds.",
 }
 """Help texts of Lightning's settings, in this package's words."""

@@ -74,7 +74,7 @@ def find_parents(runs: Sequence[str]) -> tuple[Parent, Parent]:
 
 def _backbone(run: RunFolder, model: dict[str, Any]) -> str:
     """Return the model's name as it was given, a folder as its full path, with the revision."""
-    name, revision = str(model.get("backbone", "emoji")), model.get("revision")
+    name, revision = str(model["backbone"]["name"]), model["backbone"].get("revision")
     name = str(Path(run.saved.located(name)).resolve()) if Path(run.saved.located(name)).is_dir() else name
     return f"{name} {revision}" if revision else name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from math import isfinite
 from types import NoneType
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inversion.init import looks_like_file
 from lightning_prompts.runs.folder import RunFolder
-from lightning_prompts.text_settings import all_settings
+from lightning_prompts.text_settings import all_settings, with_groups
 
 CHANGEABLE = {
     "chooser",
@@ -31,13 +32,13 @@ CHANGEABLE = {
     "workers",
     "retry",
     "microbatch",
-    "gradient_checkpointing",
-    "vae_tiling",
-    "cpu_offload",
+    "backbone.gradient_checkpointing",
+    "backbone.vae_tiling",
+    "backbone.cpu_offload",
+    "backbone.offline",
     "score_every",
     "sample_every",
-    "sampling_steps",
-    "offline",
+    "sampler.num_inference_steps",
 }
 """Settings that may change when a search resumes."""
 
@@ -53,8 +54,8 @@ def check_values(config: Any) -> None:
     """
     for part in ("model", "data"):
         module, _, name = config[part].class_path.rpartition(".")
-        hints = all_settings(getattr(importlib.import_module(module), name))
-        for setting, value in config[part].init_args.items():
+        hints = dict(with_groups(all_settings(getattr(importlib.import_module(module), name))))
+        for setting, value in vars(config[part].init_args.as_flat()).items():
             hint = hints.get(setting, Any)
             if value is None and hint is not Any and NoneType not in get_args(hint):
                 raise UserError(f"The setting --{part}.{setting} cannot be null; give a value, or leave it out.")
@@ -111,7 +112,9 @@ def check_resumable(folder: RunFolder, config: str) -> None:
     changeable = CHANGEABLE - getattr(methods, given["model"]["class_path"].rpartition(".")[2]).decisive
     differences: list[tuple[str, str, str]] = []
     for part in ("model", "data"):
-        old, new = ({**run[part]["init_args"], "class_path": run[part].get("class_path")} for run in (saved, given))
+        old, new = (
+            _flat(run[part]["init_args"]) | {"class_path": run[part].get("class_path")} for run in (saved, given)
+        )
         for name in sorted(old.keys() & new.keys() - changeable):
             if old[name] != new[name]:
                 setting = f"--{part}" if name == "class_path" else f"--{part}.{name}"
@@ -123,6 +126,13 @@ def check_resumable(folder: RunFolder, config: str) -> None:
             f"The run in {folder.path} was started with {started} and cannot resume with {wanted}; give the former, or another "
             "--run."
         )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by name, those of the groups `backbone` and `sampler` as `backbone.dtype`."""
+    groups = {name: value for name, value in settings.items() if name in ("backbone", "sampler")}
+    inner = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    return {name: value for name, value in settings.items() if name not in groups} | inner
 
 
 def _as_list(inputs: str | list[str]) -> list[str]:

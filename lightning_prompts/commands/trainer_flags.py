@@ -76,7 +76,7 @@ def check_precision(precision: object) -> None:
     if str(precision) in HALF_PRECISIONS:
         raise UserError(
             f"--trainer.precision {precision} would round the prompts or their gradients to half precision, which ruins their "
-            "optimization; use 32-true or bf16-mixed, and --model.dtype for the frozen weights."
+            "optimization; use 32-true or bf16-mixed, and --model.backbone.dtype for the frozen weights."
         )
 
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_prompts.backbones import Backbone, Kind, load_backbone, save_memory
+from lightning_prompts.backbones import Backbone, BackboneLike, BackboneSettings, as_backbone
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.distributed import broadcast, num_sample_ranks
@@ -27,12 +27,11 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import MethodResult, Problem
-from lightning_prompts.sampling import Microbatch, Sampler
+from lightning_prompts.sampling import Microbatch, Sampler, SamplerSettings
 from lightning_prompts.sampling.seeding import draw_noise
 from lightning_prompts.setting_types import NotNegative, Positive
 from lightning_prompts.terminal import say
 from lightning_prompts.typed_module import TypedModule
-from lightning_prompts.unused import refuse_unused
 
 if TYPE_CHECKING:
     from pytorch_lightning.core.optimizer import LightningOptimizer
@@ -45,7 +44,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 NO_OOM_DEVICES = ("cpu",)  # devices that do not report when their memory is full
-Dtype = Literal["float32", "bfloat16", "float16"]
 MOST_STEPS = 10  # default limit of the denoising steps of images that a search generates repeatedly
 
 TRAINER: dict[str, Any] = {
@@ -73,31 +71,15 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     A method implements `init_params`, `best_params`, `step` and `score`.
 
     Args:
-        backbone: `emoji`, a folder, a short name such as `sdxl`, a hub id, or a safetensors file; in Python also the result of
-            `load_backbone`, which keeps the loading and memory settings that it was given.
-        dtype: Precision of the frozen weights.
-        offline: Do not connect to the hub.
-        revision: Branch, tag or commit on the hub.
-        vocabulary: The tokens to search, those of the `clip` or the `t5` encoders; None for the default of the model's family.
-        scheduler: Class name of another diffusers scheduler; None for the model's own.
-        image_size: Height and width of generated images, in pixels; None for the model's default.
-        config: Model or folder with the configuration and tokenizers for a safetensors file; None for the first of its family.
-        variant: Weights to read from a folder or repository, such as `fp16`; None for those without a variant or, if there are none,
-            for the only one.
-        clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines of Stable Diffusion
-            1 to 3 and SDXL; negative prompts use all layers. None for all layers.
-        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        vae_tiling: Decode large images in tiles, which changes them a little.
-        cpu_offload: Keep only one of the text encoders, the denoiser and the autoencoder on the device at a time.
+        backbone: Settings of the frozen model; in Python also the model's name, a diffusers pipeline, or the result of
+            `load_backbone`.
+        sampler: Settings of the images that `fit`, `test` and `predict` generate.
         together: Batch size P, the number of problems searched at a time.
         patience: Scorings without improvement after which a problem is finished.
         microbatch: Samples per denoiser call, halved whenever the device runs out of memory; None for as many as the memory of a GPU
             holds.
         score_every: Steps between scorings.
         sample_every: Steps between the images that TensorBoard shows during the search; 0 for none.
-        sampling_steps: Denoising steps of the images that `fit`, `test` and `predict` generate; None for the model's default, at most
-            10 in methods that generate many images during the search.
-        guidance_scale: Classifier-free guidance scale of these images; None for the model's default.
     """
 
     strict_loading = False  # checkpoints do not contain the backbone
@@ -110,48 +92,27 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     def __init__(
         self,
         *,
-        backbone: str | Backbone = "emoji",
-        dtype: Dtype = "float32",
-        offline: bool = False,
-        revision: str | None = None,
-        vocabulary: Kind | None = None,
-        scheduler: str | None = None,
-        image_size: Positive | None = None,
-        config: str | None = None,
-        variant: str | None = None,
-        clip_skip: Positive | None = None,
-        gradient_checkpointing: bool = False,
-        vae_tiling: bool = False,
-        cpu_offload: bool = False,
+        backbone: BackboneLike = BackboneSettings(),
+        sampler: SamplerSettings = SamplerSettings(),
         together: Positive = 16,
         patience: Positive = 1000,
         microbatch: Positive | None = 16,
         score_every: Positive = 1,
         sample_every: NotNegative = 40,
-        sampling_steps: Positive | None = None,
-        guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.together = int(together)
-        self.offline, self.patience, self.microbatch = offline, patience, Microbatch(microbatch)
+        self.patience, self.microbatch = patience, Microbatch(microbatch)
         self.score_every, self.sample_every = score_every, sample_every
         if isinstance(backbone, str):
-            size = image_size and int(image_size)
-            skip = clip_skip and int(clip_skip)
-            backbone = load_backbone(
-                backbone, dtype, offline, revision, vocabulary, scheduler, size, config, variant, skip
-            )
-            save_memory(backbone, gradient_checkpointing, vae_tiling, cpu_offload)
-        else:
-            loading = {"dtype": dtype, "revision": revision, "vocabulary": vocabulary, "scheduler": scheduler, "image_size": image_size,
-                       "config": config, "variant": variant, "clip_skip": clip_skip,
-                       "gradient_checkpointing": gradient_checkpointing, "vae_tiling": vae_tiling, "cpu_offload": cpu_offload}  # fmt: skip
-            refuse_unused(PromptMethod, "on a backbone that is loaded", loading)
-        self.backbone: Backbone = backbone
+            backbone = BackboneSettings(backbone)
+        loaded = backbone.load() if isinstance(backbone, BackboneSettings) else as_backbone(backbone)
+        self.backbone: Backbone = loaded
+        self.offline = self.backbone.offline
         own = self.backbone.default_steps
-        steps = int(sampling_steps or (min(own, MOST_STEPS) if self.draws else own))
-        guidance = self.backbone.default_guidance if guidance_scale is None else guidance_scale
+        steps = int(sampler.num_inference_steps or (min(own, MOST_STEPS) if self.draws else own))
+        guidance = self.backbone.default_guidance if sampler.guidance_scale is None else sampler.guidance_scale
         self.sampler = Sampler(self.backbone, steps, guidance, self.microbatch)
         self.vocabulary = self.backbone.vocabulary
         self.terms: dict[str, Tensor] = {}  # of the last loss, if it is a sum
@@ -162,7 +123,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     @property
     def drawing(self) -> dict[str, Any]:
         """The sampling settings of images, with the model's defaults for unset ones; recorded with the results."""
-        return {"sampling_steps": self.sampler.num_inference_steps, "guidance_scale": self.sampler.guidance_scale}
+        return {"num_inference_steps": self.sampler.num_inference_steps, "guidance_scale": self.sampler.guidance_scale}
 
     def clips(self) -> list[ClipSimilarity]:
         """Return the CLIPs that take part in the search and so cannot be held-out scorers."""

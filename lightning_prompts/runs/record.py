@@ -345,7 +345,9 @@ class Problem:
             self.reason = "No prompt was found whose text encodes to the same tokens and has no blocked word."
         elif loss is None and self.initial_validation_loss is not None:
             self.status = "failed"
-            self.reason = "The validation loss is not a finite number from the start; try --model.dtype float32."
+            self.reason = (
+                "The validation loss is not a finite number from the start; try --model.backbone.dtype float32."
+            )
         elif loss is not None and initial is not None and loss >= initial:
             self.status = "not improved"
             self.reason = (

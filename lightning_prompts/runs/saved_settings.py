@@ -89,7 +89,7 @@ class SavedSettings:
 
     def _moved(self, name: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: self._moved(key, item) for key, item in value.items()}
+            return {key: self._moved(name if key == "name" else key, item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._moved(name, item) for item in value]
         if name not in PATHS or not isinstance(value, str) or value == "emoji":

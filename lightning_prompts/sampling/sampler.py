@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,8 +11,23 @@ from torch import Tensor
 from lightning_prompts.backbones import Backbone, repeat
 from lightning_prompts.errors import UserError
 from lightning_prompts.sampling.microbatch import Microbatch
+from lightning_prompts.setting_types import Positive
 
 FEW_CALLS = 4  # denoiser calls per image through all of which a gradient can be computed
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """Set how `fit`, `test` and `predict` generate images.
+
+    Args:
+        num_inference_steps: Denoising steps; None for the model's default, at most 10 in methods that generate many images during
+            the search.
+        guidance_scale: Classifier-free guidance scale; None for the model's default.
+    """
+
+    num_inference_steps: Positive | None = None
+    guidance_scale: float | None = None
 
 
 class Sampler:
@@ -78,7 +94,7 @@ class Sampler:
             )
         if not self.guided:
             raise UserError(
-                f"With --model.guidance_scale {self.guidance_scale:g}, {consequence}; give a value above 1, or "
+                f"With --model.sampler.guidance_scale {self.guidance_scale:g}, {consequence}; give a value above 1, or "
                 f"{instead}."
             )
 

@@ -1,6 +1,7 @@
 """Skipped layers of the text encoders, compared with diffusers' pipelines."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
@@ -11,13 +12,14 @@ from families import refused
 from safetensors import safe_open
 
 from lightning_prompts import guide, invert
-from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones import BackboneSettings, load_backbone
 from lightning_prompts.backbones.embedding_files import pack_embedding
 from lightning_prompts.backbones.prompt_embeds_files import pack_prompt_embeds
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.commands.main import main
 from lightning_prompts.data.images import content_key, load_image
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -97,7 +99,7 @@ def test_gradient_goes_through_the_layers_that_are_left(folders):
 @pytest.mark.parametrize("family", ["flux", "pixart"])
 def test_refused_where_no_pipeline_skips(family, folders):
     refused(
-        "--model.clip_skip is not supported by the .*, got 1; leave it out",
+        "--model.backbone.clip_skip is not supported by the .*, got 1; leave it out",
         folders[family],
         clip_skip=1,
     )
@@ -107,7 +109,9 @@ def test_refused_where_no_pipeline_skips(family, folders):
 def test_refused_beyond_the_layers(family, folders):
     for skip in (-1, 0, MOST[family] + 1):
         refused(
-            f"--model.clip_skip must be between 1 and {MOST[family]}, .*got {skip}", folders[family], clip_skip=skip
+            f"--model.backbone.clip_skip must be between 1 and {MOST[family]}, .*got {skip}",
+            folders[family],
+            clip_skip=skip,
         )
 
 
@@ -115,10 +119,20 @@ def test_command_refuses_what_is_no_number_of_layers(capsys, tmp_path):
     for value in ("0", "-1", "x"):
         with pytest.raises(SystemExit) as stop:
             main(
-                ["fit", "--run", str(tmp_path), "--model", "PH2P", "--data.images", "x.png", "--model.clip_skip", value]
+                [
+                    "fit",
+                    "--run",
+                    str(tmp_path),
+                    "--model",
+                    "PH2P",
+                    "--data.images",
+                    "x.png",
+                    "--model.backbone.clip_skip",
+                    value,
+                ]
             )
         assert stop.value.code == 2
-        assert "--model.clip_skip" in capsys.readouterr().err
+        assert "--model.backbone.clip_skip" in capsys.readouterr().err
 
 
 def metadata(content, tmp_path):
@@ -139,16 +153,18 @@ def test_exports_say_it(skip, folders, tmp_path):
 
 def test_runs_record_it_and_have_their_own_keys(tiny, pictures, tmp_path):
     """Runs without skipped layers have the same keys as before the setting existed."""
-    how = {"backbone": tiny, "sampling_steps": 1, "steps": 1, "device": "cpu", "image_size": 16}
+    how = {"sampler": SamplerSettings(1), "steps": 1, "device": "cpu"}
+    backbone = BackboneSettings(tiny, image_size=16)
     noisy = {"method": "ph2p", "samples": 1, "validation_samples": 1, "tokens": 2}
-    plain = invert(pictures / "0.png", **noisy, **how)
-    skipped = invert(pictures / "0.png", **noisy, **how, clip_skip=1, folder=tmp_path / "run")
+    plain = invert(pictures / "0.png", backbone=backbone, **noisy, **how)
+    skipping = replace(backbone, clip_skip=1)
+    skipped = invert(pictures / "0.png", backbone=skipping, **noisy, **how, folder=tmp_path / "run")
     image = load_image(pictures / "0.png", 16, "crop", (255, 255, 255))
     assert plain.record.key == content_key([image], {"backbone": tiny, "template": "{}"})
     assert skipped.record.key == content_key([image], {"backbone": tiny, "template": "{}", "clip_skip": 1})
-    assert json.loads((tmp_path / "run/result.json").read_text())["settings"]["clip_skip"] == "1"
+    assert json.loads((tmp_path / "run/result.json").read_text())["settings"]["backbone"]["clip_skip"] == 1
     keys = {
-        guide("a red cat", Sharpness(), seeds=1, **how, **more).record.key
-        for more in ({}, {"clip_skip": 1}, {"clip_skip": 2})
+        guide("a red cat", Sharpness(), seeds=1, **how, backbone=replace(backbone, clip_skip=skip)).record.key
+        for skip in (None, 1, 2)
     }
     assert len(keys) == 3

@@ -161,7 +161,7 @@ def test_size_as_a_list(family, tmp_path):
 def test_size_that_is_not_stated(tmp_path):
     folder = families.save("sd1", tmp_path)
     edit(folder / "unet/config.json", lambda config: config.pop("sample_size"))
-    refused("does not state the size of its images; give --model.image_size", folder)
+    refused("does not state the size of its images; give --model.backbone.image_size", folder)
     assert load_backbone(str(folder), image_size=16).image_size == 16
 
 

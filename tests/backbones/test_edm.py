@@ -12,6 +12,7 @@ from PIL import Image
 from lightning_prompts import guide, invert, reword
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -169,7 +170,7 @@ def test_methods_search_it(tmp_path):
     """An inverter, which adds noise, and methods that sample images, to the end and with the shortcut."""
     folder = families.save_with_clip("playground", tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "p.png")
-    how = {"backbone": load_backbone(folder, image_size=16), "sampling_steps": 3, "device": "cpu"}
+    how = {"backbone": load_backbone(folder, image_size=16), "sampler": SamplerSettings(3), "device": "cpu"}
     found = invert(tmp_path / "p.png", method="ph2p", steps=3, samples=2, validation_samples=4, tokens=2, **how)
     assert found.prompt
     assert 0 < found.record.validation_loss < 2  # with a target of variance 1 at most, since these latents vary little

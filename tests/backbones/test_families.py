@@ -407,5 +407,7 @@ def test_another_scheduler(family):
 
 
 def test_sizes_that_do_not_fit(family):
-    with pytest.raises(UserError, match=r"--model.image_size must be a multiple of \d+ for the model .*, got 15"):
+    with pytest.raises(
+        UserError, match=r"--model.backbone.image_size must be a multiple of \d+ for the model .*, got 15"
+    ):
         load_backbone(str(family[1]), image_size=15)

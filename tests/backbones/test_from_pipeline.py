@@ -18,6 +18,7 @@ from lightning_prompts.backbones.embedding_files import pack_embedding, read_emb
 from lightning_prompts.backbones.hub import files_in, model_files
 from lightning_prompts.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_prompts.errors import UserError
+from lightning_prompts.sampling import SamplerSettings
 
 
 @pytest.fixture(scope="module", params=families.BUILD)
@@ -117,7 +118,7 @@ def test_options(tmp_path):
 
 def test_inverts_on_a_pipeline(tiny, pictures):
     picture, pipeline = sorted(pictures.iterdir())[0], loaded(tiny)
-    before, how = state(pipeline), {"method": "pez", "steps": 2, "sampling_steps": 2, "device": "cpu"}
+    before, how = state(pipeline), {"method": "pez", "steps": 2, "sampler": SamplerSettings(2), "device": "cpu"}
     found, expected = (invert(picture, backbone=backbone, **how) for backbone in (pipeline, tiny))
     assert found.prompt == expected.prompt
     assert found.record.validation_loss == expected.record.validation_loss

@@ -263,7 +263,7 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
         "--model.backbone",
         "owner/model",
     ]
-    fit += ["--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(pictures / "0.png")]
+    fit += ["--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures / "0.png")]
     fit += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
 
     def commit():
@@ -287,18 +287,18 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
     main([*fit, "--ckpt_path", "last"])
     assert commit() == published
     assert len(json.loads((run / "result.json").read_text())["problems"]) == 3
-    main([*fit, "--ckpt_path", "last", "--model.revision", published])
+    main([*fit, "--ckpt_path", "last", "--model.backbone.revision", published])
     assert not any(newer in path for _, path in hub.asked)
-    output = refused_by_main("--ckpt_path", "last", "--model.revision", "v1")
+    output = refused_by_main("--ckpt_path", "last", "--model.backbone.revision", "v1")
     assert (
-        f'was started with --model.revision "{published}" and cannot resume with "{hub.models["owner/model"][0]["v1"]}"'
+        f'was started with --model.backbone.revision "{published}" and cannot resume with "{hub.models["owner/model"][0]["v1"]}"'
         in output
     )
-    main(["test", "--run", str(run), "--model.offline", "true"])
+    main(["test", "--run", str(run), "--model.backbone.offline", "true"])
     assert commit() == published
     hub.answer["/api"] = (401, {"X_Error_Code": "RepoNotFound"})
     fit[2] = str(tmp_path / "other")
-    output = refused_by_main("--model.revision", "v2")
+    output = refused_by_main("--model.backbone.revision", "v2")
     assert "neither a folder nor on the Hugging Face hub" in output
     assert not (tmp_path / "other").exists()
 
@@ -411,13 +411,15 @@ def test_variant_of_some_components(sd1, full, half, tmp_path, caplog):
 
 def test_variants_that_are_none(sd1, tmp_path):
     folder = shutil.copytree(sd1, tmp_path / "model")
-    refused("has no variants, but 'fp16' was given; leave out --model.variant", folder, variant="fp16")
-    refused("'emoji' has no variants, but 'fp16' was given; leave out --model.variant", "emoji", variant="fp16")
+    refused("has no variants, but 'fp16' was given; leave out --model.backbone.variant", folder, variant="fp16")
+    refused(
+        "'emoji' has no variants, but 'fp16' was given; leave out --model.backbone.variant", "emoji", variant="fp16"
+    )
     as_variant(folder, "bf16", keep=True)
     as_variant(folder, "non_ema", ["unet"], keep=True)
     refused("has no variant 'fp16', only bf16, non_ema; choose one of these", folder, variant="fp16")
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
-    refused("has weights only as the variants bf16, non_ema; choose one with --model.variant", folder)
+    refused("has weights only as the variants bf16, non_ema; choose one with --model.backbone.variant", folder)
     (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
     assert load_backbone(str(folder), variant="bf16")
     refused(
@@ -431,7 +433,7 @@ def test_variants_that_are_none(sd1, tmp_path):
     refused(r"has no vae/diffusion_pytorch_model\.safetensors; download", folder)
     save = tmp_path / "file.safetensors"
     save.write_bytes(b"x")
-    refused("is a file, which has no variants; leave out --model.variant", save, variant="fp16")
+    refused("is a file, which has no variants; leave out --model.backbone.variant", save, variant="fp16")
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -485,7 +487,7 @@ def test_a_run_keeps_its_variant(hub, sd1, pictures, tmp_path, capsys, caplog):
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"))
     run = tmp_path / "run"
     fit = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(folder)]
-    fit += ["--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(pictures / "0.png")]
+    fit += ["--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures / "0.png")]
     fit += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
     main(fit)
     assert "has weights only as variant 'fp16'; using it." in caplog.text
@@ -495,6 +497,6 @@ def test_a_run_keeps_its_variant(hub, sd1, pictures, tmp_path, capsys, caplog):
     main(["test", "--run", str(run)])
     assert json.loads((run / "result.json").read_text())["settings"]["model"]["variant"] == "fp16"
     with pytest.raises(SystemExit) as stopped:
-        main([*fit, "--ckpt_path", "last", "--model.variant", "bf16"])
+        main([*fit, "--ckpt_path", "last", "--model.backbone.variant", "bf16"])
     assert stopped.value.code == 2
-    assert 'was started with --model.variant "fp16" and cannot resume with "bf16"' in capsys.readouterr().err
+    assert 'was started with --model.backbone.variant "fp16" and cannot resume with "bf16"' in capsys.readouterr().err

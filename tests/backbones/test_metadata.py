@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 
 from lightning_prompts.backbones import EMOJI, load_backbone
+from lightning_prompts.backbones.hub import local_folder
 from lightning_prompts.backbones.metadata import Metadata, read_metadata
 from lightning_prompts.callbacks import Scores
 from lightning_prompts.emoji import world
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PEZ
+from lightning_prompts.sampling import SamplerSettings
 from tools.train_emoji.export import describe
+
+
+def read(name):
+    return read_metadata(name, local_folder(name))
 
 
 @pytest.fixture
@@ -33,9 +39,9 @@ def test_defaults_come_from_the_folder(model, tiny):
     assert without.metadata == Metadata()
     backbone = load_backbone(model({"num_inference_steps": 7, "guidance_scale": 2, "license": "another key"}))
     assert (backbone.default_steps, backbone.default_guidance) == (7, 2.0)
-    assert PEZ(backbone=backbone).drawing == {"sampling_steps": 7, "guidance_scale": 2.0}
-    given = PEZ(backbone=backbone, sampling_steps=3, guidance_scale=1.5).drawing
-    assert given == {"sampling_steps": 3, "guidance_scale": 1.5}
+    assert PEZ(backbone=backbone).drawing == {"sampler": SamplerSettings(7, 2.0)}
+    given = PEZ(backbone=backbone, sampler=SamplerSettings(3, 1.5)).drawing
+    assert given == {"sampler": SamplerSettings(3, 1.5)}
     backbone = load_backbone(model({"num_inference_steps": 7}))
     assert (backbone.default_steps, backbone.default_guidance) == (7, without.default_guidance)
 
@@ -43,11 +49,11 @@ def test_defaults_come_from_the_folder(model, tiny):
 def test_paths_start_at_the_folder(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scorer").mkdir()
-    found = read_metadata(model({"scorer": "../scorer", "dictionary": "model_index.json"}))
+    found = read(model({"scorer": "../scorer", "dictionary": "model_index.json"}))
     assert (found.scorer, found.dictionary) == (str(tmp_path / "scorer"), str(tmp_path / "model" / "model_index.json"))
-    assert read_metadata("model") == replace(found, scorer="scorer", dictionary="model/model_index.json")
-    assert read_metadata(model({"scorer": "openai/clip-vit-base-patch32"})).scorer == "openai/clip-vit-base-patch32"
-    assert read_metadata(model({"scorer": f"{tmp_path}/scorer"})).scorer == f"{tmp_path}/scorer"
+    assert read("model") == replace(found, scorer="scorer", dictionary="model/model_index.json")
+    assert read(model({"scorer": "openai/clip-vit-base-patch32"})).scorer == "openai/clip-vit-base-patch32"
+    assert read(model({"scorer": f"{tmp_path}/scorer"})).scorer == f"{tmp_path}/scorer"
 
 
 def test_scorer_of_the_folder_scores(model, tmp_path):
@@ -81,7 +87,7 @@ def test_embedded_model_has_the_metadata_of_its_training(tmp_path):
     describe(tmp_path / "model", tmp_path / "scorer")
     for name in ("metadata.json", "dictionary.txt"):
         assert (tmp_path / "model" / name).read_text() == (EMOJI / name).read_text()
-    found = read_metadata("emoji")
+    found = read("emoji")
     assert (found.num_inference_steps, found.guidance_scale) == (25, 3.0)
     assert found.scorer == str(EMOJI.parent / "scorer")
     assert set(Path(found.dictionary).read_text().split()) == world.caption_words()

@@ -170,7 +170,7 @@ def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request
     monkeypatch.setitem(SHORT_NAMES, SHORT[family], "owner/model")
     match = (
         f"The file '{file}' holds only weights and needs the configuration of 'owner/model', or of another model or folder given as "
-        r"--model.config: .*has not been downloaded completely, and this run is offline; run .*prefetch"
+        r"--model.backbone.config: .*has not been downloaded completely, and this run is offline; run .*prefetch"
     )
     refused(match, file, offline=True)
     refused("holds only weights and .* neither a folder nor on the Hugging Face hub", file)
@@ -193,7 +193,7 @@ def test_configuration_of_another_model(model, hub, tmp_path):
     hub.push("owner/model", folder)
     same(load_backbone(str(file), config="owner/model"), load_backbone(str(folder)))
     refused(
-        f"'{folder}' is not a single file and has its own configuration; leave out --model.config",
+        f"'{folder}' is not a single file and has its own configuration; leave out --model.backbone.config",
         folder,
         config=str(config),
     )
@@ -472,7 +472,7 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
         )
         with pytest.raises(SystemExit):
             main(["prefetch", str(file)])
-        assert "set --model.config to sd21-base" in capsys.readouterr().err
+        assert "set --model.backbone.config to sd21-base" in capsys.readouterr().err
     else:
         found = load_backbone(str(file))
         assert found.prediction_type == prediction
@@ -512,8 +512,22 @@ def test_a_search(model, pictures, tmp_path, attempts):
     _, _, config, file = model
     run = tmp_path / "run"
     args = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(file)]
-    args += ["--model.config", str(config), "--model.image_size", "16", "--model.offline", "true"]
-    args += ["--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(pictures / "0.png")]
+    args += [
+        "--model.backbone.config",
+        str(config),
+        "--model.backbone.image_size",
+        "16",
+        "--model.backbone.offline",
+        "true",
+    ]
+    args += [
+        "--model.tokens",
+        "2",
+        "--model.sampler.num_inference_steps",
+        "2",
+        "--data.images",
+        str(pictures / "0.png"),
+    ]
     main([*args, "--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"])
     main(["test", "--run", str(run)])
     assert json.loads((run / "result.json").read_text())["problems"][0]["prompt"]

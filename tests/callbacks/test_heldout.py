@@ -16,10 +16,11 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PH2P, ClipWords, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
 from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import ClipQuality, ClipSimilarity, Sharpness
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FEW = {"sampling_steps": 2, "sample_every": 0}
+FEW = {"sampler": SamplerSettings(2), "sample_every": 0}
 
 
 @pytest.fixture

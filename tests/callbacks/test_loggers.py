@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def search(tiny, pictures, tmp_path):
     def run(*args):
         main([
-            "fit", "--run", str(tmp_path / "run"), "--model", "PEZ", f"--model.backbone={tiny}", "--model.sampling_steps=2",
+            "fit", "--run", str(tmp_path / "run"), "--model", "PEZ", f"--model.backbone={tiny}", "--model.sampler.num_inference_steps=2",
             "--model.tokens=2", "--model.sample_every=2", "--data", "ImagesToPrompts", f"--data.images={pictures / '0.png'}",
             "--data.steps=3", "--data.samples=2", *args,
         ])  # fmt: skip

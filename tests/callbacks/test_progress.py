@@ -10,6 +10,7 @@ from lightning_prompts.callbacks import PromptProgress
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.errors import escaped_markdown
 from lightning_prompts.methods import PEZ, TRAINER
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,7 +31,7 @@ def search(tiny, pictures, tmp_path):
                     raise RuntimeError("broken")
                 super().step(batch, rows)
 
-        module = Broken(backbone=tiny, tokens=3, sampling_steps=2, **settings)
+        module = Broken(backbone=tiny, tokens=3, sampler=SamplerSettings(2), **settings)
         data = ImagesToPrompts(str(pictures), steps=4, samples=1, validation_samples=2)
         trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=logger, default_root_dir=tmp_path / "run")
         trainer.fit(module, datamodule=data)

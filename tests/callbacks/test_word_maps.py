@@ -13,6 +13,7 @@ from lightning_prompts.data.images import to_tensor
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.methods import PEZ, TRAINER, TextualInversion
 from lightning_prompts.runs.record import Problem
+from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.attention_maps import (
     HEAT,
     SAMPLES,
@@ -53,7 +54,7 @@ def test_as_a_slow_reference(sd, tokens):
 
 @pytest.mark.parametrize("method", [PEZ, TextualInversion])
 def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, pictures, tmp_path):
-    module = method(backbone=str(sd1), tokens=3, template="a photo of {} in the corner", sampling_steps=2)
+    module = method(backbone=str(sd1), tokens=3, template="a photo of {} in the corner", sampler=SamplerSettings(2))
     data = ImagesToPrompts([str(pictures)], steps=2, samples=1, validation_samples=1)
     pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path).fit(module, datamodule=data)
     problems = list(data.folder.load().values())

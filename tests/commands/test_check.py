@@ -29,7 +29,7 @@ from lightning_prompts.sampling import Microbatch
 
 ROOT = Path(__file__).parents[2]
 CPU = ["--trainer.accelerator", "cpu"]
-FEW = ["--model.sampling_steps", "4", "--model.together", "3"]
+FEW = ["--model.sampler.num_inference_steps", "4", "--model.together", "3"]
 
 
 def run(*args):

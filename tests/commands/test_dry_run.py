@@ -9,7 +9,7 @@ from lightning_prompts.commands.dry_run import duration, peak_memory, reset_peak
 from lightning_prompts.commands.main import main
 
 CPU = ["--trainer.accelerator", "cpu"]
-DRAWN = ["--model.sampling_steps", "2", "--model.microbatch", "8"]
+DRAWN = ["--model.sampler.num_inference_steps", "2", "--model.microbatch", "8"]
 
 
 def test_reports_and_writes_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
@@ -36,7 +36,9 @@ def test_reports_and_writes_nothing(tiny, pictures, tmp_path, monkeypatch, capsy
 )  # fmt: skip
 def test_of_prompts(method, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    extra = ["--model.schedule", "fix-0"] if method[0] == "DPODiff" else ["--model.gradient_checkpointing", "true"]
+    extra = (
+        ["--model.schedule", "fix-0"] if method[0] == "DPODiff" else ["--model.backbone.gradient_checkpointing", "true"]
+    )
     main(["dry-run", "--model", *method, "--model.backbone", tiny, "--data.prompts", "a red cat", *extra, *DRAWN, *CPU])
     told = capsys.readouterr().out
     assert "the results" in told

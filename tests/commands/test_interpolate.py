@@ -21,7 +21,7 @@ def run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("between") / "run"
     main([
         "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "MetricGuidance", "--model.backbone", tiny,
-        "--model.objective", "Sharpness", "--model.sampling_steps", "3", "--model.seeds", "1", "--model.steps", "2",
+        "--model.objective", "Sharpness", "--model.sampler.num_inference_steps", "3", "--model.seeds", "1", "--model.steps", "2",
         "--model.lr", "0.05", "--data", "Prompts", "--data.prompts", json.dumps(ENDS),
     ])  # fmt: skip
     return folder

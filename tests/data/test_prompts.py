@@ -95,7 +95,7 @@ def test_mistakes_are_one_sentence(settings, message, tiny, tmp_path, monkeypatc
     (tmp_path / "other.json").write_text('["a dog"]')
     (tmp_path / "empty.json").write_text('{"a dog": {"opp": {"dog": []}}}')
     (tmp_path / "lacks.json").write_text('{"a cat": {"opp": {"cat": ["dog"]}}}')
-    given = ["--model", "DPODiff", "--model.backbone", tiny, "--model.sampling_steps", "30"]
+    given = ["--model", "DPODiff", "--model.backbone", tiny, "--model.sampler.num_inference_steps", "30"]
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--run", "run", "--trainer.accelerator", "cpu", *given, *settings])
     assert stop.value.code == 2
@@ -116,7 +116,7 @@ def test_a_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):
         "[]",
     ]
     given += [
-        "--model.sampling_steps",
+        "--model.sampler.num_inference_steps",
         "2",
         "--model.schedule",
         "fix-1",
@@ -137,7 +137,7 @@ def test_a_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):
 def test_a_broken_line_is_a_failed_record_until_it_is_corrected(tiny, tmp_path):
     path, run = tmp_path / "prompts.jsonl", tmp_path / "run"
     args = ["fit", "--run", str(run), "--model", "DPODiff", "--model.backbone", tiny, "--trainer.accelerator", "cpu"]
-    args += ["--model.positive", "[neighbours]", "--model.negative", "[]", "--model.sampling_steps", "2"]
+    args += ["--model.positive", "[neighbours]", "--model.negative", "[]", "--model.sampler.num_inference_steps", "2"]
     args += ["--model.schedule", "fix-1", "--model.budget", "2", "--model.population", "2"]
     args += ["--data", "Prompts", "--data.prompts", str(path)]
 

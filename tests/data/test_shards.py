@@ -448,7 +448,16 @@ def test_runs_go_on_without_broken_inputs(tiny, tmp_path):
         "--model.backbone",
         tiny,
     ]
-    args += ["--model.tokens", "2", "--model.sampling_steps", "2", "--data.steps", "1", "--data.samples", "1"]
+    args += [
+        "--model.tokens",
+        "2",
+        "--model.sampler.num_inference_steps",
+        "2",
+        "--data.steps",
+        "1",
+        "--data.samples",
+        "1",
+    ]
     args += ["--data.validation_samples", "2", "--data.images", str(shard), str(lines)]
 
     def problems():

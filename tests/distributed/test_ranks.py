@@ -37,7 +37,7 @@ METHODS = {  # odd numbers of samples and seeds, so that the last call of a step
                "--data.steps", "3", "--data.samples", "3", "--data.validation_samples", "5"],
     "textual_inversion": ["--model.microbatch", "2", "--data.steps", "3", "--data.samples", "3", "--data.validation_samples", "5"],
     "dpo_diff": ["--model.schedule", "fix-1", "--model.gradient_share", "0.3", "--model.seeds", "3", "--model.budget", "8",
-                 "--model.guidance_scale", "2", "--model.microbatch", "4"],
+                 "--model.sampler.guidance_scale", "2", "--model.microbatch", "4"],
     "metric_guidance": ["--model.objective", "ClipText", "--model.seeds", "3", "--model.steps", "4", "--model.microbatch", "4",
                         "--model.optimizer", "sgd", "--model.lr", "0.1"],
     "seed_invariance": ["--model.seeds", "3", "--model.steps", "2", "--model.seeds_per_step", "3", "--model.microbatch", "4"],
@@ -71,7 +71,15 @@ def arguments(tiny, inputs, run, method, *extra):
         "--model.backbone",
         str(tiny),
     ]
-    return [*command, "--model.sampling_steps", "2", "--trainer.accelerator", "cpu", *METHODS[method], *extra]
+    return [
+        *command,
+        "--model.sampler.num_inference_steps",
+        "2",
+        "--trainer.accelerator",
+        "cpu",
+        *METHODS[method],
+        *extra,
+    ]
 
 
 def fit(*args, ranks=1, launcher="torchrun", rounding=False):

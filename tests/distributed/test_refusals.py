@@ -14,6 +14,7 @@ from lightning_prompts.engine.batch import fit_shape, merge
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PEZ, TRAINER
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -34,7 +35,7 @@ def refused(pictures, tmp_path, monkeypatch, capsys):
     def loaded(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("lightning_prompts.engine.method.load_backbone", loaded)
+    monkeypatch.setattr("lightning_prompts.backbones.settings.load_backbone", loaded)
 
     def run(*settings, command="fit", config="configs/pez.yaml", given=True, name=True):
         inputs = ["--data.images", str(pictures)] if given else []
@@ -135,12 +136,14 @@ def test_ranks_that_see_different_files(other, told, tiny, pictures, tmp_path, m
     monkeypatch.setattr("lightning_prompts.engine.datamodule.all_gather_object", lambda own: [own, other])
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     with pytest.raises(UserError, match=re.escape(told)):
-        trainer.fit(PEZ(backbone=tiny, tokens=2, sampling_steps=2), datamodule=ImagesToPrompts(str(pictures), steps=1))
+        trainer.fit(
+            PEZ(backbone=tiny, tokens=2, sampler=SamplerSettings(2)), datamodule=ImagesToPrompts(str(pictures), steps=1)
+        )
 
 
 def test_all_differences_from_an_earlier_run_are_told(tiny, pictures, tmp_path, capsys):
     args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", tiny,
-            "--model.tokens", "2", "--model.sampling_steps", "2", "--data.images", str(pictures), "--data.steps", "1",
+            "--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures), "--data.steps", "1",
             "--data.validation_samples", "1"]  # fmt: skip
     main(args)
     with pytest.raises(SystemExit):

@@ -9,11 +9,11 @@ from lightning_prompts.objectives import Sharpness
 from lightning_prompts.objectives.base import Objective
 from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.runs.record import Problem, SteeringResult
-from lightning_prompts.sampling import seeding
+from lightning_prompts.sampling import SamplerSettings, seeding
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FEW = {"sampling_steps": 2, "sample_every": 0}
+FEW = {"sampler": SamplerSettings(2), "sample_every": 0}
 
 
 def test_draws_for_different_uses_have_different_seeds():

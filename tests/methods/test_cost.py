@@ -19,10 +19,11 @@ from lightning_prompts.methods import (
     TextualInversion,
 )
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FEW = {"sampling_steps": 3, "sample_every": 0}
+FEW = {"sampler": SamplerSettings(3), "sample_every": 0}
 INVERTERS = [
     (PEZ, {}),
     (PEZ, {"clip_weight": 1.0, "denoising_weight": 0.0}),
@@ -37,13 +38,13 @@ INVERTERS = [
 ]
 OTHERS = [
     (DPODiff, {"budget": 6, "population": 2, "schedule": "fix-1", "gradient_share": 0.5}),
-    (DPODiff, {"budget": 6, "population": 2, "guidance_scale": 1.0, "negative": [], "positive": ["synonyms"], "solver": "evolution"}),
-    (DPODiff, {"budget": 6, "population": 2, "schedule": "fix-0", "grad_steps": 2, "gradient_share": 0.8, "guidance_scale": 1.0,
+    (DPODiff, {"budget": 6, "population": 2, "sampler": SamplerSettings(3, 1.0), "negative": [], "positive": ["synonyms"], "solver": "evolution"}),
+    (DPODiff, {"budget": 6, "population": 2, "schedule": "fix-0", "grad_steps": 2, "gradient_share": 0.8, "sampler": SamplerSettings(3, 1.0),
                "negative": [], "positive": ["synonyms"]}),
     (MetricGuidance, {"objective": Sharpness(), "steps": 3}),
-    (MetricGuidance, {"objective": Sharpness(), "steps": 3, "guidance_scale": 1.0, "grad_steps": 2, "score_every": 2}),
+    (MetricGuidance, {"objective": Sharpness(), "steps": 3, "sampler": SamplerSettings(3, 1.0), "grad_steps": 2, "score_every": 2}),
     (SeedInvariance, {"steps": 3, "seeds_per_step": 3, "compare": "latents", "stages": [1, 3]}),
-    (SeedInvariance, {"steps": 2, "compare": "latents", "stages": [2], "grad_steps": 1, "guidance_scale": 1.0}),
+    (SeedInvariance, {"steps": 2, "compare": "latents", "stages": [2], "grad_steps": 1, "sampler": SamplerSettings(3, 1.0)}),
 ]  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def test_inverters(method, settings, tiny, pictures, tmp_path):
 def test_methods_that_begin_with_a_prompt(method, settings, tiny, tmp_path, monkeypatch):
     # A checkpointed call is computed twice, the second time for its gradient alone.
     monkeypatch.setattr(sampling_loop, "checkpoint", lambda function, *arguments, **how: function(*arguments))
-    module, data = method(backbone=tiny, seeds=2, **settings, **FEW), Prompts(["a small cat", "two dogs"])
+    module, data = method(backbone=tiny, seeds=2, **FEW | settings), Prompts(["a small cat", "two dogs"])
     seen = counted(module)
     if method is SeedInvariance:  # what the target images take is not counted
         for name in ("set_rows", "targets"):

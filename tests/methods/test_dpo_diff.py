@@ -29,6 +29,7 @@ from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
+from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.seeding import SEARCH
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -76,7 +77,7 @@ def test_only_words_of_the_drawn_number_of_tokens_are_mixed(choices):
 
 
 def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
-    module = DPODiff(backbone=tiny, sampling_steps=4, schedule="fix-1")
+    module = DPODiff(backbone=tiny, sampler=SamplerSettings(4), schedule="fix-1")
     module.prompt.set_spaces([SPACE])
     module.prompt.logits.data = module.prompt.init_logits()
     module.prompt.logits.data[0, 1, :4] = torch.tensor([0.0, 1.0, 2.0, 0.5])
@@ -218,7 +219,7 @@ def test_spherical_distance_is_half_the_squared_angle():
 
 
 def search(tiny, folder, prompts, **settings):
-    given = {"sampling_steps": 3, "seeds": 2, "budget": 8, "population": 4, "sample_every": 0, **settings}
+    given = {"sampler": SamplerSettings(3), "seeds": 2, "budget": 8, "population": 4, "sample_every": 0, **settings}
     solver = given.get("solver", "hybrid")
     learning = {"schedule": "fix-1", "gradient_share": 0.4} if solver in ("gradient", "hybrid") else {}
     breeding = {"select": 2} if solver in ("evolution", "hybrid") else {}
@@ -268,7 +269,7 @@ def test_batch_equals_its_parts(tiny, tmp_path):
 @pytest.mark.parametrize("task", ["improve", "attack"])
 def test_threshold_keeps_the_meaning(task, solver, tiny, tmp_path):
     sources = {"positive": ["neighbours"], "negative": []}
-    module = DPODiff(backbone=tiny, task=task, **sources, sampling_steps=3, schedule="fix-1", threshold=-1)
+    module = DPODiff(backbone=tiny, task=task, **sources, sampler=SamplerSettings(3), schedule="fix-1", threshold=-1)
     space = module.space(PROMPTS[0])
     singles = [[i if other == number else 0 for other in range(len(space.slots))]
                for number, slot in enumerate(space.slots) for i in range(1, len(slot.words))]  # fmt: skip
@@ -309,7 +310,7 @@ def spaced(space, **settings):
 
     learning = {"schedule": "fix-1"} if settings.get("solver", "hybrid") in ("gradient", "hybrid") else {}
     wording = {"positive": ["neighbours"], "threshold": -1}  # which the given space stands in for
-    given = {"sampling_steps": 3, "seeds": 2, "budget": 8, "population": 4, "sample_every": 0}
+    given = {"sampler": SamplerSettings(3), "seeds": 2, "budget": 8, "population": 4, "sample_every": 0}
     return Spaced(**learning | wording | given | settings)
 
 
@@ -465,15 +466,17 @@ def test_plan_of_the_config_on_the_embedded_model():
 
 
 def test_gradient_may_go_through_the_last_call(tiny):
-    calls = DPODiff(backbone=tiny, sampling_steps=4).sampler.calls
-    last = DPODiff(backbone=tiny, sampling_steps=4, schedule=f"fix-{calls - 1}", gradient_share=0.5)
+    calls = DPODiff(backbone=tiny, sampler=SamplerSettings(4)).sampler.calls
+    last = DPODiff(backbone=tiny, sampler=SamplerSettings(4), schedule=f"fix-{calls - 1}", gradient_share=0.5)
     assert set(last.plan(0)) == {calls - 1}
     with pytest.raises(UserError, match=f"beyond the sampler's {calls} calls"):
-        DPODiff(backbone=tiny, sampling_steps=4, schedule=f"fix-{calls}")
+        DPODiff(backbone=tiny, sampler=SamplerSettings(4), schedule=f"fix-{calls}")
 
 
 def test_random_plan_is_a_function_of_the_seed(tiny):
-    one, other = (DPODiff(backbone=tiny, sampling_steps=9, schedule="rand-0-8", gradient_share=1.0) for _ in range(2))
+    one, other = (
+        DPODiff(backbone=tiny, sampler=SamplerSettings(9), schedule="rand-0-8", gradient_share=1.0) for _ in range(2)
+    )
     plans = [one.plan(seed) for seed in range(4)]
     assert plans == [other.plan(seed) for seed in reversed(range(4))][::-1]
     assert len({tuple(plan) for plan in plans}) == 4
@@ -482,8 +485,8 @@ def test_random_plan_is_a_function_of_the_seed(tiny):
 
 @pytest.mark.parametrize("objective", ["spherical", "cosine"])
 def test_attack_raises_the_distance_that_improving_lowers(objective, tiny):
-    improve = DPODiff(backbone=tiny, sampling_steps=2, objective=objective)
-    attack = DPODiff(backbone=tiny, sampling_steps=2, objective=objective, task="attack")
+    improve = DPODiff(backbone=tiny, sampler=SamplerSettings(2), objective=objective)
+    attack = DPODiff(backbone=tiny, sampler=SamplerSettings(2), objective=objective, task="attack")
     images, wanted = torch.rand(2, 3, 16, 16), torch.nn.functional.normalize(torch.randn(2, 16), dim=1)
     losses = improve.loss(images, wanted)
     assert (losses > 0).all()
@@ -511,7 +514,7 @@ def test_malformed_schedules_are_refused(schedule):
 def run(tiny, folder, *extra):
     return [
         "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "DPODiff", "--model.backbone", tiny,
-        "--model.sampling_steps", "3", "--model.schedule", "fix-1", "--model.seeds", "2", "--model.budget", "8",
+        "--model.sampler.num_inference_steps", "3", "--model.schedule", "fix-1", "--model.seeds", "2", "--model.budget", "8",
         "--model.population", "3", "--model.select", "2", "--model.sample_every", "0", "--data", "Prompts", "--data.prompts",
         *(extra or [json.dumps(PROMPTS)]),
     ]  # fmt: skip
@@ -671,9 +674,9 @@ def test_pictures_before_and_after_are_of_the_users_prompt_and_of_the_found_one(
 def test_fewer_sampling_steps_are_another_search(tiny, tmp_path, capsys):
     main(run(tiny, tmp_path / "run"))
     with pytest.raises(SystemExit) as stop:
-        main([*run(tiny, tmp_path / "run"), "--ckpt_path", "last", "--model.sampling_steps", "4"])
+        main([*run(tiny, tmp_path / "run"), "--ckpt_path", "last", "--model.sampler.num_inference_steps", "4"])
     assert stop.value.code == 2
-    assert "--model.sampling_steps 3 and cannot resume with 4" in capsys.readouterr().err
+    assert "--model.sampler.num_inference_steps 3 and cannot resume with 4" in capsys.readouterr().err
 
 
 def test_other_data_is_refused(tiny, tmp_path, capsys):

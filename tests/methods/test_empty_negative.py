@@ -12,6 +12,7 @@ from lightning_prompts.methods import DPODiff, MetricGuidance, SeedInvariance, T
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.runs.record import Problem
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -43,9 +44,7 @@ def pipeline(folder):
 
 @pytest.fixture
 def method(backbone):
-    method = DPODiff(
-        backbone=backbone, sampling_steps=3, seeds=1, schedule="fix-1", gradient_share=1.0, guidance_scale=3.0
-    )
+    method = DPODiff(backbone=backbone, sampler=SamplerSettings(3, 3.0), seeds=1, schedule="fix-1", gradient_share=1.0)
     method.prompt.set_spaces([SPACE])
     method.prompt.logits.data = method.prompt.init_logits()
     method.batch.rows = [Row(Problem("key", PROMPT))]
@@ -112,14 +111,14 @@ def test_textual_inversion_encodes_an_empty_text_by_its_side(backbone, pipeline)
 def test_searches_start_from_zeros(backbone, pipeline):
     problems = [Problem("key", PROMPT)]
     metric = MetricGuidance(
-        backbone=backbone, objective=Sharpness(), sampling_steps=3, unconditional=True, guidance_scale=3.0
+        backbone=backbone, objective=Sharpness(), sampler=SamplerSettings(3, 3.0), unconditional=True
     )
     initial = metric.initial(problems)
     expected = pipeline.encode_prompt(PROMPT, device="cpu")
     torch.testing.assert_close(initial[:, 0], backbone.join(expected[0], expected[2]), atol=1e-5, rtol=1e-5)
     assert not initial[:, 1].any()
     one_row = SeedInvariance(
-        backbone=backbone, sampling_steps=3, unconditional=True, embedding="one_row", guidance_scale=3.0
+        backbone=backbone, sampler=SamplerSettings(3, 3.0), unconditional=True, embedding="one_row"
     )
     one_row.prompt.set_initial(initial)
     start = one_row.prompt.init_params(initial)
@@ -131,7 +130,7 @@ def test_searches_start_from_zeros(backbone, pipeline):
 
 
 def test_searches_from_zeros_move_and_stay_finite(backbone):
-    how = {"backbone": backbone, "sampling_steps": 2, "guidance_scale": 3.0, "device": "cpu"}
+    how = {"backbone": backbone, "sampler": SamplerSettings(2, 3.0), "device": "cpu"}
     moved = guide("a red cat", Sharpness(), unconditional=True, steps=3, seeds=1, grad_steps=2, lr=0.1, **how)
     held = hold("a red cat", unconditional=True, embedding="one_row", steps=3, seeds=1, seeds_per_step=1, lr=0.1, **how)
     for result in (moved, held):

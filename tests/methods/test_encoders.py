@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
 from lightning_prompts import guide, reword
-from lightning_prompts.backbones import load_backbone
+from lightning_prompts.backbones import BackboneSettings, load_backbone
 from lightning_prompts.backbones.text_encoders import TextEncoder
 from lightning_prompts.backbones.vocabulary import round_trip
 from lightning_prompts.callbacks import Results
@@ -25,9 +25,10 @@ from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.methods.inversion.search_clip import best_words, reads_tokens, word_features
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import ClipSimilarity, Sharpness
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SMALL = {"tokens": 2, "sampling_steps": 2, "image_size": 16, "sample_every": 0}
+SMALL = {"tokens": 2, "sampler": SamplerSettings(2), "sample_every": 0}
 
 
 @pytest.fixture
@@ -56,7 +57,10 @@ def samples_of(module, problems):
 def test_textual_inversion_has_one_loss(family, vocabulary, folders, pictures, read, tmp_path):
     """Encoders that are not searched read the pseudo-word as it is written, in the search, for scoring and for images."""
     module = TextualInversion(
-        backbone=folders(family), vocabulary=vocabulary, lr=0.05, template="A photo of {}", **SMALL
+        backbone=BackboneSettings(folders(family), image_size=16, vocabulary=vocabulary),
+        lr=0.05,
+        template="A photo of {}",
+        **SMALL,
     )
     problems = fit(module, pictures, tmp_path)
     other = "t5" if module.vocabulary.text_encoders[0].kind == "clip" else "clip"
@@ -80,7 +84,9 @@ def test_textual_inversion_has_one_loss(family, vocabulary, folders, pictures, r
 @pytest.mark.parametrize("family", ["flux", "sd3"])
 def test_exported_embedding_draws_the_same_in_diffusers(family, folders, pictures, tmp_path):
     folder = folders(family)
-    module = TextualInversion(backbone=folder, lr=0.5, guidance_scale=3.0, **SMALL)
+    module = TextualInversion(
+        backbone=BackboneSettings(folder, image_size=16), lr=0.5, **{**SMALL, "sampler": SamplerSettings(2, 3.0)}
+    )
     (problem,) = fit(module, pictures / "0.png", tmp_path, [Results()], steps=3)
     (file,) = (tmp_path / "embeddings").glob("*.safetensors")
     word, text, tensors = f"<{file.stem}>", f"a red {problem.prompt} on a blue background", load_file(file)
@@ -127,7 +133,14 @@ def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
 
     seen = []
     own = {"max_iter": 3} if optimizer == "lbfgs" else {}
-    module = Watched(backbone=folders("flux"), optimizer=optimizer, lr=0.5, **own, template="A photo of {}", **SMALL)
+    module = Watched(
+        backbone=BackboneSettings(folders("flux"), image_size=16),
+        optimizer=optimizer,
+        lr=0.5,
+        **own,
+        template="A photo of {}",
+        **SMALL,
+    )
     fit(module, pictures, tmp_path, steps=3)
     assert len(seen) == 3
     for texts, nearest in seen:
@@ -138,7 +151,7 @@ def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
 @pytest.mark.parametrize(("family", "method"), [("sd3", GCG), ("flux", GCG), ("sd3", PEZ), ("sdxl", PEZ)])
 def test_search_and_scoring_read_one_text(family, method, folders, pictures, tmp_path):
     """CLIP's tokens lose a template's capitals, which T5 reads; the second CLIP of SDXL and SD3 reads "!" as padding."""
-    module = method(backbone=folders(family), template="A Red {} Background!", **SMALL)
+    module = method(backbone=BackboneSettings(folders(family), image_size=16), template="A Red {} Background!", **SMALL)
     problems = fit(module, pictures, tmp_path)
     rows, samples = samples_of(module, problems)
     token_ids = torch.tensor([problem.token_ids for problem in problems])
@@ -198,8 +211,15 @@ def test_words_of_a_clip_that_reads_text(family, vocabulary, folders):
 def test_clip_that_reads_text_decides_between_candidates(folders, pictures, caplog, tmp_path):
     """GCG's loss includes the CLIP loss, but its gradient is that of the denoising loss; this is logged once."""
     folder = folders("flux")
-    plain = GCG(backbone=folder, candidates=4, **SMALL)
-    module = GCG(backbone=folder, candidates=4, screen=2, clip_weight=0.7, start="clip_words", **SMALL)
+    plain = GCG(backbone=BackboneSettings(folder, image_size=16), candidates=4, **SMALL)
+    module = GCG(
+        backbone=BackboneSettings(folder, image_size=16),
+        candidates=4,
+        screen=2,
+        clip_weight=0.7,
+        start="clip_words",
+        **SMALL,
+    )
     with caplog.at_level(logging.INFO, "lightning_prompts"):
         problems = fit(module, pictures, tmp_path / "run")
     assert sum("only the denoising loss has a gradient that proposes them" in x for x in caplog.messages) == 1
@@ -227,20 +247,30 @@ def test_gradient_of_a_clip_that_reads_text_is_refused(
 ):
     monkeypatch.setattr("lightning_prompts.objectives.clip.load_clip", None)  # before it is loaded
     with pytest.raises(UserError) as error:
-        method(backbone=folders(family), vocabulary=vocabulary, clip_weight=0.1, **SMALL)
-    instead = "" if family == "pixart" else ", or search the CLIP encoder's tokens with --model.vocabulary clip"
+        method(
+            backbone=BackboneSettings(folders(family), image_size=16, vocabulary=vocabulary), clip_weight=0.1, **SMALL
+        )
+    instead = (
+        "" if family == "pixart" else ", or search the CLIP encoder's tokens with --model.backbone.vocabulary clip"
+    )
     assert str(error.value) == (
         f"{method.__name__} needs the gradient of the CLIP loss, and the CLIP '{folders(family)}/clip' does not have the token "
         f"embeddings of the model's T5 text encoder; give --model.clip_weight 0{instead}."
     )
     monkeypatch.undo()
     if instead:  # what is advised works
-        fit(method(backbone=folders(family), vocabulary="clip", clip_weight=0.1, **SMALL), pictures / "0.png", tmp_path)
+        fit(
+            method(
+                backbone=BackboneSettings(folders(family), image_size=16, vocabulary="clip"), clip_weight=0.1, **SMALL
+            ),
+            pictures / "0.png",
+            tmp_path,
+        )
 
 
 def test_candidates_without_any_gradient_are_refused(folders):
     with pytest.raises(UserError, match=r"GCG needs the gradient .* give --model.denoising_weight above 0, or search"):
-        GCG(backbone=folders("flux"), clip_weight=1, denoising_weight=0, **SMALL)
+        GCG(backbone=BackboneSettings(folders("flux"), image_size=16), clip_weight=1, denoising_weight=0, **SMALL)
 
 
 # --- tables of another length than the tokenizer
@@ -273,7 +303,7 @@ def test_rows_without_a_token_are_no_results(longer, folders, pictures, tmp_path
     assert vocabulary.table.shape == (557, 80)
     assert torch.equal(vocabulary.allowed(), F.pad(expected.allowed(), (0, 3)))
     for method in (PH2P, PEZ, GCG, RandomTokens, ClipWords, TextualInversion):
-        module = method(backbone=longer, **SMALL)
+        module = method(backbone=BackboneSettings(longer, image_size=16), **SMALL)
         module.prompt.table[554:] = 0  # nearest to everything
         problems = fit(module, pictures / "0.png", tmp_path / method.__name__)
         assert all(max(problem.token_ids or [0]) < 554 for problem in problems)
@@ -310,5 +340,5 @@ def test_tokens_without_a_row_are_refused(shorter, pictures, tmp_path):
             refused()
         assert ". " not in str(error.value)
         assert "\n" not in str(error.value)
-    (problem,) = fit(GCG(backbone=backbone, tokens=2, sampling_steps=1), pictures / "0.png", tmp_path)
+    (problem,) = fit(GCG(backbone=backbone, tokens=2, sampler=SamplerSettings(1)), pictures / "0.png", tmp_path)
     assert max(problem.token_ids) < 554

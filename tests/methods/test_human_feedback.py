@@ -24,11 +24,12 @@ from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, HumanFeedback
 from lightning_prompts.methods.steering.human_feedback import Choice, Chooser, Page, Scripted
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPT = "a small cat on a blue background"
-SMALL = {"sampling_steps": 2, "seeds": 1, "texts": 8, "candidates": 3, "sample_every": 0}
+SMALL = {"sampler": SamplerSettings(2), "seeds": 1, "texts": 8, "candidates": 3, "sample_every": 0}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -207,7 +208,7 @@ def test_results_hold_the_moves_and_no_metric(tiny, tmp_path, clip_file):
     run = tmp_path / "run"
     main([
         "fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "HumanFeedback", "--model.backbone", tiny,
-        "--model.sampling_steps", "2", "--model.seeds", "1", "--model.steps", "6", "--model.texts", "8",
+        "--model.sampler.num_inference_steps", "2", "--model.seeds", "1", "--model.steps", "6", "--model.texts", "8",
         "--model.chooser", "Scripted", "--model.chooser.wants", str(clip_file), "--model.chooser.strengths", "[0.5, 1.0]",
         "--data", "Prompts", "--data.prompts", PROMPT,
     ])  # fmt: skip
@@ -324,7 +325,7 @@ class Run:
     def __init__(self, tiny, folder, *more):
         arguments = [
             "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "HumanFeedback", "--model.backbone", tiny,
-            "--model.sampling_steps", "2", "--model.seeds", "1", "--model.texts", "20", "--model.chooser", "Page",
+            "--model.sampler.num_inference_steps", "2", "--model.seeds", "1", "--model.texts", "20", "--model.chooser", "Page",
             "--model.chooser.show", "false", "--data", "Prompts", "--data.prompts", PROMPT, *more,
         ]  # fmt: skip
         self.temporary = folder.parent / "temporary"

@@ -21,7 +21,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, RandomTokens, TextualInversion
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import Denoising
-from lightning_prompts.sampling import Microbatch
+from lightning_prompts.sampling import Microbatch, SamplerSettings
 from lightning_prompts.sampling.seeding import (
     RERANK,
     VALIDATION,
@@ -62,7 +62,7 @@ def settings(method, **given):
     own = {GCG: {"candidates": 3, "topk": 4}, ClipWords: {"beams": 2}}
     if method is PH2P and given.get("optimizer", "lbfgs") == "lbfgs":
         own[PH2P] = {"max_iter": 2}
-    return {"tokens": 3, "sampling_steps": 2, **own.get(method, {}), **given}
+    return {"tokens": 3, "sampler": SamplerSettings(2), **own.get(method, {}), **given}
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
@@ -167,7 +167,7 @@ def test_ph2p_goes_down(optimizer, own, tiny, pictures, tmp_path):
                 losses.append(self.loss(rows, *self.prompt(rows), samples))
             super().step(batch, rows)
 
-    module = Watched(backbone=tiny, tokens=3, sampling_steps=2, optimizer=optimizer, **own)
+    module = Watched(backbone=tiny, tokens=3, sampler=SamplerSettings(2), optimizer=optimizer, **own)
     module.backbone.name = "tiny"  # what is drawn depends on it, and the folder has another name every time
     search(module, [pictures], tmp_path / "run", steps=12, validation_samples=3)
     assert losses[-1].mean() < losses[0].mean()
@@ -208,10 +208,10 @@ def test_score_is_of_the_text(hard, tiny, pictures, tmp_path):
 @pytest.mark.parametrize("guidance", [1, 3])
 def test_trials_are_what_the_pipeline_draws(guidance, tiny, pictures, tmp_path):
     """With a weight on them, what a person draws with diffusers, and a plain CLIP finds, is added to the same prompt's loss."""
-    module = PEZ(backbone=tiny, tokens=3, sampling_steps=2, guidance_scale=guidance)
+    module = PEZ(backbone=tiny, tokens=3, sampler=SamplerSettings(2, guidance))
     plain = search(module, [pictures], tmp_path / "plain", steps=1)
     trial = {"trial_weight": 0.5, "trial_pictures": 2, "trial_steps": 3}
-    module = PEZ(backbone=tiny, tokens=3, sampling_steps=2, guidance_scale=guidance, microbatch=4, **trial)
+    module = PEZ(backbone=tiny, tokens=3, sampler=SamplerSettings(2, guidance), microbatch=4, **trial)
     drawn = search(module, [pictures], tmp_path / "drawn", steps=1)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -352,7 +352,7 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
 
             self.batch.reset_rows = watched
 
-    module = Watched(backbone=tiny, optimizer="adam", restart_every=2, tokens=6, sampling_steps=2)
+    module = Watched(backbone=tiny, optimizer="adam", restart_every=2, tokens=6, sampler=SamplerSettings(2))
     search(module, [pictures], tmp_path / "run", steps=7)
     restarts = seen
     assert len(restarts) == 3  # before the steps 2, 4 and 6

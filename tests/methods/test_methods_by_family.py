@@ -16,11 +16,12 @@ from lightning_prompts.engine.checkpoint import PromptCheckpoint
 from lightning_prompts.methods import PEZ, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.python_search import CONFIGS
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPT = "a small cat on a red background"
-SEARCH = {"--model.sampling_steps": "2", "--model.image_size": "16", "--model.sample_every": "0"}
+SEARCH = {"--model.sampler.num_inference_steps": "2", "--model.backbone.image_size": "16", "--model.sample_every": "0"}
 PICTURE = {"--data.samples": "2", "--data.validation_samples": "2", "--model.tokens": "2"}
 PROMPTED = {"--data.prompts": PROMPT, "--model.seeds": "2"}
 METHODS = {
@@ -43,7 +44,7 @@ METHODS = {
 GUIDES_ITSELF = ("lcm", "flux", "flux-schnell")
 REFUSED = {
     **{("DPODiff", family): "has guidance built in, so a negative prompt does nothing; search other words" for family in GUIDES_ITSELF},
-    ("DPODiff", "sd-turbo"): "With --model.guidance_scale 1, a negative prompt does nothing; give a value above 1",
+    ("DPODiff", "sd-turbo"): "With --model.sampler.guidance_scale 1, a negative prompt does nothing; give a value above 1",
 }  # fmt: skip
 FAMILIES = [
     "sd-turbo",
@@ -102,7 +103,7 @@ def command(name, run, *args):
 
 def settings(family, method, folder, picture, steps):
     """A search of so many steps."""
-    given = {**SEARCH, **METHODS[method], **({"--model.vocabulary": "t5"} if family.endswith("T5") else {})}
+    given = {**SEARCH, **METHODS[method], **({"--model.backbone.vocabulary": "t5"} if family.endswith("T5") else {})}
     if "--data.prompts" not in given:
         given["--data.images"] = picture
     if method == "HumanFeedback":
@@ -128,7 +129,7 @@ def test_company_changes_nothing(family, folders, tmp_path):
     for i in range(2):
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(files[-1])
-    how = {"backbone": backbone, "sampling_steps": 2, "steps": 2, "device": "cpu"}
+    how = {"backbone": backbone, "sampler": SamplerSettings(2), "steps": 2, "device": "cpu"}
     pictured = {
         "method": "textual_inversion",
         "start": "random",
@@ -215,7 +216,7 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture
         str(CONFIGS / f"{config}.yaml"),
         "--model.backbone",
         folders(family),
-        "--model.image_size",
+        "--model.backbone.image_size",
         "16",
     ]
     args += SHORT[config] + WITHOUT_NEGATIVE.get(config, [])
@@ -229,8 +230,8 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture
     assert command("fit", tmp_path / "run", *args) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "run/result.json").read_text())
     drawn = result["settings"]["drawing"]
-    assert result["settings"]["model"]["sampling_steps"] is None
-    assert drawn["sampling_steps"] == FEW[family]
+    assert result["settings"]["model"]["sampler"]["num_inference_steps"] is None
+    assert drawn["num_inference_steps"] == FEW[family]
     assert drawn.get("trial_steps") == (FEW[family] if config == "invert" else None)
     if config == "dpo_diff":  # three pictures of the prompt and of each of its candidates
         assert result["problems"][0]["unet_samples"] == 2 * FEW[family]
@@ -253,5 +254,8 @@ def test_steps_of_the_model_are_what_a_setting_does_not_say(folders):
         ] == [most] * 4
         inverter = PEZ(backbone=backbone, tokens=2)
         assert (inverter.sampler.num_inference_steps, inverter.trial_steps) == (own, most)
-        assert MetricGuidance(backbone=backbone, sampling_steps=12, **objective).sampler.num_inference_steps == 12
+        assert (
+            MetricGuidance(backbone=backbone, sampler=SamplerSettings(12), **objective).sampler.num_inference_steps
+            == 12
+        )
         assert PEZ(backbone=backbone, tokens=2, trial_weight=1.0, trial_steps=12).trial_steps == 12

@@ -30,6 +30,7 @@ from lightning_prompts.methods.inversion import search_clip
 from lightning_prompts.methods.inversion.base import Inverter
 from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import Sharpness, clip
+from lightning_prompts.sampling import SamplerSettings
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 pytestmark = [
@@ -164,7 +165,7 @@ class Cell:
         data = {"samples", "validation_samples", "timesteps", *(["steps"] if issubclass(self.kind, Inverter) else [])}
         self.data = {key: value for key, value in given.items() if key in data}
         self.model = {key: value for key, value in given.items() if key not in data}
-        self.model |= {"backbone": backbone, "sampling_steps": 2, "sample_every": 0}
+        self.model |= {"backbone": backbone, "sampler": SamplerSettings(2), "sample_every": 0}
         self.picture = picture
         if name == "HumanFeedback":
             self.model["chooser"] = Scripted(picture)

@@ -19,6 +19,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, SeedInvariance
 from lightning_prompts.methods.steering.seed_invariance import LOSS_SCALE
 from lightning_prompts.runs.record import Problem, SeedInvarianceResult
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -27,7 +28,7 @@ PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
 
 def search(tiny, folder, prompts=PROMPTS[0], **settings):
     settings = {
-        "sampling_steps": 3, "seeds": 2, "steps": 6, "compare": "latents", "stages": [1, 2], "lr": 0.05, "sample_every": 0,
+        "sampler": SamplerSettings(3), "seeds": 2, "steps": 6, "compare": "latents", "stages": [1, 2], "lr": 0.05, "sample_every": 0,
     } | settings  # fmt: skip
     module, data = SeedInvariance(backbone=tiny, **settings), Prompts(prompts)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})
@@ -36,7 +37,7 @@ def search(tiny, folder, prompts=PROMPTS[0], **settings):
 
 
 def test_seeds_come_in_all_the_way_in_each_stage(tiny):
-    settings = {"backbone": tiny, "sampling_steps": 3, "compare": "latents"}
+    settings = {"backbone": tiny, "sampler": SamplerSettings(3), "compare": "latents"}
     module = SeedInvariance(**settings, steps=10, stages=[1, 3], ramp=1.0)
     assert [module.stage(step)[0] for step in range(10)] == [1] * 5 + [3] * 5
     assert [module.stage(step)[1] for step in range(10)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0] * 2)
@@ -50,7 +51,7 @@ def test_each_stage_has_a_step_and_ends_at_the_new_seeds(stages, tiny):
     for steps in range(stages, 25):
         numbers = [1 + number % 3 for number in range(stages)]
         module = SeedInvariance(
-            backbone=tiny, sampling_steps=3, compare="latents", steps=steps, stages=numbers, ramp=1.0
+            backbone=tiny, sampler=SamplerSettings(3), compare="latents", steps=steps, stages=numbers, ramp=1.0
         )
         found = [module.stage(step) for step in range(steps)]
         ends = [calls for calls, value in found if value == 1]
@@ -60,7 +61,9 @@ def test_each_stage_has_a_step_and_ends_at_the_new_seeds(stages, tiny):
 
 def test_arc_is_long_enough_to_be_gone_from_end_to_end(tiny):
     """The gradient points to the other prompt at each step, so that the optimizer goes as far as it can."""
-    module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents", embedding="arc", towards="two dogs")
+    module = SeedInvariance(
+        backbone=tiny, sampler=SamplerSettings(3), compare="latents", embedding="arc", towards="two dogs"
+    )
     module.prompt.place.data = torch.full((1, 1, 1, 1), module.prompt.initial_logit)
     optimizer = module.configure_optimizers()
     assert module.prompt.place.sigmoid() < 0.01
@@ -71,13 +74,13 @@ def test_arc_is_long_enough_to_be_gone_from_end_to_end(tiny):
 
 
 def test_optimizer_has_the_settings_of_the_search(tiny):
-    module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents", lr=0.3, eps=0.5)
+    module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents", lr=0.3, eps=0.5)
     (group,) = module.configure_optimizers().param_groups
     assert (group["lr"], group["eps"]) == (0.3, 0.5)
 
 
 def test_by_default_a_stage_looks_at_the_end_and_soon_at_real_seeds(tiny):
-    module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=10)
+    module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), steps=10)
     assert {module.stage(step)[0] for step in range(10)} == {module.backbone.calls(3)} == {module.grad_steps}
     assert [module.stage(step)[1] for step in range(10)] == pytest.approx([1 / 3, 2 / 3, *[1.0] * 8])
 
@@ -96,7 +99,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     """In float64, against finite differences of the clean latents that the second call predicts."""
     towards = {"towards": PROMPTS[1]} if embedding == "arc" else {}
     module = SeedInvariance(
-        backbone=tiny, sampling_steps=3, steps=4, stages=[2], seeds_per_step=2, embedding=embedding, target_seeds=[4],
+        backbone=tiny, sampler=SamplerSettings(3), steps=4, stages=[2], seeds_per_step=2, embedding=embedding, target_seeds=[4],
         grad_steps=grad_steps, ramp=1.0, compare=compare, **towards
     )  # fmt: skip
     module.double()
@@ -172,7 +175,7 @@ def test_what_is_found(embedding, tiny, tmp_path):
 
 
 def test_metric_is_the_signal_to_noise_ratio(tiny):
-    module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents")
+    module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents")
     problem, wanted = (
         Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=3)),
         torch.rand(3, 16, 16) - 0.5,
@@ -188,7 +191,7 @@ def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
     folder = tmp_path / "run"
     main([
         "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "SeedInvariance", "--model.backbone", tiny,
-        "--model.sampling_steps", "3", "--model.seeds", "1", "--model.steps", "2", "--model.target_seeds", "[5, 6]",
+        "--model.sampler.num_inference_steps", "3", "--model.seeds", "1", "--model.steps", "2", "--model.target_seeds", "[5, 6]",
         "--model.compare", "latents", "--model.stages", "[1]", "--data", "Prompts", "--data.prompts", PROMPTS[0],
     ])  # fmt: skip
     found = json.loads((folder / "result.json").read_text())["problems"]
@@ -196,7 +199,7 @@ def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
     assert len({problem["key"] for problem in found}) == 2
     main(["predict", "--run", str(folder), "--prompts", PROMPTS[0], "--seeds", "5", "--trainer.accelerator", "cpu"])
     (path,) = (folder / "pictures").iterdir()
-    module = SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents")
+    module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents")
     (wanted,) = module.targets([Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=5))])
     with Image.open(path) as picture:
         drawn = torch.tensor(list(picture.getdata())).view(16, 16, 3).permute(2, 0, 1)
@@ -220,7 +223,7 @@ def test_batch_equals_its_parts(tiny, tmp_path, monkeypatch):
 @pytest.mark.exact
 def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding):
     """A search that goes on finds it again, in another batch than that in which its problem began."""
-    module = SeedInvariance(backbone=tiny, sampling_steps=3, steps=4, stages=[1, 2], microbatch=3)
+    module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), steps=4, stages=[1, 2], microbatch=3)
     monkeypatch.setattr(module, "draw_noise", lambda problems, *at: torch.zeros(len(problems), 1, 4, 8, 8))
     first, second, third = (
         Problem(str(seed), PROMPTS[seed % 2], result=SeedInvarianceResult(target_seed=seed)) for seed in (3, 4, 5)
@@ -253,4 +256,4 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
 )
 def test_settings_that_make_no_search_are_refused(settings, told, tiny):
     with pytest.raises(UserError, match=told):
-        SeedInvariance(backbone=tiny, sampling_steps=3, compare="latents", **settings)
+        SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents", **settings)

@@ -14,8 +14,9 @@ from lightning_prompts.methods import GCG, PEZ, MetricGuidance, SeedInvariance, 
 from lightning_prompts.methods.steering.human_feedback import Choice
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.runs.record import Problem
+from lightning_prompts.sampling import SamplerSettings
 
-SHORT = {"steps": 1, "sampling_steps": 2, "device": "cpu"}
+SHORT = {"steps": 1, "sampler": SamplerSettings(2), "device": "cpu"}
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_embeddings_of_an_earlier_run(backbone, tmp_path):
     found = guide(prompts, Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
     expected = torch.stack([result.prompt_embeds for result in found])
     for start in (tmp_path / "run", tmp_path / "run/prompt_embeds.safetensors"):
-        how = {"backbone": backbone, "sampling_steps": 2, "start": str(start)}
+        how = {"backbone": backbone, "sampler": SamplerSettings(2), "start": str(start)}
         first, initial = seen(MetricGuidance(objective=Sharpness(), **how), prompts[::-1])
         assert torch.equal(first[:, 0], expected.flip(0))
         assert not torch.equal(first, initial)
@@ -158,7 +159,7 @@ def test_what_was_found_is_compared_with_the_prompt_all_the_same(backbone, tmp_p
 
 def test_a_person_goes_on_from_there(backbone, tmp_path):
     found = guide("a red cat", Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
-    how = {"backbone": backbone, "sampling_steps": 2, "texts": 6, "device": "cpu"}
+    how = {"backbone": backbone, "sampler": SamplerSettings(2), "texts": 6, "device": "cpu"}
     same = prefer("a red cat", lambda question: Choice("finish"), start=str(tmp_path / "run"), **how)
     torch.testing.assert_close(same.prompt_embeds, found.prompt_embeds)
 

@@ -20,7 +20,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Blurriness, ClipText, LatentDistance, Objective, Sharpness
 from lightning_prompts.runs.record import Problem
-from lightning_prompts.sampling import Microbatch
+from lightning_prompts.sampling import Microbatch, SamplerSettings
 from lightning_prompts.sampling.seeding import SEARCH, draw_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -30,7 +30,7 @@ PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
 
 def search(tiny, folder, prompts, **settings):
     settings = {
-        "sampling_steps": 3,
+        "sampler": SamplerSettings(3),
         "seeds": 2,
         "steps": 3,
         "grad_steps": 1,
@@ -50,7 +50,9 @@ def search(tiny, folder, prompts, **settings):
 @pytest.fixture(scope="module")
 def exact(tiny):
     """A method in float64 whose sampler is exact in it."""
-    module = MetricGuidance(backbone=tiny, objective=Sharpness(), sampling_steps=3, seeds=2, unconditional=True)
+    module = MetricGuidance(
+        backbone=tiny, objective=Sharpness(), sampler=SamplerSettings(3), seeds=2, unconditional=True
+    )
     module.backbone.double()
     module.backbone.scheduler = DDIMScheduler(num_train_timesteps=1000, steps_offset=1, clip_sample=False)
     return module
@@ -220,7 +222,7 @@ def test_settings_that_make_no_search_are_refused(tiny):
         ({"objective": []}, "at least one metric"),
         ({"objective": Sharpness(), "seeds": 2, "seeds_per_step": 3}, "got 3 and 2"),
         (
-            {"objective": Sharpness(), "unconditional": True, "guidance_scale": 1.0},
+            {"objective": Sharpness(), "unconditional": True, "sampler": SamplerSettings(3, 1.0)},
             "guidance_scale 1, negative prompts",
         ),
         ({"objective": Sharpness(), "lr": 0.0}, "--model.lr"),
@@ -235,7 +237,7 @@ def test_settings_that_make_no_search_are_refused(tiny):
 def run(tiny, folder, *extra):
     return [
         "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "MetricGuidance", "--model.backbone", tiny,
-        "--model.objective", "Sharpness", "--model.sampling_steps", "3", "--model.seeds", "2", "--model.steps", "4",
+        "--model.objective", "Sharpness", "--model.sampler.num_inference_steps", "3", "--model.seeds", "2", "--model.steps", "4",
         "--model.lr", "0.05", "--model.sample_every", "0", "--data", "Prompts", "--data.prompts", json.dumps(PROMPTS), *extra,
     ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from lightning_prompts.commands.main import main
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, DPODiff, MetricGuidance, RandomTokens, SeedInvariance
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -81,10 +82,8 @@ def test_setting_that_a_method_has_no_use_for_does_not_exist(method, setting, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_loading_are_refused_with_a_loaded_backbone(tiny, pictures, tmp_path):
+def test_a_loaded_backbone_is_taken_as_it_is(tiny, pictures, tmp_path):
     loaded = RandomTokens(backbone=tiny).backbone
-    with pytest.raises(UserError, match=r"--model\.image_size has no effect on a backbone that is loaded"):
-        RandomTokens(backbone=loaded, image_size=64)
-    module = RandomTokens(backbone=loaded, sampling_steps=2)
+    module = RandomTokens(backbone=loaded, sampler=SamplerSettings(2))
     fit(module, pictures / "0.png", tmp_path, steps=1)
     assert module.backbone is loaded

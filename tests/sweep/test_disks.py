@@ -38,7 +38,7 @@ def command(*args):
 
 def search(tiny, tmp_path, run):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    return ["fit", "--run", run, "--model=PEZ", f"--model.backbone={tiny}", "--model.tokens=2", "--model.sampling_steps=2", "--ckpt_path=last",
+    return ["fit", "--run", run, "--model=PEZ", f"--model.backbone={tiny}", "--model.tokens=2", "--model.sampler.num_inference_steps=2", "--ckpt_path=last",
             "--data=ImagesToPrompts", f"--data.images={tmp_path / 'a.png'}", "--data.steps=20", "--data.samples=1"]  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class WordSearch(Refinement):
 
     prompt: WordChoices
     result_class = DPODiffResult
-    decisive = frozenset({"sampling_steps"})  # the search itself generates images
+    decisive = frozenset({"sampler.num_inference_steps"})  # the search itself generates images
 
     def __init__(
         self,

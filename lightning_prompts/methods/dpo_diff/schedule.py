@@ -34,7 +34,7 @@ def plan_steps(schedule: str | None, calls: int, grad_steps: int, share: float, 
         if before + grad_steps > calls:
             raise UserError(
                 f"The schedule {schedule!r} goes beyond the sampler's {calls} calls; change --model.schedule or "
-                "--model.sampling_steps."
+                "--model.sampler.num_inference_steps."
             )
         spent += (before + 2 * grad_steps) / calls
         if spent > share + 1e-6:

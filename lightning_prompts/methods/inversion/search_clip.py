@@ -113,7 +113,7 @@ def missing_gradient(method: str, clip: str, backbone: Backbone, moves_embedding
     """
     kind, instead = backbone.vocabulary.text_encoders[0].kind, ""
     if kind != "clip" and any(tower.kind == "clip" for tower in backbone.text_encoders):
-        instead = ", or search the CLIP encoder's tokens with --model.vocabulary clip"
+        instead = ", or search the CLIP encoder's tokens with --model.backbone.vocabulary clip"
     way_out = "give --model.clip_weight 0" if moves_embeddings else "give --model.denoising_weight above 0"
     instead = way_out + instead
     if kind == "clip":

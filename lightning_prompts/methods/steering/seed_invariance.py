@@ -93,7 +93,7 @@ class SeedInvariance(Steering):
         if max(self.stages) > calls:
             raise UserError(
                 f"--model.stages must be at most the sampler's {calls} denoiser calls, got {self.stages}; change it or "
-                "--model.sampling_steps."
+                "--model.sampler.num_inference_steps."
             )
         if len(self.stages) > self.steps:
             raise UserError(
