@@ -31,7 +31,7 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 def steps(samples: int, passes: int = 1) -> list[str]:
     """Return the schedule that spends `SAMPLES` on steps with this many samples and evaluations, with as many scorings and restarts."""
     cost = 2 * samples * passes
-    return [f"--data.steps={SAMPLES // cost}", f"--data.samples={samples}", f"--model.score_every={max(1, SCORE // cost)}",
+    return [f"--model.steps={SAMPLES // cost}", f"--data.num_noise_samples={samples}", f"--model.score_every_n_steps={max(1, SCORE // cost)}",
             f"--model.restart_every={RESTART // cost}"]  # fmt: skip
 
 
@@ -62,7 +62,10 @@ def variants(group: str) -> dict[str, list[str]]:
     sgd = "--model.optimizer=sgd"
     if group == "timesteps":
         ranges = ((0, 1000), (100, 1000), (500, 1000), (700, 1000), (500, 900))
-        return {"[450, 1000)": [], **{f"[{low}, {high})": [f"--data.timesteps=[{low},{high}]"] for low, high in ranges}}
+        return {
+            "[450, 1000)": [],
+            **{f"[{low}, {high})": [f"--data.timestep_range=[{low},{high}]"] for low, high in ranges},
+        }
     if group == "projection":
         return {
             "final, Adam": [],
@@ -79,20 +82,20 @@ def variants(group: str) -> dict[str, list[str]]:
         parts = {f"{share:.0%}, random": vocabulary(share) for share in (0.5, 0.1)}
         return {"100%": [], **parts, "the world's words": names()}
     if group == "length":
-        return {"8 tokens": [], **{f"{count} tokens": [f"--model.tokens={count}"] for count in (4, 12, 16)}}
+        return {"8 tokens": [], **{f"{count} tokens": [f"--model.num_tokens={count}"] for count in (4, 12, 16)}}
     if group == "samples":  # fewer steps must be larger
         rate = {count: f"--model.lr={0.02 * (count / 2) ** 0.5:.4f}" for count in (1, 4, 8, 16)}
         return {"2 per step": [], **{f"{count} per step": [*steps(count), lr] for count, lr in rate.items()}}
     return {
         "configs/invert.yaml": [],
-        "from random tokens": ["--model.start=random"],
+        "from random tokens": ["--model.init=random"],
         "without CLIP loss": ["--model.clip_weight=0"],
-        "without prefilter": ["--model.screen=1", "--model.topk=32"],
-        "scored without images": ["--model.trial_weight=0"],
-        "two replacements at once": ["--model.swaps=2"],
-        "timesteps [0, 1000)": ["--data.timesteps=[0,1000]"],
-        "4 tokens": ["--model.tokens=4"],
-        "12 tokens": ["--model.tokens=12"],
+        "without prefilter": ["--model.prefilter=1", "--model.topk=32"],
+        "scored without images": ["--model.rerank_weight=0"],
+        "two replacements at once": ["--model.n_replace=2"],
+        "timesteps [0, 1000)": ["--data.timestep_range=[0,1000]"],
+        "4 tokens": ["--model.num_tokens=4"],
+        "12 tokens": ["--model.num_tokens=12"],
     }
 
 

@@ -41,16 +41,16 @@ FIGURES = Path(__file__).parent / "figures"
 SPACES: dict[str, dict[str, dict[str, Any]]] = {  # sources of words for the prompt and for the negative prompt
     "improve": {
         "library": {"positive": [], "negative": ["library"]},
-        "neighbours": {"positive": ["neighbours"], "negative": []},
+        "neighbors": {"positive": ["neighbors"], "negative": []},
         "WordNet": {"positive": ["synonyms"], "negative": ["antonyms"]},
-        "neighbours and library": {"positive": ["neighbours"], "negative": ["library"]},
-        "neighbours, any meaning": {"positive": ["neighbours"], "negative": [], "threshold": -1},
+        "neighbors and library": {"positive": ["neighbors"], "negative": ["library"]},
+        "neighbors, any meaning": {"positive": ["neighbors"], "negative": [], "threshold": -1},
     },
     "attack": {
-        "neighbours": {"positive": ["neighbours"], "negative": []},
+        "neighbors": {"positive": ["neighbors"], "negative": []},
         "WordNet": {"positive": ["synonyms"], "negative": []},
-        "both": {"positive": ["neighbours", "synonyms"], "negative": []},
-        "all words": {"positive": ["neighbours"], "negative": [], "neighbours": 1000},
+        "both": {"positive": ["neighbors", "synonyms"], "negative": []},
+        "all words": {"positive": ["neighbors"], "negative": [], "neighbors": 1000},
     },
 }
 HEADS = {

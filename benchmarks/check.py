@@ -37,11 +37,11 @@ def measure(name: str, config: Path, runs: Path) -> None:
     data = yaml.safe_load(config.read_text())["data"]["init_args"]
     words = words_of("development")
     rows = []
-    for problem in fit(str(config), rows_of("development"), runs / name, ["--model.sample_every=0"]):
+    for problem in fit(str(config), rows_of("development"), runs / name, ["--model.log_images_every_n_steps=0"]):
         wanted = words[problem["target"]]
         found: dict[str, Any] = {kind: int(has(problem["prompt"], wanted[kind])) for kind in ("object", "background")}
-        low, high = data["timesteps"]
-        schedule = {"low": low, "high": high, "samples": data["samples"]}
+        low, high = data["timestep_range"]
+        schedule = {"low": low, "high": high, "samples": data["num_noise_samples"]}
         score = {"similarity": problem["heldout_clip_similarity"], "unet_samples": problem["unet_samples"]}
         rows.append({"config": name, "target": problem["target"], **schedule, **found, **score})
     tables.add(FIGURES, rows)

@@ -108,7 +108,7 @@ def measure(method: str, targets: str, runs: Path) -> list[Row]:
             if method == SOFT:
                 # Two fewer, so that there are samples left to score the first and the last prompt.
                 steps = 300 * budget // BUDGETS[-1] - 2
-                fit(f"configs/{CONFIGS[method]}.yaml", rows, made[budget], [f"--data.steps={steps}"])
+                fit(f"configs/{CONFIGS[method]}.yaml", rows, made[budget], [f"--model.steps={steps}"])
             else:
                 found = RunFolder(whole).load().values()
                 with_prompts(whole, made[budget], {problem.target: best_by(problem, budget) for problem in found})

@@ -76,7 +76,7 @@ def cases(work: Work, guides_itself: bool) -> dict[str, Case]:
     """Return the methods to measure; DPO-Diff's gradient steps and its evaluation of candidates are separate cases."""
     tokens = {"microbatch": work.microbatch}
     drawn = {"microbatch": work.pictures, "sampler": SamplerSettings(work.steps), "seeds": work.seeds}
-    words = drawn | ({"negative": [], "positive": ["neighbours"], "threshold": -1.0} if guides_itself else {})
+    words = drawn | ({"negative": [], "positive": ["neighbors"], "threshold": -1.0} if guides_itself else {})
     learning = words | {"solver": "gradient", "gradient_share": 1.0, "budget": 1000, "schedule": "fix-1"}
     evaluating = words | {"solver": "evolution", "population": work.population, "budget": 10**6}
     metric = drawn | {"objective": Sharpness(), "steps": 10**6, "grad_steps": 1}
@@ -244,7 +244,7 @@ class Bench:
 
     def fixed(self, name: str, folder: str, **trainer: Any) -> None:
         """Search with PH2P for a fixed number of steps."""
-        settings = {"microbatch": self.work[name].microbatch, "score_every": 2}
+        settings = {"microbatch": self.work[name].microbatch, "score_every_n_steps": 2}
         case = Case(PH2P, "ph2p", self.work[name].images, settings, plain_loops.ph2p)
         search(self.model(name), case, 4, folder, **trainer)
 

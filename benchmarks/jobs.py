@@ -21,9 +21,9 @@ FIGURES = ROOT / "benchmarks" / "figures"
 # One thread per process, so that ranks do not compete for cores and all processes round in the same way.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 METHODS = {
-    "PH2P": ["ph2p", "--data.steps", "24", "--model.restart_every", "8", "--model.score_every", "4"],
-    "PH2P by L-BFGS": ["ph2p_lbfgs", "--data.steps", "3"],
-    "GCG": ["invert", "--data.steps", "3", "--model.candidates", "8", "--model.trial_steps", "4"],
+    "PH2P": ["ph2p", "--model.steps", "24", "--model.restart_every", "8", "--model.score_every_n_steps", "4"],
+    "PH2P by L-BFGS": ["ph2p_lbfgs", "--model.steps", "3"],
+    "GCG": ["invert", "--model.steps", "3", "--model.candidates", "8", "--model.rerank_steps", "4"],
     "DPO-Diff": ["dpo_diff", "--model.budget", "12", "--model.seeds", "2", "--model.sampler.num_inference_steps", "6", "--model.schedule", "step-2-2"],
     "MetricGuidance": ["metric_guidance", "--model.objective", "Sharpness", "--model.steps", "5", "--model.seeds", "2"],
 }  # fmt: skip
@@ -57,7 +57,7 @@ def command(method: str, scratch: Path, run: Path, *extra: str) -> list[str]:
     if config in ("dpo_diff", "metric_guidance"):
         given = ["--data.prompts", json.dumps(PROMPTS)]
     return ["train.py", "fit", "--config", f"configs/{config}.yaml", *given, "--run", str(run), *settings,
-            "--model.together", "2", "--model.sample_every", "0", "--trainer.accelerator", "cpu", *extra]  # fmt: skip
+            "--model.batch_size", "2", "--model.log_images_every_n_steps", "0", "--trainer.accelerator", "cpu", *extra]  # fmt: skip
 
 
 def start(

@@ -19,9 +19,9 @@ import tables
 COUNTS = (10, 100, 1000)
 ROUNDS = 3
 PICTURES = 32  # for two processes with batches of 16, as in a large job
-SHORT = ("--data.steps", "4", "--data.samples", "2", "--data.validation_samples", "4", "--model.score_every", "4",
-         "--model.sampler.num_inference_steps", "2", "--model.restart_every", "0", "--model.sample_every", "0")  # fmt: skip
-LONG = ("--data.steps", "120", "--model.restart_every", "30", "--model.sample_every", "0")
+SHORT = ("--model.steps", "4", "--data.num_noise_samples", "2", "--data.num_validation_samples", "4", "--model.score_every_n_steps", "4",
+         "--model.sampler.num_inference_steps", "2", "--model.restart_every", "0", "--model.log_images_every_n_steps", "0")  # fmt: skip
+LONG = ("--model.steps", "120", "--model.restart_every", "30", "--model.log_images_every_n_steps", "0")
 
 
 def search(scratch: Path, count: int, name: str, *settings: str) -> tuple[float, float, list[dict[str, Any]]]:

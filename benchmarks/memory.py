@@ -309,7 +309,7 @@ def table() -> str:
 
 SEARCHES = {
     "ph2p": (
-        "--config configs/ph2p.yaml --data.images docs/images/demo.png --data.steps 2 --data.samples 1 --data.validation_samples 1 "
+        "--config configs/ph2p.yaml --data.images docs/images/demo.png --model.steps 2 --data.num_noise_samples 1 --data.num_validation_samples 1 "
         "--model.sampler.num_inference_steps 2 --model.sampler.guidance_scale 7.5"
     ),
     "dpo_diff": (

@@ -43,7 +43,7 @@ def picture(
 
 def ph2p(method: Any) -> Iterator[int]:
     """Run Adam on the embeddings, and look up their nearest tokens for each noise sample, as in the released code."""
-    model, prompt, count = method.backbone, method.prompt, int(method.data.samples)
+    model, prompt, count = method.backbone, method.prompt, int(method.data.num_noise_samples)
     table, rows = F.normalize(prompt.table), prompt.allowed.nonzero().squeeze(1)
     embeddings = nn.Parameter(prompt.table[rows[: len(prompt.positions)]].clone())
     optimizer, latents = (
@@ -63,7 +63,7 @@ def ph2p(method: Any) -> Iterator[int]:
 
 def gcg(method: Any) -> Iterator[int]:
     """Replace tokens that the gradient proposes; encode and evaluate each candidate alone."""
-    model, prompt, count = method.backbone, method.prompt, int(method.data.samples)
+    model, prompt, count = method.backbone, method.prompt, int(method.data.num_noise_samples)
     tokens = prompt.allowed.nonzero().squeeze(1)[: len(prompt.positions)]
     latents = torch.randn(1, *model.latent_shape, device=model.device)
     while True:

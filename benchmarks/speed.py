@@ -93,12 +93,18 @@ def search(backbone: Backbone, name: str, count: int, steps: int, recorder: Any 
     """Measure the seconds per step of a search, without scoring."""
     kind, settings = HOW[name]
     method = kind(
-        backbone=backbone, tokens=TOKENS, microbatch=MICROBATCH, score_every=10**9, sample_every=0, **settings
+        backbone=backbone,
+        num_tokens=TOKENS,
+        steps=steps + WARM + 1,
+        microbatch=MICROBATCH,
+        score_every_n_steps=10**9,
+        log_images_every_n_steps=0,
+        **settings,
     )
     data = ImagesToPrompts(
-        targets(count), steps=steps + WARM + 1, samples=SAMPLES, timesteps=(LOW, HIGH), validation_samples=1
+        targets(count), num_noise_samples=SAMPLES, timestep_range=(LOW, HIGH), num_validation_samples=1
     )
-    clock = Clock(data.steps, recorder)
+    clock = Clock(method.steps, recorder)
     with tempfile.TemporaryDirectory() as run, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu"}, logger=False, callbacks=[clock], default_root_dir=run)

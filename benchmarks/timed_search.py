@@ -85,11 +85,16 @@ def synchronize(device: torch.device) -> None:
 def search(model: Backbone, case: Case, steps: int, folder: str, *callbacks: pl.Callback, **trainer: Any) -> Any:
     """Search like `fit` with the method's config, but write no results; return the method."""
     config = yaml.safe_load((CONFIGS / f"{case.config}.yaml").read_text())
-    settings = config["model"]["init_args"] | {"score_every": 10**9, "sample_every": 0} | case.settings
-    method = case.kind(**settings | {"backbone": model, "together": case.problems})
+    settings = (
+        config["model"]["init_args"] | {"score_every_n_steps": 10**9, "log_images_every_n_steps": 0} | case.settings
+    )
+    inverts = case.kind.data_class is ImagesToPrompts
+    method = case.kind(
+        **settings | {"backbone": model, "batch_size": case.problems} | ({"steps": steps} if inverts else {})
+    )
     data: Any = Prompts(plain_loops.PROMPTS[: case.problems])
-    if case.kind.data_class is ImagesToPrompts:
-        schedule = config["data"]["init_args"] | {"steps": steps, "validation_samples": 1}
+    if inverts:
+        schedule = config["data"]["init_args"] | {"num_validation_samples": 1}
         data = ImagesToPrompts(speed.targets(case.problems), **schedule)
     own = {"accelerator": "gpu" if model.device.type == "cuda" else "cpu", "strategy": Stay(model.device)}
     with warnings.catch_warnings():

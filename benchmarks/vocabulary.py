@@ -31,7 +31,7 @@ CONFIGS = ("invert", "gcg", "ph2p", "ph2p_lbfgs", "pez", "textual_inversion", "c
 EXTRA = {
     "metric_guidance": ["--model.objective", "Sharpness"],
     "human_feedback": ["--model.chooser", "Scripted", "--model.chooser.wants", str(IMAGE), "--model.steps", "4"],
-    "dpo_diff": ["--model.positive", "[neighbours]"],
+    "dpo_diff": ["--model.positive", "[neighbors]"],
 }
 WITHOUT_NEGATIVE = {"dpo_diff": ["--model.negative", "[]"], "seed_invariance": ["--model.unconditional", "false"]}
 """Settings for FLUX.1, which takes no negative prompt."""

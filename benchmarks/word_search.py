@@ -36,8 +36,8 @@ SOLVERS: dict[str, dict[str, Any]] = {
     **{solver: {"solver": solver} for solver in ("random", "gradient", "evolution", "hybrid")},
     "hybrid, 20 at a time": {"solver": "hybrid", "population": 20, "select": 10},  # as in the paper
 }
-SETTINGS: dict[str, Any] = {"sampler": SamplerSettings(8), "seeds": 2, "microbatch": 64, "sample_every": 0,
-            "positive": ["neighbours"], "negative": ["library"], "threshold": -1}  # fmt: skip
+SETTINGS: dict[str, Any] = {"sampler": SamplerSettings(8), "seeds": 2, "microbatch": 64, "log_images_every_n_steps": 0,
+            "positive": ["neighbors"], "negative": ["library"], "threshold": -1}  # fmt: skip
 
 SCHEDULE = "step-2-4"
 FIGURES = Path(__file__).parent / "figures" / "word_search.csv"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prompts.api import Result, guide, hold, invert, prefer, reword
+    from lightning_prompts.api import Result, dpo_diff, human_feedback, invert, metric_guidance, seed_invariance
     from lightning_prompts.backbones import BackboneSettings, load_backbone
     from lightning_prompts.sampling import SamplerSettings
 
@@ -14,12 +14,12 @@ __all__ = [
     "BackboneSettings",
     "Result",
     "SamplerSettings",
-    "guide",
-    "hold",
+    "dpo_diff",
+    "human_feedback",
     "invert",
     "load_backbone",
-    "prefer",
-    "reword",
+    "metric_guidance",
+    "seed_invariance",
 ]
 
 

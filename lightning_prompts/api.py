@@ -24,13 +24,13 @@ __all__ = [
     "BackboneSettings",
     "Result",
     "SamplerSettings",
-    "guide",
-    "hold",
+    "dpo_diff",
+    "human_feedback",
     "invert",
     "load_backbone",
-    "prefer",
-    "reword",
+    "metric_guidance",
     "search",
+    "seed_invariance",
 ]
 
 INVERSION_CONFIGS = (
@@ -88,10 +88,10 @@ def invert(
 
 
 @overload
-def reword(prompts: str, *, task: Literal["improve", "attack"] = ..., **settings: Any) -> Result: ...
+def dpo_diff(prompts: str, *, task: Literal["improve", "attack"] = ..., **settings: Any) -> Result: ...
 @overload
-def reword(prompts: Sequence[str], *, task: Literal["improve", "attack"] = ..., **settings: Any) -> list[Result]: ...
-def reword(
+def dpo_diff(prompts: Sequence[str], *, task: Literal["improve", "attack"] = ..., **settings: Any) -> list[Result]: ...
+def dpo_diff(
     prompts: str | Sequence[str], *, task: Literal["improve", "attack"] = "improve", **settings: Any
 ) -> Result | list[Result]:
     """Replace words of prompts, to improve or to attack them, by DPODiff.
@@ -111,10 +111,12 @@ def reword(
 
 
 @overload
-def guide(prompts: str, objective: Objective | list[Objective], **settings: Any) -> Result: ...
+def metric_guidance(prompts: str, objective: Objective | list[Objective], **settings: Any) -> Result: ...
 @overload
-def guide(prompts: Sequence[str], objective: Objective | list[Objective], **settings: Any) -> list[Result]: ...
-def guide(
+def metric_guidance(
+    prompts: Sequence[str], objective: Objective | list[Objective], **settings: Any
+) -> list[Result]: ...
+def metric_guidance(
     prompts: str | Sequence[str], objective: Objective | list[Objective], **settings: Any
 ) -> Result | list[Result]:
     """Optimize encoded prompts, so that their images score higher on a metric.
@@ -134,10 +136,10 @@ def guide(
 
 
 @overload
-def hold(prompts: str, seed: int = ..., **settings: Any) -> Result: ...
+def seed_invariance(prompts: str, seed: int = ..., **settings: Any) -> Result: ...
 @overload
-def hold(prompts: Sequence[str], seed: int = ..., **settings: Any) -> list[Result]: ...
-def hold(prompts: str | Sequence[str], seed: int = 0, **settings: Any) -> Result | list[Result]:
+def seed_invariance(prompts: Sequence[str], seed: int = ..., **settings: Any) -> list[Result]: ...
+def seed_invariance(prompts: str | Sequence[str], seed: int = 0, **settings: Any) -> Result | list[Result]:
     """Optimize encoded prompts, so that every seed generates the image of one seed.
 
     Args:
@@ -162,12 +164,14 @@ def hold(prompts: str | Sequence[str], seed: int = 0, **settings: Any) -> Result
 
 
 @overload
-def prefer(prompts: str, choose: Callable[[Round], Choice] | Chooser | None = ..., **settings: Any) -> Result: ...
+def human_feedback(
+    prompts: str, choose: Callable[[Round], Choice] | Chooser | None = ..., **settings: Any
+) -> Result: ...
 @overload
-def prefer(
+def human_feedback(
     prompts: Sequence[str], choose: Callable[[Round], Choice] | Chooser | None = ..., **settings: Any
 ) -> list[Result]: ...
-def prefer(
+def human_feedback(
     prompts: str | Sequence[str], choose: Callable[[Round], Choice] | Chooser | None = None, **settings: Any
 ) -> Result | list[Result]:
     """Optimize encoded prompts by a user's choices among images.

@@ -28,7 +28,7 @@ class _Parser(LightningArgumentParser):
 
 
 def in_python(message: str) -> str:
-    """Rewrite the settings in a command-line message as Python arguments, such as `--model.tokens 8` as `tokens=8`."""
+    """Rewrite the settings in a command-line message as Python arguments, such as `--model.num_tokens 8` as `tokens=8`."""
 
     def argument(match: re.Match[str]) -> str:
         name, value = match.groups()

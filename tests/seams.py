@@ -22,7 +22,7 @@ def method_to_data(method: PromptMethod, inverter: Inverter, ph2p: PH2P, dpo_dif
     inverter.data.picturs  # type: ignore[attr-defined]
     ph2p.data.latent  # type: ignore[attr-defined]
     dpo_diff.data.pictures  # type: ignore[attr-defined]
-    steering.data.timesteps  # type: ignore[attr-defined]
+    steering.data.timestep_range  # type: ignore[attr-defined]
 
 
 def data_to_method(data: ProblemData, images: ImagesToPrompts, prompts: Prompts) -> None:

@@ -14,7 +14,8 @@ def fit(module, images, folder, callbacks=(), **data):
     """Run a search and return its problems."""
     how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": bool(callbacks)}
     trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=list(callbacks))
-    data = ImagesToPrompts(str(images), **{"steps": 2, "samples": 2, "validation_samples": 2, **data})
+    module.steps = data.pop("steps", 2)
+    data = ImagesToPrompts(str(images), **{"num_noise_samples": 2, "num_validation_samples": 2, **data})
     trainer.fit(module, datamodule=data)
     return list(data.folder.load().values())
 

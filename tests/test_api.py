@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image, ImageOps
 
-from lightning_prompts import guide, hold, invert, load_backbone, prefer, reword
+from lightning_prompts import dpo_diff, human_feedback, invert, load_backbone, metric_guidance, seed_invariance
 from lightning_prompts.api import search
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.prompts import Prompts
@@ -43,7 +43,7 @@ def test_results_equal_those_of_the_command_line(tiny, pictures, tmp_path, capsy
     how = [
         "--model.backbone",
         tiny,
-        "--data.steps",
+        "--model.steps",
         "2",
         "--model.sampler.num_inference_steps",
         "2",
@@ -106,26 +106,26 @@ def test_a_loaded_model_is_used_as_it_is(tiny, first):
 
 def test_words_for_a_prompt(tiny):
     how = {"backbone": tiny, "budget": 6, "sampler": SamplerSettings(2), "schedule": "fix-0", "device": "cpu"}
-    better = reword(["a red cat", "two dogs", "a red  cat"], positive=["neighbours"], negative=[], **how)
+    better = dpo_diff(["a red cat", "two dogs", "a red  cat"], positive=["neighbors"], negative=[], **how)
     assert [result.record.target for result in better] == ["a red cat", "two dogs", "a red cat"]
     assert better[0] is better[2]
     assert better[0].embedding is None
-    worse = reword("a red cat", task="attack", threshold=-1, **how)
+    worse = dpo_diff("a red cat", task="attack", threshold=-1, **how)
     assert sum(worse.details.loss_after) >= sum(worse.details.loss_before)
 
 
 def test_embeddings_of_a_prompt(tiny, tmp_path):
     how = {"backbone": tiny, **SHORT}
-    sharp = guide(
+    sharp = metric_guidance(
         "a red cat", Sharpness(), seeds=3, draw_seeds=(0, 1), folder=tmp_path / "kept", unconditional=True, **how
     )
     assert sharp.prompt_embeds.shape == sharp.negative_prompt_embeds.shape == (32, 32)
     assert len(sharp.pictures) == 2
     assert len(sharp.details.metric_after) == 3  # seeds of the search
     with pytest.raises(UserError, match="already holds a run; give another folder"):
-        guide("a red cat", Sharpness(), folder=tmp_path / "kept", **how)
+        metric_guidance("a red cat", Sharpness(), folder=tmp_path / "kept", **how)
     assert (tmp_path / "kept/prompt_embeds.safetensors").exists()
-    held = hold(["a red cat", "two dogs"], seed=7, unconditional=False, **how)
+    held = seed_invariance(["a red cat", "two dogs"], seed=7, unconditional=False, **how)
     assert [result.details.target_seed for result in held] == [7, 7]
     assert held[0].negative_prompt_embeds is None
 
@@ -137,7 +137,7 @@ def test_a_function_chooses(tiny):
         asked.append(question)
         return Choice("go", 1, 0.5) if len(asked) < 3 else Choice("finish")
 
-    result = prefer("a red cat", choose, backbone=tiny, sampler=SamplerSettings(2), texts=6, device="cpu")
+    result = human_feedback("a red cat", choose, backbone=tiny, sampler=SamplerSettings(2), texts=6, device="cpu")
     assert [question.prompt for question in asked] == ["a red cat"] * 3
     assert [move["strength"] for move in result.details.moves] == [0.5, 0.5]
     assert result.prompt_embeds.shape == (32, 32)
@@ -215,7 +215,7 @@ def test_ctrl_c_is_ctrl_c(tiny):
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        prefer("a red cat", interrupted, backbone=tiny, sampler=SamplerSettings(2), texts=6, device="cpu")
+        human_feedback("a red cat", interrupted, backbone=tiny, sampler=SamplerSettings(2), texts=6, device="cpu")
     assert signal.getsignal(signal.SIGINT) == before
 
 
@@ -308,9 +308,11 @@ def test_negative_images(tiny, pictures):
 
 def test_python_values(tiny, first, tmp_path):
     """Numbers of NumPy and tensors, tuples, ranges and paths are accepted in place of plain values."""
-    plain = invert(str(first), method="pez", backbone=tiny, lr=0.5, timesteps=[100, 900], draw_seeds=[0, 1], **SHORT)
+    plain = invert(
+        str(first), method="pez", backbone=tiny, lr=0.5, timestep_range=[100, 900], draw_seeds=[0, 1], **SHORT
+    )
     found = invert(
-        first, method="pez", backbone=Path(tiny), lr=torch.tensor(0.5), timesteps=(np.int64(100), 900), draw_seeds=range(2),
+        first, method="pez", backbone=Path(tiny), lr=torch.tensor(0.5), timestep_range=(np.int64(100), 900), draw_seeds=range(2),
         steps=np.int32(2), sampler={"num_inference_steps": torch.tensor(2)}, device=torch.device("cpu"), folder=str(tmp_path / "run"),
     )  # fmt: skip
     assert (found.prompt, found.record.validation_loss) == (plain.prompt, plain.record.validation_loss)
@@ -320,7 +322,7 @@ def test_python_values(tiny, first, tmp_path):
 @pytest.mark.parametrize("text", ["null", "~", "- a", "style: x", "[a]", "# one", "3", "true"])
 def test_texts_are_texts(text, tiny):
     how = {"backbone": tiny, "steps": 1, "sampler": SamplerSettings(1), "device": "cpu", "embedding": "arc"}
-    assert hold([text], towards=text, unconditional=False, **how)[0].record.target == text
+    assert seed_invariance([text], towards=text, unconditional=False, **how)[0].record.target == text
 
 
 def test_settings_are_those_of_the_command_line(tiny, first, tmp_path):
@@ -329,7 +331,7 @@ def test_settings_are_those_of_the_command_line(tiny, first, tmp_path):
     assert len(result.details.metric_before) == 4  # seeds of the config
     invert(first, method="pez", backbone=tiny, folder=tmp_path / "run", **SHORT)
     settings = json.loads((tmp_path / "run/result.json").read_text())["settings"]
-    assert (settings["score_every"], settings["patience"], settings["steps"]) == ("8", "1000", "2")
+    assert (settings["score_every_n_steps"], settings["patience"], settings["steps"]) == ("8", "1000", "2")
 
 
 def test_checking_settings_takes_no_time():
@@ -365,12 +367,14 @@ def test_no_folder_is_left_behind(tiny, first, tmp_path):
 )
 def test_invalid_choices_are_refused(choice, said, tiny):
     with pytest.raises(UserError, match=said):
-        prefer("a red cat", lambda question: choice, backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu")
+        human_feedback(
+            "a red cat", lambda question: choice, backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu"
+        )
 
 
 def test_answers_of_numpy(tiny):
     answers = iter([Choice("go", np.int64(1), np.float32(0.5)), Choice("finish")])
-    result = prefer(
+    result = human_feedback(
         "a red cat", lambda question: next(answers), backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu"
     )
     assert [(move["candidate"], move["strength"]) for move in result.details.moves] == [(1, 0.5)]
@@ -383,17 +387,17 @@ def test_the_errors_of_a_function_are_its_own(tiny):
         raise mistake
 
     with pytest.raises(LookupError) as raised:
-        prefer("a red cat", fails, backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu")
+        human_feedback("a red cat", fails, backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu")
     assert raised.value is mistake
     objective = Sharpness()
     objective.forward = fails
     with pytest.raises(LookupError) as raised:
-        guide("a red cat", objective, backbone=tiny, **SHORT)
+        metric_guidance("a red cat", objective, backbone=tiny, **SHORT)
     assert raised.value is mistake
 
 
 def test_reasons_name_arguments(tiny):
-    found = prefer(["a red cat", "word " * 30], lambda question: Choice("finish"), backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu")  # fmt: skip
+    found = human_feedback(["a red cat", "word " * 30], lambda question: Choice("finish"), backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu")  # fmt: skip
     assert found[1].prompt == ""
     assert "--" not in found[1].record.reason
 

@@ -12,7 +12,9 @@ from lightning_prompts.commands.main import main
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 MODELS = sorted((Path(__file__).parents[1] / "configs/models").glob("*.yaml"))
-SHORT = "--data.steps 2 --data.samples 1 --data.validation_samples 2 --model.sampler.num_inference_steps 2"
+SHORT = (
+    "--model.steps 2 --data.num_noise_samples 1 --data.num_validation_samples 2 --model.sampler.num_inference_steps 2"
+)
 FAMILY_OF = {"sd15": "sd1", "sd21": "sd2", "sd35": "sd3"}  # of tests/families.py, where it has another name
 
 
@@ -77,12 +79,12 @@ def test_backbone_name_composes_with_its_group(given, flags_first, tiny, picture
     command += [
         "--data.images",
         str(pictures / "0.png"),
-        "--data.steps",
+        "--model.steps",
         "1",
         "--model.sampler.num_inference_steps",
         "1",
     ]
-    main([*command, "--model.tokens", "2", "--trainer.accelerator", "cpu"])
+    main([*command, "--model.num_tokens", "2", "--trainer.accelerator", "cpu"])
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]["backbone"]
     assert (saved["name"], saved["image_size"], saved["vocabulary"]) == (tiny, 16, "clip")
     assert saved.get("clip_skip") == (1 if given == "group" else None)

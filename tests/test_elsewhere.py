@@ -26,9 +26,9 @@ def project(tiny, tmp_path, monkeypatch):
     Image.new("RGB", (16, 16), "white").save("away.png")
     Path("photos/b.png").write_bytes(b"nothing")
     main([
-        "fit", "--run", "runs/one", "--model=PEZ", "--model.backbone=models/tiny", "--model.tokens=2", "--model.sampler.num_inference_steps=2",
-        "--data=ImagesToPrompts", "--data.images=photos", "--data.negative_images", "away.png", "--data.steps=1",
-        "--data.samples=1",
+        "fit", "--run", "runs/one", "--model=PEZ", "--model.backbone=models/tiny", "--model.num_tokens=2", "--model.sampler.num_inference_steps=2",
+        "--data=ImagesToPrompts", "--data.images=photos", "--data.negative_images", "away.png", "--model.steps=1",
+        "--data.num_noise_samples=1",
     ])  # fmt: skip
     return project
 

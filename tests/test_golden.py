@@ -36,14 +36,12 @@ MODELS = ("emoji", "sdxl", "flux")
 STEERING = ("dpo_diff", "human_feedback", "metric_guidance", "seed_invariance")  # methods that take prompts
 
 COMMON = "--trainer.accelerator cpu --trainer.logger CSVLogger --trainer.logger.save_dir logs"
-INVERSION = (
-    "--data.images 0.png 1.png 2.png --data.steps 5 --data.samples 3 --data.validation_samples 4 --model.score_every 2"
-)
-GCG = "--model.candidates 5 --model.topk 16 --model.screen 2"
+INVERSION = "--data.images 0.png 1.png 2.png --model.steps 5 --data.num_noise_samples 3 --data.num_validation_samples 4 --model.score_every_n_steps 2"
+GCG = "--model.candidates 5 --model.topk 16 --model.prefilter 2"
 SHORT = {
-    "clip_words": "--data.images 0.png 1.png 2.png --data.validation_samples 4",
+    "clip_words": "--data.images 0.png 1.png 2.png --data.num_validation_samples 4",
     "gcg": f"{INVERSION} {GCG}",
-    "invert": f"{INVERSION} {GCG} --model.trial_steps 2",
+    "invert": f"{INVERSION} {GCG} --model.rerank_steps 2",
     "pez": INVERSION,
     "pez_clip": INVERSION,
     "ph2p": f"{INVERSION} --model.restart_every 3 --model.lr 0.2",
@@ -52,8 +50,8 @@ SHORT = {
     "textual_inversion": INVERSION,
     "dpo_diff": "--model.budget 12 --model.population 4 --model.seeds 2 --model.schedule fix-1 --model.gradient_share 0.4",
     "human_feedback": "--model.steps 3 --model.seeds 2 --model.chooser Scripted --model.chooser.wants 0.png",
-    "metric_guidance": "--model.steps 4 --model.seeds 2 --model.score_every 2",
-    "seed_invariance": "--model.steps 4 --model.seeds 2 --model.score_every 2",
+    "metric_guidance": "--model.steps 4 --model.seeds 2 --model.score_every_n_steps 2",
+    "seed_invariance": "--model.steps 4 --model.seeds 2 --model.score_every_n_steps 2",
 }
 INSTEAD = {  # for models with distilled guidance, or whose CLIP has other tokens
     ("dpo_diff", "flux"): "--model.negative [] --model.positive [synonyms]",
@@ -109,11 +107,11 @@ def arguments(config, model):
         *COMMON.split(),
         *SHORT[config].split(),
     ]
-    given += ["--data.prompts", "prompts.txt"] if config in STEERING else ["--model.tokens", "3"]
+    given += ["--data.prompts", "prompts.txt"] if config in STEERING else ["--model.num_tokens", "3"]
     if config != "clip_words":
         given += ["--model.sampler.num_inference_steps", "2"]
     if config != "human_feedback":  # whose user sees one prompt at a time
-        given += ["--model.together", "2"]  # of three, so that one takes the place of another
+        given += ["--model.batch_size", "2"]  # of three, so that one takes the place of another
     if model != "emoji":
         given += ["--model.backbone", f"{model}/model", *TINY.split()]
     return given + INSTEAD.get((config, model), "").split()

@@ -42,15 +42,15 @@ def fit(tiny, pictures, tmp_path):
 
     def run(*more, method="PEZ", images=pictures / "0.png"):
         args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", method]
-        args += ["--model.backbone", tiny, "--model.tokens", "2", "--model.sampler.num_inference_steps", "2"]
+        args += ["--model.backbone", tiny, "--model.num_tokens", "2", "--model.sampler.num_inference_steps", "2"]
         args += [
             "--data.images",
             str(images),
-            "--data.steps",
+            "--model.steps",
             "2",
-            "--data.samples",
+            "--data.num_noise_samples",
             "1",
-            "--data.validation_samples",
+            "--data.num_validation_samples",
             "2",
         ]
         main([*args, *more])
@@ -62,9 +62,12 @@ def fit(tiny, pictures, tmp_path):
 def short_fit(backbone, run, tokens, images):
     """Return the command of a search with two steps."""
     args = ["fit", "--run", run, "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", backbone]
-    args += ["--model.tokens", tokens, "--model.sampler.num_inference_steps", 2, "--data.images", images]
+    args += ["--model.num_tokens", tokens, "--model.sampler.num_inference_steps", 2, "--data.images", images]
     args += ["--model.lr", 0.01]  # so small that the two pictures' prompts do not become the same
-    return [str(arg) for arg in (*args, "--data.steps", 2, "--data.samples", 1, "--data.validation_samples", 2)]
+    return [
+        str(arg)
+        for arg in (*args, "--model.steps", 2, "--data.num_noise_samples", 1, "--data.num_validation_samples", 2)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +154,7 @@ def test_folder_of_images(fit, pictures):
 
 
 def test_one_subject(fit, pictures):
-    (problem,) = results(fit("--data.one_subject", "true", "--data.validation_samples", "3", images=pictures))[
+    (problem,) = results(fit("--data.one_subject", "true", "--data.num_validation_samples", "3", images=pictures))[
         "problems"
     ]
     assert problem["prompt"]
@@ -317,7 +320,7 @@ def base(tiny, pictures, tmp_path):
         "--trainer.accelerator",
         "cpu",
     ]
-    args += ["--model.tokens", "2", "--data.images", pictures / "0.png", "--data.steps", "1"]
+    args += ["--model.num_tokens", "2", "--data.images", pictures / "0.png", "--model.steps", "1"]
     return [str(arg) for arg in args]
 
 
@@ -330,19 +333,19 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        (["--model.tokens", "500"], ["500", "takes 32"]),
-        (["--model.tokens", "0"], "0"),
+        (["--model.num_tokens", "500"], ["500", "takes 32"]),
+        (["--model.num_tokens", "0"], "0"),
         (["--model.microbatch", "0"], ["--model.microbatch", "0", "a whole number from 1 on, or null"]),
         (["--model.backbone.image_size", "many"], ["--model.backbone.image_size", "many", "a whole number from 1 on"]),
         (["--model.microbatch", "null"], ["CPU", "--model.microbatch 16"]),
-        (["--model.score_every", "0"], ["--model.score_every", "0"]),
-        (["--data.steps", "0"], ["--data.steps", "0"]),
-        (["--data.samples", "-1"], ["--data.samples", "-1"]),
-        (["--data.validation_samples", "0"], ["--data.validation_samples", "0"]),
-        (["--data.steps", "9" * 20], ["--data.steps", "9" * 20, "a whole number from 1 to 2147483647"]),
+        (["--model.score_every_n_steps", "0"], ["--model.score_every_n_steps", "0"]),
+        (["--model.steps", "0"], ["--model.steps", "0"]),
+        (["--data.num_noise_samples", "-1"], ["--data.num_noise_samples", "-1"]),
+        (["--data.num_validation_samples", "0"], ["--data.num_validation_samples", "0"]),
+        (["--model.steps", "9" * 20], ["--model.steps", "9" * 20, "a whole number from 1 to 2147483647"]),
         (["--model.backbone.image_size", "9" * 20], ["--model.backbone.image_size", "from 1 to 2147483647, or null"]),
-        (["--model.tokens", "2000000000"], ["2000000002", "takes 32"]),
-        (["--model.tokens", "null"], "--model.tokens cannot be null"),
+        (["--model.num_tokens", "2000000000"], ["2000000002", "takes 32"]),
+        (["--model.num_tokens", "null"], "--model.num_tokens cannot be null"),
         (["--data.seed", "null"], "--data.seed cannot be null"),
         (["--model.lr", "null"], "--model.lr cannot be null"),
         (["--model.lr", "-1"], ["--model.lr cannot be -1", "a finite number above 0"]),
@@ -359,36 +362,36 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
         (["--trainer.devices", "[0, 1]"], "--trainer.devices cannot be [0, 1]; it takes a number of processes here."),
         (["--trainer.num_nodes", "0"], "--trainer.num_nodes cannot be 0"),
         (["--trainer.accelerator", "quantum"], ["--trainer.accelerator cannot be 'quantum'", "auto, cpu"]),
-        (["--trainer.max_steps", "0"], ["--trainer.max_steps", "--data.steps"]),
-        (["--trainer.max_epochs", "1"], ["--trainer.max_epochs", "--data.steps"]),
+        (["--trainer.max_steps", "0"], ["--trainer.max_steps", "--model.steps"]),
+        (["--trainer.max_epochs", "1"], ["--trainer.max_epochs", "--model.steps"]),
         (["--trainer.fast_dev_run", "true"], ["--trainer.fast_dev_run", "dry-run"]),
-        (["--trainer.limit_train_batches", "3"], ["--trainer.limit_train_batches", "--data.steps"]),
+        (["--trainer.limit_train_batches", "3"], ["--trainer.limit_train_batches", "--model.steps"]),
         (["--trainer.overfit_batches", "1"], "--trainer.overfit_batches"),
         (["--trainer.gradient_clip_val", "1"], ["--trainer.gradient_clip_val", "max_step_norm"]),
         (["--trainer.accumulate_grad_batches", "2"], ["--trainer.accumulate_grad_batches", "--model.microbatch"]),
-        (["--trainer.val_check_interval", "2"], ["--trainer.val_check_interval", "--model.score_every"]),
+        (["--trainer.val_check_interval", "2"], ["--trainer.val_check_interval", "--model.score_every_n_steps"]),
         (["--trainer.max_time", "soon"], "--trainer.max_time cannot be 'soon'; it takes a duration as days:hours"),
         (["--seed_everything", "3"], ["--seed_everything", "--data.seed"]),
-        (["--data.timesteps", "[500,500]"], ["500", "timestep"]),
-        (["--data.timesteps", "[900,1100]"], ["1100", "1000"]),
-        (["--data.timesteps", "[-1,500]"], "-1"),
+        (["--data.timestep_range", "[500,500]"], ["500", "timestep"]),
+        (["--data.timestep_range", "[900,1100]"], ["1100", "1000"]),
+        (["--data.timestep_range", "[-1,500]"], "-1"),
         (["--model.template", "a photo"], "a photo"),
         (["--model.template", "a photo of {}x"], "{}x"),
         (["--model.words", "nosuchwordanywhere"], "words"),
         (["--model.words", "[red, blue]"], "JSON list"),
         (["--model.backbone.dtype", "float8"], "float8"),
         (["--model.metric", "manhattan"], "manhattan"),
-        (["--data.steps", "many"], "many"),
+        (["--model.steps", "many"], "many"),
         (["--data.fit", "stretch"], "stretch"),
-        (["--data.stepz", "5"], ["data.stepz", "did you mean --data.steps"]),
-        (["--model.tokenz", "5"], ["model.tokenz", "did you mean --model.tokens"]),
+        (["--data.stepz", "5"], ["data.stepz", "did you mean --model.steps"]),
+        (["--model.tokenz", "5"], ["model.tokenz", "did you mean --model.num_tokens"]),
         (["--trainer.acelerator", "cpu"], ["trainer.acelerator", "did you mean --trainer.accelerator"]),
         (["--trainer.precision", "bf16-true"], ["bf16-true", "--model.backbone.dtype"]),
         (["--trainer.precision", "16-true"], "16-true"),
         (["--trainer.precision", "16-mixed"], "16-mixed"),
         (["--trainer.precision", "16"], "16"),
         (["--model.sampler.num_inference_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
-        (["--model.trial_weight", "1", "--model.trial_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
+        (["--model.rerank_weight", "1", "--model.rerank_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
         (["--seeds", "one"], "one"),
         (["--model", "PEZZ"], "PEZZ"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -405,7 +408,7 @@ def test_bad_setting_is_refused(base, tmp_path, capsys, settings, names):
 
 def test_a_search_that_is_cut_short_says_so(fit, capsys, caplog):
     """Lightning's Timer counts the time of all runs together."""
-    run = fit("--trainer.max_time", "00:00:00:01", "--data.steps", "100000")
+    run = fit("--trainer.max_time", "00:00:00:01", "--model.steps", "100000")
     (problem,) = results(run)["problems"]
     assert (problem["status"], problem["reason"]) == (
         "open",
@@ -413,12 +416,12 @@ def test_a_search_that_is_cut_short_says_so(fit, capsys, caplog):
     )
     assert f"The search was cut short; the same command with --run {run} --ckpt_path last" in capsys.readouterr().out
     steps = json.loads(next((run / "problems").glob("*.json")).read_text())["unet_samples"]
-    fit("--trainer.max_time", "00:00:00:01", "--data.steps", "100000", "--ckpt_path", "last")
+    fit("--trainer.max_time", "00:00:00:01", "--model.steps", "100000", "--ckpt_path", "last")
     assert "--trainer.max_time was used up by earlier runs of this search; raise it" in caplog.text
-    fit("--trainer.max_time", "00:00:00:03", "--data.steps", "100000", "--ckpt_path", "last")
+    fit("--trainer.max_time", "00:00:00:03", "--model.steps", "100000", "--ckpt_path", "last")
     assert results(run)["problems"][0]["unet_samples"] > steps
     capsys.readouterr()
-    fit("--data.steps", "1", "--ckpt_path", "last")
+    fit("--model.steps", "1", "--ckpt_path", "last")
     assert "cut short" not in capsys.readouterr().out
     (problem,) = results(run)["problems"]
     assert problem["status"] in ("done", "not improved")
@@ -567,7 +570,7 @@ def test_a_record_that_cannot_be_read_is_named_and_nothing_changes(done, finishe
     for args in (["test", "--run", done], ["validate", "--run", done], ["predict", "--run", done]):
         refused(capsys, *args, names=[name])
     again = short_fit(tiny, done, 4, json.dumps([f"{finished.parent}/0.png", f"{finished.parent}/1.png"]))
-    refused(capsys, *again, "--ckpt_path", "last", "--data.steps", 4, names=[name])
+    refused(capsys, *again, "--ckpt_path", "last", "--model.steps", 4, names=[name])
     assert content(done) == before
 
 
@@ -682,12 +685,12 @@ def test_setting_that_is_missing_is_named(capsys, args, names):
 
 
 def test_mistake_found_before_the_search_leaves_no_folder(fit, pictures, capsys):
-    for mistake in (["--data.images", str(pictures / "none.png")], ["--model.start", "clip_word"]):
+    for mistake in (["--data.images", str(pictures / "none.png")], ["--model.init", "clip_word"]):
         with pytest.raises(SystemExit) as stopped:
             fit(*mistake)
         assert stopped.value.code == 2
     assert not (pictures.parent / "run").exists()
-    assert "The start 'clip_word' is unknown; did you mean --model.start clip_words?" in capsys.readouterr().err
+    assert "The start 'clip_word' is unknown; did you mean --model.init clip_words?" in capsys.readouterr().err
     assert results(fit())["problems"][0]["prompt"]
 
 
@@ -840,7 +843,7 @@ def test_negative_prompt_changes_the_images(done, given):
     assert plain.read_bytes() != without.read_bytes()
     assert without.name.startswith(plain.name.removesuffix("-seed0.png"))
     module = PEZ(
-        backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampler=SamplerSettings(2)
+        backbone=json.loads((done / "result.json").read_text())["backbone"], num_tokens=2, sampler=SamplerSettings(2)
     )
     (expected,) = module.draw(["a red cat"], noise_of([0], module.backbone.latent_shape), joined)
     assert without.read_bytes() == to_png(to_image(expected))
@@ -851,7 +854,9 @@ def test_texts_are_taken_as_they_stand(done):
         main(["predict", "--run", str(done), "--prompts", text, "--negative", text])
         (path,) = (done / "pictures").iterdir()
         module = PEZ(
-            backbone=json.loads((done / "result.json").read_text())["backbone"], tokens=2, sampler=SamplerSettings(2)
+            backbone=json.loads((done / "result.json").read_text())["backbone"],
+            num_tokens=2,
+            sampler=SamplerSettings(2),
         )
         (expected,) = module.draw([text], noise_of([0], module.backbone.latent_shape), text)
         assert path.read_bytes() == to_png(to_image(expected))

@@ -67,7 +67,7 @@ def test_a_fitted_size_stays_when_a_search_resumes(tiny, tmp_path, monkeypatch):
     sizes = []
     for path, steps in ((None, 2), ("last", 4)):
         module = MetricGuidance(
-            backbone=tiny, microbatch=None, sampler=SamplerSettings(2), objective=Sharpness(), seeds=4, steps=steps, sample_every=0
+            backbone=tiny, microbatch=None, sampler=SamplerSettings(2), objective=Sharpness(), seeds=4, steps=steps, log_images_every_n_steps=0
         )  # fmt: skip
         if path is None:
             too_small(monkeypatch, module.backbone, 6)

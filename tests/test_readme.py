@@ -19,7 +19,12 @@ from lightning_prompts.methods import refinement
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[1]
-SHORT = ["--data.steps=2", "--data.samples=1", "--data.validation_samples=2", "--model.sampler.num_inference_steps=2"]
+SHORT = [
+    "--model.steps=2",
+    "--data.num_noise_samples=1",
+    "--data.num_validation_samples=2",
+    "--model.sampler.num_inference_steps=2",
+]
 SHORT_OF_PROMPTS = {
     "dpo_diff": ["--model.schedule=fix-1", "--model.budget=3", "--model.population=2"],
     "metric_guidance": ["--model.steps=2"],

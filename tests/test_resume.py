@@ -50,14 +50,14 @@ def make(tiny, images):
         args += [
             "--model.backbone",
             tiny,
-            "--model.tokens",
+            "--model.num_tokens",
             "2",
             "--model.sampler.num_inference_steps",
             "2",
             *METHODS[method],
         ]
         args += ["--data.images", f"{images}/0.png", f"{images}/1.png"]
-        return [*args, "--data.steps", "6", "--data.samples", "1", "--data.validation_samples", "2"]
+        return [*args, "--model.steps", "6", "--data.num_noise_samples", "1", "--data.num_validation_samples", "2"]
 
     return arguments
 
@@ -268,7 +268,7 @@ def test_told_to_stop_and_resumed_is_as_unbroken(command, whole, tmp_path, monke
 
 def test_schedule_made_shorter_than_what_is_done_ends_the_wave(command, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken"), 5)
-    main([*command("broken"), "--ckpt_path", "last", "--data.steps", "4"])
+    main([*command("broken"), "--ckpt_path", "last", "--model.steps", "4"])
     problems = found(tmp_path / "broken")["problems"]
     assert {problem["status"] for problem in problems} <= {"done", "not improved"}
     assert [problem["unet_samples"] for problem in problems] == [
@@ -317,8 +317,8 @@ def test_going_on_from_an_older_checkpoint_is_the_newest_then(command, whole, tm
     ("setting", "told"),
     [
         (["--model.lr", "0.3"], ["--model.lr 0.1", "with 0.3"]),
-        (["--model.tokens", "3"], ["--model.tokens 2", "with 3"]),
-        (["--data.timesteps", "[0,500]"], ["--data.timesteps [500, 1000]", "with [0, 500]"]),
+        (["--model.num_tokens", "3"], ["--model.num_tokens 2", "with 3"]),
+        (["--data.timestep_range", "[0,500]"], ["--data.timestep_range [500, 1000]", "with [0, 500]"]),
         (["--data.seed", "1"], ["--data.seed 0", "with 1"]),
     ],
 )
@@ -344,7 +344,7 @@ def test_another_method_is_refused(command, monkeypatch, capsys):
 
 def test_picture_added_after_a_wave_that_ended_early_is_searched_whole(command, images, whole, tmp_path):
     one = f"{images}/0.png"
-    main([*command("grown"), "--data.images", one, "--model.patience", "1", "--data.steps", "6"])
+    main([*command("grown"), "--data.images", one, "--model.patience", "1", "--model.steps", "6"])
     (first,) = found(tmp_path / "grown")["problems"]
     assert first["unet_samples"] < found(whole())["problems"][0]["unet_samples"]
     main([*command("grown"), "--ckpt_path", "last"])
@@ -428,7 +428,7 @@ def test_killed_after_a_checkpoint(command, whole, tmp_path, sent, code):
 
 
 def test_killed_at_any_time_leaves_prompts(command, whole, tmp_path):
-    args = [sys.executable, "-m", "lightning_prompts", *command("broken"), "--data.steps", "100000"]
+    args = [sys.executable, "-m", "lightning_prompts", *command("broken"), "--model.steps", "100000"]
     with subprocess.Popen(args, cwd=Path(cli.__file__).parents[2], stdout=subprocess.DEVNULL) as program:
         deadline, records = time.monotonic() + 90, tmp_path / "broken" / "problems"
         while not any('"prompt": "' in path.read_text() for path in records.glob("[!.]*.json")):

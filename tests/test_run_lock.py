@@ -214,8 +214,8 @@ def run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("locked")
     Image.new("RGB", (16, 16), "red").save(folder / "red.png")
     args = ["fit", "--run", str(folder / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(tiny),
-            "--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(folder / "red.png"), "--data.steps", "1",
-            "--data.validation_samples", "1"]  # fmt: skip
+            "--model.num_tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(folder / "red.png"), "--model.steps", "1",
+            "--data.num_validation_samples", "1"]  # fmt: skip
     main(args)
     return folder / "run", args
 
@@ -260,8 +260,8 @@ def test_calls_from_python_hold_their_folder(run, tmp_path, monkeypatch):
     _, fit = run
     seen = []
     monkeypatch.setattr(OwnerGuard, "on_train_batch_start", lambda self, *_: seen.append(self.lock.path.exists()))
-    how = {"images": fit[fit.index("--data.images") + 1], "backbone": fit[fit.index("--model.backbone") + 1], "tokens": 2,
-           "steps": 1, "sampler": SamplerSettings(2), "validation_samples": 1}  # fmt: skip
+    how = {"images": fit[fit.index("--data.images") + 1], "backbone": fit[fit.index("--model.backbone") + 1], "num_tokens": 2,
+           "steps": 1, "sampler": SamplerSettings(2), "num_validation_samples": 1}  # fmt: skip
     search("pez", how, folder=tmp_path / "kept", device="cpu")
     assert seen
     assert all(seen)
@@ -272,7 +272,7 @@ def test_calls_from_python_hold_their_folder(run, tmp_path, monkeypatch):
 def test_a_second_search_is_refused_and_goes_on_when_the_first_is_killed(run, tmp_path):
     folder = tmp_path / "run"
     _, fit = run
-    args = [*fit, "--run", str(folder), "--data.steps", "2000"]
+    args = [*fit, "--run", str(folder), "--model.steps", "2000"]
     del args[1:3]  # the other --run
     first = subprocess.Popen(
         [sys.executable, "train.py", *args], cwd=ROOT, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True

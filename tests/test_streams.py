@@ -80,10 +80,10 @@ def make(tiny, folder):
             "--model.backbone",
             Path(tiny).name,
         ]
-        args += ["--model.sampler.num_inference_steps", "3", "--model.sample_every", "0"]
+        args += ["--model.sampler.num_inference_steps", "3", "--model.log_images_every_n_steps", "0"]
         if method in INVERTERS:
-            args += ["--data.images", str(images or folder), "--model.tokens", "2", "--data.steps", "4"]
-            args += ["--data.samples", "1", "--data.validation_samples", "2"]
+            args += ["--data.images", str(images or folder), "--model.num_tokens", "2", "--model.steps", "4"]
+            args += ["--data.num_noise_samples", "1", "--data.num_validation_samples", "2"]
         else:
             args += ["--data.prompts", str(folder / "prompts.txt")]
         return [*args, *extra]
@@ -142,7 +142,7 @@ def test_company_changes_nothing(method, make, tmp_path, watched):
     main(make(tmp_path / "all", method))
     assert len(watched.seen[0]) == (5 if method in INVERTERS else 3)
     watched.seen.clear()
-    main(make(tmp_path / "two", method, "--model.together", "2"))
+    main(make(tmp_path / "two", method, "--model.batch_size", "2"))
     assert max(len(wave) for wave in watched.seen) == 2
     assert_alike(found(tmp_path / "two"), found(tmp_path / "all"))
 
@@ -150,10 +150,10 @@ def test_company_changes_nothing(method, make, tmp_path, watched):
 @pytest.mark.parametrize("method", ["GCG", pytest.param("PH2P adam", marks=pytest.mark.slow)])
 def test_who_is_finished_makes_room(method, make, tmp_path, watched):
     """With patience, problems end at different steps, so the problems of a batch are at different steps."""
-    how = ("--data.steps", "12", "--model.patience", "2", "--model.tokens", "4")
+    how = ("--model.steps", "12", "--model.patience", "2", "--model.num_tokens", "4")
     main(make(tmp_path / "all", method, *how))
     watched.seen.clear()
-    main(make(tmp_path / "two", method, *how, "--model.together", "2"))
+    main(make(tmp_path / "two", method, *how, "--model.batch_size", "2"))
     assert any(len({done for _, done in wave}) == 2 for wave in watched.seen)
     order = list(dict.fromkeys(target for wave in watched.seen for target, _ in wave))
     assert order == [f"{i}.png" for i in range(5)]
@@ -169,7 +169,7 @@ def marks(method):
 @pytest.mark.parametrize("method", [pytest.param(name, marks=marks(name)) for name in METHODS])
 def test_killed_at_any_step_is_as_unbroken(method, make, tmp_path, watched, rounding):
     patience = {"PEZ": 2, "MetricGuidance": 1, "SeedInvariance": 1}.get(method, 1000)
-    how = ("--model.patience", str(patience), "--model.together", "2", "--model.microbatch", "3")
+    how = ("--model.patience", str(patience), "--model.batch_size", "2", "--model.microbatch", "3")
     main(make(tmp_path / "whole", method, *how))
     steps, whole = len(watched.seen), found(tmp_path / "whole")
     for stop in (
@@ -197,7 +197,7 @@ def test_finished_problems_are_not_read_again(make, folder, tmp_path, watched, m
         target_dataset, "load_image", lambda path, *how: read.append(Path(path).name) or load(path, *how)
     )
     watched.stop = 9  # in the last step of the fifth picture's company
-    how = ("--model.together", "1", "--data.workers", "0")
+    how = ("--model.batch_size", "1", "--data.workers", "0")
     with pytest.raises(SystemExit):
         main(make(tmp_path / "run", "PEZ", *how))
     read.clear()
@@ -216,7 +216,7 @@ def test_lines_come_as_soon_as_a_problem_is_done(make, tmp_path, watched, monkey
         lines.append(len((folder.path / "results.jsonl").read_text().splitlines()))
 
     monkeypatch.setattr(results, "append_line", append_and_count)
-    main(make(tmp_path / "run", "PEZ", "--model.together", "2"))
+    main(make(tmp_path / "run", "PEZ", "--model.batch_size", "2"))
     assert lines == [1, 2, 3, 4, 5]
     problems = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]
     assert [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()] == problems
@@ -230,7 +230,7 @@ def test_workers_read_the_same(make, tmp_path, monkeypatch):
     """Workers are threads: a process that is forked beside the threads of a search may never end, nor the search then."""
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
     for workers in ("0", "2"):
-        main(make(tmp_path / workers, "PEZ", "--model.together", "2", "--data.workers", workers))
+        main(make(tmp_path / workers, "PEZ", "--model.batch_size", "2", "--data.workers", workers))
     assert found(tmp_path / "0") == found(tmp_path / "2")
 
 
@@ -303,7 +303,7 @@ def test_list_of_prompts_that_have_failed_can_be_given_back(tiny, tmp_path):
 def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch):
     modules = []
     monkeypatch.setattr(method, "on_train_end", lambda self: modules.append(self), raising=False)
-    main(make(tmp_path / "run", method.__name__, "--model.together", "1", "--model.trial_weight", "1"))
+    main(make(tmp_path / "run", method.__name__, "--model.batch_size", "1", "--model.rerank_weight", "1"))
     (module,) = modules
     data = module.trainer.datamodule
     for kept in (data._images, data._latents, module.search_clip._image_features):
@@ -327,7 +327,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("method", ["PEZ", pytest.param("MetricGuidance", marks=pytest.mark.slow)])
 def test_a_disk_that_fills_up(method, make, small_disk, tmp_path, monkeypatch, capsys, caplog):
     """The search continues, reports what it could not write, and can resume when there is space again."""
-    how = ("--model.together", "2")
+    how = ("--model.batch_size", "2")
     main(make(tmp_path / "whole", method, *how))
 
     class Filling(PromptCheckpoint):

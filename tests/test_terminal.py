@@ -59,8 +59,8 @@ def test_search_ends_well_when_nobody_reads(closed, tiny, tmp_path):
     Image.new("RGB", (16, 16), "red").save(tmp_path / name)
     command = [
         sys.executable, str(ROOT / "train.py"), "fit", "--run", str(tmp_path / "run"), "--model=PEZ", f"--model.backbone={tiny}",
-        "--model.tokens=2", "--model.sampler.num_inference_steps=2", "--data=ImagesToPrompts", "--data.images", str(tmp_path / name),
-        "--data.steps=2", "--data.samples=1",
+        "--model.num_tokens=2", "--model.sampler.num_inference_steps=2", "--data=ImagesToPrompts", "--data.images", str(tmp_path / name),
+        "--model.steps=2", "--data.num_noise_samples=1",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     if closed == "full":

@@ -61,9 +61,10 @@ ONE_BY_ONE = [
 
 
 def test_texts_are_taken_as_they_stand(parsed, tmp_path):
-    args = ["--data.images", *TEXTS, "--data.negative_images", *TEXTS, "--data.steps", "7"]
-    data = parsed("fit", "--config", "configs/pez.yaml", *args).data.init_args
-    assert (data.images, data.negative_images, data.steps) == (TEXTS, TEXTS, 7)
+    args = ["--data.images", *TEXTS, "--data.negative_images", *TEXTS, "--model.steps", "7"]
+    settings = parsed("fit", "--config", "configs/pez.yaml", *args)
+    data = settings.data.init_args
+    assert (data.images, data.negative_images, settings.model.init_args.steps) == (TEXTS, TEXTS, 7)
     assert parsed("fit", "--model", "PEZ", "--data.images", json.dumps(TEXTS)).data.init_args.images == TEXTS
     assert parsed("predict", "--run", finished(tmp_path), "--prompts", *TEXTS, "--seeds", "1").prompts == TEXTS
 

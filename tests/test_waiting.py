@@ -63,7 +63,7 @@ def wave(module, monkeypatch):
     ],
 )
 def test_a_step_does_not_wait(method, settings, tiny, monkeypatch):
-    module = method(backbone=tiny, tokens=3, score_every=10**6, **settings)
+    module = method(backbone=tiny, num_tokens=3, score_every_n_steps=10**6, **settings)
     module.prompt.embeddings = nn.Parameter(torch.zeros(2, 3, module.prompt.table.shape[1]))
     batch, rows = wave(module, monkeypatch)
     module.latents = [torch.zeros(1, *module.backbone.latent_shape, device=DEVICE)] * 2

@@ -29,7 +29,7 @@ OTHERS = {  # unsupported kinds of files, by patterns of their weights' names
     "Playground v2.5, an EDM model": r"^edm_mean$",
     "CosXL, an EDM model": r"^edm_vpred\.sigma_max$",
     "an unCLIP model": r"^noise_augmentor\.|^embedder\.model\.",
-    "an embedding, which --model.start takes": r"^(clip_[lg]|t5(_?xxl)?|emb_params|string_to_param)$",
+    "an embedding, which --model.init takes": r"^(clip_[lg]|t5(_?xxl)?|emb_params|string_to_param)$",
 }
 CHANNELS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
 ALONE = {  # single components, in either layout

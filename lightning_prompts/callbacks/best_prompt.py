@@ -20,7 +20,7 @@ class BestPrompt(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: PromptMethod, batch: Step, batch_idx: int) -> None:
         """Score initial prompts, and finish resumed problems that already have more steps than the search now takes."""
         self._score(trainer, pl_module, pl_module.batch.where(lambda row: row.active and row.steps == 0))
-        if len(over := pl_module.batch.where(lambda row: row.active and row.steps >= pl_module.data.steps)):
+        if len(over := pl_module.batch.where(lambda row: row.active and row.steps >= pl_module.steps)):
             self._score(trainer, pl_module, over)
             pl_module.finish_done(over)
 

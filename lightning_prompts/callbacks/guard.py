@@ -51,7 +51,7 @@ class NonFiniteGuard(pl.Callback):
                 )
             if not is_sound:
                 self._reset(pl_module, row, "The prompt stopped being finite or grew beyond 1e18")
-            elif steps >= pl_module.score_every:
+            elif steps >= pl_module.score_every_n_steps:
                 self._reset(pl_module, row, "The gradient was not finite")
 
     def _reset(self, module: PromptMethod, row: int, reason: str) -> None:

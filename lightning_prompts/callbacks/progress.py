@@ -40,7 +40,7 @@ class PromptProgress(pl.Callback):
             self._open.enter_context(logging_redirect_tqdm([logging.getLogger()]))
             self._bar = self._open.enter_context(
                 tqdm(
-                    total=self._share(pl_module) * pl_module.data.steps,
+                    total=self._share(pl_module) * pl_module.steps,
                     unit="step",
                     file=sys.stdout,
                     disable=None if trainer.is_global_zero else True,
@@ -82,7 +82,7 @@ class PromptProgress(pl.Callback):
         if self._bar is not None:
             active = [row.steps for row in module.batch.rows if row.active]
             finished = len(module.data.seen) - len(active)
-            self._bar.update(finished * module.data.steps + sum(active) - self._bar.n)
+            self._bar.update(finished * module.steps + sum(active) - self._bar.n)
 
     def _show(self, module: PromptMethod, rows: Iterable[int], begins: bool = False) -> None:
         batch = module.batch

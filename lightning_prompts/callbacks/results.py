@@ -113,7 +113,7 @@ class Results(Checkpoint):
         data: ProblemData = trainer.datamodule  # type: ignore[attr-defined]
         folder = data.folder
         found = folder.found()
-        while problems := list(islice(found, pl_module.together)):
+        while problems := list(islice(found, pl_module.batch_size)):
             if unchanged := data.unchanged(problems):
                 pl_module.final_evaluation(unchanged, self.scores)
             for problem in unchanged:

@@ -129,15 +129,15 @@ def check(method: PromptMethod, seed: int, dry_run: DryRun) -> Report:
     suggestion = Suggestion()
     if inverter:
         losses, other = denoising_losses(inverter, rows, texts, seed)
-        schedule = (inverter.data.timesteps[0], inverter.data.timesteps[1])
+        schedule = (inverter.data.timestep_range[0], inverter.data.timestep_range[1])
         if losses.verdict == "no":
             reason = reason or f"the denoising loss does not distinguish the {source} from {other}"
         else:
             schedule = losses.timesteps()
         ratios = gradient_ratios(inverter, rows[:2], schedule, seed)
         enough = next((size for size, ratio in zip(SIZES, ratios, strict=True) if ratio >= ENOUGH), SIZES[-1])
-        samples = max(int(inverter.data.samples), enough)
-        microbatch, rate = fastest_microbatch(inverter, schedule, seed, inverter.together * samples)
+        samples = max(int(inverter.data.num_noise_samples), enough)
+        microbatch, rate = fastest_microbatch(inverter, schedule, seed, inverter.batch_size * samples)
         lines += [
             *_loss_lines(losses, source, other),
             _clip_line(inverter, texts, source == "caption"),
@@ -150,7 +150,7 @@ def check(method: PromptMethod, seed: int, dry_run: DryRun) -> Report:
     if suggestion.timesteps:
         low, high = suggestion.timesteps
         lines.append(
-            f"Suggested: --data.timesteps '[{low},{high}]' --data.samples {samples} --model.microbatch {microbatch}"
+            f"Suggested: --data.timestep_range '[{low},{high}]' --data.num_noise_samples {samples} --model.microbatch {microbatch}"
         )
     return Report(lines, not reason, suggestion)
 
@@ -160,7 +160,7 @@ def config_with(settings: dict[str, Any], suggestion: Suggestion) -> str:
     settings = copy.deepcopy(settings)
     data, model = settings["data"]["init_args"], settings["model"]["init_args"]
     if suggestion.timesteps:
-        data |= {"timesteps": list(suggestion.timesteps), "samples": suggestion.samples}
+        data |= {"timestep_range": list(suggestion.timesteps), "num_noise_samples": suggestion.samples}
         model["microbatch"] = suggestion.microbatch
     return (
         f"# Written by `train.py check` for {model['backbone']['name']}.\n{yaml.safe_dump(settings, sort_keys=False)}"

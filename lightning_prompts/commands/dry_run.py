@@ -75,8 +75,8 @@ class DryRun(pl.Callback):
 
     def whole_search(self, module: PromptMethod) -> str:
         """Estimate the time of a search whose steps and scorings each take as long as those measured."""
-        steps = int(module.data.steps)
-        scorings = 1 + math.ceil(steps / module.score_every)
+        steps = int(module.steps)
+        scorings = 1 + math.ceil(steps / module.score_every_n_steps)
         seconds = steps * self.measured["a step"][1] + scorings * self.measured["scoring"][1]
         return f"A search of {steps} steps and {scorings} scorings would take about {duration(seconds)}."
 

@@ -28,7 +28,7 @@ CHANGEABLE = {
     "prompts",
     "steps",
     "patience",
-    "together",
+    "batch_size",
     "workers",
     "retry",
     "microbatch",
@@ -36,8 +36,8 @@ CHANGEABLE = {
     "backbone.vae_tiling",
     "backbone.cpu_offload",
     "backbone.offline",
-    "score_every",
-    "sample_every",
+    "score_every_n_steps",
+    "log_images_every_n_steps",
     "sampler.num_inference_steps",
 }
 """Settings that may change when a search resumes."""
@@ -79,9 +79,9 @@ def check_inputs(config: Any) -> None:
         check_sources(_as_list(data.images))
         if data.negative_images:
             check_sources(_as_list(data.negative_images))
-    start, dictionary = model.get("start"), model.get("dictionary", "")
-    if start and looks_like_file(start) and not os.path.exists(split_name(start)[0]):
-        raise UserError(f"--model.start {start!r} is neither a run nor a file of embeddings; check the path.")
+    init, dictionary = model.get("init"), model.get("dictionary", "")
+    if init and looks_like_file(init) and not os.path.exists(split_name(init)[0]):
+        raise UserError(f"--model.init {init!r} is neither a run nor a file of embeddings; check the path.")
     if dictionary.endswith(".json") and not os.path.isfile(dictionary):
         raise UserError(f"There is no file {dictionary!r}; check --model.dictionary.")
 

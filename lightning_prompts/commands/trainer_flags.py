@@ -20,9 +20,9 @@ HALF_PRECISIONS = (
     "transformer-engine-float16",
 )
 
-_LENGTH = "set the length of a search with --data.steps, --model.steps or --model.budget"
+_LENGTH = "set the length of a search with --model.steps, --model.steps or --model.budget"
 _PATIENCE = "set when a search may stop early with --model.patience"
-_VALIDATION = "a search has no validation loop; set how often prompts are scored with --model.score_every"
+_VALIDATION = "a search has no validation loop; set how often prompts are scored with --model.score_every_n_steps"
 _CLIPPING = "methods limit their steps themselves, as PH2P with --model.max_step_norm"
 
 UNSUPPORTED_FLAGS = {
@@ -38,13 +38,13 @@ UNSUPPORTED_FLAGS = {
     "check_val_every_n_epoch": _VALIDATION,
     "gradient_clip_val": _CLIPPING,
     "gradient_clip_algorithm": _CLIPPING,
-    "accumulate_grad_batches": "set the samples per step with --data.samples, and per call with --model.microbatch",
+    "accumulate_grad_batches": "set the samples per step with --data.num_noise_samples, and per call with --model.microbatch",
     "reload_dataloaders_every_n_epochs": "a search has one epoch",
     "limit_test_batches": "test scores every prompt of the run",
     "limit_predict_batches": "predict generates images from every prompt of the run",
     "num_sanity_val_steps": _VALIDATION,
     "use_distributed_sampler": "set how processes divide the work with --trainer.strategy",
-    "log_every_n_steps": "every better prompt is logged; set how often images are with --model.sample_every",
+    "log_every_n_steps": "every better prompt is logged; set how often images are with --model.log_images_every_n_steps",
     "enable_checkpointing": "a search always keeps its two newest checkpoints",
     "enable_model_summary": "only the prompt is optimized",
     "enable_autolog_hparams": "the run's config.yaml has its settings",

@@ -52,7 +52,6 @@ class ProblemData(pl.LightningDataModule, ABC):
         retry: Search only the failed problems again, and those that a checkpoint resumes.
     """
 
-    steps: int
     given: ClassVar[tuple[str, str]]  # what the inputs are called, and the setting that names them
 
     def __init__(self, seed: int = 0, retry: bool = False) -> None:

@@ -41,10 +41,9 @@ class ImagesToPrompts(ProblemData):
         fit: Make images square by cropping their center or by padding.
         background: Color behind transparent pixels and of the padding: red, green, blue in 0..255.
         one_subject: Search one prompt for all images, which show one subject.
-        steps: Steps of the search.
-        samples: Pairs N of noise and timestep per step and problem.
-        timesteps: Range [low, high) of the random timesteps.
-        validation_samples: Pairs of noise and timestep on which prompts are scored.
+        num_noise_samples: Pairs N of noise and timestep per step and problem.
+        timestep_range: Range [low, high) of the random timesteps.
+        num_validation_samples: Pairs of noise and timestep on which prompts are scored.
         negative_images: Images whose denoising loss the prompts of all targets should make high; given as `images`.
         seed: Seed of every random draw.
         retry: Search only the failed problems again, and those that a checkpoint resumes.
@@ -59,10 +58,9 @@ class ImagesToPrompts(ProblemData):
         fit: Fit = "crop",
         background: tuple[Byte, Byte, Byte] = (255, 255, 255),
         one_subject: bool = False,
-        steps: Positive = 20,
-        samples: Positive = 4,
-        timesteps: tuple[int, int] = (500, 1000),
-        validation_samples: Positive = 8,
+        num_noise_samples: Positive = 4,
+        timestep_range: tuple[int, int] = (500, 1000),
+        num_validation_samples: Positive = 8,
         negative_images: str | list[str] | None = None,
         seed: int = 0,
         retry: bool = False,
@@ -74,8 +72,8 @@ class ImagesToPrompts(ProblemData):
         self.fit, self.one_subject = fit, one_subject
         red, green, blue = map(int, background)
         self.background: tuple[int, int, int] = (red, green, blue)
-        self.steps, self.samples, self.timesteps = steps, samples, timesteps
-        self.validation_samples, self.workers = validation_samples, workers
+        self.num_noise_samples, self.timestep_range = num_noise_samples, timestep_range
+        self.num_validation_samples, self.workers = num_validation_samples, workers
         self.targets: list[Target] = []
         self._images: dict[str, Tensor] = {}  # (I, 3, H, W) in 0..255 by key, of the problems in the batch
         self._latents: dict[str, Tensor] = {}
@@ -107,21 +105,21 @@ class ImagesToPrompts(ProblemData):
         """Return the next step of the batch, with timesteps (P, N) that depend on each problem's key and steps alone."""
         batch = self.method.batch
         keys, steps = [problem.key for problem in batch.records], batch.steps
-        return Step(steps, draw_timesteps(self.seed, keys, steps, self.samples, *self.timesteps))
+        return Step(steps, draw_timesteps(self.seed, keys, steps, self.num_noise_samples, *self.timestep_range))
 
     def _check_schedule(self, end: int) -> None:
-        low, high = self.timesteps
+        low, high = self.timestep_range
         if not 0 <= low < high <= end:
             raise UserError(
                 f"The timestep range [{low}, {high}) is empty or outside the model's schedule [0, {end}); "
-                "give --data.timesteps with 0 <= low < high."
+                "give --data.timestep_range with 0 <= low < high."
             )
 
     def _check_scoring(self, name: str, images: int) -> None:
-        if images > self.validation_samples:
+        if images > self.num_validation_samples:
             raise UserError(
-                f"{name} has {images} images and a prompt is scored on {self.validation_samples} samples, so that some images "
-                f"would not count; give --data.validation_samples {images} or more."
+                f"{name} has {images} images and a prompt is scored on {self.num_validation_samples} samples, so that some images "
+                f"would not count; give --data.num_validation_samples {images} or more."
             )
 
     # --- problems
@@ -199,7 +197,7 @@ class ImagesToPrompts(ProblemData):
 
     def _load(self, indices: Iterator[int]) -> Iterator[LoadedTarget]:
         """Load targets, ahead of the search if they do not fit into one batch."""
-        return read_ahead(self._dataset(), indices, int(self.workers) if self.total > self.method.together else 0)
+        return read_ahead(self._dataset(), indices, int(self.workers) if self.total > self.method.batch_size else 0)
 
     def unchanged(self, problems: Sequence[Problem]) -> list[Problem]:
         """See `ProblemData.unchanged`; the images of the returned problems stay in memory until `evict`."""

@@ -65,7 +65,7 @@ TRAINER: dict[str, Any] = {
 class PromptMethod(TypedModule, pl.LightningModule, ABC):
     """Search prompts for problems with a frozen backbone; only the prompts train.
 
-    Up to `together` problems are searched at a time. A problem leaves the batch when its score no longer improves, and the next one
+    Up to `batch_size` problems are searched at a time. A problem leaves the batch when its score no longer improves, and the next one
     takes its place. Checkpoints hold the prompts and the optimizer state only.
 
     A method implements `init_params`, `best_params`, `step` and `score`.
@@ -74,12 +74,12 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         backbone: Settings of the frozen model; in Python also the model's name, a diffusers pipeline, or the result of
             `load_backbone`.
         sampler: Settings of the images that `fit`, `test` and `predict` generate.
-        together: Batch size P, the number of problems searched at a time.
+        batch_size: Batch size P, the number of problems searched at a time.
         patience: Scorings without improvement after which a problem is finished.
         microbatch: Samples per denoiser call, halved whenever the device runs out of memory; None for as many as the memory of a GPU
             holds.
-        score_every: Steps between scorings.
-        sample_every: Steps between the images that TensorBoard shows during the search; 0 for none.
+        score_every_n_steps: Steps between scorings.
+        log_images_every_n_steps: Steps between the images that TensorBoard shows during the search; 0 for none.
     """
 
     strict_loading = False  # checkpoints do not contain the backbone
@@ -87,6 +87,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     data_class: type[ProblemData]
     result_class: ClassVar[type[MethodResult]] = MethodResult
     decisive: frozenset[str] = frozenset()  # settings that a resumed search must share, beside those of all methods
+    steps: int  # steps of a search, unless `patience` ends it earlier
     draws: ClassVar[bool] = False  # whether every step generates images
 
     def __init__(
@@ -94,17 +95,17 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         *,
         backbone: BackboneLike = BackboneSettings(),
         sampler: SamplerSettings = SamplerSettings(),
-        together: Positive = 16,
+        batch_size: Positive = 16,
         patience: Positive = 1000,
         microbatch: Positive | None = 16,
-        score_every: Positive = 1,
-        sample_every: NotNegative = 40,
+        score_every_n_steps: Positive = 1,
+        log_images_every_n_steps: NotNegative = 40,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.together = int(together)
+        self.batch_size = int(batch_size)
         self.patience, self.microbatch = patience, Microbatch(microbatch)
-        self.score_every, self.sample_every = score_every, sample_every
+        self.score_every_n_steps, self.log_images_every_n_steps = score_every_n_steps, log_images_every_n_steps
         if isinstance(backbone, str):
             backbone = BackboneSettings(backbone)
         loaded = backbone.load() if isinstance(backbone, BackboneSettings) else as_backbone(backbone)
@@ -140,7 +141,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     @cached_property
     def batch(self) -> Batch:
         """The batch of problems that are searched together."""
-        return Batch(self.prompt, self.together)
+        return Batch(self.prompt, self.batch_size)
 
     @property
     def parameter(self) -> torch.nn.Parameter:
@@ -252,7 +253,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     def rows_to_score(self) -> Tensor:
         """Return the active problems (Q,) to score now: after every n-th step of each and after its last one."""
-        every, last = int(self.score_every), int(self.data.steps)
+        every, last = int(self.score_every_n_steps), int(self.steps)
         return self.batch.where(lambda row: row.active and (row.steps % every == 0 or row.steps >= last))
 
     def step_active(self, loss: Tensor, rows: Tensor, clip: float | None = None) -> None:
@@ -262,7 +263,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     def log_step(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
         """Log values of a step if one of the problems `rows` (Q,) is scored after it; reading them synchronizes the device."""
-        if any((batch.steps[row] + 1) % self.score_every == 0 for row in rows.tolist()):
+        if any((batch.steps[row] + 1) % self.score_every_n_steps == 0 for row in rows.tolist()):
             logged = {**values, **self.terms}
             self.log_dict({f"train/{name}": value.detach().mean() for name, value in logged.items()})
 
@@ -274,7 +275,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     def finish_done(self, rows: Tensor) -> None:
         """Finish those of the problems `rows` (Q,) that no longer improve or took all their steps."""
         for row in rows.tolist():
-            if self.batch[row].steps >= self.data.steps or self.batch[row].stale >= self.patience:
+            if self.batch[row].steps >= self.steps or self.batch[row].stale >= self.patience:
                 self.finish(row)
 
     def finish(self, row: int) -> None:
@@ -325,7 +326,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """Print and log the validation losses of the best prompts."""
         found, losses = self.data.folder.found(), list[float]()
         given = 0
-        while problems := list(islice(found, self.together)):
+        while problems := list(islice(found, self.batch_size)):
             given += len(problems)
             problems = self.data.unchanged(problems)
             if not problems:
@@ -345,7 +346,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return the callbacks that every search needs."""
-        return [NonFiniteGuard(), BestPrompt(), SampleGrid(self.sample_every), PromptProgress()]
+        return [NonFiniteGuard(), BestPrompt(), SampleGrid(self.log_images_every_n_steps), PromptProgress()]
 
     def test_step(self, batch: int, batch_idx: int) -> None:
         """Do nothing; the `Results` callback does the work."""

@@ -43,11 +43,6 @@ class Prompts(ProblemData):
         """The method in training."""
         return cast("DPODiff | Steering", super().method)
 
-    @property
-    def steps(self) -> int:  # type: ignore[override]
-        """The largest number of steps per problem, a setting of the method."""
-        return int(self.method.steps)
-
     def step(self) -> Step:
         """Return the next step of the batch; without timesteps, since the method has its own noise."""
         return Step(self.method.batch.steps, torch.empty(len(self.method.batch), 0, dtype=torch.long))

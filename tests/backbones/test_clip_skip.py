@@ -11,7 +11,7 @@ import torch
 from families import refused
 from safetensors import safe_open
 
-from lightning_prompts import guide, invert
+from lightning_prompts import invert, metric_guidance
 from lightning_prompts.backbones import BackboneSettings, load_backbone
 from lightning_prompts.backbones.embedding_files import pack_embedding
 from lightning_prompts.backbones.prompt_embeds_files import pack_prompt_embeds
@@ -155,7 +155,7 @@ def test_runs_record_it_and_have_their_own_keys(tiny, pictures, tmp_path):
     """Runs without skipped layers have the same keys as before the setting existed."""
     how = {"sampler": SamplerSettings(1), "steps": 1, "device": "cpu"}
     backbone = BackboneSettings(tiny, image_size=16)
-    noisy = {"method": "ph2p", "samples": 1, "validation_samples": 1, "tokens": 2}
+    noisy = {"method": "ph2p", "num_noise_samples": 1, "num_validation_samples": 1, "num_tokens": 2}
     plain = invert(pictures / "0.png", backbone=backbone, **noisy, **how)
     skipping = replace(backbone, clip_skip=1)
     skipped = invert(pictures / "0.png", backbone=skipping, **noisy, **how, folder=tmp_path / "run")
@@ -164,7 +164,7 @@ def test_runs_record_it_and_have_their_own_keys(tiny, pictures, tmp_path):
     assert skipped.record.key == content_key([image], {"backbone": tiny, "template": "{}", "clip_skip": 1})
     assert json.loads((tmp_path / "run/result.json").read_text())["settings"]["backbone"]["clip_skip"] == 1
     keys = {
-        guide("a red cat", Sharpness(), seeds=1, **how, backbone=replace(backbone, clip_skip=skip)).record.key
+        metric_guidance("a red cat", Sharpness(), seeds=1, **how, backbone=replace(backbone, clip_skip=skip)).record.key
         for skip in (None, 1, 2)
     }
     assert len(keys) == 3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_prompts import guide, invert, reword
+from lightning_prompts import dpo_diff, invert, metric_guidance
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.sampling import SamplerSettings
@@ -171,11 +171,13 @@ def test_methods_search_it(tmp_path):
     folder = families.save_with_clip("playground", tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "p.png")
     how = {"backbone": load_backbone(folder, image_size=16), "sampler": SamplerSettings(3), "device": "cpu"}
-    found = invert(tmp_path / "p.png", method="ph2p", steps=3, samples=2, validation_samples=4, tokens=2, **how)
+    found = invert(
+        tmp_path / "p.png", method="ph2p", steps=3, num_noise_samples=2, num_validation_samples=4, num_tokens=2, **how
+    )
     assert found.prompt
     assert 0 < found.record.validation_loss < 2  # with a target of variance 1 at most, since these latents vary little
-    moved = guide("a red cat", Sharpness(), steps=3, seeds=2, unconditional=True, **how)
+    moved = metric_guidance("a red cat", Sharpness(), steps=3, seeds=2, unconditional=True, **how)
     assert moved.record.validation_loss <= moved.record.initial_validation_loss
     assert moved.negative_prompt_embeds.isfinite().all()
-    better = reword("a red cat", budget=4, population=2, seeds=1, gradient_share=0.5, schedule="fix-1", **how)
+    better = dpo_diff("a red cat", budget=4, population=2, seeds=1, gradient_share=0.5, schedule="fix-1", **how)
     assert better.details.candidates

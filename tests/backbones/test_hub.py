@@ -263,8 +263,15 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
         "--model.backbone",
         "owner/model",
     ]
-    fit += ["--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures / "0.png")]
-    fit += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
+    fit += [
+        "--model.num_tokens",
+        "2",
+        "--model.sampler.num_inference_steps",
+        "2",
+        "--data.images",
+        str(pictures / "0.png"),
+    ]
+    fit += ["--model.steps", "2", "--data.num_noise_samples", "1", "--data.num_validation_samples", "2"]
 
     def commit():
         return json.loads((run / "result.json").read_text())["settings"]["model"]["revision"]
@@ -283,7 +290,7 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
     for command in ("test", "predict"):
         main([command, "--run", str(run)])
         assert commit() == published
-    fit += ["--data.images", str(pictures), "--data.steps", "3"]
+    fit += ["--data.images", str(pictures), "--model.steps", "3"]
     main([*fit, "--ckpt_path", "last"])
     assert commit() == published
     assert len(json.loads((run / "result.json").read_text())["problems"]) == 3
@@ -487,13 +494,20 @@ def test_a_run_keeps_its_variant(hub, sd1, pictures, tmp_path, capsys, caplog):
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"))
     run = tmp_path / "run"
     fit = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(folder)]
-    fit += ["--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures / "0.png")]
-    fit += ["--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"]
+    fit += [
+        "--model.num_tokens",
+        "2",
+        "--model.sampler.num_inference_steps",
+        "2",
+        "--data.images",
+        str(pictures / "0.png"),
+    ]
+    fit += ["--model.steps", "2", "--data.num_noise_samples", "1", "--data.num_validation_samples", "2"]
     main(fit)
     assert "has weights only as variant 'fp16'; using it." in caplog.text
     assert json.loads((run / "result.json").read_text())["settings"]["model"]["variant"] == "fp16"
     as_variant(folder, "bf16", keep=True, source=sd1)
-    main([*fit, "--data.steps", "3", "--ckpt_path", "last"])
+    main([*fit, "--model.steps", "3", "--ckpt_path", "last"])
     main(["test", "--run", str(run)])
     assert json.loads((run / "result.json").read_text())["settings"]["model"]["variant"] == "fp16"
     with pytest.raises(SystemExit) as stopped:

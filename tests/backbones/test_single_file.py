@@ -305,7 +305,7 @@ KINDS = {
     "an autoencoder (VAE) alone ": ["decoder.conv_in.weight", "encoder.conv_in.weight"],
     "a text encoder alone": ["text_model.final_layer_norm.bias"],
     "a text encoder alone ": ["cond_stage_model.model.ln_final.bias"],
-    "an embedding, which --model.start takes": ["clip_l", "clip_g"],
+    "an embedding, which --model.init takes": ["clip_l", "clip_g"],
     "of an unknown kind": ["\x1b[31mweights\n", "n" * 10_000],
 }  # fmt: skip
 
@@ -521,14 +521,14 @@ def test_a_search(model, pictures, tmp_path, attempts):
         "true",
     ]
     args += [
-        "--model.tokens",
+        "--model.num_tokens",
         "2",
         "--model.sampler.num_inference_steps",
         "2",
         "--data.images",
         str(pictures / "0.png"),
     ]
-    main([*args, "--data.steps", "2", "--data.samples", "1", "--data.validation_samples", "2"])
+    main([*args, "--model.steps", "2", "--data.num_noise_samples", "1", "--data.num_validation_samples", "2"])
     main(["test", "--run", str(run)])
     assert json.loads((run / "result.json").read_text())["problems"][0]["prompt"]
     assert not attempts

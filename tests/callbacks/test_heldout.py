@@ -20,7 +20,7 @@ from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FEW = {"sampler": SamplerSettings(2), "sample_every": 0}
+FEW = {"sampler": SamplerSettings(2), "log_images_every_n_steps": 0}
 
 
 @pytest.fixture
@@ -50,13 +50,13 @@ def chooser(tiny, pictures):
     "searching",
     [
         lambda tiny, pictures: PH2P(backbone=tiny, clip_weight=0.1, **FEW),
-        lambda tiny, pictures: PH2P(backbone=tiny, trial_weight=0.1, **FEW),
-        lambda tiny, pictures: PH2P(backbone=tiny, start="clip_words", **FEW),
-        lambda tiny, pictures: GCG(backbone=tiny, screen=2, **FEW),
+        lambda tiny, pictures: PH2P(backbone=tiny, rerank_weight=0.1, **FEW),
+        lambda tiny, pictures: PH2P(backbone=tiny, init="clip_words", **FEW),
+        lambda tiny, pictures: GCG(backbone=tiny, prefilter=2, **FEW),
         lambda tiny, pictures: ClipWords(backbone=tiny, **FEW),
         lambda tiny, pictures: DPODiff(backbone=tiny, schedule="fix-0", **FEW),
         lambda tiny, pictures: MetricGuidance(backbone=tiny, objective=ClipQuality(), **FEW),
-        lambda tiny, pictures: MetricGuidance(backbone=tiny, objective=Sharpness(), watch=ClipQuality(), **FEW),
+        lambda tiny, pictures: MetricGuidance(backbone=tiny, objective=Sharpness(), constraint=ClipQuality(), **FEW),
         lambda tiny, pictures: SeedInvariance(backbone=tiny, **FEW),
         lambda tiny, pictures: HumanFeedback(backbone=tiny, chooser=chooser(tiny, pictures), **FEW),
     ],
@@ -122,7 +122,7 @@ def test_scores_that_were_measured_are_kept_when_another_scorer_is_refused(
         "ImagesToPrompts",
         f"--data.images={pictures / '0.png'}",
     ]
-    main([*args, "--run", str(run), "--scorer", other, "--data.steps", "1"])
+    main([*args, "--run", str(run), "--scorer", other, "--model.steps", "1"])
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert json.loads((run / "result.json").read_text())["problems"][0]["heldout_clip_similarity"]
     for command in (["test", "--run", str(run)], [*args, "--run", str(run), "--ckpt_path", "last"]):

@@ -21,8 +21,8 @@ def search(tiny, pictures, tmp_path):
     def run(*args):
         main([
             "fit", "--run", str(tmp_path / "run"), "--model", "PEZ", f"--model.backbone={tiny}", "--model.sampler.num_inference_steps=2",
-            "--model.tokens=2", "--model.sample_every=2", "--data", "ImagesToPrompts", f"--data.images={pictures / '0.png'}",
-            "--data.steps=3", "--data.samples=2", *args,
+            "--model.num_tokens=2", "--model.log_images_every_n_steps=2", "--data", "ImagesToPrompts", f"--data.images={pictures / '0.png'}",
+            "--model.steps=3", "--data.num_noise_samples=2", *args,
         ])  # fmt: skip
         return tmp_path / "run"
 

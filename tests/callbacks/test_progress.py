@@ -31,8 +31,8 @@ def search(tiny, pictures, tmp_path):
                     raise RuntimeError("broken")
                 super().step(batch, rows)
 
-        module = Broken(backbone=tiny, tokens=3, sampler=SamplerSettings(2), **settings)
-        data = ImagesToPrompts(str(pictures), steps=4, samples=1, validation_samples=2)
+        module = Broken(backbone=tiny, num_tokens=3, steps=4, sampler=SamplerSettings(2), **settings)
+        data = ImagesToPrompts(str(pictures), num_noise_samples=1, num_validation_samples=2)
         trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=logger, default_root_dir=tmp_path / "run")
         trainer.fit(module, datamodule=data)
         return list(data.folder.load().values())
@@ -83,7 +83,11 @@ def test_samples_and_prompts_are_in_tensorboard_while_it_runs(search, pictures, 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with pytest.raises(RuntimeError, match="broken"):  # so that nothing is written at the end of the run
-        search(logger=pl.loggers.TensorBoardLogger(tmp_path / "log", name="", version=""), raises=3, sample_every=1)
+        search(
+            logger=pl.loggers.TensorBoardLogger(tmp_path / "log", name="", version=""),
+            raises=3,
+            log_images_every_n_steps=1,
+        )
     events = EventAccumulator(str(tmp_path / "log")).Reload()
     drawn = events.Images("samples")
     assert [event.step for event in drawn] == [1, 2, 3]

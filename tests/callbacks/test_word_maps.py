@@ -54,8 +54,10 @@ def test_as_a_slow_reference(sd, tokens):
 
 @pytest.mark.parametrize("method", [PEZ, TextualInversion])
 def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, pictures, tmp_path):
-    module = method(backbone=str(sd1), tokens=3, template="a photo of {} in the corner", sampler=SamplerSettings(2))
-    data = ImagesToPrompts([str(pictures)], steps=2, samples=1, validation_samples=1)
+    module = method(
+        backbone=str(sd1), num_tokens=3, steps=2, template="a photo of {} in the corner", sampler=SamplerSettings(2)
+    )
+    data = ImagesToPrompts([str(pictures)], num_noise_samples=1, num_validation_samples=1)
     pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path).fit(module, datamodule=data)
     problems = list(data.folder.load().values())
     maps = prompt_word_maps(module, problems)

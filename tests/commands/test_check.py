@@ -29,7 +29,7 @@ from lightning_prompts.sampling import Microbatch
 
 ROOT = Path(__file__).parents[2]
 CPU = ["--trainer.accelerator", "cpu"]
-FEW = ["--model.sampler.num_inference_steps", "4", "--model.together", "3"]
+FEW = ["--model.sampler.num_inference_steps", "4", "--model.batch_size", "3"]
 
 
 def run(*args):
@@ -91,7 +91,7 @@ def test_signal_to_noise_of_known_gradients():
 
 
 def test_gradients_of_samples_add_up_to_that_of_the_loss(tiny):
-    method = PH2P(backbone=tiny, tokens=3)
+    method = PH2P(backbone=tiny, num_tokens=3)
     allowed = method.prompt.allowed.nonzero().squeeze(1)
     method.prompt.embeddings.data = method.prompt.table[allowed[:3]][None].clone()
     noise = torch.randn(5, *method.backbone.latent_shape)
@@ -108,7 +108,7 @@ def test_gradients_of_samples_add_up_to_that_of_the_loss(tiny):
 
 
 def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monkeypatch):
-    method = PH2P(backbone=tiny, tokens=3)
+    method = PH2P(backbone=tiny, num_tokens=3)
     allowed = method.prompt.allowed.nonzero().squeeze(1)
     method.prompt.embeddings.data = method.prompt.table[allowed[:3]][None].clone()
     method.batch.rows, method.latents = (
@@ -132,10 +132,10 @@ def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monke
 
 def test_what_is_written_keeps_the_settings_and_takes_the_suggestion():
     given = {"model": {"class_path": "PH2P", "init_args": {"backbone": "emoji", "microbatch": 16, "lr": 0.1}},
-             "data": {"class_path": "ImagesToPrompts", "init_args": {"images": "a: b.png", "samples": 2, "timesteps": [0, 9]}}}  # fmt: skip
+             "data": {"class_path": "ImagesToPrompts", "init_args": {"images": "a: b.png", "num_noise_samples": 2, "timestep_range": [0, 9]}}}  # fmt: skip
     content = yaml.safe_load(config_with(given, Suggestion((450, 850), 4, 8)))
     assert content["model"]["init_args"] == {"backbone": "emoji", "microbatch": 8, "lr": 0.1}
-    assert content["data"]["init_args"] == {"images": "a: b.png", "samples": 4, "timesteps": [450, 850]}
+    assert content["data"]["init_args"] == {"images": "a: b.png", "num_noise_samples": 4, "timestep_range": [450, 850]}
     assert yaml.safe_load(config_with(given, Suggestion())) == given
 
 
@@ -144,7 +144,14 @@ def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsy
     targets = ["--data.images", str(ROOT / "benchmarks/targets/development/targets.jsonl")]
     assert (
         run(
-            "--config", str(ROOT / "configs/ph2p.yaml"), *targets, *FEW, "--model.together", "4", "--write", str(config)
+            "--config",
+            str(ROOT / "configs/ph2p.yaml"),
+            *targets,
+            *FEW,
+            "--model.batch_size",
+            "4",
+            "--write",
+            str(config),
         )
         == 0
     )
@@ -163,17 +170,20 @@ def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsy
     assert 300 <= low <= 550  # where docs/ablations.md finds most
     assert 750 <= high <= 1000
     samples, microbatch = settings["data"]["init_args"]["samples"], settings["model"]["init_args"]["microbatch"]
-    assert f"--data.timesteps '[{low},{high}]' --data.samples {samples} --model.microbatch {microbatch}" in out
+    assert (
+        f"--data.timestep_range '[{low},{high}]' --data.num_noise_samples {samples} --model.microbatch {microbatch}"
+        in out
+    )
     assert settings["model"]["init_args"]["restart_every"] == 60
     picture = ["--data.images", str(ROOT / "docs/images/demo.png")]
-    main(["fit", "--config", str(config), *picture, "--data.steps", "1", "--run", str(tmp_path / "run"), *CPU])
+    main(["fit", "--config", str(config), *picture, "--model.steps", "1", "--run", str(tmp_path / "run"), *CPU])
     assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_without_captions_the_words_of_the_clip_are_used(tiny, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    run("--model", "GCG", "--model.tokens", "2", "--model.backbone", tiny, "--data.images", str(pictures), *FEW)
+    run("--model", "GCG", "--model.num_tokens", "2", "--model.backbone", tiny, "--data.images", str(pictures), *FEW)
     out = capsys.readouterr().out
     assert re.search(r"lower with the CLIP's words than with (another's|random tokens) in", out)
     assert re.search(r"CLIP +the two most similar of 3 images have a cosine of [\d.]+ +(ok|weak|no)", out)
@@ -190,7 +200,7 @@ def test_a_model_that_does_not_read_its_prompt_fails(tiny, pictures, tmp_path, c
     assert any(".attn2.to_out" in name for name in tensors)
     save_file(silenced, weights, {"format": "pt"})
     config = tmp_path / "mine.yaml"
-    how = ["--model", "PH2P", "--model.tokens", "2", "--data.timesteps", "[100,900]", "--write", str(config)]
+    how = ["--model", "PH2P", "--model.num_tokens", "2", "--data.timestep_range", "[100,900]", "--write", str(config)]
     assert run(*how, "--model.backbone", str(broken), "--data.images", str(pictures), *FEW) == 1
     captured = capsys.readouterr()
     assert re.search(r"image +leaving out .* changes the image by 0.000 .* no", captured.out)

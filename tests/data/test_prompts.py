@@ -73,7 +73,7 @@ def test_a_broken_line_leaves_the_other_prompts(name, content, line, message, tm
     ("settings", "message"),
     [
         (["--data.prompts", ""], "A prompt is empty"),
-        (["--data.prompts", "of the", "--model.positive", "[neighbours]", "--model.negative", "[]"], "has no word"),
+        (["--data.prompts", "of the", "--model.positive", "[neighbors]", "--model.negative", "[]"], "has no word"),
         (["--data.prompts", "a dog", "--model.positive", "[sinonyms]"], "--model.positive"),
         (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "broken.json"], "Line 1 of"),
         (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "other.json"], "must have the layout"),
@@ -81,7 +81,7 @@ def test_a_broken_line_leaves_the_other_prompts(name, content, line, message, tm
         (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "lacks.json"], "has no entry for"),
         (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "http://127.0.0.1:9/v1#m"],
          "cannot be reached"),
-        (["--data.prompts", "a dog", "--model.positive=[neighbours]", "--model.threshold", "1.5"], "--model.threshold must be between -1 and 1"),
+        (["--data.prompts", "a dog", "--model.positive=[neighbors]", "--model.threshold", "1.5"], "--model.threshold must be between -1 and 1"),
         (["--data.prompts", "a dog", "--model.budget", "3"], "--model.budget must be at least --model.population, got 3 and 4"),
         (["--data.prompts", "a dog", "--model.schedule", "fix-99"], "goes beyond the sampler"),
         (["--data.prompts", "missing.txt"], "check the path"),
@@ -111,7 +111,7 @@ def test_a_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):
         "--model.backbone",
         tiny,
         "--model.positive",
-        "[neighbours]",
+        "[neighbors]",
         "--model.negative",
         "[]",
     ]
@@ -137,7 +137,7 @@ def test_a_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):
 def test_a_broken_line_is_a_failed_record_until_it_is_corrected(tiny, tmp_path):
     path, run = tmp_path / "prompts.jsonl", tmp_path / "run"
     args = ["fit", "--run", str(run), "--model", "DPODiff", "--model.backbone", tiny, "--trainer.accelerator", "cpu"]
-    args += ["--model.positive", "[neighbours]", "--model.negative", "[]", "--model.sampler.num_inference_steps", "2"]
+    args += ["--model.positive", "[neighbors]", "--model.negative", "[]", "--model.sampler.num_inference_steps", "2"]
     args += ["--model.schedule", "fix-1", "--model.budget", "2", "--model.population", "2"]
     args += ["--data", "Prompts", "--data.prompts", str(path)]
 

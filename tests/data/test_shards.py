@@ -449,16 +449,16 @@ def test_runs_go_on_without_broken_inputs(tiny, tmp_path):
         tiny,
     ]
     args += [
-        "--model.tokens",
+        "--model.num_tokens",
         "2",
         "--model.sampler.num_inference_steps",
         "2",
-        "--data.steps",
+        "--model.steps",
         "1",
-        "--data.samples",
+        "--data.num_noise_samples",
         "1",
     ]
-    args += ["--data.validation_samples", "2", "--data.images", str(shard), str(lines)]
+    args += ["--data.num_validation_samples", "2", "--data.images", str(shard), str(lines)]
 
     def problems():
         return json.loads((tmp_path / "run" / "result.json").read_text())["problems"]

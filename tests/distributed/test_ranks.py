@@ -29,13 +29,13 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["lightning_prompts.commands.cli", "lightning_prompts.backbones.loading"])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 METHODS = {  # odd numbers of samples and seeds, so that the last call of a step is smaller
-    "ph2p": ["--model.restart_every", "3", "--model.score_every", "2", "--model.microbatch", "4", "--data.steps", "8",
-             "--data.samples", "3", "--data.validation_samples", "5"],
-    "ph2p_lbfgs": ["--model.microbatch", "2", "--data.steps", "3", "--data.samples", "3", "--data.validation_samples", "5"],
-    "invert": ["--model.start", "random", "--model.clip_weight", "0.5", "--model.trial_weight", "0.5", "--model.trial_steps", "2",
-               "--model.trial_pictures", "3", "--model.candidates", "5", "--model.screen", "1", "--model.microbatch", "4",
-               "--data.steps", "3", "--data.samples", "3", "--data.validation_samples", "5"],
-    "textual_inversion": ["--model.microbatch", "2", "--data.steps", "3", "--data.samples", "3", "--data.validation_samples", "5"],
+    "ph2p": ["--model.restart_every", "3", "--model.score_every_n_steps", "2", "--model.microbatch", "4", "--model.steps", "8",
+             "--data.num_noise_samples", "3", "--data.num_validation_samples", "5"],
+    "ph2p_lbfgs": ["--model.microbatch", "2", "--model.steps", "3", "--data.num_noise_samples", "3", "--data.num_validation_samples", "5"],
+    "invert": ["--model.init", "random", "--model.clip_weight", "0.5", "--model.rerank_weight", "0.5", "--model.rerank_steps", "2",
+               "--model.rerank_images", "3", "--model.candidates", "5", "--model.prefilter", "1", "--model.microbatch", "4",
+               "--model.steps", "3", "--data.num_noise_samples", "3", "--data.num_validation_samples", "5"],
+    "textual_inversion": ["--model.microbatch", "2", "--model.steps", "3", "--data.num_noise_samples", "3", "--data.num_validation_samples", "5"],
     "dpo_diff": ["--model.schedule", "fix-1", "--model.gradient_share", "0.3", "--model.seeds", "3", "--model.budget", "8",
                  "--model.sampler.guidance_scale", "2", "--model.microbatch", "4"],
     "metric_guidance": ["--model.objective", "ClipText", "--model.seeds", "3", "--model.steps", "4", "--model.microbatch", "4",
@@ -349,7 +349,7 @@ def test_ranks_that_share_stop_together(tiny, inputs, tmp_path):
     """Whichever rank gets the signal; if they stopped at different steps, they would wait for each other forever."""
     run = tmp_path / "run"
     how = arguments(
-        tiny, inputs, run, "ph2p", "--trainer.strategy", "samples", "--ckpt_path", "last", "--data.steps", "400"
+        tiny, inputs, run, "ph2p", "--trainer.strategy", "samples", "--ckpt_path", "last", "--model.steps", "400"
     )
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
     process = started(*how, launcher=torchrun)

@@ -137,14 +137,15 @@ def test_ranks_that_see_different_files(other, told, tiny, pictures, tmp_path, m
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     with pytest.raises(UserError, match=re.escape(told)):
         trainer.fit(
-            PEZ(backbone=tiny, tokens=2, sampler=SamplerSettings(2)), datamodule=ImagesToPrompts(str(pictures), steps=1)
+            PEZ(backbone=tiny, num_tokens=2, steps=1, sampler=SamplerSettings(2)),
+            datamodule=ImagesToPrompts(str(pictures)),
         )
 
 
 def test_all_differences_from_an_earlier_run_are_told(tiny, pictures, tmp_path, capsys):
     args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", tiny,
-            "--model.tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures), "--data.steps", "1",
-            "--data.validation_samples", "1"]  # fmt: skip
+            "--model.num_tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures), "--model.steps", "1",
+            "--data.num_validation_samples", "1"]  # fmt: skip
     main(args)
     with pytest.raises(SystemExit):
         main([*args, "--ckpt_path", "last", "--model.lr", "0.5", "--data.seed", "3"])

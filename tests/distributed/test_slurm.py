@@ -33,7 +33,7 @@ def job(tmp_path):
         "TOLD": str(tmp_path),
         "SLURM_JOB_ID": "77",
     }
-    process = subprocess.Popen(["bash", SCRIPT, "my pictures", "runs/big", "--data.steps", "5"], env=environment)
+    process = subprocess.Popen(["bash", SCRIPT, "my pictures", "runs/big", "--model.steps", "5"], env=environment)
     while not (tmp_path / "pid").exists():
         time.sleep(0.05)
     yield process, tmp_path
@@ -45,7 +45,7 @@ def test_the_search_is_told_what_the_job_was(job):
     (told / "end").touch()
     assert process.wait(10) == 3  # as the search
     assert "--data.images my pictures --run runs/big --ckpt_path last" in (told / "srun").read_text()
-    assert "--data.steps 5" in (told / "srun").read_text()
+    assert "--model.steps 5" in (told / "srun").read_text()
 
 
 def test_before_its_end_it_is_queued_again_and_the_search_ends_first(job):

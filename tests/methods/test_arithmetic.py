@@ -13,7 +13,7 @@ from lightning_prompts.sampling import SamplerSettings, seeding
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FEW = {"sampler": SamplerSettings(2), "sample_every": 0}
+FEW = {"sampler": SamplerSettings(2), "log_images_every_n_steps": 0}
 
 
 def test_draws_for_different_uses_have_different_seeds():
@@ -36,7 +36,7 @@ def test_gcg_takes_the_best_candidate_only_if_it_is_better(offset, tiny, picture
             loss = self.loss(rows, ids, self.prompt.table[ids], samples)
             return loss[:, None] + offset + torch.arange(candidates.shape[1])
 
-    module = Rigged(backbone=tiny, tokens=3, candidates=4, topk=8, **FEW)
+    module = Rigged(backbone=tiny, num_tokens=3, candidates=4, topk=8, **FEW)
     fit(module, pictures, tmp_path, steps=1)
     moved = (module.prompt.project() != module.before).any(1)
     assert moved.all() if offset < 0 else not moved.any()
@@ -44,7 +44,7 @@ def test_gcg_takes_the_best_candidate_only_if_it_is_better(offset, tiny, picture
 
 @pytest.mark.parametrize(("denoising_weight", "clip_weight"), [(1.0, 0.3), (0.5, 2.0), (0.0, 3.0), (2.0, 0.0)])
 def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, tiny, pictures, tmp_path):
-    module = PEZ(backbone=tiny, tokens=3, denoising_weight=denoising_weight, clip_weight=clip_weight, **FEW)
+    module = PEZ(backbone=tiny, num_tokens=3, denoising_weight=denoising_weight, clip_weight=clip_weight, **FEW)
     fit(module, pictures / "0.png", tmp_path, steps=1)
     set_batch(module, module.data.folder.load().values())
     rows = torch.tensor([0])
@@ -71,7 +71,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, ti
     [(PEZ, {}, 0.1), (PEZ, {"weight_decay": 0.4, "lr": 0.3}, 0.4), (TextualInversion, {"weight_decay": 0.2}, 0.2)],
 )
 def test_steps_are_those_of_torchs_adamw(method, settings, decay, tiny):
-    module = method(backbone=tiny, tokens=3, **settings, **FEW)
+    module = method(backbone=tiny, num_tokens=3, **settings, **FEW)
     module.prompt.embeddings.data = torch.randn(2, 3, module.prompt.embeddings.shape[2])
     other = torch.nn.Parameter(module.prompt.embeddings.detach().clone())
     ours, theirs = module.configure_optimizers(), torch.optim.AdamW([other], lr=module.lr, weight_decay=decay)
@@ -112,7 +112,7 @@ def test_gradient_is_taken_where_the_paper_takes_it(method, settings, projected,
             start = super().init_params(rows)
             return start + 0.01 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
 
-    fit(Watched(backbone=tiny, tokens=3, **settings, **FEW), pictures / "0.png", tmp_path, steps=2)
+    fit(Watched(backbone=tiny, num_tokens=3, **settings, **FEW), pictures / "0.png", tmp_path, steps=2)
     assert taken
     assert all(taken)
 
@@ -122,7 +122,7 @@ def test_gradient_is_taken_where_the_paper_takes_it(method, settings, projected,
     [({"optimizer": "adam", "lr": 0.3}, torch.optim.Adam), ({"optimizer": "sgd", "lr": 0.3}, torch.optim.SGD)],
 )
 def test_ph2p_steps_are_those_of_torchs_optimizers(settings, theirs, tiny):
-    module = PH2P(backbone=tiny, tokens=3, **settings, **FEW)
+    module = PH2P(backbone=tiny, num_tokens=3, **settings, **FEW)
     module.prompt.embeddings.data = torch.randn(2, 3, module.prompt.embeddings.shape[2])
     other = torch.nn.Parameter(module.prompt.embeddings.detach().clone())
     optimizers = module.configure_optimizers(), theirs([other], lr=0.3)
@@ -140,7 +140,7 @@ def test_ph2p_tells_its_optimizer_of_new_noise_in_each_step(tiny, pictures, tmp_
     monkeypatch.setattr(
         BatchedLBFGS, "step", lambda self, *args, **how: told.append(how["new_function"]) or step(self, *args, **how)
     )
-    module = PH2P(backbone=tiny, tokens=3, max_iter=2, **FEW)
+    module = PH2P(backbone=tiny, num_tokens=3, max_iter=2, **FEW)
     fit(module, pictures / "0.png", tmp_path, steps=3)
     assert told == [True] * 3
 
@@ -158,7 +158,7 @@ class Errors(Objective):
 @pytest.mark.parametrize("tolerance", [0.0, 0.25])
 def test_what_is_watched_may_not_get_worse(watch, better, tolerance, tiny):
     module = MetricGuidance(
-        backbone=tiny, objective=Sharpness(weight=2.0), watch=watch, watch_tolerance=tolerance, **FEW
+        backbone=tiny, objective=Sharpness(weight=2.0), constraint=watch, constraint_tolerance=tolerance, **FEW
     )
     problem = Problem("0" * 16, "a cat", result=SteeringResult(values_before={module.watched: [1.0, 2.0]}))
     for change, kept in ((0.5 * better, True), (0.0, True), (-0.2 * better, bool(tolerance)), (-0.5 * better, False)):

@@ -23,7 +23,7 @@ from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-FEW = {"sampler": SamplerSettings(3), "sample_every": 0}
+FEW = {"sampler": SamplerSettings(3), "log_images_every_n_steps": 0}
 INVERTERS = [
     (PEZ, {}),
     (PEZ, {"clip_weight": 1.0, "denoising_weight": 0.0}),
@@ -31,7 +31,7 @@ INVERTERS = [
     (PH2P, {"max_iter": 2}),
     (PH2P, {"max_iter": 2, "line_search": "strong_wolfe"}),
     (GCG, {"candidates": 3, "topk": 8}),
-    (GCG, {"candidates": 2, "topk": 8, "screen": 2, "trial_weight": 1.0, "trial_steps": 2, "trial_pictures": 3}),
+    (GCG, {"candidates": 2, "topk": 8, "prefilter": 2, "rerank_weight": 1.0, "rerank_steps": 2, "rerank_images": 3}),
     (TextualInversion, {}),
     (RandomTokens, {}),
     (ClipWords, {}),
@@ -42,7 +42,7 @@ OTHERS = [
     (DPODiff, {"budget": 6, "population": 2, "schedule": "fix-0", "grad_steps": 2, "gradient_share": 0.8, "sampler": SamplerSettings(3, 1.0),
                "negative": [], "positive": ["synonyms"]}),
     (MetricGuidance, {"objective": Sharpness(), "steps": 3}),
-    (MetricGuidance, {"objective": Sharpness(), "steps": 3, "sampler": SamplerSettings(3, 1.0), "grad_steps": 2, "score_every": 2}),
+    (MetricGuidance, {"objective": Sharpness(), "steps": 3, "sampler": SamplerSettings(3, 1.0), "grad_steps": 2, "score_every_n_steps": 2}),
     (SeedInvariance, {"steps": 3, "seeds_per_step": 3, "compare": "latents", "stages": [1, 3]}),
     (SeedInvariance, {"steps": 2, "compare": "latents", "stages": [2], "grad_steps": 1, "sampler": SamplerSettings(3, 1.0)}),
 ]  # fmt: skip
@@ -78,9 +78,9 @@ def paused(function, seen):
 
 @pytest.mark.parametrize(("method", "settings"), INVERTERS)
 def test_inverters(method, settings, tiny, pictures, tmp_path):
-    module = method(backbone=tiny, tokens=2, score_every=2, **settings, **FEW)
+    module = method(backbone=tiny, num_tokens=2, score_every_n_steps=2, **settings, **FEW)
     seen = counted(module)
-    problems = fit(module, pictures, tmp_path, steps=3, samples=3, validation_samples=4)
+    problems = fit(module, pictures, tmp_path, steps=3, num_noise_samples=3, num_validation_samples=4)
     assert sum(problem.unet_samples for problem in problems) == seen["forward"] + seen["backward"] > 0
 
 

@@ -99,7 +99,7 @@ def test_slots_stay_as_they_are_with_the_chance_that_was_given(choices, chance):
 # Of so many words a uniform draw leaves a slot as it is more often than with these chances, so that its logit begins below 0.
 @pytest.mark.parametrize("chance", [0.02, 0.15, 0.6])
 def test_chance_that_was_given_survives_a_step_without_a_gradient(chance, attached):
-    module = attached(unchanged=chance)
+    module = attached(init_keep_prob=chance)
     module.optimizers = module.configure_optimizers
     before = module.prompt.logits.detach().clone()
     module.descend(0 * module.prompt.logits.sum(), torch.tensor([0]))
@@ -109,7 +109,7 @@ def test_chance_that_was_given_survives_a_step_without_a_gradient(chance, attach
 
 
 def test_logits_stay_in_the_range_of_the_released_code_or_where_they_began(attached):
-    module = attached(unchanged=0.02, lr=50.0)
+    module = attached(init_keep_prob=0.02, lr=50.0)
     module.optimizers = module.configure_optimizers
     begun = module.prompt.init_logits(0.02)
     for sign in (1, -1):
@@ -120,7 +120,7 @@ def test_logits_stay_in_the_range_of_the_released_code_or_where_they_began(attac
 
 def test_step_is_rmsprop_with_momentum_on_a_clipped_gradient(attached):
     """As in the released code: alpha 0.99, momentum 0.5 and gradients in [-0.025, 0.025], written out."""
-    module = attached(unchanged=None, lr=0.01)
+    module = attached(init_keep_prob=None, lr=0.01)
     optimizer = module.configure_optimizers()
     module.optimizers = lambda: optimizer
     module.prompt.logits.data.fill_(1.5)  # far from both ends of the range that logits stay in
@@ -219,7 +219,14 @@ def test_spherical_distance_is_half_the_squared_angle():
 
 
 def search(tiny, folder, prompts, **settings):
-    given = {"sampler": SamplerSettings(3), "seeds": 2, "budget": 8, "population": 4, "sample_every": 0, **settings}
+    given = {
+        "sampler": SamplerSettings(3),
+        "seeds": 2,
+        "budget": 8,
+        "population": 4,
+        "log_images_every_n_steps": 0,
+        **settings,
+    }
     solver = given.get("solver", "hybrid")
     learning = {"schedule": "fix-1", "gradient_share": 0.4} if solver in ("gradient", "hybrid") else {}
     breeding = {"select": 2} if solver in ("evolution", "hybrid") else {}
@@ -252,7 +259,7 @@ def test_budget_is_kept_and_nothing_is_paid_twice(solver, task, tiny, tmp_path):
 
 
 def test_step_that_draws_no_word_moves_nothing(tiny, tmp_path):
-    (problem,) = search(tiny, tmp_path, PROMPTS[:1], solver="hybrid", unchanged=1 - 1e-9, gradient_share=0.9)
+    (problem,) = search(tiny, tmp_path, PROMPTS[:1], solver="hybrid", init_keep_prob=1 - 1e-9, gradient_share=0.9)
     assert len(problem.result.candidates) == 1  # nothing but the user's own prompt is ever drawn
 
 
@@ -268,7 +275,7 @@ def test_batch_equals_its_parts(tiny, tmp_path):
 @pytest.mark.parametrize("solver", ["gradient", "hybrid", "random"])
 @pytest.mark.parametrize("task", ["improve", "attack"])
 def test_threshold_keeps_the_meaning(task, solver, tiny, tmp_path):
-    sources = {"positive": ["neighbours"], "negative": []}
+    sources = {"positive": ["neighbors"], "negative": []}
     module = DPODiff(backbone=tiny, task=task, **sources, sampler=SamplerSettings(3), schedule="fix-1", threshold=-1)
     space = module.space(PROMPTS[0])
     singles = [[i if other == number else 0 for other in range(len(space.slots))]
@@ -286,9 +293,9 @@ def test_threshold_keeps_the_meaning(task, solver, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"threshold": 2, "positive": ["neighbours"]}, "--model.threshold must be between"),
+        ({"threshold": 2, "positive": ["neighbors"]}, "--model.threshold must be between"),
         ({"budget": 3}, "at least --model.population, got 3 and 4"),
-        ({"unchanged": 1.0}, "--model.unchanged must be above 0"),
+        ({"init_keep_prob": 1.0}, "--model.init_keep_prob must be above 0"),
         ({"mutation": 1.5}, "--model.mutation must be between"),
         ({"gradient_share": -0.1}, "--model.gradient_share must be between"),
         ({"temperature": (1.0, 0.0)}, "--model.temperature"),
@@ -309,8 +316,8 @@ def spaced(space, **settings):
             return space
 
     learning = {"schedule": "fix-1"} if settings.get("solver", "hybrid") in ("gradient", "hybrid") else {}
-    wording = {"positive": ["neighbours"], "threshold": -1}  # which the given space stands in for
-    given = {"sampler": SamplerSettings(3), "seeds": 2, "budget": 8, "population": 4, "sample_every": 0}
+    wording = {"positive": ["neighbors"], "threshold": -1}  # which the given space stands in for
+    given = {"sampler": SamplerSettings(3), "seeds": 2, "budget": 8, "population": 4, "log_images_every_n_steps": 0}
     return Spaced(**learning | wording | given | settings)
 
 
@@ -396,7 +403,7 @@ def test_shortcut_loss_is_the_mean_over_seeds_with_its_gradient(attached):
 
 
 def test_improving_the_positive_prompt_changes_its_words(tiny, tmp_path):
-    (problem,) = search(tiny, tmp_path, PROMPTS[0], solver="random", positive=["neighbours"], negative=[])
+    (problem,) = search(tiny, tmp_path, PROMPTS[0], solver="random", positive=["neighbors"], negative=[])
     assert any(candidate["prompt"] != problem.target for candidate in problem.result.candidates)
     assert all(candidate["negative_prompt"] == "" for candidate in problem.result.candidates)
 
@@ -515,7 +522,7 @@ def run(tiny, folder, *extra):
     return [
         "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "DPODiff", "--model.backbone", tiny,
         "--model.sampler.num_inference_steps", "3", "--model.schedule", "fix-1", "--model.seeds", "2", "--model.budget", "8",
-        "--model.population", "3", "--model.select", "2", "--model.sample_every", "0", "--data", "Prompts", "--data.prompts",
+        "--model.population", "3", "--model.elites", "2", "--model.log_images_every_n_steps", "0", "--data", "Prompts", "--data.prompts",
         *(extra or [json.dumps(PROMPTS)]),
     ]  # fmt: skip
 
@@ -531,7 +538,7 @@ def problems(folder):
 )
 def test_killed_while_records_are_written_is_as_unbroken(records, tiny, tmp_path, monkeypatch, rounding):
     """Some candidates are on disk and others are not, and the only checkpoint is that of the first step."""
-    how = ("--model.task", "attack", "--model.neighbours", "5", "--model.threshold", "-1")
+    how = ("--model.task", "attack", "--model.neighbors", "5", "--model.threshold", "-1")
     main([*run(tiny, tmp_path / "whole"), *how])
     before, written = signal.getsignal(signal.SIGINT), itertools.count(1)
 
@@ -708,7 +715,7 @@ def test_other_data_is_refused(tiny, tmp_path, capsys):
 def test_space_is_shown_before_a_run(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = run(tiny, tmp_path / "run", "a small dog")
-    main(["show-space", *arguments[1:], "--model.positive", "[neighbours]"])
+    main(["show-space", *arguments[1:], "--model.positive", "[neighbors]"])
     shown = capsys.readouterr().out
     assert re.search(r"\| positive \| (small|dog) \| \1, ", shown)
     assert "| negative | " in shown

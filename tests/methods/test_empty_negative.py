@@ -5,7 +5,7 @@ import families
 import pytest
 import torch
 
-from lightning_prompts import guide, hold, reword
+from lightning_prompts import dpo_diff, metric_guidance, seed_invariance
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.engine.batch import Row
 from lightning_prompts.methods import DPODiff, MetricGuidance, SeedInvariance, TextualInversion
@@ -101,7 +101,7 @@ def test_some_problems_are_empty_and_others_are_not(method):
 
 def test_textual_inversion_encodes_an_empty_text_by_its_side(backbone, pipeline):
     """Its own `encode`, which reads pseudo-words, passes every other text to the model."""
-    method = TextualInversion(backbone=backbone, tokens=2)
+    method = TextualInversion(backbone=backbone, num_tokens=2)
     expected = pipeline.encode_prompt("", device="cpu", do_classifier_free_guidance=False)
     torch.testing.assert_close(method.encode([""])[0], backbone.join(expected[0], expected[2])[0], atol=1e-5, rtol=1e-5)
     assert method.encode([""]).any()
@@ -131,12 +131,14 @@ def test_searches_start_from_zeros(backbone, pipeline):
 
 def test_searches_from_zeros_move_and_stay_finite(backbone):
     how = {"backbone": backbone, "sampler": SamplerSettings(2, 3.0), "device": "cpu"}
-    moved = guide("a red cat", Sharpness(), unconditional=True, steps=3, seeds=1, grad_steps=2, lr=0.1, **how)
-    held = hold("a red cat", unconditional=True, embedding="one_row", steps=3, seeds=1, seeds_per_step=1, lr=0.1, **how)
+    moved = metric_guidance("a red cat", Sharpness(), unconditional=True, steps=3, seeds=1, grad_steps=2, lr=0.1, **how)
+    held = seed_invariance(
+        "a red cat", unconditional=True, embedding="one_row", steps=3, seeds=1, seeds_per_step=1, lr=0.1, **how
+    )
     for result in (moved, held):
         assert result.negative_prompt_embeds.isfinite().all()
     assert moved.negative_prompt_embeds.any()
-    result = reword(
+    result = dpo_diff(
         "a red cat",
         positive=[],
         negative=["library"],

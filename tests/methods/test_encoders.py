@@ -13,7 +13,7 @@ from searches import fit, set_batch
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
-from lightning_prompts import guide, reword
+from lightning_prompts import dpo_diff, metric_guidance
 from lightning_prompts.backbones import BackboneSettings, load_backbone
 from lightning_prompts.backbones.text_encoders import TextEncoder
 from lightning_prompts.backbones.vocabulary import round_trip
@@ -28,7 +28,7 @@ from lightning_prompts.objectives import ClipSimilarity, Sharpness
 from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SMALL = {"tokens": 2, "sampler": SamplerSettings(2), "sample_every": 0}
+SMALL = {"num_tokens": 2, "sampler": SamplerSettings(2), "log_images_every_n_steps": 0}
 
 
 @pytest.fixture
@@ -215,9 +215,9 @@ def test_clip_that_reads_text_decides_between_candidates(folders, pictures, capl
     module = GCG(
         backbone=BackboneSettings(folder, image_size=16),
         candidates=4,
-        screen=2,
+        prefilter=2,
         clip_weight=0.7,
-        start="clip_words",
+        init="clip_words",
         **SMALL,
     )
     with caplog.at_level(logging.INFO, "lightning_prompts"):
@@ -331,14 +331,14 @@ def test_tokens_without_a_row_are_refused(shorter, pictures, tmp_path):
     how = {"backbone": backbone, "device": "cpu"}
     for refused in (
         lambda: backbone.encode_text(["a red <sks> cat"]),
-        lambda: GCG(backbone=backbone, template="a <sks> {}", tokens=2),
-        lambda: GCG(backbone=backbone, start="a <sks>", tokens=2),
-        lambda: guide("a red <sks> cat", Sharpness(), **how),
-        lambda: reword("a red <sks> cat", negative=[], positive=["neighbours"], **how),
+        lambda: GCG(backbone=backbone, template="a <sks> {}", num_tokens=2),
+        lambda: GCG(backbone=backbone, init="a <sks>", num_tokens=2),
+        lambda: metric_guidance("a red <sks> cat", Sharpness(), **how),
+        lambda: dpo_diff("a red <sks> cat", negative=[], positive=["neighbors"], **how),
     ):
         with pytest.raises(UserError, match=sentence) as error:
             refused()
         assert ". " not in str(error.value)
         assert "\n" not in str(error.value)
-    (problem,) = fit(GCG(backbone=backbone, tokens=2, sampler=SamplerSettings(1)), pictures / "0.png", tmp_path)
+    (problem,) = fit(GCG(backbone=backbone, num_tokens=2, sampler=SamplerSettings(1)), pictures / "0.png", tmp_path)
     assert max(problem.token_ids) < 554

@@ -29,7 +29,7 @@ from lightning_prompts.sampling import SamplerSettings
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPT = "a small cat on a blue background"
-SMALL = {"sampler": SamplerSettings(2), "seeds": 1, "texts": 8, "candidates": 3, "sample_every": 0}
+SMALL = {"sampler": SamplerSettings(2), "seeds": 1, "texts": 8, "candidates": 3, "log_images_every_n_steps": 0}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

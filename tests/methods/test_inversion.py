@@ -36,12 +36,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 METHODS = [PEZ, PH2P, GCG, TextualInversion, RandomTokens, ClipWords]
 HARD = [method for method in METHODS if method is not TextualInversion]
-DATA = {"steps": 3, "samples": 2, "validation_samples": 2}
+DATA = {"num_noise_samples": 2, "num_validation_samples": 2}
 
 
 def search(module, images, folder, **data):
     """Run a search and return its problems."""
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder)
+    module.steps = data.pop("steps", 3)
     data = ImagesToPrompts([str(image) for image in images], **{**DATA, **data})
     trainer.fit(module, datamodule=data)
     return list(data.folder.load().values())
@@ -62,7 +63,7 @@ def settings(method, **given):
     own = {GCG: {"candidates": 3, "topk": 4}, ClipWords: {"beams": 2}}
     if method is PH2P and given.get("optimizer", "lbfgs") == "lbfgs":
         own[PH2P] = {"max_iter": 2}
-    return {"tokens": 3, "sampler": SamplerSettings(2), **own.get(method, {}), **given}
+    return {"num_tokens": 3, "steps": 3, "sampler": SamplerSettings(2), **own.get(method, {}), **given}
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
@@ -93,15 +94,15 @@ def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
         (PEZ, {}),
         (PEZ, {"denoising_weight": 0, "clip_weight": 1}),
         (PEZ, {"clip_weight": 0.1}),
-        (PEZ, {"start": "clip_words"}),
+        (PEZ, {"init": "clip_words"}),
         (PH2P, {}),
         (PH2P, {"line_search": "strong_wolfe"}),
         (PH2P, {"projection": "immediate"}),
         (PH2P, {"optimizer": "adam", "restart_every": 2}),
         (PH2P, {"optimizer": "sgd"}),
         (GCG, {}),
-        (GCG, {"swaps": 2, "clip_weight": 0.1}),
-        (PEZ, {"trial_weight": 1, "trial_pictures": 3, "trial_steps": 2}),
+        (GCG, {"n_replace": 2, "clip_weight": 0.1}),
+        (PEZ, {"rerank_weight": 1, "rerank_images": 3, "rerank_steps": 2}),
         (TextualInversion, {"lr": 0.1}),
         (RandomTokens, {}),
         (ClipWords, {}),
@@ -167,9 +168,9 @@ def test_ph2p_goes_down(optimizer, own, tiny, pictures, tmp_path):
                 losses.append(self.loss(rows, *self.prompt(rows), samples))
             super().step(batch, rows)
 
-    module = Watched(backbone=tiny, tokens=3, sampler=SamplerSettings(2), optimizer=optimizer, **own)
+    module = Watched(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2), optimizer=optimizer, **own)
     module.backbone.name = "tiny"  # what is drawn depends on it, and the folder has another name every time
-    search(module, [pictures], tmp_path / "run", steps=12, validation_samples=3)
+    search(module, [pictures], tmp_path / "run", steps=12, num_validation_samples=3)
     assert losses[-1].mean() < losses[0].mean()
     assert (torch.stack(losses).diff(dim=0) < 0).float().mean() > 0.6
 
@@ -208,10 +209,10 @@ def test_score_is_of_the_text(hard, tiny, pictures, tmp_path):
 @pytest.mark.parametrize("guidance", [1, 3])
 def test_trials_are_what_the_pipeline_draws(guidance, tiny, pictures, tmp_path):
     """With a weight on them, what a person draws with diffusers, and a plain CLIP finds, is added to the same prompt's loss."""
-    module = PEZ(backbone=tiny, tokens=3, sampler=SamplerSettings(2, guidance))
+    module = PEZ(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance))
     plain = search(module, [pictures], tmp_path / "plain", steps=1)
-    trial = {"trial_weight": 0.5, "trial_pictures": 2, "trial_steps": 3}
-    module = PEZ(backbone=tiny, tokens=3, sampler=SamplerSettings(2, guidance), microbatch=4, **trial)
+    trial = {"rerank_weight": 0.5, "rerank_images": 2, "rerank_steps": 3}
+    module = PEZ(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance), microbatch=4, **trial)
     drawn = search(module, [pictures], tmp_path / "drawn", steps=1)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -352,7 +353,7 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
 
             self.batch.reset_rows = watched
 
-    module = Watched(backbone=tiny, optimizer="adam", restart_every=2, tokens=6, sampler=SamplerSettings(2))
+    module = Watched(backbone=tiny, optimizer="adam", restart_every=2, num_tokens=6, sampler=SamplerSettings(2))
     search(module, [pictures], tmp_path / "run", steps=7)
     restarts = seen
     assert len(restarts) == 3  # before the steps 2, 4 and 6
@@ -545,7 +546,7 @@ def test_subjects_of_different_sizes_do_not_disturb_each_other(tiny, pictures, t
     several.write_text("\n".join(map(json.dumps, rows)))
     alone = tmp_path / "alone.jsonl"
     alone.write_text(json.dumps(rows[1]))
-    chosen = {**DATA, "validation_samples": 4, "samples": 3}
+    chosen = {**DATA, "num_validation_samples": 4, "num_noise_samples": 3}
     together = search(PEZ(backbone=tiny, **settings(PEZ)), [several], tmp_path / "together", **chosen)
     (two,) = search(PEZ(backbone=tiny, **settings(PEZ)), [alone], tmp_path / "two", **chosen)
     assert together[1].key == two.key
@@ -556,7 +557,7 @@ def test_subjects_of_different_sizes_do_not_disturb_each_other(tiny, pictures, t
 @pytest.mark.parametrize("which", ["subject", "negative"])
 def test_more_pictures_than_scoring_looks_at_are_refused(which, tiny, pictures, tmp_path):
     more = {"one_subject": True} if which == "subject" else {"negative_images": str(pictures)}
-    with pytest.raises(UserError, match=r"3 images .* give --data.validation_samples 3 or more"):
+    with pytest.raises(UserError, match=r"3 images .* give --data.num_validation_samples 3 or more"):
         search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run", **more)
     assert not (tmp_path / "run" / "problems").exists()
 

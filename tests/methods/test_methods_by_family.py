@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from searches import found
 
-from lightning_prompts import guide, invert, runner
+from lightning_prompts import invert, metric_guidance, runner
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.checkpoint import PromptCheckpoint
@@ -21,8 +21,12 @@ from lightning_prompts.sampling import SamplerSettings
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPT = "a small cat on a red background"
-SEARCH = {"--model.sampler.num_inference_steps": "2", "--model.backbone.image_size": "16", "--model.sample_every": "0"}
-PICTURE = {"--data.samples": "2", "--data.validation_samples": "2", "--model.tokens": "2"}
+SEARCH = {
+    "--model.sampler.num_inference_steps": "2",
+    "--model.backbone.image_size": "16",
+    "--model.log_images_every_n_steps": "0",
+}
+PICTURE = {"--data.num_noise_samples": "2", "--data.num_validation_samples": "2", "--model.num_tokens": "2"}
 PROMPTED = {"--data.prompts": PROMPT, "--model.seeds": "2"}
 METHODS = {
     "PH2P": {**PICTURE, "--model.max_iter": "3"},
@@ -32,8 +36,8 @@ METHODS = {
     "ClipWords": PICTURE,
     "RandomTokens": PICTURE,
     "DPODiff": {
-        "--data.prompts": PROMPT, "--model.budget": "4", "--model.population": "1", "--model.select": "1", "--model.seeds": "1",
-        "--model.gradient_share": "0.5", "--model.schedule": "fix-0", "--model.positive": "[neighbours]", "--model.negative": "[library]",
+        "--data.prompts": PROMPT, "--model.budget": "4", "--model.population": "1", "--model.elites": "1", "--model.seeds": "1",
+        "--model.gradient_share": "0.5", "--model.schedule": "fix-0", "--model.positive": "[neighbors]", "--model.negative": "[library]",
     },
     "MetricGuidance": {**PROMPTED, "--model.objective": "Sharpness"},
     "SeedInvariance": {**PROMPTED, "--model.seeds_per_step": "1"},
@@ -109,7 +113,7 @@ def settings(family, method, folder, picture, steps):
     if method == "HumanFeedback":
         given["--model.chooser.wants"] = picture
     if method != "DPODiff":  # whose budget says how long it searches
-        given["--data.steps" if "--data.images" in given else "--model.steps"] = str(steps)
+        given["--model.steps"] = str(steps)
     return ["--model", method, "--model.backbone", folder, *(x for pair in given.items() for x in pair)]
 
 
@@ -132,17 +136,17 @@ def test_company_changes_nothing(family, folders, tmp_path):
     how = {"backbone": backbone, "sampler": SamplerSettings(2), "steps": 2, "device": "cpu"}
     pictured = {
         "method": "textual_inversion",
-        "start": "random",
-        "tokens": 2,
-        "samples": 2,
-        "validation_samples": 2,
+        "init": "random",
+        "num_tokens": 2,
+        "num_noise_samples": 2,
+        "num_validation_samples": 2,
         "lr": 0.02,
     }
     prompts = ["a red cat", "two dogs beside a tree"]
     smooth = {"optimizer": "sgd", "lr": 1.0}  # the sign that AdamOnLion takes turns where a gradient is next to nothing
-    together = [*invert(files, **pictured, **how), *guide(prompts, Sharpness(), **smooth, **how)]
+    together = [*invert(files, **pictured, **how), *metric_guidance(prompts, Sharpness(), **smooth, **how)]
     alone = [invert(file, **pictured, **how) for file in files]
-    alone += [guide(prompt, Sharpness(), **smooth, **how) for prompt in prompts]
+    alone += [metric_guidance(prompt, Sharpness(), **smooth, **how) for prompt in prompts]
     for one, other in zip(together, alone, strict=True):
         assert one.record.key == other.record.key
         assert one.record.validation_loss == pytest.approx(other.record.validation_loss, rel=1e-4)
@@ -194,12 +198,12 @@ def files_of(folder):
 
 FEW = {"sd-turbo": 1, "lcm": 4, "flux-schnell": 4}
 WITHOUT_NEGATIVE = {
-    "dpo_diff": ["--model.negative", "[]", "--model.positive", "[neighbours]", "--model.threshold", "-1"],
+    "dpo_diff": ["--model.negative", "[]", "--model.positive", "[neighbors]", "--model.threshold", "-1"],
     "seed_invariance": ["--model.unconditional", "false"],
 }
 SHORT = {
-    "invert": ["--data.steps", "1", "--model.candidates", "2"],
-    "textual_inversion": ["--data.steps", "1"],
+    "invert": ["--model.steps", "1", "--model.candidates", "2"],
+    "textual_inversion": ["--model.steps", "1"],
     "dpo_diff": ["--model.budget", "1", "--model.population", "1", "--model.solver", "random", "--model.seeds", "1"],
     "metric_guidance": ["--model.steps", "1", "--model.seeds", "1"],
     "seed_invariance": ["--model.steps", "1", "--model.seeds", "1"],
@@ -221,8 +225,8 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture
     ]
     args += SHORT[config] + WITHOUT_NEGATIVE.get(config, [])
     args += (
-        ["--data.images", picture, "--data.samples", "1"]
-        if "--data.steps" in SHORT[config]
+        ["--data.images", picture, "--data.num_noise_samples", "1"]
+        if "--model.steps" in SHORT[config]
         else ["--data.prompts", PROMPT]
     )
     if config == "human_feedback":
@@ -232,7 +236,7 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture
     drawn = result["settings"]["drawing"]
     assert result["settings"]["model"]["sampler"]["num_inference_steps"] is None
     assert drawn["num_inference_steps"] == FEW[family]
-    assert drawn.get("trial_steps") == (FEW[family] if config == "invert" else None)
+    assert drawn.get("rerank_steps") == (FEW[family] if config == "invert" else None)
     if config == "dpo_diff":  # three pictures of the prompt and of each of its candidates
         assert result["problems"][0]["unet_samples"] == 2 * FEW[family]
 
@@ -252,10 +256,10 @@ def test_steps_of_the_model_are_what_a_setting_does_not_say(folders):
         assert [
             method.sampler.num_inference_steps for method in [*drawing, MetricGuidance(backbone=backbone, **objective)]
         ] == [most] * 4
-        inverter = PEZ(backbone=backbone, tokens=2)
-        assert (inverter.sampler.num_inference_steps, inverter.trial_steps) == (own, most)
+        inverter = PEZ(backbone=backbone, num_tokens=2)
+        assert (inverter.sampler.num_inference_steps, inverter.rerank_steps) == (own, most)
         assert (
             MetricGuidance(backbone=backbone, sampler=SamplerSettings(12), **objective).sampler.num_inference_steps
             == 12
         )
-        assert PEZ(backbone=backbone, tokens=2, trial_weight=1.0, trial_steps=12).trial_steps == 12
+        assert PEZ(backbone=backbone, num_tokens=2, rerank_weight=1.0, rerank_steps=12).rerank_steps == 12

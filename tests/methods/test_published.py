@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 PROMPT = "a small cat on a red background"
-PICTURE = {"tokens": 2, "samples": 2, "validation_samples": 2, "steps": 2}
+PICTURE = {"num_tokens": 2, "num_noise_samples": 2, "num_validation_samples": 2, "steps": 2}
 PROMPTED = {"seeds": 1, "steps": 2}
 CELLS = {
     "PH2P": {**PICTURE, "max_iter": 2},
@@ -49,12 +49,12 @@ CELLS = {
     "ClipWords": PICTURE,
     "RandomTokens": PICTURE,
     "DPODiff": {"budget": 3, "population": 1, "select": 1, "seeds": 1, "gradient_share": 0.5, "schedule": "fix-0",
-                "positive": ["neighbours"], "negative": ["library"], "threshold": -1},
+                "positive": ["neighbors"], "negative": ["library"], "threshold": -1},
     "MetricGuidance": {**PROMPTED, "objective": Sharpness()},
     "SeedInvariance": {**PROMPTED, "seeds_per_step": 1},
     "HumanFeedback": {**PROMPTED, "texts": 3, "candidates": 2, "words": ["red", "blue", "large"]},
-    "configs/invert.yaml": {"candidates": 3, "samples": 2, "validation_samples": 2, "steps": 2},
-    "configs/textual_inversion.yaml": {"samples": 1, "validation_samples": 2, "steps": 2},
+    "configs/invert.yaml": {"candidates": 3, "num_noise_samples": 2, "num_validation_samples": 2, "steps": 2},
+    "configs/textual_inversion.yaml": {"num_noise_samples": 1, "num_validation_samples": 2, "steps": 2},
 }  # fmt: skip
 MODELS = ["sd15", "sd21", "sdxl", "playground25", "sd3", "sd3, T5", "flux-dev", "flux-schnell", "pixart"]
 REFUSED = {
@@ -162,10 +162,10 @@ class Cell:
             config = yaml.safe_load((CONFIGS.parent / name).read_text())
             self.kind = getattr(methods, config["model"]["class_path"])
             given = {**config["model"]["init_args"], **config["data"]["init_args"], **given}
-        data = {"samples", "validation_samples", "timesteps", *(["steps"] if issubclass(self.kind, Inverter) else [])}
+        data = {"num_noise_samples", "num_validation_samples", "timestep_range"}
         self.data = {key: value for key, value in given.items() if key in data}
         self.model = {key: value for key, value in given.items() if key not in data}
-        self.model |= {"backbone": backbone, "sampler": SamplerSettings(2), "sample_every": 0}
+        self.model |= {"backbone": backbone, "sampler": SamplerSettings(2), "log_images_every_n_steps": 0}
         self.picture = picture
         if name == "HumanFeedback":
             self.model["chooser"] = Scripted(picture)

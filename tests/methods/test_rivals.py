@@ -53,7 +53,7 @@ class Watched(GCG):
 
 
 def test_step_takes_what_is_better_and_nothing_else(tiny, pictures, tmp_path):
-    module = Watched(backbone=tiny, tokens=3, candidates=8, topk=16, swaps=2, sampler=SamplerSettings(2))
+    module = Watched(backbone=tiny, num_tokens=3, candidates=8, topk=16, n_replace=2, sampler=SamplerSettings(2))
     fit(module, pictures, tmp_path, steps=6)
     changed = 0
     for before, after, loss_before, loss_after in module.steps:
@@ -67,9 +67,9 @@ def test_step_takes_what_is_better_and_nothing_else(tiny, pictures, tmp_path):
 def test_step_finds_the_best_of_all_tokens(tiny, pictures, tmp_path):
     """One place, and so many candidates that each proposal is among them: what remains is the exhaustive search."""
     module = Watched(
-        backbone=tiny, tokens=1, candidates=400, topk=40, words=list("abcdefghijklmnop"), sampler=SamplerSettings(2)
+        backbone=tiny, num_tokens=1, candidates=400, topk=40, words=list("abcdefghijklmnop"), sampler=SamplerSettings(2)
     )
-    fit(module, pictures / "0.png", tmp_path, steps=1, samples=1)
+    fit(module, pictures / "0.png", tmp_path, steps=1, num_noise_samples=1)
     ((before, after, *_),) = module.steps
     allowed = module.prompt.allowed.nonzero()
     rows = torch.zeros(len(allowed), dtype=torch.long)
@@ -82,7 +82,7 @@ def test_step_finds_the_best_of_all_tokens(tiny, pictures, tmp_path):
 
 
 def test_proposals_are_those_of_the_one_hot_gradient(tiny, pictures, tmp_path):
-    module = Watched(backbone=tiny, tokens=2, candidates=50, topk=3, sampler=SamplerSettings(2))
+    module = Watched(backbone=tiny, num_tokens=2, candidates=50, topk=3, sampler=SamplerSettings(2))
     fit(module, pictures / "0.png", tmp_path, steps=1)
     ((rows, token_ids, proposed, _),) = module.proposals
     table, allowed = module.prompt.table, module.prompt.allowed
@@ -117,12 +117,12 @@ def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, ti
     words = list("abcdefghijklmnop")
     module = Counting(
         backbone=tiny,
-        tokens=3,
+        num_tokens=3,
         words=words,
         candidates=candidates,
         topk=12,
-        swaps=swaps,
-        screen=screen,
+        n_replace=swaps,
+        prefilter=screen,
         sampler=SamplerSettings(2),
     )
     fit(module, pictures, tmp_path, steps=3)
@@ -157,7 +157,7 @@ def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks
         patch.setattr(backbone, part, lambda x, *rest, **more: calls.append((part, len(x))) or call(x, *rest, **more))
 
     how = {"candidates": 9, "topk": 16, "clip_weight": 0.1, "microbatch": 4, "sampler": SamplerSettings(2)}
-    fit(Compared(backbone=tiny, tokens=3, **how), pictures, tmp_path, steps=1, samples=samples)
+    fit(Compared(backbone=tiny, num_tokens=3, **how), pictures, tmp_path, steps=1, num_noise_samples=samples)
     calls, losses = found[0]
     sizes = [size for part, size in calls if part == "denoise"]
     assert set(sizes[:-1]) == {4}
@@ -178,7 +178,7 @@ def test_screen_keeps_what_the_clip_finds_most_similar(tiny, pictures, tmp_path)
             self.kept = proposed[0]
             return proposed
 
-    module = All(backbone=tiny, tokens=2, candidates=5, topk=8, screen=3, sampler=SamplerSettings(2))
+    module = All(backbone=tiny, num_tokens=2, candidates=5, topk=8, prefilter=3, sampler=SamplerSettings(2))
     (problem,) = fit(module, pictures / "0.png", tmp_path, steps=1)
     assert problem.unet_samples == 2 * 2 + 2 * 2 + 5 * 2
     clip, tokenizer, (feature,) = module.clip, module.vocabulary.tokenizer, module.features(torch.tensor([0]))
@@ -199,7 +199,7 @@ def test_candidates_that_are_read_otherwise_are_not_evaluated(tiny, pictures, tm
             candidates, sound = super()._propose(step, rows, token_ids, gradient)
             return candidates, torch.zeros_like(sound)
 
-    module = Broken(backbone=tiny, tokens=2, candidates=4, sampler=SamplerSettings(2))
+    module = Broken(backbone=tiny, num_tokens=2, candidates=4, sampler=SamplerSettings(2))
     (problem,) = fit(module, pictures / "0.png", tmp_path)
     assert problem.unet_samples == 3 * 2 + 2 * 2 * 2  # three scorings and two gradients
     assert problem.validation_loss == problem.initial_validation_loss
@@ -207,7 +207,7 @@ def test_candidates_that_are_read_otherwise_are_not_evaluated(tiny, pictures, tm
 
 def test_more_swaps_than_tokens_are_refused(tiny):
     with pytest.raises(UserError, match="swaps"):
-        GCG(backbone=tiny, tokens=2, swaps=3)
+        GCG(backbone=tiny, num_tokens=2, n_replace=3)
 
 
 # --- CLIP words
@@ -280,7 +280,7 @@ def test_shorter_prompts_stand_in_the_template_as_their_text_does(sd):
 @pytest.mark.parametrize("negative", [False, True])
 def test_pseudo_word_is_encoded_as_the_side_that_it_stands_on(negative, tiny, pictures, tmp_path, monkeypatch):
     """Negative prompts are encoded with all layers, whatever `clip_skip` is."""
-    module = TextualInversion(backbone=tiny, tokens=2, sampler=SamplerSettings(2))
+    module = TextualInversion(backbone=tiny, num_tokens=2, sampler=SamplerSettings(2))
     (problem,) = fit(module, pictures / "0.png", tmp_path, steps=1)
     sides, encode = [], module.backbone.encode
     monkeypatch.setattr(
@@ -293,7 +293,7 @@ def test_pseudo_word_is_encoded_as_the_side_that_it_stands_on(negative, tiny, pi
 
 
 def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
-    module = TextualInversion(backbone=tiny, tokens=2, lr=0.1, template="a photo of {}", sampler=SamplerSettings(2))
+    module = TextualInversion(backbone=tiny, num_tokens=2, lr=0.1, template="a photo of {}", sampler=SamplerSettings(2))
     problems = fit(module, pictures, tmp_path, callbacks=[Results()], steps=4)
     exported = load_file(tmp_path / "embedding.safetensors")
     for row, problem in enumerate(problems):
@@ -331,7 +331,7 @@ def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
 @pytest.mark.parametrize("method", [PH2P, GCG, TextualInversion])
 def test_search_starts_from_the_result_of_another(source, method, tiny, pictures, tmp_path):
     own = {"candidates": 2} if method is GCG else {}
-    found = fit(source(backbone=tiny, tokens=3, sampler=SamplerSettings(2)), pictures, tmp_path / "first")
+    found = fit(source(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2)), pictures, tmp_path / "first")
     seen = []
 
     class Begun(method):
@@ -339,7 +339,7 @@ def test_search_starts_from_the_result_of_another(source, method, tiny, pictures
             seen.append(super().init_params(rows))
             return seen[-1]
 
-    module = Begun(backbone=tiny, tokens=4, start=str(tmp_path / "first"), sampler=SamplerSettings(2), **own)
+    module = Begun(backbone=tiny, num_tokens=4, init=str(tmp_path / "first"), sampler=SamplerSettings(2), **own)
     fit(module, pictures, tmp_path / "second", steps=1)
     assert seen[0].shape[:2] == (3, 4)
     for row, problem in enumerate(found):
@@ -347,8 +347,8 @@ def test_search_starts_from_the_result_of_another(source, method, tiny, pictures
 
 
 def test_start_that_lacks_a_picture_is_refused(tiny, pictures, tmp_path):
-    fit(PEZ(backbone=tiny, tokens=2, sampler=SamplerSettings(2)), pictures / "0.png", tmp_path / "first")
-    module = PEZ(backbone=tiny, tokens=2, start=str(tmp_path / "first"), sampler=SamplerSettings(2))
+    fit(PEZ(backbone=tiny, num_tokens=2, sampler=SamplerSettings(2)), pictures / "0.png", tmp_path / "first")
+    module = PEZ(backbone=tiny, num_tokens=2, init=str(tmp_path / "first"), sampler=SamplerSettings(2))
     with pytest.raises(UserError, match=r"no prompt for 1\.png"):
         fit(module, pictures, tmp_path / "second")
 
@@ -359,7 +359,7 @@ def test_gradient_of_the_clip_of_another_text_encoder_is_refused(other, tiny, pi
     text, vision = {**config.text_config.to_dict(), **other}, config.vision_config.to_dict()
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path / "clip")
     load_tokenizer(f"{tiny}/clip").save_pretrained(tmp_path / "clip")
-    module = PEZ(backbone=tiny, tokens=2, clip_weight=1, clip=str(tmp_path / "clip"))
+    module = PEZ(backbone=tiny, num_tokens=2, clip_weight=1, clip=str(tmp_path / "clip"))
     advice = "give --model.clip_weight 0, or name the CLIP that this text encoder was taken from as --model.clip"
     with pytest.raises(
         UserError, match=f"does not have the token embeddings of the model's CLIP text encoder; {advice}"

@@ -28,7 +28,7 @@ PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
 
 def search(tiny, folder, prompts=PROMPTS[0], **settings):
     settings = {
-        "sampler": SamplerSettings(3), "seeds": 2, "steps": 6, "compare": "latents", "stages": [1, 2], "lr": 0.05, "sample_every": 0,
+        "sampler": SamplerSettings(3), "seeds": 2, "steps": 6, "compare": "latents", "stages": [1, 2], "lr": 0.05, "log_images_every_n_steps": 0,
     } | settings  # fmt: skip
     module, data = SeedInvariance(backbone=tiny, **settings), Prompts(prompts)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})

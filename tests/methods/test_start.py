@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_prompts import guide, invert, load_backbone, prefer
+from lightning_prompts import human_feedback, invert, load_backbone, metric_guidance
 from lightning_prompts.backbones.embedding_files import pack_embedding, read_embedding
 from lightning_prompts.engine.batch import Row
 from lightning_prompts.errors import UserError
@@ -46,10 +46,10 @@ def test_file_of_an_embedding(layout, backbone, tmp_path, caplog):
     else:
         torch.save({"string_to_param": {"*": embedding}, "name": "fox"}, file)
         with pytest.raises(UserError, match="is a pickle"):
-            PEZ(backbone=backbone, start=str(file))
+            PEZ(backbone=backbone, init=str(file))
     for tokens in (2, 3, 7):
         module = TextualInversion(
-            backbone=backbone, tokens=tokens, start=str(file), allow_pickle=layout == "string_to_param"
+            backbone=backbone, num_tokens=tokens, init=str(file), allow_pickle=layout == "string_to_param"
         )
         found = begun(module)
         assert found.shape == (2, tokens, 32)
@@ -62,10 +62,10 @@ def test_text(backbone, caplog):
     caplog.set_level(logging.WARNING)
     ids = torch.tensor(backbone.vocabulary.tokenizer("a red cat", add_special_tokens=False)["input_ids"])
     table = backbone.vocabulary.table
-    found = begun(GCG(backbone=backbone, tokens=len(ids) + 1, start="a red cat"))
+    found = begun(GCG(backbone=backbone, num_tokens=len(ids) + 1, init="a red cat"))
     assert torch.equal(found[1], table[torch.cat([ids, ids[:1]])])
     assert caplog.text == ""
-    found = begun(GCG(backbone=backbone, tokens=1, start="a red cat"))
+    found = begun(GCG(backbone=backbone, num_tokens=1, init="a red cat"))
     assert torch.equal(found[1], table[ids[:1]])
     assert f"'a red cat' has {len(ids)} tokens, and the search starts from the first 1." in caplog.text
 
@@ -73,16 +73,16 @@ def test_text(backbone, caplog):
 def test_one_embedding_of_several(backbone, tmp_path):
     save_file({"fox": torch.randn(1, 32), "dog": torch.full((1, 32), 0.5)}, tmp_path / "two.safetensors")
     with pytest.raises(UserError, match="has 2 embeddings, 'dog', 'fox'"):
-        PEZ(backbone=backbone, start=f"{tmp_path}/two.safetensors")
-    found = begun(TextualInversion(backbone=backbone, tokens=2, start=f"{tmp_path}/two.safetensors#dog"))
+        PEZ(backbone=backbone, init=f"{tmp_path}/two.safetensors")
+    found = begun(TextualInversion(backbone=backbone, num_tokens=2, init=f"{tmp_path}/two.safetensors#dog"))
     assert torch.equal(found, torch.full((2, 2, 32), 0.5))
 
 
 def test_long_text(backbone):
     """The text is longer than a file name may be."""
     text = "a red cat " * 500
-    first = begun(GCG(backbone=backbone, tokens=2, start=text))
-    assert torch.equal(first, begun(GCG(backbone=backbone, tokens=2, start="a red cat")))
+    first = begun(GCG(backbone=backbone, num_tokens=2, init=text))
+    assert torch.equal(first, begun(GCG(backbone=backbone, num_tokens=2, init="a red cat")))
 
 
 @pytest.mark.parametrize(
@@ -93,33 +93,33 @@ def test_long_text(backbone):
         ("fox.safetensors#dog", "There is neither a run nor an embedding"),
         ("fox.pt", "There is neither a run nor an embedding"),
         ("fox.bin", "There is neither a run nor an embedding"),
-        ("clip words", "did you mean --model.start clip_words"),
-        ("randon", "did you mean --model.start random"),
-        ("", "--model.start must not be empty"),
+        ("clip words", "did you mean --model.init clip_words"),
+        ("randon", "did you mean --model.init random"),
+        ("", "--model.init must not be empty"),
     ],
 )
 def test_starts_that_are_none(start, said, backbone):
     with pytest.raises(UserError, match=said):
-        PEZ(backbone=backbone, start=start)
+        PEZ(backbone=backbone, init=start)
 
 
 def test_embedding_of_another_model(backbone, tmp_path):
     save_file({"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 1280)}, tmp_path / "sdxl.safetensors")
-    PEZ(backbone=backbone, start=str(tmp_path / "sdxl.safetensors"))  # whose first encoder is this model's
+    PEZ(backbone=backbone, init=str(tmp_path / "sdxl.safetensors"))  # whose first encoder is this model's
     save_file({"fox": torch.randn(2, 1024)}, tmp_path / "sd2.safetensors")
     with pytest.raises(UserError, match="1024 wide, which is for Stable Diffusion 2, and the model"):
-        PEZ(backbone=backbone, start=str(tmp_path / "sd2.safetensors"))
+        PEZ(backbone=backbone, init=str(tmp_path / "sd2.safetensors"))
 
 
 def test_textual_inversion_goes_on_from_its_own_file(backbone, picture, tmp_path):
     """A result is written to a file, from which other tools and other searches can start."""
-    how = {"method": "textual_inversion", "backbone": backbone, "tokens": 2, **SHORT, "steps": 3}
+    how = {"method": "textual_inversion", "backbone": backbone, "num_tokens": 2, **SHORT, "steps": 3}
     first = invert(picture, folder=tmp_path / "run", **how)
     (file,) = (tmp_path / "run/embeddings").iterdir()
     assert f"<{file.stem}>" == first.prompt
     assert torch.equal(read_embedding(file, backbone), first.embedding)
     assert torch.equal(load_file(file)[first.prompt], first.embedding)
-    second = invert(picture, start=str(file), **how)
+    second = invert(picture, init=str(file), **how)
     assert second.record.initial_validation_loss == pytest.approx(first.record.validation_loss, rel=1e-5)
 
 
@@ -132,17 +132,17 @@ def seen(module, prompts):
 
 def test_embeddings_of_an_earlier_run(backbone, tmp_path):
     prompts = ["a red cat", "two dogs"]
-    found = guide(prompts, Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
+    found = metric_guidance(prompts, Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
     expected = torch.stack([result.prompt_embeds for result in found])
     for start in (tmp_path / "run", tmp_path / "run/prompt_embeds.safetensors"):
-        how = {"backbone": backbone, "sampler": SamplerSettings(2), "start": str(start)}
+        how = {"backbone": backbone, "sampler": SamplerSettings(2), "init": str(start)}
         first, initial = seen(MetricGuidance(objective=Sharpness(), **how), prompts[::-1])
         assert torch.equal(first[:, 0], expected.flip(0))
         assert not torch.equal(first, initial)
         first, initial = seen(SeedInvariance(unconditional=True, **how), prompts)
         assert torch.equal(first[:, 0], expected)
         assert torch.equal(first[:, 1], initial[:, 1])
-        with pytest.raises(UserError, match=r"--model.start has no embeddings of the prompt 'a tree'"):
+        with pytest.raises(UserError, match=r"--model.init has no embeddings of the prompt 'a tree'"):
             seen(MetricGuidance(objective=Sharpness(), **how), ["a tree"])
         with pytest.raises(UserError, match=r"--model.embedding arc starts at the prompt"):
             SeedInvariance(embedding="arc", towards="a tree", **how)
@@ -151,20 +151,20 @@ def test_embeddings_of_an_earlier_run(backbone, tmp_path):
 def test_what_was_found_is_compared_with_the_prompt_all_the_same(backbone, tmp_path):
     """A search that starts from a result starts with its metric, and reports the gain over the prompt."""
     how = {"backbone": backbone, **SHORT, "lr": 0.05}
-    one = guide("a red cat", Sharpness(), folder=tmp_path / "one", **how)
-    two = guide("a red cat", Sharpness(), start=str(tmp_path / "one"), **how | {"lr": 1e-12})
+    one = metric_guidance("a red cat", Sharpness(), folder=tmp_path / "one", **how)
+    two = metric_guidance("a red cat", Sharpness(), init=str(tmp_path / "one"), **how | {"lr": 1e-12})
     assert two.details.metric_before == pytest.approx(one.details.metric_before)
     assert two.details.metric_after == pytest.approx(one.details.metric_after)
 
 
 def test_a_person_goes_on_from_there(backbone, tmp_path):
-    found = guide("a red cat", Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
+    found = metric_guidance("a red cat", Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
     how = {"backbone": backbone, "sampler": SamplerSettings(2), "texts": 6, "device": "cpu"}
-    same = prefer("a red cat", lambda question: Choice("finish"), start=str(tmp_path / "run"), **how)
+    same = human_feedback("a red cat", lambda question: Choice("finish"), init=str(tmp_path / "run"), **how)
     torch.testing.assert_close(same.prompt_embeds, found.prompt_embeds)
 
 
 def test_no_embeddings_there(backbone, tmp_path):
     for start in (tmp_path, tmp_path / "none.safetensors"):
         with pytest.raises(UserError, match="There are no embeddings in"):
-            MetricGuidance(objective=Sharpness(), backbone=backbone, start=str(start))
+            MetricGuidance(objective=Sharpness(), backbone=backbone, init=str(start))

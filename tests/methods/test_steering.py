@@ -35,7 +35,7 @@ def search(tiny, folder, prompts, **settings):
         "steps": 3,
         "grad_steps": 1,
         "lr": 0.05,
-        "sample_every": 0,
+        "log_images_every_n_steps": 0,
         "objective": Sharpness(),
     } | settings
     module, data = MetricGuidance(backbone=tiny, **settings), Prompts(prompts)
@@ -176,13 +176,15 @@ class Opposite(Objective):
 
 
 def test_search_ends_where_what_is_watched_parts(tiny, tmp_path):
-    module, (problem,) = search(tiny, tmp_path, PROMPTS[0], watch=Opposite(), steps=9, patience=2)
+    module, (problem,) = search(tiny, tmp_path, PROMPTS[0], constraint=Opposite(), steps=9, patience=2)
     assert problem.result.values_before["Opposite"] == [-x for x in problem.result.values_before["Sharpness"]]
     assert problem.status == "not improved"
     assert problem.result.metric_after == problem.result.metric_before
     seeds, calls, scorings = 2, module.sampler.cost(), 3  # of the beginning, and two that were not kept
     assert problem.unet_samples == scorings * seeds * calls + 2 * seeds * (calls + 2)
-    _, (problem,) = search(tiny, tmp_path / "much", PROMPTS[0], watch=Opposite(), watch_tolerance=1e9, steps=2)
+    _, (problem,) = search(
+        tiny, tmp_path / "much", PROMPTS[0], constraint=Opposite(), constraint_tolerance=1e9, steps=2
+    )
     assert problem.status == "done"
 
 
@@ -238,7 +240,7 @@ def run(tiny, folder, *extra):
     return [
         "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "MetricGuidance", "--model.backbone", tiny,
         "--model.objective", "Sharpness", "--model.sampler.num_inference_steps", "3", "--model.seeds", "2", "--model.steps", "4",
-        "--model.lr", "0.05", "--model.sample_every", "0", "--data", "Prompts", "--data.prompts", json.dumps(PROMPTS), *extra,
+        "--model.lr", "0.05", "--model.log_images_every_n_steps", "0", "--data", "Prompts", "--data.prompts", json.dumps(PROMPTS), *extra,
     ]  # fmt: skip
 
 
@@ -377,7 +379,7 @@ def test_embeddings_of_another_model_are_refused(finished, tmp_path, capsys):
         (["--model.objective", "Aesthetic"], "--model.objective.weights must be given"),
         (["--model.objective", "LatentDistance", "--model.objective.reference", "absent.png"], "absent.png"),
         (["--model.objective.weigt", "3"], "did you mean --model.objective.weight?"),
-        (["--model.watch", "Beauty"], "cannot be --model.watch; choose one of"),
+        (["--model.constraint", "Beauty"], "cannot be --model.constraint; choose one of"),
         (["--data.prompts", "a red square " * 20], "shorten it"),
         (["--data.prompts", ""], "A prompt is empty"),
     ],

@@ -21,20 +21,20 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         (PH2P, {"optimizer": "adam"}, {"history_size": 3}),
         (PH2P, {}, {"project_every": 2}),
         (PH2P, {"projection": "immediate"}, {"project_every": 2}),
-        (GCG, {}, {"trial_pictures": 3}),
-        (PEZ, {}, {"trial_steps": 3}),
+        (GCG, {}, {"rerank_images": 3}),
+        (PEZ, {}, {"rerank_steps": 3}),
         (MetricGuidance, {"objective": Sharpness(), "optimizer": "sgd"}, {"eps": 0.1}),
-        (MetricGuidance, {"objective": Sharpness()}, {"watch_tolerance": 0.1}),
+        (MetricGuidance, {"objective": Sharpness()}, {"constraint_tolerance": 0.1}),
         (SeedInvariance, {"compare": "latents"}, {"pixels": 0.5}),
         (SeedInvariance, {"compare": "latents"}, {"clip": "another"}),
         (DPODiff, {"solver": "evolution"}, {"lr": 0.2}),
         (DPODiff, {"solver": "evolution"}, {"temperature": (2.0, 1.0)}),
         (DPODiff, {"solver": "random"}, {"schedule": "fix-0"}),
-        (DPODiff, {"solver": "random"}, {"unchanged": 0.3}),
+        (DPODiff, {"solver": "random"}, {"init_keep_prob": 0.3}),
         (DPODiff, {"solver": "gradient"}, {"mutation": 0.3}),
         (DPODiff, {}, {"threshold": 0.8}),
         (DPODiff, {}, {"keep": ["dog"]}),
-        (DPODiff, {}, {"neighbours": 3}),
+        (DPODiff, {}, {"neighbors": 3}),
         (DPODiff, {}, {"dictionary": "words.json"}),
     ],
 )
@@ -50,7 +50,7 @@ def test_setting_without_effect_is_refused(method, given, unused, tiny):
     [
         {"optimizer": "lbfgs", "max_iter": 3, "history_size": 3, "line_search": "strong_wolfe", "max_step_norm": 1.0},
         {"projection": "delayed", "project_every": 2},
-        {"trial_weight": 1.0, "trial_pictures": 3, "trial_steps": 3},
+        {"rerank_weight": 1.0, "rerank_images": 3, "rerank_steps": 3},
         {"optimizer": "adam", "max_iter": 10},  # the default, as saved settings have it
     ],
 )
@@ -68,7 +68,7 @@ def test_setting_with_effect_is_taken(given, tiny):
         ("ClipWords", "start"),
         ("HumanFeedback", "together"),
         ("HumanFeedback", "patience"),
-        ("HumanFeedback", "score_every"),
+        ("HumanFeedback", "score_every_n_steps"),
     ],
 )
 def test_setting_that_a_method_has_no_use_for_does_not_exist(method, setting, tmp_path, capsys):

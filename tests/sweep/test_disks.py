@@ -38,8 +38,8 @@ def command(*args):
 
 def search(tiny, tmp_path, run):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    return ["fit", "--run", run, "--model=PEZ", f"--model.backbone={tiny}", "--model.tokens=2", "--model.sampler.num_inference_steps=2", "--ckpt_path=last",
-            "--data=ImagesToPrompts", f"--data.images={tmp_path / 'a.png'}", "--data.steps=20", "--data.samples=1"]  # fmt: skip
+    return ["fit", "--run", run, "--model=PEZ", f"--model.backbone={tiny}", "--model.num_tokens=2", "--model.sampler.num_inference_steps=2", "--ckpt_path=last",
+            "--data=ImagesToPrompts", f"--data.images={tmp_path / 'a.png'}", "--model.steps=20", "--data.num_noise_samples=1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("size", ["16k", "24k", "40k", "64k", "90k"])

@@ -31,15 +31,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 HERE = Path(__file__).parent
 METHOD = {"pez": "PEZ", "ph2p": "PH2P", "gcg": "GCG"}
 ON_PROMPTS = {"dpo": "DPODiff", "metric": "MetricGuidance", "invariance": "SeedInvariance", "feedback": "HumanFeedback", "prompts": "DPODiff"}  # fmt: skip
-OPTIONS = {"metric": " --model.objective=Sharpness", "prompts": " --model.positive=[neighbours] --model.negative=[]"}
+OPTIONS = {"metric": " --model.objective=Sharpness", "prompts": " --model.positive=[neighbors] --model.negative=[]"}
 BASES = {
     **{f"fit {name}": f"fit --run={{new}} --model={method} --model.backbone={{tiny}} --model.sampler.num_inference_steps=4 --data=ImagesToPrompts "
        "--data.images={place}/a.png" for name, method in METHOD.items()},
     **{f"fit {name}": f"fit --run={{new}} --model={method} --model.backbone={{tiny}} --model.sampler.num_inference_steps=4{OPTIONS.get(name, '')} "
        "--data=Prompts" + ("" if name == "prompts" else " --data.prompts=cat") for name, method in ON_PROMPTS.items()},
     "fit only": "fit --run={new} --model=PEZ --model.backbone={tiny} --data=ImagesToPrompts",
-    "fit again": "fit --run={spoiled} --ckpt_path=last --model=PEZ --model.backbone={tiny} --model.tokens=2 --model.sampler.num_inference_steps=2 "
-    "--data=ImagesToPrompts --data.images={place}/a.png --data.steps=1 --data.samples=1",
+    "fit again": "fit --run={spoiled} --ckpt_path=last --model=PEZ --model.backbone={tiny} --model.num_tokens=2 --model.sampler.num_inference_steps=2 "
+    "--data=ImagesToPrompts --data.images={place}/a.png --model.steps=1 --data.num_noise_samples=1",
 }  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def test_negative_prompt_has_commas_between_what_is_chosen():
 def test_kept_words_have_no_slot(tiny):
     tower = load_backbone(tiny).vocabulary
     for keep, names in (([], ["small", "red", "cat"]), (["Red cat", "car"], ["small"])):
-        found = WordSources(tower, ["neighbours"], ["library"], empty=True, keep=keep).space("a small, red cat")
+        found = WordSources(tower, ["neighbors"], ["library"], empty=True, keep=keep).space("a small, red cat")
         assert [slot.name for slot in found.positive] == names
         assert len(found.negative) == 4
 
@@ -103,7 +103,7 @@ def test_neighbors_are_the_nearest_rows_of_the_table(tiny):
 def test_prompt_without_replaceable_words_is_refused(tiny):
     tower = load_backbone(tiny).vocabulary
     with pytest.raises(UserError, match=r"'of the' has no word"):
-        WordSources(tower, ["neighbours"], []).space("of the")
+        WordSources(tower, ["neighbors"], []).space("of the")
 
 
 def test_negative_words_are_distinct():

@@ -32,8 +32,8 @@ class WordSearch(Refinement):
         negative: Sources of words for the negative prompt. None: the library to improve, none to attack.
         dictionary: Source of synonyms and antonyms: `wordnet`, a folder with its files, a JSON file in DPO-Diff's layout, or a language
             model: a folder, a hub id, or the URL of an endpoint with OpenAI's protocol.
-        neighbours: Neighbors per word in the text encoder. None: 5 to improve; 60 to attack, minus those that change the meaning.
-        keep: Words of the prompt that must not change.
+        neighbors: Neighbors per word in the text encoder. None: 5 to improve; 60 to attack, minus those that change the meaning.
+        protected_words: Words of the prompt that must not change.
         objective: `spherical`, half the squared angle between image and prompt, or `cosine`, one minus its cosine.
         budget: Generations that a search may spend; a generation generates the images of a candidate on all seeds.
         seeds: Images per candidate.
@@ -54,8 +54,8 @@ class WordSearch(Refinement):
         positive: list[Source] | None = None,
         negative: list[Source] | None = None,
         dictionary: str = "wordnet",
-        neighbours: Positive | None = None,
-        keep: list[str] | None = None,
+        neighbors: Positive | None = None,
+        protected_words: list[str] | None = None,
         objective: Literal["spherical", "cosine"] = "spherical",
         budget: Positive = 40,
         seeds: Positive = 3,
@@ -66,7 +66,7 @@ class WordSearch(Refinement):
     ) -> None:
         super().__init__(**kwargs)
         self.task, self.objective, self.budget, self.seeds, self.threshold = task, objective, budget, seeds, threshold
-        self.positive: list[Source] = (["neighbours"] if task == "attack" else []) if positive is None else positive
+        self.positive: list[Source] = (["neighbors"] if task == "attack" else []) if positive is None else positive
         self.negative: list[Source] = (["library"] if task == "improve" else []) if negative is None else negative
         if self.negative:
             self.sampler.check_guided(
@@ -74,21 +74,21 @@ class WordSearch(Refinement):
                 "search other words for the prompt with --model.negative [] --model.positive [synonyms]",
             )
         if not self.positive:
-            wording = {"keep": keep, "threshold": threshold, "sentence_encoder": sentence_encoder}
+            wording = {"protected_words": protected_words, "threshold": threshold, "sentence_encoder": sentence_encoder}
             refuse_unused(WordSearch, "where the prompt's words stay, without --model.positive", wording)
         sources, unless = {*self.positive, *self.negative}, "unless --model.positive or --model.negative has"
         if not sources & {"synonyms", "antonyms"}:
             refuse_unused(WordSearch, f"{unless} synonyms or antonyms", {"dictionary": dictionary})
-        if "neighbours" not in sources:
-            refuse_unused(WordSearch, f"{unless} neighbours", {"neighbours": neighbours})
+        if "neighbors" not in sources:
+            refuse_unused(WordSearch, f"{unless} neighbors", {"neighbors": neighbors})
         if not -1 <= threshold <= 1:
             raise UserError(f"--model.threshold must be between -1 and 1, got {threshold:g}.")
         self.prompt = WordChoices(self.vocabulary)
         self.clip = ClipSimilarity(clip or default_clip(self.backbone), self.offline)
         self.similarity = SemanticSimilarity(self.clip, sentence_encoder, self.offline)
-        count = int(neighbours or (5 if task == "improve" else 60))
+        count = int(neighbors or (5 if task == "improve" else 60))
         self.sources = WordSources(
-            self.vocabulary, self.positive, self.negative, dictionary, task == "improve", count, keep or (), self.offline
+            self.vocabulary, self.positive, self.negative, dictionary, task == "improve", count, protected_words or (), self.offline
         )  # fmt: skip
         self._spaces: dict[str, Space] = {}  # by prompt
         self._improved: list[Problem] = []  # since the last `score`

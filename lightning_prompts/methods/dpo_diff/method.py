@@ -41,12 +41,12 @@ class DPODiff(WordSearch):
             calls and 20 steps, or `fix-0` with few-step models.
         grad_steps: Denoiser calls that propagate a gradient; all of them, with `fix-0`, give the full gradient. None: all with few-step
             models and no schedule, else 1.
-        unchanged: Initial probability that a draw from the logits leaves a slot as it is. None: the first word's logit is 1, as in the
+        init_keep_prob: Initial probability that a draw from the logits leaves a slot as it is. None: the first word's logit is 1, as in the
             paper.
         temperature: Temperature of the Gumbel-softmax at the first and at the last step, with a geometric line between them.
         lr: Learning rate of RMSprop.
         population: Candidates per evaluation.
-        select: Candidates that have children.
+        elites: Candidates that have children.
         mutation: Probability that a mutant's word is drawn again.
         **kwargs: See `WordSearch`.
     """
@@ -58,11 +58,11 @@ class DPODiff(WordSearch):
         gradient_share: float = 0.1,
         schedule: str | None = None,
         grad_steps: Positive | None = None,
-        unchanged: float | None = 0.5,
+        init_keep_prob: float | None = 0.5,
         temperature: tuple[float, float] = (1.0, 1.0),
         lr: Rate = 0.1,
         population: Positive = 4,
-        select: Positive = 4,
+        elites: Positive = 4,
         mutation: float = 0.1,
         **kwargs: Any,
     ) -> None:
@@ -72,15 +72,15 @@ class DPODiff(WordSearch):
                         "temperature": tuple(temperature)}  # fmt: skip
             refuse_unused(DPODiff, f"with --model.solver {solver}", learning)
         if solver in ("gradient", "random"):
-            refuse_unused(DPODiff, f"with --model.solver {solver}", {"select": select, "mutation": mutation})
+            refuse_unused(DPODiff, f"with --model.solver {solver}", {"elites": elites, "mutation": mutation})
         if solver == "random":
-            refuse_unused(DPODiff, "with --model.solver random", {"unchanged": unchanged})
+            refuse_unused(DPODiff, "with --model.solver random", {"init_keep_prob": init_keep_prob})
         few = self.sampler.is_few_step
         self.solver, self.schedule = solver, schedule or ("fix-0" if few else None)
         self.grad_steps = int(grad_steps or (self.sampler.calls if few and schedule is None else 1))
         self.gradient_share = gradient_share if solver in ("gradient", "hybrid") else 0.0
-        self.unchanged, self.temperature, self.lr = unchanged, temperature, float(lr)
-        self.population, self.select, self.mutation = population, select, mutation
+        self.init_keep_prob, self.temperature, self.lr = init_keep_prob, temperature, float(lr)
+        self.population, self.elites, self.mutation = population, elites, mutation
         self._check()
         self._plans: dict[int, list[int]] = {}  # by seed
         self.plan(0)  # refuses schedules
@@ -91,8 +91,8 @@ class DPODiff(WordSearch):
             raise UserError(f"--model.gradient_share must be between 0 and 1, got {self.gradient_share:g}.")
         if not 0 <= self.mutation <= 1:
             raise UserError(f"--model.mutation must be between 0 and 1, got {self.mutation:g}.")
-        if self.unchanged is not None and not 0 < self.unchanged < 1:
-            raise UserError(f"--model.unchanged must be above 0 and below 1, got {self.unchanged:g}.")
+        if self.init_keep_prob is not None and not 0 < self.init_keep_prob < 1:
+            raise UserError(f"--model.init_keep_prob must be above 0 and below 1, got {self.init_keep_prob:g}.")
         if min(self.temperature) <= 0:
             raise UserError(f"--model.temperature must be positive, got {list(self.temperature)}.")
         if self.solver in ("evolution", "hybrid") and self.budget < self.population:
@@ -109,13 +109,13 @@ class DPODiff(WordSearch):
         return self._plans[seed]
 
     @property
-    def steps(self) -> int:
+    def steps(self) -> int:  # type: ignore[override]
         """The most steps that a search takes: each learns, or evaluates at least one candidate."""
         return len(self.plan(self.data.seed)) + int(self.budget)
 
     def init_params(self, rows: Tensor) -> Tensor:
         """Return the logits of the users' prompts."""
-        return self.prompt.init_logits(self.unchanged)[rows].to(self.device)
+        return self.prompt.init_logits(self.init_keep_prob)[rows].to(self.device)
 
     def best_params(self, row: int) -> Tensor:
         """Return the logits of the user's prompt, since no logits belong to the best one."""
@@ -172,7 +172,7 @@ class DPODiff(WordSearch):
         self.step_active(loss, rows, clip=CLIP)
         with torch.no_grad():
             # The first word of a slot may start outside of the released code's range [0, 3], and may then stay there.
-            initial = self.prompt.init_logits(self.unchanged)
+            initial = self.prompt.init_logits(self.init_keep_prob)
             most = initial[:, :, :1].clamp(min=3)
             self.prompt.logits.copy_(self.prompt.logits.maximum(initial.clamp(max=0)).minimum(most))
 
@@ -200,7 +200,7 @@ class DPODiff(WordSearch):
         count = min(int(self.population), int(self.budget - (result.budget or 0) + 1e-6))
         known = {(candidate["prompt"], candidate["negative_prompt"]) for candidate in result.candidates}
         ranked = sorted(result.candidates, key=lambda candidate: sum(candidate["losses"]))
-        parents: list[Choice] = [tuple(candidate["choice"]) for candidate in ranked[: self.select]]
+        parents: list[Choice] = [tuple(candidate["choice"]) for candidate in ranked[: self.elites]]
         breeding = self.solver in ("evolution", "hybrid") and step > first and len(parents) > 1
         chosen: dict[tuple[str, str], Choice] = {}
         for begin in range(0, TRIES * count, max(1, count)):

@@ -22,7 +22,7 @@ from lightning_prompts.methods.dpo_diff.wordnet import WordNet
 from lightning_prompts.metrics.words import all_words, content_words
 
 ANSWERS = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_prompts" / "answers.json"
-Source = Literal["synonyms", "antonyms", "neighbours", "library"]
+Source = Literal["synonyms", "antonyms", "neighbors", "library"]
 
 
 class WordSources:
@@ -82,7 +82,7 @@ class WordSources:
         words = dict.fromkeys(content_words(prompt))
         if kind == "library":
             return negative_word_slots()
-        if kind == "neighbours":
+        if kind == "neighbors":
             return {word: self.neighbors(word) for word in words}
         if isinstance(self.lookup, LanguageModel):
             return self.lookup(prompt, kind)

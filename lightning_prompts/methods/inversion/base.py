@@ -38,11 +38,12 @@ class Inverter(PromptMethod):
     """Find, for each target image, the prompt that makes the model generate it.
 
     Args:
-        tokens: Length M of the prompt, in tokens.
+        num_tokens: Length M of the prompt, in tokens.
+        steps: Steps of the search.
         template: Fixed words around the prompt, with `{}` in its place.
-        blocked: Words, or parts of words, that the prompt must not have.
+        banned_words: Words, or parts of words, that the prompt must not have.
         words: The only words that the prompt may have.
-        start: The initial prompt: `random` tokens, the best `clip_words`, the folder of a run of any method that has prompts for these
+        init: The initial prompt: `random` tokens, the best `clip_words`, the folder of a run of any method that has prompts for these
             images, an embedding file in any common layout, or a text.
         allow_pickle: Read this file even if it is a pickle; only tensors are loaded.
         denoising_weight: Weight of the denoising loss.
@@ -50,10 +51,10 @@ class Inverter(PromptMethod):
         clip_weight: Weight of one minus the cosine of prompt and images in CLIP. Methods that move embeddings need a CLIP with the
             searched vocabulary; GCG can compare its candidates by any CLIP, which encodes their text.
         clip: Folder or hub id of this CLIP; None for the one that goes with the backbone.
-        trial_weight: Weight, in the validation loss, of one minus the cosine in CLIP of the target and images that the prompt
+        rerank_weight: Weight, in the validation loss, of one minus the cosine in CLIP of the target and images that the prompt
             generates; 0 for none.
-        trial_pictures: Images to generate at each scoring.
-        trial_steps: Denoising steps of these images; None for the model's default, at most 10.
+        rerank_images: Images to generate at each scoring.
+        rerank_steps: Denoising steps of these images; None for the model's default, at most 10.
         **kwargs: See `PromptMethod`.
     """
 
@@ -66,25 +67,28 @@ class Inverter(PromptMethod):
     def __init__(
         self,
         *,
-        tokens: Positive = 8,
+        num_tokens: Positive = 8,
+        steps: Positive = 20,
         template: str = "{}",
-        blocked: Sequence[str] = (),
+        banned_words: Sequence[str] = (),
         words: Sequence[str] | None = None,
-        start: str = "random",
+        init: str = "random",
         allow_pickle: bool = False,
         denoising_weight: float = 1.0,
         negative_weight: float = 0.2,
         clip_weight: float = 0.0,
         clip: str | None = None,
-        trial_weight: float = 0.0,
-        trial_pictures: Positive = 2,
-        trial_steps: Positive | None = None,
+        rerank_weight: float = 0.0,
+        rerank_images: Positive = 2,
+        rerank_steps: Positive | None = None,
         **kwargs: Any,
     ) -> None:
         if not denoising_weight and not clip_weight:
             raise UserError("Both loss weights are 0; set --model.denoising_weight or --model.clip_weight above 0.")
-        if contains_blocked(template.replace("{}", " "), tuple(blocked)):
-            raise UserError(f"--model.template has a blocked word, got {template!r}; change it or --model.blocked.")
+        if contains_blocked(template.replace("{}", " "), tuple(banned_words)):
+            raise UserError(
+                f"--model.template has a blocked word, got {template!r}; change it or --model.banned_words."
+            )
         super().__init__(**kwargs)
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         clip, refusal = clip or default_clip(self.backbone), None
@@ -92,17 +96,18 @@ class Inverter(PromptMethod):
             refusal = missing_gradient(type(self).__name__, clip, self.backbone, self.moves_embeddings)
             if self.vocabulary.text_encoders[0].kind != "clip":
                 raise refusal
-        self.template, self.blocked, self.start = template, tuple(blocked), start
+        self.steps = int(steps)
+        self.template, self.banned_words, self.init = template, tuple(banned_words), init
         allowed = None if words is None else tuple(words)
-        self.prompt = TokenEmbeddings(self.vocabulary, template, int(tokens), self.blocked, allowed)
-        self.given = init_embeddings(start, self.backbone, int(tokens), allow_pickle)
+        self.prompt = TokenEmbeddings(self.vocabulary, template, int(num_tokens), self.banned_words, allowed)
+        self.given = init_embeddings(init, self.backbone, int(num_tokens), allow_pickle)
         self.denoising = Denoising(self.microbatch)
         self.search_clip = SearchClip(clip, self.prompt, self.offline, clip_weight, refusal)
-        if not trial_weight:
-            unused = {"trial_pictures": trial_pictures, "trial_steps": trial_steps}
-            refuse_unused(Inverter, "with --model.trial_weight 0", unused)
-        self.trial_steps = int(trial_steps or min(self.backbone.default_steps, MOST_STEPS))
-        self.trial = Trial(self.sampler, self.trial_steps, trial_pictures, trial_weight) if trial_weight else None
+        if not rerank_weight:
+            unused = {"rerank_images": rerank_images, "rerank_steps": rerank_steps}
+            refuse_unused(Inverter, "with --model.rerank_weight 0", unused)
+        self.rerank_steps = int(rerank_steps or min(self.backbone.default_steps, MOST_STEPS))
+        self.trial = Trial(self.sampler, self.rerank_steps, rerank_images, rerank_weight) if rerank_weight else None
         self.latents = []
 
     @property
@@ -113,7 +118,7 @@ class Inverter(PromptMethod):
     @property
     def drawing(self) -> dict[str, Any]:
         """How images are generated, including those of scoring; see `PromptMethod.drawing`."""
-        return {**super().drawing, **({"trial_steps": self.trial_steps} if self.trial else {})}
+        return {**super().drawing, **({"rerank_steps": self.rerank_steps} if self.trial else {})}
 
     # --- initial prompts
 
@@ -139,11 +144,11 @@ class Inverter(PromptMethod):
         """Return the initial embeddings (Q, M, D); random tokens complete a shorter prompt of another run."""
         if self.given is not None:
             return self.given.to(self.device).repeat(len(rows), 1, 1)
-        if self.start == "clip_words" and len(rows):
+        if self.init == "clip_words" and len(rows):
             return self.prompt.table[self.clip_words(rows)].float()
         embeddings = self.prompt.table[self.random_tokens(rows, INIT)].float()
-        if self.start not in ("random", "clip_words"):
-            for place, record in enumerate(records_of_run(self.start, self.records(rows))):
+        if self.init not in ("random", "clip_words"):
+            for place, record in enumerate(records_of_run(self.init, self.records(rows))):
                 earlier = self.embeddings_of(record)[: embeddings.shape[1]]
                 embeddings[place, : len(earlier)] = earlier
         return embeddings
@@ -216,7 +221,7 @@ class Inverter(PromptMethod):
     @property
     def uses_clip(self) -> bool:
         """Whether the search uses a CLIP: in the loss, in the choice of the best prompt, or for the initial one."""
-        return bool(self.clip_weight or self.trial) or self.start == "clip_words"
+        return bool(self.clip_weight or self.trial) or self.init == "clip_words"
 
     def setup(self, stage: str) -> None:
         """See `PromptMethod.setup`; load the CLIP of the search before it starts, so that errors come early."""
@@ -240,7 +245,10 @@ class Inverter(PromptMethod):
     @torch.no_grad()
     def evaluate(self, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that no gradient sees; the lowest is the best."""
-        timesteps, size = validation_timesteps(self.data.validation_samples, *self.data.timesteps), len(self.batch)
+        timesteps, size = (
+            validation_timesteps(self.data.num_validation_samples, *self.data.timestep_range),
+            len(self.batch),
+        )
         samples = self.samples(rows, Step([VALIDATION] * size, timesteps.expand(size, -1)))
         loss = self.denoising_loss(rows, prompt_embeds, samples)
         return loss + self.trial.loss(self, rows, prompt_embeds) if self.trial else loss

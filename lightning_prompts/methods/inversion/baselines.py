@@ -42,7 +42,7 @@ class ClipWords(Inverter):
 
     def __init__(self, *, beams: Positive = 1, **kwargs: Any) -> None:
         # There is no loss and no initial prompt.
-        super().__init__(denoising_weight=1.0, clip_weight=0.0, start="random", allow_pickle=False, **kwargs)
+        super().__init__(denoising_weight=1.0, clip_weight=0.0, init="random", allow_pickle=False, **kwargs)
         self.beams = beams
 
     @property

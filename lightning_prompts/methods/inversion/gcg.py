@@ -23,14 +23,14 @@ class GCG(Inverter):
     """Replace tokens, as the gradient proposes and the exact loss decides (algorithm 1 of the paper).
 
     The gradient with respect to the one-hot tokens estimates, to first order, how each token at each position would change the loss.
-    Of the `topk` best tokens per position, `candidates` prompts with `swaps` random replacements are drawn. All candidates of all
+    Of the `topk` best tokens per position, `candidates` prompts with `n_replace` random replacements are drawn. All candidates of all
     problems are evaluated together, each once, on the noise of the gradient. The best one is accepted if it improves the loss.
 
     Args:
         candidates: Prompts B to evaluate at each step.
         topk: Tokens to propose per position.
-        swaps: Positions that a candidate changes.
-        screen: If above 1, draw this many times the candidates and evaluate those that are most similar to the images in CLIP, whose
+        n_replace: Positions that a candidate changes.
+        prefilter: If above 1, draw this many times the candidates and evaluate those that are most similar to the images in CLIP, whose
             text encoder costs little beside the denoiser.
         **kwargs: See `Inverter`.
     """
@@ -42,21 +42,21 @@ class GCG(Inverter):
         *,
         candidates: Positive = 32,
         topk: Positive = 32,
-        swaps: Positive = 1,
-        screen: Positive = 1,
+        n_replace: Positive = 1,
+        prefilter: Positive = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 1 <= swaps <= len(self.prompt.positions):
+        if not 1 <= n_replace <= len(self.prompt.positions):
             raise UserError(
-                f"--model.swaps must be at most the {len(self.prompt.positions)} tokens of the prompt, got {swaps}."
+                f"--model.n_replace must be at most the {len(self.prompt.positions)} tokens of the prompt, got {n_replace}."
             )
-        self.candidates, self.topk, self.swaps, self.screen = candidates, topk, swaps, screen
+        self.candidates, self.topk, self.n_replace, self.prefilter = candidates, topk, n_replace, prefilter
 
     @property
     def uses_clip(self) -> bool:
         """See `Inverter.uses_clip`."""
-        return super().uses_clip or self.screen > 1
+        return super().uses_clip or self.prefilter > 1
 
     def step(self, batch: Step, rows: Tensor) -> None:
         """Propose candidates, evaluate them, and accept the best one if it improves the loss."""
@@ -84,7 +84,7 @@ class GCG(Inverter):
         change = change.masked_fill(~self.prompt.allowed, torch.inf).scatter(2, token_ids.unsqueeze(2), torch.inf)
         others = max(int(self.prompt.allowed.sum()) - 1, 1)
         best = change.topk(min(self.topk, others), largest=False).indices.cpu()
-        count = self.candidates * self.screen
+        count = self.candidates * self.prefilter
         candidates = token_ids.cpu().unsqueeze(1).repeat(1, count, 1)
         new = torch.zeros(candidates.shape[:2], dtype=torch.bool)
         for q, row in enumerate(rows.tolist()):
@@ -95,7 +95,7 @@ class GCG(Inverter):
         valid = new.masked_scatter(new, torch.tensor(decoded, dtype=torch.bool))
         valid &= self.prompt.allowed.cpu()[candidates].all(2)
         candidates = candidates.to(self.device)
-        if self.screen == 1:
+        if self.prefilter == 1:
             return candidates, valid
         distance = self._distances(rows, candidates).masked_fill(~valid.to(self.device), torch.inf)
         kept = distance.topk(self.candidates, largest=False).indices
@@ -113,7 +113,7 @@ class GCG(Inverter):
         """
         prompts: dict[tuple[int, ...], None] = {}
         for _ in range(TRIES):
-            positions = torch.rand(count, len(token_ids), generator=draw).argsort(1)[:, : self.swaps]
+            positions = torch.rand(count, len(token_ids), generator=draw).argsort(1)[:, : self.n_replace]
             ranks = torch.randint(best.shape[1], positions.shape, generator=draw)
             replaced = token_ids.repeat(count, 1).scatter(1, positions, best[positions, ranks])
             prompts |= dict.fromkeys(map(tuple, replaced[(replaced != token_ids).any(1)].tolist()))

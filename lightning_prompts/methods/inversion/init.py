@@ -42,21 +42,21 @@ def records_of_run(folder: str | Path, problems: Sequence[Problem]) -> list[Prob
         if record is None or record.prompt is None:
             raise UserError(
                 f"The run {folder} to start from has no prompt for {problem.target} under this model and template; give the "
-                "folder of a run that has searched these images, or --model.start random or clip_words."
+                "folder of a run that has searched these images, or --model.init random or clip_words."
             )
     return [record for record in records if record]
 
 
-def looks_like_file(start: str) -> bool:
-    """Return whether a `start` names a file, existing or not, and so cannot be a text."""
-    return os.sep in start or Path(start.partition("#")[0]).suffix in (".safetensors", ".pt", ".bin")
+def looks_like_file(init: str) -> bool:
+    """Return whether an `init` names a file, existing or not, and so cannot be a text."""
+    return os.sep in init or Path(init.partition("#")[0]).suffix in (".safetensors", ".pt", ".bin")
 
 
-def init_embeddings(start: str, backbone: Backbone, tokens: int, allow_pickle: bool) -> Tensor | None:
+def init_embeddings(init: str, backbone: Backbone, tokens: int, allow_pickle: bool) -> Tensor | None:
     """Read the initial embeddings (M, D) from a text or a file, repeated or truncated to M tokens.
 
     Args:
-        start: A text, an embedding file, the folder of a run, `random` or `clip_words`.
+        init: A text, an embedding file, the folder of a run, `random` or `clip_words`.
         backbone: The model.
         tokens: M.
         allow_pickle: Whether the file may be a pickle.
@@ -65,23 +65,23 @@ def init_embeddings(start: str, backbone: Backbone, tokens: int, allow_pickle: b
         The embeddings; None for a run, `random` or `clip_words`.
 
     Raises:
-        UserError: `start` is none of these.
+        UserError: `init` is none of these.
     """
-    if not start.strip():
-        raise UserError("--model.start must not be empty; give a text, a file, a run, random or clip_words.")
-    if start in ("random", "clip_words") or os.path.isdir(start):  # unlike pathlib's, accepts a text of any length
+    if not init.strip():
+        raise UserError("--model.init must not be empty; give a text, a file, a run, random or clip_words.")
+    if init in ("random", "clip_words") or os.path.isdir(init):  # unlike pathlib's, accepts a text of any length
         return None
-    if os.path.isfile(split_name(start)[0]):
-        embeddings = read_embedding(start, backbone, allow_pickle)
-    elif looks_like_file(start):
-        raise UserError(f"There is neither a run nor an embedding in {start!r} to start from; check --model.start.")
-    elif close := difflib.get_close_matches(start, ("random", "clip_words"), 1, 0.8):
-        raise UserError(f"The start {start!r} is unknown; did you mean --model.start {close[0]}?")
+    if os.path.isfile(split_name(init)[0]):
+        embeddings = read_embedding(init, backbone, allow_pickle)
+    elif looks_like_file(init):
+        raise UserError(f"There is neither a run nor an embedding in {init!r} to start from; check --model.init.")
+    elif close := difflib.get_close_matches(init, ("random", "clip_words"), 1, 0.8):
+        raise UserError(f"The init {init!r} is unknown; did you mean --model.init {close[0]}?")
     else:
-        ids = backbone.vocabulary.token_lists([start])[0]
+        ids = backbone.vocabulary.token_lists([init])[0]
         if not ids:
-            raise UserError(f"The text {start!r} to start from has no token; give another --model.start.")
+            raise UserError(f"The text {init!r} to start from has no token; give another --model.init.")
         embeddings = backbone.vocabulary.table[torch.tensor(ids)]
     if len(embeddings) > tokens:
-        log.warning("%r has %d tokens, and the search starts from the first %d.", start, len(embeddings), tokens)
+        log.warning("%r has %d tokens, and the search starts from the first %d.", init, len(embeddings), tokens)
     return embeddings.repeat(-(-tokens // len(embeddings)), 1)[:tokens].float()

@@ -66,7 +66,7 @@ class TokenEmbeddings(TypedModule):
     ) -> None:
         super().__init__()
         if tokens < 1:
-            raise UserError(f"--model.tokens must be at least 1, got {tokens}.")
+            raise UserError(f"--model.num_tokens must be at least 1, got {tokens}.")
         ids, positions = template_ids(vocabulary.tokenizer, template, tokens, vocabulary.length, vocabulary.rows)
         self.vocabulary, self.words_around = vocabulary, template
         self.metric: Metric = metric

@@ -27,7 +27,7 @@ class Steering(Refinement):
     Args:
         unconditional: Move `negative_prompt_embeds` too, which start as the encoded empty text.
         pooled: Move the pooled vector too, in families that have one.
-        start: The initial embeddings in place of the encoded prompt: the folder of a run that found embeddings, or a file of encoded
+        init: The initial embeddings in place of the encoded prompt: the folder of a run that found embeddings, or a file of encoded
             prompts. The ones of the same prompt are used, or the only ones.
         seeds: Images N per prompt that the search uses.
         steps: Steps of the search.
@@ -43,7 +43,7 @@ class Steering(Refinement):
         *,
         unconditional: bool = False,
         pooled: bool = False,
-        start: str | None = None,
+        init: str | None = None,
         seeds: Positive = 4,
         steps: Positive = 50,
         **kwargs: Any,
@@ -54,7 +54,7 @@ class Steering(Refinement):
         if pooled and not self.backbone.pooled_width:
             raise UserError(f"The model {self.backbone.name!r} has no pooled vector; give --model.pooled false.")
         self.unconditional, self.pooled, self.seeds, self.steps = unconditional, pooled, seeds, steps
-        self.started = self._read_start(Path(start)) if start else {}  # encoded prompts (S, R, D) by text
+        self.started = self._read_init(Path(init)) if init else {}  # encoded prompts (S, R, D) by text
         self.prompt = PromptEmbeds(self.moving)  # unless a subclass replaces it
 
     # --- the batch
@@ -91,7 +91,7 @@ class Steering(Refinement):
         return torch.stack([prompt_embeds, negative_prompt_embeds], dim=1).float()
 
     def init_params(self, rows: Tensor) -> Tensor:
-        """Return the moving rows of the encoded prompts, or of those that `start` names."""
+        """Return the moving rows of the encoded prompts, or of those that `init` names."""
         return self.prompt.init_params(self.init_embeds(rows))
 
     def best_params(self, row: int) -> Tensor:
@@ -116,18 +116,18 @@ class Steering(Refinement):
             given = self.started.get(problem.target, only)
             if given is None:
                 raise UserError(
-                    f"--model.start has no embeddings of the prompt {problem.target!r}; give another file or run."
+                    f"--model.init has no embeddings of the prompt {problem.target!r}; give another file or run."
                 )
             common = min(len(given), len(embeds))  # one of them may lack the negative prompt
             embeds[:common] = given[:common]
         return initial
 
-    def _read_start(self, start: Path) -> dict[str, Tensor]:
+    def _read_init(self, init: Path) -> dict[str, Tensor]:
         """Read encoded prompts, by the text of the prompts."""
-        file = RunFolder(start).prompt_embeds if start.is_dir() else start
+        file = RunFolder(init).prompt_embeds if init.is_dir() else init
         if not file.is_file():
             raise UserError(
-                f"There are no embeddings in {start} to start from; give --model.start a run or a file of them."
+                f"There are no embeddings in {init} to start from; give --model.init a run or a file of them."
             )
         by_key = read_prompt_embeds(file, self.backbone, self.encode([""]).shape[1:])
         prompts = base_prompts(file)

@@ -29,9 +29,9 @@ class MetricGuidance(Steering):
     Args:
         objective: The metric to improve: one of `Sharpness`, `Blurriness`, `Aesthetic`, `ClipText`, `ClipQuality`, `Preference`,
             `Perceptual`, `LatentDistance`, or a list of them, whose weighted sum improves.
-        watch: Another metric, which must not get worse: embeddings that lower it below the user's prompt are not kept, and a problem
+        constraint: Another metric, which must not get worse: embeddings that lower it below the user's prompt are not kept, and a problem
             is finished after `patience` such scorings.
-        watch_tolerance: By how much it may get worse.
+        constraint_tolerance: By how much it may get worse.
         grad_steps: The last denoiser calls that propagate a gradient. None: all with few-step models, else 1 as in the paper.
         seeds_per_step: Images per step, taking turns; None for all `seeds`.
         optimizer: The paper's `adam_on_lion`, or `adam`, `adamw` or `sgd`.
@@ -47,8 +47,8 @@ class MetricGuidance(Steering):
         self,
         *,
         objective: Objective | list[Objective],
-        watch: Objective | None = None,
-        watch_tolerance: float = 0.0,
+        constraint: Objective | None = None,
+        constraint_tolerance: float = 0.0,
         grad_steps: Positive | None = None,
         seeds_per_step: Positive | None = None,
         optimizer: Literal["adam_on_lion", "adam", "adamw", "sgd"] = "adam_on_lion",
@@ -69,18 +69,18 @@ class MetricGuidance(Steering):
             raise UserError(f"--model.lr must be above 0 and --model.eps 0 or more, got {lr:g} and {eps:g}.")
         if optimizer == "sgd":
             refuse_unused(MetricGuidance, "with --model.optimizer sgd", {"eps": eps})
-        if watch is None:
-            refuse_unused(MetricGuidance, "without --model.watch", {"watch_tolerance": watch_tolerance})
+        if constraint is None:
+            refuse_unused(MetricGuidance, "without --model.constraint", {"constraint_tolerance": constraint_tolerance})
         self.objectives = torch.nn.ModuleDict()
         self.signs: dict[str, float] = {}  # weights, negative if lower is better
         for one in objectives:
             name = _free_name(one, self.signs)
             self.objectives[name], self.signs[name] = one, one.weight if one.higher_is_better else -one.weight
-        self.watch, self.watched = watch, _free_name(watch, self.signs) if watch else ""
-        for one in (*objectives, *([watch] if watch else [])):
+        self.constraint, self.constraint_name = constraint, _free_name(constraint, self.signs) if constraint else ""
+        for one in (*objectives, *([constraint] if constraint else [])):
             one.attach(self.backbone, self.offline)
         self.higher_is_better = len(objectives) > 1 or objectives[0].higher_is_better
-        self.watch_tolerance, self.seeds_per_step = watch_tolerance, seeds_per_step
+        self.constraint_tolerance, self.seeds_per_step = constraint_tolerance, seeds_per_step
         self.grad_steps = int(grad_steps or (self.sampler.calls if self.sampler.is_few_step else 1))
         self.optimizer, self.lr, self.eps, self.shift_every = optimizer, float(lr), eps, shift_every
 
@@ -95,9 +95,9 @@ class MetricGuidance(Steering):
         """Compute the values (B,) of all objectives, the watched one included, of images (B, 3, H, W)."""
         prompts = [problem.target for problem in problems]
         values = {name: objective(images, prompts) for name, objective in self.objectives.items()}
-        if self.watch:
+        if self.constraint:
             with torch.no_grad():
-                values[self.watched] = self.watch(images, prompts)
+                values[self.constraint_name] = self.constraint(images, prompts)
         return values
 
     def metric(self, values: dict[str, Tensor]) -> Tensor:
@@ -147,10 +147,10 @@ class MetricGuidance(Steering):
     def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
         """Return whether the watched objective is no worse than for the user's prompt, within the tolerance."""
         before = SteeringResult.of(problem).values_before
-        if not self.watch or not before:
+        if not self.constraint or not before:
             return True
-        gain = fmean(values[self.watched]) - fmean(before[self.watched])
-        return (gain if self.watch.higher_is_better else -gain) >= -self.watch_tolerance
+        gain = fmean(values[self.constraint_name]) - fmean(before[self.constraint_name])
+        return (gain if self.constraint.higher_is_better else -gain) >= -self.constraint_tolerance
 
 
 def _free_name(objective: Objective, taken: dict[str, float]) -> str:

@@ -113,7 +113,7 @@ class SeedInvariance(Steering):
             )
         if arc and self.started:
             raise UserError(
-                "--model.embedding arc starts at the prompt; leave out --model.start or give --model.embedding rows."
+                "--model.embedding arc starts at the prompt; leave out --model.init or give --model.embedding rows."
             )
         if arc and self.unconditional:
             raise UserError("--model.embedding arc does not move negative prompts; give --model.unconditional false.")

@@ -65,7 +65,7 @@ class HumanFeedback(Steering):
         **kwargs: Any,
     ) -> None:
         # One prompt at a time, every choice is kept, and the user decides when to stop.
-        super().__init__(unconditional=False, steps=steps, together=1, score_every=1, patience=1, **kwargs)
+        super().__init__(unconditional=False, steps=steps, batch_size=1, score_every_n_steps=1, patience=1, **kwargs)
         if texts < candidates:
             raise UserError(f"--model.texts must be at least --model.candidates, got {texts} and {candidates}.")
         self.chooser, self.candidates, self.texts, self.added = chooser or Page(), candidates, texts, added
