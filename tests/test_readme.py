@@ -69,6 +69,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a small dog on a red background\na bicycle on a crimson background\n")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # instead of a database, whose package is not a dependency
+    monkeypatch.syspath_prepend(ROOT / "examples/hill_climbing")  # which docs/extending.md exports
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO())  # no input
     return tmp_path

@@ -31,6 +31,7 @@ from lightning_prompts.commands.check import check, config_with
 from lightning_prompts.commands.descriptions import GROUP_TITLES, SETTING_HELP, describe, usage
 from lightning_prompts.commands.dry_run import DryRun
 from lightning_prompts.commands.parser_errors import mistake_in, one_sentence, refused_class
+from lightning_prompts.commands.plugins import import_plugins
 from lightning_prompts.commands.processes import cluster_environment, divide_search, use_one_process
 from lightning_prompts.commands.settings_checks import check_inputs, check_resumable, check_values
 from lightning_prompts.commands.trainer_flags import HIDDEN_FLAGS, check_flags, check_precision
@@ -339,7 +340,8 @@ def run_command(args: Sequence[str], run: Path | None) -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):  # they set their level when they are imported
         logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.ERROR)
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=ALLOWED_MODULES)
+    settings, plugins = import_plugins(settings)
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*ALLOWED_MODULES, *plugins])
     try:
         CLI(command, run, prepare_arguments(command, settings))
     except MisconfigurationException as error:

@@ -58,7 +58,8 @@ def one_sentence(message: str, parser: Any) -> str:
     imported = re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text)
     if key and imported:
         name = next(filter(None, imported.groups()))
-        return f"The class {name!r} cannot be --{key[1]}; choose {_choice(message)}."
+        own = ", or name the module of your own with --plugin" if key[1] == "model" else ""
+        return f"The class {name!r} cannot be --{key[1]}; choose {_choice(message)}{own}."
     if key and (
         number := re.match(
             r"Not of type (\w+): (?:.*(?:base 10|to float): '(.*)'|(.*) (?:does not conform|not an?))", text

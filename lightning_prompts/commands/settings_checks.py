@@ -12,7 +12,6 @@ from typing import Any, get_args
 
 import yaml
 
-from lightning_prompts import methods
 from lightning_prompts.backbones.embedding_files import split_name
 from lightning_prompts.data.prompts import find_prompts
 from lightning_prompts.data.targets import check_sources, find_targets
@@ -43,6 +42,12 @@ CHANGEABLE = {
 """Settings that may change when a search resumes."""
 
 
+def class_of(path: str) -> Any:
+    """Return the class that a `class_path` names, which the parser has imported."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 def check_values(config: Any) -> None:
     """Refuse null where a setting does not take it, and numbers that are not finite: the parser accepts both.
 
@@ -53,8 +58,7 @@ def check_values(config: Any) -> None:
         UserError: A setting of the method or of its data is null or not finite.
     """
     for part in ("model", "data"):
-        module, _, name = config[part].class_path.rpartition(".")
-        hints = dict(with_groups(all_settings(getattr(importlib.import_module(module), name))))
+        hints = dict(with_groups(all_settings(class_of(config[part].class_path))))
         for setting, value in vars(config[part].init_args.as_flat()).items():
             hint = hints.get(setting, Any)
             if value is None and hint is not Any and NoneType not in get_args(hint):
@@ -109,7 +113,7 @@ def check_resumable(folder: RunFolder, config: str) -> None:
         UserError: Settings other than `CHANGEABLE` differ from those that the run started with.
     """
     saved, given = folder.saved.load(), yaml.safe_load(config)
-    changeable = CHANGEABLE - getattr(methods, given["model"]["class_path"].rpartition(".")[2]).decisive
+    changeable = CHANGEABLE - class_of(given["model"]["class_path"]).decisive
     differences: list[tuple[str, str, str]] = []
     for part in ("model", "data"):
         old, new = (
