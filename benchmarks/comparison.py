@@ -195,9 +195,8 @@ def timesteps_of(method: str) -> str:
     """Return the range of timesteps in a method's config, for the search and for scoring."""
     if method == CAPTION:
         return "-"
-    low, high = yaml.safe_load((Path("configs") / f"{CONFIGS[method]}.yaml").read_text())["data"]["init_args"].get(
-        "timesteps", (500, 1000)
-    )
+    data = yaml.safe_load((Path("configs") / f"{CONFIGS[method]}.yaml").read_text())["data"]
+    low, high = data.get("init_args", {}).get("timestep_range", (500, 1000))
     return f"{low} to {high}"
 
 

@@ -34,7 +34,7 @@ SEED, PROMPTS, WORDS = 20_261_122, 20, 5
 BUDGETS = (8, 16, 24, 32, 40)
 SOLVERS: dict[str, dict[str, Any]] = {
     **{solver: {"solver": solver} for solver in ("random", "gradient", "evolution", "hybrid")},
-    "hybrid, 20 at a time": {"solver": "hybrid", "population": 20, "select": 10},  # as in the paper
+    "hybrid, 20 at a time": {"solver": "hybrid", "population": 20, "elites": 10},  # as in the paper
 }
 SETTINGS: dict[str, Any] = {"sampler": SamplerSettings(8), "seeds": 2, "microbatch": 64, "log_images_every_n_steps": 0,
             "positive": ["neighbors"], "negative": ["library"], "threshold": -1}  # fmt: skip

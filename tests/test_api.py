@@ -225,7 +225,7 @@ import sys
 import lightning_prompts
 assert not {{"torch", "pytorch_lightning"}} & set(sys.modules)
 from lightning_prompts import invert
-assert invert({str(first)!r}, method="pez", backbone={tiny!r}, steps=1, sampler=SamplerSettings(1), device="cpu").prompt
+assert invert({str(first)!r}, method="pez", backbone={tiny!r}, steps=1, sampler={{"num_inference_steps": 1}}, device="cpu").prompt
 print(sorted({{"gradio", "tensorboard", "nltk", "diffusers.pipelines.flux"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)

@@ -383,7 +383,7 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
         (["--model.metric", "manhattan"], "manhattan"),
         (["--model.steps", "many"], "many"),
         (["--data.fit", "stretch"], "stretch"),
-        (["--data.stepz", "5"], ["data.stepz", "did you mean --model.steps"]),
+        (["--data.workerz", "5"], ["data.workerz", "did you mean --data.workers"]),
         (["--model.tokenz", "5"], ["model.tokenz", "did you mean --model.num_tokens"]),
         (["--trainer.acelerator", "cpu"], ["trainer.acelerator", "did you mean --trainer.accelerator"]),
         (["--trainer.precision", "bf16-true"], ["bf16-true", "--model.backbone.dtype"]),
@@ -690,7 +690,7 @@ def test_mistake_found_before_the_search_leaves_no_folder(fit, pictures, capsys)
             fit(*mistake)
         assert stopped.value.code == 2
     assert not (pictures.parent / "run").exists()
-    assert "The start 'clip_word' is unknown; did you mean --model.init clip_words?" in capsys.readouterr().err
+    assert "--model.init 'clip_word' is unknown; did you mean clip_words?" in capsys.readouterr().err
     assert results(fit())["problems"][0]["prompt"]
 
 

@@ -129,12 +129,12 @@ def test_settings_that_take_text():
     assert model["template"] == Text(several=False, optional=False)
     assert model["clip"] == Text(several=False, optional=True)
     assert model["words"] == Text(several=True, optional=True, listed=True)
-    assert model["blocked"] == Text(several=True, optional=False, listed=True)
+    assert model["banned_words"] == Text(several=True, optional=False, listed=True)
     assert not model.keys() & {"metric", "lr", "chooser", "objective", "return"}
 
 
 @pytest.mark.parametrize("words", [["no"], ["null", "1", "on"], ["red", "[x", "a: b"], ["- a"]])
-@pytest.mark.parametrize("setting", ["words", "blocked"])
+@pytest.mark.parametrize("setting", ["words", "banned_words"])
 def test_lists_of_texts_are_taken_as_they_stand(setting, words, parsed):
     base = ["fit", "--config", "configs/pez.yaml", "--data.images", "a.png"]
     assert parsed(*base, f"--model.{setting}", *words).model.init_args[setting] == words

@@ -114,23 +114,23 @@ def _advice(module: PromptMethod) -> list[str]:
     backbone, advice = module.backbone, []
     if next(backbone.denoiser.parameters()).dtype == torch.float32:
         advice.append(
-            "--model.backbone.dtype bfloat16                 half the weights and activations of the frozen model"
+            "--model.backbone.dtype bfloat16              half the weights and activations of the frozen model"
         )
     if _calls(module) > 1:
         half = f"--model.microbatch {_calls(module) // 2}"
-        advice.append(f"{half:<38} half the activations")
+        advice.append(f"{half:<44} half the activations")
     if not backbone.denoiser.is_gradient_checkpointing:
         advice.append(
-            "--model.backbone.gradient_checkpointing true    activations of one block at a time in the backward pass"
+            "--model.backbone.gradient_checkpointing true activations of one block at a time in the backward pass"
         )
     if not backbone.offloaded and module.device.type != "cpu":
         advice.append(
-            "--model.backbone.cpu_offload true               text encoders, denoiser and autoencoder one at a time"
+            "--model.backbone.cpu_offload true            text encoders, denoiser and autoencoder one at a time"
         )
     if not backbone.vae.use_tiling and backbone.image_size > 512:
-        advice.append("--model.backbone.vae_tiling true                images are decoded in tiles")
+        advice.append("--model.backbone.vae_tiling true             images are decoded in tiles")
     smaller = f"--model.backbone.image_size {backbone.image_size // 2}"
-    return [*advice, f"{smaller:<38} a quarter of the activations; images may be worse"]
+    return [*advice, f"{smaller:<44} a quarter of the activations; images may be worse"]
 
 
 def _calls(module: PromptMethod) -> int:

@@ -274,7 +274,7 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
     fit += ["--model.steps", "2", "--data.num_noise_samples", "1", "--data.num_validation_samples", "2"]
 
     def commit():
-        return json.loads((run / "result.json").read_text())["settings"]["model"]["revision"]
+        return json.loads((run / "result.json").read_text())["settings"]["model"]["backbone"]["revision"]
 
     def refused_by_main(*args):
         with pytest.raises(SystemExit) as stopped:
@@ -505,11 +505,11 @@ def test_a_run_keeps_its_variant(hub, sd1, pictures, tmp_path, capsys, caplog):
     fit += ["--model.steps", "2", "--data.num_noise_samples", "1", "--data.num_validation_samples", "2"]
     main(fit)
     assert "has weights only as variant 'fp16'; using it." in caplog.text
-    assert json.loads((run / "result.json").read_text())["settings"]["model"]["variant"] == "fp16"
+    assert json.loads((run / "result.json").read_text())["settings"]["model"]["backbone"]["variant"] == "fp16"
     as_variant(folder, "bf16", keep=True, source=sd1)
     main([*fit, "--model.steps", "3", "--ckpt_path", "last"])
     main(["test", "--run", str(run)])
-    assert json.loads((run / "result.json").read_text())["settings"]["model"]["variant"] == "fp16"
+    assert json.loads((run / "result.json").read_text())["settings"]["model"]["backbone"]["variant"] == "fp16"
     with pytest.raises(SystemExit) as stopped:
         main([*fit, "--ckpt_path", "last", "--model.backbone.variant", "bf16"])
     assert stopped.value.code == 2

@@ -468,7 +468,8 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
     save_file(weights, file)
     if short is None:
         refused(
-            r"is a Stable Diffusion 2 and does not state whether it predicts epsilon or v; set --model\.config to", file
+            r"is a Stable Diffusion 2 and does not state whether it predicts epsilon or v; set --model\.backbone\.config to",
+            file,
         )
         with pytest.raises(SystemExit):
             main(["prefetch", str(file)])

@@ -131,10 +131,10 @@ def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monke
 
 
 def test_what_is_written_keeps_the_settings_and_takes_the_suggestion():
-    given = {"model": {"class_path": "PH2P", "init_args": {"backbone": "emoji", "microbatch": 16, "lr": 0.1}},
+    given = {"model": {"class_path": "PH2P", "init_args": {"backbone": {"name": "emoji"}, "microbatch": 16, "lr": 0.1}},
              "data": {"class_path": "ImagesToPrompts", "init_args": {"images": "a: b.png", "num_noise_samples": 2, "timestep_range": [0, 9]}}}  # fmt: skip
     content = yaml.safe_load(config_with(given, Suggestion((450, 850), 4, 8)))
-    assert content["model"]["init_args"] == {"backbone": "emoji", "microbatch": 8, "lr": 0.1}
+    assert content["model"]["init_args"] == {"backbone": {"name": "emoji"}, "microbatch": 8, "lr": 0.1}
     assert content["data"]["init_args"] == {"images": "a: b.png", "num_noise_samples": 4, "timestep_range": [450, 850]}
     assert yaml.safe_load(config_with(given, Suggestion())) == given
 
@@ -166,10 +166,10 @@ def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsy
         assert shown[:5] == pytest.approx(printed[:5], rel=0.02)
         assert shown[5] == pytest.approx(printed[5], abs=1)
     settings = yaml.safe_load(config.read_text())
-    low, high = settings["data"]["init_args"]["timesteps"]
+    low, high = settings["data"]["init_args"]["timestep_range"]
     assert 300 <= low <= 550  # where docs/ablations.md finds most
     assert 750 <= high <= 1000
-    samples, microbatch = settings["data"]["init_args"]["samples"], settings["model"]["init_args"]["microbatch"]
+    samples, microbatch = settings["data"]["init_args"]["num_noise_samples"], settings["model"]["init_args"]["microbatch"]
     assert (
         f"--data.timestep_range '[{low},{high}]' --data.num_noise_samples {samples} --model.microbatch {microbatch}"
         in out

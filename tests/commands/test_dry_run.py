@@ -37,7 +37,12 @@ def test_reports_and_writes_nothing(tiny, pictures, tmp_path, monkeypatch, capsy
         (most,) = re.findall(rf"{part} +([\d.]+) GiB", told)
         assert 0 < float(most) < 20 if part != "weights" else float(most) < 0.1
     assert "A search of 40 steps and 6 scorings would take" in told
-    for setting in ("dtype bfloat16", "microbatch 4", "gradient_checkpointing true", "image_size 8"):
+    for setting in (
+        "backbone.dtype bfloat16",
+        "microbatch 4",
+        "backbone.gradient_checkpointing true",
+        "backbone.image_size 8",
+    ):
         assert f"--model.{setting} " in told
     assert "cpu_offload" not in told  # on the CPU there is nothing to move
 

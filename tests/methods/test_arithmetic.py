@@ -160,6 +160,6 @@ def test_what_is_watched_may_not_get_worse(watch, better, tolerance, tiny):
     module = MetricGuidance(
         backbone=tiny, objective=Sharpness(weight=2.0), constraint=watch, constraint_tolerance=tolerance, **FEW
     )
-    problem = Problem("0" * 16, "a cat", result=SteeringResult(values_before={module.watched: [1.0, 2.0]}))
+    problem = Problem("0" * 16, "a cat", result=SteeringResult(values_before={module.constraint_name: [1.0, 2.0]}))
     for change, kept in ((0.5 * better, True), (0.0, True), (-0.2 * better, bool(tolerance)), (-0.5 * better, False)):
-        assert module.acceptable(problem, {module.watched: [1.0 + change, 2.0 + change]}) is kept
+        assert module.acceptable(problem, {module.constraint_name: [1.0 + change, 2.0 + change]}) is kept

@@ -229,7 +229,7 @@ def search(tiny, folder, prompts, **settings):
     }
     solver = given.get("solver", "hybrid")
     learning = {"schedule": "fix-1", "gradient_share": 0.4} if solver in ("gradient", "hybrid") else {}
-    breeding = {"select": 2} if solver in ("evolution", "hybrid") else {}
+    breeding = {"elites": 2} if solver in ("evolution", "hybrid") else {}
     module = DPODiff(backbone=tiny, **learning | breeding | given)
     data = Prompts(prompts)
     pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder).fit(module, datamodule=data)
@@ -353,7 +353,7 @@ def test_hybrid_begins_with_what_the_gradient_has_learned(attached):
 
 
 def test_children_are_of_the_best(attached):
-    module = attached(solver="evolution", select=2, mutation=0.0)
+    module = attached(solver="evolution", elites=2, mutation=0.0)
     problem = module.batch.records[0]
     for choice, loss in (((1, 1, 1, 1), 0.1), ((2, 2, 2, 2), 0.2), ((0, 3, 0, 3), 0.9)):
         module.record_candidate(0, choice, SPACE.texts(choice), [loss, loss])

@@ -242,7 +242,7 @@ def test_trials_are_what_the_pipeline_draws(guidance, tiny, pictures, tmp_path):
 
 def test_blocked_words_never_appear(hard, tiny, pictures, tmp_path):
     blocked = list("aeiou")
-    for problem in search(hard(backbone=tiny, blocked=blocked, **settings(hard)), [pictures], tmp_path / "run"):
+    for problem in search(hard(backbone=tiny, banned_words=blocked, **settings(hard)), [pictures], tmp_path / "run"):
         assert problem.prompt
         assert not set(problem.prompt.lower()) & set(blocked)
 
@@ -295,7 +295,7 @@ def test_losses_that_are_never_finite_are_a_failure(hard, tiny, pictures, tmp_pa
 
 def test_template_with_a_blocked_word_is_refused(tiny):
     with pytest.raises(UserError, match=r"--model.template has a blocked word, got 'a photo of \{\}'"):
-        PEZ(backbone=tiny, template="a photo of {}", blocked=["photo"])
+        PEZ(backbone=tiny, template="a photo of {}", banned_words=["photo"])
 
 
 def test_data_read_for_one_run_are_read_again_for_another(tiny, pictures, tmp_path):

@@ -226,7 +226,7 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture
     args += SHORT[config] + WITHOUT_NEGATIVE.get(config, [])
     args += (
         ["--data.images", picture, "--data.num_noise_samples", "1"]
-        if "--model.steps" in SHORT[config]
+        if config in ("invert", "textual_inversion")
         else ["--data.prompts", PROMPT]
     )
     if config == "human_feedback":

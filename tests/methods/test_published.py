@@ -18,7 +18,6 @@ from PIL import Image
 from searches import found
 
 from lightning_prompts import methods
-from lightning_prompts.api import CONFIGS
 from lightning_prompts.backbones import Vocabulary, load_backbone
 from lightning_prompts.callbacks import Results
 from lightning_prompts.engine.checkpoint import AtomicCheckpointIO, PromptCheckpoint
@@ -30,6 +29,7 @@ from lightning_prompts.methods.inversion import search_clip
 from lightning_prompts.methods.inversion.base import Inverter
 from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import Sharpness, clip
+from lightning_prompts.python_search import CONFIGS
 from lightning_prompts.sampling import SamplerSettings
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -48,7 +48,7 @@ CELLS = {
     "TextualInversion": PICTURE,
     "ClipWords": PICTURE,
     "RandomTokens": PICTURE,
-    "DPODiff": {"budget": 3, "population": 1, "select": 1, "seeds": 1, "gradient_share": 0.5, "schedule": "fix-0",
+    "DPODiff": {"budget": 3, "population": 1, "elites": 1, "seeds": 1, "gradient_share": 0.5, "schedule": "fix-0",
                 "positive": ["neighbors"], "negative": ["library"], "threshold": -1},
     "MetricGuidance": {**PROMPTED, "objective": Sharpness()},
     "SeedInvariance": {**PROMPTED, "seeds_per_step": 1},

@@ -206,7 +206,7 @@ def test_candidates_that_are_read_otherwise_are_not_evaluated(tiny, pictures, tm
 
 
 def test_more_swaps_than_tokens_are_refused(tiny):
-    with pytest.raises(UserError, match="swaps"):
+    with pytest.raises(UserError, match="n_replace"):
         GCG(backbone=tiny, num_tokens=2, n_replace=3)
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         (DPODiff, {"solver": "random"}, {"init_keep_prob": 0.3}),
         (DPODiff, {"solver": "gradient"}, {"mutation": 0.3}),
         (DPODiff, {}, {"threshold": 0.8}),
-        (DPODiff, {}, {"keep": ["dog"]}),
+        (DPODiff, {}, {"protected_words": ["dog"]}),
         (DPODiff, {}, {"neighbors": 3}),
         (DPODiff, {}, {"dictionary": "words.json"}),
     ],

@@ -76,7 +76,7 @@ def init_embeddings(init: str, backbone: Backbone, tokens: int, allow_pickle: bo
     elif looks_like_file(init):
         raise UserError(f"There is neither a run nor an embedding in {init!r} to start from; check --model.init.")
     elif close := difflib.get_close_matches(init, ("random", "clip_words"), 1, 0.8):
-        raise UserError(f"The init {init!r} is unknown; did you mean --model.init {close[0]}?")
+        raise UserError(f"--model.init {init!r} is unknown; did you mean {close[0]}?")
     else:
         ids = backbone.vocabulary.token_lists([init])[0]
         if not ids:
