@@ -84,7 +84,7 @@ def search(
 
     Args:
         config: Name of the config whose settings are the defaults, such as `ph2p`.
-        settings: Settings of the method and its data by name, such as `backbone`, `tokens` or `steps`. `backbone` is a name, a
+        settings: Settings of the method and its data by name, such as `backbone`, `num_tokens` or `steps`. `backbone` is a name, a
             dictionary or `BackboneSettings` to load a model, a diffusers pipeline, which stays unchanged, or the result of
             `load_backbone`, which several calls can share. `sampler` is a dictionary or `SamplerSettings`.
         draw_seeds: Seeds of the results' images.
