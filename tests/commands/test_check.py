@@ -169,7 +169,10 @@ def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsy
     low, high = settings["data"]["init_args"]["timestep_range"]
     assert 300 <= low <= 550  # where docs/ablations.md finds most
     assert 750 <= high <= 1000
-    samples, microbatch = settings["data"]["init_args"]["num_noise_samples"], settings["model"]["init_args"]["microbatch"]
+    samples, microbatch = (
+        settings["data"]["init_args"]["num_noise_samples"],
+        settings["model"]["init_args"]["microbatch"],
+    )
     assert (
         f"--data.timestep_range '[{low},{high}]' --data.num_noise_samples {samples} --model.microbatch {microbatch}"
         in out
