@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-exact test-slow test-oldest lint types format check clean
+.PHONY: demo test test-exact test-slow test-oldest lint types house format check clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ lint: $(BIN)/.installed
 
 types: $(BIN)/.installed
 	$(BIN)/mypy
+
+house: $(BIN)/.installed  ## the size and the structure of the package, and what exceeds a limit
+	$(BIN)/python benchmarks/house.py
 
 format: $(BIN)/.installed
 	$(BIN)/ruff check --fix .
