@@ -44,7 +44,7 @@ class Watched(GCG):
             losses = [
                 self.loss(rows, ids, self.prompt.table[ids], samples) for ids in map(self.prompt.ids, (before, after))
             ]
-        self.steps = [*getattr(self, "steps", []), (before, after, *losses)]
+        self.taken = [*getattr(self, "taken", []), (before, after, *losses)]
 
     def _propose(self, step, rows, token_ids, gradient):
         proposed = super()._propose(step, rows, token_ids, gradient)
@@ -56,7 +56,7 @@ def test_step_takes_what_is_better_and_nothing_else(tiny, pictures, tmp_path):
     module = Watched(backbone=tiny, num_tokens=3, candidates=8, topk=16, n_replace=2, sampler=SamplerSettings(2))
     fit(module, pictures, tmp_path, steps=6)
     changed = 0
-    for before, after, loss_before, loss_after in module.steps:
+    for before, after, loss_before, loss_after in module.taken:
         moved = (before != after).any(1)
         assert ((before != after).sum(1) <= 2).all()
         assert (loss_after[moved] < loss_before[moved]).all()
@@ -70,7 +70,7 @@ def test_step_finds_the_best_of_all_tokens(tiny, pictures, tmp_path):
         backbone=tiny, num_tokens=1, candidates=400, topk=40, words=list("abcdefghijklmnop"), sampler=SamplerSettings(2)
     )
     fit(module, pictures / "0.png", tmp_path, steps=1, num_noise_samples=1)
-    ((before, after, *_),) = module.steps
+    ((before, after, *_),) = module.taken
     allowed = module.prompt.allowed.nonzero()
     rows = torch.zeros(len(allowed), dtype=torch.long)
     samples = module.samples(torch.tensor([0]), first_step(module))[rows]

@@ -93,8 +93,8 @@ def test_long_text(backbone):
         ("fox.safetensors#dog", "There is neither a run nor an embedding"),
         ("fox.pt", "There is neither a run nor an embedding"),
         ("fox.bin", "There is neither a run nor an embedding"),
-        ("clip words", "did you mean --model.init clip_words"),
-        ("randon", "did you mean --model.init random"),
+        ("clip words", "did you mean clip_words"),
+        ("randon", "did you mean random"),
         ("", "--model.init must not be empty"),
     ],
 )
