@@ -116,8 +116,8 @@ def test_gradient_to_the_encoded_prompt(backbone, family):
     (gradient,) = torch.autograd.grad(value(x.requires_grad_(), 3), x)
     direction = torch.randn_like(x) * x.std() * (x != 0).any(2, keepdim=True)  # zeros are PixArt's padding
     eps, tolerance = (
-        (1e-4, 1e-5) if family[0] in ("sd1", "sd2", "lcm") else (1e-2, 3e-2)
-    )  # the other schedulers use float32 internally
+        (1e-4, 1e-5) if family[0] in ("sd1", "sd2", "lcm") else (3e-2, 1e-2)
+    )  # the other schedulers use float32 internally, whose rounding a smaller difference would not exceed
     assert (gradient * direction).sum().item() == pytest.approx(slope(value, x, direction, eps), rel=tolerance)
     hidden, pooled = backbone.split(gradient)
     assert hidden.abs().sum() > 0

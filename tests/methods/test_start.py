@@ -93,8 +93,8 @@ def test_long_text(backbone):
         ("fox.safetensors#dog", "There is neither a run nor an embedding"),
         ("fox.pt", "There is neither a run nor an embedding"),
         ("fox.bin", "There is neither a run nor an embedding"),
-        ("clip words", "did you mean clip_words"),
-        ("randon", "did you mean random"),
+        ("clip words", "--model.init 'clip words' is unknown; did you mean clip_words"),
+        ("randon", "--model.init 'randon' is unknown; did you mean random"),
         ("", "--model.init must not be empty"),
     ],
 )
