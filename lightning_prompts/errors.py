@@ -48,3 +48,8 @@ def first_sentence(error: BaseException) -> str:
     """Return the first sentence of a library's error, cut at 400 characters."""
     text = re.split(r"(?<=[.!?])\s|\n", str(error).strip())[0].strip() or type(error).__name__
     return text[:400] if text.endswith((".", "!", "?")) else f"{text[:399]}."
+
+
+def import_failure(error: Exception) -> str:
+    """Return the class and the first sentence of an error that the import of another package raised."""
+    return f"{type(error).__name__}: {first_sentence(error).rstrip('.')}"

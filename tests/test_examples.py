@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_prompts import entry_points
 from lightning_prompts.commands import plugins
 from lightning_prompts.commands.main import main
 
@@ -20,7 +21,9 @@ POINT = EntryPoint("HillClimbing", "hill_climbing:HillClimbing", plugins.ENTRY_P
 def declared(monkeypatch):
     """Return a function that declares entry points, as installed packages do."""
     monkeypatch.syspath_prepend(EXAMPLE)
-    return lambda *points: monkeypatch.setattr(plugins, "entry_points", lambda group: points)
+    return lambda *points: monkeypatch.setattr(
+        entry_points, "entry_points", lambda group: points if group == plugins.ENTRY_POINTS else ()
+    )
 
 
 @pytest.fixture

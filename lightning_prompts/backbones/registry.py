@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 
 from lightning_prompts.backbones.base import _FAMILIES, Backbone
 from lightning_prompts.backbones.flux import Flux
 from lightning_prompts.backbones.pixart import PixArt
 from lightning_prompts.backbones.sd3 import StableDiffusion3
 from lightning_prompts.backbones.stable_diffusion import StableDiffusion, StableDiffusionXL
-from lightning_prompts.errors import UserError, shortened
+from lightning_prompts.entry_points import load_entry_points
 
 OWN = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, PixArt)
 ENTRY_POINTS = "lightning_prompts.families"
@@ -36,15 +35,5 @@ def families() -> dict[str, type[Backbone]]:
 @cache
 def _import_others() -> None:
     """Import the families of other packages, which registers them."""
-    for entry_point in entry_points(group=ENTRY_POINTS):
-        _import(entry_point)
-
-
-def _import(entry_point: EntryPoint) -> None:
-    try:
-        entry_point.load()
-    except Exception as error:  # the other package's code may raise anything
-        raise UserError(
-            f"The family {entry_point.name!r} ({entry_point.value}) cannot be imported ({type(error).__name__}: "
-            f"{shortened(str(error), 100)}); correct or uninstall the package that names it."
-        ) from error
+    for _ in load_entry_points(ENTRY_POINTS, "family"):
+        pass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 
-from lightning_prompts.errors import UserError, first_sentence
+from lightning_prompts.entry_points import load_entry_points
+from lightning_prompts.errors import UserError, import_failure
 from lightning_prompts.methods import PromptMethod
 
 ENTRY_POINTS = "lightning_prompts.methods"
@@ -53,13 +53,7 @@ def import_plugins(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def _declared() -> list[str]:
     """Import the methods that installed packages declare; return their modules."""
     modules = []
-    for point in entry_points(group=ENTRY_POINTS):
-        try:
-            method = point.load()
-        except Exception as error:  # the other package's code may raise anything
-            raise UserError(
-                f"The method {point.name!r} ({point.value}) cannot be imported ({_reason(error)}); correct or uninstall its package."
-            ) from error
+    for point, method in load_entry_points(ENTRY_POINTS, "method"):
         if not isinstance(method, type) or not issubclass(method, PromptMethod):
             raise UserError(
                 f"The entry point {point.name!r} ({point.value}) is not a subclass of PromptMethod; correct or uninstall its package."
@@ -74,14 +68,9 @@ def _import(module: str) -> None:
         found = vars(importlib.import_module(module))
     except Exception as error:  # the module's code may raise anything
         raise UserError(
-            f"--plugin {module} cannot be imported ({_reason(error)}); check its name and its code."
+            f"--plugin {module} cannot be imported ({import_failure(error)}); check its name and its code."
         ) from error
     if not any(isinstance(value, type) and issubclass(value, PromptMethod) for value in found.values()):
         raise UserError(
             f"--plugin {module} has no method: a subclass of lightning_prompts.methods.PromptMethod; name the module that has one."
         )
-
-
-def _reason(error: Exception) -> str:
-    """Return the class and the message of an error."""
-    return f"{type(error).__name__}: {first_sentence(error).rstrip('.')}"

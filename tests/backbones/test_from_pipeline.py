@@ -11,7 +11,7 @@ import torch
 from families import TEXTS, latents_of
 from safetensors.torch import save_file
 
-from lightning_prompts import invert
+from lightning_prompts import entry_points, invert
 from lightning_prompts.backbones import Backbone, TextEncoderSpec, load_backbone, registry, save_memory
 from lightning_prompts.backbones.base import _FAMILIES
 from lightning_prompts.backbones.embedding_files import pack_embedding, read_embedding
@@ -233,7 +233,7 @@ def test_entry_points(monkeypatch):
 
     point = type("Point", (), {"name": "later", "value": "other_package:Later", "load": staticmethod(load)})
     monkeypatch.setattr(
-        registry, "entry_points", lambda group: [point] if group == "lightning_prompts.families" else []
+        entry_points, "entry_points", lambda group: [point] if group == "lightning_prompts.families" else []
     )
     registry._import_others.cache_clear()
     try:
