@@ -48,13 +48,13 @@ def text_settings(base: type) -> dict[str, Text]:
 def with_groups(hints: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     """Yield settings and their type hints, those of a group such as `backbone` as `backbone.dtype`.
 
-    The name of a group alone stands for the setting `name` in it, so that `--model.backbone sdxl` is `--model.backbone.name sdxl`.
+    A group with a setting `name` can be given by that alone: `--model.backbone sdxl` is `--model.backbone.name sdxl`.
     """
     for name, hint in hints.items():
         group = settings_of_group(hint)
         yield from ((f"{name}.{inner}", kind) for inner, kind in group.items())
-        if not group or "name" in group:
-            yield name, group.get("name", hint)
+        if not group:
+            yield name, hint
 
 
 def settings_of_group(hint: Any) -> dict[str, Any]:
@@ -106,10 +106,10 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
         name, equals, value = arg.partition("=")
         part, setting, text = _setting(name, settings)
         if name == "--config":
-            file = value if equals else "".join(rest[:1])
-            kept += ["--config", _with_backbone_group(file)] if equals or rest else [arg]
-            rest = rest if equals else rest[1:]
-            kept += _texts_of_config(file, settings)
+            if equals or rest:
+                kept += _config_arguments(value if equals else rest.pop(0), settings)
+            else:
+                kept.append(arg)
             continue
         end = next((i for i, following in enumerate(rest) if following.startswith("--")), len(rest))
         given = [value] if equals else rest[: end if text and text.several else min(end, 1)]
@@ -124,8 +124,7 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
             raise UserError(f"The setting {name} cannot be {given[0]!r}; it takes a text, or null for none.")
         if text.listed and len(given) == 1 and given[0].lstrip().startswith("[") and _texts(given) == given:
             raise UserError(
-                f"The setting {name} cannot be {given[0]!r}; it takes words one after the other, or a JSON list such "
-                "as "
+                f"The setting {name} cannot be {given[0]!r}; it takes words one after the other, or a JSON list such as "
                 '\'["red", "blue"]\'.'
             )
         rest = rest if equals else rest[len(given) :]
@@ -139,7 +138,10 @@ def _setting(name: str, settings: Mapping[str, Mapping[str, Text]]) -> tuple[str
     if not match:
         return "", "", None
     part, setting = match[1] or "", match[2].replace(".init_args.", ".")
-    return part, setting, settings.get(part, {}).get(setting)
+    texts = settings.get(part, {})
+    if f"{setting}.name" in texts:  # a group by its name
+        setting = f"{setting}.name"
+    return part, setting, texts.get(setting)
 
 
 def _is_null(text: str) -> bool:
@@ -165,7 +167,7 @@ def _texts(given: Sequence[str]) -> list[str]:
 def _config(part: str, name: str, value: Any) -> list[str]:
     """Return a setting as a `--config` argument, in which its text is not read as YAML again."""
     group, _, inner = name.partition(".")
-    setting = {group: {inner or "name": value}} if inner or name == "backbone" else {name: value}
+    setting = {group: {inner: value}} if inner else {name: value}
     # YAML as ASCII in one line, since YAML does not read JSON's escapes of characters beyond 16 bits.
     return [
         "--config",
@@ -173,29 +175,24 @@ def _config(part: str, name: str, value: Any) -> list[str]:
     ]
 
 
-def _with_backbone_group(file: str) -> str:
-    """Return a config whose `backbone: sdxl` is written as the group `backbone: {name: sdxl}`; the file itself if it has none.
+def _config_arguments(file: str, settings: Mapping[str, Mapping[str, Text]]) -> list[str]:
+    """Return the arguments for a config file, with those settings corrected that the parser would not read as they are meant.
 
-    The parser would not merge a name with settings of the group that come before or after it.
+    The name of a group, as in `backbone: sdxl`, becomes the group's `name`, since the parser would not merge it with other settings
+    of the group. One text of a setting that takes several becomes a list, since the parser would read it as YAML again.
     """
+    corrected: list[str] = []
+    named = False
     try:
         config = yaml.safe_load(Path(file).read_bytes())
-        settings = config["model"]["init_args"]
-        name = settings["backbone"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return file  # without a backbone, or the parser says what is wrong
-    if not isinstance(name, str):
-        return file
-    settings["backbone"] = {"name": name}
-    return str(yaml.safe_dump(config, default_flow_style=True, width=10**9))
-
-
-def _texts_of_config(file: str, settings: Mapping[str, Mapping[str, Text]]) -> list[str]:
-    """Return arguments for settings of several texts for which a config file has only one."""
-    try:
-        config = yaml.safe_load(Path(file).read_bytes())
-        given = [(part, name, (config[part].get("init_args") or {}).get(name)) for part in ("data", "model") if part in config
-                 for name, text in settings.get(part, {}).items() if text.several]  # fmt: skip
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
-        return []  # the parser reports the mistake
-    return [arg for part, name, value in given if isinstance(value, str) for arg in _config(part, name, [value])]
+        for part in [part for part in ("data", "model") if part in config]:
+            given, texts = config[part].get("init_args") or {}, settings.get(part, {})
+            for name in [name for name, value in given.items() if isinstance(value, str)]:
+                if f"{name}.name" in texts:
+                    given[name], named = {"name": given[name]}, True
+                elif name in texts and texts[name].several:
+                    corrected += _config(part, name, [given[name]])
+    except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):
+        return ["--config", file]  # the parser reports the mistake
+    whole = str(yaml.safe_dump(config, default_flow_style=True, width=10**9)) if named else file
+    return ["--config", whole, *corrected]

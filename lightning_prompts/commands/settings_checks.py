@@ -19,7 +19,7 @@ from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inversion.init import looks_like_file
 from lightning_prompts.runs.folder import RunFolder
-from lightning_prompts.text_settings import all_settings, with_groups
+from lightning_prompts.text_settings import all_settings, settings_of_group, with_groups
 
 CHANGEABLE = {
     "chooser",
@@ -116,8 +116,9 @@ def check_resumable(folder: RunFolder, config: str) -> None:
     changeable = CHANGEABLE - class_of(given["model"]["class_path"]).decisive
     differences: list[tuple[str, str, str]] = []
     for part in ("model", "data"):
+        hints = all_settings(class_of(given[part]["class_path"]))
         old, new = (
-            _flat(run[part]["init_args"]) | {"class_path": run[part].get("class_path")} for run in (saved, given)
+            _flat(run[part]["init_args"], hints) | {"class_path": run[part].get("class_path")} for run in (saved, given)
         )
         for name in sorted(old.keys() & new.keys() - changeable):
             if old[name] != new[name]:
@@ -132,11 +133,13 @@ def check_resumable(folder: RunFolder, config: str) -> None:
         )
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by name, those of the groups `backbone` and `sampler` as `backbone.dtype`."""
-    groups = {name: value for name, value in settings.items() if name in ("backbone", "sampler")}
-    inner = {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
-    return {name: value for name, value in settings.items() if name not in groups} | inner
+def _flat(settings: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by name, those of a group as `backbone.dtype`, given the type hints of all settings."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        group = settings_of_group(hints.get(name))
+        flat |= {f"{name}.{inner}": value[inner] for inner in value} if group else {name: value}
+    return flat
 
 
 def _as_list(inputs: str | list[str]) -> list[str]:
