@@ -1,12 +1,13 @@
-"""Searches the prompt space of frozen text-to-image diffusion models."""
+"""Search the prompt space of frozen text-to-image diffusion models."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prompts.api import Result, dpo_diff, human_feedback, invert, metric_guidance, seed_invariance
+    from lightning_prompts.api import dpo_diff, human_feedback, invert, metric_guidance, seed_invariance
     from lightning_prompts.backbones import BackboneSettings, load_backbone
+    from lightning_prompts.python_search import Result
     from lightning_prompts.sampling import SamplerSettings
 
 __version__ = "0.1.0"
@@ -24,9 +25,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: Lightning takes seconds, which `--help` need not."""
+    """Import a name when it is first used, since Lightning takes seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lightning_prompts import api
+    from lightning_prompts import api, backbones, python_search, sampling
 
-    return getattr(api, name)
+    return next(vars(home)[name] for home in (api, backbones, python_search, sampling) if name in vars(home))

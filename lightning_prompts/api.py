@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from lightning_prompts.backbones import Backbone, BackboneSettings, load_backbone
+from lightning_prompts.backbones import Backbone
 from lightning_prompts.callbacks.results import check_seeds
 from lightning_prompts.data.images import MIN_SIDE, load_image
 from lightning_prompts.data.prompts import find_prompts
@@ -18,20 +18,6 @@ from lightning_prompts.objectives import Objective
 from lightning_prompts.python_images import ImageInput, image_file, negative_image_files
 from lightning_prompts.python_search import Result, python_messages, search
 from lightning_prompts.python_values import check_type, plain, shown
-from lightning_prompts.sampling import SamplerSettings
-
-__all__ = [
-    "BackboneSettings",
-    "Result",
-    "SamplerSettings",
-    "dpo_diff",
-    "human_feedback",
-    "invert",
-    "load_backbone",
-    "metric_guidance",
-    "search",
-    "seed_invariance",
-]
 
 INVERSION_CONFIGS = (
     "invert",

@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from lightning_prompts import methods
-from lightning_prompts.backbones import Backbone, BackboneSettings, as_backbone
+from lightning_prompts.backbones import Backbone, BackboneSettings
 from lightning_prompts.callbacks import Results, Scores
 from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
@@ -112,8 +112,7 @@ def search(
         tempfile.TemporaryDirectory() as scratch,
         _prepared(folder) as (kept, lock),
     ):
-        given = {name: as_backbone(value) if name == "backbone" else value for name, value in settings.items()}
-        of_method, of_data = checked_settings((kind, data_kind), defaults, given)
+        of_method, of_data = checked_settings((kind, data_kind), defaults, settings)
         if scores:
             (texts,) = checked_settings((Scores,), {}, asdict(scores))
             scores = Scores(**texts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
 
-from lightning_prompts.backbones import Backbone
+from lightning_prompts.backbones import Backbone, as_backbone
 from lightning_prompts.commands.parser_errors import one_sentence
 from lightning_prompts.errors import UserError, shortened
 from lightning_prompts.python_values import check_type, plain, shown
@@ -28,7 +27,7 @@ class _Parser(LightningArgumentParser):
 
 
 def in_python(message: str) -> str:
-    """Rewrite the settings in a command-line message as Python arguments, such as `--model.num_tokens 8` as `tokens=8`."""
+    """Rewrite the settings in a command-line message as Python arguments, such as `--model.num_tokens 8` as `num_tokens=8`."""
 
     def argument(match: re.Match[str]) -> str:
         name, value = match.groups()
@@ -98,10 +97,12 @@ def _checked(kind: type, defaults: dict[str, Any], given: dict[str, Any], group:
 
 def _group(name: str, kind: type, default: Any, given: Any) -> Any:
     """Return a group of settings such as `backbone`; what is loaded already is kept."""
-    if isinstance(given, kind) or (name == "backbone" and isinstance(given, Backbone)):
+    if name == "backbone":
+        given = {"name": given} if isinstance(given, str) else as_backbone(given)
+        if isinstance(given, Backbone):
+            return given
+    if isinstance(given, kind):
         return given
-    if isinstance(given, str | os.PathLike) and name == "backbone":
-        given = {"name": given}
     if not isinstance(given, Mapping) or not all(isinstance(setting, str) for setting in given):
         taken = "a dictionary of settings" + ", a model's name, a loaded model" * (name == "backbone")
         raise UserError(f"The setting {name} cannot be {shown(given)}; it takes {taken} or {kind.__name__}.")

@@ -17,13 +17,13 @@ import torch
 from PIL import Image, ImageOps
 
 from lightning_prompts import dpo_diff, human_feedback, invert, load_backbone, metric_guidance, seed_invariance
-from lightning_prompts.api import search
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import DPODiff
 from lightning_prompts.methods.steering.human_feedback import Choice
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.python_search import search
 from lightning_prompts.python_settings import checked_settings
 from lightning_prompts.sampling import SamplerSettings
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from lightning_prompts import dpo_diff, human_feedback, invert, load_backbone, metric_guidance, seed_invariance
-from lightning_prompts.api import search
 from lightning_prompts.callbacks import Scores
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.python_search import search
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 PICTURE = Image.fromarray(ARRAY)

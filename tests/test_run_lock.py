@@ -15,11 +15,11 @@ import pytest
 from filelock import SoftFileLease
 from PIL import Image
 
-from lightning_prompts.api import search
 from lightning_prompts.callbacks import OwnerGuard
 from lightning_prompts.commands.main import main
 from lightning_prompts.errors import UserError
 from lightning_prompts.launchers import PARENT
+from lightning_prompts.python_search import search
 from lightning_prompts.runs import lock
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock

@@ -108,8 +108,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.score_every_n_steps, self.log_images_every_n_steps = score_every_n_steps, log_images_every_n_steps
         if isinstance(backbone, str):
             backbone = BackboneSettings(backbone)
-        loaded = backbone.load() if isinstance(backbone, BackboneSettings) else as_backbone(backbone)
-        self.backbone: Backbone = loaded
+        self.backbone: Backbone = backbone.load() if isinstance(backbone, BackboneSettings) else as_backbone(backbone)
         self.offline = self.backbone.offline
         own = self.backbone.default_steps
         steps = int(sampler.num_inference_steps or (min(own, MOST_STEPS) if self.draws else own))
