@@ -20,6 +20,13 @@ def fit(module, images, folder, callbacks=(), **data):
     return list(data.folder.load().values())
 
 
+def pez_command(run, backbone, image):
+    """Return the command of a PEZ search of two steps."""
+    command = f"fit --run {run} --trainer.accelerator cpu --model PEZ --model.backbone {backbone} --data.images {image}"
+    short = "--model.num_tokens 2 --model.steps 2 --model.sampler.num_inference_steps 2"
+    return f"{command} {short} --data.num_noise_samples 1 --data.num_validation_samples 2".split()
+
+
 def set_batch(module, problems, steps=0):
     """Make problems the batch of a method, each after the given number of steps."""
     module.batch.rows = [Row(problem, steps) for problem in problems]

@@ -13,6 +13,7 @@ import families
 import pytest
 import torch
 from hub import forget_connections
+from searches import pez_command
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.hub import CLIPS, find_model
@@ -252,26 +253,7 @@ def test_prefetch_as_a_program(hub, published, clip, tmp_path):
 
 def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, capsys):
     run = tmp_path / "run"
-    fit = [
-        "fit",
-        "--run",
-        str(run),
-        "--trainer.accelerator",
-        "cpu",
-        "--model",
-        "PEZ",
-        "--model.backbone",
-        "owner/model",
-    ]
-    fit += [
-        "--model.num_tokens",
-        "2",
-        "--model.sampler.num_inference_steps",
-        "2",
-        "--data.images",
-        str(pictures / "0.png"),
-    ]
-    fit += ["--model.steps", "2", "--data.num_noise_samples", "1", "--data.num_validation_samples", "2"]
+    fit = pez_command(run, "owner/model", pictures / "0.png")
 
     def commit():
         return json.loads((run / "result.json").read_text())["settings"]["model"]["backbone"]["revision"]
@@ -493,16 +475,7 @@ def test_variant_that_was_not_downloaded_completely(hub, sd1, tmp_path, monkeypa
 def test_a_run_keeps_its_variant(hub, sd1, pictures, tmp_path, capsys, caplog):
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"))
     run = tmp_path / "run"
-    fit = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(folder)]
-    fit += [
-        "--model.num_tokens",
-        "2",
-        "--model.sampler.num_inference_steps",
-        "2",
-        "--data.images",
-        str(pictures / "0.png"),
-    ]
-    fit += ["--model.steps", "2", "--data.num_noise_samples", "1", "--data.num_validation_samples", "2"]
+    fit = pez_command(run, folder, pictures / "0.png")
     main(fit)
     assert "has weights only as variant 'fp16'; using it." in caplog.text
     assert json.loads((run / "result.json").read_text())["settings"]["model"]["backbone"]["variant"] == "fp16"

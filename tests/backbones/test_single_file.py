@@ -12,6 +12,7 @@ import torch
 from families import refused
 from hub import forget_connections
 from safetensors.torch import load_file, save_file
+from searches import pez_command
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.hub import CLIPS, SHORT_NAMES
@@ -512,24 +513,8 @@ def test_old_names_of_the_text_encoder(tmp_path):
 def test_a_search(model, pictures, tmp_path, attempts):
     _, _, config, file = model
     run = tmp_path / "run"
-    args = ["fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(file)]
-    args += [
-        "--model.backbone.config",
-        str(config),
-        "--model.backbone.image_size",
-        "16",
-        "--model.backbone.offline",
-        "true",
-    ]
-    args += [
-        "--model.num_tokens",
-        "2",
-        "--model.sampler.num_inference_steps",
-        "2",
-        "--data.images",
-        str(pictures / "0.png"),
-    ]
-    main([*args, "--model.steps", "2", "--data.num_noise_samples", "1", "--data.num_validation_samples", "2"])
+    loading = f"--model.backbone.config {config} --model.backbone.image_size 16 --model.backbone.offline true".split()
+    main([*pez_command(run, file, pictures / "0.png"), *loading])
     main(["test", "--run", str(run)])
     assert json.loads((run / "result.json").read_text())["problems"][0]["prompt"]
     assert not attempts

@@ -112,7 +112,7 @@ def missing_gradient(method: str, clip: str, backbone: Backbone, moves_embedding
         moves_embeddings: Whether the method needs the gradient of the whole loss, even with a denoising loss.
     """
     kind, instead = backbone.vocabulary.text_encoders[0].kind, ""
-    if kind != "clip" and any(tower.kind == "clip" for tower in backbone.text_encoders):
+    if kind != "clip" and any(encoder.kind == "clip" for encoder in backbone.text_encoders):
         instead = ", or search the CLIP encoder's tokens with --model.backbone.vocabulary clip"
     way_out = "give --model.clip_weight 0" if moves_embeddings else "give --model.denoising_weight above 0"
     instead = way_out + instead

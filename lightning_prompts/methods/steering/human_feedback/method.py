@@ -121,7 +121,7 @@ class HumanFeedback(Steering):
         return (self.summaries(torch.stack(list(embeds))) - self.summaries(self.path[0][None])) @ self.axes.T
 
     def summaries(self, embeds: Tensor) -> Tensor:
-        """Summarize encoded prompts (T, S, R, D) to vectors (T, D); see `Backbone.gist`."""
+        """Summarize encoded prompts (T, S, R, D) to vectors (T, D); see `Backbone.summary_embedding`."""
         return self.backbone.summary_embedding(embeds[:, 0])
 
     # --- candidates
