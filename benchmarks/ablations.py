@@ -1,10 +1,10 @@
 """Measure the effect of each setting: `python benchmarks/ablations.py timesteps`, and likewise for the other groups.
 
-Each variant changes one setting of configs/ph2p.yaml, or of configs/invert.yaml in the group `default`, and spends the same number
-of denoiser samples for its steps on the first targets of a list; scoring is extra. Prints, per variant, the held-out similarity of
-four regenerations, its difference from the first variant, target by target, and the share of targets whose words of each kind
-(object, background or second object) were found, with 95% intervals. Plots these shares, as the mean over all words, against the
-samples spent. Finished runs are kept in --runs and not repeated.
+Each variant changes one setting of configs/ph2p.yaml, or of configs/invert.yaml in the group `default`, and spends the
+same number of denoiser samples for its steps on the first targets of a list; scoring is extra. Prints, per variant, the
+held-out similarity of four regenerations, its difference from the first variant, target by target, and the share of
+targets whose words of each kind (object, background or second object) were found, with 95% intervals. Plots these
+shares, as the mean over all words, against the samples spent. Finished runs are kept in --runs and not repeated.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Measure how much time inverting many images in one run saves: `python benchmarks/at_once.py --config configs/ph2p.yaml`.
 
-Inverts the same targets in one process, then in one process per target, and prints both times and the scores of the prompts.
+Inverts the same targets in one process, then in one process per target, and prints both times and the scores of the
+prompts.
 """
 
 from __future__ import annotations

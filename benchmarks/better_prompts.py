@@ -1,12 +1,13 @@
 """Measure DPO-Diff on prompts as users write them: `python benchmarks/better_prompts.py improve`, then `... attack`.
 
-Of 400 prompts, improves the 100 with the highest loss, or attacks the 100 with the lowest loss, as in the paper. Each prompt is
-searched on three seeds and scored on ten others by the held-out CLIP, which the search does not use: how similar the images are to
-the user's prompt and to the plain caption that the embedded model was trained on, and whether this CLIP recognizes the object and the
-background among all of the embedded model's. An object counts as recognized in a prompt if it is recognized in at least half of the
-prompt's images. Prints one line per space and solver, with 95% intervals. The figures of each prompt go to benchmarks/figures/, one
-file per line of the table; existing ones are not measured again. The searches sample in bfloat16, as with `--trainer.precision
-bf16-mixed`, which is 1.5 times as fast on a CPU; the scored images are generated in float32.
+Of 400 prompts, improves the 100 with the highest loss, or attacks the 100 with the lowest loss, as in the paper. Each
+prompt is searched on three seeds and scored on ten others by the held-out CLIP, which the search does not use: how
+similar the images are to the user's prompt and to the plain caption that the embedded model was trained on, and whether
+this CLIP recognizes the object and the background among all of the embedded model's. An object counts as recognized in
+a prompt if it is recognized in at least half of the prompt's images. Prints one line per space and solver, with 95%
+intervals. The figures of each prompt go to benchmarks/figures/, one file per line of the table; existing ones are not
+measured again. The searches sample in bfloat16, as with `--trainer.precision bf16-mixed`, which is 1.5 times as fast on
+a CPU; the scored images are generated in float32.
 """
 
 from __future__ import annotations

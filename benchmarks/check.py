@@ -1,9 +1,9 @@
 """Compare the schedule that `check` suggests with the tuned one: `python benchmarks/check.py`.
 
-Runs `train.py check` with configs/ph2p.yaml on the development targets, then inverts these targets with that config and with the
-one that `check` has written. For each config, prints its schedule, the share of prompts with the object's and the background's
-word, the held-out similarity, and its difference from the first config's, target by target, with 95% intervals. --runs keeps
-finished runs.
+Runs `train.py check` with configs/ph2p.yaml on the development targets, then inverts these targets with that config and
+with the one that `check` has written. For each config, prints its schedule, the share of prompts with the object's and
+the background's word, the held-out similarity, and its difference from the first config's, target by target, with 95%
+intervals. --runs keeps finished runs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Compare all inversion methods at three budgets: `python benchmarks/comparison.py evaluation`, then `... outside`.
 
-Each method searches once, with the largest budget; the results for smaller budgets are read from its history. Textual inversion,
-whose history has no embeddings, searches once per budget. A budget is a number of denoiser samples per image, including scoring; a
-backward pass counts as one sample. Then `test` generates four images from each prompt and compares them with the target by the
-held-out CLIP. The figures of each target go to benchmarks/figures/, one file per method, from which the table, the plot and the
-differences between methods, target by target, are computed. Methods with a file and searches in --runs are not measured again;
-delete both to repeat them.
+Each method searches once, with the largest budget; the results for smaller budgets are read from its history. Textual
+inversion, whose history has no embeddings, searches once per budget. A budget is a number of denoiser samples per
+image, including scoring; a backward pass counts as one sample. Then `test` generates four images from each prompt and
+compares them with the target by the held-out CLIP. The figures of each target go to benchmarks/figures/, one file per
+method, from which the table, the plot and the differences between methods, target by target, are computed. Methods with
+a file and searches in --runs are not measured again; delete both to repeat them.
 """
 
 from __future__ import annotations

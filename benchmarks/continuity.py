@@ -1,9 +1,10 @@
 """Measure whether images change evenly with `prompt_embeds`: `python benchmarks/continuity.py`.
 
-Generates images on 50 arcs between encoded captions of the embedded model's world, one seed each. Prints the rank correlation between
-the images' distances from the first one and those of the embeddings, and the largest step between neighbors, as a share of the
-distance between the ends, for increasing numbers of images on the arc: without jumps, this share shrinks. Distances are the root mean
-square of pixels, and one minus the cosine by the held-out CLIP. Writes docs/images/continuity.png.
+Generates images on 50 arcs between encoded captions of the embedded model's world, one seed each. Prints the rank
+correlation between the images' distances from the first one and those of the embeddings, and the largest step between
+neighbors, as a share of the distance between the ends, for increasing numbers of images on the arc: without jumps, this
+share shrinks. Distances are the root mean square of pixels, and one minus the cosine by the held-out CLIP. Writes
+docs/images/continuity.png.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measure the quality of the embedded model: `python benchmarks/embedded_model.py` (needs the font and the `emoji` package).
 
-Prints in how many images, generated in 25 steps for held-out captions, the held-out CLIP recognizes the object among all names and
-the background among all colors; the autoencoder's PSNR on the evaluation targets; and the ratio of the denoising losses with a wrong
-and with the true caption, by range of timesteps.
+Prints in how many images, generated in 25 steps for held-out captions, the held-out CLIP recognizes the object among
+all names and the background among all colors; the autoencoder's PSNR on the evaluation targets; and the ratio of the
+denoising losses with a wrong and with the true caption, by range of timesteps.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Measure searches on a GPU at the sizes of Stable Diffusion 1.5, SDXL and FLUX.1: `python benchmarks/gpu.py`.
 
-Models have random weights made on the GPU, in bfloat16 except for the CLIP, so nothing is downloaded. The benchmark compares
-methods in their Trainer with plain loops and with the rate of a matrix product, peak memory with the count of
+Models have random weights made on the GPU, in bfloat16 except for the CLIP, so nothing is downloaded. The benchmark
+compares methods in their Trainer with plain loops and with the rate of a matrix product, peak memory with the count of
 `benchmarks/memory.py`, the denoiser with and without torch.compile and, if there are two GPUs, two processes with one.
 
-Each measurement has a time limit in seconds and is skipped, with a message, if less than that is left of `--minutes`. Results are
-written after each measurement; run the same command again for the missing ones. `--print` only prints the tables; `--tiny` runs
-everything with small models on a CPU, as a test.
+Each measurement has a time limit in seconds and is skipped, with a message, if less than that is left of `--minutes`.
+Results are written after each measurement; run the same command again for the missing ones. `--print` only prints the
+tables; `--tiny` runs everything with small models on a CPU, as a test.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Measure the cost of the gradient of an image with respect to its prompt: `python benchmarks/gradient_cost.py`.
 
-For 10 to 100 sampling steps, prints the peak memory beyond the loaded models and the time of the shortcut text gradient (through one
-call of the denoiser, three fifths along the way) and of the full gradient through all calls, whose activations are recomputed in the
-backward pass. Each is measured on the embedded model in processes of its own: the time with the default allocator, and the memory
-with one that returns freed memory immediately, which is slow but holds nothing that is not in use.
+For 10 to 100 sampling steps, prints the peak memory beyond the loaded models and the time of the shortcut text gradient
+(through one call of the denoiser, three fifths along the way) and of the full gradient through all calls, whose
+activations are recomputed in the backward pass. Each is measured on the embedded model in processes of its own: the
+time with the default allocator, and the memory with one that returns freed memory immediately, which is slow but holds
+nothing that is not in use.
 """
 
 from __future__ import annotations

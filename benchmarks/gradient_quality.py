@@ -1,8 +1,9 @@
 """Measure what the shortcut text gradient predicts: `python benchmarks/gradient_quality.py`, after `python benchmarks/word_search.py`.
 
-In the spaces that word_search.py enumerates, a word of a random candidate is replaced by another with as many tokens. The gradient at
-the candidate predicts the change of the loss, and the tables have the true change. Prints the rank correlation of both over all such
-replacements, as the mean over prompts with its 95% interval, by the number of denoiser calls before the gradient and with it.
+In the spaces that word_search.py enumerates, a word of a random candidate is replaced by another with as many tokens.
+The gradient at the candidate predicts the change of the loss, and the tables have the true change. Prints the rank
+correlation of both over all such replacements, as the mean over prompts with its 95% interval, by the number of
+denoiser calls before the gradient and with it.
 """
 
 from __future__ import annotations

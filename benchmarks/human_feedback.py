@@ -1,12 +1,13 @@
 """Compare moves of an encoded prompt with edits of its words: `python benchmarks/human_feedback.py`.
 
-A scripted chooser has a target image, and a prompt that describes it only in part. Eight targets are from `outside`: the object stands
-on a color that no caption of the embedded model names, and the prompt names the object. Eight are scenes from `evaluation`, and the
-prompt names the object and the color of the background, but not the rest, which words could describe. The chooser sees five images per
-round, for twenty rounds; it moves to the one that it prefers, or keeps the current image if it prefers that. With moves, the images
-are the candidates of `HumanFeedback`, and the preferred one at full and at half strength; with edits, they come from random edits of
-the prompt (one word added, replaced or removed), and a choice takes the edit. Prints the similarity of the last image to the target by
-the held-out CLIP. The settings were tuned on other images.
+A scripted chooser has a target image, and a prompt that describes it only in part. Eight targets are from `outside`:
+the object stands on a color that no caption of the embedded model names, and the prompt names the object. Eight are
+scenes from `evaluation`, and the prompt names the object and the color of the background, but not the rest, which words
+could describe. The chooser sees five images per round, for twenty rounds; it moves to the one that it prefers, or keeps
+the current image if it prefers that. With moves, the images are the candidates of `HumanFeedback`, and the preferred
+one at full and at half strength; with edits, they come from random edits of the prompt (one word added, replaced or
+removed), and a choice takes the edit. Prints the similarity of the last image to the target by the held-out CLIP. The
+settings were tuned on other images.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Test whether interrupted searches find the same prompts as uninterrupted ones: `python benchmarks/interruptions.py`.
 
-Fifty searches are killed at random times (SIGKILL), ten get SIGTERM, and in five with two processes under torchrun one process is
-killed. Each is resumed by the same command. Existing rows are not measured again.
+Fifty searches are killed at random times (SIGKILL), ten get SIGTERM, and in five with two processes under torchrun one
+process is killed. Each is resumed by the same command. Existing rows are not measured again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Measure how often an inversion finds the words: `python benchmarks/inversion.py --config configs/ph2p.yaml`.
 
-Prints the share of targets whose word for the object and for the background (or a synonym) is in the found prompt, with 95% intervals,
-the similarity of regenerations by the held-out CLIP, the denoiser samples (a backward pass counts as one) and the seconds per image.
+Prints the share of targets whose word for the object and for the background (or a synonym) is in the found prompt, with
+95% intervals, the similarity of regenerations by the held-out CLIP, the denoiser samples (a backward pass counts as
+one) and the seconds per image.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Measure the best that the loss of a search can reach: `python benchmarks/judges.py`.
 
-For 30 prompts of high loss from another pool than that of `better_prompts.py`, 32 negative prompts are sampled as at the start of a
-search, with images from 3 seeds and 10 others. Then each judge, a way to score images, selects the best of 24 of them by the 3 seeds,
-for 100 random choices of the 24. Prints how often the selected one wins against the user's prompt on the 10 other seeds in the held-out
-CLIP, and by how much it is closer, with 95% intervals over prompts. One judge is the held-out CLIP itself, which no search may use. A
-choice that is confirmed on three of the 10 seeds is scored on the other seven.
+For 30 prompts of high loss from another pool than that of `better_prompts.py`, 32 negative prompts are sampled as at
+the start of a search, with images from 3 seeds and 10 others. Then each judge, a way to score images, selects the best
+of 24 of them by the 3 seeds, for 100 random choices of the 24. Prints how often the selected one wins against the
+user's prompt on the 10 other seeds in the held-out CLIP, and by how much it is closer, with 95% intervals over prompts.
+One judge is the held-out CLIP itself, which no search may use. A choice that is confirmed on three of the 10 seeds is
+scored on the other seven.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ def processes(scratch: Path) -> None:
     for number in range(len(tables.read(FIGURES["processes"])) // 2, ROUNDS):
         for count in (1, 2):
             seconds, _, _ = search(scratch, PICTURES, f"{count}-{number}", *LONG, "--trainer.devices", str(count))
-            # The processes do not share the loading of the model, which takes a larger part of the time here than in a large job.
+            # The processes do not share the loading of the model, which takes a larger part of the time here than in a
+            # large job.
             told = json.loads((scratch / f"{count}-{number}" / "result.json").read_text())["problems"]
             longest = max(sum(problem["seconds"] for problem in told[rank::count]) for rank in range(count))
             samples = sum(problem["unet_samples"] for problem in told)

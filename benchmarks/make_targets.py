@@ -1,7 +1,7 @@
 """Render the target images: `python benchmarks/make_targets.py` (needs the font and the `emoji` package).
 
-`evaluation` (200 scenes of the grammar) and `outside` (40 scenes that it cannot describe) are for reporting; `development` (48) is for
-tuning. Their seeds differ from each other and from those of the training data.
+`evaluation` (200 scenes of the grammar) and `outside` (40 scenes that it cannot describe) are for reporting;
+`development` (48) is for tuning. Their seeds differ from each other and from those of the training data.
 """
 
 from __future__ import annotations

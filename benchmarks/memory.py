@@ -1,12 +1,12 @@
 """Measure the memory of every family at its full size: `python benchmarks/memory.py`.
 
-Weights and activations are counted on the meta device, where tensors have a size and no content, so no model is downloaded and
-all machines give the same figures. Weights are bfloat16. Activations are those that autograd keeps for one call of the denoiser on one
-noisy image at the family's default size, with a gradient to the prompt.
+Weights and activations are counted on the meta device, where tensors have a size and no content, so no model is
+downloaded and all machines give the same figures. Weights are bfloat16. Activations are those that autograd keeps for
+one call of the denoiser on one noisy image at the family's default size, with a gradient to the prompt.
 
-`python benchmarks/memory.py --search ph2p` or `--search dpo_diff` runs a search instead: it writes a model of the size of Stable
-Diffusion 1.5 with random weights, and its CLIP, into a folder, searches for two steps from the command line, and prints the peak
-memory of the process and the seconds of the steps.
+`python benchmarks/memory.py --search ph2p` or `--search dpo_diff` runs a search instead: it writes a model of the size
+of Stable Diffusion 1.5 with random weights, and its CLIP, into a folder, searches for two steps from the command line,
+and prints the peak memory of the process and the seconds of the steps.
 """
 
 from __future__ import annotations
@@ -309,12 +309,13 @@ def table() -> str:
 
 SEARCHES = {
     "ph2p": (
-        "--config configs/ph2p.yaml --data.images docs/images/demo.png --model.steps 2 --data.num_noise_samples 1 --data.num_validation_samples 1 "
-        "--model.sampler.num_inference_steps 2 --model.sampler.guidance_scale 7.5"
+        "--config configs/ph2p.yaml --data.images docs/images/demo.png --model.steps 2 --data.num_noise_samples 1 "
+        "--data.num_validation_samples 1 --model.sampler.num_inference_steps 2 --model.sampler.guidance_scale 7.5"
     ),
     "dpo_diff": (
-        "--config configs/dpo_diff.yaml --data.prompts dog --model.solver gradient --model.budget 2 --model.gradient_share 0.5 "
-        "--model.seeds 1 --model.sampler.num_inference_steps 2 --model.schedule fix-1 --model.sampler.guidance_scale 7.5"
+        "--config configs/dpo_diff.yaml --data.prompts dog --model.solver gradient --model.budget 2 "
+        "--model.gradient_share 0.5 --model.seeds 1 --model.sampler.num_inference_steps 2 --model.schedule fix-1 "
+        "--model.sampler.guidance_scale 7.5"
     ),
 }
 

@@ -1,11 +1,12 @@
 """Measure the effect of metric guidance on images: `python benchmarks/metric_guidance.py`.
 
-Searches embeddings for plain captions of the embedded model's world and generates images from 100 fresh seeds of each, before and
-after. Prints for each objective, and for gradients through one, five and all denoiser calls, how often the metric improves on the
-seeds of the search and on the fresh ones, by how much, how often the held-out CLIP still recognizes the object among all of the
-model's, and the cost. An object is kept in a prompt if most of its images show it both before and after, and in an image if the image
-of the same seed showed it. Intervals are 95% intervals. The figures of each prompt go to benchmarks/figures/, one file per line of the
-table; existing ones are not measured again. The settings were tuned on other prompts.
+Searches embeddings for plain captions of the embedded model's world and generates images from 100 fresh seeds of each,
+before and after. Prints for each objective, and for gradients through one, five and all denoiser calls, how often the
+metric improves on the seeds of the search and on the fresh ones, by how much, how often the held-out CLIP still
+recognizes the object among all of the model's, and the cost. An object is kept in a prompt if most of its images show
+it both before and after, and in an image if the image of the same seed showed it. Intervals are 95% intervals. The
+figures of each prompt go to benchmarks/figures/, one file per line of the table; existing ones are not measured again.
+The settings were tuned on other prompts.
 """
 
 from __future__ import annotations

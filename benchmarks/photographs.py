@@ -1,9 +1,9 @@
 """Invert real photographs: `python benchmarks/photographs.py` (needs scikit-learn and scikit-image, for their sample images).
 
-Inverts two sample photographs of scikit-learn and two of scikit-image with configs/invert.yaml and configs/ph2p.yaml, and mixes the
-two prompts of each. Prints the share of random captions of the embedded model's world whose images are less similar to the photograph,
-by the held-out CLIP, than those of each of the three prompts: as means over four images per caption and sixteen per prompt, on seeds
-that were not used for selection.
+Inverts two sample photographs of scikit-learn and two of scikit-image with configs/invert.yaml and configs/ph2p.yaml,
+and mixes the two prompts of each. Prints the share of random captions of the embedded model's world whose images are
+less similar to the photograph, by the held-out CLIP, than those of each of the three prompts: as means over four images
+per caption and sixteen per prompt, on seeds that were not used for selection.
 """
 
 from __future__ import annotations

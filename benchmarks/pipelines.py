@@ -1,9 +1,10 @@
 """Measure how far images are from those of diffusers' pipelines: `python benchmarks/pipelines.py`.
 
-Generates images with this package and with diffusers' own pipeline of each model, from the same latents and prompts, for all combinations of
-scheduler, guidance and prompt length, and prints the largest absolute difference of a pixel in [0, 1] for each model. All models
-have random weights: those of `tests/families.py` and, if the folder `shared` is next to the checkout, reduced models with published
-configurations and tokenizers. Combinations that diffusers' pipeline refuses are left out.
+Generates images with this package and with diffusers' own pipeline of each model, from the same latents and prompts,
+for all combinations of scheduler, guidance and prompt length, and prints the largest absolute difference of a pixel in
+[0, 1] for each model. All models have random weights: those of `tests/families.py` and, if the folder `shared` is next
+to the checkout, reduced models with published configurations and tokenizers. Combinations that diffusers' pipeline
+refuses are left out.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def compare(
         guidance: Guidance scales.
 
     Returns:
-        One row per combination, with the largest absolute difference of a pixel and, for scale, the one between the images of two
-        prompts.
+        One row per combination, with the largest absolute difference of a pixel and, for scale, the one between the
+        images of two prompts.
     """
     index = json.loads((folder / "model_index.json").read_text())
     unused = dict.fromkeys({"safety_checker", "feature_extractor"} & set(index))

@@ -1,8 +1,9 @@
 """Plain loops for comparison: one image or prompt at a time, and one noise sample or image per call, like the methods' released code.
 
-Each takes its settings from a method that has searched, and yields the number of denoiser samples after every step; a backward pass
-counts as one sample. Unlike in the released code of PH2P and PEZ, weights require no gradients, and nearest tokens are looked up on the
-device. Other costs of released code are left out, such as encoding the image again or decoding candidates.
+Each takes its settings from a method that has searched, and yields the number of denoiser samples after every step; a
+backward pass counts as one sample. Unlike in the released code of PH2P and PEZ, weights require no gradients, and
+nearest tokens are looked up on the device. Other costs of released code are left out, such as encoding the image again
+or decoding candidates.
 """
 
 from __future__ import annotations

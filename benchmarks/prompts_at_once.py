@@ -1,7 +1,8 @@
 """Measure how much time searching words for many prompts in one run saves: `python benchmarks/prompts_at_once.py`.
 
-Searches 100 prompts in one process; the first of them in one process each; and the very first ones like the released code, which
-generates one seed of one candidate at a time. Prints the seconds per prompt of whole processes, and the differences of the losses.
+Searches 100 prompts in one process; the first of them in one process each; and the very first ones like the released
+code, which generates one seed of one candidate at a time. Prints the seconds per prompt of whole processes, and the
+differences of the losses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Invert a red square and nine other shapes: `python benchmarks/red_square.py`.
 
-Inverts ten plain shapes, large and in the middle of a white background, in one run. Prints the exact prompts, and whether they contain
-the word for the shape and the color, or a synonym.
+Inverts ten plain shapes, large and in the middle of a white background, in one run. Prints the exact prompts, and
+whether they contain the word for the shape and the color, or a synonym.
 """
 
 from __future__ import annotations

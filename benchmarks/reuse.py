@@ -1,10 +1,10 @@
 """Test whether changes learned on one prompt improve others: `python benchmarks/reuse.py`.
 
-Searches embeddings for 21 plain captions of the embedded model's world. For five of them, the learned change, which is the found
-embeddings minus the encoded caption, is added to each of the 20 others. On ten fresh seeds, prints the gain by a prompt's own search,
-the gain by the added change, and the ratio of the two; how often the added change is a gain; and its effect on the held-out similarity
-of images and captions. The 95% intervals are over the prompts, with one value per prompt for the five changes, so they hold for these
-five.
+Searches embeddings for 21 plain captions of the embedded model's world. For five of them, the learned change, which is
+the found embeddings minus the encoded caption, is added to each of the 20 others. On ten fresh seeds, prints the gain
+by a prompt's own search, the gain by the added change, and the ratio of the two; how often the added change is a gain;
+and its effect on the held-out similarity of images and captions. The 95% intervals are over the prompts, with one value
+per prompt for the five changes, so they hold for these five.
 """
 
 from __future__ import annotations

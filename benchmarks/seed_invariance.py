@@ -1,11 +1,11 @@
 """Measure how much one embedding fixes the image of every seed: `python benchmarks/seed_invariance.py`.
 
-Takes ten plain captions of the embedded model's world and, as targets, the images of ten seeds for each. For each line, a variant of
-the method, generates images from 20 fresh seeds of the plain prompt and of the found embedding, and prints how similar they are to
-the target, by the held-out CLIP and by the peak signal-to-noise ratio. Closed is the share of the plain prompt's distance to the
-target that the embedding removes, for one minus the similarity and for the mean squared error. Intervals are 95% intervals over the
-captions. The figures of each target go to benchmarks/figures/, one file per line; existing ones are not measured again. The settings
-were tuned on other captions.
+Takes ten plain captions of the embedded model's world and, as targets, the images of ten seeds for each. For each line,
+a variant of the method, generates images from 20 fresh seeds of the plain prompt and of the found embedding, and prints
+how similar they are to the target, by the held-out CLIP and by the peak signal-to-noise ratio. Closed is the share of
+the plain prompt's distance to the target that the embedding removes, for one minus the similarity and for the mean
+squared error. Intervals are 95% intervals over the captions. The figures of each target go to benchmarks/figures/, one
+file per line; existing ones are not measured again. The settings were tuned on other captions.
 """
 
 from __future__ import annotations

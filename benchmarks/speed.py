@@ -1,9 +1,10 @@
 """Measure how fast one process searches with the embedded model: `python benchmarks/speed.py`; `--print` only prints the tables.
 
-There are four tables: the search compared with a plain loop, which takes one target after the other and one noise sample per call, like
-the released code; the share of the machine's arithmetic rate in large products; where the time of a step goes; and alternative
-computations. Alternatives are measured in turns, and the tables have the medians of the rounds. If other programs are running, use
-`--threads 1`; both sides of a comparison always have the same number of threads.
+There are four tables: the search compared with a plain loop, which takes one target after the other and one noise
+sample per call, like the released code; the share of the machine's arithmetic rate in large products; where the time of
+a step goes; and alternative computations. Alternatives are measured in turns, and the tables have the medians of the
+rounds. If other programs are running, use `--threads 1`; both sides of a comparison always have the same number of
+threads.
 """
 
 from __future__ import annotations
@@ -115,10 +116,10 @@ def search(backbone: Backbone, name: str, count: int, steps: int, recorder: Any 
 def plain(backbone: Backbone, name: str, latents: Tensor, steps: int) -> float:
     """Measure the seconds per step of the plain loop.
 
-    It does what the released code of PH2P and PEZ does: one target after the other and one noise sample per call. The code of PH2P
-    computes gradients of the network's weights, and searches the nearest tokens at each call in NumPy, token by token through the whole
-    vocabulary; that of PEZ computes no gradients of weights and looks tokens up in torch. Other costs of released code are left out, such
-    as encoding the image again at each call.
+    It does what the released code of PH2P and PEZ does: one target after the other and one noise sample per call. The
+    code of PH2P computes gradients of the network's weights, and searches the nearest tokens at each call in NumPy,
+    token by token through the whole vocabulary; that of PEZ computes no gradients of weights and looks tokens up in
+    torch. Other costs of released code are left out, such as encoding the image again at each call.
 
     Args:
         backbone: The model.
@@ -463,7 +464,8 @@ def share_table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['what']} | {row['samples_a_second']:.0f} | {row['gigaflops']:.0f} | {row['share']:.0%} | {row['share_of_best']:.0%} |"
+        f"| {row['what']} | {row['samples_a_second']:.0f} | {row['gigaflops']:.0f} | {row['share']:.0%} | "
+        f"{row['share_of_best']:.0%} |"
         for row in rows
     ]
     return "\n".join(lines)

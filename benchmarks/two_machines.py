@@ -1,6 +1,7 @@
 """Test whether two processes or machines give the results of one process: `python benchmarks/two_machines.py`, as root on Linux.
 
-The machines are network namespaces with a virtual cable between them, each with its own torchrun; the processes connect with gloo.
+The machines are network namespaces with a virtual cable between them, each with its own torchrun; the processes connect
+with gloo.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def _ip(*args: str) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a table with one line per method and setup."""
     lines = [
-        "| method | processes | strategy | same prompts as one process | largest relative difference of a loss | everything identical |",
+        "| method | processes | strategy | same prompts as one process | largest relative difference of a loss | "
+        "everything identical |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

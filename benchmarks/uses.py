@@ -1,9 +1,9 @@
 """Measure uses of found prompts: `python benchmarks/uses.py evolution` and `python benchmarks/uses.py removal`.
 
-`evolution` mixes the prompts of pairs of targets and measures by the held-out CLIP how similar the images are to both of them.
-`removal` generates images from texts and found prompts for two objects, with and without the prompt found for one of them as the
-negative prompt, and counts the objects that the held-out CLIP recognizes; it renders scenes (needs the font and the `emoji` package).
-Settings of `fit` follow the options. Both print one table with 95% intervals.
+`evolution` mixes the prompts of pairs of targets and measures by the held-out CLIP how similar the images are to both
+of them. `removal` generates images from texts and found prompts for two objects, with and without the prompt found for
+one of them as the negative prompt, and counts the objects that the held-out CLIP recognizes; it renders scenes (needs
+the font and the `emoji` package). Settings of `fit` follow the options. Both print one table with 95% intervals.
 """
 
 from __future__ import annotations

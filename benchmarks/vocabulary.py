@@ -1,9 +1,10 @@
 """Measure where `fit` spends its time with vocabularies of full size: `python benchmarks/vocabulary.py FOLDER`.
 
-FOLDER holds a diffusers pipeline, preferably with small networks and the tokenizers of a published model, so that costs that grow
-with the vocabulary stand out. Runs each method's config on one image or prompt, in a process of its own, and prints the seconds of
-CPU time spent on loading (libraries, settings, weights, tokenizers), the denoiser and the autoencoder, the text encoders, the CLIP,
-and the rest, with the share of the rest. `--profile` also prints the functions that take the most time.
+FOLDER holds a diffusers pipeline, preferably with small networks and the tokenizers of a published model, so that costs
+that grow with the vocabulary stand out. Runs each method's config on one image or prompt, in a process of its own, and
+prints the seconds of CPU time spent on loading (libraries, settings, weights, tokenizers), the denoiser and the
+autoencoder, the text encoders, the CLIP, and the rest, with the share of the rest. `--profile` also prints the
+functions that take the most time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Measure whether word maps are right: `python benchmarks/word_maps.py`.
 
-Computes maps on the targets for prompts that name their content, which are the captions and two words alone. Prints, for a word of
-each kind, the share of its map on the right region, the share of an even map, and in how many images the maximum is in the right
-region, with 95% intervals. The object's region is where the image differs from the color of its border, so targets whose look changes
-the background (dark, grainy, blurry) are left out.
+Computes maps on the targets for prompts that name their content, which are the captions and two words alone. Prints,
+for a word of each kind, the share of its map on the right region, the share of an even map, and in how many images the
+maximum is in the right region, with 95% intervals. The object's region is where the image differs from the color of its
+border, so targets whose look changes the background (dark, grainy, blurry) are left out.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Measure how quickly each solver of DPO-Diff finds the best words: `python benchmarks/word_search.py`.
 
-Evaluates every candidate of 20 small spaces, about 600 each, so the true optimum is known. Then each solver searches them with budgets
-of 8 to 40 generations; its evaluations are looked up, its gradients are computed. Prints the mean regret, which is the best loss found
-minus the lowest loss, how often the optimum is found, and the difference from the regret of random search, prompt by prompt. The 95%
-intervals are over prompts, each the mean of some repetitions. The regrets go to benchmarks/figures/word_search.csv; existing ones are
-not measured again. Finished parts are kept in --runs.
+Evaluates every candidate of 20 small spaces, about 600 each, so the true optimum is known. Then each solver searches
+them with budgets of 8 to 40 generations; its evaluations are looked up, its gradients are computed. Prints the mean
+regret, which is the best loss found minus the lowest loss, how often the optimum is found, and the difference from the
+regret of random search, prompt by prompt. The 95% intervals are over prompts, each the mean of some repetitions. The
+regrets go to benchmarks/figures/word_search.csv; existing ones are not measured again. Finished parts are kept in
+--runs.
 """
 
 from __future__ import annotations

@@ -42,10 +42,10 @@ def invert(
     """Search prompts that generate given images.
 
     Args:
-        images: An image (a PIL image, an array, a tensor or a file), or a list of images, which are searched together. With
-            `one_subject=True`, all of them get one prompt.
-        method: `invert` (recommended), `ph2p`, `ph2p_lbfgs`, `pez`, `pez_clip`, `gcg`, `textual_inversion`, `clip_words` or
-            `random_tokens`.
+        images: An image (a PIL image, an array, a tensor or a file), or a list of images, which are searched together.
+            With `one_subject=True`, all of them get one prompt.
+        method: `invert` (recommended), `ph2p`, `ph2p_lbfgs`, `pez`, `pez_clip`, `gcg`, `textual_inversion`,
+            `clip_words` or `random_tokens`.
         **settings: Arguments of `search`, and settings of the method and of `ImagesToPrompts`.
 
     Returns:
@@ -177,7 +177,8 @@ def human_feedback(
         raise UserError("The setting chooser is set by choose; give choose instead.")
     if choose is not None and not isinstance(choose, Chooser) and (isinstance(choose, type) or not callable(choose)):
         raise UserError(
-            f"The setting choose cannot be {shown(choose)}; it takes a function that returns a Choice, a Chooser, or None."
+            f"The setting choose cannot be {shown(choose)}; it takes a function that returns a Choice, a Chooser, or "
+            "None."
         )
     chooser = choose if isinstance(choose, Chooser) else _FunctionChooser(choose) if choose else Page()
     return _search_prompts("human_feedback", prompts, {**settings, "chooser": chooser})

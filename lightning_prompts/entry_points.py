@@ -27,7 +27,7 @@ def load_entry_points(group: str, kind: str) -> Iterator[tuple[EntryPoint, Any]]
             found = point.load()
         except Exception as error:  # the other package's code may raise anything
             raise UserError(
-                f"The {kind} {point.name!r} ({point.value}) cannot be imported ({import_failure(error)}); correct or uninstall its "
-                "package."
+                f"The {kind} {point.name!r} ({point.value}) cannot be imported ({import_failure(error)}); correct or "
+                "uninstall its package."
             ) from error
         yield point, found

@@ -19,7 +19,8 @@ from lightning_prompts.python_values import plain, shown
 ImageInput: TypeAlias = Image.Image | np.ndarray[Any, Any] | Tensor | str | Path
 """An image: a PIL image, an array, a tensor, or a file.
 
-Arrays and tensors have the shape (H, W), (H, W, C) or (C, H, W), with whole numbers from 0 to 255 or floats from 0 to 1.
+Arrays and tensors have the shape (H, W), (H, W, C) or (C, H, W), with whole numbers from 0 to 255 or floats from 0 to
+1.
 """
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -44,7 +45,8 @@ def image_file(image: Any, name: str, folder: Path) -> str:
         return _write(image, name, folder)
     if not isinstance(image, str | Path):
         raise UserError(
-            f"{name} cannot be {shown(image)}; give a PIL image, a NumPy array, a tensor, or the name of a file, or a list of these."
+            f"{name} cannot be {shown(image)}; give a PIL image, a NumPy array, a tensor, or the name of a file, or a "
+            "list of these."
         )
     file: str = plain(name, image)
     if not file.strip():

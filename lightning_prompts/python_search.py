@@ -84,17 +84,18 @@ def search(
 
     Args:
         config: Name of the config whose settings are the defaults, such as `ph2p`.
-        settings: Settings of the method and its data by name, such as `backbone`, `num_tokens` or `steps`. `backbone` is a name, a
-            dictionary or `BackboneSettings` to load a model, a diffusers pipeline, which stays unchanged, or the result of
-            `load_backbone`, which several calls can share. `sampler` is a dictionary or `SamplerSettings`.
+        settings: Settings of the method and its data by name, such as `backbone`, `num_tokens` or `steps`. `backbone`
+            is a name, a dictionary or `BackboneSettings` to load a model, a diffusers pipeline, which stays unchanged,
+            or the result of `load_backbone`, which several calls can share. `sampler` is a dictionary or
+            `SamplerSettings`.
         draw_seeds: Seeds of the results' images.
         folder: Folder to keep the files of the run in, which must not hold a run; None to keep none.
         device: Device of the search, such as `cuda:1`; None for a GPU if there is one.
         scores: The scores of the results, see `Scores`.
 
     Returns:
-        A result per problem, in the order of the images or prompts. Without success its prompt is empty, and its record has the
-        reason.
+        A result per problem, in the order of the images or prompts. Without success its prompt is empty, and its record
+        has the reason.
 
     Raises:
         UserError: A setting cannot be used.

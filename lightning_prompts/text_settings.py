@@ -124,7 +124,8 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
             raise UserError(f"The setting {name} cannot be {given[0]!r}; it takes a text, or null for none.")
         if text.listed and len(given) == 1 and given[0].lstrip().startswith("[") and _texts(given) == given:
             raise UserError(
-                f"The setting {name} cannot be {given[0]!r}; it takes words one after the other, or a JSON list such as "
+                f"The setting {name} cannot be {given[0]!r}; it takes words one after the other, or a JSON list such "
+                "as "
                 '\'["red", "blue"]\'.'
             )
         rest = rest if equals else rest[len(given) :]
@@ -178,8 +179,9 @@ def _config(part: str, name: str, value: Any) -> list[str]:
 def _config_arguments(file: str, settings: Mapping[str, Mapping[str, Text]]) -> list[str]:
     """Return the arguments for a config file, with those settings corrected that the parser would not read as they are meant.
 
-    The name of a group, as in `backbone: sdxl`, becomes the group's `name`, since the parser would not merge it with other settings
-    of the group. One text of a setting that takes several becomes a list, since the parser would read it as YAML again.
+    The name of a group, as in `backbone: sdxl`, becomes the group's `name`, since the parser would not merge it with
+    other settings of the group. One text of a setting that takes several becomes a list, since the parser would read it
+    as YAML again.
     """
     corrected: list[str] = []
     named = False

@@ -1,8 +1,8 @@
 """Tiny pipelines of every family, with random weights, in the layouts found on the hub.
 
-They have the irregularities of published models: T5's table has more rows than its tokenizer has tokens and no token for "a"; CLIP's tokenizers
-come without tokenizer.json and their text encoders' configs have the end-of-text id 2, which no tokenizer has; keys that
-model_index.json has got later are absent.
+They have the irregularities of published models: T5's table has more rows than its tokenizer has tokens and no token
+for "a"; CLIP's tokenizers come without tokenizer.json and their text encoders' configs have the end-of-text id 2, which
+no tokenizer has; keys that model_index.json has got later are absent.
 """
 
 import copy

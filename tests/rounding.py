@@ -13,8 +13,8 @@ STEP = 2**-22  # twice the relative distance of neighboring float32 numbers
 def rounding_by_shape():
     """Scale the output of every linear and convolutional layer by a factor that depends on the call's shape and the row's position.
 
-    Results are then equal only if they come from calls of the same shape with the same samples at the same positions. This is stricter
-    than any processor: two shapes never return the same values.
+    Results are then equal only if they come from calls of the same shape with the same samples at the same positions.
+    This is stricter than any processor: two shapes never return the same values.
     """
     with pytest.MonkeyPatch.context() as patch:
         for layer in (nn.Linear, nn.Conv2d):

@@ -120,7 +120,8 @@ SETTINGS = {  # of `invert`, and the message
     "surrogate": ({"template": "{} \ud800"}, "which is not UTF-8"),
     "backbone": (
         {"backbone": torch.nn.Linear(1, 1)},
-        "backbone cannot be of type Linear; it takes a dictionary of settings, a model's name, a loaded model or BackboneSettings.",
+        "backbone cannot be of type Linear; it takes a dictionary of settings, a model's name, a loaded model or "
+        "BackboneSettings.",
     ),
     "no backbone": ({"backbone": None}, "backbone cannot be None"),
     "negative": ({"negative_images": [PICTURE, 3]}, "negative_images[1] cannot be 3; give a PIL image"),

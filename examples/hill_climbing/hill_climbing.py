@@ -44,7 +44,8 @@ class HillClimbing(Inverter):
         steps = [batch.steps[row] for row in rows.tolist()]
         drawn, keep = self.random_tokens(rows, steps), torch.ones_like(token_ids, dtype=torch.bool)
         for q, problem in enumerate(self.records(rows)):
-            # A draw depends on the seed, the problem and the step alone, so that resuming and batching do not change it.
+            # A draw depends on the seed, the problem and the step alone, so that resuming and batching do not change
+            # it.
             draw = generator(self.data.seed, f"{problem.key}/hill climbing", steps[q], 0)
             keep[q, torch.randperm(token_ids.shape[1], generator=draw)[: self.n_replace]] = False
         return torch.where(keep, token_ids, drawn)

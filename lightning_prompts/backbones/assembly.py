@@ -72,7 +72,8 @@ def check_clip_skip(family: type[Backbone], pipeline: str, name: str, clip_skip:
     """Refuse to skip layers in families whose pipelines cannot."""
     if clip_skip is not None and not family.supports_clip_skip:
         raise UserError(
-            f"--model.backbone.clip_skip is not supported by the {pipeline} of the model {name!r}, got {clip_skip}; leave it out."
+            f"--model.backbone.clip_skip is not supported by the {pipeline} of the model {name!r}, got {clip_skip}; "
+            "leave it out."
         )
 
 

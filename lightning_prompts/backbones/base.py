@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 class Backbone(LatentDiffusion, ABC):
     """A frozen text-to-image model: no parameter requires a gradient, and it never leaves evaluation mode.
 
-    An encoded prompt is a tensor of rows (R, D): one row per token, which the denoiser attends to, followed by the pooled vector,
-    padded with zeros, in families that have one. An operation on all rows thus covers everything that the denoiser gets from a prompt.
+    An encoded prompt is a tensor of rows (R, D): one row per token, which the denoiser attends to, followed by the
+    pooled vector, padded with zeros, in families that have one. An operation on all rows thus covers everything that
+    the denoiser gets from a prompt.
 
-    A subclass is a family of models. Its class attributes name the diffusers pipelines that it supports and their components; its
-    methods build encoded prompts from the outputs of the text encoders (`combine`) and call the denoiser (`denoise`). Defining the
-    subclass registers it, see `families`.
+    A subclass is a family of models. Its class attributes name the diffusers pipelines that it supports and their
+    components; its methods build encoded prompts from the outputs of the text encoders (`combine`) and call the
+    denoiser (`denoise`). Defining the subclass registers it, see `families`.
 
     Args:
         name: The name that the user gave.
@@ -39,15 +40,16 @@ class Backbone(LatentDiffusion, ABC):
         vocabulary: Kind of the text encoders whose tokens are searched, `clip` or `t5`; None for the family's default.
         image_size: Height and width of generated images, in pixels; None for the size that the model was trained on.
         zero_empty: Encode empty negative prompts as zeros.
-        clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines; negative prompts
-            use all layers. None for all layers.
+        clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines;
+            negative prompts use all layers. None for all layers.
     """
 
     pipelines: ClassVar[tuple[str, ...]]  # diffusers pipelines of the family
     text_encoder_specs: ClassVar[tuple[TextEncoderSpec, ...]]
     denoiser_spec: ClassVar[tuple[str, str]]  # the denoiser's component and diffusers class
     autoencoder: ClassVar[str] = "AutoencoderKL"  # the diffusers class of the component `vae`
-    # Prefix of the text encoder's weights in single files in their original layout, and the model that has their configuration.
+    # Prefix of the text encoder's weights in single files in their original layout, and the model that has their
+    # configuration.
     single_files: ClassVar[Mapping[str, str]] = {}
     default_vocabulary: ClassVar[str] = "clip"
     fixed_rows: ClassVar[int] = 1  # first rows of an encoded prompt, which are the same for all prompts
@@ -77,12 +79,13 @@ class Backbone(LatentDiffusion, ABC):
         kind = vocabulary or self.default_vocabulary
         if not (searched := [encoder for encoder in text_encoders if encoder.kind == kind]):
             raise UserError(
-                f"The model {name!r} has no {kind} text encoder to search the tokens of; leave out --model.backbone.vocabulary."
+                f"The model {name!r} has no {kind} text encoder to search the tokens of; leave out "
+                "--model.backbone.vocabulary."
             )
         if any(encoder.tokenizer.get_vocab() != searched[0].tokenizer.get_vocab() for encoder in searched[1:]):
             raise UserError(
-                f"The {kind} text encoders of the model {name!r} have different tokenizers, so they come from different "
-                "models; download or save the whole model again."
+                f"The {kind} text encoders of the model {name!r} have different tokenizers, so they come from "
+                "different models; download or save the whole model again."
             )
         self.vocabulary = Vocabulary(searched)
         if clip_skip is not None:
@@ -90,8 +93,8 @@ class Backbone(LatentDiffusion, ABC):
         for what, (given, expected) in self.widths().items():
             if given != expected:
                 raise UserError(
-                    f"The {what} of the model {name!r} are {given} wide, but its denoiser takes {expected}, so they come from "
-                    "different models; download or save the whole model again."
+                    f"The {what} of the model {name!r} are {given} wide, but its denoiser takes {expected}, so they "
+                    "come from different models; download or save the whole model again."
                 )
         self._empty: dict[tuple[torch.dtype | None, bool], Tensor] = {}
         self.requires_grad_(False).eval()
@@ -130,9 +133,11 @@ class Backbone(LatentDiffusion, ABC):
 
         Args:
             pipeline: A pipeline of a supported class. On a subclass of `Backbone`, any pipeline of that family.
-            vocabulary: Kind of the text encoders whose tokens are searched, `clip` or `t5`; None for the family's default.
+            vocabulary: Kind of the text encoders whose tokens are searched, `clip` or `t5`; None for the family's
+                default.
             scheduler: Class name of another diffusers scheduler; None for the pipeline's own.
-            image_size: Height and width of generated images, in pixels; None for the size that the model was trained on.
+            image_size: Height and width of generated images, in pixels; None for the size that the model was trained
+                on.
             clip_skip: Number of last layers of the CLIP text encoders to skip for prompts; None for all layers.
 
         Raises:
@@ -147,8 +152,8 @@ class Backbone(LatentDiffusion, ABC):
         most = min(encoder.most_skipped for encoder in self.text_encoders if encoder.kind == "clip")
         if not 1 <= clip_skip <= most:
             raise UserError(
-                f"--model.backbone.clip_skip must be between 1 and {most}, the most layers that the model {self.name!r} can skip, got "
-                f"{clip_skip}; leave it out to skip none."
+                f"--model.backbone.clip_skip must be between 1 and {most}, the most layers that the model "
+                f"{self.name!r} can skip, got {clip_skip}; leave it out to skip none."
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -207,13 +212,13 @@ class Backbone(LatentDiffusion, ABC):
     def encode_text(self, texts: Sequence[str], negative: bool = False) -> Tensor:
         """Encode texts as the family's pipeline does.
 
-        Texts that are too long for the text encoders whose tokens are searched are refused; for the other text encoders they are
-        truncated. The single empty text, the usual negative prompt, is encoded once and cached.
+        Texts that are too long for the text encoders whose tokens are searched are refused; for the other text encoders
+        they are truncated. The single empty text, the usual negative prompt, is encoded once and cached.
 
         Args:
             texts: P texts.
-            negative: Encode them as negative prompts: no layer of the text encoders is skipped, and the empty text is zeros if
-                `zero_empty` is set.
+            negative: Encode them as negative prompts: no layer of the text encoders is skipped, and the empty text is
+                zeros if `zero_empty` is set.
 
         Returns:
             Encoded prompts, (P, R, D).

@@ -53,8 +53,8 @@ def _known_keys() -> dict[str, str]:
 def pack_embedding(embedding: Tensor, backbone: Backbone, token: str) -> bytes:
     """Return the content of a safetensors file that diffusers, AUTOMATIC1111 and ComfyUI read.
 
-    For a model whose only text encoder is a CLIP, the file has one tensor, named like the token. Otherwise it has one tensor per
-    searched encoder, `clip_l`, `clip_g` or `t5xxl`; diffusers loads them one at a time.
+    For a model whose only text encoder is a CLIP, the file has one tensor, named like the token. Otherwise it has one
+    tensor per searched encoder, `clip_l`, `clip_g` or `t5xxl`; diffusers loads them one at a time.
 
     Args:
         embedding: Embedding (M, D) in the searched vocabulary, see `Vocabulary`.
@@ -87,12 +87,13 @@ def clip_skip_metadata(backbone: Backbone) -> dict[str, str]:
 def read_embedding(path: str | Path, backbone: Backbone, pickle: bool = False) -> Tensor:
     """Read an embedding (M, D) for the searched vocabulary from a file in any usual layout.
 
-    The layouts are diffusers', AUTOMATIC1111's `string_to_param`, kohya's `emb_params`, `clip_l`, `clip_g` and `t5xxl` (or `t5`),
-    the same bundled with a LoRA, and bare tensors. A single row may be a vector. Embeddings for text encoders that are not searched
-    are ignored, and a log line says so.
+    The layouts are diffusers', AUTOMATIC1111's `string_to_param`, kohya's `emb_params`, `clip_l`, `clip_g` and `t5xxl`
+    (or `t5`), the same bundled with a LoRA, and bare tensors. A single row may be a vector. Embeddings for text
+    encoders that are not searched are ignored, and a log line says so.
 
     Args:
-        path: The file, or `file#name` for one of several embeddings. The layout is detected from the content, not from the name.
+        path: The file, or `file#name` for one of several embeddings. The layout is detected from the content, not from
+            the name.
         backbone: The model to use the embedding in.
         pickle: Also read pickles that hold only tensors, including those in an `nn.ParameterDict`.
 
@@ -107,14 +108,14 @@ def read_embedding(path: str | Path, backbone: Backbone, pickle: bool = False) -
     if missing := [name for name in names if name not in parts]:
         held = " and ".join(f"{name or 'an embedding'} of width {x.shape[1]}" for name, x in parts.items())
         raise UserError(
-            f"The file {path} holds {held}{_for(parts)}, and the model {backbone.name!r} needs {' and '.join(missing)}; give an "
-            "embedding for this model."
+            f"The file {path} holds {held}{_for(parts)}, and the model {backbone.name!r} needs "
+            f"{' and '.join(missing)}; give an embedding for this model."
         )
     for name, width in zip(names, widths, strict=True):
         if parts[name].shape[1] != width:
             raise UserError(
-                f"The embedding in {path} is {parts[name].shape[1]} wide{_for({name: parts[name]})}, and the model {backbone.name!r} "
-                f"takes {width}; give an embedding for this model."
+                f"The embedding in {path} is {parts[name].shape[1]} wide{_for({name: parts[name]})}, and the model "
+                f"{backbone.name!r} takes {width}; give an embedding for this model."
             )
     if len({len(parts[name]) for name in names}) > 1:
         raise UserError(f"The file {path} has different numbers of rows for its text encoders; give another file.")
@@ -151,8 +152,8 @@ def _load(path: Path, pickle: bool) -> Any:
             raise UserError(f"The file {path} is not an embedding; give a safetensors file.")
         if not pickle:
             raise UserError(
-                f"The file {path} is a pickle, which can run code, and is not read; give a safetensors file or, if you trust this "
-                "one, allow it with --model.allow_pickle true (in Python, pickle=True)."
+                f"The file {path} is a pickle, which can run code, and is not read; give a safetensors file or, if you "
+                "trust this one, allow it with --model.allow_pickle true (in Python, pickle=True)."
             )
         stand_in: Any = (_ParameterDict, "torch.nn.modules.container.ParameterDict")
         with (
@@ -164,8 +165,8 @@ def _load(path: Path, pickle: bool) -> Any:
         raise UserError(f"The file {path} cannot be read ({error.strerror or error}); give another file.") from error
     except UnpicklingError as error:
         raise UserError(
-            f"The file {path} is broken or holds more than tensors, such as a module saved by torch before 1.6, and is not "
-            "unpickled because it could run code; give a safetensors file."
+            f"The file {path} is broken or holds more than tensors, such as a module saved by torch before 1.6, and is "
+            "not unpickled because it could run code; give a safetensors file."
         ) from error
     except UserError:
         raise

@@ -15,8 +15,8 @@ from lightning_prompts.backbones.text_encoders import TextEncoderOutput, TextEnc
 class Flux(Backbone):
     """FLUX.1: the hidden states of T5 and the pooled vector of a CLIP, which carries little more than the subject.
 
-    Guidance is distilled into the model, so negative prompts have no effect. The guidance scale is an input of FLUX.1-dev and fixed in
-    FLUX.1-schnell.
+    Guidance is distilled into the model, so negative prompts have no effect. The guidance scale is an input of
+    FLUX.1-dev and fixed in FLUX.1-schnell.
     """
 
     pipelines = ("FluxPipeline",)

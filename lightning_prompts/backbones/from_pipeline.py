@@ -50,10 +50,10 @@ def from_pipeline(
 ) -> Backbone:
     """Return the backbone of a loaded diffusers pipeline, see `Backbone.from_pipeline`.
 
-    The pipeline stays unchanged. The backbone has copies of its networks whose parameters share memory with it: freezing or moving
-    the copies, or checkpointing their activations, does not affect the pipeline. Only convolutions that are not in `channels_last`
-    are copied to this format, as `load_backbone` does, and the autoencoder if it has to be float32. Scheduler and tokenizers are
-    rebuilt as they would be from the saved pipeline.
+    The pipeline stays unchanged. The backbone has copies of its networks whose parameters share memory with it:
+    freezing or moving the copies, or checkpointing their activations, does not affect the pipeline. Only convolutions
+    that are not in `channels_last` are copied to this format, as `load_backbone` does, and the autoencoder if it has to
+    be float32. Scheduler and tokenizers are rebuilt as they would be from the saved pipeline.
 
     Raises:
         UserError: The pipeline's class is unknown, or the pipeline is incomplete, quantized or offloaded.
@@ -102,7 +102,8 @@ def _networks(family: type[Backbone], pipeline: DiffusionPipeline) -> dict[str, 
         if type(network).__name__ != supported:
             actual = "missing" if network is None else f"a {type(network).__name__}"
             raise UserError(
-                f"The {component} of the {kind} is {actual}, and only {supported} is supported; give a complete pipeline."
+                f"The {component} of the {kind} is {actual}, and only {supported} is supported; give a complete "
+                "pipeline."
             )
         _check_shareable(component, network, kind)
         found[component] = network
@@ -114,14 +115,15 @@ def _check_shareable(component: str, network: Any, kind: str) -> None:
     quantized = getattr(network, "is_quantized", False) or getattr(network, "hf_quantizer", None) is not None
     if quantized or any(type(p) is not nn.Parameter or p.dtype not in FLOATS for p in network.parameters()):
         raise UserError(
-            f"The {component} of the {kind} is quantized, which is not supported; load it in float32, bfloat16 or float16."
+            f"The {component} of the {kind} is quantized, which is not supported; load it in float32, bfloat16 or "
+            "float16."
         )
     if getattr(network.config, "encoder_hid_dim_type", None) == "ip_image_proj":
         raise UserError(f"The {component} of the {kind} has an IP-Adapter, which is not supported; unload it.")
     if any(tensor.is_meta for tensor in network.parameters()) or any(map(_is_patched, network.modules())):
         raise UserError(
-            f"The {component} of the {kind} is offloaded or has other hooks that replace its `forward`, which is not supported; "
-            "load the pipeline without them, and call `save_memory` on the backbone to offload it."
+            f"The {component} of the {kind} is offloaded or has other hooks that replace its `forward`, which is not "
+            "supported; load the pipeline without them, and call `save_memory` on the backbone to offload it."
         )
 
 

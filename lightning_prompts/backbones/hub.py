@@ -70,8 +70,9 @@ def model_files() -> list[str]:
 def match_weights(file: str) -> re.Match[str] | None:
     """Match a component's weight file as diffusers and transformers name it.
 
-    Examples are `unet/diffusion_pytorch_model.fp16.safetensors` and, in shards, `text_encoder/model.fp16-00001-of-00002.safetensors`
-    with `text_encoder/model.safetensors.index.fp16.json`. The groups are `part`, `variant` or `indexed`, and `shard`.
+    Examples are `unet/diffusion_pytorch_model.fp16.safetensors` and, in shards,
+    `text_encoder/model.fp16-00001-of-00002.safetensors` with `text_encoder/model.safetensors.index.fp16.json`. The
+    groups are `part`, `variant` or `indexed`, and `shard`.
     """
     parts = "|".join(rf"{re.escape(name)}(?=/{stem}\b)" for name, stem in components().items())
     return re.fullmatch(
@@ -151,7 +152,8 @@ def choose_variant(name: str, files: Iterable[str], variant: str | None) -> tupl
         common = sorted(each for each in set.intersection(*lacking) if each)
         if len(common) != 1:
             raise UserError(
-                f"The model {name!r} has weights only as the variants {', '.join(there)}; choose one with --model.backbone.variant."
+                f"The model {name!r} has weights only as the variants {', '.join(there)}; choose one with "
+                "--model.backbone.variant."
             )
         variant = common[0]
     if found and variant is not None and variant not in there:
@@ -200,8 +202,8 @@ def hub_name(name: str) -> str:
     name = SHORT_NAMES.get(name, name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise UserError(
-            f"The model {name!r} is neither 'emoji' nor an existing folder nor one of {', '.join(SHORT_NAMES)} nor a Hugging Face "
-            "hub name of the form 'owner/name'; correct it."
+            f"The model {name!r} is neither 'emoji' nor an existing folder nor one of {', '.join(SHORT_NAMES)} nor a "
+            "Hugging Face hub name of the form 'owner/name'; correct it."
         )
     return name
 
@@ -215,7 +217,8 @@ def is_offline() -> bool:
 def hub_access(offline: bool) -> Iterator[None]:
     """Keep huggingface_hub from connecting to the hub if `offline`.
 
-    `local_files_only` does not suffice: recent versions also fetch a list from the hub to describe this program in their requests.
+    `local_files_only` does not suffice: recent versions also fetch a list from the hub to describe this program in
+    their requests.
     """
     from huggingface_hub import constants
 
@@ -240,8 +243,8 @@ def _from_hub(
     if folder := _downloaded(name, revision, wanted, variant):
         return folder
     raise refused or UserError(
-        f"The model {name!r} is not a local folder and has not been downloaded completely, and this run is offline; run "
-        f"`train.py prefetch {name}{f' --variant {variant}' if variant else ''}` once online."
+        f"The model {name!r} is not a local folder and has not been downloaded completely, and this run is offline; "
+        f"run `train.py prefetch {name}{f' --variant {variant}' if variant else ''}` once online."
     )
 
 
@@ -358,8 +361,8 @@ def fetch(name: str, revision: str | None, files: list[File]) -> Path:
             raise UserError(f"The model {name!r} could not be written to {cache} ({reason}); {elsewhere}.") from error
         reason = _reason(error, constants.HF_HUB_DOWNLOAD_TIMEOUT)
         raise UserError(
-            f"The download of the model {name!r} was interrupted ({reason}); check the connection and run again, which downloads "
-            "only what is missing."
+            f"The download of the model {name!r} was interrupted ({reason}); check the connection and run again, which "
+            "downloads only what is missing."
         ) from error
 
 

@@ -32,7 +32,8 @@ class LatentDiffusion(NoiseSchedule, ABC):
     pipeline_guidance: ClassVar[float]  # default guidance scale in diffusers
     cross_attends: ClassVar[bool] = False  # whether `attention_maps` is implemented
     patch: ClassVar[int] = 1  # side of the denoiser's patches, in latents
-    # Config keys of the autoencoder for the mean and the deviation of latents; the family's pipeline uses them if all are set.
+    # Config keys of the autoencoder for the mean and the deviation of latents; the family's pipeline uses them if all
+    # are set.
     vae_statistics: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -44,8 +45,8 @@ class LatentDiffusion(NoiseSchedule, ABC):
         self.image_size = image_size or self.trained_size
         if self.image_size % (self.factor * self.patch):
             raise UserError(
-                f"--model.backbone.image_size must be a multiple of {self.factor * self.patch} for the model {name!r}, got "
-                f"{self.image_size}; change it."
+                f"--model.backbone.image_size must be a multiple of {self.factor * self.patch} for the model {name!r}, "
+                f"got {self.image_size}; change it."
             )
         self.default_steps, self.default_guidance = self._default_sampling()
 
@@ -79,8 +80,8 @@ class LatentDiffusion(NoiseSchedule, ABC):
             prompt_embeds: Encoded prompts, (B, R, D).
 
         Returns:
-            Cross-attention probabilities (B, L, h, w) float32, averaged over heads and layers; at each location they sum to one
-            over the L tokens.
+            Cross-attention probabilities (B, L, h, w) float32, averaged over heads and layers; at each location they
+            sum to one over the L tokens.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no cross-attention: image and text tokens share one attention."
@@ -150,9 +151,9 @@ class LatentDiffusion(NoiseSchedule, ABC):
     ) -> Tensor:
         """Sample P latents with the model's scheduler; the rest of the batch affects an image only through rounding.
 
-        With `stop`, this is the shortcut of DPO-Diff (arXiv 2407.01606, section 3.3): the clean latents are predicted from the
-        output of the last call. With `grad_steps` 1, only that call propagates a gradient, so that memory and the backward pass do
-        not depend on the number of steps.
+        With `stop`, this is the shortcut of DPO-Diff (arXiv 2407.01606, section 3.3): the clean latents are predicted
+        from the output of the last call. With `grad_steps` 1, only that call propagates a gradient, so that memory and
+        the backward pass do not depend on the number of steps.
 
         Args:
             prompt_embeds: P encoded prompts, (P, R, D).
@@ -160,8 +161,8 @@ class LatentDiffusion(NoiseSchedule, ABC):
             noise: Standard normal, (P, C, h, w). It also seeds the noise that some samplers add later.
             steps: Sampling steps.
             guidance_scale: Classifier-free guidance scale; up to 1 there is no guidance, as in diffusers.
-            grad_steps: How many of the last denoiser calls propagate a gradient; `steps` or more for all. Their activations are
-                recomputed in the backward pass.
+            grad_steps: How many of the last denoiser calls propagate a gradient; `steps` or more for all. Their
+                activations are recomputed in the backward pass.
             stop: Predict the clean latents after this many denoiser calls; None to sample to the end.
 
         Returns:
@@ -218,7 +219,8 @@ def square_size(sample_size: int | Sequence[int] | None, name: str) -> int:
     """
     if sample_size is None:
         raise UserError(
-            f"The denoiser of the model {name!r} does not state the size of its images; give --model.backbone.image_size in pixels."
+            f"The denoiser of the model {name!r} does not state the size of its images; give "
+            "--model.backbone.image_size in pixels."
         )
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     if height != width:

@@ -60,12 +60,12 @@ def load_backbone(
         vocabulary: Kind of the text encoders whose tokens are searched, `clip` or `t5`; None for the family's default.
         scheduler: Class name of another diffusers scheduler; None for the model's own.
         image_size: Height and width of generated images, in pixels; None for the size that the model was trained on.
-        config: Model or folder that supplies the configuration and tokenizers of a single file; None for the usual one of its
-            family. A prediction type and noise levels that the file states take precedence.
-        variant: Weights to read, such as `fp16`, where a component has them; None for weights without a variant or, if there are
-            none, the only variant.
-        clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines; negative prompts
-            use all layers. None for all layers.
+        config: Model or folder that supplies the configuration and tokenizers of a single file; None for the usual one
+            of its family. A prediction type and noise levels that the file states take precedence.
+        variant: Weights to read, such as `fp16`, where a component has them; None for weights without a variant or, if
+            there are none, the only variant.
+        clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines;
+            negative prompts use all layers. None for all layers.
     """
     name = plain("name", name)
     check_arguments(load_backbone, locals())
@@ -173,7 +173,8 @@ def _check(name: str, folder: Path, weights: Mapping[str, str | None] | None) ->
     path = folder / "model_index.json"
     if not path.is_file():
         raise UserError(
-            f"The model {name!r} has no model_index.json; give a folder written by the `save_pretrained` of a diffusers pipeline."
+            f"The model {name!r} has no model_index.json; give a folder written by the `save_pretrained` of a "
+            "diffusers pipeline."
         )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -184,7 +185,8 @@ def _check(name: str, folder: Path, weights: Mapping[str, str | None] | None) ->
         index["scheduler"][1]
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"The model_index.json of the model {name!r} does not describe a pipeline; download or save the model again."
+            f"The model_index.json of the model {name!r} does not describe a pipeline; download or save the model "
+            "again."
         ) from error
     if not family:
         raise UserError(
@@ -196,19 +198,21 @@ def _check(name: str, folder: Path, weights: Mapping[str, str | None] | None) ->
             continue
         if found[part] is None:
             raise UserError(
-                f"The model {name!r} has no {part}, which every {pipeline} needs; download or save the whole model again."
+                f"The model {name!r} has no {part}, which every {pipeline} needs; download or save the whole model "
+                "again."
             )
         if found[part] != supported:
             raise UserError(
-                f"The {part} of the model {name!r} is a {found[part]}; only {supported} is supported, so choose another model."
+                f"The {part} of the model {name!r} is a {found[part]}; only {supported} is supported, so choose "
+                "another model."
             )
         file = folder / part / f"{stem}.safetensors"
         if weights is None or part in weights:
             continue
         if any(other.suffix in (".bin", ".ckpt") for other in file.parent.glob("*")):
             raise UserError(
-                f"The model {name!r} has no {part}/{file.name}, and pickle weights (.bin, .ckpt) are refused because they "
-                "can run code; convert it with `save_pretrained(folder, safe_serialization=True)`."
+                f"The model {name!r} has no {part}/{file.name}, and pickle weights (.bin, .ckpt) are refused because "
+                "they can run code; convert it with `save_pretrained(folder, safe_serialization=True)`."
             )
         raise UserError(f"The model {name!r} has no {part}/{file.name}; download or save the whole model again.")
     return family, index
@@ -246,7 +250,7 @@ def _size_of_positions(part: Path, name: str) -> dict[str, int]:
         return {}
     if len(set(size)) > 1:
         raise UserError(
-            f"The model {name!r} was trained on {' x '.join(map(str, size))} latents, but only square images are supported; "
-            "choose another model."
+            f"The model {name!r} was trained on {' x '.join(map(str, size))} latents, but only square images are "
+            "supported; choose another model."
         )
     return {"sample_size": int(size[0])}

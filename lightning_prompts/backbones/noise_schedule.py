@@ -40,7 +40,8 @@ class NoiseSchedule(TypedModule):
         self.register_buffer("alphas_cumprod", alphas.float().clone(), persistent=False)
         sigmas = torch.empty(0)
         if self.sigma_data is not None:
-            # In diffusers the largest sigma comes first, and EDMEulerScheduler has one sigma more than there are timesteps.
+            # In diffusers the largest sigma comes first, and EDMEulerScheduler has one sigma more than there are
+            # timesteps.
             sigmas = scheduler.sigmas[: self.num_train_timesteps].flip(0).float()
         self.register_buffer("sigmas", sigmas.clone(), persistent=False)
 
@@ -60,9 +61,9 @@ class NoiseSchedule(TypedModule):
         """Return the denoiser's input for the noise level, (B,): the timesteps or, with EDM, `c_noise` = ln(sigma) / 4.
 
         Args:
-            timesteps: (B,). Integers 0, ..., num_train_timesteps - 1 are training timesteps; larger is noisier. With EDM they index
-                the scheduler's sigmas in ascending order, and floating-point timesteps come from its sampler and are already
-                `c_noise`.
+            timesteps: (B,). Integers 0, ..., num_train_timesteps - 1 are training timesteps; larger is noisier. With
+                EDM they index the scheduler's sigmas in ascending order, and floating-point timesteps come from its
+                sampler and are already `c_noise`.
         """
         if self.sigma_data is None or timesteps.is_floating_point():
             return timesteps
@@ -101,8 +102,8 @@ class NoiseSchedule(TypedModule):
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the target of the denoiser's output, (B, C, h, w).
 
-        With EDM this is the target of the network F itself, `(x0 - c_skip * x) / c_out`. Its variance is 1 at every noise level, so
-        all timesteps have equal weight in the squared error.
+        With EDM this is the target of the network F itself, `(x0 - c_skip * x) / c_out`. Its variance is 1 at every
+        noise level, so all timesteps have equal weight in the squared error.
 
         Args:
             latents: (B, C, h, w).
@@ -113,8 +114,8 @@ class NoiseSchedule(TypedModule):
             return noise - latents
         a, s = self._signal_and_noise(timesteps)
         if self.sigma_data is not None:
-            # With x0 / sigma_data in place of x0, EDM has the factors of a variance-preserving schedule, and F predicts its
-            # velocity; "epsilon" means the opposite sign of c_out.
+            # With x0 / sigma_data in place of x0, EDM has the factors of a variance-preserving schedule, and F predicts
+            # its velocity; "epsilon" means the opposite sign of c_out.
             velocity = self.sigma_data * a * noise - s / self.sigma_data * latents
             return -velocity if self.prediction_type == "epsilon" else velocity
         return noise if self.prediction_type == "epsilon" else a * noise - s * latents

@@ -18,8 +18,8 @@ from lightning_prompts.errors import UserError
 def embedding_in(pipeline: Any, backbone: Backbone, embedding: Tensor, token: str) -> Iterator[Any]:
     """Make a token stand for an embedding in the prompts of a diffusers pipeline; restore the pipeline on exit.
 
-    The pipeline's embedding tables are not resized: inside the context its tokenizers are replaced with copies, and hooks replace
-    the looked-up embeddings.
+    The pipeline's embedding tables are not resized: inside the context its tokenizers are replaced with copies, and
+    hooks replace the looked-up embeddings.
 
     Args:
         pipeline: A pipeline of the backbone's family.
@@ -36,8 +36,8 @@ def embedding_in(pipeline: Any, backbone: Backbone, embedding: Tensor, token: st
     tables = [getattr(pipeline, spec.component).get_input_embeddings().weight for spec in specs] if same else []
     if [table.shape[1] for table in tables] != backbone.vocabulary.widths:
         raise UserError(
-            f"The embedding was found for {backbone.name} ({type(backbone).__name__}), whose text encoders do not match those of "
-            f"this {type(pipeline).__name__}; give a pipeline of that model."
+            f"The embedding was found for {backbone.name} ({type(backbone).__name__}), whose text encoders do not "
+            f"match those of this {type(pipeline).__name__}; give a pipeline of that model."
         )
     before = {spec.tokenizer: getattr(pipeline, spec.tokenizer) for spec in specs}
     with ExitStack() as hooks:

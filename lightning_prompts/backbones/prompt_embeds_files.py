@@ -50,8 +50,9 @@ def pack_prompt_embeds(embeds: Mapping[str, Tensor], prompts: Sequence[str], bac
 def read_prompt_embeds(path: Path, backbone: Backbone, shape: Sequence[int]) -> dict[str, Tensor]:
     """Read encoded prompts by key, (S, R, D) each, from a file made by `pack_prompt_embeds`.
 
-    Files with the outputs of `encode_prompt` of a diffusers pipeline are also read, with the names `prompt_embeds` (B, L, D),
-    `negative_prompt_embeds`, `pooled_prompt_embeds`, `prompt_attention_mask` and so on; the keys are then numbers.
+    Files with the outputs of `encode_prompt` of a diffusers pipeline are also read, with the names `prompt_embeds` (B,
+    L, D), `negative_prompt_embeds`, `pooled_prompt_embeds`, `prompt_attention_mask` and so on; the keys are then
+    numbers.
 
     Args:
         path: The file.
@@ -98,7 +99,8 @@ def read_prompt_embeds(path: Path, backbone: Backbone, shape: Sequence[int]) -> 
 
 def _incomplete(path: Path) -> UserError:
     return UserError(
-        f"The encoded prompts in {path} are incomplete or have other shapes than its metadata states; give another file."
+        f"The encoded prompts in {path} are incomplete or have other shapes than its metadata states; give another "
+        "file."
     )
 
 
@@ -112,8 +114,8 @@ def _numbered(tensors: Mapping[str, Tensor], path: Path, backbone: Backbone, sha
         hidden = tensors[name].reshape(-1, *tensors[name].shape[-2:])
         if hidden.shape[1:] != wanted:
             raise UserError(
-                f"The file {path} holds {name} of {list(hidden.shape[1:])}, and the model {backbone.name!r} takes {list(wanted)}; "
-                "give embeddings for this model."
+                f"The file {path} holds {name} of {list(hidden.shape[1:])}, and the model {backbone.name!r} takes "
+                f"{list(wanted)}; give embeddings for this model."
             )
         if (mask := tensors.get(_mask(name))) is not None:
             hidden = hidden * mask.reshape(len(hidden), -1, 1)

@@ -19,8 +19,8 @@ ENTRY_POINTS = "lightning_prompts.families"
 def families() -> dict[str, type[Backbone]]:
     """Return the family of each supported diffusers pipeline.
 
-    To add a family, define a subclass of `Backbone`. In Python it is supported from then on; a package that names the class in its
-    pyproject.toml also adds it to the command line:
+    To add a family, define a subclass of `Backbone`. In Python it is supported from then on; a package that names the
+    class in its pyproject.toml also adds it to the command line:
 
     ```toml
     [project.entry-points."lightning_prompts.families"]

@@ -66,8 +66,8 @@ def new_scheduler(model: LatentDiffusion, steps: int) -> Any:
     """
     if steps > model.num_train_timesteps:
         raise UserError(
-            f"Images cannot be sampled in {steps} steps, as the model {model.name!r} has {model.num_train_timesteps} noise "
-            "levels; give fewer."
+            f"Images cannot be sampled in {steps} steps, as the model {model.name!r} has {model.num_train_timesteps} "
+            "noise levels; give fewer."
         )
     scheduler = copy.deepcopy(model.scheduler)
     try:
@@ -76,8 +76,8 @@ def new_scheduler(model: LatentDiffusion, steps: int) -> Any:
         scheduler.set_timesteps(steps, device="cpu", **options)
     except ValueError as error:
         raise UserError(
-            f"The {type(scheduler).__name__} of the model {model.name!r} cannot sample in {steps} steps ({error}); give "
-            "another number."
+            f"The {type(scheduler).__name__} of the model {model.name!r} cannot sample in {steps} steps ({error}); "
+            "give another number."
         ) from error
     return scheduler
 

@@ -60,10 +60,10 @@ def check_noise_levels(scheduler: Any) -> None:
 def replacement(own: Any, name: str, model: str) -> Any:
     """Return another scheduler with the noise levels and the prediction type of a model's own.
 
-    Diffusers' `from_config` makes it from the config of the model's scheduler, with two corrections. First, the values that decide
-    the noise levels and the prediction type are kept even if that scheduler has them from its class defaults, which differ between
-    classes. Second, `clip_sample` and `thresholding` stay off unless that scheduler has them on, because latents are not confined
-    to [-1, 1].
+    Diffusers' `from_config` makes it from the config of the model's scheduler, with two corrections. First, the values
+    that decide the noise levels and the prediction type are kept even if that scheduler has them from its class
+    defaults, which differ between classes. Second, `clip_sample` and `thresholding` stay off unless that scheduler has
+    them on, because latents are not confined to [-1, 1].
 
     Args:
         own: The model's scheduler.
@@ -89,15 +89,15 @@ def replacement(own: Any, name: str, model: str) -> Any:
     except (ImportError, NotImplementedError, ValueError) as error:
         reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(" .:")
         raise UserError(
-            f"The scheduler {name!r} cannot be created from the {own_name} of the model {model!r} ({reason}); leave out "
-            "--model.backbone.scheduler or choose another."
+            f"The scheduler {name!r} cannot be created from the {own_name} of the model {model!r} ({reason}); leave "
+            "out --model.backbone.scheduler or choose another."
         ) from error
     levels = [getattr(scheduler, "alphas_cumprod", torch.empty(0)) for scheduler in (own, other)]
     same = all(own.config.get(key) == other.config.get(key) for key in ("prediction_type", "sigma_data"))
     if not same or not torch.allclose(levels[0], levels[1], rtol=0, atol=1e-6):
         raise UserError(
-            f"The scheduler {name!r} would change the noise levels or the prediction type of the model {model!r}, whose own "
-            f"is {own_name}; leave out --model.backbone.scheduler or choose another."
+            f"The scheduler {name!r} would change the noise levels or the prediction type of the model {model!r}, "
+            f"whose own is {own_name}; leave out --model.backbone.scheduler or choose another."
         )
     return other
 

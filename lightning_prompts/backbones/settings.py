@@ -22,14 +22,16 @@ class BackboneSettings:
         dtype: Precision of the frozen weights.
         offline: Do not connect to the hub.
         revision: Branch, tag or commit on the hub.
-        vocabulary: The tokens to search, those of the `clip` or the `t5` encoders; None for the default of the model's family.
+        vocabulary: The tokens to search, those of the `clip` or the `t5` encoders; None for the default of the model's
+            family.
         scheduler: Class name of another diffusers scheduler; None for the model's own.
         image_size: Height and width of generated images, in pixels; None for the model's default.
-        config: Model or folder with the configuration and tokenizers for a safetensors file; None for the first of its family.
-        variant: Weights to read from a folder or repository, such as `fp16`; None for those without a variant or, if there are none,
-            for the only one.
-        clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines of Stable Diffusion
-            1 to 3 and SDXL; negative prompts use all layers. None for all layers.
+        config: Model or folder with the configuration and tokenizers for a safetensors file; None for the first of its
+            family.
+        variant: Weights to read from a folder or repository, such as `fp16`; None for those without a variant or, if
+            there are none, for the only one.
+        clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines of
+            Stable Diffusion 1 to 3 and SDXL; negative prompts use all layers. None for all layers.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         vae_tiling: Decode large images in tiles, which changes them a little.
         cpu_offload: Keep only one of the text encoders, the denoiser and the autoencoder on the device at a time.

@@ -53,8 +53,8 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         file: Its path.
-        model: Short name of the model that supplies its configuration and tokenizers; None if it is a Stable Diffusion 2 of unknown
-            prediction type.
+        model: Short name of the model that supplies its configuration and tokenizers; None if it is a Stable Diffusion
+            2 of unknown prediction type.
         prediction_type: The prediction type that it states, if any.
         zero_snr: Whether it states a terminal signal-to-noise ratio of zero.
         old_text: Whether the weights of its text encoder have the names of old files.
@@ -72,8 +72,8 @@ class Checkpoint(NamedTuple):
 def read_header(file: Path) -> Checkpoint:
     """Identify a checkpoint without loading its weights.
 
-    The empty tensor `v_pred` states v-prediction and `ztsnr` zero terminal SNR, as in ComfyUI and Forge. Without `v_pred`, the
-    metadata `modelspec.prediction_type` or `modelspec.architecture` states the prediction type.
+    The empty tensor `v_pred` states v-prediction and `ztsnr` zero terminal SNR, as in ComfyUI and Forge. Without
+    `v_pred`, the metadata `modelspec.prediction_type` or `modelspec.architecture` states the prediction type.
 
     Raises:
         UserError: The file cannot be read or is not a supported checkpoint; the message says what it is.
@@ -82,8 +82,8 @@ def read_header(file: Path) -> Checkpoint:
 
     if file.suffix != ".safetensors":
         raise UserError(
-            f"The file {str(file)!r} does not end in .safetensors, and pickle weights (.ckpt, .pt, .bin) are refused because they "
-            "can run code; convert it to safetensors."
+            f"The file {str(file)!r} does not end in .safetensors, and pickle weights (.ckpt, .pt, .bin) are refused "
+            "because they can run code; convert it to safetensors."
         )
     try:
         with safe_open(file, framework="pt") as weights:
@@ -141,8 +141,9 @@ def configuration_of(checkpoint: Checkpoint) -> str:
     """Return the short name of the model that describes a checkpoint; refuse a checkpoint for which it is unknown."""
     if checkpoint.model is None:
         raise UserError(
-            f"The file {str(checkpoint.file)!r} is a Stable Diffusion 2 and does not state whether it predicts epsilon or v; set "
-            "--model.backbone.config to sd21-base (512 pixels, epsilon), sd21 (768 pixels, v), another model or a folder."
+            f"The file {str(checkpoint.file)!r} is a Stable Diffusion 2 and does not state whether it predicts epsilon "
+            "or v; set --model.backbone.config to sd21-base (512 pixels, epsilon), sd21 (768 pixels, v), another model "
+            "or a folder."
         )
     return checkpoint.model
 
@@ -155,15 +156,16 @@ def find_configuration(checkpoint: Checkpoint, config: str | None, offline: bool
     except UserError as error:
         raise UserError(
             f"The file {str(checkpoint.file)!r} holds only weights and needs the configuration of "
-            f"{config or SHORT_NAMES[wanted]!r}, or of another model or folder given as --model.backbone.config: {error}"
+            f"{config or SHORT_NAMES[wanted]!r}, or of another model or folder given as --model.backbone.config: "
+            f"{error}"
         ) from error
 
 
 def as_stated(scheduler: Any, checkpoint: Checkpoint) -> Any:
     """Return a scheduler with the prediction type and noise levels that a checkpoint states, which override its configuration.
 
-    For zero terminal SNR, which needs v-prediction, betas are rescaled and sampling starts at the last timestep. A scheduler that
-    does not support this is replaced with DDIM.
+    For zero terminal SNR, which needs v-prediction, betas are rescaled and sampling starts at the last timestep. A
+    scheduler that does not support this is replaced with DDIM.
     """
     import diffusers
 

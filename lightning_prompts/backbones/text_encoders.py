@@ -36,8 +36,8 @@ class TextEncoderSpec:
         layer: Index of the hidden state to use; -1 for the last one, after the final norm.
         length: L, number of tokens, including start and end; None for as many as the encoder takes.
         mask_padding: Mask padding in the attention and set its hidden states to zeros.
-        use_config_mask: Respect `use_attention_mask` in the encoder's config, as the family's pipeline does: padding after the end
-            of the text is masked in the attention, and its hidden states are kept.
+        use_config_mask: Respect `use_attention_mask` in the encoder's config, as the family's pipeline does: padding
+            after the end of the text is masked in the attention, and its hidden states are kept.
         optional: The family also works without it.
         lowercase: Lowercase prompts, as the family's pipeline does.
     """
@@ -135,8 +135,8 @@ class TextEncoder(TypedModule):
         Args:
             ids: Token ids, (P, L). With embeddings, they still mark the end of the text.
             embeddings: Replace the tokens' embeddings, (P, L, D); `table[ids]` gives the same output.
-            skip: For a CLIP, use the hidden states this many layers before `layer`. If `layer` is -1, earlier hidden states also
-                pass the final norm, as in diffusers. The pooled output always uses all layers.
+            skip: For a CLIP, use the hidden states this many layers before `layer`. If `layer` is -1, earlier hidden
+                states also pass the final norm, as in diffusers. The pooled output always uses all layers.
         """
         layer = self.spec.layer - skip if self.kind == "clip" else self.spec.layer
         is_token = ids != self.tokenizer.pad_token_id
@@ -188,8 +188,8 @@ class TextEncoder(TypedModule):
 class Vocabulary:
     """The searched vocabulary: the tokens of the text encoders that share it.
 
-    A token's embedding is the concatenation of its embeddings in these encoders, so the squared distance of two embeddings is the
-    sum of their squared distances in each encoder.
+    A token's embedding is the concatenation of its embeddings in these encoders, so the squared distance of two
+    embeddings is the sum of their squared distances in each encoder.
 
     Args:
         text_encoders: The text encoders that share the vocabulary.

@@ -1,7 +1,8 @@
 """Token ids and their text: which tokens are allowed, which are nearest, and which survive decoding and encoding.
 
-A prompt is a text that a user pastes elsewhere, so ids are valid only if the tokenizer encodes their text as the same ids. Byte-pair
-tokenizers do not guarantee that: CLIP's `cane` followed by `leroy</w>` decodes to `caneleroy`, which is encoded as other tokens.
+A prompt is a text that a user pastes elsewhere, so ids are valid only if the tokenizer encodes their text as the same
+ids. Byte-pair tokenizers do not guarantee that: CLIP's `cane` followed by `leroy</w>` decodes to `caneleroy`, which is
+encoded as other tokens.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def nearest_tokens(
 ) -> Tensor:
     """Project embeddings onto the vocabulary.
 
-    A matrix product rules out the rows that cannot be nearest. The distances of the few that remain are computed from differences
-    in double precision, so the result is the same whether the product runs in float32, TF32 or bfloat16. Of rows that are equally
-    near, the one with the lowest id is returned. Each product synchronizes with the device once, for the number of remaining rows.
+    A matrix product rules out the rows that cannot be nearest. The distances of the few that remain are computed from
+    differences in double precision, so the result is the same whether the product runs in float32, TF32 or bfloat16. Of
+    rows that are equally near, the one with the lowest id is returned. Each product synchronizes with the device once,
+    for the number of remaining rows.
 
     Args:
         embeddings: Embeddings (..., D), such as (P, M, D).
@@ -113,18 +115,18 @@ def allowed_tokens(
 ) -> Tensor:
     """Return which tokens a search may use.
 
-    These are the tokens that survive a round trip alone (in CLIP: lowercase tokens that end a word), are neither special nor added,
-    and whose text is valid and visible: it has a letter, a digit, punctuation or a symbol. Control characters, zero-width spaces and
-    accents without a letter are not allowed.
+    These are the tokens that survive a round trip alone (in CLIP: lowercase tokens that end a word), are neither
+    special nor added, and whose text is valid and visible: it has a letter, a digit, punctuation or a symbol. Control
+    characters, zero-width spaces and accents without a letter are not allowed.
 
     Args:
         tokenizer: The tokenizer.
         blocked: Texts that no token may contain, ignoring case. `contains_blocked` finds words of several tokens.
         words: The only words to allow; words of several tokens are ignored.
-        rows: V, rows of the table of token embeddings, which may differ from the number of tokens (T5's table has 32128 rows for
-            32100 tokens); None for the number of tokens. Rows without a token are not allowed.
-        others: Tokenizers with the same vocabulary that have to encode a token's text as this token, too. SDXL's second tokenizer
-            encodes "!" as padding.
+        rows: V, rows of the table of token embeddings, which may differ from the number of tokens (T5's table has 32128
+            rows for 32100 tokens); None for the number of tokens. Rows without a token are not allowed.
+        others: Tokenizers with the same vocabulary that have to encode a token's text as this token, too. SDXL's second
+            tokenizer encodes "!" as padding.
 
     Returns:
         Which tokens are allowed, (V,) bool.
@@ -155,8 +157,8 @@ def allowed_tokens(
         if not settings:
             raise UserError(f"None of the tokenizer's {size} tokens can be used in a search; use CLIP's tokenizer.")
         raise UserError(
-            f"Of the {before} tokens that a search may use, the setting {' with the setting '.join(settings)} leaves none; "
-            "give more words that are one token or block fewer."
+            f"Of the {before} tokens that a search may use, the setting {' with the setting '.join(settings)} leaves "
+            "none; give more words that are one token or block fewer."
         )
     return allowed
 
@@ -173,8 +175,8 @@ def round_trip(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> tuple[list[st
         ids: Token ids without start, end and padding, (P, M).
 
     Returns:
-        The P texts, with single spaces between words, and which of them are encoded as exactly these ids, (P,) bool. Rows with a
-        special token do not survive.
+        The P texts, with single spaces between words, and which of them are encoded as exactly these ids, (P,) bool.
+        Rows with a special token do not survive.
     """
     rows, texts, special = ids.tolist(), decode(tokenizer, ids), set(tokenizer.all_special_ids)
     again = token_lists(tokenizer, texts)
@@ -212,9 +214,9 @@ def check_embedded(
     for text, row in zip(texts, ids, strict=True):
         if row and max(row) >= rows:
             raise UserError(
-                f"The text {_shortened(text)!r} contains the token {tokenizer.convert_ids_to_tokens(max(row))!r}, for which the "
-                f"text encoder's table of {rows} rows has no embedding; leave it out, or use the tokenizer that belongs to the "
-                "text encoder."
+                f"The text {_shortened(text)!r} contains the token {tokenizer.convert_ids_to_tokens(max(row))!r}, for "
+                f"which the text encoder's table of {rows} rows has no embedding; leave it out, or use the tokenizer "
+                "that belongs to the text encoder."
             )
 
 
@@ -225,10 +227,10 @@ def _shortened(text: str) -> str:
 def contains_blocked(text: str, blocked: Iterable[str]) -> bool:
     """Return whether a text contains a blocked text, ignoring case and the boundaries of tokens.
 
-    Decoding adds spaces: "don't" becomes "don 't" and "2024" becomes "2 0 2 4". Spaces between a run of letters and a digit or
-    symbol are therefore ignored. Whole words that together spell a blocked one, such as "nu de", also contain it; "glass exit" does
-    not contain "sex". Compatibility forms, such as full-width letters, count as the letter; invisible characters, such as zero-width
-    spaces and soft hyphens, are ignored.
+    Decoding adds spaces: "don't" becomes "don 't" and "2024" becomes "2 0 2 4". Spaces between a run of letters and a
+    digit or symbol are therefore ignored. Whole words that together spell a blocked one, such as "nu de", also contain
+    it; "glass exit" does not contain "sex". Compatibility forms, such as full-width letters, count as the letter;
+    invisible characters, such as zero-width spaces and soft hyphens, are ignored.
 
     Args:
         text: A prompt.
@@ -284,7 +286,8 @@ def encode_text(
         texts: P texts.
         length: Number of tokens that the text encoder takes, including start and end.
         truncate: Truncate texts that are too long, instead of refusing them.
-        rows: Rows of the text encoder's table of token embeddings; texts with a token beyond them are refused. None for no limit.
+        rows: Rows of the text encoder's table of token embeddings; texts with a token beyond them are refused. None for
+            no limit.
 
     Returns:
         Token ids, (P, length).
@@ -295,8 +298,8 @@ def encode_text(
     for text, ids in zip(texts, lists, strict=True):
         if len(ids) > length:
             raise UserError(
-                f"The text {_shortened(text)!r} has {len(ids)} tokens with start and end, and the text encoder takes {length}; "
-                "shorten it."
+                f"The text {_shortened(text)!r} has {len(ids)} tokens with start and end, and the text encoder takes "
+                f"{length}; shorten it."
             )
     if rows is not None:
         check_embedded(tokenizer, texts, lists, rows)
@@ -335,8 +338,9 @@ def template_ids(
         rows: Rows of its table of token embeddings; a template with a token beyond them is refused. None for no limit.
 
     Returns:
-        The ids with start, end and padding, (L,), with arbitrary tokens in place of the prompt, and the positions of the prompt's
-        tokens, (M,). With word-final tokens at these positions, the ids equal those that `encode_text` returns for the filled template.
+        The ids with start, end and padding, (L,), with arbitrary tokens in place of the prompt, and the positions of
+        the prompt's tokens, (M,). With word-final tokens at these positions, the ids equal those that `encode_text`
+        returns for the filled template.
     """
     length = tokenizer.model_max_length if length is None else length
     if length > 10**6:  # transformers' value for an unknown length
@@ -350,8 +354,8 @@ def template_ids(
         room = length - used + tokens
         advice = f"use at most {room} prompt tokens or a shorter template" if room > 0 else "shorten the template"
         raise UserError(
-            f"The template {template!r} has {used} tokens with start, end and {tokens} of the prompt, and the text encoder "
-            f"takes {length}; {advice}."
+            f"The template {template!r} has {used} tokens with start, end and {tokens} of the prompt, and the text "
+            f"encoder takes {length}; {advice}."
         )
     texts = [fill_template(template, " ".join([word] * tokens)) for word in words]
     ids, others = encode_text(tokenizer, texts, length, rows=rows)

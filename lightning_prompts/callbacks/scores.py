@@ -41,8 +41,8 @@ class Scores:
     """The scores to compute for finished problems.
 
     Args:
-        scorer: Folder or hub id of a held-out CLIP, which takes no part in the search. None for the one that the model's
-            metadata.json names, or else for no held-out scores.
+        scorer: Folder or hub id of a held-out CLIP, which takes no part in the search. None for the one that the
+            model's metadata.json names, or else for no held-out scores.
         dictionary: File with one word per line, for the share of dictionary words. None for the one that the model's
             metadata.json names, or else for no such score.
         language_model: Folder or hub id of the causal language model for the perplexity; None for no perplexity.

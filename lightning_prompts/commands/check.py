@@ -150,7 +150,8 @@ def check(method: PromptMethod, seed: int, dry_run: DryRun) -> Report:
     if suggestion.timesteps:
         low, high = suggestion.timesteps
         lines.append(
-            f"Suggested: --data.timestep_range '[{low},{high}]' --data.num_noise_samples {samples} --model.microbatch {microbatch}"
+            f"Suggested: --data.timestep_range '[{low},{high}]' --data.num_noise_samples {samples} --model.microbatch "
+            f"{microbatch}"
         )
     return Report(lines, not reason, suggestion)
 
@@ -273,7 +274,8 @@ def gradient_ratios(method: Inverter, rows: Tensor, schedule: tuple[int, int], s
 def signal_to_noise(gradients: Tensor) -> list[float]:
     """Estimate the signal-to-noise ratio of the mean gradient of n stratified samples, for each n of `SIZES`.
 
-    The ratio is the norm of the expected gradient divided by the root mean square distance of a step's gradient from it.
+    The ratio is the norm of the expected gradient divided by the root mean square distance of a step's gradient from
+    it.
 
     Args:
         gradients: S independent sets of 8 samples, the k-th from the k-th of 8 equal parts of the schedule, (S, 8, D).

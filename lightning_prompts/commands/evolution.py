@@ -1,7 +1,8 @@
 """Recombine two found prompts by evolution, which PH2P (arXiv 2312.12416) names as a use of hard prompts.
 
-The paper has no code for it. Here a child has tokens of its two parents and of both found prompts, and no others; it is encoded to
-the same tokens when written as text, and differs from all earlier ones. The caller generates images, scores and selects.
+The paper has no code for it. Here a child has tokens of its two parents and of both found prompts, and no others; it is
+encoded to the same tokens when written as text, and differs from all earlier ones. The caller generates images, scores
+and selects.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ class Member:
 def crossover(a: Sequence[int], b: Sequence[int], draw: torch.Generator) -> list[int]:
     """Recombine two prompts: at least one token of each, and the others from both with equal probability.
 
-    Unlike one-point crossover, this can combine two words at the same position of their prompts. A token that both parents have
-    counts once, or as often as in the parent that has it more often, so that children of relatives do not fill up with it.
+    Unlike one-point crossover, this can combine two words at the same position of their prompts. A token that both
+    parents have counts once, or as often as in the parent that has it more often, so that children of relatives do not
+    fill up with it.
 
     Args:
         a: Token ids of one parent, at least one.
@@ -47,8 +49,8 @@ def crossover(a: Sequence[int], b: Sequence[int], draw: torch.Generator) -> list
         draw: Generator of all random draws.
 
     Returns:
-        Token ids: as many as one of the parents has, or a number between, and at least 2 if there are two different ones. Half of
-        the children keep the order of their parents; the others are shuffled.
+        Token ids: as many as one of the parents has, or a number between, and at least 2 if there are two different
+        ones. Half of the children keep the order of their parents; the others are shuffled.
     """
     pool, more = [((i + 0.5) / len(a), token) for i, token in enumerate(a)], Counter(b) - Counter(a)
     for i, token in enumerate(b):
@@ -147,8 +149,8 @@ def evolve(
         found: The two found prompts, with the indices 0 and 1.
         decode: See `breed`.
         score: Sets the scores of members.
-        select: Returns the members to keep, best first, given the generation, all members and the candidates. With EOFError the
-            evolution ends and returns the members kept before, or else the best child.
+        select: Returns the members to keep, best first, given the generation, all members and the candidates. With
+            EOFError the evolution ends and returns the members kept before, or else the best child.
         generations: Number of generations; there are fewer if no new child can be made.
         population: Children per generation.
         seed: Seed of all random draws, together with the key.

@@ -1,6 +1,7 @@
 """The entry point of the command line: what needs no import of Lightning, and the exit codes.
 
-The exit code is 0 for success, 1 for a bug or a failed `check`, 2 for a user's mistake, 130 after Ctrl-C and 143 after SIGTERM.
+The exit code is 0 for success, 1 for a bug or a failed `check`, 2 for a user's mistake, 130 after Ctrl-C and 143 after
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if error.name is None or error.name.startswith("lightning_prompts"):
             raise
         _exit_with(
-            f"The package {error.name!r} is not installed for {sys.executable}; activate the environment, or run pip install -e ."
+            f"The package {error.name!r} is not installed for {sys.executable}; activate the environment, or run pip "
+            "install -e ."
         )
     except OSError as error:
         file = error.filename or (f"A file in {run}" if run else "A file")
@@ -141,7 +143,8 @@ def _check_config(path: Path) -> None:
             deepest, aliases = max(deepest, depth), aliases + isinstance(event, yaml.AliasEvent)
             if deepest > MAX_NESTING or aliases > MAX_ALIASES:
                 raise UserError(
-                    f"The config {path} has more than {MAX_NESTING} levels or {MAX_ALIASES} aliases; write it without them."
+                    f"The config {path} has more than {MAX_NESTING} levels or {MAX_ALIASES} aliases; write it without "
+                    "them."
                 )
         settings = yaml.safe_load(text)
     except UnicodeDecodeError as error:

@@ -59,8 +59,8 @@ def find_parents(runs: Sequence[str]) -> tuple[Parent, Parent]:
     backbones = [_backbone(folder, each["model"]["init_args"]) for folder, each in zip(folders, settings, strict=True)]
     if backbones[0] != backbones[1]:
         raise UserError(
-            f"The runs {runs[0]} and {runs[1]} used the models {backbones[0]!r} and {backbones[1]!r}, whose tokens differ; give two "
-            "runs of one model."
+            f"The runs {runs[0]} and {runs[1]} used the models {backbones[0]!r} and {backbones[1]!r}, whose tokens "
+            "differ; give two runs of one model."
         )
     found = [folder.hard_prompts() for folder in folders]
     same = folders[0].path.resolve() == folders[1].path.resolve()
@@ -141,7 +141,8 @@ class Crossover(pl.Callback):
         best = evolve(found, decode, score, self.keep, *sizes, seed, key, keep_found=one.key == other.key)  # type: ignore[arg-type]
         if not best:
             raise UserError(
-                f"No recombination of {one.prompt!r} and {other.prompt!r} is encoded to its own tokens; give other runs."
+                f"No recombination of {one.prompt!r} and {other.prompt!r} is encoded to its own tokens; give other "
+                "runs."
             )
         self._write(pl_module, best, self.scores.heldout(pl_module, clip))
 
@@ -199,9 +200,9 @@ def joint_similarity(
     """Return how similar images (S, 3, H, W) are to two targets (I, 3, H, W) each, all in [-1, 1].
 
     Returns:
-        The mean cosine to each target, and the mean over the images of the smaller of the two cosines. The mean of both cosines
-        would not do, as an image of one target alone can raise it; nor would the smaller mean, as every second image could show
-        the other target.
+        The mean cosine to each target, and the mean over the images of the smaller of the two cosines. The mean of both
+        cosines would not do, as an image of one target alone can raise it; nor would the smaller mean, as every second
+        image could show the other target.
     """
     features = clip.features(images)
     cosines = torch.stack([(features @ clip.features(target).T).mean(1) for target in targets], dim=1)  # (S, 2)
@@ -226,6 +227,6 @@ def ask(path: Path, candidates: Sequence[Member], best: list[Member]) -> list[Me
         if all(re.fullmatch(r"[0-9]{1,9}", word) and int(word) in by_index for word in answer):
             return [by_index[number] for number in dict.fromkeys(map(int, answer))] or best
         say(
-            f"Give numbers from {min(by_index)} to {max(by_index)} that are in the figure, such as {default}, or an empty line for "
-            "these."
+            f"Give numbers from {min(by_index)} to {max(by_index)} that are in the figure, such as {default}, or an "
+            "empty line for these."
         )

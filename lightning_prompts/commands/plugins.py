@@ -23,8 +23,8 @@ def import_plugins(args: Sequence[str]) -> tuple[list[str], list[str]]:
     MyMethod = "my_package.my_module:MyMethod"
     ```
 
-    A module without entry points is named on the command line, as `--plugin my_module`. A config cannot name one: configs are data,
-    and an import runs code.
+    A module without entry points is named on the command line, as `--plugin my_module`. A config cannot name one:
+    configs are data, and an import runs code.
 
     Args:
         args: The settings of a command.
@@ -56,7 +56,8 @@ def _declared() -> list[str]:
     for point, method in load_entry_points(ENTRY_POINTS, "method"):
         if not isinstance(method, type) or not issubclass(method, PromptMethod):
             raise UserError(
-                f"The entry point {point.name!r} ({point.value}) is not a subclass of PromptMethod; correct or uninstall its package."
+                f"The entry point {point.name!r} ({point.value}) is not a subclass of PromptMethod; correct or "
+                "uninstall its package."
             )
         modules.append(method.__module__)
     return modules
@@ -72,5 +73,6 @@ def _import(module: str) -> None:
         ) from error
     if not any(isinstance(value, type) and issubclass(value, PromptMethod) for value in found.values()):
         raise UserError(
-            f"--plugin {module} has no method: a subclass of lightning_prompts.methods.PromptMethod; name the module that has one."
+            f"--plugin {module} has no method: a subclass of lightning_prompts.methods.PromptMethod; name the module "
+            "that has one."
         )

@@ -36,8 +36,8 @@ def divide_search(config: Any) -> int:
     """Set the Trainer's devices and strategy for a search.
 
     Args:
-        config: All settings of `fit`, which are changed. The strategy becomes `auto` for one process, and `problems` or `samples`
-            for several.
+        config: All settings of `fit`, which are changed. The strategy becomes `auto` for one process, and `problems` or
+            `samples` for several.
 
     Returns:
         The number of parts that the problems are divided into: 1 if all processes search the same problems.
@@ -49,8 +49,9 @@ def divide_search(config: Any) -> int:
     strategy = config.trainer.strategy
     if strategy not in ("auto", "problems", "samples"):
         raise UserError(
-            f"--trainer.strategy {strategy!r} divides a model or its gradients, and a search has neither to divide; give "
-            "--trainer.strategy problems (each process searches its own) or samples (all search the same and divide the samples)."
+            f"--trainer.strategy {strategy!r} divides a model or its gradients, and a search has neither to divide; "
+            "give --trainer.strategy problems (each process searches its own) or samples (all search the same and "
+            "divide the samples)."
         )
     if ranks == 1:
         config.trainer.strategy = "auto"
@@ -62,7 +63,8 @@ def divide_search(config: Any) -> int:
         strategy = config.trainer.strategy = "problems" if problems >= ranks else "samples"
     if strategy == "problems" and problems < ranks and own_rank() == 0:
         log.warning(
-            "%d of %d processes have nothing to do, as there are %d problems; --trainer.strategy samples divides the samples of each.",
+            "%d of %d processes have nothing to do, as there are %d problems; --trainer.strategy samples divides the "
+            "samples of each.",
             *(ranks - problems, ranks, problems),
         )
     return ranks if strategy == "problems" else 1

@@ -128,8 +128,8 @@ def check_resumable(folder: RunFolder, config: str) -> None:
         started = ", ".join(f"{setting} {old}" for setting, old, _ in differences)
         wanted = ", ".join(new for *_, new in differences)
         raise UserError(
-            f"The run in {folder.path} was started with {started} and cannot resume with {wanted}; give the former, or another "
-            "--run."
+            f"The run in {folder.path} was started with {started} and cannot resume with {wanted}; give the former, or "
+            "another --run."
         )
 
 

@@ -75,8 +75,8 @@ def check_precision(precision: object) -> None:
     """
     if str(precision) in HALF_PRECISIONS:
         raise UserError(
-            f"--trainer.precision {precision} would round the prompts or their gradients to half precision, which ruins their "
-            "optimization; use 32-true or bf16-mixed, and --model.backbone.dtype for the frozen weights."
+            f"--trainer.precision {precision} would round the prompts or their gradients to half precision, which "
+            "ruins their optimization; use 32-true or bf16-mixed, and --model.backbone.dtype for the frozen weights."
         )
 
 
@@ -91,7 +91,8 @@ def check_flags(config: Any) -> None:
     """
     if config.seed_everything is not False:
         raise UserError(
-            "--seed_everything has no effect on a search, whose random draws depend on --data.seed alone; give that instead."
+            "--seed_everything has no effect on a search, whose random draws depend on --data.seed alone; give that "
+            "instead."
         )
     parameters = inspect.signature(pl.Trainer).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()} | TRAINER_DEFAULTS
@@ -114,6 +115,6 @@ def check_max_time(max_time: Any) -> None:
         seconds = None
     if seconds is None or seconds <= 0:
         raise UserError(
-            f"--trainer.max_time cannot be {str(max_time)!r}; it takes a duration as days:hours:minutes:seconds, such as "
-            "00:01:30:00."
+            f"--trainer.max_time cannot be {str(max_time)!r}; it takes a duration as days:hours:minutes:seconds, such "
+            "as 00:01:30:00."
         )

@@ -18,7 +18,8 @@ TOLERANCE = 1e-3  # by which floats may exceed [0, 1], as after resizing
 def array_to_image(array: np.ndarray[Any, Any] | Tensor, name: str) -> Image.Image:
     """Convert an array or a tensor to an image.
 
-    Integers are from 0 to 255, floats from 0 to 1, booleans black and white. The dimension of size 1 to 4, first or last, holds the
+    Integers are from 0 to 255, floats from 0 to 1, booleans black and white. The dimension of size 1 to 4, first or
+    last, holds the
     channels: gray, gray and alpha, RGB, or RGBA; the sides of an image are longer.
 
     Args:

@@ -1,7 +1,7 @@
 """WebDataset shards: list the images of a `.tar` and read one of them without unpacking the archive.
 
-The address of an image is the shard's path followed by its name in the shard, `shards/000.tar/0001.jpg`. If `000.tar` is a folder, this
-is the ordinary path of a file, so an address is never ambiguous.
+The address of an image is the shard's path followed by its name in the shard, `shards/000.tar/0001.jpg`. If `000.tar`
+is a folder, this is the ordinary path of a file, so an address is never ambiguous.
 """
 
 import functools
@@ -60,8 +60,9 @@ def split_address(path: Path) -> tuple[Path, str] | None:
 def find_samples(shard: str) -> list[Sample]:
     """List the images of a shard with their captions, reading only the archive's headers and the captions.
 
-    Every file with the suffix of an image is one. Its caption is the `.txt`, or `caption` in the `.json`, whose name is the same up to
-    the last dot or, as in WebDataset, up to the first. Captions that cannot be read are ignored, since these files may hold anything.
+    Every file with the suffix of an image is one. Its caption is the `.txt`, or `caption` in the `.json`, whose name is
+    the same up to the last dot or, as in WebDataset, up to the first. Captions that cannot be read are ignored, since
+    these files may hold anything.
 
     Args:
         shard: The shard's path.
@@ -149,8 +150,8 @@ def _locate(shard: Path, name: str) -> tuple[int, int] | None:
 def _index(shard: str, stamp: tuple[int, ...]) -> NDArray[np.int64]:
     """Return the hash of the name, the offset and the size of each image, sorted by hash.
 
-    Each process reads the headers of a shard once and keeps 24 bytes per image; names would take ten times as much. `stamp` is part of
-    the cache's key, so that a shard that has changed is indexed again.
+    Each process reads the headers of a shard once and keeps 24 bytes per image; names would take ten times as much.
+    `stamp` is part of the cache's key, so that a shard that has changed is indexed again.
     """
     rows: list[tuple[int, int, int]] = []
     with _opened(shard) as (_, archive), suppress(tarfile.TarError):  # what comes before the damage can be read
@@ -170,7 +171,8 @@ def _opened(shard: str) -> Iterator[tuple[BinaryIO, tarfile.TarFile]]:
                 archive = tarfile.TarFile(fileobj=file, encoding="utf-8")
             except _DAMAGE as error:
                 raise UserError(
-                    f"'{shard}' is not a .tar archive, is compressed, or ends within its first file; give a whole, uncompressed .tar."
+                    f"'{shard}' is not a .tar archive, is compressed, or ends within its first file; give a whole, "
+                    "uncompressed .tar."
                 ) from error
             yield file, archive
     except OSError as error:

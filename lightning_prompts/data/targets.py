@@ -23,8 +23,8 @@ class Target:
         paths: The image files, or their addresses in shards; at least one, except with an error.
         caption: The caption of the images; None if they have none.
         error: Why the target cannot be searched, in one sentence, such as a broken line of a list; None if it can.
-        name: The name in messages and results: of a file, a folder or a subject. With an error it is the place of the mistake, and no
-            other target has the same.
+        name: The name in messages and results: of a file, a folder or a subject. With an error it is the place of the
+            mistake, and no other target has the same.
     """
 
     paths: tuple[str, ...]  # texts, since a Path takes ten times as much memory, and there may be many
@@ -37,13 +37,14 @@ def find_targets(sources: Sequence[str | Path], one_subject: bool = False) -> li
     """Find the targets that a user names; a target that is named twice is kept once.
 
     Args:
-        sources: Each an image file; a WebDataset shard, which is an uncompressed `.tar`; a folder of images or shards; a glob
-            pattern of these; or a list of images: a `.csv` with the columns, or a `.jsonl` with the keys, `file` and optionally
-            `caption` and `subject`. A range of numbers may be written as `{000..009}`.
+        sources: Each an image file; a WebDataset shard, which is an uncompressed `.tar`; a folder of images or shards;
+            a glob pattern of these; or a list of images: a `.csv` with the columns, or a `.jsonl` with the keys, `file`
+            and optionally `caption` and `subject`. A range of numbers may be written as `{000..009}`.
         one_subject: Make a single target of all images.
 
     Returns:
-        The targets in the order given, at least one of them without an error. A target whose captions disagree has none.
+        The targets in the order given, at least one of them without an error. A target whose captions disagree has
+        none.
 
     Raises:
         UserError: A source has no images, or cannot be read.

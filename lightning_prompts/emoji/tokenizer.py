@@ -18,8 +18,8 @@ _PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 def train_tokenizer(captions: Iterable[str], merges: int, folder: Path) -> CLIPTokenizerFast:
     """Train a tokenizer and write its `vocab.json`, `merges.txt` and `tokenizer.json`.
 
-    The vocabulary has CLIP's layout: 256 bytes, the same 256 at the end of a word, one token per merge, start, end. It contains
-    all bytes, even those that occur in no caption, because CLIP's unknown token is the end of the text.
+    The vocabulary has CLIP's layout: 256 bytes, the same 256 at the end of a word, one token per merge, start, end. It
+    contains all bytes, even those that occur in no caption, because CLIP's unknown token is the end of the text.
 
     Args:
         captions: Texts to train on.

@@ -1,7 +1,7 @@
 """Scenes of the embedded model, their images and captions: one emoji or colored shape on a colored background.
 
-Emoji are rendered with a font, by their English CLDR names. Rendering them needs the font and the package `emoji`; the model
-itself needs neither.
+Emoji are rendered with a font, by their English CLDR names. Rendering them needs the font and the package `emoji`; the
+model itself needs neither.
 """
 
 from __future__ import annotations

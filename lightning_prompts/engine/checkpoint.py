@@ -69,8 +69,8 @@ class PromptCheckpoint(Checkpoint):
 
     Args:
         folder: The folder of the checkpoints.
-        seconds: Time between saves. A checkpoint is also saved whenever a problem finished or took its first step, so that a resumed
-            search repeats no finished problem and has the same problems in the batch.
+        seconds: Time between saves. A checkpoint is also saved whenever a problem finished or took its first step, so
+            that a resumed search repeats no finished problem and has the same problems in the batch.
     """
 
     def __init__(self, folder: Path, seconds: float = 20) -> None:

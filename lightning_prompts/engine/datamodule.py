@@ -45,7 +45,8 @@ class StepLoader:
 class ProblemData(pl.LightningDataModule, ABC):
     """Feed problems to a method.
 
-    A problem is read when its search begins and released when it ends, so memory does not grow with the number of problems.
+    A problem is read when its search begins and released when it ends, so memory does not grow with the number of
+    problems.
 
     Args:
         seed: Seed of every random draw.
@@ -148,7 +149,8 @@ class ProblemData(pl.LightningDataModule, ABC):
             if other != everyone[0][1]:
                 raise UserError(
                     f"The ranks see different {self.given[0]}: rank 0 has {everyone[0][0]} and rank {rank} has {count}"
-                    f"{', but not the same' * (count == everyone[0][0])}; let all machines read the same files in {self.given[1]}."
+                    f"{', but not the same' * (count == everyone[0][0])}; let all machines read the same files in "
+                    f"{self.given[1]}."
                 )
         return found
 
@@ -193,8 +195,8 @@ class ProblemData(pl.LightningDataModule, ABC):
     def wanted(self, here: Problem, failed: bool = False) -> bool:
         """Return whether to search a problem from the beginning.
 
-        A record on disk is from an earlier run, or from another rank if an image is given twice. An open one that no checkpoint
-        resumes is searched again; its record stays until the new search improves on its first prompt.
+        A record on disk is from an earlier run, or from another rank if an image is given twice. An open one that no
+        checkpoint resumes is searched again; its record stays until the new search improves on its first prompt.
 
         Args:
             here: The problem, without results.

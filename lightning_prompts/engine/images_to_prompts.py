@@ -118,8 +118,8 @@ class ImagesToPrompts(ProblemData):
     def _check_scoring(self, name: str, images: int) -> None:
         if images > self.num_validation_samples:
             raise UserError(
-                f"{name} has {images} images and a prompt is scored on {self.num_validation_samples} samples, so that some images "
-                f"would not count; give --data.num_validation_samples {images} or more."
+                f"{name} has {images} images and a prompt is scored on {self.num_validation_samples} samples, so that "
+                f"some images would not count; give --data.num_validation_samples {images} or more."
             )
 
     # --- problems

@@ -65,8 +65,8 @@ TRAINER: dict[str, Any] = {
 class PromptMethod(TypedModule, pl.LightningModule, ABC):
     """Search prompts for problems with a frozen backbone; only the prompts train.
 
-    Up to `batch_size` problems are searched at a time. A problem leaves the batch when its score no longer improves, and the next one
-    takes its place. Checkpoints hold the prompts and the optimizer state only.
+    Up to `batch_size` problems are searched at a time. A problem leaves the batch when its score no longer improves,
+    and the next one takes its place. Checkpoints hold the prompts and the optimizer state only.
 
     A method implements `init_params`, `best_params`, `step` and `score`.
 
@@ -76,8 +76,8 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         sampler: Settings of the images that `fit`, `test` and `predict` generate.
         batch_size: Batch size P, the number of problems searched at a time.
         patience: Scorings without improvement after which a problem is finished.
-        microbatch: Samples per denoiser call, halved whenever the device runs out of memory; None for as many as the memory of a GPU
-            holds.
+        microbatch: Samples per denoiser call, halved whenever the device runs out of memory; None for as many as the
+            memory of a GPU holds.
         score_every_n_steps: Steps between scorings.
         log_images_every_n_steps: Steps between the images that TensorBoard shows during the search; 0 for none.
     """
@@ -151,7 +151,8 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """Divide the samples among the ranks; refuse a fitted microbatch on a device that does not report full memory."""
         if self.microbatch.fitted and self.trainer.strategy.root_device.type in NO_OOM_DEVICES:
             raise UserError(
-                "--model.microbatch null needs a GPU, since a CPU does not report when its memory is full; give --model.microbatch 16."
+                "--model.microbatch null needs a GPU, since a CPU does not report when its memory is full; give "
+                "--model.microbatch 16."
             )
         self.microbatch.ranks = num_sample_ranks(self.trainer)
         if self.microbatch.ranks > 1:
@@ -409,8 +410,8 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.data.find(list(records.values()))
         if gone := [problem for problem in records.values() if problem.index < 0]:
             raise UserError(
-                f"The checkpoint has {len(gone)} {self.data.given[0]} that are not among {self.data.given[1]}; give the same ones and the "
-                "same settings, or another --run."
+                f"The checkpoint has {len(gone)} {self.data.given[0]} that are not among {self.data.given[1]}; give "
+                "the same ones and the same settings, or another --run."
             )
         if len(several) > 1 or several[0] is not checkpoint:
             checkpoint |= merge(several, lambda record: self.data.still_open(records[record["key"]]))
@@ -421,8 +422,8 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
                 self.result_class.read(record["result"])
             except ValueError as error:
                 raise UserError(
-                    f"The checkpoint has results that are not those of {type(self).__name__}; give the settings that the run was begun "
-                    "with."
+                    f"The checkpoint has results that are not those of {type(self).__name__}; give the settings that "
+                    "the run was begun with."
                 ) from error
             here = records[record["key"]]
             record |= {name: getattr(here, name) for name in ("target", "paths", "stamps", "caption", "index")}

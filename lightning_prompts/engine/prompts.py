@@ -25,8 +25,8 @@ class Prompts(ProblemData):
     """Prompts to find better or adversarial words, or embeddings, for; one problem each.
 
     Args:
-        prompts: A prompt; a text file with one prompt per line; a CSV or JSONL list with the column or key `prompt`; or a list of
-            these.
+        prompts: A prompt; a text file with one prompt per line; a CSV or JSONL list with the column or key `prompt`; or
+            a list of these.
         seed: Seed of every random draw.
         retry: Search only the failed problems again, and those that a checkpoint resumes.
     """

@@ -113,7 +113,8 @@ def _stat(path: str) -> os.stat_result | None:
 def read_ahead(dataset: TargetDataset, indices: Iterator[int], workers: int) -> Iterator[LoadedTarget]:
     """Read targets in order, ahead of the search in threads.
 
-    Not in the processes of a DataLoader: a process that is forked beside other threads may never end, nor would the search.
+    Not in the processes of a DataLoader: a process that is forked beside other threads may never end, nor would the
+    search.
 
     Args:
         dataset: The targets.

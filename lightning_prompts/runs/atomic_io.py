@@ -20,8 +20,8 @@ def atomic_writer(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Missing folders are created.
 
     Raises:
-        OSError: The file, which the error names, could not be written, and an old one is untouched; or the file system lost a part of
-            the new content.
+        OSError: The file, which the error names, could not be written, and an old one is untouched; or the file system
+            lost a part of the new content.
     """
     path = Path(path)
     # In the same folder, since a rename is atomic only within a file system; each writer has its own name.

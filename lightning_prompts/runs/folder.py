@@ -1,7 +1,7 @@
 """The folder of a run, with a file for the record of each problem.
 
-A run is a set of independent problems. Each has one small file that only its rank writes, and always in one piece, so a run that ends in
-any way leaves the best prompts so far. `result_files` merges the records into the results.
+A run is a set of independent problems. Each has one small file that only its rank writes, and always in one piece, so a
+run that ends in any way leaves the best prompts so far. `result_files` merges the records into the results.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class RunFolder:
             search: Whether there will be records and checkpoints; a mix of runs has neither.
 
         Raises:
-            UserError: The folder has a run that is not to be resumed or cannot be read, is a file, or cannot be written.
+            UserError: The folder has a run that is not to be resumed or cannot be read, is a file, or cannot be
+                written.
         """
         self._check_kind()
         begun = any(self.problems.glob("*.json")) or self.generations.exists()
@@ -124,8 +125,8 @@ class RunFolder:
 
     def _not_writable(self, error: OSError, instead: str = "give another --run") -> UserError:
         return UserError(
-            f"The run folder {self.path} cannot be written ({error.strerror or error}); {instead}, or free space or permit writing "
-            "there."
+            f"The run folder {self.path} cannot be written ({error.strerror or error}); {instead}, or free space or "
+            "permit writing there."
         )
 
     def _temporary_files(self) -> list[Path]:
@@ -233,8 +234,8 @@ class RunFolder:
         if lost := sorted(self._result_keys() - keys):
             more = f" and {len(lost) - 1} more records" if len(lost) > 1 else ""
             raise UserError(
-                f"{self.result} has the result of {lost[0]}, but {self.problems / lost[0]}.json{more} is missing; restore it, or "
-                f"rename {self.result.name} to continue without it."
+                f"{self.result} has the result of {lost[0]}, but {self.problems / lost[0]}.json{more} is missing; "
+                f"restore it, or rename {self.result.name} to continue without it."
             )
 
     def _result_keys(self) -> set[str]:

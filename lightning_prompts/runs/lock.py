@@ -29,9 +29,10 @@ PATIENCE = 10.0
 class RunLock:
     """Lock the folder of a run for this process and the ranks that share its search.
 
-    The lock is a file that its owner touches every two seconds. The file system only has to support exclusive creation, so the lock
-    works where `flock` is missing or works on one machine only. The lock of a killed process of this machine is taken over at once; that
-    of another machine after a minute without a heartbeat, measured by this machine's clock.
+    The lock is a file that its owner touches every two seconds. The file system only has to support exclusive creation,
+    so the lock works where `flock` is missing or works on one machine only. The lock of a killed process of this
+    machine is taken over at once; that of another machine after a minute without a heartbeat, measured by this
+    machine's clock.
 
     Args:
         folder: The run's folder, which is created if it is missing.
@@ -79,7 +80,8 @@ class RunLock:
                 self._lease.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"The run folder {self.folder} is in use by {self._owner()}; wait for it to end, stop it, or give another folder."
+                f"The run folder {self.folder} is in use by {self._owner()}; wait for it to end, stop it, or give "
+                "another folder."
             ) from None
         except OSError:
             self._remove_created()
@@ -124,8 +126,8 @@ class RunLock:
             return
         if self.taken:
             raise UserError(
-                f"The run folder {self.folder} was taken over by {self._owner()}, since this process had no heartbeat for "
-                f"{LEASE:.0f} seconds; this process ends, and the other continues."
+                f"The run folder {self.folder} was taken over by {self._owner()}, since this process had no heartbeat "
+                f"for {LEASE:.0f} seconds; this process ends, and the other continues."
             )
         if not self._warned:
             self._warned = True

@@ -135,7 +135,8 @@ class RefinementResult(MethodResult):
     """Scores of images before and after a method changed a user's prompt.
 
     Attributes:
-        heldout_before: Cosine of the prompt and its images on fresh seeds, one per seed, by a CLIP that took no part in the search.
+        heldout_before: Cosine of the prompt and its images on fresh seeds, one per seed, by a CLIP that took no part in
+            the search.
         heldout_after: The same after the change.
     """
 

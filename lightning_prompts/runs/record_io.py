@@ -35,7 +35,8 @@ def load_record(file: Path, result_class: type[MethodResult]) -> Problem:
         if version != RECORD_VERSION:
             newer = isinstance(version, int) and version > RECORD_VERSION
             raise UserError(
-                f"The record {file} has the version {str(version)[:20]!r}, and this program reads version {RECORD_VERSION}; "
+                f"The record {file} has the version {str(version)[:20]!r}, and this program reads version "
+                f"{RECORD_VERSION}; "
                 + ("use the newer program that wrote it." if newer else "use the program that wrote it.")
             )
         result = content.pop("result", None)
@@ -47,7 +48,8 @@ def load_record(file: Path, result_class: type[MethodResult]) -> Problem:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"The record {file} cannot be read ({_reason(error)}); restore it, or delete it to search this problem again."
+            f"The record {file} cannot be read ({_reason(error)}); restore it, or delete it to search this problem "
+            "again."
         ) from error
     return problem
 

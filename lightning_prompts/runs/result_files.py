@@ -45,8 +45,8 @@ def write_results(
 ) -> None:
     """Write the results of all problems, with at most a thousand records in memory.
 
-    `prompt.txt` has one line per problem, empty if it has no prompt. So has `negative_prompt.txt`, which is written if a problem has a
-    negative prompt.
+    `prompt.txt` has one line per problem, empty if it has no prompt. So has `negative_prompt.txt`, which is written if
+    a problem has a negative prompt.
 
     Args:
         folder: The run's folder.

@@ -21,8 +21,8 @@ class SamplerSettings:
     """Set how `fit`, `test` and `predict` generate images.
 
     Args:
-        num_inference_steps: Denoising steps; None for the model's default, at most 10 in methods that generate many images during
-            the search.
+        num_inference_steps: Denoising steps; None for the model's default, at most 10 in methods that generate many
+            images during the search.
         guidance_scale: Classifier-free guidance scale; None for the model's default.
     """
 

@@ -178,7 +178,8 @@ def test_disk_that_is_full_in_the_middle(hub, published, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.file_download.http_get", write)
         refused(
-            r"'owner/model' could not be written to .*hub \(No space left on device\); free disk space, or set HF_HOME to"
+            r"'owner/model' could not be written to .*hub \(No space left on device\); free disk space, or set HF_HOME "
+            r"to"
         )
     refused("has not been downloaded completely", offline=True)
     load_backbone("owner/model")
@@ -306,7 +307,8 @@ def test_offline_asks_nobody(cache, attempts, monkeypatch, how):
     if how == "environment":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused(
-        r"has not been downloaded completely, and this run is offline; run `train\.py prefetch owner/model` once online",
+        r"has not been downloaded completely, and this run is offline; run `train\.py prefetch owner/model` once "
+        r"online",
         offline=how == "argument",
     )
     assert not attempts

@@ -21,8 +21,8 @@ from lightning_prompts.commands.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
 
-# The names of weights in the original code, as in diffusers' scripts convert_diffusers_to_original_stable_diffusion.py and
-# convert_diffusers_to_original_sdxl.py (https://github.com/huggingface/diffusers/tree/main/scripts).
+# The names of weights in the original code, as in diffusers' scripts convert_diffusers_to_original_stable_diffusion.py
+# and convert_diffusers_to_original_sdxl.py (https://github.com/huggingface/diffusers/tree/main/scripts).
 UNET = {
     r"^time_embedding\.linear_1": "time_embed.0", r"^time_embedding\.linear_2": "time_embed.2",
     r"^add_embedding\.linear_1": "label_emb.0.0", r"^add_embedding\.linear_2": "label_emb.0.2",
@@ -170,7 +170,8 @@ def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request
         save_file(load_file(model[3]), file, {"modelspec.architecture": "stable-diffusion-v2-768-v"})
     monkeypatch.setitem(SHORT_NAMES, SHORT[family], "owner/model")
     match = (
-        f"The file '{file}' holds only weights and needs the configuration of 'owner/model', or of another model or folder given as "
+        f"The file '{file}' holds only weights and needs the configuration of 'owner/model', or of another model or "
+        "folder given as "
         r"--model.backbone.config: .*has not been downloaded completely, and this run is offline; run .*prefetch"
     )
     refused(match, file, offline=True)
@@ -204,7 +205,8 @@ def test_configuration_of_another_model(model, hub, tmp_path):
     for other in {"sd1": "sdxl", "sd2": "sd1", "sdxl": "sd2"}[family], "flux":
         wrong = families.save(other, tmp_path / other)
         refused(
-            rf"The networks of the model '{file}' cannot be read \(.+\); download it again, or give the model that describes",
+            rf"The networks of the model '{file}' cannot be read \(.+\); download it again, or give the model that "
+            r"describes",
             file,
             config=str(wrong),
         )
@@ -261,7 +263,8 @@ def test_weights_that_are_not_described(model, tmp_path):
     more = {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(32, 16)}
     save_file(load_file(file) | more, tmp_path / "more.safetensors")
     refused(
-        r"cannot be read \(its UNet has weights that its configuration does not describe, 1 in all\); download it again, or give the model that describes it",
+        r"cannot be read \(its UNet has weights that its configuration does not describe, 1 in all\); download it "
+        r"again, or give the model that describes it",
         tmp_path / "more.safetensors",
         config=str(config),
     )
@@ -469,7 +472,8 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
     save_file(weights, file)
     if short is None:
         refused(
-            r"is a Stable Diffusion 2 and does not state whether it predicts epsilon or v; set --model\.backbone\.config to",
+            r"is a Stable Diffusion 2 and does not state whether it predicts epsilon or v; set "
+            r"--model\.backbone\.config to",
             file,
         )
         with pytest.raises(SystemExit):

@@ -26,7 +26,8 @@ NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "G
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "3", "LOCAL_RANK": "1",
             "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node1",
             "MASTER_PORT": "29500"}  # fmt: skip
-# A batch script of `sbatch --nodes 2 --ntasks-per-node 2`, and the same process as above when srun has started it there.
+# A batch script of `sbatch --nodes 2 --ntasks-per-node 2`, and the same process as above when srun has started it
+# there.
 BATCH = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "search", "SLURM_NNODES": "2", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4",
          "SLURM_NTASKS_PER_NODE": "2", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_CPUS_PER_NODE": "4(x2)", "SLURM_PROCID": "0",
          "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip

@@ -96,7 +96,8 @@ def test_slots_stay_as_they_are_with_the_chance_that_was_given(choices, chance):
     torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), chance))
 
 
-# Of so many words a uniform draw leaves a slot as it is more often than with these chances, so that its logit begins below 0.
+# Of so many words a uniform draw leaves a slot as it is more often than with these chances, so that its logit begins
+# below 0.
 @pytest.mark.parametrize("chance", [0.02, 0.15, 0.6])
 def test_chance_that_was_given_survives_a_step_without_a_gradient(chance, attached):
     module = attached(init_keep_prob=chance)

@@ -254,8 +254,8 @@ def test_gradient_of_a_clip_that_reads_text_is_refused(
         "" if family == "pixart" else ", or search the CLIP encoder's tokens with --model.backbone.vocabulary clip"
     )
     assert str(error.value) == (
-        f"{method.__name__} needs the gradient of the CLIP loss, and the CLIP '{folders(family)}/clip' does not have the token "
-        f"embeddings of the model's T5 text encoder; give --model.clip_weight 0{instead}."
+        f"{method.__name__} needs the gradient of the CLIP loss, and the CLIP '{folders(family)}/clip' does not have "
+        f"the token embeddings of the model's T5 text encoder; give --model.clip_weight 0{instead}."
     )
     monkeypatch.undo()
     if instead:  # what is advised works

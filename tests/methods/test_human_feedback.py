@@ -401,7 +401,8 @@ def test_a_person_chooses_in_a_browser(tiny, tmp_path, browser):
     page.keyboard.press("o")
     page.wait_for_function("before => document.querySelector('#candidates').innerText != before", arg=before)
     wait_for_question(page, 1)
-    # The new question is announced as the old one was, and a key that comes before it answers the old one, which is over.
+    # The new question is announced as the old one was, and a key that comes before it answers the old one, which is
+    # over.
     finished = "document.querySelector('#status').innerText.startsWith('Finished. The files are in')"
     while not page.evaluate(finished):
         page.keyboard.press("f")

@@ -199,10 +199,11 @@ def test_the_pages_own_requests_are_answered(opened, name):
 
 def test_of_gradios_routes_those_that_the_page_does_not_need_are_not_there(opened):
     others = (
-        "config config/ login login/ logout monitoring monitoring/x manifest.json robots.txt pwa_icon gradio_api/info gradio_api/upload "
-        "gradio_api/upload_progress gradio_api/api/predict gradio_api/call/x gradio_api/startup-events gradio_api/component_server "
-        "gradio_api/reset gradio_api/cancel gradio_api/proxy=http://example.com gradio_api/file=/etc/hostname gradio_api/mcp/sse "
-        "gradio_api/deep_link gradio_api/stream/x/y/z/playlist.m3u8 gradio_api/queue/status gradio_api/process_recording docs openapi.json"
+        "config config/ login login/ logout monitoring monitoring/x manifest.json robots.txt pwa_icon gradio_api/info "
+        "gradio_api/upload gradio_api/upload_progress gradio_api/api/predict gradio_api/call/x "
+        "gradio_api/startup-events gradio_api/component_server gradio_api/reset gradio_api/cancel "
+        "gradio_api/proxy=http://example.com gradio_api/file=/etc/hostname gradio_api/mcp/sse gradio_api/deep_link "
+        "gradio_api/stream/x/y/z/playlist.m3u8 gradio_api/queue/status gradio_api/process_recording docs openapi.json"
     ).split()
     for path in others:
         for method in ("GET", "POST"):

@@ -1,7 +1,7 @@
 """Every method on models with published configurations and tokenizers is searched, resumed, tested and sampled from.
 
-The models are loaded once, and values that depend only on a vocabulary of full size are computed once. By default, a few
-cells of the table run; `pytest -m slow` runs the others.
+The models are loaded once, and values that depend only on a vocabulary of full size are computed once. By default, a
+few cells of the table run; `pytest -m slow` runs the others.
 """
 
 import importlib.util

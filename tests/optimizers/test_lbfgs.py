@@ -154,7 +154,8 @@ def test_a_line_search_over_a_hilly_loss_ends_where_torch_ends_it(lr, max_eval, 
 def landscapes(count, seed):
     """Return a function from step sizes to the losses and slopes along `count` lines.
 
-    Both are rounded, coarsely on every second line, so that there are ties, and a cubic through them does not magnify errors.
+    Both are rounded, coarsely on every second line, so that there are ties, and a cubic through them does not magnify
+    errors.
     """
     height, width, phase = torch.randn(3, count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     height *= -(height * width * phase.cos()).sum(1, keepdim=True).sign()  # downhill at first
@@ -598,7 +599,8 @@ def test_cubic_minimum():
         t, loss, slope = torch.tensor(points, dtype=torch.float64).T
         return Trials(t, loss, slope, torch.zeros(len(points), 1))
 
-    # t^3 - 3 t with its minimum at 1, with the ends in both orders and with a bound; t^3 + t, which has none; equal ends.
+    # t^3 - 3 t with its minimum at 1, with the ends in both orders and with a bound; t^3 + t, which has none; equal
+    # ends.
     a = trials((0, 0, -3), (2, 2, 9), (0, 0, -3), (-1, -2, 4), (1, 1, -1))
     b = trials((2, 2, 9), (0, 0, -3), (2, 2, 9), (1, 2, 4), (1, 1, -1))
     low = torch.tensor([0.0, 0.0, 1.5, -1.0, 1.0], dtype=torch.float64)

@@ -1,9 +1,10 @@
 """Wrong inputs, broken files and hostile settings end in one sentence and exit code 2, and change nothing.
 
-The cases are in the tables beside this file. A case has a `command`, or a `base` from below with its `args`; with `each`, it is one
-case for each value in place of {}. `words` must be in the message ("." for no particular ones), `more` is added to the end, `spoil`
-names the damage to a copy of a finished run, and `seconds` limits the time. {tiny} is a model, {place} the folder of broken files,
-{run} a finished run, {spoiled} its damaged copy and {new} a folder that must not exist before or after.
+The cases are in the tables beside this file. A case has a `command`, or a `base` from below with its `args`; with
+`each`, it is one case for each value in place of {}. `words` must be in the message ("." for no particular ones),
+`more` is added to the end, `spoil` names the damage to a copy of a finished run, and `seconds` limits the time. {tiny}
+is a model, {place} the folder of broken files, {run} a finished run, {spoiled} its damaged copy and {new} a folder that
+must not exist before or after.
 """
 
 import io

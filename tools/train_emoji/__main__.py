@@ -1,7 +1,8 @@
 """Train the embedded model from scratch: `python -m tools.train_emoji STAGE`.
 
-Run the stages in this order: `scenes`, `clip` (which contains the text encoder), `scorer` (the held-out CLIP), `autoencoder`,
-`denoiser`, `export`. The same command resumes a stopped stage from its last checkpoint; more `--steps` train longer.
+Run the stages in this order: `scenes`, `clip` (which contains the text encoder), `scorer` (the held-out CLIP),
+`autoencoder`, `denoiser`, `export`. The same command resumes a stopped stage from its last checkpoint; more `--steps`
+train longer.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ class Training(pl.LightningModule, ABC):
         """Sample this step's batch.
 
         Returns:
-            Indices of B images, the token ids (B, L) of one caption of each, and the generator for all other draws of the step.
+            Indices of B images, the token ids (B, L) of one caption of each, and the generator for all other draws of
+            the step.
         """
         generator = torch.Generator(self.device).manual_seed(self.seed * 10_000_019 + self.global_step)
         index = torch.randint(len(self.scenes["ids"]), (self.batch_size,), generator=generator, device=self.device)

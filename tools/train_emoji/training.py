@@ -59,8 +59,8 @@ def render_scenes(work: Path, count: int, seed: int) -> None:
 def train(stage: str, work: Path, steps: int, batch_size: int, lr: float, seed: int, precision: Any) -> None:
     """Train one stage and save its averaged weights in `work / stage`.
 
-    The random draws depend only on the seed and the step, so a training that resumes from its last checkpoint gives the same
-    weights as one without a stop.
+    The random draws depend only on the seed and the step, so a training that resumes from its last checkpoint gives the
+    same weights as one without a stop.
     """
     pl.seed_everything(seed + 17 * (stage == "scorer"), verbose=False)
     module = _module(stage, work, batch_size, steps, lr, seed)

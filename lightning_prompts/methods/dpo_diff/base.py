@@ -28,17 +28,21 @@ class WordSearch(Refinement):
 
     Args:
         task: `improve` lowers the loss; `attack` raises it and keeps the meaning.
-        positive: Sources of other words for those of the prompt. None: none to improve, the text encoder's neighbors to attack.
+        positive: Sources of other words for those of the prompt. None: none to improve, the text encoder's neighbors to
+            attack.
         negative: Sources of words for the negative prompt. None: the library to improve, none to attack.
-        dictionary: Source of synonyms and antonyms: `wordnet`, a folder with its files, a JSON file in DPO-Diff's layout, or a language
+        dictionary: Source of synonyms and antonyms: `wordnet`, a folder with its files, a JSON file in DPO-Diff's
+            layout, or a language
             model: a folder, a hub id, or the URL of an endpoint with OpenAI's protocol.
-        neighbors: Neighbors per word in the text encoder. None: 5 to improve; 60 to attack, minus those that change the meaning.
+        neighbors: Neighbors per word in the text encoder. None: 5 to improve; 60 to attack, minus those that change the
+            meaning.
         protected_words: Words of the prompt that must not change.
         objective: `spherical`, half the squared angle between image and prompt, or `cosine`, one minus its cosine.
         budget: Generations that a search may spend; a generation generates the images of a candidate on all seeds.
         seeds: Images per candidate.
         threshold: Minimum cosine, in the sentence encoder, of the new prompt and the user's; -1 for any.
-        sentence_encoder: Folder or hub id of a sentence-transformers model; None for the text encoder of the CLIP that scores.
+        sentence_encoder: Folder or hub id of a sentence-transformers model; None for the text encoder of the CLIP that
+            scores.
         clip: Folder or hub id of the CLIP that scores; None for the one that goes with the backbone.
         **kwargs: See `PromptMethod`.
     """
@@ -172,8 +176,8 @@ class WordSearch(Refinement):
     def try_candidates(self, candidates: Sequence[tuple[int, Choice]], cost: float = 1) -> None:
         """Evaluate candidates, each a row and a choice, in one batch, and keep the best.
 
-        If an earlier run evaluated all of them, its losses are used. If it was killed while it saved them, all are evaluated again,
-        so that the calls are those of an uninterrupted search.
+        If an earlier run evaluated all of them, its losses are used. If it was killed while it saved them, all are
+        evaluated again, so that the calls are those of an uninterrupted search.
         """
         texts = [self.prompt.spaces[row].texts(choice) for row, choice in candidates]
         known = [self._known_losses[self.batch[row].record.key] for row, _ in candidates]

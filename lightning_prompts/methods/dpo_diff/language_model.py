@@ -34,8 +34,9 @@ class LanguageModel:
     """Ask a local model, or an endpoint with OpenAI's protocol, and cache the answers on disk.
 
     Args:
-        name: Folder or hub id of a causal language model, or the URL of an endpoint such as `http://localhost:8000/v1`, with the
-            model's name after a `#`. An endpoint that needs a key gets that of the environment variable OPENAI_API_KEY.
+        name: Folder or hub id of a causal language model, or the URL of an endpoint such as `http://localhost:8000/v1`,
+            with the model's name after a `#`. An endpoint that needs a key gets that of the environment variable
+            OPENAI_API_KEY.
         cache: File of earlier answers.
         offline: Do not connect to the hub.
     """
@@ -65,8 +66,8 @@ class LanguageModel:
                 atomic_write(self.cache, (json.dumps(known, indent=2, ensure_ascii=False) + "\n").encode())
                 return words
         raise UserError(
-            f"The language model {self.name!r} was asked {ATTEMPTS} times for the {kind} of {prompt!r} and gave no list of words "
-            f"(last: {answer[:60]!r}); give another model or a JSON file."
+            f"The language model {self.name!r} was asked {ATTEMPTS} times for the {kind} of {prompt!r} and gave no "
+            f"list of words (last: {answer[:60]!r}); give another model or a JSON file."
         )
 
     def _read_cache(self) -> dict[str, Any]:

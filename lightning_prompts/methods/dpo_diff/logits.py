@@ -59,7 +59,8 @@ class WordChoices(TypedModule):
         """Return initial logits (P, S, W), all 0 except that of each slot's first word, which leaves the prompt unchanged.
 
         Args:
-            unchanged: Probability, in (0, 1), that a draw leaves a slot as it is. None: the first word's logit is 1, as in the paper.
+            unchanged: Probability, in (0, 1), that a draw leaves a slot as it is. None: the first word's logit is 1, as
+                in the paper.
         """
         logits = torch.zeros(self.counts.shape, device=self.table.device)
         if logits.numel():
@@ -87,8 +88,8 @@ class WordChoices(TypedModule):
     def forward(self, rows: Tensor, gumbel: Tensor, temperature: float = 1.0) -> list[MixedPrompts]:
         """Mix the embeddings of the words of each slot by their Gumbel-softmax weights (arXiv 2407.01606, section 3.2).
 
-        A slot's words can have different numbers of tokens. Only words with as many tokens as the word with the highest perturbed
-        logit, which is a draw from the softmax, are mixed.
+        A slot's words can have different numbers of tokens. Only words with as many tokens as the word with the highest
+        perturbed logit, which is a draw from the softmax, are mixed.
 
         Args:
             rows: Rows of the problems, (Q,).

@@ -28,22 +28,23 @@ Solver = Literal["gradient", "evolution", "hybrid", "random"]
 class DPODiff(WordSearch):
     """Search words that make a prompt's images match it better, or words that break it.
 
-    The shortcut text gradient (section 3.3) moves logits over the words of each slot. Candidates are drawn from the logits, then
-    recombined and mutated (section 3.4), and scored by their images on a few seeds. The loss is the spherical distance in CLIP
-    between the images and the user's prompt.
+    The shortcut text gradient (section 3.3) moves logits over the words of each slot. Candidates are drawn from the
+    logits, then recombined and mutated (section 3.4), and scored by their images on a few seeds. The loss is the
+    spherical distance in CLIP between the images and the user's prompt.
 
     Args:
-        solver: `gradient` learns logits and draws from them; `evolution` recombines and mutates; `hybrid` starts the evolution with
-            draws from learned logits; `random` draws uniformly.
+        solver: `gradient` learns logits and draws from them; `evolution` recombines and mutates; `hybrid` starts the
+            evolution with draws from learned logits; `random` draws uniformly.
         gradient_share: Share of the budget for gradients, with `gradient` and `hybrid`.
-        schedule: Denoiser calls before the gradient: `step-a-b` starts at a and adds one every b steps, `rand-a-b` is random in
-            [a, b), `fix-a` is a. None: linear from 30% to 50% of the sampler's calls, which is the paper's `step-15-2` at its 50
-            calls and 20 steps, or `fix-0` with few-step models.
-        grad_steps: Denoiser calls that propagate a gradient; all of them, with `fix-0`, give the full gradient. None: all with few-step
-            models and no schedule, else 1.
-        init_keep_prob: Initial probability that a draw from the logits leaves a slot as it is. None: the first word's logit is 1, as in the
-            paper.
-        temperature: Temperature of the Gumbel-softmax at the first and at the last step, with a geometric line between them.
+        schedule: Denoiser calls before the gradient: `step-a-b` starts at a and adds one every b steps, `rand-a-b` is
+            random in [a, b), `fix-a` is a. None: linear from 30% to 50% of the sampler's calls, which is the paper's
+            `step-15-2` at its 50 calls and 20 steps, or `fix-0` with few-step models.
+        grad_steps: Denoiser calls that propagate a gradient; all of them, with `fix-0`, give the full gradient. None:
+            all with few-step models and no schedule, else 1.
+        init_keep_prob: Initial probability that a draw from the logits leaves a slot as it is. None: the first word's
+            logit is 1, as in the paper.
+        temperature: Temperature of the Gumbel-softmax at the first and at the last step, with a geometric line between
+            them.
         lr: Learning rate of RMSprop.
         population: Candidates per evaluation.
         elites: Candidates that have children.
@@ -97,8 +98,8 @@ class DPODiff(WordSearch):
             raise UserError(f"--model.temperature must be positive, got {list(self.temperature)}.")
         if self.solver in ("evolution", "hybrid") and self.budget < self.population:
             raise UserError(
-                f"--model.budget must be at least --model.population, got {self.budget} and {self.population}; raise it or lower the "
-                "population."
+                f"--model.budget must be at least --model.population, got {self.budget} and {self.population}; raise "
+                "it or lower the population."
             )
 
     def plan(self, seed: int) -> list[int]:

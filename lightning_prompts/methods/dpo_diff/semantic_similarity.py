@@ -42,7 +42,8 @@ class SemanticSimilarity:
     def __call__(self, text: str, others: Sequence[str]) -> Tensor:
         """Compute the cosines (B,) in [-1, 1] of a text and B others.
 
-        The texts are encoded together and not cached, since a cache would differ after resuming and rounding depends on the batch.
+        The texts are encoded together and not cached, since a cache would differ after resuming and rounding depends on
+        the batch.
         """
         texts = list(dict.fromkeys([text, *others]))
         rows = dict(zip(texts, self._encode(texts).cpu(), strict=True))
@@ -64,7 +65,8 @@ def _load(name: str, offline: bool) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise UserError(
-            "--model.sentence_encoder needs sentence-transformers; run `pip install sentence-transformers`, or leave it out."
+            "--model.sentence_encoder needs sentence-transformers; run `pip install sentence-transformers`, or leave "
+            "it out."
         ) from error
     try:
         with hub_access(offline):
@@ -90,7 +92,7 @@ def filter_by_similarity(space: Space, similarity: SemanticSimilarity, threshold
     smaller = space.with_slots(slots)
     if not smaller.slots:
         raise UserError(
-            f"No other word keeps the meaning of {prompt!r} at a cosine of {threshold:g}; lower --model.threshold or name other "
-            "sources as --model.positive."
+            f"No other word keeps the meaning of {prompt!r} at a cosine of {threshold:g}; lower --model.threshold or "
+            "name other sources as --model.positive."
         )
     return smaller

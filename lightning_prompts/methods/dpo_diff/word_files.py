@@ -16,8 +16,8 @@ def read_word_file(path: str) -> dict[str, dict[str, dict[str, list[str]]]]:
     """Read substitutes by prompt, kind (`synonyms` or `antonyms`) and word.
 
     Args:
-        path: A JSON file: an object of prompts, each with `synonym` or `sub` and `antonym` or `opp`, an object that has a list of
-            substitutes for each word. Other keys are ignored.
+        path: A JSON file: an object of prompts, each with `synonym` or `sub` and `antonym` or `opp`, an object that has
+            a list of substitutes for each word. Other keys are ignored.
 
     Raises:
         UserError: The file is not JSON or has another layout.

@@ -32,7 +32,8 @@ class WordSources:
         vocabulary: The searched vocabulary.
         positive: Sources of substitutes for the words of a prompt.
         negative: Sources of words for the negative prompt.
-        dictionary: Source of synonyms and antonyms: `wordnet`, a folder with its files, a JSON file in DPO-Diff's layout, or a language
+        dictionary: Source of synonyms and antonyms: `wordnet`, a folder with its files, a JSON file in DPO-Diff's
+            layout, or a language
             model: a folder, a hub id, or the URL of an endpoint with OpenAI's protocol.
         empty: Whether words of a prompt can be removed.
         neighbors: Neighbors per word in the text encoder.
@@ -58,8 +59,8 @@ class WordSources:
     def space(self, prompt: str) -> Space:
         """Return the words that can replace those of a prompt, and those of its negative prompt.
 
-        Words that have other tokens in their place than alone are left out, and so are the longest words, until every choice fits into
-        the text encoder.
+        Words that have other tokens in their place than alone are left out, and so are the longest words, until every
+        choice fits into the text encoder.
 
         Raises:
             UserError: No word can be replaced.
@@ -91,7 +92,8 @@ class WordSources:
             return {word: others(word) for word in words}
         if prompt not in self.lookup:
             raise UserError(
-                f"The space {self.dictionary!r} has no entry for the prompt {prompt!r}; add one under exactly this text."
+                f"The space {self.dictionary!r} has no entry for the prompt {prompt!r}; add one under exactly this "
+                "text."
             )
         return self.lookup[prompt][kind]
 

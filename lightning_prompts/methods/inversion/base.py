@@ -43,16 +43,16 @@ class Inverter(PromptMethod):
         template: Fixed words around the prompt, with `{}` in its place.
         banned_words: Words, or parts of words, that the prompt must not have.
         words: The only words that the prompt may have.
-        init: The initial prompt: `random` tokens, the best `clip_words`, the folder of a run of any method that has prompts for these
-            images, an embedding file in any common layout, or a text.
+        init: The initial prompt: `random` tokens, the best `clip_words`, the folder of a run of any method that has
+            prompts for these images, an embedding file in any common layout, or a text.
         allow_pickle: Read this file even if it is a pickle; only tensors are loaded.
         denoising_weight: Weight of the denoising loss.
         negative_weight: Weight of the denoising loss of `--data.negative_images`, relative to that of the target.
-        clip_weight: Weight of one minus the cosine of prompt and images in CLIP. Methods that move embeddings need a CLIP with the
-            searched vocabulary; GCG can compare its candidates by any CLIP, which encodes their text.
+        clip_weight: Weight of one minus the cosine of prompt and images in CLIP. Methods that move embeddings need a
+            CLIP with the searched vocabulary; GCG can compare its candidates by any CLIP, which encodes their text.
         clip: Folder or hub id of this CLIP; None for the one that goes with the backbone.
-        rerank_weight: Weight, in the validation loss, of one minus the cosine in CLIP of the target and images that the prompt
-            generates; 0 for none.
+        rerank_weight: Weight, in the validation loss, of one minus the cosine in CLIP of the target and images that the
+            prompt generates; 0 for none.
         rerank_images: Images to generate at each scoring.
         rerank_steps: Denoising steps of these images; None for the model's default, at most 10.
         **kwargs: See `PromptMethod`.

@@ -22,16 +22,17 @@ TRIES = 20  # attempts to draw enough different candidates, before a step contin
 class GCG(Inverter):
     """Replace tokens, as the gradient proposes and the exact loss decides (algorithm 1 of the paper).
 
-    The gradient with respect to the one-hot tokens estimates, to first order, how each token at each position would change the loss.
-    Of the `topk` best tokens per position, `candidates` prompts with `n_replace` random replacements are drawn. All candidates of all
-    problems are evaluated together, each once, on the noise of the gradient. The best one is accepted if it improves the loss.
+    The gradient with respect to the one-hot tokens estimates, to first order, how each token at each position would
+    change the loss. Of the `topk` best tokens per position, `candidates` prompts with `n_replace` random replacements
+    are drawn. All candidates of all problems are evaluated together, each once, on the noise of the gradient. The best
+    one is accepted if it improves the loss.
 
     Args:
         candidates: Prompts B to evaluate at each step.
         topk: Tokens to propose per position.
         n_replace: Positions that a candidate changes.
-        prefilter: If above 1, draw this many times the candidates and evaluate those that are most similar to the images in CLIP, whose
-            text encoder costs little beside the denoiser.
+        prefilter: If above 1, draw this many times the candidates and evaluate those that are most similar to the
+            images in CLIP, whose text encoder costs little beside the denoiser.
         **kwargs: See `Inverter`.
     """
 
@@ -49,7 +50,8 @@ class GCG(Inverter):
         super().__init__(**kwargs)
         if not 1 <= n_replace <= len(self.prompt.positions):
             raise UserError(
-                f"--model.n_replace must be at most the {len(self.prompt.positions)} tokens of the prompt, got {n_replace}."
+                f"--model.n_replace must be at most the {len(self.prompt.positions)} tokens of the prompt, got "
+                f"{n_replace}."
             )
         self.candidates, self.topk, self.n_replace, self.prefilter = candidates, topk, n_replace, prefilter
 
@@ -131,8 +133,9 @@ class GCG(Inverter):
         """Compute the losses (Q, B) of the valid candidates; those of the others are infinite."""
         which = valid.nonzero()[:, 0]  # index into `rows` of each valid candidate
         token_ids, losses = candidates[valid.to(self.device)], [torch.empty(0, device=self.device)]
-        # The samples of a chunk of candidates fill whole calls, and a group has a chunk for each rank, so that the calls do not depend
-        # on the number of ranks. The remainder joins the last group, since few samples would be divided otherwise.
+        # The samples of a chunk of candidates fill whole calls, and a group has a chunk for each rank, so that the
+        # calls do not depend on the number of ranks. The remainder joins the last group, since few samples would be
+        # divided otherwise.
         chunk = self.microbatch.size // math.gcd(self.microbatch.size, samples.timesteps.shape[1])
         group = chunk * self.microbatch.ranks
         groups = torch.arange(len(which)).tensor_split(tuple(range(group, len(which) - group + 1, group)))

@@ -15,7 +15,8 @@ class GradientInverter(Inverter):
     """Move the token embeddings along the gradient of the losses.
 
     Attributes:
-        straight_through: Whether the gradient is taken at the embeddings of the nearest tokens and applied to the continuous ones.
+        straight_through: Whether the gradient is taken at the embeddings of the nearest tokens and applied to the
+            continuous ones.
     """
 
     straight_through: bool = False

@@ -41,8 +41,8 @@ def records_of_run(folder: str | Path, problems: Sequence[Problem]) -> list[Prob
     for problem, record in zip(problems, records, strict=True):
         if record is None or record.prompt is None:
             raise UserError(
-                f"The run {folder} to start from has no prompt for {problem.target} under this model and template; give the "
-                "folder of a run that has searched these images, or --model.init random or clip_words."
+                f"The run {folder} to start from has no prompt for {problem.target} under this model and template; "
+                "give the folder of a run that has searched these images, or --model.init random or clip_words."
             )
     return [record for record in records if record]
 

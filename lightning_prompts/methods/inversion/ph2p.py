@@ -21,8 +21,9 @@ from lightning_prompts.unused import refuse_unused
 class PH2P(GradientInverter):
     """Optimize token embeddings on the denoising loss at noisy timesteps with L-BFGS, and decode their nearest tokens.
 
-    The noise is fixed within a step and changes between steps, since L-BFGS compares gradients of one function. Gradients are taken at
-    the continuous embeddings. At the nearest tokens, as in the released code, the gradient is piecewise constant and has no curvature.
+    The noise is fixed within a step and changes between steps, since L-BFGS compares gradients of one function.
+    Gradients are taken at the continuous embeddings. At the nearest tokens, as in the released code, the gradient is
+    piecewise constant and has no curvature.
 
     Args:
         metric: Distance that decides which token is nearest.
@@ -32,12 +33,12 @@ class PH2P(GradientInverter):
         history_size: Curvature pairs that L-BFGS keeps.
         line_search: Line search of L-BFGS, `strong_wolfe` or None.
         max_step_norm: Largest distance that one iteration of L-BFGS moves a prompt; None for any.
-        projection: When embeddings are replaced with those of their nearest tokens: `final` for scoring only, which finds the most;
-            `delayed` after every `project_every` steps too; `immediate` in every evaluation, straight through. The paper's text can be
-            read as `final` or as `delayed` (docs/ph2p.md has the figures).
+        projection: When embeddings are replaced with those of their nearest tokens: `final` for scoring only, which
+            finds the most; `delayed` after every `project_every` steps too; `immediate` in every evaluation, straight
+            through. The paper's text can be read as `final` or as `delayed` (docs/ph2p.md has the figures).
         project_every: Steps between delayed projections.
-        restart_every: Steps between restarts from the best prompt with half of its tokens replaced by random ones, since gradients
-            alone do not leave a prompt that is almost right; 0 for none, as in the paper.
+        restart_every: Steps between restarts from the best prompt with half of its tokens replaced by random ones,
+            since gradients alone do not leave a prompt that is almost right; 0 for none, as in the paper.
         **kwargs: See `Inverter`.
     """
 

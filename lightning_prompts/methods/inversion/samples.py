@@ -24,7 +24,8 @@ class Samples:
         latents: Clean latents of the target images, (Q, N, C, h, w).
         timesteps: Timesteps, (Q, N).
         noise: Standard normal noise, (Q, N, C, h, w).
-        negative: Clean latents of negative images, which get the same timesteps and noise, (Q, N, C, h, w); None without any.
+        negative: Clean latents of negative images, which get the same timesteps and noise, (Q, N, C, h, w); None
+            without any.
     """
 
     latents: Tensor

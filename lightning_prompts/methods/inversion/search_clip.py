@@ -58,8 +58,8 @@ class SearchClip(TypedModule):
                 raise self.refusal
             if self.weight and not self.differentiable:
                 log.info(
-                    "The CLIP %r has no embeddings for the searched tokens: its loss compares candidates, and only the denoising loss "
-                    "has a gradient that proposes them.",
+                    "The CLIP %r has no embeddings for the searched tokens: its loss compares candidates, and only the "
+                    "denoising loss has a gradient that proposes them.",
                     self.name,
                 )
             self._model = model.to(self.prompt.table.device)
@@ -155,8 +155,8 @@ def prompt_features(
 def word_features(clip: ClipSimilarity, prompt: TokenEmbeddings, as_text: bool, chunk: int = 256) -> Tensor:
     """Encode each allowed token alone in the template: unit vectors (A, E) in the order of `prompt.allowed.nonzero()`.
 
-    The features of the whole vocabulary are computed once per CLIP, vocabulary and template, and cached on disk. With a list of
-    allowed words, only these are encoded.
+    The features of the whole vocabulary are computed once per CLIP, vocabulary and template, and cached on disk. With a
+    list of allowed words, only these are encoded.
     """
     allowed = prompt.allowed.nonzero()
     if prompt.listed:

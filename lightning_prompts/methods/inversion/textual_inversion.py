@@ -28,11 +28,11 @@ class TextualInversion(GradientInverter):
     """Optimize free embeddings on the denoising loss with AdamW, without projecting them.
 
     The prompt of a problem has a pseudo-word in angle brackets for its M embeddings. They are in the record, in
-    `embedding.safetensors` and, for other tools, in a file of their own in `embeddings/`. In `test` and `predict`, any text may have
-    pseudo-words of the run.
+    `embedding.safetensors` and, for other tools, in a file of their own in `embeddings/`. In `test` and `predict`, any
+    text may have pseudo-words of the run.
 
-    A text encoder that is not searched, such as the CLIP of FLUX, always reads the pseudo-word as text: during the search, in scoring
-    and in generated images, as in diffusers after `load_textual_inversion` into the other encoders.
+    A text encoder that is not searched, such as the CLIP of FLUX, always reads the pseudo-word as text: during the
+    search, in scoring and in generated images, as in diffusers after `load_textual_inversion` into the other encoders.
 
     Args:
         lr: Learning rate of AdamW.
@@ -67,7 +67,8 @@ class TextualInversion(GradientInverter):
             return super().encode([text], negative)
         parts = re.split(f"({'|'.join(map(re.escape, known))})", text)
         learned = torch.cat([known[part] for part in parts if part in known]).to(self.prompt.table)
-        # With two different fillers in place of the pseudo-words, the tokens that differ are the positions of the embeddings.
+        # With two different fillers in place of the pseudo-words, the tokens that differ are the positions of the
+        # embeddings.
         filled = [
             " ".join(" ".join([word] * len(known[part])) if part in known else part.strip() for part in parts)
             for word in fillers(self.vocabulary.tokenizer)

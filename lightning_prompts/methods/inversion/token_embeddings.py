@@ -123,11 +123,13 @@ class TokenEmbeddings(TypedModule):
 
         Args:
             rows: Rows of the problems, (Q,).
-            straight_through: Use the nearest tokens' embeddings and pass their gradient on to the continuous ones (PEZ).
+            straight_through: Use the nearest tokens' embeddings and pass their gradient on to the continuous ones
+                (PEZ).
 
         Returns:
-            Ids (Q, L), with the nearest tokens if `straight_through` and otherwise any token, and embeddings (Q, L, D). The embeddings
-            of a problem that is not finite are NaN, so that its loss and its gradient are too, and the others are not affected.
+            Ids (Q, L), with the nearest tokens if `straight_through` and otherwise any token, and embeddings (Q, L, D).
+            The embeddings of a problem that is not finite are NaN, so that its loss and its gradient are too, and the
+            others are not affected.
         """
         embeddings = self.embeddings[rows]
         finite = self.is_finite()[rows].view(-1, 1, 1)

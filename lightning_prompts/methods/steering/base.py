@@ -27,8 +27,8 @@ class Steering(Refinement):
     Args:
         unconditional: Move `negative_prompt_embeds` too, which start as the encoded empty text.
         pooled: Move the pooled vector too, in families that have one.
-        init: The initial embeddings in place of the encoded prompt: the folder of a run that found embeddings, or a file of encoded
-            prompts. The ones of the same prompt are used, or the only ones.
+        init: The initial embeddings in place of the encoded prompt: the folder of a run that found embeddings, or a
+            file of encoded prompts. The ones of the same prompt are used, or the only ones.
         seeds: Images N per prompt that the search uses.
         steps: Steps of the search.
         **kwargs: See `PromptMethod`.

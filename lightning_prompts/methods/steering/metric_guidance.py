@@ -27,17 +27,19 @@ class MetricGuidance(Steering):
     The gradient goes through the decoder and the last denoiser calls.
 
     Args:
-        objective: The metric to improve: one of `Sharpness`, `Blurriness`, `Aesthetic`, `ClipText`, `ClipQuality`, `Preference`,
-            `Perceptual`, `LatentDistance`, or a list of them, whose weighted sum improves.
-        constraint: Another metric, which must not get worse: embeddings that lower it below the user's prompt are not kept, and a problem
-            is finished after `patience` such scorings.
+        objective: The metric to improve: one of `Sharpness`, `Blurriness`, `Aesthetic`, `ClipText`, `ClipQuality`,
+            `Preference`, `Perceptual`, `LatentDistance`, or a list of them, whose weighted sum improves.
+        constraint: Another metric, which must not get worse: embeddings that lower it below the user's prompt are not
+            kept, and a problem is finished after `patience` such scorings.
         constraint_tolerance: By how much it may get worse.
-        grad_steps: The last denoiser calls that propagate a gradient. None: all with few-step models, else 1 as in the paper.
+        grad_steps: The last denoiser calls that propagate a gradient. None: all with few-step models, else 1 as in the
+            paper.
         seeds_per_step: Images per step, taking turns; None for all `seeds`.
         optimizer: The paper's `adam_on_lion`, or `adam`, `adamw` or `sgd`.
         lr: Learning rate.
         eps: Added to the square root of the second moment, by all but `sgd`.
-        shift_every: Steps after which the embeddings are shifted to their initial mean and standard deviation; 0 for never.
+        shift_every: Steps after which the embeddings are shifted to their initial mean and standard deviation; 0 for
+            never.
         **kwargs: See `Steering`.
     """
 

@@ -35,21 +35,24 @@ LOSS_SCALE = (
 class SeedInvariance(Steering):
     """Move an encoded prompt until every seed gives the image that the prompt gives with one seed, the target seed.
 
-    The search has stages. Each compares clean latents predicted after a number of denoiser calls, and blends in other seeds: the
-    noise moves on an arc from the target seed's to theirs.
+    The search has stages. Each compares clean latents predicted after a number of denoiser calls, and blends in other
+    seeds: the noise moves on an arc from the target seed's to theirs.
 
-    The paper compares latents after 1, 2 and 3 calls, with a gradient through the last one. This hardly changes the images. The
-    default does: it compares the finished images by a CLIP and by their pixels, with a gradient through all calls.
+    The paper compares latents after 1, 2 and 3 calls, with a gradient through the last one. This hardly changes the
+    images. The default does: it compares the finished images by a CLIP and by their pixels, with a gradient through all
+    calls.
 
     Args:
         target_seeds: Seeds, as in `predict`, whose images are the targets; each is a problem of its own.
-        embedding: The parameters: all `rows` of the encoded prompt, `one_row` that is repeated, or the position on the `arc` to
-            another prompt.
+        embedding: The parameters: all `rows` of the encoded prompt, `one_row` that is repeated, or the position on the
+            `arc` to another prompt.
         towards: The text at the other end of the arc.
-        compare: What to compare by cosine: `clip`, the features of the images in the CLIP that goes with the backbone, or `latents`.
+        compare: What to compare by cosine: `clip`, the features of the images in the CLIP that goes with the backbone,
+            or `latents`.
         clip: Folder or hub id of another CLIP.
         pixels: Weight of the cosine of the images themselves against that of their features, from 0 to 1.
-        stages: Denoiser calls after which each stage compares, at most as many stages as steps; None for one stage after all calls.
+        stages: Denoiser calls after which each stage compares, at most as many stages as steps; None for one stage
+            after all calls.
         grad_steps: The last of these calls that propagate a gradient; None for all.
         ramp: Share of a stage in which the noise moves from the target seed's to the new ones'; 1 in the paper.
         seeds_per_step: New seeds per step; 3 in the paper.
@@ -97,8 +100,8 @@ class SeedInvariance(Steering):
             )
         if len(self.stages) > self.steps:
             raise UserError(
-                f"--model.steps must be at least the number of --model.stages, got {self.steps} and {len(self.stages)}; raise it or "
-                "shorten the stages."
+                f"--model.steps must be at least the number of --model.stages, got {self.steps} and "
+                f"{len(self.stages)}; raise it or shorten the stages."
             )
         if not 0 <= pixels <= 1:
             raise UserError(f"--model.pixels must be between 0 and 1, got {pixels:g}.")

@@ -26,11 +26,13 @@ class Round:
 
     Attributes:
         prompt: The user's prompt.
-        images: Images of the prompt and after each of K moves: K + 1 images (3, H, W) in [-1, 1], the last one is the current one.
+        images: Images of the prompt and after each of K moves: K + 1 images (3, H, W) in [-1, 1], the last one is the
+            current one.
         texts: The texts of the C candidates.
         positions: Positions of these images on the map, (K + 1, 2).
         candidate_positions: Positions of the C candidates on the map, (C, 2).
-        draw: Generates the image of a candidate, given its index and a strength from 0, the current image, to 1; from the noise of the other images.
+        draw: Generates the image of a candidate, given its index and a strength from 0, the current image, to 1; from
+            the noise of the other images.
         stopped: Returns whether the run is stopping.
     """
 
@@ -99,19 +101,21 @@ class Chooser(ABC):
 class Scripted(Chooser):
     """Choose the candidate that is most similar to a wanted image, for tests and studies.
 
-    The similarity is the cosine in the CLIP that goes with the backbone, minus half of the mean squared error, since images that a
-    CLIP finds similar do not always look similar to a user.
+    The similarity is the cosine in the CLIP that goes with the backbone, minus half of the mean squared error, since
+    images that a CLIP finds similar do not always look similar to a user.
 
     Args:
         wants: File of the wanted image.
-        strengths: Strengths to try for the most similar candidate. If the current image is more similar, the choice is `others`.
+        strengths: Strengths to try for the most similar candidate. If the current image is more similar, the choice is
+            `others`.
         clip: Folder or hub id of another CLIP.
     """
 
     def __init__(self, wants: str, strengths: Sequence[float] = (1.0,), clip: str | None = None) -> None:
         if not strengths or not all(0 < strength <= 1 for strength in strengths):
             raise UserError(
-                f"--model.chooser.strengths must be above 0 and at most 1, got {list(strengths)}; give such as [0.5, 1.0]."
+                f"--model.chooser.strengths must be above 0 and at most 1, got {list(strengths)}; give such as [0.5, "
+                "1.0]."
             )
         if not os.path.isfile(wants):  # before a model is loaded
             raise UserError(

@@ -33,9 +33,9 @@ HALVINGS = 4  # rounds of other candidates, each at half the distance, before th
 class HumanFeedback(Steering):
     """Move an encoded prompt towards images that the user likes.
 
-    Each round adds random words to the text of the last move, and shows images of the texts that lead farthest apart. The user
-    chooses one and how far to move on the arc to it, or asks for other candidates, which are nearer. The record has the moves, so
-    that the search can resume. Prompts are searched one after the other.
+    Each round adds random words to the text of the last move, and shows images of the texts that lead farthest apart.
+    The user chooses one and how far to move on the arc to it, or asks for other candidates, which are nearer. The
+    record has the moves, so that the search can resume. Prompts are searched one after the other.
 
     Args:
         chooser: Who chooses: the user on a `Page`, or `Scripted`.
@@ -156,8 +156,8 @@ class HumanFeedback(Steering):
         super().check(prompt)
         if not self.has_room(prompt):
             raise UserError(
-                f"The prompt {prompt!r} is too long to add words, as the text encoder takes {self.vocabulary.length} tokens with start "
-                "and end; shorten it or lower --model.added."
+                f"The prompt {prompt!r} is too long to add words, as the text encoder takes {self.vocabulary.length} "
+                "tokens with start and end; shorten it or lower --model.added."
             )
 
     def candidate_embeds(self, texts: Sequence[str], text: str) -> Tensor:

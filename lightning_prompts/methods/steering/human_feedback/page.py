@@ -72,8 +72,8 @@ class Request:
 class Page(Chooser):
     """A page that shows the candidates and takes the user's choices, as long as the run lasts.
 
-    Its state is in the run, so it can be reloaded, or closed and opened again. Images of the current round are in a temporary folder,
-    which is deleted with the page.
+    Its state is in the run, so it can be reloaded, or closed and opened again. Images of the current round are in a
+    temporary folder, which is deleted with the page.
 
     Args:
         port: Port on 127.0.0.1; 0 for the first free one from 7860.

@@ -1,7 +1,8 @@
 """The server of the page, and the filter of its requests.
 
-Any page in a browser can send requests to 127.0.0.1, and so can any user of this machine. So requests are answered only if they name
-this server as their host, come from its own page, have the secret in its address, and use a route that the page needs.
+Any page in a browser can send requests to 127.0.0.1, and so can any user of this machine. So requests are answered only
+if they name this server as their host, come from its own page, have the secret in its address, and use a route that the
+page needs.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class RequestFilter:
         )
         if len(hosts) != 1 or hosts[0] not in self.names:
             return 403, (
-                f"Open this page as {HOST}:{self.port} or localhost:{self.port}; a tunnel must have this port on both ends.\n"
+                f"Open this page as {HOST}:{self.port} or localhost:{self.port}; a tunnel must have this port on both "
+                "ends.\n"
             )
         if any(origin != b"http://" + hosts[0] for origin in origins):
             return 403, "This request comes from another page.\n"
@@ -157,7 +159,8 @@ def _listening(port: int) -> socket.socket:
             listening.close()
             if port and isinstance(error, PermissionError):
                 raise UserError(
-                    f"--model.chooser.port must be 1024 or above for this user, got {port}; give another port, or 0 for a free one."
+                    f"--model.chooser.port must be 1024 or above for this user, got {port}; give another port, or 0 "
+                    "for a free one."
                 ) from None
         else:
             return listening
