@@ -845,7 +845,7 @@ def test_negative_prompt_changes_the_images(done, given):
     module = PEZ(
         backbone=json.loads((done / "result.json").read_text())["backbone"], num_tokens=2, sampler=SamplerSettings(2)
     )
-    (expected,) = module.draw(["a red cat"], noise_of([0], module.backbone.latent_shape), joined)
+    (expected,) = module.generate(["a red cat"], noise_of([0], module.backbone.latent_shape), joined)
     assert without.read_bytes() == to_png(to_image(expected))
 
 
@@ -858,7 +858,7 @@ def test_texts_are_taken_as_they_stand(done):
             num_tokens=2,
             sampler=SamplerSettings(2),
         )
-        (expected,) = module.draw([text], noise_of([0], module.backbone.latent_shape), text)
+        (expected,) = module.generate([text], noise_of([0], module.backbone.latent_shape), text)
         assert path.read_bytes() == to_png(to_image(expected))
         path.unlink()
 

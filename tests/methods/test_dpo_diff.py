@@ -372,7 +372,7 @@ def test_clip_sees_the_pictures_as_they_are_drawn(attached):
     with torch.no_grad():
         losses = module.evaluate(texts, noise, module.text_features[[0, 0]])
         for b, (prompt, negative) in enumerate(texts):
-            pictures = module.draw([prompt] * 2, noise[b], negative)
+            pictures = module.generate([prompt] * 2, noise[b], negative)
             angles = (module.clip.features(pictures) @ module.text_features[0]).acos()
             torch.testing.assert_close(losses[b], angles.square() / 2, atol=1e-4, rtol=1e-4)
 
@@ -674,8 +674,8 @@ def test_pictures_before_and_after_are_of_the_users_prompt_and_of_the_found_one(
     for prompt, negative in (("a large dog", "blurry"), ("a large dog", None), (problem.target, "dark")):
         problem.prompt, problem.negative_prompt = prompt, negative
         before, after = module.images_before_and_after([problem], noise)
-        torch.testing.assert_close(before[0], module.draw([problem.target] * 2, noise[0]))
-        torch.testing.assert_close(after[0], module.draw([prompt] * 2, noise[0], negative or ""))
+        torch.testing.assert_close(before[0], module.generate([problem.target] * 2, noise[0]))
+        torch.testing.assert_close(after[0], module.generate([prompt] * 2, noise[0], negative or ""))
         assert not torch.equal(before, after)
 
 

@@ -112,9 +112,9 @@ def test_exported_embedding_draws_the_same_in_diffusers(family, folders, picture
         how |= {"latents": noise, "prompt_2": converted[1], "prompt_3": text}
         text = converted[0]
     theirs = pipeline(text, **how).images * 2 - 1
-    ours = module.draw([f"a red {problem.prompt} on a blue background"], noise)
+    ours = module.generate([f"a red {problem.prompt} on a blue background"], noise)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-    plain = module.draw(["a red cat on a blue background"], noise)
+    plain = module.generate(["a red cat on a blue background"], noise)
     assert (ours - plain).abs().max() > 1e-3
 
 

@@ -233,7 +233,7 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture
         args += ["--model.chooser.wants", picture]
     assert command("fit", tmp_path / "run", *args) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "run/result.json").read_text())
-    drawn = result["settings"]["drawing"]
+    drawn = result["settings"]["sampling"]
     assert result["settings"]["model"]["sampler"]["num_inference_steps"] is None
     assert drawn["num_inference_steps"] == FEW[family]
     assert drawn.get("rerank_steps") == (FEW[family] if config == "invert" else None)
@@ -248,13 +248,14 @@ def test_steps_of_the_model_are_what_a_setting_does_not_say(folders):
         load_backbone(folders(name), image_size=16) for name in ("sd-turbo", "flux-schnell", "flux")
     )
     for backbone, own, most in ((turbo, 1, 1), (schnell, 4, 4), (flux, 28, 10)):
-        drawing = [
+        generating = [
             DPODiff(backbone=backbone, negative=[]),
             SeedInvariance(backbone=backbone),
             HumanFeedback(backbone=backbone),
         ]
         assert [
-            method.sampler.num_inference_steps for method in [*drawing, MetricGuidance(backbone=backbone, **objective)]
+            method.sampler.num_inference_steps
+            for method in [*generating, MetricGuidance(backbone=backbone, **objective)]
         ] == [most] * 4
         inverter = PEZ(backbone=backbone, num_tokens=2)
         assert (inverter.sampler.num_inference_steps, inverter.rerank_steps) == (own, most)

@@ -42,10 +42,15 @@ class Opened:
         while not self.stopped:
             pictures = [torch.rand(3, 16, 16) for _ in range(4)]
             places = torch.zeros(1, 2), torch.tensor([[0.0, 1], [1, 0], [1, 1]])
-            draw = pictures[1:].__getitem__
+            generate = pictures[1:].__getitem__
             answer = self.page.choose(
                 Round(
-                    PROMPT, pictures[:1], [PROMPT] * 3, *places, lambda i, _, draw=draw: draw(i), lambda: self.stopped
+                    PROMPT,
+                    pictures[:1],
+                    [PROMPT] * 3,
+                    *places,
+                    lambda i, _, generate=generate: generate(i),
+                    lambda: self.stopped,
                 )
             )
             self.answers.append(answer)
