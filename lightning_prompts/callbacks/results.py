@@ -120,8 +120,8 @@ class Results(Checkpoint):
                 folder.save(problem)
                 data.evict(problem)
         self._write(trainer, pl_module)
-        pictured = any(problem.paths for problem in folder.with_prompt())
-        if pictured and (reason := missing_lpips_weights(weights=self.scores.lpips_weights)):
+        from_images = any(problem.paths for problem in folder.with_prompt())
+        if from_images and (reason := missing_lpips_weights(weights=self.scores.lpips_weights)):
             say(reason)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
@@ -135,7 +135,7 @@ class Results(Checkpoint):
             raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
         for name, text, images in self._generate(pl_module, folder.with_prompt(), noise):
             for seed, image in zip(self.seeds, images, strict=True):
-                path = folder.path / "pictures" / f"{name}{without}-seed{seed}.png"
+                path = folder.path / "images" / f"{name}{without}-seed{seed}.png"
                 atomic_write(path, to_png(to_image(image)))
                 say(f"{path}  {text}")
 

@@ -31,7 +31,7 @@ class Interpolate(pl.Callback):
     """Write a grid with a row per seed, and an animation there and back, when `predict` ends.
 
     Args:
-        folder: Folder of the run, whose `pictures/` gets the files.
+        folder: Folder of the run, whose `images/` gets the files.
         first: A prompt, or a safetensors file with one encoded prompt.
         last: The same for the other end.
         seeds: Seeds of the images.
@@ -69,7 +69,7 @@ class Interpolate(pl.Callback):
             ("png", to_png(sheet(list(images), texts, self.frames))),
             ("gif", _to_gif([to_image(torch.cat(list(frame), dim=2)) for frame in images])),
         ):
-            path = self.folder.path / "pictures" / f"{name}.{suffix}"
+            path = self.folder.path / "images" / f"{name}.{suffix}"
             atomic_write(path, content)
             say(str(path))
 

@@ -170,7 +170,7 @@ class Crossover(pl.Callback):
         for rank, member in enumerate(best, start=1):
             images = self.images[member.index]
             for seed, image in zip(self.seeds, images, strict=True):
-                atomic_write(self.folder.path / "pictures" / f"{rank}-seed{seed}.png", to_png(to_image(image)))
+                atomic_write(self.folder.path / "images" / f"{rank}-seed{seed}.png", to_png(to_image(image)))
             similarities, score = joint_similarity(heldout, images, self.targets) if heldout else (None, None)
             entries.append(asdict(member) | {"heldout_similarities": similarities, "heldout_score": score})
         names = ("generations", "population", "select", "choose", "seeds", "negative")
@@ -191,7 +191,7 @@ class Crossover(pl.Callback):
         atomic_write(self.folder.result, to_json(result))
         lines = [" ".join(member.prompt.splitlines()) + "\n" for member in best]
         atomic_write(self.folder.prompt, "".join(lines).encode(errors="backslashreplace"))
-        say(f"Results are in {self.folder.path}; look at {self.folder.path / 'pictures'}")
+        say(f"Results are in {self.folder.path}; look at {self.folder.path / 'images'}")
 
 
 def joint_similarity(

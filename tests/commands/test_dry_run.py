@@ -12,10 +12,10 @@ CPU = ["--trainer.accelerator", "cpu"]
 DRAWN = ["--model.sampler.num_inference_steps", "2", "--model.microbatch", "8"]
 
 
-def test_reports_and_writes_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
+def test_reports_and_writes_nothing(tiny, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    data = ["--data", "ImagesToPrompts", "--data.images", str(pictures), "--model.steps", "40"]
+    data = ["--data", "ImagesToPrompts", "--data.images", str(image_folder), "--model.steps", "40"]
     main(
         [
             "dry-run",

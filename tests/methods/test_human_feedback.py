@@ -251,23 +251,23 @@ def test_scripted_chooser_prefers_its_image(tiny, clip_file):
     torch.testing.assert_close(similarities[2], expected)
 
 
-def test_scripted_chooser_goes_to_what_is_most_like_its_picture(tiny, clip_file, monkeypatch):
+def test_scripted_chooser_goes_to_what_is_most_like_its_image(tiny, clip_file, monkeypatch):
     backbone = HumanFeedback(backbone=tiny, chooser=Answers(), **SMALL).backbone
     chooser = Scripted(str(clip_file), strengths=[0.5, 1.0])
     chooser.open(backbone, offline=True)
-    picture = torch.zeros(3, 16, 16)
+    image = torch.zeros(3, 16, 16)
     similarities = {(0, 1.0): 0.2, (1, 1.0): 0.4, (2, 1.0): 0.3, (1, 0.5): 0.5}
     now = 0.1
 
     class Question:
-        images, texts = [picture], ["a", "b", "c"]
+        images, texts = [image], ["a", "b", "c"]
 
         @staticmethod
         def generate(candidate, strength):
-            return picture + similarities[candidate, strength]
+            return image + similarities[candidate, strength]
 
     monkeypatch.setattr(
-        chooser, "similarities", lambda pictures: torch.stack([x.mean() + now * (x.mean() == 0) for x in pictures])
+        chooser, "similarities", lambda images: torch.stack([x.mean() + now * (x.mean() == 0) for x in images])
     )
     assert chooser.choose(Question) == Choice("go", 1, 0.5)
     now = 0.6

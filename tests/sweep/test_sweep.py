@@ -62,7 +62,7 @@ def broken_files(place):
     deep = "[" * 100_000
     bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
     files = {
-        "cut.png": png[: len(png) // 2], "empty.png": b"", "text.png": b"no picture", "svg.png": b"<svg xmlns='x'/>", "huge.png": bytes(huge),
+        "cut.png": png[: len(png) // 2], "empty.png": b"", "text.png": b"no image", "svg.png": b"<svg xmlns='x'/>", "huge.png": bytes(huge),
         "empty.csv": b"", "nocolumn.csv": b"name\nx\n", "missing.csv": b"file\nnowhere.png\n", "binary.csv": os.urandom(500), "nul.csv": b"file\n\0\n",
         "utf16.csv": "file\na.png\n".encode("utf-16"), "list.jsonl": b"[1]\n", "numbers.jsonl": b"1\n2\n", "deep.jsonl": deep.encode(),
         "missing.jsonl": b'{"file": "nowhere.png"}\n', "blank.txt": b"\n \n", "binary.txt": b"\xff\xfe\xfa\n",

@@ -103,5 +103,5 @@ class TextualInversion(GradientInverter):
 
 def pseudo_word(problem: Problem) -> str:
     """Return the pseudo-word of a problem's embeddings, such as `<fox-3fa9c01d>`."""
-    name = re.sub(r"[^a-z0-9]+", "-", Path(problem.target).stem.lower()).strip("-") or "picture"
+    name = re.sub(r"[^a-z0-9]+", "-", Path(problem.target).stem.lower()).strip("-") or "image"
     return f"<{name}-{problem.key[:8]}>"
