@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import pytorch_lightning as pl
@@ -19,7 +18,7 @@ from torch import Tensor
 from lightning_prompts.backbones import Backbone, BackboneLike, BackboneSettings, as_backbone
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
 from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.distributed import broadcast, num_sample_ranks
+from lightning_prompts.distributed import all_gather_object, broadcast, num_sample_ranks
 from lightning_prompts.engine.batch import Batch, merge
 from lightning_prompts.engine.checkpoint import checkpoints_of_all
 from lightning_prompts.engine.datamodule import ProblemData, Step
@@ -28,7 +27,7 @@ from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import MethodResult, Problem
 from lightning_prompts.sampling import Microbatch, Sampler, SamplerSettings
-from lightning_prompts.sampling.seeding import draw_noise
+from lightning_prompts.sampling.seeding import draw_noise, noise_of
 from lightning_prompts.setting_types import NotNegative, Positive
 from lightning_prompts.terminal import say
 from lightning_prompts.typed_module import TypedModule
@@ -51,7 +50,6 @@ TRAINER: dict[str, Any] = {
     "max_epochs": -1,  # until no problem is open
     "enable_checkpointing": False,  # PromptCheckpoint, which is atomic, takes its place
     "num_sanity_val_steps": 0,
-    "limit_val_batches": 1,
     "check_val_every_n_epoch": None,
     "val_check_interval": 10**9,  # scoring is the BestPrompt callback's
     "use_distributed_sampler": False,
@@ -116,7 +114,9 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.sampler = Sampler(self.backbone, steps, guidance, self.microbatch)
         self.vocabulary = self.backbone.vocabulary
         self.terms: dict[str, Tensor] = {}  # of the last loss, if it is a sum
+        self.scores = Scores()  # of finished prompts; `Results` sets others
         self.scorers: dict[str, Any] = {}  # what scores results, by name
+        self._validated: list[tuple[int, str, float, str]] = []  # index, key, loss and text of this rank's problems
         self._resumed: dict[str, Any] | None = None  # the batch of a checkpoint
         self._begun = time.perf_counter()
 
@@ -322,37 +322,65 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     def validation_losses(self, problems: list[Problem]) -> Tensor:
         """Recompute the losses (P,) by which the best prompts of P problems were chosen."""
 
-    def validation_step(self, batch: int, batch_idx: int) -> None:
-        """Print and log the validation losses of the best prompts."""
-        found, losses = self.data.folder.with_prompt(), list[float]()
-        given = 0
-        while problems := list(islice(found, self.batch_size)):
-            given += len(problems)
-            problems = self.data.unchanged(problems)
-            if not problems:
-                continue
-            values = self.validation_losses(problems).tolist()
-            losses += values
-            if self.trainer.is_global_zero:
-                for problem, loss in zip(problems, values, strict=True):
-                    say(f"{abs(loss):.5f}  {problem.target}  {problem.display_prompt}")
-        if not losses and given:
+    def on_validation_start(self) -> None:
+        """Forget the losses of an earlier validation."""
+        self._validated = []
+
+    def validation_step(self, batch: list[Problem], batch_idx: int) -> None:
+        """Recompute the validation losses of the best prompts of records."""
+        problems = self.data.unchanged(batch)
+        losses = self.validation_losses(problems).tolist() if problems else []
+        for problem, loss in zip(problems, losses, strict=True):
+            text = f"{abs(loss):.5f}  {problem.target}  {problem.display_prompt}"
+            self._validated.append((problem.index, problem.key, loss, text))
+            self.evict(problem)
+
+    def on_validation_epoch_end(self) -> None:
+        """Print the losses of all ranks in the order of the inputs, and log their mean.
+
+        Raises:
+            UserError: There are no losses.
+        """
+        ranks = all_gather_object(self._validated) if self.data.part[1] > 1 else [self._validated]
+        validated = sorted(entry for entries in ranks for entry in entries)
+        if not validated and any(self.data.folder.with_prompt()):
             raise UserError(
                 "No prompt of this run can be scored, since its images are missing or have changed; restore them."
             )
-        if not losses:
+        if not validated:
             raise UserError("This run has no prompts yet; run `fit` first.")
-        self.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
+        if self.trainer.is_global_zero:
+            say(*(text for *_, text in validated))
+        mean = sum(loss for _, _, loss, _ in validated) / len(validated)
+        self.log("validation/loss", mean, batch_size=len(validated))
+
+    def test_step(self, batch: list[Problem], batch_idx: int) -> None:
+        """Generate images of the best prompts of records, score them, and save the records."""
+        problems = self.data.unchanged(batch)
+        if problems:
+            with torch.autocast(self.device.type, enabled=False):  # as at the end of a search
+                self.final_evaluation(problems, self.scores)
+        for problem in problems:
+            self.data.folder.save(problem)
+            self.evict(problem)
+
+    def predict_step(self, batch: list[Problem | str], batch_idx: int) -> Tensor:
+        """Generate images (B, S, 3, H, W) in [-1, 1] of B records or prompts from the S seeds of `predict_settings`."""
+        settings = self.data.predict_settings
+        noise = noise_of(settings.seeds, self.backbone.latent_shape).to(self.device)
+        images = [torch.empty(0, len(noise), 3, self.backbone.image_size, self.backbone.image_size)]
+        with torch.autocast(self.device.type, enabled=False):  # as at the end of a search
+            for prompt in batch:
+                if isinstance(prompt, Problem):
+                    generated = self.generate_best(prompt, noise, settings.negative)
+                else:
+                    generated = self.generate([prompt] * len(noise), noise, settings.negative)
+                images.append(generated[None])
+        return torch.cat(images)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return the callbacks that every search needs."""
         return [NonFiniteGuard(), BestPrompt(), SampleGrid(self.log_images_every_n_steps), PromptProgress()]
-
-    def test_step(self, batch: int, batch_idx: int) -> None:
-        """Do nothing; the `Results` callback does the work."""
-
-    def predict_step(self, batch: int, batch_idx: int) -> None:
-        """Do nothing; the `Results` callback does the work."""
 
     def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
         """Encode texts as a user pastes them, to (P, R, D); see `Backbone.encode_text`."""
