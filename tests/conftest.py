@@ -153,9 +153,9 @@ def language_model(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def image_folder(tmp_path):
     """Return a folder with three images of noise."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "image_folder"
     folder.mkdir()
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)

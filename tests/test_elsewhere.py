@@ -61,7 +61,7 @@ def test_run_is_found_again_from_elsewhere(moved, project, tmp_path, monkeypatch
     assert "left out" not in capsys.readouterr().out
     assert outcome(run) == before
     assert json.loads((run / "failed.jsonl").read_text())["file"] == str(project / "photos" / "b.png")
-    assert list((run / "pictures").iterdir())
+    assert list((run / "images").iterdir())
     assert not list(elsewhere.iterdir())
     assert RunFolder(run).load()[next(iter(RunFolder(run).load()))].paths == ["photos/a.png"]  # as given
 

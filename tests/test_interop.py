@@ -335,7 +335,7 @@ def test_token_in_a_pipeline_which_is_left_as_it_was(backbone, embedding, family
     assert torch.equal(told(pipeline, "a red <fox> cat")[0], plain)
 
 
-def test_pictures_of_diffusers_own_loader(tmp_path):
+def test_images_of_diffusers_own_loader(tmp_path):
     folder = families.save("sd1", tmp_path)
     backbone, pipeline = load_backbone(str(folder)), pipeline_of(folder)
     embedding = torch.randn(3, 32)
@@ -350,7 +350,7 @@ def test_pictures_of_diffusers_own_loader(tmp_path):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_pictures_of_diffusers_own_loader_with_two_encoders(tmp_path):
+def test_images_of_diffusers_own_loader_with_two_encoders(tmp_path):
     """The loader takes the tensor of one encoder at a time."""
     folder = families.save("sdxl", tmp_path)
     backbone, pipeline = load_backbone(str(folder), image_size=16), pipeline_of(folder)

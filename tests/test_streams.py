@@ -196,7 +196,7 @@ def test_finished_problems_are_not_read_again(make, folder, tmp_path, watched, m
     monkeypatch.setattr(
         target_dataset, "load_image", lambda path, *how: read.append(Path(path).name) or load(path, *how)
     )
-    watched.stop = 9  # in the last step of the fifth picture's company
+    watched.stop = 9  # in the last step of the fifth image's company
     how = ("--model.batch_size", "1", "--data.workers", "0")
     with pytest.raises(SystemExit):
         main(make(tmp_path / "run", "PEZ", *how))

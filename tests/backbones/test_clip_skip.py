@@ -144,15 +144,15 @@ def test_exports_say_it(skip, folders, tmp_path):
         assert {key: value for key, value in found.items() if key == "clip_skip"} == expected
 
 
-def test_runs_record_it_and_have_their_own_keys(tiny, pictures, tmp_path):
+def test_runs_record_it_and_have_their_own_keys(tiny, image_folder, tmp_path):
     """Runs without skipped layers have the same keys as before the setting existed."""
     how = {"sampler": SamplerSettings(1), "steps": 1, "device": "cpu"}
     backbone = BackboneSettings(tiny, image_size=16)
     noisy = {"method": "ph2p", "num_noise_samples": 1, "num_validation_samples": 1, "num_tokens": 2}
-    plain = invert(pictures / "0.png", backbone=backbone, **noisy, **how)
+    plain = invert(image_folder / "0.png", backbone=backbone, **noisy, **how)
     skipping = replace(backbone, clip_skip=1)
-    skipped = invert(pictures / "0.png", backbone=skipping, **noisy, **how, folder=tmp_path / "run")
-    image = load_image(pictures / "0.png", 16, "crop", (255, 255, 255))
+    skipped = invert(image_folder / "0.png", backbone=skipping, **noisy, **how, folder=tmp_path / "run")
+    image = load_image(image_folder / "0.png", 16, "crop", (255, 255, 255))
     assert plain.record.key == content_key([image], {"backbone": tiny, "template": "{}"})
     assert skipped.record.key == content_key([image], {"backbone": tiny, "template": "{}", "clip_skip": 1})
     assert json.loads((tmp_path / "run/result.json").read_text())["settings"]["backbone"]["clip_skip"] == 1

@@ -216,9 +216,9 @@ def test_half_precision(family):
     dtypes = {parameter.dtype for parameter in backbone.parameters()}
     assert dtypes == {torch.bfloat16, torch.float32} if family[0] == "sd3" else {torch.bfloat16}  # diffusers keeps some
     x, noise = backbone.encode_text(TEXTS[:1]).float().requires_grad_(), torch.randn(1, *backbone.latent_shape)
-    pictures = backbone.decode(backbone.sample(x, backbone.encode_text([""]), noise, 2, 3.0, 2))
-    assert pictures.dtype == torch.float32
-    pictures.sum().backward()
+    images = backbone.decode(backbone.sample(x, backbone.encode_text([""]), noise, 2, 3.0, 2))
+    assert images.dtype == torch.float32
+    images.sum().backward()
     assert x.grad.isfinite().all()
     assert x.grad.abs().sum() > 0
 

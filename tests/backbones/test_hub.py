@@ -305,9 +305,9 @@ def test_prefetch_as_a_program(hub, published, clip, tmp_path):
 # The commit of a run
 
 
-def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, capsys):
+def test_a_run_keeps_its_commit(hub, published, sd1, sd2, image_folder, tmp_path, capsys):
     run = tmp_path / "run"
-    fit = pez_command(run, "owner/model", pictures / "0.png")
+    fit = pez_command(run, "owner/model", image_folder / "0.png")
 
     def commit():
         return json.loads((run / "result.json").read_text())["settings"]["model"]["backbone"]["revision"]
@@ -326,7 +326,7 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
     for command in ("test", "predict"):
         main([command, "--run", str(run)])
         assert commit() == published
-    fit += ["--data.images", str(pictures), "--model.steps", "3"]
+    fit += ["--data.images", str(image_folder), "--model.steps", "3"]
     main([*fit, "--ckpt_path", "last"])
     assert commit() == published
     assert len(json.loads((run / "result.json").read_text())["problems"]) == 3
@@ -525,10 +525,10 @@ def test_variant_that_was_not_downloaded_completely(hub, sd1, tmp_path, monkeypa
     load_backbone("owner/model", offline=True)
 
 
-def test_a_run_keeps_its_variant(hub, sd1, pictures, tmp_path, capsys, caplog):
+def test_a_run_keeps_its_variant(hub, sd1, image_folder, tmp_path, capsys, caplog):
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"))
     run = tmp_path / "run"
-    fit = pez_command(run, folder, pictures / "0.png")
+    fit = pez_command(run, folder, image_folder / "0.png")
     main(fit)
     assert "has weights only as variant 'fp16'; using it." in caplog.text
     assert json.loads((run / "result.json").read_text())["settings"]["model"]["backbone"]["variant"] == "fp16"

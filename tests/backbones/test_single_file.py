@@ -369,7 +369,7 @@ def test_denoisers_of_more_than_latents(keys, channels, kind, tmp_path):
 @pytest.mark.parametrize(
     "name", ["model.ckpt", "model.txt", "short.safetensors", "empty.safetensors", "folder", "none.safetensors"]
 )
-def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts):
+def test_mistakes_on_the_command_line(name, image_folder, tmp_path, capsys, attempts):
     """Each gives one sentence and exit code 2."""
     path = tmp_path / name
     if name == "folder":
@@ -378,7 +378,7 @@ def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts
         path.write_bytes(b"" if "empty" in name else b"\x1b[31m and some more bytes")
     given = ["fit", "--run", str(tmp_path / "run"), "--model", "PEZ", "--model.backbone", str(path)]
     with pytest.raises(SystemExit) as stopped:
-        main([*given, "--data.images", str(pictures / "0.png")])
+        main([*given, "--data.images", str(image_folder / "0.png")])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count("\n") == 1
@@ -546,11 +546,11 @@ def test_old_names_of_the_text_encoder(tmp_path):
     )
 
 
-def test_a_search(model, pictures, tmp_path, attempts):
+def test_a_search(model, image_folder, tmp_path, attempts):
     _, _, config, file = model
     run = tmp_path / "run"
     loading = f"--model.backbone.config {config} --model.backbone.image_size 16 --model.backbone.offline true".split()
-    main([*pez_command(run, file, pictures / "0.png"), *loading])
+    main([*pez_command(run, file, image_folder / "0.png"), *loading])
     main(["test", "--run", str(run)])
     assert json.loads((run / "result.json").read_text())["problems"][0]["prompt"]
     assert not attempts

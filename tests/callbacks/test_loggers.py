@@ -17,12 +17,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def search(tiny, pictures, tmp_path):
+def search(tiny, image_folder, tmp_path):
     def run(*args):
         command = (
             f"fit --run {tmp_path / 'run'} --model PEZ --model.backbone {tiny} --model.sampler.num_inference_steps 2 "
             "--model.num_tokens 2 --model.log_images_every_n_steps 2 --data ImagesToPrompts "
-            f"--data.images {pictures / '0.png'} --model.steps 3 --data.num_noise_samples 2"
+            f"--data.images {image_folder / '0.png'} --model.steps 3 --data.num_noise_samples 2"
         )
         main([*command.split(), *args])
         return tmp_path / "run"

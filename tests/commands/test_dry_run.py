@@ -12,12 +12,12 @@ CPU = ["--trainer.accelerator", "cpu"]
 DRAWN = ["--model.sampler.num_inference_steps", "2", "--model.microbatch", "8"]
 
 
-def test_reports_and_writes_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
+def test_reports_and_writes_nothing(tiny, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     command = (
         f"dry-run --model PH2P --model.backbone {tiny} --model.score_every_n_steps 8 --model.steps 40 "
-        f"--data ImagesToPrompts --data.images {pictures}"
+        f"--data ImagesToPrompts --data.images {image_folder}"
     )
     main([*command.split(), *DRAWN, *CPU])
     told = capsys.readouterr().out

@@ -110,10 +110,10 @@ def paused(function, seen):
 
 
 @pytest.mark.parametrize(("method", "settings"), INVERTERS)
-def test_inverters(method, settings, tiny, pictures, tmp_path):
+def test_inverters(method, settings, tiny, image_folder, tmp_path):
     module = method(backbone=tiny, num_tokens=2, score_every_n_steps=2, **settings, **FEW)
     seen = counted(module)
-    problems = fit(module, pictures, tmp_path, steps=3, num_noise_samples=3, num_validation_samples=4)
+    problems = fit(module, image_folder, tmp_path, steps=3, num_noise_samples=3, num_validation_samples=4)
     assert sum(problem.unet_samples for problem in problems) == seen["forward"] + seen["backward"] > 0
 
 

@@ -369,14 +369,14 @@ def test_children_are_of_the_best(attached):
     assert all(value in (1, 2) for child in children for value in child)
 
 
-def test_clip_sees_the_pictures_as_they_are_drawn(attached):
+def test_clip_sees_the_images_as_they_are_drawn(attached):
     module = attached()
     texts, noise = [("a small cat", "dark"), ("two dogs", "")], torch.randn(2, 2, *module.backbone.latent_shape)
     with torch.no_grad():
         losses = module.evaluate(texts, noise, module.text_features[[0, 0]])
         for b, (prompt, negative) in enumerate(texts):
-            pictures = module.draw([prompt] * 2, noise[b], negative)
-            angles = (module.clip.features(pictures) @ module.text_features[0]).acos()
+            images = module.generate([prompt] * 2, noise[b], negative)
+            angles = (module.clip.features(images) @ module.text_features[0]).acos()
             torch.testing.assert_close(losses[b], angles.square() / 2, atol=1e-4, rtol=1e-4)
 
 
@@ -653,9 +653,9 @@ def test_looked_at_again(tiny, tmp_path, capsys):
         main([command, "--run", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert f"{before[0]['validation_loss']:.5f}" in shown
-    assert "LPIPS" not in shown  # which compares pictures with a target, and there is none
+    assert "LPIPS" not in shown  # which compares images with a target, and there is none
     assert problems(tmp_path / "run") == before
-    assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2
+    assert len(list((tmp_path / "run" / "images").glob("*.png"))) == 2
 
 
 def test_prompt_without_negative_words_is_validated_without_any(attached):
@@ -670,15 +670,15 @@ def test_prompt_without_negative_words_is_validated_without_any(attached):
         torch.testing.assert_close(module.validation_losses([problem]), expected)
 
 
-def test_pictures_before_and_after_are_of_the_users_prompt_and_of_the_found_one(attached):
+def test_images_before_and_after_are_of_the_users_prompt_and_of_the_found_one(attached):
     module = attached()
     (problem,) = module.batch.records
     noise = module.draw_noise([problem], SEARCH, 2)
     for prompt, negative in (("a large dog", "blurry"), ("a large dog", None), (problem.target, "dark")):
         problem.prompt, problem.negative_prompt = prompt, negative
         before, after = module.images_before_and_after([problem], noise)
-        torch.testing.assert_close(before[0], module.draw([problem.target] * 2, noise[0]))
-        torch.testing.assert_close(after[0], module.draw([prompt] * 2, noise[0], negative or ""))
+        torch.testing.assert_close(before[0], module.generate([problem.target] * 2, noise[0]))
+        torch.testing.assert_close(after[0], module.generate([prompt] * 2, noise[0], negative or ""))
         assert not torch.equal(before, after)
 
 

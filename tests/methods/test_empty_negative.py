@@ -86,7 +86,7 @@ def test_gradient_and_candidates_are_told_the_same(choice, method, pipeline, mon
         width=16,
         output_type="pt",
     ).images
-    torch.testing.assert_close(method.draw([prompt], noise[0], negative) / 2 + 0.5, theirs, atol=2e-5, rtol=0)
+    torch.testing.assert_close(method.generate([prompt], noise[0], negative) / 2 + 0.5, theirs, atol=2e-5, rtol=0)
 
 
 def test_some_problems_are_empty_and_others_are_not(method):

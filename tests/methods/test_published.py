@@ -39,15 +39,15 @@ pytestmark = [
 ]
 
 PROMPT = "a small cat on a red background"
-PICTURE = {"num_tokens": 2, "num_noise_samples": 2, "num_validation_samples": 2, "steps": 2}
+IMAGE = {"num_tokens": 2, "num_noise_samples": 2, "num_validation_samples": 2, "steps": 2}
 PROMPTED = {"seeds": 1, "steps": 2}
 CELLS = {
-    "PH2P": {**PICTURE, "max_iter": 2},
-    "PEZ": PICTURE,
-    "GCG": {**PICTURE, "candidates": 3},
-    "TextualInversion": PICTURE,
-    "ClipWords": PICTURE,
-    "RandomTokens": PICTURE,
+    "PH2P": {**IMAGE, "max_iter": 2},
+    "PEZ": IMAGE,
+    "GCG": {**IMAGE, "candidates": 3},
+    "TextualInversion": IMAGE,
+    "ClipWords": IMAGE,
+    "RandomTokens": IMAGE,
     "DPODiff": {"budget": 3, "population": 1, "elites": 1, "seeds": 1, "gradient_share": 0.5, "schedule": "fix-0",
                 "positive": ["neighbors"], "negative": ["library"], "threshold": -1},
     "MetricGuidance": {**PROMPTED, "objective": Sharpness()},
@@ -170,7 +170,7 @@ class Stopping(PromptCheckpoint):
 class Cell:
     """A method, or a config, on a model."""
 
-    def __init__(self, name, backbone, picture):
+    def __init__(self, name, backbone, image):
         self.kind, given = getattr(methods, name, None), CELLS[name]
         if self.kind is None:
             config = yaml.safe_load((CONFIGS.parent / name).read_text())
@@ -180,14 +180,14 @@ class Cell:
         self.data = {key: value for key, value in given.items() if key in data}
         self.model = {key: value for key, value in given.items() if key not in data}
         self.model |= {"backbone": backbone, "sampler": SamplerSettings(2), "log_images_every_n_steps": 0}
-        self.picture = picture
+        self.image = image
         if name == "HumanFeedback":
-            self.model["chooser"] = Scripted(picture)
+            self.model["chooser"] = Scripted(image)
 
     def run(self, command, folder, saving=PromptCheckpoint, ckpt_path=None):
         """Run a command in its own module and Trainer."""
         module = self.kind(**self.model)
-        data = ImagesToPrompts(self.picture, **self.data) if issubclass(self.kind, Inverter) else Prompts(PROMPT)
+        data = ImagesToPrompts(self.image, **self.data) if issubclass(self.kind, Inverter) else Prompts(PROMPT)
         how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
         callbacks = [Results(seeds=(3,), report=False), saving(folder / "checkpoints")]
         trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
@@ -238,6 +238,6 @@ def test_cell(name, model, models, tmp_path, capsys):
     cell.run("test", run)
     assert found(run, 4)[0] == one
     cell.run("predict", run)
-    assert len(list((run / "pictures").glob("*.png"))) == 1
+    assert len(list((run / "images").glob("*.png"))) == 1
     after = cell.model["backbone"].state_dict()
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())

@@ -152,9 +152,9 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
                 if compare == "latents":
                     return [found.pred_original_sample]
                 vae = module.backbone.vae
-                pictures = vae.decode(found.pred_original_sample / vae.config.scaling_factor).sample.clamp(-1, 1)
-                seen = F.interpolate(pictures, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
-                return [module.clip.clip.visual_projection(module.clip.clip.vision_model(seen).pooler_output), pictures]
+                images = vae.decode(found.pred_original_sample / vae.config.scaling_factor).sample.clamp(-1, 1)
+                seen = F.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+                return [module.clip.clip.visual_projection(module.clip.clip.vision_model(seen).pooler_output), images]
             latents = found.prev_sample
         return None
 
@@ -205,7 +205,7 @@ def test_metric_is_the_signal_to_noise_ratio(tiny):
         assert float(module.loss(values)) == pytest.approx(-ratio, abs=1e-3)  # lower is better
 
 
-def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
+def test_wanted_image_is_what_predict_draws(tiny, tmp_path):
     folder = tmp_path / "run"
     command = (
         f"fit --run {folder} --trainer.accelerator cpu --model SeedInvariance --model.backbone {tiny} "
@@ -217,11 +217,11 @@ def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
     assert [problem["target_seed"] for problem in found] == [5, 6]
     assert len({problem["key"] for problem in found}) == 2
     main(["predict", "--run", str(folder), "--prompts", PROMPTS[0], "--seeds", "5", "--trainer.accelerator", "cpu"])
-    (path,) = (folder / "pictures").iterdir()
+    (path,) = (folder / "images").iterdir()
     module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents")
     (wanted,) = module.targets([Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=5))])
-    with Image.open(path) as picture:
-        drawn = torch.tensor(list(picture.getdata())).view(16, 16, 3).permute(2, 0, 1)
+    with Image.open(path) as image:
+        drawn = torch.tensor(list(image.getdata())).view(16, 16, 3).permute(2, 0, 1)
     assert (((wanted + 1) * 127.5).round() - drawn).abs().max() <= 1
 
 
@@ -253,9 +253,9 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
         module._targets.clear()
         for batch in batches:
             set_batch(module, batch)
-            pictures = module.targets(batch)
+            images = module.targets(batch)
         place = batch.index(second)
-        found.append((module.prompt.initial[place], pictures[place], *module._target_vectors["4"].values()))
+        found.append((module.prompt.initial[place], images[place], *module._target_vectors["4"].values()))
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
 

@@ -23,7 +23,7 @@ from tools.train_emoji.networks import image_processor
 CLIPS = [EMOJI / "clip", EMOJI.parent / "scorer"]
 
 
-def picture(height, width):
+def random_image(height, width):
     """Create a smooth 8-bit image for Pillow and as a tensor (1, 3, H, W) in [-1, 1]."""
     noise = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 255
     pixels = F.interpolate(noise, size=(height, width), mode="bilinear").round().byte()[0]
@@ -68,7 +68,7 @@ def test_pixels_are_transformers_own(config, size):
 
     With resizing, transformers rounds to 8 bits, so they differ by up to two steps of 255.
     """
-    image, ours = picture(*size)
+    image, ours = random_image(*size)
     processor = CLIPImageProcessor(**{key: value for key, value in config.items() if key != "feature_extractor_type"})
     expected = torch.as_tensor(np.asarray(processor(image, return_tensors="pt").pixel_values))
     found = ImageProcessor.from_config(config)(ours)
@@ -95,8 +95,8 @@ def test_embedded_clips_see_pixels_as_they_are(folder):
     resized = F.interpolate(small, size=(64, 64), mode="bicubic", antialias=True).clamp(-1, 1)
     assert torch.equal(clip.pixels(small), resized)
     assert json.loads((folder / "preprocessor_config.json").read_text()) == image_processor()
-    theirs = CLIPImageProcessor.from_pretrained(folder)(picture(64, 64)[0], return_tensors="pt").pixel_values
-    torch.testing.assert_close(torch.as_tensor(np.asarray(theirs)), picture(64, 64)[1], atol=1e-6, rtol=0)
+    theirs = CLIPImageProcessor.from_pretrained(folder)(random_image(64, 64)[0], return_tensors="pt").pixel_values
+    torch.testing.assert_close(torch.as_tensor(np.asarray(theirs)), random_image(64, 64)[1], atol=1e-6, rtol=0)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def broken_files(place):
     files = {
         "cut.png": png[: len(png) // 2],
         "empty.png": b"",
-        "text.png": b"no picture",
+        "text.png": b"no image",
         "svg.png": b"<svg xmlns='x'/>",
         "huge.png": bytes(huge),
         "empty.csv": b"",
