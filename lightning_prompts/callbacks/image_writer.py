@@ -37,7 +37,7 @@ class ImageWriter(BasePredictionWriter):
         if not folder.writes:
             return
         without = f"-without-{file_name(settings.negative)}" if settings.negative else ""
-        for prompt, images in zip(batch, prediction, strict=True):
+        for prompt, images in zip(batch, prediction, strict=False):  # no images of a batch with an error
             name, text = (
                 (prompt.key, str(prompt.prompt)) if isinstance(prompt, Problem) else (file_name(prompt), prompt)
             )

@@ -44,7 +44,7 @@ from lightning_prompts.engine.checkpoint import (
     ranks_in,
 )
 from lightning_prompts.engine.datamodule import ProblemData
-from lightning_prompts.engine.evaluation import PredictSettings
+from lightning_prompts.engine.loaders import PredictSettings
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError, first_sentence
 from lightning_prompts.launchers import Launched, own_rank

@@ -11,7 +11,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from lightning_prompts.callbacks import ImageWriter, Scores
 from lightning_prompts.commands.interpolate import Interpolate
 from lightning_prompts.commands.mix import Crossover, find_parents
-from lightning_prompts.engine.evaluation import PredictSettings
+from lightning_prompts.engine.loaders import PredictSettings
 from lightning_prompts.errors import UserError
 from lightning_prompts.launchers import own_rank
 from lightning_prompts.runs.folder import RunFolder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.distributed import all_gather_object, num_sample_ranks
-from lightning_prompts.engine.evaluation import BatchLoader, PredictSettings
+from lightning_prompts.engine.loaders import BatchLoader, PredictSettings
 from lightning_prompts.errors import UserError
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem

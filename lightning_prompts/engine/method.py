@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -17,20 +17,18 @@ from torch import Tensor
 
 from lightning_prompts.backbones import Backbone, BackboneLike, BackboneSettings, as_backbone
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
-from lightning_prompts.callbacks.scores import Scores
-from lightning_prompts.distributed import all_gather_object, broadcast, num_sample_ranks
+from lightning_prompts.distributed import broadcast, num_sample_ranks
 from lightning_prompts.engine.batch import Batch, merge
 from lightning_prompts.engine.checkpoint import checkpoints_of_all
 from lightning_prompts.engine.datamodule import ProblemData, Step
+from lightning_prompts.engine.evaluation import EvaluationSteps
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import MethodResult, Problem
 from lightning_prompts.sampling import Microbatch, Sampler, SamplerSettings
-from lightning_prompts.sampling.seeding import draw_noise, noise_of
+from lightning_prompts.sampling.seeding import draw_noise
 from lightning_prompts.setting_types import NotNegative, Positive
-from lightning_prompts.terminal import say
-from lightning_prompts.typed_module import TypedModule
 
 if TYPE_CHECKING:
     from pytorch_lightning.core.optimizer import LightningOptimizer
@@ -60,7 +58,7 @@ TRAINER: dict[str, Any] = {
 """Trainer settings that every search needs."""
 
 
-class PromptMethod(TypedModule, pl.LightningModule, ABC):
+class PromptMethod(EvaluationSteps):
     """Search prompts for problems with a frozen backbone; only the prompts train.
 
     Up to `batch_size` problems are searched at a time. A problem leaves the batch when its score no longer improves,
@@ -114,9 +112,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.sampler = Sampler(self.backbone, steps, guidance, self.microbatch)
         self.vocabulary = self.backbone.vocabulary
         self.terms: dict[str, Tensor] = {}  # of the last loss, if it is a sum
-        self.scores = Scores()  # of finished prompts; `Results` sets others
         self.scorers: dict[str, Any] = {}  # what scores results, by name
-        self._validated: list[tuple[int, str, float, str]] = []  # index, key, loss and text of this rank's problems
         self._resumed: dict[str, Any] | None = None  # the batch of a checkpoint
         self._begun = time.perf_counter()
 
@@ -130,12 +126,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return [module for module in self.modules() if isinstance(module, ClipSimilarity)]
 
     # --- the batch
-
-    @property
-    def data(self) -> ProblemData:
-        """The data module."""
-        data: ProblemData = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data
 
     @cached_property
     def batch(self) -> Batch:
@@ -298,15 +288,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """Return one image of what the best prompts so far generate."""
 
     @abstractmethod
-    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
-        """Score finished problems that have a prompt by the images that it generates.
-
-        Args:
-            problems: The records.
-            scores: The scores to compute.
-        """
-
-    @abstractmethod
     def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
         """Write images for users into the run folder.
 
@@ -317,66 +298,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
         """Write files for other tools into the run folder."""
-
-    @abstractmethod
-    def validation_losses(self, problems: list[Problem]) -> Tensor:
-        """Recompute the losses (P,) by which the best prompts of P problems were chosen."""
-
-    def on_validation_start(self) -> None:
-        """Forget the losses of an earlier validation."""
-        self._validated = []
-
-    def validation_step(self, batch: list[Problem], batch_idx: int) -> None:
-        """Recompute the validation losses of the best prompts of records."""
-        problems = self.data.unchanged(batch)
-        losses = self.validation_losses(problems).tolist() if problems else []
-        for problem, loss in zip(problems, losses, strict=True):
-            text = f"{abs(loss):.5f}  {problem.target}  {problem.display_prompt}"
-            self._validated.append((problem.index, problem.key, loss, text))
-            self.evict(problem)
-
-    def on_validation_epoch_end(self) -> None:
-        """Print the losses of all ranks in the order of the inputs, and log their mean.
-
-        Raises:
-            UserError: There are no losses.
-        """
-        ranks = all_gather_object(self._validated) if self.data.part[1] > 1 else [self._validated]
-        validated = sorted(entry for entries in ranks for entry in entries)
-        if not validated and any(self.data.folder.with_prompt()):
-            raise UserError(
-                "No prompt of this run can be scored, since its images are missing or have changed; restore them."
-            )
-        if not validated:
-            raise UserError("This run has no prompts yet; run `fit` first.")
-        if self.trainer.is_global_zero:
-            say(*(text for *_, text in validated))
-        mean = sum(loss for _, _, loss, _ in validated) / len(validated)
-        self.log("validation/loss", mean, batch_size=len(validated))
-
-    def test_step(self, batch: list[Problem], batch_idx: int) -> None:
-        """Generate images of the best prompts of records, score them, and save the records."""
-        problems = self.data.unchanged(batch)
-        if problems:
-            with torch.autocast(self.device.type, enabled=False):  # as at the end of a search
-                self.final_evaluation(problems, self.scores)
-        for problem in problems:
-            self.data.folder.save(problem)
-            self.evict(problem)
-
-    def predict_step(self, batch: list[Problem | str], batch_idx: int) -> Tensor:
-        """Generate images (B, S, 3, H, W) in [-1, 1] of B records or prompts from the S seeds of `predict_settings`."""
-        settings = self.data.predict_settings
-        noise = noise_of(settings.seeds, self.backbone.latent_shape).to(self.device)
-        images = [torch.empty(0, len(noise), 3, self.backbone.image_size, self.backbone.image_size)]
-        with torch.autocast(self.device.type, enabled=False):  # as at the end of a search
-            for prompt in batch:
-                if isinstance(prompt, Problem):
-                    generated = self.generate_best(prompt, noise, settings.negative)
-                else:
-                    generated = self.generate([prompt] * len(noise), noise, settings.negative)
-                images.append(generated[None])
-        return torch.cat(images)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return the callbacks that every search needs."""

@@ -21,8 +21,8 @@ from lightning_prompts import methods
 from lightning_prompts.backbones import Vocabulary, load_backbone
 from lightning_prompts.callbacks import ImageWriter, Results
 from lightning_prompts.engine.checkpoint import AtomicCheckpointIO, PromptCheckpoint
-from lightning_prompts.engine.evaluation import PredictSettings
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
+from lightning_prompts.engine.loaders import PredictSettings
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER
