@@ -95,7 +95,7 @@ SETTINGS = {  # of `invert`, and the message
     "choice": ({"fit": "stretch"}, "fit cannot be 'stretch'; it takes one of 'crop', 'pad'."),
     "null": (
         {"backbone": {"vocabulary": "null"}},
-        "backbone.vocabulary cannot be 'null'; it takes one of 'clip', 't5' or None.",
+        "backbone.vocabulary must be clip for the model 'emoji', got 'null'; change it, or leave it out.",
     ),
     "type for its name": (
         {"backbone": {"dtype": torch.float16}},
