@@ -103,7 +103,7 @@ def scored(one: Written, key: str, text: str, negative: str) -> dict[str, float]
     clip, things, colors = judge()
     noise = draw_noise(0, [key], FINAL, FRESH_SEEDS, method().backbone.latent_shape, torch.device("cpu"))[0]
     prompt, caption = clip.features_of([one.prompt, f"a {one.thing} on a {one.color} background"])
-    pictures = method().draw([text] * FRESH_SEEDS, noise, negative)
+    pictures = method().generate([text] * FRESH_SEEDS, noise, negative)
     features, wanted = clip.features(pictures), method().clip.features_of([one.prompt])
     return {
         "heldout": float((features @ prompt).mean()),

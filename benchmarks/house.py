@@ -14,6 +14,7 @@ LIMITS = {
     "function p90, lines": 25,
     "docstrings of fewer than four words": 0,
     "import cycles between packages": 0,
+    "constructor arguments per group": 12,
 }
 """The most that each figure should be."""
 
@@ -68,6 +69,25 @@ def cycles(edges: dict[str, set[str]]) -> list[tuple[str, str]]:
     return sorted((one, other) for one in far for other in far[one] if one < other and one in far.get(other, set()))
 
 
+def constructor_arguments(tree: Tree) -> dict[str, int]:
+    """Return how many arguments each class takes beyond those of its bases, and how many settings each group has, by name.
+
+    A group of settings is a class without a constructor of its own, such as a dataclass, that is the default of an
+    argument.
+    """
+    constructors: dict[str, ast.arguments] = {}
+    fields: dict[str, int] = {}
+    for _, node in nodes(tree, ast.ClassDef):
+        fields[node.name] = sum(isinstance(each, ast.AnnAssign) for each in node.body)  # type: ignore[attr-defined]
+        for each in node.body:  # type: ignore[attr-defined]
+            if isinstance(each, ast.FunctionDef) and each.name == "__init__":
+                constructors[node.name] = each.args  # type: ignore[attr-defined]
+    defaults = [default for args in constructors.values() for default in (*args.defaults, *args.kw_defaults)]
+    groups = {ast.unparse(default.func) for default in defaults if isinstance(default, ast.Call)}
+    counts = {name: len(args.posonlyargs + args.args + args.kwonlyargs) - 1 for name, args in constructors.items()}
+    return {name: fields[name] for name in groups & fields.keys()} | counts
+
+
 def figures(tree: Tree | None = None) -> dict[str, float]:
     """Return the figures that `LIMITS` limits."""
     tree = tree or parsed()
@@ -80,6 +100,7 @@ def figures(tree: Tree | None = None) -> dict[str, float]:
         "function p90, lines": statistics.quantiles(functions, n=10)[-1],
         "docstrings of fewer than four words": sum(len(text.split()) < 4 for text in docstrings),
         "import cycles between packages": len(cycles(imports(tree))),
+        "constructor arguments per group": max(constructor_arguments(tree).values()),
     }
 
 
@@ -101,6 +122,9 @@ def main() -> None:
             print(f"  {path.relative_to(PACKAGE)}: {text!r}")
     for one, other in cycles(imports(tree)):
         print(f"  {one} and {other} import each other")
+    for group, count in constructor_arguments(tree).items():
+        if count > LIMITS["constructor arguments per group"]:
+            print(f"  {group} takes {count} arguments")
 
 
 if __name__ == "__main__":
