@@ -126,7 +126,7 @@ def test_is_inverted(method, own, folder, tmp_path):
     Image.new("RGB", (16, 16), "red").save(tmp_path / "photo.png")
     result = invert(tmp_path / "photo.png", method=method, backbone=folder, **SHORT, **own)
     assert result.prompt
-    assert result.pictures[0].size == (16, 16)
+    assert result.images[0].size == (16, 16)
     losses = [found["validation_loss"] for found in result.record.history]
     assert losses == sorted(losses, reverse=True)
 
