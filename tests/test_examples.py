@@ -79,7 +79,9 @@ def test_unusable_plugins_are_refused(declared, refusal, tmp_path, monkeypatch):
     assert "one of ClipWords, DPODiff" in refusal("--model", "NoSuchMethod")
     assert "--plugin nosuchplugin cannot be imported (ModuleNotFoundError" in refusal("--plugin", "nosuchplugin")
     assert "No module named 'nosuchpackage'" in refusal("--plugin", "broken_plugin", "--model", "PEZ")
-    assert "--plugin empty_plugin has no method" in refusal("--plugin=empty_plugin", "--model", "PEZ")
+    assert "--plugin empty_plugin has neither a method nor a family" in refusal(
+        "--plugin=empty_plugin", "--model", "PEZ"
+    )
     assert "--plugin needs the name of a module" in refusal("--plugin", "--model", "PEZ")
     assert "--plugin needs the name of a module" in refusal("--model", "PEZ", "--plugin=")
 
