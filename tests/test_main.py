@@ -264,8 +264,9 @@ def test_test_command_repeats_figures_and_scores(done):
 def test_validate_scores_the_prompts(done, capsys):
     capsys.readouterr()
     main(["validate", "--run", str(done)])
-    out = capsys.readouterr().out
-    for problem in results(done)["problems"]:
+    out, problems = capsys.readouterr().out, results(done)["problems"]
+    assert len(problems) == 2
+    for problem in problems:
         assert f"{problem['validation_loss']:.5f}  {problem['target']}  {problem['prompt']}" in out
 
 

@@ -51,6 +51,7 @@ def test_terminal_shows_step_and_newest_prompt(search, monkeypatch):
 def test_every_improvement_logs_a_line(search, caplog):
     caplog.set_level(logging.INFO, "lightning_prompts")
     problems = search()
+    assert len(problems) == 3
     for problem in problems:
         lines = re.findall(rf"step (\d)  {problem.target}  ([\d.]+)  (.*)", caplog.text)
         assert lines[0][0] == "0"

@@ -250,9 +250,10 @@ PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
 @pytest.mark.parametrize("solver", ["gradient", "evolution", "hybrid", "random"])
 @pytest.mark.parametrize("task", ["improve", "attack"])
 def test_budget_is_respected_and_no_text_is_evaluated_twice(solver, task, tiny, tmp_path):
-    for problem in search(
-        tiny, tmp_path, PROMPTS, solver=solver, task=task, **{} if task == "improve" else {"threshold": -1}
-    ):
+    own = {} if task == "improve" else {"threshold": -1}
+    problems = search(tiny, tmp_path, PROMPTS, solver=solver, task=task, **own)
+    assert len(problems) == 2
+    for problem in problems:
         assert 0 < problem.result.budget <= 8
         texts = [(candidate["prompt"], candidate["negative_prompt"]) for candidate in problem.result.candidates]
         assert len(set(texts)) == len(texts) > 2

@@ -45,7 +45,9 @@ def search(module, images, folder, **data):
     module.steps = data.pop("steps", 3)
     data = ImagesToPrompts([str(image) for image in images], **{**DATA, **data})
     trainer.fit(module, datamodule=data)
-    return list(data.folder.load().values())
+    problems = list(data.folder.load().values())
+    assert problems  # so that loops over them check something
+    return problems
 
 
 @pytest.fixture(params=METHODS)
@@ -259,10 +261,12 @@ def test_gcg_candidates_use_only_allowed_words(tiny, image_folder, tmp_path):
         def _losses(self, rows, candidates, sound, samples):
             assert sound.any()
             assert self.prompt.allowed[candidates[sound]].all()
+            checked.append(len(candidates))
             return super()._losses(rows, candidates, sound, samples)
 
-    own = {**settings(GCG), "topk": 50, "candidates": 20}
+    checked, own = [], {**settings(GCG), "topk": 50, "candidates": 20}
     search(Recording(backbone=tiny, words=["a", "b", "7"], **own), [image_folder], tmp_path / "run")
+    assert checked == [3] * 3  # three images in each of three steps
 
 
 def test_single_allowed_word_fills_the_prompt(hard, tiny, image_folder, tmp_path):
