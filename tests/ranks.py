@@ -16,12 +16,12 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["lightning_prompts.commands.cli", "lightning_prompts.backbones.loading"])
 
 
-def run_ranks(args, said, ranks=1, launcher="torchrun", rounding=False, program=main):
+def run_ranks(args, log, ranks=1, launcher="torchrun", rounding=False, program=main):
     """Run a command with a number of processes and return their exit codes.
 
     Args:
         args: The arguments of `program`, such as the command and its settings.
-        said: File to which all processes append what they print.
+        log: File to which all processes append what they print.
         ranks: Number of processes.
         launcher: The launcher to imitate.
         rounding: Whether the processes round by the shape of each call, see `rounding_by_shape`.
@@ -29,9 +29,11 @@ def run_ranks(args, said, ranks=1, launcher="torchrun", rounding=False, program=
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    told = [{**where, **LAUNCHERS[launcher](rank, ranks)} if ranks > 1 else {} for rank in range(ranks)]
-    processes = [FORKS.Process(target=child, args=(program, args, each, said, rounding)) for each in told]
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    environments = [{**address, **LAUNCHERS[launcher](rank, ranks)} if ranks > 1 else {} for rank in range(ranks)]
+    processes = [
+        FORKS.Process(target=child, args=(program, args, environment, log, rounding)) for environment in environments
+    ]
     for process in processes:
         process.start()
     try:
@@ -45,19 +47,19 @@ def run_ranks(args, said, ranks=1, launcher="torchrun", rounding=False, program=
 
 def torchrun(rank, ranks):
     """Return the variables that torchrun sets for a process."""
-    told = {
+    variables = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": ranks,
         "LOCAL_WORLD_SIZE": ranks,
         "TORCHELASTIC_RUN_ID": "test",
     }
-    return {name: str(value) for name, value in told.items()}
+    return {name: str(value) for name, value in variables.items()}
 
 
 def srun(rank, ranks):
     """Return the variables that srun sets for a process."""
-    told = {
+    variables = {
         "NTASKS": ranks,
         "NTASKS_PER_NODE": ranks,
         "NNODES": 1,
@@ -69,16 +71,16 @@ def srun(rank, ranks):
         "STEP_ID": 0,
         "STEP_NUM_TASKS": ranks,
     }
-    return {f"SLURM_{name}": str(value) for name, value in told.items()}
+    return {f"SLURM_{name}": str(value) for name, value in variables.items()}
 
 
 LAUNCHERS = {"torchrun": torchrun, "srun": srun}
 
 
-def child(program, args, environment, said, rounding):
+def child(program, args, environment, log, rounding):
     os.environ.update(environment)
     os.chdir(ROOT)
     torch.set_num_threads(1)
     device = rounding_by_shape() if rounding else nullcontext()
-    with device, said.open("a") as log, redirect_stdout(log), redirect_stderr(log):
+    with device, log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
         program(args)
