@@ -94,7 +94,7 @@ def search(
         folder: Folder to keep the files of the run in, which must not hold a run; None to keep none.
         device: Device of the search, such as `cuda:1`; None for a GPU if there is one.
         scores: The scores of the results, see `Scores`.
-        effort: Length of the search: a third of the steps or of the budget (`light`), or three times as many (`heavy`).
+        effort: Length of the search: a third of that of the settings (`light`), or three times as much (`heavy`).
 
     Returns:
         A result per problem, in the order of the images or prompts. Without success its prompt is empty, and its record

@@ -33,17 +33,12 @@ from lightning_prompts.commands.dry_run import DryRun
 from lightning_prompts.commands.parser_errors import mistake_in, one_sentence, refused_class
 from lightning_prompts.commands.plugins import import_plugins
 from lightning_prompts.commands.processes import cluster_environment, divide_search, use_one_process
-from lightning_prompts.commands.settings_checks import check_inputs, check_resumable, check_values, class_of
+from lightning_prompts.commands.search_length import given_settings, set_length, take_over_settings
+from lightning_prompts.commands.settings_checks import check_inputs, check_resumable, check_values
 from lightning_prompts.commands.trainer_flags import HIDDEN_FLAGS, check_flags, check_precision
 from lightning_prompts.data.prompts import read_prompts
-from lightning_prompts.effort import Effort, resumed_length, scale_length
-from lightning_prompts.engine.checkpoint import (
-    AtomicCheckpointIO,
-    is_checkpoint,
-    last_checkpoint,
-    parts_of,
-    ranks_in,
-)
+from lightning_prompts.effort import Effort
+from lightning_prompts.engine.checkpoint import AtomicCheckpointIO, is_checkpoint, last_checkpoint, parts_of, ranks_in
 from lightning_prompts.engine.datamodule import ProblemData
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError, first_sentence
@@ -111,7 +106,7 @@ class CLI(LightningCLI):
         self.lightning_command = command if command in LIGHTNING_COMMANDS else "fit"
         self.lock: RunLock | None = None  # on the run's folder; the first process holds it for all
         self.saved_config = ""  # the settings of `fit` as YAML
-        self.given = {arg.partition("=")[0].removeprefix("--model.").removeprefix("init_args.") for arg in args}
+        self.given = given_settings(args)
         with ExitStack() as self.until_end:
             super().__init__(
                 PromptMethod,
@@ -140,9 +135,7 @@ class CLI(LightningCLI):
         parser.add_argument("--seeds", type=str | None, default=None, help=help)
         parser.add_class_arguments(Scores)
         if self.lightning_command == "fit":
-            help = (
-                "Length of the search: a third of the steps or of the budget (light), or three times as many (heavy)."
-            )
+            help = "Length of the search: a third of that of the settings (light), or three times as much (heavy)."
             parser.add_argument("--effort", type=Effort, default="medium", help=help)
         if self.command == "check":
             help = "New config to write, with the given settings of the model and data and the suggested changes."
@@ -175,7 +168,7 @@ class CLI(LightningCLI):
         check_flags(config)
         if self.subcommand == "fit":
             check_inputs(config)
-            self._set_length(config)
+            set_length(config, self.given)
         if self.command != "fit":
             config.trainer.logger = False
         if self.command == "show-space":
@@ -195,14 +188,6 @@ class CLI(LightningCLI):
         else:
             self._prepare_finished_run(config, mix)
         config.trainer.default_root_dir = str(RunFolder(mix[0]).path if mix else self.folder.path)
-
-    def _set_length(self, config: Any) -> None:
-        """Scale the length of the search by the effort."""
-        model = config.model
-        settings = model.init_args.as_dict()
-        scaled = scale_length(config.effort, class_of(model.class_path), settings, self.given)
-        for name, value in scaled.items():
-            model.init_args[name] = value
 
     def _choose_processes(self, config: Any) -> int:
         """Set devices and strategy; return the number of parts that the problems are divided into."""
@@ -264,7 +249,7 @@ class CLI(LightningCLI):
         resumes = bool(config.ckpt_path) and self.folder.config.exists()
         model = config.model.init_args.backbone
         if resumes:
-            self._resume_settings(config)
+            take_over_settings(config, self.folder.saved, self.given)
         # Save the commit and the variant, so that later commands read the same weights.
         model.revision, model.variant = pinned(model.name, model.offline, model.revision, model.variant)
         if own_rank() == 0:
@@ -276,21 +261,6 @@ class CLI(LightningCLI):
         if config.ckpt_path == "last":
             config.ckpt_path = _last_checkpoint(self.folder.checkpoints, own_rank() if parts > 1 else 0, parts)
         config.weights_only = True
-
-    def _resume_settings(self, config: Any) -> None:
-        """Take over the length of the run and the files of its model, where the command does not set them."""
-        saved, model = self.folder.saved.load()["model"], config.model
-        for name in ("revision", "variant"):
-            if model.init_args.backbone[name] is None:
-                model.init_args.backbone[name] = saved["init_args"]["backbone"].get(name)
-        if model.class_path == saved.get("class_path"):
-            asked = config.effort if config.effort != "medium" or "--effort" in self.given else None
-            before = self.folder.saved.effort
-            settings = model.init_args.as_dict()
-            old = settings | saved["init_args"]
-            length = resumed_length(asked, class_of(model.class_path), settings, old, self.given, before)
-            for name, value in length.items():
-                model.init_args[name], config.effort = value, before
 
     # --- the Trainer
 
