@@ -97,11 +97,11 @@ class EvaluationSteps(TypedModule, pl.LightningModule, ABC):
         Returns:
             The images (B, S, 3, H, W) in [-1, 1] of B records or prompts and S seeds.
         """
-        seeds, side = self.data.predict_settings.seeds, self.backbone.image_size
-        images = [torch.empty(0, len(seeds), 3, side, side)]
+        images = list[Tensor]()
         with self._error_on_all_ranks(), torch.autocast(self.device.type, enabled=False):
-            images += [self._predict(prompt)[None] for prompt in batch]
-        return torch.cat(images)
+            images += [self._predict(prompt) for prompt in batch]
+        side = self.backbone.image_size
+        return torch.stack(images) if images else torch.empty(0, len(self.data.predict_settings.seeds), 3, side, side)
 
     def _predict(self, prompt: Problem | str) -> Tensor:
         """Generate images (S, 3, H, W) in [-1, 1] of a record or a prompt."""
