@@ -163,7 +163,10 @@ def test_commands_that_divide_a_run(command, settings, chosen):
 def test_strategy_that_divides_no_run_is_refused():
     trainer = SimpleNamespace(accelerator="cpu", num_nodes=1, devices=2, strategy="ddp")
     config = SimpleNamespace(trainer=trainer, model=SimpleNamespace(class_path="lightning_prompts.methods.PEZ"))
-    with pytest.raises(UserError, match="--trainer.strategy 'ddp' divides"), processes(config, "test", Path("runs/x")):
+    with (
+        pytest.raises(UserError, match=r"--trainer\.strategy 'ddp' divides"),
+        processes(config, "test", Path("runs/x")),
+    ):
         pass
 
 
