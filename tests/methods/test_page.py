@@ -277,14 +277,14 @@ def test_the_images_of_a_round_go_with_it(opened):
 def test_prompts_and_captions_are_shown_as_they_stand(opened):
     shown = opened.shown()
     status = Texts(shown["status"])
-    assert status.text == f"{SHOWN} after move 0: which one do you like?"
-    assert status.tags == [("strong", [])]
+    assert status.text == f"Prompt: {SHOWN}Moves so far: 0. Select the candidate that you like best."
+    assert status.tags == [("strong", []), ("br", [])]
     assert [image["caption"] for image in shown["candidates"]["value"]] == [f"{i}  {SHOWN}" for i in (1, 2, 3)]
     opened.stopped = True
     opened.until(lambda: opened.answers)
-    opened.page.publish(prompt="", status="Finished. The files are in /<b>runs</b>\x1b[0m.")
+    opened.page.publish(prompt="", status="Finished. The results are in /<b>runs</b>\x1b[0m.")
     status = Texts(opened.shown()["status"])
-    assert (status.text, status.tags) == ("Finished. The files are in /<b>runs</b>\\x1b[0m.", [])
+    assert (status.text, status.tags) == ("Finished. The results are in /<b>runs</b>\\x1b[0m.", [])
 
 
 def test_a_page_that_is_closed_leaves_nothing(opened, tmp_path, monkeypatch):

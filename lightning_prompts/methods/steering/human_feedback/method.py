@@ -213,7 +213,7 @@ class HumanFeedback(Steering):
             result.others = result.moves.pop()["others"]
             self.path.pop()
             self.images.pop()
-        elif choice.action == "go":
+        elif choice.action == "move":
             text, strength = texts[choice.candidate], reach * choice.strength
             end = self.candidate_embeds([text], self.base_text(problem, len(result.moves)))  # alone, as after resuming
             result.moves.append(Move(text=text, strength=strength, candidate=choice.candidate, others=result.others))
@@ -268,12 +268,12 @@ class HumanFeedback(Steering):
         return [*super().configure_callbacks(), _Closing()]
 
     def on_fit_start(self) -> None:
-        """Open the chooser."""
+        """Open the chooser before the first round."""
         self.chooser.open(self.backbone, self.offline)
 
     def on_fit_end(self) -> None:
         """Close the chooser after the results are written."""
-        self.chooser.close(f"Finished. The files are in {self.data.folder.path}.")
+        self.chooser.close(f"Finished. The results are in {self.data.folder.path}. You can close this page.")
 
     def on_train_start(self) -> None:
         """Resume from the record, which may be newer than the checkpoint."""
@@ -288,4 +288,4 @@ class _Closing(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Close the chooser, also on Ctrl-C."""
         if isinstance(pl_module, HumanFeedback):
-            pl_module.chooser.close("The run was stopped. Your choices are kept.")
+            pl_module.chooser.close("The search was stopped. Your choices are saved; resume with --ckpt_path last.")

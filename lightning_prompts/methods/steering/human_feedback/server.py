@@ -53,7 +53,7 @@ class RequestFilter:
         self.names, self.port = [name.encode() for name in names], port
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a request, or pass it on."""
+        """Pass on an allowed request, and refuse any other."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -91,7 +91,7 @@ class RequestFilter:
         path = str(scope["path"])
         secret, inside = path[: len(self.prefix)], path[len(self.prefix) :]
         if not secrets.compare_digest(secret.encode(errors="replace"), self.prefix) or not inside.startswith("/"):
-            return 403, "Open the whole address that the terminal shows.\n"
+            return 403, "Open the full address that the terminal shows.\n"
         allowed = re.fullmatch(ROUTES.get(scope["method"], "(?!)"), inside)
         if not allowed and not (scope["method"] == "GET" and self.is_image(inside)):
             return 404, "This page does not exist.\n"
