@@ -65,7 +65,7 @@ class Losses:
     @property
     def verdict(self) -> Verdict:
         """Return whether the loss can guide a search: the right text must beat the wrong one, and the empty prompt at some level."""
-        verdict = judge_share(self.accuracy, self.right.numel(), chance=0.5)
+        verdict = share_verdict(self.accuracy, self.right.numel(), chance=0.5)
         return verdict if (self.gain > 0).any() else "no"
 
     def timesteps(self) -> tuple[int, int]:
@@ -349,7 +349,7 @@ def _clip_line(method: Inverter, texts: Sequence[str], captioned: bool) -> str:
         nearest = (method.clip.features_of(texts) @ features[: len(texts)].T).argmax(1).tolist()
         share = sum(place == found for place, found in enumerate(nearest)) / len(texts)
         text = f"finds {share:.0%} of {len(texts)} images by their captions"
-        return _line("CLIP", text, judge_share(share, len(texts), 1 / len(texts)))
+        return _line("CLIP", text, share_verdict(share, len(texts), 1 / len(texts)))
     alike = float((features @ features.T - 2 * torch.eye(len(features), device=features.device)).max())
     verdict: Verdict = "ok" if alike < 0.9 else "weak" if alike < 0.98 else "no"
     return _line("CLIP", f"the two most similar of {len(features)} images have a cosine of {alike:.3f}", verdict)
@@ -361,7 +361,7 @@ def _gradient_line(ratios: Sequence[float], schedule: tuple[int, int]) -> str:
     return _line("gradient", f"SNR in [{schedule[0]}, {schedule[1]}): {shown} samples per step", verdict)
 
 
-def judge_share(share: float, count: int, chance: float) -> Verdict:
+def share_verdict(share: float, count: int, chance: float) -> Verdict:
     """Return the verdict on a share of successes: `no` within two standard errors of chance, `ok` from 0.8 on, else `weak`."""
     if share <= chance + 2 * math.sqrt(chance * (1 - chance) / count):
         return "no"

@@ -16,7 +16,7 @@ from lightning_prompts.commands.check import (
     Suggestion,
     config_with,
     fastest_microbatch,
-    judge_share,
+    share_verdict,
     sample_gradients,
     signal_to_noise,
 )
@@ -71,8 +71,14 @@ def test_a_loss_that_prefers_the_wrong_text_or_the_empty_prompt_leads_nowhere():
 
 
 def test_verdict_on_a_share_accounts_for_chance():
-    assert [judge_share(share, 80, 0.5) for share in (0.5, 0.61, 0.62, 0.79, 0.8)] == ["no", "no", "weak", "weak", "ok"]
-    assert judge_share(1.0, 4, 0.25) == "ok"
+    assert [share_verdict(share, 80, 0.5) for share in (0.5, 0.61, 0.62, 0.79, 0.8)] == [
+        "no",
+        "no",
+        "weak",
+        "weak",
+        "ok",
+    ]
+    assert share_verdict(1.0, 4, 0.25) == "ok"
 
 
 def test_signal_to_noise_of_known_gradients():

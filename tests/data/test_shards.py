@@ -109,7 +109,7 @@ def test_an_image_that_is_cut_takes_no_other_with_it(tmp_path):
     assert "ends early or is damaged (samples found: 1)" in cut.error
 
 
-def test_files_of_a_sample_need_not_be_neighbours(tmp_path):
+def test_files_of_a_sample_need_not_be_neighbors(tmp_path):
     path = tmp_path / "a.tar"
     archive(
         path,

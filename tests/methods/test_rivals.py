@@ -367,6 +367,6 @@ def test_gradient_of_the_clip_of_another_text_encoder_is_refused(other, tiny, im
         fit(module, image_folder, tmp_path / "run")
 
 
-def test_nothing_to_minimise_is_refused(tiny):
+def test_nothing_to_minimize_is_refused(tiny):
     with pytest.raises(UserError, match="Both loss weights are 0"):
         PEZ(backbone=tiny, denoising_weight=0)
