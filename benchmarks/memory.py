@@ -283,7 +283,7 @@ class FusedAttention(torch.autograd.Function):
 
 
 def saved_bytes(network: Any, call: Callable[[], Tensor], checkpointing: bool) -> int:
-    """Count the bytes that autograd keeps of a call; with checkpointing, add those of the largest block's second call."""
+    """Count the bytes that autograd keeps of a call; with checkpointing, add those of the largest block again."""
     kept, blocks = SavedTensors(network), [0]
 
     def block(module: Any, *args: Any) -> Any:

@@ -16,8 +16,8 @@ from lightning_prompts.commands.check import (
     Suggestion,
     config_with,
     fastest_microbatch,
-    share_verdict,
     sample_gradients,
+    share_verdict,
     signal_to_noise,
 )
 from lightning_prompts.commands.main import main
