@@ -103,7 +103,7 @@ def scored(one: PoolPrompt, key: str, text: str, negative: str) -> dict[str, flo
     clip, things, colors = heldout_clip()
     noise = draw_noise(0, [key], FINAL, FRESH_SEEDS, method().backbone.latent_shape, torch.device("cpu"))[0]
     prompt, caption = clip.features_of([one.prompt, f"a {one.thing} on a {one.color} background"])
-    images = method().draw([text] * FRESH_SEEDS, noise, negative)
+    images = method().generate([text] * FRESH_SEEDS, noise, negative)
     features, wanted = clip.features(images), method().clip.features_of([one.prompt])
     return {
         "heldout": float((features @ prompt).mean()),

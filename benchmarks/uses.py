@@ -58,7 +58,7 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
         named.append(all(any(has(mixed[-1], word) for word in some.values()) for some in expected))
     module, scorer = PH2P(), ClipSimilarity(str(EMOJI.parent / "scorer"))
     noise = noise_of(range(FIRST, FIRST + NUM_IMAGES), module.backbone.latent_shape)
-    drawn = {text: module.draw([text] * NUM_IMAGES, noise) for text in {*found, *mixed}}
+    drawn = {text: module.generate([text] * NUM_IMAGES, noise) for text in {*found, *mixed}}
     targets = [to_tensor(Image.open(path).convert("RGB")).unsqueeze(0) for path in images]
     own, parents, joined, unrelated = [], [], [], []
     for pair, text in enumerate(mixed):
@@ -67,7 +67,7 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
         own.append(joint_similarity(scorer, drawn[text], both)[1])
         parents.append(max(joint_similarity(scorer, drawn[found[i]], both)[1] for i in here))
         joined.append(
-            joint_similarity(scorer, module.draw([", ".join(found[i] for i in here)] * NUM_IMAGES, noise), both)[1]
+            joint_similarity(scorer, module.generate([", ".join(found[i] for i in here)] * NUM_IMAGES, noise), both)[1]
         )
         others = [joint_similarity(scorer, drawn[text], both)[1] for i, text in enumerate(found) if i not in here]
         unrelated.append(sum(others) / len(others))
@@ -137,7 +137,7 @@ def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[s
         images = []
         for i, (several, negative) in enumerate(zip(texts, negatives, strict=True)):
             noise = noise_of(range(FIRST + NUM_IMAGES * i, FIRST + NUM_IMAGES * (i + 1)), module.backbone.latent_shape)
-            images.append(torch.cat([module.draw([text] * NUM_IMAGES, noise, negative) for text in several]))
+            images.append(torch.cat([module.generate([text] * NUM_IMAGES, noise, negative) for text in several]))
         return images
 
     def load(paths: list[Path]) -> list[Tensor]:

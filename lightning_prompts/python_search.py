@@ -202,7 +202,7 @@ def _result(method: PromptMethod, problem: Problem, noise: Tensor) -> Result:
     problem.reason = problem.reason and in_python(problem.reason)
     if problem.prompt is None or problem.status == "failed":
         return Result("", None, None, None, None, [], problem)
-    images = [to_image(image) for image in method.draw_found(problem, noise)]
+    images = [to_image(image) for image in method.generate_best(problem, noise)]
     embedding = prompt_embeds = negative_prompt_embeds = None
     if isinstance(method, Steering):
         prompt_embeds, *negative = method.best_embeds_of([problem])[0].cpu()

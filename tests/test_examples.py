@@ -42,9 +42,11 @@ def refused(tmp_path, capsys):
 
 
 def command(tiny, image_folder, run):
-    return ["fit", "--run", str(run), "--model", "HillClimbing", "--model.backbone", tiny, "--model.num_tokens", "3", "--model.steps", "4",
-            "--model.sampler.num_inference_steps", "2", "--data.images", str(image_folder / "0.png"), "--data.num_noise_samples", "2",
-            "--trainer.accelerator", "cpu"]  # fmt: skip
+    return (
+        f"fit --run {run} --model HillClimbing --model.backbone {tiny} --model.num_tokens 3 --model.steps 4 "
+        f"--model.sampler.num_inference_steps 2 --data.images {image_folder / '0.png'} --data.num_noise_samples 2 "
+        "--trainer.accelerator cpu"
+    ).split()
 
 
 @pytest.mark.parametrize("plugin", [(), ("--plugin", "hill_climbing"), ("--plugin=hill_climbing",)])
@@ -77,7 +79,9 @@ def test_plugins_that_cannot_be_used(declared, refused, tmp_path, monkeypatch):
     assert "one of ClipWords, DPODiff" in refused("--model", "NoSuchMethod")
     assert "--plugin nosuchplugin cannot be imported (ModuleNotFoundError" in refused("--plugin", "nosuchplugin")
     assert "No module named 'nosuchpackage'" in refused("--plugin", "broken_plugin", "--model", "PEZ")
-    assert "--plugin empty_plugin has no method" in refused("--plugin=empty_plugin", "--model", "PEZ")
+    assert "--plugin empty_plugin has neither a method nor a family" in refused(
+        "--plugin=empty_plugin", "--model", "PEZ"
+    )
     assert "--plugin needs the name of a module" in refused("--plugin", "--model", "PEZ")
     assert "--plugin needs the name of a module" in refused("--model", "PEZ", "--plugin=")
 

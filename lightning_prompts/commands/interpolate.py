@@ -59,7 +59,9 @@ class Interpolate(pl.Callback):
         weights = torch.linspace(0, 1, self.frames, device=first.device)
         embeds = torch.stack([slerp(first, last, float(weight)) for weight in weights])
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
-        images = pl_module.sampler.draw_embeds(embeds, noise.expand(self.frames, *noise.shape))  # (F, N, 3, H, W)
+        images = pl_module.sampler.generate_from_embeds(
+            embeds, noise.expand(self.frames, *noise.shape)
+        )  # (F, N, 3, H, W)
         texts = [f"{float(weight):.2f}" for weight in weights]
         texts[0], texts[-1] = (Path(end).name if _is_file(end) else end for end in self.ends)
         name = "-to-".join(file_name(Path(end).stem if _is_file(end) else end) for end in self.ends)

@@ -129,7 +129,7 @@ class Crossover(pl.Callback):
 
         def score(members: list[Member]) -> None:
             texts = [member.prompt for member in members for _ in self.seeds]
-            images = pl_module.draw(texts, noise.repeat(len(members), 1, 1, 1), self.negative)
+            images = pl_module.generate(texts, noise.repeat(len(members), 1, 1, 1), self.negative)
             for member, own in zip(members, images.split(len(self.seeds)), strict=True):
                 self.images[member.index] = own
                 member.similarities, member.score = joint_similarity(clip, own, self.targets)

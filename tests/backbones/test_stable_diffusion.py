@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import Backbone, TextEncoder, load_backbone, repeat
@@ -166,6 +166,16 @@ def test_sizes(backbone):
     assert isinstance(backbone.text_encoders[0], TextEncoder)
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+def test_latents_have_the_size_that_the_autoencoder_makes(blocks, backbone):
+    sides = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
+    vae = AutoencoderKL(block_out_channels=(8,) * blocks, norm_num_groups=8, latent_channels=4, **sides)
+    parts = "other", list(backbone.text_encoders), backbone.denoiser, vae, backbone.scheduler
+    other = type(backbone)(*parts, image_size=32)
+    assert other.encode_image(torch.zeros(1, 3, 32, 32)).shape[1:] == other.latent_shape
+    assert type(backbone)(*parts).image_size == other.decode(torch.zeros(1, 4, 8, 8)).shape[-1]
+
+
 def test_layouts(sd1, sd2):
     assert load_backbone(str(sd1)).prediction_type == "epsilon"
     assert load_backbone(str(sd2)).prediction_type == "v_prediction"
@@ -236,9 +246,15 @@ def test_nothing_is_kept_of_what_comes_before_the_prompt():
     backbone, kept, graphs = load_backbone("emoji"), [], {}
     blocks = backbone.denoiser.down_blocks
     first = blocks[1].attentions[0]  # of the embedded model, as in Stable Diffusion's one block earlier
-    places = {"start": backbone.denoiser.conv_in, "time": backbone.denoiser.time_embedding, "resnet": blocks[0].resnets[0],
-              "block": blocks[0].downsamplers[0], "before": blocks[1].resnets[0], "query": first.transformer_blocks[0].attn2.to_q,
-              "key": first.transformer_blocks[0].attn2.to_k}  # fmt: skip
+    places = {
+        "start": backbone.denoiser.conv_in,
+        "time": backbone.denoiser.time_embedding,
+        "resnet": blocks[0].resnets[0],
+        "block": blocks[0].downsamplers[0],
+        "before": blocks[1].resnets[0],
+        "query": first.transformer_blocks[0].attn2.to_q,
+        "key": first.transformer_blocks[0].attn2.to_k,
+    }
     for name, module in places.items():
         module.register_forward_hook(lambda _, args, output, name=name: graphs.update({name: output.requires_grad}))
     first.register_forward_pre_hook(lambda *_: kept.append(len(saved)))
@@ -476,7 +492,7 @@ def test_text_encoder_is_float32_although_its_file_says_half(sd1, tmp_path):
 
 
 def test_layout_of_old_files(sd1, copy):
-    """Weights named `text_model.` and stored positions are read, and vocab.json with merges.txt in place of tokenizer.json."""
+    """Weights named `text_model.`, stored positions, and vocab.json with merges.txt are read."""
     before = {path.name for path in (copy / "tokenizer").iterdir()}
     families.tokenizer_of_captions().save_pretrained(copy / "tokenizer")
     for name in ("vocab.json", "merges.txt"):

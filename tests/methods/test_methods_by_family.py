@@ -36,20 +36,36 @@ METHODS = {
     "ClipWords": IMAGE,
     "RandomTokens": IMAGE,
     "DPODiff": {
-        "--data.prompts": PROMPT, "--model.budget": "4", "--model.population": "1", "--model.elites": "1", "--model.seeds": "1",
-        "--model.gradient_share": "0.5", "--model.schedule": "fix-0", "--model.positive": "[neighbors]", "--model.negative": "[library]",
+        "--data.prompts": PROMPT,
+        "--model.budget": "4",
+        "--model.population": "1",
+        "--model.elites": "1",
+        "--model.seeds": "1",
+        "--model.gradient_share": "0.5",
+        "--model.schedule": "fix-0",
+        "--model.positive": "[neighbors]",
+        "--model.negative": "[library]",
     },
     "MetricGuidance": {**PROMPTED, "--model.objective": "Sharpness"},
     "SeedInvariance": {**PROMPTED, "--model.seeds_per_step": "1"},
     "HumanFeedback": {
-        "--data.prompts": PROMPT, "--model.chooser": "Scripted", "--model.texts": "6", "--model.candidates": "3",
+        "--data.prompts": PROMPT,
+        "--model.chooser": "Scripted",
+        "--model.texts": "6",
+        "--model.candidates": "3",
     },
-}  # fmt: skip
+}
 GUIDES_ITSELF = ("lcm", "flux", "flux-schnell")
 REFUSED = {
-    **{("DPODiff", family): "has guidance built in, so a negative prompt does nothing; search other words" for family in GUIDES_ITSELF},
-    ("DPODiff", "sd-turbo"): "With --model.sampler.guidance_scale 1, a negative prompt does nothing; give a value above 1",
-}  # fmt: skip
+    **{
+        ("DPODiff", family): "has guidance built in, so a negative prompt does nothing; search other words"
+        for family in GUIDES_ITSELF
+    },
+    (
+        "DPODiff",
+        "sd-turbo",
+    ): "With --model.sampler.guidance_scale 1, a negative prompt does nothing; give a value above 1",
+}
 FAMILIES = [
     "sd-turbo",
     "lcm",
@@ -63,10 +79,18 @@ FAMILIES = [
 
 
 DEFAULT = {
-    *REFUSED, ("PH2P", "sd3"), ("PEZ", "flux"), ("GCG", "sdxl"), ("TextualInversion", "sd3, T5"), ("ClipWords", "pixart"),
-    ("RandomTokens", "lcm"), ("DPODiff", "sd3"), ("MetricGuidance", "sd-turbo"), ("SeedInvariance", "flux-schnell"),
+    *REFUSED,
+    ("PH2P", "sd3"),
+    ("PEZ", "flux"),
+    ("GCG", "sdxl"),
+    ("TextualInversion", "sd3, T5"),
+    ("ClipWords", "pixart"),
+    ("RandomTokens", "lcm"),
+    ("DPODiff", "sd3"),
+    ("MetricGuidance", "sd-turbo"),
+    ("SeedInvariance", "flux-schnell"),
     ("HumanFeedback", "sdxl"),
-}  # fmt: skip
+}
 
 
 def params():
@@ -233,7 +257,7 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, image, 
         args += ["--model.chooser.wants", image]
     assert command("fit", tmp_path / "run", *args) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "run/result.json").read_text())
-    drawn = result["settings"]["drawing"]
+    drawn = result["settings"]["sampling"]
     assert result["settings"]["model"]["sampler"]["num_inference_steps"] is None
     assert drawn["num_inference_steps"] == FEW[family]
     assert drawn.get("rerank_steps") == (FEW[family] if config == "invert" else None)
@@ -248,13 +272,14 @@ def test_steps_of_the_model_are_what_a_setting_does_not_say(folders):
         load_backbone(folders(name), image_size=16) for name in ("sd-turbo", "flux-schnell", "flux")
     )
     for backbone, own, most in ((turbo, 1, 1), (schnell, 4, 4), (flux, 28, 10)):
-        drawing = [
+        generating = [
             DPODiff(backbone=backbone, negative=[]),
             SeedInvariance(backbone=backbone),
             HumanFeedback(backbone=backbone),
         ]
         assert [
-            method.sampler.num_inference_steps for method in [*drawing, MetricGuidance(backbone=backbone, **objective)]
+            method.sampler.num_inference_steps
+            for method in [*generating, MetricGuidance(backbone=backbone, **objective)]
         ] == [most] * 4
         inverter = PEZ(backbone=backbone, num_tokens=2)
         assert (inverter.sampler.num_inference_steps, inverter.rerank_steps) == (own, most)

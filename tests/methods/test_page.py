@@ -42,9 +42,16 @@ class Opened:
         while not self.stopped:
             images = [torch.rand(3, 16, 16) for _ in range(4)]
             places = torch.zeros(1, 2), torch.tensor([[0.0, 1], [1, 0], [1, 1]])
-            draw = images[1:].__getitem__
+            generate = images[1:].__getitem__
             answer = self.page.choose(
-                Round(PROMPT, images[:1], [PROMPT] * 3, *places, lambda i, _, draw=draw: draw(i), lambda: self.stopped)
+                Round(
+                    PROMPT,
+                    images[:1],
+                    [PROMPT] * 3,
+                    *places,
+                    lambda i, _, generate=generate: generate(i),
+                    lambda: self.stopped,
+                )
             )
             self.answers.append(answer)
 
@@ -147,17 +154,34 @@ def test_requests_that_are_not_the_pages_own_are_refused_and_change_nothing(open
     foreign = [
         [("Host", host)]
         for host in (
-            "example.com", f"example.com:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", f"127.0.0.1.example.com:{port}",
-            f"localhost.:{port}", f"0.0.0.0:{port}", f"[::1]:{port}", f"user@127.0.0.1:{port}", "", f"127.0.0.1:{port}0",
+            "example.com",
+            f"example.com:{port}",
+            "127.0.0.1",
+            f"127.0.0.1:{port + 1}",
+            f"127.0.0.1.example.com:{port}",
+            f"localhost.:{port}",
+            f"0.0.0.0:{port}",
+            f"[::1]:{port}",
+            f"user@127.0.0.1:{port}",
+            "",
+            f"127.0.0.1:{port}0",
         )
-    ]  # fmt: skip
+    ]
     foreign += [
         [("Host", opened.host), ("Origin", origin)]
         for origin in (
-            "null", "http://example.com", f"http://example.com:{port}", f"http://127.0.0.1:{port + 1}", "http://127.0.0.1",
-            f"https://{opened.host}", f"http://localhost:{port}", f"{own}.example.com", "", f"file://{opened.host}",
+            "null",
+            "http://example.com",
+            f"http://example.com:{port}",
+            f"http://127.0.0.1:{port + 1}",
+            "http://127.0.0.1",
+            f"https://{opened.host}",
+            f"http://localhost:{port}",
+            f"{own}.example.com",
+            "",
+            f"file://{opened.host}",
         )
-    ]  # fmt: skip
+    ]
     foreign += [
         [("Host", opened.host), ("Host", "example.com")],
         [("Host", opened.host), ("Origin", own), ("Origin", "null")],

@@ -116,9 +116,9 @@ class Inverter(PromptMethod):
         return cast("ImagesToPrompts", super().data)
 
     @property
-    def drawing(self) -> dict[str, Any]:
-        """How images are generated, including those of scoring; see `PromptMethod.drawing`."""
-        return {**super().drawing, **({"rerank_steps": self.rerank_steps} if self.trial else {})}
+    def sampling_settings(self) -> dict[str, Any]:
+        """How images are generated, including those of scoring; see `PromptMethod.sampling_settings`."""
+        return {**super().sampling_settings, **({"rerank_steps": self.rerank_steps} if self.trial else {})}
 
     # --- initial prompts
 
