@@ -141,7 +141,7 @@ def seed_invariance(prompts: str | Sequence[str], seed: int = 0, **settings: Any
     """
     if "target_seeds" in settings:
         raise UserError(
-            "seed_invariance takes seed instead of target_seeds; give for example seed=7, and call again for another seed."
+            "seed_invariance takes seed instead of target_seeds; give such as seed=7, and call again for another seed."
         )
     seed = plain("seed", seed)
     check_type("seed", seed, int)

@@ -202,7 +202,10 @@ CALLS = {
     "choose: number": (lambda: human_feedback("a", 3), "choose cannot be 3; it takes a function that returns a Choice"),
     "choose: no": (lambda: human_feedback("a", False), "choose cannot be False"),
     "choose: class": (lambda: human_feedback("a", Scripted), "choose cannot be the class Scripted"),
-    "chooser": (lambda: human_feedback("a", chooser=Scripted("a.png")), "human_feedback takes choose instead of chooser"),
+    "chooser": (
+        lambda: human_feedback("a", chooser=Scripted("a.png")),
+        "human_feedback takes choose instead of chooser",
+    ),
     "set by the method": (
         lambda: human_feedback("a", print, unconditional=True),
         "The setting 'unconditional' is unknown",

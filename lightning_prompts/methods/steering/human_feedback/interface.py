@@ -21,7 +21,8 @@ BUTTONS: dict[Action, str] = {
 }
 KEYS = """<script>
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input:not([type=radio]), textarea")) return;
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  if (event.target.closest("input:not([type=radio]), textarea")) return;
   const selected = document.querySelectorAll("#candidate input")[Number(event.key) - 1];
   const button = document.querySelector({m: "#move", o: "#others", u: "#undo", f: "#finish"}[event.key] || "#none");
   (selected || button)?.click();
