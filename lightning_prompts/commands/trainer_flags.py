@@ -38,7 +38,7 @@ UNSUPPORTED_FLAGS = {
     "check_val_every_n_epoch": _VALIDATION,
     "gradient_clip_val": _CLIPPING,
     "gradient_clip_algorithm": _CLIPPING,
-    "accumulate_grad_batches": "set samples per step with --data.num_noise_samples and per call with --model.microbatch",
+    "accumulate_grad_batches": "set samples per step with --data.num_noise_samples, per call with --model.microbatch",
     "reload_dataloaders_every_n_epochs": "a search has one epoch",
     "limit_test_batches": "test scores every prompt of the run",
     "limit_predict_batches": "predict generates images from every prompt of the run",

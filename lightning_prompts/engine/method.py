@@ -275,7 +275,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.batch.step(optimizer.step, loss, rows, self.manual_backward, clip)
 
     def log_step(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
-        """Log values of a step before a score of one of the problems `rows` (Q,), since reading them syncs the device."""
+        """Log values of a step before a score of one of `rows` (Q,), since reading them synchronizes the device."""
         if any((batch.steps[row] + 1) % self.score_every_n_steps == 0 for row in rows.tolist()):
             logged = {**values, **self.terms}
             self.log_dict({f"train/{name}": value.detach().mean() for name, value in logged.items()})
