@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """One step of the batch: the number of steps that each of P problems has taken, and the timesteps (P, N) of the denoising loss."""
+    """One step of the batch: the steps taken by each of P problems, and timesteps (P, N) of the denoising loss."""
 
     steps: Sequence[int]
     timesteps: Tensor
@@ -74,7 +74,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def folder(self) -> RunFolder:
-        """The run's folder."""
+        """Return the folder of the run."""
         trainer: pl.Trainer = self.trainer  # type: ignore[assignment]
         writes = num_sample_ranks(trainer) == 1 or trainer.is_global_zero
         return RunFolder(trainer.default_root_dir, writes, self.method.result_class)
@@ -97,7 +97,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def coming(self) -> Generator[Problem, None, None]:
-        """Yield this rank's problems in order, reading each when it is requested; those finished by an earlier run are left out."""
+        """Yield this rank's unfinished problems in order, and read each when it is requested."""
 
     @abstractmethod
     def find(self, records: Sequence[Problem]) -> None:
@@ -116,7 +116,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def part(self) -> tuple[int, int]:
-        """This rank's part of the problems and the number of parts; ranks that share each problem's samples have all of them."""
+        """Return this rank's part of the problems and the number of parts, which is 1 if ranks divide the samples."""
         if num_sample_ranks(self.trainer) > 1:  # type: ignore[arg-type]
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
@@ -182,15 +182,15 @@ class ProblemData(pl.LightningDataModule, ABC):
         self._coming.close()
 
     def teardown(self, stage: str) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead at the end."""
         self.stop()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead after an error."""
         self.stop()
 
     def resume(self, searched: dict[str, str]) -> None:
-        """Leave out the problems that a checkpoint resumes, given as names by key; the first may have been read already."""
+        """Leave out the problems that a checkpoint resumes, by key; the first may have been read already."""
         self.seen |= searched
         coming = self.arrivals
         self.arrivals = (problem for problem in coming if problem.key not in searched)
@@ -228,7 +228,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         return BatchLoader(self._own_keys(), self.method.batch_size, self.folder.read)
 
     def val_dataloader(self) -> BatchLoader[Problem] | list[BatchLoader[Problem]]:
-        """Return the records as `test` does, but nothing in `fit`, where Lightning would validate when the search is interrupted."""
+        """Return the records as `test` does; nothing in `fit`, where Lightning would validate after an interruption."""
         return [] if self.trainer.state.fn == "fit" else self.test_dataloader()  # type: ignore[union-attr]
 
     def predict_dataloader(self) -> BatchLoader[Problem | str]:
@@ -250,7 +250,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         return [record.key for place, record in enumerate(self.folder.with_prompt()) if self.owns(place)]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the timesteps of a step to the device; return records as they are, of which Lightning would copy each field."""
+        """Move the timesteps of a step to the device, and leave records as they are: Lightning would copy each field."""
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Step) else batch
 
 
