@@ -250,7 +250,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         return [record.key for place, record in enumerate(self.folder.with_prompt()) if self.owns(place)]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move the timesteps of a step to the device, and leave records as they are: Lightning would copy each field."""
+        """Move the timesteps of a step to the device, and keep records, of which Lightning would copy each field."""
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Step) else batch
 
 
