@@ -122,7 +122,8 @@ class Results(Checkpoint):
         """Write the files of the run, and print the results."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder: RunFolder = data.folder
-        if shown := data.unchanged(list(islice(folder.with_prompt(), MAX_SHOWN))):
+        first = list(islice(folder.with_prompt(), MAX_SHOWN))
+        if shown := data.unchanged(first, warn=not trainer.testing):  # `test_step` has warned
             module.write_figures(shown, folder)
             for problem in shown:
                 data.evict(problem)

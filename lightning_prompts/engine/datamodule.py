@@ -103,8 +103,8 @@ class ProblemData(pl.LightningDataModule, ABC):
     def find(self, records: Sequence[Problem]) -> None:
         """Set `index` of records to their place among the current inputs; -1 if they are not among them."""
 
-    def unchanged(self, problems: Sequence[Problem]) -> list[Problem]:
-        """Return the problems whose inputs are still those that were searched; warn about the others."""
+    def unchanged(self, problems: Sequence[Problem], warn: bool = True) -> list[Problem]:
+        """Return the problems whose inputs are still those that were searched; by default warn about the others."""
         return list(problems)
 
     def evict(self, problem: Problem) -> None:
