@@ -40,16 +40,8 @@ def test_results_equal_those_of_the_command_line(tiny, image_folder, tmp_path, c
     found = invert(sorted(image_folder.iterdir()), method="ph2p", backbone=tiny, image_seeds=(3, 4), **SHORT)
     assert capsys.readouterr() == ("", "")
     run = tmp_path / "run"
-    how = [
-        "--model.backbone",
-        tiny,
-        "--model.steps",
-        "2",
-        "--model.sampler.num_inference_steps",
-        "2",
-        "--trainer.accelerator",
-        "cpu",
-    ]
+    short = "--model.steps 2 --model.sampler.num_inference_steps 2 --trainer.accelerator cpu"
+    how = f"--model.backbone {tiny} {short}".split()
     main(["fit", "--config", "configs/ph2p.yaml", "--data.images", str(image_folder), *how, "--run", str(run)])
     problems = json.loads((run / "result.json").read_text())["problems"]
     assert [result.prompt for result in found] == [problem["prompt"] for problem in problems]
@@ -168,9 +160,15 @@ def test_inside_another_trainer(tiny, first, tmp_path):
         pl.seed_everything(1, verbose=False)
         outer = Outer(ask)
         trainer = pl.Trainer(
-            max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu", num_sanity_val_steps=0,
-            default_root_dir=tmp_path, enable_model_summary=False,
-        )  # fmt: skip
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            accelerator="cpu",
+            num_sanity_val_steps=0,
+            default_root_dir=tmp_path,
+            enable_model_summary=False,
+        )
         trainer.fit(outer, torch.randn(4, 3, 4), torch.randn(1, 3, 4))
         assert trainer.global_step == 4
         return outer, [random.random(), np.random.rand(), torch.rand(()).item()]
@@ -225,7 +223,8 @@ import sys
 import lightning_prompts
 assert not {{"torch", "pytorch_lightning"}} & set(sys.modules)
 from lightning_prompts import invert
-assert invert({str(first)!r}, method="pez", backbone={tiny!r}, steps=1, sampler={{"num_inference_steps": 1}}, device="cpu").prompt
+how = {{"backbone": {tiny!r}, "sampler": {{"num_inference_steps": 1}}, "device": "cpu"}}
+assert invert({str(first)!r}, method="pez", steps=1, **how).prompt
 print(sorted({{"gradio", "tensorboard", "nltk", "diffusers.pipelines.flux"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
@@ -312,9 +311,17 @@ def test_python_values(tiny, first, tmp_path):
         str(first), method="pez", backbone=tiny, lr=0.5, timestep_range=[100, 900], image_seeds=[0, 1], **SHORT
     )
     found = invert(
-        first, method="pez", backbone=Path(tiny), lr=torch.tensor(0.5), timestep_range=(np.int64(100), 900), image_seeds=range(2),
-        steps=np.int32(2), sampler={"num_inference_steps": torch.tensor(2)}, device=torch.device("cpu"), folder=str(tmp_path / "run"),
-    )  # fmt: skip
+        first,
+        method="pez",
+        backbone=Path(tiny),
+        lr=torch.tensor(0.5),
+        timestep_range=(np.int64(100), 900),
+        image_seeds=range(2),
+        steps=np.int32(2),
+        sampler={"num_inference_steps": torch.tensor(2)},
+        device=torch.device("cpu"),
+        folder=str(tmp_path / "run"),
+    )
     assert (found.prompt, found.record.validation_loss) == (plain.prompt, plain.record.validation_loss)
     assert len(found.images) == 2
 
@@ -397,7 +404,14 @@ def test_the_errors_of_a_function_are_its_own(tiny):
 
 
 def test_reasons_name_arguments(tiny):
-    found = human_feedback(["a red cat", "word " * 30], lambda question: Choice("finish"), backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu")  # fmt: skip
+    found = human_feedback(
+        ["a red cat", "word " * 30],
+        lambda question: Choice("finish"),
+        backbone=tiny,
+        sampler=SamplerSettings(1),
+        texts=6,
+        device="cpu",
+    )
     assert found[1].prompt == ""
     assert "--" not in found[1].record.reason
 

@@ -42,9 +42,11 @@ def refused(tmp_path, capsys):
 
 
 def command(tiny, image_folder, run):
-    return ["fit", "--run", str(run), "--model", "HillClimbing", "--model.backbone", tiny, "--model.num_tokens", "3", "--model.steps", "4",
-            "--model.sampler.num_inference_steps", "2", "--data.images", str(image_folder / "0.png"), "--data.num_noise_samples", "2",
-            "--trainer.accelerator", "cpu"]  # fmt: skip
+    return (
+        f"fit --run {run} --model HillClimbing --model.backbone {tiny} --model.num_tokens 3 --model.steps 4 "
+        f"--model.sampler.num_inference_steps 2 --data.images {image_folder / '0.png'} --data.num_noise_samples 2 "
+        "--trainer.accelerator cpu"
+    ).split()
 
 
 @pytest.mark.parametrize("plugin", [(), ("--plugin", "hill_climbing"), ("--plugin=hill_climbing",)])

@@ -31,9 +31,23 @@ pytestmark = pytest.mark.filterwarnings(
 
 RESULT_KEYS = {"schema_version", "method", "backbone", "seed", "settings", "versions", "problems"}
 PROBLEM_KEYS = {
-    "target", "key", "status", "reason", "prompt", "token_ids", "validation_loss", "clip_similarity", "heldout_clip_similarity",
-    "initial_validation_loss", "unet_samples", "seconds", "history", "clip_text_similarity", "diversity", "special_characters",
-}  # fmt: skip
+    "target",
+    "key",
+    "status",
+    "reason",
+    "prompt",
+    "token_ids",
+    "validation_loss",
+    "clip_similarity",
+    "heldout_clip_similarity",
+    "initial_validation_loss",
+    "unet_samples",
+    "seconds",
+    "history",
+    "clip_text_similarity",
+    "diversity",
+    "special_characters",
+}
 
 
 @pytest.fixture
@@ -41,19 +55,12 @@ def fit(tiny, image_folder, tmp_path):
     """Run `fit` on one image for two steps; later arguments take precedence."""
 
     def run(*more, method="PEZ", images=image_folder / "0.png"):
-        args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", method]
-        args += ["--model.backbone", tiny, "--model.num_tokens", "2", "--model.sampler.num_inference_steps", "2"]
-        args += [
-            "--data.images",
-            str(images),
-            "--model.steps",
-            "2",
-            "--data.num_noise_samples",
-            "1",
-            "--data.num_validation_samples",
-            "2",
-        ]
-        main([*args, *more])
+        command = (
+            f"fit --run {tmp_path / 'run'} --trainer.accelerator cpu --model {method} --model.backbone {tiny} "
+            f"--model.num_tokens 2 --model.sampler.num_inference_steps 2 --data.images {images} --model.steps 2 "
+            "--data.num_noise_samples 1 --data.num_validation_samples 2"
+        )
+        main([*command.split(), *more])
         return tmp_path / "run"
 
     return run
@@ -307,19 +314,10 @@ def spoil(path, how):
 @pytest.fixture
 def base(tiny, image_folder, tmp_path):
     """Return the arguments of a valid run."""
-    args = [
-        "fit",
-        "--run",
-        tmp_path / "run",
-        "--model",
-        "PEZ",
-        "--model.backbone",
-        tiny,
-        "--trainer.accelerator",
-        "cpu",
-    ]
-    args += ["--model.num_tokens", "2", "--data.images", image_folder / "0.png", "--model.steps", "1"]
-    return [str(arg) for arg in args]
+    return (
+        f"fit --run {tmp_path / 'run'} --model PEZ --model.backbone {tiny} --trainer.accelerator cpu "
+        f"--model.num_tokens 2 --data.images {image_folder / '0.png'} --model.steps 1"
+    ).split()
 
 
 @pytest.mark.parametrize("how", ["missing", "text", "truncated", "1x1", "60,000 x 60,000", "empty file", "folder"])
@@ -349,7 +347,10 @@ def test_bad_image_is_refused(base, image_folder, capsys, how):
         (["--model.lr", "-1"], ["--model.lr cannot be -1", "a finite number above 0"]),
         (["--model.lr", "0"], "--model.lr cannot be 0"),
         (["--model.lr", "inf"], "--model.lr cannot be inf"),
-        (["--model.sampler.guidance_scale", ".nan"], "--model.sampler.guidance_scale cannot be nan; it takes a finite number"),
+        (
+            ["--model.sampler.guidance_scale", ".nan"],
+            "--model.sampler.guidance_scale cannot be nan; it takes a finite number",
+        ),
         (["--model.lr", "fast"], ["--model.lr cannot be fast", "a finite number above 0"]),
         (["--data.background", "[300, 0, 0]"], ["--data.background cannot be 300", "whole numbers from 0 to 255"]),
         (["--data.background", "[0, -1, 0]"], "--data.background cannot be -1"),
@@ -397,7 +398,7 @@ def test_bad_image_is_refused(base, image_folder, capsys, how):
         (["--model.backbone", "nobody/nothing", "--model.backbone.offline", "true"], "nobody/nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)  # fmt: skip
+)
 def test_bad_setting_is_refused(base, tmp_path, capsys, settings, names):
     given = [base[0], *settings, *base[3:]] if "--run" in settings else [*base, *settings]
     refused(capsys, *given, names=names)

@@ -67,17 +67,24 @@ def test_a_fitted_size_stays_when_a_search_resumes(tiny, tmp_path, monkeypatch):
     sizes = []
     for path, steps in ((None, 2), ("last", 4)):
         module = MetricGuidance(
-            backbone=tiny, microbatch=None, sampler=SamplerSettings(2), objective=Sharpness(), seeds=4, steps=steps, log_images_every_n_steps=0
-        )  # fmt: skip
+            backbone=tiny,
+            microbatch=None,
+            sampler=SamplerSettings(2),
+            objective=Sharpness(),
+            seeds=4,
+            steps=steps,
+            log_images_every_n_steps=0,
+        )
         if path is None:
             too_small(monkeypatch, module.backbone, 6)
         else:
             path = last_checkpoint(tmp_path / "checkpoints")
         checkpoint = PromptCheckpoint(tmp_path / "checkpoints")
         trainer = pl.Trainer(
-            **TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path, "enable_checkpointing": True},
+            **TRAINER
+            | {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path, "enable_checkpointing": True},
             callbacks=[checkpoint],
-        )  # fmt: skip
+        )
         trainer.fit(module, datamodule=Prompts(**data), ckpt_path=path)
         sizes.append(module.microbatch.size)
     assert sizes == [2, 2]

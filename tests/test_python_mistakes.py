@@ -161,7 +161,10 @@ CALLS = {
     "prompts: none": (lambda: dpo_diff(None), "prompts cannot be None; it takes a text or a list, each item a text."),
     "prompts: number": (lambda: seed_invariance(3), "prompts cannot be 3"),
     "prompts: bytes": (lambda: dpo_diff(b"a"), "prompts cannot be of type bytes"),
-    "prompts: empty": (lambda: metric_guidance(" ", Sharpness()), "A prompt is empty; write what the image should show."),
+    "prompts: empty": (
+        lambda: metric_guidance(" ", Sharpness()),
+        "A prompt is empty; write what the image should show.",
+    ),
     "prompts: one empty": (lambda: dpo_diff(["a", ""]), "A prompt is empty"),
     "prompts: no prompt": (lambda: dpo_diff([]), "No prompts were given; give prompts a text"),
     "prompts: none in a list": (lambda: dpo_diff(["a", None]), "prompts cannot be ['a', None]"),
@@ -173,22 +176,40 @@ CALLS = {
     "task: none": (lambda: dpo_diff("a", task=None), "task cannot be None"),
     "sources": (lambda: dpo_diff("a", positive="neighbors"), "positive cannot be 'neighbors'; it takes a list"),
     "source": (lambda: dpo_diff("a", positive=["dictionary"]), "positive cannot be ['dictionary']"),
-    "objective: class": (lambda: metric_guidance("a", Sharpness), "cannot be the class Sharpness; it takes an Objective"),
-    "objective: name": (lambda: metric_guidance("a", "Sharpness"), "objective cannot be 'Sharpness'; it takes an Objective"),
+    "objective: class": (
+        lambda: metric_guidance("a", Sharpness),
+        "cannot be the class Sharpness; it takes an Objective",
+    ),
+    "objective: name": (
+        lambda: metric_guidance("a", "Sharpness"),
+        "objective cannot be 'Sharpness'; it takes an Objective",
+    ),
     "objective: none": (lambda: metric_guidance("a", None), "objective cannot be None"),
-    "objective: function": (lambda: metric_guidance("a", lambda images: images), "objective cannot be of type function"),
+    "objective: function": (
+        lambda: metric_guidance("a", lambda images: images),
+        "objective cannot be of type function",
+    ),
     "objective: no objective": (lambda: metric_guidance("a", []), "objective must name at least one metric"),
     "objective: number": (lambda: metric_guidance("a", [Sharpness(), 3]), "a list with items of type Sharpness, int"),
     "seed: text": (lambda: seed_invariance("a", seed="3"), "The setting seed cannot be '3'; it takes a whole number."),
     "seed: yes": (lambda: seed_invariance("a", seed=True), "The setting seed cannot be True"),
-    "seed: negative": (lambda: seed_invariance("a", seed=-1), "seed takes whole numbers from 0 to 18446744073709551615, not -1."),
+    "seed: negative": (
+        lambda: seed_invariance("a", seed=-1),
+        "seed takes whole numbers from 0 to 18446744073709551615, not -1.",
+    ),
     "seeds": (lambda: seed_invariance("a", target_seeds=[1, 2]), "target_seeds is set by seed"),
-    "target seeds": (lambda: search("seed_invariance", {"prompts": "a", "target_seeds": [-1]}), "target_seeds takes whole"),
+    "target seeds": (
+        lambda: search("seed_invariance", {"prompts": "a", "target_seeds": [-1]}),
+        "target_seeds takes whole",
+    ),
     "choose: number": (lambda: human_feedback("a", 3), "choose cannot be 3; it takes a function that returns a Choice"),
     "choose: no": (lambda: human_feedback("a", False), "choose cannot be False"),
     "choose: class": (lambda: human_feedback("a", Scripted), "choose cannot be the class Scripted"),
     "chooser": (lambda: human_feedback("a", chooser=Scripted("a.png")), "The setting chooser is set by choose"),
-    "set by the method": (lambda: human_feedback("a", print, unconditional=True), "The setting 'unconditional' is unknown"),
+    "set by the method": (
+        lambda: human_feedback("a", print, unconditional=True),
+        "The setting 'unconditional' is unknown",
+    ),
     "config": (lambda: search("../pez", {}), "The config '../pez' is unknown; give one of clip_words, dpo_diff"),
     "config: number": (lambda: search(3, {}), "The config 3 is unknown"),
     "settings": (lambda: search("pez", None), "Settings cannot be None; give a dictionary"),
@@ -196,9 +217,15 @@ CALLS = {
     "settings: no images": (lambda: search("pez", {}), "images must be given"),
     "settings: images": (lambda: search("pez", {"images": 3}), "images cannot be 3; it takes a text or a list"),
     "load: number": (lambda: load_backbone(3), "The setting name cannot be 3; it takes a text."),
-    "load: precision": (lambda: load_backbone("emoji", dtype="int8"), "dtype cannot be 'int8'; it takes one of 'float32'"),
-    "load: size": (lambda: load_backbone("emoji", image_size="64"), "image_size cannot be '64'; it takes a whole number"),
-}  # fmt: skip
+    "load: precision": (
+        lambda: load_backbone("emoji", dtype="int8"),
+        "dtype cannot be 'int8'; it takes one of 'float32'",
+    ),
+    "load: size": (
+        lambda: load_backbone("emoji", image_size="64"),
+        "image_size cannot be '64'; it takes a whole number",
+    ),
+}
 
 
 @pytest.fixture(autouse=True)

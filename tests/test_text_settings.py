@@ -15,10 +15,19 @@ TEXTS = [
     "style: watercolor, a dog",
     "a: b: c",
     *("null", "~", "true", "1.5", "0x10", "2024-01-01", "-5", "inf"),
-    *("- a", "[a]", "[a, b", "{a: b}", "{", '{"class_path": "x"}', '{"data": {"init_args": {"prompts": "x"}}}', "(a:1.2), [b]"),
+    *(
+        "- a",
+        "[a]",
+        "[a, b",
+        "{a: b}",
+        "{",
+        '{"class_path": "x"}',
+        '{"data": {"init_args": {"prompts": "x"}}}',
+        "(a:1.2), [b]",
+    ),
     *("# one", "a # b", "*x", "&x", "!x", "@x", "`x", "%x", "|", "> x", "=x", "a=b", "$HOME", "${x}"),
     *("'a'", '"a"', "it's", 'say "x"', r"a\nb", "a\\", "a\nb", "a\tb", " a ", "ä 🚗 \u2028\x85", "\x07", "x" * 5000),
-]  # fmt: skip
+]
 NULLS = ("~", "# one", "&x", "")
 
 
@@ -148,19 +157,7 @@ def test_list_that_yaml_alone_would_read_is_refused(capsys):
 
 
 def test_what_is_no_text_stays():
-    args = [
-        "fit",
-        "--config",
-        "x.yaml",
-        "--data",
-        "Prompts",
-        "--data.seed",
-        "3",
-        "--model.lr=1",
-        "--data.prompts+",
-        "a",
-        "--run",
-    ]
+    args = "fit --config x.yaml --data Prompts --data.seed 3 --model.lr=1 --data.prompts+ a --run".split()
     settings = {"data": text_settings(ProblemData), "model": text_settings(PromptMethod)}
     assert keep_texts(args, settings) == args
     for missing in (

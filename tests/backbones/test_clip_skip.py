@@ -49,9 +49,14 @@ def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
     backbone, pipeline = load_backbone(folders[family], clip_skip=skip, image_size=16), pipeline_of(folders[family])
     more = {"sdxl": {"prompt_2": None}, "sd3": {"prompt_2": None, "prompt_3": None}}.get(family, {})
     found = pipeline.encode_prompt(
-        TEXTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=["blurry", "dark"],
-        clip_skip=skip, **more,
-    )  # fmt: skip
+        TEXTS,
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=["blurry", "dark"],
+        clip_skip=skip,
+        **more,
+    )
     prompt, negative = (
         found if len(found) == 2 else (backbone.join(found[0], found[2]), backbone.join(found[1], found[3]))
     )
@@ -118,19 +123,7 @@ def test_refused_beyond_the_layers(family, folders):
 def test_command_refuses_what_is_no_number_of_layers(capsys, tmp_path):
     for value in ("0", "-1", "x"):
         with pytest.raises(SystemExit) as stop:
-            main(
-                [
-                    "fit",
-                    "--run",
-                    str(tmp_path),
-                    "--model",
-                    "PH2P",
-                    "--data.images",
-                    "x.png",
-                    "--model.backbone.clip_skip",
-                    value,
-                ]
-            )
+            main(f"fit --run {tmp_path} --model PH2P --data.images x.png --model.backbone.clip_skip {value}".split())
         assert stop.value.code == 2
         assert "--model.backbone.clip_skip" in capsys.readouterr().err
 

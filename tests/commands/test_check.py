@@ -76,7 +76,10 @@ def test_verdict_on_a_share_accounts_for_chance():
 
 
 def test_signal_to_noise_of_known_gradients():
-    """The ratio grows with the square root of the number of independent samples; differences between strata lower only single samples'."""
+    """The ratio grows with the square root of the number of independent samples.
+
+    Differences between strata lower only the ratio of single samples.
+    """
     draw = torch.Generator().manual_seed(0)
     mean = torch.zeros(1000)
     mean[0] = 10.0
@@ -131,8 +134,13 @@ def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monke
 
 
 def test_what_is_written_keeps_the_settings_and_takes_the_suggestion():
-    given = {"model": {"class_path": "PH2P", "init_args": {"backbone": {"name": "emoji"}, "microbatch": 16, "lr": 0.1}},
-             "data": {"class_path": "ImagesToPrompts", "init_args": {"images": "a: b.png", "num_noise_samples": 2, "timestep_range": [0, 9]}}}  # fmt: skip
+    given = {
+        "model": {"class_path": "PH2P", "init_args": {"backbone": {"name": "emoji"}, "microbatch": 16, "lr": 0.1}},
+        "data": {
+            "class_path": "ImagesToPrompts",
+            "init_args": {"images": "a: b.png", "num_noise_samples": 2, "timestep_range": [0, 9]},
+        },
+    }
     content = yaml.safe_load(config_with(given, Suggestion((450, 850), 4, 8)))
     assert content["model"]["init_args"] == {"backbone": {"name": "emoji"}, "microbatch": 8, "lr": 0.1}
     assert content["data"]["init_args"] == {"images": "a: b.png", "num_noise_samples": 4, "timestep_range": [450, 850]}

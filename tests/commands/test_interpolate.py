@@ -19,11 +19,12 @@ ENDS = ["a small cat on a blue background", "two dogs beside a large tree"]
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("between") / "run"
-    main([
-        "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "MetricGuidance", "--model.backbone", tiny,
-        "--model.objective", "Sharpness", "--model.sampler.num_inference_steps", "3", "--model.seeds", "1", "--model.steps", "2",
-        "--model.lr", "0.05", "--data", "Prompts", "--data.prompts", json.dumps(ENDS),
-    ])  # fmt: skip
+    command = (
+        f"fit --run {folder} --trainer.accelerator cpu --model MetricGuidance --model.backbone {tiny} "
+        "--model.objective Sharpness --model.sampler.num_inference_steps 3 --model.seeds 1 --model.steps 2 "
+        "--model.lr 0.05 --data Prompts --data.prompts"
+    )
+    main([*command.split(), json.dumps(ENDS)])
     return folder
 
 

@@ -115,8 +115,12 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, image_folde
     monkeypatch.setattr(cli.CLI, "_prepare_fit", prepared)
     images = str(image_folder) if given == 3 else str(image_folder / "0.png")
     with pytest.raises(Reached):
-        main(["fit", "--config", "configs/pez.yaml", "--data.images", images, "--run", "x", "--trainer.accelerator", "cpu",
-              "--trainer.devices", "2", "--trainer.strategy", strategy])  # fmt: skip
+        main(
+            (
+                f"fit --config configs/pez.yaml --data.images {images} --run x --trainer.accelerator cpu "
+                f"--trainer.devices 2 --trainer.strategy {strategy}"
+            ).split()
+        )
     assert seen == [(chosen, parts)]
     assert ("1 of 2 processes have nothing to do" in caplog.text) == (strategy == "problems")
 
@@ -143,9 +147,11 @@ def test_ranks_that_see_different_files(other, told, tiny, image_folder, tmp_pat
 
 
 def test_all_differences_from_an_earlier_run_are_told(tiny, image_folder, tmp_path, capsys):
-    args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", tiny,
-            "--model.num_tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(image_folder), "--model.steps", "1",
-            "--data.num_validation_samples", "1"]  # fmt: skip
+    args = (
+        f"fit --run {tmp_path / 'run'} --trainer.accelerator cpu --model PEZ --model.backbone {tiny} "
+        f"--model.num_tokens 2 --model.sampler.num_inference_steps 2 --data.images {image_folder} --model.steps 1 "
+        "--data.num_validation_samples 1"
+    ).split()
     main(args)
     with pytest.raises(SystemExit):
         main([*args, "--ckpt_path", "last", "--model.lr", "0.5", "--data.seed", "3"])

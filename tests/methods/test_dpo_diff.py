@@ -140,7 +140,10 @@ def test_step_is_rmsprop_with_momentum_on_a_clipped_gradient(attached):
 
 
 def drawn(backbone, sides, noise, guidance, before, held=None, grad_steps=1, steps=5):
-    """Run a slow DDIM (eta 0); return the latents before call `before`, or from those, the image after `grad_steps` more calls."""
+    """Run a slow DDIM (eta 0).
+
+    Return the latents before call `before`, or from those, the image after `grad_steps` more calls.
+    """
     scheduler = DDIMScheduler.from_config(backbone.scheduler.config)
     scheduler.set_timesteps(steps)
     latents = noise if held is None else held
@@ -520,12 +523,12 @@ def test_malformed_schedules_are_refused(schedule):
 
 
 def run(tiny, folder, *extra):
-    return [
-        "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "DPODiff", "--model.backbone", tiny,
-        "--model.sampler.num_inference_steps", "3", "--model.schedule", "fix-1", "--model.seeds", "2", "--model.budget", "8",
-        "--model.population", "3", "--model.elites", "2", "--model.log_images_every_n_steps", "0", "--data", "Prompts", "--data.prompts",
-        *(extra or [json.dumps(PROMPTS)]),
-    ]  # fmt: skip
+    command = (
+        f"fit --run {folder} --trainer.accelerator cpu --model DPODiff --model.backbone {tiny} "
+        "--model.sampler.num_inference_steps 3 --model.schedule fix-1 --model.seeds 2 --model.budget 8 "
+        "--model.population 3 --model.elites 2 --model.log_images_every_n_steps 0 --data Prompts --data.prompts"
+    )
+    return [*command.split(), *(extra or [json.dumps(PROMPTS)])]
 
 
 def problems(folder):
@@ -694,21 +697,9 @@ def test_other_data_is_refused(tiny, tmp_path, capsys):
         ("PEZ", "Prompts", "--data ImagesToPrompts"),
     ):
         given = ["--data.prompts", "a dog"] if data == "Prompts" else ["--data.images", str(tmp_path / "a.png")]
+        command = f"fit --run {tmp_path / 'run'} --model {model} --model.backbone {tiny} --data {data}"
         with pytest.raises(SystemExit) as stop:
-            main(
-                [
-                    "fit",
-                    "--run",
-                    str(tmp_path / "run"),
-                    "--model",
-                    model,
-                    "--model.backbone",
-                    tiny,
-                    "--data",
-                    data,
-                    *given,
-                ]
-            )
+            main([*command.split(), *given])
         assert stop.value.code == 2
         assert told in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Text encoders that are not searched, CLIPs with another vocabulary, and tables whose length differs from the tokenizer's."""
+"""Text encoders that are not searched, CLIPs with other vocabularies, and tables with too few rows."""
 
 import logging
 import shutil
@@ -55,7 +55,7 @@ def samples_of(module, problems):
 
 @pytest.mark.parametrize(("family", "vocabulary"), [("flux", None), ("sd3", None), ("sd3", "t5")])
 def test_textual_inversion_has_one_loss(family, vocabulary, folders, image_folder, read, tmp_path):
-    """Encoders that are not searched read the pseudo-word as it is written, in the search, for scoring and for images."""
+    """Encoders that are not searched read the pseudo-word as written: in the search, for scoring and for images."""
     module = TextualInversion(
         backbone=BackboneSettings(folders(family), image_size=16, vocabulary=vocabulary),
         lr=0.05,
@@ -150,7 +150,10 @@ def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
 
 @pytest.mark.parametrize(("family", "method"), [("sd3", GCG), ("flux", GCG), ("sd3", PEZ), ("sdxl", PEZ)])
 def test_search_and_scoring_read_one_text(family, method, folders, image_folder, tmp_path):
-    """CLIP's tokens lose a template's capitals, which T5 reads; the second CLIP of SDXL and SD3 reads "!" as padding."""
+    """CLIP's tokens lose a template's capitals, which T5 reads.
+
+    The second CLIP of SDXL and SD3 reads "!" as padding.
+    """
     module = method(backbone=BackboneSettings(folders(family), image_size=16), template="A Red {} Background!", **SMALL)
     problems = fit(module, image_folder, tmp_path)
     rows, samples = samples_of(module, problems)
@@ -327,7 +330,10 @@ def test_tokens_that_the_encoders_of_one_model_read_differently_are_not_allowed(
 def test_tokens_without_a_row_are_refused(shorter, image_folder, tmp_path):
     backbone = load_backbone(shorter)
     assert (len(backbone.vocabulary.tokenizer), backbone.vocabulary.rows) == (555, 554)
-    sentence = r"The text '.*<sks>.*' contains the token '<sks>', for which the text encoder's table of 554 rows has no embedding; "
+    sentence = (
+        r"The text '.*<sks>.*' contains the token '<sks>', for which the text encoder's table of 554 rows has no "
+        "embedding; "
+    )
     how = {"backbone": backbone, "device": "cpu"}
     for refused in (
         lambda: backbone.encode_text(["a red <sks> cat"]),

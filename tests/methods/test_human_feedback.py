@@ -210,12 +210,13 @@ def test_steps_end_a_search(tiny, tmp_path):
 
 def test_results_hold_the_moves_and_no_metric(tiny, tmp_path, clip_file):
     run = tmp_path / "run"
-    main([
-        "fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "HumanFeedback", "--model.backbone", tiny,
-        "--model.sampler.num_inference_steps", "2", "--model.seeds", "1", "--model.steps", "6", "--model.texts", "8",
-        "--model.chooser", "Scripted", "--model.chooser.wants", str(clip_file), "--model.chooser.strengths", "[0.5, 1.0]",
-        "--data", "Prompts", "--data.prompts", PROMPT,
-    ])  # fmt: skip
+    command = (
+        f"fit --run {run} --trainer.accelerator cpu --model HumanFeedback --model.backbone {tiny} "
+        "--model.sampler.num_inference_steps 2 --model.seeds 1 --model.steps 6 --model.texts 8 "
+        f"--model.chooser Scripted --model.chooser.wants {clip_file} --model.chooser.strengths [0.5,1.0] "
+        "--data Prompts --data.prompts"
+    )
+    main([*command.split(), PROMPT])
     (problem,) = json.loads((run / "result.json").read_text())["problems"]
     assert "metric_before" not in problem
     (record,) = (json.loads(file.read_text()) for file in (run / "problems").glob("*.json"))
@@ -327,11 +328,12 @@ class Run:
     """A run with a page, in a process of its own."""
 
     def __init__(self, tiny, folder, *more):
-        arguments = [
-            "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "HumanFeedback", "--model.backbone", tiny,
-            "--model.sampler.num_inference_steps", "2", "--model.seeds", "1", "--model.texts", "20", "--model.chooser", "Page",
-            "--model.chooser.show", "false", "--data", "Prompts", "--data.prompts", PROMPT, *more,
-        ]  # fmt: skip
+        command = (
+            f"fit --run {folder} --trainer.accelerator cpu --model HumanFeedback --model.backbone {tiny} "
+            "--model.sampler.num_inference_steps 2 --model.seeds 1 --model.texts 20 --model.chooser Page "
+            "--model.chooser.show false --data Prompts --data.prompts"
+        )
+        arguments = [*command.split(), PROMPT, *more]
         self.temporary = folder.parent / "temporary"
         self.temporary.mkdir(exist_ok=True)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(self.temporary)}
@@ -361,7 +363,8 @@ def wait_for_question(page, move):
     """Wait until there are five candidates to choose from."""
     page.wait_for_function(
         """move => document.querySelector('#status')?.innerText.includes(`after move ${move}: which`)
-        && document.querySelectorAll('#candidates img').length == 5 && document.querySelectorAll('#candidate input').length == 5
+        && document.querySelectorAll('#candidates img').length == 5
+        && document.querySelectorAll('#candidate input').length == 5
         && !document.querySelector('#go').disabled""",
         arg=move,
         timeout=30_000,

@@ -208,7 +208,7 @@ def test_score_is_of_the_text(hard, tiny, image_folder, tmp_path):
 
 @pytest.mark.parametrize("guidance", [1, 3])
 def test_trials_are_what_the_pipeline_draws(guidance, tiny, image_folder, tmp_path):
-    """With a weight on them, what a person draws with diffusers, and a plain CLIP finds, is added to the same prompt's loss."""
+    """With a weight, the CLIP similarity of images that diffusers samples is added to the prompt's loss."""
     module = PEZ(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance))
     plain = search(module, [image_folder], tmp_path / "plain", steps=1)
     trial = {"rerank_weight": 0.5, "rerank_images": 2, "rerank_steps": 3}

@@ -36,20 +36,36 @@ METHODS = {
     "ClipWords": IMAGE,
     "RandomTokens": IMAGE,
     "DPODiff": {
-        "--data.prompts": PROMPT, "--model.budget": "4", "--model.population": "1", "--model.elites": "1", "--model.seeds": "1",
-        "--model.gradient_share": "0.5", "--model.schedule": "fix-0", "--model.positive": "[neighbors]", "--model.negative": "[library]",
+        "--data.prompts": PROMPT,
+        "--model.budget": "4",
+        "--model.population": "1",
+        "--model.elites": "1",
+        "--model.seeds": "1",
+        "--model.gradient_share": "0.5",
+        "--model.schedule": "fix-0",
+        "--model.positive": "[neighbors]",
+        "--model.negative": "[library]",
     },
     "MetricGuidance": {**PROMPTED, "--model.objective": "Sharpness"},
     "SeedInvariance": {**PROMPTED, "--model.seeds_per_step": "1"},
     "HumanFeedback": {
-        "--data.prompts": PROMPT, "--model.chooser": "Scripted", "--model.texts": "6", "--model.candidates": "3",
+        "--data.prompts": PROMPT,
+        "--model.chooser": "Scripted",
+        "--model.texts": "6",
+        "--model.candidates": "3",
     },
-}  # fmt: skip
+}
 GUIDES_ITSELF = ("lcm", "flux", "flux-schnell")
 REFUSED = {
-    **{("DPODiff", family): "has guidance built in, so a negative prompt does nothing; search other words" for family in GUIDES_ITSELF},
-    ("DPODiff", "sd-turbo"): "With --model.sampler.guidance_scale 1, a negative prompt does nothing; give a value above 1",
-}  # fmt: skip
+    **{
+        ("DPODiff", family): "has guidance built in, so a negative prompt does nothing; search other words"
+        for family in GUIDES_ITSELF
+    },
+    (
+        "DPODiff",
+        "sd-turbo",
+    ): "With --model.sampler.guidance_scale 1, a negative prompt does nothing; give a value above 1",
+}
 FAMILIES = [
     "sd-turbo",
     "lcm",
@@ -63,10 +79,18 @@ FAMILIES = [
 
 
 DEFAULT = {
-    *REFUSED, ("PH2P", "sd3"), ("PEZ", "flux"), ("GCG", "sdxl"), ("TextualInversion", "sd3, T5"), ("ClipWords", "pixart"),
-    ("RandomTokens", "lcm"), ("DPODiff", "sd3"), ("MetricGuidance", "sd-turbo"), ("SeedInvariance", "flux-schnell"),
+    *REFUSED,
+    ("PH2P", "sd3"),
+    ("PEZ", "flux"),
+    ("GCG", "sdxl"),
+    ("TextualInversion", "sd3, T5"),
+    ("ClipWords", "pixart"),
+    ("RandomTokens", "lcm"),
+    ("DPODiff", "sd3"),
+    ("MetricGuidance", "sd-turbo"),
+    ("SeedInvariance", "flux-schnell"),
     ("HumanFeedback", "sdxl"),
-}  # fmt: skip
+}
 
 
 def params():

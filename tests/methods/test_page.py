@@ -154,17 +154,34 @@ def test_requests_that_are_not_the_pages_own_are_refused_and_change_nothing(open
     foreign = [
         [("Host", host)]
         for host in (
-            "example.com", f"example.com:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", f"127.0.0.1.example.com:{port}",
-            f"localhost.:{port}", f"0.0.0.0:{port}", f"[::1]:{port}", f"user@127.0.0.1:{port}", "", f"127.0.0.1:{port}0",
+            "example.com",
+            f"example.com:{port}",
+            "127.0.0.1",
+            f"127.0.0.1:{port + 1}",
+            f"127.0.0.1.example.com:{port}",
+            f"localhost.:{port}",
+            f"0.0.0.0:{port}",
+            f"[::1]:{port}",
+            f"user@127.0.0.1:{port}",
+            "",
+            f"127.0.0.1:{port}0",
         )
-    ]  # fmt: skip
+    ]
     foreign += [
         [("Host", opened.host), ("Origin", origin)]
         for origin in (
-            "null", "http://example.com", f"http://example.com:{port}", f"http://127.0.0.1:{port + 1}", "http://127.0.0.1",
-            f"https://{opened.host}", f"http://localhost:{port}", f"{own}.example.com", "", f"file://{opened.host}",
+            "null",
+            "http://example.com",
+            f"http://example.com:{port}",
+            f"http://127.0.0.1:{port + 1}",
+            "http://127.0.0.1",
+            f"https://{opened.host}",
+            f"http://localhost:{port}",
+            f"{own}.example.com",
+            "",
+            f"file://{opened.host}",
         )
-    ]  # fmt: skip
+    ]
     foreign += [
         [("Host", opened.host), ("Host", "example.com")],
         [("Host", opened.host), ("Origin", own), ("Origin", "null")],

@@ -90,16 +90,30 @@ def models(tmp_path_factory):
 
 
 def pixart(flux, folder):
-    """Create PixArt-Sigma XL 2 1024 MS as documented, with reduced width and depth, and the T5 that it shares with FLUX."""
+    """Create PixArt-Sigma XL 2 1024 MS as documented, with reduced width and depth, and the T5 of FLUX."""
     import diffusers
     import transformers
 
     torch.manual_seed(0)
     transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=16, num_attention_heads=2, in_channels=4, out_channels=8,
-        caption_channels=64, cross_attention_dim=32, attention_bias=True, activation_fn="gelu-approximate", interpolation_scale=2,
-        norm_elementwise_affine=False, norm_eps=1e-6, norm_type="ada_norm_single", num_embeds_ada_norm=1000, use_additional_conditions=False,
-    )  # fmt: skip
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        caption_channels=64,
+        cross_attention_dim=32,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        interpolation_scale=2,
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        norm_type="ada_norm_single",
+        num_embeds_ada_norm=1000,
+        use_additional_conditions=False,
+    )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(32,) * 4, latent_channels=4, sample_size=64, scaling_factor=0.13025, force_upcast=True,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,

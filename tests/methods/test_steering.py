@@ -237,11 +237,12 @@ def test_settings_that_make_no_search_are_refused(tiny):
 
 
 def run(tiny, folder, *extra):
-    return [
-        "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "MetricGuidance", "--model.backbone", tiny,
-        "--model.objective", "Sharpness", "--model.sampler.num_inference_steps", "3", "--model.seeds", "2", "--model.steps", "4",
-        "--model.lr", "0.05", "--model.log_images_every_n_steps", "0", "--data", "Prompts", "--data.prompts", json.dumps(PROMPTS), *extra,
-    ]  # fmt: skip
+    command = (
+        f"fit --run {folder} --trainer.accelerator cpu --model MetricGuidance --model.backbone {tiny} "
+        "--model.objective Sharpness --model.sampler.num_inference_steps 3 --model.seeds 2 --model.steps 4 "
+        "--model.lr 0.05 --model.log_images_every_n_steps 0 --data Prompts --data.prompts"
+    )
+    return [*command.split(), json.dumps(PROMPTS), *extra]
 
 
 def problems(folder):
@@ -332,8 +333,13 @@ def test_diffusers_draws_what_we_draw(finished, tiny):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     told = embeds[f"{key}.prompt_embeds"]
     theirs = pipeline(
-        prompt_embeds=told[None], negative_prompt="", latents=noise, num_inference_steps=3, guidance_scale=7.5, output_type="pt"
-    ).images[0]  # fmt: skip
+        prompt_embeds=told[None],
+        negative_prompt="",
+        latents=noise,
+        num_inference_steps=3,
+        guidance_scale=7.5,
+        output_type="pt",
+    ).images[0]
     main(["predict", "--run", str(finished), "--seeds", "5", "--trainer.accelerator", "cpu"])
     with Image.open(finished / "images" / f"{key}-seed5.png") as image:
         ours = torch.tensor(list(image.getdata())).view(16, 16, 3).permute(2, 0, 1) / 255

@@ -46,7 +46,10 @@ def cache(monkeypatch, tmp_path):
 
 
 def distance(trunk, features, a, b):
-    """Compute the definition: squared differences of unit feature vectors, weighted per channel, averaged over positions, and summed."""
+    """Compute LPIPS by its definition.
+
+    Squared differences of unit feature vectors are weighted per channel, averaged over positions, and summed.
+    """
     weights = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{trunk}.pth", "cpu", weights_only=True)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     x, total = torch.stack([(image - shift[:, None, None]) / scale[:, None, None] for image in (a, b)]), 0.0

@@ -48,9 +48,13 @@ def reference(tmp_path):
 def vit_l(tiny, tmp_path_factory):
     """A folder of a CLIP with the feature width and image size of ViT-L/14."""
     folder, text = tmp_path_factory.mktemp("vit_l"), CLIPTextConfig.from_pretrained(f"{tiny}/text_encoder")
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56)  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56
+    )
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=768)).save_pretrained(folder)  # fmt: skip
+    CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=768)
+    ).save_pretrained(folder)
     CLIPTokenizerFast.from_pretrained(f"{tiny}/clip").save_pretrained(folder)
     return str(folder)
 
@@ -161,9 +165,15 @@ def test_quality_is_a_softmax_of_a_hundred_cosines(tiny):
 def test_aesthetic_predictor_is_the_released_network(tiny, vit_l):
     objective = Aesthetic(str(HEAD), clip=vit_l)
     released = nn.Sequential(
-        nn.Linear(768, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64), nn.Dropout(0.1),
-        nn.Linear(64, 16), nn.Linear(16, 1),
-    )  # fmt: skip
+        nn.Linear(768, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )
     state = torch.load(HEAD, map_location="cpu", weights_only=True)
     released.load_state_dict({name.removeprefix("layers."): value for name, value in state.items()})
     objective.attach(load_backbone(tiny), True)
