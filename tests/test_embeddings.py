@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_prompts.embeddings import farthest, lerp, nearest_rows, principal_axes, shift, slerp, transfer
+from lightning_prompts.embeddings import farthest, lerp, principal_axes, shift, slerp, transfer
 
 
 def paper(a, b, value):
@@ -99,14 +99,6 @@ def test_farthest_takes_near_duplicates_last():
     vectors = torch.cat([corners, corners + 1e-4])
     assert {i % 4 for i in farthest(vectors, 4)} == {0, 1, 2, 3}
     assert sorted(farthest(torch.ones(5, 3), 5)) == [0, 1, 2, 3, 4]
-
-
-def test_nearest_rows():
-    table = torch.randn(30, 6)
-    found, cosines = nearest_rows(3 * table[[4, 9]], table, 2)
-    assert found[:, 0].tolist() == [4, 9]
-    assert cosines[:, 0] == pytest.approx(torch.ones(2))
-    assert (cosines[:, 1] < cosines[:, 0]).all()
 
 
 def test_transfer_brings_a_difference_along():

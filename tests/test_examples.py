@@ -79,7 +79,9 @@ def test_plugins_that_cannot_be_used(declared, refused, tmp_path, monkeypatch):
     assert "one of ClipWords, DPODiff" in refused("--model", "NoSuchMethod")
     assert "--plugin nosuchplugin cannot be imported (ModuleNotFoundError" in refused("--plugin", "nosuchplugin")
     assert "No module named 'nosuchpackage'" in refused("--plugin", "broken_plugin", "--model", "PEZ")
-    assert "--plugin empty_plugin has no method" in refused("--plugin=empty_plugin", "--model", "PEZ")
+    assert "--plugin empty_plugin has neither a method nor a family" in refused(
+        "--plugin=empty_plugin", "--model", "PEZ"
+    )
     assert "--plugin needs the name of a module" in refused("--plugin", "--model", "PEZ")
     assert "--plugin needs the name of a module" in refused("--model", "PEZ", "--plugin=")
 

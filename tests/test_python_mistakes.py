@@ -93,10 +93,7 @@ SETTINGS = {  # of `invert`, and the message
     "text for yes": ({"one_subject": "yes"}, "one_subject cannot be 'yes'; it takes True or False."),
     "1 for yes": ({"backbone": {"offline": 1}}, "backbone.offline cannot be 1; it takes True or False."),
     "choice": ({"fit": "stretch"}, "fit cannot be 'stretch'; it takes one of 'crop', 'pad'."),
-    "null": (
-        {"backbone": {"vocabulary": "null"}},
-        "backbone.vocabulary cannot be 'null'; it takes one of 'clip', 't5' or None.",
-    ),
+    "null": ({"backbone": {"dtype": "null"}}, "backbone.dtype cannot be 'null'; it takes one of 'float32', 'bfloat16'"),
     "type for its name": (
         {"backbone": {"dtype": torch.float16}},
         "backbone.dtype cannot be of type dtype; it takes one of 'float32'",
