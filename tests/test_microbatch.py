@@ -62,7 +62,7 @@ def test_as_many_as_the_memory_holds(caplog):
 
 def test_a_fitted_size_stays_when_a_search_resumes(tiny, tmp_path, monkeypatch):
     """Here the CPU stands for a device that reports when its memory is full."""
-    monkeypatch.setattr("lightning_prompts.engine.method.NO_OOM_DEVICES", ())
+    monkeypatch.setattr("lightning_prompts.sampling.microbatch.NO_OOM_DEVICES", ())
     data = {"prompts": ["a red cat", "two dogs"]}
     sizes = []
     for path, steps in ((None, 2), ("last", 4)):

@@ -309,7 +309,7 @@ def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch
     for kept in (data._images, data._latents, module.search_clip._image_features):
         assert len(kept) <= 1
     assert len(module.batch) == len(module.latents) == 1
-    assert torch.isfinite(module.parameter).all()
+    assert torch.isfinite(module.batch.parameter).all()
 
 
 @pytest.fixture

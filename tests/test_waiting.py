@@ -70,7 +70,7 @@ def test_a_step_does_not_wait(method, settings, tiny, monkeypatch):
     with Copies() as copies:
         module.step(batch, rows)
     assert not copies.waiting
-    assert module.parameter.device == DEVICE
+    assert module.batch.parameter.device == DEVICE
     assert len(module.optimizers().state) == 1  # a step was taken
 
 

@@ -155,6 +155,11 @@ class Batch:
 
     # --- step
 
+    def add_cost(self, rows: Tensor, samples: int) -> None:
+        """Add denoiser samples to the counters of `rows` (Q,); a backward pass counts as one."""
+        for row in rows.tolist():
+            self.rows[row].record.unet_samples += samples
+
     def step(
         self,
         take_step: Callable[[], object],

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from lightning_prompts.distributed import all_gather_object, num_sample_ranks
@@ -22,10 +23,20 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """One step of the batch: the number of steps that each of P problems has taken, and the timesteps (P, N) of the denoising loss."""
+    """One step of the batch.
+
+    Attributes:
+        steps: The number of steps that each of P problems has taken.
+        timesteps: The timesteps (P, N) of the denoising loss.
+    """
 
     steps: Sequence[int]
     timesteps: Tensor
+
+    def by_step(self, rows: Tensor) -> list[tuple[int, Tensor]]:
+        """Group the problems `rows` (Q,) by the number of steps that they have taken."""
+        steps = torch.tensor(self.steps)[rows]
+        return [(int(step), rows[steps == step]) for step in steps.unique()]
 
 
 class StepLoader:

@@ -210,7 +210,7 @@ class Inverter(PromptMethod):
     def denoising_loss(self, rows: Tensor, prompt_embeds: Tensor, samples: Samples) -> Tensor:
         """Compute the denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones of the negative images."""
         passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
-        self.add_cost(rows, passes if samples.negative is None else 2 * passes)
+        self.batch.add_cost(rows, passes if samples.negative is None else 2 * passes)
         loss: Tensor = self.denoising(self.backbone, prompt_embeds, samples.latents, samples.timesteps, samples.noise)
         if samples.negative is None:
             return loss
@@ -262,7 +262,7 @@ class Inverter(PromptMethod):
             The problems whose prompt improved.
         """
         candidates, prompt_embeds = self.decode(rows)
-        better, losses = list[Problem](), self.broadcast(self.evaluate(rows, prompt_embeds)).tolist()
+        better, losses = list[Problem](), self.microbatch.broadcast(self.evaluate(rows, prompt_embeds)).tolist()
         for row, candidate, loss in zip(rows.tolist(), candidates, losses, strict=True):
             problem = self.batch[row].record
             if problem.initial_validation_loss is None:

@@ -15,7 +15,6 @@ from lightning_prompts.backbones import repeat
 from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.engine.datamodule import Step
-from lightning_prompts.engine.method import by_step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering.base import Steering
 from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
@@ -204,7 +203,7 @@ class SeedInvariance(Steering):
 
     def step(self, batch: Step, rows: Tensor) -> None:
         """Take an optimizer step towards the targets on new seeds."""
-        parts = [(some, self.distances(some, step)) for step, some in by_step(batch, rows)]
+        parts = [(some, self.distances(some, step)) for step, some in batch.by_step(rows)]
         losses = torch.cat([loss for _, loss in parts])
         self.step_active(losses, torch.cat([some for some, _ in parts]))
         self.log_step(batch, rows, loss=losses)
@@ -223,12 +222,12 @@ class SeedInvariance(Steering):
             return LOSS_SCALE * (1 - F.cosine_similarity(self.compared(latents), targets[indices], dim=1)), {}
 
         losses, _ = self.sampler.sample_and_score(*embeds, noise, distance, min(self.grad_steps, calls), calls)
-        self.add_cost(rows, count * self.sampler.cost(calls, self.grad_steps))
+        self.batch.add_cost(rows, count * self.sampler.cost(calls, self.grad_steps))
         return losses.view(-1, count).mean(1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the paper's optimizer."""
-        return AdamOnLion([self.parameter], lr=self.lr, eps=self.eps)
+        return AdamOnLion([self.batch.parameter], lr=self.lr, eps=self.eps)
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return the target images, each beside the prompt's images on other seeds, above those of the best embeddings."""
