@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import Backbone, TextEncoder, load_backbone, repeat
@@ -164,6 +164,16 @@ def test_sizes(backbone):
     assert backbone.image_size == 16
     assert backbone.num_train_timesteps == 1000
     assert isinstance(backbone.text_encoders[0], TextEncoder)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+def test_latents_have_the_size_that_the_autoencoder_makes(blocks, backbone):
+    sides = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
+    vae = AutoencoderKL(block_out_channels=(8,) * blocks, norm_num_groups=8, latent_channels=4, **sides)
+    parts = "other", list(backbone.text_encoders), backbone.denoiser, vae, backbone.scheduler
+    other = type(backbone)(*parts, image_size=32)
+    assert other.encode_image(torch.zeros(1, 3, 32, 32)).shape[1:] == other.latent_shape
+    assert type(backbone)(*parts).image_size == other.decode(torch.zeros(1, 4, 8, 8)).shape[-1]
 
 
 def test_layouts(sd1, sd2):

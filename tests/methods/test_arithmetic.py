@@ -4,6 +4,7 @@ import pytest
 import torch
 from searches import fit, set_batch
 
+from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.methods import GCG, PEZ, PH2P, MetricGuidance, TextualInversion
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.objectives.base import Objective
@@ -132,6 +133,78 @@ def test_ph2p_steps_are_those_of_torchs_optimizers(settings, theirs, tiny):
         for optimizer in optimizers:
             optimizer.step()
     torch.testing.assert_close(module.prompt.embeddings.data, other.data)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "theirs", "more"),
+    [
+        ("adam", torch.optim.Adam, {"eps": 0.2}),
+        ("adamw", torch.optim.AdamW, {"eps": 0.2, "weight_decay": 0.01}),
+        ("sgd", torch.optim.SGD, {}),
+    ],
+)
+def test_steering_steps_are_those_of_torchs_optimizers(optimizer, theirs, more, tiny):
+    settings = {"optimizer": optimizer, "lr": 0.3, **({"eps": more["eps"]} if "eps" in more else {})}
+    module = MetricGuidance(backbone=tiny, objective=Sharpness(), **settings, **FEW)
+    module.prompt.rows.data = torch.randn(2, 1, 3, module.backbone.vocabulary.table.shape[1])
+    other = torch.nn.Parameter(module.prompt.rows.detach().clone())
+    optimizers = module.configure_optimizers(), theirs([other], lr=0.3, **more)
+    for _ in range(4):
+        module.prompt.rows.grad = torch.randn_like(other)
+        other.grad = module.prompt.rows.grad.clone()
+        for one in optimizers:
+            one.step()
+    torch.testing.assert_close(module.prompt.rows.data, other.data)
+
+
+def test_gradient_goes_through_all_of_few_calls_or_the_last(tiny):
+    found = {}
+    for steps in (1, 3, 4, 12):
+        module = MetricGuidance(backbone=tiny, objective=Sharpness(), sampler=SamplerSettings(steps))
+        found[module.sampler.calls] = module.grad_steps
+    assert found == {1: 1, 4: 4, 5: 1, 13: 1}
+    assert MetricGuidance(backbone=tiny, objective=Sharpness(), grad_steps=2, **FEW).grad_steps == 2
+
+
+def test_objectives_of_one_class_are_told_apart(tiny):
+    module = MetricGuidance(
+        backbone=tiny, objective=[Sharpness(2.0), Errors(3.0), Sharpness(0.5)], constraint=Sharpness(7.0), **FEW
+    )
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    values = module.values(images, [Problem(str(i), "a cat") for i in range(3)])
+    assert [*values] == ["Sharpness", "Errors", "Sharpness 2", "Sharpness 3"]
+    expected = 2.5 * Sharpness()(images, []) - 3 * Errors()(images, [])
+    torch.testing.assert_close(module.metric(values), expected)
+    torch.testing.assert_close(module.loss(values), -expected)
+    assert module.higher_is_better
+    for objective in (Sharpness(2.0), Errors(2.0)):  # the metric of one objective is its value without the weight
+        module = MetricGuidance(backbone=tiny, objective=objective, **FEW)
+        found = module.values(images, [Problem(str(i), "a cat") for i in range(3)])
+        torch.testing.assert_close(module.metric(found), objective(images, []))
+        sign = -1 if objective.higher_is_better else 1
+        torch.testing.assert_close(module.loss(found), 2 * sign * objective(images, []))
+        assert module.higher_is_better == objective.higher_is_better
+
+
+def test_embeddings_are_shifted_at_their_own_steps(tiny, monkeypatch):
+    """To the mean and deviation of their prompt; an embedding at another step stays where it is."""
+    module = MetricGuidance(backbone=tiny, objective=Sharpness(), seeds=1, shift_every=3, **FEW)
+    monkeypatch.setattr(module, "draw_noise", lambda problems, step, count: torch.randn(len(problems), count, 4, 8, 8))
+    monkeypatch.setattr(module, "step_active", lambda loss, rows: None)
+    monkeypatch.setattr(module, "log_step", lambda *args, **how: None)
+    set_batch(
+        module, [Problem(name, text) for name, text in zip("abcd", ("a cat", "a dog", "red", "blue"), strict=True)]
+    )
+    initial = module.init_params(torch.arange(4))
+    module.parameter.data = initial + 0.3 + 2 * torch.randn_like(initial)
+    before = module.parameter.detach().clone()
+    module.step(Step([2, 2, 3, 8], torch.empty(4, 0)), torch.tensor([1, 2, 3]))
+    assert torch.equal(module.parameter[[0, 2]], before[[0, 2]])
+    for row in (1, 3):
+        found, like, was = (x[row].detach() for x in (module.parameter, initial, before))
+        assert float(found.mean()) == pytest.approx(float(like.mean()), abs=1e-5)
+        assert float(found.std()) == pytest.approx(float(like.std()), rel=1e-5)
+        torch.testing.assert_close((found - found.mean()) / found.std(), (was - was.mean()) / was.std())
 
 
 def test_ph2p_tells_its_optimizer_of_new_noise_in_each_step(tiny, image_folder, tmp_path, monkeypatch):
