@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -95,29 +94,85 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.terms: dict[str, Tensor] = {}  # of the last loss, if it is a sum
         self.scorers: dict[str, Any] = {}  # what scores results, by name
         self._resumed: dict[str, Any] | None = None  # the batch of a checkpoint
-        self._begun = time.perf_counter()
+
+    @property
+    def data(self) -> ProblemData:
+        """The data module that feeds problems to this method."""
+        return cast("ProblemData", self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The batch of problems that are searched together."""
+        return Batch(self.prompt, self.batch_size)
+
+    # --- what a method implements
+
+    @abstractmethod
+    def init_params(self, rows: Tensor) -> Tensor:
+        """Return the initial parameters (Q, ...) of the problems `rows` (Q,)."""
+
+    @abstractmethod
+    def step(self, batch: Step, rows: Tensor) -> None:
+        """Take one search step for the problems `rows` (Q,)."""
+
+    @abstractmethod
+    def score(self, rows: Tensor) -> list[Problem]:
+        """Score the current prompts of the problems `rows` (Q,), keep the best, and return the improved problems."""
+
+    @abstractmethod
+    def best_params(self, row: int) -> Tensor:
+        """Return the parameters (...) of the best prompt of a row, or its initial ones, to continue from."""
+
+    @abstractmethod
+    def validation_losses(self, problems: list[Problem]) -> Tensor:
+        """Recompute the losses (P,) by which the best prompts of P problems were chosen."""
+
+    @abstractmethod
+    def preview(self, problems: list[Problem]) -> Image.Image:
+        """Return one image of what the best prompts so far generate."""
+
+    @abstractmethod
+    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
+        """Score finished problems by the images of their prompts, and add the scores to their records."""
+
+    @abstractmethod
+    def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
+        """Write images for users into the run folder, of the first `MAX_SHOWN` problems that have a prompt."""
+
+    def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
+        """Write files for other tools into the run folder."""
+
+    # --- what a method may change
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | None:
+        """Return the optimizer; None for methods that exchange tokens."""
+        return None
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return the callbacks that every search needs."""
+        return [NonFiniteGuard(), BestPrompt(), SampleGrid(self.log_images_every_n_steps), PromptProgress()]
+
+    def set_rows(self, problems: list[Problem]) -> None:
+        """Prepare for the problems of the batch, one per row."""
+
+    def evict(self, problem: Problem) -> None:
+        """Forget what is cached for a problem that left the batch."""
+        self.data.evict(problem)
+
+    def clips(self) -> list[ClipSimilarity]:
+        """Return the CLIPs that take part in the search and so cannot be held-out scorers."""
+        return [module for module in self.modules() if isinstance(module, ClipSimilarity)]
+
+    def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
+        """Encode texts as a user pastes them, to (P, R, D); see `Backbone.encode_text`."""
+        return self.backbone.encode_text(texts, negative)
 
     @property
     def sampling_settings(self) -> dict[str, Any]:
         """The sampling settings of images, with the model's defaults for unset ones; recorded with the results."""
         return {"num_inference_steps": self.sampler.num_inference_steps, "guidance_scale": self.sampler.guidance_scale}
 
-    def clips(self) -> list[ClipSimilarity]:
-        """Return the CLIPs that take part in the search and so cannot be held-out scorers."""
-        return [module for module in self.modules() if isinstance(module, ClipSimilarity)]
-
-    # --- the batch
-
-    @property
-    def data(self) -> ProblemData:
-        """The data module that feeds problems to this method."""
-        data: ProblemData = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data
-
-    @cached_property
-    def batch(self) -> Batch:
-        """The batch of problems that are searched together."""
-        return Batch(self.prompt, self.batch_size)
+    # --- the search, in the order of the calls
 
     def setup(self, stage: str) -> None:
         """Divide the samples of each call among the ranks."""
@@ -125,10 +180,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.microbatch.ranks = num_sample_ranks(self.trainer)
         if self.microbatch.ranks > 1:
             self.batch.parameter.register_hook(broadcast)
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor from the host to the device without waiting for the device."""
-        return tensor.to(self.device, non_blocking=True)
 
     def on_train_start(self) -> None:
         """Restore the batch of a checkpoint."""
@@ -150,22 +201,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         for problem in evicted:
             self.evict(problem)
 
-    @abstractmethod
-    def init_params(self, rows: Tensor) -> Tensor:
-        """Return the initial parameters (Q, ...) of the problems `rows` (Q,)."""
-
-    def set_rows(self, problems: list[Problem]) -> None:
-        """Prepare for the problems of the batch, one per row."""
-        self._begun = time.perf_counter()
-
-    def evict(self, problem: Problem) -> None:
-        """Forget what is cached for a problem that left the batch."""
-        self.data.evict(problem)
-
-    def on_train_epoch_end(self) -> None:
-        """Stop the run when no problem is open; problems that are open after an early stop can be resumed."""
-        self.trainer.should_stop = self.trainer.should_stop or self.batch.exhausted
-
     def on_train_batch_start(self, batch: Step, batch_idx: int) -> int | None:
         """End the epoch when no problem in the batch is active, so that the next one refills it."""
         return None if len(self.batch.active_rows()) else -1
@@ -175,10 +210,18 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         rows = self.batch.active_rows()
         self.step(batch, rows)
         self.batch.parameter.data = self.microbatch.broadcast(self.batch.parameter.data)
-        elapsed, self._begun = time.perf_counter() - self._begun, time.perf_counter()
+        self.batch.count_step(rows)
+
+    def rows_to_score(self) -> Tensor:
+        """Return the active problems (Q,) to score now: after every n-th step of each and after its last one."""
+        every, last = int(self.score_every_n_steps), int(self.steps)
+        return self.batch.where(lambda row: row.active and (row.steps % every == 0 or row.steps >= last))
+
+    def finish_done(self, rows: Tensor) -> None:
+        """Finish those of the problems `rows` (Q,) that no longer improve or took all their steps."""
         for row in rows.tolist():
-            self.batch[row].steps += 1
-            self.batch[row].record.seconds += elapsed / len(rows)
+            if self.batch[row].steps >= self.steps or self.batch[row].stale >= self.patience:
+                self.batch.finish(row)
 
     def on_train_batch_end(self, outputs: Any, batch: Step, batch_idx: int) -> None:
         """Save what is finished, unless a callback has done so after scoring it, and refill the batch."""
@@ -193,82 +236,47 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             self.data.folder.save_or_warn(problem)
         return finished
 
-    def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """Return the optimizer; None for methods that exchange tokens."""
-        return None
+    def on_train_epoch_end(self) -> None:
+        """Stop the run when no problem is open; problems that are open after an early stop can be resumed."""
+        self.trainer.should_stop = self.trainer.should_stop or self.batch.exhausted
 
-    @abstractmethod
-    def step(self, batch: Step, rows: Tensor) -> None:
-        """Take one search step for the problems `rows` (Q,)."""
-
-    @abstractmethod
-    def score(self, rows: Tensor) -> list[Problem]:
-        """Score the current prompts of the problems `rows` (Q,) and keep the best.
-
-        Returns:
-            The problems whose prompt improved.
-        """
-
-    def rows_to_score(self) -> Tensor:
-        """Return the active problems (Q,) to score now: after every n-th step of each and after its last one."""
-        every, last = int(self.score_every_n_steps), int(self.steps)
-        return self.batch.where(lambda row: row.active and (row.steps % every == 0 or row.steps >= last))
+    # --- what steps use
 
     def step_active(self, loss: Tensor, rows: Tensor, clip: float | None = None) -> None:
-        """Step on the losses (Q,) of the problems `rows` (Q,) with Lightning's optimizer and precision; see `Batch.step`."""
+        """Step on the losses (Q,) of `rows` (Q,) with Lightning's optimizer and precision; see `Batch.step`."""
         optimizer = cast("LightningOptimizer", self.optimizers())
         self.batch.step(optimizer.step, loss, rows, self.manual_backward, clip)
 
     def log_step(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
-        """Log values of a step if one of the problems `rows` (Q,) is scored after it, since reading them waits for the device."""
+        """Log values of a step if one of `rows` (Q,) is scored after it, since reading them waits for the device."""
         if any((batch.steps[row] + 1) % self.score_every_n_steps == 0 for row in rows.tolist()):
             logged = {**values, **self.terms}
             self.log_dict({f"train/{name}": value.detach().mean() for name, value in logged.items()})
 
-    def finish_done(self, rows: Tensor) -> None:
-        """Finish those of the problems `rows` (Q,) that no longer improve or took all their steps."""
-        for row in rows.tolist():
-            if self.batch[row].steps >= self.steps or self.batch[row].stale >= self.patience:
-                self.batch.finish(row)
-
-    @abstractmethod
-    def best_params(self, row: int) -> Tensor:
-        """Return the parameters (...) of the best prompt of a row, or its initial ones, to continue from."""
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor from the host to the device without waiting for the device."""
+        return tensor.to(self.device, non_blocking=True)
 
     def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
-        """Draw noise (P, N, C, h, w) for N images of each of P problems, which depends on the seed, key and step alone."""
+        """Draw noise (P, N, C, h, w) for N images of each of P problems, by the seed, key and step; see `seeding`."""
         keys = [problem.key for problem in problems]
         return draw_noise(self.data.seed, keys, step, count, self.backbone.latent_shape, self.device)
 
-    # --- results
+    @torch.no_grad()
+    def generate(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:
+        """Generate images (B, 3, H, W) of B texts from noise (B, C, h, w); see `Sampler.generate_from_texts`."""
+        return self.sampler.generate_from_texts(texts, noise, negative, self.encode)
 
-    @abstractmethod
-    def preview(self, problems: list[Problem]) -> Image.Image:
-        """Return one image of what the best prompts so far generate."""
+    def generate_best(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
+        """Generate images (N, 3, H, W) of a problem's best prompt, with its own negative prompt if none is given."""
+        return self.generate([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
 
-    @abstractmethod
-    def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
-        """Score finished problems by the images of their prompts, and add the scores to their records."""
-
-    @abstractmethod
-    def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
-        """Write images for users into the run folder, of the first `MAX_SHOWN` problems that have a prompt."""
-
-    def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
-        """Write files for other tools into the run folder."""
-
-    @abstractmethod
-    def validation_losses(self, problems: list[Problem]) -> Tensor:
-        """Recompute the losses (P,) by which the best prompts of P problems were chosen."""
+    # --- after the search
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Print and log the validation losses of the best prompts."""
         losses = recompute_losses(self)
         self.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """Return the callbacks that every search needs."""
-        return [NonFiniteGuard(), BestPrompt(), SampleGrid(self.log_images_every_n_steps), PromptProgress()]
 
     def test_step(self, batch: int, batch_idx: int) -> None:
         """Do nothing; the `Results` callback does the work."""
@@ -276,26 +284,10 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     def predict_step(self, batch: int, batch_idx: int) -> None:
         """Do nothing; the `Results` callback does the work."""
 
-    def encode(self, texts: Sequence[str], negative: bool = False) -> Tensor:
-        """Encode texts as a user pastes them, to (P, R, D); see `Backbone.encode_text`."""
-        return self.backbone.encode_text(texts, negative)
-
-    @torch.no_grad()
-    def generate(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:
-        """Generate images (B, 3, H, W) in [-1, 1] of B texts from noise (B, C, h, w); see `Sampler.generate_from_texts`."""
-        return self.sampler.generate_from_texts(texts, noise, negative, self.encode)
-
-    def generate_best(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
-        """Generate images (N, 3, H, W) in [-1, 1] of a problem's best prompt from noise (N, C, h, w).
-
-        A negative prompt takes the place of the problem's own.
-        """
-        return self.generate([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
-
     # --- checkpoints: the prompt and nothing of the backbone
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the prompts only."""
+        """Return the prompts only, since the backbone is frozen."""
         return {name: value.detach() for name, value in self.named_parameters() if value is self.batch.parameter}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
