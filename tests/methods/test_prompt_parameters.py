@@ -9,8 +9,11 @@ from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbed
 MOVING = torch.tensor([False, True, True, True, True, False])
 
 
-def started(one_row=False, problems=3):
-    """Return the parameters of problems with two encoded prompts each, whose padding of zeros begins at different rows."""
+def create_prompt(one_row=False, problems=3):
+    """Return the parameters of problems with two encoded prompts each.
+
+    Their padding of zeros begins at different rows.
+    """
     embeds = torch.randn(problems, 2, 6, 4)
     embeds[0, 0, 4:] = 0
     embeds[1, 1, 2:] = 0
@@ -22,29 +25,29 @@ def started(one_row=False, problems=3):
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0], [1]])
-def test_only_rows_that_may_move_are_replaced(rows):
-    prompt, embeds = started()
+def test_only_searchable_rows_are_replaced(rows):
+    prompt, embeds = create_prompt()
     assert torch.equal(prompt(torch.tensor(rows)), embeds[rows])
     moved = prompt.rows.data + torch.arange(1.0, 4).view(3, 1, 1, 1)
     prompt.rows.data = moved
-    found = prompt(torch.tensor(rows))
-    assert torch.equal(found[:, :, MOVING], moved[rows])
-    assert torch.equal(found[:, :, ~MOVING], embeds[rows][:, :, ~MOVING])
+    result = prompt(torch.tensor(rows))
+    assert torch.equal(result[:, :, MOVING], moved[rows])
+    assert torch.equal(result[:, :, ~MOVING], embeds[rows][:, :, ~MOVING])
 
 
-def test_one_row_starts_as_the_last_that_is_not_padding():
-    prompt, embeds = started(one_row=True)
+def test_one_row_starts_at_the_last_row_before_the_padding():
+    prompt, embeds = create_prompt(one_row=True)
     last = torch.tensor([[3, 4], [4, 1], [4, 4]])
     expected = torch.stack([torch.stack([embeds[p, s, last[p, s]] for s in range(2)]) for p in range(3)])
     assert torch.equal(prompt.rows[:, :, 0], expected)
-    found = prompt(torch.tensor([1, 0]))
-    assert torch.equal(found[:, :, MOVING], expected[[1, 0]].unsqueeze(2).expand(-1, -1, 4, -1))
-    assert torch.equal(found[:, :, ~MOVING], embeds[[1, 0]][:, :, ~MOVING])
+    result = prompt(torch.tensor([1, 0]))
+    assert torch.equal(result[:, :, MOVING], expected[[1, 0]].unsqueeze(2).expand(-1, -1, 4, -1))
+    assert torch.equal(result[:, :, ~MOVING], embeds[[1, 0]][:, :, ~MOVING])
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
-def test_problems_with_a_number_that_is_not_finite_are_found(wrong):
-    prompt, _ = started()
+def test_is_finite_names_problems_with_nonfinite_parameters(wrong):
+    prompt, _ = create_prompt()
     prompt.rows.data[1, 1, 2, 3] = wrong
     assert prompt.is_finite().tolist() == [True, False, True]
     arc = PromptArc()
@@ -52,7 +55,7 @@ def test_problems_with_a_number_that_is_not_finite_are_found(wrong):
     assert arc.is_finite().tolist() == [True, False, True]
 
 
-def test_arc_leads_from_the_prompt_to_the_other_one():
+def test_arc_goes_from_the_prompt_to_the_other():
     initial, other = torch.randn(3, 1, 5, 4), torch.randn(1, 1, 5, 4)
     arc = PromptArc(initial_logit=-3.0)
     arc.set_initial(initial)
