@@ -77,12 +77,12 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def method(self) -> PromptMethod:
-        """The method in training."""
+        """The method that the Trainer runs."""
         return cast("PromptMethod", self.trainer.lightning_module)  # type: ignore[union-attr]
 
     @property
     def folder(self) -> RunFolder:
-        """The run's folder."""
+        """The run's folder, to which only one of the ranks with the same problems writes."""
         trainer: pl.Trainer = self.trainer  # type: ignore[assignment]
         writes = num_sample_ranks(trainer) == 1 or trainer.is_global_zero
         return RunFolder(trainer.default_root_dir, writes, self.method.result_class)
@@ -105,7 +105,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def coming(self) -> Generator[Problem, None, None]:
-        """Yield this rank's problems in order, reading each when it is requested; those finished by an earlier run are left out."""
+        """Yield this rank's problems that no earlier run finished, in order, reading each when it is requested."""
 
     @abstractmethod
     def find(self, records: Sequence[Problem]) -> None:
@@ -124,7 +124,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def part(self) -> tuple[int, int]:
-        """This rank's part of the problems and the number of parts; ranks that share each problem's samples have all of them."""
+        """This rank's part of the problems and the number of parts: 1 if the ranks share each problem's samples."""
         if num_sample_ranks(self.trainer) > 1:  # type: ignore[arg-type]
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
@@ -190,15 +190,15 @@ class ProblemData(pl.LightningDataModule, ABC):
         self._coming.close()
 
     def teardown(self, stage: str) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead when a command ends."""
         self.stop()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead when an error ends a command."""
         self.stop()
 
     def resume(self, searched: dict[str, str]) -> None:
-        """Leave out the problems that a checkpoint resumes, given as names by key; the first may have been read already."""
+        """Leave out the problems that a checkpoint resumes, given as names by key; some may have been read already."""
         self.seen |= searched
         coming = self.arrivals
         self.arrivals = (problem for problem in coming if problem.key not in searched)
@@ -238,7 +238,7 @@ class ProblemData(pl.LightningDataModule, ABC):
     predict_dataloader = test_dataloader
 
     def val_dataloader(self) -> list[int]:
-        """Return one item as `test` does, but none in `fit`, where Lightning would validate when the search is interrupted."""
+        """Return one item, but none in `fit`, where Lightning would validate when the search is interrupted."""
         return [] if self.trainer.state.fn == "fit" else [0]  # type: ignore[union-attr]
 
 

@@ -40,7 +40,7 @@ class Prompts(ProblemData):
 
     @property
     def method(self) -> DPODiff | Steering:
-        """The method in training."""
+        """The method that changes the prompts."""
         return cast("DPODiff | Steering", super().method)
 
     def step(self) -> Step:
@@ -63,7 +63,7 @@ class Prompts(ProblemData):
         return len(self._lines) * len(self.method.identities)
 
     def coming(self) -> Generator[Problem, None, None]:
-        """See `ProblemData.coming`."""
+        """Yield this rank's prompts in order, those that the method refuses as failed problems."""
         for problem, error in self._problems():
             if self.owns(problem.index) and self.wanted(problem):
                 try:
@@ -75,7 +75,7 @@ class Prompts(ProblemData):
                 yield problem
 
     def find(self, records: Sequence[Problem]) -> None:
-        """See `ProblemData.find`."""
+        """Set `index` of records to the place of their prompt and identity; -1 if it is not given any more."""
         current = {problem.key: problem for problem, _ in self._problems()} if records else {}
         for record in records:
             record.index = -1

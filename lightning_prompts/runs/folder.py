@@ -134,7 +134,7 @@ class RunFolder:
         return [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp"), *self.path.glob(".lock.*")]
 
     def discard(self) -> None:
-        """Delete the folder if it has no records; of a locked one everything but the lock file, which `RunLock` removes."""
+        """Delete the folder if it has no records, except for the lock file of a locked one, which `RunLock` removes."""
         if any(self.problems.glob("*.json")):
             return
         for path in self.path.glob("*"):

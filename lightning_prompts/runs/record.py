@@ -54,7 +54,7 @@ class Move(TypedDict):
 
 @dataclass
 class MethodResult:
-    """The result of a method for one problem; a method that records more than the common fields has a subclass of its own."""
+    """The result of a method for one problem; a method with fields of its own has a subclass of its own."""
 
     @classmethod
     def of(cls, problem: Problem) -> Self:
@@ -117,7 +117,7 @@ class InversionResult(MethodResult):
     perplexity: float | None = None
 
     def entry(self, problem: Problem) -> dict[str, Any]:
-        """See `MethodResult.entry`; the two similarities are always present."""
+        """Return the scores for `result.json`; the two similarities are always present."""
         similarities = {
             "clip_similarity": self.clip_similarity,
             "heldout_clip_similarity": self.heldout_clip_similarity,
@@ -126,7 +126,7 @@ class InversionResult(MethodResult):
 
     @property
     def summary(self) -> str:
-        """See `MethodResult.summary`."""
+        """The similarity to the target, or an empty text if it was not computed."""
         return "" if self.clip_similarity is None else f"similarity {self.clip_similarity:.2f}"
 
 
@@ -150,7 +150,7 @@ class RefinementResult(MethodResult):
 
     @property
     def summary(self) -> str:
-        """See `MethodResult.summary`."""
+        """The mean scores after the change and before it, on fresh seeds; empty without any."""
         compared = [
             f"{name} {fmean(after):.3f}, was {fmean(before):.3f}"
             for name, before, after in self.comparisons
@@ -184,7 +184,7 @@ class DPODiffResult(RefinementResult):
     candidates: list[Candidate] = field(default_factory=list)
 
     def entry(self, problem: Problem) -> dict[str, Any]:
-        """See `MethodResult.entry`; of the candidates only the best, with the losses as distances."""
+        """Return the words, scores and best candidates for `result.json`, with the losses as distances."""
         if self.loss_before is None:
             return {}
         best = sorted(self.candidates, key=lambda candidate: sum(candidate["losses"]))[:BEST_CANDIDATES]
@@ -194,7 +194,7 @@ class DPODiffResult(RefinementResult):
 
     @property
     def comparisons(self) -> list[tuple[str, list[float] | None, list[float] | None]]:
-        """See `RefinementResult.comparisons`."""
+        """The held-out similarity, and then the loss, before and after the change."""
         return [*super().comparisons, ("loss", self.fresh_loss_before, self.fresh_loss_after)]
 
 
@@ -223,12 +223,12 @@ class SteeringResult(RefinementResult):
     fresh_values_after: dict[str, list[float]] | None = None
 
     def entry(self, problem: Problem) -> dict[str, Any]:
-        """See `MethodResult.entry`."""
+        """Return the scores for `result.json`, or nothing for a problem that was not searched."""
         return super().entry(problem) if self.metric_before else {}
 
     @property
     def comparisons(self) -> list[tuple[str, list[float] | None, list[float] | None]]:
-        """See `RefinementResult.comparisons`."""
+        """The metric, and then the held-out similarity, before and after the change."""
         return [("metric", self.fresh_metric_before, self.fresh_metric_after), *super().comparisons]
 
 
@@ -256,7 +256,7 @@ class HumanFeedbackResult(RefinementResult):
     others: int = 0
 
     def entry(self, problem: Problem) -> dict[str, Any]:
-        """See `MethodResult.entry`."""
+        """Return the moves and scores for `result.json`, or nothing if the user never moved."""
         scores = {"heldout_before": self.heldout_before, "heldout_after": self.heldout_after}
         return {"moves": self.moves, **_without_none(scores)} if self.moves else {}
 
@@ -275,7 +275,9 @@ def unreadable_key(names: Sequence[str]) -> str:
 class Problem:
     """One independent problem and its best prompt so far. Lower losses are better."""
 
-    key: str  # 16 hexadecimal digits: the hash of the inputs and of the settings that identify the problem; names the record's file
+    key: (
+        str  # 16 hexadecimal digits: hash of the inputs and settings that identify the problem; names the record's file
+    )
     target: str  # the name in messages: of a file, folder or subject, or the prompt
     paths: list[str] = field(default_factory=list)
     caption: str | None = None
@@ -314,7 +316,7 @@ class Problem:
         return improves
 
     def move_to(self, current: Problem) -> bool:
-        """Copy the fields of the inputs from a problem without results, since files may have moved and the order may have changed.
+        """Copy the fields of the inputs from a problem without results, since files and their order may have changed.
 
         Args:
             current: The problem with the same key among the current inputs.
@@ -334,7 +336,7 @@ class Problem:
         self.history.clear()
 
     def finish(self) -> None:
-        """Set the final status by the validation losses; without losses a problem is done, and a failed one stays failed."""
+        """Set the final status by the validation losses; without any, a problem is done; a failed one stays failed."""
         if self.status == "failed":
             return
         loss, initial = finite(self.validation_loss), finite(self.initial_validation_loss)

@@ -64,7 +64,7 @@ class SavedSettings:
         return Path()
 
     def with_origin(self, config: str) -> str:
-        """Add the current folder to a config as its origin, relative to the run's folder so that both can be moved together."""
+        """Add the current folder to a config, relative to the run's folder so that both can be moved together."""
         start = os.path.relpath(Path.cwd(), self.folder.resolve())
         return f"# relative paths start at: {json.dumps(start)}\n{config}"
 
