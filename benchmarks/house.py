@@ -28,7 +28,7 @@ LIMITS = {
 
 LAYERS = (
     *("errors", "setting_types", "typed_module", "entry_points", "unused", "terminal", "embeddings"),
-    *("text_settings", "python_values", "parser_errors", "launchers", "isolation", "distributed"),
+    *("text_settings", "python_values", "parser_errors", "effort", "launchers", "isolation", "distributed"),
     *("data", "emoji", "optimizers", "backbones", "sampling", "objectives", "metrics", "runs", "cache"),
     *("callbacks", "engine", "methods", "runner"),
     *("python_images", "python_settings", "python_search", "api", "commands", "__init__", "__main__"),

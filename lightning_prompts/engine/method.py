@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -143,6 +143,12 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """Write files for other tools into the run folder."""
 
     # --- what a method may change
+
+    @classmethod
+    def search_length(cls, settings: Mapping[str, Any]) -> tuple[str, int] | None:
+        """Return the setting that limits the length of a search, which `--effort` scales, and its value, if any."""
+        steps = settings.get("steps")
+        return None if steps is None else ("steps", int(steps))
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
         """Return the optimizer; None for methods that exchange tokens."""

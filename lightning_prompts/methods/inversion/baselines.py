@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ class ClipWords(Inverter):
         # There is no loss and no initial prompt.
         super().__init__(denoising_weight=1.0, clip_weight=0.0, init="random", allow_pickle=False, **kwargs)
         self.beams = beams
+
+    @classmethod
+    def search_length(cls, settings: Mapping[str, Any]) -> None:
+        """Return None: the first step finds all words."""
+        return
 
     @property
     def uses_clip(self) -> bool:

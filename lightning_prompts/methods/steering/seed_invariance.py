@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,10 @@ from lightning_prompts.unused import refuse_unused
 LOSS_SCALE = (
     1e4  # the paper's; AdamOnLion's `eps` is relative to it, and smaller gradients would vanish in a float16 model
 )
+
+
+def _default_steps(embedding: str) -> int:
+    return 100 if embedding == "arc" else 60
 
 
 class SeedInvariance(Steering):
@@ -87,7 +91,7 @@ class SeedInvariance(Steering):
         if compare == "latents":
             refuse_unused(SeedInvariance, "with --model.compare latents", {"pixels": pixels, "clip": clip})
         arc = embedding == "arc"
-        super().__init__(steps=steps or (100 if arc else 60), **kwargs)
+        super().__init__(steps=steps or _default_steps(embedding), **kwargs)
         calls = self.sampler.calls
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
         self.towards, self.seeds_per_step, self.pixels, self.ramp = towards, seeds_per_step, pixels, ramp
@@ -128,6 +132,11 @@ class SeedInvariance(Steering):
         self.prompt = PromptArc() if arc else PromptEmbeds(self.moving, one_row=embedding == "one_row")
         self._targets: dict[str, Tensor] = {}  # images (3, H, W) by problem
         self._target_vectors: dict[str, dict[int, Tensor]] = {}  # (E,), by problem and denoiser calls
+
+    @classmethod
+    def search_length(cls, settings: Mapping[str, Any]) -> tuple[str, int]:
+        """Return the steps; see `PromptMethod.search_length`."""
+        return "steps", int(settings["steps"] or _default_steps(settings["embedding"]))
 
     @property
     def identities(self) -> list[dict[str, Any]]:
