@@ -259,10 +259,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             logged = {**values, **self.terms}
             self.log_dict({f"train/{name}": value.detach().mean() for name, value in logged.items()})
 
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """Copy a tensor from the host to the device without waiting for the device."""
-        return tensor.to(self.device, non_blocking=True)
-
     def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
         """Draw noise (P, N, C, h, w) for N images of each of P problems, by the seed, key and step; see `seeding`."""
         keys = [problem.key for problem in problems]

@@ -221,8 +221,8 @@ class SeedInvariance(Steering):
         """Compute losses (Q,) of the problems `rows` (Q,) at a step."""
         calls, value = self.stage(step)
         count, problems = int(self.seeds_per_step), [self.batch[row].record for row in rows.tolist()]
-        others, on_device = self.draw_noise(problems, step, count), self.to_device(rows)  # (Q, N, C, h, w)
-        starts = self.starts[on_device].unsqueeze(1).expand_as(others)
+        others, on_device = self.draw_noise(problems, step, count), rows.to(self.device, non_blocking=True)
+        starts = self.starts[on_device].unsqueeze(1).expand_as(others)  # (Q, N, C, h, w)
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
         targets = repeat(torch.stack([self._target_vectors[problem.key][calls] for problem in problems]), count)
         embeds = self.sampler.split(self.prompt(on_device), count)
