@@ -29,7 +29,8 @@ def regenerate(method: Inverter, problems: Sequence[Problem], count: int) -> Ten
     """Generate images (P, count, 3, H, W) in [-1, 1] from the texts of P problems' best prompts."""
     noise = method.draw_noise(problems, REGENERATION, count)
     texts = [str(problem.prompt) for problem in problems for _ in range(count)]
-    return method.generate(texts, noise.flatten(0, 1)).unflatten(0, (len(problems), count))
+    images = method.generate(texts, noise.flatten(0, 1))
+    return images.view(len(problems), count, *images.shape[1:])
 
 
 def target_grid(method: Inverter, problems: Sequence[Problem], images: Tensor) -> Image.Image:
