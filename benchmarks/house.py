@@ -155,7 +155,7 @@ def short_docstrings(package: Package) -> list[str]:
 
 
 def constructor_arguments(package: Package) -> dict[str, int]:
-    """Return how many arguments each class takes beyond those of its bases, and how many settings each group has, by name.
+    """Return the number of arguments of each class beyond those of its bases, and of settings of each group, by name.
 
     A group of settings is a class without a constructor of its own, such as a dataclass, that is the default of an
     argument.

@@ -97,7 +97,7 @@ class PromptProgress(pl.Callback):
                 log.info("step %d  %s  %.5f  %s", step, problem.target, problem.validation_loss, problem.prompt)
         else:
             mean = sum(problem.validation_loss or 0.0 for problem in problems) / len(problems)
-            which = f"{len(problems)} prompts" if begins else f"{len(better)} of {len(problems)} prompts better"
+            which = f"{len(problems)} prompts" if begins else f"{len(better)} of {len(problems)} prompts improved"
             log.info("step %d  %s, mean loss %.5f", max(batch.steps), which, mean)
         if self._bar is not None:
             self._bar.set_postfix_str(printable(f"{better[-1].validation_loss:.5f} {better[-1].prompt}"[:80]))

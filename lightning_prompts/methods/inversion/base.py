@@ -111,7 +111,7 @@ class Inverter(PromptMethod):
 
     @property
     def data(self) -> ImagesToPrompts:
-        """The data module."""
+        """Return the data module of the Trainer."""
         return cast("ImagesToPrompts", super().data)
 
     @property
@@ -208,7 +208,7 @@ class Inverter(PromptMethod):
         return torch.stack(list(terms.values())).sum(0)
 
     def denoising_loss(self, rows: Tensor, prompt_embeds: Tensor, samples: Samples) -> Tensor:
-        """Compute the denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones of the negative images."""
+        """Compute denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones on negative images."""
         passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
         self.batch.add_cost(rows, passes if samples.negative is None else 2 * passes)
         loss: Tensor = self.denoising(self.backbone, prompt_embeds, samples.latents, samples.timesteps, samples.noise)
@@ -219,7 +219,7 @@ class Inverter(PromptMethod):
 
     @property
     def uses_clip(self) -> bool:
-        """Whether the search uses a CLIP: in the loss, in the choice of the best prompt, or for the initial one."""
+        """Return whether the search uses a CLIP: in the loss, to choose the best prompt, or for the initial one."""
         return bool(self.clip_weight or self.trial) or self.init == "clip_words"
 
     def setup(self, stage: str) -> None:
@@ -229,7 +229,7 @@ class Inverter(PromptMethod):
             self.clips()
 
     def clips(self) -> list[ClipSimilarity]:
-        """See `PromptMethod.clips`."""
+        """Return the CLIPs of the search; see `PromptMethod.clips`."""
         return [self.clip] if self.uses_clip else []
 
     @property
@@ -243,7 +243,7 @@ class Inverter(PromptMethod):
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that no gradient sees; the lowest is the best."""
+        """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that is not used for gradients."""
         timesteps, size = (
             validation_timesteps(self.data.num_validation_samples, *self.data.timestep_range),
             len(self.batch),
@@ -272,7 +272,7 @@ class Inverter(PromptMethod):
         return better
 
     def decode(self, rows: Tensor) -> tuple[list[DecodedPrompt], Tensor]:
-        """Decode the problems `rows` (Q,) to the text of the nearest tokens, and encode this text again, to (Q, R, D)."""
+        """Decode the problems `rows` (Q,) to the text of the nearest tokens, and encode this text to (Q, R, D)."""
         decoded = self.prompt.decode(self.prompt.project()[rows.to(self.device)].cpu())
         return decoded, self.encode([candidate.prompt for candidate in decoded])
 
