@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.distributed import barrier
-from lightning_prompts.metrics import missing_lpips_weights
+from lightning_prompts.objectives.lpips import missing_lpips_weights
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.reports import versions
 from lightning_prompts.runs.result_files import append_line, write_lines, write_results
@@ -50,7 +50,7 @@ class Results(Checkpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: PromptMethod, stage: str) -> None:
         """Let `test` compute the same scores."""
-        pl_module.scores = self.scores
+        pl_module.evaluation.scores = self.scores
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Refuse a scorer that takes part in the search, and write the results of problems finished by earlier runs."""

@@ -29,6 +29,11 @@ class Step(NamedTuple):
     steps: Sequence[int]
     timesteps: Tensor
 
+    def by_step(self, rows: Tensor) -> list[tuple[int, Tensor]]:
+        """Group the problems `rows` (Q,) by the number of steps that they have taken."""
+        steps = torch.tensor(self.steps)[rows]
+        return [(int(step), rows[steps == step]) for step in steps.unique()]
+
 
 class StepLoader:
     """Yield steps until no problem is left to search."""
@@ -69,7 +74,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def method(self) -> PromptMethod:
-        """The method in training."""
+        """The method that the Trainer runs."""
         return cast("PromptMethod", self.trainer.lightning_module)  # type: ignore[union-attr]
 
     @property
