@@ -254,7 +254,7 @@ class ProblemData(pl.LightningDataModule, ABC):
         """Return the keys of this rank's share of the run's records that have a prompt: with n ranks, every n-th."""
         return [record.key for place, record in enumerate(self.folder.with_prompt()) if self.owns(place)]
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Move the timesteps of a step to the device, and keep records, of which Lightning would copy each field."""
         return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Step) else batch
 
