@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_prompts.backbones import Backbone, as_backbone
-from lightning_prompts.commands.parser_errors import one_sentence
 from lightning_prompts.errors import UserError, shortened
+from lightning_prompts.parser_errors import one_sentence
 from lightning_prompts.python_values import check_type, plain, shown
 from lightning_prompts.text_settings import all_settings, settings_of_group
 
@@ -27,7 +27,7 @@ class _Parser(LightningArgumentParser):
 
 
 def in_python(message: str) -> str:
-    """Rewrite the settings in a command-line message as Python arguments, such as `--model.num_tokens 8` as `num_tokens=8`."""
+    """Rewrite settings in a message as Python arguments, such as `--model.num_tokens 8` as `num_tokens=8`."""
 
     def argument(match: re.Match[str]) -> str:
         name, value = match.groups()
@@ -117,5 +117,5 @@ def _parser(kind: type, group: str = "", skip: Collection[str] = ()) -> _Parser:
 
 
 def _is_parsed(value: Any) -> bool:
-    """Return whether the parser checks a value: no text, which it would interpret, and no object, which it would copy."""
+    """Return whether the parser checks a value, which must be no text to interpret and no object to copy."""
     return all(isinstance(item, bool | int | float | None) for item in (value if isinstance(value, list) else [value]))

@@ -10,13 +10,13 @@ import pytorch_lightning as pl
 
 from lightning_prompts.callbacks import OwnerGuard
 from lightning_prompts.engine.checkpoint import PromptCheckpoint, SavedConfig
+from lightning_prompts.engine.trainer_settings import TRAINER
 from lightning_prompts.errors import UserError, first_sentence
-from lightning_prompts.methods import TRAINER
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
 
 TRAINER_DEFAULTS: dict[str, Any] = TRAINER | {"enable_checkpointing": True}
-"""Trainer settings of a run. PromptCheckpoint is the only checkpoint callback: Lightning adds none beside another one."""
+"""Trainer settings of a run. PromptCheckpoint is its checkpoint callback, so Lightning adds none."""
 
 
 def run_callbacks(

@@ -1,4 +1,4 @@
-"""Recombine the prompts of two runs: generate images of the members of an `evolution`, score them, and write the best."""
+"""Recombine the prompts of two runs by `evolution`, which selects by the images, and write the best."""
 
 from __future__ import annotations
 
@@ -137,12 +137,12 @@ class Crossover(pl.Callback):
         one, other = (parent.problem for parent in self.parents)
         found = tuple(Member(i, str(p.prompt), tuple(p.token_ids or ())) for i, p in enumerate((one, other)))
         key = f"{one.key}+{other.key}"
-        sizes = self.generations, self.population
-        best = evolve(found, decode, score, self.keep, *sizes, seed, key, keep_found=one.key == other.key)  # type: ignore[arg-type]
+        sizes, same = (self.generations, self.population), one.key == other.key
+        best = evolve(found, decode, score, self.keep, *sizes, seed, key, keep_found=same)  # type: ignore[arg-type]
         if not best:
             raise UserError(
-                f"No recombination of {one.prompt!r} and {other.prompt!r} is encoded to its own tokens; give other "
-                "runs."
+                f"Every recombination of {one.prompt!r} and {other.prompt!r} has other tokens when its text is "
+                "encoded; give other runs."
             )
         self._write(pl_module, best, self.scores.heldout(pl_module, clip))
 

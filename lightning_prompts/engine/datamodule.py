@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from lightning_prompts.distributed import all_gather_object, num_sample_ranks
@@ -22,10 +23,15 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """One step of the batch: the number of steps that each of P problems has taken, and the timesteps (P, N) of the denoising loss."""
+    """One step of the batch: the steps taken by each of P problems, and timesteps (P, N) of the denoising loss."""
 
     steps: Sequence[int]
     timesteps: Tensor
+
+    def by_step(self, rows: Tensor) -> list[tuple[int, Tensor]]:
+        """Group the problems `rows` (Q,) by the number of steps that they have taken."""
+        steps = torch.tensor(self.steps)[rows]
+        return [(int(step), rows[steps == step]) for step in steps.unique()]
 
 
 class StepLoader:
@@ -66,12 +72,12 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def method(self) -> PromptMethod:
-        """The method in training."""
+        """The method that the Trainer runs."""
         return cast("PromptMethod", self.trainer.lightning_module)  # type: ignore[union-attr]
 
     @property
     def folder(self) -> RunFolder:
-        """The run's folder."""
+        """Return the folder of the run."""
         trainer: pl.Trainer = self.trainer  # type: ignore[assignment]
         writes = num_sample_ranks(trainer) == 1 or trainer.is_global_zero
         return RunFolder(trainer.default_root_dir, writes, self.method.result_class)
@@ -94,7 +100,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def coming(self) -> Generator[Problem, None, None]:
-        """Yield this rank's problems in order, reading each when it is requested; those finished by an earlier run are left out."""
+        """Yield this rank's unfinished problems in order, and read each when it is requested."""
 
     @abstractmethod
     def find(self, records: Sequence[Problem]) -> None:
@@ -113,7 +119,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def part(self) -> tuple[int, int]:
-        """This rank's part of the problems and the number of parts; ranks that share each problem's samples have all of them."""
+        """Return this rank's part of the problems and the number of parts, which is 1 if ranks divide the samples."""
         if num_sample_ranks(self.trainer) > 1:  # type: ignore[arg-type]
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
@@ -179,15 +185,15 @@ class ProblemData(pl.LightningDataModule, ABC):
         self._coming.close()
 
     def teardown(self, stage: str) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead at the end."""
         self.stop()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead after an error."""
         self.stop()
 
     def resume(self, searched: dict[str, str]) -> None:
-        """Leave out the problems that a checkpoint resumes, given as names by key; the first may have been read already."""
+        """Leave out the problems that a checkpoint resumes, by key; the first may have been read already."""
         self.seen |= searched
         coming = self.arrivals
         self.arrivals = (problem for problem in coming if problem.key not in searched)
@@ -227,7 +233,7 @@ class ProblemData(pl.LightningDataModule, ABC):
     predict_dataloader = test_dataloader
 
     def val_dataloader(self) -> list[int]:
-        """Return one item as `test` does, but none in `fit`, where Lightning would validate when the search is interrupted."""
+        """Return one item, but none in `fit`, where Lightning would validate after an interruption."""
         return [] if self.trainer.state.fn == "fit" else [0]  # type: ignore[union-attr]
 
 

@@ -84,7 +84,7 @@ class ImagesToPrompts(ProblemData):
 
     @property
     def method(self) -> Inverter:
-        """The method in training."""
+        """The method that searches the prompts."""
         return cast("Inverter", super().method)
 
     def setup(self, stage: str) -> None:
@@ -102,7 +102,7 @@ class ImagesToPrompts(ProblemData):
             self.begin()
 
     def step(self) -> Step:
-        """Return the next step of the batch, with timesteps (P, N) that depend on each problem's key and steps alone."""
+        """Return the next step, with timesteps (P, N) that depend on each problem's key and number of steps alone."""
         batch = self.method.batch
         keys, steps = [problem.key for problem in batch.records], batch.steps
         return Step(steps, draw_timesteps(self.seed, keys, steps, self.num_noise_samples, *self.timestep_range))
@@ -125,7 +125,7 @@ class ImagesToPrompts(ProblemData):
     # --- problems
 
     def _index_records(self) -> None:
-        """Index the records of earlier processes by their files, and delete those of broken lines that the user has corrected."""
+        """Index the records of earlier processes by files, and delete those of broken lines that are corrected now."""
         broken = {target.name for target in self.targets if target.error}
         for record in self.folder.records():
             if record.key == unreadable_key([record.target]) and record.target not in broken:
@@ -139,7 +139,7 @@ class ImagesToPrompts(ProblemData):
         return len(self.targets)
 
     def coming(self) -> Generator[Problem, None, None]:
-        """See `ProblemData.coming`; targets that an earlier process finished are not read again."""
+        """Yield this rank's targets in order; those that an earlier process finished are not read again."""
         own = (index for index in range(self.total) if self.owns(index) and not self._finished(index))
         for loaded in self._load(own):
             problem = self._new_problem(loaded.index, loaded.key)
@@ -154,7 +154,7 @@ class ImagesToPrompts(ProblemData):
                 log.warning("%s has the pixels of %s; they share one result.", problem.target, other)
 
     def find(self, records: Sequence[Problem]) -> None:
-        """See `ProblemData.find`; if files have moved, all targets without a record are read."""
+        """Set `index` of records to the place of their target; if files moved, read all targets without a record."""
         by_paths = {target.paths: index for index, target in enumerate(self.targets)}
         places = {record.key: by_paths.get(tuple(record.paths), -1) for record in records}
         moved = {key for key, index in places.items() if index < 0 or self._recorded_key(index) != key}
@@ -200,7 +200,7 @@ class ImagesToPrompts(ProblemData):
         return read_ahead(self._dataset(), indices, int(self.workers) if self.total > self.method.batch_size else 0)
 
     def unchanged(self, problems: Sequence[Problem]) -> list[Problem]:
-        """See `ProblemData.unchanged`; the images of the returned problems stay in memory until `evict`."""
+        """Return the problems whose images are still those that were searched; they stay in memory until `evict`."""
         dataset = self._dataset()
         return [problem for problem in problems if problem.key in self._images or self._reload(problem, dataset)]
 
@@ -225,7 +225,7 @@ class ImagesToPrompts(ProblemData):
         return stack(self._dataset().images(Target(self._paths(problem), name=problem.target)))
 
     def _paths(self, problem: Problem) -> tuple[str, ...]:
-        """Return a problem's files relative to the current folder; only the paths in the batch are relative to it already."""
+        """Return a problem's files relative to the current folder, as the paths in the batch are."""
         in_batch = any(problem.key == record.key for record in self.method.batch.records)
         return tuple(problem.paths if in_batch else map(self.folder.saved.located, problem.paths))
 
@@ -242,7 +242,7 @@ class ImagesToPrompts(ProblemData):
         return latents
 
     def evict(self, problem: Problem) -> None:
-        """See `ProblemData.evict`."""
+        """Drop the images of a problem; see `ProblemData.evict`."""
         self._images.pop(problem.key, None)
         self._latents.pop(problem.key, None)
 

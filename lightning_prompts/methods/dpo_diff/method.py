@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_prompts.backbones import repeat
 from lightning_prompts.engine.datamodule import Step
-from lightning_prompts.engine.method import by_step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.dpo_diff.base import WordSearch
 from lightning_prompts.methods.dpo_diff.evolution import cross, mutate, uniform
@@ -125,7 +124,7 @@ class DPODiff(WordSearch):
     def step(self, batch: Step, rows: Tensor) -> None:
         """Take a gradient step, or evaluate a population."""
         first, losses, learning = len(self.plan(self.data.seed)), list[Tensor](), list[Tensor]()
-        for step, some in by_step(batch, rows):
+        for step, some in batch.by_step(rows):
             if step < first:
                 losses.append(self.shortcut(some, step))
                 learning.append(some)
@@ -134,7 +133,9 @@ class DPODiff(WordSearch):
             self.log_step(batch, rows, loss=torch.cat(losses))
         trying = [row for row in rows.tolist() if batch.steps[row] >= first]
         candidates = [
-            (row, choice) for row in trying for choice in self.broadcast(self.propose(row, batch.steps[row], first))
+            (row, choice)
+            for row in trying
+            for choice in self.microbatch.broadcast(self.propose(row, batch.steps[row], first))
         ]
         self.try_candidates(candidates)
         for row in set(trying) - {row for row, _ in candidates}:  # all candidates are known
@@ -143,14 +144,14 @@ class DPODiff(WordSearch):
     # --- the shortcut text gradient
 
     def shortcut(self, rows: Tensor, step: int) -> Tensor:
-        """Compute losses (Q,) of relaxed prompts, at clean images predicted after a part of the denoiser calls (section 3.3)."""
+        """Compute losses (Q,) of relaxed prompts on images predicted after some denoiser calls (section 3.3)."""
         plan, (first, last) = self.plan(self.data.seed), self.temperature
         calls, progress = plan[step] + self.grad_steps, step / max(1, len(plan) - 1)
         positive, negative = self.prompt(rows, self.gumbel(rows, step), first ** (1 - progress) * last**progress)
         prompt_embeds = self.backbone.encode(positive.ids, positive.embeddings, positive.texts)
         negative_prompt_embeds = self.backbone.encode(negative.ids, negative.embeddings, negative.texts, negative=True)
         cost = self.sampler.cost(calls, self.grad_steps)
-        self.add_cost(rows, cost * self.seeds)
+        self.batch.add_cost(rows, cost * self.seeds)
         for row in rows.tolist():
             self.spend(row, cost / self.sampler.cost())
         return self.shortcut_loss(rows, prompt_embeds, negative_prompt_embeds, calls)
@@ -163,7 +164,8 @@ class DPODiff(WordSearch):
             return self.loss(self.backbone.decode(latents), text_features[indices]), {}
 
         losses, _ = self.sampler.sample_and_score(
-            repeat(prompt_embeds, self.seeds), repeat(negative_prompt_embeds, self.seeds), self.noise[rows].flatten(0, 1),
+            repeat(prompt_embeds, self.seeds), repeat(negative_prompt_embeds, self.seeds),
+            self.noise[rows].flatten(0, 1),
             score, self.grad_steps, calls,
         )  # fmt: skip
         return losses.view(len(rows), self.seeds).mean(1)
@@ -178,7 +180,7 @@ class DPODiff(WordSearch):
             self.prompt.logits.copy_(self.prompt.logits.maximum(initial.clamp(max=0)).minimum(most))
 
     def gumbel(self, rows: Tensor, step: int, tries: int = 0) -> Tensor:
-        """Draw Gumbel noise (Q, S, W), a function of the seed, the problem and the step, whatever the other problems' words are."""
+        """Draw Gumbel noise (Q, S, W), a function of the seed, the problem and the step, not of the other problems."""
         noise = torch.zeros(len(rows), *self.prompt.logits.shape[1:])
         for q, row in enumerate(rows.tolist()):
             draw = generator(self.data.seed, f"{self.batch[row].record.key}/gumbel", step, tries)

@@ -92,7 +92,7 @@ def filter_by_similarity(space: Space, similarity: SemanticSimilarity, threshold
     smaller = space.with_slots(slots)
     if not smaller.slots:
         raise UserError(
-            f"No other word keeps the meaning of {prompt!r} at a cosine of {threshold:g}; lower --model.threshold or "
-            "name other sources as --model.positive."
+            f"No replacement of a word keeps the meaning of {prompt!r} at a cosine of {threshold:g}; lower "
+            "--model.threshold or name other sources as --model.positive."
         )
     return smaller

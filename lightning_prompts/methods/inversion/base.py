@@ -17,7 +17,7 @@ from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.method import MOST_STEPS, PromptMethod
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.inversion.figures import regenerate_and_save, write_figures
+from lightning_prompts.methods.inversion.figures import regenerate, regenerate_and_save, target_grid, write_figures
 from lightning_prompts.methods.inversion.init import init_embeddings, random_tokens, records_of_run
 from lightning_prompts.methods.inversion.samples import Samples, draw_samples
 from lightning_prompts.methods.inversion.search_clip import SearchClip, missing_gradient
@@ -28,7 +28,6 @@ from lightning_prompts.objectives.clip import default_clip
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import InversionResult, Problem
-from lightning_prompts.sampling.figures import grid, regenerate
 from lightning_prompts.sampling.seeding import INIT, VALIDATION, validation_timesteps
 from lightning_prompts.setting_types import Positive
 from lightning_prompts.unused import refuse_unused
@@ -112,7 +111,7 @@ class Inverter(PromptMethod):
 
     @property
     def data(self) -> ImagesToPrompts:
-        """The data module."""
+        """Return the data module of the Trainer."""
         return cast("ImagesToPrompts", super().data)
 
     @property
@@ -209,9 +208,9 @@ class Inverter(PromptMethod):
         return torch.stack(list(terms.values())).sum(0)
 
     def denoising_loss(self, rows: Tensor, prompt_embeds: Tensor, samples: Samples) -> Tensor:
-        """Compute the denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones of the negative images."""
+        """Compute denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones on negative images."""
         passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
-        self.add_cost(rows, passes if samples.negative is None else 2 * passes)
+        self.batch.add_cost(rows, passes if samples.negative is None else 2 * passes)
         loss: Tensor = self.denoising(self.backbone, prompt_embeds, samples.latents, samples.timesteps, samples.noise)
         if samples.negative is None:
             return loss
@@ -220,7 +219,7 @@ class Inverter(PromptMethod):
 
     @property
     def uses_clip(self) -> bool:
-        """Whether the search uses a CLIP: in the loss, in the choice of the best prompt, or for the initial one."""
+        """Return whether the search uses a CLIP: in the loss, to choose the best prompt, or for the initial one."""
         return bool(self.clip_weight or self.trial) or self.init == "clip_words"
 
     def setup(self, stage: str) -> None:
@@ -230,7 +229,7 @@ class Inverter(PromptMethod):
             self.clips()
 
     def clips(self) -> list[ClipSimilarity]:
-        """See `PromptMethod.clips`."""
+        """Return the CLIPs of the search; see `PromptMethod.clips`."""
         return [self.clip] if self.uses_clip else []
 
     @property
@@ -244,7 +243,7 @@ class Inverter(PromptMethod):
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that no gradient sees; the lowest is the best."""
+        """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that is not used for gradients."""
         timesteps, size = (
             validation_timesteps(self.data.num_validation_samples, *self.data.timestep_range),
             len(self.batch),
@@ -263,7 +262,7 @@ class Inverter(PromptMethod):
             The problems whose prompt improved.
         """
         candidates, prompt_embeds = self.decode(rows)
-        better, losses = list[Problem](), self.broadcast(self.evaluate(rows, prompt_embeds)).tolist()
+        better, losses = list[Problem](), self.microbatch.broadcast(self.evaluate(rows, prompt_embeds)).tolist()
         for row, candidate, loss in zip(rows.tolist(), candidates, losses, strict=True):
             problem = self.batch[row].record
             if problem.initial_validation_loss is None:
@@ -273,15 +272,13 @@ class Inverter(PromptMethod):
         return better
 
     def decode(self, rows: Tensor) -> tuple[list[DecodedPrompt], Tensor]:
-        """Decode the problems `rows` (Q,) to the text of the nearest tokens, and encode this text again, to (Q, R, D)."""
+        """Decode the problems `rows` (Q,) to the text of the nearest tokens, and encode this text to (Q, R, D)."""
         decoded = self.prompt.decode(self.prompt.project()[rows.to(self.device)].cpu())
         return decoded, self.encode([candidate.prompt for candidate in decoded])
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return a grid of the targets above an image of each prompt."""
-        return grid(
-            [several[0] for several in self.data.target_images(problems)], regenerate(self, problems, 1), problems
-        )
+        return target_grid(self, problems, regenerate(self, problems, 1))
 
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Generate four images from each prompt and score them."""

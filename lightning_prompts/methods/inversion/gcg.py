@@ -57,7 +57,7 @@ class GCG(Inverter):
 
     @property
     def uses_clip(self) -> bool:
-        """See `Inverter.uses_clip`."""
+        """Return whether the CLIP is used, also for the prefilter."""
         return super().uses_clip or self.prefilter > 1
 
     def step(self, batch: Step, rows: Tensor) -> None:
@@ -68,9 +68,14 @@ class GCG(Inverter):
         embeddings = self.prompt.table[ids].requires_grad_()
         loss = self.loss(rows, ids, embeddings, samples)
         (gradient,) = torch.autograd.grad(loss.sum(), embeddings)
-        gradient = self.broadcast(gradient[:, self.prompt.positions])
-        candidates, valid = (self.broadcast(drawn) for drawn in self._propose(batch.steps, rows, token_ids, gradient))
-        losses, loss = self.broadcast(self._losses(rows, candidates, valid, samples)), self.broadcast(loss.detach())
+        gradient = self.microbatch.broadcast(gradient[:, self.prompt.positions])
+        candidates, valid = (
+            self.microbatch.broadcast(drawn) for drawn in self._propose(batch.steps, rows, token_ids, gradient)
+        )
+        losses, loss = (
+            self.microbatch.broadcast(self._losses(rows, candidates, valid, samples)),
+            self.microbatch.broadcast(loss.detach()),
+        )
         lowest, best = losses.min(1)
         accepted = torch.where((lowest < loss).unsqueeze(1), candidates[torch.arange(len(rows)), best], token_ids)
         self.prompt.embeddings.data[on_device] = self.prompt.table[accepted].float()
@@ -79,7 +84,7 @@ class GCG(Inverter):
     def _propose(
         self, steps: Sequence[int], rows: Tensor, token_ids: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Draw candidates (Q, B, M), and return which of them (Q, B) are allowed and encode to the same tokens as text."""
+        """Draw candidates (Q, B, M), and return which (Q, B) are allowed and encode to the same tokens as text."""
         change = (
             gradient @ self.prompt.table.T
         )  # of the loss, to first order and up to a constant per position, (Q, M, V)

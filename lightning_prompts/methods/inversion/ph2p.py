@@ -126,13 +126,13 @@ class PH2P(GradientInverter):
         self.log_step(batch, rows, loss=loss[rows])
 
     def texts(self, rows: Tensor) -> list[str] | None:
-        """Return the texts of the nearest tokens for the text encoders that are not searched; None without such encoders.
+        """Return the nearest tokens' texts for the text encoders that are not searched; None without such encoders.
 
         They are fixed within a step, as the function that L-BFGS minimizes must be.
         """
         if not self.backbone.other_text_encoders or self.straight_through:
             return None
-        return self.prompt.texts(self.prompt.nearest(self.to_device(rows)))
+        return self.prompt.texts(self.prompt.nearest(rows.to(self.device, non_blocking=True)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return batched L-BFGS, with one curvature history per problem, Adam or SGD."""

@@ -29,7 +29,7 @@ class Trial:
         self.images, self.weight = images, weight
 
     def loss(self, method: Inverter, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Compute the weighted mean of one minus the cosine (Q,) in CLIP of the targets and the images of Q encoded prompts (Q, R, D)."""
+        """Compute weighted mean CLIP distances (Q,) of the targets and the images of encoded prompts (Q, R, D)."""
         noise = method.draw_noise(method.records(rows), RERANK, self.images).flatten(0, 1)
         prompt_embeds = repeat(prompt_embeds, self.images)
         negative_prompt_embeds = method.encode([""], negative=True)
@@ -39,6 +39,6 @@ class Trial:
             return method.clip.features(images)
 
         generated = self.sampler.microbatch.map(len(noise), features, method.device)
-        method.add_cost(rows, self.images * self.sampler.cost())
+        method.batch.add_cost(rows, self.images * self.sampler.cost())
         generated = generated.view(len(rows), self.images, -1).mean(1)
         return self.weight * (1 - (generated * method.features(rows)).sum(1))

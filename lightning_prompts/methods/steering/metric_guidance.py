@@ -94,7 +94,7 @@ class MetricGuidance(Steering):
     # --- the metric
 
     def values(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """Compute the values (B,) of all objectives, the watched one included, of images (B, 3, H, W)."""
+        """Compute the values (B,) of all objectives, the constraint included, of images (B, 3, H, W)."""
         prompts = [problem.target for problem in problems]
         values = {name: objective(images, prompts) for name, objective in self.objectives.items()}
         if self.constraint:
@@ -103,7 +103,7 @@ class MetricGuidance(Steering):
         return values
 
     def metric(self, values: dict[str, Tensor]) -> Tensor:
-        """Return the value of a single objective, or the weighted sum of several, in which lower-is-better ones are negative."""
+        """Return the value of a single objective, or the weighted sum of several, negative if lower is better."""
         if len(self.objectives) == 1:
             return values[next(iter(self.objectives))]
         return self._gain(values)
@@ -124,8 +124,9 @@ class MetricGuidance(Steering):
         count = int(self.seeds_per_step or self.seeds)
         first = torch.tensor([batch.steps[row] for row in rows.tolist()]).unsqueeze(1) * count
         noise = self.noise[rows[:, None], (first + torch.arange(count)) % self.seeds]
-        losses, values = self.evaluate(self.prompt(self.to_device(rows)), noise, problems, self.grad_steps)
-        self.add_cost(rows, count * self.sampler.cost(grad_steps=self.grad_steps))
+        embeds = self.prompt(rows.to(self.device, non_blocking=True))
+        losses, values = self.evaluate(embeds, noise, problems, self.grad_steps)
+        self.batch.add_cost(rows, count * self.sampler.cost(grad_steps=self.grad_steps))
         self.step_active(losses.mean(1), rows)
         if self.shift_every:
             due = rows[[(batch.steps[row] + 1) % self.shift_every == 0 for row in rows.tolist()]]
@@ -144,10 +145,10 @@ class MetricGuidance(Steering):
             return torch.optim.SGD(rows, lr=self.lr)
         return BatchedAdam(rows, lr=self.lr, eps=self.eps, weight_decay=0.01 if self.optimizer == "adamw" else 0.0)
 
-    # --- the watched metric
+    # --- the constraint
 
     def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
-        """Return whether the watched objective is no worse than for the user's prompt, within the tolerance."""
+        """Return whether the constraint is no worse than for the user's prompt, within the tolerance."""
         before = SteeringResult.of(problem).values_before
         if not self.constraint or not before:
             return True

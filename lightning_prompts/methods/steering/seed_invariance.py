@@ -15,7 +15,6 @@ from lightning_prompts.backbones import repeat
 from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.engine.datamodule import Step
-from lightning_prompts.engine.method import by_step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering.base import Steering
 from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
@@ -183,7 +182,7 @@ class SeedInvariance(Steering):
         return noise_of(seeds, self.backbone.latent_shape).to(self.device)
 
     def targets(self, problems: Sequence[Problem]) -> Tensor:
-        """Return the target images (P, 3, H, W), each generated once and alone so that it does not depend on the batch."""
+        """Return the target images (P, 3, H, W), generated one at a time so that the batch changes no result."""
         for problem in problems:
             if problem.key not in self._targets:
                 images = self.sampler.generate_from_embeds(
@@ -193,7 +192,7 @@ class SeedInvariance(Steering):
         return torch.stack([self._targets[problem.key] for problem in problems])
 
     def values(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """Compute the peak signal-to-noise ratio (B,), in dB, of images (B, 3, H, W) and the target images; higher is better."""
+        """Compute the peak signal-to-noise ratio (B,) in dB of images (B, 3, H, W) to the targets; higher is better."""
         error = (images - self.targets(problems).to(images)).square().flatten(1).mean(1)
         return {"PSNR": 10 * torch.log10(4 / error.clamp(min=1e-10))}
 
@@ -202,7 +201,7 @@ class SeedInvariance(Steering):
         return values["PSNR"]
 
     def stage(self, step: int) -> tuple[int, float]:
-        """Return the denoiser calls of a step, and the position of its noise on the arc from the target seed's, from 0 to 1."""
+        """Return a step's denoiser calls, and the position in [0, 1] of its noise on the arc from the target seed's."""
         stages, steps = len(self.stages), self.steps
         number = step * stages // steps
         first, end = (
@@ -213,7 +212,7 @@ class SeedInvariance(Steering):
 
     def step(self, batch: Step, rows: Tensor) -> None:
         """Take an optimizer step towards the targets on new seeds."""
-        parts = [(some, self.distances(some, step)) for step, some in by_step(batch, rows)]
+        parts = [(some, self.distances(some, step)) for step, some in batch.by_step(rows)]
         losses = torch.cat([loss for _, loss in parts])
         self.step_active(losses, torch.cat([some for some, _ in parts]))
         self.log_step(batch, rows, loss=losses)
@@ -222,8 +221,8 @@ class SeedInvariance(Steering):
         """Compute losses (Q,) of the problems `rows` (Q,) at a step."""
         calls, value = self.stage(step)
         count, problems = int(self.seeds_per_step), [self.batch[row].record for row in rows.tolist()]
-        others, on_device = self.draw_noise(problems, step, count), self.to_device(rows)  # (Q, N, C, h, w)
-        starts = self.starts[on_device].unsqueeze(1).expand_as(others)
+        others, on_device = self.draw_noise(problems, step, count), rows.to(self.device, non_blocking=True)
+        starts = self.starts[on_device].unsqueeze(1).expand_as(others)  # (Q, N, C, h, w)
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
         targets = repeat(torch.stack([self._target_vectors[problem.key][calls] for problem in problems]), count)
         embeds = self.sampler.split(self.prompt(on_device), count)
@@ -232,15 +231,15 @@ class SeedInvariance(Steering):
             return LOSS_SCALE * (1 - F.cosine_similarity(self.compared(latents), targets[indices], dim=1)), {}
 
         losses, _ = self.sampler.sample_and_score(*embeds, noise, distance, min(self.grad_steps, calls), calls)
-        self.add_cost(rows, count * self.sampler.cost(calls, self.grad_steps))
+        self.batch.add_cost(rows, count * self.sampler.cost(calls, self.grad_steps))
         return losses.view(-1, count).mean(1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the paper's optimizer."""
-        return AdamOnLion([self.parameter], lr=self.lr, eps=self.eps)
+        return AdamOnLion([self.batch.parameter], lr=self.lr, eps=self.eps)
 
     def preview(self, problems: list[Problem]) -> Image.Image:
-        """Return the target images, each beside the prompt's images on other seeds, above those of the best embeddings."""
+        """Return the target images beside other seeds' images of the prompt, above those of the best embeddings."""
         before, after = self.images_before_and_after(problems, self.draw_noise(problems, SEARCH, self.seeds))
         columns: list[tuple[Tensor, ...]] = []
         for p, target in enumerate(self.targets(problems)):
