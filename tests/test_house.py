@@ -2,7 +2,7 @@ import textwrap
 
 import pytest
 
-from benchmarks.house import LIMITS, figures, parsed
+from benchmarks.house import LIMITS, figures, main, parsed
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +68,10 @@ def test_import_cycle_through_a_third_package_is_named(tmp_path):
 def test_layers_have_every_module(tmp_path):
     with pytest.raises(ValueError, match="LAYERS lacks other"):
         package(tmp_path, {"other.py": ""})
+
+
+def test_exit_status_says_whether_a_limit_is_exceeded(monkeypatch, capsys):
+    for most, status in ((10**6, 0), (1, 1)):
+        monkeypatch.setattr("benchmarks.house.LIMITS", dict.fromkeys(LIMITS, most))
+        assert main() == status
+    assert "engine/method.py: PromptMethod has" in capsys.readouterr().out
