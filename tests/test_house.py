@@ -43,12 +43,12 @@ UPWARD = "from lightning_prompts.engine.batch import Batch\n"
         ("`Any` on the seams", "def f(data: dict[str, Any], other: Any): ...", []),
         ("docstrings of fewer than four words", '"""Too short this."""', ["data/a.py: 'Too short this.'"]),
         ("docstrings of fewer than four words", '"""Not too short this."""', []),
-        ("lines over the declared length", f"x = '{115 * 'x'}'", []),
-        ("lines over the declared length", f"x = '{116 * 'x'}'", ["data/a.py:1 has 122 characters"]),
+        ("lines over the declared length", f"x = '{114 * 'x'}'", []),
+        ("lines over the declared length", f"x = '{115 * 'x'}'", ["data/a.py:1 has 121 characters"]),
         ("largest class, lines", "class A:\n" + 259 * "    x = 1\n", []),
         ("largest class, lines", "class A:\n" + 260 * "    x = 1\n", ["data/a.py: A has 261"]),
         ("largest file, lines", 401 * "x = 1\n", ["data/a.py has 401"]),
-        ("function p90, lines", "def f():\n" + 99 * "    x = 1\n", ["the tenth of the functions has 100"]),
+        ("function p90, lines", 20 * ("def f():\n" + 99 * "    x = 1\n"), ["the tenth of the functions has 100"]),
     ],
 )
 def test_what_exceeds_a_limit_is_named(tmp_path, name, text, excess):
