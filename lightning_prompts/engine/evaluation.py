@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Validated(NamedTuple):
     """The validation loss of a problem, recomputed; sorted, they are in the order of the inputs."""
 
-    index: int
+    place: int
     key: str
     loss: float
     line: str
