@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_prompts.engine.batch import Batch, Row, concatenate, fit_shape, merge
+from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.runs.record import Problem
 
 LR = 0.1
@@ -116,6 +117,40 @@ def test_finished_rows_are_replaced_and_others_keep_their_state():
     torch.testing.assert_close(state["momentum_buffer"], torch.cat([momentum[[0, 2]], torch.zeros(1, 2)]))
     assert batch.skipped.tolist() == [4, 6, 0]
     assert [record.key for record in batch.finished] == ["b"]
+
+
+def test_state_with_a_row_per_problem_follows_its_problem():
+    """Of any shape; state without rows, such as Adam's number of steps, stays as it is."""
+    batch, optimizer = filled()
+    state = optimizer.state[batch.parameter]
+    counts, memory = torch.tensor([1.0, 2.0, 3.0]), torch.randn(3, 5, 7)
+    state.update(steps=torch.tensor(4.0), counts=counts, memory=memory, note="text")
+    batch.finish(0)
+    refill(batch, "d", "e")
+    assert state["counts"].tolist() == [2.0, 3.0, 0.0]
+    assert torch.equal(state["memory"], torch.cat([memory[1:], torch.zeros(1, 5, 7)]))
+    assert (state["steps"], state["note"]) == (4.0, "text")
+    batch.reset_rows(torch.tensor([1]), torch.full((1, 2), 7.0))
+    assert state["counts"].tolist() == [2.0, 0.0, 0.0]
+    assert batch.parameter[1].tolist() == [7.0, 7.0]
+
+
+def test_reset_rows_lose_the_history_of_lbfgs(monkeypatch):
+    batch, _ = filled()
+    optimizer, masks = BatchedLBFGS([batch.parameter]), []
+    monkeypatch.setattr(optimizer, "reset_history", masks.append)
+    batch.optimizers = [optimizer]
+    batch.reset_rows(torch.tensor([2, 0]), torch.zeros(2, 2))
+    (mask,) = masks
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [True, False, True]
+
+
+def test_refill_without_changes_leaves_the_batch_as_it_is():
+    batch, _ = filled("ab")
+    change = batch.refill(iter(()), lambda records: pytest.fail("set"), lambda rows: pytest.fail("initialized"))
+    assert change == ([], [])
+    assert not batch.exhausted
 
 
 def test_failed_problems_are_finished_at_once():
