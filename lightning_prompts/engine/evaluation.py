@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -120,3 +121,32 @@ class Evaluation:
             if error:
                 raise error
         return [each for _, validated in ranks for each in validated]
+
+
+class EvaluationSteps(pl.LightningModule):
+    """Let Lightning's `validate`, `test` and `predict` call the `Evaluation` of a method."""
+
+    evaluation: Evaluation
+
+    def validation_step(self, batch: list[Problem], batch_idx: int) -> None:
+        """Recompute the validation losses of the best prompts of records."""
+        self.evaluation.validate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Print the losses of all ranks, and log their mean."""
+        losses = self.evaluation.print_losses()
+        self.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
+
+    def test_step(self, batch: list[Problem], batch_idx: int) -> None:
+        """Generate images of the best prompts of records, score them, and save the records."""
+        self.evaluation.test(batch)
+
+    def predict_step(self, batch: list[Problem | str], batch_idx: int) -> Tensor:
+        """Generate images (B, S, 3, H, W) of B records or texts and S seeds; see `PredictSettings`."""
+        return self.evaluation.predict(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Wait for all ranks, and raise an error in a batch of any."""
+        self.evaluation.meet()
+
+    on_predict_epoch_end = on_test_epoch_end

@@ -18,7 +18,7 @@ from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgre
 from lightning_prompts.distributed import broadcast, num_sample_ranks
 from lightning_prompts.engine.batch import Batch
 from lightning_prompts.engine.datamodule import ProblemData, Step
-from lightning_prompts.engine.evaluation import Evaluation
+from lightning_prompts.engine.evaluation import Evaluation, EvaluationSteps
 from lightning_prompts.engine.resume import prepare_checkpoint, restore_batch
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.runs.folder import RunFolder
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 MOST_STEPS = 10  # default limit of the denoising steps of images that a search generates repeatedly
 
 
-class PromptMethod(TypedModule, pl.LightningModule, ABC):
+class PromptMethod(TypedModule, EvaluationSteps, ABC):
     """Search prompts for problems with a frozen backbone; only the prompts train.
 
     Up to `batch_size` problems are searched at a time. A problem leaves the batch when its score no longer improves,
@@ -273,31 +273,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     def generate_best(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
         """Generate images (N, 3, H, W) of a problem's best prompt, with its own negative prompt if none is given."""
         return self.generate([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
-
-    # --- after the search
-
-    def validation_step(self, batch: list[Problem], batch_idx: int) -> None:
-        """Recompute the validation losses of the best prompts of records."""
-        self.evaluation.validate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Print the losses of all ranks, and log their mean."""
-        losses = self.evaluation.print_losses()
-        self.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
-
-    def test_step(self, batch: list[Problem], batch_idx: int) -> None:
-        """Generate images of the best prompts of records, score them, and save the records."""
-        self.evaluation.test(batch)
-
-    def predict_step(self, batch: list[Problem | str], batch_idx: int) -> Tensor:
-        """Generate images (B, S, 3, H, W) of B records or texts and S seeds; see `PredictSettings`."""
-        return self.evaluation.predict(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Wait for all ranks, and raise an error in a batch of any."""
-        self.evaluation.meet()
-
-    on_predict_epoch_end = on_test_epoch_end
 
     # --- checkpoints: the prompt and nothing of the backbone
 
