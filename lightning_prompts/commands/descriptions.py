@@ -73,7 +73,7 @@ SETTING_HELP = {
     "trainer.enable_progress_bar": "Show a progress bar during the search.",
     "trainer.deterministic": "Use deterministic algorithms of PyTorch; warn to warn where there is none.",
     "trainer.benchmark": "Let cuDNN measure which of its algorithms is fastest.",
-    "trainer.inference_mode": "Turn off gradients of validate, test and predict by torch.inference_mode, not by torch.no_grad.",
+    "trainer.inference_mode": "Use torch.inference_mode in validate, test and predict, not torch.no_grad.",
     "trainer.profiler": "Profile the search: simple, advanced, pytorch, or a class.",
     "trainer.detect_anomaly": "Find the operation whose gradient is not a number, at the cost of speed.",
 }
