@@ -17,7 +17,7 @@ from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.method import MOST_STEPS, PromptMethod
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.inversion.figures import regenerate_and_save, write_figures
+from lightning_prompts.methods.inversion.figures import regenerate, regenerate_and_save, target_grid, write_figures
 from lightning_prompts.methods.inversion.init import init_embeddings, random_tokens, records_of_run
 from lightning_prompts.methods.inversion.samples import Samples, draw_samples
 from lightning_prompts.methods.inversion.search_clip import SearchClip, missing_gradient
@@ -28,7 +28,6 @@ from lightning_prompts.objectives.clip import default_clip
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import InversionResult, Problem
-from lightning_prompts.sampling.figures import grid, regenerate
 from lightning_prompts.sampling.seeding import INIT, VALIDATION, validation_timesteps
 from lightning_prompts.setting_types import Positive
 from lightning_prompts.unused import refuse_unused
@@ -209,7 +208,7 @@ class Inverter(PromptMethod):
     def denoising_loss(self, rows: Tensor, prompt_embeds: Tensor, samples: Samples) -> Tensor:
         """Compute denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones on negative images."""
         passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
-        self.add_cost(rows, passes if samples.negative is None else 2 * passes)
+        self.batch.add_cost(rows, passes if samples.negative is None else 2 * passes)
         loss: Tensor = self.denoising(self.backbone, prompt_embeds, samples.latents, samples.timesteps, samples.noise)
         if samples.negative is None:
             return loss
@@ -261,7 +260,7 @@ class Inverter(PromptMethod):
             The problems whose prompt improved.
         """
         candidates, prompt_embeds = self.decode(rows)
-        better, losses = list[Problem](), self.broadcast(self.evaluate(rows, prompt_embeds)).tolist()
+        better, losses = list[Problem](), self.microbatch.broadcast(self.evaluate(rows, prompt_embeds)).tolist()
         for row, candidate, loss in zip(rows.tolist(), candidates, losses, strict=True):
             problem = self.batch[row].record
             if problem.initial_validation_loss is None:
@@ -277,9 +276,7 @@ class Inverter(PromptMethod):
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return a grid of the targets above an image of each prompt."""
-        return grid(
-            [several[0] for several in self.data.target_images(problems)], regenerate(self, problems, 1), problems
-        )
+        return target_grid(self, problems, regenerate(self, problems, 1))
 
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Generate four images from each prompt and score them."""
