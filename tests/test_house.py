@@ -11,7 +11,7 @@ def measured():
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_the_package_keeps_its_limits(measured, name):
+def test_package_keeps_its_limits(measured, name):
     assert measured[name].value <= measured[name].most, "\n".join([name, *measured[name].excess])
 
 
@@ -57,7 +57,7 @@ def test_what_exceeds_a_limit_is_named(tmp_path, name, text, excess):
     assert (figure.value > figure.most) == bool(excess)
 
 
-def test_packages_that_import_each_other_by_way_of_a_third_one_are_named(tmp_path):
+def test_import_cycle_through_a_third_package_is_named(tmp_path):
     line = "from lightning_prompts.{}.x import y"
     files = {
         f"{one}/a.py": line.format(other) for one, other in (("data", "runs"), ("runs", "cache"), ("cache", "data"))
