@@ -267,7 +267,7 @@ def test_banned_substrings_and_word_lists_limit_the_tokens(small):
 
 def test_settings_that_leave_no_token_are_refused(small):
     n = int(allowed_tokens(small).sum())
-    with pytest.raises(UserError, match=rf"Of the {n} .* words \(1 given, which are 0 of these\) leaves none"):
+    with pytest.raises(UserError, match=rf"Of the {n} .* allowed_words \(1 given, which are 0 of these\) leaves none"):
         allowed_tokens(small, allowed_words=["unheardofword"])
     with pytest.raises(
         UserError, match=r"allowed_words \(2 given, which are 2 of these\) with the setting banned_words \(1 given\)"
