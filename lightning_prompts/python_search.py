@@ -19,7 +19,6 @@ from torch import Tensor
 from lightning_prompts import methods
 from lightning_prompts.backbones import Backbone, BackboneSettings
 from lightning_prompts.callbacks import Results, Scores
-from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.effort import Effort, scale_length
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.prompts import Prompts
@@ -36,6 +35,7 @@ from lightning_prompts.runs.lock import RunLock
 from lightning_prompts.runs.record import MethodResult, Problem
 from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.figures import to_image
+from lightning_prompts.sampling.seeding import check_seeds, noise_of
 
 _PACKAGE = Path(__file__).parent
 CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
