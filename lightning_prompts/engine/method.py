@@ -47,8 +47,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     Up to `batch_size` problems are searched at a time. A problem leaves the batch when its score no longer improves,
     and the next one takes its place. Checkpoints hold the prompts and the optimizer state only.
 
-    A method implements `init_params`, `best_params`, `step` and `score`.
-
     Args:
         backbone: Settings of the frozen model; in Python also the model's name, a diffusers pipeline, or the result of
             `load_backbone`.
@@ -85,12 +83,10 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.batch_size = int(batch_size)
         self.patience, self.microbatch = patience, Microbatch(microbatch)
         self.score_every_n_steps, self.log_images_every_n_steps = score_every_n_steps, log_images_every_n_steps
-        if isinstance(backbone, str):
-            backbone = BackboneSettings(backbone)
-        self.backbone: Backbone = backbone.load() if isinstance(backbone, BackboneSettings) else as_backbone(backbone)
-        self.offline = self.backbone.offline
+        given = BackboneSettings(backbone) if isinstance(backbone, str) else backbone
+        self.backbone: Backbone = given.load() if isinstance(given, BackboneSettings) else as_backbone(given)
         self.sampler = sampler.build(self.backbone, self.microbatch, MOST_STEPS if self.generates_images else None)
-        self.vocabulary = self.backbone.vocabulary
+        self.offline, self.vocabulary = self.backbone.offline, self.backbone.vocabulary
         self.terms: dict[str, Tensor] = {}  # of the last loss, if it is a sum
         self.scorers: dict[str, Any] = {}  # what scores results, by name
         self.evaluation = Evaluation(self)
@@ -106,7 +102,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """The batch of problems that are searched together."""
         return Batch(self.prompt, self.batch_size)
 
-    # --- what a method implements
+    # --- what a method implements, or may change
 
     @abstractmethod
     def init_params(self, rows: Tensor) -> Tensor:
@@ -142,8 +138,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     def write_files(self, problems: list[Problem], folder: RunFolder) -> None:
         """Write files for other tools into the run folder."""
-
-    # --- what a method may change
 
     @classmethod
     def search_length(cls, settings: Mapping[str, Any]) -> tuple[str, int] | None:
@@ -195,10 +189,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             restore_batch(self._resumed, self)
             self._resumed = None
 
-    def on_train_epoch_start(self) -> None:
-        """Fill the batch before the first step, and after an epoch that ended because no problem was left in it."""
-        self.refill()
-
     def refill(self) -> None:
         """Evict finished problems and add new ones, up to the batch size."""
         added, evicted = self.batch.refill(self.data.arrivals, self.set_rows, self.init_params)
@@ -207,6 +197,8 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
                 self.data.folder.save(problem)
         for problem in evicted:
             self.evict(problem)
+
+    on_train_epoch_start = refill  # before the first step, and after an epoch that ended without an active problem
 
     def on_train_batch_start(self, batch: Step, batch_idx: int) -> int | None:
         """End the epoch when no problem in the batch is active, so that the next one refills it."""
@@ -247,7 +239,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """Stop the run when no problem is open; problems that are open after an early stop can be resumed."""
         self.trainer.should_stop = self.trainer.should_stop or self.batch.exhausted
 
-    # --- what steps use
+    # --- what steps use, and later commands
 
     def step_active(self, loss: Tensor, rows: Tensor, clip: float | None = None) -> None:
         """Step on the losses (Q,) of `rows` (Q,) with Lightning's optimizer and precision; see `Batch.step`."""
@@ -257,8 +249,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     def log_step(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
         """Log values of a step if one of `rows` (Q,) is scored after it, since reading them waits for the device."""
         if any((batch.steps[row] + 1) % self.score_every_n_steps == 0 for row in rows.tolist()):
-            logged = {**values, **self.terms}
-            self.log_dict({f"train/{name}": value.detach().mean() for name, value in logged.items()})
+            self.log_dict({f"train/{name}": value.detach().mean() for name, value in (values | self.terms).items()})
 
     def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
         """Draw noise (P, N, C, h, w) for N images of each of P problems, by the seed, key and step; see `seeding`."""
@@ -273,8 +264,6 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     def generate_best(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
         """Generate images (N, 3, H, W) of a problem's best prompt, with its own negative prompt if none is given."""
         return self.generate([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
-
-    # --- after the search
 
     def validation_step(self, batch: list[Problem], batch_idx: int) -> None:
         """Recompute the validation losses of the best prompts of records."""
