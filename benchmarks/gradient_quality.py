@@ -60,7 +60,7 @@ def mean(table: Table, texts: tuple[str, str]) -> float:
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/word_search"))
     args = parser.parse_args()

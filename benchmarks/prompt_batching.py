@@ -34,7 +34,7 @@ def searched(prompts: list[str], run: Path, extra: list[str]) -> tuple[float, li
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--alone", type=int, default=10, help="prompts that are searched one at a time")

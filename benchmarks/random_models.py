@@ -17,6 +17,7 @@ from lightning_prompts.backbones.stable_diffusion import StableDiffusion, Stable
 
 
 def tiny_unet(width: int, **config: Any) -> Any:
+    """Create a UNet of two blocks with this width of its cross-attention."""
     return memory.unet(
         sample_size=8,
         block_out_channels=(32, 64),
@@ -31,6 +32,7 @@ def tiny_unet(width: int, **config: Any) -> Any:
 
 
 def tiny_vae(**config: Any) -> Any:
+    """Create an autoencoder of two blocks for images of 16 x 16 pixels."""
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
         norm_num_groups=8,
@@ -43,15 +45,18 @@ def tiny_vae(**config: Any) -> Any:
 
 
 def tiny_clip(pad: str = "<|endoftext|>", projection: int | None = None) -> tuple[Any, Any]:
+    """Create a small CLIP text encoder and its tokenizer."""
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     return memory.clip(projection, memory.clip_tokenizer(2000, pad), **small)
 
 
 def tiny_t5() -> tuple[Any, Any]:
+    """Create a small T5 encoder and its tokenizer."""
     return memory.t5(memory.t5_tokenizer(2000), d_model=48, d_kv=8, d_ff=96, num_layers=2, num_heads=4)
 
 
 def tiny_sdxl() -> Backbone:
+    """Create a small Stable Diffusion XL."""
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -62,6 +67,7 @@ def tiny_sdxl() -> Backbone:
 
 
 def tiny_flux() -> Backbone:
+    """Create a small FLUX.1 dev."""
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,

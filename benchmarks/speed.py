@@ -68,6 +68,7 @@ OTHER, PYTHON = "other operations", "Python and calls"
 
 
 def targets(count: int) -> list[str]:
+    """Return the files of the first development targets."""
     return [str(path) for path in sorted((TARGETS / "development").glob("*.png"))[:count]]
 
 
@@ -84,7 +85,7 @@ class Clock(pl.Callback):
         self.begun: list[float] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Record the time."""
+        """Record the time at the start of a step."""
         if self.recorder and batch_idx in (WARM, self.steps - 1):
             (self.recorder.start if batch_idx == WARM else self.recorder.stop)()
         if batch_idx >= WARM:
@@ -205,6 +206,7 @@ def whole_graph(backbone: Backbone, prompts: Tensor, latents: Tensor, timesteps:
 
 
 def seconds(compute: Callable[[], Any]) -> float:
+    """Measure the seconds of one call."""
     begun = time.perf_counter()
     compute()
     return time.perf_counter() - begun
@@ -434,6 +436,7 @@ def within(compute: Callable[[], Tensor], context: Callable[[], Any]) -> Callabl
 
 @contextmanager
 def flushed() -> Iterator[None]:
+    """Treat denormal numbers as zero."""
     torch.set_flush_denormal(True)
     try:
         yield
@@ -445,6 +448,7 @@ def flushed() -> Iterator[None]:
 
 
 def throughput_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of samples per second."""
     lines = ["| method | targets | search, samples/s | plain loop, samples/s | ratio |", "|---|---|---|---|---|"]
     lines += [
         f"| {row['method']} | {row['targets']:.0f} | {row['search']:.0f} | {row['plain']:.0f} | {row['ratio']:.1f} |"
@@ -454,6 +458,7 @@ def throughput_table(rows: list[dict[str, Any]]) -> str:
 
 
 def share_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of the shares of the machine's rates."""
     product, best = rows[0]["product_gigaflops"], rows[0]["best_gigaflops"]
     lines = [
         f"| | samples/s | GFLOP/s | of the matrix product's {product:.0f} | of the machine's best, {best:.0f} |",
@@ -468,12 +473,14 @@ def share_table(rows: list[dict[str, Any]]) -> str:
 
 
 def profile_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of the time by kind of operation."""
     lines = ["| operations | ms per step | share |", "|---|---|---|"]
     lines += [f"| {row['kind']} | {row['milliseconds']:.1f} | {row['share']:.0%} |" for row in rows]
     return "\n".join(lines)
 
 
 def settings_table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of alternative computations."""
     lines = ["| | speed | difference of the gradient | first call, s |", "|---|---|---|---|"]
     lines += [
         f"| {row['setting']} | {row['speed']:.2f} | {row['difference']:.0e} | {row['first_call']:.1f} |" for row in rows
@@ -490,6 +497,7 @@ PARTS: dict[str, tuple[Callable[[Backbone, int], list[dict[str, Any]]], Callable
 
 
 def figures(part: str) -> Path:
+    """Return the file with the figures of a part."""
     return FIGURES / f"speed_{part}.csv"
 
 

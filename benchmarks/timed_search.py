@@ -78,6 +78,7 @@ def samples_of(method: Any) -> int:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

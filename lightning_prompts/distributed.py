@@ -26,7 +26,7 @@ from lightning_prompts.errors import UserError, first_sentence
 from lightning_prompts.launchers import Launched
 
 if TYPE_CHECKING:
-    from lightning_fabric.plugins.environments import ClusterEnvironment
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 T = TypeVar("T")
 

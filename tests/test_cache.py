@@ -83,14 +83,16 @@ def test_fingerprint_depends_on_every_value():
 
 def test_cached_word_features_equal_computed_ones(tiny, folder, monkeypatch):
     backbone, clip = load_backbone(tiny), ClipSimilarity(os.path.join(tiny, "clip"))
-    prompt = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 3, blocked=("cat",))
+    prompt = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 3, banned_words=("cat",))
     expected = search_clip.prompt_features(clip, prompt, prompt.allowed.nonzero(), as_text=False)
     computed = word_features(clip, prompt, as_text=False)
     torch.testing.assert_close(computed, expected, atol=1e-6, rtol=0)
     calls = []
     monkeypatch.setattr(search_clip, "prompt_features", lambda *args: calls.append(args))
     assert torch.equal(word_features(clip, prompt, as_text=False), computed)
-    other = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 2, blocked=("dog",))  # another length and word list
+    other = TokenEmbeddings(
+        backbone.vocabulary, "a photo of {}", 2, banned_words=("dog",)
+    )  # another length and word list
     assert word_features(clip, other, as_text=False).shape == (int(other.allowed.sum()), computed.shape[1])
     assert not calls
 
@@ -108,7 +110,7 @@ def test_changes_of_the_features_give_another_file(tiny, folder):
 
 def test_features_of_a_few_words_are_not_cached(tiny, folder):
     backbone, clip = load_backbone(tiny), ClipSimilarity(os.path.join(tiny, "clip"))
-    prompt = TokenEmbeddings(backbone.vocabulary, "{}", 2, words=("red", "cat"))
+    prompt = TokenEmbeddings(backbone.vocabulary, "{}", 2, allowed_words=("red", "cat"))
     assert 1 <= len(word_features(clip, prompt, as_text=False)) == int(prompt.allowed.sum()) <= 2
     assert not folder.exists()
 

@@ -235,10 +235,10 @@ class Vocabulary:
         """D_i, the width of the embeddings in each encoder."""
         return [text_encoder.encoder.get_input_embeddings().weight.shape[1] for text_encoder in self.text_encoders]
 
-    def allowed(self, blocked: Iterable[str] = (), words: Iterable[str] | None = None) -> Tensor:
+    def allowed(self, banned_words: Iterable[str] = (), allowed_words: Iterable[str] | None = None) -> Tensor:
         """Return which tokens (V,) a search may use and all tokenizers read alike, see `allowed_tokens`."""
         others = [text_encoder.tokenizer for text_encoder in self.text_encoders[1:]]
-        return allowed_tokens(self.tokenizer, blocked, words, self.rows, others)
+        return allowed_tokens(self.tokenizer, banned_words, allowed_words, self.rows, others)
 
     def token_lists(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenize texts without start and end tokens; refuse texts with a token that has no embedding."""

@@ -85,7 +85,7 @@ def nearest_tokens(
         raise UserError("The embeddings to project are not finite or exceed 1e18; lower the learning rate.")
     which, ids = torch.cat(candidates, 1)
     if len(x) and not len(which):
-        raise UserError("No token is allowed that has a usable embedding; block fewer words or allow more.")
+        raise UserError("No token is allowed that has a usable embedding; ban fewer words or allow more.")
     pairs = zip(which.split(8192), ids.to(table.device).split(8192), strict=True)
     distances = torch.cat([_distances(x[n], table[i].to(x), metric) for n, i in pairs])
     # On the CPU, where scatter_reduce is deterministic; these are few numbers.
@@ -108,8 +108,8 @@ def _distances(x: Tensor, rows: Tensor, metric: Metric) -> Tensor:
 
 def allowed_tokens(
     tokenizer: PreTrainedTokenizerBase,
-    blocked: Iterable[str] = (),
-    words: Iterable[str] | None = None,
+    banned_words: Iterable[str] = (),
+    allowed_words: Iterable[str] | None = None,
     rows: int | None = None,
     others: Sequence[PreTrainedTokenizerBase] = (),
 ) -> Tensor:
@@ -121,8 +121,8 @@ def allowed_tokens(
 
     Args:
         tokenizer: The tokenizer.
-        blocked: Texts that no token may contain, ignoring case. `contains_blocked` finds words of several tokens.
-        words: The only words to allow; words of several tokens are ignored.
+        banned_words: Texts that no token may contain, ignoring case. `contains_banned` finds words of several tokens.
+        allowed_words: The only words to allow; words of several tokens are ignored.
         rows: V, rows of the table of token embeddings, which may differ from the number of tokens (T5's table has 32128
             rows for 32100 tokens); None for the number of tokens. Rows without a token are not allowed.
         others: Tokenizers with the same vocabulary that have to encode a token's text as this token, too. SDXL's second
@@ -131,7 +131,7 @@ def allowed_tokens(
     Returns:
         Which tokens are allowed, (V,) bool.
     """
-    blocked, size = _listed("blocked", blocked), max(tokenizer.get_vocab().values()) + 1
+    banned_words, size = _listed("banned_words", banned_words), max(tokenizer.get_vocab().values()) + 1
     rows = size if rows is None else rows
     ids = torch.arange(min(size, rows)).unsqueeze(1)
     texts, survives = round_trip(tokenizer, ids)
@@ -144,21 +144,21 @@ def allowed_tokens(
     allowed = torch.zeros(rows, dtype=torch.bool)
     allowed[: len(ids)] = survives
     settings, before = [], int(allowed.sum())
-    if words is not None:
-        words = _listed("words", words)
+    if allowed_words is not None:
+        allowed_words = _listed("allowed_words", allowed_words)
         single = torch.zeros(rows, dtype=torch.bool)
-        single[[row[0] for row in token_lists(tokenizer, words) if len(row) == 1 and row[0] < rows]] = True
+        single[[row[0] for row in token_lists(tokenizer, allowed_words) if len(row) == 1 and row[0] < rows]] = True
         allowed &= single
-        settings.append(f"words ({len(words)} given, which are {int(allowed.sum())} of these)")
-    if blocked:
-        allowed[[i for i in allowed.nonzero().flatten().tolist() if contains_blocked(texts[i], blocked)]] = False
-        settings.append(f"blocked ({len(blocked)} given)")
+        settings.append(f"allowed_words ({len(allowed_words)} given, which are {int(allowed.sum())} of these)")
+    if banned_words:
+        allowed[[i for i in allowed.nonzero().flatten().tolist() if contains_banned(texts[i], banned_words)]] = False
+        settings.append(f"banned_words ({len(banned_words)} given)")
     if not allowed.any():
         if not settings:
             raise UserError(f"None of the tokenizer's {size} tokens can be used in a search; use CLIP's tokenizer.")
         raise UserError(
             f"Of the {before} tokens that a search may use, the setting {' with the setting '.join(settings)} leaves "
-            "none; give more words that are one token or block fewer."
+            "none; allow more words of one token or ban fewer."
         )
     return allowed
 
@@ -224,19 +224,19 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def contains_blocked(text: str, blocked: Iterable[str]) -> bool:
-    """Return whether a text contains a blocked text, ignoring case and the boundaries of tokens.
+def contains_banned(text: str, banned_words: Iterable[str]) -> bool:
+    """Return whether a text contains a banned text, ignoring case and the boundaries of tokens.
 
     Decoding adds spaces: "don't" becomes "don 't" and "2024" becomes "2 0 2 4". Spaces between a run of letters and a
-    digit or symbol are therefore ignored. Whole words that together spell a blocked one, such as "nu de", also contain
+    digit or symbol are therefore ignored. Whole words that together spell a banned one, such as "nu de", also contain
     it; "glass exit" does not contain "sex". Compatibility forms, such as full-width letters, count as the letter;
     invisible characters, such as zero-width spaces and soft hyphens, are ignored.
 
     Args:
         text: A prompt.
-        blocked: Words or longer texts that it must not contain.
+        banned_words: Words or longer texts that it must not contain.
     """
-    words, text = _fold_all(tuple(_listed("blocked", blocked))), _fold(text)
+    words, text = _fold_all(tuple(_listed("banned_words", banned_words))), _fold(text)
     joined = text.replace(" ", "")
     return any(word in joined and re.search(_pattern(phrase), text) is not None for phrase, word in words)
 
@@ -247,12 +247,12 @@ def _fold(text: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _fold_all(blocked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def _fold_all(banned_words: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Return folded texts with and without their spaces."""
-    folded = [_fold(phrase) for phrase in blocked]
+    folded = [_fold(phrase) for phrase in banned_words]
     if "" in folded:
         raise UserError(
-            f"The blocked word {blocked[folded.index('')]!r} is empty, which every text contains; leave it out."
+            f"The banned word {banned_words[folded.index('')]!r} is empty, which every text contains; leave it out."
         )
     return tuple((phrase, phrase.replace(" ", "")) for phrase in folded)
 

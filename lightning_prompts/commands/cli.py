@@ -28,7 +28,7 @@ from lightning_prompts.callbacks import Results, Scores
 from lightning_prompts.commands import predict
 from lightning_prompts.commands.arguments import prepare_arguments
 from lightning_prompts.commands.check import check, config_with
-from lightning_prompts.commands.descriptions import GROUP_TITLES, SETTING_HELP, describe, usage
+from lightning_prompts.commands.descriptions import GROUP_TITLES, METAVARS, SETTING_HELP, describe, usage
 from lightning_prompts.commands.dry_run import DryRun
 from lightning_prompts.commands.plugins import import_plugins
 from lightning_prompts.commands.processes import cluster_environment, processes
@@ -154,6 +154,7 @@ class CLI(LightningCLI):
         parser.hidden = HIDDEN_FLAGS | others
         for action in parser._actions:
             action.help = SETTING_HELP.get(action.dest, action.help)
+            action.metavar = METAVARS.get(action.dest, action.metavar)
         for key, group in (parser.groups or {}).items():
             group.title = GROUP_TITLES.get(key, group.title)
         return parser

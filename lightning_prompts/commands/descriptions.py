@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 DESCRIPTIONS = {
-    "fit": "Search prompts for images or better prompts for prompts, and write the results to the run's folder.",
+    "fit": "Search prompts that generate given images, or better prompts, and write the results to the run's folder.",
     "validate": "Score the prompts of a run again, by the loss that the search selects by.",
     "test": "Generate images from the prompts of a run again, score them, and write the results anew.",
     "predict": "Generate images from the prompts of a run or from others, or recombine the prompts of two runs.",
@@ -60,6 +60,7 @@ SETTING_HELP = {
     "ckpt_path": "Checkpoint to resume the search from: last for the newest one of the run, or a file.",
     "model": "Class of the method, such as PH2P. Its settings follow as --model.NAME.",
     "data": "Class of the inputs; by default ImagesToPrompts or Prompts, by the given --data.NAME.",
+    "trainer.accelerator": "Device of the search: cpu, gpu or mps; auto for a GPU if there is one.",
     "trainer.devices": "Number of processes or GPUs on each machine, a list of GPUs, or auto.",
     "trainer.num_nodes": "Number of machines, on which torchrun or srun has started the command.",
     "trainer.strategy": "How processes divide the work of fit: problems (each process searches its own problems), "
@@ -67,8 +68,19 @@ SETTING_HELP = {
     "trainer.precision": "Precision of the computation: 32-true or bf16-mixed. --model.backbone.dtype sets that of the "
     "frozen weights.",
     "trainer.max_time": "Stop the search after this time, as days:hours:minutes:seconds.",
+    "trainer.logger": "Loggers of the search; by default TensorBoard's, in the run's folder; false for none.",
+    "trainer.callbacks": "Further callbacks of Lightning, by class.",
+    "trainer.enable_progress_bar": "Show a progress bar during the search.",
+    "trainer.deterministic": "Use deterministic algorithms of PyTorch; warn to warn where there is none.",
+    "trainer.benchmark": "Let cuDNN measure which of its algorithms is fastest.",
+    "trainer.inference_mode": "Use torch.inference_mode in validate, test and predict, not torch.no_grad.",
+    "trainer.profiler": "Profile the search: simple, advanced, pytorch, or a class.",
+    "trainer.detect_anomaly": "Find the operation whose gradient is not a number, at the cost of speed.",
 }
 """Help texts of Lightning's settings, in this package's words."""
+
+METAVARS = {"model": "CLASS", "data": "CLASS"}
+"""Placeholders of values in the help text, in place of the parser's own."""
 
 _RUN = {
     "fit": "--run names the run's folder, by default runs/TIME_METHOD; --ckpt_path last resumes the search there.",

@@ -27,7 +27,7 @@ SETTINGS: list[tuple[str, Any, Any, str]] = [
     ("--frames", Positive, 12, "With --path: images per seed, the two ends included."),
     ("--generations", Positive, 4, "With --mix: number of generations."),
     ("--population", Positive, 16, "With --mix: children per generation."),
-    ("--select", Positive, 4, "With --mix: prompts that the score keeps for the next generation."),
+    ("--select", Positive, 4, "With --mix: number of prompts that become the parents of the next generation."),
     ("--choose", Literal["score", "hand"], "score", "With --mix: whether the score or you choose the prompts to keep."),
 ]
 
@@ -36,10 +36,10 @@ def add_settings(parser: LightningArgumentParser) -> None:
     """Add the settings that only `predict` has."""
     for name, type_, default, help in SETTINGS:
         parser.add_argument(name, type=type_, default=default, help=help)
-    parser.add_argument(
-        "--path", type=str, nargs=2, help="Two prompts, or files of prompt embeddings, to interpolate between."
-    )
-    parser.add_argument("--mix", type=str, nargs=2, help="Two runs whose prompts are recombined; see docs/uses.md.")
+    help = "Two prompts, or files of prompt embeddings, to interpolate between."
+    parser.add_argument("--path", type=str, nargs=2, metavar=("FROM", "TO"), help=help)
+    help = "Two runs whose prompts are recombined; see docs/uses.md."
+    parser.add_argument("--mix", type=str, nargs=2, metavar=("RUN", "RUN"), help=help)
 
 
 def parse_seeds(config: Any) -> list[int]:

@@ -52,6 +52,7 @@ UNSUPPORTED_FLAGS = {
     "default_root_dir": "set the run's folder with --run",
     "plugins": "a search uses its own",
     "sync_batchnorm": "the models are frozen",
+    "barebones": "a search needs its checkpoints and its loggers",
 }
 """Flags of Lightning's Trainer that a search does not support, with the reason or the setting to use instead."""
 

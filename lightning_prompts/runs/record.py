@@ -343,7 +343,7 @@ class Problem:
             self.status, self.reason = "failed", "The validation loss of the prompt is not a finite number."
         elif loss is None and initial is not None:
             self.status = "failed"
-            self.reason = "No prompt was found whose text encodes to the same tokens and has no blocked word."
+            self.reason = "No prompt was found whose text encodes to the same tokens and has no banned word."
         elif loss is None and self.initial_validation_loss is not None:
             self.status = "failed"
             self.reason = (

@@ -10,7 +10,7 @@ from transformers import CLIPTokenizerFast, T5TokenizerFast
 
 from lightning_prompts.backbones.vocabulary import (
     allowed_tokens,
-    contains_blocked,
+    contains_banned,
     encode_text,
     fill_template,
     fillers,
@@ -214,9 +214,9 @@ def test_mask_has_the_length_of_the_table(small):
     assert torch.equal(allowed_tokens(small, rows=len(small) + 28), torch.cat([own, torch.zeros(28, dtype=torch.bool)]))
     assert torch.equal(allowed_tokens(small, rows=len(small) - 90), own[:-90])
     last = small.decode(own.nonzero()[-1]).strip()
-    assert allowed_tokens(small, words=["a", last], rows=len(small) - 90).nonzero().flatten().tolist() == ids_of(
-        small, "a"
-    )
+    assert allowed_tokens(
+        small, allowed_words=["a", last], rows=len(small) - 90
+    ).nonzero().flatten().tolist() == ids_of(small, "a")
     table = torch.zeros(len(small) + 28, 4)
     table[: len(small)] = 1 + torch.rand(len(small), 4)
     result = nearest_tokens(torch.zeros(1, 3, 4), table, allowed_tokens(small, rows=len(table)))
@@ -250,33 +250,35 @@ def test_t5_vocabulary_leaves_out_rows_without_a_token(name):
         assert_template(t5, template, rows, 512)
 
 
-def test_blocked_substrings_and_word_lists_limit_the_tokens(small):
+def test_banned_substrings_and_word_lists_limit_the_tokens(small):
     free, cat, dog = allowed_tokens(small), ids_of(small, "cat")[0], ids_of(small, "dog")[0]
-    blocked = allowed_tokens(small, blocked=["CA", "two words"])
+    without_banned = allowed_tokens(small, banned_words=["CA", "two words"])
     assert free[cat]
-    assert not blocked[cat]
-    assert blocked[dog]
-    excluded = (free & ~blocked).nonzero().flatten().tolist()
+    assert not without_banned[cat]
+    assert without_banned[dog]
+    excluded = (free & ~without_banned).nonzero().flatten().tolist()
     assert excluded == [i for i in free.nonzero().flatten().tolist() if "ca" in small.decode(i)]
-    only = allowed_tokens(small, words=["Cat", "dog", "dog", "unheardofword", ""])
+    only = allowed_tokens(small, allowed_words=["Cat", "dog", "dog", "unheardofword", ""])
     assert only.nonzero().flatten().tolist() == sorted([cat, dog])
-    assert allowed_tokens(small, blocked=["do"], words=["cat", "dog"]).nonzero().flatten().tolist() == [cat]
+    assert allowed_tokens(small, banned_words=["do"], allowed_words=["cat", "dog"]).nonzero().flatten().tolist() == [
+        cat
+    ]
 
 
 def test_settings_that_leave_no_token_are_refused(small):
     n = int(allowed_tokens(small).sum())
-    with pytest.raises(UserError, match=rf"Of the {n} .* words \(1 given, which are 0 of these\) leaves none"):
-        allowed_tokens(small, words=["unheardofword"])
+    with pytest.raises(UserError, match=rf"Of the {n} .* allowed_words \(1 given, which are 0 of these\) leaves none"):
+        allowed_tokens(small, allowed_words=["unheardofword"])
     with pytest.raises(
-        UserError, match=r"words \(2 given, which are 2 of these\) with the setting blocked \(1 given\)"
+        UserError, match=r"allowed_words \(2 given, which are 2 of these\) with the setting banned_words \(1 given\)"
     ):
-        allowed_tokens(small, blocked=["t"], words=["cat", "two"])
+        allowed_tokens(small, banned_words=["t"], allowed_words=["cat", "two"])
     with pytest.raises(UserError, match=r"words \(0 given"):
-        allowed_tokens(small, words=[])
-    with pytest.raises(UserError, match="blocked word ' ' is empty"):
-        allowed_tokens(small, blocked=["cat", " "])
-    with pytest.raises(UserError, match=r"blocked is the text 'cat'.*\['cat'\]"):
-        allowed_tokens(small, blocked="cat")
+        allowed_tokens(small, allowed_words=[])
+    with pytest.raises(UserError, match="banned word ' ' is empty"):
+        allowed_tokens(small, banned_words=["cat", " "])
+    with pytest.raises(UserError, match=r"banned_words is the text 'cat'.*\['cat'\]"):
+        allowed_tokens(small, banned_words="cat")
 
 
 # --- round_trip
@@ -306,7 +308,7 @@ def test_tokens_of_a_sentence_round_trip_with_other_spaces(small):
     assert same.all()
 
 
-# --- contains_blocked
+# --- contains_banned
 
 
 @pytest.mark.parametrize(
@@ -326,28 +328,28 @@ def test_tokens_of_a_sentence_round_trip_with_other_spaces(small):
         ("cafe\u0301", "CAFÉ"),
     ],
 )
-def test_blocked_words_are_recognized(text, word):
-    assert contains_blocked(text, ["zebra", word])
+def test_banned_words_are_recognized(text, word):
+    assert contains_banned(text, ["zebra", word])
 
 
 @pytest.mark.parametrize(
     ("text", "word"), [("glass exit", "sex"), ("a cream ice", "ice cream"), ("nu", "nude"), ("a+b", "a.b"), ("", "a")]
 )
-def test_other_words_are_not_blocked(text, word):
-    assert not contains_blocked(text, [word])
+def test_other_words_are_not_banned(text, word):
+    assert not contains_banned(text, [word])
 
 
-def test_empty_blocked_word_is_refused():
-    assert not contains_blocked("a cat", [])
+def test_empty_banned_word_is_refused():
+    assert not contains_banned("a cat", [])
     with pytest.raises(UserError, match="is empty"):
-        contains_blocked("a cat", ["\u200b"])
+        contains_banned("a cat", ["\u200b"])
 
 
-def test_blocked_word_of_several_tokens_is_recognized(small):
+def test_banned_word_of_several_tokens_is_recognized(small):
     ids = ids_of(small, "zebra")
     assert len(ids) > 1
     texts, _ = round_trip(small, torch.tensor([ids]))
-    assert contains_blocked(texts[0], ["Zebra"])
+    assert contains_banned(texts[0], ["Zebra"])
 
 
 # --- encode_text
@@ -449,7 +451,7 @@ def test_clip_vocabulary_equals_the_published_one(clip):
 
 def test_allowed_tokens_of_clip_are_computed_quickly(clip, clip_allowed):
     start = time.perf_counter()
-    blocked = allowed_tokens(clip, blocked=[f"word{i}" for i in range(400)] + ["nude", "gun"])
+    without_banned = allowed_tokens(clip, banned_words=[f"word{i}" for i in range(400)] + ["nude", "gun"])
     seconds = time.perf_counter() - start
     assert seconds < 15  # 2 s on an idle machine
     assert 34_000 < int(clip_allowed.sum()) < 34_303  # tokens that survive alone, including special and invisible ones
@@ -459,10 +461,10 @@ def test_allowed_tokens_of_clip_are_computed_quickly(clip, clip_allowed):
         [49406, 49407, 39802, 9844, 1001, 8621]
     ].any()  # U+FFFD, U+200B, U+FE0F, a blank Braille sign
     assert clip_allowed[[320, 1125, 2368]].all()
-    excluded = {clip.decode(i) for i in (clip_allowed & ~blocked).nonzero().flatten().tolist()}
+    excluded = {clip.decode(i) for i in (clip_allowed & ~without_banned).nonzero().flatten().tolist()}
     assert {"nude", "nudes", "gun", "gunner", "begun"} <= excluded
     assert all("nude" in text or "gun" in text for text in excluded)
-    some = allowed_tokens(clip, words=["cat", "sunflower", "Photo", "sunflowerfield"])
+    some = allowed_tokens(clip, allowed_words=["cat", "sunflower", "Photo", "sunflowerfield"])
     assert some.nonzero().flatten().tolist() == sorted([2368, 1125, ids_of(clip, "sunflower")[0]])
 
 

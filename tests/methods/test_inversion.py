@@ -301,7 +301,7 @@ def test_problem_whose_losses_are_never_finite_fails(hard, tiny, image_folder, t
 
 
 def test_template_with_a_banned_word_is_refused(tiny):
-    with pytest.raises(UserError, match=r"--model.template has a blocked word, got 'a photo of \{\}'"):
+    with pytest.raises(UserError, match=r"--model.template has a banned word, got 'a photo of \{\}'"):
         PEZ(backbone=tiny, template="a photo of {}", banned_words=["photo"])
 
 

@@ -216,7 +216,7 @@ def test_more_replacements_than_tokens_are_refused(tiny):
 def matching(tiny):
     """Create a CLIP, prompts of two tokens in its vocabulary, and features of three images."""
     vocabulary = load_backbone(tiny).vocabulary
-    prompt = TokenEmbeddings(vocabulary, "a photo of {} , blurry", 2, words=tuple("abcdefghijk"))
+    prompt = TokenEmbeddings(vocabulary, "a photo of {} , blurry", 2, allowed_words=tuple("abcdefghijk"))
     clip = ClipSimilarity(f"{tiny}/clip")
     return clip, prompt, clip.features(torch.rand(3, 3, 32, 32) * 2 - 1), vocabulary.tokenizer
 
@@ -251,7 +251,7 @@ def test_wide_beam_finds_the_best_pair(matching):
 def test_words_repeat_only_when_none_are_left(tiny, matching):
     clip, _, features, _ = matching
     for count in (2, 3, 4):
-        prompt = TokenEmbeddings(load_backbone(tiny).vocabulary, "{}", 3, words=tuple("abcd"[:count]))
+        prompt = TokenEmbeddings(load_backbone(tiny).vocabulary, "{}", 3, allowed_words=tuple("abcd"[:count]))
         for beams in (1, 8):
             for words in best_words(clip, prompt, features, beams).tolist():
                 assert len(set(words)) == min(count, 3)

@@ -140,10 +140,10 @@ def once():
     allowed, features = Vocabulary.allowed, search_clip.word_features
     known = {}
 
-    def allowed_once(self, blocked=(), words=None):
-        key = id(self), tuple(blocked), words
+    def allowed_once(self, banned_words=(), allowed_words=None):
+        key = id(self), tuple(banned_words), allowed_words
         if key not in known:
-            known[key] = self, allowed(self, blocked, words)  # keeping the vocabulary keeps its id unique
+            known[key] = self, allowed(self, banned_words, allowed_words)  # keeping the vocabulary keeps its id unique
         return known[key][1].clone()
 
     def features_once(clip, prompt, as_text, chunk=256):

@@ -164,7 +164,7 @@ class DenoiserTraining(Training):
         self.network.to(memory_format=torch.channels_last)
 
     def on_fit_start(self) -> None:
-        """Encode all images."""
+        """Encode all images before the first epoch."""
         super().on_fit_start()
         self.latents = torch.cat(
             [self._encode(i) for i in torch.arange(len(self.scenes["ids"]), device=self.device).split(500)]

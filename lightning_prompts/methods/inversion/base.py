@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_prompts.backbones.vocabulary import contains_blocked
+from lightning_prompts.backbones.vocabulary import contains_banned
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.engine.batch import Row
 from lightning_prompts.engine.datamodule import Step
@@ -84,10 +84,8 @@ class Inverter(PromptMethod):
     ) -> None:
         if not denoising_weight and not clip_weight:
             raise UserError("Both loss weights are 0; set --model.denoising_weight or --model.clip_weight above 0.")
-        if contains_blocked(template.replace("{}", " "), tuple(banned_words)):
-            raise UserError(
-                f"--model.template has a blocked word, got {template!r}; change it or --model.banned_words."
-            )
+        if contains_banned(template.replace("{}", " "), tuple(banned_words)):
+            raise UserError(f"--model.template has a banned word, got {template!r}; change it or --model.banned_words.")
         super().__init__(**kwargs)
         self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
         clip, refusal = clip or default_clip(self.backbone), None

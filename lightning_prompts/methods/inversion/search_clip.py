@@ -161,7 +161,7 @@ def word_features(clip: ClipSimilarity, prompt: TokenEmbeddings, as_text: bool, 
     allowed = prompt.allowed.nonzero()
     if prompt.listed:
         return prompt_features(clip, prompt, allowed, as_text, chunk)
-    every = prompt.vocabulary.allowed().to(allowed.device).nonzero() if prompt.blocked else allowed
+    every = prompt.vocabulary.allowed().to(allowed.device).nonzero() if prompt.banned_words else allowed
     tokenizers = [clip.tokenizer, prompt.vocabulary.tokenizer] if as_text else []
     depends_on = {
         "clip": fingerprint(clip.clip.text_model) + fingerprint(clip.clip.text_projection),

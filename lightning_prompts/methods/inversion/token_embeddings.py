@@ -11,7 +11,7 @@ from lightning_prompts.backbones import Vocabulary
 from lightning_prompts.backbones.vocabulary import (
     LARGEST,
     Metric,
-    contains_blocked,
+    contains_banned,
     decode,
     fill_template,
     nearest_tokens,
@@ -29,7 +29,7 @@ class DecodedPrompt(NamedTuple):
         prompt: The text.
         token_ids: Its M tokens.
         embedding: Its embeddings, (M, D).
-        valid: Whether the text encodes to the same tokens and has no blocked word.
+        valid: Whether the text encodes to the same tokens and has no banned word.
     """
 
     prompt: str
@@ -45,8 +45,8 @@ class TokenEmbeddings(TypedModule):
         vocabulary: The searched vocabulary.
         template: Fixed words around the prompt, with `{}` in its place.
         tokens: M, the length of the prompt in tokens.
-        blocked: Words, or parts of words, that no token may contain.
-        words: The only words that may be used; None for the whole vocabulary.
+        banned_words: Words, or parts of words, that no token may contain.
+        allowed_words: The only words that may be used; None for the whole vocabulary.
         metric: Distance that decides which token is nearest to an embedding.
     """
 
@@ -60,8 +60,8 @@ class TokenEmbeddings(TypedModule):
         vocabulary: Vocabulary,
         template: str = "{}",
         tokens: int = 8,
-        blocked: tuple[str, ...] = (),
-        words: tuple[str, ...] | None = None,
+        banned_words: tuple[str, ...] = (),
+        allowed_words: tuple[str, ...] | None = None,
         metric: Metric = "euclidean",
     ) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ class TokenEmbeddings(TypedModule):
         ids, positions = template_ids(vocabulary.tokenizer, template, tokens, vocabulary.length, vocabulary.rows)
         self.vocabulary, self.words_around = vocabulary, template
         self.metric: Metric = metric
-        self.blocked, self.listed = blocked, words is not None
+        self.banned_words, self.listed = banned_words, allowed_words is not None
         self.register_buffer("template", ids, persistent=False)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("table", vocabulary.table, persistent=False)
-        self.register_buffer("allowed", vocabulary.allowed(blocked, words), persistent=False)
+        self.register_buffer("allowed", vocabulary.allowed(banned_words, allowed_words), persistent=False)
         self.some_token = int(self.allowed.int().argmax())
         self.embeddings = nn.Parameter(torch.empty(0, tokens, self.table.shape[1]))
 
@@ -114,7 +114,7 @@ class TokenEmbeddings(TypedModule):
         texts, survives = round_trip(self.vocabulary.tokenizer, token_ids)
         prompts = [fill_template(self.words_around, text) for text in texts]
         return [
-            DecodedPrompt(prompt, ids, None, same and not contains_blocked(prompt, self.blocked))
+            DecodedPrompt(prompt, ids, None, same and not contains_banned(prompt, self.banned_words))
             for prompt, ids, same in zip(prompts, token_ids.tolist(), survives.tolist(), strict=True)
         ]
 

@@ -232,17 +232,15 @@ class HumanFeedback(Steering):
         return [problem]
 
     def finish_done(self, rows: Tensor) -> None:
-        """Finish the problem if the user did."""
+        """Finish the problem if the user did; one without a move is not improved."""
         if len(rows) and self.batch[0].record.key in self.finished_keys:
             self.batch.finish(0)
         else:
             super().finish_done(rows)
-
-    def finish(self, row: int) -> None:
-        """Finish a problem; one without a move is not improved."""
-        super().finish(row)
-        if not HumanFeedbackResult.of(self.batch[row].record).moves:
-            self.batch[row].record.status, self.batch[row].record.reason = "not improved", "Nothing was chosen."
+        for row in rows.tolist():
+            record = self.batch[row].record
+            if not self.batch[row].active and not HumanFeedbackResult.of(record).moves:
+                record.status, record.reason = "not improved", "Nothing was chosen."
 
     def values(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
         """Return nothing, since the user's taste has no metric."""
