@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from lightning_prompts.runner import TRAINER_DEFAULTS, build_trainer, held_folde
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
 from lightning_prompts.runs.record import MethodResult, Problem
-from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.figures import to_image
 
 _PACKAGE = Path(__file__).parent
@@ -133,7 +132,7 @@ def search(
 
 def _recorded(setting: Any) -> Any:
     """Return a setting as it is written to the results' file."""
-    if isinstance(setting, BackboneSettings | SamplerSettings):
+    if is_dataclass(setting) and not isinstance(setting, type):
         return asdict(setting)
     return setting.name if isinstance(setting, Backbone) else str(setting)
 

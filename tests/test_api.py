@@ -110,7 +110,7 @@ def test_words_for_a_prompt(tiny):
     assert [result.record.target for result in better] == ["a red cat", "two dogs", "a red cat"]
     assert better[0] is better[2]
     assert better[0].embedding is None
-    worse = dpo_diff("a red cat", task="attack", threshold=-1, **how)
+    worse = dpo_diff("a red cat", task="attack", similarity={"threshold": -1}, **how)
     assert sum(worse.details.loss_after) >= sum(worse.details.loss_before)
 
 

@@ -168,7 +168,7 @@ def test_caption_is_compared(fit, pictures):
 
 
 def test_clip_objective(fit):
-    (problem,) = results(fit("--model.denoising_weight", "0", "--model.clip_weight", "1"))["problems"]
+    (problem,) = results(fit("--model.loss_weights.denoising", "0", "--model.loss_weights.clip", "1"))["problems"]
     assert problem["prompt"]
     assert problem["unet_samples"] == 3 * 2  # samples of scoring only
 
@@ -377,8 +377,8 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
         (["--data.timestep_range", "[-1,500]"], "-1"),
         (["--model.template", "a photo"], "a photo"),
         (["--model.template", "a photo of {}x"], "{}x"),
-        (["--model.words", "nosuchwordanywhere"], "words"),
-        (["--model.words", "[red, blue]"], "JSON list"),
+        (["--model.allowed_words", "nosuchwordanywhere"], "words"),
+        (["--model.allowed_words", "[red, blue]"], "JSON list"),
         (["--model.backbone.dtype", "float8"], "float8"),
         (["--model.metric", "manhattan"], "manhattan"),
         (["--model.steps", "many"], "many"),
@@ -391,7 +391,7 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
         (["--trainer.precision", "16-mixed"], "16-mixed"),
         (["--trainer.precision", "16"], "16"),
         (["--model.sampler.num_inference_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
-        (["--model.rerank_weight", "1", "--model.rerank_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
+        (["--model.rerank.weight", "1", "--model.rerank.num_inference_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
         (["--seeds", "one"], "one"),
         (["--model", "PEZZ"], "PEZZ"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),

@@ -114,7 +114,10 @@ SETTINGS = {  # of `invert`, and the message
         {"sampler": "3"},
         "sampler cannot be '3'; it takes a dictionary of settings or SamplerSettings.",
     ),
-    "text for a list": ({"words": "[cat]"}, "words cannot be '[cat]'; it takes a list, each item a text or None."),
+    "text for a list": (
+        {"allowed_words": "[cat]"},
+        "allowed_words cannot be '[cat]'; it takes a list, each item a text or None.",
+    ),
     "number for a text": ({"template": 3}, "template cannot be 3; it takes a text."),
     "none for a text": ({"init": None}, "init cannot be None; it takes a text."),
     "surrogate": ({"template": "{} \ud800"}, "which is not UTF-8"),
@@ -125,7 +128,14 @@ SETTINGS = {  # of `invert`, and the message
     ),
     "no backbone": ({"backbone": None}, "backbone cannot be None"),
     "negative": ({"negative_images": [PICTURE, 3]}, "negative_images[1] cannot be 3; give a PIL image"),
-    "nothing to minimize": ({"denoising_weight": 0, "clip_weight": 0}, "set denoising_weight or clip_weight above 0."),
+    "nothing to minimize": (
+        {"loss_weights": {"denoising": 0, "clip": 0}},
+        "set loss_weights.denoising or loss_weights.clip above 0.",
+    ),
+    "negative weight": (
+        {"loss_weights": {"negative": -1}},
+        "loss_weights.negative cannot be -1; it takes a finite number from 0 on.",
+    ),
     "one seed": ({"draw_seeds": 3}, "draw_seeds cannot be 3; it takes a list, each item a whole number."),
     "seeds as text": ({"draw_seeds": "0,1"}, "draw_seeds cannot be '0,1'"),
     "seed as text": ({"draw_seeds": ["1"]}, "draw_seeds cannot be ['1']"),

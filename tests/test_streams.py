@@ -303,7 +303,7 @@ def test_list_of_prompts_that_have_failed_can_be_given_back(tiny, tmp_path):
 def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch):
     modules = []
     monkeypatch.setattr(method, "on_train_end", lambda self: modules.append(self), raising=False)
-    main(make(tmp_path / "run", method.__name__, "--model.batch_size", "1", "--model.rerank_weight", "1"))
+    main(make(tmp_path / "run", method.__name__, "--model.batch_size", "1", "--model.rerank.weight", "1"))
     (module,) = modules
     data = module.trainer.datamodule
     for kept in (data._images, data._latents, module.search_clip._image_features):

@@ -143,7 +143,7 @@ def test_lists_of_texts_are_taken_as_they_stand(setting, words, parsed):
 
 def test_list_that_yaml_alone_would_read_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", "configs/pez.yaml", "--data.images", "a.png", "--model.words", "[no, yes]"])
+        main(["fit", "--config", "configs/pez.yaml", "--data.images", "a.png", "--model.allowed_words", "[no, yes]"])
     assert "JSON list" in capsys.readouterr().err
 
 

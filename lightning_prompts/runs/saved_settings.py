@@ -16,7 +16,7 @@ from lightning_prompts.data.shards import exists
 from lightning_prompts.errors import UserError
 
 PATHS = {  # settings that may name a file or folder
-    *("images", "negative_images", "backbone", "config", "clip", "init", "dictionary", "sentence_encoder"),
+    *("images", "negative_images", "backbone", "config", "clip", "init", "dictionary", "encoder"),
     *("reference", "wants", "lpips_weights", "scorer", "language_model"),
 }
 

@@ -14,6 +14,7 @@ from lightning_prompts.callbacks import Scores
 from lightning_prompts.emoji import world
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PEZ
+from lightning_prompts.methods.inversion.losses import LossWeights
 from lightning_prompts.sampling import SamplerSettings
 from tools.train_emoji.export import describe
 
@@ -58,7 +59,7 @@ def test_paths_start_at_the_folder(model, tmp_path, monkeypatch):
 
 def test_scorer_of_the_folder_scores(model, tmp_path):
     """The searching CLIP itself is refused, so the scorer has been read."""
-    method = PEZ(backbone=model({"scorer": "clip"}), clip_weight=0.1)
+    method = PEZ(backbone=model({"scorer": "clip"}), loss_weights=LossWeights(clip=0.1))
     with pytest.raises(UserError, match="would not be held out"):
         Scores().heldout(method)
     assert Scores(scorer=str(EMOJI.parent / "scorer")).heldout(method).name == str(EMOJI.parent / "scorer")

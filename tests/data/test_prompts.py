@@ -81,7 +81,7 @@ def test_a_broken_line_leaves_the_other_prompts(name, content, line, message, tm
         (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "lacks.json"], "has no entry for"),
         (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "http://127.0.0.1:9/v1#m"],
          "cannot be reached"),
-        (["--data.prompts", "a dog", "--model.positive=[neighbors]", "--model.threshold", "1.5"], "--model.threshold must be between -1 and 1"),
+        (["--data.prompts", "a dog", "--model.positive=[neighbors]", "--model.similarity.threshold", "1.5"], "--model.similarity.threshold must be between -1 and 1"),
         (["--data.prompts", "a dog", "--model.budget", "3"], "--model.budget must be at least --model.population, got 3 and 4"),
         (["--data.prompts", "a dog", "--model.schedule", "fix-99"], "goes beyond the sampler"),
         (["--data.prompts", "missing.txt"], "check the path"),

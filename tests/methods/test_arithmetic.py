@@ -5,6 +5,7 @@ import torch
 from searches import fit, set_batch
 
 from lightning_prompts.methods import GCG, PEZ, PH2P, MetricGuidance, TextualInversion
+from lightning_prompts.methods.inversion.losses import LossWeights
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.objectives.base import Objective
 from lightning_prompts.optimizers import BatchedLBFGS
@@ -42,9 +43,9 @@ def test_gcg_takes_the_best_candidate_only_if_it_is_better(offset, tiny, picture
     assert moved.all() if offset < 0 else not moved.any()
 
 
-@pytest.mark.parametrize(("denoising_weight", "clip_weight"), [(1.0, 0.3), (0.5, 2.0), (0.0, 3.0), (2.0, 0.0)])
-def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, tiny, pictures, tmp_path):
-    module = PEZ(backbone=tiny, num_tokens=3, denoising_weight=denoising_weight, clip_weight=clip_weight, **FEW)
+@pytest.mark.parametrize(("weight", "clip_weight"), [(1.0, 0.3), (0.5, 2.0), (0.0, 3.0), (2.0, 0.0)])
+def test_loss_is_the_weighted_sum_of_its_terms(weight, clip_weight, tiny, pictures, tmp_path):
+    module = PEZ(backbone=tiny, num_tokens=3, loss_weights=LossWeights(weight, clip=clip_weight), **FEW)
     fit(module, pictures / "0.png", tmp_path, steps=1)
     set_batch(module, module.data.folder.load().values())
     rows = torch.tensor([0])
@@ -63,7 +64,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, ti
             (picture,) = module.data.target_images(module.batch.records)
             text = module.clip.text_features(ids)[0]
             clip = 1 - float(text @ torch.nn.functional.normalize(module.clip.features(picture), dim=1)[0])
-    assert float(found) == pytest.approx(denoising_weight * float(denoising) + clip_weight * clip, rel=1e-4)
+    assert float(found) == pytest.approx(weight * float(denoising) + clip_weight * clip, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, RandomTokens, TextualInversion
+from lightning_prompts.methods.inversion.losses import LossWeights
+from lightning_prompts.methods.inversion.rerank import Rerank
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.sampling import Microbatch, SamplerSettings
@@ -92,8 +94,8 @@ def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
     ("method", "extra"),
     [
         (PEZ, {}),
-        (PEZ, {"denoising_weight": 0, "clip_weight": 1}),
-        (PEZ, {"clip_weight": 0.1}),
+        (PEZ, {"loss_weights": LossWeights(denoising=0, clip=1)}),
+        (PEZ, {"loss_weights": LossWeights(clip=0.1)}),
         (PEZ, {"init": "clip_words"}),
         (PH2P, {}),
         (PH2P, {"line_search": "strong_wolfe"}),
@@ -101,8 +103,8 @@ def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
         (PH2P, {"optimizer": "adam", "restart_every": 2}),
         (PH2P, {"optimizer": "sgd"}),
         (GCG, {}),
-        (GCG, {"n_replace": 2, "clip_weight": 0.1}),
-        (PEZ, {"rerank_weight": 1, "rerank_images": 3, "rerank_steps": 2}),
+        (GCG, {"n_replace": 2, "loss_weights": LossWeights(clip=0.1)}),
+        (PEZ, {"rerank": Rerank(1, 3, 2)}),
         (TextualInversion, {"lr": 0.1}),
         (RandomTokens, {}),
         (ClipWords, {}),
@@ -207,12 +209,13 @@ def test_score_is_of_the_text(hard, tiny, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_trials_are_what_the_pipeline_draws(guidance, tiny, pictures, tmp_path):
+def test_reranking_images_are_what_the_pipeline_draws(guidance, tiny, pictures, tmp_path):
     """With a weight on them, what a person draws with diffusers, and a plain CLIP finds, is added to the same prompt's loss."""
     module = PEZ(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance))
     plain = search(module, [pictures], tmp_path / "plain", steps=1)
-    trial = {"rerank_weight": 0.5, "rerank_images": 2, "rerank_steps": 3}
-    module = PEZ(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance), microbatch=4, **trial)
+    module = PEZ(
+        backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance), microbatch=4, rerank=Rerank(0.5, 2, 3)
+    )
     drawn = search(module, [pictures], tmp_path / "drawn", steps=1)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -249,7 +252,7 @@ def test_blocked_words_never_appear(hard, tiny, pictures, tmp_path):
 
 def test_only_the_words_given_are_used(hard, tiny, pictures, tmp_path):
     words = ["a", "b", "7", "?"]
-    for problem in search(hard(backbone=tiny, words=words, **settings(hard)), [pictures], tmp_path / "run"):
+    for problem in search(hard(backbone=tiny, allowed_words=words, **settings(hard)), [pictures], tmp_path / "run"):
         assert set(problem.prompt.split()) <= set(words)
         assert len(problem.token_ids) == 3
 
@@ -262,11 +265,11 @@ def test_exchanges_stay_among_the_words_given(tiny, pictures, tmp_path):
             return super()._losses(rows, candidates, sound, samples)
 
     own = {**settings(GCG), "topk": 50, "candidates": 20}
-    search(Watched(backbone=tiny, words=["a", "b", "7"], **own), [pictures], tmp_path / "run")
+    search(Watched(backbone=tiny, allowed_words=["a", "b", "7"], **own), [pictures], tmp_path / "run")
 
 
 def test_one_word_alone_is_the_prompt(hard, tiny, pictures, tmp_path):
-    for problem in search(hard(backbone=tiny, words=["b"], **settings(hard)), [pictures], tmp_path / "run"):
+    for problem in search(hard(backbone=tiny, allowed_words=["b"], **settings(hard)), [pictures], tmp_path / "run"):
         assert problem.prompt == "b b b"
 
 
@@ -514,7 +517,7 @@ def opposed(sd, pictures, tmp_path):
     """Create a batch of two targets with two negative images in float64; return the method and its data."""
     paths = [str(path) for path in sorted(pictures.iterdir())]
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
-    module = PH2P(backbone=str(sd), negative_weight=0.7, microbatch=2, **settings(PH2P))
+    module = PH2P(backbone=str(sd), loss_weights=LossWeights(negative=0.7), microbatch=2, **settings(PH2P))
     data = ImagesToPrompts(paths[:2], negative_images=[paths[2], str(tmp_path / "red.png")], **DATA)
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path / "run")
     trainer.strategy.connect(module)

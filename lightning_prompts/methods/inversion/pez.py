@@ -16,7 +16,7 @@ class PEZ(GradientInverter):
     """Take gradients at the embeddings of the nearest tokens, and apply them to continuous ones (algorithm 1 of the paper).
 
     The denoising loss is the paper's Stable Diffusion variant; its main one, the cosine of prompt and images, is
-    `denoising_weight=0, clip_weight=1`.
+    `loss_weights={"denoising": 0, "clip": 1}`.
 
     Args:
         lr: Learning rate of AdamW.

@@ -114,7 +114,7 @@ def missing_gradient(method: str, clip: str, backbone: Backbone, moves_embedding
     kind, instead = backbone.vocabulary.text_encoders[0].kind, ""
     if kind != "clip" and any(encoder.kind == "clip" for encoder in backbone.text_encoders):
         instead = ", or search the CLIP encoder's tokens with --model.backbone.vocabulary clip"
-    way_out = "give --model.clip_weight 0" if moves_embeddings else "give --model.denoising_weight above 0"
+    way_out = "give --model.loss_weights.clip 0" if moves_embeddings else "give --model.loss_weights.denoising above 0"
     instead = way_out + instead
     if kind == "clip":
         instead += ", or name the CLIP that this text encoder was taken from as --model.clip"
