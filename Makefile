@@ -17,7 +17,7 @@ $(OLDEST)/.installed: pyproject.toml  # pip cannot be asked for the oldest, uv c
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable . --group dev
 	touch $@
 
-demo: $(BIN)/.installed  ## inverts a picture on the embedded model
+demo: $(BIN)/.installed  ## inverts an image on the embedded model
 	$(BIN)/python train.py fit --config configs/invert.yaml --data.images docs/images/demo.png
 
 test: $(BIN)/.installed  ## passes in a few minutes

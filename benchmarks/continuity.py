@@ -48,7 +48,7 @@ def main() -> None:
     for number, (one, other) in enumerate(zip(ends[::2], ends[1::2], strict=True)):
         a, b = method.encode([one, other])
         arc = torch.stack([slerp(a, b, float(value)) for value in torch.linspace(0, 1, FRAMES)])
-        pictures = method.sampler.draw_embeds(
+        pictures = method.sampler.generate_from_embeds(
             arc[:, None], noise_of([number], method.backbone.latent_shape).expand(FRAMES, 1, -1, -1, -1)
         )
         embedded.append((arc - a).flatten(1).norm(dim=1))

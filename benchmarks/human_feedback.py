@@ -58,10 +58,10 @@ def edit(text: str, words: list[str], rng: random.Random) -> str:
 def edited(method: HumanFeedback, chooser: Scripted, prompt: str, seed: int) -> tuple[str, Tensor]:
     """Return the prompt after twenty choices among edits, and its image (3, H, W)."""
     rng, noise, count = random.Random(seed), method.noise[:, 0], int(method.candidates)
-    picture = method.draw([prompt], noise)[0]
+    picture = method.generate([prompt], noise)[0]
     for _ in range(CHOICES):
         edits = [edit(prompt, method.words, rng) for _ in range(count)]
-        drawn = method.draw(edits, noise.expand(count, -1, -1, -1))
+        drawn = method.generate(edits, noise.expand(count, -1, -1, -1))
         seen = chooser.similarities([picture, *drawn])
         best = int(seen[1:].argmax())
         if seen[1 + best] > seen[0]:

@@ -54,7 +54,7 @@ def measured(one: Written) -> dict[str, Tensor]:
         draw_noise(0, [one.prompt], step, count, method().backbone.latent_shape, torch.device("cpu"))[0]
         for step, count in ((SEARCH, SEEDS), (FINAL, FURTHER))
     ])  # fmt: skip
-    pictures = torch.cat([method().draw([text] * len(noise), noise, negative) for text, negative in pairs])
+    pictures = torch.cat([method().generate([text] * len(noise), noise, negative) for text, negative in pairs])
     texts = [one.prompt, f"a photo of {one.prompt}", f"a picture of {one.prompt}"]
     cosines = clip.features(pictures) @ clip.features_of(texts).T
     moved = [clip.features(some) @ clip.features_of(texts[:1]).T for some in shifted(pictures)]

@@ -77,7 +77,7 @@ def main() -> None:
     rng = random.Random(SEED)
     captions = [world.caption(world.random_scene(rng), rng, keep=1) for _ in range(args.captions)]
     noise = torch.randn(4 * args.captions, *method.backbone.latent_shape, generator=torch.Generator().manual_seed(SEED))
-    drawn = method.draw([caption for caption in captions for _ in range(4)], noise).unflatten(0, (args.captions, 4))
+    drawn = method.generate([caption for caption in captions for _ in range(4)], noise).unflatten(0, (args.captions, 4))
     similarity = ClipImageSimilarity(str(EMOJI.parent / "scorer"))
     print(
         "| photograph | search | prompt | held-out similarity | random captions less similar |\n|---|---|---|---|---|"
@@ -85,7 +85,7 @@ def main() -> None:
     for number, (path, target) in enumerate(zip(paths, targets, strict=True)):
         others = [float(similarity(pictures, target)) for pictures in drawn]
         for search, prompts in found.items():
-            pictures = method.draw([prompts[number]] * len(SCORED), noise_of(SCORED, method.backbone.latent_shape))
+            pictures = method.generate([prompts[number]] * len(SCORED), noise_of(SCORED, method.backbone.latent_shape))
             own = float(similarity(pictures, target))
             below = sum(other < own for other in others) / len(others)
             print(f"| {path.stem} | {search} | {prompts[number]} | {own:.3f} | {below:.1%} |")

@@ -57,7 +57,7 @@ def measure(kind: str) -> list[dict[str, Any]]:
     @torch.no_grad()
     def scored(embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the mean metric, where higher is better, and the held-out similarity of each prompt's images."""
-        drawn = method.sampler.draw_embeds(embeds, noise)
+        drawn = method.sampler.generate_from_embeds(embeds, noise)
         similar = (clip.features_of_many(drawn, 50) * texts.unsqueeze(1)).sum(2).mean(1)
         return sign * method.metric(method.values_of(drawn, problems)).mean(1), similar
 

@@ -58,7 +58,7 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
         named.append(all(any(has(mixed[-1], word) for word in some.values()) for some in told))
     module, scorer = PH2P(), ClipSimilarity(str(EMOJI.parent / "scorer"))
     noise = noise_of(range(FIRST, FIRST + DRAWN), module.backbone.latent_shape)
-    drawn = {text: module.draw([text] * DRAWN, noise) for text in {*found, *mixed}}
+    drawn = {text: module.generate([text] * DRAWN, noise) for text in {*found, *mixed}}
     targets = [to_tensor(Image.open(path).convert("RGB")).unsqueeze(0) for path in images]
     own, parents, joined, unrelated = [], [], [], []
     for pair, text in enumerate(mixed):
@@ -67,7 +67,7 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
         own.append(joint_similarity(scorer, drawn[text], both)[1])
         parents.append(max(joint_similarity(scorer, drawn[found[i]], both)[1] for i in here))
         joined.append(
-            joint_similarity(scorer, module.draw([", ".join(found[i] for i in here)] * DRAWN, noise), both)[1]
+            joint_similarity(scorer, module.generate([", ".join(found[i] for i in here)] * DRAWN, noise), both)[1]
         )
         others = [joint_similarity(scorer, drawn[text], both)[1] for i, text in enumerate(found) if i not in here]
         unrelated.append(sum(others) / len(others))
@@ -137,7 +137,7 @@ def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[s
         pictures = []
         for i, (several, negative) in enumerate(zip(texts, negatives, strict=True)):
             noise = noise_of(range(FIRST + DRAWN * i, FIRST + DRAWN * (i + 1)), module.backbone.latent_shape)
-            pictures.append(torch.cat([module.draw([text] * DRAWN, noise, negative) for text in several]))
+            pictures.append(torch.cat([module.generate([text] * DRAWN, noise, negative) for text in several]))
         return pictures
 
     def load(paths: list[Path]) -> list[Tensor]:

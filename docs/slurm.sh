@@ -1,5 +1,5 @@
 #!/bin/bash
-# Searches prompts for a folder of pictures on several machines: sbatch docs/slurm.sh PICTURES RUN [settings]
+# Searches prompts for a folder of images on several machines: sbatch docs/slurm.sh IMAGES RUN [settings]
 # The same script goes on after its time has run out, after it was preempted and when it is submitted again.
 #SBATCH --job-name=prompts
 #SBATCH --nodes=4
@@ -15,10 +15,10 @@ set -u
 # Two minutes before the end: the job is queued again, and SLURM tells the processes to stop.
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 
-pictures=$1
+images=$1
 run=$2
 shift 2
-srun --kill-on-bad-exit=1 python train.py fit --config configs/invert.yaml --data.images "$pictures" \
+srun --kill-on-bad-exit=1 python train.py fit --config configs/invert.yaml --data.images "$images" \
   --run "$run" --ckpt_path last --trainer.precision bf16-mixed "$@" &
 search=$!
 while kill -0 "$search" 2>/dev/null; do  # the signal ends a wait before the search has ended

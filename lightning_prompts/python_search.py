@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
 from lightning_prompts.runs.record import MethodResult, Problem
 from lightning_prompts.sampling.figures import to_image
+from lightning_prompts.text_settings import all_settings, settings_of_group
 
 _PACKAGE = Path(__file__).parent
 CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
@@ -50,7 +51,7 @@ class Result:
         embedding: Embeddings of the prompt's tokens, (M, D), if the method searches tokens or their embeddings.
         prompt_embeds: The encoded prompt (R, D), if the method optimizes it.
         negative_prompt_embeds: The encoded negative prompt (R, D), if the method optimizes it.
-        pictures: Images generated from the result, one per seed of `draw_seeds`.
+        images: Images generated from the result, one per seed of `image_seeds`.
         record: The record of the search; see docs/results.md.
     """
 
@@ -59,7 +60,7 @@ class Result:
     embedding: Tensor | None
     prompt_embeds: Tensor | None
     negative_prompt_embeds: Tensor | None
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     record: Problem
 
     @property
@@ -72,7 +73,7 @@ def search(
     config: str,
     settings: Mapping[str, Any],
     *,
-    draw_seeds: Sequence[int] = (0,),
+    image_seeds: Sequence[int] = (0,),
     folder: str | Path | None = None,
     device: str | torch.device | None = None,
     scores: Scores | None = None,
@@ -87,7 +88,7 @@ def search(
             is a name, a dictionary or `BackboneSettings` to load a model, a diffusers pipeline, which stays unchanged,
             or the result of `load_backbone`, which several calls can share. `sampler` is a dictionary or
             `SamplerSettings`.
-        draw_seeds: Seeds of the results' images.
+        image_seeds: Seeds of the results' images.
         folder: Folder to keep the files of the run in, which must not hold a run; None to keep none.
         device: Device of the search, such as `cuda:1`; None for a GPU if there is one.
         scores: The scores of the results, see `Scores`.
@@ -99,8 +100,8 @@ def search(
     Raises:
         UserError: A setting cannot be used.
     """
-    draw_seeds = plain("draw_seeds", draw_seeds)
-    _check_arguments(config, settings, draw_seeds, scores)
+    image_seeds = plain("image_seeds", image_seeds)
+    _check_arguments(config, settings, image_seeds, scores)
     where = _device(device)
     read = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
     kind = getattr(methods, read["model"]["class_path"])
@@ -121,23 +122,24 @@ def search(
             of_method["backbone"] = of_method["backbone"].pinned()  # so that the record names the weights that are read
         method: PromptMethod = kind(**of_method)
         data = data_kind(**of_data)
-        recorded = {name: _recorded(value) for name, value in (of_method | of_data).items()}
+        hints = all_settings(kind) | all_settings(data_kind)
+        recorded = {name: _recorded(value, hints[name]) for name, value in (of_method | of_data).items()}
         trainer = _trainer(where, kept or scratch, lock, Results(scores, settings=recorded, report=False))
         trainer.fit(method, datamodule=data)
         method.to(where)  # Lightning has moved it to the CPU
-        noise = noise_of(draw_seeds, method.backbone.latent_shape).to(where)
+        noise = noise_of(image_seeds, method.backbone.latent_shape).to(where)
         records = data.folder.load()
         return [_result(method, records[key], noise) for key in data.keys]
 
 
-def _recorded(setting: Any) -> Any:
-    """Return a setting as it is written to the results' file."""
-    if is_dataclass(setting) and not isinstance(setting, type):
+def _recorded(setting: Any, hint: Any) -> Any:
+    """Return a setting with a type hint as it is written to the results' file."""
+    if settings_of_group(hint) and isinstance(setting, hint):
         return asdict(setting)
     return setting.name if isinstance(setting, Backbone) else str(setting)
 
 
-def _check_arguments(config: Any, settings: Any, draw_seeds: Any, scores: Any) -> None:
+def _check_arguments(config: Any, settings: Any, image_seeds: Any, scores: Any) -> None:
     """Refuse arguments of `search` that are of another type or unknown."""
     names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
     if not isinstance(config, str) or config not in names:
@@ -146,8 +148,8 @@ def _check_arguments(config: Any, settings: Any, draw_seeds: Any, scores: Any) -
         raise UserError(f"Settings cannot be {shown(settings)}; give a dictionary whose keys are names of settings.")
     if scores is not None and not isinstance(scores, Scores):
         raise UserError(f"The setting scores cannot be {shown(scores)}; it takes a Scores or None.")
-    check_type("draw_seeds", draw_seeds, list[int])
-    check_seeds("draw_seeds", draw_seeds)
+    check_type("image_seeds", image_seeds, list[int])
+    check_seeds("image_seeds", image_seeds)
 
 
 def _trainer(device: torch.device, folder: str | Path, lock: RunLock | None, results: Results) -> pl.Trainer:
@@ -201,7 +203,7 @@ def _result(method: PromptMethod, problem: Problem, noise: Tensor) -> Result:
     problem.reason = problem.reason and in_python(problem.reason)
     if problem.prompt is None or problem.status == "failed":
         return Result("", None, None, None, None, [], problem)
-    images = [to_image(image) for image in method.draw_found(problem, noise)]
+    images = [to_image(image) for image in method.generate_best(problem, noise)]
     embedding = prompt_embeds = negative_prompt_embeds = None
     if isinstance(method, Steering):
         prompt_embeds, *negative = method.best_embeds_of([problem])[0].cpu()

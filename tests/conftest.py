@@ -57,7 +57,10 @@ def ctrl_c():
 
 @pytest.fixture(autouse=True, scope="session")
 def float64():
-    """Allow a CLIP to be checked in float64: transformers 4 creates its mask in float32, which cannot hold the lowest float64."""
+    """Allow a CLIP to be checked in float64.
+
+    Transformers 4 creates its mask in float32, which cannot hold the lowest float64.
+    """
     try:
         from transformers.modeling_attn_mask_utils import AttentionMaskConverter
     except ImportError:  # later versions create it in the precision of the network
@@ -88,13 +91,19 @@ def rounding():
 
 @pytest.fixture(scope="session")
 def sd1(tmp_path_factory):
-    """Return a folder in the layout of Stable Diffusion 1.5: epsilon, PNDM, padding with the end of text, legacy end-of-text id."""
+    """Return a folder in the layout of Stable Diffusion 1.5.
+
+    It has epsilon prediction, PNDM, padding with the end of text, and the legacy end-of-text id.
+    """
     return families.save("sd1", tmp_path_factory.mktemp("sd1"))
 
 
 @pytest.fixture(scope="session")
 def sd2(tmp_path_factory):
-    """Return a folder in the layout of Stable Diffusion 2.1: v-prediction, DDIM, padding with "!", another width and activation."""
+    """Return a folder in the layout of Stable Diffusion 2.1.
+
+    It has v-prediction, DDIM, padding with "!", and another width and activation.
+    """
     return families.save("sd2", tmp_path_factory.mktemp("sd2"))
 
 
@@ -130,16 +139,23 @@ def language_model(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>").save_pretrained(folder)
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(words), n_positions=24, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5, bos_token_id=0, eos_token_id=0
-    )  # fmt: skip
+        vocab_size=len(words),
+        n_positions=24,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.5,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def image_folder(tmp_path):
     """Return a folder with three images of noise."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "image_folder"
     folder.mkdir()
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)

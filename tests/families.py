@@ -79,7 +79,10 @@ def clip(width, pad="<|endoftext|>", new=False, kind=CLIPTextModel, **text):
 
 
 def unigram(pieces):
-    """Return a T5 tokenizer of pieces and their scores, read from a file since arguments differ between transformers 4 and 5."""
+    """Return a T5 tokenizer of pieces and their scores.
+
+    It is read from a file, since arguments differ between transformers 4 and 5.
+    """
     tokenizer = Tokenizer(models.Unigram(list(pieces.items()), unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
@@ -91,15 +94,24 @@ def unigram(pieces):
 
 
 def t5(width):
-    """Return a T5 tokenizer with the captions' words and letters, and a T5 encoder whose table has rows without a token."""
+    """Return a T5 tokenizer with the captions' words and letters, and a T5 encoder.
+
+    Its table has rows without a token.
+    """
     words = dict.fromkeys(word.strip(",") for caption in CAPTIONS for word in caption.split() if len(word) > 1)
     pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, **{f"▁{word}": -2.0 for word in words}, "▁": -3.0}
     pieces |= dict.fromkeys("abcdefghijklmnopqrstuvwxyz,.!-'", -4.0)
     pieces |= {f"<extra_id_{i}>": 0.0 for i in reversed(range(EXTRA))}
     config = T5Config(
-        vocab_size=len(pieces) + PADDED, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
+        vocab_size=len(pieces) + PADDED,
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
-    )  # fmt: skip
+    )
     return unigram(pieces), T5EncoderModel(config)
 
 
@@ -114,18 +126,31 @@ def vae(**config):
 def unet(width, **config):
     """Return a UNet for images of 16 pixels."""
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=width, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **config,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=width,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **config,
+    )
 
 
 def stable_diffusion(folder, scheduler, width, pipeline="StableDiffusionPipeline", time_cond=None, **text):
     """Build a pipeline with one CLIP and a UNet."""
     tokenizer, encoder = clip(width, **text)
     return getattr(diffusers, pipeline)(
-        vae=vae(), text_encoder=encoder, tokenizer=tokenizer, unet=unet(width, time_cond_proj_dim=time_cond), scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet(width, time_cond_proj_dim=time_cond),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def sdxl(folder, scheduler, **autoencoder):
@@ -138,9 +163,14 @@ def sdxl(folder, scheduler, **autoencoder):
         "projection_class_embeddings_input_dim": 72,
     }
     return diffusers.StableDiffusionXLPipeline(
-        vae=vae(force_upcast=True, **autoencoder), text_encoder=first, text_encoder_2=second, tokenizer=one, tokenizer_2=two, unet=unet(80, **added),
+        vae=vae(force_upcast=True, **autoencoder),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=one,
+        tokenizer_2=two,
+        unet=unet(80, **added),
         scheduler=scheduler,
-    )  # fmt: skip
+    )
 
 
 def sd3(folder, scheduler):
@@ -149,13 +179,29 @@ def sd3(folder, scheduler):
     two, second = clip(48, "!", kind=CLIPTextModelWithProjection, projection_dim=40)
     three, third = t5(96)
     transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        joint_attention_dim=96, caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=16,
-    )  # fmt: skip
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=16,
+    )
     return diffusers.StableDiffusion3Pipeline(
-        transformer, scheduler, vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        first, one, second, two, third, three,
-    )  # fmt: skip
+        transformer,
+        scheduler,
+        vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        first,
+        one,
+        second,
+        two,
+        third,
+        three,
+    )
 
 
 def flux(folder, scheduler, guidance=True):
@@ -167,18 +213,31 @@ def flux(folder, scheduler, guidance=True):
         joint_attention_dim=48, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance,
     )  # fmt: skip
     return diffusers.FluxPipeline(
-        scheduler, vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False), first, one, second,
-        two, transformer,
-    )  # fmt: skip
+        scheduler,
+        vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        first,
+        one,
+        second,
+        two,
+        transformer,
+    )
 
 
 def pixart(scheduler):
     """Build a pipeline with a T5 whose padding is masked."""
     tokenizer, encoder = t5(32)
     transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=4, caption_channels=32, in_channels=4,
-        cross_attention_dim=32, out_channels=8, use_additional_conditions=False,
-    )  # fmt: skip
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_channels=32,
+        in_channels=4,
+        cross_attention_dim=32,
+        out_channels=8,
+        use_additional_conditions=False,
+    )
     return diffusers.PixArtSigmaPipeline(tokenizer, encoder, vae(), transformer, scheduler)
 
 
@@ -189,11 +248,19 @@ def flow(**config):
 
 BUILD = {
     "sd1": lambda folder: stable_diffusion(
-        folder, diffusers.PNDMScheduler(**NOISE, set_alpha_to_one=False, skip_prk_steps=True), 32, hidden_act="quick_gelu"
+        folder,
+        diffusers.PNDMScheduler(**NOISE, set_alpha_to_one=False, skip_prk_steps=True),
+        32,
+        hidden_act="quick_gelu",
     ),
     "sd2": lambda folder: stable_diffusion(
-        folder, diffusers.DDIMScheduler(**NOISE, set_alpha_to_one=False, prediction_type="v_prediction", clip_sample=False), 48, pad="!", hidden_act="gelu",
-        projection_dim=16, new=True,
+        folder,
+        diffusers.DDIMScheduler(**NOISE, set_alpha_to_one=False, prediction_type="v_prediction", clip_sample=False),
+        48,
+        pad="!",
+        hidden_act="gelu",
+        projection_dim=16,
+        new=True,
     ),
     "sd-turbo": lambda folder: stable_diffusion(
         folder, diffusers.EulerDiscreteScheduler(**NOISE, timestep_spacing="trailing"), 48, pad="!"
@@ -203,13 +270,19 @@ BUILD = {
     ),
     "sdxl": lambda folder: sdxl(folder, diffusers.EulerDiscreteScheduler(**NOISE)),
     "playground": lambda folder: sdxl(
-        folder, diffusers.EDMDPMSolverMultistepScheduler(), scaling_factor=0.5, latents_mean=[-1.6, 1.9, -1.4, 2.5], latents_std=[8.5, 5.9, 6.5, 5.2]
+        folder,
+        diffusers.EDMDPMSolverMultistepScheduler(),
+        scaling_factor=0.5,
+        latents_mean=[-1.6, 1.9, -1.4, 2.5],
+        latents_std=[8.5, 5.9, 6.5, 5.2],
     ),
     "sd3": lambda folder: sd3(folder, flow(shift=3.0)),
     "flux": lambda folder: flux(folder, flow(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)),
     "flux-schnell": lambda folder: flux(folder, flow(shift=1.0), guidance=False),
-    "pixart": lambda folder: pixart(diffusers.DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++")),
-}  # fmt: skip
+    "pixart": lambda folder: pixart(
+        diffusers.DPMSolverMultistepScheduler(solver_order=2, algorithm_type="dpmsolver++")
+    ),
+}
 
 
 def edit(file, change):
@@ -239,7 +312,7 @@ NEWER = ("feature_extractor", "image_encoder", "requires_safety_checker", "safet
 
 
 def without_tokenizer_json(folder):
-    """Replace the tokenizer.json of a CLIP tokenizer with vocab.json and merges.txt, as older versions of transformers wrote."""
+    """Replace the tokenizer.json of a CLIP tokenizer with vocab.json and merges.txt, as old transformers wrote."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     if model["type"] == "BPE":
         merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
@@ -271,7 +344,10 @@ def save_with_clip(family, folder):
 
 
 def correct_end(encoder, tokenizer):
-    """Let a CLIP text encoder pool at the end of the text; with an old config's id, transformers pools at an added token."""
+    """Let a CLIP text encoder pool at the end of the text.
+
+    With the end-of-text id of an old config, transformers pools at an added token.
+    """
     for part in encoder.modules():
         if hasattr(part, "eos_token_id"):
             part.eos_token_id = tokenizer.eos_token_id

@@ -82,9 +82,21 @@ class Handler(BaseHTTPRequestHandler):
         folder = commits[commit]
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         if what == "tree":
-            return self.reply(200, json.dumps([
-                {"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size, "oid": etag(path)} for path in files
-            ]).encode(), Content_Type="application/json")  # fmt: skip
+            return self.reply(
+                200,
+                json.dumps(
+                    [
+                        {
+                            "type": "file",
+                            "path": str(path.relative_to(folder)),
+                            "size": path.stat().st_size,
+                            "oid": etag(path),
+                        }
+                        for path in files
+                    ]
+                ).encode(),
+                Content_Type="application/json",
+            )
         if api:
             siblings = [{"rfilename": str(path.relative_to(folder))} for path in files]
             if "blobs=true" in self.path.lower():

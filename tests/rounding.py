@@ -1,4 +1,4 @@
-"""Simulate processors whose kernels round by the shape of a call, so that tests of exactness can fail on every machine."""
+"""Kernels that round by the shape of a call, so that tests of exactness can fail on every machine."""
 
 from contextlib import contextmanager
 
@@ -11,8 +11,9 @@ STEP = 2**-22  # twice the relative distance of neighboring float32 numbers
 
 @contextmanager
 def rounding_by_shape():
-    """Scale the output of every linear and convolutional layer by a factor that depends on the call's shape and the row's position.
+    """Scale the output of every linear and convolutional layer by a factor of almost 1.
 
+    The factor depends on the shape of the call and on the position of the row.
     Results are then equal only if they come from calls of the same shape with the same samples at the same positions.
     This is stricter than any processor: two shapes never return the same values.
     """

@@ -18,10 +18,10 @@ from lightning_prompts.methods.steering.base import Steering
 
 def method_to_data(method: PromptMethod, inverter: Inverter, ph2p: PH2P, dpo_diff: DPODiff, steering: Steering) -> None:
     """Read an attribute that no data module has."""
-    method.data.pictures  # type: ignore[attr-defined]
+    method.data.images  # type: ignore[attr-defined]
     inverter.data.picturs  # type: ignore[attr-defined]
     ph2p.data.latent  # type: ignore[attr-defined]
-    dpo_diff.data.pictures  # type: ignore[attr-defined]
+    dpo_diff.data.images  # type: ignore[attr-defined]
     steering.data.timestep_range  # type: ignore[attr-defined]
 
 

@@ -34,7 +34,10 @@ def set_batch(module, problems, steps=0):
 
 
 def found(run, digits=5):
-    """Return the result of a run with one problem, without its seconds and the cosine's last digits, and its tensors by file."""
+    """Return the result of a run with one problem, and its tensors by file.
+
+    The result has no seconds, and its cosine is rounded.
+    """
     files = {path.name: load_file(path) for path in run.glob("*.safetensors")}
     (problem,) = json.loads((run / "result.json").read_text())["problems"]
     problem["similarity"] = round(problem.get("similarity") or 0.0, digits)

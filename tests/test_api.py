@@ -32,25 +32,17 @@ SHORT = {**SHORT_SETTINGS, "device": "cpu"}
 
 
 @pytest.fixture
-def first(pictures):
-    return sorted(pictures.iterdir())[0]
+def first(image_folder):
+    return sorted(image_folder.iterdir())[0]
 
 
-def test_results_equal_those_of_the_command_line(tiny, pictures, tmp_path, capsys):
-    found = invert(sorted(pictures.iterdir()), method="ph2p", backbone=tiny, draw_seeds=(3, 4), **SHORT)
+def test_results_equal_those_of_the_command_line(tiny, image_folder, tmp_path, capsys):
+    found = invert(sorted(image_folder.iterdir()), method="ph2p", backbone=tiny, image_seeds=(3, 4), **SHORT)
     assert capsys.readouterr() == ("", "")
     run = tmp_path / "run"
-    how = [
-        "--model.backbone",
-        tiny,
-        "--model.steps",
-        "2",
-        "--model.sampler.num_inference_steps",
-        "2",
-        "--trainer.accelerator",
-        "cpu",
-    ]
-    main(["fit", "--config", "configs/ph2p.yaml", "--data.images", str(pictures), *how, "--run", str(run)])
+    short = "--model.steps 2 --model.sampler.num_inference_steps 2 --trainer.accelerator cpu"
+    how = f"--model.backbone {tiny} {short}".split()
+    main(["fit", "--config", "configs/ph2p.yaml", "--data.images", str(image_folder), *how, "--run", str(run)])
     problems = json.loads((run / "result.json").read_text())["problems"]
     assert [result.prompt for result in found] == [problem["prompt"] for problem in problems]
     assert [result.record.validation_loss for result in found] == [problem["validation_loss"] for problem in problems]
@@ -58,9 +50,9 @@ def test_results_equal_those_of_the_command_line(tiny, pictures, tmp_path, capsy
     main(["predict", "--run", str(run), "--seeds", "3,4", "--trainer.accelerator", "cpu"])
     for result in found:
         assert result.embedding.shape == (8, 32)
-        for seed, picture in zip((3, 4), result.pictures, strict=True):
-            drawn = Image.open(run / f"pictures/{result.record.key}-seed{seed}.png")
-            assert np.abs(np.asarray(picture, int) - np.asarray(drawn, int)).max() <= 1
+        for seed, image in zip((3, 4), result.images, strict=True):
+            drawn = Image.open(run / f"images/{result.record.key}-seed{seed}.png")
+            assert np.abs(np.asarray(image, int) - np.asarray(drawn, int)).max() <= 1
 
 
 def test_image_in_memory_equals_its_file(tiny, first, tmp_path):
@@ -77,20 +69,20 @@ def test_image_in_memory_equals_its_file(tiny, first, tmp_path):
         assert invert(Image.open(first).convert(mode), **how).prompt
 
 
-def test_every_input_has_its_result(tiny, pictures):
+def test_every_input_has_its_result(tiny, image_folder):
     """Images given twice and files that are not images do not change the order of the others."""
-    one, two, three = sorted(pictures.iterdir())
-    two.write_text("no picture")
+    one, two, three = sorted(image_folder.iterdir())
+    two.write_text("no image")
     found = invert([one, two, str(three), one], method="random_tokens", backbone=tiny, **SHORT)
     assert [result.record.target for result in found] == [one.name, two.name, three.name, one.name]
     assert [bool(result.prompt) for result in found] == [True, False, True, True]
     assert found[0] is found[3]
     assert "is not an image" in found[1].record.reason
-    assert found[1].pictures == []
+    assert found[1].images == []
 
 
-def test_one_prompt_for_a_subject(tiny, pictures):
-    result = invert(list(pictures.iterdir()), method="pez", one_subject=True, backbone=tiny, **SHORT)
+def test_one_prompt_for_a_subject(tiny, image_folder):
+    result = invert(list(image_folder.iterdir()), method="pez", one_subject=True, backbone=tiny, **SHORT)
     assert len(result.record.paths) == 3
 
 
@@ -117,10 +109,10 @@ def test_words_for_a_prompt(tiny):
 def test_embeddings_of_a_prompt(tiny, tmp_path):
     how = {"backbone": tiny, **SHORT}
     sharp = metric_guidance(
-        "a red cat", Sharpness(), seeds=3, draw_seeds=(0, 1), folder=tmp_path / "kept", unconditional=True, **how
+        "a red cat", Sharpness(), seeds=3, image_seeds=(0, 1), folder=tmp_path / "kept", unconditional=True, **how
     )
     assert sharp.prompt_embeds.shape == sharp.negative_prompt_embeds.shape == (32, 32)
-    assert len(sharp.pictures) == 2
+    assert len(sharp.images) == 2
     assert len(sharp.details.metric_after) == 3  # seeds of the search
     with pytest.raises(UserError, match="already holds a run; give another folder"):
         metric_guidance("a red cat", Sharpness(), folder=tmp_path / "kept", **how)
@@ -168,9 +160,15 @@ def test_inside_another_trainer(tiny, first, tmp_path):
         pl.seed_everything(1, verbose=False)
         outer = Outer(ask)
         trainer = pl.Trainer(
-            max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu", num_sanity_val_steps=0,
-            default_root_dir=tmp_path, enable_model_summary=False,
-        )  # fmt: skip
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            accelerator="cpu",
+            num_sanity_val_steps=0,
+            default_root_dir=tmp_path,
+            enable_model_summary=False,
+        )
         trainer.fit(outer, torch.randn(4, 3, 4), torch.randn(1, 3, 4))
         assert trainer.global_step == 4
         return outer, [random.random(), np.random.rand(), torch.rand(()).item()]
@@ -225,7 +223,8 @@ import sys
 import lightning_prompts
 assert not {{"torch", "pytorch_lightning"}} & set(sys.modules)
 from lightning_prompts import invert
-assert invert({str(first)!r}, method="pez", backbone={tiny!r}, steps=1, sampler={{"num_inference_steps": 1}}, device="cpu").prompt
+how = {{"backbone": {tiny!r}, "sampler": {{"num_inference_steps": 1}}, "device": "cpu"}}
+assert invert({str(first)!r}, method="pez", steps=1, **how).prompt
 print(sorted({{"gradio", "tensorboard", "nltk", "diffusers.pipelines.flux"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
@@ -297,8 +296,8 @@ def test_a_file_under_two_names(tiny, first, monkeypatch):
     assert [result.record.target for result in found] == [first.name] * 3
 
 
-def test_negative_images(tiny, pictures):
-    one, two, three = sorted(pictures.iterdir())
+def test_negative_images(tiny, image_folder):
+    one, two, three = sorted(image_folder.iterdir())
     how = {"method": "pez", "backbone": tiny, **SHORT}
     in_memory = invert(one, negative_images=[np.asarray(Image.open(two)), Image.open(three)], **how)
     by_file = invert(one, negative_images=[two, str(three)], **how)
@@ -309,14 +308,22 @@ def test_negative_images(tiny, pictures):
 def test_python_values(tiny, first, tmp_path):
     """Numbers of NumPy and tensors, tuples, ranges and paths are accepted in place of plain values."""
     plain = invert(
-        str(first), method="pez", backbone=tiny, lr=0.5, timestep_range=[100, 900], draw_seeds=[0, 1], **SHORT
+        str(first), method="pez", backbone=tiny, lr=0.5, timestep_range=[100, 900], image_seeds=[0, 1], **SHORT
     )
     found = invert(
-        first, method="pez", backbone=Path(tiny), lr=torch.tensor(0.5), timestep_range=(np.int64(100), 900), draw_seeds=range(2),
-        steps=np.int32(2), sampler={"num_inference_steps": torch.tensor(2)}, device=torch.device("cpu"), folder=str(tmp_path / "run"),
-    )  # fmt: skip
+        first,
+        method="pez",
+        backbone=Path(tiny),
+        lr=torch.tensor(0.5),
+        timestep_range=(np.int64(100), 900),
+        image_seeds=range(2),
+        steps=np.int32(2),
+        sampler={"num_inference_steps": torch.tensor(2)},
+        device=torch.device("cpu"),
+        folder=str(tmp_path / "run"),
+    )
     assert (found.prompt, found.record.validation_loss) == (plain.prompt, plain.record.validation_loss)
-    assert len(found.pictures) == 2
+    assert len(found.images) == 2
 
 
 @pytest.mark.parametrize("text", ["null", "~", "- a", "style: x", "[a]", "# one", "3", "true"])
@@ -397,7 +404,14 @@ def test_the_errors_of_a_function_are_its_own(tiny):
 
 
 def test_reasons_name_arguments(tiny):
-    found = human_feedback(["a red cat", "word " * 30], lambda question: Choice("finish"), backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu")  # fmt: skip
+    found = human_feedback(
+        ["a red cat", "word " * 30],
+        lambda question: Choice("finish"),
+        backbone=tiny,
+        sampler=SamplerSettings(1),
+        texts=6,
+        device="cpu",
+    )
     assert found[1].prompt == ""
     assert "--" not in found[1].record.reason
 

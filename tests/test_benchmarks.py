@@ -79,7 +79,7 @@ def test_human_feedback_in_the_docs_is_that_of_the_figures(targets):
 
     rows = human_feedback.rows_of(targets)
     assert human_feedback.table(rows) in (ROOT / "docs" / "human_feedback.md").read_text()
-    assert [row["picture"] for row in rows] == [file.name for _, file in human_feedback.wanted(targets)]
+    assert [row["image"] for row in rows] == [file.name for _, file in human_feedback.wanted(targets)]
 
 
 def test_reuse_in_the_docs_is_that_of_the_figures():
@@ -173,7 +173,7 @@ def test_agreement_in_the_docs_is_that_of_the_figures():
         ("pixart", ["UniPCMultistepScheduler"]),
     ],
 )
-def test_pictures_agree_with_the_pipelines(family, schedulers, tmp_path):
+def test_images_agree_with_the_pipelines(family, schedulers, tmp_path):
     import families
     import pipelines
 

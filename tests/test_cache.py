@@ -113,10 +113,10 @@ def test_a_few_words_are_not_worth_a_vocabulary(tiny, folder):
     assert not folder.exists()
 
 
-def test_a_search_asks_for_the_words_once(tiny, pictures, tmp_path, monkeypatch):
+def test_a_search_asks_for_the_words_once(tiny, image_folder, tmp_path, monkeypatch):
     """However often images join it."""
     calls, original = [], search_clip.word_features
     monkeypatch.setattr(search_clip, "word_features", lambda *args: calls.append(args) or original(*args))
     module = GCG(backbone=tiny, num_tokens=2, init="clip_words", candidates=2, batch_size=1, sampler=SamplerSettings(2))
-    assert len(fit(module, pictures, tmp_path / "run", steps=1)) == 3
+    assert len(fit(module, image_folder, tmp_path / "run", steps=1)) == 3
     assert len(calls) == 1

@@ -21,8 +21,8 @@ FAMILY_OF = {"sd15": "sd1", "sd21": "sd2", "sd35": "sd3"}  # of tests/families.p
 @pytest.mark.parametrize("config", MODELS, ids=lambda path: path.stem)
 def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatch):
     """The config names a model on the hub, which a tiny model of its family replaces here."""
-    picture = tmp_path / "photo.png"
-    Image.new("RGB", (16, 16), "red").save(picture)
+    image = tmp_path / "photo.png"
+    Image.new("RGB", (16, 16), "red").save(image)
     folder = families.save_with_clip(FAMILY_OF.get(config.stem, config.stem), tmp_path)
     monkeypatch.setitem(hub.SHORT_NAMES, config.stem, "no/model")
     monkeypatch.setattr(hub, "local_folder", lambda name: Path(folder if name == config.stem else name))
@@ -32,7 +32,7 @@ def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatc
         "--config",
         str(config),
         "--data.images",
-        str(picture),
+        str(image),
         "--model.candidates",
         "2",
     ]
@@ -67,7 +67,7 @@ def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("flags_first", [True, False])
 @pytest.mark.parametrize("given", ["flag", "config", "group"])
-def test_backbone_name_composes_with_its_group(given, flags_first, tiny, pictures, tmp_path):
+def test_backbone_name_composes_with_its_group(given, flags_first, tiny, image_folder, tmp_path):
     """`--model.backbone NAME` is the group's name, in flags and YAML, before or after other settings of the group."""
     config = tmp_path / "backbone.yaml"
     value = {"name": tiny, "clip_skip": 1} if given == "group" else tiny
@@ -78,7 +78,7 @@ def test_backbone_name_composes_with_its_group(given, flags_first, tiny, picture
     command += rest + named if flags_first else named + rest
     command += [
         "--data.images",
-        str(pictures / "0.png"),
+        str(image_folder / "0.png"),
         "--model.steps",
         "1",
         "--model.sampler.num_inference_steps",

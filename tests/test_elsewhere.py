@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def project(tiny, tmp_path, monkeypatch):
-    """Create a folder with a model, images and a run on two of them, one of which is damaged; the search ran inside the folder."""
+    """Create a folder with a model, images, and a run inside it on two of the images, one of which is damaged."""
     project = tmp_path / "project"
     project.mkdir()
     monkeypatch.chdir(project)
@@ -25,11 +25,13 @@ def project(tiny, tmp_path, monkeypatch):
     Image.new("RGB", (16, 16), "red").save("photos/a.png")
     Image.new("RGB", (16, 16), "white").save("away.png")
     Path("photos/b.png").write_bytes(b"nothing")
-    main([
-        "fit", "--run", "runs/one", "--model=PEZ", "--model.backbone=models/tiny", "--model.num_tokens=2", "--model.sampler.num_inference_steps=2",
-        "--data=ImagesToPrompts", "--data.images=photos", "--data.negative_images", "away.png", "--model.steps=1",
-        "--data.num_noise_samples=1",
-    ])  # fmt: skip
+    main(
+        (
+            "fit --run runs/one --model=PEZ --model.backbone=models/tiny --model.num_tokens=2 "
+            "--model.sampler.num_inference_steps=2 --data=ImagesToPrompts --data.images=photos "
+            "--data.negative_images away.png --model.steps=1 --data.num_noise_samples=1"
+        ).split()
+    )
     return project
 
 
@@ -59,7 +61,7 @@ def test_run_is_found_again_from_elsewhere(moved, project, tmp_path, monkeypatch
     assert "left out" not in capsys.readouterr().out
     assert outcome(run) == before
     assert json.loads((run / "failed.jsonl").read_text())["file"] == str(project / "photos" / "b.png")
-    assert list((run / "pictures").iterdir())
+    assert list((run / "images").iterdir())
     assert not list(elsewhere.iterdir())
     assert RunFolder(run).load()[next(iter(RunFolder(run).load()))].paths == ["photos/a.png"]  # as given
 

@@ -9,7 +9,7 @@ from lightning_prompts.embeddings import farthest, lerp, nearest_rows, principal
 
 
 def paper(a, b, value):
-    """Compute the formula of arXiv 2308.12059 in float64, for rows of one length that are neither equal nor opposite."""
+    """Compute the formula of arXiv 2308.12059 in float64, for rows of one length, neither equal nor opposite."""
     a, b = a.double(), b.double()
     angle = torch.acos(F.cosine_similarity(a, b, dim=-1)).unsqueeze(-1)
     return torch.sin((1 - value) * angle) / angle.sin() * a + torch.sin(value * angle) / angle.sin() * b

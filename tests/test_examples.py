@@ -41,28 +41,30 @@ def refused(tmp_path, capsys):
     return run
 
 
-def command(tiny, pictures, run):
-    return ["fit", "--run", str(run), "--model", "HillClimbing", "--model.backbone", tiny, "--model.num_tokens", "3", "--model.steps", "4",
-            "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures / "0.png"), "--data.num_noise_samples", "2",
-            "--trainer.accelerator", "cpu"]  # fmt: skip
+def command(tiny, image_folder, run):
+    return (
+        f"fit --run {run} --model HillClimbing --model.backbone {tiny} --model.num_tokens 3 --model.steps 4 "
+        f"--model.sampler.num_inference_steps 2 --data.images {image_folder / '0.png'} --data.num_noise_samples 2 "
+        "--trainer.accelerator cpu"
+    ).split()
 
 
 @pytest.mark.parametrize("plugin", [(), ("--plugin", "hill_climbing"), ("--plugin=hill_climbing",)])
-def test_a_method_of_another_package(plugin, declared, tiny, pictures, tmp_path):
+def test_a_method_of_another_package(plugin, declared, tiny, image_folder, tmp_path):
     declared(*([] if plugin else [POINT]))
-    main([*command(tiny, pictures, tmp_path / "run"), "--model.n_replace", "2", *plugin])
+    main([*command(tiny, image_folder, tmp_path / "run"), "--model.n_replace", "2", *plugin])
     (problem,) = json.loads((tmp_path / "run/result.json").read_text())["problems"]
     assert problem["prompt"]
     history = [entry["validation_loss"] for entry in problem["history"]]
     assert history == sorted(history, reverse=True)
     assert "hill_climbing.HillClimbing" in (tmp_path / "run/config.yaml").read_text()
     main(["test", "--run", str(tmp_path / "run"), *plugin])
-    main([*command(tiny, pictures, tmp_path / "run"), "--model.n_replace", "2", "--ckpt_path", "last", *plugin])
+    main([*command(tiny, image_folder, tmp_path / "run"), "--model.n_replace", "2", "--ckpt_path", "last", *plugin])
 
 
 @pytest.mark.slow
-def test_a_plugin_reaches_all_processes(tiny, pictures, tmp_path):
-    program = [sys.executable, str(EXAMPLE.parents[1] / "train.py"), *command(tiny, pictures, tmp_path / "run")]
+def test_a_plugin_reaches_all_processes(tiny, image_folder, tmp_path):
+    program = [sys.executable, str(EXAMPLE.parents[1] / "train.py"), *command(tiny, image_folder, tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLE), "OMP_NUM_THREADS": "1"}
     args = ["--plugin", "hill_climbing", "--trainer.devices", "2"]
     subprocess.run([*program, *args], check=True, timeout=250, env=environment, capture_output=True)

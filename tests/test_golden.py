@@ -36,7 +36,10 @@ MODELS = ("emoji", "sdxl", "flux")
 STEERING = ("dpo_diff", "human_feedback", "metric_guidance", "seed_invariance")  # methods that take prompts
 
 COMMON = "--trainer.accelerator cpu --trainer.logger CSVLogger --trainer.logger.save_dir logs"
-INVERSION = "--data.images 0.png 1.png 2.png --model.steps 5 --data.num_noise_samples 3 --data.num_validation_samples 4 --model.score_every_n_steps 2"
+INVERSION = (
+    "--data.images 0.png 1.png 2.png --model.steps 5 --data.num_noise_samples 3 --data.num_validation_samples 4 "
+    "--model.score_every_n_steps 2"
+)
 GCG = "--model.candidates 5 --model.topk 16 --model.prefilter 2"
 SHORT = {
     "clip_words": "--data.images 0.png 1.png 2.png --data.num_validation_samples 4",
@@ -48,7 +51,9 @@ SHORT = {
     "ph2p_lbfgs": f"{INVERSION} --model.max_iter 2 --model.max_step_norm 2",
     "random_tokens": INVERSION,
     "textual_inversion": INVERSION,
-    "dpo_diff": "--model.budget 12 --model.population 4 --model.seeds 2 --model.schedule fix-1 --model.gradient_share 0.4",
+    "dpo_diff": (
+        "--model.budget 12 --model.population 4 --model.seeds 2 --model.schedule fix-1 --model.gradient_share 0.4"
+    ),
     "human_feedback": "--model.steps 3 --model.seeds 2 --model.chooser Scripted --model.chooser.wants 0.png",
     "metric_guidance": "--model.steps 4 --model.seeds 2 --model.score_every_n_steps 2",
     "seed_invariance": "--model.steps 4 --model.seeds 2 --model.score_every_n_steps 2",
@@ -84,7 +89,7 @@ def inputs(tmp_path_factory):
 
 
 def name_weights(file, salt):
-    """Sample a file's weights again, each by its name alone, so that they do not depend on a library's initialization."""
+    """Sample a file's weights again, each by its name alone, independently of a library's initialization."""
     weights = load_file(file)
     alone = all(name.startswith("text_model.") for name in weights)  # a CLIPTextModel of transformers 4 has this prefix
     for name, weight in weights.items():
@@ -118,7 +123,7 @@ def arguments(config, model):
 
 
 def record_of(problem):
-    """Return the fields of a search in a record, without empty fields, and without the losses that its reason repeats."""
+    """Return the fields of a search in a record, without empty fields and without the losses in its reason."""
     problem |= {"others": 0, **(problem.pop("result") or {})}  # only for human feedback now, formerly for every method
     if problem["reason"]:
         problem["reason"] = re.sub(r"-?\d[\d.e+-]*\d", "#", problem["reason"])
@@ -157,7 +162,10 @@ def renamed(value):
 
 
 def assert_alike(found, golden, where=""):
-    """Compare texts, integers and structure exactly, and other numbers to one part in a thousand, since processors round differently."""
+    """Compare texts, integers and structure exactly, and other numbers to one part in a thousand.
+
+    Processors round differently.
+    """
     if isinstance(golden, dict):
         assert found.keys() == golden.keys(), where
         for name in golden:

@@ -53,11 +53,15 @@ def test_file_is_read_again(backbone, embedding, tmp_path):
 
 def comfy(tensors, key):
     """Return the tensor that ComfyUI takes for an encoder: comfy/sd1_clip.py, load_embed, in its repository."""
-    return tensors["string_to_param"].values() if "string_to_param" in tensors else tensors.get(key, next(iter(tensors.values())))  # fmt: skip
+    return (
+        tensors["string_to_param"].values()
+        if "string_to_param" in tensors
+        else tensors.get(key, next(iter(tensors.values())))
+    )
 
 
 def automatic1111(tensors):
-    """Return the tensor that AUTOMATIC1111 takes: modules/textual_inversion/textual_inversion.py, create_embedding_from_data."""
+    """Return the tensor that AUTOMATIC1111 takes: create_embedding_from_data in textual_inversion.py."""
     if "clip_g" in tensors and "clip_l" in tensors:
         return tensors
     assert len(tensors) == 1
@@ -79,10 +83,14 @@ def test_other_tools_take_our_tensors(backbone, embedding, family):
 def test_layouts(tmp_path):
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     rows = torch.randn(2, 32)
-    for i, tensors in enumerate([
-        {"<fox>": rows}, {"emb_params": rows.half()}, {"clip_l": rows}, {"bundle_emb.fox.string_to_param.*": rows, "lora_down": torch.ones(3, 3)},
+    layouts = [
+        {"<fox>": rows},
+        {"emb_params": rows.half()},
+        {"clip_l": rows},
+        {"bundle_emb.fox.string_to_param.*": rows, "lora_down": torch.ones(3, 3)},
         {"bundle_emb.fox.clip_l": rows},
-    ]):  # fmt: skip
+    ]
+    for i, tensors in enumerate(layouts):
         save_file(tensors, tmp_path / f"{i}.safetensors")
         torch.testing.assert_close(read_embedding(tmp_path / f"{i}.safetensors", backbone), rows, atol=2e-3, rtol=0)
     for i, pickled in enumerate([{"string_to_param": {"*": rows}, "name": "fox", "step": 5}, rows, {"<fox>": rows[0]}]):
@@ -147,7 +155,9 @@ def test_what_is_refused(tmp_path, capsys):
 def original(embeddings, path, **how):
     """Write a file like the released code of arXiv 2208.01618: embedding_manager.py, save, in its repository."""
     parameters = torch.nn.ParameterDict({name: torch.nn.Parameter(rows) for name, rows in embeddings.items()})
-    torch.save({"string_to_token": dict.fromkeys(embeddings, torch.tensor(265)), "string_to_param": parameters}, path, **how)  # fmt: skip
+    torch.save(
+        {"string_to_token": dict.fromkeys(embeddings, torch.tensor(265)), "string_to_param": parameters}, path, **how
+    )
     return path
 
 
@@ -325,7 +335,7 @@ def test_token_in_a_pipeline_which_is_left_as_it_was(backbone, embedding, family
     assert torch.equal(told(pipeline, "a red <fox> cat")[0], plain)
 
 
-def test_pictures_of_diffusers_own_loader(tmp_path):
+def test_images_of_diffusers_own_loader(tmp_path):
     folder = families.save("sd1", tmp_path)
     backbone, pipeline = load_backbone(str(folder)), pipeline_of(folder)
     embedding = torch.randn(3, 32)
@@ -340,7 +350,7 @@ def test_pictures_of_diffusers_own_loader(tmp_path):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_pictures_of_diffusers_own_loader_with_two_encoders(tmp_path):
+def test_images_of_diffusers_own_loader_with_two_encoders(tmp_path):
     """The loader takes the tensor of one encoder at a time."""
     folder = families.save("sdxl", tmp_path)
     backbone, pipeline = load_backbone(str(folder), image_size=16), pipeline_of(folder)

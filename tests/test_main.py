@@ -31,29 +31,36 @@ pytestmark = pytest.mark.filterwarnings(
 
 RESULT_KEYS = {"schema_version", "method", "backbone", "seed", "settings", "versions", "problems"}
 PROBLEM_KEYS = {
-    "target", "key", "status", "reason", "prompt", "token_ids", "validation_loss", "clip_similarity", "heldout_clip_similarity",
-    "initial_validation_loss", "unet_samples", "seconds", "history", "clip_text_similarity", "diversity", "special_characters",
-}  # fmt: skip
+    "target",
+    "key",
+    "status",
+    "reason",
+    "prompt",
+    "token_ids",
+    "validation_loss",
+    "clip_similarity",
+    "heldout_clip_similarity",
+    "initial_validation_loss",
+    "unet_samples",
+    "seconds",
+    "history",
+    "clip_text_similarity",
+    "diversity",
+    "special_characters",
+}
 
 
 @pytest.fixture
-def fit(tiny, pictures, tmp_path):
+def fit(tiny, image_folder, tmp_path):
     """Run `fit` on one image for two steps; later arguments take precedence."""
 
-    def run(*more, method="PEZ", images=pictures / "0.png"):
-        args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", method]
-        args += ["--model.backbone", tiny, "--model.num_tokens", "2", "--model.sampler.num_inference_steps", "2"]
-        args += [
-            "--data.images",
-            str(images),
-            "--model.steps",
-            "2",
-            "--data.num_noise_samples",
-            "1",
-            "--data.num_validation_samples",
-            "2",
-        ]
-        main([*args, *more])
+    def run(*more, method="PEZ", images=image_folder / "0.png"):
+        command = (
+            f"fit --run {tmp_path / 'run'} --trainer.accelerator cpu --model {method} --model.backbone {tiny} "
+            f"--model.num_tokens 2 --model.sampler.num_inference_steps 2 --data.images {images} --model.steps 2 "
+            "--data.num_noise_samples 1 --data.num_validation_samples 2"
+        )
+        main([*command.split(), *more])
         return tmp_path / "run"
 
     return run
@@ -63,7 +70,7 @@ def short_fit(backbone, run, tokens, images):
     """Return the command of a search with two steps."""
     args = ["fit", "--run", run, "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", backbone]
     args += ["--model.num_tokens", tokens, "--model.sampler.num_inference_steps", 2, "--data.images", images]
-    args += ["--model.lr", 0.01]  # so small that the two pictures' prompts do not become the same
+    args += ["--model.lr", 0.01]  # so small that the two image_folder' prompts do not become the same
     return [
         str(arg)
         for arg in (*args, "--model.steps", 2, "--data.num_noise_samples", 1, "--data.num_validation_samples", 2)
@@ -147,22 +154,22 @@ def test_free_embeddings_have_word_maps(fit):
     assert (logged.width, logged.height) == words.size
 
 
-def test_folder_of_images(fit, pictures):
-    problems = results(fit(images=pictures))["problems"]
+def test_folder_of_images(fit, image_folder):
+    problems = results(fit(images=image_folder))["problems"]
     assert [problem["target"] for problem in problems] == ["0.png", "1.png", "2.png"]
     assert len({problem["key"] for problem in problems}) == 3
 
 
-def test_one_subject(fit, pictures):
-    (problem,) = results(fit("--data.one_subject", "true", "--data.num_validation_samples", "3", images=pictures))[
+def test_one_subject(fit, image_folder):
+    (problem,) = results(fit("--data.one_subject", "true", "--data.num_validation_samples", "3", images=image_folder))[
         "problems"
     ]
     assert problem["prompt"]
 
 
-def test_caption_is_compared(fit, pictures):
-    (pictures / "list.csv").write_text("file,caption\n0.png,a red square\n")
-    (problem,) = results(fit(images=pictures / "list.csv"))["problems"]
+def test_caption_is_compared(fit, image_folder):
+    (image_folder / "list.csv").write_text("file,caption\n0.png,a red square\n")
+    (problem,) = results(fit(images=image_folder / "list.csv"))["problems"]
     assert set(problem) == PROBLEM_KEYS | {"word_recall"}
     assert 0 <= problem["word_recall"] <= 1
 
@@ -215,11 +222,11 @@ def test_lpips_by_a_file(fit, tmp_path):
     assert problem["lpips"] > 0
 
 
-def test_pseudo_word_is_no_text(fit, pictures, language_model, tmp_path):
+def test_pseudo_word_is_no_text(fit, image_folder, language_model, tmp_path):
     (tmp_path / "words.txt").write_text("word\n")
-    (pictures / "list.csv").write_text("file,caption\n0.png,a red square\n")
+    (image_folder / "list.csv").write_text("file,caption\n0.png,a red square\n")
     settings = ["--dictionary", str(tmp_path / "words.txt"), "--language_model", language_model]
-    (problem,) = results(fit(*settings, method="TextualInversion", images=pictures / "list.csv"))["problems"]
+    (problem,) = results(fit(*settings, method="TextualInversion", images=image_folder / "list.csv"))["problems"]
     assert set(problem) == PROBLEM_KEYS - {"clip_text_similarity", "special_characters"}
 
 
@@ -233,9 +240,9 @@ def test_what_cannot_be_scored_is_left_out(fit, tiny, tmp_path, capsys):
     assert "Some scores are missing: The CLIP" in capsys.readouterr().err
 
 
-def test_bad_file_in_a_folder_is_a_failed_record(fit, pictures):
-    (pictures / "1.png").write_text("no picture")
-    problems = results(fit(images=pictures))["problems"]
+def test_bad_file_in_a_folder_is_a_failed_record(fit, image_folder):
+    (image_folder / "1.png").write_text("no image")
+    problems = results(fit(images=image_folder))["problems"]
     assert [problem["status"] == "failed" for problem in problems] == [False, True, False]
     assert "1.png" in problems[1]["reason"]
     assert problems[1]["prompt"] is None
@@ -266,15 +273,13 @@ def test_validate_scores_the_prompts(done, capsys):
 def test_predict_generates_an_image_per_seed(done):
     before = results(done)
     main(["predict", "--run", str(done), "--seeds", "0,1"])
-    drawn = sorted(path.name for path in (done / "pictures").iterdir())
+    drawn = sorted(path.name for path in (done / "images").iterdir())
     assert drawn == sorted(f"{p['key']}-seed{seed}.png" for p in before["problems"] for seed in (0, 1))
-    first, second = ((done / "pictures" / name).read_bytes() for name in drawn[:2])
+    first, second = ((done / "images" / name).read_bytes() for name in drawn[:2])
     assert first != second
     assert results(done) == before
     main(["predict", f"--run={done}", "--seeds", "1"])
-    pixels = [
-        np.asarray(Image.open(source), dtype=int) for source in (io.BytesIO(second), done / "pictures" / drawn[1])
-    ]
+    pixels = [np.asarray(Image.open(source), dtype=int) for source in (io.BytesIO(second), done / "images" / drawn[1])]
     assert abs(pixels[0] - pixels[1]).max() <= 1  # the last digits depend on the batch
 
 
@@ -292,7 +297,7 @@ def spoil(path, how):
     if how == "missing":
         path.unlink()
     elif how == "text":
-        path.write_text("no picture")
+        path.write_text("no image")
     elif how == "truncated":
         path.write_bytes(path.read_bytes()[:400])
     elif how == "1x1":
@@ -307,26 +312,17 @@ def spoil(path, how):
 
 
 @pytest.fixture
-def base(tiny, pictures, tmp_path):
+def base(tiny, image_folder, tmp_path):
     """Return the arguments of a valid run."""
-    args = [
-        "fit",
-        "--run",
-        tmp_path / "run",
-        "--model",
-        "PEZ",
-        "--model.backbone",
-        tiny,
-        "--trainer.accelerator",
-        "cpu",
-    ]
-    args += ["--model.num_tokens", "2", "--data.images", pictures / "0.png", "--model.steps", "1"]
-    return [str(arg) for arg in args]
+    return (
+        f"fit --run {tmp_path / 'run'} --model PEZ --model.backbone {tiny} --trainer.accelerator cpu "
+        f"--model.num_tokens 2 --data.images {image_folder / '0.png'} --model.steps 1"
+    ).split()
 
 
 @pytest.mark.parametrize("how", ["missing", "text", "truncated", "1x1", "60,000 x 60,000", "empty file", "folder"])
-def test_bad_image_is_refused(base, pictures, capsys, how):
-    spoil(pictures / "0.png", how)
+def test_bad_image_is_refused(base, image_folder, capsys, how):
+    spoil(image_folder / "0.png", how)
     refused(capsys, *base, names="0.png")
 
 
@@ -351,7 +347,10 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
         (["--model.lr", "-1"], ["--model.lr cannot be -1", "a finite number above 0"]),
         (["--model.lr", "0"], "--model.lr cannot be 0"),
         (["--model.lr", "inf"], "--model.lr cannot be inf"),
-        (["--model.sampler.guidance_scale", ".nan"], "--model.sampler.guidance_scale cannot be nan; it takes a finite number"),
+        (
+            ["--model.sampler.guidance_scale", ".nan"],
+            "--model.sampler.guidance_scale cannot be nan; it takes a finite number",
+        ),
         (["--model.lr", "fast"], ["--model.lr cannot be fast", "a finite number above 0"]),
         (["--data.background", "[300, 0, 0]"], ["--data.background cannot be 300", "whole numbers from 0 to 255"]),
         (["--data.background", "[0, -1, 0]"], "--data.background cannot be -1"),
@@ -391,7 +390,10 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
         (["--trainer.precision", "16-mixed"], "16-mixed"),
         (["--trainer.precision", "16"], "16"),
         (["--model.sampler.num_inference_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
-        (["--model.rerank.weight", "1", "--model.rerank.num_inference_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
+        (
+            ["--model.rerank.weight", "1", "--model.rerank.num_inference_steps", "1001"],
+            ["1001 steps", "1000", "give fewer"],
+        ),
         (["--seeds", "one"], "one"),
         (["--model", "PEZZ"], "PEZZ"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -399,7 +401,7 @@ def test_bad_image_is_refused(base, pictures, capsys, how):
         (["--model.backbone", "nobody/nothing", "--model.backbone.offline", "true"], "nobody/nothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)  # fmt: skip
+)
 def test_bad_setting_is_refused(base, tmp_path, capsys, settings, names):
     given = [base[0], *settings, *base[3:]] if "--run" in settings else [*base, *settings]
     refused(capsys, *given, names=names)
@@ -488,10 +490,10 @@ def test_empty_folder_is_refused(base, tmp_path, capsys):
     refused(capsys, *base, "--data.images", tmp_path / "empty", names="empty")
 
 
-def test_folder_without_a_readable_image_is_refused(base, pictures, capsys):
-    for path in pictures.iterdir():
-        path.write_text("no picture")
-    refused(capsys, *base, "--data.images", pictures, names=["3 images", "0.png"])
+def test_folder_without_a_readable_image_is_refused(base, image_folder, capsys):
+    for path in image_folder.iterdir():
+        path.write_text("no image")
+    refused(capsys, *base, "--data.images", image_folder, names=["3 images", "0.png"])
 
 
 def test_finished_run_is_not_overwritten(base, finished, capsys):
@@ -588,13 +590,13 @@ def moved(tiny, tmp_path):
 @pytest.mark.parametrize("how", ["changed", "gone", "broken"])
 def test_image_that_has_changed_since_the_search_is_not_scored(moved, capsys, caplog, how):
     run, images = moved
-    before, picture = results(run)["problems"], images / "0.png"
+    before, image = results(run)["problems"], images / "0.png"
     if how == "changed":
-        Image.new("RGB", (16, 16), "green").save(picture)
+        Image.new("RGB", (16, 16), "green").save(image)
     elif how == "gone":
-        picture.unlink()
+        image.unlink()
     else:
-        picture.write_bytes(picture.read_bytes()[:50])
+        image.write_bytes(image.read_bytes()[:50])
     width = Image.open(run / "grid.png").width
     main(["test", "--run", str(run)])
     said = caplog.text
@@ -626,20 +628,20 @@ def test_run_without_prompts_is_refused(done, capsys):
         refused(capsys, command, "--run", done, names=["no prompts yet", "fit"])
 
 
-def test_name_with_control_characters_is_printed_safely(fit, pictures, capsys):
+def test_name_with_control_characters_is_printed_safely(fit, image_folder, capsys):
     name = os.fsdecode(b"caf\xe9.png")
-    os.rename(pictures / "2.png", os.path.join(pictures, name))
-    problem = results(fit(images=pictures))["problems"][2]
+    os.rename(image_folder / "2.png", os.path.join(image_folder, name))
+    problem = results(fit(images=image_folder))["problems"][2]
     assert problem["target"] == r"caf\udce9.png"
     assert problem["status"] in ("done", "not improved")
     assert r"caf\udce9.png" in capsys.readouterr().out
 
 
-def test_run_that_is_a_file_is_refused(base, pictures, capsys):
-    args = [str(pictures / "1.png") if arg == base[2] else arg for arg in base]
-    before = content(pictures)
+def test_run_that_is_a_file_is_refused(base, image_folder, capsys):
+    args = [str(image_folder / "1.png") if arg == base[2] else arg for arg in base]
+    before = content(image_folder)
     refused(capsys, *args, names="1.png")
-    assert content(pictures) == before
+    assert content(image_folder) == before
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
@@ -684,22 +686,22 @@ def test_setting_that_is_missing_is_named(capsys, args, names):
     refused(capsys, *args, names=names)
 
 
-def test_mistake_found_before_the_search_leaves_no_folder(fit, pictures, capsys):
-    for mistake in (["--data.images", str(pictures / "none.png")], ["--model.init", "clip_word"]):
+def test_mistake_found_before_the_search_leaves_no_folder(fit, image_folder, capsys):
+    for mistake in (["--data.images", str(image_folder / "none.png")], ["--model.init", "clip_word"]):
         with pytest.raises(SystemExit) as stopped:
             fit(*mistake)
         assert stopped.value.code == 2
-    assert not (pictures.parent / "run").exists()
+    assert not (image_folder.parent / "run").exists()
     assert "--model.init 'clip_word' is unknown; did you mean clip_words?" in capsys.readouterr().err
     assert results(fit())["problems"][0]["prompt"]
 
 
-def test_mistake_leaves_a_folder_that_was_there(fit, pictures):
-    run = pictures.parent / "run"
+def test_mistake_leaves_a_folder_that_was_there(fit, image_folder):
+    run = image_folder.parent / "run"
     run.mkdir()
     (run / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit):
-        fit("--data.images", str(pictures / "none.png"))
+        fit("--data.images", str(image_folder / "none.png"))
     assert (run / "notes.txt").read_text() == "mine"
 
 
@@ -760,9 +762,9 @@ def test_mix_of_two_runs(finished, other, tmp_path, tiny):
         "generation-1.png",
         "prompt.txt",
         "result.json",
-        "pictures",
+        "images",
     }
-    assert sorted(path.name for path in (tmp_path / "mix" / "pictures").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "mix" / "images").iterdir()) == [
         f"{rank}-seed{seed}.png" for rank in (1, 2) for seed in (0, 1)
     ]
 
@@ -825,10 +827,10 @@ def test_what_cannot_be_mixed_is_refused(finished, other, done, tiny, tmp_path, 
 
 def test_texts_of_ones_own(done):
     main(["predict", "--run", str(done), "--prompts", "a red cat", "--seeds", "0,1"])
-    names = sorted(path.name for path in (done / "pictures").iterdir())
+    names = sorted(path.name for path in (done / "images").iterdir())
     assert [name[:10] for name in names] == ["a-red-cat-"] * 2
     main(["predict", "--run", str(done), "--prompts", '["a red cat", "two dogs"]'])
-    assert len(list((done / "pictures").iterdir())) == 3
+    assert len(list((done / "images").iterdir())) == 3
 
 
 @pytest.mark.parametrize("given", ["run", "text"])
@@ -836,29 +838,29 @@ def test_negative_prompt_changes_the_images(done, given):
     joined = ", ".join(problem["prompt"] for problem in results(done)["problems"])
     command = ["predict", "--run", str(done), "--prompts", "a red cat"]
     main(command)
-    (plain,) = (done / "pictures").iterdir()
+    (plain,) = (done / "images").iterdir()
     main([*command, "--negative", str(done) if given == "run" else joined])
-    without = next(path for path in (done / "pictures").iterdir() if "without" in path.name)
+    without = next(path for path in (done / "images").iterdir() if "without" in path.name)
     assert plain.exists()
     assert plain.read_bytes() != without.read_bytes()
     assert without.name.startswith(plain.name.removesuffix("-seed0.png"))
     module = PEZ(
         backbone=json.loads((done / "result.json").read_text())["backbone"], num_tokens=2, sampler=SamplerSettings(2)
     )
-    (expected,) = module.draw(["a red cat"], noise_of([0], module.backbone.latent_shape), joined)
+    (expected,) = module.generate(["a red cat"], noise_of([0], module.backbone.latent_shape), joined)
     assert without.read_bytes() == to_png(to_image(expected))
 
 
 def test_texts_are_taken_as_they_stand(done):
     for text in ("# a cat", "~", "null"):
         main(["predict", "--run", str(done), "--prompts", text, "--negative", text])
-        (path,) = (done / "pictures").iterdir()
+        (path,) = (done / "images").iterdir()
         module = PEZ(
             backbone=json.loads((done / "result.json").read_text())["backbone"],
             num_tokens=2,
             sampler=SamplerSettings(2),
         )
-        (expected,) = module.draw([text], noise_of([0], module.backbone.latent_shape), text)
+        (expected,) = module.generate([text], noise_of([0], module.backbone.latent_shape), text)
         assert path.read_bytes() == to_png(to_image(expected))
         path.unlink()
 

@@ -67,17 +67,24 @@ def test_a_fitted_size_stays_when_a_search_resumes(tiny, tmp_path, monkeypatch):
     sizes = []
     for path, steps in ((None, 2), ("last", 4)):
         module = MetricGuidance(
-            backbone=tiny, microbatch=None, sampler=SamplerSettings(2), objective=Sharpness(), seeds=4, steps=steps, log_images_every_n_steps=0
-        )  # fmt: skip
+            backbone=tiny,
+            microbatch=None,
+            sampler=SamplerSettings(2),
+            objective=Sharpness(),
+            seeds=4,
+            steps=steps,
+            log_images_every_n_steps=0,
+        )
         if path is None:
             too_small(monkeypatch, module.backbone, 6)
         else:
             path = last_checkpoint(tmp_path / "checkpoints")
         checkpoint = PromptCheckpoint(tmp_path / "checkpoints")
         trainer = pl.Trainer(
-            **TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path, "enable_checkpointing": True},
+            **TRAINER
+            | {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path, "enable_checkpointing": True},
             callbacks=[checkpoint],
-        )  # fmt: skip
+        )
         trainer.fit(module, datamodule=Prompts(**data), ckpt_path=path)
         sizes.append(module.microbatch.size)
     assert sizes == [2, 2]
@@ -213,7 +220,12 @@ def test_sampling_continues_with_smaller_calls(tiny, monkeypatch, grad_steps):
         embeds = module.initial(problems).requires_grad_()
         losses, values = module.evaluate(embeds, noise, problems, grad_steps)
         gradient = torch.autograd.grad(losses.sum(), embeds)[0] if grad_steps else losses
-        return losses.detach(), values["Sharpness"], gradient, module.sampler.draw_embeds(embeds.detach(), noise)
+        return (
+            losses.detach(),
+            values["Sharpness"],
+            gradient,
+            module.sampler.generate_from_embeds(embeds.detach(), noise),
+        )
 
     module = MetricGuidance(backbone=tiny, microbatch=2, **how)
     noise = torch.randn(2, 4, *module.backbone.latent_shape)
@@ -231,7 +243,7 @@ def test_each_new_size_is_logged_once(tiny, monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
     module = MetricGuidance(backbone=tiny, microbatch=8, sampler=SamplerSettings(2), objective=Sharpness())
     too_small(monkeypatch, module.backbone, 8)
-    module.draw(["a red cat"] * 20, torch.randn(20, *module.backbone.latent_shape))
+    module.generate(["a red cat"] * 20, torch.randn(20, *module.backbone.latent_shape))
     assert [record.message for record in caplog.records] == [
         "The memory does not hold 8 samples at once; continuing with 4."
     ]

@@ -17,7 +17,7 @@ from lightning_prompts.objectives import Sharpness
 from lightning_prompts.python_search import search
 
 ARRAY = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-PICTURE = Image.fromarray(ARRAY)
+IMAGE = Image.fromarray(ARRAY)
 
 IMAGES = {  # the value of `images`, and the message
     "none": (None, "images cannot be None; give a PIL image, a NumPy array"),
@@ -28,16 +28,16 @@ IMAGES = {  # the value of `images`, and the message
     "open file": (io.BytesIO(b"x"), "images cannot be of type BytesIO"),
     "class": (Image.Image, "images cannot be the class Image"),
     "empty list": ([], "No images were given"),
-    "none in a list": ([PICTURE, None], "images[1] cannot be None"),
-    "nested list": ([[PICTURE]], "images[0] cannot be a list with items of type Image"),
+    "none in a list": ([IMAGE, None], "images[1] cannot be None"),
+    "nested list": ([[IMAGE]], "images[0] cannot be a list with items of type Image"),
     "empty text": ("", "images cannot be ''"),
     "missing": ("none.png", "There is no file or folder 'none.png'"),
-    "missing in a list": ([PICTURE, "none.png"], "There is no file or folder 'none.png'"),
+    "missing in a list": ([IMAGE, "none.png"], "There is no file or folder 'none.png'"),
     "not in a path": ("a\0b", "There is no file or folder 'a\\x00b'"),
     "address": ("https://example.org/a.png", "There is no file or folder"),
     "folder": (Path("."), "give the images in it as a list"),
     "pattern": ("*.png", "give the images in it as a list"),
-    "list of pictures": ("list.csv", "give the images in it as a list"),
+    "list of images": ("list.csv", "give the images in it as a list"),
     "text file": ("text.txt", "'text.txt' is not an image"),
     "unreadable": ("bad.png", "'bad.png' is not an image"),
     "small image": (Image.new("RGB", (4, 16)), "images has 4 x 16 pixels; give an image of at least 8"),
@@ -127,7 +127,7 @@ SETTINGS = {  # of `invert`, and the message
         "BackboneSettings.",
     ),
     "no backbone": ({"backbone": None}, "backbone cannot be None"),
-    "negative": ({"negative_images": [PICTURE, 3]}, "negative_images[1] cannot be 3; give a PIL image"),
+    "negative": ({"negative_images": [IMAGE, 3]}, "negative_images[1] cannot be 3; give a PIL image"),
     "nothing to minimize": (
         {"loss_weights": {"denoising": 0, "clip": 0}},
         "set loss_weights.denoising or loss_weights.clip above 0.",
@@ -136,18 +136,18 @@ SETTINGS = {  # of `invert`, and the message
         {"loss_weights": {"negative": -1}},
         "loss_weights.negative cannot be -1; it takes a finite number from 0 on.",
     ),
-    "one seed": ({"draw_seeds": 3}, "draw_seeds cannot be 3; it takes a list, each item a whole number."),
-    "seeds as text": ({"draw_seeds": "0,1"}, "draw_seeds cannot be '0,1'"),
-    "seed as text": ({"draw_seeds": ["1"]}, "draw_seeds cannot be ['1']"),
-    "seeds of floats": ({"draw_seeds": np.array([1.5])}, "draw_seeds cannot be [1.5]"),
-    "seeds without order": ({"draw_seeds": {1}}, "draw_seeds cannot be of type set"),
+    "one seed": ({"image_seeds": 3}, "image_seeds cannot be 3; it takes a list, each item a whole number."),
+    "seeds as text": ({"image_seeds": "0,1"}, "image_seeds cannot be '0,1'"),
+    "seed as text": ({"image_seeds": ["1"]}, "image_seeds cannot be ['1']"),
+    "seeds of floats": ({"image_seeds": np.array([1.5])}, "image_seeds cannot be [1.5]"),
+    "seeds without order": ({"image_seeds": {1}}, "image_seeds cannot be of type set"),
     "no seeds": (
-        {"draw_seeds": []},
-        "draw_seeds takes whole numbers from 0 to 18446744073709551615, not an empty list.",
+        {"image_seeds": []},
+        "image_seeds takes whole numbers from 0 to 18446744073709551615, not an empty list.",
     ),
-    "negative seed": ({"draw_seeds": [0, -1]}, "from 0 to 18446744073709551615, not -1."),
-    "large seed": ({"draw_seeds": [2**64]}, "from 0 to 18446744073709551615, not 18446744073709551616."),
-    "none for seeds": ({"draw_seeds": None}, "draw_seeds cannot be None"),
+    "negative seed": ({"image_seeds": [0, -1]}, "from 0 to 18446744073709551615, not -1."),
+    "large seed": ({"image_seeds": [2**64]}, "from 0 to 18446744073709551615, not 18446744073709551616."),
+    "none for seeds": ({"image_seeds": None}, "image_seeds cannot be None"),
     "device": ({"device": "gpu"}, "The device 'gpu' cannot be used"),
     "device's number": ({"device": 0}, "The device cannot be 0; give 'cpu', or 'cuda:0'"),
     "empty device": ({"device": ""}, "The device '' cannot be used"),
@@ -171,7 +171,10 @@ CALLS = {
     "prompts: none": (lambda: dpo_diff(None), "prompts cannot be None; it takes a text or a list, each item a text."),
     "prompts: number": (lambda: seed_invariance(3), "prompts cannot be 3"),
     "prompts: bytes": (lambda: dpo_diff(b"a"), "prompts cannot be of type bytes"),
-    "prompts: empty": (lambda: metric_guidance(" ", Sharpness()), "A prompt is empty; write what the image should show."),
+    "prompts: empty": (
+        lambda: metric_guidance(" ", Sharpness()),
+        "A prompt is empty; write what the image should show.",
+    ),
     "prompts: one empty": (lambda: dpo_diff(["a", ""]), "A prompt is empty"),
     "prompts: no prompt": (lambda: dpo_diff([]), "No prompts were given; give prompts a text"),
     "prompts: none in a list": (lambda: dpo_diff(["a", None]), "prompts cannot be ['a', None]"),
@@ -183,41 +186,65 @@ CALLS = {
     "task: none": (lambda: dpo_diff("a", task=None), "task cannot be None"),
     "sources": (lambda: dpo_diff("a", positive="neighbors"), "positive cannot be 'neighbors'; it takes a list"),
     "source": (lambda: dpo_diff("a", positive=["dictionary"]), "positive cannot be ['dictionary']"),
-    "objective: class": (lambda: metric_guidance("a", Sharpness), "cannot be the class Sharpness; it takes an Objective"),
-    "objective: name": (lambda: metric_guidance("a", "Sharpness"), "objective cannot be 'Sharpness'; it takes an Objective"),
+    "objective: class": (
+        lambda: metric_guidance("a", Sharpness),
+        "cannot be the class Sharpness; it takes an Objective",
+    ),
+    "objective: name": (
+        lambda: metric_guidance("a", "Sharpness"),
+        "objective cannot be 'Sharpness'; it takes an Objective",
+    ),
     "objective: none": (lambda: metric_guidance("a", None), "objective cannot be None"),
-    "objective: function": (lambda: metric_guidance("a", lambda pictures: pictures), "objective cannot be of type function"),
+    "objective: function": (
+        lambda: metric_guidance("a", lambda images: images),
+        "objective cannot be of type function",
+    ),
     "objective: no objective": (lambda: metric_guidance("a", []), "objective must name at least one metric"),
     "objective: number": (lambda: metric_guidance("a", [Sharpness(), 3]), "a list with items of type Sharpness, int"),
     "seed: text": (lambda: seed_invariance("a", seed="3"), "The setting seed cannot be '3'; it takes a whole number."),
     "seed: yes": (lambda: seed_invariance("a", seed=True), "The setting seed cannot be True"),
-    "seed: negative": (lambda: seed_invariance("a", seed=-1), "seed takes whole numbers from 0 to 18446744073709551615, not -1."),
+    "seed: negative": (
+        lambda: seed_invariance("a", seed=-1),
+        "seed takes whole numbers from 0 to 18446744073709551615, not -1.",
+    ),
     "seeds": (lambda: seed_invariance("a", target_seeds=[1, 2]), "target_seeds is set by seed"),
-    "target seeds": (lambda: search("seed_invariance", {"prompts": "a", "target_seeds": [-1]}), "target_seeds takes whole"),
+    "target seeds": (
+        lambda: search("seed_invariance", {"prompts": "a", "target_seeds": [-1]}),
+        "target_seeds takes whole",
+    ),
     "choose: number": (lambda: human_feedback("a", 3), "choose cannot be 3; it takes a function that returns a Choice"),
     "choose: no": (lambda: human_feedback("a", False), "choose cannot be False"),
     "choose: class": (lambda: human_feedback("a", Scripted), "choose cannot be the class Scripted"),
     "chooser": (lambda: human_feedback("a", chooser=Scripted("a.png")), "The setting chooser is set by choose"),
-    "set by the method": (lambda: human_feedback("a", print, unconditional=True), "The setting 'unconditional' is unknown"),
+    "set by the method": (
+        lambda: human_feedback("a", print, unconditional=True),
+        "The setting 'unconditional' is unknown",
+    ),
     "config": (lambda: search("../pez", {}), "The config '../pez' is unknown; give one of clip_words, dpo_diff"),
     "config: number": (lambda: search(3, {}), "The config 3 is unknown"),
     "settings": (lambda: search("pez", None), "Settings cannot be None; give a dictionary"),
     "settings: numbers": (lambda: search("pez", {3: 4}), "give a dictionary whose keys are names of settings."),
-    "settings: no pictures": (lambda: search("pez", {}), "images must be given"),
-    "settings: pictures": (lambda: search("pez", {"images": 3}), "images cannot be 3; it takes a text or a list"),
+    "settings: no images": (lambda: search("pez", {}), "images must be given"),
+    "settings: images": (lambda: search("pez", {"images": 3}), "images cannot be 3; it takes a text or a list"),
     "load: number": (lambda: load_backbone(3), "The setting name cannot be 3; it takes a text."),
-    "load: precision": (lambda: load_backbone("emoji", dtype="int8"), "dtype cannot be 'int8'; it takes one of 'float32'"),
-    "load: size": (lambda: load_backbone("emoji", image_size="64"), "image_size cannot be '64'; it takes a whole number"),
-}  # fmt: skip
+    "load: precision": (
+        lambda: load_backbone("emoji", dtype="int8"),
+        "dtype cannot be 'int8'; it takes one of 'float32'",
+    ),
+    "load: size": (
+        lambda: load_backbone("emoji", image_size="64"),
+        "image_size cannot be '64'; it takes a whole number",
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """Work in a folder with some files, check that nothing else is left in it, and load no model."""
     (tmp_path / "text.txt").write_text("a dog")
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "list.csv").write_text("file\na.png\n")
-    PICTURE.save(tmp_path / "a.png")
+    IMAGE.save(tmp_path / "a.png")
     (tmp_path / "run/problems").mkdir(parents=True)
     (tmp_path / "run/problems/0.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
@@ -245,7 +272,7 @@ def test_images(images, said):
 
 @pytest.mark.parametrize(("settings", "said"), SETTINGS.values(), ids=SETTINGS)
 def test_settings(settings, said):
-    check(lambda: invert(PICTURE, **settings), said)
+    check(lambda: invert(IMAGE, **settings), said)
 
 
 @pytest.mark.parametrize(("ask", "said"), CALLS.values(), ids=CALLS)

@@ -114,7 +114,7 @@ def test_commands_of_the_page_run(page, place, tiny):
         missing = [name for name in listed if not list(run.glob(f"{name.rstrip('/')}*"))]
         assert not missing
         assert listed
-        assert len(list((run / "pictures").iterdir())) == 2 * 4
+        assert len(list((run / "images").iterdir())) == 2 * 4
 
 
 @pytest.mark.slow

@@ -243,10 +243,10 @@ def test_finished_run_stays_as_it_is(command, whole, tmp_path):
 
 
 @pytest.mark.parametrize(("other", "told"), [("2.png", "--data.images"), ("no.png", "no.png")])
-def test_other_pictures_are_refused(command, whole, tmp_path, monkeypatch, pictures, capsys, other, told):
+def test_other_images_are_refused(command, whole, tmp_path, monkeypatch, image_folder, capsys, other, told):
     stop(monkeypatch, command("broken"), 3)
     with pytest.raises(SystemExit) as stopped:
-        main([*command("broken"), "--ckpt_path", "last", "--data.images", str(pictures / other)])
+        main([*command("broken"), "--ckpt_path", "last", "--data.images", str(image_folder / other)])
     assert stopped.value.code == 2
     assert told in capsys.readouterr().err
     main(["test", "--run", str(tmp_path / "broken")])  # by the initial settings
@@ -276,13 +276,13 @@ def test_schedule_made_shorter_than_what_is_done_ends_the_wave(command, tmp_path
     ] * 2  # five steps, seven scorings
 
 
-def test_pictures_that_were_moved_and_added_are_in_their_order(command, images, tmp_path, monkeypatch):
+def test_images_that_were_moved_and_added_are_in_their_order(command, images, tmp_path, monkeypatch):
     moved = tmp_path / "moved"
     moved.mkdir()
     Image.open(images / "1.png").save(moved / "b.png")
     stop(monkeypatch, [*command("grown"), "--data.images", str(images / "1.png")], 3)
     Image.open(images / "0.png").save(moved / "a.png")
-    (moved / "c.png").write_text("no picture")
+    (moved / "c.png").write_text("no image")
     main([*command("grown"), "--ckpt_path", "last", "--data.images", str(moved)])
     problems = found(tmp_path / "grown")["problems"]
     assert [problem["target"] for problem in problems] == ["a.png", "b.png", "c.png"]
@@ -291,7 +291,7 @@ def test_pictures_that_were_moved_and_added_are_in_their_order(command, images, 
     assert json.loads(first.read_text())["paths"] == [str(moved / "b.png")]
 
 
-def test_run_of_moved_pictures_is_looked_at_where_they_are(command, images, tmp_path, monkeypatch):
+def test_run_of_moved_images_is_looked_at_where_they_are(command, images, tmp_path, monkeypatch):
     before, after = tmp_path / "before.png", tmp_path / "after.png"
     Image.open(images / "0.png").save(before)
     stop(monkeypatch, [*command("moved"), "--data.images", str(before)], 3)
@@ -342,7 +342,7 @@ def test_another_method_is_refused(command, monkeypatch, capsys):
     assert "methods.PEZ" in capsys.readouterr().err
 
 
-def test_picture_added_after_a_wave_that_ended_early_is_searched_whole(command, images, whole, tmp_path):
+def test_image_added_after_a_wave_that_ended_early_is_searched_whole(command, images, whole, tmp_path):
     one = f"{images}/0.png"
     main([*command("grown"), "--data.images", one, "--model.patience", "1", "--model.steps", "6"])
     (first,) = found(tmp_path / "grown")["problems"]

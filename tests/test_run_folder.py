@@ -126,7 +126,9 @@ BROKEN = {
     b"[]": "cannot be read",
     b"null": "cannot be read",
     b'{"key": "0000000000000001", "target": "x"}': "it lacks 'version'",
-    b'{"version": 3, "key": "0000000000000001", "target": "x"}': "version '3', and this program reads version 2; use the newer program",
+    b'{"version": 3, "key": "0000000000000001", "target": "x"}': (
+        "version '3', and this program reads version 2; use the newer program"
+    ),
     b'{"version": "2", "key": "0000000000000001", "target": "x"}': "has the version '2'",
     b'{"version": 2, "key": "0000000000000001"}': "target",
     b'{"version": 2, "key": "0000000000000001", "target": "x", "unknown": 1}': "the field 'unknown' is unknown",
@@ -137,7 +139,9 @@ BROKEN = {
     b'{"version": 2, "key": "0000000000000001", "target": "x", "history": [{"prompt": 5}]}': r"history\.0",
     b'{"version": 2, "key": "0000000000000001", "target": "x", "paths": "x"}': "paths",
     b'{"version": 2, "key": "0000000000000001", "target": "x", "result": {"lpips": "far"}}': "lpips",
-    b'{"version": 2, "key": "0000000000000001", "target": "x", "result": {"budget": 1}}': "the field 'budget' is unknown",
+    b'{"version": 2, "key": "0000000000000001", "target": "x", "result": {"budget": 1}}': (
+        "the field 'budget' is unknown"
+    ),
     b'{"version": 2, "key": "0000000000000001", "target": "x", "result": [1]}': "cannot be read",
 }
 

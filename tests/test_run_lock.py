@@ -92,7 +92,8 @@ def test_the_message_names_the_owner(before, holder, tmp_path):
     process = holder(tmp_path, before)
     name = "elsewhere" if before else re.escape(socket.gethostname())
     since = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d \S+"
-    message = rf"{re.escape(str(tmp_path))} is in use by process {process.pid} on {name} since {since}; wait for it to end, stop"
+    owner = rf"process {process.pid} on {name} since {since}"
+    message = rf"{re.escape(str(tmp_path))} is in use by {owner}; wait for it to end, stop"
     for _ in range(3):
         with pytest.raises(UserError, match=message):
             held_for(tmp_path)
@@ -213,9 +214,11 @@ def run(tiny, tmp_path_factory):
     """Return the folder of a finished search, and its command."""
     folder = tmp_path_factory.mktemp("locked")
     Image.new("RGB", (16, 16), "red").save(folder / "red.png")
-    args = ["fit", "--run", str(folder / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", str(tiny),
-            "--model.num_tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(folder / "red.png"), "--model.steps", "1",
-            "--data.num_validation_samples", "1"]  # fmt: skip
+    args = (
+        f"fit --run {folder / 'run'} --trainer.accelerator cpu --model PEZ --model.backbone {tiny} "
+        f"--model.num_tokens 2 --model.sampler.num_inference_steps 2 --data.images {folder / 'red.png'} "
+        "--model.steps 1 --data.num_validation_samples 1"
+    ).split()
     main(args)
     return folder / "run", args
 
@@ -260,8 +263,14 @@ def test_calls_from_python_hold_their_folder(run, tmp_path, monkeypatch):
     _, fit = run
     seen = []
     monkeypatch.setattr(OwnerGuard, "on_train_batch_start", lambda self, *_: seen.append(self.lock.path.exists()))
-    how = {"images": fit[fit.index("--data.images") + 1], "backbone": fit[fit.index("--model.backbone") + 1], "num_tokens": 2,
-           "steps": 1, "sampler": SamplerSettings(2), "num_validation_samples": 1}  # fmt: skip
+    how = {
+        "images": fit[fit.index("--data.images") + 1],
+        "backbone": fit[fit.index("--model.backbone") + 1],
+        "num_tokens": 2,
+        "steps": 1,
+        "sampler": SamplerSettings(2),
+        "num_validation_samples": 1,
+    }
     search("pez", how, folder=tmp_path / "kept", device="cpu")
     assert seen
     assert all(seen)

@@ -1,4 +1,4 @@
-"""With more problems than fit into a batch, each result is the same as alone, for any batch and after any interruption."""
+"""With more problems than fit into a batch, each result is the same as alone, also after an interruption."""
 
 import json
 import os
@@ -196,7 +196,7 @@ def test_finished_problems_are_not_read_again(make, folder, tmp_path, watched, m
     monkeypatch.setattr(
         target_dataset, "load_image", lambda path, *how: read.append(Path(path).name) or load(path, *how)
     )
-    watched.stop = 9  # in the last step of the fifth picture's company
+    watched.stop = 9  # in the last step of the fifth image's company
     how = ("--model.batch_size", "1", "--data.workers", "0")
     with pytest.raises(SystemExit):
         main(make(tmp_path / "run", "PEZ", *how))
@@ -227,7 +227,7 @@ def test_lines_come_as_soon_as_a_problem_is_done(make, tmp_path, watched, monkey
 
 
 def test_workers_read_the_same(make, tmp_path, monkeypatch):
-    """Workers are threads: a process that is forked beside the threads of a search may never end, nor the search then."""
+    """Workers are threads, since a process that is forked beside the threads of a search may hang."""
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
     for workers in ("0", "2"):
         main(make(tmp_path / workers, "PEZ", "--model.batch_size", "2", "--data.workers", workers))
@@ -267,7 +267,7 @@ def test_what_has_failed_is_listed_and_searched_alone(make, folder, tmp_path, ca
 
 
 def test_list_of_what_has_failed_can_be_given_back(make, folder, tmp_path):
-    """A missing file is searched once it exists; a broken line stays a failed entry and never becomes a prompt or file."""
+    """A missing file is searched once it exists; a broken line stays a failed entry, never a prompt or file."""
     listed = tmp_path / "list.jsonl"
     lines = [{"file": str(folder / "0.png")}, {"file": "late.png", "caption": "a cat"}, {"nothing": 1}]
     listed.write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")

@@ -52,16 +52,27 @@ def test_stream_that_is_gone_is_passed_over():
 @pytest.mark.parametrize("closed", ["pipe", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
 def test_search_ends_well_when_nobody_reads(closed, tiny, tmp_path):
-    """Names with escapes and newlines, in an ASCII terminal that closes after the first line, or with output to a full disk."""
+    """The name has escapes and a newline; an ASCII terminal closes after the first line, or the disk is full."""
     if closed == "full" and not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     name = "p\x1b[2J\nforged.png"
     Image.new("RGB", (16, 16), "red").save(tmp_path / name)
     command = [
-        sys.executable, str(ROOT / "train.py"), "fit", "--run", str(tmp_path / "run"), "--model=PEZ", f"--model.backbone={tiny}",
-        "--model.num_tokens=2", "--model.sampler.num_inference_steps=2", "--data=ImagesToPrompts", "--data.images", str(tmp_path / name),
-        "--model.steps=2", "--data.num_noise_samples=1",
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "train.py"),
+        "fit",
+        "--run",
+        str(tmp_path / "run"),
+        "--model=PEZ",
+        f"--model.backbone={tiny}",
+        "--model.num_tokens=2",
+        "--model.sampler.num_inference_steps=2",
+        "--data=ImagesToPrompts",
+        "--data.images",
+        str(tmp_path / name),
+        "--model.steps=2",
+        "--data.num_noise_samples=1",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
     if closed == "full":
         with open("/dev/full", "wb") as full:

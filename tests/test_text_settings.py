@@ -15,10 +15,19 @@ TEXTS = [
     "style: watercolor, a dog",
     "a: b: c",
     *("null", "~", "true", "1.5", "0x10", "2024-01-01", "-5", "inf"),
-    *("- a", "[a]", "[a, b", "{a: b}", "{", '{"class_path": "x"}', '{"data": {"init_args": {"prompts": "x"}}}', "(a:1.2), [b]"),
+    *(
+        "- a",
+        "[a]",
+        "[a, b",
+        "{a: b}",
+        "{",
+        '{"class_path": "x"}',
+        '{"data": {"init_args": {"prompts": "x"}}}',
+        "(a:1.2), [b]",
+    ),
     *("# one", "a # b", "*x", "&x", "!x", "@x", "`x", "%x", "|", "> x", "=x", "a=b", "$HOME", "${x}"),
     *("'a'", '"a"', "it's", 'say "x"', r"a\nb", "a\\", "a\nb", "a\tb", " a ", "ä 🚗 \u2028\x85", "\x07", "x" * 5000),
-]  # fmt: skip
+]
 NULLS = ("~", "# one", "&x", "")
 
 
@@ -128,13 +137,14 @@ def test_settings_that_take_text():
     model = text_settings(PromptMethod)
     assert model["template"] == Text(several=False, optional=False)
     assert model["clip"] == Text(several=False, optional=True)
-    assert model["words"] == Text(several=True, optional=True, listed=True)
+    assert model["allowed_words"] == Text(several=True, optional=True, listed=True)
+    assert model["similarity.encoder"] == Text(several=False, optional=True)
     assert model["banned_words"] == Text(several=True, optional=False, listed=True)
     assert not model.keys() & {"metric", "lr", "chooser", "objective", "return"}
 
 
 @pytest.mark.parametrize("words", [["no"], ["null", "1", "on"], ["red", "[x", "a: b"], ["- a"]])
-@pytest.mark.parametrize("setting", ["words", "banned_words"])
+@pytest.mark.parametrize("setting", ["allowed_words", "banned_words"])
 def test_lists_of_texts_are_taken_as_they_stand(setting, words, parsed):
     base = ["fit", "--config", "configs/pez.yaml", "--data.images", "a.png"]
     assert parsed(*base, f"--model.{setting}", *words).model.init_args[setting] == words
@@ -148,19 +158,7 @@ def test_list_that_yaml_alone_would_read_is_refused(capsys):
 
 
 def test_what_is_no_text_stays():
-    args = [
-        "fit",
-        "--config",
-        "x.yaml",
-        "--data",
-        "Prompts",
-        "--data.seed",
-        "3",
-        "--model.lr=1",
-        "--data.prompts+",
-        "a",
-        "--run",
-    ]
+    args = "fit --config x.yaml --data Prompts --data.seed 3 --model.lr=1 --data.prompts+ a --run".split()
     settings = {"data": text_settings(ProblemData), "model": text_settings(PromptMethod)}
     assert keep_texts(args, settings) == args
     for missing in (

@@ -112,7 +112,7 @@ class Results(Checkpoint):
         pl_module.microbatch.ranks = 1
         data: ProblemData = trainer.datamodule  # type: ignore[attr-defined]
         folder = data.folder
-        found = folder.found()
+        found = folder.with_prompt()
         while problems := list(islice(found, pl_module.batch_size)):
             if unchanged := data.unchanged(problems):
                 pl_module.final_evaluation(unchanged, self.scores)
@@ -120,8 +120,8 @@ class Results(Checkpoint):
                 folder.save(problem)
                 data.evict(problem)
         self._write(trainer, pl_module)
-        pictured = any(problem.paths for problem in folder.found())
-        if pictured and (reason := missing_lpips_weights(weights=self.scores.lpips_weights)):
+        from_images = any(problem.paths for problem in folder.with_prompt())
+        if from_images and (reason := missing_lpips_weights(weights=self.scores.lpips_weights)):
             say(reason)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
@@ -131,11 +131,11 @@ class Results(Checkpoint):
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
         without = f"-without-{file_name(self.negative)}" if self.negative else ""
-        if not self.prompts and not any(folder.found()):
+        if not self.prompts and not any(folder.with_prompt()):
             raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
-        for name, text, images in self._generate(pl_module, folder.found(), noise):
+        for name, text, images in self._generate(pl_module, folder.with_prompt(), noise):
             for seed, image in zip(self.seeds, images, strict=True):
-                path = folder.path / "pictures" / f"{name}{without}-seed{seed}.png"
+                path = folder.path / "images" / f"{name}{without}-seed{seed}.png"
                 atomic_write(path, to_png(to_image(image)))
                 say(f"{path}  {text}")
 
@@ -144,10 +144,10 @@ class Results(Checkpoint):
     ) -> Iterator[tuple[str, str, Tensor]]:
         """Yield a file name, the text and its images, one per noise, for the given prompts or those of the run."""
         for text in dict.fromkeys(self.prompts):
-            yield file_name(text), text, module.draw([text] * len(noise), noise, self.negative)
+            yield file_name(text), text, module.generate([text] * len(noise), noise, self.negative)
         if not self.prompts:
             for problem in found:
-                yield problem.key, str(problem.prompt), module.draw_found(problem, noise, self.negative)
+                yield problem.key, str(problem.prompt), module.generate_best(problem, noise, self.negative)
 
     def _score(self, trainer: pl.Trainer, module: PromptMethod) -> None:
         """Score and save the newly finished problems, and append them to `results.jsonl`."""
@@ -169,13 +169,13 @@ class Results(Checkpoint):
         """Write the files of the run, and print the results."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder: RunFolder = data.folder
-        if shown := data.unchanged(list(islice(folder.found(), MAX_SHOWN))):
+        if shown := data.unchanged(list(islice(folder.with_prompt(), MAX_SHOWN))):
             module.write_figures(shown, folder)
             for problem in shown:
                 data.evict(problem)
-        if exported := list(islice(folder.found(), MAX_EXPORTED)):
+        if exported := list(islice(folder.with_prompt(), MAX_EXPORTED)):
             module.write_files(exported, folder)
-        settings = {**self.settings, "drawing": module.drawing}
+        settings = {**self.settings, "sampling": module.sampling_settings}
         write_results(folder, type(module).__name__, module.backbone.name, data.seed, settings, versions())
         for lines in folder.path.glob("results-rank*.jsonl"):
             lines.unlink()
@@ -225,7 +225,7 @@ def _report(folder: RunFolder) -> None:
     for problem in islice(folder.ordered(), MAX_SHOWN):
         note = f"  ({problem.status}: {problem.reason})" if problem.reason else ""
         score = f"  [{summary}]" if (summary := folder.result_class.of(problem).summary) else ""
-        say(f"{problem.target}: {problem.shown or '-'}{score}{note}")
+        say(f"{problem.target}: {problem.display_prompt or '-'}{score}{note}")
     if (total := sum(counts.values())) > MAX_SHOWN:
         say(
             f"... and {total - MAX_SHOWN} more: "

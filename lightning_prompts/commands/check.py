@@ -193,7 +193,7 @@ def wrong_texts(method: Inverter, texts: Sequence[str], seed: int) -> tuple[list
 def image_change(method: PromptMethod, text: str, key: str, seed: int) -> float:
     """Return how much a generated image changes without its prompt: RMS on a scale of 0 to 1; 0 if it is not finite."""
     noise = draw_noise(seed, [key], CHECK, 1, method.backbone.latent_shape, method.device)[0].expand(2, -1, -1, -1)
-    with_text, without = method.draw([text, ""], noise)
+    with_text, without = method.generate([text, ""], noise)
     change = float((with_text - without).square().mean().sqrt()) / 2
     return change if math.isfinite(change) else 0.0
 

@@ -55,7 +55,7 @@ class DryRun(pl.Callback):
         if self.silent:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if found := list(data.folder.found()):
+        if found := list(data.folder.with_prompt()):
             self._measure("the results", pl_module.final_evaluation, pl_module)(found, self.scores)
         say(*self._table(pl_module, len(pl_module.batch)).splitlines())
 

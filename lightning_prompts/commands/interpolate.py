@@ -31,7 +31,7 @@ class Interpolate(pl.Callback):
     """Write a grid with a row per seed, and an animation there and back, when `predict` ends.
 
     Args:
-        folder: Folder of the run, whose `pictures/` gets the files.
+        folder: Folder of the run, whose `images/` gets the files.
         first: A prompt, or a safetensors file with one encoded prompt.
         last: The same for the other end.
         seeds: Seeds of the images.
@@ -59,7 +59,9 @@ class Interpolate(pl.Callback):
         weights = torch.linspace(0, 1, self.frames, device=first.device)
         embeds = torch.stack([slerp(first, last, float(weight)) for weight in weights])
         noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
-        images = pl_module.sampler.draw_embeds(embeds, noise.expand(self.frames, *noise.shape))  # (F, N, 3, H, W)
+        images = pl_module.sampler.generate_from_embeds(
+            embeds, noise.expand(self.frames, *noise.shape)
+        )  # (F, N, 3, H, W)
         texts = [f"{float(weight):.2f}" for weight in weights]
         texts[0], texts[-1] = (Path(end).name if _is_file(end) else end for end in self.ends)
         name = "-to-".join(file_name(Path(end).stem if _is_file(end) else end) for end in self.ends)
@@ -67,7 +69,7 @@ class Interpolate(pl.Callback):
             ("png", to_png(sheet(list(images), texts, self.frames))),
             ("gif", _to_gif([to_image(torch.cat(list(frame), dim=2)) for frame in images])),
         ):
-            path = self.folder.path / "pictures" / f"{name}.{suffix}"
+            path = self.folder.path / "images" / f"{name}.{suffix}"
             atomic_write(path, content)
             say(str(path))
 

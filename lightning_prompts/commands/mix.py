@@ -129,7 +129,7 @@ class Crossover(pl.Callback):
 
         def score(members: list[Member]) -> None:
             texts = [member.prompt for member in members for _ in self.seeds]
-            images = pl_module.draw(texts, noise.repeat(len(members), 1, 1, 1), self.negative)
+            images = pl_module.generate(texts, noise.repeat(len(members), 1, 1, 1), self.negative)
             for member, own in zip(members, images.split(len(self.seeds)), strict=True):
                 self.images[member.index] = own
                 member.similarities, member.score = joint_similarity(clip, own, self.targets)
@@ -170,7 +170,7 @@ class Crossover(pl.Callback):
         for rank, member in enumerate(best, start=1):
             images = self.images[member.index]
             for seed, image in zip(self.seeds, images, strict=True):
-                atomic_write(self.folder.path / "pictures" / f"{rank}-seed{seed}.png", to_png(to_image(image)))
+                atomic_write(self.folder.path / "images" / f"{rank}-seed{seed}.png", to_png(to_image(image)))
             similarities, score = joint_similarity(heldout, images, self.targets) if heldout else (None, None)
             entries.append(asdict(member) | {"heldout_similarities": similarities, "heldout_score": score})
         names = ("generations", "population", "select", "choose", "seeds", "negative")
@@ -191,7 +191,7 @@ class Crossover(pl.Callback):
         atomic_write(self.folder.result, to_json(result))
         lines = [" ".join(member.prompt.splitlines()) + "\n" for member in best]
         atomic_write(self.folder.prompt, "".join(lines).encode(errors="backslashreplace"))
-        say(f"Results are in {self.folder.path}; look at {self.folder.path / 'pictures'}")
+        say(f"Results are in {self.folder.path}; look at {self.folder.path / 'images'}")
 
 
 def joint_similarity(

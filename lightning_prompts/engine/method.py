@@ -88,7 +88,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
     result_class: ClassVar[type[MethodResult]] = MethodResult
     decisive: frozenset[str] = frozenset()  # settings that a resumed search must share, beside those of all methods
     steps: int  # steps of a search, unless `patience` ends it earlier
-    draws: ClassVar[bool] = False  # whether every step generates images
+    generates_images: ClassVar[bool] = False  # whether every step generates images
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.backbone: Backbone = backbone.load() if isinstance(backbone, BackboneSettings) else as_backbone(backbone)
         self.offline = self.backbone.offline
         own = self.backbone.default_steps
-        steps = int(sampler.num_inference_steps or (min(own, MOST_STEPS) if self.draws else own))
+        steps = int(sampler.num_inference_steps or (min(own, MOST_STEPS) if self.generates_images else own))
         guidance = self.backbone.default_guidance if sampler.guidance_scale is None else sampler.guidance_scale
         self.sampler = Sampler(self.backbone, steps, guidance, self.microbatch)
         self.vocabulary = self.backbone.vocabulary
@@ -121,7 +121,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self._begun = time.perf_counter()
 
     @property
-    def drawing(self) -> dict[str, Any]:
+    def sampling_settings(self) -> dict[str, Any]:
         """The sampling settings of images, with the model's defaults for unset ones; recorded with the results."""
         return {"num_inference_steps": self.sampler.num_inference_steps, "guidance_scale": self.sampler.guidance_scale}
 
@@ -324,7 +324,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Print and log the validation losses of the best prompts."""
-        found, losses = self.data.folder.found(), list[float]()
+        found, losses = self.data.folder.with_prompt(), list[float]()
         given = 0
         while problems := list(islice(found, self.batch_size)):
             given += len(problems)
@@ -335,7 +335,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             losses += values
             if self.trainer.is_global_zero:
                 for problem, loss in zip(problems, values, strict=True):
-                    say(f"{abs(loss):.5f}  {problem.target}  {problem.shown}")
+                    say(f"{abs(loss):.5f}  {problem.target}  {problem.display_prompt}")
         if not losses and given:
             raise UserError(
                 "No prompt of this run can be scored, since its images are missing or have changed; restore them."
@@ -359,7 +359,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return self.backbone.encode_text(texts, negative)
 
     @torch.no_grad()
-    def draw(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:
+    def generate(self, texts: Sequence[str], noise: Tensor, negative: str | Sequence[str] = "") -> Tensor:
         """Generate images (B, 3, H, W) in [-1, 1] of B texts.
 
         Args:
@@ -375,9 +375,9 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             negatives = [negative] if isinstance(negative, str) else [negative[i] for i in some]
             return self.encode([texts[i] for i in some]), self.encode(negatives, negative=True)
 
-        return self.sampler.draw(noise, encode)
+        return self.sampler.generate(noise, encode)
 
-    def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
+    def generate_best(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
         """Generate images (N, 3, H, W) in [-1, 1] of a problem's best prompt.
 
         Args:
@@ -385,7 +385,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
             noise: Standard normal, (N, C, h, w).
             negative: A negative prompt, in place of the problem's own.
         """
-        return self.draw([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
+        return self.generate([str(problem.prompt)] * len(noise), noise, negative or problem.negative_prompt or "")
 
     # --- checkpoints: the prompt and nothing of the backbone
 

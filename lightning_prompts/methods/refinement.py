@@ -25,7 +25,7 @@ class Refinement(PromptMethod):
     """Change a user's prompt, its negative prompt or their embeddings."""
 
     data_class = Prompts
-    draws = True
+    generates_images = True
     seeds: int  # images per prompt that the search uses
 
     @abstractmethod
@@ -39,7 +39,7 @@ class Refinement(PromptMethod):
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return the images of the users' prompts above those of the best results, from the seeds of the search."""
         before, after = self.images_before_and_after(problems, self.draw_noise(problems, SEARCH, self.seeds))
-        return before_and_after(before, after, [problem.shown or problem.target for problem in problems])
+        return before_and_after(before, after, [problem.display_prompt or problem.target for problem in problems])
 
     @torch.no_grad()
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:

@@ -257,7 +257,7 @@ class RunFolder:
         """Return all records by key, in the order of the inputs."""
         return {problem.key: problem for problem in self.ordered()}
 
-    def found(self) -> Iterator[Problem]:
+    def with_prompt(self) -> Iterator[Problem]:
         """Yield the records that have a prompt, in the order of the inputs."""
         return (problem for problem in self.ordered() if problem.prompt and problem.status != "failed")
 
@@ -268,7 +268,7 @@ class RunFolder:
             UserError: There is no run or no prompt, or a prompt is not text.
         """
         self.saved.check()
-        found = list(self.found())
+        found = list(self.with_prompt())
         if not found:
             raise UserError(f"The run {self.path} has no prompt yet; continue its fit or give another run.")
         if any(problem.token_ids is None for problem in found):

@@ -299,7 +299,7 @@ class Problem:
             raise ValueError(f"The status {self.status!r} is unknown; use one of {get_args(Status)}.")
 
     @property
-    def shown(self) -> str:
+    def display_prompt(self) -> str:
         """The prompt with the negative prompt, if any, for display."""
         return (self.prompt or "") + (f" | without {self.negative_prompt}" if self.negative_prompt else "")
 

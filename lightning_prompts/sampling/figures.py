@@ -22,7 +22,7 @@ def regenerate(method: PromptMethod, problems: Sequence[Problem], count: int) ->
     keys = [problem.key for problem in problems]
     noise = draw_noise(method.data.seed, keys, REGENERATION, count, method.backbone.latent_shape, method.device)
     texts = [str(problem.prompt) for problem in problems for _ in range(count)]
-    images: Tensor = method.draw(texts, noise.flatten(0, 1))
+    images: Tensor = method.generate(texts, noise.flatten(0, 1))
     return images.view(len(problems), count, *images.shape[1:])
 
 

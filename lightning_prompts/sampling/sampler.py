@@ -114,8 +114,8 @@ class Sampler:
         return self.backbone.decode(latents)
 
     @torch.no_grad()
-    def draw(self, noise: Tensor, encode: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-        """Sample images (B, 3, H, W) in [-1, 1] from noise (B, C, h, w) in microbatches, and return them on the CPU.
+    def generate(self, noise: Tensor, encode: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """Generate images (B, 3, H, W) in [-1, 1] from noise (B, C, h, w) in microbatches, and return them on the CPU.
 
         Args:
             noise: Standard normal, (B, C, h, w).
@@ -126,10 +126,10 @@ class Sampler:
             len(noise), lambda indices: self.sample(*encode(indices), noise[indices]).cpu(), noise.device
         )
 
-    def draw_embeds(self, embeds: Tensor, noise: Tensor) -> Tensor:
-        """Sample images (P, N, 3, H, W) of encoded prompts (P, S, R, D) from noise (P, N, C, h, w); see `split`."""
+    def generate_from_embeds(self, embeds: Tensor, noise: Tensor) -> Tensor:
+        """Generate images (P, N, 3, H, W) of encoded prompts (P, S, R, D) from noise (P, N, C, h, w); see `split`."""
         prompt_embeds, negative_prompt_embeds = self.split(embeds, noise.shape[1])
-        images = self.draw(
+        images = self.generate(
             noise.flatten(0, 1), lambda indices: (prompt_embeds[indices], negative_prompt_embeds[indices])
         )
         return images.view(*noise.shape[:2], *images.shape[1:])

@@ -49,9 +49,14 @@ def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
     backbone, pipeline = load_backbone(folders[family], clip_skip=skip, image_size=16), pipeline_of(folders[family])
     more = {"sdxl": {"prompt_2": None}, "sd3": {"prompt_2": None, "prompt_3": None}}.get(family, {})
     found = pipeline.encode_prompt(
-        TEXTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt=["blurry", "dark"],
-        clip_skip=skip, **more,
-    )  # fmt: skip
+        TEXTS,
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=["blurry", "dark"],
+        clip_skip=skip,
+        **more,
+    )
     prompt, negative = (
         found if len(found) == 2 else (backbone.join(found[0], found[2]), backbone.join(found[1], found[3]))
     )
@@ -118,19 +123,7 @@ def test_refused_beyond_the_layers(family, folders):
 def test_command_refuses_what_is_no_number_of_layers(capsys, tmp_path):
     for value in ("0", "-1", "x"):
         with pytest.raises(SystemExit) as stop:
-            main(
-                [
-                    "fit",
-                    "--run",
-                    str(tmp_path),
-                    "--model",
-                    "PH2P",
-                    "--data.images",
-                    "x.png",
-                    "--model.backbone.clip_skip",
-                    value,
-                ]
-            )
+            main(f"fit --run {tmp_path} --model PH2P --data.images x.png --model.backbone.clip_skip {value}".split())
         assert stop.value.code == 2
         assert "--model.backbone.clip_skip" in capsys.readouterr().err
 
@@ -151,15 +144,15 @@ def test_exports_say_it(skip, folders, tmp_path):
         assert {key: value for key, value in found.items() if key == "clip_skip"} == expected
 
 
-def test_runs_record_it_and_have_their_own_keys(tiny, pictures, tmp_path):
+def test_runs_record_it_and_have_their_own_keys(tiny, image_folder, tmp_path):
     """Runs without skipped layers have the same keys as before the setting existed."""
     how = {"sampler": SamplerSettings(1), "steps": 1, "device": "cpu"}
     backbone = BackboneSettings(tiny, image_size=16)
     noisy = {"method": "ph2p", "num_noise_samples": 1, "num_validation_samples": 1, "num_tokens": 2}
-    plain = invert(pictures / "0.png", backbone=backbone, **noisy, **how)
+    plain = invert(image_folder / "0.png", backbone=backbone, **noisy, **how)
     skipping = replace(backbone, clip_skip=1)
-    skipped = invert(pictures / "0.png", backbone=skipping, **noisy, **how, folder=tmp_path / "run")
-    image = load_image(pictures / "0.png", 16, "crop", (255, 255, 255))
+    skipped = invert(image_folder / "0.png", backbone=skipping, **noisy, **how, folder=tmp_path / "run")
+    image = load_image(image_folder / "0.png", 16, "crop", (255, 255, 255))
     assert plain.record.key == content_key([image], {"backbone": tiny, "template": "{}"})
     assert skipped.record.key == content_key([image], {"backbone": tiny, "template": "{}", "clip_skip": 1})
     assert json.loads((tmp_path / "run/result.json").read_text())["settings"]["backbone"]["clip_skip"] == 1

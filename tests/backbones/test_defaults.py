@@ -167,7 +167,10 @@ def test_size_that_is_not_stated(tmp_path):
 
 @pytest.mark.parametrize(("version", "size"), [("0.6.0", 128), ("0.8.1", 128), ("0.9.0", 16), (None, 16)])
 def test_size_in_old_configs(version, size, tmp_path):
-    """Stable Diffusion's pipeline sets 64 latents for files before 0.9 that state fewer; this model has two pixels per latent."""
+    """Stable Diffusion's pipeline sets 64 latents for files before 0.9 that state fewer.
+
+    This model has two pixels per latent.
+    """
     folder = families.save("sd1", tmp_path)
     edit(folder / "unet/config.json", lambda config: config.pop("_diffusers_version"))
     if version:

@@ -64,9 +64,15 @@ def test_vocabulary_of_sentencepiece(tmp_path):
     (folder / "tokenizer/tokenizer.json").unlink()
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(families.CAPTIONS), model_writer=trained, vocab_size=40, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        sentence_iterator=iter(families.CAPTIONS),
+        model_writer=trained,
+        vocab_size=40,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
         minloglevel=2,
-    )  # fmt: skip
+    )
     (folder / "tokenizer/spiece.model").write_bytes(trained.getvalue())
     (folder / "tokenizer/tokenizer_config.json").write_text('{"extra_ids": 0}')
     vocabulary = load_backbone(str(folder)).vocabulary
@@ -175,9 +181,17 @@ def test_flow_noise_is_the_schedulers(tmp_path):
 
 
 DEFAULTS = {
-    "sd1": (50, 7.5), "sd2": (50, 7.5), "sd-turbo": (1, 1.0), "lcm": (4, 8.5), "sdxl": (50, 5.0), "playground": (50, 5.0), "sd3": (28, 7.0), "flux": (28, 3.5),
-    "flux-schnell": (4, 1.0), "pixart": (20, 4.5),
-}  # fmt: skip
+    "sd1": (50, 7.5),
+    "sd2": (50, 7.5),
+    "sd-turbo": (1, 1.0),
+    "lcm": (4, 8.5),
+    "sdxl": (50, 5.0),
+    "playground": (50, 5.0),
+    "sd3": (28, 7.0),
+    "flux": (28, 3.5),
+    "flux-schnell": (4, 1.0),
+    "pixart": (20, 4.5),
+}
 
 
 def test_sampling_defaults(backbone, family):
@@ -202,9 +216,9 @@ def test_half_precision(family):
     dtypes = {parameter.dtype for parameter in backbone.parameters()}
     assert dtypes == {torch.bfloat16, torch.float32} if family[0] == "sd3" else {torch.bfloat16}  # diffusers keeps some
     x, noise = backbone.encode_text(TEXTS[:1]).float().requires_grad_(), torch.randn(1, *backbone.latent_shape)
-    pictures = backbone.decode(backbone.sample(x, backbone.encode_text([""]), noise, 2, 3.0, 2))
-    assert pictures.dtype == torch.float32
-    pictures.sum().backward()
+    images = backbone.decode(backbone.sample(x, backbone.encode_text([""]), noise, 2, 3.0, 2))
+    assert images.dtype == torch.float32
+    images.sum().backward()
     assert x.grad.isfinite().all()
     assert x.grad.abs().sum() > 0
 

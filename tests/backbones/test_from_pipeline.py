@@ -116,10 +116,10 @@ def test_options(tmp_path):
         Backbone.from_pipeline(half, scheduler="PNDMScheduler2")
 
 
-def test_inverts_on_a_pipeline(tiny, pictures):
-    picture, pipeline = sorted(pictures.iterdir())[0], loaded(tiny)
+def test_inverts_on_a_pipeline(tiny, image_folder):
+    image, pipeline = sorted(image_folder.iterdir())[0], loaded(tiny)
     before, how = state(pipeline), {"method": "pez", "steps": 2, "sampler": SamplerSettings(2), "device": "cpu"}
-    found, expected = (invert(picture, backbone=backbone, **how) for backbone in (pipeline, tiny))
+    found, expected = (invert(image, backbone=backbone, **how) for backbone in (pipeline, tiny))
     assert found.prompt == expected.prompt
     assert found.record.validation_loss == expected.record.validation_loss
     assert torch.equal(found.embedding, expected.embedding)

@@ -28,9 +28,14 @@ def refused(match, name="owner/model", **how):
 
 
 OTHERS = [  # other precisions, pickles and further files that are not read
-    "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors",
-    "v1-5-pruned.safetensors", "text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors", "README.md",
-]  # fmt: skip
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.bin",
+    "safety_checker/model.safetensors",
+    "v1-5-pruned.safetensors",
+    "text_encoder/model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "README.md",
+]
 
 
 @pytest.fixture
@@ -101,19 +106,56 @@ def test_revisions(hub, published, sd1, sd2):
 @pytest.mark.parametrize(
     ("path", "status", "headers", "match"),
     [
-        ("/api", 401, {"X_Error_Code": "RepoNotFound"}, r"neither a folder nor on the Hugging Face hub; correct the name"),
-        ("/api", 404, {"X_Error_Code": "RepoNotFound"}, r"neither a folder nor on the Hugging Face hub; correct the name"),
         (
-            "/api", 401, {"X_Error_Message": "Invalid credentials in Authorization header"},
+            "/api",
+            401,
+            {"X_Error_Code": "RepoNotFound"},
+            r"neither a folder nor on the Hugging Face hub; correct the name",
+        ),
+        (
+            "/api",
+            404,
+            {"X_Error_Code": "RepoNotFound"},
+            r"neither a folder nor on the Hugging Face hub; correct the name",
+        ),
+        (
+            "/api",
+            401,
+            {"X_Error_Message": "Invalid credentials in Authorization header"},
             r"was refused by the Hugging Face hub; log in again with `hf auth login` or unset HF_TOKEN",
         ),
-        ("/api", 403, {"X_Error_Code": "GatedRepo"}, r"is gated; accept its terms on https://huggingface\.co/owner/model and log in"),
-        ("/owner", 403, {"X_Error_Code": "GatedRepo"}, r"is gated; accept its terms on https://huggingface\.co/owner/model and log in"),
-        ("/owner", 401, {"X_Error_Code": "GatedRepo"}, r"is gated; accept its terms on https://huggingface\.co/owner/model and log in"),
-        ("/api", 500, {}, r"could not be fetched from the Hugging Face hub \(it answered 500\); check the connection, or use 'emoji'"),
-        ("/owner", 403, {}, r"download of the model 'owner/model' was interrupted \(it answered 403\); check the connection and run again"),
+        (
+            "/api",
+            403,
+            {"X_Error_Code": "GatedRepo"},
+            r"is gated; accept its terms on https://huggingface\.co/owner/model and log in",
+        ),
+        (
+            "/owner",
+            403,
+            {"X_Error_Code": "GatedRepo"},
+            r"is gated; accept its terms on https://huggingface\.co/owner/model and log in",
+        ),
+        (
+            "/owner",
+            401,
+            {"X_Error_Code": "GatedRepo"},
+            r"is gated; accept its terms on https://huggingface\.co/owner/model and log in",
+        ),
+        (
+            "/api",
+            500,
+            {},
+            r"could not be fetched from the Hugging Face hub \(it answered 500\); check the connection, or use 'emoji'",
+        ),
+        (
+            "/owner",
+            403,
+            {},
+            r"download of the model 'owner/model' was interrupted \(it answered 403\); check the connection and run",
+        ),
     ],
-)  # fmt: skip
+)
 def test_answers(hub, published, path, status, headers, match):
     hub.answer[path] = (status, headers)
     refused(match)
@@ -221,11 +263,19 @@ def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
     [
         (["owner/model", "nowhere"], {}, "The model 'nowhere' is neither"),
         (["owner/model", "--revision", "v9"], {}, "has no revision 'v9'"),
-        (["owner/model", "--revision"], {}, "argument --revision: expected one argument; the command reads: train.py prefetch NAME"),
+        (
+            ["owner/model", "--revision"],
+            {},
+            "argument --revision: expected one argument; the command reads: train.py prefetch NAME",
+        ),
         ([], {}, "the following arguments are required: NAME; the command reads"),
-        (["owner/model"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids the connection that prefetch needs; unset it."),
+        (
+            ["owner/model"],
+            {"HF_HUB_OFFLINE": "1"},
+            "HF_HUB_OFFLINE forbids the connection that prefetch needs; unset it.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment, output):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -242,7 +292,10 @@ def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment
 def test_prefetch_as_a_program(hub, published, clip, tmp_path):
     """The environment sets hub and cache, and Lightning is not imported."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    code = "import sys; from lightning_prompts.commands.main import main; main(['prefetch', 'owner/model']); assert 'pytorch_lightning' not in sys.modules"
+    code = (
+        "import sys; from lightning_prompts.commands.main import main; main(['prefetch', 'owner/model']); "
+        "assert 'pytorch_lightning' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"commit {published}." in done.stdout
@@ -252,9 +305,9 @@ def test_prefetch_as_a_program(hub, published, clip, tmp_path):
 # The commit of a run
 
 
-def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, capsys):
+def test_a_run_keeps_its_commit(hub, published, sd1, sd2, image_folder, tmp_path, capsys):
     run = tmp_path / "run"
-    fit = pez_command(run, "owner/model", pictures / "0.png")
+    fit = pez_command(run, "owner/model", image_folder / "0.png")
 
     def commit():
         return json.loads((run / "result.json").read_text())["settings"]["model"]["backbone"]["revision"]
@@ -273,17 +326,15 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, pictures, tmp_path, ca
     for command in ("test", "predict"):
         main([command, "--run", str(run)])
         assert commit() == published
-    fit += ["--data.images", str(pictures), "--model.steps", "3"]
+    fit += ["--data.images", str(image_folder), "--model.steps", "3"]
     main([*fit, "--ckpt_path", "last"])
     assert commit() == published
     assert len(json.loads((run / "result.json").read_text())["problems"]) == 3
     main([*fit, "--ckpt_path", "last", "--model.backbone.revision", published])
     assert not any(newer in path for _, path in hub.asked)
     output = refused_by_main("--ckpt_path", "last", "--model.backbone.revision", "v1")
-    assert (
-        f'was started with --model.backbone.revision "{published}" and cannot resume with "{hub.models["owner/model"][0]["v1"]}"'
-        in output
-    )
+    tagged = hub.models["owner/model"][0]["v1"]
+    assert f'was started with --model.backbone.revision "{published}" and cannot resume with "{tagged}"' in output
     main(["test", "--run", str(run), "--model.backbone.offline", "true"])
     assert commit() == published
     hub.answer["/api"] = (401, {"X_Error_Code": "RepoNotFound"})
@@ -474,10 +525,10 @@ def test_variant_that_was_not_downloaded_completely(hub, sd1, tmp_path, monkeypa
     load_backbone("owner/model", offline=True)
 
 
-def test_a_run_keeps_its_variant(hub, sd1, pictures, tmp_path, capsys, caplog):
+def test_a_run_keeps_its_variant(hub, sd1, image_folder, tmp_path, capsys, caplog):
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"))
     run = tmp_path / "run"
-    fit = pez_command(run, folder, pictures / "0.png")
+    fit = pez_command(run, folder, image_folder / "0.png")
     main(fit)
     assert "has weights only as variant 'fp16'; using it." in caplog.text
     assert json.loads((run / "result.json").read_text())["settings"]["model"]["backbone"]["variant"] == "fp16"

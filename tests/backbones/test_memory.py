@@ -18,7 +18,10 @@ def folder(request, tmp_path_factory):
 
 
 def computed(backbone):
-    """Compute a loss through text encoders and denoiser, one through denoiser and decoder, latents, and their gradients."""
+    """Compute a loss through text encoders and denoiser, one through denoiser and decoder, and their gradients.
+
+    Also return images, and the latents that they are encoded to.
+    """
     torch.manual_seed(0)
     vocabulary, shape = backbone.vocabulary, backbone.latent_shape
     ids = encode_text(vocabulary.tokenizer, ["a red cat", "two dogs"], vocabulary.length)

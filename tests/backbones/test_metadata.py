@@ -40,8 +40,8 @@ def test_defaults_come_from_the_folder(model, tiny):
     assert without.metadata == Metadata()
     backbone = load_backbone(model({"num_inference_steps": 7, "guidance_scale": 2, "license": "another key"}))
     assert (backbone.default_steps, backbone.default_guidance) == (7, 2.0)
-    assert PEZ(backbone=backbone).drawing == {"num_inference_steps": 7, "guidance_scale": 2.0}
-    given = PEZ(backbone=backbone, sampler=SamplerSettings(3, 1.5)).drawing
+    assert PEZ(backbone=backbone).sampling_settings == {"num_inference_steps": 7, "guidance_scale": 2.0}
+    given = PEZ(backbone=backbone, sampler=SamplerSettings(3, 1.5)).sampling_settings
     assert given == {"num_inference_steps": 3, "guidance_scale": 1.5}
     backbone = load_backbone(model({"num_inference_steps": 7}))
     assert (backbone.default_steps, backbone.default_guidance) == (7, without.default_guidance)

@@ -15,23 +15,47 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TEXTS = ["a red square on a blue background", "two dogs and a Cat"]
 OWN = {  # as published, with only the stated values
     "sd15": {
-        "_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-        "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+        "_class_name": "PNDMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
     },
     "sd21": {
-        "_class_name": "DDIMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
-        "num_train_timesteps": 1000, "prediction_type": "v_prediction", "set_alpha_to_one": False, "skip_prk_steps": True,
-        "steps_offset": 1, "trained_betas": None,
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
     },
     "trailing": {
-        "_class_name": "DDIMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
-        "timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction",
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
     },
     "multistep": {
-        "_class_name": "DPMSolverMultistepScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+        "_class_name": "DPMSolverMultistepScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
         "use_karras_sigmas": True,
     },
-}  # fmt: skip
+}
 
 
 def with_scheduler(folder, config):
@@ -152,7 +176,12 @@ def test_defaults_stay_those_of_the_model(tmp_path):
     assert (backbone.default_steps, backbone.default_guidance) == (50, 7.5)
     backbone = load_backbone(folder, scheduler="LCMScheduler")
     assert (backbone.default_steps, backbone.default_guidance) == (4, 1.0)
-    velocity = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}  # fmt: skip
+    velocity = {
+        "_class_name": "EulerDiscreteScheduler",
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    }
     backbone = load_backbone(with_scheduler(families.save("sd1", tmp_path / "velocity"), velocity))
     assert (backbone.default_steps, backbone.default_guidance) == (50, 7.5)
 
@@ -160,10 +189,16 @@ def test_defaults_stay_those_of_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "noise levels of this EulerDiscreteScheduler are not"),
-        ({"_class_name": "CMStochasticIterativeScheduler"}, "noise levels of this CMStochasticIterativeScheduler are not supported"),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"},
+            "noise levels of this EulerDiscreteScheduler are not",
+        ),
+        (
+            {"_class_name": "CMStochasticIterativeScheduler"},
+            "noise levels of this CMStochasticIterativeScheduler are not supported",
+        ),
     ],
-)  # fmt: skip
+)
 def test_noise_levels_that_are_not_supported(config, message, tmp_path):
     refused(message, with_scheduler(families.save("sd1", tmp_path), config))
 
@@ -177,8 +212,9 @@ def test_schedulers_that_do_not_fit(name, tmp_path):
 
 def test_noise_levels_that_are_shifted_by_the_size_stay(tmp_path):
     """Heun's scheduler lacks this shift; FLUX's pipeline would raise an error."""
-    message = "The scheduler 'FlowMatchHeunDiscreteScheduler' does not fit this model, .*; use one of FlowMatchEulerDiscreteScheduler.$"
-    refused(message, families.save("flux", tmp_path), scheduler="FlowMatchHeunDiscreteScheduler")
+    name = "FlowMatchHeunDiscreteScheduler"
+    message = f"The scheduler '{name}' does not fit this model, .*; use one of FlowMatchEulerDiscreteScheduler.$"
+    refused(message, families.save("flux", tmp_path), scheduler=name)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete"])

@@ -24,24 +24,45 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
 # The names of weights in the original code, as in diffusers' scripts convert_diffusers_to_original_stable_diffusion.py
 # and convert_diffusers_to_original_sdxl.py (https://github.com/huggingface/diffusers/tree/main/scripts).
 UNET = {
-    r"^time_embedding\.linear_1": "time_embed.0", r"^time_embedding\.linear_2": "time_embed.2",
-    r"^add_embedding\.linear_1": "label_emb.0.0", r"^add_embedding\.linear_2": "label_emb.0.2",
-    r"^conv_in": "input_blocks.0.0", r"^conv_norm_out": "out.0", r"^conv_out": "out.2",
-    r"^mid_block\.attentions\.0": "middle_block.1", r"^mid_block\.resnets\.0": "middle_block.0", r"^mid_block\.resnets\.1": "middle_block.2",
-    r"\.norm1(?=\.\w+$)": ".in_layers.0", r"\.conv1": ".in_layers.2", r"\.norm2(?=\.\w+$)": ".out_layers.0", r"\.conv2": ".out_layers.3",
-    r"\.time_emb_proj": ".emb_layers.1", r"\.conv_shortcut": ".skip_connection",
-}  # fmt: skip
+    r"^time_embedding\.linear_1": "time_embed.0",
+    r"^time_embedding\.linear_2": "time_embed.2",
+    r"^add_embedding\.linear_1": "label_emb.0.0",
+    r"^add_embedding\.linear_2": "label_emb.0.2",
+    r"^conv_in": "input_blocks.0.0",
+    r"^conv_norm_out": "out.0",
+    r"^conv_out": "out.2",
+    r"^mid_block\.attentions\.0": "middle_block.1",
+    r"^mid_block\.resnets\.0": "middle_block.0",
+    r"^mid_block\.resnets\.1": "middle_block.2",
+    r"\.norm1(?=\.\w+$)": ".in_layers.0",
+    r"\.conv1": ".in_layers.2",
+    r"\.norm2(?=\.\w+$)": ".out_layers.0",
+    r"\.conv2": ".out_layers.3",
+    r"\.time_emb_proj": ".emb_layers.1",
+    r"\.conv_shortcut": ".skip_connection",
+}
 VAE = {
-    r"conv_norm_out": "norm_out", r"conv_shortcut": "nin_shortcut", r"mid_block\.attentions\.0": "mid.attn_1",
-    r"mid_block\.resnets\.0": "mid.block_1", r"mid_block\.resnets\.1": "mid.block_2", r"attn_1\.group_norm": "attn_1.norm",
-    r"attn_1\.to_([qkv])": r"attn_1.\1", r"attn_1\.to_out\.0": "attn_1.proj_out",
-    r"down_blocks\.(\d)\.resnets": r"down.\1.block", r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
-}  # fmt: skip
+    r"conv_norm_out": "norm_out",
+    r"conv_shortcut": "nin_shortcut",
+    r"mid_block\.attentions\.0": "mid.attn_1",
+    r"mid_block\.resnets\.0": "mid.block_1",
+    r"mid_block\.resnets\.1": "mid.block_2",
+    r"attn_1\.group_norm": "attn_1.norm",
+    r"attn_1\.to_([qkv])": r"attn_1.\1",
+    r"attn_1\.to_out\.0": "attn_1.proj_out",
+    r"down_blocks\.(\d)\.resnets": r"down.\1.block",
+    r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
+}
 OPEN_CLIP = {
-    r"^embeddings\.position_embedding\.weight": "positional_embedding", r"^embeddings\.token_embedding": "token_embedding",
-    r"^final_layer_norm": "ln_final", r"^encoder\.layers": "transformer.resblocks", r"layer_norm(\d)": r"ln_\1",
-    r"fc1": "c_fc", r"fc2": "c_proj", r"self_attn": "attn",
-}  # fmt: skip
+    r"^embeddings\.position_embedding\.weight": "positional_embedding",
+    r"^embeddings\.token_embedding": "token_embedding",
+    r"^final_layer_norm": "ln_final",
+    r"^encoder\.layers": "transformer.resblocks",
+    r"layer_norm(\d)": r"ln_\1",
+    r"fc1": "c_fc",
+    r"fc2": "c_proj",
+    r"self_attn": "attn",
+}
 
 
 def renamed(key, names):
@@ -302,7 +323,12 @@ KINDS = {
     "Playground v2.5, an EDM model": [*SDXL_KEYS, "edm_mean", "edm_std"],
     "CosXL, an EDM model": [*SDXL_KEYS, "edm_vpred.sigma_max"],
     "an unCLIP model": [*SD2_KEYS, "model.diffusion_model.label_emb.0.0.weight"],
-    "the refiner of SDXL": ["conditioner.embedders.0.model.x", "model.diffusion_model.label_emb.0.0.weight", UNET_IN, "first_stage_model.x"],
+    "the refiner of SDXL": [
+        "conditioner.embedders.0.model.x",
+        "model.diffusion_model.label_emb.0.0.weight",
+        UNET_IN,
+        "first_stage_model.x",
+    ],
     "a UNet alone": [UNET_IN, "model.diffusion_model.out.2.bias"],
     "a UNet alone ": ["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"],
     "an autoencoder (VAE) alone": ["first_stage_model.decoder.conv_in.weight"],
@@ -311,7 +337,7 @@ KINDS = {
     "a text encoder alone ": ["cond_stage_model.model.ln_final.bias"],
     "an embedding, which --model.init takes": ["clip_l", "clip_g"],
     "of an unknown kind": ["\x1b[31mweights\n", "n" * 10_000],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -343,7 +369,7 @@ def test_denoisers_of_more_than_latents(keys, channels, kind, tmp_path):
 @pytest.mark.parametrize(
     "name", ["model.ckpt", "model.txt", "short.safetensors", "empty.safetensors", "folder", "none.safetensors"]
 )
-def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts):
+def test_mistakes_on_the_command_line(name, image_folder, tmp_path, capsys, attempts):
     """Each gives one sentence and exit code 2."""
     path = tmp_path / name
     if name == "folder":
@@ -352,7 +378,7 @@ def test_mistakes_on_the_command_line(name, pictures, tmp_path, capsys, attempts
         path.write_bytes(b"" if "empty" in name else b"\x1b[31m and some more bytes")
     given = ["fit", "--run", str(tmp_path / "run"), "--model", "PEZ", "--model.backbone", str(path)]
     with pytest.raises(SystemExit) as stopped:
-        main([*given, "--data.images", str(pictures / "0.png")])
+        main([*given, "--data.images", str(image_folder / "0.png")])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert error.count("\n") == 1
@@ -451,10 +477,16 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
     torch.manual_seed(0)
     pipeline = families.BUILD["sd2"](tmp_path)
     pipeline.unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32,) * 4, layers_per_block=2, norm_num_groups=8, cross_attention_dim=48, attention_head_dim=8,
-        use_linear_projection=True, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        sample_size=8,
+        block_out_channels=(32,) * 4,
+        layers_per_block=2,
+        norm_num_groups=8,
+        cross_attention_dim=48,
+        attention_head_dim=8,
+        use_linear_projection=True,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    )  # fmt: skip
+    )
     bias = pipeline.unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias
     torch.nn.init.normal_(bias, std=1)
     with torch.no_grad():
@@ -514,11 +546,11 @@ def test_old_names_of_the_text_encoder(tmp_path):
     )
 
 
-def test_a_search(model, pictures, tmp_path, attempts):
+def test_a_search(model, image_folder, tmp_path, attempts):
     _, _, config, file = model
     run = tmp_path / "run"
     loading = f"--model.backbone.config {config} --model.backbone.image_size 16 --model.backbone.offline true".split()
-    main([*pez_command(run, file, pictures / "0.png"), *loading])
+    main([*pez_command(run, file, image_folder / "0.png"), *loading])
     main(["test", "--run", str(run)])
     assert json.loads((run / "result.json").read_text())["problems"][0]["prompt"]
     assert not attempts

@@ -236,9 +236,15 @@ def test_nothing_is_kept_of_what_comes_before_the_prompt():
     backbone, kept, graphs = load_backbone("emoji"), [], {}
     blocks = backbone.denoiser.down_blocks
     first = blocks[1].attentions[0]  # of the embedded model, as in Stable Diffusion's one block earlier
-    places = {"start": backbone.denoiser.conv_in, "time": backbone.denoiser.time_embedding, "resnet": blocks[0].resnets[0],
-              "block": blocks[0].downsamplers[0], "before": blocks[1].resnets[0], "query": first.transformer_blocks[0].attn2.to_q,
-              "key": first.transformer_blocks[0].attn2.to_k}  # fmt: skip
+    places = {
+        "start": backbone.denoiser.conv_in,
+        "time": backbone.denoiser.time_embedding,
+        "resnet": blocks[0].resnets[0],
+        "block": blocks[0].downsamplers[0],
+        "before": blocks[1].resnets[0],
+        "query": first.transformer_blocks[0].attn2.to_q,
+        "key": first.transformer_blocks[0].attn2.to_k,
+    }
     for name, module in places.items():
         module.register_forward_hook(lambda _, args, output, name=name: graphs.update({name: output.requires_grad}))
     first.register_forward_pre_hook(lambda *_: kept.append(len(saved)))
@@ -476,7 +482,7 @@ def test_text_encoder_is_float32_although_its_file_says_half(sd1, tmp_path):
 
 
 def test_layout_of_old_files(sd1, copy):
-    """Weights named `text_model.` and stored positions are read, and vocab.json with merges.txt in place of tokenizer.json."""
+    """Weights named `text_model.`, stored positions, and vocab.json with merges.txt are read."""
     before = {path.name for path in (copy / "tokenizer").iterdir()}
     families.tokenizer_of_captions().save_pretrained(copy / "tokenizer")
     for name in ("vocab.json", "merges.txt"):

@@ -42,8 +42,8 @@ def other(tiny, tmp_path):
     return str(folder)
 
 
-def chooser(tiny, pictures):
-    made = Scripted(str(pictures / "0.png"))
+def chooser(tiny, image_folder):
+    made = Scripted(str(image_folder / "0.png"))
     made.clip = ClipSimilarity(f"{tiny}/clip")  # as `open` does
     return made
 
@@ -51,20 +51,22 @@ def chooser(tiny, pictures):
 @pytest.mark.parametrize(
     "searching",
     [
-        lambda tiny, pictures: PH2P(backbone=tiny, loss_weights=LossWeights(clip=0.1), **FEW),
-        lambda tiny, pictures: PH2P(backbone=tiny, rerank=Rerank(0.1), **FEW),
-        lambda tiny, pictures: PH2P(backbone=tiny, init="clip_words", **FEW),
-        lambda tiny, pictures: GCG(backbone=tiny, prefilter=2, **FEW),
-        lambda tiny, pictures: ClipWords(backbone=tiny, **FEW),
-        lambda tiny, pictures: DPODiff(backbone=tiny, schedule="fix-0", **FEW),
-        lambda tiny, pictures: MetricGuidance(backbone=tiny, objective=ClipQuality(), **FEW),
-        lambda tiny, pictures: MetricGuidance(backbone=tiny, objective=Sharpness(), constraint=ClipQuality(), **FEW),
-        lambda tiny, pictures: SeedInvariance(backbone=tiny, **FEW),
-        lambda tiny, pictures: HumanFeedback(backbone=tiny, chooser=chooser(tiny, pictures), **FEW),
+        lambda tiny, image_folder: PH2P(backbone=tiny, loss_weights=LossWeights(clip=0.1), **FEW),
+        lambda tiny, image_folder: PH2P(backbone=tiny, rerank=Rerank(0.1), **FEW),
+        lambda tiny, image_folder: PH2P(backbone=tiny, init="clip_words", **FEW),
+        lambda tiny, image_folder: GCG(backbone=tiny, prefilter=2, **FEW),
+        lambda tiny, image_folder: ClipWords(backbone=tiny, **FEW),
+        lambda tiny, image_folder: DPODiff(backbone=tiny, schedule="fix-0", **FEW),
+        lambda tiny, image_folder: MetricGuidance(backbone=tiny, objective=ClipQuality(), **FEW),
+        lambda tiny, image_folder: MetricGuidance(
+            backbone=tiny, objective=Sharpness(), constraint=ClipQuality(), **FEW
+        ),
+        lambda tiny, image_folder: SeedInvariance(backbone=tiny, **FEW),
+        lambda tiny, image_folder: HumanFeedback(backbone=tiny, chooser=chooser(tiny, image_folder), **FEW),
     ],
 )
-def test_clip_that_searches_is_refused_by_its_weights(searching, tiny, pictures, copied, other):
-    method = searching(tiny, pictures)
+def test_clip_that_searches_is_refused_by_its_weights(searching, tiny, image_folder, copied, other):
+    method = searching(tiny, image_folder)
     for scorer in (f"{tiny}/clip", copied):
         with pytest.raises(UserError, match="would not be held out"):
             Scores(scorer=scorer).heldout(method)
@@ -94,7 +96,7 @@ def test_a_clip_that_was_trained_further_is_another(change, tiny, copied):
     assert not one.has_same_image_encoder(two)
 
 
-def test_nothing_is_searched_or_left_behind(tiny, pictures, copied, tmp_path, capsys):
+def test_nothing_is_searched_or_left_behind(tiny, image_folder, copied, tmp_path, capsys):
     run = tmp_path / "run"
     args = [
         "fit",
@@ -103,7 +105,7 @@ def test_nothing_is_searched_or_left_behind(tiny, pictures, copied, tmp_path, ca
         f"--model.backbone={tiny}",
         "--data",
         "ImagesToPrompts",
-        f"--data.images={pictures / '0.png'}",
+        f"--data.images={image_folder / '0.png'}",
     ]
     with pytest.raises(SystemExit, match="2"):
         main([*args, "--run", str(run), "--scorer", copied])
@@ -112,7 +114,7 @@ def test_nothing_is_searched_or_left_behind(tiny, pictures, copied, tmp_path, ca
 
 
 def test_scores_that_were_measured_are_kept_when_another_scorer_is_refused(
-    tiny, pictures, copied, other, tmp_path, capsys
+    tiny, image_folder, copied, other, tmp_path, capsys
 ):
     run = tmp_path / "run"
     args = [
@@ -122,7 +124,7 @@ def test_scores_that_were_measured_are_kept_when_another_scorer_is_refused(
         f"--model.backbone={tiny}",
         "--data",
         "ImagesToPrompts",
-        f"--data.images={pictures / '0.png'}",
+        f"--data.images={image_folder / '0.png'}",
     ]
     main([*args, "--run", str(run), "--scorer", other, "--model.steps", "1"])
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -134,11 +136,11 @@ def test_scores_that_were_measured_are_kept_when_another_scorer_is_refused(
         assert {path: path.read_bytes() for path in before} == before
 
 
-def test_python_calls_refuse_it_too(tiny, pictures, copied, tmp_path):
+def test_python_calls_refuse_it_too(tiny, image_folder, copied, tmp_path):
     with pytest.raises(UserError, match="would not be held out"):
         fit(
             ClipWords(backbone=tiny, **FEW),
-            pictures / "0.png",
+            image_folder / "0.png",
             tmp_path / "run",
             [Results(Scores(scorer=copied))],
             steps=1,

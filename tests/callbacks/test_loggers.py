@@ -17,13 +17,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def search(tiny, pictures, tmp_path):
+def search(tiny, image_folder, tmp_path):
     def run(*args):
-        main([
-            "fit", "--run", str(tmp_path / "run"), "--model", "PEZ", f"--model.backbone={tiny}", "--model.sampler.num_inference_steps=2",
-            "--model.num_tokens=2", "--model.log_images_every_n_steps=2", "--data", "ImagesToPrompts", f"--data.images={pictures / '0.png'}",
-            "--model.steps=3", "--data.num_noise_samples=2", *args,
-        ])  # fmt: skip
+        command = (
+            f"fit --run {tmp_path / 'run'} --model PEZ --model.backbone {tiny} --model.sampler.num_inference_steps 2 "
+            "--model.num_tokens 2 --model.log_images_every_n_steps 2 --data ImagesToPrompts "
+            f"--data.images {image_folder / '0.png'} --model.steps 3 --data.num_noise_samples 2"
+        )
+        main([*command.split(), *args])
         return tmp_path / "run"
 
     return run
@@ -74,8 +75,12 @@ def test_several_loggers_have_all_they_can_take(search, tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.chdir(tmp_path)
-    loggers = [("CSVLogger", f"save_dir={tmp_path / 'csv'}"), ("TensorBoardLogger", f"save_dir={tmp_path / 'board'}"),
-               ("MLFlowLogger", f"tracking_uri=file:{tmp_path / 'mlflow'}"), ("WandbLogger", f"save_dir={tmp_path / 'wandb'}")]  # fmt: skip
+    loggers = [
+        ("CSVLogger", f"save_dir={tmp_path / 'csv'}"),
+        ("TensorBoardLogger", f"save_dir={tmp_path / 'board'}"),
+        ("MLFlowLogger", f"tracking_uri=file:{tmp_path / 'mlflow'}"),
+        ("WandbLogger", f"save_dir={tmp_path / 'wandb'}"),
+    ]
     args = [f"--trainer.logger{given}" for name, setting in loggers for given in (f"+={name}", f".{setting}")]
     run = search(*args, "--trainer.logger.offline=true")
     assert not list(run.glob("events.out.*"))

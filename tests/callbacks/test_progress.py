@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def search(tiny, pictures, tmp_path):
+def search(tiny, image_folder, tmp_path):
     """Run a search of some steps; return the trainer and the problems."""
 
     def run(logger=False, raises=None, **settings):
@@ -32,7 +32,7 @@ def search(tiny, pictures, tmp_path):
                 super().step(batch, rows)
 
         module = Broken(backbone=tiny, num_tokens=3, steps=4, sampler=SamplerSettings(2), **settings)
-        data = ImagesToPrompts(str(pictures), num_noise_samples=1, num_validation_samples=2)
+        data = ImagesToPrompts(str(image_folder), num_noise_samples=1, num_validation_samples=2)
         trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=logger, default_root_dir=tmp_path / "run")
         trainer.fit(module, datamodule=data)
         return list(data.folder.load().values())
@@ -79,7 +79,7 @@ def test_terminal_is_left_as_it_was(search, monkeypatch):
     assert logging.getLogger().handlers == handlers
 
 
-def test_samples_and_prompts_are_in_tensorboard_while_it_runs(search, pictures, tmp_path):
+def test_samples_and_prompts_are_in_tensorboard_while_it_runs(search, image_folder, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with pytest.raises(RuntimeError, match="broken"):  # so that nothing is written at the end of the run
@@ -93,4 +93,4 @@ def test_samples_and_prompts_are_in_tensorboard_while_it_runs(search, pictures, 
     assert [event.step for event in drawn] == [1, 2, 3]
     assert drawn[0].width == 3 * 104
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("prompt/text_summary")]
-    assert all(f"{escaped_markdown(path.name)}: " in text for path in pictures.iterdir() for text in texts)
+    assert all(f"{escaped_markdown(path.name)}: " in text for path in image_folder.iterdir() for text in texts)

@@ -53,11 +53,11 @@ def test_as_a_slow_reference(sd, tokens):
 
 
 @pytest.mark.parametrize("method", [PEZ, TextualInversion])
-def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, pictures, tmp_path):
+def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, image_folder, tmp_path):
     module = method(
         backbone=str(sd1), num_tokens=3, steps=2, template="a photo of {} in the corner", sampler=SamplerSettings(2)
     )
-    data = ImagesToPrompts([str(pictures)], num_noise_samples=1, num_validation_samples=1)
+    data = ImagesToPrompts([str(image_folder)], num_noise_samples=1, num_validation_samples=1)
     pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path).fit(module, datamodule=data)
     problems = list(data.folder.load().values())
     maps = prompt_word_maps(module, problems)
@@ -84,9 +84,9 @@ def test_heat_is_laid_over_the_target():
     target = torch.zeros(3, 16, 16)
     maps = torch.zeros(2, 8, 8)
     maps[1, :4] = 0.3
-    picture = word_map_grid([target, target], [maps[1:], maps], ["a", "b"], [["one"], ["one", "two"]])
-    assert picture.size == (3 * 104, 2 * 116)
-    pixels = np.asarray(picture).astype(int)
+    image = word_map_grid([target, target], [maps[1:], maps], ["a", "b"], [["one"], ["one", "two"]])
+    assert image.size == (3 * 104, 2 * 116)
+    pixels = np.asarray(image).astype(int)
     assert (pixels[60, 52] == 128).all()  # the unchanged target
     without, above, below = pixels[116 + 20, 104 + 52], pixels[116 + 20, 208 + 52], pixels[116 + 90, 208 + 52]
     assert (without == below).all()
@@ -97,8 +97,8 @@ def test_heat_is_laid_over_the_target():
 
 
 def test_a_map_that_is_zero_everywhere_shows_no_heat():
-    picture = np.asarray(word_map_grid([torch.zeros(3, 16, 16)], [torch.zeros(1, 8, 8)], ["a"], [["one"]]))
-    shown = picture[2:98, 108:204]
+    image = np.asarray(word_map_grid([torch.zeros(3, 16, 16)], [torch.zeros(1, 8, 8)], ["a"], [["one"]]))
+    shown = image[2:98, 108:204]
     assert (shown == shown[0, 0]).all()
     assert len(set(shown[0, 0].tolist())) == 1
 
@@ -108,12 +108,12 @@ def test_words_light_what_they_name():
     backbone = load_backbone("emoji")
     tower, words = backbone.text_encoders[0], json.loads((TARGETS / "words.json").read_text())
     for file in ("002.png", "005.png", "007.png"):
-        named, picture = words[file], to_tensor(Image.open(TARGETS / file).convert("RGB"))
-        latents = backbone.encode_image(picture[None])[0]
+        named, image = words[file], to_tensor(Image.open(TARGETS / file).convert("RGB"))
+        latents = backbone.encode_image(image[None])[0]
         noise = draw_noise(0, [file], WORD_MAPS, SAMPLES, latents.shape, "cpu")[0]
         ids = encode_text(tower.tokenizer, [f"{named['object']} {named['background']}"], tower.length)
         seen, color = word_maps(backbone, backbone.encode(ids), latents, noise, 1, 2)
-        region = ((picture - picture[:, :1, :1]).abs().amax(0) > 0.2).float()
+        region = ((image - image[:, :1, :1]).abs().amax(0) > 0.2).float()
         region = torch.nn.functional.adaptive_avg_pool2d(region[None], 16)[0]
         assert (seen * region).sum() / seen.sum() > 2 * region.mean()
         assert (color * (1 - region)).sum() / color.sum() > 0.95

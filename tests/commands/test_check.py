@@ -76,7 +76,10 @@ def test_verdict_on_a_share_accounts_for_chance():
 
 
 def test_signal_to_noise_of_known_gradients():
-    """The ratio grows with the square root of the number of independent samples; differences between strata lower only single samples'."""
+    """The ratio grows with the square root of the number of independent samples.
+
+    Differences between strata lower only the ratio of single samples.
+    """
     draw = torch.Generator().manual_seed(0)
     mean = torch.zeros(1000)
     mean[0] = 10.0
@@ -131,8 +134,13 @@ def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monke
 
 
 def test_what_is_written_keeps_the_settings_and_takes_the_suggestion():
-    given = {"model": {"class_path": "PH2P", "init_args": {"backbone": {"name": "emoji"}, "microbatch": 16, "lr": 0.1}},
-             "data": {"class_path": "ImagesToPrompts", "init_args": {"images": "a: b.png", "num_noise_samples": 2, "timestep_range": [0, 9]}}}  # fmt: skip
+    given = {
+        "model": {"class_path": "PH2P", "init_args": {"backbone": {"name": "emoji"}, "microbatch": 16, "lr": 0.1}},
+        "data": {
+            "class_path": "ImagesToPrompts",
+            "init_args": {"images": "a: b.png", "num_noise_samples": 2, "timestep_range": [0, 9]},
+        },
+    }
     content = yaml.safe_load(config_with(given, Suggestion((450, 850), 4, 8)))
     assert content["model"]["init_args"] == {"backbone": {"name": "emoji"}, "microbatch": 8, "lr": 0.1}
     assert content["data"]["init_args"] == {"images": "a: b.png", "num_noise_samples": 4, "timestep_range": [450, 850]}
@@ -178,22 +186,22 @@ def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsy
         in out
     )
     assert settings["model"]["init_args"]["restart_every"] == 60
-    picture = ["--data.images", str(ROOT / "docs/images/demo.png")]
-    main(["fit", "--config", str(config), *picture, "--model.steps", "1", "--run", str(tmp_path / "run"), *CPU])
+    image = ["--data.images", str(ROOT / "docs/images/demo.png")]
+    main(["fit", "--config", str(config), *image, "--model.steps", "1", "--run", str(tmp_path / "run"), *CPU])
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_without_captions_the_words_of_the_clip_are_used(tiny, pictures, tmp_path, monkeypatch, capsys):
+def test_without_captions_the_words_of_the_clip_are_used(tiny, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    run("--model", "GCG", "--model.num_tokens", "2", "--model.backbone", tiny, "--data.images", str(pictures), *FEW)
+    run("--model", "GCG", "--model.num_tokens", "2", "--model.backbone", tiny, "--data.images", str(image_folder), *FEW)
     out = capsys.readouterr().out
     assert re.search(r"lower with the CLIP's words than with (another's|random tokens) in", out)
     assert re.search(r"CLIP +the two most similar of 3 images have a cosine of [\d.]+ +(ok|weak|no)", out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_model_that_does_not_read_its_prompt_fails(tiny, pictures, tmp_path, capsys):
+def test_a_model_that_does_not_read_its_prompt_fails(tiny, image_folder, tmp_path, capsys):
     """The denoiser's cross-attention returns zeros, as if the text encoder's output did not arrive."""
 
     broken = shutil.copytree(tiny, tmp_path / "broken")
@@ -204,7 +212,7 @@ def test_a_model_that_does_not_read_its_prompt_fails(tiny, pictures, tmp_path, c
     save_file(silenced, weights, {"format": "pt"})
     config = tmp_path / "mine.yaml"
     how = ["--model", "PH2P", "--model.num_tokens", "2", "--data.timestep_range", "[100,900]", "--write", str(config)]
-    assert run(*how, "--model.backbone", str(broken), "--data.images", str(pictures), *FEW) == 1
+    assert run(*how, "--model.backbone", str(broken), "--data.images", str(image_folder), *FEW) == 1
     captured = capsys.readouterr()
     assert re.search(r"image +leaving out .* changes the image by 0.000 .* no", captured.out)
     assert "A search cannot work: the prompt does not change the generated image." in captured.out
@@ -224,12 +232,15 @@ def test_methods_that_start_from_prompts_are_checked_without_images(tiny, capsys
     ("args", "match"),
     [
         (["--model", "HumanFeedback", "--data.prompts", "a red cat"], "A user's choices cannot be measured"),
-        (["--model", "PH2P", "--data.images", "{pictures}", "--write", "{pictures}/0.png"], "must name a new file"),
+        (
+            ["--model", "PH2P", "--data.images", "{image_folder}", "--write", "{image_folder}/0.png"],
+            "must name a new file",
+        ),
         (["--model", "PH2P", "--data.images", "nowhere"], "nowhere"),
     ],
 )
-def test_refuses(args, match, tiny, pictures, capsys):
-    given = [arg.format(pictures=pictures) for arg in args]
+def test_refuses(args, match, tiny, image_folder, capsys):
+    given = [arg.format(image_folder=image_folder) for arg in args]
     assert run(*given, "--model.backbone", tiny) == 2
     captured = capsys.readouterr()
     assert match in captured.err

@@ -12,24 +12,14 @@ CPU = ["--trainer.accelerator", "cpu"]
 DRAWN = ["--model.sampler.num_inference_steps", "2", "--model.microbatch", "8"]
 
 
-def test_reports_and_writes_nothing(tiny, pictures, tmp_path, monkeypatch, capsys):
+def test_reports_and_writes_nothing(tiny, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    data = ["--data", "ImagesToPrompts", "--data.images", str(pictures), "--model.steps", "40"]
-    main(
-        [
-            "dry-run",
-            "--model",
-            "PH2P",
-            "--model.backbone",
-            tiny,
-            "--model.score_every_n_steps",
-            "8",
-            *data,
-            *DRAWN,
-            *CPU,
-        ]
+    command = (
+        f"dry-run --model PH2P --model.backbone {tiny} --model.score_every_n_steps 8 --model.steps 40 "
+        f"--data ImagesToPrompts --data.images {image_folder}"
     )
+    main([*command.split(), *DRAWN, *CPU])
     told = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
     assert "3 problems, microbatch 8" in told
@@ -49,9 +39,12 @@ def test_reports_and_writes_nothing(tiny, pictures, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize(
     "method",
-    [["MetricGuidance", "--model.objective", "Sharpness"], ["DPODiff", "--model.positive", "[neighbors]", "--model.negative", "[]"]],
+    [
+        ["MetricGuidance", "--model.objective", "Sharpness"],
+        ["DPODiff", "--model.positive", "[neighbors]", "--model.negative", "[]"],
+    ],
     ids=["embeddings", "words"],
-)  # fmt: skip
+)
 def test_of_prompts(method, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     extra = (

@@ -19,19 +19,20 @@ ENDS = ["a small cat on a blue background", "two dogs beside a large tree"]
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("between") / "run"
-    main([
-        "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "MetricGuidance", "--model.backbone", tiny,
-        "--model.objective", "Sharpness", "--model.sampler.num_inference_steps", "3", "--model.seeds", "1", "--model.steps", "2",
-        "--model.lr", "0.05", "--data", "Prompts", "--data.prompts", json.dumps(ENDS),
-    ])  # fmt: skip
+    command = (
+        f"fit --run {folder} --trainer.accelerator cpu --model MetricGuidance --model.backbone {tiny} "
+        "--model.objective Sharpness --model.sampler.num_inference_steps 3 --model.seeds 1 --model.steps 2 "
+        "--model.lr 0.05 --data Prompts --data.prompts"
+    )
+    main([*command.split(), json.dumps(ENDS)])
     return folder
 
 
 def predict(run, *args):
-    for old in (run / "pictures").glob("*"):
+    for old in (run / "images").glob("*"):
         old.unlink()
     main(["predict", "--run", str(run), "--trainer.accelerator", "cpu", *args])
-    return {path.suffix: path for path in (run / "pictures").iterdir()}
+    return {path.suffix: path for path in (run / "images").iterdir()}
 
 
 def pixels(image):
@@ -52,10 +53,10 @@ def test_frames_are_those_of_the_arc(run, tiny):
         for i in range(4):
             told = slerp(one, other, i / 3).repeat(2, 1, 1)
             drawn = backbone.decode(backbone.sample(told, empty, noise, 3, 7.5))
-            for n, picture in enumerate(drawn):  # the grid shows each pixel as a square of 6 x 6
+            for n, image in enumerate(drawn):  # the grid shows each pixel as a square of 6 x 6
                 top, left = n * 100 + (6 if n else 2), i * 104 + 4
                 found = shown[top : top + 96, left : left + 96][3::6, 3::6]
-                expected = ((picture + 1) * 127.5).clamp(0, 255).permute(1, 2, 0)
+                expected = ((image + 1) * 127.5).clamp(0, 255).permute(1, 2, 0)
                 assert (found - expected).abs().max() <= 2
 
 

@@ -40,8 +40,8 @@ def test_end_of_input_is_raised(monkeypatch):
 class Pixels:
     """A CLIP whose features are the pixels."""
 
-    def features(self, pictures):
-        return F.normalize(pictures.flatten(1), dim=1)
+    def features(self, images):
+        return F.normalize(images.flatten(1), dim=1)
 
 
 def test_joint_similarity_needs_both_targets_in_one_image():
@@ -64,8 +64,8 @@ def test_joint_similarity_needs_both_targets_in_one_image():
 
 
 def test_sheet_begins_new_lines():
-    picture = torch.zeros(3, 16, 16)
-    wide, narrow = (sheet([[picture]] * 5, ["word"] * 5, across, side=20) for across in (5, 2))
+    image = torch.zeros(3, 16, 16)
+    wide, narrow = (sheet([[image]] * 5, ["word"] * 5, across, side=20) for across in (5, 2))
     assert wide.width == 5 * 28
     assert (narrow.width, narrow.height) == (2 * 28, 3 * wide.height)
 

@@ -117,7 +117,7 @@ def test_broken_exif_is_ignored(tmp_path, exif):
 
 
 def icc_profile(primaries, gamma=2.19921875):
-    """Return an ICC profile of a display from the XYZ of its red, green and blue under D50 and the exponent of its values."""
+    """Return the ICC profile of a display from the XYZ of its primaries under D50 and its gamma."""
 
     def xyz(values):
         return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))

@@ -75,20 +75,47 @@ def test_a_broken_line_leaves_the_other_prompts(name, content, line, message, tm
         (["--data.prompts", ""], "A prompt is empty"),
         (["--data.prompts", "of the", "--model.positive", "[neighbors]", "--model.negative", "[]"], "has no word"),
         (["--data.prompts", "a dog", "--model.positive", "[sinonyms]"], "--model.positive"),
-        (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "broken.json"], "Line 1 of"),
-        (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "other.json"], "must have the layout"),
-        (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "empty.json"], "are empty"),
-        (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "lacks.json"], "has no entry for"),
-        (["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "http://127.0.0.1:9/v1#m"],
-         "cannot be reached"),
-        (["--data.prompts", "a dog", "--model.positive=[neighbors]", "--model.similarity.threshold", "1.5"], "--model.similarity.threshold must be between -1 and 1"),
-        (["--data.prompts", "a dog", "--model.budget", "3"], "--model.budget must be at least --model.population, got 3 and 4"),
+        (
+            ["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "broken.json"],
+            "Line 1 of",
+        ),
+        (
+            ["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "other.json"],
+            "must have the layout",
+        ),
+        (
+            ["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "empty.json"],
+            "are empty",
+        ),
+        (
+            ["--data.prompts", "a dog", "--model.negative", "[antonyms]", "--model.dictionary", "lacks.json"],
+            "has no entry for",
+        ),
+        (
+            [
+                "--data.prompts",
+                "a dog",
+                "--model.negative",
+                "[antonyms]",
+                "--model.dictionary",
+                "http://127.0.0.1:9/v1#m",
+            ],
+            "cannot be reached",
+        ),
+        (
+            ["--data.prompts", "a dog", "--model.positive=[neighbors]", "--model.similarity.threshold", "1.5"],
+            "--model.similarity.threshold must be between -1 and 1",
+        ),
+        (
+            ["--data.prompts", "a dog", "--model.budget", "3"],
+            "--model.budget must be at least --model.population, got 3 and 4",
+        ),
         (["--data.prompts", "a dog", "--model.schedule", "fix-99"], "goes beyond the sampler"),
         (["--data.prompts", "missing.txt"], "check the path"),
         (["--data.prompts", "a dog " * 40], "has no word|tokens"),
         ([], "--data"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_sentence(settings, message, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text('{"a dog": ')
@@ -105,26 +132,10 @@ def test_mistakes_are_one_sentence(settings, message, tiny, tmp_path, monkeypatc
 
 
 def test_a_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):
-    given = [
-        "--model",
-        "DPODiff",
-        "--model.backbone",
-        tiny,
-        "--model.positive",
-        "[neighbors]",
-        "--model.negative",
-        "[]",
-    ]
-    given += [
-        "--model.sampler.num_inference_steps",
-        "2",
-        "--model.schedule",
-        "fix-1",
-        "--model.budget",
-        "2",
-        "--model.population",
-        "2",
-    ]
+    given = f"--model DPODiff --model.backbone {tiny} --model.positive [neighbors] --model.negative []".split()
+    given += (
+        "--model.sampler.num_inference_steps 2 --model.schedule fix-1 --model.budget 2 --model.population 2".split()
+    )
     given += ["--data", "Prompts", "--data.prompts", '["of the", "a dog"]', "--trainer.accelerator", "cpu"]
     main(["fit", "--run", str(tmp_path / "run"), *given])
     failed, found = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]

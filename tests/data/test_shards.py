@@ -27,7 +27,10 @@ def encoded(seed, kind="png"):
 
 
 def archive(path, members, **options):
-    """Write pairs of name and bytes (or a TarInfo alone); return the ends of the header, the data and the padding of each."""
+    """Write pairs of name and bytes, or a TarInfo alone.
+
+    Return where the header, the data and the padding of each end.
+    """
     places = []
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w", **options) as tar:
         for name, data in members:
@@ -153,9 +156,19 @@ def test_names_with_beginnings(tmp_path, beginning):
     ("kind", "content"),
     [
         *[("txt", content) for content in (b"", b" \n", b"caf\xe9", b"x" * 2_000_000)],
-        *[("json", content) for content in (b"{", b"[" * 100_000, b'["caption"]', b'{"caption": ["x"]}', b'{"caption": null}', b'{"text": "x"}')],
+        *[
+            ("json", content)
+            for content in (
+                b"{",
+                b"[" * 100_000,
+                b'["caption"]',
+                b'{"caption": ["x"]}',
+                b'{"caption": null}',
+                b'{"text": "x"}',
+            )
+        ],
     ],
-)  # fmt: skip
+)
 def test_a_caption_that_is_none_leaves_the_image(tmp_path, kind, content):
     written(tmp_path / "a.tar", {"0": {kind: content, "png": b"x"}, "1": {"png": b"x", "txt": b"y"}})
     assert [(found.caption, found.error) for found in find_targets([tmp_path / "a.tar"])] == [(None, None), ("y", None)]
@@ -437,27 +450,10 @@ def test_runs_go_on_without_broken_inputs(tiny, tmp_path):
     shard.write_bytes(shard.read_bytes()[: places[4][1] - 1])
     (tmp_path / "b.png").write_bytes(encoded(7))
     lines.write_text('{"file": "b.png"}\n{"file": "c.png"}\n')
-    args = [
-        "fit",
-        "--run",
-        str(tmp_path / "run"),
-        "--trainer.accelerator",
-        "cpu",
-        "--model",
-        "PEZ",
-        "--model.backbone",
-        tiny,
-    ]
-    args += [
-        "--model.num_tokens",
-        "2",
-        "--model.sampler.num_inference_steps",
-        "2",
-        "--model.steps",
-        "1",
-        "--data.num_noise_samples",
-        "1",
-    ]
+    args = f"fit --run {tmp_path / 'run'} --trainer.accelerator cpu --model PEZ --model.backbone {tiny}".split()
+    args += (
+        "--model.num_tokens 2 --model.sampler.num_inference_steps 2 --model.steps 1 --data.num_noise_samples 1".split()
+    )
     args += ["--data.num_validation_samples", "2", "--data.images", str(shard), str(lines)]
 
     def problems():

@@ -87,9 +87,16 @@ def test_the_folder_that_one_is_in(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("numbers", "names"),
-    [("8..11", "8 9 10 11"), ("08..11", "08 09 10 11"), ("000..001", "000 001"), ("1..003", "001 002 003"), ("2..0", "2 1 0"),
-     ("0..10", " ".join(map(str, range(11)))), ("7..7", "7")],
-)  # fmt: skip
+    [
+        ("8..11", "8 9 10 11"),
+        ("08..11", "08 09 10 11"),
+        ("000..001", "000 001"),
+        ("1..003", "001 002 003"),
+        ("2..0", "2 1 0"),
+        ("0..10", " ".join(map(str, range(11)))),
+        ("7..7", "7"),
+    ],
+)
 def test_range_of_numbers(tmp_path, numbers, names):
     for name in names.split():
         (tmp_path / f"cat{name}.png").touch()
@@ -146,7 +153,8 @@ def test_signs_of_patterns_in_real_names(tmp_path):
 def test_csv(folder):
     path = folder.parent / "list.CSV"
     path.write_text(
-        'file,caption,subject\ncats/a.png,"a cat, asleep",\n\ncats/b.JPG,tom,Tom\ncats/inner/deep.png,,\ncats/c.webp,,Tom\n',
+        'file,caption,subject\ncats/a.png,"a cat, asleep",\n\n'
+        "cats/b.JPG,tom,Tom\ncats/inner/deep.png,,\ncats/c.webp,,Tom\n",
         encoding="utf-8-sig",
     )
     assert find_targets([path]) == [

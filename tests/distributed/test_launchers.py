@@ -23,14 +23,33 @@ PREFIXES = ("SLURM_", "TORCHELASTIC_", "OMPI_", "LIGHTNING_PROMPTS_PARENT")
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE",
          "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
 # The second process of two on the second of two machines.
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "3", "LOCAL_RANK": "1",
-            "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node1",
-            "MASTER_PORT": "29500"}  # fmt: skip
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}
 # A batch script of `sbatch --nodes 2 --ntasks-per-node 2`, and the same process as above when srun has started it
 # there.
-BATCH = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "search", "SLURM_NNODES": "2", "SLURM_NTASKS": "4", "SLURM_NPROCS": "4",
-         "SLURM_NTASKS_PER_NODE": "2", "SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_JOB_CPUS_PER_NODE": "4(x2)", "SLURM_PROCID": "0",
-         "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip
+BATCH = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NAME": "search",
+    "SLURM_NNODES": "2",
+    "SLURM_NTASKS": "4",
+    "SLURM_NPROCS": "4",
+    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+    "SLURM_JOB_CPUS_PER_NODE": "4(x2)",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
 SRUN = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "3",
         "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}  # fmt: skip
 ONE = {**BATCH, "SLURM_NNODES": "1", "SLURM_NTASKS": "1", "SLURM_NPROCS": "1", "SLURM_NTASKS_PER_NODE": "1",
@@ -74,11 +93,17 @@ def without(environment, *names):
         ({**BATCH, "SLURM_JOB_NAME": "interactive", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, None),
         ({**SRUN, "SLURM_JOB_NAME": "zsh", "SLURM_PTY_PORT": "4711", "SLURM_PROCID": "0"}, None),  # srun --pty zsh
         # All processors of a machine, and no tasks asked for.
-        ({"SLURM_JOB_ID": "77", "SLURM_TASKS_PER_NODE": "64", "SLURM_JOB_CPUS_PER_NODE": "64", "SLURM_PROCID": "0"}, None),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),  # on platforms that set it for a single process too
+        (
+            {"SLURM_JOB_ID": "77", "SLURM_TASKS_PER_NODE": "64", "SLURM_JOB_CPUS_PER_NODE": "64", "SLURM_PROCID": "0"},
+            None,
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+            None,
+        ),  # on platforms that set it for a single process too
         ({"NODE_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}, None),
     ],
-)  # fmt: skip
+)
 def test_what_has_started_this_process(environment, launched, tell):
     tell(environment)
     assert Launched.detect() == (launched and Launched(*launched))
@@ -88,36 +113,70 @@ def test_what_has_started_this_process(environment, launched, tell):
 
 
 REFUSED = [
-    *[({**TORCHRUN, name: None}, f"{name} must be .*but is not set; start the command with torchrun")
-      for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")],
-    *[({**TORCHRUN, name: value}, f"{name} must be a whole number from ., but is '{value}'|{name} must be .*, but is '{value}'")
-      for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
-      for value in ("x", "", "-1", "1.5")],
+    *[
+        ({**TORCHRUN, name: None}, f"{name} must be .*but is not set; start the command with torchrun")
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    ],
+    *[
+        (
+            {**TORCHRUN, name: value},
+            f"{name} must be a whole number from ., but is '{value}'|{name} must be .*, but is '{value}'",
+        )
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+        for value in ("x", "", "-1", "1.5")
+    ],
     ({**TORCHRUN, "RANK": "4"}, r"RANK must be a whole number from 0 to 3 \(WORLD_SIZE is 4\), but is '4'"),
     ({**TORCHRUN, "LOCAL_RANK": "2"}, r"LOCAL_RANK must be .* from 0 to 1 \(LOCAL_WORLD_SIZE is 2\), but is '2'"),
     ({**TORCHRUN, "LOCAL_WORLD_SIZE": "5"}, r"LOCAL_WORLD_SIZE must be .* from 1 to 4 \(WORLD_SIZE is 4\), but is '5'"),
     ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number from 1 on, but is '0'"),
-    ({**TORCHRUN, "WORLD_SIZE": "5"}, "WORLD_SIZE is 5 and LOCAL_WORLD_SIZE 2.* give torchrun the same --nproc_per_node"),
+    (
+        {**TORCHRUN, "WORLD_SIZE": "5"},
+        "WORLD_SIZE is 5 and LOCAL_WORLD_SIZE 2.* give torchrun the same --nproc_per_node",
+    ),
     ({**TORCHRUN, "LOCAL_RANK": "0"}, "LOCAL_RANK is '0', but must be 1, since RANK is 3"),
     ({**TORCHRUN, "GROUP_RANK": "0"}, "GROUP_RANK is '0', but must be 1"),
     ({**TORCHRUN, "GROUP_WORLD_SIZE": "3"}, "GROUP_WORLD_SIZE is '3', but must be 2"),
-    (BATCH, r"SLURM_NTASKS is '4', but srun did not start this process.*start the command with srun, or ask SLURM for one task"),
+    (
+        BATCH,
+        r"SLURM_NTASKS is '4', but srun did not start this process.*start the command with srun, or ask SLURM for one",
+    ),
     ({**BATCH, "SLURM_STEP_ID": "4294967291"}, "SLURM_NTASKS is '4', but srun did not"),
     ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS is '2', but srun did not"),
     ({"SLURM_NPROCS": "2"}, "SLURM_NPROCS is '2', but srun did not"),
     ({"SLURM_NTASKS_PER_NODE": "2"}, "SLURM_NTASKS_PER_NODE is '2', but srun did not"),
     ({"SLURM_TASKS_PER_NODE": "2(x3),1"}, r"SLURM_TASKS_PER_NODE is '2\(x3\),1', but srun did not"),
-    ({"SLURM_NTASKS": "two"}, "SLURM_NTASKS must be a whole number from 1 on, but is 'two'; start the command with srun"),
+    (
+        {"SLURM_NTASKS": "two"},
+        "SLURM_NTASKS must be a whole number from 1 on, but is 'two'; start the command with srun",
+    ),
     ({**ONE, "SLURM_PROCID": "1"}, "SLURM_PROCID must be .*, but is '1'; start the command with srun"),
-    *[({**SRUN, name: None}, f"{name} must be .*, but is not set; start the command with srun")
-      for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")],
-    *[({**SRUN, name: value}, f"{name} must be .*, but is '{value}'") for name in
-      ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_NTASKS_PER_NODE",
-       "SLURM_STEP_ID") for value in ("x", "-1")],
+    *[
+        ({**SRUN, name: None}, f"{name} must be .*, but is not set; start the command with srun")
+        for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+    ],
+    *[
+        ({**SRUN, name: value}, f"{name} must be .*, but is '{value}'")
+        for name in (
+            "SLURM_PROCID",
+            "SLURM_LOCALID",
+            "SLURM_NODEID",
+            "SLURM_STEP_NUM_TASKS",
+            "SLURM_STEP_NUM_NODES",
+            "SLURM_NTASKS_PER_NODE",
+            "SLURM_STEP_ID",
+        )
+        for value in ("x", "-1")
+    ],
     ({**SRUN, "SLURM_PROCID": "4"}, r"SLURM_PROCID must be .*\(SLURM_STEP_NUM_TASKS is 4\), but is '4'"),
-    ({**SRUN, "SLURM_NTASKS": "8"}, "SLURM_NTASKS is '8', but must be 4, since SLURM_STEP_NUM_TASKS is 4; give srun --ntasks 4"),
+    (
+        {**SRUN, "SLURM_NTASKS": "8"},
+        "SLURM_NTASKS is '8', but must be 4, since SLURM_STEP_NUM_TASKS is 4; give srun --ntasks 4",
+    ),
     ({**SRUN, "SLURM_NTASKS": None}, "SLURM_NTASKS must be 4, .*but is not set; give srun --ntasks 4"),
-    ({**SRUN, "SLURM_NTASKS_PER_NODE": "1"}, "SLURM_NTASKS_PER_NODE is 1 and SLURM_STEP_NUM_NODES 2, but .* is 4 and not 2"),
+    (
+        {**SRUN, "SLURM_NTASKS_PER_NODE": "1"},
+        "SLURM_NTASKS_PER_NODE is 1 and SLURM_STEP_NUM_NODES 2, but .* is 4 and not 2",
+    ),
     ({**SRUN, "SLURM_NNODES": "4"}, "SLURM_NNODES is '4', but must be 2"),
     ({**SRUN, "SLURM_PTY_PORT": "4711"}, "SLURM_PTY_PORT is '4711', as in a shell, but SLURM_PROCID is 3"),
     ({**SRUN, "RANK": "0"}, "RANK is '0', but must be 3, since SLURM_PROCID is 3"),
@@ -130,10 +189,13 @@ REFUSED = [
     ({"LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE is '2', but no launcher"),
     ({"NODE_RANK": "1"}, "NODE_RANK is '1', but no launcher"),
     ({"RANK": "x"}, "RANK is 'x', but no launcher"),
-    (without(TORCHRUN, "TORCHELASTIC_RUN_ID"), "RANK is '3', but no launcher .*unset RANK and LOCAL_RANK and WORLD_SIZE"),
+    (
+        without(TORCHRUN, "TORCHELASTIC_RUN_ID"),
+        "RANK is '3', but no launcher .*unset RANK and LOCAL_RANK and WORLD_SIZE",
+    ),
     ({"LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "0", PARENT: "1"}, "LOCAL_RANK is '1', but no launcher"),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is '2', so mpirun or jsrun"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("environment", "message"), REFUSED)
@@ -220,8 +282,11 @@ def test_processes_that_nobody_joins_say_so(rank, monkeypatch):
 
 @pytest.mark.parametrize(
     ("rank", "message"),
-    [(0, r"could not connect to process 1 at localhost:\d+ \(.*listen.*port is free"), (1, r"process 0 at localhost:\d+ .*nothing has answered")],
-)  # fmt: skip
+    [
+        (0, r"could not connect to process 1 at localhost:\d+ \(.*listen.*port is free"),
+        (1, r"process 0 at localhost:\d+ .*nothing has answered"),
+    ],
+)
 def test_a_port_that_another_program_has_is_told(rank, message, monkeypatch):
     """The other program accepts the connection and never answers."""
     monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=1))

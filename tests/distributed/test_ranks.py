@@ -28,20 +28,28 @@ ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["lightning_prompts.commands.cli", "lightning_prompts.backbones.loading"])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SAMPLES = "--data.num_noise_samples 3 --data.num_validation_samples 5"
 METHODS = {  # odd numbers of samples and seeds, so that the last call of a step is smaller
-    "ph2p": ["--model.restart_every", "3", "--model.score_every_n_steps", "2", "--model.microbatch", "4", "--model.steps", "8",
-             "--data.num_noise_samples", "3", "--data.num_validation_samples", "5"],
-    "ph2p_lbfgs": ["--model.microbatch", "2", "--model.steps", "3", "--data.num_noise_samples", "3", "--data.num_validation_samples", "5"],
-    "invert": ["--model.init", "random", "--model.loss_weights.clip", "0.5", "--model.rerank.weight", "0.5", "--model.rerank.num_inference_steps", "2",
-               "--model.rerank.images", "3", "--model.candidates", "5", "--model.prefilter", "1", "--model.microbatch", "4",
-               "--model.steps", "3", "--data.num_noise_samples", "3", "--data.num_validation_samples", "5"],
-    "textual_inversion": ["--model.microbatch", "2", "--model.steps", "3", "--data.num_noise_samples", "3", "--data.num_validation_samples", "5"],
-    "dpo_diff": ["--model.schedule", "fix-1", "--model.gradient_share", "0.3", "--model.seeds", "3", "--model.budget", "8",
-                 "--model.sampler.guidance_scale", "2", "--model.microbatch", "4"],
-    "metric_guidance": ["--model.objective", "ClipText", "--model.seeds", "3", "--model.steps", "4", "--model.microbatch", "4",
-                        "--model.optimizer", "sgd", "--model.lr", "0.1"],
-    "seed_invariance": ["--model.seeds", "3", "--model.steps", "2", "--model.seeds_per_step", "3", "--model.microbatch", "4"],
-}  # fmt: skip
+    "ph2p": (
+        f"--model.restart_every 3 --model.score_every_n_steps 2 --model.microbatch 4 --model.steps 8 {SAMPLES}"
+    ).split(),
+    "ph2p_lbfgs": f"--model.microbatch 2 --model.steps 3 {SAMPLES}".split(),
+    "invert": (
+        "--model.init random --model.loss_weights.clip 0.5 --model.rerank.weight 0.5 --model.rerank.num_inference_steps 2 "
+        "--model.rerank.images 3 --model.candidates 5 --model.prefilter 1 --model.microbatch 4 --model.steps 3 "
+        f"{SAMPLES}"
+    ).split(),
+    "textual_inversion": f"--model.microbatch 2 --model.steps 3 {SAMPLES}".split(),
+    "dpo_diff": (
+        "--model.schedule fix-1 --model.gradient_share 0.3 --model.seeds 3 --model.budget 8 "
+        "--model.sampler.guidance_scale 2 --model.microbatch 4"
+    ).split(),
+    "metric_guidance": (
+        "--model.objective ClipText --model.seeds 3 --model.steps 4 --model.microbatch 4 --model.optimizer sgd "
+        "--model.lr 0.1"
+    ).split(),
+    "seed_invariance": "--model.seeds 3 --model.steps 2 --model.seeds_per_step 3 --model.microbatch 4".split(),
+}
 STEERED = ("dpo_diff", "metric_guidance", "seed_invariance")
 DEFAULT = ("ph2p",)  # the other methods are slow
 ALIKE = ("ph2p_lbfgs", "textual_inversion")  # left out of `make test-exact`, since other tests make the same calls

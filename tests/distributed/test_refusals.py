@@ -20,8 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def image_folder(tmp_path):
+    folder = tmp_path / "image_folder"
     folder.mkdir()
     for i, color in enumerate(("red", "green", "blue")):
         Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
@@ -29,7 +29,7 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def refused(pictures, tmp_path, monkeypatch, capsys):
+def refused(image_folder, tmp_path, monkeypatch, capsys):
     """Return the error message for settings, which must come before the model is loaded."""
 
     def loaded(*args, **kwargs):
@@ -38,7 +38,7 @@ def refused(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lightning_prompts.backbones.settings.load_backbone", loaded)
 
     def run(*settings, command="fit", config="configs/pez.yaml", given=True, name=True):
-        inputs = ["--data.images", str(pictures)] if given else []
+        inputs = ["--data.images", str(image_folder)] if given else []
         folder = ["--run", str(tmp_path / "run")] if name else []
         with pytest.raises(SystemExit) as stopped:
             main([command, "--config", config, *inputs, *folder, *settings])
@@ -102,7 +102,7 @@ def test_tasks_that_slurm_may_put_anywhere(refused, monkeypatch):
         ("problems", 1, "problems", 2),
     ],
 )
-def test_strategy_fits_what_is_given(strategy, given, chosen, parts, pictures, monkeypatch, caplog):
+def test_strategy_fits_what_is_given(strategy, given, chosen, parts, image_folder, monkeypatch, caplog):
     class Reached(Exception):
         pass
 
@@ -113,10 +113,14 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, pictures, m
         raise Reached
 
     monkeypatch.setattr(cli.CLI, "_prepare_fit", prepared)
-    images = str(pictures) if given == 3 else str(pictures / "0.png")
+    images = str(image_folder) if given == 3 else str(image_folder / "0.png")
     with pytest.raises(Reached):
-        main(["fit", "--config", "configs/pez.yaml", "--data.images", images, "--run", "x", "--trainer.accelerator", "cpu",
-              "--trainer.devices", "2", "--trainer.strategy", strategy])  # fmt: skip
+        main(
+            (
+                f"fit --config configs/pez.yaml --data.images {images} --run x --trainer.accelerator cpu "
+                f"--trainer.devices 2 --trainer.strategy {strategy}"
+            ).split()
+        )
     assert seen == [(chosen, parts)]
     assert ("1 of 2 processes have nothing to do" in caplog.text) == (strategy == "problems")
 
@@ -127,25 +131,27 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, pictures, m
         ((2, "x", None), "The ranks see different images: rank 0 has 3 and rank 1 has 2;"),
         ((3, "x", None), "rank 0 has 3 and rank 1 has 3, but not the same;"),
         (
-            (0, "x", "There is no file or folder 'pictures'; check the path."),
+            (0, "x", "There is no file or folder 'image_folder'; check the path."),
             "Rank 1 found no images: There is no",
         ),
     ],
 )
-def test_ranks_that_see_different_files(other, told, tiny, pictures, tmp_path, monkeypatch):
+def test_ranks_that_see_different_files(other, told, tiny, image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_prompts.engine.datamodule.all_gather_object", lambda own: [own, other])
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
     with pytest.raises(UserError, match=re.escape(told)):
         trainer.fit(
             PEZ(backbone=tiny, num_tokens=2, steps=1, sampler=SamplerSettings(2)),
-            datamodule=ImagesToPrompts(str(pictures)),
+            datamodule=ImagesToPrompts(str(image_folder)),
         )
 
 
-def test_all_differences_from_an_earlier_run_are_told(tiny, pictures, tmp_path, capsys):
-    args = ["fit", "--run", str(tmp_path / "run"), "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", tiny,
-            "--model.num_tokens", "2", "--model.sampler.num_inference_steps", "2", "--data.images", str(pictures), "--model.steps", "1",
-            "--data.num_validation_samples", "1"]  # fmt: skip
+def test_all_differences_from_an_earlier_run_are_told(tiny, image_folder, tmp_path, capsys):
+    args = (
+        f"fit --run {tmp_path / 'run'} --trainer.accelerator cpu --model PEZ --model.backbone {tiny} "
+        f"--model.num_tokens 2 --model.sampler.num_inference_steps 2 --data.images {image_folder} --model.steps 1 "
+        "--data.num_validation_samples 1"
+    ).split()
     main(args)
     with pytest.raises(SystemExit):
         main([*args, "--ckpt_path", "last", "--model.lr", "0.5", "--data.seed", "3"])

@@ -33,7 +33,7 @@ def job(tmp_path):
         "TOLD": str(tmp_path),
         "SLURM_JOB_ID": "77",
     }
-    process = subprocess.Popen(["bash", SCRIPT, "my pictures", "runs/big", "--model.steps", "5"], env=environment)
+    process = subprocess.Popen(["bash", SCRIPT, "my images", "runs/big", "--model.steps", "5"], env=environment)
     while not (tmp_path / "pid").exists():
         time.sleep(0.05)
     yield process, tmp_path
@@ -44,7 +44,7 @@ def test_the_search_is_told_what_the_job_was(job):
     process, told = job
     (told / "end").touch()
     assert process.wait(10) == 3  # as the search
-    assert "--data.images my pictures --run runs/big --ckpt_path last" in (told / "srun").read_text()
+    assert "--data.images my images --run runs/big --ckpt_path last" in (told / "srun").read_text()
     assert "--model.steps 5" in (told / "srun").read_text()
 
 

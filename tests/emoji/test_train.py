@@ -32,7 +32,10 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def weights(scenes, tmp_path, monkeypatch):
-    """Train all stages in a folder, with a checkpoint every two steps, and return their weights; `stop` interrupts each at a step."""
+    """Train all stages in a folder, with a checkpoint every two steps, and return their weights.
+
+    `stop` interrupts each stage at a step.
+    """
     monkeypatch.setattr(training, "SAVE_EVERY", 2)
 
     def run(name, stop=None, seed=0):

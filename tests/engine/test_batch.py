@@ -154,9 +154,16 @@ def test_only_a_lower_loss_is_kept():
 def test_a_batch_comes_back_from_a_checkpoint():
     batch, _ = filled()
     batch.rows = [
-        Row(record, steps=3 * i, stale=i, halvings=2 - i, active=i != 1, best=torch.full((2, 3), float(i)) if i else None)
+        Row(
+            record,
+            steps=3 * i,
+            stale=i,
+            halvings=2 - i,
+            active=i != 1,
+            best=torch.full((2, 3), float(i)) if i else None,
+        )
         for i, record in enumerate(batch.records)
-    ]  # fmt: skip
+    ]
     batch.skipped = torch.tensor([1, 0, 7])
     again = Batch(Prompt(2), 3)
     again.load(batch.save())

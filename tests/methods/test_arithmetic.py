@@ -29,7 +29,7 @@ def test_draws_for_different_uses_have_different_seeds():
 
 
 @pytest.mark.parametrize("offset", [0.5, 1e-6, -0.5])
-def test_gcg_takes_the_best_candidate_only_if_it_is_better(offset, tiny, pictures, tmp_path):
+def test_gcg_takes_the_best_candidate_only_if_it_is_better(offset, tiny, image_folder, tmp_path):
     class Rigged(GCG):
         def _losses(self, rows, candidates, sound, samples):
             self.before = self.prompt.project()[rows]
@@ -38,15 +38,15 @@ def test_gcg_takes_the_best_candidate_only_if_it_is_better(offset, tiny, picture
             return loss[:, None] + offset + torch.arange(candidates.shape[1])
 
     module = Rigged(backbone=tiny, num_tokens=3, candidates=4, topk=8, **FEW)
-    fit(module, pictures, tmp_path, steps=1)
+    fit(module, image_folder, tmp_path, steps=1)
     moved = (module.prompt.project() != module.before).any(1)
     assert moved.all() if offset < 0 else not moved.any()
 
 
 @pytest.mark.parametrize(("weight", "clip_weight"), [(1.0, 0.3), (0.5, 2.0), (0.0, 3.0), (2.0, 0.0)])
-def test_loss_is_the_weighted_sum_of_its_terms(weight, clip_weight, tiny, pictures, tmp_path):
+def test_loss_is_the_weighted_sum_of_its_terms(weight, clip_weight, tiny, image_folder, tmp_path):
     module = PEZ(backbone=tiny, num_tokens=3, loss_weights=LossWeights(weight, clip=clip_weight), **FEW)
-    fit(module, pictures / "0.png", tmp_path, steps=1)
+    fit(module, image_folder / "0.png", tmp_path, steps=1)
     set_batch(module, module.data.folder.load().values())
     rows = torch.tensor([0])
     samples = module.samples(rows, module.data.step())
@@ -61,9 +61,9 @@ def test_loss_is_the_weighted_sum_of_its_terms(weight, clip_weight, tiny, pictur
         denoising = (output - samples.noise[0]).square().mean()  # the tiny model predicts the noise
         clip = 0.0
         if clip_weight:
-            (picture,) = module.data.target_images(module.batch.records)
+            (image,) = module.data.target_images(module.batch.records)
             text = module.clip.text_features(ids)[0]
-            clip = 1 - float(text @ torch.nn.functional.normalize(module.clip.features(picture), dim=1)[0])
+            clip = 1 - float(text @ torch.nn.functional.normalize(module.clip.features(image), dim=1)[0])
     assert float(found) == pytest.approx(weight * float(denoising) + clip_weight * clip, rel=1e-4)
 
 
@@ -94,7 +94,7 @@ def test_steps_are_those_of_torchs_adamw(method, settings, decay, tiny):
         (TextualInversion, {}, False),
     ],
 )
-def test_gradient_is_taken_where_the_paper_takes_it(method, settings, projected, tiny, pictures, tmp_path):
+def test_gradient_is_taken_where_the_paper_takes_it(method, settings, projected, tiny, image_folder, tmp_path):
     """PEZ computes it at the nearest tokens, PH2P and textual inversion at the continuous embeddings."""
     taken = []
 
@@ -113,7 +113,7 @@ def test_gradient_is_taken_where_the_paper_takes_it(method, settings, projected,
             start = super().init_params(rows)
             return start + 0.01 * torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
 
-    fit(Watched(backbone=tiny, num_tokens=3, **settings, **FEW), pictures / "0.png", tmp_path, steps=2)
+    fit(Watched(backbone=tiny, num_tokens=3, **settings, **FEW), image_folder / "0.png", tmp_path, steps=2)
     assert taken
     assert all(taken)
 
@@ -135,14 +135,14 @@ def test_ph2p_steps_are_those_of_torchs_optimizers(settings, theirs, tiny):
     torch.testing.assert_close(module.prompt.embeddings.data, other.data)
 
 
-def test_ph2p_tells_its_optimizer_of_new_noise_in_each_step(tiny, pictures, tmp_path, monkeypatch):
+def test_ph2p_tells_its_optimizer_of_new_noise_in_each_step(tiny, image_folder, tmp_path, monkeypatch):
     """So that no pair of gradients of two functions is used as curvature; see tests/optimizers."""
     told, step = [], BatchedLBFGS.step
     monkeypatch.setattr(
         BatchedLBFGS, "step", lambda self, *args, **how: told.append(how["new_function"]) or step(self, *args, **how)
     )
     module = PH2P(backbone=tiny, num_tokens=3, max_iter=2, **FEW)
-    fit(module, pictures / "0.png", tmp_path, steps=3)
+    fit(module, image_folder / "0.png", tmp_path, steps=3)
     assert told == [True] * 3
 
 
@@ -151,8 +151,8 @@ class Errors(Objective):
 
     lowest, highest, higher_is_better = 0.0, 10.0, False
 
-    def forward(self, pictures, prompts):
-        return pictures.flatten(1).mean(1)
+    def forward(self, images, prompts):
+        return images.flatten(1).mean(1)
 
 
 @pytest.mark.parametrize(("watch", "better"), [(Errors(), -1), (Sharpness(), 1)])

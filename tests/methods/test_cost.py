@@ -40,14 +40,47 @@ INVERTERS = [
 ]
 OTHERS = [
     (DPODiff, {"budget": 6, "population": 2, "schedule": "fix-1", "gradient_share": 0.5}),
-    (DPODiff, {"budget": 6, "population": 2, "sampler": SamplerSettings(3, 1.0), "negative": [], "positive": ["synonyms"], "solver": "evolution"}),
-    (DPODiff, {"budget": 6, "population": 2, "schedule": "fix-0", "grad_steps": 2, "gradient_share": 0.8, "sampler": SamplerSettings(3, 1.0),
-               "negative": [], "positive": ["synonyms"]}),
+    (
+        DPODiff,
+        {
+            "budget": 6,
+            "population": 2,
+            "sampler": SamplerSettings(3, 1.0),
+            "negative": [],
+            "positive": ["synonyms"],
+            "solver": "evolution",
+        },
+    ),
+    (
+        DPODiff,
+        {
+            "budget": 6,
+            "population": 2,
+            "schedule": "fix-0",
+            "grad_steps": 2,
+            "gradient_share": 0.8,
+            "sampler": SamplerSettings(3, 1.0),
+            "negative": [],
+            "positive": ["synonyms"],
+        },
+    ),
     (MetricGuidance, {"objective": Sharpness(), "steps": 3}),
-    (MetricGuidance, {"objective": Sharpness(), "steps": 3, "sampler": SamplerSettings(3, 1.0), "grad_steps": 2, "score_every_n_steps": 2}),
+    (
+        MetricGuidance,
+        {
+            "objective": Sharpness(),
+            "steps": 3,
+            "sampler": SamplerSettings(3, 1.0),
+            "grad_steps": 2,
+            "score_every_n_steps": 2,
+        },
+    ),
     (SeedInvariance, {"steps": 3, "seeds_per_step": 3, "compare": "latents", "stages": [1, 3]}),
-    (SeedInvariance, {"steps": 2, "compare": "latents", "stages": [2], "grad_steps": 1, "sampler": SamplerSettings(3, 1.0)}),
-]  # fmt: skip
+    (
+        SeedInvariance,
+        {"steps": 2, "compare": "latents", "stages": [2], "grad_steps": 1, "sampler": SamplerSettings(3, 1.0)},
+    ),
+]
 
 
 def counted(module):
@@ -79,10 +112,10 @@ def paused(function, seen):
 
 
 @pytest.mark.parametrize(("method", "settings"), INVERTERS)
-def test_inverters(method, settings, tiny, pictures, tmp_path):
+def test_inverters(method, settings, tiny, image_folder, tmp_path):
     module = method(backbone=tiny, num_tokens=2, score_every_n_steps=2, **settings, **FEW)
     seen = counted(module)
-    problems = fit(module, pictures, tmp_path, steps=3, num_noise_samples=3, num_validation_samples=4)
+    problems = fit(module, image_folder, tmp_path, steps=3, num_noise_samples=3, num_validation_samples=4)
     assert sum(problem.unet_samples for problem in problems) == seen["forward"] + seen["backward"] > 0
 
 

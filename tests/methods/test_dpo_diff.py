@@ -140,7 +140,10 @@ def test_step_is_rmsprop_with_momentum_on_a_clipped_gradient(attached):
 
 
 def drawn(backbone, sides, noise, guidance, before, held=None, grad_steps=1, steps=5):
-    """Run a slow DDIM (eta 0); return the latents before call `before`, or from those, the image after `grad_steps` more calls."""
+    """Run a slow DDIM (eta 0).
+
+    Return the latents before call `before`, or from those, the image after `grad_steps` more calls.
+    """
     scheduler = DDIMScheduler.from_config(backbone.scheduler.config)
     scheduler.set_timesteps(steps)
     latents = noise if held is None else held
@@ -374,14 +377,14 @@ def test_children_are_of_the_best(attached):
     assert all(value in (1, 2) for child in children for value in child)
 
 
-def test_clip_sees_the_pictures_as_they_are_drawn(attached):
+def test_clip_sees_the_images_as_they_are_drawn(attached):
     module = attached()
     texts, noise = [("a small cat", "dark"), ("two dogs", "")], torch.randn(2, 2, *module.backbone.latent_shape)
     with torch.no_grad():
         losses = module.evaluate(texts, noise, module.text_features[[0, 0]])
         for b, (prompt, negative) in enumerate(texts):
-            pictures = module.draw([prompt] * 2, noise[b], negative)
-            angles = (module.clip.features(pictures) @ module.text_features[0]).acos()
+            images = module.generate([prompt] * 2, noise[b], negative)
+            angles = (module.clip.features(images) @ module.text_features[0]).acos()
             torch.testing.assert_close(losses[b], angles.square() / 2, atol=1e-4, rtol=1e-4)
 
 
@@ -528,12 +531,12 @@ def test_malformed_schedules_are_refused(schedule):
 
 
 def run(tiny, folder, *extra):
-    return [
-        "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "DPODiff", "--model.backbone", tiny,
-        "--model.sampler.num_inference_steps", "3", "--model.schedule", "fix-1", "--model.seeds", "2", "--model.budget", "8",
-        "--model.population", "3", "--model.elites", "2", "--model.log_images_every_n_steps", "0", "--data", "Prompts", "--data.prompts",
-        *(extra or [json.dumps(PROMPTS)]),
-    ]  # fmt: skip
+    command = (
+        f"fit --run {folder} --trainer.accelerator cpu --model DPODiff --model.backbone {tiny} "
+        "--model.sampler.num_inference_steps 3 --model.schedule fix-1 --model.seeds 2 --model.budget 8 "
+        "--model.population 3 --model.elites 2 --model.log_images_every_n_steps 0 --data Prompts --data.prompts"
+    )
+    return [*command.split(), *(extra or [json.dumps(PROMPTS)])]
 
 
 def problems(folder):
@@ -658,9 +661,9 @@ def test_looked_at_again(tiny, tmp_path, capsys):
         main([command, "--run", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert f"{before[0]['validation_loss']:.5f}" in shown
-    assert "LPIPS" not in shown  # which compares pictures with a target, and there is none
+    assert "LPIPS" not in shown  # which compares images with a target, and there is none
     assert problems(tmp_path / "run") == before
-    assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 2
+    assert len(list((tmp_path / "run" / "images").glob("*.png"))) == 2
 
 
 def test_prompt_without_negative_words_is_validated_without_any(attached):
@@ -675,15 +678,15 @@ def test_prompt_without_negative_words_is_validated_without_any(attached):
         torch.testing.assert_close(module.validation_losses([problem]), expected)
 
 
-def test_pictures_before_and_after_are_of_the_users_prompt_and_of_the_found_one(attached):
+def test_images_before_and_after_are_of_the_users_prompt_and_of_the_found_one(attached):
     module = attached()
     (problem,) = module.batch.records
     noise = module.draw_noise([problem], SEARCH, 2)
     for prompt, negative in (("a large dog", "blurry"), ("a large dog", None), (problem.target, "dark")):
         problem.prompt, problem.negative_prompt = prompt, negative
         before, after = module.images_before_and_after([problem], noise)
-        torch.testing.assert_close(before[0], module.draw([problem.target] * 2, noise[0]))
-        torch.testing.assert_close(after[0], module.draw([prompt] * 2, noise[0], negative or ""))
+        torch.testing.assert_close(before[0], module.generate([problem.target] * 2, noise[0]))
+        torch.testing.assert_close(after[0], module.generate([prompt] * 2, noise[0], negative or ""))
         assert not torch.equal(before, after)
 
 
@@ -702,21 +705,9 @@ def test_other_data_is_refused(tiny, tmp_path, capsys):
         ("PEZ", "Prompts", "--data ImagesToPrompts"),
     ):
         given = ["--data.prompts", "a dog"] if data == "Prompts" else ["--data.images", str(tmp_path / "a.png")]
+        command = f"fit --run {tmp_path / 'run'} --model {model} --model.backbone {tiny} --data {data}"
         with pytest.raises(SystemExit) as stop:
-            main(
-                [
-                    "fit",
-                    "--run",
-                    str(tmp_path / "run"),
-                    "--model",
-                    model,
-                    "--model.backbone",
-                    tiny,
-                    "--data",
-                    data,
-                    *given,
-                ]
-            )
+            main([*command.split(), *given])
         assert stop.value.code == 2
         assert told in capsys.readouterr().err
 

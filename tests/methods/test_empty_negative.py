@@ -77,10 +77,16 @@ def test_gradient_and_candidates_are_told_the_same(choice, method, pipeline, mon
     torch.testing.assert_close(candidates[0], method.backbone.join(expected[0], expected[2]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(candidates[1], method.backbone.join(expected[1], expected[3]), atol=1e-5, rtol=1e-5)
     theirs = pipeline(
-        prompt, negative_prompt=negative or None, latents=noise[0], num_inference_steps=3, guidance_scale=3.0, height=16, width=16,
+        prompt,
+        negative_prompt=negative or None,
+        latents=noise[0],
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        height=16,
+        width=16,
         output_type="pt",
-    ).images  # fmt: skip
-    torch.testing.assert_close(method.draw([prompt], noise[0], negative) / 2 + 0.5, theirs, atol=2e-5, rtol=0)
+    ).images
+    torch.testing.assert_close(method.generate([prompt], noise[0], negative) / 2 + 0.5, theirs, atol=2e-5, rtol=0)
 
 
 def test_some_problems_are_empty_and_others_are_not(method):

@@ -1,4 +1,4 @@
-"""Text encoders that are not searched, CLIPs with another vocabulary, and tables whose length differs from the tokenizer's."""
+"""Text encoders that are not searched, CLIPs with other vocabularies, and tables with too few rows."""
 
 import logging
 import shutil
@@ -55,15 +55,15 @@ def samples_of(module, problems):
 
 
 @pytest.mark.parametrize(("family", "vocabulary"), [("flux", None), ("sd3", None), ("sd3", "t5")])
-def test_textual_inversion_has_one_loss(family, vocabulary, folders, pictures, read, tmp_path):
-    """Encoders that are not searched read the pseudo-word as it is written, in the search, for scoring and for images."""
+def test_textual_inversion_has_one_loss(family, vocabulary, folders, image_folder, read, tmp_path):
+    """Encoders that are not searched read the pseudo-word as written: in the search, for scoring and for images."""
     module = TextualInversion(
         backbone=BackboneSettings(folders(family), image_size=16, vocabulary=vocabulary),
         lr=0.05,
         template="A photo of {}",
         **SMALL,
     )
-    problems = fit(module, pictures, tmp_path)
+    problems = fit(module, image_folder, tmp_path)
     other = "t5" if module.vocabulary.text_encoders[0].kind == "clip" else "clip"
     written = {text for kind, texts in read if kind == other for text in texts}
     assert written - {""} == {problem.prompt for problem in problems}
@@ -83,12 +83,12 @@ def test_textual_inversion_has_one_loss(family, vocabulary, folders, pictures, r
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_exported_embedding_draws_the_same_in_diffusers(family, folders, pictures, tmp_path):
+def test_exported_embedding_draws_the_same_in_diffusers(family, folders, image_folder, tmp_path):
     folder = folders(family)
     module = TextualInversion(
         backbone=BackboneSettings(folder, image_size=16), lr=0.5, **{**SMALL, "sampler": SamplerSettings(2, 3.0)}
     )
-    (problem,) = fit(module, pictures / "0.png", tmp_path, [Results()], steps=3)
+    (problem,) = fit(module, image_folder / "0.png", tmp_path, [Results()], steps=3)
     (file,) = (tmp_path / "embeddings").glob("*.safetensors")
     word, text, tensors = f"<{file.stem}>", f"a red {problem.prompt} on a blue background", load_file(file)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -113,15 +113,15 @@ def test_exported_embedding_draws_the_same_in_diffusers(family, folders, picture
         how |= {"latents": noise, "prompt_2": converted[1], "prompt_3": text}
         text = converted[0]
     theirs = pipeline(text, **how).images * 2 - 1
-    ours = module.draw([f"a red {problem.prompt} on a blue background"], noise)
+    ours = module.generate([f"a red {problem.prompt} on a blue background"], noise)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-    plain = module.draw(["a red cat on a blue background"], noise)
+    plain = module.generate(["a red cat on a blue background"], noise)
     assert (ours - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
 def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
-    optimizer, folders, pictures, read, tmp_path
+    optimizer, folders, image_folder, read, tmp_path
 ):
     """The CLIP of FLUX reads this text while T5's embeddings move; it stays the same within a step."""
 
@@ -142,7 +142,7 @@ def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
         template="A photo of {}",
         **SMALL,
     )
-    fit(module, pictures, tmp_path, steps=3)
+    fit(module, image_folder, tmp_path, steps=3)
     assert len(seen) == 3
     for texts, nearest in seen:
         assert texts
@@ -150,10 +150,13 @@ def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
 
 
 @pytest.mark.parametrize(("family", "method"), [("sd3", GCG), ("flux", GCG), ("sd3", PEZ), ("sdxl", PEZ)])
-def test_search_and_scoring_read_one_text(family, method, folders, pictures, tmp_path):
-    """CLIP's tokens lose a template's capitals, which T5 reads; the second CLIP of SDXL and SD3 reads "!" as padding."""
+def test_search_and_scoring_read_one_text(family, method, folders, image_folder, tmp_path):
+    """CLIP's tokens lose a template's capitals, which T5 reads.
+
+    The second CLIP of SDXL and SD3 reads "!" as padding.
+    """
     module = method(backbone=BackboneSettings(folders(family), image_size=16), template="A Red {} Background!", **SMALL)
-    problems = fit(module, pictures, tmp_path)
+    problems = fit(module, image_folder, tmp_path)
     rows, samples = samples_of(module, problems)
     token_ids = torch.tensor([problem.token_ids for problem in problems])
     ids = module.prompt.ids(token_ids)
@@ -209,7 +212,7 @@ def test_words_of_a_clip_that_reads_text(family, vocabulary, folders):
         assert tokenizer.decode(found).split() == [first, second]
 
 
-def test_clip_that_reads_text_decides_between_candidates(folders, pictures, caplog, tmp_path):
+def test_clip_that_reads_text_decides_between_candidates(folders, image_folder, caplog, tmp_path):
     """GCG's loss includes the CLIP loss, but its gradient is that of the denoising loss; this is logged once."""
     folder = folders("flux")
     plain = GCG(backbone=BackboneSettings(folder, image_size=16), candidates=4, **SMALL)
@@ -222,9 +225,9 @@ def test_clip_that_reads_text_decides_between_candidates(folders, pictures, capl
         **SMALL,
     )
     with caplog.at_level(logging.INFO, "lightning_prompts"):
-        problems = fit(module, pictures, tmp_path / "run")
+        problems = fit(module, image_folder, tmp_path / "run")
     assert sum("only the denoising loss has a gradient that proposes them" in x for x in caplog.messages) == 1
-    fit(plain, pictures, tmp_path / "plain")
+    fit(plain, image_folder, tmp_path / "plain")
     rows, samples = samples_of(module, problems)
     ids = module.prompt.ids(module.prompt.allowed.nonzero()[:6, 0].view(3, 2))
     gradients, losses = [], []
@@ -244,7 +247,7 @@ def test_clip_that_reads_text_decides_between_candidates(folders, pictures, capl
 @pytest.mark.parametrize("method", [PEZ, PH2P, TextualInversion])
 @pytest.mark.parametrize(("family", "vocabulary"), [("flux", None), ("pixart", None), ("sd3", "t5")])
 def test_gradient_of_a_clip_that_reads_text_is_refused(
-    method, family, vocabulary, folders, pictures, monkeypatch, tmp_path
+    method, family, vocabulary, folders, image_folder, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("lightning_prompts.objectives.clip.load_clip", None)  # before it is loaded
     with pytest.raises(UserError) as error:
@@ -268,7 +271,7 @@ def test_gradient_of_a_clip_that_reads_text_is_refused(
                 loss_weights=LossWeights(clip=0.1),
                 **SMALL,
             ),
-            pictures / "0.png",
+            image_folder / "0.png",
             tmp_path,
         )
 
@@ -308,7 +311,7 @@ def shorter(folders, tmp_path):
     return str(folder)
 
 
-def test_rows_without_a_token_are_no_results(longer, folders, pictures, tmp_path):
+def test_rows_without_a_token_are_no_results(longer, folders, image_folder, tmp_path):
     vocabulary, expected = (load_backbone(folder).vocabulary for folder in (longer, folders("sdxl")))
     assert [tower.rows for tower in vocabulary.text_encoders] == [561, 557]
     assert vocabulary.table.shape == (557, 80)
@@ -316,7 +319,7 @@ def test_rows_without_a_token_are_no_results(longer, folders, pictures, tmp_path
     for method in (PH2P, PEZ, GCG, RandomTokens, ClipWords, TextualInversion):
         module = method(backbone=BackboneSettings(longer, image_size=16), **SMALL)
         module.prompt.table[554:] = 0  # nearest to everything
-        problems = fit(module, pictures / "0.png", tmp_path / method.__name__)
+        problems = fit(module, image_folder / "0.png", tmp_path / method.__name__)
         assert all(max(problem.token_ids or [0]) < 554 for problem in problems)
     backbone = load_backbone(folders("flux"))
     table, allowed = backbone.vocabulary.table, backbone.vocabulary.allowed()
@@ -335,10 +338,13 @@ def test_tokens_that_the_encoders_of_one_model_read_differently_are_not_allowed(
     assert all(round_trip(tokenizer, ids)[1].all() for tokenizer in (one, other))
 
 
-def test_tokens_without_a_row_are_refused(shorter, pictures, tmp_path):
+def test_tokens_without_a_row_are_refused(shorter, image_folder, tmp_path):
     backbone = load_backbone(shorter)
     assert (len(backbone.vocabulary.tokenizer), backbone.vocabulary.rows) == (555, 554)
-    sentence = r"The text '.*<sks>.*' contains the token '<sks>', for which the text encoder's table of 554 rows has no embedding; "
+    sentence = (
+        r"The text '.*<sks>.*' contains the token '<sks>', for which the text encoder's table of 554 rows has no "
+        "embedding; "
+    )
     how = {"backbone": backbone, "device": "cpu"}
     for refused in (
         lambda: backbone.encode_text(["a red <sks> cat"]),
@@ -351,5 +357,5 @@ def test_tokens_without_a_row_are_refused(shorter, pictures, tmp_path):
             refused()
         assert ". " not in str(error.value)
         assert "\n" not in str(error.value)
-    (problem,) = fit(GCG(backbone=backbone, num_tokens=2, sampler=SamplerSettings(1)), pictures / "0.png", tmp_path)
+    (problem,) = fit(GCG(backbone=backbone, num_tokens=2, sampler=SamplerSettings(1)), image_folder / "0.png", tmp_path)
     assert max(problem.token_ids) < 554

@@ -43,7 +43,7 @@ class Answers(Chooser):
         """Do nothing, since there is nothing to prepare."""
 
     def choose(self, question):
-        self.questions.append((question, torch.stack([question.draw(i, 1.0) for i in range(len(question.texts))])))
+        self.questions.append((question, torch.stack([question.generate(i, 1.0) for i in range(len(question.texts))])))
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
             raise answer
@@ -74,8 +74,8 @@ def test_a_move_goes_so_far_on_the_arc_to_the_candidates_text(tiny, tmp_path):
     expected = slerp(start, end, 0.5)
     torch.testing.assert_close(module.best_embeds_of([problem])[0], expected)
     noise = module.noise[:, :1]
-    torch.testing.assert_close(second.images[-1], module.sampler.draw_embeds(expected[None], noise)[0, 0])
-    torch.testing.assert_close(drawn[1], module.sampler.draw_embeds(end[None], noise)[0, 0])
+    torch.testing.assert_close(second.images[-1], module.sampler.generate_from_embeds(expected[None], noise)[0, 0])
+    torch.testing.assert_close(drawn[1], module.sampler.generate_from_embeds(end[None], noise)[0, 0])
     (move,) = problem.result.moves
     assert move == {"text": first.texts[1], "candidate": 1, "strength": 0.5, "others": 0}
     assert problem.status == "done"
@@ -112,14 +112,18 @@ def test_others_are_nearer_and_after_some_rounds_far_again(tiny, tmp_path):
     start = module.encode([PROMPT])[0]
     for (question, drawn), reach in zip(chooser.questions[:3], (1, 0.5, 0.25), strict=True):
         end = slerp(start, module.encode([question.texts[0]])[0], reach)
-        torch.testing.assert_close(drawn[0], module.sampler.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
+        torch.testing.assert_close(
+            drawn[0], module.sampler.generate_from_embeds(end[None, None], module.noise[:, :1])[0, 0]
+        )
     assert problem.result.moves[0]["strength"] == 0.125
     assert module.base_text(problem, 1) == PROMPT  # it is still the nearest
     here, reaches = module.path[-1][0], (1, 0.5, 0.25, 0.125, 1)
     for (question, drawn), reach in zip(chooser.questions[3:], reaches, strict=True):
         change = module.encode([question.texts[0]])[0] - start
         end = slerp(here, here + change, reach)
-        torch.testing.assert_close(drawn[0], module.sampler.draw_embeds(end[None, None], module.noise[:, :1])[0, 0])
+        torch.testing.assert_close(
+            drawn[0], module.sampler.generate_from_embeds(end[None, None], module.noise[:, :1])[0, 0]
+        )
 
 
 def test_candidates_lie_in_directions_that_are_far_apart(tiny, tmp_path):
@@ -182,7 +186,7 @@ def test_the_chooser_is_told_when_the_run_is_stopped(tiny, tmp_path):
     assert chooser.said == ["The run was stopped. Your choices are kept."]
 
 
-@pytest.mark.parametrize("name", ["choose", "draw", "keep"])
+@pytest.mark.parametrize("name", ["choose", "variations", "apply_choice"])
 def test_the_chooser_is_closed_whatever_makes_the_search_fail(tiny, tmp_path, monkeypatch, name):
     chooser = Answers(ValueError("choose") if name == "choose" else GO)
     module = HumanFeedback(backbone=tiny, chooser=chooser, **SMALL)
@@ -191,7 +195,7 @@ def test_the_chooser_is_closed_whatever_makes_the_search_fail(tiny, tmp_path, mo
         raise ValueError(name)
 
     if name != "choose":
-        monkeypatch.setattr(module, {"draw": "variations", "keep": "apply_choice"}[name], fail)
+        monkeypatch.setattr(module, name, fail)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
     with pytest.raises(ValueError, match=name):
         trainer.fit(module, datamodule=Prompts(PROMPT))
@@ -206,12 +210,13 @@ def test_steps_end_a_search(tiny, tmp_path):
 
 def test_results_hold_the_moves_and_no_metric(tiny, tmp_path, clip_file):
     run = tmp_path / "run"
-    main([
-        "fit", "--run", str(run), "--trainer.accelerator", "cpu", "--model", "HumanFeedback", "--model.backbone", tiny,
-        "--model.sampler.num_inference_steps", "2", "--model.seeds", "1", "--model.steps", "6", "--model.texts", "8",
-        "--model.chooser", "Scripted", "--model.chooser.wants", str(clip_file), "--model.chooser.strengths", "[0.5, 1.0]",
-        "--data", "Prompts", "--data.prompts", PROMPT,
-    ])  # fmt: skip
+    command = (
+        f"fit --run {run} --trainer.accelerator cpu --model HumanFeedback --model.backbone {tiny} "
+        "--model.sampler.num_inference_steps 2 --model.seeds 1 --model.steps 6 --model.texts 8 "
+        f"--model.chooser Scripted --model.chooser.wants {clip_file} --model.chooser.strengths [0.5,1.0] "
+        "--data Prompts --data.prompts"
+    )
+    main([*command.split(), PROMPT])
     (problem,) = json.loads((run / "result.json").read_text())["problems"]
     assert "metric_before" not in problem
     (record,) = (json.loads(file.read_text()) for file in (run / "problems").glob("*.json"))
@@ -247,23 +252,23 @@ def test_scripted_chooser_prefers_its_image(tiny, clip_file):
     torch.testing.assert_close(similarities[2], expected)
 
 
-def test_scripted_chooser_goes_to_what_is_most_like_its_picture(tiny, clip_file, monkeypatch):
+def test_scripted_chooser_goes_to_what_is_most_like_its_image(tiny, clip_file, monkeypatch):
     backbone = HumanFeedback(backbone=tiny, chooser=Answers(), **SMALL).backbone
     chooser = Scripted(str(clip_file), strengths=[0.5, 1.0])
     chooser.open(backbone, offline=True)
-    picture = torch.zeros(3, 16, 16)
+    image = torch.zeros(3, 16, 16)
     similarities = {(0, 1.0): 0.2, (1, 1.0): 0.4, (2, 1.0): 0.3, (1, 0.5): 0.5}
     now = 0.1
 
     class Question:
-        images, texts = [picture], ["a", "b", "c"]
+        images, texts = [image], ["a", "b", "c"]
 
         @staticmethod
-        def draw(candidate, strength):
-            return picture + similarities[candidate, strength]
+        def generate(candidate, strength):
+            return image + similarities[candidate, strength]
 
     monkeypatch.setattr(
-        chooser, "similarities", lambda pictures: torch.stack([x.mean() + now * (x.mean() == 0) for x in pictures])
+        chooser, "similarities", lambda images: torch.stack([x.mean() + now * (x.mean() == 0) for x in images])
     )
     assert chooser.choose(Question) == Choice("go", 1, 0.5)
     now = 0.6
@@ -323,11 +328,12 @@ class Run:
     """A run with a page, in a process of its own."""
 
     def __init__(self, tiny, folder, *more):
-        arguments = [
-            "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "HumanFeedback", "--model.backbone", tiny,
-            "--model.sampler.num_inference_steps", "2", "--model.seeds", "1", "--model.texts", "20", "--model.chooser", "Page",
-            "--model.chooser.show", "false", "--data", "Prompts", "--data.prompts", PROMPT, *more,
-        ]  # fmt: skip
+        command = (
+            f"fit --run {folder} --trainer.accelerator cpu --model HumanFeedback --model.backbone {tiny} "
+            "--model.sampler.num_inference_steps 2 --model.seeds 1 --model.texts 20 --model.chooser Page "
+            "--model.chooser.show false --data Prompts --data.prompts"
+        )
+        arguments = [*command.split(), PROMPT, *more]
         self.temporary = folder.parent / "temporary"
         self.temporary.mkdir(exist_ok=True)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(self.temporary)}
@@ -357,7 +363,8 @@ def wait_for_question(page, move):
     """Wait until there are five candidates to choose from."""
     page.wait_for_function(
         """move => document.querySelector('#status')?.innerText.includes(`after move ${move}: which`)
-        && document.querySelectorAll('#candidates img').length == 5 && document.querySelectorAll('#candidate input').length == 5
+        && document.querySelectorAll('#candidates img').length == 5
+        && document.querySelectorAll('#candidate input').length == 5
         && !document.querySelector('#go').disabled""",
         arg=move,
         timeout=30_000,

@@ -72,12 +72,12 @@ def settings(method, **given):
 @pytest.mark.parametrize(
     "method", [method for method in METHODS if method is not ClipWords]
 )  # there is no CLIP with these
-def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
+def test_only_the_prompt_trains(method, family, request, image_folder, tmp_path):
     module = method(backbone=str(request.getfixturevalue(family)), **settings(method))
     assert [name for name, p in module.named_parameters() if p.requires_grad] == ["prompt.embeddings"]
     before = {name: x.clone() for name, x in module.backbone.state_dict().items()}
     table = module.prompt.table.clone()
-    problems = search(module, [pictures], tmp_path / "run")
+    problems = search(module, [image_folder], tmp_path / "run")
     after = module.backbone.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -110,8 +110,8 @@ def test_only_the_prompt_trains(method, family, request, pictures, tmp_path):
         (ClipWords, {}),
     ],
 )
-def test_batch_equals_its_parts(method, extra, tiny, pictures, tmp_path):
-    paths, chosen = sorted(pictures.iterdir()), {"backbone": tiny, "microbatch": 2, **settings(method, **extra)}
+def test_batch_equals_its_parts(method, extra, tiny, image_folder, tmp_path):
+    paths, chosen = sorted(image_folder.iterdir()), {"backbone": tiny, "microbatch": 2, **settings(method, **extra)}
     together = search(method(**chosen), paths, tmp_path / "run")
     for i, path in enumerate(paths):
         (alone,) = search(method(**chosen), [path], tmp_path / f"run{i}")
@@ -123,13 +123,13 @@ def test_batch_equals_its_parts(method, extra, tiny, pictures, tmp_path):
         assert alone.unet_samples == together[i].unet_samples
 
 
-def test_runs_repeat_exactly(method, tiny, pictures, tmp_path):
-    runs = [search(method(backbone=tiny, **settings(method)), [pictures], tmp_path / str(i)) for i in range(2)]
+def test_runs_repeat_exactly(method, tiny, image_folder, tmp_path):
+    runs = [search(method(backbone=tiny, **settings(method)), [image_folder], tmp_path / str(i)) for i in range(2)]
     for first, second in zip(*runs, strict=True):
         assert (first.token_ids, first.validation_loss) == (second.token_ids, second.validation_loss)
 
 
-def test_seed_changes_the_search(method, tiny, pictures, tmp_path):
+def test_seed_changes_the_search(method, tiny, image_folder, tmp_path):
     seen = []
 
     class Watched(method):
@@ -143,7 +143,7 @@ def test_seed_changes_the_search(method, tiny, pictures, tmp_path):
             super().step(batch, rows)
 
     runs = [
-        search(Watched(backbone=tiny, **settings(method)), [pictures], tmp_path / str(seed), seed=seed)
+        search(Watched(backbone=tiny, **settings(method)), [image_folder], tmp_path / str(seed), seed=seed)
         for seed in range(2)
     ]
     losses = [[problem.initial_validation_loss for problem in problems] for problems in runs]
@@ -157,7 +157,7 @@ def test_seed_changes_the_search(method, tiny, pictures, tmp_path):
     ("optimizer", "own"),
     [("lbfgs", {"lr": 1.0, "max_iter": 5}), ("adam", {"lr": 0.01}), ("sgd", {"lr": 1.0})],
 )
-def test_ph2p_goes_down(optimizer, own, tiny, pictures, tmp_path):
+def test_ph2p_goes_down(optimizer, own, tiny, image_folder, tmp_path):
     losses = []
 
     class Watched(PH2P):
@@ -172,14 +172,14 @@ def test_ph2p_goes_down(optimizer, own, tiny, pictures, tmp_path):
 
     module = Watched(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2), optimizer=optimizer, **own)
     module.backbone.name = "tiny"  # what is drawn depends on it, and the folder has another name every time
-    search(module, [pictures], tmp_path / "run", steps=12, num_validation_samples=3)
+    search(module, [image_folder], tmp_path / "run", steps=12, num_validation_samples=3)
     assert losses[-1].mean() < losses[0].mean()
     assert (torch.stack(losses).diff(dim=0) < 0).float().mean() > 0.6
 
 
-def test_prompts_survive_being_written_down(hard, tiny, pictures, tmp_path):
+def test_prompts_survive_being_written_down(hard, tiny, image_folder, tmp_path):
     module = hard(backbone=tiny, template="a photo of {} background", **settings(hard))
-    for problem in search(module, [pictures], tmp_path / "run"):
+    for problem in search(module, [image_folder], tmp_path / "run"):
         text = problem.prompt
         assert text.startswith("a photo of ")
         assert text.endswith(" background")
@@ -191,10 +191,10 @@ def test_prompts_survive_being_written_down(hard, tiny, pictures, tmp_path):
         assert torch.equal(module.prompt.ids(torch.tensor([problem.token_ids])), whole)
 
 
-def test_score_is_of_the_text(hard, tiny, pictures, tmp_path):
+def test_score_is_of_the_text(hard, tiny, image_folder, tmp_path):
     """The loss in a record can be computed from the prompt, the image and the validation noise alone."""
     module = hard(backbone=tiny, **settings(hard))
-    problems = search(module, [pictures], tmp_path / "run")
+    problems = search(module, [image_folder], tmp_path / "run")
     backbone = load_backbone(tiny)
     for row, problem in enumerate(problems):
         ids = encode_text(backbone.text_encoders[0].tokenizer, [problem.prompt], backbone.text_encoders[0].length)
@@ -209,14 +209,14 @@ def test_score_is_of_the_text(hard, tiny, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_reranking_images_are_what_the_pipeline_draws(guidance, tiny, pictures, tmp_path):
-    """With a weight on them, what a person draws with diffusers, and a plain CLIP finds, is added to the same prompt's loss."""
+def test_reranking_images_are_what_the_pipeline_draws(guidance, tiny, image_folder, tmp_path):
+    """With a weight, the CLIP similarity of images that diffusers samples is added to the prompt's loss."""
     module = PEZ(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance))
-    plain = search(module, [pictures], tmp_path / "plain", steps=1)
+    plain = search(module, [image_folder], tmp_path / "plain", steps=1)
     module = PEZ(
         backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance), microbatch=4, rerank=Rerank(0.5, 2, 3)
     )
-    drawn = search(module, [pictures], tmp_path / "drawn", steps=1)
+    drawn = search(module, [image_folder], tmp_path / "drawn", steps=1)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     clip = CLIPModel.from_pretrained(f"{tiny}/clip")
@@ -226,7 +226,7 @@ def test_reranking_images_are_what_the_pipeline_draws(guidance, tiny, pictures, 
         larger = functional.interpolate(images, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
         return functional.normalize(clip.visual_projection(clip.vision_model(larger).pooler_output), dim=-1)
 
-    for path, without, problem in zip(sorted(pictures.iterdir()), plain, drawn, strict=True):
+    for path, without, problem in zip(sorted(image_folder.iterdir()), plain, drawn, strict=True):
         entry = problem.history[0]
         assert entry["prompt"] == without.history[0]["prompt"]
         latents = draw_noise(0, [problem.key], RERANK, 2, module.backbone.latent_shape, "cpu")[0]
@@ -243,21 +243,23 @@ def test_reranking_images_are_what_the_pipeline_draws(guidance, tiny, pictures, 
         assert problem.unet_samples == without.unet_samples + scorings * 2 * calls * (2 if guidance > 1 else 1)
 
 
-def test_blocked_words_never_appear(hard, tiny, pictures, tmp_path):
+def test_blocked_words_never_appear(hard, tiny, image_folder, tmp_path):
     blocked = list("aeiou")
-    for problem in search(hard(backbone=tiny, banned_words=blocked, **settings(hard)), [pictures], tmp_path / "run"):
+    for problem in search(
+        hard(backbone=tiny, banned_words=blocked, **settings(hard)), [image_folder], tmp_path / "run"
+    ):
         assert problem.prompt
         assert not set(problem.prompt.lower()) & set(blocked)
 
 
-def test_only_the_words_given_are_used(hard, tiny, pictures, tmp_path):
+def test_only_the_words_given_are_used(hard, tiny, image_folder, tmp_path):
     words = ["a", "b", "7", "?"]
-    for problem in search(hard(backbone=tiny, allowed_words=words, **settings(hard)), [pictures], tmp_path / "run"):
+    for problem in search(hard(backbone=tiny, allowed_words=words, **settings(hard)), [image_folder], tmp_path / "run"):
         assert set(problem.prompt.split()) <= set(words)
         assert len(problem.token_ids) == 3
 
 
-def test_exchanges_stay_among_the_words_given(tiny, pictures, tmp_path):
+def test_exchanges_stay_among_the_words_given(tiny, image_folder, tmp_path):
     class Watched(GCG):
         def _losses(self, rows, candidates, sound, samples):
             assert sound.any()
@@ -265,33 +267,33 @@ def test_exchanges_stay_among_the_words_given(tiny, pictures, tmp_path):
             return super()._losses(rows, candidates, sound, samples)
 
     own = {**settings(GCG), "topk": 50, "candidates": 20}
-    search(Watched(backbone=tiny, allowed_words=["a", "b", "7"], **own), [pictures], tmp_path / "run")
+    search(Watched(backbone=tiny, allowed_words=["a", "b", "7"], **own), [image_folder], tmp_path / "run")
 
 
-def test_one_word_alone_is_the_prompt(hard, tiny, pictures, tmp_path):
-    for problem in search(hard(backbone=tiny, allowed_words=["b"], **settings(hard)), [pictures], tmp_path / "run"):
+def test_one_word_alone_is_the_prompt(hard, tiny, image_folder, tmp_path):
+    for problem in search(hard(backbone=tiny, allowed_words=["b"], **settings(hard)), [image_folder], tmp_path / "run"):
         assert problem.prompt == "b b b"
 
 
-def test_clip_words_are_the_result_even_if_random_tokens_score_better(tiny, pictures, tmp_path):
+def test_clip_words_are_the_result_even_if_random_tokens_score_better(tiny, image_folder, tmp_path):
     class Disliked(ClipWords):
         def evaluate(self, rows, told):
             self.scored = getattr(self, "scored", 0) + 1
             return super().evaluate(rows, told) + self.scored
 
     module = Disliked(backbone=tiny, **settings(ClipWords))
-    problems = search(module, [pictures], tmp_path / "run", steps=1)
+    problems = search(module, [image_folder], tmp_path / "run", steps=1)
     for problem, words in zip(problems, module.clip_words(torch.arange(len(problems)), 2).tolist(), strict=True):
         assert problem.token_ids == words
         assert problem.status == "not improved"
 
 
-def test_losses_that_are_never_finite_are_a_failure(hard, tiny, pictures, tmp_path):
+def test_losses_that_are_never_finite_are_a_failure(hard, tiny, image_folder, tmp_path):
     class Broken(hard):
         def evaluate(self, rows, told):
             return torch.full((len(rows),), torch.nan)
 
-    for problem in search(Broken(backbone=tiny, **settings(hard)), [pictures], tmp_path / "run"):
+    for problem in search(Broken(backbone=tiny, **settings(hard)), [image_folder], tmp_path / "run"):
         assert problem.status == "failed"
         assert "not a finite number" in problem.reason
 
@@ -301,8 +303,8 @@ def test_template_with_a_blocked_word_is_refused(tiny):
         PEZ(backbone=tiny, template="a photo of {}", banned_words=["photo"])
 
 
-def test_data_read_for_one_run_are_read_again_for_another(tiny, pictures, tmp_path):
-    data, prompts = ImagesToPrompts(str(pictures), **DATA), []
+def test_data_read_for_one_run_are_read_again_for_another(tiny, image_folder, tmp_path):
+    data, prompts = ImagesToPrompts(str(image_folder), **DATA), []
     for name, seed in (("one", 0), ("two", 1)):
         data.seed = seed
         trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path / name)
@@ -312,25 +314,25 @@ def test_data_read_for_one_run_are_read_again_for_another(tiny, pictures, tmp_pa
     assert prompts[0] != prompts[1]
 
 
-def test_unreadable_picture_that_was_mended_leaves_no_record_behind(tiny, pictures, tmp_path):
-    whole = (pictures / "0.png").read_bytes()
-    (pictures / "0.png").write_bytes(b"")
+def test_unreadable_image_that_was_mended_leaves_no_record_behind(tiny, image_folder, tmp_path):
+    whole = (image_folder / "0.png").read_bytes()
+    (image_folder / "0.png").write_bytes(b"")
     for _ in range(2):
-        search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run")
-        (pictures / "0.png").write_bytes(whole)
+        search(PEZ(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "run")
+        (image_folder / "0.png").write_bytes(whole)
     assert len(list((tmp_path / "run" / "problems").glob("*.json"))) == 3
 
 
-def test_equal_pictures_are_told(tiny, pictures, tmp_path, caplog):
-    (pictures / "copy.png").write_bytes((pictures / "0.png").read_bytes())
-    problems = search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run")
+def test_equal_images_are_told(tiny, image_folder, tmp_path, caplog):
+    (image_folder / "copy.png").write_bytes((image_folder / "0.png").read_bytes())
+    problems = search(PEZ(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "run")
     assert len(problems) == 3
     assert "copy.png has the pixels of 0.png; they share one result." in caplog.text
 
 
-def test_finished_problems_leave_the_wave(tiny, pictures, tmp_path):
+def test_finished_problems_leave_the_wave(tiny, image_folder, tmp_path):
     module = PEZ(backbone=tiny, lr=0.0, weight_decay=0.0, patience=2, **settings(PEZ))
-    problems = search(module, [pictures], tmp_path / "run", steps=50)
+    problems = search(module, [image_folder], tmp_path / "run", steps=50)
     assert not len(module.batch.active_rows())
     assert all(problem.prompt for problem in problems)
     for problem in problems:  # nothing moves: the start, two steps, and each is scored
@@ -338,7 +340,7 @@ def test_finished_problems_leave_the_wave(tiny, pictures, tmp_path):
         assert problem.unet_samples == 2 * 2 * 2 + 3 * 2
 
 
-def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
+def test_restart_keeps_half_of_the_best_prompt(tiny, image_folder, tmp_path):
     seen = []
 
     class Watched(PH2P):
@@ -357,7 +359,7 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
             self.batch.reset_rows = watched
 
     module = Watched(backbone=tiny, optimizer="adam", restart_every=2, num_tokens=6, sampler=SamplerSettings(2))
-    search(module, [pictures], tmp_path / "run", steps=7)
+    search(module, [image_folder], tmp_path / "run", steps=7)
     restarts = seen
     assert len(restarts) == 3  # before the steps 2, 4 and 6
     for best, begun in (pair for restart in restarts for pair in restart):
@@ -369,7 +371,7 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, pictures, tmp_path):
     assert len({tuple(begun) for restart in restarts for _, begun in restart}) == 9
 
 
-def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, pictures, tmp_path, caplog):
+def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, image_folder, tmp_path, caplog):
     class Poisoned(PEZ):
         def loss(self, rows, *given):
             loss = super().loss(rows, *given)
@@ -384,9 +386,9 @@ def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, picture
             moved = (self.prompt.embeddings.detach() != before).flatten(1).any(1).tolist()
             assert moved == [batch.steps[0] != 1, True, True]
 
-    problems = search(Poisoned(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run")
+    problems = search(Poisoned(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "run")
     assert caplog.text.count("0.png was not finite in 1 of the steps up to 2") == 1
-    healthy = search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "healthy")
+    healthy = search(PEZ(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "healthy")
     assert [p.token_ids for p in problems[1:]] == [p.token_ids for p in healthy[1:]]
 
 
@@ -394,7 +396,7 @@ def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, picture
 @pytest.mark.parametrize(("method", "extra"), [(PEZ, {}), (PH2P, {"projection": "delayed"})])
 @pytest.mark.parametrize("times", [1, 6])
 def test_prompt_that_is_no_number_goes_on_from_the_best_before(
-    times, method, extra, value, tiny, pictures, tmp_path, caplog
+    times, method, extra, value, tiny, image_folder, tmp_path, caplog
 ):
     class Poisoned(method):
         def step(self, batch, rows):
@@ -411,7 +413,7 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
                         0.5 * self.lr, rel=0.2
                     )
 
-    problems = search(Poisoned(backbone=tiny, **settings(method, **extra)), [pictures], tmp_path / "run", steps=8)
+    problems = search(Poisoned(backbone=tiny, **settings(method, **extra)), [image_folder], tmp_path / "run", steps=8)
     first, *others = problems
     how = " with half the step size" if method is PEZ else "."  # not with L-BFGS, whose history is of whole steps
     assert caplog.text.count(f"continuing from its best prompt{how}") == min(times, 5)
@@ -419,30 +421,30 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
     assert first.prompt
     assert (first.unet_samples < others[0].unet_samples) == (times == 6)
     assert all(problem.status in ("done", "not improved") and "finite" not in str(problem.reason) for problem in others)
-    alone = search(method(backbone=tiny, **settings(method, **extra)), [pictures], tmp_path / "healthy", steps=8)
+    alone = search(method(backbone=tiny, **settings(method, **extra)), [image_folder], tmp_path / "healthy", steps=8)
     assert [p.token_ids for p in alone[1:]] == [p.token_ids for p in others]
 
 
 @pytest.mark.parametrize("projection", ["final", "immediate"])
-def test_prompt_that_leaves_the_numbers_within_a_step_takes_the_step_back(projection, tiny, pictures, tmp_path):
+def test_prompt_that_leaves_the_numbers_within_a_step_takes_the_step_back(projection, tiny, image_folder, tmp_path):
     class Steep(PH2P):
         def loss(self, rows, *given):
             factor = torch.ones(3)
-            factor[0] = 1e25  # the first picture's first step goes that far
+            factor[0] = 1e25  # the first image's first step goes that far
             return super().loss(rows, *given) * factor[rows]
 
     own = {**settings(PH2P), "projection": projection, "lr": 1e-2}
-    problems = search(Steep(backbone=tiny, **own), [pictures], tmp_path / "run")
-    healthy = search(PH2P(backbone=tiny, **own), [pictures], tmp_path / "healthy")
+    problems = search(Steep(backbone=tiny, **own), [image_folder], tmp_path / "run")
+    healthy = search(PH2P(backbone=tiny, **own), [image_folder], tmp_path / "healthy")
     assert [p.token_ids for p in problems[1:]] == [p.token_ids for p in healthy[1:]]
     assert problems[0].prompt
 
 
-def test_records_and_results_are_written_by_lightning_alone(tiny, pictures, tmp_path):
+def test_records_and_results_are_written_by_lightning_alone(tiny, image_folder, tmp_path):
     """Everything works from Python too, without the command line."""
     how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
     trainer = pl.Trainer(**how, default_root_dir=tmp_path, callbacks=[Results()])
-    trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=ImagesToPrompts(str(pictures), **DATA))
+    trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=ImagesToPrompts(str(image_folder), **DATA))
     result = json.loads((tmp_path / "result.json").read_text())
     assert [problem["target"] for problem in result["problems"]] == ["0.png", "1.png", "2.png"]
 
@@ -498,7 +500,7 @@ def test_denoising_without_gradients(double):
     torch.testing.assert_close(losses, slope(double, plain)[0], rtol=1e-9, atol=1e-11)
 
 
-def test_results_are_drawn_before_the_model_leaves_its_device(tiny, pictures, tmp_path, monkeypatch):
+def test_results_are_drawn_before_the_model_leaves_its_device(tiny, image_folder, tmp_path, monkeypatch):
     leave, seen = Strategy.teardown, []
 
     def teardown(self):
@@ -508,14 +510,14 @@ def test_results_are_drawn_before_the_model_leaves_its_device(tiny, pictures, tm
     monkeypatch.setattr(Strategy, "teardown", teardown)
     how = TRAINER | {"logger": False, "enable_checkpointing": True}
     trainer = pl.Trainer(**how, callbacks=[Results()], default_root_dir=tmp_path / "run")
-    trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=ImagesToPrompts(str(pictures), **DATA))
+    trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=ImagesToPrompts(str(image_folder), **DATA))
     assert seen == [True]
 
 
 @pytest.fixture
-def opposed(sd, pictures, tmp_path):
+def opposed(sd, image_folder, tmp_path):
     """Create a batch of two targets with two negative images in float64; return the method and its data."""
-    paths = [str(path) for path in sorted(pictures.iterdir())]
+    paths = [str(path) for path in sorted(image_folder.iterdir())]
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
     module = PH2P(backbone=str(sd), loss_weights=LossWeights(negative=0.7), microbatch=2, **settings(PH2P))
     data = ImagesToPrompts(paths[:2], negative_images=[paths[2], str(tmp_path / "red.png")], **DATA)
@@ -529,22 +531,22 @@ def opposed(sd, pictures, tmp_path):
     return module, data
 
 
-@pytest.mark.parametrize(("samples", "pictures"), [*itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4, 6))])
-def test_each_picture_is_seen_equally_often_at_all_timesteps(samples, pictures):
+@pytest.mark.parametrize(("samples", "num_images"), [*itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4, 6))])
+def test_each_image_is_seen_equally_often_at_all_timesteps(samples, num_images):
     seen = Counter()
-    for step in range(pictures**2):
-        turns = image_indices(step, samples, pictures).tolist()
+    for step in range(num_images**2):
+        turns = image_indices(step, samples, num_images).tolist()
         assert len(turns) == samples
         assert (
-            max(Counter(turns).values()) - min([Counter(turns)[i] for i in range(pictures)]) <= 1
+            max(Counter(turns).values()) - min([Counter(turns)[i] for i in range(num_images)]) <= 1
         )  # within a step, too
         seen.update(enumerate(turns))
-    assert seen == {(k, picture): pictures for k in range(samples) for picture in range(pictures)}
+    assert seen == {(k, image): num_images for k in range(samples) for image in range(num_images)}
 
 
-def test_subjects_of_different_sizes_do_not_disturb_each_other(tiny, pictures, tmp_path):
-    paths = [str(path) for path in sorted(pictures.iterdir())]
-    several = tmp_path / "pictures.jsonl"
+def test_subjects_of_different_sizes_do_not_disturb_each_other(tiny, image_folder, tmp_path):
+    paths = [str(path) for path in sorted(image_folder.iterdir())]
+    several = tmp_path / "images.jsonl"
     rows = [{"file": paths, "subject": "three"}, {"file": paths[:2], "subject": "two"}]
     several.write_text("\n".join(map(json.dumps, rows)))
     alone = tmp_path / "alone.jsonl"
@@ -558,14 +560,14 @@ def test_subjects_of_different_sizes_do_not_disturb_each_other(tiny, pictures, t
 
 
 @pytest.mark.parametrize("which", ["subject", "negative"])
-def test_more_pictures_than_scoring_looks_at_are_refused(which, tiny, pictures, tmp_path):
-    more = {"one_subject": True} if which == "subject" else {"negative_images": str(pictures)}
+def test_more_images_than_scoring_looks_at_are_refused(which, tiny, image_folder, tmp_path):
+    more = {"one_subject": True} if which == "subject" else {"negative_images": str(image_folder)}
     with pytest.raises(UserError, match=r"3 images .* give --data.num_validation_samples 3 or more"):
-        search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run", **more)
+        search(PEZ(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "run", **more)
     assert not (tmp_path / "run" / "problems").exists()
 
 
-def test_negative_pictures_take_turns(opposed):
+def test_negative_images_take_turns(opposed):
     module, data = opposed
     negatives = data.negative_latents(module.backbone)
     assert len(negatives) == 2
@@ -580,7 +582,7 @@ def test_negative_pictures_take_turns(opposed):
         assert torch.equal(last.negative[0], samples.negative[1])
 
 
-def test_loss_with_negative_pictures_is_a_difference(opposed):
+def test_loss_with_negative_images_is_a_difference(opposed):
     """Both terms use equal timesteps and noise, and are computed by their definition."""
     module, data = opposed
     rows, batch = torch.arange(2), Step([1] * 2, torch.tensor([[10, 500, 999], [0, 700, 300]]))
@@ -605,7 +607,7 @@ def test_loss_with_negative_pictures_is_a_difference(opposed):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
 
 
-def test_gradient_with_negative_pictures_is_that_of_differences(opposed):
+def test_gradient_with_negative_images_is_that_of_differences(opposed):
     module, _ = opposed
     rows = torch.arange(2)
     samples = module.samples(rows, Step([0] * 2, torch.tensor([[10, 500, 999], [0, 700, 300]])))
@@ -625,8 +627,8 @@ def test_gradient_with_negative_pictures_is_that_of_differences(opposed):
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-8)
 
 
-def test_negative_pictures_count_and_make_another_problem(tiny, pictures, tmp_path):
-    paths = sorted(pictures.iterdir())
+def test_negative_images_count_and_make_another_problem(tiny, image_folder, tmp_path):
+    paths = sorted(image_folder.iterdir())
     (alone,) = search(PEZ(backbone=tiny, **settings(PEZ)), paths[:1], tmp_path / "alone")
     (led,) = search(
         PEZ(backbone=tiny, **settings(PEZ)),
@@ -639,12 +641,12 @@ def test_negative_pictures_count_and_make_another_problem(tiny, pictures, tmp_pa
 
 
 @pytest.mark.parametrize(("content", "told"), [(None, "There is no file"), ("no image", "is not an image")])
-def test_negative_picture_that_cannot_be_read_is_named(tiny, pictures, tmp_path, content, told):
+def test_negative_image_that_cannot_be_read_is_named(tiny, image_folder, tmp_path, content, told):
     bad = tmp_path / "bad.png"
     if content:
         bad.write_text(content)
     with pytest.raises(UserError, match=rf"(?s)^{told}.*bad\.png|^[^\n]*bad\.png[^\n]*{told}"):
-        search(PEZ(backbone=tiny, **settings(PEZ)), [pictures], tmp_path / "run", negative_images=str(bad))
+        search(PEZ(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "run", negative_images=str(bad))
     assert not (tmp_path / "run" / "problems").exists()
 
 

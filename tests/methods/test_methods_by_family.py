@@ -27,30 +27,46 @@ SEARCH = {
     "--model.backbone.image_size": "16",
     "--model.log_images_every_n_steps": "0",
 }
-PICTURE = {"--data.num_noise_samples": "2", "--data.num_validation_samples": "2", "--model.num_tokens": "2"}
+IMAGE = {"--data.num_noise_samples": "2", "--data.num_validation_samples": "2", "--model.num_tokens": "2"}
 PROMPTED = {"--data.prompts": PROMPT, "--model.seeds": "2"}
 METHODS = {
-    "PH2P": {**PICTURE, "--model.max_iter": "3"},
-    "PEZ": PICTURE,
-    "GCG": {**PICTURE, "--model.candidates": "3"},
-    "TextualInversion": PICTURE,
-    "ClipWords": PICTURE,
-    "RandomTokens": PICTURE,
+    "PH2P": {**IMAGE, "--model.max_iter": "3"},
+    "PEZ": IMAGE,
+    "GCG": {**IMAGE, "--model.candidates": "3"},
+    "TextualInversion": IMAGE,
+    "ClipWords": IMAGE,
+    "RandomTokens": IMAGE,
     "DPODiff": {
-        "--data.prompts": PROMPT, "--model.budget": "4", "--model.population": "1", "--model.elites": "1", "--model.seeds": "1",
-        "--model.gradient_share": "0.5", "--model.schedule": "fix-0", "--model.positive": "[neighbors]", "--model.negative": "[library]",
+        "--data.prompts": PROMPT,
+        "--model.budget": "4",
+        "--model.population": "1",
+        "--model.elites": "1",
+        "--model.seeds": "1",
+        "--model.gradient_share": "0.5",
+        "--model.schedule": "fix-0",
+        "--model.positive": "[neighbors]",
+        "--model.negative": "[library]",
     },
     "MetricGuidance": {**PROMPTED, "--model.objective": "Sharpness"},
     "SeedInvariance": {**PROMPTED, "--model.seeds_per_step": "1"},
     "HumanFeedback": {
-        "--data.prompts": PROMPT, "--model.chooser": "Scripted", "--model.texts": "6", "--model.candidates": "3",
+        "--data.prompts": PROMPT,
+        "--model.chooser": "Scripted",
+        "--model.texts": "6",
+        "--model.candidates": "3",
     },
-}  # fmt: skip
+}
 GUIDES_ITSELF = ("lcm", "flux", "flux-schnell")
 REFUSED = {
-    **{("DPODiff", family): "has guidance built in, so a negative prompt does nothing; search other words" for family in GUIDES_ITSELF},
-    ("DPODiff", "sd-turbo"): "With --model.sampler.guidance_scale 1, a negative prompt does nothing; give a value above 1",
-}  # fmt: skip
+    **{
+        ("DPODiff", family): "has guidance built in, so a negative prompt does nothing; search other words"
+        for family in GUIDES_ITSELF
+    },
+    (
+        "DPODiff",
+        "sd-turbo",
+    ): "With --model.sampler.guidance_scale 1, a negative prompt does nothing; give a value above 1",
+}
 FAMILIES = [
     "sd-turbo",
     "lcm",
@@ -64,10 +80,18 @@ FAMILIES = [
 
 
 DEFAULT = {
-    *REFUSED, ("PH2P", "sd3"), ("PEZ", "flux"), ("GCG", "sdxl"), ("TextualInversion", "sd3, T5"), ("ClipWords", "pixart"),
-    ("RandomTokens", "lcm"), ("DPODiff", "sd3"), ("MetricGuidance", "sd-turbo"), ("SeedInvariance", "flux-schnell"),
+    *REFUSED,
+    ("PH2P", "sd3"),
+    ("PEZ", "flux"),
+    ("GCG", "sdxl"),
+    ("TextualInversion", "sd3, T5"),
+    ("ClipWords", "pixart"),
+    ("RandomTokens", "lcm"),
+    ("DPODiff", "sd3"),
+    ("MetricGuidance", "sd-turbo"),
+    ("SeedInvariance", "flux-schnell"),
     ("HumanFeedback", "sdxl"),
-}  # fmt: skip
+}
 
 
 def params():
@@ -92,7 +116,7 @@ class Stopping(PromptCheckpoint):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "p.png")
     return str(tmp_path / "p.png")
 
@@ -106,13 +130,13 @@ def command(name, run, *args):
     return 0
 
 
-def settings(family, method, folder, picture, steps):
+def settings(family, method, folder, image, steps):
     """A search of so many steps."""
     given = {**SEARCH, **METHODS[method], **({"--model.backbone.vocabulary": "t5"} if family.endswith("T5") else {})}
     if "--data.prompts" not in given:
-        given["--data.images"] = picture
+        given["--data.images"] = image
     if method == "HumanFeedback":
-        given["--model.chooser.wants"] = picture
+        given["--model.chooser.wants"] = image
     if method != "DPODiff":  # whose budget says how long it searches
         given["--model.steps"] = str(steps)
     return ["--model", method, "--model.backbone", folder, *(x for pair in given.items() for x in pair)]
@@ -135,7 +159,7 @@ def test_company_changes_nothing(family, folders, tmp_path):
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(files[-1])
     how = {"backbone": backbone, "sampler": SamplerSettings(2), "steps": 2, "device": "cpu"}
-    pictured = {
+    of_images = {
         "method": "textual_inversion",
         "init": "random",
         "num_tokens": 2,
@@ -145,8 +169,8 @@ def test_company_changes_nothing(family, folders, tmp_path):
     }
     prompts = ["a red cat", "two dogs beside a tree"]
     smooth = {"optimizer": "sgd", "lr": 1.0}  # the sign that AdamOnLion takes turns where a gradient is next to nothing
-    together = [*invert(files, **pictured, **how), *metric_guidance(prompts, Sharpness(), **smooth, **how)]
-    alone = [invert(file, **pictured, **how) for file in files]
+    together = [*invert(files, **of_images, **how), *metric_guidance(prompts, Sharpness(), **smooth, **how)]
+    alone = [invert(file, **of_images, **how) for file in files]
     alone += [metric_guidance(prompt, Sharpness(), **smooth, **how) for prompt in prompts]
     for one, other in zip(together, alone, strict=True):
         assert one.record.key == other.record.key
@@ -163,10 +187,10 @@ def test_default_part_has_every_family_and_method():
 
 
 @pytest.mark.parametrize(("family", "method"), list(params()))
-def test_cell(family, method, folders, picture, tmp_path, capsys, monkeypatch):
+def test_cell(family, method, folders, image, tmp_path, capsys, monkeypatch):
     folder = folders(family)
     before = files_of(folder)
-    run, again, given = tmp_path / "run", tmp_path / "again", settings(family, method, folder, picture, 3)
+    run, again, given = tmp_path / "run", tmp_path / "again", settings(family, method, folder, image, 3)
     code = command("fit", run, *given)
     if reason := REFUSED.get((method, family)):
         assert code == 2
@@ -188,7 +212,7 @@ def test_cell(family, method, folders, picture, tmp_path, capsys, monkeypatch):
     assert command("test", run) == 0
     assert found(run)[0] == one
     assert command("predict", run, "--seeds", "3") == 0
-    assert len(list((run / "pictures").glob("*.png"))) == 1
+    assert len(list((run / "images").glob("*.png"))) == 1
     assert files_of(folder) == before
 
 
@@ -214,7 +238,7 @@ SHORT = {
 
 @pytest.mark.parametrize("config", SHORT)
 @pytest.mark.parametrize("family", slow_but("sd-turbo", FEW))
-def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture, tmp_path, capsys):
+def test_configs_draw_in_the_steps_of_the_model(family, config, folders, image, tmp_path, capsys):
     """Few-step models take their own one or four steps, with unchanged configs of shorter length."""
     args = [
         "--config",
@@ -226,19 +250,19 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, picture
     ]
     args += SHORT[config] + WITHOUT_NEGATIVE.get(config, [])
     args += (
-        ["--data.images", picture, "--data.num_noise_samples", "1"]
+        ["--data.images", image, "--data.num_noise_samples", "1"]
         if config in ("invert", "textual_inversion")
         else ["--data.prompts", PROMPT]
     )
     if config == "human_feedback":
-        args += ["--model.chooser.wants", picture]
+        args += ["--model.chooser.wants", image]
     assert command("fit", tmp_path / "run", *args) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "run/result.json").read_text())
-    drawn = result["settings"]["drawing"]
+    drawn = result["settings"]["sampling"]
     assert result["settings"]["model"]["sampler"]["num_inference_steps"] is None
     assert drawn["num_inference_steps"] == FEW[family]
     assert drawn.get("rerank_steps") == (FEW[family] if config == "invert" else None)
-    if config == "dpo_diff":  # three pictures of the prompt and of each of its candidates
+    if config == "dpo_diff":  # three image_folder of the prompt and of each of its candidates
         assert result["problems"][0]["unet_samples"] == 2 * FEW[family]
 
 
@@ -249,13 +273,14 @@ def test_steps_of_the_model_are_what_a_setting_does_not_say(folders):
         load_backbone(folders(name), image_size=16) for name in ("sd-turbo", "flux-schnell", "flux")
     )
     for backbone, own, most in ((turbo, 1, 1), (schnell, 4, 4), (flux, 28, 10)):
-        drawing = [
+        generating = [
             DPODiff(backbone=backbone, negative=[]),
             SeedInvariance(backbone=backbone),
             HumanFeedback(backbone=backbone),
         ]
         assert [
-            method.sampler.num_inference_steps for method in [*drawing, MetricGuidance(backbone=backbone, **objective)]
+            method.sampler.num_inference_steps
+            for method in [*generating, MetricGuidance(backbone=backbone, **objective)]
         ] == [most] * 4
         inverter = PEZ(backbone=backbone, num_tokens=2)
         assert inverter.sampler.num_inference_steps == own

@@ -40,12 +40,17 @@ class Opened:
     def ask(self):
         """Ask until the test stops it."""
         while not self.stopped:
-            pictures = [torch.rand(3, 16, 16) for _ in range(4)]
+            images = [torch.rand(3, 16, 16) for _ in range(4)]
             places = torch.zeros(1, 2), torch.tensor([[0.0, 1], [1, 0], [1, 1]])
-            draw = pictures[1:].__getitem__
+            generate = images[1:].__getitem__
             answer = self.page.choose(
                 Round(
-                    PROMPT, pictures[:1], [PROMPT] * 3, *places, lambda i, _, draw=draw: draw(i), lambda: self.stopped
+                    PROMPT,
+                    images[:1],
+                    [PROMPT] * 3,
+                    *places,
+                    lambda i, _, generate=generate: generate(i),
+                    lambda: self.stopped,
                 )
             )
             self.answers.append(answer)
@@ -125,7 +130,7 @@ def opened(tmp_path, monkeypatch, caplog):
 def paths(shown):
     """Return the images of the candidates, as the page requests them."""
     value = shown["candidates"]["value"]
-    return [urllib.parse.urlsplit(picture["image"]["url"]).path for picture in value]
+    return [urllib.parse.urlsplit(image["image"]["url"]).path for image in value]
 
 
 class Texts(html.parser.HTMLParser):
@@ -149,17 +154,34 @@ def test_requests_that_are_not_the_pages_own_are_refused_and_change_nothing(open
     foreign = [
         [("Host", host)]
         for host in (
-            "example.com", f"example.com:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", f"127.0.0.1.example.com:{port}",
-            f"localhost.:{port}", f"0.0.0.0:{port}", f"[::1]:{port}", f"user@127.0.0.1:{port}", "", f"127.0.0.1:{port}0",
+            "example.com",
+            f"example.com:{port}",
+            "127.0.0.1",
+            f"127.0.0.1:{port + 1}",
+            f"127.0.0.1.example.com:{port}",
+            f"localhost.:{port}",
+            f"0.0.0.0:{port}",
+            f"[::1]:{port}",
+            f"user@127.0.0.1:{port}",
+            "",
+            f"127.0.0.1:{port}0",
         )
-    ]  # fmt: skip
+    ]
     foreign += [
         [("Host", opened.host), ("Origin", origin)]
         for origin in (
-            "null", "http://example.com", f"http://example.com:{port}", f"http://127.0.0.1:{port + 1}", "http://127.0.0.1",
-            f"https://{opened.host}", f"http://localhost:{port}", f"{own}.example.com", "", f"file://{opened.host}",
+            "null",
+            "http://example.com",
+            f"http://example.com:{port}",
+            f"http://127.0.0.1:{port + 1}",
+            "http://127.0.0.1",
+            f"https://{opened.host}",
+            f"http://localhost:{port}",
+            f"{own}.example.com",
+            "",
+            f"file://{opened.host}",
         )
-    ]  # fmt: skip
+    ]
     foreign += [
         [("Host", opened.host), ("Host", "example.com")],
         [("Host", opened.host), ("Origin", own), ("Origin", "null")],
@@ -258,7 +280,7 @@ def test_a_refused_request_gets_its_answer_although_it_has_a_body(opened):
         assert b"a tunnel must have this port on both ends" in answer
 
 
-def test_the_pictures_of_a_round_go_with_it(opened):
+def test_the_images_of_a_round_go_with_it(opened):
     first = paths(opened.shown())
     assert len(first) == 3
     assert all(path.startswith(opened.secret) for path in first)
@@ -281,7 +303,7 @@ def test_prompts_and_captions_are_shown_as_they_stand(opened):
     status = Texts(shown["status"])
     assert status.text == f"{SHOWN} after move 0: which one do you like?"
     assert status.tags == [("strong", [])]
-    assert [picture["caption"] for picture in shown["candidates"]["value"]] == [f"{i}  {SHOWN}" for i in (1, 2, 3)]
+    assert [image["caption"] for image in shown["candidates"]["value"]] == [f"{i}  {SHOWN}" for i in (1, 2, 3)]
     opened.stopped = True
     opened.until(lambda: opened.answers)
     opened.page.publish(prompt="", status="Finished. The files are in /<b>runs</b>\x1b[0m.")

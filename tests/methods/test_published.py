@@ -25,11 +25,13 @@ from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER
+from lightning_prompts.methods.dpo_diff.semantic_similarity import Similarity
 from lightning_prompts.methods.inversion import search_clip
 from lightning_prompts.methods.inversion.base import Inverter
 from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import Sharpness, clip
 from lightning_prompts.python_search import CONFIGS
+from lightning_prompts.python_settings import checked_settings
 from lightning_prompts.sampling import SamplerSettings
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -39,17 +41,17 @@ pytestmark = [
 ]
 
 PROMPT = "a small cat on a red background"
-PICTURE = {"num_tokens": 2, "num_noise_samples": 2, "num_validation_samples": 2, "steps": 2}
+IMAGE = {"num_tokens": 2, "num_noise_samples": 2, "num_validation_samples": 2, "steps": 2}
 PROMPTED = {"seeds": 1, "steps": 2}
 CELLS = {
-    "PH2P": {**PICTURE, "max_iter": 2},
-    "PEZ": PICTURE,
-    "GCG": {**PICTURE, "candidates": 3},
-    "TextualInversion": PICTURE,
-    "ClipWords": PICTURE,
-    "RandomTokens": PICTURE,
+    "PH2P": {**IMAGE, "max_iter": 2},
+    "PEZ": IMAGE,
+    "GCG": {**IMAGE, "candidates": 3},
+    "TextualInversion": IMAGE,
+    "ClipWords": IMAGE,
+    "RandomTokens": IMAGE,
     "DPODiff": {"budget": 3, "population": 1, "elites": 1, "seeds": 1, "gradient_share": 0.5, "schedule": "fix-0",
-                "positive": ["neighbors"], "negative": ["library"], "threshold": -1},
+                "positive": ["neighbors"], "negative": ["library"], "similarity": Similarity(-1)},
     "MetricGuidance": {**PROMPTED, "objective": Sharpness()},
     "SeedInvariance": {**PROMPTED, "seeds_per_step": 1},
     "HumanFeedback": {**PROMPTED, "texts": 3, "candidates": 2, "words": ["red", "blue", "large"]},
@@ -90,16 +92,30 @@ def models(tmp_path_factory):
 
 
 def pixart(flux, folder):
-    """Create PixArt-Sigma XL 2 1024 MS as documented, with reduced width and depth, and the T5 that it shares with FLUX."""
+    """Create PixArt-Sigma XL 2 1024 MS as documented, with reduced width and depth, and the T5 of FLUX."""
     import diffusers
     import transformers
 
     torch.manual_seed(0)
     transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=8, num_layers=2, patch_size=2, attention_head_dim=16, num_attention_heads=2, in_channels=4, out_channels=8,
-        caption_channels=64, cross_attention_dim=32, attention_bias=True, activation_fn="gelu-approximate", interpolation_scale=2,
-        norm_elementwise_affine=False, norm_eps=1e-6, norm_type="ada_norm_single", num_embeds_ada_norm=1000, use_additional_conditions=False,
-    )  # fmt: skip
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        caption_channels=64,
+        cross_attention_dim=32,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        interpolation_scale=2,
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        norm_type="ada_norm_single",
+        num_embeds_ada_norm=1000,
+        use_additional_conditions=False,
+    )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(32,) * 4, latent_channels=4, sample_size=64, scaling_factor=0.13025, force_upcast=True,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -156,24 +172,25 @@ class Stopping(PromptCheckpoint):
 class Cell:
     """A method, or a config, on a model."""
 
-    def __init__(self, name, backbone, picture):
+    def __init__(self, name, backbone, image):
         self.kind, given = getattr(methods, name, None), CELLS[name]
         if self.kind is None:
             config = yaml.safe_load((CONFIGS.parent / name).read_text())
             self.kind = getattr(methods, config["model"]["class_path"])
-            given = {**config["model"]["init_args"], **config["data"]["init_args"], **given}
+            (given_model,) = checked_settings((self.kind,), config["model"]["init_args"], {})
+            given = {**given_model, **config["data"]["init_args"], **given}
         data = {"num_noise_samples", "num_validation_samples", "timestep_range"}
         self.data = {key: value for key, value in given.items() if key in data}
         self.model = {key: value for key, value in given.items() if key not in data}
         self.model |= {"backbone": backbone, "sampler": SamplerSettings(2), "log_images_every_n_steps": 0}
-        self.picture = picture
+        self.image = image
         if name == "HumanFeedback":
-            self.model["chooser"] = Scripted(picture)
+            self.model["chooser"] = Scripted(image)
 
     def run(self, command, folder, saving=PromptCheckpoint, ckpt_path=None):
         """Run a command in its own module and Trainer."""
         module = self.kind(**self.model)
-        data = ImagesToPrompts(self.picture, **self.data) if issubclass(self.kind, Inverter) else Prompts(PROMPT)
+        data = ImagesToPrompts(self.image, **self.data) if issubclass(self.kind, Inverter) else Prompts(PROMPT)
         how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
         callbacks = [Results(seeds=(3,), report=False), saving(folder / "checkpoints")]
         trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
@@ -224,6 +241,6 @@ def test_cell(name, model, models, tmp_path, capsys):
     cell.run("test", run)
     assert found(run, 4)[0] == one
     cell.run("predict", run)
-    assert len(list((run / "pictures").glob("*.png"))) == 1
+    assert len(list((run / "images").glob("*.png"))) == 1
     after = cell.model["backbone"].state_dict()
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())

@@ -53,9 +53,9 @@ class Watched(GCG):
         return proposed
 
 
-def test_step_takes_what_is_better_and_nothing_else(tiny, pictures, tmp_path):
+def test_step_takes_what_is_better_and_nothing_else(tiny, image_folder, tmp_path):
     module = Watched(backbone=tiny, num_tokens=3, candidates=8, topk=16, n_replace=2, sampler=SamplerSettings(2))
-    fit(module, pictures, tmp_path, steps=6)
+    fit(module, image_folder, tmp_path, steps=6)
     changed = 0
     for before, after, loss_before, loss_after in module.taken:
         moved = (before != after).any(1)
@@ -65,7 +65,7 @@ def test_step_takes_what_is_better_and_nothing_else(tiny, pictures, tmp_path):
     assert changed
 
 
-def test_step_finds_the_best_of_all_tokens(tiny, pictures, tmp_path):
+def test_step_finds_the_best_of_all_tokens(tiny, image_folder, tmp_path):
     """One place, and so many candidates that each proposal is among them: what remains is the exhaustive search."""
     module = Watched(
         backbone=tiny,
@@ -75,7 +75,7 @@ def test_step_finds_the_best_of_all_tokens(tiny, pictures, tmp_path):
         allowed_words=list("abcdefghijklmnop"),
         sampler=SamplerSettings(2),
     )
-    fit(module, pictures / "0.png", tmp_path, steps=1, num_noise_samples=1)
+    fit(module, image_folder / "0.png", tmp_path, steps=1, num_noise_samples=1)
     ((before, after, *_),) = module.taken
     allowed = module.prompt.allowed.nonzero()
     rows = torch.zeros(len(allowed), dtype=torch.long)
@@ -87,9 +87,9 @@ def test_step_finds_the_best_of_all_tokens(tiny, pictures, tmp_path):
     assert before.shape == after.shape == (1, 1)
 
 
-def test_proposals_are_those_of_the_one_hot_gradient(tiny, pictures, tmp_path):
+def test_proposals_are_those_of_the_one_hot_gradient(tiny, image_folder, tmp_path):
     module = Watched(backbone=tiny, num_tokens=2, candidates=50, topk=3, sampler=SamplerSettings(2))
-    fit(module, pictures / "0.png", tmp_path, steps=1)
+    fit(module, image_folder / "0.png", tmp_path, steps=1)
     ((rows, token_ids, proposed, _),) = module.proposals
     table, allowed = module.prompt.table, module.prompt.allowed
     one_hot = F.one_hot(token_ids[0], len(table)).float().requires_grad_()
@@ -105,7 +105,7 @@ def test_proposals_are_those_of_the_one_hot_gradient(tiny, pictures, tmp_path):
 
 
 @pytest.mark.parametrize(("candidates", "swaps", "screen"), [(30, 1, 1), (30, 2, 1), (12, 1, 3), (60, 1, 1)])
-def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, tiny, pictures, tmp_path):
+def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, tiny, image_folder, tmp_path):
     class Counting(GCG):
         def loss(self, rows, ids, *more, **how):
             if not torch.is_grad_enabled():
@@ -131,7 +131,7 @@ def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, ti
         prefilter=screen,
         sampler=SamplerSettings(2),
     )
-    fit(module, pictures, tmp_path, steps=3)
+    fit(module, image_folder, tmp_path, steps=3)
     possible = 3 * 12 if swaps == 1 else candidates  # with two swaps there are more than are drawn
     for step in steps:
         assert len(set(step)) == len(step)
@@ -141,7 +141,7 @@ def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, ti
 @pytest.mark.exact
 @pytest.mark.parametrize("samples", [1, 3, 5])
 def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks(
-    samples, tiny, pictures, tmp_path, monkeypatch, rounding
+    samples, tiny, image_folder, tmp_path, monkeypatch, rounding
 ):
     """Only the last denoiser call is smaller than a microbatch."""
     found = []
@@ -169,7 +169,7 @@ def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks
         "microbatch": 4,
         "sampler": SamplerSettings(2),
     }
-    fit(Compared(backbone=tiny, num_tokens=3, **how), pictures, tmp_path, steps=1, num_noise_samples=samples)
+    fit(Compared(backbone=tiny, num_tokens=3, **how), image_folder, tmp_path, steps=1, num_noise_samples=samples)
     calls, losses = found[0]
     sizes = [size for part, size in calls if part == "denoise"]
     assert set(sizes[:-1]) == {4}
@@ -179,7 +179,7 @@ def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks
         assert torch.equal(other_losses, losses)
 
 
-def test_screen_keeps_what_the_clip_finds_most_similar(tiny, pictures, tmp_path):
+def test_screen_keeps_what_the_clip_finds_most_similar(tiny, image_folder, tmp_path):
     class All(GCG):
         def _distances(self, rows, candidates):
             self.drawn = candidates
@@ -191,7 +191,7 @@ def test_screen_keeps_what_the_clip_finds_most_similar(tiny, pictures, tmp_path)
             return proposed
 
     module = All(backbone=tiny, num_tokens=2, candidates=5, topk=8, prefilter=3, sampler=SamplerSettings(2))
-    (problem,) = fit(module, pictures / "0.png", tmp_path, steps=1)
+    (problem,) = fit(module, image_folder / "0.png", tmp_path, steps=1)
     assert problem.unet_samples == 2 * 2 + 2 * 2 + 5 * 2
     clip, tokenizer, (feature,) = module.clip, module.vocabulary.tokenizer, module.features(torch.tensor([0]))
 
@@ -205,14 +205,14 @@ def test_screen_keeps_what_the_clip_finds_most_similar(tiny, pictures, tmp_path)
     assert sorted((similarity(ids) for ids in module.kept[0]), reverse=True) == pytest.approx(best, abs=1e-5)
 
 
-def test_candidates_that_are_read_otherwise_are_not_evaluated(tiny, pictures, tmp_path):
+def test_candidates_that_are_read_otherwise_are_not_evaluated(tiny, image_folder, tmp_path):
     class Broken(GCG):
         def _propose(self, step, rows, token_ids, gradient):
             candidates, sound = super()._propose(step, rows, token_ids, gradient)
             return candidates, torch.zeros_like(sound)
 
     module = Broken(backbone=tiny, num_tokens=2, candidates=4, sampler=SamplerSettings(2))
-    (problem,) = fit(module, pictures / "0.png", tmp_path)
+    (problem,) = fit(module, image_folder / "0.png", tmp_path)
     assert problem.unet_samples == 3 * 2 + 2 * 2 * 2  # three scorings and two gradients
     assert problem.validation_loss == problem.initial_validation_loss
 
@@ -290,10 +290,10 @@ def test_shorter_prompts_stand_in_the_template_as_their_text_does(sd):
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_pseudo_word_is_encoded_as_the_side_that_it_stands_on(negative, tiny, pictures, tmp_path, monkeypatch):
+def test_pseudo_word_is_encoded_as_the_side_that_it_stands_on(negative, tiny, image_folder, tmp_path, monkeypatch):
     """Negative prompts are encoded with all layers, whatever `clip_skip` is."""
     module = TextualInversion(backbone=tiny, num_tokens=2, sampler=SamplerSettings(2))
-    (problem,) = fit(module, pictures / "0.png", tmp_path, steps=1)
+    (problem,) = fit(module, image_folder / "0.png", tmp_path, steps=1)
     sides, encode = [], module.backbone.encode
     monkeypatch.setattr(
         module.backbone,
@@ -304,9 +304,9 @@ def test_pseudo_word_is_encoded_as_the_side_that_it_stands_on(negative, tiny, pi
     assert sides == [negative]
 
 
-def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
+def test_pseudo_word_stands_for_what_was_found(tiny, image_folder, tmp_path):
     module = TextualInversion(backbone=tiny, num_tokens=2, lr=0.1, template="a photo of {}", sampler=SamplerSettings(2))
-    problems = fit(module, pictures, tmp_path, callbacks=[Results()], steps=4)
+    problems = fit(module, image_folder, tmp_path, callbacks=[Results()], steps=4)
     exported = load_file(tmp_path / "embedding.safetensors")
     for row, problem in enumerate(problems):
         assert problem.token_ids is None
@@ -341,9 +341,9 @@ def test_pseudo_word_stands_for_what_was_found(tiny, pictures, tmp_path):
 
 @pytest.mark.parametrize("source", [PEZ, TextualInversion])
 @pytest.mark.parametrize("method", [PH2P, GCG, TextualInversion])
-def test_search_starts_from_the_result_of_another(source, method, tiny, pictures, tmp_path):
+def test_search_starts_from_the_result_of_another(source, method, tiny, image_folder, tmp_path):
     own = {"candidates": 2} if method is GCG else {}
-    found = fit(source(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2)), pictures, tmp_path / "first")
+    found = fit(source(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2)), image_folder, tmp_path / "first")
     seen = []
 
     class Begun(method):
@@ -352,21 +352,21 @@ def test_search_starts_from_the_result_of_another(source, method, tiny, pictures
             return seen[-1]
 
     module = Begun(backbone=tiny, num_tokens=4, init=str(tmp_path / "first"), sampler=SamplerSettings(2), **own)
-    fit(module, pictures, tmp_path / "second", steps=1)
+    fit(module, image_folder, tmp_path / "second", steps=1)
     assert seen[0].shape[:2] == (3, 4)
     for row, problem in enumerate(found):
         assert torch.equal(seen[0][row, :3], module.embeddings_of(problem))
 
 
-def test_start_that_lacks_a_picture_is_refused(tiny, pictures, tmp_path):
-    fit(PEZ(backbone=tiny, num_tokens=2, sampler=SamplerSettings(2)), pictures / "0.png", tmp_path / "first")
+def test_start_that_lacks_a_image_is_refused(tiny, image_folder, tmp_path):
+    fit(PEZ(backbone=tiny, num_tokens=2, sampler=SamplerSettings(2)), image_folder / "0.png", tmp_path / "first")
     module = PEZ(backbone=tiny, num_tokens=2, init=str(tmp_path / "first"), sampler=SamplerSettings(2))
     with pytest.raises(UserError, match=r"no prompt for 1\.png"):
-        fit(module, pictures, tmp_path / "second")
+        fit(module, image_folder, tmp_path / "second")
 
 
 @pytest.mark.parametrize("other", [{"vocab_size": 99}, {"hidden_size": 64}])
-def test_gradient_of_the_clip_of_another_text_encoder_is_refused(other, tiny, pictures, tmp_path):
+def test_gradient_of_the_clip_of_another_text_encoder_is_refused(other, tiny, image_folder, tmp_path):
     config = CLIPConfig.from_pretrained(f"{tiny}/clip")
     text, vision = {**config.text_config.to_dict(), **other}, config.vision_config.to_dict()
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path / "clip")
@@ -376,7 +376,7 @@ def test_gradient_of_the_clip_of_another_text_encoder_is_refused(other, tiny, pi
     with pytest.raises(
         UserError, match=f"does not have the token embeddings of the model's CLIP text encoder; {advice}"
     ):
-        fit(module, pictures, tmp_path / "run")
+        fit(module, image_folder, tmp_path / "run")
 
 
 def test_nothing_to_minimise_is_refused(tiny):

@@ -28,8 +28,14 @@ PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
 
 def search(tiny, folder, prompts=PROMPTS[0], **settings):
     settings = {
-        "sampler": SamplerSettings(3), "seeds": 2, "steps": 6, "compare": "latents", "stages": [1, 2], "lr": 0.05, "log_images_every_n_steps": 0,
-    } | settings  # fmt: skip
+        "sampler": SamplerSettings(3),
+        "seeds": 2,
+        "steps": 6,
+        "compare": "latents",
+        "stages": [1, 2],
+        "lr": 0.05,
+        "log_images_every_n_steps": 0,
+    } | settings
     module, data = SeedInvariance(backbone=tiny, **settings), Prompts(prompts)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(folder)})
     trainer.fit(module, datamodule=data)
@@ -99,9 +105,18 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     """In float64, against finite differences of the clean latents that the second call predicts."""
     towards = {"towards": PROMPTS[1]} if embedding == "arc" else {}
     module = SeedInvariance(
-        backbone=tiny, sampler=SamplerSettings(3), steps=4, stages=[2], seeds_per_step=2, embedding=embedding, target_seeds=[4],
-        grad_steps=grad_steps, ramp=1.0, compare=compare, **towards
-    )  # fmt: skip
+        backbone=tiny,
+        sampler=SamplerSettings(3),
+        steps=4,
+        stages=[2],
+        seeds_per_step=2,
+        embedding=embedding,
+        target_seeds=[4],
+        grad_steps=grad_steps,
+        ramp=1.0,
+        compare=compare,
+        **towards,
+    )
     module.double()
     scheduler = DDIMScheduler.from_config(module.backbone.scheduler.config, clip_sample=False)
     module.backbone.scheduler = scheduler
@@ -124,7 +139,10 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
     away = module.encode([""])[0]
 
     def clean(first, last, latents):
-        """Compute the compared vectors of the clean latents at the second call; the two calls get different embeddings."""
+        """Compute the compared vectors of the clean latents at the second call.
+
+        The two calls get different embeddings.
+        """
         scheduler.set_timesteps(3)
         for i, (t, told) in enumerate(zip(scheduler.timesteps, (first, last), strict=False)):
             outputs = [module.backbone.denoiser(latents, t, x[None]).sample for x in (away, told)]
@@ -134,9 +152,9 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
                 if compare == "latents":
                     return [found.pred_original_sample]
                 vae = module.backbone.vae
-                pictures = vae.decode(found.pred_original_sample / vae.config.scaling_factor).sample.clamp(-1, 1)
-                seen = F.interpolate(pictures, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
-                return [module.clip.clip.visual_projection(module.clip.clip.vision_model(seen).pooler_output), pictures]
+                images = vae.decode(found.pred_original_sample / vae.config.scaling_factor).sample.clamp(-1, 1)
+                seen = F.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+                return [module.clip.clip.visual_projection(module.clip.clip.vision_model(seen).pooler_output), images]
             latents = found.prev_sample
         return None
 
@@ -187,22 +205,23 @@ def test_metric_is_the_signal_to_noise_ratio(tiny):
         assert float(module.loss(values)) == pytest.approx(-ratio, abs=1e-3)  # lower is better
 
 
-def test_wanted_picture_is_what_predict_draws(tiny, tmp_path):
+def test_wanted_image_is_what_predict_draws(tiny, tmp_path):
     folder = tmp_path / "run"
-    main([
-        "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "SeedInvariance", "--model.backbone", tiny,
-        "--model.sampler.num_inference_steps", "3", "--model.seeds", "1", "--model.steps", "2", "--model.target_seeds", "[5, 6]",
-        "--model.compare", "latents", "--model.stages", "[1]", "--data", "Prompts", "--data.prompts", PROMPTS[0],
-    ])  # fmt: skip
+    command = (
+        f"fit --run {folder} --trainer.accelerator cpu --model SeedInvariance --model.backbone {tiny} "
+        "--model.sampler.num_inference_steps 3 --model.seeds 1 --model.steps 2 --model.target_seeds [5,6] "
+        "--model.compare latents --model.stages [1] --data Prompts --data.prompts"
+    )
+    main([*command.split(), PROMPTS[0]])
     found = json.loads((folder / "result.json").read_text())["problems"]
     assert [problem["target_seed"] for problem in found] == [5, 6]
     assert len({problem["key"] for problem in found}) == 2
     main(["predict", "--run", str(folder), "--prompts", PROMPTS[0], "--seeds", "5", "--trainer.accelerator", "cpu"])
-    (path,) = (folder / "pictures").iterdir()
+    (path,) = (folder / "images").iterdir()
     module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents")
     (wanted,) = module.targets([Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=5))])
-    with Image.open(path) as picture:
-        drawn = torch.tensor(list(picture.getdata())).view(16, 16, 3).permute(2, 0, 1)
+    with Image.open(path) as image:
+        drawn = torch.tensor(list(image.getdata())).view(16, 16, 3).permute(2, 0, 1)
     assert (((wanted + 1) * 127.5).round() - drawn).abs().max() <= 1
 
 
@@ -234,9 +253,9 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
         module._targets.clear()
         for batch in batches:
             set_batch(module, batch)
-            pictures = module.targets(batch)
+            images = module.targets(batch)
         place = batch.index(second)
-        found.append((module.prompt.initial[place], pictures[place], *module._target_vectors["4"].values()))
+        found.append((module.prompt.initial[place], images[place], *module._target_vectors["4"].values()))
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
 

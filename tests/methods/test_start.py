@@ -20,8 +20,8 @@ SHORT = {"steps": 1, "sampler": SamplerSettings(2), "device": "cpu"}
 
 
 @pytest.fixture
-def picture(pictures):
-    return sorted(pictures.iterdir())[0]
+def image(image_folder):
+    return sorted(image_folder.iterdir())[0]
 
 
 @pytest.fixture
@@ -111,15 +111,15 @@ def test_embedding_of_another_model(backbone, tmp_path):
         PEZ(backbone=backbone, init=str(tmp_path / "sd2.safetensors"))
 
 
-def test_textual_inversion_goes_on_from_its_own_file(backbone, picture, tmp_path):
+def test_textual_inversion_goes_on_from_its_own_file(backbone, image, tmp_path):
     """A result is written to a file, from which other tools and other searches can start."""
     how = {"method": "textual_inversion", "backbone": backbone, "num_tokens": 2, **SHORT, "steps": 3}
-    first = invert(picture, folder=tmp_path / "run", **how)
+    first = invert(image, folder=tmp_path / "run", **how)
     (file,) = (tmp_path / "run/embeddings").iterdir()
     assert f"<{file.stem}>" == first.prompt
     assert torch.equal(read_embedding(file, backbone), first.embedding)
     assert torch.equal(load_file(file)[first.prompt], first.embedding)
-    second = invert(picture, init=str(file), **how)
+    second = invert(image, init=str(file), **how)
     assert second.record.initial_validation_loss == pytest.approx(first.record.validation_loss, rel=1e-5)
 
 

@@ -85,8 +85,8 @@ def test_gradient_is_that_of_the_last_calls(exact, grad_steps):
                 outputs = [exact.backbone.denoiser(latents, t, x[None]).sample for x in (away, told)]
                 output = outputs[0] + exact.sampler.guidance_scale * (outputs[1] - outputs[0])
                 latents = scheduler.step(output, t, latents).prev_sample
-            picture = exact.backbone.decode(latents)
-            total = total - 50 * Sharpness()(picture, [""])[0]
+            image = exact.backbone.decode(latents)
+            total = total - 50 * Sharpness()(image, [""])[0]
         return total
 
     assert float(losses.sum()) == pytest.approx(float(reference(embeds)), rel=1e-6)
@@ -171,8 +171,8 @@ def test_weighted_sum_of_objectives(tiny, tmp_path):
 class Opposite(Objective):
     lowest, highest = -float("inf"), 0.0
 
-    def forward(self, pictures, prompts):
-        return -Sharpness()(pictures, prompts)
+    def forward(self, images, prompts):
+        return -Sharpness()(images, prompts)
 
 
 def test_search_ends_where_what_is_watched_parts(tiny, tmp_path):
@@ -204,9 +204,9 @@ class Broken(Objective):
         super().__init__()
         self.after, self.calls = after, 0
 
-    def forward(self, pictures, prompts):
+    def forward(self, images, prompts):
         self.calls += 1
-        return pictures.flatten(1).mean(1) * (float("nan") if self.calls > self.after else 1)
+        return images.flatten(1).mean(1) * (float("nan") if self.calls > self.after else 1)
 
 
 def test_metric_that_is_not_finite(tiny, tmp_path, caplog):
@@ -237,11 +237,12 @@ def test_settings_that_make_no_search_are_refused(tiny):
 
 
 def run(tiny, folder, *extra):
-    return [
-        "fit", "--run", str(folder), "--trainer.accelerator", "cpu", "--model", "MetricGuidance", "--model.backbone", tiny,
-        "--model.objective", "Sharpness", "--model.sampler.num_inference_steps", "3", "--model.seeds", "2", "--model.steps", "4",
-        "--model.lr", "0.05", "--model.log_images_every_n_steps", "0", "--data", "Prompts", "--data.prompts", json.dumps(PROMPTS), *extra,
-    ]  # fmt: skip
+    command = (
+        f"fit --run {folder} --trainer.accelerator cpu --model MetricGuidance --model.backbone {tiny} "
+        "--model.objective Sharpness --model.sampler.num_inference_steps 3 --model.seeds 2 --model.steps 4 "
+        "--model.lr 0.05 --model.log_images_every_n_steps 0 --data Prompts --data.prompts"
+    )
+    return [*command.split(), json.dumps(PROMPTS), *extra]
 
 
 def problems(folder):
@@ -332,11 +333,16 @@ def test_diffusers_draws_what_we_draw(finished, tiny):
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     told = embeds[f"{key}.prompt_embeds"]
     theirs = pipeline(
-        prompt_embeds=told[None], negative_prompt="", latents=noise, num_inference_steps=3, guidance_scale=7.5, output_type="pt"
-    ).images[0]  # fmt: skip
+        prompt_embeds=told[None],
+        negative_prompt="",
+        latents=noise,
+        num_inference_steps=3,
+        guidance_scale=7.5,
+        output_type="pt",
+    ).images[0]
     main(["predict", "--run", str(finished), "--seeds", "5", "--trainer.accelerator", "cpu"])
-    with Image.open(finished / "pictures" / f"{key}-seed5.png") as picture:
-        ours = torch.tensor(list(picture.getdata())).view(16, 16, 3).permute(2, 0, 1) / 255
+    with Image.open(finished / "images" / f"{key}-seed5.png") as image:
+        ours = torch.tensor(list(image.getdata())).view(16, 16, 3).permute(2, 0, 1) / 255
     assert (ours - theirs).abs().max() < 0.01
 
 
@@ -350,7 +356,7 @@ def test_found_embeddings_are_looked_at_again(finished, capsys):
     for problem in before:
         assert f"{sum(problem['metric_after']) / 2:.5f}  {problem['target']}" in told
     main(["predict", "--run", str(finished), "--negative", "two dogs", "--trainer.accelerator", "cpu"])
-    assert len(list((finished / "pictures").glob("*without*"))) == 2
+    assert len(list((finished / "images").glob("*without*"))) == 2
 
 
 def test_embeddings_of_another_model_are_refused(finished, tmp_path, capsys):
@@ -400,8 +406,8 @@ def test_a_second_search_in_a_folder_is_refused(finished, tiny, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
-def test_reference_picture_is_approached(tiny, tmp_path, pictures):
-    module = MetricGuidance(backbone=tiny, objective=LatentDistance(str(pictures / "0.png")))
+def test_reference_image_is_approached(tiny, tmp_path, image_folder):
+    module = MetricGuidance(backbone=tiny, objective=LatentDistance(str(image_folder / "0.png")))
     assert not module.higher_is_better
-    _, (problem,) = search(tiny, tmp_path, PROMPTS[0], objective=LatentDistance(str(pictures / "0.png"), 20.0))
+    _, (problem,) = search(tiny, tmp_path, PROMPTS[0], objective=LatentDistance(str(image_folder / "0.png"), 20.0))
     assert sum(problem.result.metric_after) < sum(problem.result.metric_before)

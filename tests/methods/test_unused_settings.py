@@ -92,8 +92,8 @@ def test_setting_that_a_method_has_no_use_for_does_not_exist(method, setting, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loaded_backbone_is_taken_as_it_is(tiny, pictures, tmp_path):
+def test_a_loaded_backbone_is_taken_as_it_is(tiny, image_folder, tmp_path):
     loaded = RandomTokens(backbone=tiny).backbone
     module = RandomTokens(backbone=loaded, sampler=SamplerSettings(2))
-    fit(module, pictures / "0.png", tmp_path, steps=1)
+    fit(module, image_folder / "0.png", tmp_path, steps=1)
     assert module.backbone is loaded

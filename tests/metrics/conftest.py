@@ -3,7 +3,7 @@ import pytest
 
 @pytest.fixture
 def adds_up():
-    """Check that a metric over parts, and merged over two ranks, equals that of the whole, and is NaN without values."""
+    """Check a metric over parts, and merged over two ranks, against that of the whole; without values it is NaN."""
 
     def check(metric, whole, *parts):
         expected = float(metric(*whole))

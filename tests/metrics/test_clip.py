@@ -19,7 +19,7 @@ def scored():
     return torch.rand(4, 3, 16, 16) * 2 - 1, torch.rand(2, 3, 16, 16) * 2 - 1
 
 
-def test_pictures_are_compared_by_their_mean_cosine(tiny, scored):
+def test_images_are_compared_by_their_mean_cosine(tiny, scored):
     drawn, targets = scored
     clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
 
@@ -34,12 +34,12 @@ def test_pictures_are_compared_by_their_mean_cosine(tiny, scored):
     assert float(metric(drawn, targets)) == pytest.approx(np.mean(cosines), abs=1e-5)
 
 
-def test_picture_is_like_itself(tiny, scored):
-    picture = scored[0][:1]
-    assert float(ClipImageSimilarity(f"{tiny}/clip")(picture, picture)) == pytest.approx(1, abs=1e-5)
+def test_image_is_like_itself(tiny, scored):
+    image = scored[0][:1]
+    assert float(ClipImageSimilarity(f"{tiny}/clip")(image, image)) == pytest.approx(1, abs=1e-5)
 
 
-def test_pictures_add_up(tiny, scored, adds_up):
+def test_images_add_up(tiny, scored, adds_up):
     drawn, targets = scored
     adds_up(ClipImageSimilarity(f"{tiny}/clip"), (drawn, targets), (drawn[:1], targets), (drawn[1:], targets))
 
@@ -57,20 +57,20 @@ def logits(clip, ids, pixels):
 
 
 def test_texts_are_compared_by_their_mean_cosine(tiny):
-    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
     clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
     tokenizer = CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
-    own = [logits(clip, tokenizer([text], return_tensors="pt").input_ids, pictures)[i] for i, text in enumerate(TEXTS)]
+    own = [logits(clip, tokenizer([text], return_tensors="pt").input_ids, images)[i] for i, text in enumerate(TEXTS)]
     metric = ClipTextSimilarity(f"{tiny}/clip")
-    assert float(metric(pictures, TEXTS)) == pytest.approx(float(torch.stack(own).mean()), abs=1e-5)
+    assert float(metric(images, TEXTS)) == pytest.approx(float(torch.stack(own).mean()), abs=1e-5)
 
 
 def test_texts_add_up(tiny, scored, adds_up):
-    pictures = scored[0][:3]
-    adds_up(ClipTextSimilarity(f"{tiny}/clip"), (pictures, TEXTS), (pictures[:1], TEXTS[:1]), (pictures[1:], TEXTS[1:]))
+    images = scored[0][:3]
+    adds_up(ClipTextSimilarity(f"{tiny}/clip"), (images, TEXTS), (images[:1], TEXTS[:1]), (images[1:], TEXTS[1:]))
 
 
-def test_picture_as_the_processor_makes_it(tiny, tmp_path):
+def test_image_as_the_processor_makes_it(tiny, tmp_path):
     """A CLIP of 224 pixels gets the pixels of transformers' processor."""
     torch.manual_seed(1)
     config = CLIPConfig.from_pretrained(f"{tiny}/clip")
@@ -82,12 +82,12 @@ def test_picture_as_the_processor_makes_it(tiny, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     seen = CLIPImageProcessor()(Image.fromarray(pixels), return_tensors="pt").pixel_values
     expected = logits(clip, tokenizer(TEXTS[:1], return_tensors="pt").input_ids, seen)
-    picture = torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
-    assert float(ClipTextSimilarity(str(tmp_path))(picture, TEXTS[:1])) == pytest.approx(float(expected), abs=1e-5)
+    image = torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    assert float(ClipTextSimilarity(str(tmp_path))(image, TEXTS[:1])) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_text_that_is_too_long_keeps_its_end_of_text_token(tiny, scored):
-    picture, text = scored[0][:1], "two dogs beside a large tree, " * 20
+    image, text = scored[0][:1], "two dogs beside a large tree, " * 20
     scorer, tokenizer = ClipSimilarity(f"{tiny}/clip"), CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
     words, length = (
         tokenizer(text, add_special_tokens=False).input_ids,
@@ -96,21 +96,21 @@ def test_text_that_is_too_long_keeps_its_end_of_text_token(tiny, scored):
     assert len(words) > length
     kept = [tokenizer.bos_token_id, *words[: length - 2], tokenizer.eos_token_id]
     assert scorer.encode([text]).tolist() == [kept]
-    features, metric = scorer.features(picture), ClipTextSimilarity(scorer)
-    score = float(metric(picture, [text]))
+    features, metric = scorer.features(image), ClipTextSimilarity(scorer)
+    score = float(metric(image, [text]))
     assert score == pytest.approx(float(features[0] @ scorer.text_features(torch.tensor([kept]))[0]), abs=1e-5)
     cut = torch.tensor([[tokenizer.bos_token_id, *words[: length - 1]]])  # what plain slicing would leave
     assert score != pytest.approx(float(features[0] @ scorer.text_features(cut)[0]), abs=1e-4)
-    beside = metric(picture.expand(2, -1, -1, -1), [text, "dogs"]), metric(picture, ["dogs"])
+    beside = metric(image.expand(2, -1, -1, -1), [text, "dogs"]), metric(image, ["dogs"])
     assert float(beside[0]) == pytest.approx((score + float(beside[1])) / 2, abs=1e-5)
 
 
-def test_each_picture_needs_its_text(tiny, scored):
+def test_each_image_needs_its_text(tiny, scored):
     with pytest.raises(ValueError, match="4 images and 1 texts"):
         ClipTextSimilarity(f"{tiny}/clip")(scored[0], ["a red cat"])
 
 
-def test_clip_without_a_tokenizer_compares_pictures_only(tiny, tmp_path, scored):
+def test_clip_without_a_tokenizer_compares_images_only(tiny, tmp_path, scored):
     folder = shutil.copytree(f"{tiny}/clip", tmp_path / "clip")
     for path in folder.iterdir():
         if path.name not in ("config.json", "model.safetensors", "preprocessor_config.json"):

@@ -15,28 +15,28 @@ def metric(tiny):
 
 
 @pytest.fixture
-def pictures():
+def images():
     """Create three images for each of two prompts, of the CLIP's size."""
     return torch.rand(2, 3, 3, 32, 32) * 2 - 1
 
 
-def test_it_is_the_mean_over_pairs(tiny, metric, pictures):
+def test_it_is_the_mean_over_pairs(tiny, metric, images):
     clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
     differences = []
-    for several in pictures:
+    for several in images:
         with torch.no_grad():
             features = clip.visual_projection(clip.vision_model(pixel_values=several).pooler_output).double().numpy()
         pairs = itertools.combinations(features, 2)
         differences.append(np.mean([1 - a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in pairs]))
-    assert float(metric(pictures)) == pytest.approx(np.mean(differences), rel=1e-3, abs=1e-6)
+    assert float(metric(images)) == pytest.approx(np.mean(differences), rel=1e-3, abs=1e-6)
 
 
-def test_it_adds_up(metric, pictures, adds_up):
-    adds_up(metric, (pictures,), (pictures[:1],), (pictures[1:],))
+def test_it_adds_up(metric, images, adds_up):
+    adds_up(metric, (images,), (images[:1],), (images[1:],))
 
 
-def test_same_pictures_are_not_diverse(metric, pictures):
-    assert float(metric(pictures[:, :1].expand(-1, 4, -1, -1, -1))) == pytest.approx(0, abs=1e-9)
+def test_same_images_are_not_diverse(metric, images):
+    assert float(metric(images[:, :1].expand(-1, 4, -1, -1, -1))) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,6 @@ def test_it_is_counted_by_hand(metric, monkeypatch, features, expected):
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 3, 8, 8), (4, 3, 8, 8)])
-def test_it_needs_two_pictures_a_prompt(metric, shape):
+def test_it_needs_two_images_a_prompt(metric, shape):
     with pytest.raises(ValueError, match="two or more images per prompt"):
         metric(torch.zeros(shape))

@@ -33,7 +33,7 @@ def trunks(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.rand(3, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
 
 
@@ -46,10 +46,13 @@ def cache(monkeypatch, tmp_path):
 
 
 def distance(trunk, features, a, b):
-    """Compute the definition: squared differences of unit feature vectors, weighted per channel, averaged over positions, and summed."""
+    """Compute LPIPS by its definition.
+
+    Squared differences of unit feature vectors are weighted per channel, averaged over positions, and summed.
+    """
     weights = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{trunk}.pth", "cpu", weights_only=True)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    x, total = torch.stack([(picture - shift[:, None, None]) / scale[:, None, None] for picture in (a, b)]), 0.0
+    x, total = torch.stack([(image - shift[:, None, None]) / scale[:, None, None] for image in (a, b)]), 0.0
     for number, layer in enumerate(features):
         x = layer(x)
         if number in RELUS[trunk]:
@@ -61,33 +64,33 @@ def distance(trunk, features, a, b):
 
 @torch.no_grad()
 @pytest.mark.parametrize("trunk", TRUNKS)
-def test_it_is_the_mean_over_pairs(trunks, pictures, trunk):
+def test_it_is_the_mean_over_pairs(trunks, images, trunk):
     features, file = trunks[trunk]
-    drawn, targets = pictures
+    drawn, targets = images
     expected = [distance(trunk, features, a, b) for a in drawn for b in targets]
     metric = Lpips(trunk, file)
     assert float(metric(drawn, targets)) == pytest.approx(sum(expected) / 6, rel=1e-4)
     assert float(metric(drawn[:1], drawn[:1])) == pytest.approx(0, abs=1e-6)
 
 
-def test_it_adds_up(trunks, pictures, adds_up):
-    drawn, targets = pictures
-    adds_up(Lpips(weights=trunks["alex"][1]), pictures, (drawn[:1], targets), (drawn[1:], targets))
+def test_it_adds_up(trunks, images, adds_up):
+    drawn, targets = images
+    adds_up(Lpips(weights=trunks["alex"][1]), images, (drawn[:1], targets), (drawn[1:], targets))
 
 
-def test_small_pictures_are_enlarged(trunks, pictures):
+def test_small_images_are_enlarged(trunks, images):
     metric = Lpips(weights=trunks["alex"][1])
-    drawn, targets = (x[..., :32, :32] for x in pictures)  # smaller than AlexNet takes
+    drawn, targets = (x[..., :32, :32] for x in images)  # smaller than AlexNet takes
     large = [x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in (drawn, targets)]
     assert float(metric(drawn, targets)) == pytest.approx(float(metric(*large)), rel=1e-6)
 
 
-def test_network_is_frozen_and_has_no_dropout(trunks, pictures):
+def test_network_is_frozen_and_has_no_dropout(trunks, images):
     metric = Lpips(weights=trunks["alex"][1])
     assert not any(p.requires_grad for p in metric.parameters())
-    before = float(metric(*pictures))
+    before = float(metric(*images))
     metric.train()  # as a LightningModule that holds it does
-    assert float(metric(*pictures)) == before
+    assert float(metric(*images)) == before
 
 
 def test_nothing_is_downloaded(cache):
@@ -98,12 +101,12 @@ def test_nothing_is_downloaded(cache):
     assert not list(cache.rglob("*.pth"))
 
 
-def test_weights_in_the_cache_are_found(cache, trunks, pictures):
+def test_weights_in_the_cache_are_found(cache, trunks, images):
     file = trunks["alex"][1]
     (cache / "hub" / "checkpoints").mkdir(parents=True)
     (cache / "hub" / "checkpoints" / file.name).symlink_to(file)
     assert missing_lpips_weights() is None
-    assert float(Lpips()(*pictures)) == float(Lpips(weights=file)(*pictures))
+    assert float(Lpips()(*images)) == float(Lpips(weights=file)(*images))
 
 
 @pytest.mark.parametrize("content", ["text", "another network", "another object", "nothing"])

@@ -23,7 +23,7 @@ from tools.train_emoji.networks import image_processor
 CLIPS = [EMOJI / "clip", EMOJI.parent / "scorer"]
 
 
-def picture(height, width):
+def random_image(height, width):
     """Create a smooth 8-bit image for Pillow and as a tensor (1, 3, H, W) in [-1, 1]."""
     noise = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 255
     pixels = F.interpolate(noise, size=(height, width), mode="bilinear").round().byte()[0]
@@ -33,22 +33,42 @@ def picture(height, width):
 CONFIGS = {
     "published": {},
     "old": {"size": 48, "crop_size": 48, "feature_extractor_type": "CLIPFeatureExtractor"},
-    "own": {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    "own": {
+        "size": {"shortest_edge": 48},
+        "crop_size": {"height": 48, "width": 48},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    },
     "cropped": {"size": {"shortest_edge": 60}, "crop_size": {"height": 48, "width": 48}},
     "squashed": {"size": {"height": 48, "width": 56}, "do_center_crop": False, "resample": 2},
     "nearest": {"size": {"height": 32, "width": 32}, "do_center_crop": False, "resample": 0},
     "raw": {"size": 64, "crop_size": 64, "do_normalize": False},
-    "0 to 255": {"size": 64, "crop_size": 64, "do_rescale": False, "image_mean": [100, 110, 120], "image_std": [50, 60, 70]},
-    "other factor": {"size": 64, "crop_size": 64, "rescale_factor": 1 / 127.5, "image_mean": [1.0, 0.9, 0.8], "image_std": [1.0, 0.5, 2.0]},
+    "0 to 255": {
+        "size": 64,
+        "crop_size": 64,
+        "do_rescale": False,
+        "image_mean": [100, 110, 120],
+        "image_std": [50, 60, 70],
+    },
+    "other factor": {
+        "size": 64,
+        "crop_size": 64,
+        "rescale_factor": 1 / 127.5,
+        "image_mean": [1.0, 0.9, 0.8],
+        "image_std": [1.0, 0.5, 2.0],
+    },
     "as it is": {"do_resize": False, "do_center_crop": False},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("size", [(64, 64), (16, 16), (100, 100), (64, 96), (90, 64)])
 def test_pixels_are_transformers_own(config, size):
-    """Equal up to rounding without resizing; with resizing, transformers rounds to 8 bits, so up to two steps of 255."""
-    image, ours = picture(*size)
+    """Values are equal up to rounding without resizing.
+
+    With resizing, transformers rounds to 8 bits, so they differ by up to two steps of 255.
+    """
+    image, ours = random_image(*size)
     processor = CLIPImageProcessor(**{key: value for key, value in config.items() if key != "feature_extractor_type"})
     expected = torch.as_tensor(np.asarray(processor(image, return_tensors="pt").pixel_values))
     found = ImageProcessor.from_config(config)(ours)
@@ -75,8 +95,8 @@ def test_embedded_clips_see_pixels_as_they_are(folder):
     resized = F.interpolate(small, size=(64, 64), mode="bicubic", antialias=True).clamp(-1, 1)
     assert torch.equal(clip.pixels(small), resized)
     assert json.loads((folder / "preprocessor_config.json").read_text()) == image_processor()
-    theirs = CLIPImageProcessor.from_pretrained(folder)(picture(64, 64)[0], return_tensors="pt").pixel_values
-    torch.testing.assert_close(torch.as_tensor(np.asarray(theirs)), picture(64, 64)[1], atol=1e-6, rtol=0)
+    theirs = CLIPImageProcessor.from_pretrained(folder)(random_image(64, 64)[0], return_tensors="pt").pixel_values
+    torch.testing.assert_close(torch.as_tensor(np.asarray(theirs)), random_image(64, 64)[1], atol=1e-6, rtol=0)
 
 
 @pytest.fixture
@@ -135,7 +155,10 @@ def test_read_from_the_hub(clip, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"size": 48, "crop_size": 48}, r"takes images of 32 x 32 pixels, but its image processor makes 48 x 48; correct"),
+        (
+            {"size": 48, "crop_size": 48},
+            r"takes images of 32 x 32 pixels, but its image processor makes 48 x 48; correct",
+        ),
         ({"size": 32, "crop_size": 64, "do_center_crop": False, "resample": 1}, r"its resample must be 0 \(nearest"),
         ({"size": {"longest_edge": 32}}, "it lacks 'height'"),
         ({"size": 32, "crop_size": 32, "image_mean": [0.5]}, "three numbers each"),
@@ -143,7 +166,7 @@ def test_read_from_the_hub(clip, monkeypatch, tmp_path):
         ({"size": "x\x1b[31m"}, "cannot be used"),
         ([1], "cannot be used"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(clip, content, reason):
     (clip / "preprocessor_config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=reason) as error:

@@ -33,7 +33,7 @@ needs_head = pytest.mark.skipif(not HEAD.exists(), reason=f"the aesthetic predic
 
 
 @pytest.fixture
-def pictures():
+def images():
     return torch.rand(3, 3, 16, 16, dtype=torch.float64) * 1.8 - 0.9
 
 
@@ -48,18 +48,22 @@ def reference(tmp_path):
 def vit_l(tiny, tmp_path_factory):
     """A folder of a CLIP with the feature width and image size of ViT-L/14."""
     folder, text = tmp_path_factory.mktemp("vit_l"), CLIPTextConfig.from_pretrained(f"{tiny}/text_encoder")
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56)  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56
+    )
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=768)).save_pretrained(folder)  # fmt: skip
+    CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=768)
+    ).save_pretrained(folder)
     CLIPTokenizerFast.from_pretrained(f"{tiny}/clip").save_pretrained(folder)
     return str(folder)
 
 
-def test_laplacian_is_that_of_a_slow_loop(pictures):
+def test_laplacian_is_that_of_a_slow_loop(images):
     expected = []
-    for picture in ((pictures + 1) / 2).tolist():
+    for image in ((images + 1) / 2).tolist():
         luma = [
-            [0.2989 * picture[0][y][x] + 0.5870 * picture[1][y][x] + 0.1140 * picture[2][y][x] for x in range(16)]
+            [0.2989 * image[0][y][x] + 0.5870 * image[1][y][x] + 0.1140 * image[2][y][x] for x in range(16)]
             for y in range(16)
         ]
         found = [
@@ -69,8 +73,8 @@ def test_laplacian_is_that_of_a_slow_loop(pictures):
         ]
         mean = sum(found) / len(found)
         expected.append(sum((value - mean) ** 2 for value in found) / (len(found) - 1))
-    assert Sharpness()(pictures, PROMPTS).tolist() == pytest.approx(expected)
-    assert Blurriness()(pictures, PROMPTS).tolist() == pytest.approx(expected)
+    assert Sharpness()(images, PROMPTS).tolist() == pytest.approx(expected)
+    assert Blurriness()(images, PROMPTS).tolist() == pytest.approx(expected)
 
 
 def test_directions():
@@ -88,7 +92,7 @@ def attached(objective, folder):
 
 
 @pytest.mark.parametrize("name", ["Sharpness", "ClipText", "ClipQuality", "Preference", "LatentDistance"])
-def test_gradients_are_finite_differences(name, tiny, reference, pictures):
+def test_gradients_are_finite_differences(name, tiny, reference, images):
     objective = {
         "Sharpness": Sharpness,
         "ClipText": ClipText,
@@ -113,30 +117,30 @@ def test_gradients_are_finite_differences(name, tiny, reference, pictures):
             1 + 0.05 * clip.text_projection(clip.text_model(objective.clip.encode(texts)).pooler_output),
             dim=-1,
         )
-    pictures.requires_grad_()
-    (gradient,) = torch.autograd.grad(objective(pictures, PROMPTS).sum(), pictures)
-    direction = torch.randn_like(pictures)
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(images, PROMPTS).sum(), images)
+    direction = torch.randn_like(images)
     step = 1e-5
     with torch.no_grad():
-        ahead, behind = (objective(pictures + sign * step * direction, PROMPTS).sum() for sign in (1, -1))
+        ahead, behind = (objective(images + sign * step * direction, PROMPTS).sum() for sign in (1, -1))
     assert float((gradient * direction).sum()) == pytest.approx(float(ahead - behind) / (2 * step), rel=1e-4)
 
 
 def test_values_by_clip_are_those_of_transformers(tiny):
-    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
     clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
     tokenizer = CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
 
     def logits(texts):
         with torch.no_grad():
             return clip(
-                input_ids=tokenizer(texts, padding=True, return_tensors="pt").input_ids, pixel_values=pictures
+                input_ids=tokenizer(texts, padding=True, return_tensors="pt").input_ids, pixel_values=images
             ).logits_per_image
 
     scale = clip.logit_scale.exp()
-    found = attached(Preference(f"{tiny}/clip"), tiny).float()(pictures, PROMPTS)
+    found = attached(Preference(f"{tiny}/clip"), tiny).float()(images, PROMPTS)
     assert found == pytest.approx(logits(PROMPTS).diagonal(), abs=1e-4)
-    found = attached(ClipText(), tiny).float()(pictures, PROMPTS)
+    found = attached(ClipText(), tiny).float()(images, PROMPTS)
     assert found == pytest.approx((logits(PROMPTS) / scale).diagonal().detach(), abs=1e-5)
 
 
@@ -161,22 +165,28 @@ def test_quality_is_a_softmax_of_a_hundred_cosines(tiny):
 def test_aesthetic_predictor_is_the_released_network(tiny, vit_l):
     objective = Aesthetic(str(HEAD), clip=vit_l)
     released = nn.Sequential(
-        nn.Linear(768, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64), nn.Dropout(0.1),
-        nn.Linear(64, 16), nn.Linear(16, 1),
-    )  # fmt: skip
+        nn.Linear(768, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )
     state = torch.load(HEAD, map_location="cpu", weights_only=True)
     released.load_state_dict({name.removeprefix("layers."): value for name, value in state.items()})
     objective.attach(load_backbone(tiny), True)
-    pictures = torch.rand(4, 3, 64, 64) * 2 - 1
+    images = torch.rand(4, 3, 64, 64) * 2 - 1
     # CLIP's own preprocessing of [0, 1], and unit vectors
-    pixels = F.interpolate(pictures, size=(224, 224), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
+    pixels = F.interpolate(images, size=(224, 224), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     clip = CLIPModel.from_pretrained(vit_l).eval()
     with torch.no_grad():
         features = clip.get_image_features(pixel_values=(pixels - mean[:, None, None]) / std[:, None, None])
         features = features if isinstance(features, torch.Tensor) else features.pooler_output
         expected = released.eval()(features / features.norm(dim=1, keepdim=True))[:, 0]
-    assert objective(pictures, ["a"] * 4) == pytest.approx(expected, abs=1e-4)
+    assert objective(images, ["a"] * 4) == pytest.approx(expected, abs=1e-4)
     assert not any(parameter.requires_grad for parameter in objective.parameters())
 
 
@@ -219,17 +229,17 @@ def test_files_that_are_no_weights_are_refused(tmp_path, capsys):
             Aesthetic(str(tmp_path / f"{name}.pth"))
 
 
-def test_latent_distance_is_that_of_encoded_pictures(tiny, reference):
+def test_latent_distance_is_that_of_encoded_images(tiny, reference):
     backbone, objective = load_backbone(tiny), LatentDistance(reference)
     objective.attach(backbone, True)
-    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
-    one, other = backbone.encode_image(pictures), backbone.encode_image(objective.image)
-    assert objective(pictures, ["", ""]).tolist() == pytest.approx([float(((x - other[0]) ** 2).mean()) for x in one])
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    one, other = backbone.encode_image(images), backbone.encode_image(objective.image)
+    assert objective(images, ["", ""]).tolist() == pytest.approx([float(((x - other[0]) ** 2).mean()) for x in one])
     assert float(objective(objective.image, [""])) == 0
     assert (LatentDistance.lowest, LatentDistance.highest) == (0, math.inf)
 
 
-def test_perceptual_distance_lacks_weights_or_pictures(reference, tmp_path, monkeypatch):
+def test_perceptual_distance_lacks_weights_or_images(reference, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     with pytest.raises(UserError, match="LPIPS lacks the weights"):
         Perceptual(reference)
@@ -249,12 +259,12 @@ def alexnet_file(folder):
 def test_perceptual_distance_passes_a_gradient_on(reference, tmp_path, tiny):
     objective = Perceptual(reference, str(alexnet_file(tmp_path)))
     objective.attach(load_backbone(tiny), True)
-    pictures = torch.cat([objective.image, objective.image + 0.2]).requires_grad_()
-    values = objective(pictures, ["", ""])
+    images = torch.cat([objective.image, objective.image + 0.2]).requires_grad_()
+    values = objective(images, ["", ""])
     same, other = values.tolist()
     assert same == pytest.approx(0, abs=1e-6)
     assert other > 0
-    (gradient,) = torch.autograd.grad(values.sum(), pictures)
+    (gradient,) = torch.autograd.grad(values.sum(), images)
     assert gradient[1].abs().sum() > 0
 
 

@@ -25,9 +25,12 @@ def test_it_is_as_long_as_torchs_adam_and_points_where_lion_does():
         shadow.grad = gradient
         adam.step()
         length = (shadow.detach() - shadow_before).norm()
-        signs = torch.tensor([
-            [0.0 if c == 0 else (1.0 if c > 0 else -1.0) for c in row] for row in (0.9 * momentum + 0.1 * gradient).tolist()
-        ])  # fmt: skip
+        signs = torch.tensor(
+            [
+                [0.0 if c == 0 else (1.0 if c > 0 else -1.0) for c in row]
+                for row in (0.9 * momentum + 0.1 * gradient).tolist()
+            ]
+        )
         momentum = 0.99 * momentum + 0.01 * gradient
         expected = before - 0.03 * length / signs.norm() * signs
         assert parameter.detach() == pytest.approx(expected, abs=1e-6)

@@ -707,7 +707,10 @@ def test_takes_exactly_one_parameter_with_an_axis():
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 def test_no_curvature_is_taken_from_gradients_of_two_functions(line_search_fn):
-    """With two functions of one Hessian, each kept pair is a step and the Hessian applied to it, unless gradients were mixed."""
+    """With two functions of one Hessian, each kept pair is a step and the Hessian applied to it.
+
+    This does not hold when gradients of the two functions are mixed.
+    """
     matrix = torch.diag(torch.tensor([1.0, 2, 4, 8], dtype=torch.float64))
     shifts = torch.tensor([[3.0, -1, 2, 1], [-30.0, 10, -20, -10]], dtype=torch.float64)
 

@@ -54,8 +54,10 @@ def test_the_negative_prompt_is_the_empty_text_unless_one_is_given(backbone, emb
     assert torch.equal(negative_prompt_embeds, embeds[:, 1].repeat(2, 1, 1))
     encoded, encode_text = [], backbone.encode_text
     monkeypatch.setattr(
-        backbone, "encode_text", lambda texts, negative=False: encoded.append((texts, negative)) or encode_text(texts, negative)
-    )  # fmt: skip
+        backbone,
+        "encode_text",
+        lambda texts, negative=False: encoded.append((texts, negative)) or encode_text(texts, negative),
+    )
     _, negative_prompt_embeds = sampler.split(embeds[:, :1])
     assert torch.equal(negative_prompt_embeds, encode_text([""], negative=True))
     assert encoded == [([""], True)]

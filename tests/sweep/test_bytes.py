@@ -66,20 +66,33 @@ def table():
     return text.getvalue().encode()
 
 
-RECORD = json.dumps({"version": RECORD_VERSION, **asdict(Problem(KEY, "a.png", ["a.png"], prompt="a", token_ids=[1], validation_loss=0.5))}).encode()  # fmt: skip
+RECORD = json.dumps(
+    {
+        "version": RECORD_VERSION,
+        **asdict(Problem(KEY, "a.png", ["a.png"], prompt="a", token_ids=[1], validation_loss=0.5)),
+    }
+).encode()
 BATCH = {name: [] for name in ("records", "active", "steps", "stale", "halvings", "skipped", "best")} | {
     "parts": 1,
     "microbatch": 1,
 }
 VALID = {
-    "a.png": [encoded("PNG")], "a.jpg": [encoded("JPEG")], "a.webp": [encoded("WEBP")], "a.gif": [encoded("GIF")], "a.bmp": [encoded("BMP")],
+    "a.png": [encoded("PNG")],
+    "a.jpg": [encoded("JPEG")],
+    "a.webp": [encoded("WEBP")],
+    "a.gif": [encoded("GIF")],
+    "a.bmp": [encoded("BMP")],
     "a.tif": [encoded("TIFF")],
-    "a.csv": [table()], "a.jsonl": [b'{"file": "a.png", "caption": "x"}\n{"file": ["b.png", "c.png"], "subject": "y"}\n'], "a.tar": [archive()],
+    "a.csv": [table()],
+    "a.jsonl": [b'{"file": "a.png", "caption": "x"}\n{"file": ["b.png", "c.png"], "subject": "y"}\n'],
+    "a.tar": [archive()],
     "a.safetensors": [save({"<x>": np.zeros((2, 32), np.float32)}), struct.pack("<Q", 2) + b"{}"],
     "a.pt": [pickled({"string_to_param": {"*": torch.zeros(2, 32)}}), pickled({"<x>": torch.zeros(32)})],
-    "a.txt": ["a cat\nein Hündchen\n".encode()], "a.json": [b'{"a cat": {"synonym": {"cat": ["kitten"]}, "antonym": {}}}'],
-    f"{KEY}.json": [RECORD], "a.ckpt": [pickled({"batch": BATCH, "state_dict": {"p": torch.zeros(0, 1)}})],
-}  # fmt: skip
+    "a.txt": ["a cat\nein Hündchen\n".encode()],
+    "a.json": [b'{"a cat": {"synonym": {"cat": ["kitten"]}, "antonym": {}}}'],
+    f"{KEY}.json": [RECORD],
+    "a.ckpt": [pickled({"batch": BATCH, "state_dict": {"p": torch.zeros(0, 1)}})],
+}
 
 
 @st.composite

@@ -33,13 +33,22 @@ def disk(tmp_path):
 
 def command(*args):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *map(str, args)], capture_output=True, text=True, env=environment, check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
 
 
 def search(tiny, tmp_path, run):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    return ["fit", "--run", run, "--model=PEZ", f"--model.backbone={tiny}", "--model.num_tokens=2", "--model.sampler.num_inference_steps=2", "--ckpt_path=last",
-            "--data=ImagesToPrompts", f"--data.images={tmp_path / 'a.png'}", "--model.steps=20", "--data.num_noise_samples=1"]  # fmt: skip
+    return (
+        f"fit --run {run} --model=PEZ --model.backbone={tiny} --model.num_tokens=2 "
+        "--model.sampler.num_inference_steps=2 --ckpt_path=last --data=ImagesToPrompts "
+        f"--data.images={tmp_path / 'a.png'} --model.steps=20 --data.num_noise_samples=1"
+    ).split()
 
 
 @pytest.mark.parametrize("size", ["16k", "24k", "40k", "64k", "90k"])

@@ -31,17 +31,36 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 HERE = Path(__file__).parent
 METHOD = {"pez": "PEZ", "ph2p": "PH2P", "gcg": "GCG"}
-ON_PROMPTS = {"dpo": "DPODiff", "metric": "MetricGuidance", "invariance": "SeedInvariance", "feedback": "HumanFeedback", "prompts": "DPODiff"}  # fmt: skip
+ON_PROMPTS = {
+    "dpo": "DPODiff",
+    "metric": "MetricGuidance",
+    "invariance": "SeedInvariance",
+    "feedback": "HumanFeedback",
+    "prompts": "DPODiff",
+}
 OPTIONS = {"metric": " --model.objective=Sharpness", "prompts": " --model.positive=[neighbors] --model.negative=[]"}
+SAMPLER = "--model.sampler.num_inference_steps"
 BASES = {
-    **{f"fit {name}": f"fit --run={{new}} --model={method} --model.backbone={{tiny}} --model.sampler.num_inference_steps=4 --data=ImagesToPrompts "
-       "--data.images={place}/a.png" for name, method in METHOD.items()},
-    **{f"fit {name}": f"fit --run={{new}} --model={method} --model.backbone={{tiny}} --model.sampler.num_inference_steps=4{OPTIONS.get(name, '')} "
-       "--data=Prompts" + ("" if name == "prompts" else " --data.prompts=cat") for name, method in ON_PROMPTS.items()},
+    **{
+        f"fit {name}": (
+            f"fit --run={{new}} --model={method} --model.backbone={{tiny}} {SAMPLER}=4 "
+            "--data=ImagesToPrompts --data.images={place}/a.png"
+        )
+        for name, method in METHOD.items()
+    },
+    **{
+        f"fit {name}": (
+            f"fit --run={{new}} --model={method} --model.backbone={{tiny}} {SAMPLER}=4{OPTIONS.get(name, '')} "
+            f"--data=Prompts{'' if name == 'prompts' else ' --data.prompts=cat'}"
+        )
+        for name, method in ON_PROMPTS.items()
+    },
     "fit only": "fit --run={new} --model=PEZ --model.backbone={tiny} --data=ImagesToPrompts",
-    "fit again": "fit --run={spoiled} --ckpt_path=last --model=PEZ --model.backbone={tiny} --model.num_tokens=2 --model.sampler.num_inference_steps=2 "
-    "--data=ImagesToPrompts --data.images={place}/a.png --model.steps=1 --data.num_noise_samples=1",
-}  # fmt: skip
+    "fit again": (
+        f"fit --run={{spoiled}} --ckpt_path=last --model=PEZ --model.backbone={{tiny}} --model.num_tokens=2 "
+        f"{SAMPLER}=2 --data=ImagesToPrompts --data.images={{place}}/a.png --model.steps=1 --data.num_noise_samples=1"
+    ),
+}
 
 
 class Evil:
@@ -62,18 +81,47 @@ def broken_files(place):
     deep = "[" * 100_000
     bomb = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
     files = {
-        "cut.png": png[: len(png) // 2], "empty.png": b"", "text.png": b"no picture", "svg.png": b"<svg xmlns='x'/>", "huge.png": bytes(huge),
-        "empty.csv": b"", "nocolumn.csv": b"name\nx\n", "missing.csv": b"file\nnowhere.png\n", "binary.csv": os.urandom(500), "nul.csv": b"file\n\0\n",
-        "utf16.csv": "file\na.png\n".encode("utf-16"), "list.jsonl": b"[1]\n", "numbers.jsonl": b"1\n2\n", "deep.jsonl": deep.encode(),
-        "missing.jsonl": b'{"file": "nowhere.png"}\n', "blank.txt": b"\n \n", "binary.txt": b"\xff\xfe\xfa\n",
-        "empty.tar": b"", "text.tar": b"no archive", "shard.tar.gz": b"\x1f\x8b",
-        "cut.safetensors": struct.pack("<Q", 10**6) + b"{}", "text.safetensors": b"no tensors", "empty.safetensors": b"", "text.pt": b"no pickle",
-        "evil.pt": pickle.dumps(Evil()), "text.json": b"{", "list.json": b"[1]", "deep.json": deep.encode(),
-        "empty.yaml": b"", "list.yaml": b"- 1\n", "text.yaml": b"hello", "utf16.yaml": "model: PEZ\n".encode("utf-16"), "binary.yaml": os.urandom(300),
-        "deep.yaml": ("a: " + "[" * 10_000 + "]" * 10_000).encode(), "bomb.yaml": f"a0: &a0 [x]\n{bomb}".encode(), "tab.yaml": b"model:\n\tclass_path: PEZ\n",
-        "noinit.yaml": b"model:\n  class_path: PEZ\n  init_args:\n", "badclass.yaml": b"model:\n  class_path: NoSuchMethod\n",
-        "evil.yaml": b"model: !!python/object/apply:os.mkdir [evil]\n", "badkey.yaml": b"model:\n  class_path: PEZ\nnonsense: 1\n",
-    }  # fmt: skip
+        "cut.png": png[: len(png) // 2],
+        "empty.png": b"",
+        "text.png": b"no image",
+        "svg.png": b"<svg xmlns='x'/>",
+        "huge.png": bytes(huge),
+        "empty.csv": b"",
+        "nocolumn.csv": b"name\nx\n",
+        "missing.csv": b"file\nnowhere.png\n",
+        "binary.csv": os.urandom(500),
+        "nul.csv": b"file\n\0\n",
+        "utf16.csv": "file\na.png\n".encode("utf-16"),
+        "list.jsonl": b"[1]\n",
+        "numbers.jsonl": b"1\n2\n",
+        "deep.jsonl": deep.encode(),
+        "missing.jsonl": b'{"file": "nowhere.png"}\n',
+        "blank.txt": b"\n \n",
+        "binary.txt": b"\xff\xfe\xfa\n",
+        "empty.tar": b"",
+        "text.tar": b"no archive",
+        "shard.tar.gz": b"\x1f\x8b",
+        "cut.safetensors": struct.pack("<Q", 10**6) + b"{}",
+        "text.safetensors": b"no tensors",
+        "empty.safetensors": b"",
+        "text.pt": b"no pickle",
+        "evil.pt": pickle.dumps(Evil()),
+        "text.json": b"{",
+        "list.json": b"[1]",
+        "deep.json": deep.encode(),
+        "empty.yaml": b"",
+        "list.yaml": b"- 1\n",
+        "text.yaml": b"hello",
+        "utf16.yaml": "model: PEZ\n".encode("utf-16"),
+        "binary.yaml": os.urandom(300),
+        "deep.yaml": ("a: " + "[" * 10_000 + "]" * 10_000).encode(),
+        "bomb.yaml": f"a0: &a0 [x]\n{bomb}".encode(),
+        "tab.yaml": b"model:\n\tclass_path: PEZ\n",
+        "noinit.yaml": b"model:\n  class_path: PEZ\n  init_args:\n",
+        "badclass.yaml": b"model:\n  class_path: NoSuchMethod\n",
+        "evil.yaml": b"model: !!python/object/apply:os.mkdir [evil]\n",
+        "badkey.yaml": b"model:\n  class_path: PEZ\nnonsense: 1\n",
+    }
     for name, content in files.items():
         (place / name).write_bytes(content)
     red.resize((4, 4)).save(place / "tiny.png")

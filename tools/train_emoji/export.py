@@ -20,10 +20,15 @@ def export(work: Path, folder: Path) -> None:
     model, scorer = folder / "model", folder / "scorer"
     tokenizer = CLIPTokenizerFast.from_pretrained(work / "tokenizer")
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "autoencoder"), text_encoder=CLIPTextModel.from_pretrained(work / "clip"),
-        tokenizer=tokenizer, unet=UNet2DConditionModel.from_pretrained(work / "denoiser"), scheduler=scheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=AutoencoderKL.from_pretrained(work / "autoencoder"),
+        text_encoder=CLIPTextModel.from_pretrained(work / "clip"),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel.from_pretrained(work / "denoiser"),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.to(torch.float16).save_pretrained(model)
     for name, target in (("clip", model / "clip"), ("scorer", scorer)):
         CLIPModel.from_pretrained(work / name).half().save_pretrained(target)

@@ -81,7 +81,10 @@ class Training(pl.LightningModule, ABC):
         self.ema.update_parameters(self.network)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW with a warm-up of 300 steps, a constant learning rate, and linear decay over the last 30% of the steps."""
+        """Return AdamW with a warm-up of 300 steps, a constant learning rate, and a linear decay at the end.
+
+        The decay takes the last 30% of the steps.
+        """
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=0.01)
 
         def factor(step: int) -> float:

@@ -43,7 +43,10 @@ def render_chunk(seed: int, count: int, tokenizer_folder: Path) -> tuple[np.ndar
 
 
 def render_scenes(work: Path, count: int, seed: int) -> None:
-    """Train the tokenizer and render two data sets of different seeds into `work`, one for the model and one for the scorer."""
+    """Train the tokenizer and render two data sets into `work`.
+
+    One is for the model and one, of another seed, for the scorer.
+    """
     rng = random.Random(seed)
     captions = [world.caption(world.random_scene(rng), rng) for _ in range(100_000)]
     train_tokenizer(captions, merges=760, folder=work / "tokenizer")
@@ -68,9 +71,16 @@ def train(stage: str, work: Path, steps: int, batch_size: int, lr: float, seed: 
         work / "checkpoints" / stage, save_last=True, save_top_k=0, every_n_train_steps=SAVE_EVERY
     )
     trainer = pl.Trainer(
-        max_steps=steps, precision=precision, logger=pl.loggers.CSVLogger(work, name=f"log-{stage}"), callbacks=[checkpoints],
-        enable_progress_bar=False, benchmark=True, log_every_n_steps=100, gradient_clip_val=1.0, use_distributed_sampler=False,
-    )  # fmt: skip
+        max_steps=steps,
+        precision=precision,
+        logger=pl.loggers.CSVLogger(work, name=f"log-{stage}"),
+        callbacks=[checkpoints],
+        enable_progress_bar=False,
+        benchmark=True,
+        log_every_n_steps=100,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+    )
     last = Path(checkpoints.dirpath or "") / "last.ckpt"
     begun = time.perf_counter()
     endless: Any = range(10**9)

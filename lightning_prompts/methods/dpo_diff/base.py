@@ -242,7 +242,10 @@ class WordSearch(Refinement):
             [text for text in texts for _ in range(count)]
             for texts in zip(*((p.target, str(p.prompt), p.negative_prompt or "") for p in problems), strict=True)
         )
-        before, after = self.draw(originals, noise.flatten(0, 1)), self.draw(prompts, noise.flatten(0, 1), negatives)
+        before, after = (
+            self.generate(originals, noise.flatten(0, 1)),
+            self.generate(prompts, noise.flatten(0, 1), negatives),
+        )
         return before.unflatten(0, noise.shape[:2]), after.unflatten(0, noise.shape[:2])
 
     def record_fresh_scores(self, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:

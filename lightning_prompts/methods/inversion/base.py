@@ -107,10 +107,10 @@ class Inverter(PromptMethod):
         return cast("ImagesToPrompts", super().data)
 
     @property
-    def drawing(self) -> dict[str, Any]:
-        """How images are generated, including those of scoring; see `PromptMethod.drawing`."""
+    def sampling_settings(self) -> dict[str, Any]:
+        """How images are generated, including those of scoring; see `PromptMethod.sampling_settings`."""
         reranking = {"rerank_steps": self.reranker.sampler.num_inference_steps} if self.reranker else {}
-        return {**super().drawing, **reranking}
+        return {**super().sampling_settings, **reranking}
 
     # --- initial prompts
 

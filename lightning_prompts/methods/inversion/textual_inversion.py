@@ -85,7 +85,7 @@ class TextualInversion(GradientInverter):
         for problem in (*self.batch.records, *map(folder.read, files)):
             if problem and problem.embedding and pseudo_word(problem) == word:
                 return problem
-        known = [pseudo_word(problem) for problem in islice(folder.found(), 5)]
+        known = [pseudo_word(problem) for problem in islice(folder.with_prompt(), 5)]
         raise UserError(f"This run has no pseudo-word {word}; it has {', '.join(known) or 'none yet'}.")
 
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
@@ -103,5 +103,5 @@ class TextualInversion(GradientInverter):
 
 def pseudo_word(problem: Problem) -> str:
     """Return the pseudo-word of a problem's embeddings, such as `<fox-3fa9c01d>`."""
-    name = re.sub(r"[^a-z0-9]+", "-", Path(problem.target).stem.lower()).strip("-") or "picture"
+    name = re.sub(r"[^a-z0-9]+", "-", Path(problem.target).stem.lower()).strip("-") or "image"
     return f"<{name}-{problem.key[:8]}>"

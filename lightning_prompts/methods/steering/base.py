@@ -219,15 +219,15 @@ class Steering(Refinement):
 
     def images_before_and_after(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
         """See `Refinement.images_before_and_after`."""
-        before = self.sampler.draw_embeds(self.initial(problems), noise)
-        return before, self.sampler.draw_embeds(self.best_embeds_of(problems), noise)
+        before = self.sampler.generate_from_embeds(self.initial(problems), noise)
+        return before, self.sampler.generate_from_embeds(self.best_embeds_of(problems), noise)
 
-    def draw_found(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
-        """Generate images (N, 3, H, W) of a problem's best embeddings; see `PromptMethod.draw_found`."""
+    def generate_best(self, problem: Problem, noise: Tensor, negative: str = "") -> Tensor:
+        """Generate images (N, 3, H, W) of a problem's best embeddings; see `PromptMethod.generate_best`."""
         embeds = self.best_embeds_of([problem])
         if negative:
             embeds = torch.stack([embeds[:, 0], self.encode([negative], negative=True).to(embeds)], dim=1)
-        return self.sampler.draw_embeds(embeds, noise[None])[0]
+        return self.sampler.generate_from_embeds(embeds, noise[None])[0]
 
     @torch.no_grad()
     def record_fresh_scores(self, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:

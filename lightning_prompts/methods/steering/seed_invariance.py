@@ -177,7 +177,9 @@ class SeedInvariance(Steering):
         """Return the target images (P, 3, H, W), each generated once and alone so that it does not depend on the batch."""
         for problem in problems:
             if problem.key not in self._targets:
-                images = self.sampler.draw_embeds(self.initial([problem]), self.target_noise([problem]).unsqueeze(1))
+                images = self.sampler.generate_from_embeds(
+                    self.initial([problem]), self.target_noise([problem]).unsqueeze(1)
+                )
                 self._targets[problem.key] = images[0, 0]
         return torch.stack([self._targets[problem.key] for problem in problems])
 

@@ -31,7 +31,7 @@ class Round:
         texts: The texts of the C candidates.
         positions: Positions of these images on the map, (K + 1, 2).
         candidate_positions: Positions of the C candidates on the map, (C, 2).
-        draw: Generates the image of a candidate, given its index and a strength from 0, the current image, to 1; from
+        generate: Generates the image of a candidate, given its index and a strength from 0, the current image, to 1; from
             the noise of the other images.
         stopped: Returns whether the run is stopping.
     """
@@ -41,7 +41,7 @@ class Round:
     texts: list[str]
     positions: Tensor
     candidate_positions: Tensor
-    draw: Callable[[int, float], Tensor]
+    generate: Callable[[int, float], Tensor]
     stopped: Callable[[], bool]
 
 
@@ -137,10 +137,10 @@ class Scripted(Chooser):
 
     def choose(self, question: Round) -> Choice | None:
         """Choose the most similar candidate."""
-        candidates = [question.draw(i, 1.0) for i in range(len(question.texts))]
+        candidates = [question.generate(i, 1.0) for i in range(len(question.texts))]
         current, *others = self.similarities([question.images[-1], *candidates])
         best = int(torch.stack(others).argmax())
-        tried = self.similarities([question.draw(best, strength) for strength in self.strengths])
+        tried = self.similarities([question.generate(best, strength) for strength in self.strengths])
         if tried.max() <= current:
             return Choice("others")
         return Choice("go", best, self.strengths[int(tried.argmax())])

@@ -114,7 +114,7 @@ class HumanFeedback(Steering):
 
     def image(self, embeds: Tensor) -> Tensor:
         """Generate the image (3, H, W) of an encoded prompt (S, R, D), always from the same noise."""
-        return self.sampler.draw_embeds(embeds[None], self.noise[:, :1])[0, 0]
+        return self.sampler.generate_from_embeds(embeds[None], self.noise[:, :1])[0, 0]
 
     def positions(self, embeds: Sequence[Tensor]) -> Tensor:
         """Return the positions (N, 2) of N encoded prompts (S, R, D) on the map, relative to the user's prompt."""
@@ -176,7 +176,7 @@ class HumanFeedback(Steering):
         reach = 0.5 ** (result.others % HALVINGS)
 
         @cache
-        def draw(candidate: int, strength: float) -> Tensor:
+        def generate(candidate: int, strength: float) -> Tensor:
             return self.image(slerp(self.path[-1], ends[candidate], reach * strength))
 
         question = Round(
@@ -185,7 +185,7 @@ class HumanFeedback(Steering):
             texts=texts,
             positions=self.positions(self.path),
             candidate_positions=self.positions(list(slerp(self.path[-1], ends, reach))),
-            draw=draw,
+            generate=generate,
             stopped=lambda: self.stopped,
         )
         choice = self.chooser.choose(question)

@@ -131,7 +131,7 @@ class Page(Chooser):
         )  # fmt: skip
         for i in range(count):
             self.publish(status=f"generating candidate {i + 1} of {count}.")
-            candidate = self.save(_enlarged(question.draw(i, 1.0))), f"{i + 1}  {question.texts[i]}"
+            candidate = self.save(_enlarged(question.generate(i, 1.0))), f"{i + 1}  {question.texts[i]}"
             self.publish(candidates=[*self.view.candidates, candidate])
         self.publish(ready=True, status=f"after move {moves}: which one do you like?")
         while not question.stopped():
@@ -148,7 +148,7 @@ class Page(Chooser):
             if not request.preview:
                 self.publish(ready=False, status="generating images.")
                 return request.choice
-            image = question.draw(request.choice.candidate, request.choice.strength)
+            image = question.generate(request.choice.candidate, request.choice.strength)
             self.publish(preview=self.save(_enlarged(image)))
         return None
 
