@@ -11,7 +11,7 @@ $(BIN)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	touch $@
 
-$(OLDEST)/.installed: pyproject.toml  # pip cannot be asked for the oldest, uv can
+$(OLDEST)/.installed: pyproject.toml  # pip cannot resolve to the oldest versions, uv can
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable . --group dev
@@ -20,17 +20,17 @@ $(OLDEST)/.installed: pyproject.toml  # pip cannot be asked for the oldest, uv c
 demo: $(BIN)/.installed  ## inverts an image on the embedded model
 	$(BIN)/python train.py fit --config configs/invert.yaml --data.images docs/images/demo.png
 
-test: $(BIN)/.installed  ## passes in a few minutes
+test: $(BIN)/.installed  ## runs the tests, in about ten minutes on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test-exact: $(BIN)/.installed  ## those that compare to the last bit, with kernels as other processors have them
+test-exact: $(BIN)/.installed  ## runs the tests for bit-identical results, with two other sets of kernels
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m exact
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m exact
 
-test-slow: $(BIN)/.installed  ## the rest of what `test` takes a part of, such as every method on every model
+test-slow: $(BIN)/.installed  ## runs the slow tests that `test` leaves out, such as every method on every model
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m slow
 
-test-oldest: $(OLDEST)/.installed  ## the same with the oldest dependencies that pyproject.toml allows
+test-oldest: $(OLDEST)/.installed  ## runs the tests with the oldest dependencies that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(BIN)/.installed
@@ -40,7 +40,7 @@ lint: $(BIN)/.installed
 types: $(BIN)/.installed
 	$(BIN)/mypy
 
-house: $(BIN)/.installed  ## the size and the structure of the package, and what exceeds a limit
+house: $(BIN)/.installed  ## prints the size and the structure of the package, and what exceeds a limit
 	$(BIN)/python benchmarks/house.py
 
 format: $(BIN)/.installed

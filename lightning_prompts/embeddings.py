@@ -1,4 +1,4 @@
-"""Pure functions on embeddings: interpolation, transfer, statistics, diverse subsets and nearest tokens."""
+"""Pure functions on embeddings: interpolation, transfer, statistics and diverse subsets."""
 
 from __future__ import annotations
 
@@ -92,19 +92,3 @@ def principal_axes(vectors: Tensor, count: int) -> Tensor:
     """Return the first principal axes (count, D) of vectors (V, D), with a positive largest component each."""
     axes: Tensor = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False).Vh[:count]
     return axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-
-
-def nearest_rows(rows: Tensor, table: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
-    """Find the tokens whose rows in a table have the largest cosine with given rows.
-
-    Args:
-        rows: Embeddings (..., D).
-        table: One row per token, (V, D): token embeddings, or encoded tokens if `rows` are encoded prompts.
-        count: K, number of tokens.
-
-    Returns:
-        Token ids (..., K), the most similar first, and their cosines (..., K).
-    """
-    cosines = F.normalize(rows, dim=-1) @ F.normalize(table, dim=-1).T
-    found = cosines.topk(count, dim=-1)
-    return found.indices, found.values

@@ -165,7 +165,31 @@ def _by_srun() -> Launched | None:
                 "several processes from such a shell with env -u SLURM_PTY_PORT srun."
             )
         return None
-    reason = f"{counted} is {tasks}"
+    machines, per_node = _machines_of_step(tasks, counted)
+    local = _number("SLURM_LOCALID", 0, per_node - 1, SRUN, f"SLURM_NTASKS_PER_NODE is {per_node}")
+    node = _number("SLURM_NODEID", 0, machines - 1, SRUN, f"the step has {machines} machines")
+    for name, value, source in (
+        ("RANK", rank, "SLURM_PROCID"),
+        ("WORLD_SIZE", tasks, counted),
+        ("LOCAL_RANK", local, "SLURM_LOCALID"),
+        ("LOCAL_WORLD_SIZE", per_node, "SLURM_NTASKS_PER_NODE"),
+        ("NODE_RANK", node, "SLURM_NODEID"),
+        ("GROUP_RANK", node, "SLURM_NODEID"),
+    ):
+        _check_consistent(
+            (name,), value, f"{source} is {value}", "start the command with srun or torchrun alone, or unset it"
+        )
+    return Launched("srun", per_node, machines, rank)
+
+
+def _machines_of_step(tasks: int, counted: str) -> tuple[int, int]:
+    """Return the machines of a step of srun and the processes on each; refuse numbers that contradict each other.
+
+    Args:
+        tasks: Processes of the step.
+        counted: The variable that has their number.
+    """
+    environ, reason = os.environ, f"{counted} is {tasks}"
     nodes = "SLURM_STEP_NUM_NODES" if "SLURM_STEP_NUM_NODES" in environ else "SLURM_NNODES"
     machines = _number(nodes, 1, tasks, SRUN, reason)
     if "SLURM_NTASKS_PER_NODE" not in environ:
@@ -183,20 +207,7 @@ def _by_srun() -> Launched | None:
         raise UserError(f"SLURM_NTASKS must be {tasks}, since {reason}, but is not set; {again}.")
     _check_consistent(("SLURM_NTASKS",), tasks, reason, again)
     _check_consistent(("SLURM_NNODES",), machines, f"{nodes} is {machines}", f"give srun --nodes {machines}")
-    local = _number("SLURM_LOCALID", 0, per_node - 1, SRUN, f"SLURM_NTASKS_PER_NODE is {per_node}")
-    node = _number("SLURM_NODEID", 0, machines - 1, SRUN, f"{nodes} is {machines}")
-    for name, value, source in (
-        ("RANK", rank, "SLURM_PROCID"),
-        ("WORLD_SIZE", tasks, counted),
-        ("LOCAL_RANK", local, "SLURM_LOCALID"),
-        ("LOCAL_WORLD_SIZE", per_node, "SLURM_NTASKS_PER_NODE"),
-        ("NODE_RANK", node, "SLURM_NODEID"),
-        ("GROUP_RANK", node, "SLURM_NODEID"),
-    ):
-        _check_consistent(
-            (name,), value, f"{source} is {value}", "start the command with srun or torchrun alone, or unset it"
-        )
-    return Launched("srun", per_node, machines, rank)
+    return machines, per_node
 
 
 def _refuse_batch() -> None:

@@ -1,4 +1,4 @@
-"""Tiny pipelines of every family, with random weights, in the layouts found on the hub.
+"""Tiny pipelines of every family, with random weights, in the layouts of the hub.
 
 They have the irregularities of published models: T5's table has more rows than its tokenizer has tokens and no token
 for "a"; CLIP's tokenizers come without tokenizer.json and their text encoders' configs have the end-of-text id 2, which
@@ -358,16 +358,16 @@ def latents_of(pipeline, noise, guidance):
     how = {"height": 16, "width": 16, "guidance_scale": guidance, "num_inference_steps": 3, "output_type": "latent"}
     if isinstance(pipeline, diffusers.FluxPipeline):
         packed = pipeline._pack_latents(noise, *noise.shape[:1], noise.shape[1], *noise.shape[2:])
-        drawn = pipeline(TEXTS, latents=packed, **how).images
-        return pipeline._unpack_latents(drawn, 16, 16, 2)
+        sampled = pipeline(TEXTS, latents=packed, **how).images
+        return pipeline._unpack_latents(sampled, 16, 16, 2)
     if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
         how |= {"use_resolution_binning": False, "clean_caption": False}
     if isinstance(pipeline, diffusers.LatentConsistencyModelPipeline):
-        how["generator"] = generators_of(noise)  # it adds noise at each step, which is the row's with us
+        how["generator"] = generators_of(noise)  # it adds noise at each step; ours depends on the row
     return pipeline(TEXTS, latents=noise, **how).images
 
 
-def refused(match, name, **how):
+def assert_refused(match, name, **how):
     """Assert that a model is refused in one sentence; return the message."""
     with pytest.raises(UserError, match=match) as error:
         load_backbone(str(name), **how)

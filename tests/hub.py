@@ -17,7 +17,7 @@ class Hub:
     Attributes:
         models: For each model, its commits by revision and its folders by commit.
         answer: Statuses and headers to answer instead, by the start of the path.
-        broken: The end of the path of a file whose transfer is interrupted.
+        broken: The end of the path of a file whose download is interrupted.
         asked: The requests so far.
     """
 

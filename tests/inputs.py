@@ -1,4 +1,4 @@
-"""Images of noise, and the check of a message that refuses an input."""
+"""Images of noise, and an assertion about the message that refuses an input."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ def noise(width=16, height=16, seed=0):
     return Image.fromarray(pixels)
 
 
-def refused(match, function, *args, **kwargs):
-    """Expect a UserError of one sentence that contains `match`."""
+def assert_refused(match, function, *args, **kwargs):
+    """Assert that a function raises a UserError of one sentence that contains `match`."""
     with pytest.raises(UserError) as caught:
         function(*args, **kwargs)
     message = str(caught.value)

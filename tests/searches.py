@@ -33,7 +33,7 @@ def set_batch(module, problems, steps=0):
     module.set_rows(list(problems))
 
 
-def found(run, digits=5):
+def result_of(run, digits=5):
     """Return the result of a run with one problem, and its tensors by file.
 
     The result has no seconds, and its cosine is rounded.

@@ -37,66 +37,68 @@ def first(image_folder):
 
 
 def test_results_equal_those_of_the_command_line(tiny, image_folder, tmp_path, capsys):
-    found = invert(sorted(image_folder.iterdir()), method="ph2p", backbone=tiny, image_seeds=(3, 4), **SHORT)
+    results = invert(sorted(image_folder.iterdir()), method="ph2p", backbone=tiny, image_seeds=(3, 4), **SHORT)
     assert capsys.readouterr() == ("", "")
     run = tmp_path / "run"
     short = "--model.steps 2 --model.sampler.num_inference_steps 2 --trainer.accelerator cpu"
     how = f"--model.backbone {tiny} {short}".split()
     main(["fit", "--config", "configs/ph2p.yaml", "--data.images", str(image_folder), *how, "--run", str(run)])
     problems = json.loads((run / "result.json").read_text())["problems"]
-    assert [result.prompt for result in found] == [problem["prompt"] for problem in problems]
-    assert [result.record.validation_loss for result in found] == [problem["validation_loss"] for problem in problems]
-    assert [result.details.clip_similarity for result in found] == [problem["clip_similarity"] for problem in problems]
+    assert [result.prompt for result in results] == [problem["prompt"] for problem in problems]
+    assert [result.record.validation_loss for result in results] == [problem["validation_loss"] for problem in problems]
+    assert [result.details.clip_similarity for result in results] == [
+        problem["clip_similarity"] for problem in problems
+    ]
     main(["predict", "--run", str(run), "--seeds", "3,4", "--trainer.accelerator", "cpu"])
-    for result in found:
+    for result in results:
         assert result.embedding.shape == (8, 32)
         for seed, image in zip((3, 4), result.images, strict=True):
-            drawn = Image.open(run / f"images/{result.record.key}-seed{seed}.png")
-            assert np.abs(np.asarray(image, int) - np.asarray(drawn, int)).max() <= 1
+            predicted = Image.open(run / f"images/{result.record.key}-seed{seed}.png")
+            assert np.abs(np.asarray(image, int) - np.asarray(predicted, int)).max() <= 1
 
 
 def test_image_in_memory_equals_its_file(tiny, first, tmp_path):
-    turned = tmp_path / "turned.jpg"
+    rotated = tmp_path / "rotated.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    Image.open(first).save(turned, exif=exif)
+    Image.open(first).save(rotated, exif=exif)
     how = {"method": "clip_words", "backbone": tiny, **SHORT, "steps": 1}
-    by_file, in_memory = invert(turned, **how), invert(Image.open(turned), **how)
-    assert in_memory.record.key == by_file.record.key
-    assert in_memory.prompt == by_file.prompt
-    assert invert(ImageOps.exif_transpose(Image.open(turned)), **how).record.key == by_file.record.key
+    from_file, in_memory = invert(rotated, **how), invert(Image.open(rotated), **how)
+    assert in_memory.record.key == from_file.record.key
+    assert in_memory.prompt == from_file.prompt
+    assert invert(ImageOps.exif_transpose(Image.open(rotated)), **how).record.key == from_file.record.key
     for mode in ("L", "RGBA", "CMYK", "1", "P"):
         assert invert(Image.open(first).convert(mode), **how).prompt
 
 
-def test_every_input_has_its_result(tiny, image_folder):
+def test_every_input_has_a_result_in_order(tiny, image_folder):
     """Images given twice and files that are not images do not change the order of the others."""
     one, two, three = sorted(image_folder.iterdir())
     two.write_text("no image")
-    found = invert([one, two, str(three), one], method="random_tokens", backbone=tiny, **SHORT)
-    assert [result.record.target for result in found] == [one.name, two.name, three.name, one.name]
-    assert [bool(result.prompt) for result in found] == [True, False, True, True]
-    assert found[0] is found[3]
-    assert "is not an image" in found[1].record.reason
-    assert found[1].images == []
+    results = invert([one, two, str(three), one], method="random_tokens", backbone=tiny, **SHORT)
+    assert [result.record.target for result in results] == [one.name, two.name, three.name, one.name]
+    assert [bool(result.prompt) for result in results] == [True, False, True, True]
+    assert results[0] is results[3]
+    assert "is not an image" in results[1].record.reason
+    assert results[1].images == []
 
 
-def test_one_prompt_for_a_subject(tiny, image_folder):
+def test_one_subject_gives_one_result(tiny, image_folder):
     result = invert(list(image_folder.iterdir()), method="pez", one_subject=True, backbone=tiny, **SHORT)
     assert len(result.record.paths) == 3
 
 
-def test_a_loaded_model_is_used_as_it_is(tiny, first):
+def test_loaded_model_is_used_unchanged(tiny, first):
     backbone = load_backbone(tiny)
     before = {name: weight.clone() for name, weight in backbone.state_dict().items()}
-    found = [invert(first, method="gcg", backbone=model, **SHORT) for model in (backbone, backbone, tiny)]
-    assert len({result.prompt for result in found}) == 1
-    assert len({result.record.validation_loss for result in found}) == 1
+    results = [invert(first, method="gcg", backbone=model, **SHORT) for model in (backbone, backbone, tiny)]
+    assert len({result.prompt for result in results}) == 1
+    assert len({result.record.validation_loss for result in results}) == 1
     for name, weight in backbone.state_dict().items():
         assert torch.equal(weight, before[name])
 
 
-def test_words_for_a_prompt(tiny):
+def test_dpo_diff_returns_improved_and_attacked_prompts(tiny):
     how = {"backbone": tiny, "budget": 6, "sampler": SamplerSettings(2), "schedule": "fix-0", "device": "cpu"}
     better = dpo_diff(["a red cat", "two dogs", "a red  cat"], positive=["neighbors"], negative=[], **how)
     assert [result.record.target for result in better] == ["a red cat", "two dogs", "a red cat"]
@@ -106,7 +108,7 @@ def test_words_for_a_prompt(tiny):
     assert sum(worse.details.loss_after) >= sum(worse.details.loss_before)
 
 
-def test_embeddings_of_a_prompt(tiny, tmp_path):
+def test_steering_calls_return_prompt_embeds(tiny, tmp_path):
     how = {"backbone": tiny, **SHORT}
     sharp = metric_guidance(
         "a red cat", Sharpness(), seeds=3, image_seeds=(0, 1), folder=tmp_path / "kept", unconditional=True, **how
@@ -117,20 +119,20 @@ def test_embeddings_of_a_prompt(tiny, tmp_path):
     with pytest.raises(UserError, match="already holds a run; give another folder"):
         metric_guidance("a red cat", Sharpness(), folder=tmp_path / "kept", **how)
     assert (tmp_path / "kept/prompt_embeds.safetensors").exists()
-    held = seed_invariance(["a red cat", "two dogs"], seed=7, unconditional=False, **how)
-    assert [result.details.target_seed for result in held] == [7, 7]
-    assert held[0].negative_prompt_embeds is None
+    invariant = seed_invariance(["a red cat", "two dogs"], seed=7, unconditional=False, **how)
+    assert [result.details.target_seed for result in invariant] == [7, 7]
+    assert invariant[0].negative_prompt_embeds is None
 
 
-def test_a_function_chooses(tiny):
-    asked = []
+def test_choices_may_come_from_a_function(tiny):
+    questions = []
 
     def choose(question):
-        asked.append(question)
-        return Choice("go", 1, 0.5) if len(asked) < 3 else Choice("finish")
+        questions.append(question)
+        return Choice("go", 1, 0.5) if len(questions) < 3 else Choice("finish")
 
     result = human_feedback("a red cat", choose, backbone=tiny, sampler=SamplerSettings(2), texts=6, device="cpu")
-    assert [question.prompt for question in asked] == ["a red cat"] * 3
+    assert [question.prompt for question in questions] == ["a red cat"] * 3
     assert [move["strength"] for move in result.details.moves] == [0.5, 0.5]
     assert result.prompt_embeds.shape == (32, 32)
 
@@ -155,8 +157,8 @@ class Outer(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_inside_another_trainer(tiny, first, tmp_path):
-    def trained(ask):
+def test_call_inside_another_trainer_changes_neither(tiny, first, tmp_path):
+    def train(ask):
         pl.seed_everything(1, verbose=False)
         outer = Outer(ask)
         trainer = pl.Trainer(
@@ -174,15 +176,15 @@ def test_inside_another_trainer(tiny, first, tmp_path):
         return outer, [random.random(), np.random.rand(), torch.rand(()).item()]
 
     alone = invert(first, method="ph2p", backbone=tiny, **SHORT)
-    expected, numbers = trained(lambda: None)
-    asking, numbers_then = trained(lambda: invert(first, method="ph2p", backbone=tiny, **SHORT))
+    expected, numbers = train(lambda: None)
+    asking, numbers_after = train(lambda: invert(first, method="ph2p", backbone=tiny, **SHORT))
     assert [answer.prompt for answer in asking.answers] == [alone.prompt] * 2
     assert [answer.record.validation_loss for answer in asking.answers] == [alone.record.validation_loss] * 2
     assert torch.equal(asking.layer.weight, expected.layer.weight)
-    assert numbers_then == numbers
+    assert numbers_after == numbers
 
 
-def test_leaves_the_process_as_it_was(tiny, first, tmp_path, monkeypatch):
+def test_call_leaves_the_process_unchanged(tiny, first, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -190,24 +192,24 @@ def test_leaves_the_process_as_it_was(tiny, first, tmp_path, monkeypatch):
     log.setLevel(logging.INFO)
     plain = invert(first, method="ph2p", backbone=tiny, **SHORT)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        found = invert(first, method="ph2p", backbone=tiny, **SHORT)
+        results = invert(first, method="ph2p", backbone=tiny, **SHORT)
         assert not torch.is_grad_enabled()
         assert torch.is_autocast_enabled("cpu")
-    assert found.record.validation_loss == plain.record.validation_loss
+    assert results.record.validation_loss == plain.record.validation_loss
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert log.level == logging.INFO
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_in_a_thread(tiny, first):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(invert(first, method="pez", backbone=tiny, **SHORT)))
+def test_call_in_a_thread_gives_the_same_result(tiny, first):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(invert(first, method="pez", backbone=tiny, **SHORT)))
     thread.start()
     thread.join()
-    assert found[0].prompt == invert(first, method="pez", backbone=tiny, **SHORT).prompt
+    assert results[0].prompt == invert(first, method="pez", backbone=tiny, **SHORT).prompt
 
 
-def test_ctrl_c_is_ctrl_c(tiny):
+def test_keyboard_interrupt_is_raised(tiny):
     def interrupted(question):
         raise KeyboardInterrupt
 
@@ -217,7 +219,7 @@ def test_ctrl_c_is_ctrl_c(tiny):
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_what_is_not_asked_for_is_not_imported(tiny, first):
+def test_import_loads_only_what_is_needed(tiny, first):
     code = f"""
 import sys
 import lightning_prompts
@@ -231,8 +233,8 @@ print(sorted({{"gradio", "tensorboard", "nltk", "diffusers.pipelines.flux"}} & s
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_image_array_and_tensor_are_the_same_image(tiny, first):
-    """In any form, an image has the key and the result of its file."""
+def test_arrays_and_tensors_equal_their_image(tiny, first):
+    """An image in any form has the key and the result of its file."""
     image = Image.open(first)
     array = np.asarray(image)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
@@ -256,61 +258,61 @@ def test_image_array_and_tensor_are_the_same_image(tiny, first):
         *(array[::-1][::-1], tensor.div(255).mul(1 + 1e-6), image.convert("RGBA"), np.asarray(image.convert("RGBA"))),
     ]
     how = {"method": "random_tokens", "backbone": tiny, **SHORT, "steps": 1}
-    by_file = invert(first, **how)
-    found = invert(iter(same), **how)
-    assert len(found) == len(same)
-    assert {(result.record.key, result.prompt, result.record.validation_loss) for result in found} == {
-        (by_file.record.key, by_file.prompt, by_file.record.validation_loss)
+    from_file = invert(first, **how)
+    results = invert(iter(same), **how)
+    assert len(results) == len(same)
+    assert {(result.record.key, result.prompt, result.record.validation_loss) for result in results} == {
+        (from_file.record.key, from_file.prompt, from_file.record.validation_loss)
     }
     alone = invert(tensor, **how)
-    assert (alone.record.key, alone.prompt) == (by_file.record.key, by_file.prompt)
+    assert (alone.record.key, alone.prompt) == (from_file.record.key, from_file.prompt)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA"])
-def test_gray_arrays(mode, tiny, first):
+def test_gray_arrays_equal_their_image(mode, tiny, first):
     image = Image.open(first).convert(mode)
     array = np.asarray(image)
     with_channel = array if array.ndim == 3 else array[:, :, None]
     shapes = [array, with_channel, np.moveaxis(with_channel, -1, 0), torch.from_numpy(array.copy())]
-    found = invert([image, *shapes], method="random_tokens", backbone=tiny, **{**SHORT, "steps": 1})
-    assert len({result.record.key for result in found}) == 1
-    assert len(found) == 5
+    results = invert([image, *shapes], method="random_tokens", backbone=tiny, **{**SHORT, "steps": 1})
+    assert len({result.record.key for result in results}) == 1
+    assert len(results) == 5
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK", "LAB", "YCbCr", "HSV", "RGBX", "PA", "I"])
-def test_modes_of_an_image(mode, tiny, first):
+def test_image_modes_are_converted_as_in_files(mode, tiny, first):
     """An image in memory has the pixels of Pillow's conversion, or of its file where Pillow loses information."""
     image = Image.open(first).convert(mode)
     if mode == "I":  # 16 bits
-        image, wanted = image.point(lambda value: value * 257), image.convert("L")
+        image, expected = image.point(lambda value: value * 257), image.convert("L")
     else:
-        wanted = image.convert("RGB")
+        expected = image.convert("RGB")
     how = {"method": "random_tokens", "backbone": tiny, **SHORT, "steps": 1}
-    assert invert(image, **how).record.key == invert(wanted, **how).record.key
+    assert invert(image, **how).record.key == invert(expected, **how).record.key
 
 
-def test_a_file_under_two_names(tiny, first, monkeypatch):
+def test_file_given_under_several_names_has_one_result(tiny, first, monkeypatch):
     monkeypatch.chdir(first.parent)
     names = [first.name, f"./{first.name}", first]
-    found = invert(names, method="random_tokens", backbone=tiny, **SHORT)
-    assert [result.record.target for result in found] == [first.name] * 3
+    results = invert(names, method="random_tokens", backbone=tiny, **SHORT)
+    assert [result.record.target for result in results] == [first.name] * 3
 
 
-def test_negative_images(tiny, image_folder):
+def test_negative_images_in_memory_equal_their_files(tiny, image_folder):
     one, two, three = sorted(image_folder.iterdir())
     how = {"method": "pez", "backbone": tiny, **SHORT}
     in_memory = invert(one, negative_images=[np.asarray(Image.open(two)), Image.open(three)], **how)
-    by_file = invert(one, negative_images=[two, str(three)], **how)
-    assert (in_memory.record.key, in_memory.prompt) == (by_file.record.key, by_file.prompt)
+    from_file = invert(one, negative_images=[two, str(three)], **how)
+    assert (in_memory.record.key, in_memory.prompt) == (from_file.record.key, from_file.prompt)
     assert in_memory.record.key != invert(one, **how).record.key
 
 
-def test_python_values(tiny, first, tmp_path):
+def test_numpy_and_torch_values_are_accepted(tiny, first, tmp_path):
     """Numbers of NumPy and tensors, tuples, ranges and paths are accepted in place of plain values."""
     plain = invert(
         str(first), method="pez", backbone=tiny, lr=0.5, timestep_range=[100, 900], image_seeds=[0, 1], **SHORT
     )
-    found = invert(
+    results = invert(
         first,
         method="pez",
         backbone=Path(tiny),
@@ -322,17 +324,17 @@ def test_python_values(tiny, first, tmp_path):
         device=torch.device("cpu"),
         folder=str(tmp_path / "run"),
     )
-    assert (found.prompt, found.record.validation_loss) == (plain.prompt, plain.record.validation_loss)
-    assert len(found.images) == 2
+    assert (results.prompt, results.record.validation_loss) == (plain.prompt, plain.record.validation_loss)
+    assert len(results.images) == 2
 
 
 @pytest.mark.parametrize("text", ["null", "~", "- a", "style: x", "[a]", "# one", "3", "true"])
-def test_texts_are_texts(text, tiny):
+def test_texts_are_not_parsed_as_yaml(text, tiny):
     how = {"backbone": tiny, "steps": 1, "sampler": SamplerSettings(1), "device": "cpu", "embedding": "arc"}
     assert seed_invariance([text], towards=text, unconditional=False, **how)[0].record.target == text
 
 
-def test_settings_are_those_of_the_command_line(tiny, first, tmp_path):
+def test_settings_and_defaults_are_those_of_the_config(tiny, first, tmp_path):
     """A call uses the settings of the config, which name classes, and every default."""
     (result,) = search("metric_guidance", {"prompts": "a red cat", "backbone": tiny, **SHORT_SETTINGS}, device="cpu")
     assert len(result.details.metric_before) == 4  # seeds of the config
@@ -341,13 +343,13 @@ def test_settings_are_those_of_the_command_line(tiny, first, tmp_path):
     assert (settings["score_every_n_steps"], settings["patience"], settings["steps"]) == ("8", "1000", "2")
 
 
-def test_checking_settings_takes_no_time():
+def test_checking_settings_is_fast():
     start = time.perf_counter()
     checked_settings((DPODiff, Prompts), {"solver": "hybrid"}, {"prompts": ["a cat"], "lr": 0.1})
     assert time.perf_counter() - start < 1  # 0.05 seconds alone
 
 
-def test_no_folder_is_left_behind(tiny, first, tmp_path):
+def test_failed_call_leaves_no_folder(tiny, first, tmp_path):
     with pytest.raises(UserError, match="has 0 pairs of braces"):
         invert(first, folder=tmp_path / "run", template="no place", backbone=tiny, **SHORT)
     assert not (tmp_path / "run").exists()
@@ -359,7 +361,7 @@ def test_no_folder_is_left_behind(tiny, first, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("choice", "said"),
+    ("choice", "message"),
     [
         (None, "An answer must be a Choice, got None"),
         ("go", "An answer must be a Choice, got 'go'"),
@@ -372,14 +374,14 @@ def test_no_folder_is_left_behind(tiny, first, tmp_path):
         (Choice("go", 0, float("nan")), "strength must be a number from 0 to 1, got nan"),
     ],
 )
-def test_invalid_choices_are_refused(choice, said, tiny):
-    with pytest.raises(UserError, match=said):
+def test_invalid_choices_are_refused(choice, message, tiny):
+    with pytest.raises(UserError, match=message):
         human_feedback(
             "a red cat", lambda question: choice, backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu"
         )
 
 
-def test_answers_of_numpy(tiny):
+def test_choices_may_hold_numpy_numbers(tiny):
     answers = iter([Choice("go", np.int64(1), np.float32(0.5)), Choice("finish")])
     result = human_feedback(
         "a red cat", lambda question: next(answers), backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu"
@@ -387,7 +389,7 @@ def test_answers_of_numpy(tiny):
     assert [(move["candidate"], move["strength"]) for move in result.details.moves] == [(1, 0.5)]
 
 
-def test_the_errors_of_a_function_are_its_own(tiny):
+def test_errors_of_the_users_functions_are_raised_unchanged(tiny):
     mistake = LookupError("no such thing")
 
     def fails(*_):
@@ -403,8 +405,8 @@ def test_the_errors_of_a_function_are_its_own(tiny):
     assert raised.value is mistake
 
 
-def test_reasons_name_arguments(tiny):
-    found = human_feedback(
+def test_reasons_do_not_mention_flags(tiny):
+    results = human_feedback(
         ["a red cat", "word " * 30],
         lambda question: Choice("finish"),
         backbone=tiny,
@@ -412,18 +414,18 @@ def test_reasons_name_arguments(tiny):
         texts=6,
         device="cpu",
     )
-    assert found[1].prompt == ""
-    assert "--" not in found[1].record.reason
+    assert results[1].prompt == ""
+    assert "--" not in results[1].record.reason
 
 
 @pytest.mark.parametrize(
-    ("ask", "said"),
+    ("call", "message"),
     {
         "model": (lambda first: invert(first, backbone="no/thing/here"), "is neither 'emoji' nor"),
     }.values(),
 )
-def test_mistakes(ask, said, first):
+def test_mistakes_give_one_sentence(call, message, first):
     with pytest.raises(UserError) as mistake:
-        ask(first)
-    assert said in str(mistake.value)
+        call(first)
+    assert message in str(mistake.value)
     assert "\n" not in str(mistake.value)

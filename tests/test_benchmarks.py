@@ -16,17 +16,17 @@ def comparison():
     return comparison
 
 
-def test_word_search_in_the_docs_is_that_of_the_figures():
+def test_word_search_table_in_the_docs_equals_the_figures():
     import word_search
 
-    page, (found, _) = (ROOT / "docs" / "dpo_diff.md").read_text(), word_search.regrets()
-    assert word_search.tables_of(found) in page
-    repetitions = {len(values) for of in found.values() for values in of.values()}
-    assert list(found) == word_search.lines()
-    assert ({len(of) for of in found.values()}, repetitions) == ({20}, {5})
+    page, (regrets, _) = (ROOT / "docs" / "dpo_diff.md").read_text(), word_search.regrets()
+    assert word_search.tables_of(regrets) in page
+    repetitions = {len(values) for of in regrets.values() for values in of.values()}
+    assert list(regrets) == word_search.lines()
+    assert ({len(of) for of in regrets.values()}, repetitions) == ({20}, {5})
 
 
-def test_check_in_the_docs_is_that_of_the_figures():
+def test_check_table_in_the_docs_equals_the_figures():
     import check
 
     rows = check.tables.read(check.FIGURES)
@@ -36,7 +36,7 @@ def test_check_in_the_docs_is_that_of_the_figures():
 
 
 @pytest.mark.parametrize("targets", ["evaluation", "outside"])
-def test_comparison_in_the_docs_is_that_of_the_figures(targets, comparison):
+def test_comparison_tables_in_the_docs_equal_the_figures(targets, comparison):
     page, results = (ROOT / "docs" / "comparison.md").read_text(), comparison.measured(targets)
     assert comparison.table(results, comparison.words_of(targets)) in page
     assert comparison.differences(results) in page
@@ -54,7 +54,7 @@ def test_each_method_is_measured_on_each_target_at_each_budget(targets, comparis
 
 
 @pytest.mark.parametrize("task", ["improve", "attack"])
-def test_better_prompts_in_the_docs_are_those_of_the_figures(task):
+def test_better_prompts_table_in_the_docs_equals_the_figures(task):
     import better_prompts
 
     assert better_prompts.table(task, 100) in (ROOT / "docs" / "dpo_diff.md").read_text()
@@ -64,7 +64,7 @@ def test_better_prompts_in_the_docs_are_those_of_the_figures(task):
         assert len(file.read_text().splitlines()) == 101
 
 
-def test_metric_guidance_in_the_docs_is_that_of_the_figures():
+def test_metric_guidance_table_in_the_docs_equals_the_figures():
     import metric_guidance
 
     assert metric_guidance.table() in (ROOT / "docs" / "metric_guidance.md").read_text()
@@ -74,7 +74,7 @@ def test_metric_guidance_in_the_docs_is_that_of_the_figures():
 
 
 @pytest.mark.parametrize("targets", ["outside", "evaluation"])
-def test_human_feedback_in_the_docs_is_that_of_the_figures(targets):
+def test_human_feedback_table_in_the_docs_equals_the_figures(targets):
     import human_feedback
 
     rows = human_feedback.rows_of(targets)
@@ -82,7 +82,7 @@ def test_human_feedback_in_the_docs_is_that_of_the_figures(targets):
     assert [row["image"] for row in rows] == [file.name for _, file in human_feedback.wanted(targets)]
 
 
-def test_reuse_in_the_docs_is_that_of_the_figures():
+def test_reuse_table_in_the_docs_equals_the_figures():
     import reuse
     import tables
 
@@ -91,7 +91,7 @@ def test_reuse_in_the_docs_is_that_of_the_figures():
     assert all(row["prompt"] != row["learned_on"] for row in rows)
 
 
-def test_seed_invariance_in_the_docs_is_that_of_the_figures():
+def test_seed_invariance_table_in_the_docs_equals_the_figures():
     import seed_invariance
 
     assert seed_invariance.table() in (ROOT / "docs" / "seed_invariance.md").read_text()
@@ -102,7 +102,7 @@ def test_seed_invariance_in_the_docs_is_that_of_the_figures():
 
 
 @pytest.mark.parametrize("part", ["throughput", "share", "profile", "settings"])
-def test_speed_in_the_docs_is_that_of_the_figures(part):
+def test_speed_tables_in_the_docs_equal_the_figures(part):
     import speed
     import tables
 
@@ -110,7 +110,7 @@ def test_speed_in_the_docs_is_that_of_the_figures(part):
     assert table(tables.read(speed.figures(part))) in (ROOT / "docs" / "speed.md").read_text()
 
 
-def test_speed_reaches_what_is_wanted():
+def test_speed_figures_meet_the_targets():
     import speed
     import tables
 
@@ -122,7 +122,7 @@ def test_speed_reaches_what_is_wanted():
 
 
 @pytest.mark.parametrize("what", ["scaling", "processes"])
-def test_large_jobs_in_the_docs_are_those_of_the_figures(what):
+def test_large_job_tables_in_the_docs_equal_the_figures(what):
     import large_jobs
     import tables
 
@@ -130,7 +130,7 @@ def test_large_jobs_in_the_docs_are_those_of_the_figures(what):
     assert large_jobs.TABLES[what](rows) in (ROOT / "docs" / "large_jobs.md").read_text()
 
 
-def test_a_second_process_is_worth_it():
+def test_second_process_speeds_up_the_search():
     import large_jobs
     import tables
 
@@ -144,14 +144,14 @@ def test_a_second_process_is_worth_it():
 
 
 @pytest.mark.parametrize("name", ["interruptions", "two_machines"])
-def test_interruptions_and_machines_in_the_docs_are_those_of_the_figures(name):
+def test_interruption_tables_in_the_docs_equal_the_figures(name):
     import tables
 
     benchmark = __import__(name)
     assert benchmark.table(tables.read(benchmark.FIGURES)) in (ROOT / "docs" / "large_jobs.md").read_text()
 
 
-def test_agreement_in_the_docs_is_that_of_the_figures():
+def test_agreement_table_in_the_docs_equals_the_figures():
     import pipelines
     import tables
 
@@ -173,7 +173,7 @@ def test_agreement_in_the_docs_is_that_of_the_figures():
         ("pixart", ["UniPCMultistepScheduler"]),
     ],
 )
-def test_images_agree_with_the_pipelines(family, schedulers, tmp_path):
+def test_images_agree_with_those_of_pipelines(family, schedulers, tmp_path):
     import families
     import pipelines
 

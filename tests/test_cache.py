@@ -1,4 +1,4 @@
-"""Cached tensors equal computed ones, whatever happens to their files."""
+"""Cached tensors equal computed ones, even if their files are damaged."""
 
 import os
 
@@ -29,7 +29,7 @@ def counted(values):
     return lambda: calls.append(1) or torch.tensor(values), calls
 
 
-def test_is_computed_once(folder):
+def test_values_are_computed_once(folder):
     compute, calls = counted([1.0, 2.0])
     for _ in range(3):
         assert cached("words", {"clip": "a"}, compute).tolist() == [1.0, 2.0]
@@ -39,7 +39,7 @@ def test_is_computed_once(folder):
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "nan", "empty", "folder"])
-def test_a_damaged_file_is_computed_again(damage, folder):
+def test_values_of_a_damaged_file_are_computed_again(damage, folder):
     cached("words", {"clip": "a"}, counted([1.0, 2.0])[0])
     (file,) = folder.iterdir()
     whole = file.read_bytes()
@@ -57,13 +57,13 @@ def test_a_damaged_file_is_computed_again(damage, folder):
     assert len(calls) == 1
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
+def test_unwritable_cache_is_ignored(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LIGHTNING_PROMPTS_CACHE", str(tmp_path / "file" / "cache"))
     assert cached("words", {"clip": "a"}, counted([1.0])[0]).tolist() == [1.0]
 
 
-def test_the_folder_is_the_users_choice(monkeypatch, tmp_path):
+def test_environment_variables_set_the_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("LIGHTNING_PROMPTS_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "lightning_prompts"
@@ -71,7 +71,7 @@ def test_the_folder_is_the_users_choice(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path.home() / ".cache" / "lightning_prompts"
 
 
-def test_fingerprints_see_every_value():
+def test_fingerprint_depends_on_every_value():
     layer = torch.nn.Linear(3, 2)
     before = fingerprint(layer)
     assert before == fingerprint(layer)
@@ -81,7 +81,7 @@ def test_fingerprints_see_every_value():
     assert fingerprint(layer.to(torch.bfloat16)) != before
 
 
-def test_features_of_words_are_the_same_from_the_cache(tiny, folder, monkeypatch):
+def test_cached_word_features_equal_computed_ones(tiny, folder, monkeypatch):
     backbone, clip = load_backbone(tiny), ClipSimilarity(os.path.join(tiny, "clip"))
     prompt = TokenEmbeddings(backbone.vocabulary, "a photo of {}", 3, blocked=("cat",))
     expected = search_clip.prompt_features(clip, prompt, prompt.allowed.nonzero(), as_text=False)
@@ -95,7 +95,7 @@ def test_features_of_words_are_the_same_from_the_cache(tiny, folder, monkeypatch
     assert not calls
 
 
-def test_what_changes_the_features_is_no_longer_the_same_file(tiny, folder):
+def test_changes_of_the_features_give_another_file(tiny, folder):
     backbone, clip = load_backbone(tiny), ClipSimilarity(os.path.join(tiny, "clip"))
     for template in ("{}", "a {}"):
         word_features(clip, TokenEmbeddings(backbone.vocabulary, template, 2), as_text=False)
@@ -106,15 +106,15 @@ def test_what_changes_the_features_is_no_longer_the_same_file(tiny, folder):
     assert len(list(folder.iterdir())) == 4
 
 
-def test_a_few_words_are_not_worth_a_vocabulary(tiny, folder):
+def test_features_of_a_few_words_are_not_cached(tiny, folder):
     backbone, clip = load_backbone(tiny), ClipSimilarity(os.path.join(tiny, "clip"))
     prompt = TokenEmbeddings(backbone.vocabulary, "{}", 2, words=("red", "cat"))
     assert 1 <= len(word_features(clip, prompt, as_text=False)) == int(prompt.allowed.sum()) <= 2
     assert not folder.exists()
 
 
-def test_a_search_asks_for_the_words_once(tiny, image_folder, tmp_path, monkeypatch):
-    """However often images join it."""
+def test_search_computes_word_features_once(tiny, image_folder, tmp_path, monkeypatch):
+    """Images that join the batch later use the same features."""
     calls, original = [], search_clip.word_features
     monkeypatch.setattr(search_clip, "word_features", lambda *args: calls.append(args) or original(*args))
     module = GCG(backbone=tiny, num_tokens=2, init="clip_words", candidates=2, batch_size=1, sampler=SamplerSettings(2))

@@ -15,11 +15,11 @@ MODELS = sorted((Path(__file__).parents[1] / "configs/models").glob("*.yaml"))
 SHORT = (
     "--model.steps 2 --data.num_noise_samples 1 --data.num_validation_samples 2 --model.sampler.num_inference_steps 2"
 )
-FAMILY_OF = {"sd15": "sd1", "sd21": "sd2", "sd35": "sd3"}  # of tests/families.py, where it has another name
+FAMILY_OF = {"sd15": "sd1", "sd21": "sd2", "sd35": "sd3"}  # names in tests/families.py
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda path: path.stem)
-def test_config_of_a_model_follows_that_of_a_method(config, tmp_path, monkeypatch):
+def test_model_config_composes_with_a_method_config(config, tmp_path, monkeypatch):
     """The config names a model on the hub, which a tiny model of its family replaces here."""
     image = tmp_path / "photo.png"
     Image.new("RGB", (16, 16), "red").save(image)

@@ -27,8 +27,8 @@ def declared(monkeypatch):
 
 
 @pytest.fixture
-def refused(tmp_path, capsys):
-    """Return a function that runs `fit`, which must fail, and returns its message."""
+def refusal(tmp_path, capsys):
+    """Return a function that runs `fit`, asserts that it is refused in one sentence, and returns this sentence."""
 
     def run(*args):
         with pytest.raises(SystemExit, match="2"):
@@ -50,7 +50,7 @@ def command(tiny, image_folder, run):
 
 
 @pytest.mark.parametrize("plugin", [(), ("--plugin", "hill_climbing"), ("--plugin=hill_climbing",)])
-def test_a_method_of_another_package(plugin, declared, tiny, image_folder, tmp_path):
+def test_method_of_another_package_runs_and_resumes(plugin, declared, tiny, image_folder, tmp_path):
     declared(*([] if plugin else [POINT]))
     main([*command(tiny, image_folder, tmp_path / "run"), "--model.n_replace", "2", *plugin])
     (problem,) = json.loads((tmp_path / "run/result.json").read_text())["problems"]
@@ -63,7 +63,7 @@ def test_a_method_of_another_package(plugin, declared, tiny, image_folder, tmp_p
 
 
 @pytest.mark.slow
-def test_a_plugin_reaches_all_processes(tiny, image_folder, tmp_path):
+def test_plugin_is_imported_in_all_processes(tiny, image_folder, tmp_path):
     program = [sys.executable, str(EXAMPLE.parents[1] / "train.py"), *command(tiny, image_folder, tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLE), "OMP_NUM_THREADS": "1"}
     args = ["--plugin", "hill_climbing", "--trainer.devices", "2"]
@@ -71,36 +71,38 @@ def test_a_plugin_reaches_all_processes(tiny, image_folder, tmp_path):
     assert json.loads((tmp_path / "run/result.json").read_text())["problems"][0]["prompt"]
 
 
-def test_plugins_that_cannot_be_used(declared, refused, tmp_path, monkeypatch):
+def test_unusable_plugins_are_refused(declared, refusal, tmp_path, monkeypatch):
     declared()
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_plugin.py").write_text("import nosuchpackage\n")
     (tmp_path / "empty_plugin.py").write_text("x = 1\n")
-    assert "one of ClipWords, DPODiff" in refused("--model", "NoSuchMethod")
-    assert "--plugin nosuchplugin cannot be imported (ModuleNotFoundError" in refused("--plugin", "nosuchplugin")
-    assert "No module named 'nosuchpackage'" in refused("--plugin", "broken_plugin", "--model", "PEZ")
-    assert "--plugin empty_plugin has no method" in refused("--plugin=empty_plugin", "--model", "PEZ")
-    assert "--plugin needs the name of a module" in refused("--plugin", "--model", "PEZ")
-    assert "--plugin needs the name of a module" in refused("--model", "PEZ", "--plugin=")
+    assert "one of ClipWords, DPODiff" in refusal("--model", "NoSuchMethod")
+    assert "--plugin nosuchplugin cannot be imported (ModuleNotFoundError" in refusal("--plugin", "nosuchplugin")
+    assert "No module named 'nosuchpackage'" in refusal("--plugin", "broken_plugin", "--model", "PEZ")
+    assert "--plugin empty_plugin has neither a method nor a family" in refusal(
+        "--plugin=empty_plugin", "--model", "PEZ"
+    )
+    assert "--plugin needs the name of a module" in refusal("--plugin", "--model", "PEZ")
+    assert "--plugin needs the name of a module" in refusal("--model", "PEZ", "--plugin=")
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
     [("nosuchpackage:Method", "cannot be imported"), ("json:JSONDecoder", "is not a subclass of PromptMethod")],
 )
-def test_entry_points_that_cannot_be_used(value, words, declared, refused):
+def test_unusable_entry_points_are_refused(value, words, declared, refusal):
     declared(EntryPoint("Wrong", value, plugins.ENTRY_POINTS))
-    message = refused("--model", "PEZ")
+    message = refusal("--model", "PEZ")
     assert words in message
     assert "uninstall its package" in message
 
 
-def test_configs_cannot_import(declared, refused, tmp_path, monkeypatch):
+def test_configs_cannot_import_modules(declared, refusal, tmp_path, monkeypatch):
     declared()
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "other_methods.py").write_text("from lightning_prompts.methods import PEZ\nclass Other(PEZ): pass\n")
     (tmp_path / "config.yaml").write_text("model:\n  class_path: other_methods.Other\n")
-    message = refused("--config", str(tmp_path / "config.yaml"))
+    message = refusal("--config", str(tmp_path / "config.yaml"))
     assert "other_methods.Other" in message
     assert "--plugin" in message
     assert "other_methods" not in sys.modules

@@ -96,8 +96,8 @@ def name_weights(file, salt):
         if weight.is_floating_point() and (weight.ndim > 1 or (weight.numel() > 1 and weight.std() > 0)):
             key = name.removeprefix("text_model.") if alone else name
             seed = int.from_bytes(hashlib.sha256(f"{salt}/{key}".encode()).digest()[:4], "big")
-            draw = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-            weights[name] = draw / math.sqrt(weight[0].numel() if weight.ndim > 1 else weight.numel())
+            values = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            weights[name] = values / math.sqrt(weight[0].numel() if weight.ndim > 1 else weight.numel())
     save_file(weights, file, metadata={"format": "pt"})
 
 
@@ -115,8 +115,8 @@ def arguments(config, model):
     given += ["--data.prompts", "prompts.txt"] if config in STEERING else ["--model.num_tokens", "3"]
     if config != "clip_words":
         given += ["--model.sampler.num_inference_steps", "2"]
-    if config != "human_feedback":  # whose user sees one prompt at a time
-        given += ["--model.batch_size", "2"]  # of three, so that one takes the place of another
+    if config != "human_feedback":  # its user sees one prompt at a time
+        given += ["--model.batch_size", "2"]  # of three problems, so that one replaces another
     if model != "emoji":
         given += ["--model.backbone", f"{model}/model", *TINY.split()]
     return given + INSTEAD.get((config, model), "").split()
@@ -161,23 +161,23 @@ def renamed(value):
     return [renamed(item) for item in value] if isinstance(value, list) else value
 
 
-def assert_alike(found, golden, where=""):
+def assert_close(result, golden, where=""):
     """Compare texts, integers and structure exactly, and other numbers to one part in a thousand.
 
     Processors round differently.
     """
     if isinstance(golden, dict):
-        assert found.keys() == golden.keys(), where
+        assert result.keys() == golden.keys(), where
         for name in golden:
-            assert_alike(found[name], golden[name], f"{where}.{name}")
+            assert_close(result[name], golden[name], f"{where}.{name}")
     elif isinstance(golden, list):
-        assert len(found) == len(golden), where
-        for i, (one, other) in enumerate(zip(found, golden, strict=True)):
-            assert_alike(one, other, f"{where}[{i}]")
+        assert len(result) == len(golden), where
+        for i, (one, other) in enumerate(zip(result, golden, strict=True)):
+            assert_close(one, other, f"{where}[{i}]")
     elif isinstance(golden, float):
-        assert found == pytest.approx(golden, rel=1e-3, abs=1e-4), where
+        assert result == pytest.approx(golden, rel=1e-3, abs=1e-4), where
     else:
-        assert found == golden, where
+        assert result == golden, where
 
 
 def golden_of(config, model):
@@ -185,7 +185,7 @@ def golden_of(config, model):
 
 
 @pytest.fixture
-def here(inputs, tmp_path, monkeypatch):
+def workspace(inputs, tmp_path, monkeypatch):
     """Work in a folder for this test, with the inputs under relative names, which are part of the keys."""
     for path in inputs.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -202,30 +202,30 @@ CASES = [
 
 
 @pytest.mark.parametrize(("config", "model"), CASES)
-def test_finds_what_it_found(config, model, here, monkeypatch):
+def test_results_equal_the_golden_files(config, model, workspace, monkeypatch):
     order = []
 
-    class Noting(cli.CLI):
+    class RecordingCLI(cli.CLI):
         def fit(self, *args, **kwargs):
             order.extend(type(callback).__name__ for callback in self.trainer.callbacks)
             super().fit(*args, **kwargs)
 
-    monkeypatch.setattr(cli, "CLI", Noting)
+    monkeypatch.setattr(cli, "CLI", RecordingCLI)
     main(arguments(config, model))
-    found = {"callbacks": order, "problems": problems_in(here / "run"), "metrics": metrics_in(here / "logs")}
+    result = {"callbacks": order, "problems": problems_in(workspace / "run"), "metrics": metrics_in(workspace / "logs")}
     if os.environ.get("REWRITE_GOLDEN"):
         (GOLDEN / model).mkdir(parents=True, exist_ok=True)
-        (GOLDEN / model / f"{config}.json").write_text(json.dumps(rounded(found), indent=1) + "\n")
+        (GOLDEN / model / f"{config}.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
     golden = golden_of(config, model)
-    assert found["callbacks"] == [RENAMED.get(name, name) for name in golden["callbacks"]]
-    assert_alike(found["problems"], renamed(golden["problems"]))
-    assert_alike(found["metrics"], renamed(golden["metrics"]))
+    assert result["callbacks"] == [RENAMED.get(name, name) for name in golden["callbacks"]]
+    assert_close(result["problems"], renamed(golden["problems"]))
+    assert_close(result["metrics"], renamed(golden["metrics"]))
 
 
 @pytest.mark.parametrize(
     "config", [pytest.param(config, marks=[] if config == "gcg" else [pytest.mark.slow]) for config in CONFIGS]
 )
-def test_finds_the_same_when_it_is_stopped_and_resumed(config, here, monkeypatch):
+def test_resumed_search_equals_the_golden_files(config, workspace, monkeypatch):
     class Stopping(PromptCheckpoint):
         steps = 0
 
@@ -240,30 +240,30 @@ def test_finds_the_same_when_it_is_stopped_and_resumed(config, here, monkeypatch
         with pytest.raises(SystemExit):
             main(arguments(config, "emoji"))
     main([*arguments(config, "emoji"), "--ckpt_path", "last"])
-    assert_alike(problems_in(here / "run"), renamed(golden_of(config, "emoji")["problems"]))
+    assert_close(problems_in(workspace / "run"), renamed(golden_of(config, "emoji")["problems"]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [config for config in CONFIGS if config != "human_feedback"])
-def test_two_ranks_find_the_same(config, here):
+def test_two_ranks_equal_the_golden_files(config, workspace):
     command = [sys.executable, str(ROOT / "train.py"), *arguments(config, "emoji"), "--trainer.devices", "2"]
     subprocess.run(command, check=True, capture_output=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert_alike(problems_in(here / "run"), renamed(golden_of(config, "emoji")["problems"]))
+    assert_close(problems_in(workspace / "run"), renamed(golden_of(config, "emoji")["problems"]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
-def test_later_commands_find_the_same(config, here, capsys):
-    """`validate` computes the losses again, and `test` the scores."""
+def test_validate_and_test_equal_the_golden_files(config, workspace, capsys):
+    """`validate` repeats the losses, and `test` the scores."""
     main(arguments(config, "sdxl"))
     golden = renamed(golden_of(config, "sdxl")["problems"])
     if config != "human_feedback":  # the user's choices have no loss
         capsys.readouterr()
         main(["validate", "--run", "run"])
-        shown = [float(loss) for loss in re.findall(r"(?m)^(\d+\.\d+)  ", capsys.readouterr().out)]
+        printed = [float(loss) for loss in re.findall(r"(?m)^(\d+\.\d+)  ", capsys.readouterr().out)]
         losses = [abs(problem["validation_loss"]) for problem in golden]
         if config == "metric_guidance":  # shows the metric, not the weighted loss
             losses = [sum(problem["metric_after"]) / len(problem["metric_after"]) for problem in golden]
-        assert_alike(sorted(shown), sorted(losses))
+        assert_close(sorted(printed), sorted(losses))
     main(["test", "--run", "run", "--scorer", "scorer"])
-    assert_alike(problems_in(here / "run"), golden)
+    assert_close(problems_in(workspace / "run"), golden)

@@ -45,7 +45,7 @@ def rows_of(folder, part):
 
 
 @pytest.mark.parametrize(("kind", "size", "end"), [("clip", 49408, 49407), ("t5", 32128, 1)])
-def test_tokenizers_have_as_many_tokens_as_the_published_ones_and_read_what_they_write(kind, size, end, tmp_path):
+def test_tokenizers_have_the_published_sizes_and_round_trip(kind, size, end, tmp_path):
     import memory
 
     tokenizer = getattr(memory, f"{kind}_tokenizer")()
@@ -64,7 +64,7 @@ def test_tokenizers_have_as_many_tokens_as_the_published_ones_and_read_what_they
     ]
 
 
-def test_models_are_made_in_bfloat16_with_the_same_weights_each_time():
+def test_models_are_built_in_bfloat16_with_the_same_weights_each_time():
     import memory
     import random_models
 
@@ -78,18 +78,18 @@ def test_models_are_made_in_bfloat16_with_the_same_weights_each_time():
             assert torch.equal(model.alphas_cumprod, expected.float())
         assert model.alphas_cumprod.dtype == torch.float32
         assert torch.get_default_dtype() == torch.float32
-        said = model.encode_text(["a red dog"])
-        assert said.isfinite().all()
-        assert said.std() > 0
+        encoded = model.encode_text(["a red dog"])
+        assert encoded.isfinite().all()
+        assert encoded.std() > 0
         empty = memory.on_meta(build)  # models whose memory is counted
         assert memory.weights(empty) == memory.weights(model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["SDXL", "FLUX.1 dev"])
-def test_searches_and_plain_loops_are_measured(family, gpu, call, tmp_path, monkeypatch):
+def test_throughput_of_searches_and_plain_loops_is_measured(family, gpu, call, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "WORK", {family: gpu.TINY_WORK})
-    code, said, _ = call("--tiny", "--part", "throughput")
+    code, output, _ = call("--tiny", "--part", "throughput")
     rows = rows_of(tmp_path, "throughput")
     assert [row["what"] for row in rows] == list(gpu.cases(gpu.TINY_WORK, False))
     assert code == 0
@@ -98,10 +98,10 @@ def test_searches_and_plain_loops_are_measured(family, gpu, call, tmp_path, monk
         assert min(row["search"], row["plain"], row["teraflops"], row["product"], row["peak"]) > 0
         assert row["ratio"] == pytest.approx(row["search"] / row["plain"], rel=1e-3)
         assert row["share"] == pytest.approx(row["teraflops"] / row["product"], rel=0.1)  # both have six decimals
-    assert gpu.table("throughput", rows) in said
-    again, said, _ = call("--tiny", "--part", "throughput")  # nothing is left to measure
+    assert gpu.table("throughput", rows) in output
+    again, output, _ = call("--tiny", "--part", "throughput")  # nothing is left to measure
     assert (again, rows_of(tmp_path, "throughput")) == (0, rows)
-    assert "measured in" not in said
+    assert "measured in" not in output
 
 
 @pytest.fixture
@@ -112,22 +112,22 @@ def bench(gpu):
         yield bench
 
 
-def test_a_plain_loop_takes_as_many_samples_a_problem_as_a_step_of_the_search(gpu, bench, tmp_path):
+def test_plain_loop_processes_as_many_samples_as_the_search(gpu, bench, tmp_path):
     model = bench.model(gpu.SD15)
     for name, case in gpu.cases(gpu.TINY_WORK, False).items():
         steps = []
 
-        class Watch(gpu.Clock):
+        class Recording(gpu.Clock):
             def on_train_batch_start(self, trainer, pl_module, batch, batch_idx, steps=steps):
                 super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
                 steps.append([problem.unet_samples for problem in pl_module.batch.records])
 
-        method = gpu.search(model, case, 10**9, str(tmp_path / name), Watch(bench.device, 0))
+        method = gpu.search(model, case, 10**9, str(tmp_path / name), Recording(bench.device, 0))
         (before, *_), (after, *_) = steps[1:3]
         assert next(case.plain(method)) == after - before, name
 
 
-def test_operations_are_those_of_the_denoiser_and_the_text_encoder(gpu, bench, tmp_path):
+def test_counted_operations_are_those_of_denoiser_and_text_encoder(gpu, bench, tmp_path):
     import speed
 
     model, case, clock = bench.model(gpu.SD15), gpu.cases(gpu.TINY_WORK, False)["PH2P"], gpu.Clock(bench.device, 0)
@@ -143,14 +143,14 @@ def test_memory_is_counted_and_measured(gpu, bench):
     rows = {what: bench.memory(gpu.SD15, what) for what in gpu.MEMORY}
     assert rows["weights"]["counted"] * memory.GIB == sum(weight.nbytes for weight in model.parameters())
     with memory.fused_attention():
-        kept = [row["counted"] * memory.GIB for row in rows.values()][1:]
-        assert kept == memory.activations(memory.on_meta(bench.models[gpu.SD15]))
+        counted = [row["counted"] * memory.GIB for row in rows.values()][1:]
+        assert counted == memory.activations(memory.on_meta(bench.models[gpu.SD15]))
     assert rows["a call"]["counted"] > rows["a call, checkpointed"]["counted"] > 0
     assert not bench.model(gpu.SD15).denoiser.is_gradient_checkpointing
 
 
 @pytest.mark.slow
-def test_compiled_gradients_are_the_same_and_nothing_stays_compiled(gpu, bench):
+def test_compiled_gradients_are_equal_and_the_model_is_restored(gpu, bench):
     row = bench.compiled(gpu.FLUX, "repeated blocks")
     assert row["difference"] < 0.02
     assert row["first"] > 0
@@ -159,14 +159,14 @@ def test_compiled_gradients_are_the_same_and_nothing_stays_compiled(gpu, bench):
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(gpu, bench):
+def test_two_processes_give_the_results_of_one(gpu, bench):
     for strategy in gpu.STRATEGIES:
         row = bench.two_processes(gpu.SD15, strategy)
         assert (row["prompts"], row["same_prompts"]) == (2, 2)
         assert float(row["largest_difference"]) < 1e-2
 
 
-def test_a_measurement_that_does_not_fit_is_named_and_made_by_the_next_call(gpu, bench, tmp_path, capsys):
+def test_measurement_without_time_left_is_made_by_the_next_call(gpu, bench, tmp_path, capsys):
     cells = [
         gpu.Cell("memory", "a model", "weights", 60, lambda *args: {"counted": 1.0, "measured": 2.0, "ratio": 2.0})
     ]
@@ -178,11 +178,11 @@ def test_a_measurement_that_does_not_fit_is_named_and_made_by_the_next_call(gpu,
 
 
 @pytest.mark.slow
-def test_a_measurement_that_fails_leaves_the_others(gpu, bench, tmp_path, capsys):
-    made = []
+def test_failed_measurement_does_not_affect_the_others(gpu, bench, tmp_path, capsys):
+    measured = []
 
     def measure(name, what):
-        made.append(name)
+        measured.append(name)
         if name == "slow":
             time.sleep(60)
         if name in problems:
@@ -197,15 +197,15 @@ def test_a_measurement_that_fails_leaves_the_others(gpu, bench, tmp_path, capsys
     limits = {"slow": 0.2, "large": 60, "larger": 60, "broken": 60, "sound": 60}
     cells = [gpu.Cell("memory", name, "weights", limit, measure) for name, limit in limits.items()]
     assert not gpu.run(bench, cells, tmp_path, minutes=5)
-    said = capsys.readouterr()
-    assert said.out.splitlines() == [
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [
         "slow, memory, weights: not measured: no time left of its 0 s",
         "large, memory, weights: out of memory",
         "larger, memory, weights: out of memory",
         "broken, memory, weights: failed",
         "sound, memory, weights: measured in 0 s",
     ]
-    assert "something else" in said.err
+    assert "something else" in output.err
     rows = rows_of(tmp_path, "memory")
     assert [(row["model"], row["ratio"]) for row in rows] == [
         ("large", "out of memory"), ("larger", "out of memory"), ("sound", 2.0)
@@ -213,12 +213,12 @@ def test_a_measurement_that_fails_leaves_the_others(gpu, bench, tmp_path, capsys
     assert "| CPU, tiny | large | weights | out of memory | out of memory | out of memory |" in gpu.table(
         "memory", rows
     )
-    gpu.run(bench, cells, tmp_path, minutes=5)  # retries what may succeed
-    assert made == [*limits, "slow", "broken"]
+    gpu.run(bench, cells, tmp_path, minutes=5)  # retries measurements that may succeed
+    assert measured == [*limits, "slow", "broken"]
 
 
-def test_a_search_that_is_cut_short_leaves_nothing_behind(gpu, bench, tmp_path, capsys):
-    bench.seconds = 60.0  # gets only one of them
+def test_search_without_time_left_writes_no_row(gpu, bench, tmp_path, capsys):
+    bench.seconds = 60.0  # seconds for the search, of which the cell gets one
     cells = [gpu.Cell("throughput", gpu.SD15, "PH2P", 1, bench.throughput)]
     assert gpu.run(bench, cells, tmp_path, minutes=5)
     assert "no time left of its 1 s" in capsys.readouterr().out
@@ -227,24 +227,24 @@ def test_a_search_that_is_cut_short_leaves_nothing_behind(gpu, bench, tmp_path, 
     assert rows_of(tmp_path, "throughput")[0]["search"] > 0
 
 
-def test_without_a_gpu_it_says_so(call, monkeypatch, tmp_path):
+def test_missing_gpu_is_reported(call, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, said, error = call()
-    assert (code, said) == (2, "")
+    code, output, error = call()
+    assert (code, output) == (2, "")
     assert error == "There is no GPU here; give --tiny to test this benchmark with small models on the CPU.\n"
     assert not list(tmp_path.iterdir())
 
 
-def test_with_one_gpu_processes_are_left_out_in_one_line(gpu, bench, call, monkeypatch):
+def test_one_gpu_leaves_out_two_processes(gpu, bench, call, monkeypatch):
     bench.tiny, bench.product, devices = False, 1.0, 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     assert {cell.part for cell in gpu.plan(bench)} == {"throughput", "memory", "compile"}
     monkeypatch.setattr(gpu, "Bench", lambda tiny, device: bench)
     monkeypatch.setattr(gpu.random_models, "clip", lambda device, tiny: (None, None))
-    code, said, _ = call("--part", "processes")
+    code, output, _ = call("--part", "processes")
     assert code == 0
-    assert said.splitlines()[:2] == [
+    assert output.splitlines()[:2] == [
         "Two processes are not measured, as this machine has only one GPU.",
         f"CPU, tiny, torch {torch.__version__}, matrix product 1 TFLOP/s",
     ]
@@ -252,7 +252,7 @@ def test_with_one_gpu_processes_are_left_out_in_one_line(gpu, bench, call, monke
     assert [cell.what for cell in gpu.plan(bench) if cell.part == "processes"] == ["problems", "samples"]
 
 
-def test_the_model_that_memory_writes_can_be_read(tmp_path, monkeypatch):
+def test_model_written_for_memory_can_be_loaded(tmp_path, monkeypatch):
     import memory
     import random_models
 

@@ -25,9 +25,8 @@ from lightning_prompts.metrics.words import all_words
 from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.figures import to_image, to_png
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # warnings of libraries, which the command line silences and pytest restores
+# The command line silences warnings of libraries, and pytest restores them.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 RESULT_KEYS = {"schema_version", "method", "backbone", "seed", "settings", "versions", "problems"}
 PROBLEM_KEYS = {
@@ -70,7 +69,7 @@ def short_fit(backbone, run, tokens, images):
     """Return the command of a search with two steps."""
     args = ["fit", "--run", run, "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", backbone]
     args += ["--model.num_tokens", tokens, "--model.sampler.num_inference_steps", 2, "--data.images", images]
-    args += ["--model.lr", 0.01]  # so small that the two image_folder' prompts do not become the same
+    args += ["--model.lr", 0.01]  # so small that the prompts of two images stay different
     return [
         str(arg)
         for arg in (*args, "--model.steps", 2, "--data.num_noise_samples", 1, "--data.num_validation_samples", 2)
@@ -101,23 +100,23 @@ def content(folder):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def refused(capsys, *args, names):
-    """Run a command that must be refused with one sentence that contains these words."""
+def assert_refused(capsys, *args, words):
+    """Assert that a command is refused in one sentence that contains these words; return it."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main([str(arg) for arg in args])
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     assert stopped.value.code == 2
-    lines = told.err.strip().splitlines()
-    assert 1 <= len(lines) <= 2, told.err
-    assert "Traceback" not in told.err + told.out
-    for name in [names] if isinstance(names, str) else names:
-        assert str(name) in told.err
-    return told.err
+    lines = output.err.strip().splitlines()
+    assert 1 <= len(lines) <= 2, output.err
+    assert "Traceback" not in output.err + output.out
+    for word in [words] if isinstance(words, str) else words:
+        assert str(word) in output.err
+    return output.err
 
 
 @pytest.mark.parametrize("method", ["PEZ", "PH2P"])
-def test_one_image_to_a_prompt(fit, capsys, method):
+def test_fit_writes_all_results(fit, capsys, method):
     run = fit(method=method)
     result = results(run)
     assert set(result) == RESULT_KEYS
@@ -145,7 +144,7 @@ def test_one_image_to_a_prompt(fit, capsys, method):
     assert str(problem["prompt"]) in capsys.readouterr().out
 
 
-def test_free_embeddings_have_word_maps(fit):
+def test_learned_embeddings_have_word_maps(fit):
     run = fit("--model.template", "a photo of {}", method="TextualInversion")
     assert results(run)["problems"][0]["token_ids"] is None
     with Image.open(run / "words.png") as words:
@@ -154,38 +153,38 @@ def test_free_embeddings_have_word_maps(fit):
     assert (logged.width, logged.height) == words.size
 
 
-def test_folder_of_images(fit, image_folder):
+def test_fit_takes_a_folder_of_images(fit, image_folder):
     problems = results(fit(images=image_folder))["problems"]
     assert [problem["target"] for problem in problems] == ["0.png", "1.png", "2.png"]
     assert len({problem["key"] for problem in problems}) == 3
 
 
-def test_one_subject(fit, image_folder):
+def test_one_subject_gives_one_prompt(fit, image_folder):
     (problem,) = results(fit("--data.one_subject", "true", "--data.num_validation_samples", "3", images=image_folder))[
         "problems"
     ]
     assert problem["prompt"]
 
 
-def test_caption_is_compared(fit, image_folder):
+def test_caption_gives_word_recall(fit, image_folder):
     (image_folder / "list.csv").write_text("file,caption\n0.png,a red square\n")
     (problem,) = results(fit(images=image_folder / "list.csv"))["problems"]
     assert set(problem) == PROBLEM_KEYS | {"word_recall"}
     assert 0 <= problem["word_recall"] <= 1
 
 
-def test_clip_objective(fit):
+def test_denoising_weight_of_zero_needs_no_denoiser_gradient(fit):
     (problem,) = results(fit("--model.loss_weights.denoising", "0", "--model.loss_weights.clip", "1"))["problems"]
     assert problem["prompt"]
     assert problem["unet_samples"] == 3 * 2  # samples of scoring only
 
 
-def test_heldout_scorer(fit, tiny):
+def test_scorer_gives_heldout_similarity(fit, tiny):
     (problem,) = results(fit("--scorer", f"{tiny}/clip"))["problems"]
     assert problem["heldout_clip_similarity"] == pytest.approx(problem["clip_similarity"])
 
 
-def test_diversity_is_by_the_heldout_scorer(fit, tiny, tmp_path):
+def test_diversity_uses_the_heldout_scorer(fit, tiny, tmp_path):
     torch.manual_seed(1)
     CLIPModel(CLIPConfig.from_pretrained(f"{tiny}/clip")).save_pretrained(tmp_path / "scorer")
     run = fit("--scorer", str(tmp_path / "scorer"))
@@ -198,7 +197,7 @@ def test_diversity_is_by_the_heldout_scorer(fit, tiny, tmp_path):
     assert other["diversity"] != pytest.approx(problem["diversity"], rel=1e-3)
 
 
-def test_prompts_are_looked_up_and_read(fit, language_model, tmp_path):
+def test_dictionary_and_language_model_give_readability_scores(fit, language_model, tmp_path):
     (tmp_path / "words.txt").write_text("no\nsuch\nwords\n")
     given = ["--dictionary", str(tmp_path / "words.txt"), "--language_model", language_model]
     run = fit(*given, "--model.template", "a cat {}")
@@ -213,7 +212,7 @@ def test_prompts_are_looked_up_and_read(fit, language_model, tmp_path):
     assert problem["dictionary_words"] == 1
 
 
-def test_lpips_by_a_file(fit, tmp_path):
+def test_lpips_weights_give_lpips(fit, tmp_path):
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in torchvision.models.alexnet().features.state_dict().items()}
     torch.save({f"features.{name}": torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "alex.pth")
@@ -222,7 +221,7 @@ def test_lpips_by_a_file(fit, tmp_path):
     assert problem["lpips"] > 0
 
 
-def test_pseudo_word_is_no_text(fit, image_folder, language_model, tmp_path):
+def test_pseudo_words_have_no_text_scores(fit, image_folder, language_model, tmp_path):
     (tmp_path / "words.txt").write_text("word\n")
     (image_folder / "list.csv").write_text("file,caption\n0.png,a red square\n")
     settings = ["--dictionary", str(tmp_path / "words.txt"), "--language_model", language_model]
@@ -230,7 +229,7 @@ def test_pseudo_word_is_no_text(fit, image_folder, language_model, tmp_path):
     assert set(problem) == PROBLEM_KEYS - {"clip_text_similarity", "special_characters"}
 
 
-def test_what_cannot_be_scored_is_left_out(fit, tiny, tmp_path, capsys):
+def test_scores_that_cannot_be_computed_are_left_out(fit, tiny, tmp_path, capsys):
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         (folder / "clip" / name).unlink(missing_ok=True)
@@ -240,7 +239,7 @@ def test_what_cannot_be_scored_is_left_out(fit, tiny, tmp_path, capsys):
     assert "Some scores are missing: The CLIP" in capsys.readouterr().err
 
 
-def test_bad_file_in_a_folder_is_a_failed_record(fit, image_folder):
+def test_unusable_file_in_a_folder_is_a_failed_record(fit, image_folder):
     (image_folder / "1.png").write_text("no image")
     problems = results(fit(images=image_folder))["problems"]
     assert [problem["status"] == "failed" for problem in problems] == [False, True, False]
@@ -250,7 +249,7 @@ def test_bad_file_in_a_folder_is_a_failed_record(fit, image_folder):
     assert problems[2]["prompt"]
 
 
-def test_test_draws_and_scores_again(done):
+def test_test_command_repeats_figures_and_scores(done):
     before = results(done)
     (done / "result.json").unlink()
     (done / "grid.png").unlink()
@@ -265,21 +264,22 @@ def test_test_draws_and_scores_again(done):
 def test_validate_scores_the_prompts(done, capsys):
     capsys.readouterr()
     main(["validate", "--run", str(done)])
-    out = capsys.readouterr().out
-    for problem in results(done)["problems"]:
+    out, problems = capsys.readouterr().out, results(done)["problems"]
+    assert len(problems) == 2
+    for problem in problems:
         assert f"{problem['validation_loss']:.5f}  {problem['target']}  {problem['prompt']}" in out
 
 
 def test_predict_generates_an_image_per_seed(done):
     before = results(done)
     main(["predict", "--run", str(done), "--seeds", "0,1"])
-    drawn = sorted(path.name for path in (done / "images").iterdir())
-    assert drawn == sorted(f"{p['key']}-seed{seed}.png" for p in before["problems"] for seed in (0, 1))
-    first, second = ((done / "images" / name).read_bytes() for name in drawn[:2])
+    images = sorted(path.name for path in (done / "images").iterdir())
+    assert images == sorted(f"{p['key']}-seed{seed}.png" for p in before["problems"] for seed in (0, 1))
+    first, second = ((done / "images" / name).read_bytes() for name in images[:2])
     assert first != second
     assert results(done) == before
     main(["predict", f"--run={done}", "--seeds", "1"])
-    pixels = [np.asarray(Image.open(source), dtype=int) for source in (io.BytesIO(second), done / "images" / drawn[1])]
+    pixels = [np.asarray(Image.open(source), dtype=int) for source in (io.BytesIO(second), done / "images" / images[1])]
     assert abs(pixels[0] - pixels[1]).max() <= 1  # the last digits depend on the batch
 
 
@@ -293,7 +293,7 @@ def png_header(path, width, height):
     )
 
 
-def spoil(path, how):
+def damage(path, how):
     if how == "missing":
         path.unlink()
     elif how == "text":
@@ -321,13 +321,13 @@ def base(tiny, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["missing", "text", "truncated", "1x1", "60,000 x 60,000", "empty file", "folder"])
-def test_bad_image_is_refused(base, image_folder, capsys, how):
-    spoil(image_folder / "0.png", how)
-    refused(capsys, *base, names="0.png")
+def test_unusable_image_is_refused(base, image_folder, capsys, how):
+    damage(image_folder / "0.png", how)
+    assert_refused(capsys, *base, words="0.png")
 
 
 @pytest.mark.parametrize(
-    ("settings", "names"),
+    ("settings", "words"),
     [
         (["--model.num_tokens", "500"], ["500", "takes 32"]),
         (["--model.num_tokens", "0"], "0"),
@@ -402,13 +402,13 @@ def test_bad_image_is_refused(base, image_folder, capsys, how):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_bad_setting_is_refused(base, tmp_path, capsys, settings, names):
+def test_invalid_setting_is_refused(base, tmp_path, capsys, settings, words):
     given = [base[0], *settings, *base[3:]] if "--run" in settings else [*base, *settings]
-    refused(capsys, *given, names=names)
+    assert_refused(capsys, *given, words=words)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_search_that_is_cut_short_says_so(fit, capsys, caplog):
+def test_search_cut_short_by_max_time_is_reported(fit, capsys, caplog):
     """Lightning's Timer counts the time of all runs together."""
     run = fit("--trainer.max_time", "00:00:00:01", "--model.steps", "100000")
     (problem,) = results(run)["problems"]
@@ -448,58 +448,60 @@ BOMB = "a: &a [x, x, x]\n" + "".join(
         (BOMB.encode(), "or 10 aliases"),
     ],
 )
-def test_a_config_without_settings_is_named(base, tmp_path, capsys, content, reason):
+def test_config_without_settings_is_refused(base, tmp_path, capsys, content, reason):
     (tmp_path / "mine.yaml").write_bytes(content)
-    refused(capsys, *base, "--config", tmp_path / "mine.yaml", names=["mine.yaml", reason])
+    assert_refused(capsys, *base, "--config", tmp_path / "mine.yaml", words=["mine.yaml", reason])
 
 
-def test_a_setting_before_its_class_is_named(capsys):
+def test_setting_before_its_class_is_refused(capsys):
     message = "--model.lr stands before the --config or --model that it changes; put these first."
-    refused(capsys, "fit", "--model.lr", "1", "--config", "configs/pez.yaml", "--data.images", "a.png", names=message)
-    refused(capsys, "fit", "--model.lr=1", "--model", "PEZ", "--data.images", "a.png", names=message)
+    assert_refused(
+        capsys, "fit", "--model.lr", "1", "--config", "configs/pez.yaml", "--data.images", "a.png", words=message
+    )
+    assert_refused(capsys, "fit", "--model.lr=1", "--model", "PEZ", "--data.images", "a.png", words=message)
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**64), "9" * 20])
-def test_seeds_that_no_generator_takes_are_refused(done, capsys, seed):
-    refused(capsys, "predict", "--run", done, f"--seeds={seed}", names=[seed, "from 0 to 18446744073709551615"])
+def test_seeds_out_of_range_are_refused(done, capsys, seed):
+    assert_refused(capsys, "predict", "--run", done, f"--seeds={seed}", words=[seed, "from 0 to 18446744073709551615"])
 
 
 @pytest.mark.parametrize("setting", ["scorer", "dictionary", "language_model", "lpips_weights"])
-def test_what_cannot_score_is_found_before_the_search(base, tmp_path, capsys, setting):
+def test_unusable_scorers_are_refused_before_the_search(base, tmp_path, capsys, setting):
     args = [f"--{setting}", tmp_path / "nowhere", "--model.backbone.offline", "true"]
-    refused(capsys, *base, *args, names=["nowhere", "give" if setting == "scorer" else f"--{setting}"])
+    assert_refused(capsys, *base, *args, words=["nowhere", "give" if setting == "scorer" else f"--{setting}"])
     assert not (tmp_path / "run").exists()
-    refused(capsys, *base, f"--{setting}", tmp_path, "--model.backbone.offline", "true", names=str(tmp_path))
+    assert_refused(capsys, *base, f"--{setting}", tmp_path, "--model.backbone.offline", "true", words=str(tmp_path))
 
 
 def test_model_without_an_index_is_refused(base, tiny, tmp_path, capsys):
-    folder = shutil.copytree(tiny, tmp_path / "spoilt")
+    folder = shutil.copytree(tiny, tmp_path / "damaged")
     (folder / "model_index.json").unlink()
-    refused(capsys, *base, "--model.backbone", folder, names=["spoilt", "model_index.json"])
+    assert_refused(capsys, *base, "--model.backbone", folder, words=["damaged", "model_index.json"])
 
 
 def test_pickled_weights_are_refused(base, tiny, tmp_path, capsys):
-    folder = shutil.copytree(tiny, tmp_path / "spoilt")
+    folder = shutil.copytree(tiny, tmp_path / "damaged")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    refused(capsys, *base, "--model.backbone", folder, names=["spoilt", "pickle"])
+    assert_refused(capsys, *base, "--model.backbone", folder, words=["damaged", "pickle"])
 
 
 def test_empty_folder_is_refused(base, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    refused(capsys, *base, "--data.images", tmp_path / "empty", names="empty")
+    assert_refused(capsys, *base, "--data.images", tmp_path / "empty", words="empty")
 
 
 def test_folder_without_a_readable_image_is_refused(base, image_folder, capsys):
     for path in image_folder.iterdir():
         path.write_text("no image")
-    refused(capsys, *base, "--data.images", image_folder, names=["3 images", "0.png"])
+    assert_refused(capsys, *base, "--data.images", image_folder, words=["3 images", "0.png"])
 
 
 def test_finished_run_is_not_overwritten(base, finished, capsys):
     before = content(finished)
     args = [arg if arg != str(base[2]) else str(finished) for arg in base]
-    refused(capsys, *args, names=[finished, "--ckpt_path last"])
+    assert_refused(capsys, *args, words=[finished, "--ckpt_path last"])
     assert content(finished) == before
 
 
@@ -507,7 +509,7 @@ def test_finished_run_is_not_overwritten(base, finished, capsys):
     "name", ["os.system", "torch.nn.Linear", "subprocess.Popen", "lightning_prompts.commands.main.main"]
 )
 @pytest.mark.parametrize("part", ["model", "data", "trainer.callbacks"])
-def test_classes_from_elsewhere_are_refused(base, tmp_path, capsys, monkeypatch, name, part):
+def test_foreign_classes_in_configs_are_refused(base, tmp_path, capsys, monkeypatch, name, part):
     def never(*args, **kwargs):
         raise AssertionError("was called")
 
@@ -524,14 +526,14 @@ def test_classes_from_elsewhere_are_refused(base, tmp_path, capsys, monkeypatch,
         str(path),
         *(base[base.index("--model") :] if part != "model" else []),
     ]
-    refused(capsys, *args, names=name)
+    assert_refused(capsys, *args, words=name)
 
 
 def test_arguments_in_the_wrong_order_are_refused(capsys):
-    refused(capsys, "--config", "configs/ph2p.yaml", "fit", names=["command comes first", "--config"])
+    assert_refused(capsys, "--config", "configs/ph2p.yaml", "fit", words=["command comes first", "--config"])
 
 
-def test_package_that_is_not_installed_is_named(capsys, monkeypatch):
+def test_missing_package_is_named(capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "lightning_prompts.commands.cli", raising=False)
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     with pytest.raises(SystemExit) as stop:
@@ -544,18 +546,18 @@ def test_package_that_is_not_installed_is_named(capsys, monkeypatch):
     ("command", "hint"), [("fitt", "did you mean 'fit'"), ("train", "fit, validate, test, predict")]
 )
 def test_unknown_command_is_refused(capsys, command, hint):
-    refused(capsys, command, names=[command, hint])
+    assert_refused(capsys, command, words=[command, hint])
 
 
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
-def test_looking_at_a_run_needs_one(tmp_path, capsys, command):
-    refused(capsys, command, names=[command, "--run"])
-    refused(capsys, command, "--run", names="--run")
-    refused(capsys, command, "--run", tmp_path / "nowhere", names=["nowhere", "config.yaml"])
+def test_commands_on_a_run_need_one(tmp_path, capsys, command):
+    assert_refused(capsys, command, words=[command, "--run"])
+    assert_refused(capsys, command, "--run", words="--run")
+    assert_refused(capsys, command, "--run", tmp_path / "nowhere", words=["nowhere", "config.yaml"])
 
 
 @pytest.mark.parametrize("how", ["cut short", "newer", "missing", "no folder", "file"])
-def test_a_record_that_cannot_be_read_is_named_and_nothing_changes(done, finished, tiny, capsys, how):
+def test_unreadable_record_is_refused_and_nothing_changes(done, finished, tiny, capsys, how):
     """Commands that write results would overwrite them with fewer results."""
     record = next((done / "problems").glob("*.json"))
     if how == "cut short":
@@ -570,26 +572,26 @@ def test_a_record_that_cannot_be_read_is_named_and_nothing_changes(done, finishe
         (done / "problems").touch()
     before, name = content(done), {"file": done / "problems", "no folder": "is missing"}.get(how, record.name)
     for args in (["test", "--run", done], ["validate", "--run", done], ["predict", "--run", done]):
-        refused(capsys, *args, names=[name])
+        assert_refused(capsys, *args, words=[name])
     again = short_fit(tiny, done, 4, json.dumps([f"{finished.parent}/0.png", f"{finished.parent}/1.png"]))
-    refused(capsys, *again, "--ckpt_path", "last", "--model.steps", 4, names=[name])
+    assert_refused(capsys, *again, "--ckpt_path", "last", "--model.steps", 4, words=[name])
     assert content(done) == before
 
 
 @pytest.fixture
-def moved(tiny, tmp_path):
+def changeable(tiny, tmp_path):
     """Return a finished run on two images that a test may change, and their folder."""
     folder = tmp_path / "images"
     folder.mkdir()
     for i, color in enumerate(("red", "blue")):
         Image.new("RGB", (16, 16), color).save(folder / f"{i}.png")
-    main(short_fit(tiny, tmp_path / "moved", 4, folder))
-    return tmp_path / "moved", folder
+    main(short_fit(tiny, tmp_path / "changeable", 4, folder))
+    return tmp_path / "changeable", folder
 
 
 @pytest.mark.parametrize("how", ["changed", "gone", "broken"])
-def test_image_that_has_changed_since_the_search_is_not_scored(moved, capsys, caplog, how):
-    run, images = moved
+def test_changed_image_is_not_scored(changeable, capsys, caplog, how):
+    run, images = changeable
     before, image = results(run)["problems"], images / "0.png"
     if how == "changed":
         Image.new("RGB", (16, 16), "green").save(image)
@@ -599,9 +601,9 @@ def test_image_that_has_changed_since_the_search_is_not_scored(moved, capsys, ca
         image.write_bytes(image.read_bytes()[:50])
     width = Image.open(run / "grid.png").width
     main(["test", "--run", str(run)])
-    said = caplog.text
-    assert said.count("0.png is left out, and its scores stay as they are") == 1
-    assert ("has changed since the search; restore it" in said) == (how == "changed")
+    log = caplog.text
+    assert log.count("0.png is left out, and its scores stay as they are") == 1
+    assert ("has changed since the search; restore it" in log) == (how == "changed")
     assert results(run)["problems"] == before
     assert Image.open(run / "grid.png").width == width // 2
     capsys.readouterr()
@@ -609,11 +611,11 @@ def test_image_that_has_changed_since_the_search_is_not_scored(moved, capsys, ca
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if re.match(r"\d\.\d+  ", line)] == ["1.png"]
     (images / "1.png").unlink()
-    refused(capsys, "validate", "--run", run, names="images are missing or have changed")
+    assert_refused(capsys, "validate", "--run", run, words="images are missing or have changed")
 
 
-def test_copied_image_is_scored(moved, caplog):
-    run, images = moved
+def test_copied_image_is_scored(changeable, caplog):
+    run, images = changeable
     os.utime(images / "0.png", (1, 1))
     Image.open(images / "1.png").save(images / "1.png", compress_level=0)  # the same pixels in another file
     main(["test", "--run", str(run)])
@@ -625,7 +627,7 @@ def test_run_without_prompts_is_refused(done, capsys):
     for record in (done / "problems").glob("*.json"):
         record.unlink()
     for command in ("validate", "predict"):
-        refused(capsys, command, "--run", done, names=["no prompts yet", "fit"])
+        assert_refused(capsys, command, "--run", done, words=["no prompts yet", "fit"])
 
 
 def test_name_with_control_characters_is_printed_safely(fit, image_folder, capsys):
@@ -640,12 +642,12 @@ def test_name_with_control_characters_is_printed_safely(fit, image_folder, capsy
 def test_run_that_is_a_file_is_refused(base, image_folder, capsys):
     args = [str(image_folder / "1.png") if arg == base[2] else arg for arg in base]
     before = content(image_folder)
-    refused(capsys, *args, names="1.png")
+    assert_refused(capsys, *args, words="1.png")
     assert content(image_folder) == before
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
-def test_help(capsys, args):
+def test_help_lists_the_commands(capsys, args):
     main(args)
     out = capsys.readouterr().out
     for command in ("fit", "validate", "test", "predict"):
@@ -653,40 +655,40 @@ def test_help(capsys, args):
 
 
 @pytest.mark.parametrize(
-    ("command", "shown", "hidden"),
+    ("command", "included", "excluded"),
     [("fit", "--ckpt_path", "--seeds"), ("test", "--scorer", "--ckpt_path"), ("predict", "--seeds", "--ckpt_path")],
 )
-def test_help_lists_the_settings_of_a_command(capsys, command, shown, hidden):
+def test_help_lists_the_settings_of_a_command(capsys, command, included, excluded):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    assert shown in out
-    assert hidden not in out
+    assert included in out
+    assert excluded not in out
     assert "--trainer.devices" in out
     assert "--trainer.max_steps" not in out  # which a search refuses
 
 
 @pytest.mark.parametrize("joined", [True, False])
-def test_config_that_is_no_yaml_is_named(base, tmp_path, capsys, joined):
+def test_config_with_invalid_yaml_is_refused(base, tmp_path, capsys, joined):
     config = tmp_path / "mine.yaml"
     config.write_text("model:\n  init_args: [\n")
     given = [f"--config={config}"] if joined else ["--config", str(config)]
-    refused(capsys, *base, *given, names=["mine.yaml", "line 3"])
+    assert_refused(capsys, *base, *given, words=["mine.yaml", "line 3"])
 
 
 @pytest.mark.parametrize(
-    ("args", "names"),
+    ("args", "words"),
     [
         (["fit"], ["--data", "--model", "config"]),
         (["fit", "--model", "PEZ", "--data", "ImagesToPrompts"], "--data.images"),
     ],
 )
-def test_setting_that_is_missing_is_named(capsys, args, names):
-    refused(capsys, *args, names=names)
+def test_missing_setting_is_refused(capsys, args, words):
+    assert_refused(capsys, *args, words=words)
 
 
-def test_mistake_found_before_the_search_leaves_no_folder(fit, image_folder, capsys):
+def test_mistake_before_the_search_leaves_no_folder(fit, image_folder, capsys):
     for mistake in (["--data.images", str(image_folder / "none.png")], ["--model.init", "clip_word"]):
         with pytest.raises(SystemExit) as stopped:
             fit(*mistake)
@@ -696,7 +698,7 @@ def test_mistake_found_before_the_search_leaves_no_folder(fit, image_folder, cap
     assert results(fit())["problems"][0]["prompt"]
 
 
-def test_mistake_leaves_a_folder_that_was_there(fit, image_folder):
+def test_mistake_keeps_an_existing_folder(fit, image_folder):
     run = image_folder.parent / "run"
     run.mkdir()
     (run / "notes.txt").write_text("mine")
@@ -705,7 +707,7 @@ def test_mistake_leaves_a_folder_that_was_there(fit, image_folder):
     assert (run / "notes.txt").read_text() == "mine"
 
 
-# --- uses of found prompts
+# --- uses of prompts
 
 
 @pytest.fixture(scope="module")
@@ -717,24 +719,24 @@ def other(finished, tiny):
     return folder / "other"
 
 
-def mixed(folder, *runs, more=()):
+def mix(folder, *runs, more=()):
     args = ["predict", "--mix", *runs, "--run", folder, "--seeds", "0,1", "--generations", "2", "--population", "3"]
     main([str(arg) for arg in (*args, *more)])
     return json.loads((folder / "generations.json").read_text()), results(folder)
 
 
-def test_mix_of_two_searches_of_one_image_may_keep_the_found_prompts(finished, tiny, tmp_path):
+def test_mix_of_two_searches_of_one_image_may_keep_their_prompts(finished, tiny, tmp_path):
     again = tmp_path / "again"
     main([*short_fit(tiny, again, 4, str(finished.parent / "0.png")), "--data.seed", "1"])
-    everyone, result = mixed(tmp_path / "mix", finished, again)
+    everyone, result = mix(tmp_path / "mix", finished, again)
     assert result["targets"][0]["key"] == result["targets"][1]["key"]
     best = sorted(everyone, key=lambda member: -member["score"])
     assert [entry["score"] for entry in result["prompts"]] == [member["score"] for member in best[:4]]
 
 
-def test_mix_of_two_runs(finished, other, tmp_path, tiny):
+def test_mix_writes_generations_and_results(finished, other, tmp_path, tiny):
     before = content(finished), content(other)
-    everyone, result = mixed(tmp_path / "mix", finished, other, more=["--select", "2"])
+    everyone, result = mix(tmp_path / "mix", finished, other, more=["--select", "2"])
     assert (content(finished), content(other)) == before
     parents = [results(run)["problems"][0] for run in (finished, other)]
     assert [(member["prompt"], member["token_ids"]) for member in everyone[:2]] == [
@@ -769,23 +771,22 @@ def test_mix_of_two_runs(finished, other, tmp_path, tiny):
     ]
 
 
-def test_mix_repeats_and_its_seed_matters(finished, other, tmp_path):
+def test_mix_is_reproducible_and_depends_on_its_seed(finished, other, tmp_path):
     first, second, third = (
-        mixed(tmp_path / str(i), finished, other, more=["--data.seed", str(seed)])[0]
-        for i, seed in enumerate((1, 1, 2))
+        mix(tmp_path / str(i), finished, other, more=["--data.seed", str(seed)])[0] for i, seed in enumerate((1, 1, 2))
     )
     assert first == second
     assert [member["prompt"] for member in first] != [member["prompt"] for member in third]
 
 
-def test_mix_of_one_run_takes_its_first_two(finished, tmp_path):
-    everyone, _ = mixed(tmp_path / "mix", finished, finished)
+def test_mix_of_one_run_uses_its_first_two_prompts(finished, tmp_path):
+    everyone, _ = mix(tmp_path / "mix", finished, finished)
     assert [member["prompt"] for member in everyone[:2]] == [p["prompt"] for p in results(finished)["problems"]]
 
 
-def test_mix_by_hand(finished, other, tmp_path, monkeypatch, capsys):
+def test_user_selects_members_of_a_mix(finished, other, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("4 2\n"))  # then the user quits
-    everyone, result = mixed(tmp_path / "mix", finished, other, more=["--choose", "hand", "--negative", "a cat"])
+    everyone, result = mix(tmp_path / "mix", finished, other, more=["--choose", "hand", "--negative", "a cat"])
     assert (result["settings"]["choose"], result["settings"]["negative"]) == ("hand", "a cat")
     assert [entry["index"] for entry in result["prompts"]] == [4, 2]
     assert {parent for member in everyone[5:] for parent in member["parents"]} == {2, 4}
@@ -794,38 +795,40 @@ def test_mix_by_hand(finished, other, tmp_path, monkeypatch, capsys):
     assert everyone[7]["prompt"] in out
 
 
-def test_what_cannot_be_mixed_is_refused(finished, other, done, tiny, tmp_path, capsys):
+def test_unsuitable_runs_for_mix_are_refused(finished, other, done, tiny, tmp_path, capsys):
     nowhere, mix = tmp_path / "nowhere", tmp_path / "mix"
-    refused(capsys, "predict", "--mix", finished, names=["--mix", "two runs"])
-    refused(capsys, "predict", "--mix", finished, "--run", mix, names=["--mix", "two runs"])
-    refused(capsys, "predict", f"--mix={finished}", other, names=["--mix", "two runs"])
-    refused(capsys, "predict", "--mix", nowhere, other, names=[nowhere, "config.yaml"])
-    refused(capsys, "predict", "--mix", finished, nowhere, names=[nowhere, "config.yaml"])
-    refused(capsys, "predict", "--mix", other, other, names=[other, "two runs"])
-    refused(capsys, "predict", "--mix", finished, other, "--run", done, names=[done, "another --run"])
-    refused(capsys, "predict", "--mix", finished, other, "--run", mix, "--scorer", nowhere, names=[nowhere])
+    assert_refused(capsys, "predict", "--mix", finished, words=["--mix", "two runs"])
+    assert_refused(capsys, "predict", "--mix", finished, "--run", mix, words=["--mix", "two runs"])
+    assert_refused(capsys, "predict", f"--mix={finished}", other, words=["--mix", "two runs"])
+    assert_refused(capsys, "predict", "--mix", nowhere, other, words=[nowhere, "config.yaml"])
+    assert_refused(capsys, "predict", "--mix", finished, nowhere, words=[nowhere, "config.yaml"])
+    assert_refused(capsys, "predict", "--mix", other, other, words=[other, "two runs"])
+    assert_refused(capsys, "predict", "--mix", finished, other, "--run", done, words=[done, "another --run"])
+    assert_refused(capsys, "predict", "--mix", finished, other, "--run", mix, "--scorer", nowhere, words=[nowhere])
     assert not mix.exists()
-    refused(capsys, "predict", "--mix", finished, other, "--run", mix, "--prompts", "a", names=["--mix", "--prompts"])
+    assert_refused(
+        capsys, "predict", "--mix", finished, other, "--run", mix, "--prompts", "a", words=["--mix", "--prompts"]
+    )
     for setting, value in (("generations", "0"), ("population", "-1"), ("select", "some"), ("choose", "dice")):
-        refused(
-            capsys, "predict", "--mix", finished, other, "--run", mix, f"--{setting}", value, names=[setting, value]
+        assert_refused(
+            capsys, "predict", "--mix", finished, other, "--run", mix, f"--{setting}", value, words=[setting, value]
         )
     config = (done / "config.yaml").read_text()
     (done / "config.yaml").write_text(config.replace(tiny, "somebody/else"))
-    refused(capsys, "predict", "--mix", finished, done, "--run", mix, names=[tiny, "somebody/else"])
+    assert_refused(capsys, "predict", "--mix", finished, done, "--run", mix, words=[tiny, "somebody/else"])
     (done / "config.yaml").write_text("model:\n  init_args: [\n")
-    refused(capsys, "predict", "--mix", finished, done, "--run", mix, names=[done / "config.yaml"])
+    assert_refused(capsys, "predict", "--mix", finished, done, "--run", mix, words=[done / "config.yaml"])
     (done / "config.yaml").write_text(config)
     for path in (done / "problems").glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"token_ids": None, "embedding": [[0.0] * 32] * 2}))
-    refused(capsys, "predict", "--mix", finished, done, "--run", mix, names=[done, "textual inversion"])
-    refused(capsys, "predict", "--run", finished, "--negative", done, names=[done, "textual inversion"])
+    assert_refused(capsys, "predict", "--mix", finished, done, "--run", mix, words=[done, "textual inversion"])
+    assert_refused(capsys, "predict", "--run", finished, "--negative", done, words=[done, "textual inversion"])
     shutil.rmtree(done / "problems")
-    refused(capsys, "predict", "--mix", finished, done, "--run", mix, names=[done, "no prompt"])
+    assert_refused(capsys, "predict", "--mix", finished, done, "--run", mix, words=[done, "no prompt"])
     assert not mix.exists()
 
 
-def test_texts_of_ones_own(done):
+def test_predict_takes_texts(done):
     main(["predict", "--run", str(done), "--prompts", "a red cat", "--seeds", "0,1"])
     names = sorted(path.name for path in (done / "images").iterdir())
     assert [name[:10] for name in names] == ["a-red-cat-"] * 2
@@ -851,7 +854,7 @@ def test_negative_prompt_changes_the_images(done, given):
     assert without.read_bytes() == to_png(to_image(expected))
 
 
-def test_texts_are_taken_as_they_stand(done):
+def test_texts_are_not_parsed_as_yaml(done):
     for text in ("# a cat", "~", "null"):
         main(["predict", "--run", str(done), "--prompts", text, "--negative", text])
         (path,) = (done / "images").iterdir()
@@ -865,8 +868,8 @@ def test_texts_are_taken_as_they_stand(done):
         path.unlink()
 
 
-def test_negative_that_does_nothing_or_is_misspelt_is_refused(done, capsys):
+def test_unusable_negative_prompt_is_refused(done, capsys):
     command = ["predict", "--run", done, "--negative"]
-    refused(capsys, *command, done.parent / "dome", names=["dome", "config.yaml"])
-    refused(capsys, *command, "a cat", "--model.sampler.guidance_scale", "1", names=["guidance", "above 1"])
-    refused(capsys, *command, "cat " * 40, names=["takes 32", "shorten"])
+    assert_refused(capsys, *command, done.parent / "dome", words=["dome", "config.yaml"])
+    assert_refused(capsys, *command, "a cat", "--model.sampler.guidance_scale", "1", words=["guidance", "above 1"])
+    assert_refused(capsys, *command, "cat " * 40, words=["takes 32", "shorten"])

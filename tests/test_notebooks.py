@@ -18,7 +18,7 @@ SHORTER = {  # replacements that shorten the searches of a notebook
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_and_names_what_it_found(path):
+def test_notebook_runs_and_prints_its_results(path):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     notebook = nbformat.read(path, as_version=4)

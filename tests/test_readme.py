@@ -47,17 +47,17 @@ def content(file):
     return Path(file[1]).read_text().rstrip("\n")
 
 
-def processes(args):
+def run_processes(args):
     """Run a command for several processes, with two instead of many, on one machine instead of four."""
-    here = {"8": "2", "4": "1", "N": "0", "HOST": "localhost", "runs/big": f"runs/{args[0]}"}
-    command = [sys.executable, *(here.get(word, word) for word in args)]
+    replacements = {"8": "2", "4": "1", "N": "0", "HOST": "localhost", "runs/big": f"runs/{args[0]}"}
+    command = [sys.executable, *(replacements.get(word, word) for word in args)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def workspace(tmp_path, monkeypatch):
     """Create a folder like the repository's root, with images in it."""
     for name in ("benchmarks", "configs", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -79,7 +79,7 @@ PARAMS = [pytest.param(page, id=page.stem, marks=[] if page.stem == "README" els
 
 
 @pytest.mark.parametrize("page", PARAMS)
-def test_commands_of_the_page_run(page, place, tiny):
+def test_commands_in_the_page_run(page, workspace, tiny):
     for program, *args in commands(page):
         if program == "python" and args[0] == "train.py":
             hub = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -90,24 +90,24 @@ def test_commands_of_the_page_run(page, place, tiny):
                 method = Path(args[args.index("--config") + 1]).stem
                 short = ["--model.sampler.num_inference_steps=2", "--model.seeds=1", *SHORT_OF_PROMPTS[method]]
             short = [*short, "--trainer.accelerator=cpu"] if args[0] in ("fit", "check", "dry-run") else []
-            if any(word.startswith("configs/models/") for word in args):  # of which there are no weights here
+            if any(word.startswith("configs/models/") for word in args):  # their weights are not available here
                 short += ["--model.backbone", tiny, "--model.backbone.image_size=16"]
             if "--trainer.devices" in args:
-                processes(["train.py", *args, *short])
+                run_processes(["train.py", *args, *short])
             else:
                 main([*args, *short, *(["--generations=2", "--population=2"] if "--mix" in args else [])])
         elif program == "torchrun":
-            processes(["-m", "torch.distributed.run", *args, *SHORT, "--trainer.accelerator=cpu"])
+            run_processes(["-m", "torch.distributed.run", *args, *SHORT, "--trainer.accelerator=cpu"])
         elif program == "tensorboard":
-            shown = subprocess.run(
+            inspected = subprocess.run(
                 [sys.executable, "-m", "tensorboard.main", "--inspect", *args],
                 capture_output=True,
                 text=True,
                 check=True,
             )
-            assert "train/loss" in shown.stdout
+            assert "train/loss" in inspected.stdout
     if page.name == "README.md":
-        run = place / "runs" / "mine"
+        run = workspace / "runs" / "mine"
         listed = re.findall(
             r"^\| `([^`…]+)", page.read_text().partition("is in a run folder")[2].partition("The fields")[0], re.M
         )
@@ -118,7 +118,7 @@ def test_commands_of_the_page_run(page, place, tiny):
 
 
 @pytest.mark.slow
-def test_python_of_the_page_runs(place, capsys, monkeypatch):
+def test_python_code_in_the_page_runs(workspace, capsys, monkeypatch):
     monkeypatch.setattr(refinement, "FINAL_SEEDS", 2)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
     short = code.replace("steps=30", "steps=6").replace("steps=5", "steps=2")
@@ -126,6 +126,6 @@ def test_python_of_the_page_runs(place, capsys, monkeypatch):
     names = {}
     exec(compile(short, "docs/python.md", "exec"), names)
     assert names["result"].prompt in capsys.readouterr().out
-    assert (place / "again.png").exists()
+    assert (workspace / "again.png").exists()
     assert sum(names["sharp"].details.metric_after) > sum(names["sharp"].details.metric_before)
     assert names["held"].details.target_seed == 7

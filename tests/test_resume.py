@@ -17,9 +17,8 @@ from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.checkpoint import PromptCheckpoint, last_checkpoint
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # warnings of libraries, which the command line silences and pytest restores
+# The command line silences warnings of libraries, and pytest restores them.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 METHODS = {
     "PEZ": [],
@@ -42,7 +41,7 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def make(tiny, images):
+def arguments_of(tiny, images):
     """Return the arguments of a search with six steps."""
 
     def arguments(run, method="PEZ"):
@@ -63,22 +62,22 @@ def make(tiny, images):
 
 
 @pytest.fixture(scope="module")
-def whole(make, tmp_path_factory):
+def whole(arguments_of, tmp_path_factory):
     """Return the folder of an uninterrupted run of a method; no test changes it."""
 
     @cache
     def run(method="PEZ"):
         folder = tmp_path_factory.mktemp("whole")
-        main(make(folder / "run", method))
+        main(arguments_of(folder / "run", method))
         return folder / "run"
 
     return run
 
 
 @pytest.fixture
-def command(make, tmp_path):
+def command(arguments_of, tmp_path):
     """Return the arguments of a search in this test's own folder."""
-    return lambda run, method="PEZ": make(tmp_path / run, method)
+    return lambda run, method="PEZ": arguments_of(tmp_path / run, method)
 
 
 def stopping(step, error=KeyboardInterrupt):
@@ -103,20 +102,20 @@ def stop(monkeypatch, args, step):
 
 def steps_of(monkeypatch, args):
     """Return the steps that a command takes, in order."""
-    taken = []
+    steps = []
 
     class Counting(PromptCheckpoint):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            taken.append(batch.steps[0])
+            steps.append(batch.steps[0])
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "PromptCheckpoint", Counting)
         main(args)
-    return taken
+    return steps
 
 
-def found(run):
+def results_of(run):
     """Return the results without fields that differ between equal runs."""
     result = json.loads((Path(run) / "result.json").read_text())
     for problem in result["problems"]:
@@ -131,30 +130,30 @@ def checkpoints(run):
 @pytest.mark.parametrize(
     "method", [pytest.param(name, marks=pytest.mark.exact if name == "TextualInversion" else ()) for name in METHODS]
 )
-def test_stopped_and_resumed_is_as_unbroken(command, whole, tmp_path, monkeypatch, method):
+def test_stopped_search_resumes_identically(command, whole, tmp_path, monkeypatch, method):
     unbroken, broken = whole(method), tmp_path / "broken"
     assert stop(monkeypatch, command("broken", method), 3) == 130
     for record in (broken / "problems").glob("*.json"):
         assert json.loads(record.read_text())["prompt"]  # the best prompt so far is on disk
     assert last_checkpoint(broken / "checkpoints") == checkpoints(broken)[-1]
     assert steps_of(monkeypatch, [*command("broken", method), "--ckpt_path", "last"]) == [3, 4, 5]
-    assert found(broken) == found(unbroken)
+    assert results_of(broken) == results_of(unbroken)
     assert (broken / "prompt.txt").read_bytes() == (unbroken / "prompt.txt").read_bytes()
     embeddings, others = (load_file(run / "embedding.safetensors") for run in (broken, unbroken))
     assert embeddings.keys() == others.keys()
     assert all(torch.equal(embeddings[key], others[key]) for key in others)
 
 
-def test_stopped_twice(command, whole, tmp_path, monkeypatch, caplog):
+def test_search_stopped_twice_resumes_identically(command, whole, tmp_path, monkeypatch, caplog):
     with caplog.at_level("INFO", "lightning_prompts"):
         stop(monkeypatch, command("broken"), 2)
     assert f"--run {tmp_path / 'broken'} --ckpt_path last resumes it" in caplog.text
     stop(monkeypatch, [*command("broken"), "--ckpt_path", "last"], 5)
     main([*command("broken"), "--ckpt_path", "last"])
-    assert found(tmp_path / "broken") == found(whole())
+    assert results_of(tmp_path / "broken") == results_of(whole())
 
 
-def test_checkpoint_holds_the_prompts_alone(command, tmp_path, monkeypatch):
+def test_checkpoint_holds_only_the_prompts(command, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken", "PH2P"), 3)
     paths = checkpoints(tmp_path / "broken")
     assert len(paths) == 2  # older checkpoints are removed
@@ -167,18 +166,18 @@ def test_checkpoint_holds_the_prompts_alone(command, tmp_path, monkeypatch):
     assert not list((tmp_path / "broken").rglob("*.tmp"))
 
 
-def test_broken_checkpoint_is_passed_over(command, whole, tmp_path, monkeypatch):
+def test_broken_checkpoint_is_skipped(command, whole, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken"), 4)
     before, newest = checkpoints(tmp_path / "broken")
     data = newest.read_bytes()
-    for spoilt in (b"", bytes(len(data)), b"no checkpoint", data[: len(data) // 2]):
-        newest.write_bytes(spoilt)
+    for damaged in (b"", bytes(len(data)), b"no checkpoint", data[: len(data) // 2]):
+        newest.write_bytes(damaged)
         assert last_checkpoint(tmp_path / "broken" / "checkpoints") == before
     main([*command("broken"), "--ckpt_path", "last"])
-    assert found(tmp_path / "broken") == found(whole())
+    assert results_of(tmp_path / "broken") == results_of(whole())
 
 
-SPOILED = {
+DAMAGED = {
     "no batch": lambda saved: saved.pop("batch"),
     "a number too few": lambda saved: saved["batch"]["steps"].pop(),
     "a word for a number": lambda saved: saved["batch"]["steps"].__setitem__(0, "two"),
@@ -197,11 +196,11 @@ FOREIGN = {
 
 
 @pytest.fixture(scope="module")
-def stopped_run(make, tmp_path_factory):
+def stopped_run(arguments_of, tmp_path_factory):
     """Return the folder of a stopped run; no test changes it."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, make(folder), 4)
+        stop(patch, arguments_of(folder), 4)
     return folder
 
 
@@ -212,8 +211,8 @@ def change(path, edit):
     torch.save(saved, path)
 
 
-@pytest.mark.parametrize("edit", SPOILED.values(), ids=SPOILED)
-def test_checkpoint_without_what_a_search_needs_is_passed_over(stopped_run, tmp_path, edit):
+@pytest.mark.parametrize("edit", DAMAGED.values(), ids=DAMAGED)
+def test_incomplete_checkpoint_is_skipped(stopped_run, tmp_path, edit):
     shutil.copytree(stopped_run, tmp_path / "run")
     before, newest = checkpoints(tmp_path / "run")
     change(newest, edit)
@@ -231,52 +230,54 @@ def test_checkpoint_of_another_search_is_refused(command, stopped_run, tmp_path,
     assert "; give the settings that the run was begun with.\n" in capsys.readouterr().err
 
 
-def test_last_of_nothing_starts(command, whole, tmp_path):
+def test_ckpt_path_last_starts_a_new_run(command, whole, tmp_path):
     main([*command("new"), "--ckpt_path", "last"])
-    assert found(tmp_path / "new") == found(whole())
+    assert results_of(tmp_path / "new") == results_of(whole())
 
 
-def test_finished_run_stays_as_it_is(command, whole, tmp_path):
+def test_resuming_a_finished_run_changes_nothing(command, whole, tmp_path):
     main(command("again"))
     main([*command("again"), "--ckpt_path", "last"])
-    assert found(tmp_path / "again") == found(whole())
+    assert results_of(tmp_path / "again") == results_of(whole())
 
 
-@pytest.mark.parametrize(("other", "told"), [("2.png", "--data.images"), ("no.png", "no.png")])
-def test_other_images_are_refused(command, whole, tmp_path, monkeypatch, image_folder, capsys, other, told):
+@pytest.mark.parametrize(("other", "message"), [("2.png", "--data.images"), ("no.png", "no.png")])
+def test_resuming_with_other_images_is_refused(
+    command, whole, tmp_path, monkeypatch, image_folder, capsys, other, message
+):
     stop(monkeypatch, command("broken"), 3)
     with pytest.raises(SystemExit) as stopped:
         main([*command("broken"), "--ckpt_path", "last", "--data.images", str(image_folder / other)])
     assert stopped.value.code == 2
-    assert told in capsys.readouterr().err
-    main(["test", "--run", str(tmp_path / "broken")])  # by the initial settings
-    assert len(found(tmp_path / "broken")["problems"]) == 2
+    assert message in capsys.readouterr().err
+    main(["test", "--run", str(tmp_path / "broken")])  # with the settings of the run
+    assert len(results_of(tmp_path / "broken")["problems"]) == 2
 
 
-def test_told_to_stop_and_resumed_is_as_unbroken(command, whole, tmp_path, monkeypatch):
-    class Told(PromptCheckpoint):
+def test_search_stopped_by_the_trainer_resumes_identically(command, whole, tmp_path, monkeypatch):
+    class StoppingTrainer(PromptCheckpoint):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             trainer.should_stop = batch.steps[0] == 2  # as --trainer.max_time does
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "PromptCheckpoint", Told)
+        patch.setattr(runner, "PromptCheckpoint", StoppingTrainer)
         main(command("broken"))
-    assert [problem["status"] for problem in found(tmp_path / "broken")["problems"]] == ["open", "open"]
+    assert [problem["status"] for problem in results_of(tmp_path / "broken")["problems"]] == ["open", "open"]
     main([*command("broken"), "--ckpt_path", "last"])
-    assert found(tmp_path / "broken") == found(whole())
+    assert results_of(tmp_path / "broken") == results_of(whole())
 
 
-def test_schedule_made_shorter_than_what_is_done_ends_the_wave(command, tmp_path, monkeypatch):
+def test_fewer_steps_than_done_end_the_search(command, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken"), 5)
     main([*command("broken"), "--ckpt_path", "last", "--model.steps", "4"])
-    problems = found(tmp_path / "broken")["problems"]
+    problems = results_of(tmp_path / "broken")["problems"]
     assert {problem["status"] for problem in problems} <= {"done", "not improved"}
     assert [problem["unet_samples"] for problem in problems] == [
         5 * 2 + (1 + 5 + 1) * 2
     ] * 2  # five steps, seven scorings
 
 
-def test_images_that_were_moved_and_added_are_in_their_order(command, images, tmp_path, monkeypatch):
+def test_moved_and_added_images_are_in_order(command, images, tmp_path, monkeypatch):
     moved = tmp_path / "moved"
     moved.mkdir()
     Image.open(images / "1.png").save(moved / "b.png")
@@ -284,37 +285,37 @@ def test_images_that_were_moved_and_added_are_in_their_order(command, images, tm
     Image.open(images / "0.png").save(moved / "a.png")
     (moved / "c.png").write_text("no image")
     main([*command("grown"), "--ckpt_path", "last", "--data.images", str(moved)])
-    problems = found(tmp_path / "grown")["problems"]
+    problems = results_of(tmp_path / "grown")["problems"]
     assert [problem["target"] for problem in problems] == ["a.png", "b.png", "c.png"]
     assert [problem["status"] == "failed" for problem in problems] == [False, False, True]
     first = tmp_path / "grown" / "problems" / f"{problems[1]['key']}.json"
     assert json.loads(first.read_text())["paths"] == [str(moved / "b.png")]
 
 
-def test_run_of_moved_images_is_looked_at_where_they_are(command, images, tmp_path, monkeypatch):
+def test_later_commands_use_the_moved_images(command, images, tmp_path, monkeypatch):
     before, after = tmp_path / "before.png", tmp_path / "after.png"
     Image.open(images / "0.png").save(before)
     stop(monkeypatch, [*command("moved"), "--data.images", str(before)], 3)
     before.rename(after)
     main([*command("moved"), "--ckpt_path", "last", "--data.images", str(after)])
     main(["test", "--run", str(tmp_path / "moved")])
-    assert [problem["target"] for problem in found(tmp_path / "moved")["problems"]] == ["after.png"]
+    assert [problem["target"] for problem in results_of(tmp_path / "moved")["problems"]] == ["after.png"]
 
 
-def test_going_on_from_an_older_checkpoint_is_the_newest_then(command, whole, tmp_path, monkeypatch):
+def test_resuming_from_an_older_checkpoint_replaces_newer_ones(command, whole, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken"), 5)
     older, _ = checkpoints(tmp_path / "broken")
     stop(monkeypatch, [*command("broken"), "--ckpt_path", str(older)], 5)
     last = last_checkpoint(tmp_path / "broken" / "checkpoints")
     assert last.stat().st_mtime_ns == max(path.stat().st_mtime_ns for path in checkpoints(tmp_path / "broken"))
     main([*command("broken"), "--ckpt_path", "last"])
-    assert [p["prompt"] for p in found(tmp_path / "broken")["problems"]] == [
-        p["prompt"] for p in found(whole())["problems"]
+    assert [p["prompt"] for p in results_of(tmp_path / "broken")["problems"]] == [
+        p["prompt"] for p in results_of(whole())["problems"]
     ]
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "words"),
     [
         (["--model.lr", "0.3"], ["--model.lr 0.1", "with 0.3"]),
         (["--model.num_tokens", "3"], ["--model.num_tokens 2", "with 3"]),
@@ -322,19 +323,19 @@ def test_going_on_from_an_older_checkpoint_is_the_newest_then(command, whole, tm
         (["--data.seed", "1"], ["--data.seed 0", "with 1"]),
     ],
 )
-def test_other_settings_are_refused(command, tmp_path, monkeypatch, capsys, setting, told):
+def test_resuming_with_other_settings_is_refused(command, tmp_path, monkeypatch, capsys, setting, words):
     stop(monkeypatch, command("broken"), 3)
     before = (tmp_path / "broken" / "config.yaml").read_bytes()
     with pytest.raises(SystemExit) as stopped:
         main([*command("broken"), "--ckpt_path", "last", *setting])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert all(text in error for text in told)
+    assert all(text in error for text in words)
     assert "Traceback" not in error
     assert (tmp_path / "broken" / "config.yaml").read_bytes() == before
 
 
-def test_another_method_is_refused(command, monkeypatch, capsys):
+def test_resuming_with_another_method_is_refused(command, monkeypatch, capsys):
     stop(monkeypatch, command("broken"), 3)
     with pytest.raises(SystemExit) as stopped:
         main([*command("broken", "PH2P"), "--ckpt_path", "last"])
@@ -342,49 +343,49 @@ def test_another_method_is_refused(command, monkeypatch, capsys):
     assert "methods.PEZ" in capsys.readouterr().err
 
 
-def test_image_added_after_a_wave_that_ended_early_is_searched_whole(command, images, whole, tmp_path):
+def test_image_added_to_a_finished_run_is_searched_completely(command, images, whole, tmp_path):
     one = f"{images}/0.png"
     main([*command("grown"), "--data.images", one, "--model.patience", "1", "--model.steps", "6"])
-    (first,) = found(tmp_path / "grown")["problems"]
-    assert first["unet_samples"] < found(whole())["problems"][0]["unet_samples"]
+    (first,) = results_of(tmp_path / "grown")["problems"]
+    assert first["unet_samples"] < results_of(whole())["problems"][0]["unet_samples"]
     main([*command("grown"), "--ckpt_path", "last"])
-    grown = found(tmp_path / "grown")["problems"]
+    grown = results_of(tmp_path / "grown")["problems"]
     assert grown[0]["prompt"] == first["prompt"]
-    whole_one = found(whole())["problems"][1]
+    whole_one = results_of(whole())["problems"][1]
     assert grown[1]["unet_samples"] == whole_one["unet_samples"]
     for name in ("initial_validation_loss", "validation_loss"):  # the batch differs, and with it the last digits
         assert grown[1][name] == pytest.approx(whole_one[name], rel=1e-5)
 
 
-def test_what_failed_is_tried_again_when_asked_to(command, whole, tmp_path, monkeypatch):
+def test_retry_searches_failed_problems_again(command, whole, tmp_path, monkeypatch):
     stop(monkeypatch, command("broken"), 3)
     (newest,) = checkpoints(tmp_path / "broken")[-1:]
     checkpoint = torch.load(newest, weights_only=True)
-    nothing = {
+    empty = {
         "prompt": None,
         "token_ids": None,
         "validation_loss": None,
         "initial_validation_loss": None,
         "history": [],
     }
-    checkpoint["batch"]["records"][1].update(status="failed", reason="The prompt stopped being finite.", **nothing)
+    checkpoint["batch"]["records"][1].update(status="failed", reason="The prompt stopped being finite.", **empty)
     checkpoint["batch"]["active"][1] = False
     torch.save(checkpoint, newest)
     record = tmp_path / "broken" / "problems" / f"{checkpoint['batch']['records'][1]['key']}.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), **checkpoint["batch"]["records"][1]}))
     main([*command("broken"), "--ckpt_path", "last"])
-    assert [problem["status"] == "failed" for problem in found(tmp_path / "broken")["problems"]] == [False, True]
+    assert [problem["status"] == "failed" for problem in results_of(tmp_path / "broken")["problems"]] == [False, True]
     assert "stopped being finite" in (tmp_path / "broken" / "failed.jsonl").read_text()
     main([*command("broken"), "--ckpt_path", "last", "--data.retry", "true"])
     assert not (tmp_path / "broken" / "failed.jsonl").exists()
-    again, unbroken = found(tmp_path / "broken")["problems"], found(whole())["problems"]
+    again, unbroken = results_of(tmp_path / "broken")["problems"], results_of(whole())["problems"]
     for one, other in zip(again, unbroken, strict=True):  # the batch differs, and with it the last digits
         assert one["status"] == other["status"]
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["missing.ckpt", "broken.ckpt", "text.ckpt"])
-def test_checkpoint_that_is_none_is_refused(command, tmp_path, capsys, name):
+def test_invalid_checkpoint_file_is_refused(command, tmp_path, capsys, name):
     (tmp_path / "broken.ckpt").write_text("no checkpoint")
     (tmp_path / "text.ckpt").write_text("a red cat on a blue background")
     with pytest.raises(SystemExit) as stopped:
@@ -415,19 +416,19 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sent", "code"), [("KILL", -signal.SIGKILL), ("TERM", 128 + signal.SIGTERM)])
-def test_killed_after_a_checkpoint(command, whole, tmp_path, sent, code):
-    program = [sys.executable, "-c", KILLED.format(sent), *command("broken")]
+@pytest.mark.parametrize(("signal_name", "code"), [("KILL", -signal.SIGKILL), ("TERM", 128 + signal.SIGTERM)])
+def test_search_killed_after_a_checkpoint_resumes_identically(command, whole, tmp_path, signal_name, code):
+    program = [sys.executable, "-c", KILLED.format(signal_name), *command("broken")]
     ended = subprocess.run(program, cwd=Path(cli.__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
-    assert (f"--run {tmp_path / 'broken'} --ckpt_path last resumes it" in ended.stdout) == (sent == "TERM")
+    assert (f"--run {tmp_path / 'broken'} --ckpt_path last resumes it" in ended.stdout) == (signal_name == "TERM")
     assert checkpoints(tmp_path / "broken")
     main([*command("broken"), "--ckpt_path", "last"])
-    assert found(tmp_path / "broken") == found(whole())
+    assert results_of(tmp_path / "broken") == results_of(whole())
 
 
-def test_killed_at_any_time_leaves_prompts(command, whole, tmp_path):
+def test_search_killed_at_any_time_leaves_prompts(command, whole, tmp_path):
     args = [sys.executable, "-m", "lightning_prompts", *command("broken"), "--model.steps", "100000"]
     with subprocess.Popen(args, cwd=Path(cli.__file__).parents[2], stdout=subprocess.DEVNULL) as program:
         deadline, records = time.monotonic() + 90, tmp_path / "broken" / "problems"
@@ -439,7 +440,7 @@ def test_killed_at_any_time_leaves_prompts(command, whole, tmp_path):
     for path in records.glob("[!.]*.json"):
         json.loads(path.read_text())
     main([*command("broken"), "--ckpt_path", "last"])
-    pairs = zip(found(tmp_path / "broken")["problems"], found(whole())["problems"], strict=True)
-    for broken, unbroken in pairs:  # the killed run may have found better prompts
+    pairs = zip(results_of(tmp_path / "broken")["problems"], results_of(whole())["problems"], strict=True)
+    for broken, unbroken in pairs:  # the killed run may have better prompts
         assert broken["status"] in ("done", "not improved")
         assert broken["validation_loss"] <= unbroken["validation_loss"] + 1e-6

@@ -67,27 +67,27 @@ def write_result(folder, **settings):
 # Records
 
 
-def test_a_record_comes_back_as_it_was(folder):
+def test_record_round_trips(folder):
     folder.save(FULL)
     assert folder.load() == {FULL.key: FULL}
     folder.save(Problem(key(1), "b.png"))
     assert folder.load()[key(1)] == Problem(key(1), "b.png")
 
 
-def test_records_come_in_the_order_of_the_inputs(folder):
+def test_records_are_sorted_by_index(folder):
     for index, number in enumerate((9, 3, 12, 1)):
         folder.save(Problem(key(number), "x", index=index))
     assert list(folder.load()) == [key(9), key(3), key(12), key(1)]
 
 
-def test_records_of_equal_index_come_in_the_order_of_their_keys(folder):
+def test_records_of_equal_index_are_sorted_by_key(folder):
     for number in (9, 3, 12, 1):
         folder.save(Problem(key(number), "x"))
     assert list(folder.load()) == [key(1), key(3), key(9), key(12)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_null_in_the_file(folder, value):
+def test_nonfinite_values_are_written_as_null(folder, value):
     folder.save(Problem(key(1), "x", validation_loss=value, result=InversionResult(lpips=value, clip_similarity=0.5)))
     record = json.loads((folder.problems / f"{key(1)}.json").read_bytes())
     assert (record["validation_loss"], record["result"]["lpips"], record["result"]["clip_similarity"]) == (
@@ -97,14 +97,14 @@ def test_what_is_not_finite_is_null_in_the_file(folder, value):
     )
 
 
-def test_a_value_that_is_no_plain_number_is_refused_and_the_record_stays(folder):
+def test_unserializable_value_is_refused_and_the_record_stays(folder):
     folder.save(FULL)
     with pytest.raises(TypeError):
         folder.save(Problem(FULL.key, "x", validation_loss=object()))
     assert folder.load() == {FULL.key: FULL}
 
 
-def test_file_names_that_are_not_utf8_come_back(folder):
+def test_file_names_that_are_not_utf8_round_trip(folder):
     name = os.fsdecode(b"caf\xe9.png")
     folder.save(Problem(key(1), name, paths=[name], prompt=name))
     assert folder.load()[key(1)].paths == [name]
@@ -113,7 +113,7 @@ def test_file_names_that_are_not_utf8_come_back(folder):
         assert r"caf\udce9.png" in file.read_text("utf-8")
 
 
-def test_other_scripts_can_be_read_in_the_file(folder):
+def test_non_ascii_text_is_written_unescaped(folder):
     folder.save(FULL)
     assert "red car 🚗" in (folder.problems / f"{FULL.key}.json").read_text("utf-8")
 
@@ -147,14 +147,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("content", "reason"), list(BROKEN.items()), ids=range(len(BROKEN)))
-def test_a_broken_record_is_refused_and_nothing_is_written(folder, content, reason):
+def test_broken_record_is_refused_and_nothing_is_written(folder, content, reason):
     folder.save(FULL)
     write_result(folder)
     before, broken = folder.result.read_bytes(), folder.problems / f"{key(1)}.json"
     broken.write_bytes(content)
-    for look in (folder.check, folder.load, lambda: folder.read(key(1)), lambda: write_result(folder)):
+    for read in (folder.check, folder.load, lambda: folder.read(key(1)), lambda: write_result(folder)):
         with pytest.raises(UserError, match=reason) as refused:
-            look()
+            read()
         assert str(broken) in str(refused.value)
         assert len(str(refused.value)) < 400 + len(str(broken))
     assert folder.result.read_bytes() == before
@@ -162,7 +162,7 @@ def test_a_broken_record_is_refused_and_nothing_is_written(folder, content, reas
     assert not list(folder.path.glob(".*"))
 
 
-def test_numbers_that_json_does_not_have_come_back_as_nan(folder):
+def test_null_in_a_list_of_numbers_is_read_as_nan(folder):
     better = {"unet_samples": 1, "validation_loss": math.nan, "prompt": "a"}
     folder.result_class = DPODiffResult
     result = DPODiffResult(fresh_loss_after=[0.5, math.nan])
@@ -175,7 +175,7 @@ def test_numbers_that_json_does_not_have_come_back_as_nan(folder):
 
 
 @pytest.mark.parametrize("gone", ["record", "records", "folder", "file"])
-def test_a_result_without_its_record_is_not_overwritten(folder, gone):
+def test_result_without_its_record_is_not_overwritten(folder, gone):
     folder.save(FULL)
     folder.save(replace(FULL, key=key(1), status="done"))
     write_result(folder)
@@ -210,7 +210,7 @@ def names(path):
     return sorted(file.name for file in path.iterdir())
 
 
-def test_a_disk_that_fills_in_mid_write_leaves_the_old_record_and_nothing_else(folder):
+def test_failed_write_keeps_the_old_record_and_nothing_else(folder):
     folder.save(FULL)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # the kernel limits files to this size
@@ -248,7 +248,7 @@ def save_forever(path):
             RunFolder(path).save(Problem(key(1), "x", prompt="a" * length))
 
 
-def test_no_reader_and_no_kill_meets_half_a_record(folder):
+def test_records_are_written_atomically(folder):
     folder.save(Problem(key(1), "x", prompt="start"))
     for _ in range(4):
         process = fork.Process(target=save_forever, args=(folder.path,), daemon=True)
@@ -266,7 +266,7 @@ def test_no_reader_and_no_kill_meets_half_a_record(folder):
 # Results
 
 
-def test_the_result_has_exactly_these_keys(folder):
+def test_result_has_exactly_these_keys(folder):
     folder.save(FULL)
     folder.save(Problem(key(1), "b.png", index=4))
     result = write_result(folder, steps=10)
@@ -289,7 +289,7 @@ def test_the_result_has_exactly_these_keys(folder):
     assert (bare["target"], bare["status"], bare["prompt"], bare["unet_samples"]) == ("b.png", "open", None, 0)
 
 
-def test_results_of_another_method_stay_as_they_are(folder):
+def test_records_of_any_method_can_be_read_and_saved(folder):
     folder.save(FULL)
     other = RunFolder(folder.path)  # for users who only need the prompts
     (record,) = other.records()
@@ -301,7 +301,7 @@ def test_results_of_another_method_stay_as_they_are(folder):
         DPODiffResult.of(record)
 
 
-def test_results_and_prompts_come_in_the_order_of_the_inputs(folder):
+def test_results_and_prompts_are_sorted_by_index(folder):
     for index, (number, prompt) in enumerate([(9, "a cat"), (3, None), (12, "two\nlines"), (1, "ein Hündchen 🐶")]):
         folder.save(Problem(key(number), "x", index=index, prompt=prompt))
     result = write_result(folder)
@@ -309,7 +309,7 @@ def test_results_and_prompts_come_in_the_order_of_the_inputs(folder):
     assert folder.prompt.read_bytes().decode() == "a cat\n\ntwo lines\nein Hündchen 🐶\n"
 
 
-def test_settings_of_any_kind_do_not_cost_the_result(folder, tmp_path):
+def test_settings_of_any_type_are_written(folder, tmp_path):
     settings = write_result(folder, clip=math.inf, nested={"lr": [0.1, math.nan], "pair": (1, 2)}, path=tmp_path)
     assert settings["settings"] == {
         "clip": None,
@@ -321,19 +321,20 @@ def test_settings_of_any_kind_do_not_cost_the_result(folder, tmp_path):
 # The folder
 
 
-def test_prepare_leaves_an_empty_folder_that_can_be_prepared_again(folder):
+def test_empty_folder_can_be_prepared_again(folder):
     assert names(folder.path) == ["checkpoints", "problems"]
     assert names(folder.problems) == names(folder.checkpoints) == []
     folder.prepare(resume=False)
 
 
-def test_a_run_that_found_a_mistake_before_its_search_can_be_begun_again(folder):
+def test_folder_with_only_a_config_can_be_prepared_again(folder):
     folder.config.write_text("seed: 1\n")
     folder.prepare(resume=False)
+    assert names(folder.path) == ["checkpoints", "config.yaml", "problems"]
 
 
 @pytest.mark.parametrize("what", ["record", "config"])
-def test_a_run_is_resumed_but_not_overwritten(folder, what):
+def test_run_is_resumed_but_not_overwritten(folder, what):
     if what == "record":
         folder.save(FULL)
     else:  # a file of the user
@@ -346,7 +347,7 @@ def test_a_run_is_resumed_but_not_overwritten(folder, what):
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_file_is_no_run_folder(tmp_path, resume):
+def test_file_as_run_folder_is_refused(tmp_path, resume):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file is a file; give another --run"):
         RunFolder(tmp_path / "file").prepare(resume)
@@ -355,7 +356,7 @@ def test_a_file_is_no_run_folder(tmp_path, resume):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_folder_without_permission_is_the_users_mistake(tmp_path, monkeypatch):
+def test_folder_without_permission_is_refused(tmp_path, monkeypatch):
     def refuse(*args):  # not chmod, which has no effect for root
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -364,7 +365,7 @@ def test_a_folder_without_permission_is_the_users_mistake(tmp_path, monkeypatch)
         RunFolder(tmp_path / "run").prepare(resume=False)
 
 
-def test_the_layout(tmp_path):
+def test_file_names_of_the_folder(tmp_path):
     folder = RunFolder(str(tmp_path))
     files = [folder.problems, folder.result, folder.prompt, folder.grid, folder.words, folder.embedding, folder.config]
     assert [file.relative_to(tmp_path).as_posix() for file in [*files, folder.checkpoints]] == [
@@ -381,12 +382,12 @@ def test_the_layout(tmp_path):
     ]
 
 
-def test_the_default_name_has_time_and_method():
+def test_default_name_has_time_and_method():
     assert RunFolder.name("PH2P", datetime(2026, 11, 20, 14, 3, 22)) == "2026-11-20_14-03-22_ph2p"
 
 
 @pytest.mark.parametrize("method", ["../a b", "ünï/cödé", "a\nb", "C:\\x;$(y)", "x.Y_z-1"])
-def test_the_default_name_is_safe(method):
+def test_default_name_is_a_safe_file_name(method):
     assert re.fullmatch(r"2026-01-02_03-04-05_[A-Za-z0-9._-]+", RunFolder.name(method, datetime(2026, 1, 2, 3, 4, 5)))
 
 
@@ -400,7 +401,7 @@ def test_mix_of_runs_needs_no_records(tmp_path):
             folder.prepare(resume=False, search=search)
 
 
-def test_hard_prompts_are_those_that_were_found(tmp_path):
+def test_hard_prompts_are_those_of_finished_problems(tmp_path):
     folder = RunFolder(tmp_path)
     with pytest.raises(UserError, match=r"no config\.yaml"):
         folder.hard_prompts()

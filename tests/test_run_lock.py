@@ -1,4 +1,4 @@
-"""The folder of a run has one owner at a time, and never a dead one."""
+"""The folder of a run has one owner at a time; locks of dead processes are ignored."""
 
 import errno
 import multiprocessing
@@ -42,8 +42,8 @@ with module.RunLock(Path({folder!r})) as lock:
         lock.check()
         time.sleep(0.05)
 """
-ELSEWHERE = "socket.gethostname = lambda: 'elsewhere'"
-LATE = """
+OTHER_MACHINE = "socket.gethostname = lambda: 'elsewhere'"
+OLD_CLOCK = """
 real, beats = os.utime, iter(range(10**6))
 os.utime = lambda file, times=None, **more: real(file, ns=(next(beats), next(beats)))  # its clock is at 1970
 """
@@ -74,21 +74,19 @@ def holder():
         process.communicate()
 
 
-def held_for(folder):
+def seconds_until_locked(folder):
     """Return the seconds until the folder can be locked."""
-    began = time.monotonic()
+    start = time.monotonic()
     with RunLock(folder):
-        return time.monotonic() - began
+        return time.monotonic() - start
 
 
 # The last filelock for Python 3.10 checks the lock of another machine by the file's time.
-BY_OWN_CLOCK = pytest.mark.skipif(
-    sys.version_info < (3, 11), reason="filelock judges by the file's time with Python 3.10"
-)
+BY_OWN_CLOCK = pytest.mark.skipif(sys.version_info < (3, 11), reason="filelock uses the file's time with Python 3.10")
 
 
-@pytest.mark.parametrize("before", ["", ELSEWHERE, pytest.param(ELSEWHERE + LATE, marks=BY_OWN_CLOCK)])
-def test_the_message_names_the_owner(before, holder, tmp_path):
+@pytest.mark.parametrize("before", ["", OTHER_MACHINE, pytest.param(OTHER_MACHINE + OLD_CLOCK, marks=BY_OWN_CLOCK)])
+def test_message_names_the_owner(before, holder, tmp_path):
     process = holder(tmp_path, before)
     name = "elsewhere" if before else re.escape(socket.gethostname())
     since = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d \S+"
@@ -96,35 +94,37 @@ def test_the_message_names_the_owner(before, holder, tmp_path):
     message = rf"{re.escape(str(tmp_path))} is in use by {owner}; wait for it to end, stop"
     for _ in range(3):
         with pytest.raises(UserError, match=message):
-            held_for(tmp_path)
+            seconds_until_locked(tmp_path)
     assert process.poll() is None
 
 
-def test_one_that_was_killed_here_does_not_count(holder, tmp_path):
+def test_lock_of_a_killed_process_is_ignored(holder, tmp_path):
     process = holder(tmp_path)
     process.kill()
     process.wait()
     assert (tmp_path / ".lock").exists()
-    assert held_for(tmp_path) < 1
+    assert seconds_until_locked(tmp_path) < 1
     assert not list(tmp_path.iterdir())
 
 
-def test_one_that_has_the_number_of_a_dead_one_does_not_count(holder, tmp_path):
+def test_lock_with_a_reused_process_id_is_ignored(holder, tmp_path):
     process = holder(tmp_path)
     process.kill()
     process.wait()
-    left = tmp_path / ".lock"
-    assert f"pid={process.pid}\n" in left.read_text()
-    left.write_text(left.read_text().replace(f"pid={process.pid}\n", f"pid={os.getpid()}\n"))  # like this process
-    assert held_for(tmp_path) < 1
+    remaining = tmp_path / ".lock"
+    assert f"pid={process.pid}\n" in remaining.read_text()
+    remaining.write_text(
+        remaining.read_text().replace(f"pid={process.pid}\n", f"pid={os.getpid()}\n")
+    )  # like this process
+    assert seconds_until_locked(tmp_path) < 1
 
 
 @pytest.mark.parametrize("how", ["elsewhere", "by a clock that is behind", "nobody has reaped it", "empty"])
-def test_an_owner_without_a_heartbeat_counts_for_a_lease(how, short, holder, tmp_path):
+def test_lock_without_heartbeat_expires_after_the_lease(how, short, holder, tmp_path):
     if how == "empty":  # after a power failure
         (tmp_path / ".lock").touch()
     else:
-        process = holder(tmp_path, "" if how.startswith("nobody") else ELSEWHERE, SECONDS)
+        process = holder(tmp_path, "" if how.startswith("nobody") else OTHER_MACHINE, SECONDS)
         process.kill()
         if how.startswith("nobody"):
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
@@ -132,24 +132,24 @@ def test_an_owner_without_a_heartbeat_counts_for_a_lease(how, short, holder, tmp
             process.wait()
     if "clock" in how:
         os.utime(tmp_path / ".lock", (2**32, 2**32))
-    assert SECONDS * 0.9 < held_for(tmp_path) < SECONDS * 3
+    assert SECONDS * 0.9 < seconds_until_locked(tmp_path) < SECONDS * 3
     assert not list(tmp_path.iterdir())
 
 
-def test_one_that_was_suspended_ends_when_another_has_taken_over(short, holder, tmp_path):
+def test_suspended_owner_ends_when_another_has_taken_over(short, holder, tmp_path):
     process = holder(tmp_path, lease=SECONDS)
     process.send_signal(signal.SIGSTOP)
     with RunLock(tmp_path):
         process.send_signal(signal.SIGCONT)
-        _, said = process.communicate(timeout=20)
-        assert f"was taken over by process {os.getpid()} on " in said
-        assert "UserError" in said
+        _, error = process.communicate(timeout=20)
+        assert f"was taken over by process {os.getpid()} on " in error
+        assert "UserError" in error
         assert process.returncode == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_the_end_of_a_child_is_not_the_owners(tmp_path):
-    """Images are read ahead by forked processes."""
+def test_end_of_a_child_process_keeps_the_lock(tmp_path):
+    """Forked processes, as libraries start them, inherit the lock's cleanup."""
     with RunLock(tmp_path):
         child = multiprocessing.get_context("fork").Process(target=sys.exit)
         child.start()
@@ -158,7 +158,7 @@ def test_the_end_of_a_child_is_not_the_owners(tmp_path):
         assert (tmp_path / ".lock-holder").exists()
 
 
-def test_a_folder_in_which_nothing_was_written_is_gone(tmp_path):
+def test_folder_without_files_is_removed(tmp_path):
     with RunLock(tmp_path / "new"):
         assert (tmp_path / "new" / ".lock").exists()
     with RunLock(tmp_path / "used"):
@@ -169,7 +169,7 @@ def test_a_folder_in_which_nothing_was_written_is_gone(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("**/*")) == ["file", "old", "used"]
 
 
-def test_a_refused_command_leaves_nothing_but_what_was_there(tmp_path):
+def test_discarded_run_folder_is_removed(tmp_path):
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
         folder.prepare(resume=False)
@@ -179,7 +179,7 @@ def test_a_refused_command_leaves_nothing_but_what_was_there(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def test_unwritable_folder_is_refused(tmp_path, monkeypatch):
     def refuse(self, **how):
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -188,16 +188,16 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         pass
 
 
-def test_what_taking_over_has_left_is_deleted(tmp_path):
-    left = tmp_path / ".lock.break.1.00"
-    left.touch()
+def test_leftovers_of_a_takeover_are_deleted(tmp_path):
+    remaining = tmp_path / ".lock.break.1.00"
+    remaining.touch()
     folder = RunFolder(tmp_path)
     with folder.locked():
         folder.prepare(resume=False)
-    assert not left.exists()
+    assert not remaining.exists()
 
 
-def test_processes_that_have_lost_the_first_one_end(monkeypatch):
+def test_process_whose_parent_is_gone_ends(monkeypatch):
     monkeypatch.setenv(PARENT, str(os.getppid()))
     guard = OwnerGuard(None)
     guard.on_train_batch_start(None, None, None, 0)
@@ -228,7 +228,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.glob("**/*") if path.is_file() and path.name != ".lock"}
 
 
-def test_commands_leave_a_folder_alone_that_another_process_holds(run, holder, tmp_path, capsys):
+def test_commands_refuse_a_folder_that_is_in_use(run, holder, tmp_path, capsys):
     folder, fit = run
     process = holder(folder)
     before = contents(folder)
@@ -259,10 +259,10 @@ def test_commands_leave_no_lock(run):
         assert not list(folder.glob(".*"))
 
 
-def test_calls_from_python_hold_their_folder(run, tmp_path, monkeypatch):
+def test_calls_from_python_lock_their_folder(run, tmp_path, monkeypatch):
     _, fit = run
-    seen = []
-    monkeypatch.setattr(OwnerGuard, "on_train_batch_start", lambda self, *_: seen.append(self.lock.path.exists()))
+    locked = []
+    monkeypatch.setattr(OwnerGuard, "on_train_batch_start", lambda self, *_: locked.append(self.lock.path.exists()))
     how = {
         "images": fit[fit.index("--data.images") + 1],
         "backbone": fit[fit.index("--model.backbone") + 1],
@@ -272,13 +272,13 @@ def test_calls_from_python_hold_their_folder(run, tmp_path, monkeypatch):
         "num_validation_samples": 1,
     }
     search("pez", how, folder=tmp_path / "kept", device="cpu")
-    assert seen
-    assert all(seen)
+    assert locked
+    assert all(locked)
     assert not list((tmp_path / "kept").glob(".*"))
 
 
 @pytest.mark.slow
-def test_a_second_search_is_refused_and_goes_on_when_the_first_is_killed(run, tmp_path):
+def test_second_search_is_refused_until_the_first_is_killed(run, tmp_path):
     folder = tmp_path / "run"
     _, fit = run
     args = [*fit, "--run", str(folder), "--model.steps", "2000"]

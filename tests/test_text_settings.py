@@ -69,7 +69,7 @@ ONE_BY_ONE = [
 ]
 
 
-def test_texts_are_taken_as_they_stand(parsed, tmp_path):
+def test_lists_of_texts_on_the_command_line_are_kept(parsed, tmp_path):
     args = ["--data.images", *TEXTS, "--data.negative_images", *TEXTS, "--model.steps", "7"]
     settings = parsed("fit", "--config", "configs/pez.yaml", *args)
     data = settings.data.init_args
@@ -79,7 +79,7 @@ def test_texts_are_taken_as_they_stand(parsed, tmp_path):
 
 
 @pytest.mark.parametrize("text", ONE_BY_ONE, ids=range(len(ONE_BY_ONE)))
-def test_a_text_is_taken_as_it_stands(text, parsed, tmp_path):
+def test_text_on_the_command_line_is_kept(text, parsed, tmp_path):
     config = parsed(
         "fit", "--config", "configs/pez.yaml", f"--data.images={text}", "--model.template", text, "--model.clip", "x"
     )
@@ -98,7 +98,7 @@ def finished(folder):
 
 
 @pytest.mark.parametrize("text", ONE_BY_ONE, ids=range(len(ONE_BY_ONE)))
-def test_a_text_in_a_config_is_taken_as_it_stands(text, parsed, tmp_path):
+def test_text_in_a_config_is_kept(text, parsed, tmp_path):
     data = {"class_path": "Prompts", "init_args": {"prompts": text}}
     (tmp_path / "mine.yaml").write_text(
         yaml.safe_dump({"model": {"class_path": "DPODiff"}, "data": data}), encoding="utf-8"
@@ -106,7 +106,7 @@ def test_a_text_in_a_config_is_taken_as_it_stands(text, parsed, tmp_path):
     assert parsed("fit", "--config", tmp_path / "mine.yaml").data.init_args.prompts == [text]
 
 
-def test_what_comes_later_wins(parsed, tmp_path):
+def test_later_settings_take_precedence(parsed, tmp_path):
     for name, prompts in (("one", "[a]"), ("other", TEXTS)):
         data = {"class_path": "Prompts", "init_args": {"prompts": prompts}}
         (tmp_path / name).write_text(
@@ -118,7 +118,7 @@ def test_what_comes_later_wins(parsed, tmp_path):
 
 
 @pytest.mark.parametrize("text", [*NULLS, "null", "none"])
-def test_a_text_that_may_be_null(text, parsed, capsys):
+def test_only_the_word_null_is_null(text, parsed, capsys):
     args = ["fit", "--model", "DPODiff", "--data.prompts", "x", "--model.schedule", text]
     if text in NULLS:
         with pytest.raises(SystemExit):
@@ -128,7 +128,7 @@ def test_a_text_that_may_be_null(text, parsed, capsys):
         assert parsed(*args).model.init_args.schedule == (None if text == "null" else text)
 
 
-def test_settings_that_take_text():
+def test_text_settings_are_derived_from_types():
     assert text_settings(ProblemData) == {
         "images": Text(several=True, optional=False),
         "negative_images": Text(several=True, optional=True),
@@ -145,19 +145,19 @@ def test_settings_that_take_text():
 
 @pytest.mark.parametrize("words", [["no"], ["null", "1", "on"], ["red", "[x", "a: b"], ["- a"]])
 @pytest.mark.parametrize("setting", ["allowed_words", "banned_words"])
-def test_lists_of_texts_are_taken_as_they_stand(setting, words, parsed):
+def test_lists_of_words_are_kept(setting, words, parsed):
     base = ["fit", "--config", "configs/pez.yaml", "--data.images", "a.png"]
     assert parsed(*base, f"--model.{setting}", *words).model.init_args[setting] == words
     assert parsed(*base, f"--model.{setting}={json.dumps(words)}").model.init_args[setting] == words
 
 
-def test_list_that_yaml_alone_would_read_is_refused(capsys):
+def test_unquoted_yaml_list_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", "configs/pez.yaml", "--data.images", "a.png", "--model.allowed_words", "[no, yes]"])
     assert "JSON list" in capsys.readouterr().err
 
 
-def test_what_is_no_text_stays():
+def test_other_arguments_stay_unchanged():
     args = "fit --config x.yaml --data Prompts --data.seed 3 --model.lr=1 --data.prompts+ a --run".split()
     settings = {"data": text_settings(ProblemData), "model": text_settings(PromptMethod)}
     assert keep_texts(args, settings) == args
@@ -169,14 +169,14 @@ def test_what_is_no_text_stays():
         assert keep_texts(missing, settings) == missing
 
 
-def test_a_text_that_is_not_utf8_is_refused(capsys):
+def test_text_that_is_not_utf8_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", "configs/pez.yaml", "--data.images", "a.png", "caf\udce9.png"])
     assert stopped.value.code == 2
     assert r"--data.images cannot be 'caf\udce9.png', which is not UTF-8; rename the file" in capsys.readouterr().err
 
 
-def test_a_missing_text_is_refused(capsys):
+def test_missing_text_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", "configs/dpo_diff.yaml", "--data.prompts"])
     assert stopped.value.code == 2

@@ -80,18 +80,18 @@ def reference(embeddings, table, allowed, metric):
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 8192])
 @pytest.mark.parametrize("scale", [1e-3, 0.4, 1e3])
-def test_nearest_equals_brute_force(metric, chunk, scale):
+def test_nearest_tokens_equal_brute_force(metric, chunk, scale):
     g = torch.Generator().manual_seed(0)
     table = torch.randn(301, 24, generator=g) * scale
     allowed = torch.rand(301, generator=g) < 0.5
     embeddings = torch.randn(3, 5, 24, generator=g)
-    found = nearest_tokens(embeddings, table, allowed, metric, chunk)
-    assert found.shape == (3, 5)
-    assert found.dtype == torch.long
-    assert torch.equal(found, reference(embeddings, table, allowed, metric))
+    result = nearest_tokens(embeddings, table, allowed, metric, chunk)
+    assert result.shape == (3, 5)
+    assert result.dtype == torch.long
+    assert torch.equal(result, reference(embeddings, table, allowed, metric))
 
 
-def test_nearest_loses_no_digits_where_a_product_does():
+def test_nearest_tokens_are_exact_where_a_product_is_not():
     g = torch.Generator().manual_seed(1)
     table = 1000 + torch.randn(500, 64, generator=g) * 1e-2  # |v|² is 6e7 and two distances differ by 1e-4
     embeddings = 1000 + torch.randn(2, 4, 64, generator=g) * 1e-2
@@ -103,7 +103,7 @@ def test_nearest_loses_no_digits_where_a_product_does():
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_nearest_does_not_depend_on_the_products_precision(metric, monkeypatch):
+def test_nearest_tokens_do_not_depend_on_the_matmul_precision(metric, monkeypatch):
     g = torch.Generator().manual_seed(2)
     table = torch.randn(2000, 48, generator=g)
     embeddings = torch.randn(8, 8, 48, generator=g) * 0.3
@@ -145,14 +145,14 @@ def test_cosine_ignores_length_and_zero_rows():
         nearest_tokens(embeddings, table, allowed, "cosine")
 
 
-def test_nearest_takes_half_precision_and_gives_no_gradient():
+def test_nearest_tokens_take_half_precision_and_have_no_gradient():
     table = torch.nn.Parameter(torch.eye(6, dtype=torch.float16))
-    found = nearest_tokens(torch.eye(6).flip(0).bfloat16().requires_grad_(), table, torch.ones(6, dtype=torch.bool))
-    assert found.tolist() == [5, 4, 3, 2, 1, 0]
-    assert not found.requires_grad
+    result = nearest_tokens(torch.eye(6).flip(0).bfloat16().requires_grad_(), table, torch.ones(6, dtype=torch.bool))
+    assert result.tolist() == [5, 4, 3, 2, 1, 0]
+    assert not result.requires_grad
 
 
-def test_nearest_of_a_few_prompts_is_one_product():
+def test_nearest_tokens_of_a_few_prompts_need_one_product():
     names = []
 
     class Record(TorchDispatchMode):
@@ -176,7 +176,7 @@ def test_nearest_of_a_few_prompts_is_one_product():
         ({"embeddings": torch.full((1, 1, 2), 1e30)}, "exceed 1e18"),
     ],
 )
-def test_nearest_refuses(changes, message):
+def test_invalid_inputs_of_nearest_tokens_are_refused(changes, message):
     given = {"embeddings": torch.ones(1, 1, 2), "table": torch.ones(5, 2), "allowed": torch.ones(5, dtype=torch.bool)}
     with pytest.raises(UserError, match=message):
         nearest_tokens(**{**given, **changes})
@@ -208,7 +208,7 @@ def test_added_tokens_are_not_allowed(small, tmp_path):
     assert torch.equal(allowed[:-1], allowed_tokens(small))
 
 
-def test_mask_is_as_long_as_the_table(small):
+def test_mask_has_the_length_of_the_table(small):
     """Rows without a token are not allowed; tokens without a row are not in the mask."""
     own = allowed_tokens(small)
     assert torch.equal(allowed_tokens(small, rows=len(small) + 28), torch.cat([own, torch.zeros(28, dtype=torch.bool)]))
@@ -219,8 +219,8 @@ def test_mask_is_as_long_as_the_table(small):
     )
     table = torch.zeros(len(small) + 28, 4)
     table[: len(small)] = 1 + torch.rand(len(small), 4)
-    found = nearest_tokens(torch.zeros(1, 3, 4), table, allowed_tokens(small, rows=len(table)))
-    assert own[found].all()
+    result = nearest_tokens(torch.zeros(1, 3, 4), table, allowed_tokens(small, rows=len(table)))
+    assert own[result].all()
 
 
 def test_text_without_an_embedding_is_refused(small):
@@ -234,7 +234,7 @@ def test_text_without_an_embedding_is_refused(small):
 
 
 @pytest.mark.parametrize("name", ["flux-dev/tokenizer_2", "sd3/tokenizer_3"])
-def test_vocabulary_of_t5(name):
+def test_t5_vocabulary_leaves_out_rows_without_a_token(name):
     """T5 has 32128 rows and 32100 tokens, none of which is the letter a."""
     if not PUBLISHED.exists():
         pytest.skip(f"The published tokenizers are not at {PUBLISHED}")
@@ -247,23 +247,23 @@ def test_vocabulary_of_t5(name):
     usable = allowed.nonzero().flatten()
     rows = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(6))[:8000]].view(-1, 8)
     for template in TEMPLATES:
-        check_template(t5, template, rows, 512)
+        assert_template(t5, template, rows, 512)
 
 
-def test_blocked_substrings_and_words(small):
+def test_blocked_substrings_and_word_lists_limit_the_tokens(small):
     free, cat, dog = allowed_tokens(small), ids_of(small, "cat")[0], ids_of(small, "dog")[0]
     blocked = allowed_tokens(small, blocked=["CA", "two words"])
     assert free[cat]
     assert not blocked[cat]
     assert blocked[dog]
-    lost = (free & ~blocked).nonzero().flatten().tolist()
-    assert lost == [i for i in free.nonzero().flatten().tolist() if "ca" in small.decode(i)]
+    excluded = (free & ~blocked).nonzero().flatten().tolist()
+    assert excluded == [i for i in free.nonzero().flatten().tolist() if "ca" in small.decode(i)]
     only = allowed_tokens(small, words=["Cat", "dog", "dog", "unheardofword", ""])
     assert only.nonzero().flatten().tolist() == sorted([cat, dog])
     assert allowed_tokens(small, blocked=["do"], words=["cat", "dog"]).nonzero().flatten().tolist() == [cat]
 
 
-def test_settings_that_leave_nothing_are_named(small):
+def test_settings_that_leave_no_token_are_refused(small):
     n = int(allowed_tokens(small).sum())
     with pytest.raises(UserError, match=rf"Of the {n} .* words \(1 given, which are 0 of these\) leaves none"):
         allowed_tokens(small, words=["unheardofword"])
@@ -282,7 +282,7 @@ def test_settings_that_leave_nothing_are_named(small):
 # --- round_trip
 
 
-def test_round_trip_of_pieces_that_are_written_together(small):
+def test_tokens_that_merge_in_text_do_not_round_trip(small):
     tokens = small.convert_ids_to_tokens(range(len(small)))
     cat, c, a, t = ids_of(small, "cat")[0], *(tokens.index(token) for token in ("c", "a", "t</w>"))
     ids = torch.tensor([[cat, cat, cat], [c, a, t], [cat, cat, c], [cat, cat, small.eos_token_id]])
@@ -292,14 +292,14 @@ def test_round_trip_of_pieces_that_are_written_together(small):
     assert same.dtype == torch.bool
 
 
-def test_round_trip_of_nothing(small):
+def test_round_trip_of_empty_inputs(small):
     assert round_trip(small, torch.empty(0, 3, dtype=torch.long))[0] == []
     texts, same = round_trip(small, torch.empty(2, 0, dtype=torch.long))
     assert texts == ["", ""]
     assert same.tolist() == [True, True]
 
 
-def test_sentences_survive_though_their_spaces_do_not(small):
+def test_tokens_of_a_sentence_round_trip_with_other_spaces(small):
     ids = ids_of(small, CAPTIONS[1])
     texts, same = round_trip(small, torch.tensor([ids]))
     assert texts == ["two dogs and a cat don 't run in 2 0 2 4"]
@@ -326,24 +326,24 @@ def test_sentences_survive_though_their_spaces_do_not(small):
         ("cafe\u0301", "CAFÉ"),
     ],
 )
-def test_contains_blocked(text, word):
+def test_blocked_words_are_recognized(text, word):
     assert contains_blocked(text, ["zebra", word])
 
 
 @pytest.mark.parametrize(
     ("text", "word"), [("glass exit", "sex"), ("a cream ice", "ice cream"), ("nu", "nude"), ("a+b", "a.b"), ("", "a")]
 )
-def test_does_not_contain_blocked(text, word):
+def test_other_words_are_not_blocked(text, word):
     assert not contains_blocked(text, [word])
 
 
-def test_nothing_blocked_and_empty_blocked():
+def test_empty_blocked_word_is_refused():
     assert not contains_blocked("a cat", [])
     with pytest.raises(UserError, match="is empty"):
         contains_blocked("a cat", ["\u200b"])
 
 
-def test_blocked_word_over_several_tokens(small):
+def test_blocked_word_of_several_tokens_is_recognized(small):
     ids = ids_of(small, "zebra")
     assert len(ids) > 1
     texts, _ = round_trip(small, torch.tensor([ids]))
@@ -362,7 +362,7 @@ def test_encode_text_pads_as_the_tokenizer_does(small):
     assert encode_text(small, [], 9).shape == (0, 9)
 
 
-def test_encode_text_never_cuts(small):
+def test_encode_text_refuses_long_texts(small):
     fits = " ".join(["cat"] * (CONTEXT - 2))
     assert encode_text(small, [fits], CONTEXT)[0, -1] == small.eos_token_id
     with pytest.raises(UserError, match=f"has {CONTEXT + 1} tokens .* takes {CONTEXT}; shorten it"):
@@ -372,8 +372,8 @@ def test_encode_text_never_cuts(small):
 # --- templates
 
 
-def check_template(tokenizer, template, rows, length):
-    """Check that word-final tokens at the positions are the tokens of the filled template."""
+def assert_template(tokenizer, template, rows, length):
+    """Assert that word-final tokens at the positions are the tokens of the filled template."""
     ids, positions = template_ids(tokenizer, template, rows.shape[1])
     assert ids.shape == (length,)
     assert positions.shape == rows.shape[1:]
@@ -385,14 +385,14 @@ def check_template(tokenizer, template, rows, length):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_inserting_ids_equals_writing_the_text(small, template):
+def test_inserted_tokens_equal_those_of_the_written_text(small, template):
     usable = allowed_tokens(small).nonzero().flatten()
     rows = usable[torch.randint(len(usable), (300, 5), generator=torch.Generator().manual_seed(4))]
-    check_template(small, template, rows, CONTEXT)
+    assert_template(small, template, rows, CONTEXT)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_template_positions(small, side):
+def test_template_positions_are_contiguous(small, side):
     small.padding_side = side
     try:
         ids, positions = template_ids(small, "a photo of {} background", 3, 20)
@@ -419,12 +419,12 @@ def test_template_positions(small, side):
         ("cat " * 40 + "{}", 1, f"has 43 tokens .*takes {CONTEXT}; shorten the template"),
     ],
 )
-def test_templates_that_are_refused(small, template, tokens, message):
+def test_invalid_templates_are_refused(small, template, tokens, message):
     with pytest.raises(UserError, match=message):
         template_ids(small, template, tokens)
 
 
-def test_template_of_a_tokenizer_without_a_length(small, tmp_path):
+def test_tokenizer_without_a_length_needs_one(small, tmp_path):
     small.save_pretrained(tmp_path)
     loaded = CLIPTokenizerFast.from_pretrained(tmp_path, model_max_length=None)
     loaded.model_max_length = int(1e30)
@@ -433,7 +433,7 @@ def test_template_of_a_tokenizer_without_a_length(small, tmp_path):
     assert template_ids(loaded, "{}", 2, 8)[1].tolist() == [1, 2]
 
 
-def test_fill_template():
+def test_fill_template_inserts_the_text():
     assert fill_template("a photo of {}, oil", " red cat ") == "a photo of red cat , oil"
     assert fill_template("{}", "red {} cat") == "red {} cat"
     assert fill_template("a {} b", "") == "a b"
@@ -442,16 +442,15 @@ def test_fill_template():
 # --- CLIP's own vocabulary
 
 
-def test_clip_vocabulary_is_the_official_one(clip):
+def test_clip_vocabulary_equals_the_published_one(clip):
     assert (len(clip), clip.bos_token_id, clip.eos_token_id) == (49408, 49406, 49407)
     assert clip("a photo of a cat")["input_ids"] == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
-def test_clip_allowed_tokens(clip, clip_allowed):
+def test_allowed_tokens_of_clip_are_computed_quickly(clip, clip_allowed):
     start = time.perf_counter()
     blocked = allowed_tokens(clip, blocked=[f"word{i}" for i in range(400)] + ["nude", "gun"])
     seconds = time.perf_counter() - start
-    print(f"mask in {seconds:.2f} s, {int(clip_allowed.sum())} tokens")
     assert seconds < 15  # 2 s on an idle machine
     assert 34_000 < int(clip_allowed.sum()) < 34_303  # tokens that survive alone, including special and invisible ones
     tokens = clip.convert_ids_to_tokens(range(49408))
@@ -460,14 +459,14 @@ def test_clip_allowed_tokens(clip, clip_allowed):
         [49406, 49407, 39802, 9844, 1001, 8621]
     ].any()  # U+FFFD, U+200B, U+FE0F, a blank Braille sign
     assert clip_allowed[[320, 1125, 2368]].all()
-    lost = {clip.decode(i) for i in (clip_allowed & ~blocked).nonzero().flatten().tolist()}
-    assert {"nude", "nudes", "gun", "gunner", "begun"} <= lost
-    assert all("nude" in text or "gun" in text for text in lost)
+    excluded = {clip.decode(i) for i in (clip_allowed & ~blocked).nonzero().flatten().tolist()}
+    assert {"nude", "nudes", "gun", "gunner", "begun"} <= excluded
+    assert all("nude" in text or "gun" in text for text in excluded)
     some = allowed_tokens(clip, words=["cat", "sunflower", "Photo", "sunflowerfield"])
     assert some.nonzero().flatten().tolist() == sorted([2368, 1125, ids_of(clip, "sunflower")[0]])
 
 
-def test_clip_round_trip_failures(clip):
+def test_round_trip_failures_of_clip_are_detected(clip):
     ids = torch.tensor([[6808, 31978, 23644, 32441, 41003, 16125], [320, 1125, 539, 320, 2368, 2368]])
     texts, same = round_trip(clip, ids)
     assert texts == ["critical murraycaneleroy brandi xiv", "a photo of a cat cat"]
@@ -475,22 +474,21 @@ def test_clip_round_trip_failures(clip):
     assert same.tolist() == [False, True]
 
 
-def test_every_clip_token_survives_among_others(clip, clip_allowed):
+def test_every_allowed_clip_token_round_trips(clip, clip_allowed):
     usable = clip_allowed.nonzero().flatten()
     shuffled = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(5))]
-    check_template(clip, "a photo of {}, 'oil' #2", shuffled[: len(usable) // 8 * 8].reshape(-1, 8), 77)
+    assert_template(clip, "a photo of {}, 'oil' #2", shuffled[: len(usable) // 8 * 8].reshape(-1, 8), 77)
 
 
-def test_clip_projection(clip_allowed):
+def test_projection_to_clip_tokens_is_exact_and_fast(clip_allowed):
     g = torch.Generator().manual_seed(6)
     table = torch.randn(49408, 768, generator=g) * 0.014  # the lengths of CLIP's rows
     embeddings = torch.randn(2, 8, 768, generator=g) * 0.02
     start = time.perf_counter()
-    found = nearest_tokens(embeddings, table, clip_allowed)
+    result = nearest_tokens(embeddings, table, clip_allowed)
     seconds = time.perf_counter() - start
-    print(f"16 embeddings in {seconds * 1000:.0f} ms")
     assert seconds < 10  # 0.2 s on an idle machine
-    assert torch.equal(found, reference(embeddings, table, clip_allowed, "euclidean"))
+    assert torch.equal(result, reference(embeddings, table, clip_allowed, "euclidean"))
     assert torch.equal(
         nearest_tokens(embeddings, table, clip_allowed, "cosine"), reference(embeddings, table, clip_allowed, "cosine")
     )

@@ -7,14 +7,13 @@ from lightning_prompts.backbones.memory import save_memory
 from lightning_prompts.backbones.registry import families
 from lightning_prompts.backbones.sampling_loop import repeat
 from lightning_prompts.backbones.settings import BackboneLike, BackboneSettings
-from lightning_prompts.backbones.text_encoders import Kind, TextEncoder, TextEncoderSpec, Vocabulary
+from lightning_prompts.backbones.text_encoders import TextEncoder, TextEncoderSpec, Vocabulary
 
 __all__ = [
     "EMOJI",
     "Backbone",
     "BackboneLike",
     "BackboneSettings",
-    "Kind",
     "TextEncoder",
     "TextEncoderSpec",
     "Vocabulary",

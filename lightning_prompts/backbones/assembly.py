@@ -12,7 +12,7 @@ import torch
 from lightning_prompts.backbones.base import Backbone
 from lightning_prompts.backbones.schedulers import check_noise_levels
 from lightning_prompts.backbones.text_encoders import TextEncoder, TextEncoderSpec
-from lightning_prompts.errors import UserError
+from lightning_prompts.errors import UserError, shortened
 
 
 class Components(NamedTuple):
@@ -74,6 +74,16 @@ def check_clip_skip(family: type[Backbone], pipeline: str, name: str, clip_skip:
         raise UserError(
             f"--model.backbone.clip_skip is not supported by the {pipeline} of the model {name!r}, got {clip_skip}; "
             "leave it out."
+        )
+
+
+def check_vocabulary(family: type[Backbone], name: str, vocabulary: str | None) -> None:
+    """Refuse to search a vocabulary that no text encoder of a family has."""
+    kinds = dict.fromkeys(spec.kind for spec in family.text_encoder_specs)
+    if vocabulary is not None and vocabulary not in kinds:
+        raise UserError(
+            f"--model.backbone.vocabulary must be {' or '.join(kinds)} for the model {name!r}, got "
+            f"{shortened(vocabulary)!r}; change it, or leave it out."
         )
 
 

@@ -37,7 +37,7 @@ class Backbone(LatentDiffusion, ABC):
         denoiser: The diffusers model that predicts noise or velocity.
         vae: The diffusers autoencoder.
         scheduler: The diffusers scheduler: noise schedule, prediction type and sampler.
-        vocabulary: Kind of the text encoders whose tokens are searched, `clip` or `t5`; None for the family's default.
+        vocabulary: Kind of the text encoders whose tokens are searched, such as `t5`; None for the family's default.
         image_size: Height and width of generated images, in pixels; None for the size that the model was trained on.
         zero_empty: Encode empty negative prompts as zeros.
         clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines;
@@ -133,7 +133,7 @@ class Backbone(LatentDiffusion, ABC):
 
         Args:
             pipeline: A pipeline of a supported class. On a subclass of `Backbone`, any pipeline of that family.
-            vocabulary: Kind of the text encoders whose tokens are searched, `clip` or `t5`; None for the family's
+            vocabulary: Kind of the text encoders whose tokens are searched, such as `t5`; None for the family's
                 default.
             scheduler: Class name of another diffusers scheduler; None for the pipeline's own.
             image_size: Height and width of generated images, in pixels; None for the size that the model was trained
@@ -157,7 +157,7 @@ class Backbone(LatentDiffusion, ABC):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Apply a function, such as a move to a device, except to offloaded networks, which move when they are called."""
+        """Apply a function, such as a move to a device, except to offloaded networks, which move when called."""
         self._empty = {}
         return cast("Self", super()._apply(fn, recurse and not self.offloaded))  # type: ignore[no-untyped-call]
 
@@ -167,7 +167,7 @@ class Backbone(LatentDiffusion, ABC):
 
     @abstractmethod
     def widths(self) -> dict[str, tuple[int, int]]:
-        """Return the widths that have to match the denoiser: for each input, the actual width and the one that it takes."""
+        """Return the widths of the denoiser's inputs by name, each with the width that the denoiser takes."""
 
     @abstractmethod
     def combine(self, outputs: Sequence[TextEncoderOutput]) -> Tensor:
@@ -262,14 +262,14 @@ class Backbone(LatentDiffusion, ABC):
         return torch.cat([hidden, filled.unflatten(-1, (-1, width)).to(hidden.dtype)], dim=-2)
 
     def searchable_rows(self, prompt_embeds: Tensor, pooled: bool) -> Tensor:
-        """Return which rows (R,) of encoded prompts (..., R, D) a search may change: no start token, pooled rows if `pooled`."""
+        """Return which rows (R,) of encoded prompts (..., R, D) a search may change, pooled rows only if `pooled`."""
         searchable = torch.arange(prompt_embeds.shape[-2], device=prompt_embeds.device) >= self.fixed_rows
         if not pooled:
             searchable[self.split(prompt_embeds)[0].shape[-2] :] = False
         return searchable
 
     def summary_embedding(self, prompt_embeds: Tensor) -> Tensor:
-        """Return the row (..., D) that summarizes encoded prompts (..., R, D): the last of the pooled vector or of the tokens."""
+        """Return the row (..., D) that summarizes encoded prompts (..., R, D), by default the last one."""
         return prompt_embeds[..., -1, :]
 
 

@@ -21,9 +21,6 @@ from lightning_prompts.errors import UserError, listed, shortened
 
 log = logging.getLogger(__name__)
 
-SPELLINGS = {"t5": "t5xxl", "t5_xxl": "t5xxl"}
-"""Other spellings of the families' embedding keys, see `TextEncoderSpec`."""
-
 FOREIGN = {
     "the weights of a LoRA": r"\blora_(?:up|down|A|B|mid)\b|\.lora[._]|\b(?:hada|lokr)_w\d",
     "the state of an optimizer": r"\b(?:exp_avg|exp_avg_sq|momentum_buffer|optimizer|param_groups)\b",
@@ -46,8 +43,8 @@ def embedding_keys(backbone: Backbone) -> list[str]:
 
 def _known_keys() -> dict[str, str]:
     """Return the embedding keys of all families by all their spellings."""
-    keys = [spec.embedding_key for family in families().values() for spec in family.text_encoder_specs]
-    return {key: key for key in keys} | SPELLINGS
+    specs = [spec for family in families().values() for spec in family.text_encoder_specs]
+    return {key: spec.embedding_key for spec in specs for key in (spec.embedding_key, *spec.other_keys)}
 
 
 def pack_embedding(embedding: Tensor, backbone: Backbone, token: str) -> bytes:
@@ -70,7 +67,7 @@ def pack_embedding(embedding: Tensor, backbone: Backbone, token: str) -> bytes:
 
 
 def split_name(path: str | Path) -> tuple[Path, str | None]:
-    """Split `file#name` into the file and the embedding's name; the name is None if the whole text is a file or there is none."""
+    """Split `file#name` into the file and the embedding's name, None for a text without one."""
     text = str(path)
     if not os.path.isfile(text):  # unlike pathlib's `is_file`, this takes a text of any length
         for position in (match.start() for match in re.finditer("#", text)):
@@ -137,7 +134,7 @@ def _for(parts: Mapping[str, Tensor]) -> str:
 
 
 class _ParameterDict:
-    """Stand in for `nn.ParameterDict` in a pickle, so that no code of a module runs; the tensors are in `_parameters`."""
+    """Stand in for `nn.ParameterDict` in a pickle, so that no module's code runs; `_parameters` has the tensors."""
 
 
 def _load(path: Path, pickle: bool) -> Any:
@@ -178,7 +175,7 @@ def _load(path: Path, pickle: bool) -> Any:
 
 
 def _embeddings(loaded: Any, path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return a file's embeddings by name, each as tensors by text encoder; the encoder is "" if the file does not name it."""
+    """Return a file's embeddings by name, each as tensors by text encoder, whose name is "" if the file has none."""
     if isinstance(loaded, Tensor):
         loaded = {"": loaded}
     if not isinstance(loaded, Mapping):

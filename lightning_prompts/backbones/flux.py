@@ -1,4 +1,4 @@
-"""FLUX.1."""
+"""The family of FLUX.1, by black-forest-labs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Flux(Backbone):
     guides_itself = True
 
     def widths(self) -> dict[str, tuple[int, int]]:
-        """See `Backbone.widths`."""
+        """Return the widths of T5, of the CLIP's pooled vector and of packed latents, see `Backbone.widths`."""
         config = self.denoiser.config
         return {
             "T5 encoder's hidden states": (self.text_encoders[1].width, config.joint_attention_dim),
@@ -55,7 +55,7 @@ class Flux(Backbone):
         return self.join(outputs[1].hidden, pooled)
 
     def timestep_options(self, steps: int) -> dict[str, Any]:
-        """Return noise levels that are evenly spaced before they are shifted, see `LatentDiffusion.timestep_options`."""
+        """Return evenly spaced noise levels, which the scheduler shifts, see `LatentDiffusion.timestep_options`."""
         levels = (
             {}
             if self.scheduler.config.get("use_flow_sigmas")

@@ -16,6 +16,7 @@ from lightning_prompts.backbones.assembly import (
     Components,
     assemble,
     check_clip_skip,
+    check_vocabulary,
     prepared_scheduler,
     quiet,
     read_tokenizer,
@@ -69,6 +70,7 @@ def from_pipeline(
         raise UserError(f"The pipeline is a {kind}, and only {', '.join(known)} are supported; give one of these.")
     name = str(pipeline.name_or_path or kind)
     check_clip_skip(family, kind, name, clip_skip)
+    check_vocabulary(family, name, vocabulary)
     networks = _networks(family, pipeline)
     with quiet():
         try:

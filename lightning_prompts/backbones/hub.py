@@ -372,7 +372,10 @@ def megabytes(size: int) -> str:
 
 
 def _gated(name: str) -> str:
-    return f"The model {name!r} is gated; accept its terms on https://huggingface.co/{name} and log in with `hf auth login`."
+    return (
+        f"The model {name!r} is gated; accept its terms on https://huggingface.co/{name} and log in with "
+        "`hf auth login`."
+    )
 
 
 def _reason(error: BaseException, timeout: int) -> str:

@@ -187,7 +187,7 @@ class LatentDiffusion(NoiseSchedule, ABC):
         return {"mu": low + (high - low) * (tokens - short) / (long - short)}
 
     def _default_sampling(self) -> tuple[int, float]:
-        """Return the default sampling steps and guidance: the family's, or those of few-step models, known by their scheduler."""
+        """Return the default sampling steps and guidance: the family's, or those of a few-step model's scheduler."""
         config = self.scheduler.config
         if type(self.scheduler).__name__ == "LCMScheduler":
             return 4, 8.5 if self.guides_itself else 1.0

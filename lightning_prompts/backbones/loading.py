@@ -16,6 +16,7 @@ from lightning_prompts.backbones.assembly import (
     Components,
     assemble,
     check_clip_skip,
+    check_vocabulary,
     prepared_scheduler,
     quiet,
     read_tokenizer,
@@ -25,8 +26,14 @@ from lightning_prompts.backbones.hub import EMOJI, find_model, local_file, local
 from lightning_prompts.backbones.metadata import read_metadata
 from lightning_prompts.backbones.registry import families
 from lightning_prompts.backbones.schedulers import replacement
-from lightning_prompts.backbones.single_file import as_stated, find_configuration, read_header, read_single_file
-from lightning_prompts.backbones.text_encoders import Kind, TextEncoder
+from lightning_prompts.backbones.single_file import (
+    Checkpoint,
+    as_stated,
+    find_configuration,
+    read_header,
+    read_single_file,
+)
+from lightning_prompts.backbones.text_encoders import TextEncoder
 from lightning_prompts.errors import UserError
 from lightning_prompts.python_values import check_arguments, plain
 
@@ -40,7 +47,7 @@ def load_backbone(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     offline: bool = False,
     revision: str | None = None,
-    vocabulary: Kind | None = None,
+    vocabulary: str | None = None,
     scheduler: str | None = None,
     image_size: int | None = None,
     config: str | None = None,
@@ -57,7 +64,7 @@ def load_backbone(
         dtype: Precision of the networks, whatever that of the files.
         offline: Use downloaded files only, as the environment variable HF_HUB_OFFLINE=1 does.
         revision: Branch, tag or commit on the hub.
-        vocabulary: Kind of the text encoders whose tokens are searched, `clip` or `t5`; None for the family's default.
+        vocabulary: Kind of the text encoders whose tokens are searched, such as `t5`; None for the family's default.
         scheduler: Class name of another diffusers scheduler; None for the model's own.
         image_size: Height and width of generated images, in pixels; None for the size that the model was trained on.
         config: Model or folder that supplies the configuration and tokenizers of a single file; None for the usual one
@@ -69,23 +76,12 @@ def load_backbone(
     """
     name = plain("name", name)
     check_arguments(load_backbone, locals())
-    checkpoint, variants = None, dict[str, str | None]()
-    if file := local_file(name):
-        if variant:
-            raise UserError(f"The model {name!r} is a file, which has no variants; leave out --model.backbone.variant.")
-        checkpoint = read_header(file)
-        folder = find_configuration(checkpoint, config, offline, revision)
-    elif config:
-        raise UserError(
-            f"The model {name!r} is not a single file and has its own configuration; leave out --model.backbone.config."
-        )
-    else:
-        folder = find_model(name, offline, revision, variant=variant)
-        variants = _variants(name, folder, variant)
+    folder, checkpoint, variants = _find(name, offline, revision, config, variant)
     family, index = _check(config or name, folder, None if checkpoint else variants)
     metadata = read_metadata(name, local_folder(name))
     pipeline: str = index["_class_name"]
     check_clip_skip(family, pipeline, name, clip_skip)
+    check_vocabulary(family, name, vocabulary)
     with quiet():
         if checkpoint:
             with _unreadable(
@@ -111,6 +107,27 @@ def load_backbone(
     if metadata.guidance_scale is not None:
         backbone.default_guidance = metadata.guidance_scale
     return backbone
+
+
+def _find(
+    name: str, offline: bool, revision: str | None, config: str | None, variant: str | None
+) -> tuple[Path, Checkpoint | None, dict[str, str | None]]:
+    """Find a model's files, see `load_backbone`.
+
+    Returns:
+        The folder of its configuration, the file if it is a single file, and the variant of each component's weights.
+    """
+    if file := local_file(name):
+        if variant:
+            raise UserError(f"The model {name!r} is a file, which has no variants; leave out --model.backbone.variant.")
+        checkpoint = read_header(file)
+        return find_configuration(checkpoint, config, offline, revision), checkpoint, {}
+    if config:
+        raise UserError(
+            f"The model {name!r} is not a single file and has its own configuration; leave out --model.backbone.config."
+        )
+    folder = find_model(name, offline, revision, variant=variant)
+    return folder, None, _variants(name, folder, variant)
 
 
 def _read_networks(
@@ -244,7 +261,7 @@ def _read_scheduler(name: str, folder: Path) -> Any:
 
 
 def _size_of_positions(part: Path, name: str) -> dict[str, int]:
-    """Return a transformer's `sample_size` as a number if its config has a list, for which diffusers builds no positions."""
+    """Return a transformer's `sample_size` as a number if its config has a list, which diffusers cannot read."""
     size = json.loads((part / "config.json").read_text(encoding="utf-8")).get("sample_size")
     if part.name != "transformer" or not isinstance(size, list):
         return {}

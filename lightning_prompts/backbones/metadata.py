@@ -29,7 +29,7 @@ class Metadata:
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Refuse numbers that are out of range."""
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be positive, got {self.num_inference_steps}")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < float("inf"):
@@ -68,6 +68,6 @@ def read_metadata(name: str, folder: Path | None) -> Metadata:
 
 
 def _path(folder: Path, name: str | None) -> str | None:
-    """Return the path of a file or folder that is named relative to `folder`; leave other names, such as hub ids, unchanged."""
+    """Return the path of a file or folder named relative to `folder`, and other names such as hub ids unchanged."""
     path = os.path.normpath(folder / name) if name else None
     return path if path and os.path.exists(path) else name

@@ -53,7 +53,7 @@ class NoiseSchedule(TypedModule):
 
     @property
     def sigma_data(self) -> float | None:
-        """The data's standard deviation in EDM's preconditioning (arXiv 2206.00364, table 1); None for other schedules."""
+        """The data's deviation in EDM's preconditioning (arXiv 2206.00364, table 1); None for other schedules."""
         value: float | None = self.scheduler.config.get("sigma_data")
         return value
 

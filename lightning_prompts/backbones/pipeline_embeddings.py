@@ -6,16 +6,23 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_prompts.backbones.base import Backbone
 from lightning_prompts.errors import UserError
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 @contextmanager
-def embedding_in(pipeline: Any, backbone: Backbone, embedding: Tensor, token: str) -> Iterator[Any]:
+def embedding_in(
+    pipeline: DiffusionPipeline, backbone: Backbone, embedding: Tensor, token: str
+) -> Iterator[DiffusionPipeline]:
     """Make a token stand for an embedding in the prompts of a diffusers pipeline; restore the pipeline on exit.
 
     The pipeline's embedding tables are not resized: inside the context its tokenizers are replaced with copies, and
@@ -53,7 +60,7 @@ def embedding_in(pipeline: Any, backbone: Backbone, embedding: Tensor, token: st
                 setattr(pipeline, name, tokenizer)
 
 
-def _with_token(tokenizer: Any, token: str, count: int) -> tuple[Any, int]:
+def _with_token(tokenizer: PreTrainedTokenizerBase, token: str, count: int) -> tuple[PreTrainedTokenizerBase, int]:
     """Return a copy of a tokenizer that reads a token as `count` new ids, and the first of these ids."""
     words = [token, *(f"{token}_{i}" for i in range(1, count))]
     if token in tokenizer.get_vocab():
@@ -69,24 +76,27 @@ def _with_token(tokenizer: Any, token: str, count: int) -> tuple[Any, int]:
         return [expand(item) for item in text] if isinstance(text, list | tuple) else text
 
     kind = type(tokenizer)
-    expanding = type(kind.__name__, (kind,), {"__call__": lambda self, text=None, *args, **kwargs: kind.__call__(self, expand(text), *args, **kwargs)})  # fmt: skip
+
+    def call(self: PreTrainedTokenizerBase, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return kind.__call__(self, expand(text), *args, **kwargs)
+
     copied = copy.deepcopy(tokenizer)
-    copied.__class__ = expanding
+    copied.__class__ = type(kind.__name__, (kind,), {"__call__": call})
     copied.add_tokens(words)
     return copied, int(copied.convert_tokens_to_ids(token))
 
 
-def _replacing(encoder: Any, rows: Tensor, first: int) -> list[Any]:
-    """Hook a text encoder to look up ids from `first` on in rows (M, D), with id 0 in their place; return the handles."""
+def _replacing(encoder: PreTrainedModel, rows: Tensor, first: int) -> list[RemovableHandle]:
+    """Hook a text encoder to look up ids from `first` on in rows (M, D), and return the handles of the hooks."""
     seen: list[Tensor] = []
 
-    def mask_new_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def mask_new_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         ids = args[0] if args else kwargs["input_ids"]
         seen[:] = [ids]
         ids = ids.where(ids < first, 0)
         return ((ids, *args[1:]), kwargs) if args else (args, kwargs | {"input_ids": ids})
 
-    def insert_rows(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def insert_rows(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         new = seen[0] >= first
         embeddings: Tensor = output.clone()
         embeddings[new] = rows.to(output)[seen[0][new] - first]
@@ -99,7 +109,7 @@ def _replacing(encoder: Any, rows: Tensor, first: int) -> list[Any]:
     ]
 
 
-def _second_table(encoder: Any) -> list[Any]:
+def _second_table(encoder: PreTrainedModel) -> list[nn.Module]:
     """Return the second embedding table, which only T5 has: that of its encoder stack."""
     stack = getattr(encoder, "encoder", None)
     table = getattr(stack, "embed_tokens", None)

@@ -1,4 +1,4 @@
-"""PixArt-Sigma."""
+"""The family of PixArt-Sigma, which reads T5 alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_prompts.backbones.text_encoders import TextEncoderOutput, at_leas
 
 
 class PixArt(Backbone):
-    """PixArt-Sigma: the hidden states of T5. Those of padding are zeros, and rows of zeros are masked in the attention."""
+    """PixArt-Sigma: the hidden states of T5, zeros for padding. The attention masks rows of zeros."""
 
     pipelines = ("PixArtSigmaPipeline",)
     text_encoder_specs = (t5("text_encoder", length=300, mask_padding=True, lowercase=True),)
@@ -25,7 +25,7 @@ class PixArt(Backbone):
     patch = 2
 
     def widths(self) -> dict[str, tuple[int, int]]:
-        """See `Backbone.widths`."""
+        """Return the widths of T5 and of the latents, see `Backbone.widths`."""
         config = self.denoiser.config
         return {
             "T5 encoder's hidden states": (self.text_encoders[0].width, config.caption_channels),
@@ -53,5 +53,5 @@ class PixArt(Backbone):
         return at_least_float32(output[:, : noisy.shape[1]])
 
     def attention_maps(self, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """See `LatentDiffusion.attention_maps`."""
+        """Return the maps of the transformer's cross-attention, see `LatentDiffusion.attention_maps`."""
         return cross_attention_maps(self, noisy, timesteps, prompt_embeds)

@@ -112,5 +112,5 @@ def exchangeable(scheduler: Any) -> tuple[str, ...]:
 
 
 def _kind(name: str) -> str:
-    """Return the kind of a scheduler class, within which schedulers can replace each other: FlowMatch, EDM or "" for the rest."""
+    """Return which schedulers can replace a scheduler: those of the kind FlowMatch, EDM, or "" for the rest."""
     return next((kind for kind in ("FlowMatch", "EDM") if name.startswith(kind)), "")

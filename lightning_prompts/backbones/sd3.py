@@ -32,7 +32,7 @@ class StableDiffusion3(Backbone):
     vae_statistics = ("shift_factor",)
 
     def widths(self) -> dict[str, tuple[int, int]]:
-        """See `Backbone.widths`."""
+        """Return the widths of T5, of both pooled vectors and of the latents, see `Backbone.widths`."""
         config = self.denoiser.config
         expected = config.joint_attention_dim
         t5_width = self.text_encoders[2].width if len(self.text_encoders) == 3 else expected

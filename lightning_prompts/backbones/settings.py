@@ -9,7 +9,6 @@ from lightning_prompts.backbones.base import Backbone
 from lightning_prompts.backbones.hub import pinned
 from lightning_prompts.backbones.loading import load_backbone
 from lightning_prompts.backbones.memory import save_memory
-from lightning_prompts.backbones.text_encoders import Kind
 from lightning_prompts.setting_types import Positive
 
 
@@ -22,8 +21,8 @@ class BackboneSettings:
         dtype: Precision of the frozen weights.
         offline: Do not connect to the hub.
         revision: Branch, tag or commit on the hub.
-        vocabulary: The tokens to search, those of the `clip` or the `t5` encoders; None for the default of the model's
-            family.
+        vocabulary: The tokens to search, such as those of the `clip` or the `t5` encoders; None for the default of the
+            model's family.
         scheduler: Class name of another diffusers scheduler; None for the model's own.
         image_size: Height and width of generated images, in pixels; None for the model's default.
         config: Model or folder with the configuration and tokenizers for a safetensors file; None for the first of its
@@ -41,7 +40,7 @@ class BackboneSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     offline: bool = False
     revision: str | None = None
-    vocabulary: Kind | None = None
+    vocabulary: str | None = None
     scheduler: str | None = None
     image_size: Positive | None = None
     config: str | None = None
@@ -73,7 +72,7 @@ class BackboneSettings:
         return backbone
 
     def pinned(self) -> BackboneSettings:
-        """Return the settings with the commit and the variant that are read; download a model on the hub if necessary."""
+        """Return the settings with the commit and the variant that are read; download a hub's model if necessary."""
         revision, variant = pinned(self.name, self.offline, self.revision, self.variant)
         return replace(self, revision=revision, variant=variant)
 

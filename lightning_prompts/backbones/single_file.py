@@ -35,7 +35,9 @@ CHANNELS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pi
 ALONE = {  # single components, in either layout
     "a UNet alone": rf"^{re.escape(UNET)}|^(down_blocks|input_blocks)\.0\.",
     "an autoencoder (VAE) alone": rf"^{re.escape(VAE)}|^decoder\.conv_in\.",
-    "a text encoder alone": r"^(text_model|cond_stage_model|conditioner|shared|token_embedding|transformer\.resblocks)\b",
+    "a text encoder alone": (
+        r"^(text_model|cond_stage_model|conditioner|shared|token_embedding|transformer\.resblocks)\b"
+    ),
 }
 SUPPORTED = "Stable Diffusion 1, 2 or XL with text encoder, UNet and autoencoder in the original layout"
 
@@ -162,7 +164,7 @@ def find_configuration(checkpoint: Checkpoint, config: str | None, offline: bool
 
 
 def as_stated(scheduler: Any, checkpoint: Checkpoint) -> Any:
-    """Return a scheduler with the prediction type and noise levels that a checkpoint states, which override its configuration.
+    """Override the prediction type and the noise levels of a scheduler with those that a checkpoint states.
 
     For zero terminal SNR, which needs v-prediction, betas are rescaled and sampling starts at the last timestep. A
     scheduler that does not support this is replaced with DDIM.
@@ -204,8 +206,12 @@ def read_single_file(
             if checkpoint.old_text:
                 given["text_encoder"] = _old_text_encoder(checkpoint.file, folder, dtype)
             pipeline = getattr(diffusers, index["_class_name"]).from_single_file(
-                str(checkpoint.file), config=str(folder), local_files_only=True, torch_dtype=getattr(torch, dtype), **given
-            )  # fmt: skip
+                str(checkpoint.file),
+                config=str(folder),
+                local_files_only=True,
+                torch_dtype=getattr(torch, dtype),
+                **given,
+            )
     except SingleFileComponentError as error:
         raise ValueError(str(error.message).partition("\n")[0].replace(". ", ": ")) from error
     networks = {part: pipeline.components[part] for part in read}
@@ -226,7 +232,8 @@ def _old_text_encoder(file: Path, folder: Path, dtype: str) -> Any:
     start = "text_model." if hasattr(encoder, "text_model") else ""  # depends on the version of transformers
     with safe_open(file, framework="pt") as weights:
         old = [name for name in weights.keys() if name.startswith(OLD_TEXT)]  # noqa: SIM118
-        encoder.load_state_dict({start + name.removeprefix(OLD_TEXT): weights.get_tensor(name) for name in old}, strict=False)  # fmt: skip
+        renamed = {start + name.removeprefix(OLD_TEXT): weights.get_tensor(name) for name in old}
+        encoder.load_state_dict(renamed, strict=False)
     return encoder.to(getattr(torch, dtype)).eval()
 
 

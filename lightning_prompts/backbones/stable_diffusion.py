@@ -46,10 +46,12 @@ class StableDiffusion(Backbone):
             denoiser.register_to_config(sample_size=64)
 
     def widths(self) -> dict[str, tuple[int, int]]:
-        """See `Backbone.widths`."""
+        """Return the widths of all CLIPs together and of the latents, see `Backbone.widths`."""
         config = self.denoiser.config
         return {
-            "text encoder's hidden states": (sum(encoder.width for encoder in self.text_encoders), config.cross_attention_dim),
+            "text encoder's hidden states": (
+                sum(encoder.width for encoder in self.text_encoders), config.cross_attention_dim,
+            ),
             "autoencoder's latents": (self.vae.config.latent_channels, config.in_channels),
         }  # fmt: skip
 
@@ -88,7 +90,7 @@ class StableDiffusion(Backbone):
         return embedding.expand(count, -1)
 
     def attention_maps(self, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """See `LatentDiffusion.attention_maps`."""
+        """Return the maps of the UNet's cross-attention, see `LatentDiffusion.attention_maps`."""
         return cross_attention_maps(self, noisy, timesteps, prompt_embeds)
 
 

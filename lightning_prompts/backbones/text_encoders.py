@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["clip", "t5"]
-"""The kinds of text encoders of the families in this package; those of one kind share a vocabulary."""
-
 
 @dataclass(frozen=True)
 class TextEncoderSpec:
@@ -29,10 +27,11 @@ class TextEncoderSpec:
     Attributes:
         component: Its name in the pipeline, such as `text_encoder_2`.
         network: Its transformers class.
-        kind: Text encoders of one kind share a vocabulary.
+        kind: Name of its vocabulary, which text encoders of one kind share; `--model.backbone.vocabulary` takes it.
         tokenizer_class: The transformers class of its tokenizer, a fast one.
         tokenizer_files: The files that this class reads if there is no tokenizer.json.
         embedding_key: Its name in embedding files of AUTOMATIC1111 and ComfyUI.
+        other_keys: Other names in such files, which are read too.
         layer: Index of the hidden state to use; -1 for the last one, after the final norm.
         length: L, number of tokens, including start and end; None for as many as the encoder takes.
         mask_padding: Mask padding in the attention and set its hidden states to zeros.
@@ -48,6 +47,7 @@ class TextEncoderSpec:
     tokenizer_class: str = "CLIPTokenizerFast"
     tokenizer_files: tuple[str, ...] = ("vocab.json", "merges.txt")
     embedding_key: str = "clip_l"
+    other_keys: tuple[str, ...] = ()
     layer: int = -1
     length: int | None = None
     mask_padding: bool = False
@@ -68,12 +68,14 @@ def t5(component: str, **options: Any) -> TextEncoderSpec:
         component: Its name in the pipeline.
         **options: Other fields of `TextEncoderSpec`.
     """
-    spec = TextEncoderSpec(component, "T5EncoderModel", "t5", "T5TokenizerFast", ("spiece.model",), "t5xxl")
+    spec = TextEncoderSpec(
+        component, "T5EncoderModel", "t5", "T5TokenizerFast", ("spiece.model",), "t5xxl", ("t5", "t5_xxl")
+    )
     return replace(spec, **options)
 
 
 class TextEncoderOutput(NamedTuple):
-    """Output of a text encoder for P prompts: hidden states (P, L, D') and, if it has one, the pooled output (P, D'')."""
+    """Output of a text encoder for P prompts: hidden states (P, L, D') and, if there is one, the pooled (P, D'')."""
 
     hidden: Tensor
     pooled: Tensor | None
@@ -92,6 +94,7 @@ class TextEncoder(TypedModule):
         super().__init__()
         self.tokenizer, self.spec = tokenizer, spec
         self.encoder: Any = encoder
+        self.takes_embeddings = "inputs_embeds" in inspect.signature(encoder.forward).parameters
         self.ends_at_eos = spec.use_config_mask and bool(getattr(encoder.config, "use_attention_mask", False))
 
     @property
@@ -149,7 +152,7 @@ class TextEncoder(TypedModule):
             options["output_hidden_states"] = True
         if embeddings is None:
             output = self.encoder(ids, **options)
-        elif self.kind == "t5":
+        elif self.takes_embeddings:
             output = self.encoder(inputs_embeds=embeddings.to(self.encoder.dtype), **options)
         else:  # CLIP's text model does not take embeddings and needs the ids
             table = self.encoder.get_input_embeddings()
@@ -193,11 +196,16 @@ class Vocabulary:
 
     Args:
         text_encoders: The text encoders that share the vocabulary.
+
+    Attributes:
+        first: The position of a text's first token: 1 after a start token, 0 without one.
     """
 
     def __init__(self, text_encoders: Sequence[TextEncoder]) -> None:
         self.text_encoders = list(text_encoders)
         self.tokenizer = text_encoders[0].tokenizer
+        (empty,) = token_lists(self.tokenizer, [""], add_special_tokens=True)
+        self.first = len(empty) - 1  # a tokenizer may have a start token that it does not add to texts
         # SDXL's second tokenizer pads with "!", so it reads "!" in a text as padding; the first one has a token for it.
         self._read_as_padding = [self._id_of(text_encoder.tokenizer.pad_token) for text_encoder in text_encoders]
 
@@ -205,11 +213,6 @@ class Vocabulary:
         """Return the id of a text that is one token, -1 if it is several tokens."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return int(ids[0]) if len(ids) == 1 else -1
-
-    @property
-    def first(self) -> int:
-        """The position of a text's first token, after the start token if there is one."""
-        return int(self.tokenizer.bos_token_id is not None)
 
     @property
     def length(self) -> int:
@@ -263,7 +266,7 @@ class Vocabulary:
     def encode(
         self, ids: Tensor, embeddings: Tensor | None = None, skip: int = 0
     ) -> dict[TextEncoder, TextEncoderOutput]:
-        """Encode token ids (P, L) with each encoder; embeddings (P, L, D) replace those of the tokens, see `TextEncoder.forward`."""
+        """Encode token ids (P, L), or the embeddings (P, L, D), with each encoder, see `TextEncoder.forward`."""
         parts = [None] * len(self.text_encoders) if embeddings is None else self.split(embeddings)
         end = ids == self.tokenizer.eos_token_id
         after_end = (end.cumsum(1) - end.int()) > 0

@@ -258,7 +258,7 @@ def _fold_all(blocked: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def _pattern(phrase: str) -> str:
-    """Return a regular expression for a phrase with spaces between runs of letters, or between all letters of whole words."""
+    """Return a regular expression for a phrase that may have spaces between its runs of letters or its letters."""
     runs, letters = (
         r"\s+".join(r"\s*".join(map(re.escape, re.findall(piece, word))) for word in phrase.split())
         for piece in (r"[^\W\d_]+|.", ".")

@@ -1,10 +1,11 @@
-"""Methods of other packages: those that an installed package declares, and those that the command line names."""
+"""Methods and families of other packages: declared by an installed package, or named on the command line."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
 
+from lightning_prompts.backbones import Backbone
 from lightning_prompts.entry_points import load_entry_points
 from lightning_prompts.errors import UserError, import_failure
 from lightning_prompts.methods import PromptMethod
@@ -23,8 +24,8 @@ def import_plugins(args: Sequence[str]) -> tuple[list[str], list[str]]:
     MyMethod = "my_package.my_module:MyMethod"
     ```
 
-    A module without entry points is named on the command line, as `--plugin my_module`. A config cannot name one:
-    configs are data, and an import runs code.
+    A module without entry points is named on the command line, as `--plugin my_module`; it may also have a family of
+    models, which its import registers. A config cannot name one: configs are data, and an import runs code.
 
     Args:
         args: The settings of a command.
@@ -33,7 +34,7 @@ def import_plugins(args: Sequence[str]) -> tuple[list[str], list[str]]:
         The settings without `--plugin`, and the imported modules, whose classes a config may name from now on.
 
     Raises:
-        UserError: A plugin cannot be imported or has no method, or an entry point is not a method.
+        UserError: A plugin cannot be imported or has neither method nor family, or an entry point is not a method.
     """
     modules, rest = _declared(), list[str]()
     remaining = list(args)
@@ -64,15 +65,15 @@ def _declared() -> list[str]:
 
 
 def _import(module: str) -> None:
-    """Import a module that defines or imports methods."""
+    """Import a module that defines or imports methods or families."""
     try:
         found = vars(importlib.import_module(module))
     except Exception as error:  # the module's code may raise anything
         raise UserError(
             f"--plugin {module} cannot be imported ({import_failure(error)}); check its name and its code."
         ) from error
-    if not any(isinstance(value, type) and issubclass(value, PromptMethod) for value in found.values()):
+    if not any(isinstance(value, type) and issubclass(value, PromptMethod | Backbone) for value in found.values()):
         raise UserError(
-            f"--plugin {module} has no method: a subclass of lightning_prompts.methods.PromptMethod; name the module "
-            "that has one."
+            f"--plugin {module} has neither a method nor a family, which are subclasses of PromptMethod and Backbone; "
+            "name the module that has one."
         )

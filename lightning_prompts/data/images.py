@@ -132,7 +132,7 @@ def _decode(path: Path, data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """Convert the colors of an image to sRGB by its ICC profile; ignore a profile that is damaged or of another color space."""
+    """Convert an image to sRGB by its ICC profile, unless the profile is damaged or of another color space."""
     profile = image.info.get("icc_profile")
     if not profile:
         return image

@@ -33,7 +33,7 @@ def read_lines(path: Path) -> Iterator[Row]:
 
 
 def read_rows(path: Path, column: str, header: str) -> Iterator[Row]:
-    """Yield each row of a list with the number of its line, the last one if it spans several; a broken row has an error.
+    """Yield each row of a list with the number of its last line; a broken row has an error.
 
     Args:
         path: A `.csv` file, or one with a JSON value per line.

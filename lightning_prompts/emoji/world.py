@@ -47,23 +47,23 @@ EMOJI: dict[str, tuple[str, ...]] = {
 }
 """Names of the emoji, with their synonyms."""
 SHAPES: dict[str, tuple[str, ...]] = {
-    "circle": ("disc",), "square": ("box",), "triangle": (), "diamond": ("rhombus",), "star": (), "heart": (), "cross": ("plus",),
-    "ring": ("hoop",), "hexagon": (), "arrow": (),
+    "circle": ("disc",), "square": ("box",), "triangle": (), "diamond": ("rhombus",), "star": (), "heart": (),
+    "cross": ("plus",), "ring": ("hoop",), "hexagon": (), "arrow": (),
 }  # fmt: skip
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 30, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (250, 220, 50), "orange": (250, 140, 30),
-    "purple": (130, 50, 180), "pink": (250, 150, 190), "brown": (120, 75, 40), "black": (15, 15, 18), "white": (245, 245, 245),
-    "gray": (128, 128, 128), "cyan": (50, 210, 220),
+    "red": (220, 30, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (250, 220, 50),
+    "orange": (250, 140, 30), "purple": (130, 50, 180), "pink": (250, 150, 190), "brown": (120, 75, 40),
+    "black": (15, 15, 18), "white": (245, 245, 245), "gray": (128, 128, 128), "cyan": (50, 210, 220),
 }  # fmt: skip
 COLOR_SYNONYMS: dict[str, tuple[str, ...]] = {
-    "red": ("crimson", "scarlet"), "green": ("emerald",), "blue": ("azure",), "yellow": ("golden",), "orange": ("amber",),
-    "purple": ("violet",), "pink": ("rosy",), "brown": ("chocolate",), "black": ("ebony",), "white": ("snowy",),
-    "gray": ("grey", "silver"), "cyan": ("turquoise", "aqua"),
+    "red": ("crimson", "scarlet"), "green": ("emerald",), "blue": ("azure",), "yellow": ("golden",),
+    "orange": ("amber",), "purple": ("violet",), "pink": ("rosy",), "brown": ("chocolate",), "black": ("ebony",),
+    "white": ("snowy",), "gray": ("grey", "silver"), "cyan": ("turquoise", "aqua"),
 }  # fmt: skip
 SIZES: dict[str, tuple[str, ...]] = {"small": ("little", "tiny"), "medium": (), "large": ("big", "huge")}
 PLACES: dict[str, tuple[str, ...]] = {
-    "center": ("in the middle", "in the center"), "top": ("at the top",), "bottom": ("at the bottom",), "left": ("on the left",),
-    "right": ("on the right",),
+    "center": ("in the middle", "in the center"), "top": ("at the top",), "bottom": ("at the bottom",),
+    "left": ("on the left",), "right": ("on the right",),
 }  # fmt: skip
 LOOKS: dict[str, tuple[str, ...]] = {"plain": (), "blurry": ("blurred",), "dark": ("dim",), "grainy": ("noisy",)}
 PATTERNS: dict[str, tuple[str, ...]] = {"plain": (), "striped": (), "dotted": ("spotted",)}
@@ -192,9 +192,10 @@ _POLYGONS: dict[str, Sequence[tuple[float, float]]] = {
     "square": [(0.1, 0.1), (0.9, 0.1), (0.9, 0.9), (0.1, 0.9)],
     "triangle": [(0.5, 0.06), (0.97, 0.92), (0.03, 0.92)],
     "diamond": [(0.5, 0), (0.85, 0.5), (0.5, 1), (0.15, 0.5)],
-    "star": [(0.5, 0), (0.62, 0.36), (1, 0.37), (0.7, 0.6), (0.81, 0.97), (0.5, 0.75), (0.19, 0.97), (0.3, 0.6), (0, 0.37), (0.38, 0.36)],
-    "cross": [(0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65), (0.65, 1), (0.35, 1), (0.35, 0.65), (0, 0.65),
-              (0, 0.35), (0.35, 0.35)],
+    "star": [(0.5, 0), (0.62, 0.36), (1, 0.37), (0.7, 0.6), (0.81, 0.97), (0.5, 0.75), (0.19, 0.97), (0.3, 0.6),
+             (0, 0.37), (0.38, 0.36)],
+    "cross": [(0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65), (0.65, 1), (0.35, 1),
+              (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)],
     "hexagon": [(0.25, 0.07), (0.75, 0.07), (1, 0.5), (0.75, 0.93), (0.25, 0.93), (0, 0.5)],
     "arrow": [(0, 0.35), (0.55, 0.35), (0.55, 0.08), (1, 0.5), (0.55, 0.92), (0.55, 0.65), (0, 0.65)],
     "heart": [(0.5, 0.97), (0.0, 0.38), (1.0, 0.38)],

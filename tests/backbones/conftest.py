@@ -27,9 +27,9 @@ def hub(monkeypatch, cache):
 
 @pytest.fixture
 def attempts(monkeypatch):
-    """Attempts to reach the network, which all fail."""
+    """Let every attempt to reach the network fail; return the attempts."""
     attempts = []
-    # Recent versions of huggingface_hub ask the hub this once per process; each test starts like a new process.
+    # Recent versions of huggingface_hub detect agents once per process; each test starts like a new process.
     import huggingface_hub.utils  # noqa: F401
 
     if agents := sys.modules.get("huggingface_hub.utils._detect_agent"):

@@ -24,7 +24,7 @@ def hooks(backbone):
 
 
 @torch.no_grad()
-def slowly(backbone, noisy, timesteps, prompt_embeds):
+def slow_attention_maps(backbone, noisy, timesteps, prompt_embeds):
     """Compute softmax(q k' / sqrt(d)) from the inputs of each layer, one layer, row, head and location at a time."""
     layers = [
         block.attn2
@@ -53,23 +53,23 @@ def slowly(backbone, noisy, timesteps, prompt_embeds):
             size = queries.shape[1] // heads
             for head in range(heads):
                 part = slice(head * size, (head + 1) * size)
-                for place in range(side * side):
-                    scores = keys[:, part] @ queries[place, part] / size**0.5
+                for location in range(side * side):
+                    scores = keys[:, part] @ queries[location, part] / size**0.5
                     weights = scores.exp() / scores.exp().sum()
-                    probabilities[row, :, place // side, place % side] += weights / heads
+                    probabilities[row, :, location // side, location % side] += weights / heads
         maps.append(torch.nn.functional.interpolate(probabilities, noisy.shape[-2:], mode="bilinear"))
     return sum(maps) / len(maps)
 
 
-def test_as_a_slow_reference(backbone):
+def test_maps_equal_a_slow_reference(backbone):
     maps = backbone.attention_maps(*(given := inputs(backbone)))
     assert maps.shape == (3, 32, 8, 8)
-    torch.testing.assert_close(maps, slowly(backbone, *given), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(maps, slow_attention_maps(backbone, *given), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 8), (12, 6)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_probabilities_of_a_place_sum_to_one(sd, dtype, height, width):
+def test_probabilities_at_a_location_sum_to_one(sd, dtype, height, width):
     backbone = load_backbone(str(sd), dtype=dtype)
     maps = backbone.attention_maps(*inputs(backbone, height, width))
     assert maps.shape == (3, 32, height, width)
@@ -79,13 +79,13 @@ def test_probabilities_of_a_place_sum_to_one(sd, dtype, height, width):
     torch.testing.assert_close(maps.sum(1), torch.ones(3, height, width))
 
 
-def test_half_precision_is_close(sd):
+def test_half_precision_is_close_to_full_precision(sd):
     full, half = load_backbone(str(sd)), load_backbone(str(sd), dtype="bfloat16")
     given = inputs(full)
     torch.testing.assert_close(half.attention_maps(*given), full.attention_maps(*given), atol=2e-3, rtol=0.05)
 
 
-def test_batch_equals_its_parts(backbone):
+def test_maps_of_a_batch_equal_those_of_its_parts(backbone):
     noisy, timesteps, prompt_embeds = inputs(backbone)
     together = backbone.attention_maps(noisy, timesteps, prompt_embeds)
     for row in (slice(0, 1), slice(1, 3)):
@@ -93,14 +93,14 @@ def test_batch_equals_its_parts(backbone):
         torch.testing.assert_close(alone, together[row], atol=1e-6, rtol=1e-4)
 
 
-def test_looking_changes_nothing(backbone, monkeypatch):
-    given, shown = inputs(backbone), []
+def test_recording_maps_changes_nothing_else(backbone, monkeypatch):
+    given, outputs = inputs(backbone), []
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     expected, count = backbone.denoise(*given), hooks(backbone)
     denoise = backbone.denoise
-    monkeypatch.setattr(backbone, "denoise", lambda *args: shown.append(denoise(*args)))
+    monkeypatch.setattr(backbone, "denoise", lambda *args: outputs.append(denoise(*args)))
     backbone.attention_maps(*given)
-    assert torch.equal(shown[0], expected)  # while it is recorded
+    assert torch.equal(outputs[0], expected)  # while maps are recorded
     assert torch.equal(denoise(*given), expected)
     assert hooks(backbone) == count
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())

@@ -8,7 +8,7 @@ import diffusers
 import families
 import pytest
 import torch
-from families import refused
+from families import assert_refused
 from safetensors import safe_open
 
 from lightning_prompts import invert, metric_guidance
@@ -45,10 +45,10 @@ def pipeline_of(folder):
 
 
 @pytest.mark.parametrize(("family", "skip"), CELLS)
-def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
+def test_embeddings_and_images_equal_the_pipelines(family, skip, folders):
     backbone, pipeline = load_backbone(folders[family], clip_skip=skip, image_size=16), pipeline_of(folders[family])
     more = {"sdxl": {"prompt_2": None}, "sd3": {"prompt_2": None, "prompt_3": None}}.get(family, {})
-    found = pipeline.encode_prompt(
+    result = pipeline.encode_prompt(
         TEXTS,
         device="cpu",
         num_images_per_prompt=1,
@@ -58,7 +58,7 @@ def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
         **more,
     )
     prompt, negative = (
-        found if len(found) == 2 else (backbone.join(found[0], found[2]), backbone.join(found[1], found[3]))
+        result if len(result) == 2 else (backbone.join(result[0], result[2]), backbone.join(result[1], result[3]))
     )
     torch.testing.assert_close(backbone.encode_text(TEXTS), prompt, atol=1e-5, rtol=1e-5)
     # diffusers skips no layer of a negative prompt
@@ -85,7 +85,7 @@ def test_encodes_and_draws_as_the_pipeline(family, skip, folders):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-def test_gradient_goes_through_the_layers_that_are_left(folders):
+def test_gradient_through_the_remaining_layers_equals_finite_differences(folders):
     backbone = load_backbone(folders["sd1"], clip_skip=1).double()
     ids = encode_text(backbone.vocabulary.tokenizer, TEXTS, backbone.vocabulary.length)
     x = backbone.text_encoders[0].encoder.get_input_embeddings().weight.detach()[ids].requires_grad_()
@@ -102,8 +102,8 @@ def test_gradient_goes_through_the_layers_that_are_left(folders):
 
 
 @pytest.mark.parametrize("family", ["flux", "pixart"])
-def test_refused_where_no_pipeline_skips(family, folders):
-    refused(
+def test_clip_skip_is_refused_for_families_without_it(family, folders):
+    assert_refused(
         "--model.backbone.clip_skip is not supported by the .*, got 1; leave it out",
         folders[family],
         clip_skip=1,
@@ -111,16 +111,16 @@ def test_refused_where_no_pipeline_skips(family, folders):
 
 
 @pytest.mark.parametrize("family", MOST)
-def test_refused_beyond_the_layers(family, folders):
+def test_clip_skip_beyond_the_layers_is_refused(family, folders):
     for skip in (-1, 0, MOST[family] + 1):
-        refused(
+        assert_refused(
             f"--model.backbone.clip_skip must be between 1 and {MOST[family]}, .*got {skip}",
             folders[family],
             clip_skip=skip,
         )
 
 
-def test_command_refuses_what_is_no_number_of_layers(capsys, tmp_path):
+def test_command_refuses_invalid_clip_skip(capsys, tmp_path):
     for value in ("0", "-1", "x"):
         with pytest.raises(SystemExit) as stop:
             main(f"fit --run {tmp_path} --model PH2P --data.images x.png --model.backbone.clip_skip {value}".split())
@@ -128,23 +128,23 @@ def test_command_refuses_what_is_no_number_of_layers(capsys, tmp_path):
         assert "--model.backbone.clip_skip" in capsys.readouterr().err
 
 
-def metadata(content, tmp_path):
+def metadata_of(content, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         return file.metadata()
 
 
 @pytest.mark.parametrize("skip", [None, 1])
-def test_exports_say_it(skip, folders, tmp_path):
+def test_exported_files_state_clip_skip(skip, folders, tmp_path):
     backbone = load_backbone(folders["sd1"], clip_skip=skip)
     expected = {"clip_skip": "1"} if skip else {}
-    token = metadata(pack_embedding(backbone.vocabulary.table[5:7], backbone, "<x>"), tmp_path)
-    prompt = metadata(pack_prompt_embeds({"x": backbone.encode_text(["a cat"])}, ["a cat"], backbone), tmp_path)
-    for found in (token, prompt):
-        assert {key: value for key, value in found.items() if key == "clip_skip"} == expected
+    token = metadata_of(pack_embedding(backbone.vocabulary.table[5:7], backbone, "<x>"), tmp_path)
+    prompt = metadata_of(pack_prompt_embeds({"x": backbone.encode_text(["a cat"])}, ["a cat"], backbone), tmp_path)
+    for actual in (token, prompt):
+        assert {key: value for key, value in actual.items() if key == "clip_skip"} == expected
 
 
-def test_runs_record_it_and_have_their_own_keys(tiny, image_folder, tmp_path):
+def test_runs_record_clip_skip_and_have_their_own_keys(tiny, image_folder, tmp_path):
     """Runs without skipped layers have the same keys as before the setting existed."""
     how = {"sampler": SamplerSettings(1), "steps": 1, "device": "cpu"}
     backbone = BackboneSettings(tiny, image_size=16)

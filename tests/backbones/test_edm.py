@@ -57,15 +57,15 @@ def sigma_of(scheduler, timestep):
     return (high ** (1 / config.rho) + share * (low ** (1 / config.rho) - high ** (1 / config.rho))) ** config.rho
 
 
-def test_preconditioning_is_the_papers(backbone, scheduler):
-    """Compares with table 1, number by number; F is the network and D the denoiser."""
+def test_preconditioning_equals_the_papers(backbone, scheduler):
+    """Compare with table 1, number by number; F is the network and D the denoiser."""
     backbone.double()
     data, sign = scheduler.config.sigma_data, -1 if scheduler.config.prediction_type == "v_prediction" else 1
     most = backbone.num_train_timesteps
     timesteps = torch.tensor([0, 1, most // 2, most - 2, most - 1])
     latents, noise, output = torch.randn(3, 5, *backbone.latent_shape, dtype=torch.float64)
-    shown, target = backbone.add_noise(latents, noise, timesteps), backbone.target(latents, noise, timesteps)
-    clean = backbone.predict_x0(shown, output, timesteps)
+    noisy_input, target = backbone.add_noise(latents, noise, timesteps), backbone.target(latents, noise, timesteps)
+    clean = backbone.predict_x0(noisy_input, output, timesteps)
     for i, timestep in enumerate(timesteps.tolist()):
         sigma = sigma_of(scheduler, timestep)
         c_in = 1 / math.sqrt(sigma**2 + data**2)
@@ -75,11 +75,11 @@ def test_preconditioning_is_the_papers(backbone, scheduler):
         x = latents[i] + sigma * noise[i]
         near = {"rtol": 2e-5, "atol": 1e-5}  # the table is float32
         assert float(backbone.condition(timesteps)[i]) == pytest.approx(c_noise, rel=1e-5, abs=1e-5)
-        torch.testing.assert_close(shown[i], c_in * x, **near)
+        torch.testing.assert_close(noisy_input[i], c_in * x, **near)
         torch.testing.assert_close(target[i], (latents[i] - c_skip * x) / c_out, **near)
         torch.testing.assert_close(clean[i], c_skip * x + c_out * output[i], **near)
         alone = timesteps[i : i + 1]
-        own = backbone.predict_x0(shown[i : i + 1], target[i : i + 1], alone)
+        own = backbone.predict_x0(noisy_input[i : i + 1], target[i : i + 1], alone)
         torch.testing.assert_close(own[0], latents[i], rtol=1e-9, atol=1e-9)
 
 
@@ -89,8 +89,8 @@ def test_target_has_variance_one_at_every_noise_level(backbone):
     latents, noise = torch.randn(2, len(timesteps), 4, 64, 64)
     target = backbone.target(data * latents, noise, timesteps)
     torch.testing.assert_close(target.flatten(1).std(1), torch.ones(len(timesteps)), atol=0.03, rtol=0)
-    shown = backbone.add_noise(data * latents, noise, timesteps)
-    torch.testing.assert_close(shown.flatten(1).std(1), torch.ones(len(timesteps)), atol=0.03, rtol=0)
+    noisy_input = backbone.add_noise(data * latents, noise, timesteps)
+    torch.testing.assert_close(noisy_input.flatten(1).std(1), torch.ones(len(timesteps)), atol=0.03, rtol=0)
 
 
 def test_larger_timesteps_are_noisier(backbone):
@@ -100,7 +100,7 @@ def test_larger_timesteps_are_noisier(backbone):
     assert torch.equal(backbone.condition(c_noise), c_noise)  # the sampler's timesteps are the input of the denoiser
 
 
-def test_denoiser_is_told_c_noise(backbone):
+def test_denoiser_is_conditioned_on_c_noise(backbone):
     prompt, noisy, timesteps = (
         backbone.encode_text(TEXTS),
         torch.randn(2, *backbone.latent_shape),
@@ -113,7 +113,7 @@ def test_denoiser_is_told_c_noise(backbone):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_draws_as_the_pipeline(guidance, backbone, folder):
+def test_images_equal_the_pipelines(guidance, backbone, folder):
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(2, *backbone.latent_shape)
@@ -129,7 +129,7 @@ def test_draws_as_the_pipeline(guidance, backbone, folder):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_shortcut_predicts_what_the_scheduler_does(guidance, backbone, folder):
+def test_prediction_after_two_calls_equals_the_schedulers(guidance, backbone, folder):
     """Compare with diffusers' loop up to the second of four calls and its `precondition_outputs`."""
     prompt, negative = backbone.encode_text(TEXTS), backbone.encode_text([""], negative=True).expand(2, -1, -1)
     scheduler = type(backbone.scheduler).from_pretrained(folder, subfolder="scheduler")
@@ -138,20 +138,20 @@ def test_shortcut_predicts_what_the_scheduler_does(guidance, backbone, folder):
     latents = noise * scheduler.init_noise_sigma
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps[:2]):
-            shown = scheduler.scale_model_input(latents, t)
-            output = backbone.denoise(shown, t.expand(2), prompt)
+            noisy_input = scheduler.scale_model_input(latents, t)
+            output = backbone.denoise(noisy_input, t.expand(2), prompt)
             if guidance > 1:
-                empty = backbone.denoise(shown, t.expand(2), negative)
+                empty = backbone.denoise(noisy_input, t.expand(2), negative)
                 output = empty + guidance * (output - empty)
             if i == 1:
                 expected = scheduler.precondition_outputs(latents, output, scheduler.sigmas[1])
             latents = scheduler.step(output, t, latents).prev_sample
-        found = backbone.sample(prompt, negative, noise, 4, guidance, stop=2)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        actual = backbone.sample(prompt, negative, noise, 4, guidance, stop=2)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stop", [None, 2])
-def test_gradient_through_all_calls(stop, backbone):
+def test_gradient_through_all_calls_equals_finite_differences(stop, backbone):
     backbone.double()
     noise, weight = torch.randn(2, 1, *backbone.latent_shape, dtype=torch.float64)
     prompt, negative = backbone.encode_text(TEXTS[:1]), backbone.encode_text([""], negative=True)
@@ -166,16 +166,18 @@ def test_gradient_through_all_calls(stop, backbone):
     assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-2)
 
 
-def test_methods_search_it(tmp_path):
+def test_methods_run_on_an_edm_model(tmp_path):
     """An inverter, which adds noise, and methods that sample images, to the end and with the shortcut."""
     folder = families.save_with_clip("playground", tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "p.png")
     how = {"backbone": load_backbone(folder, image_size=16), "sampler": SamplerSettings(3), "device": "cpu"}
-    found = invert(
+    inverted = invert(
         tmp_path / "p.png", method="ph2p", steps=3, num_noise_samples=2, num_validation_samples=4, num_tokens=2, **how
     )
-    assert found.prompt
-    assert 0 < found.record.validation_loss < 2  # with a target of variance 1 at most, since these latents vary little
+    assert inverted.prompt
+    assert (
+        0 < inverted.record.validation_loss < 2
+    )  # with a target of variance 1 at most, since these latents vary little
     moved = metric_guidance("a red cat", Sharpness(), steps=3, seeds=2, unconditional=True, **how)
     assert moved.record.validation_loss <= moved.record.initial_validation_loss
     assert moved.negative_prompt_embeds.isfinite().all()

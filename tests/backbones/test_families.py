@@ -9,9 +9,9 @@ import families
 import pytest
 import sentencepiece
 import torch
-from families import TEXTS, latents_of, refused
+from families import TEXTS, assert_refused, latents_of
 
-from lightning_prompts.backbones import Backbone, load_backbone
+from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.errors import UserError
 
@@ -35,7 +35,7 @@ def pipeline(family):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_samples_as_the_pipeline(guidance, backbone, pipeline):
+def test_sampled_latents_equal_the_pipelines(guidance, backbone, pipeline):
     noise = torch.randn(2, *backbone.latent_shape)
     expected = latents_of(pipeline, noise, guidance)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_samples_as_the_pipeline(guidance, backbone, pipeline):
     assert latents.std() > 0.1
 
 
-def test_tokens_are_encoded_as_their_text(backbone, family):
+def test_encoded_tokens_equal_their_encoded_text(backbone, family):
     for kind in {text_encoder.kind for text_encoder in backbone.text_encoders}:
         other = load_backbone(str(family[1]), vocabulary=kind, image_size=16)
         vocabulary = other.vocabulary
@@ -58,7 +58,7 @@ def test_tokens_are_encoded_as_their_text(backbone, family):
         assert not torch.allclose(other.encode(ids, vocabulary.table[ids.flip(0)])[0], encoded[0])
 
 
-def test_vocabulary_of_sentencepiece(tmp_path):
+def test_sentencepiece_vocabulary_is_read(tmp_path):
     """Some T5 encoders come with spiece.model and no tokenizer.json."""
     folder = families.save("pixart", tmp_path)
     (folder / "tokenizer/tokenizer.json").unlink()
@@ -87,7 +87,7 @@ def slope(function, x, direction, eps):
         return (function(x + eps * direction) - function(x - eps * direction)).item() / (2 * eps)
 
 
-def test_gradient_to_the_tokens(backbone):
+def test_gradient_to_the_tokens_equals_finite_differences(backbone):
     """Check the gradient of the denoising loss through all text encoders that take the tokens."""
     backbone.double()
     vocabulary = backbone.vocabulary
@@ -109,7 +109,7 @@ def test_gradient_to_the_tokens(backbone):
     assert (gradient * direction).sum().item() == pytest.approx(slope(loss, x, direction, eps), rel=tolerance)
 
 
-def test_gradient_to_the_encoded_prompt(backbone, family):
+def test_gradient_to_the_encoded_prompt_equals_finite_differences(backbone, family):
     """Check the gradient of sampled latents after three steps with respect to all rows, including the pooled vector."""
     backbone.double()
     noise, weight = torch.randn(2, 1, *backbone.latent_shape, dtype=torch.float64)
@@ -130,7 +130,7 @@ def test_gradient_to_the_encoded_prompt(backbone, family):
     assert pooled is None or pooled.abs().sum() > 0
 
 
-def test_rows(backbone):
+def test_searchable_rows_are_those_that_differ_between_prompts(backbone):
     encoded = torch.randn(2, *backbone.encode_text(TEXTS).shape)
     hidden, pooled = backbone.split(encoded)
     if pooled is None:
@@ -160,7 +160,7 @@ def test_wide_pooled_vectors_take_several_rows(backbone):
     assert backbone.searchable_rows(joined, False).tolist() == [i >= backbone.fixed_rows and i < 3 for i in range(6)]
 
 
-def test_noise_target_and_x0(backbone):
+def test_predict_x0_inverts_noise_and_target(backbone):
     backbone.double()
     latents, noise = torch.randn(2, 3, *backbone.latent_shape, dtype=torch.float64)
     timesteps = torch.tensor([10, 500, 999])
@@ -171,7 +171,7 @@ def test_noise_target_and_x0(backbone):
     torch.testing.assert_close(first, scale * latents, atol=0.2, rtol=0)
 
 
-def test_flow_noise_is_the_schedulers(tmp_path):
+def test_flow_noise_equals_the_schedulers(tmp_path):
     backbone = load_backbone(str(families.save("sd3", tmp_path)))
     scheduler, (latents, noise) = backbone.scheduler, torch.randn(2, 1, *backbone.latent_shape)
     scheduler.set_timesteps(5)
@@ -194,13 +194,13 @@ DEFAULTS = {
 }
 
 
-def test_sampling_defaults(backbone, family):
+def test_default_steps_and_guidance_are_those_of_the_pipeline(backbone, family):
     assert (backbone.default_steps, backbone.default_guidance) == DEFAULTS[family[0]]
     assert backbone.guided(3.0) == (family[0] not in ("lcm", "flux", "flux-schnell"))
     assert not backbone.guided(1.0)
 
 
-def test_image_coding(backbone, pipeline):
+def test_encoded_and_decoded_images_equal_the_pipelines(backbone, pipeline):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     latents, config = backbone.encode_image(images), pipeline.vae.config
     shift = torch.tensor(config.latents_mean or config.shift_factor or 0.0).view(-1, 1, 1)
@@ -211,7 +211,7 @@ def test_image_coding(backbone, pipeline):
     torch.testing.assert_close(backbone.decode(latents), expected)
 
 
-def test_half_precision(family):
+def test_half_precision_gives_finite_gradients(family):
     backbone = load_backbone(str(family[1]), dtype="bfloat16", image_size=16)
     dtypes = {parameter.dtype for parameter in backbone.parameters()}
     assert dtypes == {torch.bfloat16, torch.float32} if family[0] == "sd3" else {torch.bfloat16}  # diffusers keeps some
@@ -226,11 +226,11 @@ def test_half_precision(family):
 # Refused models
 
 
-def spoil(family, change):
-    """Change the index."""
-    index = json.loads((family / "model_index.json").read_text())
+def edit_index(folder, change):
+    """Change the model_index.json of a folder."""
+    index = json.loads((folder / "model_index.json").read_text())
     change(index)
-    (family / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 @pytest.fixture
@@ -238,8 +238,7 @@ def copy(family, tmp_path):
     return shutil.copytree(family[1], tmp_path / "copy")
 
 
-def test_every_component_is_needed(copy, family):
-    kind = Backbone
+def test_every_component_is_required(copy, family):
     index = json.loads((copy / "model_index.json").read_text())
     parts = [
         part
@@ -247,7 +246,7 @@ def test_every_component_is_needed(copy, family):
         if isinstance(value, list) and value[0] and not part.startswith(("tok", "sch"))
     ]
     for part in parts:
-        spoil(copy, lambda index, part=part: index.update({part: [None, None]}))
+        edit_index(copy, lambda index, part=part: index.update({part: [None, None]}))
         if family[0] == "sd3" and part == "text_encoder_3":
             backbone = load_backbone(str(copy))
             assert not backbone.encode_text(["a cat"])[0, 77:-1].any()
@@ -256,7 +255,7 @@ def test_every_component_is_needed(copy, family):
         else:
             with pytest.raises(UserError, match=f"has no {part}, which every"):
                 load_backbone(str(copy))
-        spoil(copy, lambda index, part=part: index.update({part: ["x", type(kind).__name__]}))
+        edit_index(copy, lambda index, part=part: index.update({part: ["x", "OtherClass"]}))
         with pytest.raises(UserError, match=f"The {part} of the model .* is a .*; only"):
             load_backbone(str(copy))
         (copy / "model_index.json").write_text(json.dumps(index))
@@ -268,18 +267,20 @@ def parts(folder):
     return [part for part, value in index.items() if isinstance(value, list) and value[0]]
 
 
-def again(folder, part):
-    """Return the message about a component that cannot be read."""
+def unreadable(folder, part):
+    """Return the message about an unreadable component."""
     return rf"The {part} of the model {str(folder)!r} cannot be read \(.+\); download or save the model again\.$"
 
 
-def test_component_that_is_not_there(copy):
+def test_missing_component_is_refused(copy):
     for part in parts(copy):
         (copy / part).rename(copy / "elsewhere")
         if part.startswith(("scheduler", "tokenizer")):
-            refused(again(copy, part), copy)
+            assert_refused(unreadable(copy, part), copy)
         else:
-            refused(rf"{str(copy)!r} has no {part}/\w+\.safetensors; download or save the whole model again", copy)
+            assert_refused(
+                rf"{str(copy)!r} has no {part}/\w+\.safetensors; download or save the whole model again", copy
+            )
         (copy / "elsewhere").rename(copy / part)
     load_backbone(str(copy))
 
@@ -309,11 +310,11 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("how", WEIGHTS)
-def test_weights_that_are_broken(copy, how):
+def test_broken_weights_are_refused(copy, how):
     for file in list(copy.rglob("*.safetensors")):
         content, part = file.read_bytes(), file.parent.name
         WEIGHTS[how](file)
-        refused(f"{str(copy)!r} has no {part}/" if how == "loop" else again(copy, part), copy)
+        assert_refused(f"{str(copy)!r} has no {part}/" if how == "loop" else unreadable(copy, part), copy)
         file.unlink(missing_ok=True)
         file.with_name(f"{file.name}.index.json").unlink(missing_ok=True)
         file.write_bytes(content)
@@ -322,26 +323,26 @@ def test_weights_that_are_broken(copy, how):
 
 @pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name:FutureWarning")
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
-def test_descriptions_that_are_broken(copy, text):
-    beside = {
+def test_broken_configs_are_refused(copy, text):
+    unread = {
         "added_tokens.json",
         "special_tokens_map.json",
         "vocab.json",
-    }  # tokenizer.json, and not read, as old versions write
-    for file in [file for file in copy.rglob("*.json") if file.name not in beside]:
+    }  # old versions write them beside tokenizer.json, and they are not read
+    for file in [file for file in copy.rglob("*.json") if file.name not in unread]:
         content = file.read_text()
         file.write_text(text)
         if file.name == "model_index.json":
-            refused(rf"The model_index\.json of the model {str(copy)!r} does not describe a pipeline", copy)
+            assert_refused(rf"The model_index\.json of the model {str(copy)!r} does not describe a pipeline", copy)
         else:
-            refused(again(copy, file.parent.name), copy)
+            assert_refused(unreadable(copy, file.parent.name), copy)
         file.write_text(content)
     load_backbone(str(copy))
 
 
-def test_folder_that_is_a_loop(family, tmp_path):
+def test_folder_that_links_to_itself_is_refused(family, tmp_path):
     (tmp_path / "model").symlink_to(tmp_path / "model")
-    refused("neither 'emoji' nor an existing folder", tmp_path / "model")
+    assert_refused("neither 'emoji' nor an existing folder", tmp_path / "model")
 
 
 OTHERS = {
@@ -363,13 +364,13 @@ def others(tmp_path_factory):
     return {kind: folders[name] / part for kind, (name, part) in OTHERS.items()}
 
 
-def test_components_of_another_class(copy, others):
+def test_components_of_another_class_are_refused(copy, others):
     index = json.loads((copy / "model_index.json").read_text())
     for part in parts(copy):
         if not part.startswith(("scheduler", "tokenizer")):
             (copy / part).rename(copy / "elsewhere")
             shutil.copytree(others[index[part][1]], copy / part)
-            refused(again(copy, part), copy)
+            assert_refused(unreadable(copy, part), copy)
             shutil.rmtree(copy / part)
             (copy / "elsewhere").rename(copy / part)
     load_backbone(str(copy))
@@ -387,7 +388,7 @@ def test_components_of_another_class(copy, others):
         ("pixart", "text_encoder", "flux", "text_encoder_2"),
     ],
 )
-def test_mixed_families(one, part, other, theirs, tmp_path):
+def test_components_of_different_models_are_refused(one, part, other, theirs, tmp_path):
     folders = {name: families.save(name, tmp_path / name) for name in (one, other)}
     shutil.rmtree(folders[one] / part)
     shutil.copytree(folders[other] / theirs, folders[one] / part)
@@ -398,7 +399,7 @@ def test_mixed_families(one, part, other, theirs, tmp_path):
         load_backbone(str(folders[one]))
 
 
-def test_another_scheduler(family):
+def test_scheduler_can_be_replaced(family):
     name, folder = family
     fits, other = "HeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"
     if name in ("sd3", "flux", "flux-schnell"):
@@ -420,7 +421,7 @@ def test_another_scheduler(family):
             load_backbone(str(folder), scheduler=wrong)
 
 
-def test_sizes_that_do_not_fit(family):
+def test_image_size_must_be_a_multiple(family):
     with pytest.raises(
         UserError, match=r"--model.backbone.image_size must be a multiple of \d+ for the model .*, got 15"
     ):

@@ -23,8 +23,8 @@ from lightning_prompts.objectives.clip import load_clip
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries
 
 
-def refused(match, name="owner/model", **how):
-    families.refused(match, name, **how)
+def assert_refused(match, name="owner/model", **how):
+    families.assert_refused(match, name, **how)
 
 
 OTHERS = [  # other precisions, pickles and further files that are not read
@@ -40,7 +40,7 @@ OTHERS = [  # other precisions, pickles and further files that are not read
 
 @pytest.fixture
 def published(hub, sd1, tmp_path):
-    """A model with files that are not read."""
+    """Publish a model with files that are not read; return its commit."""
     folder = shutil.copytree(sd1, tmp_path / "published")
     for name in OTHERS:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -50,7 +50,7 @@ def published(hub, sd1, tmp_path):
 
 @pytest.fixture
 def clip(hub, tiny):
-    """The commit of the CLIP that belongs to it."""
+    """Publish the CLIP that belongs to the model; return its commit."""
     return hub.push(CLIPS[768], f"{tiny}/clip")
 
 
@@ -61,7 +61,7 @@ def names(folder):
 # Fetching
 
 
-def test_fetches_only_what_is_read(hub, published, sd1):
+def test_only_files_that_are_read_are_fetched(hub, published, sd1):
     folder = find_model("owner/model", False, None)
     assert names(folder) == names(sd1)
     assert folder.name == published
@@ -85,7 +85,7 @@ def test_shards_are_fetched(hub, sd1, tmp_path):
         assert torch.equal(loaded[key], value)
 
 
-def test_revisions(hub, published, sd1, sd2):
+def test_revisions_are_resolved(hub, published, sd1, sd2):
     older = published
     newer = hub.push("owner/model", sd2)
     hub.push("owner/model", sd1, "v1")
@@ -94,10 +94,10 @@ def test_revisions(hub, published, sd1, sd2):
     assert load_backbone("owner/model").prediction_type == "v_prediction"
     assert find_model("owner/model", True, None).name == newer
     assert find_model("owner/model", True, older).name == older
-    refused("has not been downloaded completely", revision="v1", offline=True)
+    assert_refused("has not been downloaded completely", revision="v1", offline=True)
     assert load_backbone("owner/model", revision="v1").prediction_type == "epsilon"
-    refused(r"has no revision 'v9'; give one of its branches, tags or commits", revision="v9")
-    refused("has no revision", revision="0" * 40)
+    assert_refused(r"has no revision 'v9'; give one of its branches, tags or commits", revision="v9")
+    assert_refused("has no revision", revision="0" * 40)
 
 
 # Answers of the hub
@@ -156,49 +156,53 @@ def test_revisions(hub, published, sd1, sd2):
         ),
     ],
 )
-def test_answers(hub, published, path, status, headers, match):
+def test_refusals_of_the_hub_are_explained(hub, published, path, status, headers, match):
     hub.answer[path] = (status, headers)
-    refused(match)
-    refused("has not been downloaded completely", offline=True)
+    assert_refused(match)
+    assert_refused("has not been downloaded completely", offline=True)
     hub.answer.clear()
     assert load_backbone("owner/model").name == "owner/model"
     hub.answer[path] = (status, headers)
     assert load_backbone("owner/model").name == "owner/model"  # downloaded before
 
 
-def test_hub_that_hangs(hub, published, monkeypatch):
+def test_hanging_hub_is_given_up(hub, published, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 1)
     hub.hangs = True
-    begun = time.monotonic()
-    refused(r"could not be fetched from the Hugging Face hub \(it timed out after 1 seconds\); check the connection")
-    assert time.monotonic() - begun < 3
+    start = time.monotonic()
+    assert_refused(
+        r"could not be fetched from the Hugging Face hub \(it timed out after 1 seconds\); check the connection"
+    )
+    assert time.monotonic() - start < 3
     hub.hangs = False
     find_model("owner/model", False, None)
     hub.hangs = True
     assert find_model("owner/model", False, None).name == published
 
 
-def test_hub_out_of_reach(cache, attempts):
-    refused(
+def test_unreachable_hub_is_reported(cache, attempts):
+    assert_refused(
         r"'owner/model' is not a local folder and could not be fetched .*\(\w+\); check the connection, or use 'emoji'"
     )
     assert attempts
 
 
-def test_model_that_is_no_pipeline(hub, language_model, cache):
+def test_repository_without_a_pipeline_is_refused(hub, language_model, cache):
     hub.push("owner/model", language_model)
-    refused(r"'owner/model' on the Hugging Face hub has no model_index\.json; give a model in diffusers' layout")
+    assert_refused(r"'owner/model' on the Hugging Face hub has no model_index\.json; give a model in diffusers' layout")
     assert not cache.exists()
 
 
-def test_transfer_that_breaks_off(hub, published, monkeypatch):
+def test_interrupted_download_is_resumed(hub, published, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts
     hub.broken = "unet/diffusion_pytorch_model.safetensors"
-    refused(r"The download of the model 'owner/model' was interrupted \(\w+\); check the connection and run again")
+    assert_refused(
+        r"The download of the model 'owner/model' was interrupted \(\w+\); check the connection and run again"
+    )
     # Old versions of huggingface_hub do not check for missing files; then the loader does.
     incomplete = r"has not been downloaded completely|has no unet/diffusion_pytorch_model\.safetensors; download"
-    refused(incomplete, offline=True)
-    refused(incomplete, offline=True, revision=published)
+    assert_refused(incomplete, offline=True)
+    assert_refused(incomplete, offline=True, revision=published)
     hub.broken, hub.asked[:] = None, []
     load_backbone("owner/model")
     assert [path for method, path in hub.asked if method == "GET" and "/resolve/" in path] == [
@@ -207,30 +211,32 @@ def test_transfer_that_breaks_off(hub, published, monkeypatch):
     load_backbone("owner/model", offline=True)
 
 
-def test_disk_with_too_little_room(hub, published, monkeypatch, cache):
+def test_too_little_disk_space_is_refused_before_the_download(hub, published, monkeypatch, cache):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
-    refused(r"'owner/model' needs [\d.]+ MB, but .*hub has only 0\.1 MB free; free disk space, or set HF_HOME to")
+    assert_refused(
+        r"'owner/model' needs [\d.]+ MB, but .*hub has only 0\.1 MB free; free disk space, or set HF_HOME to"
+    )
     assert not cache.exists()
 
 
-def test_disk_that_is_full_in_the_middle(hub, published, monkeypatch):
+def test_disk_that_fills_during_the_download_is_reported(hub, published, monkeypatch):
     def write(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.file_download.http_get", write)
-        refused(
+        assert_refused(
             r"'owner/model' could not be written to .*hub \(No space left on device\); free disk space, or set HF_HOME "
             r"to"
         )
-    refused("has not been downloaded completely", offline=True)
+    assert_refused("has not been downloaded completely", offline=True)
     load_backbone("owner/model")
 
 
 # Prefetching
 
 
-def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
+def test_prefetch_downloads_and_lists_the_files(hub, published, clip, cache, sd1, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)  # is not imported
     monkeypatch.setitem(sys.modules, "lightning_prompts.commands.cli", None)
     monkeypatch.setattr("lightning_prompts.backbones.hub.SHORT_NAMES", {"short": "owner/model"})
@@ -276,7 +282,7 @@ def test_prefetch(hub, published, clip, cache, sd1, capsys, monkeypatch):
         ),
     ],
 )
-def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment, output):
+def test_prefetch_mistakes_give_one_sentence(hub, published, capsys, monkeypatch, args, environment, output):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stopped:
@@ -289,7 +295,7 @@ def test_prefetch_refuses(hub, published, capsys, monkeypatch, args, environment
     assert not any("/resolve/" in path for _, path in hub.asked)
 
 
-def test_prefetch_as_a_program(hub, published, clip, tmp_path):
+def test_prefetch_runs_as_a_program(hub, published, clip, tmp_path):
     """The environment sets hub and cache, and Lightning is not imported."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     code = (
@@ -305,14 +311,14 @@ def test_prefetch_as_a_program(hub, published, clip, tmp_path):
 # The commit of a run
 
 
-def test_a_run_keeps_its_commit(hub, published, sd1, sd2, image_folder, tmp_path, capsys):
+def test_run_keeps_its_commit(hub, published, sd1, sd2, image_folder, tmp_path, capsys):
     run = tmp_path / "run"
     fit = pez_command(run, "owner/model", image_folder / "0.png")
 
     def commit():
         return json.loads((run / "result.json").read_text())["settings"]["model"]["backbone"]["revision"]
 
-    def refused_by_main(*args):
+    def refusal_of(*args):
         with pytest.raises(SystemExit) as stopped:
             main([*fit, *args])
         assert stopped.value.code == 2
@@ -332,14 +338,14 @@ def test_a_run_keeps_its_commit(hub, published, sd1, sd2, image_folder, tmp_path
     assert len(json.loads((run / "result.json").read_text())["problems"]) == 3
     main([*fit, "--ckpt_path", "last", "--model.backbone.revision", published])
     assert not any(newer in path for _, path in hub.asked)
-    output = refused_by_main("--ckpt_path", "last", "--model.backbone.revision", "v1")
+    output = refusal_of("--ckpt_path", "last", "--model.backbone.revision", "v1")
     tagged = hub.models["owner/model"][0]["v1"]
     assert f'was started with --model.backbone.revision "{published}" and cannot resume with "{tagged}"' in output
     main(["test", "--run", str(run), "--model.backbone.offline", "true"])
     assert commit() == published
     hub.answer["/api"] = (401, {"X_Error_Code": "RepoNotFound"})
     fit[2] = str(tmp_path / "other")
-    output = refused_by_main("--model.backbone.revision", "v2")
+    output = refusal_of("--model.backbone.revision", "v2")
     assert "neither a folder nor on the Hugging Face hub" in output
     assert not (tmp_path / "other").exists()
 
@@ -354,10 +360,10 @@ def family(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
-def test_offline_asks_nobody(cache, attempts, monkeypatch, how):
+def test_offline_makes_no_requests(cache, attempts, monkeypatch, how):
     if how == "environment":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused(
+    assert_refused(
         r"has not been downloaded completely, and this run is offline; run `train\.py prefetch owner/model` once "
         r"online",
         offline=how == "argument",
@@ -365,7 +371,7 @@ def test_offline_asks_nobody(cache, attempts, monkeypatch, how):
     assert not attempts
 
 
-def test_offline_reads_without_a_connection(hub, family, monkeypatch, request):
+def test_offline_loads_downloaded_models(hub, family, monkeypatch, request):
     hub.push("owner/model", family)
     folder = find_model("owner/model", False, None)
     forget_connections()
@@ -402,7 +408,7 @@ def halves(folder):
     return {part: {key: x.half().float() for key, x in network.state_dict().items()} for part, network in parts.items()}
 
 
-def check_read(backbone, half, full, parts=("text_encoder", "unet", "vae")):
+def assert_read(backbone, half, full, parts=("text_encoder", "unet", "vae")):
     """Assert that these components were read in half precision and the others in full precision."""
     read = {"text_encoder": backbone.text_encoders[0].encoder, "unet": backbone.denoiser, "vae": backbone.vae}
     whole = {"text_encoder": full.text_encoders[0].encoder, "unet": full.denoiser, "vae": full.vae}
@@ -425,7 +431,7 @@ def half(sd1):
 
 @pytest.mark.parametrize("shards", [None, "60KB"])
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_variant_of_a_folder(sd1, full, half, tmp_path, caplog, shards, variant):
+def test_variant_of_a_folder_is_read(sd1, full, half, tmp_path, caplog, shards, variant):
     """The only variant is chosen automatically, also in shards."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), shards=shards)
     names_of = {path.name for path in folder.glob("*/*")}
@@ -435,65 +441,65 @@ def test_variant_of_a_folder(sd1, full, half, tmp_path, caplog, shards, variant)
     else:
         assert {"model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"} <= names_of
     with caplog.at_level("INFO", "lightning_prompts"):
-        check_read(load_backbone(str(folder), variant=variant), half, full)
+        assert_read(load_backbone(str(folder), variant=variant), half, full)
     assert ("has weights only as variant 'fp16'; using it." in caplog.text) == (variant is None)
     assert load_backbone(str(folder), "float16").denoiser.dtype == torch.float16
 
 
-def test_variant_of_some_components(sd1, full, half, tmp_path, caplog):
-    """The other components are read without a variant, as in diffusers, and a log line says so."""
+def test_components_without_the_variant_are_read_without_one(sd1, full, half, tmp_path, caplog):
+    """This is what diffusers does; a log line says so."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), parts=["unet", "text_encoder"], keep=True)
-    check_read(load_backbone(str(folder)), half, full, [])  # what has no variant goes first
+    assert_read(load_backbone(str(folder)), half, full, [])  # files without a variant take precedence
     with caplog.at_level("INFO", "lightning_prompts"):
-        check_read(load_backbone(str(folder), variant="fp16"), half, full, ["unet", "text_encoder"])
+        assert_read(load_backbone(str(folder), variant="fp16"), half, full, ["unet", "text_encoder"])
     assert "has no variant 'fp16' of vae; reading weights without one" in caplog.text
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
-    check_read(load_backbone(str(folder)), half, full, ["unet", "text_encoder"])  # and then as if it had been given
+    assert_read(load_backbone(str(folder)), half, full, ["unet", "text_encoder"])  # as if the variant had been given
 
 
-def test_variants_that_are_none(sd1, tmp_path):
+def test_unavailable_variants_are_refused(sd1, tmp_path):
     folder = shutil.copytree(sd1, tmp_path / "model")
-    refused("has no variants, but 'fp16' was given; leave out --model.backbone.variant", folder, variant="fp16")
-    refused(
+    assert_refused("has no variants, but 'fp16' was given; leave out --model.backbone.variant", folder, variant="fp16")
+    assert_refused(
         "'emoji' has no variants, but 'fp16' was given; leave out --model.backbone.variant", "emoji", variant="fp16"
     )
     as_variant(folder, "bf16", keep=True)
     as_variant(folder, "non_ema", ["unet"], keep=True)
-    refused("has no variant 'fp16', only bf16, non_ema; choose one of these", folder, variant="fp16")
+    assert_refused("has no variant 'fp16', only bf16, non_ema; choose one of these", folder, variant="fp16")
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
-    refused("has weights only as the variants bf16, non_ema; choose one with --model.backbone.variant", folder)
+    assert_refused("has weights only as the variants bf16, non_ema; choose one with --model.backbone.variant", folder)
     (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
     assert load_backbone(str(folder), variant="bf16")
-    refused(
+    assert_refused(
         "The vae of the model .* has neither the variant 'non_ema' nor weights without one, only bf16; choose another",
         folder,
         variant="non_ema",
     )
-    assert load_backbone(str(folder))  # the only one that all have which need one
+    assert load_backbone(str(folder))  # the only variant of every component that needs one
     (folder / "vae/diffusion_pytorch_model.bf16.safetensors").unlink()
     (folder / "unet/diffusion_pytorch_model.non_ema.safetensors").unlink()
-    refused(r"has no vae/diffusion_pytorch_model\.safetensors; download", folder)
+    assert_refused(r"has no vae/diffusion_pytorch_model\.safetensors; download", folder)
     save = tmp_path / "file.safetensors"
     save.write_bytes(b"x")
-    refused("is a file, which has no variants; leave out --model.backbone.variant", save, variant="fp16")
+    assert_refused("is a file, which has no variants; leave out --model.backbone.variant", save, variant="fp16")
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_variant_of_a_repository(hub, sd1, full, half, tmp_path, variant, request):
-    """Also of files that were downloaded before."""
+def test_variant_of_a_repository_is_read(hub, sd1, full, half, tmp_path, variant, request):
+    """It is read online, and offline from downloaded files."""
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), shards="60KB")
     hub.push("owner/model", folder)
-    check_read(load_backbone("owner/model", variant=variant), half, full)
+    assert_read(load_backbone("owner/model", variant=variant), half, full)
     assert names(find_model("owner/model", False, None)) == names(folder)
-    refused("has no variant 'bf16', only fp16; choose one", variant="bf16")
+    assert_refused("has no variant 'bf16', only fp16; choose one", variant="bf16")
     forget_connections()
     attempts = request.getfixturevalue("attempts")
-    check_read(load_backbone("owner/model", offline=True, variant=variant), half, full)
-    refused("run `train.py prefetch owner/model --variant bf16` once online", offline=True, variant="bf16")
+    assert_read(load_backbone("owner/model", offline=True, variant=variant), half, full)
+    assert_refused("run `train.py prefetch owner/model --variant bf16` once online", offline=True, variant="bf16")
     assert not attempts
 
 
-def test_only_what_is_read_is_fetched_of_variants(hub, sd1, full, half, tmp_path, clip, capsys):
+def test_only_files_of_the_variant_are_fetched(hub, sd1, full, half, tmp_path, clip, capsys):
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"), parts=["unet", "text_encoder"], keep=True)
     hub.push("owner/model", folder)
     main(["prefetch", "owner/model", "--variant", "fp16"])
@@ -504,28 +510,28 @@ def test_only_what_is_read_is_fetched_of_variants(hub, sd1, full, half, tmp_path
     snapshot = find_model("owner/model", True, None, variant="fp16")
     left_out = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
     assert names(snapshot) == names(folder) - left_out
-    check_read(load_backbone("owner/model", offline=True, variant="fp16"), half, full, ["unet", "text_encoder"])
-    # Offline it is the only one.
-    check_read(load_backbone("owner/model", offline=True), half, full, ["unet", "text_encoder"])
-    check_read(load_backbone("owner/model"), half, full, [])  # and online it is not
-    check_read(load_backbone("owner/model", offline=True), half, full, [])
+    assert_read(load_backbone("owner/model", offline=True, variant="fp16"), half, full, ["unet", "text_encoder"])
+    # Offline, the variant is the only choice.
+    assert_read(load_backbone("owner/model", offline=True), half, full, ["unet", "text_encoder"])
+    assert_read(load_backbone("owner/model"), half, full, [])  # online it is not
+    assert_read(load_backbone("owner/model", offline=True), half, full, [])
     with pytest.raises(SystemExit):
         main(["prefetch", "owner/model", "--variant", "bf16"])
     assert "has no variant 'bf16', only fp16" in capsys.readouterr().err
 
 
-def test_variant_that_was_not_downloaded_completely(hub, sd1, tmp_path, monkeypatch):
+def test_incomplete_download_of_a_variant_is_resumed(hub, sd1, tmp_path, monkeypatch):
     hub.push("owner/model", as_variant(shutil.copytree(sd1, tmp_path / "model"), shards="60KB"))
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the attempts
     hub.broken = "text_encoder/model.fp16-00002-of-00002.safetensors"
-    refused("was interrupted")
+    assert_refused("was interrupted")
     hub.broken = None
-    refused(r"has not been downloaded completely|cannot be read|has no \w+/[\w.]+; download", offline=True)
+    assert_refused(r"has not been downloaded completely|cannot be read|has no \w+/[\w.]+; download", offline=True)
     load_backbone("owner/model")
     load_backbone("owner/model", offline=True)
 
 
-def test_a_run_keeps_its_variant(hub, sd1, image_folder, tmp_path, capsys, caplog):
+def test_run_keeps_its_variant(hub, sd1, image_folder, tmp_path, capsys, caplog):
     folder = as_variant(shutil.copytree(sd1, tmp_path / "model"))
     run = tmp_path / "run"
     fit = pez_command(run, folder, image_folder / "0.png")

@@ -17,7 +17,7 @@ def folder(request, tmp_path_factory):
     return str(families.save(request.param, tmp_path_factory.mktemp(request.param)))
 
 
-def computed(backbone):
+def losses_and_gradients(backbone):
     """Compute a loss through text encoders and denoiser, one through denoiser and decoder, and their gradients.
 
     Also return images, and the latents that they are encoded to.
@@ -29,11 +29,11 @@ def computed(backbone):
     noise, latents = torch.randn(2, 2, 2, *shape)
     prompt_embeds = backbone.encode(ids, embeddings)
     losses = Denoising(Microbatch(3))(backbone, prompt_embeds, latents, torch.tensor([[1, 999], [500, 300]]), noise)
-    given = torch.autograd.grad(losses.sum(), embeddings)
+    gradients = torch.autograd.grad(losses.sum(), embeddings)
     embeds = prompt_embeds.detach().requires_grad_()
     images = backbone.decode(backbone.sample(embeds, embeds.detach().flip(0), noise[:, 0], 2, 3.0, grad_steps=2))
-    given += torch.autograd.grad(images.square().sum(), embeds)
-    return *given, losses.detach(), images.detach(), backbone.encode_image(images.detach())
+    gradients += torch.autograd.grad(images.square().sum(), embeds)
+    return *gradients, losses.detach(), images.detach(), backbone.encode_image(images.detach())
 
 
 @pytest.mark.parametrize(
@@ -41,38 +41,38 @@ def computed(backbone):
     [{"cpu_offload": True}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "cpu_offload": True}],
     ids=["offload", "checkpointing", "both"],
 )
-def test_gives_the_same(folder, how, monkeypatch):
-    """Unloaded weights are NaN here, so that any computation with them would show.
+def test_saving_memory_does_not_change_results(folder, how, monkeypatch):
+    """Weights that are unloaded become NaN, so that any computation with them would be noticed.
 
     Embedding tables are left alone, because they are looked up where they are.
     """
-    there, tables = set(), set()
+    loaded, tables = set(), set()
 
     def load(module, device):
-        there.add(id(module))
-        assert len(there) == 1
+        loaded.add(id(module))
+        assert len(loaded) == 1
         for tensor, data in module.weights:
             tensor.data = data
 
     def unload(module):
-        there.discard(id(module))
+        loaded.discard(id(module))
         for tensor, data in module.weights:
             if data.is_floating_point() and id(tensor) not in tables:
                 tensor.data = torch.full_like(data, torch.nan)
 
-    expected = computed(load_backbone(folder, image_size=16))
+    expected = losses_and_gradients(load_backbone(folder, image_size=16))
     monkeypatch.setattr(OffloadedModule, "load", load)
     monkeypatch.setattr(OffloadedModule, "unload", unload)
     backbone = load_backbone(folder, image_size=16)
     tables |= {id(text_encoder.encoder.get_input_embeddings().weight) for text_encoder in backbone.text_encoders}
     save_memory(backbone, **{"gradient_checkpointing": False, "vae_tiling": False, "cpu_offload": False} | how)
-    for a, b in zip(computed(backbone), expected, strict=True):
+    for a, b in zip(losses_and_gradients(backbone), expected, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert len(there) == (1 if "cpu_offload" in how else 0)
+    assert len(loaded) == (1 if "cpu_offload" in how else 0)
 
 
-def test_offloaded_networks_do_not_move(sd1):
+def test_offloaded_networks_do_not_move_with_their_parent(sd1):
     """Only the small tensors of an offloaded model move with its parent module."""
     backbone = load_backbone(str(sd1))
     save_memory(backbone, False, False, True)
@@ -82,9 +82,9 @@ def test_offloaded_networks_do_not_move(sd1):
     assert {name: tensor.data_ptr() for name, tensor in backbone.state_dict().items()} == weights
 
 
-def test_checkpointing_keeps_fewer_activations(sd1):
-    def kept(backbone):
-        """Numbers that the backward pass of a call of the denoiser keeps, less the weights."""
+def test_gradient_checkpointing_halves_the_saved_activations(sd1):
+    def saved_numbers(backbone):
+        """Count the numbers that a denoiser call saves for its backward pass, without the weights."""
         ids = {parameter.data_ptr() for parameter in backbone.parameters()}
         numbers = {}
 
@@ -99,12 +99,12 @@ def test_checkpointing_keeps_fewer_activations(sd1):
         return sum(numbers.values())
 
     backbone = load_backbone(str(sd1))
-    plain = kept(backbone)
+    plain = saved_numbers(backbone)
     save_memory(backbone, True, False, False)
-    assert kept(backbone) < plain / 2
+    assert saved_numbers(backbone) < plain / 2
 
 
-def test_tiles_are_decoded_nearly_as_the_whole(sd1):
+def test_tiled_decoding_is_close_to_decoding_the_whole(sd1):
     backbone = load_backbone(str(sd1), image_size=48)
     latents = torch.randn(1, *backbone.latent_shape)
     whole = backbone.decode(latents)

@@ -25,7 +25,7 @@ def read(name):
 
 @pytest.fixture
 def model(tiny, tmp_path):
-    """A copy of the tiny model, and a function that writes its metadata."""
+    """Copy the tiny model; return a function that writes its metadata."""
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
 
     def write(content):
@@ -35,7 +35,7 @@ def model(tiny, tmp_path):
     return write
 
 
-def test_defaults_come_from_the_folder(model, tiny):
+def test_metadata_sets_the_defaults(model, tiny):
     without = load_backbone(tiny)
     assert without.metadata == Metadata()
     backbone = load_backbone(model({"num_inference_steps": 7, "guidance_scale": 2, "license": "another key"}))
@@ -47,18 +47,21 @@ def test_defaults_come_from_the_folder(model, tiny):
     assert (backbone.default_steps, backbone.default_guidance) == (7, without.default_guidance)
 
 
-def test_paths_start_at_the_folder(model, tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_folder(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scorer").mkdir()
-    found = read(model({"scorer": "../scorer", "dictionary": "model_index.json"}))
-    assert (found.scorer, found.dictionary) == (str(tmp_path / "scorer"), str(tmp_path / "model" / "model_index.json"))
-    assert read("model") == replace(found, scorer="scorer", dictionary="model/model_index.json")
+    metadata = read(model({"scorer": "../scorer", "dictionary": "model_index.json"}))
+    assert (metadata.scorer, metadata.dictionary) == (
+        str(tmp_path / "scorer"),
+        str(tmp_path / "model" / "model_index.json"),
+    )
+    assert read("model") == replace(metadata, scorer="scorer", dictionary="model/model_index.json")
     assert read(model({"scorer": "openai/clip-vit-base-patch32"})).scorer == "openai/clip-vit-base-patch32"
     assert read(model({"scorer": f"{tmp_path}/scorer"})).scorer == f"{tmp_path}/scorer"
 
 
-def test_scorer_of_the_folder_scores(model, tmp_path):
-    """The searching CLIP itself is refused, so the scorer has been read."""
+def test_scorer_of_the_metadata_is_used(model, tmp_path):
+    """Naming the CLIP of the search is refused, which shows that the scorer was read."""
     method = PEZ(backbone=model({"scorer": "clip"}), loss_weights=LossWeights(clip=0.1))
     with pytest.raises(UserError, match="would not be held out"):
         Scores().heldout(method)
@@ -83,13 +86,13 @@ def test_unusable_metadata_is_refused(content, reason, model):
         load_backbone(model(content))
 
 
-def test_embedded_model_has_the_metadata_of_its_training(tmp_path):
+def test_metadata_of_the_embedded_model_is_that_of_its_training(tmp_path):
     (tmp_path / "model").mkdir()
     describe(tmp_path / "model", tmp_path / "scorer")
     for name in ("metadata.json", "dictionary.txt"):
         assert (tmp_path / "model" / name).read_text() == (EMOJI / name).read_text()
-    found = read("emoji")
-    assert (found.num_inference_steps, found.guidance_scale) == (25, 3.0)
-    assert found.scorer == str(EMOJI.parent / "scorer")
-    assert set(Path(found.dictionary).read_text().split()) == world.caption_words()
-    assert found.synonyms == {word: synonyms for word, synonyms in world.SYNONYMS.items() if synonyms}
+    metadata = read("emoji")
+    assert (metadata.num_inference_steps, metadata.guidance_scale) == (25, 3.0)
+    assert metadata.scorer == str(EMOJI.parent / "scorer")
+    assert set(Path(metadata.dictionary).read_text().split()) == world.caption_words()
+    assert metadata.synonyms == {word: synonyms for word, synonyms in world.SYNONYMS.items() if synonyms}

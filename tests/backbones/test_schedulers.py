@@ -4,7 +4,7 @@ import diffusers
 import families
 import pytest
 import torch
-from families import edit, refused
+from families import assert_refused, edit
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.sampling_loop import generators_of, new_scheduler
@@ -93,22 +93,22 @@ PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path", "_use_default_v
 
 
 @pytest.mark.parametrize("name", EXCHANGEABLE[""])
-def test_is_what_diffusers_makes_of_the_pipelines(name, case):
+def test_replaced_scheduler_equals_that_of_from_config(name, case):
     folder, pipeline, own = case
     expected = getattr(diffusers, name).from_config(own.config)
     if not torch.allclose(
         own.alphas_cumprod, expected.alphas_cumprod, atol=1e-6
     ):  # it does not support zero terminal SNR
         assert own.config.get("rescale_betas_zero_snr")
-        refused(f"{name}' would change the noise levels or the prediction type", folder, scheduler=name)
+        assert_refused(f"{name}' would change the noise levels or the prediction type", folder, scheduler=name)
         return
     backbone = load_backbone(folder, scheduler=name, image_size=16)
     config = dict(expected.config)
     if "clip_sample" in config:
         assert not own.config.get("clip_sample")
         config["clip_sample"] = False
-    found = {key: value for key, value in backbone.scheduler.config.items() if key not in PRIVATE}
-    assert found == {key: value for key, value in config.items() if key not in PRIVATE}
+    actual = {key: value for key, value in backbone.scheduler.config.items() if key not in PRIVATE}
+    assert actual == {key: value for key, value in config.items() if key not in PRIVATE}
     assert type(backbone.scheduler) is type(expected)
     pipeline.scheduler = getattr(diffusers, name).from_config(
         own.config, **({"clip_sample": False} if "clip_sample" in config else {})
@@ -118,26 +118,26 @@ def test_is_what_diffusers_makes_of_the_pipelines(name, case):
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
 
 
-def test_own_scheduler_is_the_pipelines(case):
+def test_default_scheduler_equals_the_pipelines(case):
     folder, pipeline, own = case
     backbone = load_backbone(folder, image_size=16)
-    found, expected = ({k: v for k, v in x.config.items() if k not in PRIVATE} for x in (backbone.scheduler, own))
-    assert found == expected
+    actual, expected = ({k: v for k, v in x.config.items() if k not in PRIVATE} for x in (backbone.scheduler, own))
+    assert actual == expected
     torch.testing.assert_close(*images_of(backbone, pipeline), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "pixart"])
-def test_keys_that_a_scheduler_does_not_state_have_the_pipelines_values(kind, family, tmp_path):
+def test_missing_scheduler_keys_have_the_pipelines_values(kind, family, tmp_path):
     """Stable Diffusion's pipeline corrects `clip_sample` and `steps_offset`; other pipelines do not."""
     folder = with_scheduler(families.save(family, tmp_path), {"_class_name": kind})
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     backbone = load_backbone(folder, image_size=16)
-    found, expected = (
+    actual, expected = (
         {k: v for k, v in x.config.items() if k not in PRIVATE} for x in (backbone.scheduler, pipeline.scheduler)
     )
-    assert found == expected
+    assert actual == expected
     if family == "pixart":
         return
     ours, theirs = images_of(backbone, pipeline, steps=5)
@@ -145,7 +145,7 @@ def test_keys_that_a_scheduler_does_not_state_have_the_pipelines_values(kind, fa
 
 
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "LCMScheduler", "EulerDiscreteScheduler"])
-def test_noise_levels_of_a_class_stay(name, tmp_path):
+def test_replaced_scheduler_keeps_the_noise_levels(name, tmp_path):
     """DDIM's default noise levels differ from those of Heun and LCM."""
     folder = with_scheduler(families.save("sd1", tmp_path), {"_class_name": "DDIMScheduler"})
     own, other = load_backbone(folder).scheduler, load_backbone(folder, scheduler=name).scheduler
@@ -153,7 +153,7 @@ def test_noise_levels_of_a_class_stay(name, tmp_path):
     torch.testing.assert_close(other.alphas_cumprod, own.alphas_cumprod)
 
 
-def test_clipping_stays_where_the_model_has_it_on(tmp_path):
+def test_clipping_is_kept_where_the_model_enables_it(tmp_path):
     config = {"_class_name": "DDIMScheduler", "clip_sample": True, "thresholding": False}
     folder = with_scheduler(families.save("sdxl", tmp_path), config)
     assert load_backbone(folder, scheduler="DDPMScheduler", image_size=16).scheduler.config.clip_sample
@@ -163,7 +163,7 @@ def test_clipping_stays_where_the_model_has_it_on(tmp_path):
     assert (other.clip_sample, other.thresholding) == (False, True)
 
 
-def test_defaults_stay_those_of_the_model(tmp_path):
+def test_default_steps_and_guidance_do_not_depend_on_the_scheduler(tmp_path):
     """A Turbo model samples in one step with any scheduler; other models do not."""
     folder = str(families.save("sd-turbo", tmp_path / "turbo"))
     backbone = load_backbone(folder, scheduler="DDIMScheduler")
@@ -199,35 +199,35 @@ def test_defaults_stay_those_of_the_model(tmp_path):
         ),
     ],
 )
-def test_noise_levels_that_are_not_supported(config, message, tmp_path):
-    refused(message, with_scheduler(families.save("sd1", tmp_path), config))
+def test_unsupported_noise_levels_are_refused(config, message, tmp_path):
+    assert_refused(message, with_scheduler(families.save("sd1", tmp_path), config))
 
 
 @pytest.mark.parametrize(
     "name", ["DDIMInverseScheduler", "EDMEulerScheduler", "RePaintScheduler", "DPMSolverSDEScheduler"]
 )
-def test_schedulers_that_do_not_fit(name, tmp_path):
-    refused(f"The scheduler '{name}' does not fit this model", families.save("sd1", tmp_path), scheduler=name)
+def test_unsuitable_schedulers_are_refused(name, tmp_path):
+    assert_refused(f"The scheduler '{name}' does not fit this model", families.save("sd1", tmp_path), scheduler=name)
 
 
-def test_noise_levels_that_are_shifted_by_the_size_stay(tmp_path):
+def test_scheduler_without_a_shift_by_image_size_is_refused(tmp_path):
     """Heun's scheduler lacks this shift; FLUX's pipeline would raise an error."""
     name = "FlowMatchHeunDiscreteScheduler"
     message = f"The scheduler '{name}' does not fit this model, .*; use one of FlowMatchEulerDiscreteScheduler.$"
-    refused(message, families.save("flux", tmp_path), scheduler=name)
+    assert_refused(message, families.save("flux", tmp_path), scheduler=name)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_clean_latents_between_two_timesteps_of_training(name, prediction, tmp_path):
-    """For samplers that step between timesteps, compared with their own sigma."""
+def test_predict_x0_between_training_timesteps_equals_the_schedulers(name, prediction, tmp_path):
+    """Some samplers step between training timesteps; compare with their own prediction."""
     config = {"_class_name": f"{name}Scheduler", "timestep_spacing": "linspace", "prediction_type": prediction}
     backbone = load_backbone(with_scheduler(families.save("sd1", tmp_path), config))
     scheduler = new_scheduler(backbone, 7)
     assert (scheduler.timesteps % 1 > 0.1).any()
     x, output = torch.randn(2, 7, *backbone.latent_shape)
     for i, t in enumerate(scheduler.timesteps):
-        shown = scheduler.scale_model_input(x[i], t)
+        noisy_input = scheduler.scale_model_input(x[i], t)
         expected = scheduler.step(output[i], t, x[i])
-        found = backbone.predict_x0(shown[None], output[i : i + 1], t.view(1))[0]
-        torch.testing.assert_close(found, expected.pred_original_sample, atol=1e-4, rtol=1e-4)
+        actual = backbone.predict_x0(noisy_input[None], output[i : i + 1], t.view(1))[0]
+        torch.testing.assert_close(actual, expected.pred_original_sample, atol=1e-4, rtol=1e-4)

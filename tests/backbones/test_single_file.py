@@ -9,7 +9,7 @@ import diffusers
 import families
 import pytest
 import torch
-from families import refused
+from families import assert_refused
 from hub import forget_connections
 from safetensors.torch import load_file, save_file
 from searches import pez_command
@@ -72,12 +72,12 @@ def renamed(key, names):
 
 
 def unet_key(key, layers=1):
-    found = re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)", key)
-    rest = key[found.end() :] if found else key
-    if found:
-        way, block, what, layer = found[1], int(found[2]), found[3], int(found[4])
-        first = (layers + 1) * block + (way == "down")
-        start = {"down": "input_blocks", "up": "output_blocks"}[way]
+    match = re.match(r"(down|up)_blocks\.(\d)\.(resnets|attentions|downsamplers|upsamplers)\.(\d)", key)
+    rest = key[match.end() :] if match else key
+    if match:
+        direction, block, what, layer = match[1], int(match[2]), match[3], int(match[4])
+        first = (layers + 1) * block + (direction == "down")
+        start = {"down": "input_blocks", "up": "output_blocks"}[direction]
         if what == "downsamplers":
             return f"{start}.{first + layers}.0{rest.replace('.conv', '.op')}"
         if what == "upsamplers":  # the first of the up blocks has no attention
@@ -91,10 +91,10 @@ def unet_key(key, layers=1):
 
 
 def vae_weight(key, value, blocks=2):
-    found = re.match(r"decoder\.up_blocks\.(\d)\.(resnets|upsamplers\.0)", key)
-    if found:
-        what = {"resnets": "block", "upsamplers.0": "upsample"}[found[2]]
-        key = f"decoder.up.{blocks - 1 - int(found[1])}.{what}{key[found.end() :]}"
+    match = re.match(r"decoder\.up_blocks\.(\d)\.(resnets|upsamplers\.0)", key)
+    if match:
+        what = {"resnets": "block", "upsamplers.0": "upsample"}[match[2]]
+        key = f"decoder.up.{blocks - 1 - int(match[1])}.{what}{key[match.end() :]}"
     key = renamed(key, VAE)
     return key, value[..., None, None] if ".attn_1." in key and value.ndim == 2 else value
 
@@ -146,15 +146,15 @@ def original(family, folder, layers=1):
 
 @pytest.fixture(scope="module", params=TEXTS)
 def model(request, tmp_path_factory):
-    """Return a family's name, its folder, the same without weights, and the same in one file."""
-    place = tmp_path_factory.mktemp(request.param)
-    folder = families.save(request.param, place)
-    config = shutil.copytree(folder, place / "config", ignore=shutil.ignore_patterns("*.safetensors"))
-    save_file(original(request.param, folder), place / "file.safetensors")
-    return request.param, folder, config, place / "file.safetensors"
+    """Return a family's name, its folder, a copy of the folder without weights, and the model in one file."""
+    parent = tmp_path_factory.mktemp(request.param)
+    folder = families.save(request.param, parent)
+    config = shutil.copytree(folder, parent / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(original(request.param, folder), parent / "file.safetensors")
+    return request.param, folder, config, parent / "file.safetensors"
 
 
-def same(one, other):
+def assert_same_weights(one, other):
     for (key, value), (other_key, other_value) in zip(
         one.state_dict().items(), other.state_dict().items(), strict=True
     ):
@@ -163,17 +163,17 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_file_is_the_folder(model, dtype):
+def test_single_file_equals_the_folder(model, dtype):
     _, folder, config, file = model
     one = load_backbone(str(folder), dtype, image_size=16)
     other = load_backbone(str(file), dtype, image_size=16, config=str(config))
-    same(one, other)
+    assert_same_weights(one, other)
     assert other.name == str(file)
     noise = torch.randn(1, *one.latent_shape)
     prompt_embeds, again = (backbone.encode_text(["a red square"]) for backbone in (one, other))
     torch.testing.assert_close(
         prompt_embeds, again, atol=1e-6, rtol=1e-6
-    )  # SDXL's projection lies otherwise in memory and rounds otherwise
+    )  # SDXL's projection has another memory layout, and so rounds otherwise
     with torch.no_grad():
         images = [
             backbone.decode(backbone.sample(prompt_embeds, prompt_embeds, noise, 2, 3.0)) for backbone in (one, other)
@@ -195,8 +195,8 @@ def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request
         "folder given as "
         r"--model.backbone.config: .*has not been downloaded completely, and this run is offline; run .*prefetch"
     )
-    refused(match, file, offline=True)
-    refused("holds only weights and .* neither a folder nor on the Hugging Face hub", file)
+    assert_refused(match, file, offline=True)
+    assert_refused("holds only weights and .* neither a folder nor on the Hugging Face hub", file)
     hub.push("owner/model", folder)
     hub.push(CLIPS[768], f"{tiny}/clip")
     main(["prefetch", str(file)])
@@ -204,28 +204,28 @@ def test_configuration_comes_from_the_hub(model, hub, tiny, monkeypatch, request
     assert not any(path.startswith("/owner/model") and path.endswith(".safetensors") for _, path in hub.asked)
     forget_connections()
     attempts = request.getfixturevalue("attempts")
-    same(load_backbone(str(file), offline=True), load_backbone(str(folder)))
+    assert_same_weights(load_backbone(str(file), offline=True), load_backbone(str(folder)))
     # Old versions of huggingface_hub do not check for missing files, so the loader does.
     incomplete = r"has not been downloaded completely|has no text_encoder/model\.safetensors; download"
-    refused(incomplete, "owner/model", offline=True)
+    assert_refused(incomplete, "owner/model", offline=True)
     assert not attempts
 
 
-def test_configuration_of_another_model(model, hub, tmp_path):
+def test_configuration_may_come_from_another_model(model, hub, tmp_path):
     family, folder, config, file = model
     hub.push("owner/model", folder)
-    same(load_backbone(str(file), config="owner/model"), load_backbone(str(folder)))
-    refused(
+    assert_same_weights(load_backbone(str(file), config="owner/model"), load_backbone(str(folder)))
+    assert_refused(
         f"'{folder}' is not a single file and has its own configuration; leave out --model.backbone.config",
         folder,
         config=str(config),
     )
-    refused("is neither 'emoji' nor an existing folder", file, config="nowhere")
+    assert_refused("is neither 'emoji' nor an existing folder", file, config="nowhere")
     (tmp_path / "empty").mkdir()
-    refused(f"'{tmp_path}/empty' has no model_index.json", file, config=str(tmp_path / "empty"))
+    assert_refused(f"'{tmp_path}/empty' has no model_index.json", file, config=str(tmp_path / "empty"))
     for other in {"sd1": "sdxl", "sd2": "sd1", "sdxl": "sd2"}[family], "flux":
         wrong = families.save(other, tmp_path / other)
-        refused(
+        assert_refused(
             rf"The networks of the model '{file}' cannot be read \(.+\); download it again, or give the model that "
             r"describes",
             file,
@@ -239,7 +239,7 @@ def test_configuration_of_another_model(model, hub, tmp_path):
 @pytest.mark.parametrize(
     "part", ["model.diffusion_model.out.2.bias", "first_stage_model.decoder.conv_in.weight", "{text}"]
 )
-def test_weight_that_is_missing(model, tmp_path, part):
+def test_missing_weight_is_refused(model, tmp_path, part):
     family, _, config, file = model
     weights = load_file(file)
     text = {
@@ -249,7 +249,7 @@ def test_weight_that_is_missing(model, tmp_path, part):
     }
     del weights[part.format(text=text[family])]
     save_file(weights, tmp_path / "less.safetensors")
-    refused(
+    assert_refused(
         r"less.safetensors' cannot be read \(the \w+ lacks weights such as [\w.]+, 1 in all\)",
         tmp_path / "less.safetensors",
         config=str(config),
@@ -257,33 +257,34 @@ def test_weight_that_is_missing(model, tmp_path, part):
 
 
 @pytest.mark.parametrize(
-    ("start", "left"),
+    ("prefix", "remaining"),
     [
         ("model.diffusion_model.", r"an autoencoder \(VAE\) and a text encoder"),
         ("first_stage_model.", "a UNet and a text encoder"),
         ("c", r"a UNet and an autoencoder \(VAE\)"),
     ],
 )
-def test_network_that_is_missing(model, tmp_path, start, left):
+def test_missing_network_is_refused(model, tmp_path, prefix, remaining):
     """Every weight of the component is required."""
     _, _, config, file = model
     save_file(
-        {key: value for key, value in load_file(file).items() if not key.startswith(start)},
+        {key: value for key, value in load_file(file).items() if not key.startswith(prefix)},
         tmp_path / "less.safetensors",
     )
-    refused(
-        rf"less.safetensors' is {left} alone; give Stable Diffusion 1, 2 or XL with text encoder, UNet and autoencoder",
+    assert_refused(
+        rf"less.safetensors' is {remaining} alone; give Stable Diffusion 1, 2 or XL with text encoder, UNet and "
+        "autoencoder",
         tmp_path / "less.safetensors",
         config=str(config),
     )
 
 
-def test_weights_that_are_not_described(model, tmp_path):
-    """Such as the guidance embedding of consistency models, which would be ignored."""
+def test_undescribed_weights_are_refused(model, tmp_path):
+    """The guidance embedding of a consistency model, for example, would otherwise be ignored."""
     _, _, config, file = model
     more = {"model.diffusion_model.time_embed.cond_proj.weight": torch.ones(32, 16)}
     save_file(load_file(file) | more, tmp_path / "more.safetensors")
-    refused(
+    assert_refused(
         r"cannot be read \(its UNet has weights that its configuration does not describe, 1 in all\); download it "
         r"again, or give the model that describes it",
         tmp_path / "more.safetensors",
@@ -291,7 +292,7 @@ def test_weights_that_are_not_described(model, tmp_path):
     )
 
 
-def test_files_that_are_none(model, tmp_path):
+def test_broken_files_are_refused(model, tmp_path):
     _, _, config, file = model
     content = file.read_bytes()
     for name, data, match in (
@@ -305,7 +306,7 @@ def test_files_that_are_none(model, tmp_path):
         ("zip.safetensors", b"PK" * 500, r"zip\.safetensors' cannot be read \(.+\); download it again"),
     ):
         (tmp_path / name).write_bytes(data)
-        refused(match, tmp_path / name, config=str(config))
+        assert_refused(match, tmp_path / name, config=str(config))
 
 
 UNET_IN, CLIP_KEY = "model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x"
@@ -341,9 +342,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_of_another_kind(kind, tmp_path):
+def test_other_kinds_of_files_are_named(kind, tmp_path):
     save_file({key: torch.zeros(4, 4, 3, 3) for key in KINDS[kind]}, tmp_path / "file.safetensors")
-    text = refused(
+    text = assert_refused(
         rf"file\.safetensors' is {re.escape(kind.strip())}; give Stable Diffusion", tmp_path / "file.safetensors"
     )
     assert text.isprintable()
@@ -361,16 +362,16 @@ def test_files_of_another_kind(kind, tmp_path):
         (6, "a model with 6 input channels"),
     ],
 )
-def test_denoisers_of_more_than_latents(keys, channels, kind, tmp_path):
+def test_denoisers_with_other_input_channels_are_refused(keys, channels, kind, tmp_path):
     save_file({key: torch.zeros(32, channels, 3, 3) for key in keys}, tmp_path / "file.safetensors")
-    refused(rf"is {kind}; give", tmp_path / "file.safetensors")
+    assert_refused(rf"is {kind}; give", tmp_path / "file.safetensors")
 
 
 @pytest.mark.parametrize(
     "name", ["model.ckpt", "model.txt", "short.safetensors", "empty.safetensors", "folder", "none.safetensors"]
 )
-def test_mistakes_on_the_command_line(name, image_folder, tmp_path, capsys, attempts):
-    """Each gives one sentence and exit code 2."""
+def test_command_line_mistakes_give_one_sentence(name, image_folder, tmp_path, capsys, attempts):
+    """Each mistake gives one sentence and exit code 2."""
     path = tmp_path / name
     if name == "folder":
         path.mkdir()
@@ -390,7 +391,7 @@ def test_mistakes_on_the_command_line(name, image_folder, tmp_path, capsys, atte
 # Prediction types
 
 
-def stated(model, tmp_path, keys=(), metadata=None):
+def with_stated_prediction(model, tmp_path, keys=(), metadata=None):
     """Write the file with empty tensors and metadata that state its prediction type."""
     file = tmp_path / "stated.safetensors"
     save_file(load_file(model[3]) | {key: torch.tensor([]) for key in keys}, file, metadata)
@@ -421,32 +422,36 @@ V, EPSILON = {"modelspec.prediction_type": "v"}, {"modelspec.prediction_type": "
         ([], {"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon", False),
     ],
 )
-def test_what_a_file_states(model, tmp_path, caplog, keys, metadata, prediction, zero):
-    """It overrides the scheduler config, of which the rest is kept."""
+def test_stated_prediction_type_overrides_the_scheduler_config(
+    model, tmp_path, caplog, keys, metadata, prediction, zero
+):
+    """The rest of the scheduler config is kept."""
     _, folder, config, _ = model
     with caplog.at_level(logging.INFO, "lightning_prompts"):
-        found = load_backbone(str(stated(model, tmp_path, keys, metadata)), image_size=16, config=str(config))
+        actual = load_backbone(
+            str(with_stated_prediction(model, tmp_path, keys, metadata)), image_size=16, config=str(config)
+        )
     plain = load_backbone(str(folder), image_size=16)
-    assert found.prediction_type == (prediction or plain.prediction_type)
-    same(found.denoiser, plain.denoiser)
-    own = found.scheduler.config
-    assert ("overrides its configuration" in caplog.text) == (found.prediction_type != plain.prediction_type or zero)
+    assert actual.prediction_type == (prediction or plain.prediction_type)
+    assert_same_weights(actual.denoiser, plain.denoiser)
+    own = actual.scheduler.config
+    assert ("overrides its configuration" in caplog.text) == (actual.prediction_type != plain.prediction_type or zero)
     if zero:
         assert own.rescale_betas_zero_snr
         assert own.timestep_spacing == "trailing"
         expected = zero_snr(plain.alphas_cumprod)
-        torch.testing.assert_close(found.alphas_cumprod[:-1].double(), expected[:-1], atol=1e-6, rtol=1e-4)
-        assert 0 <= float(found.alphas_cumprod[-1]) < 1e-7
-        found.scheduler.set_timesteps(10)
-        assert int(found.scheduler.timesteps[0]) == 999
+        torch.testing.assert_close(actual.alphas_cumprod[:-1].double(), expected[:-1], atol=1e-6, rtol=1e-4)
+        assert 0 <= float(actual.alphas_cumprod[-1]) < 1e-7
+        actual.scheduler.set_timesteps(10)
+        assert int(actual.scheduler.timesteps[0]) == 999
         assert not own.get("clip_sample")
     else:
-        assert type(found.scheduler) is type(plain.scheduler)
-        assert dict(own) == {**plain.scheduler.config, "prediction_type": found.prediction_type}
-        assert torch.equal(found.alphas_cumprod, plain.alphas_cumprod)
+        assert type(actual.scheduler) is type(plain.scheduler)
+        assert dict(own) == {**plain.scheduler.config, "prediction_type": actual.prediction_type}
+        assert torch.equal(actual.alphas_cumprod, plain.alphas_cumprod)
 
 
-def test_sampling_with_zero_terminal_snr(tmp_path):
+def test_sampling_with_zero_terminal_snr_equals_the_pipelines(tmp_path):
     """Compare with diffusers' pipeline and the scheduler that its documentation recommends."""
     folder = families.save("sdxl", tmp_path)
     file = tmp_path / "file.safetensors"
@@ -471,8 +476,8 @@ SPREADS = {"v": (0.2, "sd21", "v_prediction"), "epsilon": (0.03, "sd21-base", "e
 
 
 @pytest.mark.parametrize("case", SPREADS)
-def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, capsys):
-    """Detected as in ComfyUI, from the standard deviation of a bias."""
+def test_prediction_type_of_stable_diffusion_2_is_detected(case, hub, tmp_path, monkeypatch, capsys):
+    """The prediction type is detected as in ComfyUI, from the standard deviation of a bias."""
     spread, short, prediction = SPREADS[case]
     torch.manual_seed(0)
     pipeline = families.BUILD["sd2"](tmp_path)
@@ -503,7 +508,7 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
     assert SD2_BIAS in weights
     save_file(weights, file)
     if short is None:
-        refused(
+        assert_refused(
             r"is a Stable Diffusion 2 and does not state whether it predicts epsilon or v; set "
             r"--model\.backbone\.config to",
             file,
@@ -512,9 +517,9 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
             main(["prefetch", str(file)])
         assert "set --model.backbone.config to sd21-base" in capsys.readouterr().err
     else:
-        found = load_backbone(str(file))
-        assert found.prediction_type == prediction
-        same(found.denoiser, load_backbone(str(folders[short])).denoiser)
+        result = load_backbone(str(file))
+        assert result.prediction_type == prediction
+        assert_same_weights(result.denoiser, load_backbone(str(folders[short])).denoiser)
     for name, kind in (
         ("sd21", "v_prediction"),
         ("sd21-base", "epsilon"),
@@ -525,8 +530,8 @@ def test_prediction_of_stable_diffusion_2(case, hub, tmp_path, monkeypatch, caps
     assert load_backbone(str(file), config="sd21").prediction_type == "epsilon"
 
 
-def test_old_names_of_the_text_encoder(tmp_path):
-    """Names without `text_model.`, as in the first files of Stable Diffusion 1."""
+def test_old_text_encoder_names_are_read(tmp_path):
+    """The first files of Stable Diffusion 1 have names without `text_model.`."""
     folder = families.save("sd1", tmp_path)
     weights, prefix = original("sd1", folder), "cond_stage_model.transformer."
     old = {key.replace(f"{prefix}text_model.", prefix): value for key, value in weights.items()}
@@ -535,18 +540,18 @@ def test_old_names_of_the_text_encoder(tmp_path):
     for dtype in ("float32", "bfloat16"):
         one = load_backbone(str(folder), dtype)
         other = load_backbone(str(tmp_path / "old.safetensors"), dtype, config=str(folder))
-        same(one, other)
+        assert_same_weights(one, other)
         assert torch.equal(one.encode_text(["a red square"]), other.encode_text(["a red square"]))
     del old[f"{prefix}final_layer_norm.bias"]
     save_file(old, tmp_path / "old.safetensors")
-    refused(
+    assert_refused(
         r"the CLIPTextModel lacks weights such as [\w.]*final_layer_norm\.bias, 1 in all",
         tmp_path / "old.safetensors",
         config=str(folder),
     )
 
 
-def test_a_search(model, image_folder, tmp_path, attempts):
+def test_search_runs_offline_on_a_single_file(model, image_folder, tmp_path, attempts):
     _, _, config, file = model
     run = tmp_path / "run"
     loading = f"--model.backbone.config {config} --model.backbone.image_size 16 --model.backbone.offline true".split()

@@ -11,7 +11,7 @@ import families
 import pytest
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from lightning_prompts.backbones import Backbone, TextEncoder, load_backbone, repeat
@@ -32,7 +32,7 @@ def backbone(sd):
 
 @pytest.fixture
 def copy(sd1, tmp_path):
-    """A copy of the folder that a test may damage."""
+    """Copy the folder, so that a test may damage it."""
     return Path(shutil.copytree(sd1, tmp_path / "copy"))
 
 
@@ -64,10 +64,10 @@ def directional(function, x, direction, eps):
         return (function(x + eps * direction) - function(x - eps * direction)).item() / (2 * eps)
 
 
-# Text text_encoder
+# Text encoder
 
 
-def test_embeddings_of_the_tokens_change_nothing(backbone):
+def test_passing_the_tokens_embeddings_changes_nothing(backbone):
     text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
     hidden, pooled = text_encoder(ids)
     hidden_again, pooled_again = text_encoder(ids, text_encoder.table[ids])
@@ -76,7 +76,7 @@ def test_embeddings_of_the_tokens_change_nothing(backbone):
     assert not torch.equal(hidden, text_encoder(ids, text_encoder.table[ids.roll(1, 0)])[0])
 
 
-def test_ids_say_where_the_text_ends(backbone):
+def test_pooled_output_depends_on_the_ids(backbone):
     text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
     embeddings = text_encoder.table[ids[:1]]
     hidden, pooled = text_encoder(ids[:1], embeddings)
@@ -85,7 +85,7 @@ def test_ids_say_where_the_text_ends(backbone):
     assert not torch.allclose(pooled, pooled_shorter)
 
 
-def test_gradient_to_embeddings(backbone):
+def test_gradient_to_embeddings_equals_finite_differences(backbone):
     backbone.double()
     ids = tokens(backbone)
     weight = torch.randn(backbone.encode(ids).shape, dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_hook_is_removed_after_an_exception(backbone):
     assert torch.equal(text_encoder(ids)[0], before)
 
 
-def test_length_is_what_tokenizer_and_encoder_take(backbone):
+def test_length_is_the_smaller_of_tokenizers_and_encoders(backbone):
     text_encoder = backbone.text_encoders[0]
     assert text_encoder.length == 32
     text_encoder.tokenizer.model_max_length = 20
@@ -116,7 +116,7 @@ def test_length_is_what_tokenizer_and_encoder_take(backbone):
     assert text_encoder.length == 32
 
 
-def test_half_precision_inside_and_float32_outside(sd):
+def test_half_precision_backbone_takes_and_returns_float32(sd):
     backbone = load_backbone(str(sd), dtype="bfloat16")
     text_encoder, ids = backbone.text_encoders[0], tokens(backbone)
     assert {p.dtype for p in backbone.parameters()} == {torch.bfloat16}
@@ -136,13 +136,13 @@ def test_half_precision_inside_and_float32_outside(sd):
     assert embeddings.grad.abs().sum() > 0
 
 
-def test_encode_as_the_pipeline(backbone, sd):
+def test_encoded_prompts_equal_the_pipelines(backbone, sd):
     pipeline = StableDiffusionPipeline.from_pretrained(sd)
     expected, _ = pipeline.encode_prompt(TEXTS, "cpu", 1, do_classifier_free_guidance=False)
     assert torch.equal(backbone.encode(tokens(backbone)), expected)
 
 
-def test_repeated_prompts():
+def test_repeat_equals_repeat_interleave():
     x = torch.arange(12.0).view(2, 3, 2).requires_grad_()
     assert torch.equal(repeat(x, 3), x.repeat_interleave(3, 0))
     repeat(x, 3).sum().backward()
@@ -152,21 +152,31 @@ def test_repeated_prompts():
 # Frozen
 
 
-def test_stays_frozen(backbone):
+def test_backbone_stays_frozen_in_training_mode(backbone):
     torch.nn.ModuleList([backbone]).train()
     assert not any(module.training for module in backbone.modules())
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     assert "alphas_cumprod" not in backbone.state_dict()
 
 
-def test_sizes(backbone):
+def test_sizes_are_those_of_the_model(backbone):
     assert backbone.latent_shape == (4, 8, 8)
     assert backbone.image_size == 16
     assert backbone.num_train_timesteps == 1000
     assert isinstance(backbone.text_encoders[0], TextEncoder)
 
 
-def test_layouts(sd1, sd2):
+@pytest.mark.parametrize("blocks", [1, 3, 4])
+def test_latent_size_is_that_of_the_autoencoder(blocks, backbone):
+    sides = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
+    vae = AutoencoderKL(block_out_channels=(8,) * blocks, norm_num_groups=8, latent_channels=4, **sides)
+    parts = "other", list(backbone.text_encoders), backbone.denoiser, vae, backbone.scheduler
+    other = type(backbone)(*parts, image_size=32)
+    assert other.encode_image(torch.zeros(1, 3, 32, 32)).shape[1:] == other.latent_shape
+    assert type(backbone)(*parts).image_size == other.decode(torch.zeros(1, 4, 8, 8)).shape[-1]
+
+
+def test_prediction_type_is_read(sd1, sd2):
     assert load_backbone(str(sd1)).prediction_type == "epsilon"
     assert load_backbone(str(sd2)).prediction_type == "v_prediction"
 
@@ -174,8 +184,8 @@ def test_layouts(sd1, sd2):
 # Noise
 
 
-def test_between_two_timesteps_the_noise_level_is_between_theirs(backbone):
-    """Also between the last two, where sigma is linear, as in the samplers."""
+def test_noise_level_is_interpolated_between_timesteps(backbone):
+    """Sigma is interpolated linearly, as in the samplers, also between the last two timesteps."""
     latents, noise = torch.ones(1, *backbone.latent_shape), torch.zeros(1, *backbone.latent_shape)
     alphas = backbone.scheduler.alphas_cumprod
     sigmas = (1 / alphas - 1).sqrt()
@@ -183,11 +193,11 @@ def test_between_two_timesteps_the_noise_level_is_between_theirs(backbone):
     for t in (0.25, 500.5, last - 0.75, float(last)):
         low = int(t)
         sigma = torch.lerp(sigmas[low], sigmas[min(low + 1, last)], t - low)
-        kept = backbone.add_noise(latents, noise, torch.tensor([t])).mean()
-        assert float(kept) == pytest.approx(float((1 + sigma**2).rsqrt()), rel=1e-5)
+        saved_before = backbone.add_noise(latents, noise, torch.tensor([t])).mean()
+        assert float(saved_before) == pytest.approx(float((1 + sigma**2).rsqrt()), rel=1e-5)
 
 
-def test_add_noise_as_the_scheduler(backbone):
+def test_added_noise_equals_the_schedulers(backbone):
     latents, noise = torch.randn(2, 5, 4, 8, 8)
     timesteps = torch.tensor([0, 1, 500, 998, 999])
     assert torch.equal(
@@ -195,7 +205,7 @@ def test_add_noise_as_the_scheduler(backbone):
     )
 
 
-def test_target_and_x0_are_inverse(backbone):
+def test_predict_x0_inverts_the_target(backbone):
     backbone.double()
     latents, noise = torch.randn(2, 4, 4, 8, 8, dtype=torch.float64)
     timesteps = torch.tensor([0, 10, 500, 999])
@@ -205,7 +215,7 @@ def test_target_and_x0_are_inverse(backbone):
     assert (wrong - latents).abs().amin() > 1e-4
 
 
-def test_target_is_the_schedulers(sd2):
+def test_target_equals_the_schedulers(sd2):
     backbone = load_backbone(str(sd2))
     latents, noise = torch.randn(2, 3, 4, 8, 8)
     timesteps = torch.tensor([3, 300, 900])
@@ -213,7 +223,7 @@ def test_target_is_the_schedulers(sd2):
     torch.testing.assert_close(backbone.target(latents, noise, timesteps), expected)
 
 
-def test_x0_is_the_schedulers(backbone):
+def test_predicted_x0_equals_the_schedulers(backbone):
     use(backbone, "DDIM")
     scheduler = backbone.scheduler
     scheduler.set_timesteps(10)
@@ -222,7 +232,7 @@ def test_x0_is_the_schedulers(backbone):
     torch.testing.assert_close(backbone.predict_x0(noisy, output, t.view(1)), expected)
 
 
-def test_denoise_calls_the_unet_with_each_rows_timestep(backbone):
+def test_each_row_is_denoised_at_its_timestep(backbone):
     prompt_embeds, _ = prompts(backbone, 2)
     noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     output = backbone.denoise(noisy, timesteps, prompt_embeds)
@@ -232,8 +242,8 @@ def test_denoise_calls_the_unet_with_each_rows_timestep(backbone):
     assert not torch.allclose(output, backbone.denoise(noisy, timesteps.flip(0), prompt_embeds), atol=1e-4)
 
 
-def test_nothing_is_kept_of_what_comes_before_the_prompt():
-    backbone, kept, graphs = load_backbone("emoji"), [], {}
+def test_no_activations_are_saved_before_the_first_cross_attention():
+    backbone, saved_before, graphs = load_backbone("emoji"), [], {}
     blocks = backbone.denoiser.down_blocks
     first = blocks[1].attentions[0]  # of the embedded model, as in Stable Diffusion's one block earlier
     places = {
@@ -247,33 +257,33 @@ def test_nothing_is_kept_of_what_comes_before_the_prompt():
     }
     for name, module in places.items():
         module.register_forward_hook(lambda _, args, output, name=name: graphs.update({name: output.requires_grad}))
-    first.register_forward_pre_hook(lambda *_: kept.append(len(saved)))
+    first.register_forward_pre_hook(lambda *_: saved_before.append(len(saved)))
     saved = []
     prompt_embeds = backbone.encode_text(["cat", "dog"]).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         output = backbone.denoise(torch.randn(2, 4, 16, 16), torch.tensor([600, 900]), prompt_embeds)
     assert graphs == dict.fromkeys(places, False) | {"key": True}
-    assert kept == [0]
+    assert saved_before == [0]
     assert len(saved) > 100
     (slope,) = torch.autograd.grad(output.square().sum(), prompt_embeds)
     assert slope.abs().sum() > 0
     assert all(tensor.grad is None for tensor in backbone.parameters())
 
 
-def test_memory_format_changes_nothing_but_the_speed(backbone):
+def test_memory_format_does_not_change_results(backbone):
     for network in (backbone.denoiser, backbone.vae):
         kernels = [weight for weight in network.parameters() if weight.dim() == 4]
         assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
     prompt_embeds, _ = prompts(backbone, 2)
     noisy, t, images = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.rand(2, 3, 16, 16) * 2 - 1
-    found = backbone.denoise(noisy, t, prompt_embeds), backbone.decode(noisy), backbone.encode_image(images)
+    actual = backbone.denoise(noisy, t, prompt_embeds), backbone.decode(noisy), backbone.encode_image(images)
     backbone.denoiser.to(memory_format=torch.contiguous_format)
     backbone.vae.to(memory_format=torch.contiguous_format)
     expected = backbone.denoise(noisy, t, prompt_embeds), backbone.decode(noisy), backbone.encode_image(images)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_empty_text_is_encoded_once(backbone):
+def test_empty_text_is_encoded_once(backbone):
     calls = []
     backbone.text_encoders[0].encoder.register_forward_hook(lambda *_: calls.append(None))
     with torch.inference_mode():
@@ -291,7 +301,7 @@ def test_the_empty_text_is_encoded_once(backbone):
 # Images
 
 
-def test_image_coding_as_the_pipeline(backbone, sd):
+def test_encoded_and_decoded_images_equal_the_pipelines(backbone, sd):
     pipeline = StableDiffusionPipeline.from_pretrained(sd)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     latents = backbone.encode_image(images)
@@ -303,7 +313,7 @@ def test_image_coding_as_the_pipeline(backbone, sd):
     assert backbone.decode(1000 * torch.randn(1, 4, 8, 8)).abs().max() <= 1
 
 
-def test_gradient_of_decode(backbone):
+def test_gradient_of_decode_equals_finite_differences(backbone):
     backbone.double()
     latents = (0.1 * torch.randn(1, 4, 8, 8, dtype=torch.float64)).requires_grad_()
     weight = torch.randn(1, 3, 16, 16, dtype=torch.float64)
@@ -321,7 +331,7 @@ def test_gradient_of_decode(backbone):
 
 
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
-def test_sample_as_the_pipeline(backbone, sd, sampler):
+def test_sampled_latents_equal_the_pipelines(backbone, sd, sampler):
     use(backbone, sampler)
     pipeline = StableDiffusionPipeline.from_pretrained(sd)
     pipeline.scheduler = backbone.scheduler
@@ -341,7 +351,7 @@ def test_sample_as_the_pipeline(backbone, sd, sampler):
 
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
-def test_old_scheduler_files_as_the_pipeline(sd1, copy):
+def test_old_scheduler_files_are_corrected_as_by_the_pipeline(sd1, copy):
     """Old files would clip latents and start a timestep early."""
     (copy / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
     index = json.loads((copy / "model_index.json").read_text())
@@ -378,7 +388,7 @@ def test_added_noise_differs_between_rows(backbone):
     assert (latents[0] - latents[1]).abs().max() > 0.01
 
 
-def test_negatives_of_each_row(backbone):
+def test_each_row_may_have_its_own_negative_prompt(backbone):
     (prompt_embeds, negative), noise = prompts(backbone, 2), torch.randn(2, 4, 8, 8)
     one = backbone.sample(prompt_embeds, negative, noise, steps=3)
     torch.testing.assert_close(backbone.sample(prompt_embeds, repeat(negative, 2), noise, steps=3), one)
@@ -389,17 +399,17 @@ def test_negatives_of_each_row(backbone):
 
 @pytest.mark.parametrize(("guidance", "rows"), [(7.5, 4), (1.0, 2), (0.0, 2)])
 def test_no_guidance_skips_the_unconditional_half(backbone, monkeypatch, guidance, rows):
-    seen, denoise = [], backbone.denoise
+    calls, denoise = [], backbone.denoise
     monkeypatch.setattr(
-        backbone, "denoise", lambda x, t, *rest: (seen.append((len(x), t.shape)), denoise(x, t, *rest))[1]
+        backbone, "denoise", lambda x, t, *rest: (calls.append((len(x), t.shape)), denoise(x, t, *rest))[1]
     )
     use(backbone, "DDIM")
     backbone.sample(*prompts(backbone, 2), torch.randn(2, 4, 8, 8), steps=3, guidance_scale=guidance)
-    assert seen == [(rows, (rows,))] * 3
+    assert calls == [(rows, (rows,))] * 3
 
 
 @pytest.mark.parametrize("sampler", ["DDIM", "PNDM"])
-def test_gradient_of_sample(backbone, sampler):
+def test_gradient_of_sampling_equals_finite_differences(backbone, sampler):
     use(backbone, sampler)
     backbone.double()
     prompt_embeds, negative = prompts(backbone, 2)
@@ -415,7 +425,7 @@ def test_gradient_of_sample(backbone, sampler):
     assert (gradient * direction).sum().item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_gradient_of_the_last_step(backbone, monkeypatch):
+def test_gradient_of_one_step_is_that_of_the_last(backbone, monkeypatch):
     use(backbone, "DDIM")
     prompt_embeds, negative = prompts(backbone, 2)
     noise, x = torch.randn(2, 4, 8, 8), prompt_embeds.requires_grad_()
@@ -436,7 +446,7 @@ def test_gradient_of_the_last_step(backbone, monkeypatch):
     torch.testing.assert_close(gradient(3), last)
 
 
-def test_gradient_steps_keep_no_activations(backbone, monkeypatch):
+def test_gradient_steps_repeat_the_denoiser_calls_instead_of_saving_activations(backbone, monkeypatch):
     use(backbone, "DPMSolverMultistep")
     prompt_embeds, negative = prompts(backbone, 1)
     calls, steps, denoise, step = [], [], backbone.denoise, type(backbone.scheduler).step
@@ -454,7 +464,7 @@ def test_gradient_steps_keep_no_activations(backbone, monkeypatch):
 
 @pytest.mark.parametrize("sampler", ["PNDM", "DDIM", "HeunDiscrete", "LMSDiscrete"])
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_calls_are_those_of_sampling(sampler, guidance, backbone, monkeypatch):
+def test_cost_counts_the_denoiser_calls(sampler, guidance, backbone, monkeypatch):
     use(backbone, sampler)
     rows, denoise = [], backbone.denoise
     monkeypatch.setattr(backbone, "denoise", lambda noisy, *args: (rows.append(len(noisy)), denoise(noisy, *args))[1])
@@ -462,7 +472,7 @@ def test_calls_are_those_of_sampling(sampler, guidance, backbone, monkeypatch):
     assert Sampler(backbone, 5, guidance, Microbatch(1)).cost() == sum(rows)
 
 
-def test_sample_turns_no_gradient_on(backbone):
+def test_sampling_without_gradient_tracks_none(backbone):
     prompt_embeds, negative = prompts(backbone, 1)
     prompt_embeds.requires_grad_()
     with torch.no_grad():
@@ -473,7 +483,7 @@ def test_sample_turns_no_gradient_on(backbone):
 # Loading
 
 
-def test_text_encoder_is_float32_although_its_file_says_half(sd1, tmp_path):
+def test_text_encoder_is_float32_even_if_its_file_is_half(sd1, tmp_path):
     StableDiffusionPipeline.from_pretrained(sd1).to(torch.float16).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "text_encoder/config.json").read_text())["dtype"] == "float16"
     backbone, original = load_backbone(str(tmp_path)), load_backbone(str(sd1))
@@ -481,7 +491,7 @@ def test_text_encoder_is_float32_although_its_file_says_half(sd1, tmp_path):
     assert torch.equal(backbone.text_encoders[0].table, original.text_encoders[0].table.half().float())
 
 
-def test_layout_of_old_files(sd1, copy):
+def test_old_file_layouts_are_read(sd1, copy):
     """Weights named `text_model.`, stored positions, and vocab.json with merges.txt are read."""
     before = {path.name for path in (copy / "tokenizer").iterdir()}
     families.tokenizer_of_captions().save_pretrained(copy / "tokenizer")
@@ -498,7 +508,7 @@ def test_layout_of_old_files(sd1, copy):
     assert torch.equal(backbone.encode(ids), expected.encode(ids))
 
 
-def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(copy, caplog, capfd):
+def test_loading_is_quiet_and_restores_the_libraries_settings(copy, caplog, capfd):
     weights = load_file(copy / "text_encoder/model.safetensors")
     save_file({**weights, "unused": torch.zeros(1)}, copy / "text_encoder/model.safetensors", metadata={"format": "pt"})
     libraries = diffusers.logging, transformers.logging
@@ -517,9 +527,9 @@ def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(copy, caplog, ca
             library.get_logger().removeHandler(caplog.handler)
 
 
-def test_importing_loads_neither_library():
+def test_importing_loads_neither_diffusers_nor_transformers():
     code = "import sys, lightning_prompts.backbones; sys.exit(bool({'diffusers', 'transformers'} & set(sys.modules)))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def write(folder, path, text):
@@ -548,7 +558,7 @@ def predict(folder, what):
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": what}))
 
 
-SPOILED = {
+DAMAGED = {
     "no index": (lambda f: (f / "model_index.json").unlink(), r"has no model_index\.json; give a folder"),
     "no unet": (lambda f: edit_index(f, unet=None), "has no unet, which every StableDiffusionPipeline needs"),
     "family": (
@@ -574,17 +584,17 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("case", SPOILED)
-def test_spoiled_folders(copy, case):
-    spoil, message = SPOILED[case]
-    spoil(copy)
-    families.refused(message, copy)
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_folders_are_refused(copy, case):
+    damage, message = DAMAGED[case]
+    damage(copy)
+    families.assert_refused(message, copy)
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion", "./missing", "/no/such/folder", "a/b/c", "~nobody/model"])
-def test_unknown_names(name, tmp_path, monkeypatch):
+def test_unknown_names_are_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    families.refused(r"neither 'emoji' nor an existing folder nor .* 'owner/name'", name)
+    families.assert_refused(r"neither 'emoji' nor an existing folder nor .* 'owner/name'", name)
 
 
 def test_emoji_is_the_packaged_folder(sd1, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Held-out scores come from a CLIP that takes no part in the search, whatever its path and precision."""
+"""Held-out scores come from a CLIP that is not used by the search, in any folder and precision."""
 
 import json
 import shutil
@@ -43,13 +43,13 @@ def other(tiny, tmp_path):
 
 
 def chooser(tiny, image_folder):
-    made = Scripted(str(image_folder / "0.png"))
-    made.clip = ClipSimilarity(f"{tiny}/clip")  # as `open` does
-    return made
+    scripted = Scripted(str(image_folder / "0.png"))
+    scripted.clip = ClipSimilarity(f"{tiny}/clip")  # as `open` does
+    return scripted
 
 
 @pytest.mark.parametrize(
-    "searching",
+    "create_method",
     [
         lambda tiny, image_folder: PH2P(backbone=tiny, loss_weights=LossWeights(clip=0.1), **FEW),
         lambda tiny, image_folder: PH2P(backbone=tiny, rerank=Rerank(0.1), **FEW),
@@ -65,15 +65,15 @@ def chooser(tiny, image_folder):
         lambda tiny, image_folder: HumanFeedback(backbone=tiny, chooser=chooser(tiny, image_folder), **FEW),
     ],
 )
-def test_clip_that_searches_is_refused_by_its_weights(searching, tiny, image_folder, copied, other):
-    method = searching(tiny, image_folder)
+def test_clip_of_the_search_is_refused_by_its_weights(create_method, tiny, image_folder, copied, other):
+    method = create_method(tiny, image_folder)
     for scorer in (f"{tiny}/clip", copied):
         with pytest.raises(UserError, match="would not be held out"):
             Scores(scorer=scorer).heldout(method)
     assert Scores(scorer=other).heldout(method).name == other
 
 
-def test_clip_that_takes_no_part_may_score(tiny, copied):
+def test_clip_that_the_search_does_not_use_may_score(tiny, copied):
     for method in (
         PH2P(backbone=tiny, **FEW),
         GCG(backbone=tiny, **FEW),
@@ -89,14 +89,14 @@ def test_scorer_of_the_embedded_model_is_held_out():
 
 
 @pytest.mark.parametrize("change", [0.05, -0.05])
-def test_a_clip_that_was_trained_further_is_another(change, tiny, copied):
+def test_clip_with_changed_weights_is_another_encoder(change, tiny, copied):
     one, two = ClipSimilarity(f"{tiny}/clip"), ClipSimilarity(copied)
     assert one.has_same_image_encoder(two)
     two.clip.vision_model.post_layernorm.weight.data[3] += change
     assert not one.has_same_image_encoder(two)
 
 
-def test_nothing_is_searched_or_left_behind(tiny, image_folder, copied, tmp_path, capsys):
+def test_refused_scorer_leaves_no_run_folder(tiny, image_folder, copied, tmp_path, capsys):
     run = tmp_path / "run"
     args = [
         "fit",
@@ -113,9 +113,7 @@ def test_nothing_is_searched_or_left_behind(tiny, image_folder, copied, tmp_path
     assert not run.exists()
 
 
-def test_scores_that_were_measured_are_kept_when_another_scorer_is_refused(
-    tiny, image_folder, copied, other, tmp_path, capsys
-):
+def test_refused_scorer_keeps_earlier_scores(tiny, image_folder, copied, other, tmp_path, capsys):
     run = tmp_path / "run"
     args = [
         "fit",
@@ -136,7 +134,7 @@ def test_scores_that_were_measured_are_kept_when_another_scorer_is_refused(
         assert {path: path.read_bytes() for path in before} == before
 
 
-def test_python_calls_refuse_it_too(tiny, image_folder, copied, tmp_path):
+def test_python_calls_refuse_the_clip_of_the_search(tiny, image_folder, copied, tmp_path):
     with pytest.raises(UserError, match="would not be held out"):
         fit(
             ClipWords(backbone=tiny, **FEW),

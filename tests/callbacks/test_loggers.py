@@ -30,7 +30,7 @@ def search(tiny, image_folder, tmp_path):
     return run
 
 
-def shown(folder):
+def logged_tags(folder):
     """Return the tags of a folder's TensorBoard events."""
     events = EventAccumulator(str(folder)).Reload()
     return {
@@ -40,14 +40,14 @@ def shown(folder):
     }
 
 
-def test_tensorboard_is_the_default(search):
-    tags = shown(search())
+def test_tensorboard_logs_images_prompts_and_losses_by_default(search):
+    tags = logged_tags(search())
     assert {re.sub("/.*", "", tag) for tag in tags["images"]} == {"samples", "regenerations", "words"}
     assert tags["text"] == {"prompt/text_summary"}
     assert {"train/loss", "validation/loss"} <= tags["scalars"]
 
 
-def test_csv_logger_takes_the_metrics_and_nothing_is_drawn_for_it(search, tmp_path, monkeypatch):
+def test_csv_logger_gets_the_metrics_and_no_images_are_generated(search, tmp_path, monkeypatch):
     monkeypatch.setattr(SampleGrid, "__init__", lambda self, every: setattr(self, "every", 1))  # would lack `most`
     run = search("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'csv'}")
     (file,) = (tmp_path / "csv").rglob("metrics.csv")
@@ -58,7 +58,7 @@ def test_csv_logger_takes_the_metrics_and_nothing_is_drawn_for_it(search, tmp_pa
     assert not list(run.rglob("events.out.*"))
 
 
-def test_logger_of_the_search_is_left_alone_by_later_commands(search, tmp_path):
+def test_later_commands_do_not_write_to_the_logger_of_the_search(search, tmp_path):
     run = search("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'csv'}")
     before = {path: path.read_bytes() for path in (tmp_path / "csv").rglob("*") if path.is_file()}
     for command in ("validate", "test"):
@@ -66,11 +66,11 @@ def test_logger_of_the_search_is_left_alone_by_later_commands(search, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "csv").rglob("*") if path.is_file()} == before
 
 
-def test_no_logger(search):
+def test_logger_can_be_turned_off(search):
     assert not list(search("--trainer.logger=false").rglob("events.out.*"))
 
 
-def test_several_loggers_have_all_they_can_take(search, tmp_path, monkeypatch):
+def test_several_loggers_get_everything_they_support(search, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -85,9 +85,8 @@ def test_several_loggers_have_all_they_can_take(search, tmp_path, monkeypatch):
     run = search(*args, "--trainer.logger.offline=true")
     assert not list(run.glob("events.out.*"))
     assert len(list((tmp_path / "csv").rglob("metrics.csv"))) == 1
-    assert {re.sub("/.*", "", tag) for tag in shown(next((tmp_path / "board").rglob("events.out.*")))["images"]} == {
-        "samples", "regenerations", "words"
-    }  # fmt: skip
+    tags = logged_tags(next((tmp_path / "board").rglob("events.out.*")))
+    assert {re.sub("/.*", "", tag) for tag in tags["images"]} == {"samples", "regenerations", "words"}
     (artifacts,) = (tmp_path / "mlflow").rglob("artifacts")
     assert [path.name for path in sorted((artifacts / "samples").iterdir())] == ["00000002-0.png"]
     assert Image.open(artifacts / "samples" / "00000002-0.png").mode == "RGB"
@@ -98,14 +97,14 @@ def test_several_loggers_have_all_they_can_take(search, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["test", "validate", "predict", "dry-run"])
-def test_commands_that_log_nothing_refuse_a_logger(command, search, capsys):
+def test_commands_without_logging_refuse_a_logger(command, search, capsys):
     run = search()
     with pytest.raises(SystemExit, match="2"):
         main([command, "--run", str(run), "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "here"])
     assert "--trainer.logger has no effect" in capsys.readouterr().err
 
 
-def test_logger_whose_package_is_missing_is_named(search, tmp_path, capsys):
+def test_message_names_the_logger_whose_package_is_missing(search, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         search("--trainer.logger=CometLogger")
     assert "CometLogger" in capsys.readouterr().err
@@ -127,8 +126,8 @@ def test_logger_whose_package_is_missing_is_named(search, tmp_path, capsys):
         'a quote\'s "marks"',
     ],
 )
-def test_text_is_shown_as_it_stands(text):
-    """Renders with the package and the extensions that TensorBoard uses for Markdown."""
+def test_markdown_in_texts_is_escaped(text):
+    """Render with the package and the extensions that TensorBoard uses for Markdown."""
     rendered = markdown.markdown(
         f"0.png: {escaped_markdown(text)}", extensions=["markdown.extensions.tables", "markdown.extensions.fenced_code"]
     )

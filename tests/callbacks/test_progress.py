@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def search(tiny, image_folder, tmp_path):
-    """Run a search of some steps; return the trainer and the problems."""
+    """Run a search of four steps and return its problems."""
 
     def run(logger=False, raises=None, **settings):
         class Broken(PEZ):
@@ -43,14 +43,15 @@ def search(tiny, image_folder, tmp_path):
 def test_terminal_shows_step_and_newest_prompt(search, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     problems = search()
-    shown = terminal.getvalue()
-    assert "12/12" in shown  # three images, four steps each
-    assert any(f"{problem.validation_loss:.5f} {problem.prompt}" in shown for problem in problems)
+    output = terminal.getvalue()
+    assert "12/12" in output  # three images, four steps each
+    assert any(f"{problem.validation_loss:.5f} {problem.prompt}" in output for problem in problems)
 
 
-def test_every_better_prompt_gets_a_line(search, caplog):
+def test_every_improvement_logs_a_line(search, caplog):
     caplog.set_level(logging.INFO, "lightning_prompts")
     problems = search()
+    assert len(problems) == 3
     for problem in problems:
         lines = re.findall(rf"step (\d)  {problem.target}  ([\d.]+)  (.*)", caplog.text)
         assert lines[0][0] == "0"
@@ -58,7 +59,7 @@ def test_every_better_prompt_gets_a_line(search, caplog):
         assert [float(loss) for _, loss, _ in lines] == sorted((float(loss) for _, loss, _ in lines), reverse=True)
 
 
-def test_many_prompts_share_a_line(search, caplog, monkeypatch):
+def test_improvements_of_many_prompts_share_a_line(search, caplog, monkeypatch):
     caplog.set_level(logging.INFO, "lightning_prompts")
     monkeypatch.setattr(PromptProgress.__init__, "__defaults__", (2,))
     problems = search()
@@ -67,11 +68,11 @@ def test_many_prompts_share_a_line(search, caplog, monkeypatch):
     first, *others = re.findall(r"step (\d)  (.*), mean loss ([\d.]+)", caplog.text)
     assert first[:2] == ("0", "3 prompts")
     assert len(others) == len(steps) - 1
-    assert all(re.fullmatch(r"[123] of 3 prompts better", told) for _, told, _ in others)
+    assert all(re.fullmatch(r"[123] of 3 prompts better", text) for _, text, _ in others)
     assert [first, *others][-1][2] == f"{mean:.5f}"
 
 
-def test_terminal_is_left_as_it_was(search, monkeypatch):
+def test_logging_handlers_are_restored_after_an_error(search, monkeypatch):
     handlers = list(logging.getLogger().handlers)
     monkeypatch.setattr(sys, "stdout", Terminal())
     with pytest.raises(RuntimeError, match="broken"):
@@ -79,7 +80,7 @@ def test_terminal_is_left_as_it_was(search, monkeypatch):
     assert logging.getLogger().handlers == handlers
 
 
-def test_samples_and_prompts_are_in_tensorboard_while_it_runs(search, image_folder, tmp_path):
+def test_samples_and_prompts_are_logged_during_the_search(search, image_folder, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with pytest.raises(RuntimeError, match="broken"):  # so that nothing is written at the end of the run
@@ -89,8 +90,8 @@ def test_samples_and_prompts_are_in_tensorboard_while_it_runs(search, image_fold
             log_images_every_n_steps=1,
         )
     events = EventAccumulator(str(tmp_path / "log")).Reload()
-    drawn = events.Images("samples")
-    assert [event.step for event in drawn] == [1, 2, 3]
-    assert drawn[0].width == 3 * 104
+    samples = events.Images("samples")
+    assert [event.step for event in samples] == [1, 2, 3]
+    assert samples[0].width == 3 * 104
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("prompt/text_summary")]
     assert all(f"{escaped_markdown(path.name)}: " in text for path in image_folder.iterdir() for text in texts)

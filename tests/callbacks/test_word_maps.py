@@ -29,8 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = Path(__file__).parents[2] / "benchmarks" / "targets" / "development"
 
 
-def slowly(backbone, prompt, latents, noise, positions):
-    """Compute the share and its mean by their definition, one sample at a time."""
+def slow_word_maps(backbone, prompt, latents, noise, positions):
+    """Compute the maps by their definition, one sample at a time."""
     maps = 0
     for t, eps in zip(validation_timesteps(len(noise), 250, 750), noise, strict=True):
         noisy = backbone.add_noise(latents[None], eps[None], t[None])
@@ -40,20 +40,20 @@ def slowly(backbone, prompt, latents, noise, positions):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_as_a_slow_reference(sd, tokens):
+def test_word_maps_equal_a_slow_reference(sd, tokens):
     backbone = load_backbone(str(sd))
-    tower = backbone.vocabulary
-    prompt = backbone.encode(encode_text(tower.tokenizer, ["red cat tree"], tower.length))
+    text_encoder = backbone.vocabulary
+    prompt = backbone.encode(encode_text(text_encoder.tokenizer, ["red cat tree"], text_encoder.length))
     latents, noise = torch.randn(4, 8, 8), torch.randn(5, 4, 8, 8)
     maps = word_maps(backbone, prompt, latents, noise, 1, tokens, batch=2)
     assert maps.shape == (tokens, 8, 8)
     assert 0 <= maps.amin() <= maps.amax() < 1
     assert (maps.amax((1, 2)) > 0).all()  # a prompt of one token has a map, too
-    torch.testing.assert_close(maps, slowly(backbone, prompt, latents, noise, range(1, 1 + tokens)))
+    torch.testing.assert_close(maps, slow_word_maps(backbone, prompt, latents, noise, range(1, 1 + tokens)))
 
 
 @pytest.mark.parametrize("method", [PEZ, TextualInversion])
-def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, image_folder, tmp_path):
+def test_maps_of_prompts_use_the_positions_in_the_template(method, sd1, image_folder, tmp_path):
     module = method(
         backbone=str(sd1), num_tokens=3, steps=2, template="a photo of {} in the corner", sampler=SamplerSettings(2)
     )
@@ -62,15 +62,17 @@ def test_maps_of_found_prompts_stand_behind_the_template(method, sd1, image_fold
     problems = list(data.folder.load().values())
     maps = prompt_word_maps(module, problems)
     assert len(maps) == 3
-    for problem, found in zip(problems, maps, strict=True):
+    for problem, word_map in zip(problems, maps, strict=True):
         latents = data.latents(module.backbone, [problem])[0][0]
         noise = draw_noise(0, [problem.key], WORD_MAPS, SAMPLES, latents.shape, "cpu")[0]
         prompt = module.encode([problem.prompt])
-        torch.testing.assert_close(found, slowly(module.backbone, prompt, latents, noise, module.prompt.positions))
-        torch.testing.assert_close(found, prompt_word_maps(module, [problem])[0])
+        torch.testing.assert_close(
+            word_map, slow_word_maps(module.backbone, prompt, latents, noise, module.prompt.positions)
+        )
+        torch.testing.assert_close(word_map, prompt_word_maps(module, [problem])[0])
 
 
-def test_names_of_tokens(sd1):
+def test_token_texts_join_to_the_prompt(sd1):
     tokenizer = load_backbone(str(sd1)).text_encoders[0].tokenizer
     ids = tokenizer("red cat", add_special_tokens=False).input_ids
     texts = token_texts(tokenizer, Problem("0" * 16, "x", prompt="red cat", token_ids=ids))
@@ -80,7 +82,7 @@ def test_names_of_tokens(sd1):
     assert token_texts(tokenizer, free) == ["1", "2"]
 
 
-def test_heat_is_laid_over_the_target():
+def test_heat_is_drawn_over_the_target():
     target = torch.zeros(3, 16, 16)
     maps = torch.zeros(2, 8, 8)
     maps[1, :4] = 0.3
@@ -96,26 +98,26 @@ def test_heat_is_laid_over_the_target():
     assert (pixels[:116, 208:] == 255).all()  # a shorter prompt leaves white space
 
 
-def test_a_map_that_is_zero_everywhere_shows_no_heat():
+def test_zero_map_shows_no_heat():
     image = np.asarray(word_map_grid([torch.zeros(3, 16, 16)], [torch.zeros(1, 8, 8)], ["a"], [["one"]]))
-    shown = image[2:98, 108:204]
-    assert (shown == shown[0, 0]).all()
-    assert len(set(shown[0, 0].tolist())) == 1
+    panel = image[2:98, 108:204]
+    assert (panel == panel[0, 0]).all()
+    assert len(set(panel[0, 0].tolist())) == 1
 
 
-def test_words_light_what_they_name():
-    """On the embedded model, the object's word lights up on the object, the color's word around it."""
+def test_word_maps_highlight_what_the_words_name():
+    """On the embedded model, the word of the object highlights the object, and the color its surroundings."""
     backbone = load_backbone("emoji")
-    tower, words = backbone.text_encoders[0], json.loads((TARGETS / "words.json").read_text())
+    text_encoder, words = backbone.text_encoders[0], json.loads((TARGETS / "words.json").read_text())
     for file in ("002.png", "005.png", "007.png"):
         named, image = words[file], to_tensor(Image.open(TARGETS / file).convert("RGB"))
         latents = backbone.encode_image(image[None])[0]
         noise = draw_noise(0, [file], WORD_MAPS, SAMPLES, latents.shape, "cpu")[0]
-        ids = encode_text(tower.tokenizer, [f"{named['object']} {named['background']}"], tower.length)
-        seen, color = word_maps(backbone, backbone.encode(ids), latents, noise, 1, 2)
+        ids = encode_text(text_encoder.tokenizer, [f"{named['object']} {named['background']}"], text_encoder.length)
+        shape, color = word_maps(backbone, backbone.encode(ids), latents, noise, 1, 2)
         region = ((image - image[:, :1, :1]).abs().amax(0) > 0.2).float()
         region = torch.nn.functional.adaptive_avg_pool2d(region[None], 16)[0]
-        assert (seen * region).sum() / seen.sum() > 2 * region.mean()
+        assert (shape * region).sum() / shape.sum() > 2 * region.mean()
         assert (color * (1 - region)).sum() / color.sum() > 0.95
-        assert region.flatten()[seen.argmax()] > 0.5
+        assert region.flatten()[shape.argmax()] > 0.5
         assert region.flatten()[color.argmax()] == 0

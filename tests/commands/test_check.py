@@ -41,11 +41,11 @@ def run(*args):
     return 0
 
 
-def losses(gain, right_is_lower=True):
+def make_losses(gain, caption_is_lower=True):
     """Make losses of two images with a given gain at each level."""
     empty = torch.full((2, len(gain)), 2.0)
     right = empty * (1 - torch.tensor(gain))
-    return Losses(right, right * (1.5 if right_is_lower else 0.5), empty, 1000)
+    return Losses(right, right * (1.5 if caption_is_lower else 0.5), empty, 1000)
 
 
 def levels(text):
@@ -56,18 +56,18 @@ def levels(text):
     ]
 
 
-def test_suggested_timesteps_span_the_levels_of_nearly_the_largest_gain():
+def test_suggested_timesteps_span_the_levels_with_the_largest_gain():
     gain = [0.0, 0.1, 0.5, 0.3, 0.45, 0.6, 0.40, 0.1, 0.0, -0.2]
-    found = losses(gain)
-    torch.testing.assert_close(found.gain, torch.tensor(gain))
-    assert found.timesteps() == (200, 600)  # 0.75 of the mean of 0.6 and 0.5 is 0.4125
-    assert found.verdict == "ok"
+    result = make_losses(gain)
+    torch.testing.assert_close(result.gain, torch.tensor(gain))
+    assert result.timesteps() == (200, 600)  # 0.75 of the mean of 0.6 and 0.5 is 0.4125
+    assert result.verdict == "ok"
 
 
-def test_a_loss_that_prefers_the_wrong_text_or_the_empty_prompt_leads_nowhere():
-    assert losses([0.5] * 10, right_is_lower=False).verdict == "no"
-    assert losses([-0.1] * 10).verdict == "no"
-    assert losses([float("nan")] * 10).verdict == "no"
+def test_verdict_is_no_if_the_caption_does_not_lower_the_loss():
+    assert make_losses([0.5] * 10, caption_is_lower=False).verdict == "no"
+    assert make_losses([-0.1] * 10).verdict == "no"
+    assert make_losses([float("nan")] * 10).verdict == "no"
 
 
 def test_verdict_on_a_share_accounts_for_chance():
@@ -75,7 +75,7 @@ def test_verdict_on_a_share_accounts_for_chance():
     assert judge_share(1.0, 4, 0.25) == "ok"
 
 
-def test_signal_to_noise_of_known_gradients():
+def test_signal_to_noise_grows_with_the_root_of_the_number_of_samples():
     """The ratio grows with the square root of the number of independent samples.
 
     Differences between strata lower only the ratio of single samples.
@@ -93,24 +93,24 @@ def test_signal_to_noise_of_known_gradients():
     assert signal_to_noise(torch.randn(400, 8, 50, generator=draw)) == pytest.approx([0] * 4, abs=0.05)
 
 
-def test_gradients_of_samples_add_up_to_that_of_the_loss(tiny):
+def test_mean_of_sample_gradients_is_that_of_the_loss(tiny):
     method = PH2P(backbone=tiny, num_tokens=3)
     allowed = method.prompt.allowed.nonzero().squeeze(1)
     method.prompt.embeddings.data = method.prompt.table[allowed[:3]][None].clone()
     noise = torch.randn(5, *method.backbone.latent_shape)
     timesteps, latents = torch.tensor([0, 200, 450, 700, 999]), torch.randn(1, *method.backbone.latent_shape)
     method.latents = [latents]
-    found = sample_gradients(method, 0, timesteps, noise, Microbatch(2))
+    actual = sample_gradients(method, 0, timesteps, noise, Microbatch(2))
     prompt_embeds = method.backbone.encode(*method.prompt(torch.tensor([0])))
     loss = Denoising(Microbatch(5))(
         method.backbone, prompt_embeds, repeat(latents, 5)[None], timesteps[None], noise[None]
     )
     (expected,) = torch.autograd.grad(loss.sum(), method.prompt.embeddings)
-    torch.testing.assert_close(found.mean(0), expected.flatten(), atol=1e-6, rtol=1e-4)
-    assert found.norm(dim=1).min() > 0
+    torch.testing.assert_close(actual.mean(0), expected.flatten(), atol=1e-6, rtol=1e-4)
+    assert actual.norm(dim=1).min() > 0
 
 
-def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monkeypatch):
+def test_suggested_microbatch_fits_into_memory(tiny, monkeypatch):
     method = PH2P(backbone=tiny, num_tokens=3)
     allowed = method.prompt.allowed.nonzero().squeeze(1)
     method.prompt.embeddings.data = method.prompt.table[allowed[:3]][None].clone()
@@ -133,7 +133,7 @@ def test_a_microbatch_that_the_memory_does_not_hold_is_not_suggested(tiny, monke
     assert fastest_microbatch(method, (0, 1000), 0, 2)[0] == 2
 
 
-def test_what_is_written_keeps_the_settings_and_takes_the_suggestion():
+def test_written_config_has_the_settings_and_the_suggestion():
     given = {
         "model": {"class_path": "PH2P", "init_args": {"backbone": {"name": "emoji"}, "microbatch": 16, "lr": 0.1}},
         "data": {
@@ -147,7 +147,7 @@ def test_what_is_written_keeps_the_settings_and_takes_the_suggestion():
     assert yaml.safe_load(config_with(given, Suggestion())) == given
 
 
-def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsys):
+def test_embedded_model_passes_and_fit_reads_the_written_config(tmp_path, capsys):
     config = tmp_path / "mine.yaml"
     targets = ["--data.images", str(ROOT / "benchmarks/targets/development/targets.jsonl")]
     assert (
@@ -170,12 +170,12 @@ def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsy
     assert "A search can work." in out
     page = (ROOT / "docs" / "check.md").read_text()
     assert len(levels(page)) == 10
-    for shown, printed in zip(levels(page), levels(out), strict=True):
-        assert shown[:5] == pytest.approx(printed[:5], rel=0.02)
-        assert shown[5] == pytest.approx(printed[5], abs=1)
+    for documented, printed in zip(levels(page), levels(out), strict=True):
+        assert documented[:5] == pytest.approx(printed[:5], rel=0.02)
+        assert documented[5] == pytest.approx(printed[5], abs=1)
     settings = yaml.safe_load(config.read_text())
     low, high = settings["data"]["init_args"]["timestep_range"]
-    assert 300 <= low <= 550  # where docs/ablations.md finds most
+    assert 300 <= low <= 550  # where docs/ablations.md has the largest gains
     assert 750 <= high <= 1000
     samples, microbatch = (
         settings["data"]["init_args"]["num_noise_samples"],
@@ -191,7 +191,7 @@ def test_the_embedded_model_passes_and_fit_takes_what_is_written(tmp_path, capsy
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_without_captions_the_words_of_the_clip_are_used(tiny, image_folder, tmp_path, monkeypatch, capsys):
+def test_check_uses_the_clips_words_without_captions(tiny, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     run("--model", "GCG", "--model.num_tokens", "2", "--model.backbone", tiny, "--data.images", str(image_folder), *FEW)
@@ -201,7 +201,7 @@ def test_without_captions_the_words_of_the_clip_are_used(tiny, image_folder, tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_model_that_does_not_read_its_prompt_fails(tiny, image_folder, tmp_path, capsys):
+def test_model_that_ignores_its_prompt_fails(tiny, image_folder, tmp_path, capsys):
     """The denoiser's cross-attention returns zeros, as if the text encoder's output did not arrive."""
 
     broken = shutil.copytree(tiny, tmp_path / "broken")
@@ -220,7 +220,7 @@ def test_a_model_that_does_not_read_its_prompt_fails(tiny, image_folder, tmp_pat
     assert not config.exists()
 
 
-def test_methods_that_start_from_prompts_are_checked_without_images(tiny, capsys):
+def test_steering_methods_are_checked_without_images(tiny, capsys):
     how = ["--model", "MetricGuidance", "--model.objective", "Sharpness", "--data.prompts", "a red cat", *FEW]
     assert run(*how, "--model.backbone", tiny) in (0, 1)
     out = capsys.readouterr().out
@@ -239,7 +239,7 @@ def test_methods_that_start_from_prompts_are_checked_without_images(tiny, capsys
         (["--model", "PH2P", "--data.images", "nowhere"], "nowhere"),
     ],
 )
-def test_refuses(args, match, tiny, image_folder, capsys):
+def test_check_refuses_invalid_arguments(args, match, tiny, image_folder, capsys):
     given = [arg.format(image_folder=image_folder) for arg in args]
     assert run(*given, "--model.backbone", tiny) == 2
     captured = capsys.readouterr()

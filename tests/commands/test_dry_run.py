@@ -9,32 +9,32 @@ from lightning_prompts.commands.dry_run import duration, peak_memory, reset_peak
 from lightning_prompts.commands.main import main
 
 CPU = ["--trainer.accelerator", "cpu"]
-DRAWN = ["--model.sampler.num_inference_steps", "2", "--model.microbatch", "8"]
+SHORT = ["--model.sampler.num_inference_steps", "2", "--model.microbatch", "8"]
 
 
-def test_reports_and_writes_nothing(tiny, image_folder, tmp_path, monkeypatch, capsys):
+def test_dry_run_prints_memory_and_time_and_writes_nothing(tiny, image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     command = (
         f"dry-run --model PH2P --model.backbone {tiny} --model.score_every_n_steps 8 --model.steps 40 "
         f"--data ImagesToPrompts --data.images {image_folder}"
     )
-    main([*command.split(), *DRAWN, *CPU])
-    told = capsys.readouterr().out
+    main([*command.split(), *SHORT, *CPU])
+    output = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
-    assert "3 problems, microbatch 8" in told
+    assert "3 problems, microbatch 8" in output
     for part in ("weights", "scoring", "a step", "the results"):
-        (most,) = re.findall(rf"{part} +([\d.]+) GiB", told)
+        (most,) = re.findall(rf"{part} +([\d.]+) GiB", output)
         assert 0 < float(most) < 20 if part != "weights" else float(most) < 0.1
-    assert "A search of 40 steps and 6 scorings would take" in told
+    assert "A search of 40 steps and 6 scorings would take" in output
     for setting in (
         "backbone.dtype bfloat16",
         "microbatch 4",
         "backbone.gradient_checkpointing true",
         "backbone.image_size 8",
     ):
-        assert f"--model.{setting} " in told
-    assert "cpu_offload" not in told  # on the CPU there is nothing to move
+        assert f"--model.{setting} " in output
+    assert "cpu_offload" not in output  # on the CPU there is nothing to move
 
 
 @pytest.mark.parametrize(
@@ -45,18 +45,18 @@ def test_reports_and_writes_nothing(tiny, image_folder, tmp_path, monkeypatch, c
     ],
     ids=["embeddings", "words"],
 )
-def test_of_prompts(method, tiny, tmp_path, monkeypatch, capsys):
+def test_dry_run_measures_methods_on_prompts(method, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     extra = (
         ["--model.schedule", "fix-0"] if method[0] == "DPODiff" else ["--model.backbone.gradient_checkpointing", "true"]
     )
-    main(["dry-run", "--model", *method, "--model.backbone", tiny, "--data.prompts", "a red cat", *extra, *DRAWN, *CPU])
-    told = capsys.readouterr().out
-    assert "the results" in told
-    assert ("gradient_checkpointing" in told) == (method[0] == "DPODiff")
+    main(["dry-run", "--model", *method, "--model.backbone", tiny, "--data.prompts", "a red cat", *extra, *SHORT, *CPU])
+    output = capsys.readouterr().out
+    assert "the results" in output
+    assert ("gradient_checkpointing" in output) == (method[0] == "DPODiff")
 
 
-def test_choices_of_a_user_cannot_be_measured(tiny, tmp_path, monkeypatch, capsys):
+def test_dry_run_refuses_human_feedback(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["dry-run", "--model", "HumanFeedback", "--model.backbone", tiny, "--data.prompts", "a red cat", *CPU])
@@ -68,15 +68,15 @@ def test_peak_memory_counts_since_the_reset():
     device, size = torch.device("cpu"), 2**28
     reset_peak_memory(device)
     before = peak_memory(device)
-    taken = torch.ones(size, dtype=torch.uint8)
+    allocated = torch.ones(size, dtype=torch.uint8)
     assert peak_memory(device) - before >= 0.9 * size
-    del taken
+    del allocated
     assert peak_memory(device) - before >= 0.9 * size
     reset_peak_memory(device)
     assert peak_memory(device) - before < 0.5 * size
 
 
-def test_durations():
+def test_duration_uses_readable_units():
     assert [duration(seconds) for seconds in (12.3, 99.4, 130, 5900, 9000)] == [
         "12 s",
         "99 s",

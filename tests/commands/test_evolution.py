@@ -25,7 +25,7 @@ def members(*prompts):
     [(A, B), ((1,), (11,)), ((1,), B), (A, (11, 12)), (tuple(range(9)), (11,)), ((1, 1, 2), (2, 2, 11))],
     ids=str,
 )
-def test_child_has_tokens_of_each_parent_and_no_others(a, b):
+def test_child_has_tokens_of_both_parents_and_no_others(a, b):
     shortest, longest = sorted(max(2, len(parent)) for parent in (a, b))
     lengths = set()
     for seed in range(200):
@@ -37,24 +37,24 @@ def test_child_has_tokens_of_each_parent_and_no_others(a, b):
     assert lengths == set(range(shortest, longest + 1))
 
 
-def test_tokens_are_taken_with_equal_chance_in_either_order():
+def test_crossover_takes_tokens_with_equal_probability():
     children = [crossover(A, B, generator(seed)) for seed in range(2000)]
     counts = Counter(token for child in children for token in child)
     assert set(counts) == {*A, *B}
     for count in counts.values():
         assert count == pytest.approx(1000, abs=120)  # 4 of 8 tokens a child; five standard deviations
-    kept = [
+    in_order = [
         all([token for token in child if token in parent] == sorted({*child} & {*parent}) for parent in (A, B))
         for child in children
     ]
-    assert 0.5 < sum(kept) / len(kept) < 0.8  # half of them, and those of the others that chance orders
+    assert 0.5 < sum(in_order) / len(in_order) < 0.8  # half of the children by construction, and some by chance
 
 
-def test_words_at_the_same_place_can_meet():
+def test_child_may_have_both_tokens_of_one_position():
     assert any({1, 11} <= set(crossover(A, B, generator(seed))) for seed in range(50))
 
 
-def test_mutation_takes_one_token_back_from_a_found_prompt():
+def test_mutation_replaces_one_token_by_one_of_the_found_prompts():
     changed = set()
     for seed in range(300):
         child = mutate((1, 1, 11), (A, B), generator(seed))
@@ -65,15 +65,15 @@ def test_mutation_takes_one_token_back_from_a_found_prompt():
     assert {token for _, token in changed} == {*A, *B}
 
 
-def test_token_of_both_prompts_counts_for_neither():
+def test_shared_tokens_count_for_neither_prompt():
     assert combines((1, 11), A, B)
     assert not combines((1, 2), A, B)
     assert not combines((1, 5), (1, 5), (5, 11))  # 5 is in both
     assert combines((1, 11), (1, 5), (5, 11))
-    assert combines((1, 2), (1, 2), (2, 1))  # there are no others
+    assert combines((1, 2), (1, 2), (2, 1))  # there are no other tokens
 
 
-def test_children_are_new_and_readable_and_record_their_parents():
+def test_children_are_new_and_record_their_parents():
     everyone = list(members(A, B))
     for generation in range(3):
         parents = everyone[-4:]
@@ -93,7 +93,7 @@ def test_children_are_new_and_readable_and_record_their_parents():
     assert len({member.token_ids for member in everyone}) == 20
 
 
-def test_single_parent_has_children_with_the_found_prompts():
+def test_single_parent_is_crossed_with_the_found_prompts():
     everyone = [*members(A, B), Member(2, read((1, 11)), (1, 11), 0, (0, 1))]
     children = breed(everyone[2:], everyone, read, 8, (0, "key", 1))
     assert {frozenset(child.parents) for child in children} == {frozenset((0, 2)), frozenset((1, 2))}
@@ -104,13 +104,13 @@ def test_short_prompts_have_few_children():
     assert {child.token_ids for child in breed(everyone, everyone, read, 16, (0, "key", 0))} == {(1, 11), (11, 1)}
 
 
-def test_fittest_are_in_order():
+def test_fittest_are_sorted_by_score_length_and_index():
     scores = [(0.1, 3), (0.5, 4), (0.5, 3), (0.5, 3), (-0.2, 1)]
     some = [Member(i, "", tuple(range(count)), score=score) for i, (score, count) in enumerate(scores)]
     assert [member.index for member in fittest(some, 4)] == [2, 3, 1, 0]
 
 
-def climb(seed=0, generations=6, select=None, wanted=frozenset((1, 2, 11, 12)), keep_found=False):
+def evolve_towards(seed=0, generations=6, select=None, wanted=frozenset((1, 2, 11, 12)), keep_found=False):
     """Evolve towards wanted tokens; return the scored members, the kept ones of each generation, and the result."""
     scored, chosen = [], []
 
@@ -130,28 +130,32 @@ def climb(seed=0, generations=6, select=None, wanted=frozenset((1, 2, 11, 12)), 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_evolution_finds_the_best_recombination(seed):
-    scored, chosen, best = climb(seed)
+    scored, chosen, best = evolve_towards(seed)
     assert best == chosen[-1]
     assert len(scored) == 2 + 6 * 8
-    assert [some[0].score for some in chosen] == sorted(some[0].score for some in chosen)  # the best is never lost
+    assert [some[0].score for some in chosen] == sorted(
+        some[0].score for some in chosen
+    )  # the best score never decreases
     assert best[0].score == 1.0  # of 70 sets of four tokens, one is right
 
 
-def test_found_prompts_can_be_kept_where_both_are_for_one_target():
-    scored, _, best = climb(wanted=frozenset(A), keep_found=True)
+def test_keep_found_lets_found_prompts_win():
+    scored, _, best = evolve_towards(wanted=frozenset(A), keep_found=True)
     assert best[0] == scored[0]
-    _, _, best = climb(wanted=frozenset(A))
+    _, _, best = evolve_towards(wanted=frozenset(A))
     assert best[0].generation is not None
     nothing = (lambda ids: None, lambda some: None, lambda *args: [])
     assert evolve(members(A, B), *nothing, 2, 4, 0, "key", keep_found=True) == list(members(A, B))
 
 
-def test_evolution_repeats_and_its_seed_matters():
-    assert climb(1)[0] == climb(1)[0]
-    assert [member.token_ids for member in climb(1)[0]] != [member.token_ids for member in climb(2)[0]]
+def test_evolution_is_reproducible_and_depends_on_its_seed():
+    assert evolve_towards(1)[0] == evolve_towards(1)[0]
+    assert [member.token_ids for member in evolve_towards(1)[0]] != [
+        member.token_ids for member in evolve_towards(2)[0]
+    ]
 
 
-def test_end_of_input_keeps_what_was_kept():
+def test_end_of_input_keeps_the_last_selection():
     def leave(at):
         def keep(generation, everyone, candidates):
             if generation == at:
@@ -160,11 +164,11 @@ def test_end_of_input_keeps_what_was_kept():
 
         return keep
 
-    scored, _, kept = climb(select=leave(2))
+    scored, _, kept = evolve_towards(select=leave(2))
     assert kept == [scored[17]]  # the last one of generation 1
-    scored, _, kept = climb(select=leave(0))
+    scored, _, kept = evolve_towards(select=leave(0))
     assert kept == fittest(scored[2:], 1)
 
 
-def test_prompts_that_cannot_be_recombined_give_none():
+def test_prompts_that_cannot_be_recombined_have_no_children():
     assert evolve(members(A, B), lambda ids: None, lambda some: None, lambda *args: [], 3, 4, 0, "key") == []

@@ -39,7 +39,7 @@ def pixels(image):
     return torch.tensor(list(image.convert("RGB").getdata())).view(image.height, image.width, 3)
 
 
-def test_frames_are_those_of_the_arc(run, tiny):
+def test_frames_are_samples_along_the_slerp(run, tiny):
     files = predict(run, "--path", *ENDS, "--frames", "4", "--seeds", "3,8")
     backbone = load_backbone(tiny)
     tower, noise = backbone.text_encoders[0], noise_of([3, 8], backbone.latent_shape)
@@ -48,19 +48,19 @@ def test_frames_are_those_of_the_arc(run, tiny):
         assert animation.n_frames == 6  # there and back, the ends once
         assert animation.size == (32, 16)
     with Image.open(files[".png"]) as grid:
-        shown = pixels(grid)
+        canvas = pixels(grid)
     with torch.no_grad():
         for i in range(4):
-            told = slerp(one, other, i / 3).repeat(2, 1, 1)
-            drawn = backbone.decode(backbone.sample(told, empty, noise, 3, 7.5))
-            for n, image in enumerate(drawn):  # the grid shows each pixel as a square of 6 x 6
+            prompt_embeds = slerp(one, other, i / 3).repeat(2, 1, 1)
+            images = backbone.decode(backbone.sample(prompt_embeds, empty, noise, 3, 7.5))
+            for n, image in enumerate(images):  # the grid shows each pixel as a square of 6 x 6
                 top, left = n * 100 + (6 if n else 2), i * 104 + 4
-                found = shown[top : top + 96, left : left + 96][3::6, 3::6]
+                frame = canvas[top : top + 96, left : left + 96][3::6, 3::6]
                 expected = ((image + 1) * 127.5).clamp(0, 255).permute(1, 2, 0)
-                assert (found - expected).abs().max() <= 2
+                assert (frame - expected).abs().max() <= 2
 
 
-def test_ends_can_be_found_embeddings(run):
+def test_ends_may_be_saved_embeddings(run):
     first, second = sorted((run / "problems").glob("*.safetensors"))
     files = predict(run, "--path", str(first), str(second), "--frames", "3")
     assert first.stem[:8] in files[".png"].name
@@ -69,7 +69,7 @@ def test_ends_can_be_found_embeddings(run):
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["--path", "a", "absent.safetensors"], "cannot be read as embeddings"),
         (["--path", "a", "{run}/prompt_embeds.safetensors"], "has 2 embeddings"),
@@ -78,8 +78,8 @@ def test_ends_can_be_found_embeddings(run):
         (["--path", "a"], "expected 2 arguments"),
     ],
 )
-def test_mistakes_are_one_sentence(args, told, run, capsys):
+def test_mistakes_give_one_sentence(args, message, run, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["predict", "--run", str(run), "--trainer.accelerator", "cpu", *(x.format(run=run) for x in args)])
     assert stop.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

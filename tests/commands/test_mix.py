@@ -19,26 +19,26 @@ SOME = [Member(i, f"prompt {i}", (i,), score=i / 10) for i in (3, 5, 8)]
         ("8 3\n", [8, 3]),
         ("3,5\n", [3, 5]),
         ("5 5, 5\n", [5]),
-        ("\n", [8, 5]),  # the score's choice
+        ("\n", [8, 5]),  # the selection by score
         ("4\n-3\nthree\n3 99\n3.0\n²\n 3 \n", [3]),
     ],
 )
-def test_user_names_the_prompts_to_keep(monkeypatch, capsys, typed, kept):
+def test_user_selects_prompts_by_number(monkeypatch, capsys, typed, kept):
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     assert [member.index for member in ask(Path("generation-0.png"), SOME, [SOME[2], SOME[1]])] == kept
-    told = capsys.readouterr().out
-    assert told.count("generation-0.png") == typed.count("\n")
-    assert told.count("such as 8 5") == typed.count("\n") - 1
+    output = capsys.readouterr().out
+    assert output.count("generation-0.png") == typed.count("\n")
+    assert output.count("such as 8 5") == typed.count("\n") - 1
 
 
-def test_end_of_input_is_raised(monkeypatch):
+def test_end_of_input_raises_eof_error(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("no\n"))
     with pytest.raises(EOFError):
         ask(Path("generation-0.png"), SOME, SOME[:1])
 
 
 class Pixels:
-    """A CLIP whose features are the pixels."""
+    """Stand in for a CLIP, with pixels as features."""
 
     def features(self, images):
         return F.normalize(images.flatten(1), dim=1)
@@ -63,14 +63,14 @@ def test_joint_similarity_needs_both_targets_in_one_image():
     )  # the mean over several images
 
 
-def test_sheet_begins_new_lines():
+def test_sheet_wraps_at_its_width():
     image = torch.zeros(3, 16, 16)
     wide, narrow = (sheet([[image]] * 5, ["word"] * 5, across, side=20) for across in (5, 2))
     assert wide.width == 5 * 28
     assert (narrow.width, narrow.height) == (2 * 28, 3 * wide.height)
 
 
-def test_names_of_files_differ_with_their_texts():
+def test_file_names_of_different_texts_differ():
     texts = ["a fox", "A fox", "a fox!", "狐狸", "球", "x" * 300, "x" * 301, "../up"]
     names = {file_name(text) for text in texts}
     assert len(names) == len(texts)

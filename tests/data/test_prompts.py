@@ -10,13 +10,13 @@ from lightning_prompts.errors import UserError
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_prompts_from_all_kinds_of_lists(tmp_path):
+def test_prompts_are_read_from_all_kinds_of_lists(tmp_path):
     text, table, lines = (tmp_path / f"prompts.{kind}" for kind in ("txt", "csv", "jsonl"))
     text.write_bytes("\ufeffa  café\r\n\n a dog \n".encode())
     table.write_text('name,prompt\nx,"a cat, sleeping"\ny,a dog\n')
     lines.write_text('{"prompt": "a fox"}\n\n{"prompt": "a dog", "more": 1}\n')
-    found = read_prompts([str(text), "an  owl", str(table), str(lines)])
-    assert found == ["a café", "a dog", "an owl", "a cat, sleeping", "a fox"]  # without duplicates, spaces merged
+    result = read_prompts([str(text), "an  owl", str(table), str(lines)])
+    assert result == ["a café", "a dog", "an owl", "a cat, sleeping", "a fox"]  # without duplicates, spaces merged
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_prompts_from_all_kinds_of_lists(tmp_path):
         (None, "  ", "A prompt is empty"),
     ],
 )
-def test_lists_without_prompts(name, content, message, tmp_path):
+def test_lists_without_prompts_are_refused(name, content, message, tmp_path):
     source = content if name is None else str(tmp_path / name)
     if name and content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -40,7 +40,7 @@ def test_lists_without_prompts(name, content, message, tmp_path):
         read_prompts([source])
 
 
-def test_a_list_without_a_usable_line_is_refused(tmp_path):
+def test_list_without_a_usable_line_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": 3}\n{"prompt": " "}\n{"prompt": 4}')
     with pytest.raises(UserError, match="Line 1 of"):
         find_prompts(["a dog", str(tmp_path / "a.jsonl")])
@@ -57,7 +57,7 @@ def test_a_list_without_a_usable_line_is_refused(tmp_path):
         ("a.jsonl", b'{"prompt": "a dog"}\n[]\n{"prompt": "a cat"}', 2, "has no text under 'prompt'"),
     ],
 )
-def test_a_broken_line_leaves_the_other_prompts(name, content, line, message, tmp_path):
+def test_broken_line_leaves_the_other_prompts(name, content, line, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     first, broken, last = find_prompts([str(path)])
@@ -116,7 +116,7 @@ def test_a_broken_line_leaves_the_other_prompts(name, content, line, message, tm
         ([], "--data"),
     ],
 )
-def test_mistakes_are_one_sentence(settings, message, tiny, tmp_path, monkeypatch, capsys):
+def test_mistakes_give_one_sentence(settings, message, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text('{"a dog": ')
     (tmp_path / "other.json").write_text('["a dog"]')
@@ -131,21 +131,21 @@ def test_mistakes_are_one_sentence(settings, message, tiny, tmp_path, monkeypatc
     assert re.search(message, line), line
 
 
-def test_a_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):
+def test_prompt_that_cannot_be_searched_leaves_the_others(tiny, tmp_path):
     given = f"--model DPODiff --model.backbone {tiny} --model.positive [neighbors] --model.negative []".split()
     given += (
         "--model.sampler.num_inference_steps 2 --model.schedule fix-1 --model.budget 2 --model.population 2".split()
     )
     given += ["--data", "Prompts", "--data.prompts", '["of the", "a dog"]', "--trainer.accelerator", "cpu"]
     main(["fit", "--run", str(tmp_path / "run"), *given])
-    failed, found = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]
+    failed, result = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]
     assert failed["status"] == "failed"
     assert "has no word" in failed["reason"]
-    assert found["status"] in ("done", "not improved")
-    assert len(found["fresh_loss_after"]) == 10
+    assert result["status"] in ("done", "not improved")
+    assert len(result["fresh_loss_after"]) == 10
 
 
-def test_a_broken_line_is_a_failed_record_until_it_is_corrected(tiny, tmp_path):
+def test_broken_line_is_a_failed_record_until_it_is_corrected(tiny, tmp_path):
     path, run = tmp_path / "prompts.jsonl", tmp_path / "run"
     args = ["fit", "--run", str(run), "--model", "DPODiff", "--model.backbone", tiny, "--trainer.accelerator", "cpu"]
     args += ["--model.positive", "[neighbors]", "--model.negative", "[]", "--model.sampler.num_inference_steps", "2"]

@@ -20,7 +20,7 @@ def pixels(seed):
     return np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
 
-def encoded(seed, kind="png"):
+def encode(seed, kind="png"):
     buffer = io.BytesIO()
     Image.fromarray(pixels(seed)).save(buffer, kind)
     return buffer.getvalue()
@@ -31,7 +31,7 @@ def archive(path, members, **options):
 
     Return where the header, the data and the padding of each end.
     """
-    places = []
+    offsets = []
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w", **options) as tar:
         for name, data in members:
             info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
@@ -42,30 +42,30 @@ def archive(path, members, **options):
                 )  # not whole seconds, so PAX needs a header of its own
             tar.addfile(info, io.BytesIO(data or b""))
             end = file.tell()
-            places.append((end - -(-info.size // 512) * 512, end - -info.size % 512, end))
-    return places
+            offsets.append((end - -(-info.size // 512) * 512, end - -info.size % 512, end))
+    return offsets
 
 
-def written(path, samples, **options):
-    """Write samples as WebDataset's ShardWriter does: the fields of each, by their names, under the key."""
+def write_samples(path, samples, **options):
+    """Write samples as WebDataset's ShardWriter does, with the fields of each in the order of their names."""
     members = [(f"{key}.{kind}", fields[kind]) for key, fields in samples.items() for kind in sorted(fields)]
     return archive(path, members, **options)
 
 
-def three(path, **options):
-    return written(
+def write_three_samples(path, **options):
+    return write_samples(
         path,
-        {f"{i:04}": {"txt": f"caption {i}".encode() * 50, "png": encoded(i), "cls": b"7"} for i in range(3)},
+        {f"{i:04}": {"txt": f"caption {i}".encode() * 50, "png": encode(i), "cls": b"7"} for i in range(3)},
         **options,
     )
 
 
-def one_sentence(text):
+def is_one_sentence(text):
     return text.endswith(".") and ". " not in text and "\n" not in text
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_samples_of_a_shard(tmp_path, format):
+def test_images_of_a_shard_have_the_captions_of_their_samples(tmp_path, format):
     long = "a/" * 40 + "x" * 90  # more than the 100 bytes for a name in a header
     samples = {
         "0001": {"jpg": b"x", "txt": b" a cat \n", "json": b'{"caption": "not this"}'},
@@ -76,7 +76,7 @@ def test_samples_of_a_shard(tmp_path, format):
         long: {"tif": b"x", "cls": b"3"},
     }
     path = tmp_path / "000.tar"
-    written(path, samples, format=format)
+    write_samples(path, samples, format=format)
     names = ["0001.jpg", "0000.PNG", "v1.0/train/7.webp", "v1.0/test/7.webp", "名前.jpeg", f"{long}.tif"]
     captions = ["a cat", "ein Bär", None, "Röntgen", "name", None]
     assert find_targets([path]) == [
@@ -85,34 +85,34 @@ def test_samples_of_a_shard(tmp_path, format):
     ]
 
 
-def test_every_image_is_a_target_of_its_own(tmp_path):
-    """Also images that WebDataset takes for parts of one sample are targets of their own."""
+def test_every_image_of_a_sample_is_a_target(tmp_path):
+    """WebDataset reads them as parts of one sample."""
     path = tmp_path / "a.tar"
     members = {
         "a": {"seg.png": b"x", "jpg": b"x", "npy": b"x", "txt": b"ay"},
         "IMG_22": {"0.png": b"x", "1.png": b"x", "2.PNG": b"x", "0.txt": b"zero", "1.json": b'{"caption": "one"}'},
         "v1.0/b": {"rgb.png": b"x", "json": b'{"caption": "bee"}', "rgb.txt": b"red"},
     }
-    written(path, members)
-    found = {target.paths[0].removeprefix(f"{path}/"): target.caption for target in find_targets([path])}
-    assert found == {
+    write_samples(path, members)
+    result = {target.paths[0].removeprefix(f"{path}/"): target.caption for target in find_targets([path])}
+    assert result == {
         **{"a.jpg": "ay", "a.seg.png": "ay"},
         **{"IMG_22.0.png": "zero", "IMG_22.1.png": "one", "IMG_22.2.PNG": None},
         "v1.0/b.rgb.png": "red",
     }
 
 
-def test_an_image_that_is_cut_takes_no_other_with_it(tmp_path):
+def test_truncated_image_leaves_the_others(tmp_path):
     path = tmp_path / "a.tar"
-    places = archive(path, [("IMG_22.0.png", encoded(0)), ("IMG_22.1.png", encoded(1))])
+    offsets = archive(path, [("IMG_22.0.png", encode(0)), ("IMG_22.1.png", encode(1))])
     with path.open("r+b") as file:
-        file.truncate(places[1][1] - 5)
+        file.truncate(offsets[1][1] - 5)
     whole, cut = find_targets([path])
     assert (whole.paths, whole.error) == ((f"{path}/IMG_22.0.png",), None)
     assert "ends early or is damaged (samples found: 1)" in cut.error
 
 
-def test_files_of_a_sample_need_not_be_neighbours(tmp_path):
+def test_files_of_a_sample_need_not_be_adjacent(tmp_path):
     path = tmp_path / "a.tar"
     archive(
         path,
@@ -126,10 +126,10 @@ def test_files_of_a_sample_need_not_be_neighbours(tmp_path):
             ("c.jpg", b"x"),
         ],
     )
-    assert [found.caption for found in find_targets([path])] == ["ay", "bee", "see"]
+    assert [result.caption for result in find_targets([path])] == ["ay", "bee", "see"]
 
 
-def test_what_is_no_image_or_hidden_is_left_out(tmp_path):
+def test_hidden_files_and_other_files_are_left_out(tmp_path):
     link = tarfile.TarInfo("link.png")
     link.type, link.linkname = tarfile.SYMTYPE, "a.png"
     folder = tarfile.TarInfo("folder.png")
@@ -137,19 +137,19 @@ def test_what_is_no_image_or_hidden_is_left_out(tmp_path):
     names = ["._a.png", ".hidden.png", ".git/a.png", "__MACOSX/._a.png", "../a.png", "notes", "b.txt", "a.png", "jpg"]
     path = tmp_path / "a.tar"
     archive(path, [(folder, None), *((name, b"x") for name in names), (link, None)])
-    assert [found.paths for found in find_targets([path])] == [(f"{path}/a.png",)]
+    assert [result.paths for result in find_targets([path])] == [(f"{path}/a.png",)]
 
 
-@pytest.mark.parametrize("beginning", ["./", "/", "./b/../", ".//"])
-def test_names_with_beginnings(tmp_path, beginning):
+@pytest.mark.parametrize("prefix", ["./", "/", "./b/../", ".//"])
+def test_names_are_normalized_and_stay_inside_the_shard(tmp_path, prefix):
     path = tmp_path / "a.tar"
-    archive(path, [(f"{beginning}a.png", encoded(1)), ("b.png", encoded(2))])
-    found = find_targets([path])
-    if ".." in beginning:
-        assert [one.name for one in found] == ["a.tar/b.png"]
+    archive(path, [(f"{prefix}a.png", encode(1)), ("b.png", encode(2))])
+    result = find_targets([path])
+    if ".." in prefix:
+        assert [one.name for one in result] == ["a.tar/b.png"]
     else:
-        assert [one.name for one in found] == ["a.tar/a.png", "a.tar/b.png"]
-        assert np.array_equal(load_image(found[0].paths[0], 16), pixels(1))
+        assert [one.name for one in result] == ["a.tar/a.png", "a.tar/b.png"]
+        assert np.array_equal(load_image(result[0].paths[0], 16), pixels(1))
 
 
 @pytest.mark.parametrize(
@@ -169,14 +169,17 @@ def test_names_with_beginnings(tmp_path, beginning):
         ],
     ],
 )
-def test_a_caption_that_is_none_leaves_the_image(tmp_path, kind, content):
-    written(tmp_path / "a.tar", {"0": {kind: content, "png": b"x"}, "1": {"png": b"x", "txt": b"y"}})
-    assert [(found.caption, found.error) for found in find_targets([tmp_path / "a.tar"])] == [(None, None), ("y", None)]
+def test_invalid_caption_leaves_the_image(tmp_path, kind, content):
+    write_samples(tmp_path / "a.tar", {"0": {kind: content, "png": b"x"}, "1": {"png": b"x", "txt": b"y"}})
+    assert [(result.caption, result.error) for result in find_targets([tmp_path / "a.tar"])] == [
+        (None, None),
+        ("y", None),
+    ]
 
 
-def test_images_are_read_by_their_addresses(tmp_path):
+def test_images_of_a_shard_are_read_by_their_paths(tmp_path):
     path = tmp_path / "000.tar"
-    three(path)
+    write_three_samples(path)
     for seed, target in enumerate(find_targets([path])):
         assert target.paths == (f"{path}/{seed:04}.png",)
         assert np.array_equal(load_image(*target.paths, 16), pixels(seed))
@@ -189,9 +192,9 @@ def test_images_are_read_by_their_addresses(tmp_path):
     assert [target.caption for target in both] == ["caption 0" * 50, "caption 1" * 50, None, "none"]
 
 
-def test_addresses_that_mean_nothing(tmp_path):
+def test_unknown_paths_in_a_shard_are_refused(tmp_path):
     path = tmp_path / "000.tar"
-    three(path)
+    write_three_samples(path)
     for name in ("0009.png", "0000.txt", "x/0000.png", "000.png"):
         with pytest.raises(UserError, match=f"There is no image '{name}' in the shard"):
             load_image(path / name, 16)
@@ -201,18 +204,18 @@ def test_addresses_that_mean_nothing(tmp_path):
         load_image(tmp_path / "001.tar" / "0000.png", 16)
     with pytest.raises(UserError, match="more than the 99 bytes"):
         load_image(path / "0000.png", 16, max_bytes=99)
-    size = len(encoded(0))
+    size = len(encode(0))
     assert np.array_equal(load_image(path / "0000.png", 16, max_bytes=size), pixels(0))
     with pytest.raises(UserError, match=f"more than the {size - 1} bytes"):
         load_image(path / "0000.png", 16, max_bytes=size - 1)
 
 
-def test_folders_named_like_shards(tmp_path):
+def test_folder_may_be_named_like_a_shard(tmp_path):
     folder = tmp_path / "x.tar"
     folder.mkdir()
-    (folder / "a.png").write_bytes(encoded(1))
-    three(folder / "y.tar")
-    assert [found.paths[0] for found in find_targets([folder])] == [
+    (folder / "a.png").write_bytes(encode(1))
+    write_three_samples(folder / "y.tar")
+    assert [result.paths[0] for result in find_targets([folder])] == [
         f"{folder}/a.png",
         *(f"{folder}/y.tar/{i:04}.png" for i in range(3)),
     ]
@@ -220,44 +223,44 @@ def test_folders_named_like_shards(tmp_path):
     assert np.array_equal(load_image(folder / "y.tar" / "0002.png", 16), pixels(2))
 
 
-def test_folders_and_patterns_of_shards(tmp_path):
+def test_folders_and_patterns_may_contain_shards(tmp_path):
     for i in range(3):
-        written(tmp_path / f"{i}.tar", {"a": {"png": b"x"}})
-    written(tmp_path / ".hidden.tar", {"a": {"png": b"x"}})
-    (tmp_path / "1.png").write_bytes(encoded(0))
+        write_samples(tmp_path / f"{i}.tar", {"a": {"png": b"x"}})
+    write_samples(tmp_path / ".hidden.tar", {"a": {"png": b"x"}})
+    (tmp_path / "1.png").write_bytes(encode(0))
     (tmp_path / "1.tar.gz").write_bytes(b"x")
     names = ["0.tar/a.png", "1.png", "1.tar/a.png", "2.tar/a.png"]
-    assert [found.name for found in find_targets([tmp_path])] == names
-    assert [found.name for found in find_targets([tmp_path / "*"])] == names
-    assert [found.name for found in find_targets([f"{tmp_path}/*.tar"])] == [names[0], *names[2:]]
-    assert [found.name for found in find_targets([f"{tmp_path}/{{1..2}}.tar"])] == names[2:]
+    assert [result.name for result in find_targets([tmp_path])] == names
+    assert [result.name for result in find_targets([tmp_path / "*"])] == names
+    assert [result.name for result in find_targets([f"{tmp_path}/*.tar"])] == [names[0], *names[2:]]
+    assert [result.name for result in find_targets([f"{tmp_path}/{{1..2}}.tar"])] == names[2:]
     whole, *none = find_targets([f"{tmp_path}/{{1..2}}.tar"], one_subject=True)
     assert (len(whole.paths), whole.name, none) == (2, "a.png and 1 more", [])
 
 
-def test_compressed_shards(tmp_path):
+def test_compressed_shards_are_refused(tmp_path):
     for name in ("a.tar.gz", "a.TGZ", "a.tar.zst"):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(UserError, match=f"{name}' is compressed") as caught:
             find_targets([tmp_path / name])
-        assert one_sentence(str(caught.value))
-    three(tmp_path / "b.tar")
-    found = find_targets([tmp_path / "a.tar.gz", tmp_path / "b.tar"])
-    assert [bool(target.error) for target in found] == [True, False, False, False]
+        assert is_one_sentence(str(caught.value))
+    write_three_samples(tmp_path / "b.tar")
+    result = find_targets([tmp_path / "a.tar.gz", tmp_path / "b.tar"])
+    assert [bool(target.error) for target in result] == [True, False, False, False]
     with tarfile.open(tmp_path / "c.tar", "w:gz") as tar:
         tar.add(tmp_path / "b.tar", "a.png")
     with pytest.raises(UserError, match=r"c.tar' is not a .tar archive, is compressed"):
         find_targets([tmp_path / "c.tar"])
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 100, b"no archive\n" * 1000, bytes(511), encoded(0) * 3])
-def test_what_is_no_archive(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"no archive\n" * 1000, bytes(511), encode(0) * 3])
+def test_files_that_are_not_archives_are_refused(tmp_path, content):
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"a.tar' is not a .tar archive") as caught:
         find_targets([path])
-    assert one_sentence(str(caught.value))
-    (tmp_path / "b.png").write_bytes(encoded(0))
+    assert is_one_sentence(str(caught.value))
+    (tmp_path / "b.png").write_bytes(encode(0))
     assert find_targets([tmp_path]) == [
         Target((), error=str(caught.value), name=str(path)),
         Target((f"{tmp_path}/b.png",), name="b.png"),
@@ -266,17 +269,17 @@ def test_what_is_no_archive(tmp_path, content):
         load_image(path / "a.png", 16)
 
 
-def test_shards_without_images(tmp_path):
+def test_shards_without_images_are_refused(tmp_path):
     archive(tmp_path / "empty.tar", [])
     archive(tmp_path / "words.tar", [("a.txt", b"x")])
     for name in ("empty", "words"):
         with pytest.raises(UserError, match=f"The shard '.*{name}.tar' has no images") as caught:
             find_targets([tmp_path / f"{name}.tar"])
-        assert one_sentence(str(caught.value))
+        assert is_one_sentence(str(caught.value))
 
 
-def test_unreadable_shard(tmp_path, monkeypatch):
-    three(tmp_path / "a.tar")
+def test_unreadable_shard_is_refused(tmp_path, monkeypatch):
+    write_three_samples(tmp_path / "a.tar")
 
     def forbidden(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
@@ -287,74 +290,74 @@ def test_unreadable_shard(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_a_shard_that_ends_early(tmp_path, format):
+def test_shard_that_ends_early_keeps_its_complete_samples(tmp_path, format):
     path = tmp_path / "a.tar"
-    places = three(path, format=format)  # of each sample .cls, .png, .txt
+    offsets = write_three_samples(path, format=format)  # of each sample .cls, .png, .txt
     data = path.read_bytes()
-    ends = sorted({place + more for places_of_one in places for place in places_of_one for more in (-1, 0, 1)})
+    ends = sorted({place + more for places_of_one in offsets for place in places_of_one for more in (-1, 0, 1)})
     seen = set()
     for end in ends:
         if end < 512:
             continue
         path.write_bytes(data[:end])
-        begun = next((i for i, (_, _, padded) in enumerate(places) if end <= padded), len(places))
-        whole = sum(places[3 * i + 1][1] <= end for i in range(3))  # images
+        reached = next((i for i, (_, _, padded) in enumerate(offsets) if end <= padded), len(offsets))
+        whole = sum(offsets[3 * i + 1][1] <= end for i in range(3))  # images
         # A sample is known to be cut where one of its files begins and does not end.
-        inside = begun < len(places) and places[begun][0] <= end < places[begun][1]
-        cut = begun // 3 if inside else None
+        inside = reached < len(offsets) and offsets[reached][0] <= end < offsets[reached][1]
+        cut = reached // 3 if inside else None
         names = [f"{i:04}" for i in range(whole) if i != cut]
         if not names:
             with pytest.raises(UserError, match=r"ends within its first file|\(samples found: 0\)"):
                 find_targets([path])
             continue
-        *found, failed = find_targets([path])
-        assert [target.name for target in found] == [f"a.tar/{name}.png" for name in names], end
-        assert not any(target.error for target in found)
+        *result, failed = find_targets([path])
+        assert [target.name for target in result] == [f"a.tar/{name}.png" for name in names], end
+        assert not any(target.error for target in result)
         assert failed.name == str(path)
         assert f"'{path}' " in failed.error
         assert f"(samples found: {len(names)})" in failed.error
-        assert one_sentence(failed.error)
-        known = cut is not None and begun % 3 > 0  # its image's header has been read
+        assert is_one_sentence(failed.error)
+        known = cut is not None and reached % 3 > 0  # its image's header has been read
         assert failed.paths == ((f"{path}/{cut:04}.png",) if known else ()), end
-        for target in found:
+        for target in result:
             assert np.array_equal(load_image(*target.paths, 16), pixels(int(target.name[6:10])))
         seen.add((len(names), known))
     assert seen == {(n, known) for n in (1, 2, 3) for known in (True, False)} - {(3, True)}
 
 
-def test_an_image_that_is_cut_off_is_refused_when_it_is_read(tmp_path):
+def test_truncated_image_is_refused_when_it_is_read(tmp_path):
     path = tmp_path / "a.tar"
-    places = three(path)
-    path.write_bytes(path.read_bytes()[: places[4][1] - 1])
+    offsets = write_three_samples(path)
+    path.write_bytes(path.read_bytes()[: offsets[4][1] - 1])
     with pytest.raises(UserError, match=r"ends early, within '0001.png'"):
         load_image(path / "0001.png", 16)
     assert np.array_equal(load_image(path / "0000.png", 16), pixels(0))
 
 
 def test_a_shard_that_ends_early_leaves_the_others(tmp_path):
-    places = three(tmp_path / "a.tar")
+    offsets = write_three_samples(tmp_path / "a.tar")
     data = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(data[: places[4][1] - 1])
-    three(tmp_path / "b.tar")
-    assert [bool(found.error) for found in find_targets([tmp_path])] == [False, True, False, False, False]
+    (tmp_path / "a.tar").write_bytes(data[: offsets[4][1] - 1])
+    write_three_samples(tmp_path / "b.tar")
+    assert [bool(result.error) for result in find_targets([tmp_path])] == [False, True, False, False, False]
 
 
-def test_damage_is_no_end(tmp_path):
+def test_damaged_header_is_reported(tmp_path):
     path = tmp_path / "a.tar"
-    places = three(path)
+    offsets = write_three_samples(path)
     data = bytearray(path.read_bytes())
-    data[places[5][2] + 20] ^= 255  # in the first header of the third sample
+    data[offsets[5][2] + 20] ^= 255  # in the first header of the third sample
     path.write_bytes(data)
-    *found, failed = find_targets([path])
-    assert [target.name for target in found] == ["a.tar/0000.png", "a.tar/0001.png"]
+    *result, failed = find_targets([path])
+    assert [target.name for target in result] == ["a.tar/0000.png", "a.tar/0001.png"]
     assert "(samples found: 2)" in failed.error
 
 
 def test_any_damage_is_reported_or_harmless(tmp_path):
     path = tmp_path / "a.tar"
-    places = three(path)
+    offsets = write_three_samples(path)
     data = path.read_bytes()
-    headers = [0, *(end for _, _, end in places)]
+    headers = [0, *(end for _, _, end in offsets)]
     draw = random.Random(0)
     reported = 0
     for _ in range(400):
@@ -368,15 +371,15 @@ def test_any_damage_is_reported_or_harmless(tmp_path):
         for sample in samples:
             if not sample.error:
                 shards.read_member(path, sample.name, 10)
-        assert all(one_sentence(sample.error) for sample in samples if sample.error)
+        assert all(is_one_sentence(sample.error) for sample in samples if sample.error)
     assert 100 < reported < 400
 
 
 @pytest.mark.parametrize("size", [-2048, -2, 2**80])
 @pytest.mark.parametrize("name", [b"b.txt", b"b.png"])
-def test_a_size_that_is_none_ends(tmp_path, size, name):
+def test_invalid_size_is_reported(tmp_path, size, name):
     path = tmp_path / "a.tar"
-    archive(path, [("a.png", encoded(0)), ("b.txt", b"x"), ("b.png", b"")], format=tarfile.GNU_FORMAT)
+    archive(path, [("a.png", encode(0)), ("b.txt", b"x"), ("b.png", b"")], format=tarfile.GNU_FORMAT)
     data = bytearray(path.read_bytes())
     start = data.index(name)
     data[start + 124 : start + 136] = (size % 2**96 | 2**95).to_bytes(12, "big")  # as GNU tar writes longer names
@@ -391,11 +394,11 @@ def test_a_size_that_is_none_ends(tmp_path, size, name):
     assert np.array_equal(load_image(*good.paths, 16), pixels(0))
 
 
-def test_headers_that_are_none_end(tmp_path):
+def test_invalid_header_is_reported(tmp_path):
     path = tmp_path / "a.tar"
     sparse = tarfile.TarInfo("b.png")
     sparse.pax_headers = {"GNU.sparse.map": "no numbers"}
-    archive(path, [("a.png", encoded(0)), (sparse, b"x"), ("c.png", b"x")], format=tarfile.PAX_FORMAT)
+    archive(path, [("a.png", encode(0)), (sparse, b"x"), ("c.png", b"x")], format=tarfile.PAX_FORMAT)
     good, failed = find_targets([path])
     assert (good.name, "(samples found: 1)" in failed.error) == ("a.tar/a.png", True)
     archive(path, [(sparse, b"x"), ("c.png", b"x")], format=tarfile.PAX_FORMAT)
@@ -403,9 +406,9 @@ def test_headers_that_are_none_end(tmp_path):
         find_targets([path])
 
 
-def test_a_shard_is_looked_through_once(tmp_path, monkeypatch):
+def test_shard_is_indexed_once(tmp_path, monkeypatch):
     path = tmp_path / "a.tar"
-    three(path)
+    write_three_samples(path)
     passes = []
     members = shards._members
     monkeypatch.setattr(shards, "_members", lambda tar: passes.append(1) or members(tar))
@@ -414,13 +417,13 @@ def test_a_shard_is_looked_through_once(tmp_path, monkeypatch):
         for seed in range(3):
             assert np.array_equal(load_image(path / f"{seed:04}.png", 16), pixels(seed))
     assert len(passes) == 1
-    written(path, {"0000": {"png": encoded(5), "txt": b"longer than it was before" * 99}})
+    write_samples(path, {"0000": {"png": encode(5), "txt": b"longer than it was before" * 99}})
     assert np.array_equal(load_image(path / "0000.png", 16), pixels(5))
     assert len(passes) == 2
 
 
-def test_of_two_with_one_name_the_later_counts(tmp_path):
-    archive(tmp_path / "a.tar", [("a.png", encoded(1)), ("b.png", encoded(2)), ("a.png", encoded(3))])
+def test_last_file_of_a_name_is_used(tmp_path):
+    archive(tmp_path / "a.tar", [("a.png", encode(1)), ("b.png", encode(2)), ("a.png", encode(3))])
     with tarfile.open(tmp_path / "a.tar") as tar:
         tar.extractall(tmp_path, filter="data")
     expected = load_image(tmp_path / "a.png", 16).tobytes()
@@ -428,8 +431,8 @@ def test_of_two_with_one_name_the_later_counts(tmp_path):
     assert len(find_targets([tmp_path / "a.tar"])) == 2
 
 
-def test_only_headers_and_captions_are_read(tmp_path):
-    """The shard is a sparse file, and to read its images would take minutes."""
+def test_only_headers_and_captions_are_read_to_find_targets(tmp_path):
+    """The shard is a sparse file whose images would take minutes to read."""
     path = tmp_path / "a.tar"
     size = 1_000_000_000
     with open(path, "wb") as file:
@@ -439,16 +442,16 @@ def test_only_headers_and_captions_are_read(tmp_path):
             file.write(info.tobuf(tarfile.GNU_FORMAT))
             file.seek(size, os.SEEK_CUR)
         file.write(bytes(1024))
-    begun = time.perf_counter()
+    reached = time.perf_counter()
     assert len(find_targets([path])) == 20
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - reached < 5
 
 
-def test_runs_go_on_without_broken_inputs(tiny, tmp_path):
+def test_run_continues_without_broken_inputs(tiny, tmp_path):
     shard, lines = tmp_path / "a.tar", tmp_path / "list.jsonl"
-    places = three(shard)
-    shard.write_bytes(shard.read_bytes()[: places[4][1] - 1])
-    (tmp_path / "b.png").write_bytes(encoded(7))
+    offsets = write_three_samples(shard)
+    shard.write_bytes(shard.read_bytes()[: offsets[4][1] - 1])
+    (tmp_path / "b.png").write_bytes(encode(7))
     lines.write_text('{"file": "b.png"}\n{"file": "c.png"}\n')
     args = f"fit --run {tmp_path / 'run'} --trainer.accelerator cpu --model PEZ --model.backbone {tiny}".split()
     args += (
@@ -469,8 +472,8 @@ def test_runs_go_on_without_broken_inputs(tiny, tmp_path):
     assert listed["prompt"]
     main([*args, "--ckpt_path", "last"])
     assert [problem["key"] for problem in problems()] == [problem["key"] for problem in before]
-    three(shard)
-    (tmp_path / "c.png").write_bytes(encoded(8))
+    write_three_samples(shard)
+    (tmp_path / "c.png").write_bytes(encode(8))
     main([*args, "--ckpt_path", "last"])
     after = problems()
     assert [problem["target"] for problem in after] == [*(f"a.tar/{i:04}.png" for i in range(3)), "b.png", "c.png"]

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
-from inputs import noise, refused
+from inputs import assert_refused, noise
 
 from lightning_prompts.data.targets import Target, find_targets
 
@@ -38,51 +38,51 @@ def test_target_is_frozen():
         one.name = "b"
 
 
-def test_file(folder):
+def test_file_is_a_target(folder):
     path = folder / "a.png"
     assert find_targets([path]) == [target((path,), name="a.png")]
     assert find_targets([str(path)]) == find_targets(str(path)) == find_targets([path])
 
 
-def test_missing_sources(tmp_path):
+def test_missing_sources_are_refused(tmp_path):
     for name in ("a.png", "cats", "list.csv"):
-        refused(f"There is no file or folder '{tmp_path / name}'", find_targets, [tmp_path / name])
-    refused("There is no file or folder ''", find_targets, [""])
-    refused("No images were given", find_targets, [])
+        assert_refused(f"There is no file or folder '{tmp_path / name}'", find_targets, [tmp_path / name])
+    assert_refused("There is no file or folder ''", find_targets, [""])
+    assert_refused("No images were given", find_targets, [])
 
 
-def test_folder(folder):
+def test_folder_gives_its_images_in_order(folder):
     targets = find_targets([folder])
-    assert [found.name for found in targets] == ["a.png", "b.JPG", "c.webp"]
-    assert [found.paths for found in targets] == [(str(folder / name),) for name in ("a.png", "b.JPG", "c.webp")]
+    assert [result.name for result in targets] == ["a.png", "b.JPG", "c.webp"]
+    assert [result.paths for result in targets] == [(str(folder / name),) for name in ("a.png", "b.JPG", "c.webp")]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "TIFF"])
-def test_folder_takes_images_by_suffix(tmp_path, suffix):
+def test_images_of_a_folder_are_recognized_by_suffix(tmp_path, suffix):
     (tmp_path / f"a.{suffix}").touch()
     (tmp_path / f"a{suffix}").touch()
-    assert [found.name for found in find_targets([tmp_path])] == [f"a.{suffix}"]
+    assert [result.name for result in find_targets([tmp_path])] == [f"a.{suffix}"]
 
 
-def test_folder_of_links(folder):
+def test_links_in_a_folder_are_followed(folder):
     (folder / "d.png").symlink_to("a.png")
     (folder / "e.png").symlink_to("e.png")
     (folder / "f.png").symlink_to("nowhere.png")
     (folder / "g.png").symlink_to("inner")
-    assert [found.name for found in find_targets([folder])] == ["a.png", "b.JPG", "c.webp", "d.png"]
+    assert [result.name for result in find_targets([folder])] == ["a.png", "b.JPG", "c.webp", "d.png"]
 
 
-def test_unreadable_folder(folder, monkeypatch):
+def test_unreadable_folder_is_refused(folder, monkeypatch):
     def forbidden(path):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "scandir", forbidden)
-    refused(f"The folder '{folder}' cannot be read (Permission denied)", find_targets, [folder])
+    assert_refused(f"The folder '{folder}' cannot be read (Permission denied)", find_targets, [folder])
 
 
-def test_the_folder_that_one_is_in(folder, monkeypatch):
+def test_current_folder_gives_relative_paths(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    assert [found.paths for found in find_targets(["./"])] == [("a.png",), ("b.JPG",), ("c.webp",)]
+    assert [result.paths for result in find_targets(["./"])] == [("a.png",), ("b.JPG",), ("c.webp",)]
 
 
 @pytest.mark.parametrize(
@@ -97,52 +97,52 @@ def test_the_folder_that_one_is_in(folder, monkeypatch):
         ("7..7", "7"),
     ],
 )
-def test_range_of_numbers(tmp_path, numbers, names):
+def test_range_keeps_leading_zeros_and_direction(tmp_path, numbers, names):
     for name in names.split():
         (tmp_path / f"cat{name}.png").touch()
-    found = find_targets([f"{tmp_path}/cat{{{numbers}}}.png"])
-    assert [one.name for one in found] == [f"cat{name}.png" for name in names.split()]
+    result = find_targets([f"{tmp_path}/cat{{{numbers}}}.png"])
+    assert [one.name for one in result] == [f"cat{name}.png" for name in names.split()]
 
 
-def test_ranges_with_patterns_and_ranges(tmp_path):
+def test_ranges_combine_with_patterns_and_ranges(tmp_path):
     for row in range(2):
         (tmp_path / f"row{row}").mkdir()
         for column in range(3):
             (tmp_path / f"row{row}" / f"{column}.png").touch()
     for source in (f"{tmp_path}/row{{0..1}}/*.png", f"{tmp_path}/row{{0..1}}/{{0..2}}.png"):
-        assert [found.paths[0][-10:] for found in find_targets([source])] == [
+        assert [result.paths[0][-10:] for result in find_targets([source])] == [
             f"row{row}/{column}.png" for row in range(2) for column in range(3)
         ]
 
 
-def test_a_range_with_a_gap_is_refused(folder):
+def test_range_with_a_gap_is_refused(folder):
     (folder / "0.png").touch()
-    refused(f"There is no file or folder '{folder}/1.png'", find_targets, [f"{folder}/{{0..999999999}}.png"])
+    assert_refused(f"There is no file or folder '{folder}/1.png'", find_targets, [f"{folder}/{{0..999999999}}.png"])
 
 
-def test_a_name_that_looks_like_a_range(tmp_path):
+def test_file_may_be_named_like_a_range(tmp_path):
     (tmp_path / "{0..1}.png").touch()
-    assert [found.name for found in find_targets([tmp_path / "{0..1}.png"])] == ["{0..1}.png"]
+    assert [result.name for result in find_targets([tmp_path / "{0..1}.png"])] == ["{0..1}.png"]
 
 
-def test_folder_without_images(folder):
+def test_folder_without_images_is_refused(folder):
     for path in folder.glob("?.*"):
         path.unlink()
-    refused(f"The folder '{folder}' has no images", find_targets, [folder])
+    assert_refused(f"The folder '{folder}' has no images", find_targets, [folder])
 
 
-def test_pattern(folder):
-    assert [found.name for found in find_targets([f"{folder}/[ab].*"])] == ["a.png", "b.JPG"]
-    assert [found.name for found in find_targets([folder / "*"])] == ["a.png", "b.JPG", "c.webp"]
-    assert [found.name for found in find_targets([f"{folder}/**/*.png"])] == ["a.png", "deep.png"]
+def test_pattern_gives_the_matching_images(folder):
+    assert [result.name for result in find_targets([f"{folder}/[ab].*"])] == ["a.png", "b.JPG"]
+    assert [result.name for result in find_targets([folder / "*"])] == ["a.png", "b.JPG", "c.webp"]
+    assert [result.name for result in find_targets([f"{folder}/**/*.png"])] == ["a.png", "deep.png"]
 
 
 @pytest.mark.parametrize("pattern", ["*.bmp", "*.txt", "inner*"])
-def test_pattern_without_images(folder, pattern):
-    refused(f"The pattern '{folder}/{pattern}' matches no images", find_targets, [f"{folder}/{pattern}"])
+def test_pattern_without_images_is_refused(folder, pattern):
+    assert_refused(f"The pattern '{folder}/{pattern}' matches no images", find_targets, [f"{folder}/{pattern}"])
 
 
-def test_signs_of_patterns_in_real_names(tmp_path):
+def test_names_may_contain_pattern_characters(tmp_path):
     strange = tmp_path / "cats [1]"
     strange.mkdir()
     noise().save(strange / "a[0].png")
@@ -150,7 +150,7 @@ def test_signs_of_patterns_in_real_names(tmp_path):
     assert find_targets([strange]) == find_targets([strange / "a[0].png"]) == expected
 
 
-def test_csv(folder):
+def test_csv_gives_files_captions_and_subjects(folder):
     path = folder.parent / "list.CSV"
     path.write_text(
         'file,caption,subject\ncats/a.png,"a cat, asleep",\n\n'
@@ -164,13 +164,13 @@ def test_csv(folder):
     ]
 
 
-def test_csv_with_files_only(folder):
+def test_csv_may_have_files_alone(folder):
     path = folder / "list.csv"
     path.write_text("file\nb.JPG\na.png\n")
-    assert [found.name for found in find_targets([path])] == ["b.JPG", "a.png"]
+    assert [result.name for result in find_targets([path])] == ["b.JPG", "a.png"]
 
 
-def test_jsonl(folder):
+def test_jsonl_gives_files_captions_and_subjects(folder):
     path = folder.parent / "list.jsonl"
     rows = [
         {"file": "cats/a.png", "caption": "one\u2028cat"},
@@ -186,7 +186,7 @@ def test_jsonl(folder):
     ]
 
 
-def test_captions_of_a_subject_that_disagree_give_none(folder):
+def test_subject_with_different_captions_has_none(folder):
     path = folder / "list.csv"
     path.write_text("file,caption,subject\na.png,one,Tom\nb.JPG,two,Tom\n")
     assert find_targets([path]) == [target((folder / "a.png", folder / "b.JPG"), None, name="Tom")]
@@ -221,11 +221,11 @@ def test_captions_of_a_subject_that_disagree_give_none(folder):
         ("l.jsonl", '{"file": "a\\u0000.png"}', "Line 1 of '{}' names '"),
     ],
 )
-def test_malformed_lists(folder, name, content, match):
+def test_malformed_lists_are_refused(folder, name, content, match):
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(match.format(path), find_targets, [path])
-    refused(match.format(path), find_targets, [folder / "c.webp", path])
+    assert_refused(match.format(path), find_targets, [path])
+    assert_refused(match.format(path), find_targets, [folder / "c.webp", path])
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_malformed_lists(folder, name, content, match):
     ],
 )
 @pytest.mark.parametrize("after", ["c.webp,plain", 'c.webp,"quoted, too"', 'c.webp,"two\nlines"'])
-def test_a_broken_line_of_a_csv_leaves_the_others(folder, line, match, after):
+def test_broken_line_of_a_csv_leaves_the_others(folder, line, match, after):
     path = folder / "l.csv"
     line = line.encode() if isinstance(line, str) else line
     path.write_bytes(b"file,caption\n\nb.JPG,x\n" + line + b"\n" + after.encode() + b"\n")
@@ -265,7 +265,7 @@ def test_a_broken_line_of_a_csv_leaves_the_others(folder, line, match, after):
         (b'{"file": "a.png", "caption": "caf\xe9"}', "is not UTF-8"),
     ],
 )
-def test_a_broken_line_of_a_jsonl_leaves_the_others(folder, line, match):
+def test_broken_line_of_a_jsonl_leaves_the_others(folder, line, match):
     path = folder / "l.jsonl"
     path.write_bytes(b'{"file": "b.JPG", "subject": "Tom"}\n\n' + line + b'\n{"file": "c.webp", "subject": "Tom"}')
     tom, broken = find_targets([path])
@@ -280,18 +280,18 @@ def test_a_broken_line_of_a_jsonl_leaves_the_others(folder, line, match):
 
 def test_every_broken_line_is_reported(folder):
     (folder / "l.csv").write_text('file\nb.JPG\n"\n"\na.png\nz.png\n"\nc.webp\n')
-    found = find_targets([folder / "l.csv"])
-    assert [one.name.partition(" of ")[0] for one in found if one.error] == ["line 4", "line 6", "line 7"]
-    assert [one.name for one in found if not one.error] == ["b.JPG", "a.png", "c.webp"]
+    result = find_targets([folder / "l.csv"])
+    assert [one.name.partition(" of ")[0] for one in result if one.error] == ["line 4", "line 6", "line 7"]
+    assert [one.name for one in result if not one.error] == ["b.JPG", "a.png", "c.webp"]
 
 
-def test_unreadable_list(folder, monkeypatch):
+def test_unreadable_list_is_refused(folder, monkeypatch):
     def forbidden(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
     (folder / "list.csv").write_text("file\na.png\n")
     monkeypatch.setattr(Path, "read_bytes", forbidden)
-    refused("list.csv' cannot be read (Permission denied)", find_targets, [folder / "list.csv"])
+    assert_refused("list.csv' cannot be read (Permission denied)", find_targets, [folder / "list.csv"])
 
 
 def test_duplicates_are_kept_once(folder, monkeypatch):
@@ -302,16 +302,16 @@ def test_duplicates_are_kept_once(folder, monkeypatch):
         target((folder / "c.webp",), name="c.webp"),
     ]
     Path("list.jsonl").write_text('{"file": ["a.png", "./a.png", "b.JPG"], "caption": "x"}\n{"file": "c.webp"}')
-    assert [len(found.paths) for found in find_targets(["list.jsonl", "list.jsonl"])] == [2, 1]
+    assert [len(result.paths) for result in find_targets(["list.jsonl", "list.jsonl"])] == [2, 1]
 
 
 def test_duplicate_brings_its_caption(folder):
     (folder / "list.csv").write_text("file,caption\na.png,a cat\n")
-    captions = [found.caption for found in find_targets([folder, folder / "list.csv"])]
+    captions = [result.caption for result in find_targets([folder, folder / "list.csv"])]
     assert captions == ["a cat", None, None]
 
 
-def test_one_subject(folder):
+def test_one_subject_joins_all_images(folder):
     paths = tuple(folder / name for name in ("a.png", "b.JPG", "c.webp"))
     assert find_targets([folder], one_subject=True) == [target(paths, name="cats")]
     assert find_targets([*paths, paths[0]], one_subject=True) == [target(paths, name="cats")]
@@ -320,7 +320,7 @@ def test_one_subject(folder):
     assert find_targets([deep], one_subject=True) == [target((deep,), name="deep.png")]
 
 
-def test_one_subject_of_overlapping_groups(folder):
+def test_one_subject_joins_overlapping_groups(folder):
     (folder / "list.csv").write_text("file,caption,subject\na.png,x,Tom\nb.JPG,x,Tom\na.png,,Ann\n")
     whole = target((folder / "a.png", folder / "b.JPG"), "x", name="cats")
     assert find_targets([folder / "list.csv"], one_subject=True) == [whole]

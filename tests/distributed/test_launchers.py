@@ -57,19 +57,19 @@ ONE = {**BATCH, "SLURM_NNODES": "1", "SLURM_NTASKS": "1", "SLURM_NPROCS": "1", "
 
 
 @pytest.fixture
-def tell(monkeypatch):
+def set_environment(monkeypatch):
     """Set variables in an environment without any others of launchers; None removes a variable."""
     for name in [name for name in os.environ if name in NAMES or name.startswith(PREFIXES)]:
         monkeypatch.delenv(name)
 
-    def told(*several, **more):
+    def set_variables(*several, **more):
         for environment in (*several, more):
             for name, value in environment.items():
                 monkeypatch.delenv(name, raising=False)
                 if value is not None:
                     monkeypatch.setenv(name, value)
 
-    return told
+    return set_variables
 
 
 def without(environment, *names):
@@ -104,8 +104,8 @@ def without(environment, *names):
         ({"NODE_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}, None),
     ],
 )
-def test_what_has_started_this_process(environment, launched, tell):
-    tell(environment)
+def test_launcher_is_detected(environment, launched, set_environment):
+    set_environment(environment)
     assert Launched.detect() == (launched and Launched(*launched))
     assert own_rank() == (launched[3] if launched else 0)
     if launched is None:  # Lightning would take some of them for processes of SLURM
@@ -199,8 +199,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("environment", "message"), REFUSED)
-def test_what_cannot_be(environment, message, tell):
-    tell(environment)
+def test_inconsistent_variables_are_refused(environment, message, set_environment):
+    set_environment(environment)
     with pytest.raises(UserError, match=message) as refused:
         Launched.detect()
     assert str(refused.value).count(". ") == 0  # one sentence
@@ -215,8 +215,8 @@ def test_what_cannot_be(environment, message, tell):
           for some in (TORCHRUN, SRUN) for port in ("70000", "0", "http")],
     ],
 )  # fmt: skip
-def test_where_processes_cannot_meet(environment, message, tell):
-    tell(environment)
+def test_invalid_master_address_is_refused(environment, message, set_environment):
+    set_environment(environment)
     with pytest.raises(UserError, match=message):
         Launched.detect().check_address()
 
@@ -224,7 +224,7 @@ def test_where_processes_cannot_meet(environment, message, tell):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"RANK": "x"}, "RANK is 'x', but no launcher has started this process"),  # on which Lightning's import fails
+        ({"RANK": "x"}, "RANK is 'x', but no launcher has started this process"),  # Lightning's import fails on it
         ({"SLURM_NTASKS": "2", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0"}, "start the command with srun"),
         pytest.param(
             {**TORCHRUN, "MASTER_PORT": "70000"},
@@ -233,12 +233,12 @@ def test_where_processes_cannot_meet(environment, message, tell):
         ),
     ],
 )
-def test_the_command_ends_with_a_sentence_and_leaves_nothing(environment, message, tmp_path):
-    kept = {name: value for name, value in os.environ.items() if name not in NAMES and not name.startswith(PREFIXES)}
+def test_command_with_invalid_variables_gives_one_sentence(environment, message, tmp_path):
+    others = {name: value for name, value in os.environ.items() if name not in NAMES and not name.startswith(PREFIXES)}
     done = subprocess.run(
         [sys.executable, "train.py", "fit", "--config", "configs/pez.yaml", "--data.images", "docs/images/demo.png",
          "--trainer.accelerator", "cpu", "--run", str(tmp_path / "run")],
-        cwd=ROOT, env={**kept, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True, timeout=100,
+        cwd=ROOT, env={**others, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
@@ -247,16 +247,16 @@ def test_the_command_ends_with_a_sentence_and_leaves_nothing(environment, messag
     assert not list(tmp_path.iterdir())
 
 
-def test_help_is_given_anywhere(tell, capsys):
-    tell(BATCH)
+def test_help_works_with_any_variables(set_environment, capsys):
+    set_environment(BATCH)
     with pytest.raises(SystemExit) as stopped:
         main(["show-space", "--help"])
     assert stopped.value.code == 0
 
 
-def test_processes_that_this_one_starts_know_it(tell):
+def test_processes_started_by_lightning_are_recognized(set_environment):
     """Variables that a shell exported are ignored, and cleared afterwards."""
-    tell(MASTER_ADDR="elsewhere", MASTER_PORT="1", NODE_RANK="0")
+    set_environment(MASTER_ADDR="other-machine", MASTER_PORT="1", NODE_RANK="0")
     ask = "from lightning_prompts.launchers import *; print(Launched.detect(), own_rank())"
     with lightning_launcher():
         assert "MASTER_ADDR" not in os.environ
@@ -269,7 +269,7 @@ def test_processes_that_this_one_starts_know_it(tell):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_processes_that_nobody_joins_say_so(rank, monkeypatch):
+def test_process_without_its_peer_reports_it(rank, monkeypatch):
     monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=1))
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -287,20 +287,20 @@ def test_processes_that_nobody_joins_say_so(rank, monkeypatch):
         (1, r"process 0 at localhost:\d+ .*nothing has answered"),
     ],
 )
-def test_a_port_that_another_program_has_is_told(rank, message, monkeypatch):
+def test_port_of_another_program_is_reported(rank, message, monkeypatch):
     """The other program accepts the connection and never answers."""
     monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=1))
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
         other.listen()
-        began = time.monotonic()
+        start = time.monotonic()
         with pytest.raises(UserError, match=message):
             distributed.create_store("localhost", other.getsockname()[1], rank, 2)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - start < 10
 
 
-def test_processes_that_share_a_store_with_nobody_say_so(monkeypatch):
-    """As those that torchrun has started, whose agent is there."""
+def test_missing_processes_of_a_shared_store_are_named(monkeypatch):
+    """Processes of torchrun share the store of its agent."""
     monkeypatch.setattr(distributed, "JOIN_TIMEOUT", timedelta(seconds=0.1))
     with pytest.raises(TimeoutError, match="missing: 1, 2"):
         distributed.handshake(torch.distributed.HashStore(), 0, 3)

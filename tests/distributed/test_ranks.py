@@ -1,4 +1,4 @@
-"""Several processes find the same as one, whether they divide the problems or the samples of every call."""
+"""Several processes give the results of one, whether they divide the problems or the samples of every call."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ METHODS = {  # odd numbers of samples and seeds, so that the last call of a step
 }
 STEERED = ("dpo_diff", "metric_guidance", "seed_invariance")
 DEFAULT = ("ph2p",)  # the other methods are slow
-ALIKE = ("ph2p_lbfgs", "textual_inversion")  # left out of `make test-exact`, since other tests make the same calls
+REDUNDANT = ("ph2p_lbfgs", "textual_inversion")  # left out of `make test-exact`, since other tests make the same calls
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Three images and three prompts: an odd number, so that one rank has more problems than the other."""
+    """Write three images and three prompts, an odd number, so that one rank has more problems than the other."""
     folder = tmp_path_factory.mktemp("inputs")
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -91,39 +91,41 @@ def arguments(tiny, inputs, run, method, *extra):
 
 
 def fit(*args, ranks=1, launcher="torchrun", rounding=False):
-    """Run a search with a number of processes, like a launcher, but with everything imported already.
+    """Run a search with a number of processes, like a launcher, but with all modules imported.
 
     With `rounding`, they round by the shape of each call, see `rounding_by_shape`.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    said = Path(args[args.index("--run") + 1]).with_suffix(".log")
-    told = [{**where, **LAUNCHERS[launcher](rank, ranks)} if ranks > 1 else {} for rank in range(ranks)]
-    processes = [FORKS.Process(target=child, args=(args[1:], environment, said, rounding)) for environment in told]
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    log = Path(args[args.index("--run") + 1]).with_suffix(".log")
+    environments = [{**address, **LAUNCHERS[launcher](rank, ranks)} if ranks > 1 else {} for rank in range(ranks)]
+    processes = [
+        FORKS.Process(target=child, args=(args[1:], environment, log, rounding)) for environment in environments
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(250)
-        assert process.exitcode == 0, said.read_text()[-3000:]
-    return found(args[args.index("--run") + 1])
+        assert process.exitcode == 0, log.read_text()[-3000:]
+    return results_of(args[args.index("--run") + 1])
 
 
 def torchrun(rank, ranks):
     """Return the variables that torchrun sets for a process."""
-    told = {
+    variables = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": ranks,
         "LOCAL_WORLD_SIZE": ranks,
         "TORCHELASTIC_RUN_ID": "test",
     }
-    return {name: str(value) for name, value in told.items()}
+    return {name: str(value) for name, value in variables.items()}
 
 
 def srun(rank, ranks):
     """Return the variables that srun sets for a process."""
-    told = {
+    variables = {
         "NTASKS": ranks,
         "NTASKS_PER_NODE": ranks,
         "NNODES": 1,
@@ -135,22 +137,22 @@ def srun(rank, ranks):
         "STEP_ID": 0,
         "STEP_NUM_TASKS": ranks,
     }
-    return {f"SLURM_{name}": str(value) for name, value in told.items()}
+    return {f"SLURM_{name}": str(value) for name, value in variables.items()}
 
 
 LAUNCHERS = {"torchrun": torchrun, "srun": srun}
 
 
-def child(args, environment, said, rounding):
+def child(args, environment, log, rounding):
     os.environ.update(environment)
     os.chdir(ROOT)
     torch.set_num_threads(1)
     device = rounding_by_shape() if rounding else nullcontext()
-    with device, said.open("a") as log, redirect_stdout(log), redirect_stderr(log):
+    with device, log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
         main(args)
 
 
-def found(run):
+def results_of(run):
     problems = json.loads((Path(run) / "result.json").read_text())["problems"]
     return [{name: value for name, value in problem.items() if name != "seconds"} for problem in problems]
 
@@ -158,25 +160,25 @@ def found(run):
 @pytest.fixture(scope="module")
 def alone(tiny, inputs, tmp_path_factory):
     """Return the results of a method in a single process."""
-    kept = {}
+    results = {}
 
     def run(method):
-        if method not in kept:
-            kept[method] = fit(*arguments(tiny, inputs, tmp_path_factory.mktemp("alone") / "run", method))
-        return kept[method]
+        if method not in results:
+            results[method] = fit(*arguments(tiny, inputs, tmp_path_factory.mktemp("alone") / "run", method))
+        return results[method]
 
     return run
 
 
 def marks(method):
     """Return the marks that decide when a test of a method runs."""
-    exact = [] if method in ALIKE else [pytest.mark.exact]
+    exact = [] if method in REDUNDANT else [pytest.mark.exact]
     return exact if method in DEFAULT else [*exact, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=marks(name)) for name in METHODS])
-def test_ranks_that_share_samples_find_exactly_what_one_finds(method, tiny, inputs, tmp_path):
-    """With at least one microbatch per rank, all ranks together make the calls of a single process."""
+def test_ranks_that_share_samples_equal_one_process_exactly(method, tiny, inputs, tmp_path):
+    """With at least one microbatch per rank, all ranks both make the calls of a single process."""
     one = fit(*arguments(tiny, inputs, tmp_path / "one", method), rounding=True)
     two = arguments(tiny, inputs, tmp_path / "two", method, "--trainer.strategy", "samples")
     assert fit(*two, ranks=2, rounding=True) == one
@@ -193,7 +195,7 @@ def share_samples(rank, ranks, port, results):
     """Run one rank: collect its results and calls for many numbers of samples and call sizes."""
     try:
         dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=ranks)
-        found = {}
+        result = {}
         for count in (1, 2, 3, 4, 5, 7, 9, 10, 11, 13, 17, 18):
             for size in (1, 3, 4):
                 microbatch, calls = Microbatch(size), []
@@ -209,8 +211,8 @@ def share_samples(rank, ranks, port, results):
                 value, more, (flags, none) = microbatch.map(count, work)
                 assert none is None
                 assert microbatch.ranks == ranks
-                found[count, size] = calls, value.tolist(), more["numbers"].tolist(), flags.tolist(), str(flags.dtype)
-        results.put((rank, found))
+                result[count, size] = calls, value.tolist(), more["numbers"].tolist(), flags.tolist(), str(flags.dtype)
+        results.put((rank, result))
         dist.destroy_process_group()
     except BaseException:
         results.put((rank, traceback.format_exc()))
@@ -226,20 +228,20 @@ def test_ranks_that_share_samples_make_the_calls_of_one_process():
     processes = [FORKS.Process(target=share_samples, args=(rank, ranks, port, results)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    found = dict(results.get(timeout=120) for _ in processes)
+    actual = dict(results.get(timeout=120) for _ in processes)
     for process in processes:
         process.join()
-    assert [one for one in found.values() if isinstance(one, str)] == []
-    for count, size in found[0]:
-        expected, calls = [], [one[count, size][0] for _, one in sorted(found.items())]
+    assert [one for one in actual.values() if isinstance(one, str)] == []
+    for count, size in actual[0]:
+        expected, calls = [], [one[count, size][0] for _, one in sorted(actual.items())]
         value, more, _ = Microbatch(size).map(count, lambda some, e=expected: e.append(some.tolist()) or answer(some))
         made = list(calls[0])
         for own in calls[1:]:
             if made[-1][-1] == count - 1:
-                assert own == [[count - 1]]  # nothing is left for this rank
+                assert own == [[count - 1]]  # no sample is left for this rank
             else:
                 made += own
-        for _, numbers, *others in (one[count, size] for one in found.values()):
+        for _, numbers, *others in (one[count, size] for one in actual.values()):
             assert others == [more["numbers"].tolist(), [True] * count, "torch.bool"]
             assert [round(number) for number in numbers] == list(range(count))
             assert numbers == value.tolist() or -(-count // ranks) < size
@@ -252,9 +254,9 @@ def test_ranks_that_share_samples_make_the_calls_of_one_process():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["invert", "dpo_diff", "metric_guidance"])
-def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs, alone, tmp_path):
-    together = fit(*arguments(tiny, inputs, tmp_path / "two", method), ranks=2)  # the strategy is chosen
-    for one, other in zip(together, alone(method), strict=True):
+def test_ranks_that_share_problems_equal_one_process(method, tiny, inputs, alone, tmp_path):
+    both = fit(*arguments(tiny, inputs, tmp_path / "two", method), ranks=2)  # the strategy is chosen
+    for one, other in zip(both, alone(method), strict=True):
         assert (one["key"], one["prompt"], one["unet_samples"]) == (
             other["key"],
             other["prompt"],
@@ -263,41 +265,41 @@ def test_ranks_with_their_own_problems_find_what_one_finds(method, tiny, inputs,
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
     assert {path.name.split("-")[0] for path in (tmp_path / "two" / "checkpoints").iterdir()} == {"rank0", "rank1"}
     lines = (tmp_path / "two" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["key"] for line in lines] == [problem["key"] for problem in together]
+    assert [json.loads(line)["key"] for line in lines] == [problem["key"] for problem in both]
     assert not list((tmp_path / "two").glob("results-rank*"))
-    assert fit(*arguments(tiny, inputs, tmp_path / "two", method, "--ckpt_path", "last")) == together  # continues alone
+    assert fit(*arguments(tiny, inputs, tmp_path / "two", method, "--ckpt_path", "last")) == both  # one process resumes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ph2p", "metric_guidance"])
-def test_ranks_that_share_less_than_a_microbatch_each_find_nearly_the_same(method, tiny, inputs, alone, tmp_path):
+def test_ranks_with_less_than_a_microbatch_are_close_to_one_process(method, tiny, inputs, alone, tmp_path):
     """The samples are then divided evenly, so the calls are smaller."""
     how = ("--trainer.strategy", "samples", "--model.microbatch", "32")
     two = fit(*arguments(tiny, inputs, tmp_path / "two", method, *how), ranks=2)
-    assert_alike(two, alone(method))
+    assert_close(two, alone(method))
     for one, other in zip(two, alone(method), strict=True):
         assert one["initial_validation_loss"] == pytest.approx(other["initial_validation_loss"], rel=1e-4)
         for name in ("metric_after", "fresh_metric_after") if method == "metric_guidance" else ():
             assert one[name] == pytest.approx(other[name], rel=1e-4), name
 
 
-def test_ranks_that_slurm_has_started(tiny, inputs, alone, tmp_path):
-    together = fit(*arguments(tiny, inputs, tmp_path / "two", "ph2p"), ranks=2, launcher="srun")
-    assert_alike(together, alone("ph2p"))
+def test_ranks_started_by_slurm_equal_one_process(tiny, inputs, alone, tmp_path):
+    both = fit(*arguments(tiny, inputs, tmp_path / "two", "ph2p"), ranks=2, launcher="srun")
+    assert_close(both, alone("ph2p"))
 
 
 @pytest.mark.slow
-def test_ranks_need_not_take_the_same_number_of_steps(tiny, inputs, alone, tmp_path):
+def test_ranks_may_take_different_numbers_of_steps(tiny, inputs, alone, tmp_path):
     """One rank has nothing to do; Lightning starts the ranks."""
     one = ("--data.images", str(inputs / "0.png"), "--trainer.devices", "2", "--trainer.strategy", "problems")
-    process = started(*arguments(tiny, inputs, tmp_path / "two", "ph2p", *one))
+    process = start_search(*arguments(tiny, inputs, tmp_path / "two", "ph2p", *one))
     _, errors = process.communicate(timeout=250)
     assert process.returncode == 0, errors[-3000:]
-    (together,) = found(tmp_path / "two")
-    assert together["prompt"] == alone("ph2p")[0]["prompt"]
+    (both,) = results_of(tmp_path / "two")
+    assert both["prompt"] == alone("ph2p")[0]["prompt"]
 
 
-def started(*args, launcher=()):
+def start_search(*args, launcher=()):
     """Start a search in its own process group, which can be killed as a whole."""
     return subprocess.Popen(
         [sys.executable, *launcher, *args], cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
@@ -317,7 +319,7 @@ def checkpoints(run, rank):
     return list((run / "checkpoints").glob(f"rank{rank}-*.ckpt"))
 
 
-def assert_alike(some, others):
+def assert_close(some, others):
     for one, other in zip(some, others, strict=True):
         assert (one["key"], one["prompt"], one["unet_samples"]) == (
             other["key"],
@@ -328,47 +330,47 @@ def assert_alike(some, others):
 
 
 @pytest.mark.slow
-def test_other_ranks_go_on_where_two_were_killed(tiny, inputs, alone, tmp_path):
+def test_other_number_of_ranks_resumes_a_killed_run(tiny, inputs, alone, tmp_path):
     run = tmp_path / "run"
     how = arguments(tiny, inputs, run, "ph2p", "--trainer.strategy", "problems", "--ckpt_path", "last")
-    process = started(*how, "--trainer.devices", "2")
+    process = start_search(*how, "--trainer.devices", "2")
     wait_for(lambda: checkpoints(run, 0) and checkpoints(run, 1), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert_alike(fit(*how, ranks=3), alone("ph2p"))
+    assert_close(fit(*how, ranks=3), alone("ph2p"))
 
 
 @pytest.mark.slow
-def test_a_lost_rank_is_started_again_and_loses_nothing(tiny, inputs, alone, tmp_path):
-    """Without --ckpt_path: torchrun tells the processes that they were restarted."""
+def test_restarted_rank_loses_nothing(tiny, inputs, alone, tmp_path):
+    """No --ckpt_path is needed, since torchrun sets a variable in restarted processes."""
     run = tmp_path / "run"
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", "--")
-    process = started(*arguments(tiny, inputs, run, "ph2p", "--trainer.strategy", "problems"), launcher=torchrun)
+    process = start_search(*arguments(tiny, inputs, run, "ph2p", "--trainer.strategy", "problems"), launcher=torchrun)
     wait_for(lambda: checkpoints(run, 0) and checkpoints(run, 1), process)
-    (pid,) = resolve_devices(process.pid, 1)
+    (pid,) = process_of_rank(process.pid, 1)
     os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=250)
     assert process.returncode == 0, errors[-3000:]
-    assert_alike(found(run), alone("ph2p"))
+    assert_close(results_of(run), alone("ph2p"))
 
 
 @pytest.mark.slow
-def test_ranks_that_share_stop_together(tiny, inputs, tmp_path):
-    """Whichever rank gets the signal; if they stopped at different steps, they would wait for each other forever."""
+def test_ranks_that_share_samples_stop_together(tiny, inputs, tmp_path):
+    """Any rank may get the signal; if ranks stopped at different steps, they would wait for each other forever."""
     run = tmp_path / "run"
     how = arguments(
         tiny, inputs, run, "ph2p", "--trainer.strategy", "samples", "--ckpt_path", "last", "--model.steps", "400"
     )
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--")
-    process = started(*how, launcher=torchrun)
+    process = start_search(*how, launcher=torchrun)
     wait_for(lambda: checkpoints(run, 0), process)
-    (pid,) = resolve_devices(process.pid, 1)
+    (pid,) = process_of_rank(process.pid, 1)
     os.kill(pid, signal.SIGTERM)
     process.communicate(timeout=60)
     assert [json.loads(file.read_text())["status"] for file in (run / "problems").glob("*.json")] == ["open"] * 3
 
 
-def resolve_devices(agent, rank):
+def process_of_rank(agent, rank):
     """Return the process of a rank that torchrun started."""
     for entry in Path("/proc").iterdir():
         try:

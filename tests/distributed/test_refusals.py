@@ -29,8 +29,8 @@ def image_folder(tmp_path):
 
 
 @pytest.fixture
-def refused(image_folder, tmp_path, monkeypatch, capsys):
-    """Return the error message for settings, which must come before the model is loaded."""
+def refusal(image_folder, tmp_path, monkeypatch, capsys):
+    """Return a function that asserts that settings are refused before the model is loaded, and returns the message."""
 
     def loaded(*args, **kwargs):
         raise AssertionError("the model was loaded")
@@ -49,7 +49,7 @@ def refused(image_folder, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (["--trainer.devices", "2", "--trainer.strategy", "ddp"], "give --trainer.strategy problems"),
         (["--trainer.devices", "2", "--trainer.strategy", "fsdp"], "--trainer.strategy 'fsdp' divides a model"),
@@ -57,40 +57,46 @@ def refused(image_folder, tmp_path, monkeypatch, capsys):
         (["--trainer.num_nodes", "2"], "start the command on them with torchrun or srun"),
     ],
 )
-def test_what_does_not_fit(refused, settings, told, monkeypatch):
+def test_unsuitable_trainer_settings_are_refused(refusal, settings, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert told in refused(*settings)
+    assert message in refusal(*settings)
 
 
-def test_user_is_asked_in_one_process(refused):
+def test_human_feedback_needs_one_process(refusal):
     settings = ("--trainer.devices", "2", "--data.prompts", "a cat")
-    assert "asks one user" in refused(*settings, config="configs/human_feedback.yaml", given=False)
+    assert "asks one user" in refusal(*settings, config="configs/human_feedback.yaml", given=False)
 
 
 @pytest.fixture
 def torchrun(monkeypatch):
     """Set the environment of the second of four processes, two on each of two machines."""
-    told = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
+    variables = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # fmt: skip
-    for name, value in told.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
 
-def test_other_devices_than_torchrun_has_started(refused, torchrun):
-    told = refused("--trainer.devices", "8")
-    assert "torchrun has started 2 processes on 2 machines, but --trainer.devices is 8" in told
-    assert "leave both out" in told
+def test_devices_other_than_torchruns_are_refused(refusal, torchrun):
+    message = refusal("--trainer.devices", "8")
+    assert "torchrun has started 2 processes on 2 machines, but --trainer.devices is 8" in message
+    assert "leave both out" in message
 
 
-def test_processes_of_a_launcher_need_a_common_folder(refused, torchrun):
-    assert "need a common folder; give --run runs/NAME" in refused(name=False)
+def test_processes_of_a_launcher_need_a_run_folder(refusal, torchrun):
+    assert "need a common folder; give --run runs/NAME" in refusal(name=False)
 
 
-def test_tasks_that_slurm_may_put_anywhere(refused, monkeypatch):
-    told = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "x", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}
-    for name, value in told.items():
+def test_slurm_tasks_need_a_number_per_node(refusal, monkeypatch):
+    variables = {
+        "SLURM_NTASKS": "4",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NAME": "x",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "1",
+    }
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert "give --ntasks-per-node" in refused()
+    assert "give --ntasks-per-node" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -102,14 +108,14 @@ def test_tasks_that_slurm_may_put_anywhere(refused, monkeypatch):
         ("problems", 1, "problems", 2),
     ],
 )
-def test_strategy_fits_what_is_given(strategy, given, chosen, parts, image_folder, monkeypatch, caplog):
+def test_strategy_is_chosen_by_the_number_of_inputs(strategy, given, chosen, parts, image_folder, monkeypatch, caplog):
     class Reached(Exception):
         pass
 
-    seen = []
+    chosen_strategies = []
 
     def prepared(self, config, parts):
-        seen.append((config.trainer.strategy, parts))
+        chosen_strategies.append((config.trainer.strategy, parts))
         raise Reached
 
     monkeypatch.setattr(cli.CLI, "_prepare_fit", prepared)
@@ -121,12 +127,12 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, image_folde
                 f"--trainer.devices 2 --trainer.strategy {strategy}"
             ).split()
         )
-    assert seen == [(chosen, parts)]
+    assert chosen_strategies == [(chosen, parts)]
     assert ("1 of 2 processes have nothing to do" in caplog.text) == (strategy == "problems")
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         ((2, "x", None), "The ranks see different images: rank 0 has 3 and rank 1 has 2;"),
         ((3, "x", None), "rank 0 has 3 and rank 1 has 3, but not the same;"),
@@ -136,17 +142,17 @@ def test_strategy_fits_what_is_given(strategy, given, chosen, parts, image_folde
         ),
     ],
 )
-def test_ranks_that_see_different_files(other, told, tiny, image_folder, tmp_path, monkeypatch):
+def test_ranks_with_different_images_are_refused(other, message, tiny, image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_prompts.engine.datamodule.all_gather_object", lambda own: [own, other])
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=re.escape(message)):
         trainer.fit(
             PEZ(backbone=tiny, num_tokens=2, steps=1, sampler=SamplerSettings(2)),
             datamodule=ImagesToPrompts(str(image_folder)),
         )
 
 
-def test_all_differences_from_an_earlier_run_are_told(tiny, image_folder, tmp_path, capsys):
+def test_message_lists_all_settings_that_differ_from_the_run(tiny, image_folder, tmp_path, capsys):
     args = (
         f"fit --run {tmp_path / 'run'} --trainer.accelerator cpu --model PEZ --model.backbone {tiny} "
         f"--model.num_tokens 2 --model.sampler.num_inference_steps 2 --data.images {image_folder} --model.steps 1 "
@@ -163,7 +169,7 @@ def test_all_differences_from_an_earlier_run_are_told(tiny, image_folder, tmp_pa
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize(("count", "size"), [(1, 4), (4, 4), (12, 4), (13, 4), (40, 16), (7, 1)])
-def test_every_sample_is_some_ranks_and_calls_are_those_of_one_process(count, size, ranks, monkeypatch):
+def test_shards_cover_every_sample_in_the_calls_of_one_process(count, size, ranks, monkeypatch):
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
     several, shares = [], set()
     for rank in range(ranks):
@@ -171,11 +177,11 @@ def test_every_sample_is_some_ranks_and_calls_are_those_of_one_process(count, si
         own, share = shard_indices(count, size)
         several.append(list(own))
         shares.add(share)
-    assert shares == {len(several[0])} == {max(map(len, several))}  # they exchange equal numbers
+    assert shares == {len(several[0])} == {max(map(len, several))}  # ranks exchange equal numbers of samples
     assert [number for numbers in several for number in numbers][:count] == list(range(count))
     assert all(
         numbers == [count - 1] for numbers in several[-(-count // len(several[0])) :]
-    )  # nothing is left for these
+    )  # no sample is left for these ranks
     if -(-count // ranks) >= size:
         assert all(numbers[0] % size == 0 or numbers[0] == count - 1 for numbers in several)
 
@@ -218,7 +224,7 @@ def checkpoint(keys, steps, width, **batch):
     }
 
 
-def test_checkpoints_of_several_ranks_are_merge():
+def test_checkpoints_of_several_ranks_are_merged():
     some = [
         checkpoint(["a", "b"], [3, 5], 2),
         checkpoint(["c", "d", "b"], [4, 2, 7], 3, active=[True, False, True]),
@@ -235,19 +241,19 @@ def test_checkpoints_of_several_ranks_are_merge():
     assert whole["epoch"] == 1
 
 
-def test_checkpoints_of_a_method_without_an_optimizer_are_merge():
+def test_checkpoints_without_an_optimizer_are_merged():
     """Lightning saves the state {} if there is no optimizer."""
     some = [checkpoint([key], [1], 2) | {"optimizer_states": [{}]} for key in "ab"]
     assert merge(some, lambda record: True)["optimizer_states"] == [{}]
 
 
-def test_nothing_is_left_of_checkpoints_whose_problems_are_finished():
+def test_merge_without_open_problems_is_empty():
     whole = merge([checkpoint(["a"], [1], 2)], lambda record: False)
     assert whole["batch"]["records"] == []
     assert whole["state_dict"]["prompt"].shape == (0, 2)
 
 
-def test_rows_are_cut_off_or_filled_up():
+def test_fit_shape_truncates_or_pads_rows():
     rows = torch.arange(6.0).view(1, 2, 3)
     assert fit_shape(rows, (2, 3)) is rows
     assert fit_shape(rows, (1, 4)).tolist() == [[[0, 1, 2, 0]]]

@@ -10,14 +10,14 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "slurm.sh"
 SRUN = """#!/bin/bash
-echo "$@" > "$TOLD/srun"
+echo "$@" > "$RECORDS/srun"
 trap 'exit 143' TERM
-echo $$ > "$TOLD/pid"
-for _ in $(seq 300); do [ -e "$TOLD/end" ] && exit 3; sleep 0.1; done
+echo $$ > "$RECORDS/pid"
+for _ in $(seq 300); do [ -e "$RECORDS/end" ] && exit 3; sleep 0.1; done
 """
 SCONTROL = """#!/bin/bash
-echo "$@" > "$TOLD/scontrol"
-kill -TERM "$(cat "$TOLD/pid")"
+echo "$@" > "$RECORDS/scontrol"
+kill -TERM "$(cat "$RECORDS/pid")"
 """
 
 
@@ -30,7 +30,7 @@ def job(tmp_path):
     environment = {
         **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "TOLD": str(tmp_path),
+        "RECORDS": str(tmp_path),
         "SLURM_JOB_ID": "77",
     }
     process = subprocess.Popen(["bash", SCRIPT, "my images", "runs/big", "--model.steps", "5"], env=environment)
@@ -40,16 +40,16 @@ def job(tmp_path):
     process.kill()
 
 
-def test_the_search_is_told_what_the_job_was(job):
-    process, told = job
-    (told / "end").touch()
-    assert process.wait(10) == 3  # as the search
-    assert "--data.images my images --run runs/big --ckpt_path last" in (told / "srun").read_text()
-    assert "--model.steps 5" in (told / "srun").read_text()
+def test_job_passes_its_arguments_to_the_search(job):
+    process, records = job
+    (records / "end").touch()
+    assert process.wait(10) == 3  # the exit code of the search
+    assert "--data.images my images --run runs/big --ckpt_path last" in (records / "srun").read_text()
+    assert "--model.steps 5" in (records / "srun").read_text()
 
 
-def test_before_its_end_it_is_queued_again_and_the_search_ends_first(job):
-    process, told = job
+def test_job_is_requeued_before_its_time_limit(job):
+    process, records = job
     process.send_signal(signal.SIGUSR1)
     assert process.wait(10) == 143
-    assert (told / "scontrol").read_text() == "requeue 77\n"
+    assert (records / "scontrol").read_text() == "requeue 77\n"

@@ -14,7 +14,7 @@ from tools.train_emoji.export import export
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def test_exported_folders_have_the_layout_of_the_shipped_ones(tmp_path):
+def test_exported_folders_have_the_layout_of_the_shipped_model(tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"
     tokenizer = train_tokenizer(["a red circle on a blue background"], 5, work / "tokenizer")
     networks.clip(tokenizer, vision=(32, 1), text=(32, 1)).save_pretrained(work / "clip")

@@ -18,7 +18,7 @@ STAGES = {"clip": "model", "autoencoder": "diffusion_pytorch_model", "denoiser":
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """A work folder with 24 images of shapes and their captions."""
+    """Write a work folder with 24 images of shapes and their captions."""
     work, rng = tmp_path_factory.mktemp("scenes"), random.Random(0)
     scenes = [scene for scene in (world.random_scene(rng) for _ in range(1000)) if scene.object in world.SHAPES][:24]
     captions = [world.caption(scene, rng) for scene in scenes for _ in range(stages.CAPTIONS)]
@@ -31,7 +31,7 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture
-def weights(scenes, tmp_path, monkeypatch):
+def train(scenes, tmp_path, monkeypatch):
     """Train all stages in a folder, with a checkpoint every two steps, and return their weights.
 
     `stop` interrupts each stage at a step.
@@ -65,7 +65,7 @@ def raise_at(step):
     return on_train_batch_end
 
 
-def equal(one, other):
+def are_equal(one, other):
     return all(
         one[stage].keys() == other[stage].keys() and all(torch.equal(x, other[stage][k]) for k, x in one[stage].items())
         for stage in STAGES
@@ -73,8 +73,8 @@ def equal(one, other):
 
 
 @pytest.mark.slow
-def test_training_is_reproducible_and_resumes(weights):
-    complete = weights("complete")
-    assert equal(complete, weights("again"))
-    assert equal(complete, weights("interrupted", stop=3))
-    assert not equal(complete, weights("other", seed=1))
+def test_training_is_reproducible_and_resumes(train):
+    complete = train("complete")
+    assert are_equal(complete, train("again"))
+    assert are_equal(complete, train("interrupted", stop=3))
+    assert not are_equal(complete, train("other", seed=1))

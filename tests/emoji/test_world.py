@@ -62,7 +62,7 @@ def test_scenes_and_captions_depend_only_on_the_generator():
     assert make() == make()
 
 
-def test_seed_changes_details():
+def test_seed_changes_the_details_of_a_rendering():
     other = Scene(**{**PLAIN.__dict__, "seed": 8})
     assert (np.asarray(render(PLAIN)) != np.asarray(render(other))).any()
 
@@ -96,14 +96,14 @@ def test_captions_without_synonyms_use_the_plain_words():
         assert {scene.object, scene.background, scene.color} <= set(words)
 
 
-def test_caption_words_are_those_of_captions():
+def test_caption_words_lists_the_words_of_captions():
     rng, words = random.Random(4), set()
     for _ in range(20_000):
         words |= set(caption(world.random_scene(rng), rng, synonym_share=0.6).replace(",", "").split())
     assert words == world.caption_words()
 
 
-def test_no_word_has_two_meanings():
+def test_no_word_names_two_things():
     groups = [{word, *others} for names in (OBJECTS, COLOR_SYNONYMS) for word, others in names.items()]
     words = [word for group in groups for word in group]
     assert len(words) == len(set(words))
@@ -130,7 +130,7 @@ def test_every_emoji_is_in_the_font():
         assert sprite[..., 3].max() > 0, name
 
 
-def test_shipped_model_is_a_diffusers_pipeline():
+def test_shipped_model_loads_as_a_diffusers_pipeline():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline = StableDiffusionPipeline.from_pretrained(EMOJI, safety_checker=None, local_files_only=True)
@@ -142,7 +142,7 @@ def test_shipped_model_is_a_diffusers_pipeline():
 
 
 @pytest.mark.parametrize("folder", ["model/tokenizer", "model/clip", "scorer"])
-def test_tokenizer_knows_every_character(folder):
+def test_tokenizer_round_trips_every_character(folder):
     path = EMOJI.parent / folder
     tokenizer = CLIPTokenizerFast.from_pretrained(path)
     for text in ("café", "naïve 日本 🙂", "a t-shirt, don't!"):
@@ -153,7 +153,7 @@ def test_tokenizer_knows_every_character(folder):
     assert len(json.loads((path / "vocab.json").read_text())) == len(tokenizer)
 
 
-def test_captions_fit_the_encoder():
+def test_captions_fit_the_context_of_the_encoder():
     tokenizer = CLIPTokenizerFast.from_pretrained(EMOJI / "tokenizer")
     rng = random.Random(3)
     texts = [caption(world.random_scene(rng), rng, keep=1) for _ in range(500)]

@@ -43,15 +43,15 @@ def linear(slopes):
     return lambda parameter: (parameter * torch.tensor(slopes)).sum(1)
 
 
-def test_a_step_is_the_optimizers():
+def test_step_equals_the_optimizers():
     batch, optimizer = filled()
     step(batch, optimizer, linear([[1.0, -2.0], [3.0, 0.0], [0.0, 5.0]]))
     expected = 1 - LR * torch.tensor([[1.0, -2.0], [3.0, 0.0], [0.0, 5.0]])
     torch.testing.assert_close(batch.parameter.detach(), expected)
 
 
-def test_other_rows_stay_where_they_are():
-    """Momentum and weight decay must not move them either."""
+def test_other_rows_stay_unchanged():
+    """Neither momentum nor weight decay moves them."""
     batch, optimizer = filled(momentum=0.9, weight_decay=0.5)
     step(batch, optimizer, linear([[1.0, 1.0]] * 3))
     before = batch.parameter.detach().clone()
@@ -61,7 +61,7 @@ def test_other_rows_stay_where_they_are():
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
-def test_a_gradient_that_is_not_finite_moves_nothing(wrong):
+def test_nonfinite_gradient_skips_the_step_of_its_row(wrong):
     batch, optimizer = filled(momentum=0.9, weight_decay=0.5)
     for _ in range(2):
         step(batch, optimizer, linear([[1.0, wrong], [1.0, 1.0], [1.0, 1.0]]))
@@ -71,7 +71,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(wrong):
     step(batch, optimizer, linear([[0.0, 0.0]] * 3))
     torch.testing.assert_close(batch.parameter[1], batch.parameter[2])
     buffer = optimizer.state[batch.parameter]["momentum_buffer"]
-    assert (buffer[0] <= 0.5 * (1 + 0.9 + 0.81)).all()  # only by weight decay
+    assert (buffer[0] <= 0.5 * (1 + 0.9 + 0.81)).all()  # weight decay alone
 
 
 def test_gradients_are_clipped_on_both_sides():
@@ -81,18 +81,18 @@ def test_gradients_are_clipped_on_both_sides():
     torch.testing.assert_close(batch.parameter.detach(), expected)
 
 
-def test_halved_rows_take_a_part_of_the_step():
+def test_halvings_shorten_the_step():
     batch, optimizer = filled()
     batch[1].halvings = 2
     step(batch, optimizer, linear([[1.0, 1.0]] * 3))
     torch.testing.assert_close(batch.parameter[:, 0].detach(), 1 - LR * torch.tensor([1.0, 0.25, 1.0]))
 
 
-def test_finished_rows_make_room_and_the_others_keep_their_state():
+def test_finished_rows_are_replaced_and_others_keep_their_state():
     batch, optimizer = filled(momentum=0.9)
     step(batch, optimizer, linear([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
     before, state = batch.parameter.detach().clone(), optimizer.state[batch.parameter]
-    kept = state["momentum_buffer"].clone()
+    momentum = state["momentum_buffer"].clone()
     batch.skipped = torch.tensor([4, 5, 6])
     batch.finish(1)
     assert batch.active_rows().tolist() == [0, 2]
@@ -101,7 +101,7 @@ def test_finished_rows_make_room_and_the_others_keep_their_state():
     assert [record.key for record in change.evicted] == ["b"]
     assert [record.key for record in batch.records] == ["a", "c", "d"]
     torch.testing.assert_close(batch.parameter.detach(), torch.cat([before[[0, 2]], torch.ones(1, 2)]))
-    torch.testing.assert_close(state["momentum_buffer"], torch.cat([kept[[0, 2]], torch.zeros(1, 2)]))
+    torch.testing.assert_close(state["momentum_buffer"], torch.cat([momentum[[0, 2]], torch.zeros(1, 2)]))
     assert batch.skipped.tolist() == [4, 6, 0]
     assert [record.key for record in batch.finished] == ["b"]
 
@@ -115,7 +115,7 @@ def test_failed_problems_are_finished_at_once():
     assert [record.key for record in batch.records] == ["y", "z"]
 
 
-def test_a_batch_without_arrivals_is_exhausted_when_its_last_row_is_finished():
+def test_batch_is_exhausted_when_its_last_row_is_finished():
     batch, _ = filled("a", size=1)
     assert not batch.exhausted
     assert refill(batch) == ([], [])
@@ -124,7 +124,7 @@ def test_a_batch_without_arrivals_is_exhausted_when_its_last_row_is_finished():
     assert batch.exhausted
 
 
-def test_rows_of_a_new_shape_pad_those_of_the_old_one():
+def test_longer_rows_pad_the_shorter_ones():
     batch, optimizer = filled("a", momentum=0.9)
     step(batch, optimizer, linear([[1.0, 1.0]]))
     refill(batch, "b", shape=(3,))
@@ -134,7 +134,7 @@ def test_rows_of_a_new_shape_pad_those_of_the_old_one():
     assert concatenate([torch.ones(1, 1), torch.ones(1, 2)]).tolist() == [[1.0, 0.0], [1.0, 1.0]]
 
 
-def test_a_reset_row_forgets_its_momentum():
+def test_reset_row_has_no_momentum():
     batch, optimizer = filled(momentum=0.9)
     step(batch, optimizer, linear([[1.0, 1.0]] * 3))
     batch.reset_rows(torch.tensor([1]), torch.full((1, 2), 5.0))
@@ -142,16 +142,16 @@ def test_a_reset_row_forgets_its_momentum():
     assert optimizer.state[batch.parameter]["momentum_buffer"][:, 0].tolist() == [1.0, 0.0, 1.0]
 
 
-def test_only_a_lower_loss_is_kept():
+def test_offer_keeps_only_lower_losses():
     batch, _ = filled("a")
-    kept = [batch.offer(0, "x", loss) for loss in (3.0, 3.0, 4.0, 2.0)]
-    assert kept == [True, False, False, True]
+    accepted = [batch.offer(0, "x", loss) for loss in (3.0, 3.0, 4.0, 2.0)]
+    assert accepted == [True, False, False, True]
     assert batch[0].stale == 0
     assert not batch.offer(0, "y", 1.0, acceptable=False)
     assert (batch[0].stale, batch[0].record.validation_loss) == (1, 2.0)
 
 
-def test_a_batch_comes_back_from_a_checkpoint():
+def test_batch_is_restored_from_a_checkpoint():
     batch, _ = filled()
     batch.rows = [
         Row(
@@ -174,7 +174,7 @@ def test_a_batch_comes_back_from_a_checkpoint():
     assert again.skipped.dtype == torch.long
 
 
-def test_merged_batches_keep_the_row_with_the_most_steps():
+def test_merge_keeps_the_row_with_the_most_steps():
     parts = []
     for number, names in enumerate(("abc", "bd")):
         batch, _ = filled(names)

@@ -7,12 +7,12 @@ import pytest
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Return the families' folders, written on first use; text after a comma is not part of a family's name."""
-    found = {}
+    result = {}
 
     def folder(family):
         family = family.partition(",")[0]
-        if family not in found:
-            found[family] = families.save_with_clip(family, tmp_path_factory.mktemp(family))
-        return found[family]
+        if family not in result:
+            result[family] = families.save_with_clip(family, tmp_path_factory.mktemp(family))
+        return result[family]
 
     return folder

@@ -83,52 +83,52 @@ OTHERS = [
 ]
 
 
-def counted(module):
+def count_denoiser_samples(module):
     """Count the samples of the denoiser, and those with a gradient."""
-    seen = {"forward": 0, "backward": 0}
+    counts = {"forward": 0, "backward": 0}
     forward = module.backbone.denoiser.forward
 
     def count(sample, *args, **kwargs):
-        seen["forward"] += len(sample)
+        counts["forward"] += len(sample)
         output = forward(sample, *args, **kwargs)
         if output[0].requires_grad:
-            output[0].register_hook(lambda gradient: seen.update(backward=seen["backward"] + len(gradient)))
+            output[0].register_hook(lambda gradient: counts.update(backward=counts["backward"] + len(gradient)))
         return output
 
     module.backbone.denoiser.forward = count
-    return seen
+    return counts
 
 
-def paused(function, seen):
+def without_counting(function, counts):
     """Exclude a function from the count."""
 
     def run(*args):
-        before = dict(seen)
+        before = dict(counts)
         result = function(*args)
-        seen.update(before)
+        counts.update(before)
         return result
 
     return run
 
 
 @pytest.mark.parametrize(("method", "settings"), INVERTERS)
-def test_inverters(method, settings, tiny, image_folder, tmp_path):
+def test_cost_of_inversion_counts_every_denoiser_sample(method, settings, tiny, image_folder, tmp_path):
     module = method(backbone=tiny, num_tokens=2, score_every_n_steps=2, **settings, **FEW)
-    seen = counted(module)
+    counts = count_denoiser_samples(module)
     problems = fit(module, image_folder, tmp_path, steps=3, num_noise_samples=3, num_validation_samples=4)
-    assert sum(problem.unet_samples for problem in problems) == seen["forward"] + seen["backward"] > 0
+    assert sum(problem.unet_samples for problem in problems) == counts["forward"] + counts["backward"] > 0
 
 
 @pytest.mark.parametrize(("method", "settings"), OTHERS)
-def test_methods_that_begin_with_a_prompt(method, settings, tiny, tmp_path, monkeypatch):
+def test_cost_of_steering_counts_every_denoiser_sample(method, settings, tiny, tmp_path, monkeypatch):
     # A checkpointed call is computed twice, the second time for its gradient alone.
     monkeypatch.setattr(sampling_loop, "checkpoint", lambda function, *arguments, **how: function(*arguments))
     module, data = method(backbone=tiny, seeds=2, **FEW | settings), Prompts(["a small cat", "two dogs"])
-    seen = counted(module)
-    if method is SeedInvariance:  # what the target images take is not counted
+    counts = count_denoiser_samples(module)
+    if method is SeedInvariance:  # the samples of target images are not counted
         for name in ("set_rows", "targets"):
-            monkeypatch.setattr(module, name, paused(getattr(module, name), seen))
+            monkeypatch.setattr(module, name, without_counting(getattr(module, name), counts))
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
     trainer.fit(module, datamodule=data)
     spent = sum(problem.unet_samples for problem in data.folder.load().values())
-    assert spent == seen["forward"] + seen["backward"] > 0
+    assert spent == counts["forward"] + counts["backward"] > 0

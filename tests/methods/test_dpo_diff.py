@@ -49,7 +49,7 @@ def choices(tiny):
     return module
 
 
-def test_one_hot_logits_are_the_decoded_text(choices):
+def test_one_hot_logits_encode_the_text_of_the_choice(choices):
     for choice in itertools.product(*(range(len(slot.words)) for slot in SPACE.slots)):
         noise = torch.zeros(choices.logits.shape)
         noise[0].scatter_(1, torch.tensor(choice).unsqueeze(1), 1e4)
@@ -62,60 +62,60 @@ def test_one_hot_logits_are_the_decoded_text(choices):
             assert torch.equal(embeddings, choices.table[expected])
 
 
-def test_only_words_of_the_drawn_number_of_tokens_are_mixed(choices):
+def test_only_words_of_the_sampled_length_are_mixed(choices):
     noise = torch.zeros(choices.logits.shape)
-    noise[0, 1, 2] = 3  # "two dogs", beside which "green circle" may have as many tokens and the others have not
+    noise[0, 1, 2] = 3  # "two dogs"; "green circle" may have as many tokens, the others do not
     (ids, embeddings, _), _ = choices(torch.tensor([0]), noise)
     counts = [len(choices.tokens(word)) for word in SPACE.slots[1].words]
-    alike = [i for i, count in enumerate(counts) if count == counts[2]]
-    weights = (choices.logits[0, 1] + noise[0, 1])[alike].softmax(0)
-    words = torch.stack([choices.table[choices.tokens(SPACE.slots[1].words[i])] for i in alike])
+    same_length = [i for i, count in enumerate(counts) if count == counts[2]]
+    weights = (choices.logits[0, 1] + noise[0, 1])[same_length].softmax(0)
+    words = torch.stack([choices.table[choices.tokens(SPACE.slots[1].words[i])] for i in same_length])
     start = 1 + len(choices.tokens("a small "))
     expected = torch.einsum("w,wtd->td", weights, words)
     torch.testing.assert_close(embeddings[0, start : start + counts[2]], expected)
     assert ids[0, start : start + counts[2]].tolist() == choices.tokens("two dogs")
 
 
-def test_words_are_drawn_by_the_softmax_of_the_logits(tiny):
+def test_words_are_sampled_from_the_softmax_of_the_logits(tiny):
     module = DPODiff(backbone=tiny, sampler=SamplerSettings(4), schedule="fix-1")
     module.prompt.set_spaces([SPACE])
     module.prompt.logits.data = module.prompt.init_logits()
     module.prompt.logits.data[0, 1, :4] = torch.tensor([0.0, 1.0, 2.0, 0.5])
     module.batch.rows = [Row(Problem("some", ""))]
     module.trainer = type("Trainer", (), {"datamodule": type("Data", (), {"seed": 0})})
-    drawn = torch.tensor([module.draw_choice(0, 1, attempt) for attempt in range(4000)])
+    choices = torch.tensor([module.draw_choice(0, 1, attempt) for attempt in range(4000)])
     expected = torch.tensor([0.0, 1.0, 2.0, 0.5]).softmax(0)
-    shares = torch.bincount(drawn[:, 1], minlength=4) / len(drawn)
+    shares = torch.bincount(choices[:, 1], minlength=4) / len(choices)
     torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("chance", [0.2, 0.7])
-def test_slots_stay_as_they_are_with_the_chance_that_was_given(choices, chance):
-    choices.logits.data = choices.init_logits(chance)
+@pytest.mark.parametrize("probability", [0.2, 0.7])
+def test_init_keep_prob_is_the_probability_of_the_original_word(choices, probability):
+    choices.logits.data = choices.init_logits(probability)
     weights = choices.perturbed(torch.tensor([0]), torch.zeros_like(choices.logits)).softmax(2)
-    torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), chance))
+    torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), probability))
 
 
-# Of so many words a uniform draw leaves a slot as it is more often than with these chances, so that its logit begins
-# below 0.
-@pytest.mark.parametrize("chance", [0.02, 0.15, 0.6])
-def test_chance_that_was_given_survives_a_step_without_a_gradient(chance, attached):
-    module = attached(init_keep_prob=chance)
+# With many words, a uniform choice keeps the original word more often than with these probabilities, so its logit
+# starts below 0.
+@pytest.mark.parametrize("probability", [0.02, 0.15, 0.6])
+def test_step_without_a_gradient_keeps_the_initial_probability(probability, attached):
+    module = attached(init_keep_prob=probability)
     module.optimizers = module.configure_optimizers
     before = module.prompt.logits.detach().clone()
     module.descend(0 * module.prompt.logits.sum(), torch.tensor([0]))
     torch.testing.assert_close(module.prompt.logits.detach(), before)
     weights = module.prompt.perturbed(torch.tensor([0]), torch.zeros_like(before)).softmax(2)
-    torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), chance))
+    torch.testing.assert_close(weights[0, :, 0].detach(), torch.full((len(SPACE.slots),), probability))
 
 
-def test_logits_stay_in_the_range_of_the_released_code_or_where_they_began(attached):
+def test_logits_stay_in_the_range_of_the_released_code(attached):
     module = attached(init_keep_prob=0.02, lr=50.0)
     module.optimizers = module.configure_optimizers
-    begun = module.prompt.init_logits(0.02)
+    initial = module.prompt.init_logits(0.02)
     for sign in (1, -1):
         module.descend(sign * module.prompt.logits.sum(), torch.tensor([0]))
-        bound = begun.clamp(max=0) if sign == 1 else torch.full_like(begun, 3)
+        bound = initial.clamp(max=0) if sign == 1 else torch.full_like(initial, 3)
         torch.testing.assert_close(module.prompt.logits.detach(), bound)
 
 
@@ -139,20 +139,20 @@ def test_step_is_rmsprop_with_momentum_on_a_clipped_gradient(attached):
 # --- the shortcut text gradient
 
 
-def drawn(backbone, sides, noise, guidance, before, held=None, grad_steps=1, steps=5):
+def slow_shortcut(backbone, sides, noise, guidance, before, start=None, grad_steps=1, steps=5):
     """Run a slow DDIM (eta 0).
 
     Return the latents before call `before`, or from those, the image after `grad_steps` more calls.
     """
     scheduler = DDIMScheduler.from_config(backbone.scheduler.config)
     scheduler.set_timesteps(steps)
-    latents = noise if held is None else held
+    latents = noise if start is None else start
     alphas = scheduler.alphas_cumprod.double()
-    calls = range(before) if held is None else range(before, before + grad_steps)
+    calls = range(before) if start is None else range(before, before + grad_steps)
     for i in calls:
         t = scheduler.timesteps[i]
-        told, away = (backbone.denoise(latents, t.expand(len(latents)), side) for side in sides)
-        output = away + guidance * (told - away) if guidance > 1 else told
+        positive, negative = (backbone.denoise(latents, t.expand(len(latents)), side) for side in sides)
+        output = negative + guidance * (positive - negative) if guidance > 1 else positive
         a, s = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
         if backbone.prediction_type == "epsilon":
             x0, epsilon = (latents - s * output) / a, output
@@ -161,13 +161,13 @@ def drawn(backbone, sides, noise, guidance, before, held=None, grad_steps=1, ste
         last = int(t) - scheduler.config.num_train_timesteps // steps
         b = alphas[last] if last >= 0 else scheduler.final_alpha_cumprod.double()
         latents = b.sqrt() * x0 + (1 - b).sqrt() * epsilon
-    return latents if held is None else backbone.decode(x0)
+    return latents if start is None else backbone.decode(x0)
 
 
 @pytest.mark.parametrize(
     ("before", "grad_steps", "guidance"), [(2, 1, 3.0), (0, 1, 3.0), (1, 3, 3.0), (0, 5, 3.0), (2, 1, 1.0)]
 )
-def test_shortcut_gradient_is_that_of_finite_differences(before, grad_steps, guidance, sd):
+def test_shortcut_gradient_equals_finite_differences(before, grad_steps, guidance, sd):
     backbone = load_backbone(str(sd)).double()
     backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, clip_sample=False)
     choices = WordChoices(backbone.vocabulary)
@@ -183,15 +183,17 @@ def test_shortcut_gradient_is_that_of_finite_differences(before, grad_steps, gui
         return [backbone.encode(*side).repeat_interleave(2, 0) for side in choices(torch.tensor([0]), gumbel)]
 
     at, direction = choices.logits.data.clone(), torch.randn_like(choices.logits)
-    told, away = sides_at(at)
-    latents = backbone.sample(told, away, noise, 5, guidance, grad_steps, before + grad_steps)
+    positive, negative = sides_at(at)
+    latents = backbone.sample(positive, negative, noise, 5, guidance, grad_steps, before + grad_steps)
     value = (backbone.decode(latents) * weights).sum()
     (gradient,) = torch.autograd.grad(value, choices.logits)
     with torch.no_grad():
-        held = drawn(backbone, sides_at(at), noise, guidance, before)
+        start = slow_shortcut(backbone, sides_at(at), noise, guidance, before)
 
         def loss(logits):
-            return float((drawn(backbone, sides_at(logits), noise, guidance, before, held, grad_steps) * weights).sum())
+            return float(
+                (slow_shortcut(backbone, sides_at(logits), noise, guidance, before, start, grad_steps) * weights).sum()
+            )
 
         assert float(value.detach()) == pytest.approx(loss(at), rel=1e-5)
         slope = (loss(at + 1e-5 * direction) - loss(at - 1e-5 * direction)) / 2e-5
@@ -199,15 +201,17 @@ def test_shortcut_gradient_is_that_of_finite_differences(before, grad_steps, gui
     assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-4)
 
 
-def test_all_steps_is_plain_autograd_through_the_sampler(sd):
+def test_gradient_through_all_steps_equals_plain_autograd(sd):
     backbone = load_backbone(str(sd)).double()
     backbone.scheduler = DDIMScheduler.from_config(backbone.scheduler.config, clip_sample=False)
     noise = torch.randn(2, *backbone.latent_shape, dtype=torch.float64)
     ids = encode_text(backbone.text_encoders[0].tokenizer, ["a small cat", "dark"], backbone.text_encoders[0].length)
     leaves = [embeds.detach().requires_grad_() for embeds in backbone.encode(ids).split(1)]
-    told, away = (leaf.expand(2, -1, -1) for leaf in leaves)
-    shortcut = torch.autograd.grad(backbone.decode(backbone.sample(told, away, noise, 5, 3.0, 5, 5)).sum(), leaves)
-    plain = torch.autograd.grad(drawn(backbone, (told, away), noise, 3.0, 0, noise, 5).sum(), leaves)
+    positive, negative = (leaf.expand(2, -1, -1) for leaf in leaves)
+    shortcut = torch.autograd.grad(
+        backbone.decode(backbone.sample(positive, negative, noise, 5, 3.0, 5, 5)).sum(), leaves
+    )
+    plain = torch.autograd.grad(slow_shortcut(backbone, (positive, negative), noise, 3.0, 0, noise, 5).sum(), leaves)
     for one, other in zip(shortcut, plain, strict=True):
         assert one.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-8)
@@ -232,9 +236,9 @@ def search(tiny, folder, prompts, **settings):
         **settings,
     }
     solver = given.get("solver", "hybrid")
-    learning = {"schedule": "fix-1", "gradient_share": 0.4} if solver in ("gradient", "hybrid") else {}
-    breeding = {"elites": 2} if solver in ("evolution", "hybrid") else {}
-    module = DPODiff(backbone=tiny, **learning | breeding | given)
+    gradient_settings = {"schedule": "fix-1", "gradient_share": 0.4} if solver in ("gradient", "hybrid") else {}
+    evolution_settings = {"elites": 2} if solver in ("evolution", "hybrid") else {}
+    module = DPODiff(backbone=tiny, **gradient_settings | evolution_settings | given)
     data = Prompts(prompts)
     pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=folder).fit(module, datamodule=data)
     return list(data.folder.load().values())
@@ -245,10 +249,11 @@ PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
 
 @pytest.mark.parametrize("solver", ["gradient", "evolution", "hybrid", "random"])
 @pytest.mark.parametrize("task", ["improve", "attack"])
-def test_budget_is_kept_and_nothing_is_paid_twice(solver, task, tiny, tmp_path):
-    for problem in search(
-        tiny, tmp_path, PROMPTS, solver=solver, task=task, **{} if task == "improve" else {"similarity": Similarity(-1)}
-    ):
+def test_budget_is_respected_and_no_text_is_evaluated_twice(solver, task, tiny, tmp_path):
+    own = {} if task == "improve" else {"similarity": Similarity(-1)}
+    problems = search(tiny, tmp_path, PROMPTS, solver=solver, task=task, **own)
+    assert len(problems) == 2
+    for problem in problems:
         assert 0 < problem.result.budget <= 8
         texts = [(candidate["prompt"], candidate["negative_prompt"]) for candidate in problem.result.candidates]
         assert len(set(texts)) == len(texts) > 2
@@ -262,23 +267,23 @@ def test_budget_is_kept_and_nothing_is_paid_twice(solver, task, tiny, tmp_path):
             assert problem.prompt == problem.target
 
 
-def test_step_that_draws_no_word_moves_nothing(tiny, tmp_path):
+def test_search_that_only_samples_the_prompt_has_one_candidate(tiny, tmp_path):
     (problem,) = search(tiny, tmp_path, PROMPTS[:1], solver="hybrid", init_keep_prob=1 - 1e-9, gradient_share=0.9)
-    assert len(problem.result.candidates) == 1  # nothing but the user's own prompt is ever drawn
+    assert len(problem.result.candidates) == 1  # only the user's prompt is ever sampled
 
 
 def test_batch_equals_its_parts(tiny, tmp_path):
-    together = search(tiny, tmp_path / "both", PROMPTS)
+    batch = search(tiny, tmp_path / "both", PROMPTS)
     for i, prompt in enumerate(PROMPTS):
         (alone,) = search(tiny, tmp_path / str(i), [prompt])
-        assert [c["prompt"] for c in alone.result.candidates] == [c["prompt"] for c in together[i].result.candidates]
-        for one, other in zip(alone.result.candidates, together[i].result.candidates, strict=True):
+        assert [c["prompt"] for c in alone.result.candidates] == [c["prompt"] for c in batch[i].result.candidates]
+        for one, other in zip(alone.result.candidates, batch[i].result.candidates, strict=True):
             assert one["losses"] == pytest.approx(other["losses"], abs=1e-4)
 
 
 @pytest.mark.parametrize("solver", ["gradient", "hybrid", "random"])
 @pytest.mark.parametrize("task", ["improve", "attack"])
-def test_threshold_keeps_the_meaning(task, solver, tiny, tmp_path):
+def test_threshold_limits_candidates_to_similar_prompts(task, solver, tiny, tmp_path):
     sources = {"positive": ["neighbors"], "negative": []}
     module = DPODiff(
         backbone=tiny, task=task, **sources, sampler=SamplerSettings(3), schedule="fix-1", similarity=Similarity(-1)
@@ -304,7 +309,7 @@ def test_threshold_that_is_no_cosine_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"budget": 3}, "at least --model.population, got 3 and 4"),
         ({"init_keep_prob": 1.0}, "--model.init_keep_prob must be above 0"),
@@ -315,22 +320,22 @@ def test_threshold_that_is_no_cosine_is_refused():
         ({"schedule": "fix-9"}, "beyond the sampler's"),
     ],
 )
-def test_bad_settings_are_refused(settings, told, tiny, tmp_path):
-    with pytest.raises(UserError, match=told):
+def test_invalid_settings_are_refused(settings, message, tiny, tmp_path):
+    with pytest.raises(UserError, match=message):
         search(tiny, tmp_path, PROMPTS, **settings)
 
 
-def spaced(space, **settings):
+def method_with_space(space, **settings):
     """Return a method with a given space."""
 
-    class Spaced(DPODiff):
+    class MethodWithSpace(DPODiff):
         def space(self, prompt):
             return space
 
-    learning = {"schedule": "fix-1"} if settings.get("solver", "hybrid") in ("gradient", "hybrid") else {}
-    wording = {"positive": ["neighbors"], "similarity": Similarity(-1)}  # which the given space stands in for
+    gradient_settings = {"schedule": "fix-1"} if settings.get("solver", "hybrid") in ("gradient", "hybrid") else {}
+    word_settings = {"positive": ["neighbors"], "similarity": Similarity(-1)}  # replaced by the given space
     given = {"sampler": SamplerSettings(3), "seeds": 2, "budget": 8, "population": 4, "log_images_every_n_steps": 0}
-    return Spaced(**learning | wording | given | settings)
+    return MethodWithSpace(**gradient_settings | word_settings | given | settings)
 
 
 @pytest.fixture
@@ -338,7 +343,7 @@ def attached(tiny, tmp_path):
     """Return a method with a batch of one problem, as in the middle of a search."""
 
     def make(**settings):
-        module, data = spaced(SPACE, backbone=tiny, **settings), Prompts("a small cat on a blue background")
+        module, data = method_with_space(SPACE, backbone=tiny, **settings), Prompts("a small cat on a blue background")
         trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path)
         module.trainer = trainer
         trainer.datamodule, data.trainer = data, trainer
@@ -351,20 +356,20 @@ def attached(tiny, tmp_path):
     return make
 
 
-def test_hybrid_begins_with_what_the_gradient_has_learned(attached):
-    wanted = (1, 2, 2, 1)
+def test_hybrid_starts_evolution_from_the_learned_distribution(attached):
+    choice = (1, 2, 2, 1)
     for solver, share in (("hybrid", 1.0), ("gradient", 1.0), ("evolution", 0.1)):
         module = attached(solver=solver)
         module.prompt.logits.data.zero_()
         module.prompt.logits.data = module.prompt.init_logits()
         if solver != "evolution":
-            module.prompt.logits.data[0].scatter_(1, torch.tensor(wanted).unsqueeze(1), 20.0)
+            module.prompt.logits.data[0].scatter_(1, torch.tensor(choice).unsqueeze(1), 20.0)
         first = module.propose(0, 5, 5)
-        assert (first[0] == wanted) == (share == 1.0)
-        assert len(first) == (1 if share == 1.0 else 4)  # the distribution has but one word a slot left
+        assert (first[0] == choice) == (share == 1.0)
+        assert len(first) == (1 if share == 1.0 else 4)  # the distribution has only one word left per slot
 
 
-def test_children_are_of_the_best(attached):
+def test_children_combine_the_best_candidates(attached):
     module = attached(solver="evolution", elites=2, mutation=0.0)
     problem = module.batch.records[0]
     for choice, loss in (((1, 1, 1, 1), 0.1), ((2, 2, 2, 2), 0.2), ((0, 3, 0, 3), 0.9)):
@@ -377,7 +382,7 @@ def test_children_are_of_the_best(attached):
     assert all(value in (1, 2) for child in children for value in child)
 
 
-def test_clip_sees_the_images_as_they_are_drawn(attached):
+def test_evaluated_losses_are_those_of_generated_images(attached):
     module = attached()
     texts, noise = [("a small cat", "dark"), ("two dogs", "")], torch.randn(2, 2, *module.backbone.latent_shape)
     with torch.no_grad():
@@ -388,39 +393,39 @@ def test_clip_sees_the_images_as_they_are_drawn(attached):
             torch.testing.assert_close(losses[b], angles.square() / 2, atol=1e-4, rtol=1e-4)
 
 
-def test_gradient_goes_through_the_text_encoder(attached):
-    """The released code mixed rows of the table, without the encoder, which is the gradient of another function."""
+def test_gradient_passes_through_the_text_encoder(attached):
+    """The released code forward rows of the table, without the encoder, which is the gradient of another function."""
     module = attached()
     noise = torch.zeros_like(module.prompt.logits)
-    noise[:, :, 1] = 2  # at first the negative prompt is empty
+    noise[:, :, 1] = 2  # the initial negative prompt is empty
     sides = module.prompt(torch.tensor([0]), noise)
     for side in sides:
-        told = module.backbone.encode(*side)
-        (gradient,) = torch.autograd.grad(told[0, -1, 0], module.prompt.logits, retain_graph=True)
-        assert gradient.abs().max() > 0  # the last position, which no word stands at, depends on the words
+        encoded = module.backbone.encode(*side)
+        (gradient,) = torch.autograd.grad(encoded[0, -1, 0], module.prompt.logits, retain_graph=True)
+        assert gradient.abs().max() > 0  # the last position has no word, but depends on the words
 
 
 def test_shortcut_loss_is_the_mean_over_seeds_with_its_gradient(attached):
     module = attached(microbatch=1)
     rows, noise = torch.tensor([0]), torch.randn_like(module.prompt.logits)
-    told, away = (module.backbone.encode(*side) for side in module.prompt(rows, noise))
-    value = module.shortcut_loss(rows, told, away, 2)
+    positive, negative = (module.backbone.encode(*side) for side in module.prompt(rows, noise))
+    value = module.shortcut_loss(rows, positive, negative, 2)
     (gradient,) = torch.autograd.grad(value.sum(), module.prompt.logits)
-    told, away = (module.backbone.encode(*side).repeat_interleave(2, 0) for side in module.prompt(rows, noise))
-    latents = module.backbone.sample(told, away, module.noise[0], 3, module.sampler.guidance_scale, 1, 2)
+    positive, negative = (module.backbone.encode(*side).repeat_interleave(2, 0) for side in module.prompt(rows, noise))
+    latents = module.backbone.sample(positive, negative, module.noise[0], 3, module.sampler.guidance_scale, 1, 2)
     plain = module.loss(module.backbone.decode(latents), module.text_features[[0, 0]]).mean()
     (expected,) = torch.autograd.grad(plain, module.prompt.logits)
     torch.testing.assert_close(value[0], plain, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-3)
 
 
-def test_improving_the_positive_prompt_changes_its_words(tiny, tmp_path):
+def test_improving_with_positive_words_changes_the_prompt(tiny, tmp_path):
     (problem,) = search(tiny, tmp_path, PROMPTS[0], solver="random", positive=["neighbors"], negative=[])
     assert any(candidate["prompt"] != problem.target for candidate in problem.result.candidates)
     assert all(candidate["negative_prompt"] == "" for candidate in problem.result.candidates)
 
 
-def test_cosine_stands_in(tiny, tmp_path):
+def test_cosine_objective_is_that_of_the_spherical_distance(tiny, tmp_path):
     (problem,) = search(tiny, tmp_path, PROMPTS[0], solver="random", objective="cosine")
     (other,) = search(tiny, tmp_path / "other", PROMPTS[0], solver="random")
     for cosine, spherical in zip(problem.result.loss_before, other.result.loss_before, strict=True):
@@ -432,20 +437,22 @@ def test_attack_without_words_that_keep_the_meaning_is_refused(tiny, tmp_path):
         search(tiny, tmp_path, PROMPTS[0], task="attack", similarity=Similarity(1.0))
 
 
-def test_temperature_goes_from_the_first_to_the_last(attached, monkeypatch):
-    module, seen = attached(temperature=(4.0, 0.5), gradient_share=0.5), []
+def test_temperature_decays_geometrically_from_first_to_last(attached, monkeypatch):
+    module, temperatures = attached(temperature=(4.0, 0.5), gradient_share=0.5), []
     monkeypatch.setattr(module, "descend", lambda loss, rows: None)
     monkeypatch.setattr(module, "log_step", lambda batch, rows, loss: None)
-    mixed = module.prompt.forward
+    forward = module.prompt.forward
     monkeypatch.setattr(
-        module.prompt, "forward", lambda rows, noise, warmth: seen.append(warmth) or mixed(rows, noise, warmth)
+        module.prompt,
+        "forward",
+        lambda rows, noise, temperature: temperatures.append(temperature) or forward(rows, noise, temperature),
     )
     steps = len(module.plan(0))
     for step in range(steps):
         module.step(Step([step], torch.empty(1, 0)), torch.tensor([0]))
-    assert seen[0] == pytest.approx(4)
-    assert seen[-1] == pytest.approx(0.5)
-    ratios = [b / a for a, b in itertools.pairwise(seen)]
+    assert temperatures[0] == pytest.approx(4)
+    assert temperatures[-1] == pytest.approx(0.5)
+    ratios = [b / a for a, b in itertools.pairwise(temperatures)]
     assert ratios == pytest.approx([ratios[0]] * (steps - 1))
 
 
@@ -453,12 +460,12 @@ def test_temperature_goes_from_the_first_to_the_last(attached, monkeypatch):
     ("schedule", "expected"),
     [("step-15-2", [15, 15, 16, 16, 17]), ("fix-3", [3] * 5), ("step-0-1", [0, 1, 2, 3, 4])],
 )
-def test_schedules(schedule, expected):
+def test_schedules_give_the_calls_before_the_gradient(schedule, expected):
     draw = torch.Generator().manual_seed(0)
     assert [calls_before_gradient(schedule, step, draw) for step in range(5)] == expected
 
 
-def test_plan_is_the_papers_at_fifty_calls():
+def test_linear_plan_equals_the_papers_schedule_at_fifty_calls():
     """There are 15 to 24 calls before the one with a gradient, one more at every second of 20 steps."""
     share = sum(15 + i // 2 + 2 for i in range(20)) / 50
     draw = torch.Generator()
@@ -476,7 +483,7 @@ def test_plan_is_the_papers_at_fifty_calls():
         linear_plan(10, 8, 10)
 
 
-def test_plan_of_the_config_on_the_embedded_model():
+def test_plan_of_the_config_equals_a_schedule_on_the_embedded_model():
     """With 10 steps it equals the schedule step-3-4."""
     config = yaml.safe_load((Path(__file__).parents[2] / "configs/dpo_diff.yaml").read_text())["model"]["init_args"]
     module = DPODiff(**config)
@@ -484,7 +491,7 @@ def test_plan_of_the_config_on_the_embedded_model():
     assert DPODiff(**config, schedule="step-3-4").plan(0) == module.plan(0)
 
 
-def test_gradient_may_go_through_the_last_call(tiny):
+def test_gradient_may_be_taken_at_the_last_call(tiny):
     calls = DPODiff(backbone=tiny, sampler=SamplerSettings(4)).sampler.calls
     last = DPODiff(backbone=tiny, sampler=SamplerSettings(4), schedule=f"fix-{calls - 1}", gradient_share=0.5)
     assert set(last.plan(0)) == {calls - 1}
@@ -492,7 +499,7 @@ def test_gradient_may_go_through_the_last_call(tiny):
         DPODiff(backbone=tiny, sampler=SamplerSettings(4), schedule=f"fix-{calls}")
 
 
-def test_random_plan_is_a_function_of_the_seed(tiny):
+def test_random_plan_depends_only_on_the_seed(tiny):
     one, other = (
         DPODiff(backbone=tiny, sampler=SamplerSettings(9), schedule="rand-0-8", gradient_share=1.0) for _ in range(2)
     )
@@ -503,20 +510,20 @@ def test_random_plan_is_a_function_of_the_seed(tiny):
 
 
 @pytest.mark.parametrize("objective", ["spherical", "cosine"])
-def test_attack_raises_the_distance_that_improving_lowers(objective, tiny):
+def test_attack_negates_the_loss_of_improving(objective, tiny):
     improve = DPODiff(backbone=tiny, sampler=SamplerSettings(2), objective=objective)
     attack = DPODiff(backbone=tiny, sampler=SamplerSettings(2), objective=objective, task="attack")
-    images, wanted = torch.rand(2, 3, 16, 16), torch.nn.functional.normalize(torch.randn(2, 16), dim=1)
-    losses = improve.loss(images, wanted)
+    images, features = torch.rand(2, 3, 16, 16), torch.nn.functional.normalize(torch.randn(2, 16), dim=1)
+    losses = improve.loss(images, features)
     assert (losses > 0).all()
-    assert torch.equal(attack.loss(images, wanted), -losses)
+    assert torch.equal(attack.loss(images, features), -losses)
 
 
 def test_random_schedule_is_uniform():
     draw = torch.Generator().manual_seed(0)
-    drawn = [calls_before_gradient("rand-4-8", 0, draw) for _ in range(400)]
-    assert set(drawn) == {4, 5, 6, 7}
-    assert all(drawn.count(number) > 60 for number in set(drawn))
+    sampled = [calls_before_gradient("rand-4-8", 0, draw) for _ in range(400)]
+    assert set(sampled) == {4, 5, 6, 7}
+    assert all(sampled.count(number) > 60 for number in set(sampled))
 
 
 @pytest.mark.parametrize(
@@ -540,15 +547,15 @@ def run(tiny, folder, *extra):
 
 
 def problems(folder):
-    found = json.loads((folder / "result.json").read_text())["problems"]
-    return [{name: value for name, value in problem.items() if name != "seconds"} for problem in found]
+    result = json.loads((folder / "result.json").read_text())["problems"]
+    return [{name: value for name, value in problem.items() if name != "seconds"} for problem in result]
 
 
 @pytest.mark.parametrize(
     "records",
     [pytest.param(1, marks=pytest.mark.exact), *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 4))],
 )
-def test_killed_while_records_are_written_is_as_unbroken(records, tiny, tmp_path, monkeypatch, rounding):
+def test_search_killed_while_writing_records_resumes_identically(records, tiny, tmp_path, monkeypatch, rounding):
     """Some candidates are on disk and others are not, and the only checkpoint is that of the first step."""
     how = ("--model.task", "attack", "--model.neighbors", "5", "--model.similarity.threshold", "-1")
     main([*run(tiny, tmp_path / "whole"), *how])
@@ -569,28 +576,30 @@ def test_killed_while_records_are_written_is_as_unbroken(records, tiny, tmp_path
 
 
 @pytest.mark.parametrize("checkpoints", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints, tiny, tmp_path, monkeypatch, rounding):
-    drawn = []
-    if checkpoints:  # a state every step, instead of one in twenty seconds
+def test_search_killed_at_every_step_resumes_identically_without_repeated_work(
+    checkpoints, tiny, tmp_path, monkeypatch, rounding
+):
+    evaluated = []
+    if checkpoints:  # a checkpoint every step instead of every twenty seconds
         monkeypatch.setattr(PromptCheckpoint, "on_train_batch_end", lambda self, trainer, *_: self._save(trainer))
     else:
         monkeypatch.setattr(PromptCheckpoint, "_save", lambda self, trainer: None)
     losses = DPODiff.evaluate
 
-    def counted(self, texts, noise, wanted):
-        drawn.extend((texts, noise[i, 0, 0, 0, 0].item()) for i, texts in enumerate(texts))
-        return losses(self, texts, noise, wanted)
+    def counted(self, texts, noise, features):
+        evaluated.extend((texts, noise[i, 0, 0, 0, 0].item()) for i, texts in enumerate(texts))
+        return losses(self, texts, noise, features)
 
     monkeypatch.setattr(DPODiff, "evaluate", counted)
     main(run(tiny, tmp_path / "whole"))
-    whole, drawn[:] = list(drawn), []
+    whole, evaluated[:] = list(evaluated), []
 
     for stop in (1, 2, 0) if checkpoints else (1, 2, 3):
         before, steps = signal.getsignal(signal.SIGINT), itertools.count()
 
         def interrupted(self, batch, rows, *, search=DPODiff.step, steps=steps, stop=stop):
             search(self, batch, rows)
-            if next(steps) == stop:  # behind what was paid for, before the checkpoint
+            if next(steps) == stop:  # after the evaluations, before the checkpoint
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
@@ -599,12 +608,12 @@ def test_killed_at_every_step_is_as_unbroken_and_pays_nothing_twice(checkpoints,
                 main([*run(tiny, tmp_path / "broken"), "--ckpt_path", "last"])
         signal.signal(signal.SIGINT, before)
     main([*run(tiny, tmp_path / "broken"), "--ckpt_path", "last"])
-    for broken, unbroken in zip(problems(tmp_path / "broken"), problems(tmp_path / "whole"), strict=True):
-        assert broken == unbroken
-    assert sorted(drawn) == sorted(whole)
+    for interrupted_run, unbroken in zip(problems(tmp_path / "broken"), problems(tmp_path / "whole"), strict=True):
+        assert interrupted_run == unbroken
+    assert sorted(evaluated) == sorted(whole)
 
 
-def test_finished_run_goes_on_with_nothing_and_then_with_more(tiny, tmp_path):
+def test_finished_run_resumes_without_work_and_takes_more_prompts(tiny, tmp_path):
     main(run(tiny, tmp_path / "run", PROMPTS[0]))
     (before,) = problems(tmp_path / "run")
     for _ in range(2):
@@ -616,9 +625,9 @@ def test_finished_run_goes_on_with_nothing_and_then_with_more(tiny, tmp_path):
     assert second["prompt"] == PROMPTS[1]
 
 
-def test_result_tells_what_was_searched(tiny, tmp_path, capsys):
+def test_result_lists_candidates_losses_and_words(tiny, tmp_path, capsys):
     main(run(tiny, tmp_path / "run"))
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for problem, prompt in zip(problems(tmp_path / "run"), PROMPTS, strict=True):
         assert problem["original_prompt"] == problem["prompt"] == prompt
         losses = [sum(candidate["losses"]) for candidate in problem["candidates"]]
@@ -633,52 +642,52 @@ def test_result_tells_what_was_searched(tiny, tmp_path, capsys):
         assert ", ".join(chosen) == problem["negative_prompt"]
         assert 7 <= problem["budget"] <= 8
         before, after = (sum(problem[f"fresh_loss_{when}"]) / 10 for when in ("before", "after"))
-        assert f"[on fresh seeds loss {after:.3f}, was {before:.3f}]" in told
+        assert f"[on fresh seeds loss {after:.3f}, was {before:.3f}]" in output
     for name in ("prompt", "negative_prompt"):
         lines = (tmp_path / "run" / f"{name}.txt").read_text().splitlines()
         assert lines == [problem[name] for problem in problems(tmp_path / "run")]
     with Image.open(tmp_path / "run" / "grid.png") as grid:
-        assert grid.width > grid.height  # two prompts with two seeds each beside each other, before above after
+        assert grid.width > grid.height  # two prompts with two seeds each, side by side
 
 
-def test_precision_is_the_same_for_all_candidates(tiny, tmp_path, monkeypatch):
+def test_autocast_is_enabled_for_all_candidates(tiny, tmp_path, monkeypatch):
     losses, precisions = DPODiff.evaluate, []
 
-    def noted(self, texts, noise, wanted):
+    def recorded(self, texts, noise, features):
         precisions.append(torch.is_autocast_enabled("cpu"))
-        return losses(self, texts, noise, wanted)
+        return losses(self, texts, noise, features)
 
-    monkeypatch.setattr(DPODiff, "evaluate", noted)
-    main([*run(tiny, tmp_path / "run"), "--trainer.precision", "bf16-mixed"])
+    monkeypatch.setattr(DPODiff, "evaluate", recorded)
+    main([*run(tiny, tmp_path / "run"), "--trainer.precision", "bf16-forward"])
     assert len(precisions) > 2
     assert all(precisions)
 
 
-def test_looked_at_again(tiny, tmp_path, capsys):
+def test_later_commands_leave_the_records_unchanged(tiny, tmp_path, capsys):
     main(run(tiny, tmp_path / "run"))
     before = problems(tmp_path / "run")
     for command in ("validate", "test", "predict"):
         main([command, "--run", str(tmp_path / "run")])
-    shown = capsys.readouterr().out
-    assert f"{before[0]['validation_loss']:.5f}" in shown
-    assert "LPIPS" not in shown  # which compares images with a target, and there is none
+    output = capsys.readouterr().out
+    assert f"{before[0]['validation_loss']:.5f}" in output
+    assert "LPIPS" not in output  # LPIPS needs target images
     assert problems(tmp_path / "run") == before
     assert len(list((tmp_path / "run" / "images").glob("*.png"))) == 2
 
 
-def test_prompt_without_negative_words_is_validated_without_any(attached):
+def test_validation_without_negative_words_uses_the_empty_text(attached):
     module = attached()
     (problem,) = module.batch.records
     problem.prompt = problem.target
     noise = module.draw_noise([problem], SEARCH, module.seeds)
-    wanted = module.clip.features_of([problem.target])
+    features = module.clip.features_of([problem.target])
     for words in (None, "", "blurry"):
         problem.negative_prompt = words
-        expected = module.evaluate([(problem.target, words or "")], noise, wanted).mean(1)
+        expected = module.evaluate([(problem.target, words or "")], noise, features).mean(1)
         torch.testing.assert_close(module.validation_losses([problem]), expected)
 
 
-def test_images_before_and_after_are_of_the_users_prompt_and_of_the_found_one(attached):
+def test_images_before_and_after_show_the_users_and_the_best_prompt(attached):
     module = attached()
     (problem,) = module.batch.records
     noise = module.draw_noise([problem], SEARCH, 2)
@@ -690,7 +699,7 @@ def test_images_before_and_after_are_of_the_users_prompt_and_of_the_found_one(at
         assert not torch.equal(before, after)
 
 
-def test_fewer_sampling_steps_are_another_search(tiny, tmp_path, capsys):
+def test_resuming_with_other_sampling_steps_is_refused(tiny, tmp_path, capsys):
     main(run(tiny, tmp_path / "run"))
     with pytest.raises(SystemExit) as stop:
         main([*run(tiny, tmp_path / "run"), "--ckpt_path", "last", "--model.sampler.num_inference_steps", "4"])
@@ -698,9 +707,9 @@ def test_fewer_sampling_steps_are_another_search(tiny, tmp_path, capsys):
     assert "--model.sampler.num_inference_steps 3 and cannot resume with 4" in capsys.readouterr().err
 
 
-def test_other_data_is_refused(tiny, tmp_path, capsys):
+def test_data_of_another_kind_is_refused(tiny, tmp_path, capsys):
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
-    for model, data, told in (
+    for model, data, message in (
         ("DPODiff", "ImagesToPrompts", "--data Prompts"),
         ("PEZ", "Prompts", "--data ImagesToPrompts"),
     ):
@@ -709,15 +718,15 @@ def test_other_data_is_refused(tiny, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main([*command.split(), *given])
         assert stop.value.code == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_space_is_shown_before_a_run(tiny, tmp_path, capsys, monkeypatch):
+def test_show_space_prints_the_words_and_writes_nothing(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = run(tiny, tmp_path / "run", "a small dog")
     main(["show-space", *arguments[1:], "--model.positive", "[neighbors]"])
-    shown = capsys.readouterr().out
-    assert re.search(r"\| positive \| (small|dog) \| \1, ", shown)
-    assert "| negative | " in shown
-    assert "a small dog: " in shown
+    output = capsys.readouterr().out
+    assert re.search(r"\| positive \| (small|dog) \| \1, ", output)
+    assert "| negative | " in output
+    assert "a small dog: " in output
     assert not list(tmp_path.iterdir())

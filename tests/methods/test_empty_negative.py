@@ -53,18 +53,20 @@ def method(backbone):
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_gradient_and_candidates_are_told_the_same(choice, method, pipeline, monkeypatch):
+def test_gradient_and_candidates_use_the_same_prompt_embeds(choice, method, pipeline, monkeypatch):
     """With one-hot weights, the relaxed prompts equal the candidate's, which equal those of diffusers' pipeline."""
     gumbel, relaxed, candidates = torch.zeros(method.prompt.logits.shape), [], []
     gumbel[0].scatter_(1, torch.tensor(choice).unsqueeze(1), 1e4)
     monkeypatch.setattr(method, "gumbel", lambda rows, step: gumbel)
     monkeypatch.setattr(
-        method, "shortcut_loss", lambda rows, told, away, calls: (relaxed.extend([told, away]), torch.zeros(1))[1]
+        method,
+        "shortcut_loss",
+        lambda rows, positive, negative, calls: (relaxed.extend([positive, negative]), torch.zeros(1))[1],
     )
     monkeypatch.setattr(
         method.sampler,
         "sample_and_score",
-        lambda told, away, noise, *rest: (candidates.extend([told, away]), (torch.zeros(1), {}))[1],
+        lambda positive, negative, *rest: (candidates.extend([positive, negative]), (torch.zeros(1), {}))[1],
     )
     method.shortcut(torch.tensor([0]), 0)
     prompt, negative = SPACE.texts(choice)
@@ -89,23 +91,27 @@ def test_gradient_and_candidates_are_told_the_same(choice, method, pipeline, mon
     torch.testing.assert_close(method.generate([prompt], noise[0], negative) / 2 + 0.5, theirs, atol=2e-5, rtol=0)
 
 
-def test_some_problems_are_empty_and_others_are_not(method):
-    """Each row of a batch is zeros or not by itself."""
+def test_empty_and_other_negative_prompts_may_share_a_batch(method):
+    """Only the rows of empty negative prompts are zeros."""
     method.prompt.set_spaces([SPACE, SPACE])
     method.prompt.logits.data = method.prompt.init_logits()
     gumbel = torch.zeros(method.prompt.logits.shape)
     gumbel[0, :, 0], gumbel[1, :, 1] = 1e4, 1e4
     _, negative = method.prompt(torch.tensor([0, 1]), gumbel)
-    away = method.backbone.encode(*negative, negative=True)
-    assert not away[0].any()
-    torch.testing.assert_close(away[1:], method.encode(["dark, corner"], negative=True), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(method.encode(["", "dark, corner"], negative=True), away, atol=1e-5, rtol=1e-5)
-    (gradient,) = torch.autograd.grad(away.square().sum(), method.prompt.logits)
+    negative_embeds = method.backbone.encode(*negative, negative=True)
+    assert not negative_embeds[0].any()
+    torch.testing.assert_close(
+        negative_embeds[1:], method.encode(["dark, corner"], negative=True), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        method.encode(["", "dark, corner"], negative=True), negative_embeds, atol=1e-5, rtol=1e-5
+    )
+    (gradient,) = torch.autograd.grad(negative_embeds.square().sum(), method.prompt.logits)
     assert gradient.isfinite().all()
     assert not gradient[0].any()
 
 
-def test_textual_inversion_encodes_an_empty_text_by_its_side(backbone, pipeline):
+def test_textual_inversion_encodes_empty_negative_prompts_as_zeros(backbone, pipeline):
     """Its own `encode`, which reads pseudo-words, passes every other text to the model."""
     method = TextualInversion(backbone=backbone, num_tokens=2)
     expected = pipeline.encode_prompt("", device="cpu", do_classifier_free_guidance=False)
@@ -114,7 +120,7 @@ def test_textual_inversion_encodes_an_empty_text_by_its_side(backbone, pipeline)
     assert not method.encode([""], negative=True).any()
 
 
-def test_searches_start_from_zeros(backbone, pipeline):
+def test_unconditional_searches_start_from_zeros(backbone, pipeline):
     problems = [Problem("key", PROMPT)]
     metric = MetricGuidance(
         backbone=backbone, objective=Sharpness(), sampler=SamplerSettings(3, 3.0), unconditional=True
@@ -135,13 +141,13 @@ def test_searches_start_from_zeros(backbone, pipeline):
     assert not one_row.prompt(torch.tensor([0]))[:, 1].any()
 
 
-def test_searches_from_zeros_move_and_stay_finite(backbone):
+def test_searches_from_zeros_stay_finite(backbone):
     how = {"backbone": backbone, "sampler": SamplerSettings(2, 3.0), "device": "cpu"}
     moved = metric_guidance("a red cat", Sharpness(), unconditional=True, steps=3, seeds=1, grad_steps=2, lr=0.1, **how)
-    held = seed_invariance(
+    invariant = seed_invariance(
         "a red cat", unconditional=True, embedding="one_row", steps=3, seeds=1, seeds_per_step=1, lr=0.1, **how
     )
-    for result in (moved, held):
+    for result in (moved, invariant):
         assert result.negative_prompt_embeds.isfinite().all()
     assert moved.negative_prompt_embeds.any()
     result = dpo_diff(

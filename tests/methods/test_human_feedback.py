@@ -1,4 +1,4 @@
-"""Choices move an encoded prompt, can be taken back, and are never lost."""
+"""Choices move an encoded prompt, can be undone, and are never lost."""
 
 import json
 import os
@@ -37,7 +37,7 @@ class Answers(Chooser):
     """Give predetermined answers, and record the questions."""
 
     def __init__(self, *answers):
-        self.answers, self.questions, self.said = list(answers), [], []
+        self.answers, self.questions, self.messages = list(answers), [], []
 
     def open(self, backbone, offline):
         """Do nothing, since there is nothing to prepare."""
@@ -50,7 +50,7 @@ class Answers(Chooser):
         return answer
 
     def close(self, message):
-        self.said.append(message)
+        self.messages.append(message)
 
 
 def search(tiny, folder, *answers, prompts=PROMPT, **settings):
@@ -65,24 +65,24 @@ def search(tiny, folder, *answers, prompts=PROMPT, **settings):
 GO, FINISH = Choice("go", 1, 0.5), Choice("finish")
 
 
-def test_a_move_goes_so_far_on_the_arc_to_the_candidates_text(tiny, tmp_path):
+def test_move_goes_along_the_slerp_to_the_candidate(tiny, tmp_path):
     module, chooser, (problem,) = search(tiny, tmp_path, GO, FINISH)
-    (first, drawn), (second, _) = chooser.questions
+    (first, images), (second, _) = chooser.questions
     assert first.prompt == PROMPT
-    assert drawn.shape == (3, 3, 16, 16)
+    assert images.shape == (3, 3, 16, 16)
     start, end = (module.encode([text]) for text in (PROMPT, first.texts[1]))
     expected = slerp(start, end, 0.5)
     torch.testing.assert_close(module.best_embeds_of([problem])[0], expected)
     noise = module.noise[:, :1]
     torch.testing.assert_close(second.images[-1], module.sampler.generate_from_embeds(expected[None], noise)[0, 0])
-    torch.testing.assert_close(drawn[1], module.sampler.generate_from_embeds(end[None], noise)[0, 0])
+    torch.testing.assert_close(images[1], module.sampler.generate_from_embeds(end[None], noise)[0, 0])
     (move,) = problem.result.moves
     assert move == {"text": first.texts[1], "candidate": 1, "strength": 0.5, "others": 0}
     assert problem.status == "done"
-    assert chooser.said == [f"Finished. The files are in {tmp_path}."]
+    assert chooser.messages == [f"Finished. The files are in {tmp_path}."]
 
 
-def test_the_next_texts_have_a_word_more_than_the_one_that_was_chosen(tiny, tmp_path):
+def test_next_candidates_add_a_word_to_the_chosen_text(tiny, tmp_path):
     module, chooser, _ = search(tiny, tmp_path, GO, FINISH)
     (first, _), (second, _) = chooser.questions
     for question, text in ((first, PROMPT), (second, first.texts[1])):
@@ -93,7 +93,7 @@ def test_the_next_texts_have_a_word_more_than_the_one_that_was_chosen(tiny, tmp_
             assert text in left_out
 
 
-def test_undo_goes_back_to_the_same_candidates_and_others_are_others(tiny, tmp_path):
+def test_undo_restores_the_candidates_and_others_replaces_them(tiny, tmp_path):
     module, chooser, (problem,) = search(
         tiny, tmp_path, Choice("others"), GO, Choice("undo"), Choice("undo"), Choice("others"), FINISH
     )
@@ -106,28 +106,28 @@ def test_undo_goes_back_to_the_same_candidates_and_others_are_others(tiny, tmp_p
     torch.testing.assert_close(module.batch[0].best, module.prompt.initial[0])
 
 
-def test_others_are_nearer_and_after_some_rounds_far_again(tiny, tmp_path):
+def test_others_are_closer_until_the_distance_is_reset(tiny, tmp_path):
     others = [Choice("others")] * 4
     module, chooser, (problem,) = search(tiny, tmp_path, *others[:2], Choice("go", 0, 0.5), *others, FINISH)
     start = module.encode([PROMPT])[0]
-    for (question, drawn), reach in zip(chooser.questions[:3], (1, 0.5, 0.25), strict=True):
+    for (question, images), reach in zip(chooser.questions[:3], (1, 0.5, 0.25), strict=True):
         end = slerp(start, module.encode([question.texts[0]])[0], reach)
         torch.testing.assert_close(
-            drawn[0], module.sampler.generate_from_embeds(end[None, None], module.noise[:, :1])[0, 0]
+            images[0], module.sampler.generate_from_embeds(end[None, None], module.noise[:, :1])[0, 0]
         )
     assert problem.result.moves[0]["strength"] == 0.125
-    assert module.base_text(problem, 1) == PROMPT  # it is still the nearest
+    assert module.base_text(problem, 1) == PROMPT  # it is still the closest text
     here, reaches = module.path[-1][0], (1, 0.5, 0.25, 0.125, 1)
-    for (question, drawn), reach in zip(chooser.questions[3:], reaches, strict=True):
+    for (question, images), reach in zip(chooser.questions[3:], reaches, strict=True):
         change = module.encode([question.texts[0]])[0] - start
         end = slerp(here, here + change, reach)
         torch.testing.assert_close(
-            drawn[0], module.sampler.generate_from_embeds(end[None, None], module.noise[:, :1])[0, 0]
+            images[0], module.sampler.generate_from_embeds(end[None, None], module.noise[:, :1])[0, 0]
         )
 
 
-def test_candidates_lie_in_directions_that_are_far_apart(tiny, tmp_path):
-    """The closest two of them are at least as far apart as those of most random choices."""
+def test_candidates_have_distant_directions(tiny, tmp_path):
+    """The closest two candidates are at least as far apart as those of most random choices."""
     module, chooser, (problem,) = search(tiny, tmp_path, FINISH, texts=30)
     ((question, _),) = chooser.questions
     start = module.encode([PROMPT])[:, -1]
@@ -141,20 +141,20 @@ def test_candidates_lie_in_directions_that_are_far_apart(tiny, tmp_path):
     assert sum(nearest(question.texts) >= other for other in others) > 75  # the greedy choice is not the best of all
 
 
-def test_a_prompt_without_room_for_more_words_is_refused(tiny, tmp_path):
-    _, chooser, _ = search(tiny, tmp_path / "room", FINISH, prompts=" ".join(["cat"] * 29))
+def test_prompt_without_space_for_more_words_is_refused(tiny, tmp_path):
+    _, chooser, _ = search(tiny, tmp_path / "space", FINISH, prompts=" ".join(["cat"] * 29))
     assert {len(text.split()) for text in chooser.questions[0][0].texts} == {30}
     with pytest.raises(UserError, match=r"too long to add words.* takes 32 tokens .* lower --model.added"):
         search(tiny, tmp_path / "none", FINISH, prompts=" ".join(["cat"] * 29), added=2)
 
 
-def test_without_room_words_are_added_to_a_text_before(tiny, tmp_path):
+def test_words_are_added_to_an_earlier_text_if_the_last_is_full(tiny, tmp_path):
     prompt = " ".join(["cat"] * 29)
     _, chooser, _ = search(tiny, tmp_path, Choice("go"), FINISH, prompts=prompt)
     assert {len(text.split()) for text in chooser.questions[1][0].texts} == {30}
 
 
-def test_one_prompt_after_the_other(tiny, tmp_path):
+def test_prompts_are_searched_one_after_the_other(tiny, tmp_path):
     module, chooser, problems = search(tiny, tmp_path, GO, FINISH, GO, GO, FINISH, prompts=[PROMPT, "two dogs"])
     assert [question.prompt for question, _ in chooser.questions] == [PROMPT] * 2 + ["two dogs"] * 3
     assert [len(problem.result.moves) for problem in problems] == [1, 2]
@@ -162,20 +162,20 @@ def test_one_prompt_after_the_other(tiny, tmp_path):
 
 
 @pytest.mark.exact
-def test_a_run_that_is_killed_resumes_where_the_user_was(tiny, tmp_path, rounding):
-    """Without a checkpoint: the record holds the moves, from which everything follows."""
+def test_killed_run_resumes_at_the_same_question(tiny, tmp_path, rounding):
+    """The record holds the moves, so no checkpoint is needed."""
     whole, _, (expected,) = search(tiny, tmp_path / "whole", GO, Choice("others"), Choice("go", 2, 1.0), FINISH)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
         search(tiny, tmp_path / "broken", GO, Choice("others"), KeyboardInterrupt())
     signal.signal(signal.SIGINT, before)
-    module, chooser, (found,) = search(tiny, tmp_path / "broken", Choice("go", 2, 1.0), FINISH)
-    assert found.result.moves == expected.result.moves
+    module, chooser, (resumed,) = search(tiny, tmp_path / "broken", Choice("go", 2, 1.0), FINISH)
+    assert resumed.result.moves == expected.result.moves
     assert [len(question.images) for question, _ in chooser.questions] == [2, 3]
     assert torch.equal(module.batch[0].best, whole.batch[0].best)
 
 
-def test_the_chooser_is_told_when_the_run_is_stopped(tiny, tmp_path):
+def test_chooser_is_closed_when_the_run_is_stopped(tiny, tmp_path):
     chooser = Answers(GO, KeyboardInterrupt())
     module = HumanFeedback(backbone=tiny, chooser=chooser, **SMALL)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
@@ -183,11 +183,11 @@ def test_the_chooser_is_told_when_the_run_is_stopped(tiny, tmp_path):
     with pytest.raises(SystemExit):
         trainer.fit(module, datamodule=Prompts(PROMPT))
     signal.signal(signal.SIGINT, before)
-    assert chooser.said == ["The run was stopped. Your choices are kept."]
+    assert chooser.messages == ["The run was stopped. Your choices are kept."]
 
 
 @pytest.mark.parametrize("name", ["choose", "variations", "apply_choice"])
-def test_the_chooser_is_closed_whatever_makes_the_search_fail(tiny, tmp_path, monkeypatch, name):
+def test_chooser_is_closed_when_the_search_fails(tiny, tmp_path, monkeypatch, name):
     chooser = Answers(ValueError("choose") if name == "choose" else GO)
     module = HumanFeedback(backbone=tiny, chooser=chooser, **SMALL)
 
@@ -199,16 +199,16 @@ def test_the_chooser_is_closed_whatever_makes_the_search_fail(tiny, tmp_path, mo
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
     with pytest.raises(ValueError, match=name):
         trainer.fit(module, datamodule=Prompts(PROMPT))
-    assert chooser.said == ["The run was stopped. Your choices are kept."]
+    assert chooser.messages == ["The run was stopped. Your choices are kept."]
 
 
-def test_steps_end_a_search(tiny, tmp_path):
+def test_steps_limit_the_search(tiny, tmp_path):
     _, chooser, (problem,) = search(tiny, tmp_path, GO, GO, GO, steps=2)
     assert len(chooser.questions) == len(problem.result.moves) == 2
     assert problem.status == "done"
 
 
-def test_results_hold_the_moves_and_no_metric(tiny, tmp_path, clip_file):
+def test_results_have_moves_and_no_metric(tiny, tmp_path, clip_file):
     run = tmp_path / "run"
     command = (
         f"fit --run {run} --trainer.accelerator cpu --model HumanFeedback --model.backbone {tiny} "
@@ -233,7 +233,7 @@ def test_results_hold_the_moves_and_no_metric(tiny, tmp_path, clip_file):
 
 @pytest.fixture(scope="module")
 def clip_file(tmp_path_factory):
-    """An image that a scripted chooser wants."""
+    """Save the image that a scripted chooser prefers."""
     file = tmp_path_factory.mktemp("wants") / "wanted.png"
     Image.new("RGB", (16, 16), "red").save(file)
     return file
@@ -252,7 +252,7 @@ def test_scripted_chooser_prefers_its_image(tiny, clip_file):
     torch.testing.assert_close(similarities[2], expected)
 
 
-def test_scripted_chooser_goes_to_what_is_most_like_its_image(tiny, clip_file, monkeypatch):
+def test_scripted_chooser_selects_the_most_similar_candidate(tiny, clip_file, monkeypatch):
     backbone = HumanFeedback(backbone=tiny, chooser=Answers(), **SMALL).backbone
     chooser = Scripted(str(clip_file), strengths=[0.5, 1.0])
     chooser.open(backbone, offline=True)
@@ -276,7 +276,7 @@ def test_scripted_chooser_goes_to_what_is_most_like_its_image(tiny, clip_file, m
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (
             lambda tiny, file: HumanFeedback(backbone=tiny, texts=3),
@@ -288,12 +288,12 @@ def test_scripted_chooser_goes_to_what_is_most_like_its_image(tiny, clip_file, m
         (lambda tiny, file: Scripted(file, strengths=[1.5]), "must be above 0 and at most 1, got"),
     ],
 )
-def test_settings_that_make_no_search_are_refused(make, told, tiny, clip_file):
-    with pytest.raises(UserError, match=told):
+def test_invalid_settings_are_refused(make, message, tiny, clip_file):
+    with pytest.raises(UserError, match=message):
         make(tiny, str(clip_file))
 
 
-def test_a_port_in_use_is_refused_before_the_search(tiny):
+def test_port_in_use_is_refused_before_the_search(tiny):
     pytest.importorskip("gradio")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -302,7 +302,7 @@ def test_a_port_in_use_is_refused_before_the_search(tiny):
             Page(port=taken.getsockname()[1]).open(None, offline=True)
 
 
-def test_a_page_without_gradio_says_what_to_install(monkeypatch):
+def test_page_without_gradio_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"pip install 'lightning-prompts\[page\]'"):
         Page().open(None, offline=True)
@@ -317,7 +317,7 @@ def browser():
     api = pytest.importorskip("playwright.sync_api")
     pytest.importorskip("gradio")
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium; install the package chromium")
+        pytest.skip("Chromium is not installed")
     with api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
@@ -325,7 +325,7 @@ def browser():
 
 
 class Run:
-    """A run with a page, in a process of its own."""
+    """Run a search with a page in another process."""
 
     def __init__(self, tiny, folder, *more):
         command = (
@@ -341,22 +341,22 @@ class Run:
             [sys.executable, "-m", "lightning_prompts", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, env=environment, cwd=Path(__file__).parents[2],
         )  # fmt: skip
-        said = []
+        messages = []
         for line in self.process.stdout:
-            said.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+/\S+/", line):
-                self.address = found[0]
+            messages.append(line)
+            if match := re.search(r"http://127\.0\.0\.1:\d+/\S+/", line):
+                self.address = match[0]
                 return
-        raise AssertionError("".join(said))
+        raise AssertionError("".join(messages))
 
     def end(self, stop=None):
         """Wait for the end of the run; return the exit code and the output."""
         if stop:
             self.process.send_signal(stop)
-        said, _ = self.process.communicate(timeout=60)
-        left = [file for name in ("lightning-prompts-*", "gradio*") for file in self.temporary.glob(name)]
-        assert left == []
-        return self.process.returncode, said
+        messages, _ = self.process.communicate(timeout=60)
+        remaining = [file for name in ("lightning-prompts-*", "gradio*") for file in self.temporary.glob(name)]
+        assert remaining == []
+        return self.process.returncode, messages
 
 
 def wait_for_question(page, move):
@@ -372,7 +372,7 @@ def wait_for_question(page, move):
 
 
 @pytest.mark.timeout(180)
-def test_a_person_chooses_in_a_browser(tiny, tmp_path, browser):
+def test_user_chooses_in_a_browser(tiny, tmp_path, browser):
     run = Run(tiny, tmp_path / "run")
     page, elsewhere = browser.new_page(viewport={"width": 1300, "height": 1100}), []
     page.on(
@@ -408,15 +408,14 @@ def test_a_person_chooses_in_a_browser(tiny, tmp_path, browser):
     page.keyboard.press("o")
     page.wait_for_function("before => document.querySelector('#candidates').innerText != before", arg=before)
     wait_for_question(page, 1)
-    # The new question is announced as the old one was, and a key that comes before it answers the old one, which is
-    # over.
+    # A key that is pressed before the new question arrives answers the old one, which is ignored.
     finished = "document.querySelector('#status').innerText.startsWith('Finished. The files are in')"
     while not page.evaluate(finished):
         page.keyboard.press("f")
         with suppress(pytest.importorskip("playwright.sync_api").TimeoutError):
             page.wait_for_function(finished, timeout=5000)
-    code, said = run.end()
-    assert code == 0, said
+    code, messages = run.end()
+    assert code == 0, messages
     assert [url for url in elsewhere if not url.startswith(("data:", "blob:"))] == []
     (problem,) = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]
     (move,) = problem["moves"]
@@ -427,7 +426,7 @@ def test_a_person_chooses_in_a_browser(tiny, tmp_path, browser):
 
 @pytest.mark.timeout(180)
 @pytest.mark.slow
-def test_a_page_that_is_closed_halfway_loses_nothing(tiny, tmp_path, browser):
+def test_closed_page_loses_nothing(tiny, tmp_path, browser):
     folder = tmp_path / "run"
     run = Run(tiny, folder)
     page = browser.new_page()
@@ -440,8 +439,8 @@ def test_a_page_that_is_closed_halfway_loses_nothing(tiny, tmp_path, browser):
     page.close()
     time.sleep(1)
     assert run.process.poll() is None  # it waits for the page to be opened again
-    code, said = run.end(signal.SIGINT)
-    assert code == 130, said
+    code, messages = run.end(signal.SIGINT)
+    assert code == 130, messages
     (record,) = (json.loads(file.read_text()) for file in (folder / "problems").glob("*.json"))
     assert len(record["result"]["moves"]) == 1
     again = Run(tiny, folder, "--ckpt_path", "last")
@@ -456,11 +455,11 @@ def test_a_page_that_is_closed_halfway_loses_nothing(tiny, tmp_path, browser):
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("stop", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_waits_for_a_person_can_be_told_to_stop(tiny, tmp_path, stop, expected):
+def test_run_that_waits_for_the_user_stops_on_a_signal(tiny, tmp_path, stop, expected):
     pytest.importorskip("gradio")
     run, records = Run(tiny, tmp_path / "run"), tmp_path / "run" / "problems"
     until = time.monotonic() + 60
     while not any(records.glob("*.safetensors")) and time.monotonic() < until:
         time.sleep(0.2)
-    code, said = run.end(stop)
-    assert code == expected, said
+    code, messages = run.end(stop)
+    assert code == expected, messages

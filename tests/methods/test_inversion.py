@@ -47,7 +47,9 @@ def search(module, images, folder, **data):
     module.steps = data.pop("steps", 3)
     data = ImagesToPrompts([str(image) for image in images], **{**DATA, **data})
     trainer.fit(module, datamodule=data)
-    return list(data.folder.load().values())
+    problems = list(data.folder.load().values())
+    assert problems  # so that loops over them check something
+    return problems
 
 
 @pytest.fixture(params=METHODS)
@@ -71,7 +73,7 @@ def settings(method, **given):
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 @pytest.mark.parametrize(
     "method", [method for method in METHODS if method is not ClipWords]
-)  # there is no CLIP with these
+)  # these models have no CLIP
 def test_only_the_prompt_trains(method, family, request, image_folder, tmp_path):
     module = method(backbone=str(request.getfixturevalue(family)), **settings(method))
     assert [name for name, p in module.named_parameters() if p.requires_grad] == ["prompt.embeddings"]
@@ -110,20 +112,20 @@ def test_only_the_prompt_trains(method, family, request, image_folder, tmp_path)
         (ClipWords, {}),
     ],
 )
-def test_batch_equals_its_parts(method, extra, tiny, image_folder, tmp_path):
+def test_batch_equals_each_image_alone(method, extra, tiny, image_folder, tmp_path):
     paths, chosen = sorted(image_folder.iterdir()), {"backbone": tiny, "microbatch": 2, **settings(method, **extra)}
-    together = search(method(**chosen), paths, tmp_path / "run")
+    batch_results = search(method(**chosen), paths, tmp_path / "run")
     for i, path in enumerate(paths):
         (alone,) = search(method(**chosen), [path], tmp_path / f"run{i}")
-        assert alone.key == together[i].key
-        assert alone.prompt == together[i].prompt
-        assert alone.token_ids == together[i].token_ids
-        assert alone.validation_loss == pytest.approx(together[i].validation_loss, abs=1e-5)
-        assert alone.initial_validation_loss == pytest.approx(together[i].initial_validation_loss, abs=1e-5)
-        assert alone.unet_samples == together[i].unet_samples
+        assert alone.key == batch_results[i].key
+        assert alone.prompt == batch_results[i].prompt
+        assert alone.token_ids == batch_results[i].token_ids
+        assert alone.validation_loss == pytest.approx(batch_results[i].validation_loss, abs=1e-5)
+        assert alone.initial_validation_loss == pytest.approx(batch_results[i].initial_validation_loss, abs=1e-5)
+        assert alone.unet_samples == batch_results[i].unet_samples
 
 
-def test_runs_repeat_exactly(method, tiny, image_folder, tmp_path):
+def test_search_is_reproducible(method, tiny, image_folder, tmp_path):
     runs = [search(method(backbone=tiny, **settings(method)), [image_folder], tmp_path / str(i)) for i in range(2)]
     for first, second in zip(*runs, strict=True):
         assert (first.token_ids, first.validation_loss) == (second.token_ids, second.validation_loss)
@@ -132,7 +134,7 @@ def test_runs_repeat_exactly(method, tiny, image_folder, tmp_path):
 def test_seed_changes_the_search(method, tiny, image_folder, tmp_path):
     seen = []
 
-    class Watched(method):
+    class Recording(method):
         def init_params(self, rows):
             seen.append(super().init_params(rows))
             return seen[-1]
@@ -143,7 +145,7 @@ def test_seed_changes_the_search(method, tiny, image_folder, tmp_path):
             super().step(batch, rows)
 
     runs = [
-        search(Watched(backbone=tiny, **settings(method)), [image_folder], tmp_path / str(seed), seed=seed)
+        search(Recording(backbone=tiny, **settings(method)), [image_folder], tmp_path / str(seed), seed=seed)
         for seed in range(2)
     ]
     losses = [[problem.initial_validation_loss for problem in problems] for problems in runs]
@@ -157,27 +159,27 @@ def test_seed_changes_the_search(method, tiny, image_folder, tmp_path):
     ("optimizer", "own"),
     [("lbfgs", {"lr": 1.0, "max_iter": 5}), ("adam", {"lr": 0.01}), ("sgd", {"lr": 1.0})],
 )
-def test_ph2p_goes_down(optimizer, own, tiny, image_folder, tmp_path):
+def test_ph2p_lowers_the_loss(optimizer, own, tiny, image_folder, tmp_path):
     losses = []
 
-    class Watched(PH2P):
+    class Recording(PH2P):
         def step(self, batch, rows):
             samples = self.samples(
                 rows, Step([0] * len(batch.steps), batch.timesteps)
-            )  # of the first step's noise, for all steps to share
+            )  # with the noise of the first step in all steps
             self.samples = lambda rows, batch: samples
             with torch.no_grad():
                 losses.append(self.loss(rows, *self.prompt(rows), samples))
             super().step(batch, rows)
 
-    module = Watched(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2), optimizer=optimizer, **own)
-    module.backbone.name = "tiny"  # what is drawn depends on it, and the folder has another name every time
+    module = Recording(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2), optimizer=optimizer, **own)
+    module.backbone.name = "tiny"  # random draws depend on the name, and the folder's name changes
     search(module, [image_folder], tmp_path / "run", steps=12, num_validation_samples=3)
     assert losses[-1].mean() < losses[0].mean()
     assert (torch.stack(losses).diff(dim=0) < 0).float().mean() > 0.6
 
 
-def test_prompts_survive_being_written_down(hard, tiny, image_folder, tmp_path):
+def test_prompts_round_trip_as_text(hard, tiny, image_folder, tmp_path):
     module = hard(backbone=tiny, template="a photo of {} background", **settings(hard))
     for problem in search(module, [image_folder], tmp_path / "run"):
         text = problem.prompt
@@ -191,7 +193,7 @@ def test_prompts_survive_being_written_down(hard, tiny, image_folder, tmp_path):
         assert torch.equal(module.prompt.ids(torch.tensor([problem.token_ids])), whole)
 
 
-def test_score_is_of_the_text(hard, tiny, image_folder, tmp_path):
+def test_validation_loss_is_that_of_the_text(hard, tiny, image_folder, tmp_path):
     """The loss in a record can be computed from the prompt, the image and the validation noise alone."""
     module = hard(backbone=tiny, **settings(hard))
     problems = search(module, [image_folder], tmp_path / "run")
@@ -202,21 +204,20 @@ def test_score_is_of_the_text(hard, tiny, image_folder, tmp_path):
         noise = draw_noise(0, [problem.key], VALIDATION, 2, backbone.latent_shape, "cpu")[0]
         latents = module.latents[row].expand(2, -1, -1, -1)
         with torch.no_grad():
-            told = backbone.encode(ids.expand(2, -1))
-            output = backbone.denoise(backbone.add_noise(latents, noise, timesteps), timesteps, told)
+            prompt_embeds = backbone.encode(ids.expand(2, -1))
+            output = backbone.denoise(backbone.add_noise(latents, noise, timesteps), timesteps, prompt_embeds)
             loss = (output - backbone.target(latents, noise, timesteps)).square().mean()
         assert problem.validation_loss == pytest.approx(float(loss), abs=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_reranking_images_are_what_the_pipeline_draws(guidance, tiny, image_folder, tmp_path):
+def test_rerank_images_equal_the_pipelines(guidance, tiny, image_folder, tmp_path):
     """With a weight, the CLIP similarity of images that diffusers samples is added to the prompt's loss."""
     module = PEZ(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance))
     plain = search(module, [image_folder], tmp_path / "plain", steps=1)
-    module = PEZ(
-        backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance), microbatch=4, rerank=Rerank(0.5, 2, 3)
-    )
-    drawn = search(module, [image_folder], tmp_path / "drawn", steps=1)
+    rerank = {"rerank": Rerank(0.5, 2, 3)}
+    module = PEZ(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance), microbatch=4, **rerank)
+    reranked = search(module, [image_folder], tmp_path / "reranked", steps=1)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     clip = CLIPModel.from_pretrained(f"{tiny}/clip")
@@ -226,7 +227,7 @@ def test_reranking_images_are_what_the_pipeline_draws(guidance, tiny, image_fold
         larger = functional.interpolate(images, size=(32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
         return functional.normalize(clip.visual_projection(clip.vision_model(larger).pooler_output), dim=-1)
 
-    for path, without, problem in zip(sorted(image_folder.iterdir()), plain, drawn, strict=True):
+    for path, without, problem in zip(sorted(image_folder.iterdir()), plain, reranked, strict=True):
         entry = problem.history[0]
         assert entry["prompt"] == without.history[0]["prompt"]
         latents = draw_noise(0, [problem.key], RERANK, 2, module.backbone.latent_shape, "cpu")[0]
@@ -238,59 +239,59 @@ def test_reranking_images_are_what_the_pipeline_draws(guidance, tiny, image_fold
         assert entry["validation_loss"] == pytest.approx(
             without.history[0]["validation_loss"] + 0.5 * float(distance), abs=1e-4
         )
-        scorings = 2  # of the start, and after the step
+        scorings = 2  # of the initial prompt, and after the step
         calls = 4  # PNDM's for three steps
         assert problem.unet_samples == without.unet_samples + scorings * 2 * calls * (2 if guidance > 1 else 1)
 
 
-def test_blocked_words_never_appear(hard, tiny, image_folder, tmp_path):
-    blocked = list("aeiou")
-    for problem in search(
-        hard(backbone=tiny, banned_words=blocked, **settings(hard)), [image_folder], tmp_path / "run"
-    ):
+def test_banned_words_never_appear(hard, tiny, image_folder, tmp_path):
+    banned = list("aeiou")
+    for problem in search(hard(backbone=tiny, banned_words=banned, **settings(hard)), [image_folder], tmp_path / "run"):
         assert problem.prompt
-        assert not set(problem.prompt.lower()) & set(blocked)
+        assert not set(problem.prompt.lower()) & set(banned)
 
 
-def test_only_the_words_given_are_used(hard, tiny, image_folder, tmp_path):
+def test_prompts_use_only_allowed_words(hard, tiny, image_folder, tmp_path):
     words = ["a", "b", "7", "?"]
     for problem in search(hard(backbone=tiny, allowed_words=words, **settings(hard)), [image_folder], tmp_path / "run"):
         assert set(problem.prompt.split()) <= set(words)
         assert len(problem.token_ids) == 3
 
 
-def test_exchanges_stay_among_the_words_given(tiny, image_folder, tmp_path):
-    class Watched(GCG):
+def test_gcg_candidates_use_only_allowed_words(tiny, image_folder, tmp_path):
+    class Recording(GCG):
         def _losses(self, rows, candidates, sound, samples):
             assert sound.any()
             assert self.prompt.allowed[candidates[sound]].all()
+            checked.append(len(candidates))
             return super()._losses(rows, candidates, sound, samples)
 
-    own = {**settings(GCG), "topk": 50, "candidates": 20}
-    search(Watched(backbone=tiny, allowed_words=["a", "b", "7"], **own), [image_folder], tmp_path / "run")
+    checked, own = [], {**settings(GCG), "topk": 50, "candidates": 20}
+    search(Recording(backbone=tiny, allowed_words=["a", "b", "7"], **own), [image_folder], tmp_path / "run")
+    assert checked == [3] * 3  # three images in each of three steps
 
 
-def test_one_word_alone_is_the_prompt(hard, tiny, image_folder, tmp_path):
+def test_single_allowed_word_fills_the_prompt(hard, tiny, image_folder, tmp_path):
     for problem in search(hard(backbone=tiny, allowed_words=["b"], **settings(hard)), [image_folder], tmp_path / "run"):
         assert problem.prompt == "b b b"
 
 
-def test_clip_words_are_the_result_even_if_random_tokens_score_better(tiny, image_folder, tmp_path):
-    class Disliked(ClipWords):
-        def evaluate(self, rows, told):
+def test_clip_words_are_the_result_even_if_random_tokens_are_better(tiny, image_folder, tmp_path):
+    class HigherLoss(ClipWords):
+        def evaluate(self, rows, prompt_embeds):
             self.scored = getattr(self, "scored", 0) + 1
-            return super().evaluate(rows, told) + self.scored
+            return super().evaluate(rows, prompt_embeds) + self.scored
 
-    module = Disliked(backbone=tiny, **settings(ClipWords))
+    module = HigherLoss(backbone=tiny, **settings(ClipWords))
     problems = search(module, [image_folder], tmp_path / "run", steps=1)
     for problem, words in zip(problems, module.clip_words(torch.arange(len(problems)), 2).tolist(), strict=True):
         assert problem.token_ids == words
         assert problem.status == "not improved"
 
 
-def test_losses_that_are_never_finite_are_a_failure(hard, tiny, image_folder, tmp_path):
+def test_problem_whose_losses_are_never_finite_fails(hard, tiny, image_folder, tmp_path):
     class Broken(hard):
-        def evaluate(self, rows, told):
+        def evaluate(self, rows, prompt_embeds):
             return torch.full((len(rows),), torch.nan)
 
     for problem in search(Broken(backbone=tiny, **settings(hard)), [image_folder], tmp_path / "run"):
@@ -298,12 +299,12 @@ def test_losses_that_are_never_finite_are_a_failure(hard, tiny, image_folder, tm
         assert "not a finite number" in problem.reason
 
 
-def test_template_with_a_blocked_word_is_refused(tiny):
+def test_template_with_a_banned_word_is_refused(tiny):
     with pytest.raises(UserError, match=r"--model.template has a blocked word, got 'a photo of \{\}'"):
         PEZ(backbone=tiny, template="a photo of {}", banned_words=["photo"])
 
 
-def test_data_read_for_one_run_are_read_again_for_another(tiny, image_folder, tmp_path):
+def test_data_module_can_be_used_for_another_run(tiny, image_folder, tmp_path):
     data, prompts = ImagesToPrompts(str(image_folder), **DATA), []
     for name, seed in (("one", 0), ("two", 1)):
         data.seed = seed
@@ -314,7 +315,7 @@ def test_data_read_for_one_run_are_read_again_for_another(tiny, image_folder, tm
     assert prompts[0] != prompts[1]
 
 
-def test_unreadable_image_that_was_mended_leaves_no_record_behind(tiny, image_folder, tmp_path):
+def test_repaired_image_leaves_no_failed_record(tiny, image_folder, tmp_path):
     whole = (image_folder / "0.png").read_bytes()
     (image_folder / "0.png").write_bytes(b"")
     for _ in range(2):
@@ -323,27 +324,27 @@ def test_unreadable_image_that_was_mended_leaves_no_record_behind(tiny, image_fo
     assert len(list((tmp_path / "run" / "problems").glob("*.json"))) == 3
 
 
-def test_equal_images_are_told(tiny, image_folder, tmp_path, caplog):
+def test_equal_images_share_a_result(tiny, image_folder, tmp_path, caplog):
     (image_folder / "copy.png").write_bytes((image_folder / "0.png").read_bytes())
     problems = search(PEZ(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "run")
     assert len(problems) == 3
     assert "copy.png has the pixels of 0.png; they share one result." in caplog.text
 
 
-def test_finished_problems_leave_the_wave(tiny, image_folder, tmp_path):
+def test_patience_finishes_problems(tiny, image_folder, tmp_path):
     module = PEZ(backbone=tiny, lr=0.0, weight_decay=0.0, patience=2, **settings(PEZ))
     problems = search(module, [image_folder], tmp_path / "run", steps=50)
     assert not len(module.batch.active_rows())
     assert all(problem.prompt for problem in problems)
-    for problem in problems:  # nothing moves: the start, two steps, and each is scored
+    for problem in problems:  # nothing improves: the initial prompt and two steps are scored
         assert problem.status == "not improved"
         assert problem.unet_samples == 2 * 2 * 2 + 3 * 2
 
 
-def test_restart_keeps_half_of_the_best_prompt(tiny, image_folder, tmp_path):
-    seen = []
+def test_restart_keeps_half_of_the_best_prompts_tokens(tiny, image_folder, tmp_path):
+    restarts = []
 
-    class Watched(PH2P):
+    class Recording(PH2P):
         def set_rows(self, problems):
             super().set_rows(problems)
             reset_rows = self.batch.reset_rows
@@ -354,25 +355,26 @@ def test_restart_keeps_half_of_the_best_prompt(tiny, image_folder, tmp_path):
                 (state,) = self.trainer.optimizers[0].state.values()
                 assert not any(value.any() for value in state.values())
                 records = self.batch.records
-                seen.append([(record.token_ids, ids) for record, ids in zip(records, token_ids.tolist(), strict=True)])
+                restarts.append(
+                    [(record.token_ids, ids) for record, ids in zip(records, token_ids.tolist(), strict=True)]
+                )
 
             self.batch.reset_rows = watched
 
-    module = Watched(backbone=tiny, optimizer="adam", restart_every=2, num_tokens=6, sampler=SamplerSettings(2))
+    module = Recording(backbone=tiny, optimizer="adam", restart_every=2, num_tokens=6, sampler=SamplerSettings(2))
     search(module, [image_folder], tmp_path / "run", steps=7)
-    restarts = seen
     assert len(restarts) == 3  # before the steps 2, 4 and 6
-    for best, begun in (pair for restart in restarts for pair in restart):
-        assert sum(one == other for one, other in zip(best, begun, strict=True)) in (
+    for best, restarted in (pair for restart in restarts for pair in restart):
+        assert sum(one == other for one, other in zip(best, restarted, strict=True)) in (
             3,
             4,
-        )  # a new token may be the old one
-        assert module.prompt.allowed[begun].all()
-    assert len({tuple(begun) for restart in restarts for _, begun in restart}) == 9
+        )  # a new token may equal the old one
+        assert module.prompt.allowed[restarted].all()
+    assert len({tuple(restarted) for restart in restarts for _, restarted in restart}) == 9
 
 
-def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, image_folder, tmp_path, caplog):
-    class Poisoned(PEZ):
+def test_row_without_a_finite_gradient_skips_the_step(tiny, image_folder, tmp_path, caplog):
+    class Broken(PEZ):
         def loss(self, rows, *given):
             loss = super().loss(rows, *given)
             factor = torch.ones(3)
@@ -386,7 +388,7 @@ def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, image_f
             moved = (self.prompt.embeddings.detach() != before).flatten(1).any(1).tolist()
             assert moved == [batch.steps[0] != 1, True, True]
 
-    problems = search(Poisoned(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "run")
+    problems = search(Broken(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "run")
     assert caplog.text.count("0.png was not finite in 1 of the steps up to 2") == 1
     healthy = search(PEZ(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "healthy")
     assert [p.token_ids for p in problems[1:]] == [p.token_ids for p in healthy[1:]]
@@ -395,10 +397,10 @@ def test_problem_without_a_finite_gradient_is_left_out_of_the_step(tiny, image_f
 @pytest.mark.parametrize("value", [torch.nan, 1e30])
 @pytest.mark.parametrize(("method", "extra"), [(PEZ, {}), (PH2P, {"projection": "delayed"})])
 @pytest.mark.parametrize("times", [1, 6])
-def test_prompt_that_is_no_number_goes_on_from_the_best_before(
+def test_nonfinite_embeddings_are_reset_to_the_best_prompt(
     times, method, extra, value, tiny, image_folder, tmp_path, caplog
 ):
-    class Poisoned(method):
+    class Broken(method):
         def step(self, batch, rows):
             before = self.prompt.embeddings.detach().clone()
             super().step(batch, rows)
@@ -413,9 +415,9 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
                         0.5 * self.lr, rel=0.2
                     )
 
-    problems = search(Poisoned(backbone=tiny, **settings(method, **extra)), [image_folder], tmp_path / "run", steps=8)
+    problems = search(Broken(backbone=tiny, **settings(method, **extra)), [image_folder], tmp_path / "run", steps=8)
     first, *others = problems
-    how = " with half the step size" if method is PEZ else "."  # not with L-BFGS, whose history is of whole steps
+    how = " with half the step size" if method is PEZ else "."  # not with L-BFGS, whose history assumes whole steps
     assert caplog.text.count(f"continuing from its best prompt{how}") == min(times, 5)
     assert ("finite" in str(first.reason)) == (times == 6)
     assert first.prompt
@@ -426,11 +428,11 @@ def test_prompt_that_is_no_number_goes_on_from_the_best_before(
 
 
 @pytest.mark.parametrize("projection", ["final", "immediate"])
-def test_prompt_that_leaves_the_numbers_within_a_step_takes_the_step_back(projection, tiny, image_folder, tmp_path):
+def test_step_to_nonfinite_embeddings_is_undone(projection, tiny, image_folder, tmp_path):
     class Steep(PH2P):
         def loss(self, rows, *given):
             factor = torch.ones(3)
-            factor[0] = 1e25  # the first image's first step goes that far
+            factor[0] = 1e25  # the first step of the first image overflows
             return super().loss(rows, *given) * factor[rows]
 
     own = {**settings(PH2P), "projection": projection, "lr": 1e-2}
@@ -440,8 +442,8 @@ def test_prompt_that_leaves_the_numbers_within_a_step_takes_the_step_back(projec
     assert problems[0].prompt
 
 
-def test_records_and_results_are_written_by_lightning_alone(tiny, image_folder, tmp_path):
-    """Everything works from Python too, without the command line."""
+def test_trainer_alone_writes_records_and_results(tiny, image_folder, tmp_path):
+    """Searches run from Python, without the command line."""
     how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
     trainer = pl.Trainer(**how, default_root_dir=tmp_path, callbacks=[Results()])
     trainer.fit(PEZ(backbone=tiny, **settings(PEZ)), datamodule=ImagesToPrompts(str(image_folder), **DATA))
@@ -456,10 +458,10 @@ def test_records_and_results_are_written_by_lightning_alone(tiny, image_folder, 
 def double(sd):
     """Return each of the two backbones in float64, with embeddings (2, L, D) and 3 samples per problem for a loss."""
     backbone = load_backbone(str(sd)).double()
-    tower = backbone.vocabulary
-    ids = encode_text(tower.tokenizer, ["a red cat", "two dogs beside a tree"], tower.length)
+    vocabulary = backbone.vocabulary
+    ids = encode_text(vocabulary.tokenizer, ["a red cat", "two dogs beside a tree"], vocabulary.length)
     samples = torch.randn(4, 2, 3, *backbone.latent_shape, dtype=torch.float64)
-    embeddings = tower.table[ids] + 0.01 * torch.randn(2, tower.length, tower.table.shape[1])
+    embeddings = vocabulary.table[ids] + 0.01 * torch.randn(2, vocabulary.length, vocabulary.table.shape[1])
     return backbone, ids, embeddings, samples[0], torch.tensor([[10, 500, 999], [0, 700, 300]]), samples[1]
 
 
@@ -472,35 +474,35 @@ def slope(double, loss):
     return losses.detach(), gradient
 
 
-def plain(backbone, told, latents, timesteps, noise):
+def plain_loss(backbone, prompt_embeds, latents, timesteps, noise):
     """Compute the loss by its definition, in one batch."""
-    told, (x, eps), t = (
-        told.repeat_interleave(3, 0),
+    embeds, (x, eps), t = (
+        prompt_embeds.repeat_interleave(3, 0),
         (v.flatten(0, 1) for v in (latents, noise)),
         timesteps.flatten(),
     )
-    output = backbone.denoise(backbone.add_noise(x, eps, t), t, told)
+    output = backbone.denoise(backbone.add_noise(x, eps, t), t, embeds)
     return (output - backbone.target(x, eps, t)).square().mean((1, 2, 3)).view(2, 3).mean(1)
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 4, 16])
-def test_denoising_gradient_is_that_of_autograd(double, microbatch):
+def test_denoising_gradient_equals_autograd(double, microbatch):
     losses, gradient = slope(double, Denoising(Microbatch(microbatch)))
-    expected, expected_gradient = slope(double, plain)
+    expected, expected_gradient = slope(double, plain_loss)
     torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-11)
     assert expected_gradient.abs().max() > 1e-8
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-7, atol=1e-12)
 
 
-def test_denoising_without_gradients(double):
+def test_denoising_without_gradients_gives_the_same_losses(double):
     backbone, ids, embeddings, *rest = double
     with torch.no_grad():
         losses = Denoising(Microbatch(4))(backbone, backbone.encode(ids, embeddings), *rest)
     assert not losses.requires_grad
-    torch.testing.assert_close(losses, slope(double, plain)[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(losses, slope(double, plain_loss)[0], rtol=1e-9, atol=1e-11)
 
 
-def test_results_are_drawn_before_the_model_leaves_its_device(tiny, image_folder, tmp_path, monkeypatch):
+def test_results_are_written_before_teardown(tiny, image_folder, tmp_path, monkeypatch):
     leave, seen = Strategy.teardown, []
 
     def teardown(self):
@@ -515,7 +517,7 @@ def test_results_are_drawn_before_the_model_leaves_its_device(tiny, image_folder
 
 
 @pytest.fixture
-def opposed(sd, image_folder, tmp_path):
+def with_negative_images(sd, image_folder, tmp_path):
     """Create a batch of two targets with two negative images in float64; return the method and its data."""
     paths = [str(path) for path in sorted(image_folder.iterdir())]
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
@@ -532,19 +534,19 @@ def opposed(sd, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("samples", "num_images"), [*itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4, 6))])
-def test_each_image_is_seen_equally_often_at_all_timesteps(samples, num_images):
+def test_each_image_is_used_equally_often_at_all_timesteps(samples, num_images):
     seen = Counter()
     for step in range(num_images**2):
         turns = image_indices(step, samples, num_images).tolist()
         assert len(turns) == samples
         assert (
             max(Counter(turns).values()) - min([Counter(turns)[i] for i in range(num_images)]) <= 1
-        )  # within a step, too
+        )  # also within a step
         seen.update(enumerate(turns))
     assert seen == {(k, image): num_images for k in range(samples) for image in range(num_images)}
 
 
-def test_subjects_of_different_sizes_do_not_disturb_each_other(tiny, image_folder, tmp_path):
+def test_subjects_with_different_numbers_of_images_may_share_a_batch(tiny, image_folder, tmp_path):
     paths = [str(path) for path in sorted(image_folder.iterdir())]
     several = tmp_path / "images.jsonl"
     rows = [{"file": paths, "subject": "three"}, {"file": paths[:2], "subject": "two"}]
@@ -552,23 +554,23 @@ def test_subjects_of_different_sizes_do_not_disturb_each_other(tiny, image_folde
     alone = tmp_path / "alone.jsonl"
     alone.write_text(json.dumps(rows[1]))
     chosen = {**DATA, "num_validation_samples": 4, "num_noise_samples": 3}
-    together = search(PEZ(backbone=tiny, **settings(PEZ)), [several], tmp_path / "together", **chosen)
+    batch_results = search(PEZ(backbone=tiny, **settings(PEZ)), [several], tmp_path / "batch_results", **chosen)
     (two,) = search(PEZ(backbone=tiny, **settings(PEZ)), [alone], tmp_path / "two", **chosen)
-    assert together[1].key == two.key
-    assert together[1].validation_loss == pytest.approx(two.validation_loss, rel=1e-5)
-    assert together[1].initial_validation_loss == pytest.approx(two.initial_validation_loss, rel=1e-5)
+    assert batch_results[1].key == two.key
+    assert batch_results[1].validation_loss == pytest.approx(two.validation_loss, rel=1e-5)
+    assert batch_results[1].initial_validation_loss == pytest.approx(two.initial_validation_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("which", ["subject", "negative"])
-def test_more_images_than_scoring_looks_at_are_refused(which, tiny, image_folder, tmp_path):
+def test_more_images_than_validation_samples_are_refused(which, tiny, image_folder, tmp_path):
     more = {"one_subject": True} if which == "subject" else {"negative_images": str(image_folder)}
     with pytest.raises(UserError, match=r"3 images .* give --data.num_validation_samples 3 or more"):
         search(PEZ(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "run", **more)
     assert not (tmp_path / "run" / "problems").exists()
 
 
-def test_negative_images_take_turns(opposed):
-    module, data = opposed
+def test_negative_images_alternate(with_negative_images):
+    module, data = with_negative_images
     negatives = data.negative_latents(module.backbone)
     assert len(negatives) == 2
     for step in (VALIDATION, 0, 1, 2):
@@ -582,33 +584,33 @@ def test_negative_images_take_turns(opposed):
         assert torch.equal(last.negative[0], samples.negative[1])
 
 
-def test_loss_with_negative_images_is_a_difference(opposed):
-    """Both terms use equal timesteps and noise, and are computed by their definition."""
-    module, data = opposed
+def test_loss_subtracts_that_of_negative_images(with_negative_images):
+    """Compute both terms by their definition, with the same timesteps and noise."""
+    module, data = with_negative_images
     rows, batch = torch.arange(2), Step([1] * 2, torch.tensor([[10, 500, 999], [0, 700, 300]]))
     samples, backbone = module.samples(rows, batch), module.backbone
     module.prompt.embeddings.data = module.init_params(torch.arange(2)).double()
     ids, embeddings = module.prompt(rows)
-    told = backbone.encode(ids, embeddings)
-    here, there = (
-        plain(backbone, told, latents, samples.timesteps, samples.noise.double())
+    prompt_embeds = backbone.encode(ids, embeddings)
+    positive, negative = (
+        plain_loss(backbone, prompt_embeds, latents, samples.timesteps, samples.noise.double())
         for latents in (
             samples.latents,
             data.negative_latents(backbone)[torch.tensor([1, 0, 1])].expand(2, -1, -1, -1, -1),
         )
     )
-    assert not torch.allclose(here, there)
+    assert not torch.allclose(positive, negative)
     loss = module.loss(rows, ids, embeddings, samples)
-    torch.testing.assert_close(loss, here - 0.7 * there, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(loss, positive - 0.7 * negative, rtol=1e-6, atol=1e-8)
     gradients = [
         torch.autograd.grad(side.sum(), module.prompt.embeddings, retain_graph=True)[0]
-        for side in (loss, here - 0.7 * there)
+        for side in (loss, positive - 0.7 * negative)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
 
 
-def test_gradient_with_negative_images_is_that_of_differences(opposed):
-    module, _ = opposed
+def test_gradient_with_negative_images_equals_finite_differences(with_negative_images):
+    module, _ = with_negative_images
     rows = torch.arange(2)
     samples = module.samples(rows, Step([0] * 2, torch.tensor([[10, 500, 999], [0, 700, 300]])))
     module.prompt.embeddings.data = module.init_params(torch.arange(2)).double()
@@ -627,33 +629,33 @@ def test_gradient_with_negative_images_is_that_of_differences(opposed):
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-8)
 
 
-def test_negative_images_count_and_make_another_problem(tiny, image_folder, tmp_path):
+def test_negative_images_change_the_key_and_double_the_cost(tiny, image_folder, tmp_path):
     paths = sorted(image_folder.iterdir())
     (alone,) = search(PEZ(backbone=tiny, **settings(PEZ)), paths[:1], tmp_path / "alone")
-    (led,) = search(
+    (other,) = search(
         PEZ(backbone=tiny, **settings(PEZ)),
         paths[:1],
-        tmp_path / "led",
+        tmp_path / "other",
         negative_images=[str(path) for path in paths[1:]],
     )
-    assert led.key != alone.key
-    assert led.unet_samples == 2 * alone.unet_samples
+    assert other.key != alone.key
+    assert other.unet_samples == 2 * alone.unet_samples
 
 
-@pytest.mark.parametrize(("content", "told"), [(None, "There is no file"), ("no image", "is not an image")])
-def test_negative_image_that_cannot_be_read_is_named(tiny, image_folder, tmp_path, content, told):
+@pytest.mark.parametrize(("content", "message"), [(None, "There is no file"), ("no image", "is not an image")])
+def test_unreadable_negative_image_is_refused(tiny, image_folder, tmp_path, content, message):
     bad = tmp_path / "bad.png"
     if content:
         bad.write_text(content)
-    with pytest.raises(UserError, match=rf"(?s)^{told}.*bad\.png|^[^\n]*bad\.png[^\n]*{told}"):
+    with pytest.raises(UserError, match=rf"(?s)^{message}.*bad\.png|^[^\n]*bad\.png[^\n]*{message}"):
         search(PEZ(backbone=tiny, **settings(PEZ)), [image_folder], tmp_path / "run", negative_images=str(bad))
     assert not (tmp_path / "run" / "problems").exists()
 
 
-def test_straight_through_is_the_gradient_at_the_projected(sd):
+def test_straight_through_gradient_is_that_at_the_projected_embeddings(sd):
     backbone = load_backbone(str(sd))
-    tower = backbone.vocabulary
-    prompt = TokenEmbeddings(tower, "a {} cat", 3)
+    vocabulary = backbone.vocabulary
+    prompt = TokenEmbeddings(vocabulary, "a {} cat", 3)
     start = prompt.allowed.nonzero()[:6, 0].view(2, 3)
     prompt.embeddings.data = prompt.table[start]
     prompt.embeddings.data += 1e-3 * torch.randn_like(prompt.embeddings)
@@ -673,7 +675,7 @@ def test_straight_through_is_the_gradient_at_the_projected(sd):
     torch.testing.assert_close(prompt.embeddings.grad, gradient[:, prompt.positions], rtol=1e-4, atol=rounding)
 
 
-def test_rows_of_a_prompt(sd):
+def test_rows_of_a_prompt_can_be_selected(sd):
     prompt = TokenEmbeddings(load_backbone(str(sd)).vocabulary, "{}", 2)
     prompt.embeddings.data = prompt.table[prompt.allowed.nonzero()[:6, 0].view(3, 2)]
     ids, embeddings = prompt(torch.tensor([2, 0]))
@@ -685,7 +687,7 @@ def test_rows_of_a_prompt(sd):
 # --- randomness
 
 
-def test_addresses_are_pure():
+def test_draws_depend_only_on_seed_key_and_step():
     whole = draw_noise(3, ["a", "b", "c"], 5, 4, (2, 3), "cpu")
     assert torch.equal(draw_noise(3, ["c"], 5, 4, (2, 3), "cpu")[0], whole[2])
     torch.randn(7)
@@ -694,21 +696,21 @@ def test_addresses_are_pure():
     assert torch.equal(draw_timesteps(3, ["c", "a"], 5, 4, 0, 1000), times[[2, 0]])
 
 
-def test_drawing_leaves_global_randomness_alone():
+def test_draws_leave_the_global_generator_unchanged():
     before = torch.get_rng_state()
     draw_noise(0, ["a"], 0, 2, (4,), "cpu")
     draw_timesteps(0, ["a"], 0, 2, 0, 1000)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_addresses_differ():
-    places = [
+def test_derived_seeds_differ():
+    coordinates = [
         (seed, key, step, k) for seed in range(3) for key in ("a", "b") for step in range(-3, 5) for k in range(4)
     ]
-    assert len({derive_seed(*place) for place in places}) == len(places)
+    assert len({derive_seed(*each) for each in coordinates}) == len(coordinates)
 
 
-def test_validation_noise_never_trains():
+def test_validation_noise_is_never_used_in_training():
     training = torch.stack([draw_noise(0, ["a"], step, 4, (16,), "cpu")[0] for step in range(50)])
     validation = draw_noise(0, ["a"], VALIDATION, 4, (16,), "cpu")[0]
     assert VALIDATION < 0
@@ -718,7 +720,7 @@ def test_validation_noise_never_trains():
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1000), (500, 1000), (999, 1000), (0, 1), (3, 8)])
 @pytest.mark.parametrize("samples", [1, 4, 9])
-def test_timesteps_are_in_their_range(low, high, samples):
+def test_timesteps_are_in_the_range_and_stratified(low, high, samples):
     times = torch.stack([draw_timesteps(0, ["a", "b"], step, samples, low, high) for step in range(100)])
     assert times.dtype == torch.long
     assert low <= times.min()
@@ -729,7 +731,7 @@ def test_timesteps_are_in_their_range(low, high, samples):
     assert fixed.max() < high
 
 
-def test_timesteps_fill_the_range():
+def test_timesteps_cover_the_range_uniformly():
     times = torch.cat([draw_timesteps(0, ["a"], step, 4, 0, 10).flatten() for step in range(300)])
     counts = times.bincount(minlength=10)
     assert (counts > 60).all()  # 120 expected

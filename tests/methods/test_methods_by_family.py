@@ -1,4 +1,4 @@
-"""Every method on every family is searched, resumed, tested and sampled from, or refused in one sentence."""
+"""Search, resume, test and predict with every method on every family, or refuse it in one sentence."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from searches import found
+from searches import result_of
 
 from lightning_prompts import invert, metric_guidance, runner
 from lightning_prompts.backbones import load_backbone
@@ -76,7 +76,7 @@ FAMILIES = [
     "flux",
     "flux-schnell",
     "pixart",
-]  # sd1 and sd2 are the other tests'
+]  # other tests use sd1 and sd2
 
 
 DEFAULT = {
@@ -95,7 +95,7 @@ DEFAULT = {
 
 
 def params():
-    """Return all cells; those that do not run by default are marked."""
+    """Return all cells; those that do not run by default are marked as slow."""
     for family in FAMILIES:
         for method in METHODS:
             yield pytest.param(family, method, marks=[] if (method, family) in DEFAULT else [pytest.mark.slow])
@@ -131,27 +131,31 @@ def command(name, run, *args):
 
 
 def settings(family, method, folder, image, steps):
-    """A search of so many steps."""
+    """Return the arguments of a search with a number of steps."""
     given = {**SEARCH, **METHODS[method], **({"--model.backbone.vocabulary": "t5"} if family.endswith("T5") else {})}
     if "--data.prompts" not in given:
         given["--data.images"] = image
     if method == "HumanFeedback":
         given["--model.chooser.wants"] = image
-    if method != "DPODiff":  # whose budget says how long it searches
+    if method != "DPODiff":  # its budget is the length of the search
         given["--model.steps"] = str(steps)
     return ["--model", method, "--model.backbone", folder, *(x for pair in given.items() for x in pair)]
 
 
-def test_table_of_the_docs_is_what_is_tested():
+def test_table_in_the_docs_equals_the_tested_cells():
     page = (Path(__file__).parents[2] / "docs/models.md").read_text()
     lines = page[page.index("| | sd-turbo") :].partition("\n\n")[0].splitlines()
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    told = {(row[0], family): cell == "yes" for row in rows for family, cell in zip(head[1:], row[1:], strict=True)}
-    assert told == {(method, family): (method, family) not in REFUSED for method in METHODS for family in FAMILIES}
+    documented = {
+        (row[0], family): cell == "yes" for row in rows for family, cell in zip(head[1:], row[1:], strict=True)
+    }
+    assert documented == {
+        (method, family): (method, family) not in REFUSED for method in METHODS for family in FAMILIES
+    }
 
 
 @pytest.mark.parametrize("family", slow_but("sd3", [family for family in FAMILIES if "," not in family]))
-def test_company_changes_nothing(family, folders, tmp_path):
+def test_batch_of_two_equals_each_alone(family, folders, tmp_path):
     """Two problems in one batch get the results of each alone."""
     backbone = load_backbone(folders(family), image_size=16)
     files = []
@@ -168,11 +172,11 @@ def test_company_changes_nothing(family, folders, tmp_path):
         "lr": 0.02,
     }
     prompts = ["a red cat", "two dogs beside a tree"]
-    smooth = {"optimizer": "sgd", "lr": 1.0}  # the sign that AdamOnLion takes turns where a gradient is next to nothing
-    together = [*invert(files, **of_images, **how), *metric_guidance(prompts, Sharpness(), **smooth, **how)]
+    smooth = {"optimizer": "sgd", "lr": 1.0}  # the sign in AdamOnLion flips where a gradient is almost zero
+    batch = [*invert(files, **of_images, **how), *metric_guidance(prompts, Sharpness(), **smooth, **how)]
     alone = [invert(file, **of_images, **how) for file in files]
     alone += [metric_guidance(prompt, Sharpness(), **smooth, **how) for prompt in prompts]
-    for one, other in zip(together, alone, strict=True):
+    for one, other in zip(batch, alone, strict=True):
         assert one.record.key == other.record.key
         assert one.record.validation_loss == pytest.approx(other.record.validation_loss, rel=1e-4)
         for tensor, expected in ((one.embedding, other.embedding), (one.prompt_embeds, other.prompt_embeds)):
@@ -181,13 +185,13 @@ def test_company_changes_nothing(family, folders, tmp_path):
                 torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_default_part_has_every_family_and_method():
+def test_default_cells_cover_every_family_and_method():
     assert {family for _, family in DEFAULT - REFUSED.keys()} == set(FAMILIES)
     assert {method for method, _ in DEFAULT - REFUSED.keys()} == set(METHODS)
 
 
 @pytest.mark.parametrize(("family", "method"), list(params()))
-def test_cell(family, method, folders, image, tmp_path, capsys, monkeypatch):
+def test_method_on_family_runs_and_resumes(family, method, folders, image, tmp_path, capsys, monkeypatch):
     folder = folders(family)
     before = files_of(folder)
     run, again, given = tmp_path / "run", tmp_path / "again", settings(family, method, folder, image, 3)
@@ -201,16 +205,14 @@ def test_cell(family, method, folders, image, tmp_path, capsys, monkeypatch):
         patch.setattr(runner, "PromptCheckpoint", Stopping)
         assert command("fit", again, *given) == 130
     assert command("fit", again, *given, "--ckpt_path", "last") == 0
-    (one, files), (other, theirs) = found(run), found(again)
+    (one, files), (other, theirs) = result_of(run), result_of(again)
     assert one == other
     assert files.keys() == theirs.keys()
     for name, tensors in files.items():
         for key, tensor in tensors.items():
-            torch.testing.assert_close(
-                tensor, theirs[name][key], atol=1e-5, rtol=1e-5
-            )  # texts encoded alone or together
+            torch.testing.assert_close(tensor, theirs[name][key], atol=1e-5, rtol=1e-5)  # texts encoded alone or batch
     assert command("test", run) == 0
-    assert found(run)[0] == one
+    assert result_of(run)[0] == one
     assert command("predict", run, "--seeds", "3") == 0
     assert len(list((run / "images").glob("*.png"))) == 1
     assert files_of(folder) == before
@@ -238,7 +240,7 @@ SHORT = {
 
 @pytest.mark.parametrize("config", SHORT)
 @pytest.mark.parametrize("family", slow_but("sd-turbo", FEW))
-def test_configs_draw_in_the_steps_of_the_model(family, config, folders, image, tmp_path, capsys):
+def test_configs_sample_in_the_default_steps_of_the_model(family, config, folders, image, tmp_path, capsys):
     """Few-step models take their own one or four steps, with unchanged configs of shorter length."""
     args = [
         "--config",
@@ -258,15 +260,15 @@ def test_configs_draw_in_the_steps_of_the_model(family, config, folders, image, 
         args += ["--model.chooser.wants", image]
     assert command("fit", tmp_path / "run", *args) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "run/result.json").read_text())
-    drawn = result["settings"]["sampling"]
+    sampling = result["settings"]["sampling"]
     assert result["settings"]["model"]["sampler"]["num_inference_steps"] is None
-    assert drawn["num_inference_steps"] == FEW[family]
-    assert drawn.get("rerank_steps") == (FEW[family] if config == "invert" else None)
-    if config == "dpo_diff":  # three image_folder of the prompt and of each of its candidates
+    assert sampling["num_inference_steps"] == FEW[family]
+    assert sampling.get("rerank_steps") == (FEW[family] if config == "invert" else None)
+    if config == "dpo_diff":  # images of the prompt and of its candidate
         assert result["problems"][0]["unet_samples"] == 2 * FEW[family]
 
 
-def test_steps_of_the_model_are_what_a_setting_does_not_say(folders):
+def test_default_sampling_steps_are_those_of_the_model(folders):
     """At most 10 if the search itself generates images; a given number takes precedence."""
     objective = {"objective": Sharpness()}
     turbo, schnell, flux = (

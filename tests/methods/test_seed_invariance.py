@@ -42,7 +42,7 @@ def search(tiny, folder, prompts=PROMPTS[0], **settings):
     return module, list(data.folder.load().values())
 
 
-def test_seeds_come_in_all_the_way_in_each_stage(tiny):
+def test_ramp_reaches_the_new_seeds_in_each_stage(tiny):
     settings = {"backbone": tiny, "sampler": SamplerSettings(3), "compare": "latents"}
     module = SeedInvariance(**settings, steps=10, stages=[1, 3], ramp=1.0)
     assert [module.stage(step)[0] for step in range(10)] == [1] * 5 + [3] * 5
@@ -59,14 +59,14 @@ def test_each_stage_has_a_step_and_ends_at_the_new_seeds(stages, tiny):
         module = SeedInvariance(
             backbone=tiny, sampler=SamplerSettings(3), compare="latents", steps=steps, stages=numbers, ramp=1.0
         )
-        found = [module.stage(step) for step in range(steps)]
-        ends = [calls for calls, value in found if value == 1]
+        schedule = [module.stage(step) for step in range(steps)]
+        ends = [calls for calls, value in schedule if value == 1]
         assert ends == numbers
-        assert found[-1][1] == 1
+        assert schedule[-1][1] == 1
 
 
-def test_arc_is_long_enough_to_be_gone_from_end_to_end(tiny):
-    """The gradient points to the other prompt at each step, so that the optimizer goes as far as it can."""
+def test_arc_can_be_traversed_in_the_default_steps(tiny):
+    """The gradient points to the other prompt at every step, so the optimizer moves as far as it can."""
     module = SeedInvariance(
         backbone=tiny, sampler=SamplerSettings(3), compare="latents", embedding="arc", towards="two dogs"
     )
@@ -85,7 +85,7 @@ def test_optimizer_has_the_settings_of_the_search(tiny):
     assert (group["lr"], group["eps"]) == (0.3, 0.5)
 
 
-def test_by_default_a_stage_looks_at_the_end_and_soon_at_real_seeds(tiny):
+def test_default_schedule_compares_final_images_and_soon_new_seeds(tiny):
     module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), steps=10)
     assert {module.stage(step)[0] for step in range(10)} == {module.backbone.calls(3)} == {module.grad_steps}
     assert [module.stage(step)[1] for step in range(10)] == pytest.approx([1 / 3, 2 / 3, *[1.0] * 8])
@@ -101,8 +101,8 @@ def test_by_default_a_stage_looks_at_the_end_and_soon_at_real_seeds(tiny):
         ("rows", 2, "clip"),
     ],
 )
-def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, compare, tiny, monkeypatch):
-    """In float64, against finite differences of the clean latents that the second call predicts."""
+def test_loss_and_gradient_equal_a_plain_loop(embedding, grad_steps, compare, tiny, monkeypatch):
+    """Compare in float64 with finite differences of the clean latents that the second call predicts."""
     towards = {"towards": PROMPTS[1]} if embedding == "arc" else {}
     module = SeedInvariance(
         backbone=tiny,
@@ -136,7 +136,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
 
     start = noise_of([4], (4, 8, 8)).double()
     plain = module.prompt.initial[0, 0]
-    away = module.encode([""])[0]
+    negative = module.encode([""])[0]
 
     def clean(first, last, latents):
         """Compute the compared vectors of the clean latents at the second call.
@@ -144,27 +144,27 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
         The two calls get different embeddings.
         """
         scheduler.set_timesteps(3)
-        for i, (t, told) in enumerate(zip(scheduler.timesteps, (first, last), strict=False)):
-            outputs = [module.backbone.denoiser(latents, t, x[None]).sample for x in (away, told)]
+        for i, (t, embeds) in enumerate(zip(scheduler.timesteps, (first, last), strict=False)):
+            outputs = [module.backbone.denoiser(latents, t, x[None]).sample for x in (negative, embeds)]
             output = outputs[0] + module.sampler.guidance_scale * (outputs[1] - outputs[0])
-            found = scheduler.step(output, t, latents)
+            output_of_step = scheduler.step(output, t, latents)
             if i == 1:
                 if compare == "latents":
-                    return [found.pred_original_sample]
+                    return [output_of_step.pred_original_sample]
                 vae = module.backbone.vae
-                images = vae.decode(found.pred_original_sample / vae.config.scaling_factor).sample.clamp(-1, 1)
-                seen = F.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
-                return [module.clip.clip.visual_projection(module.clip.clip.vision_model(seen).pooler_output), images]
-            latents = found.prev_sample
+                images = vae.decode(output_of_step.pred_original_sample / vae.config.scaling_factor).sample.clamp(-1, 1)
+                pixels = F.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+                return [module.clip.clip.visual_projection(module.clip.clip.vision_model(pixels).pooler_output), images]
+            latents = output_of_step.prev_sample
         return None
 
     def reference():
-        told, total = module.prompt(torch.tensor([0]))[0, 0], 0.0
-        wanted = clean(plain, plain, start)
+        embeds, total = module.prompt(torch.tensor([0]))[0, 0], 0.0
+        target = clean(plain, plain, start)
         for n in range(2):
             noise = slerp(start.flatten(1), others[:, n].flatten(1), 0.5).view(1, 4, 8, 8)
-            seen = clean(told if grad_steps == 2 else fixed, told, noise)
-            for weight, one, other in zip([0.7, 0.3] if len(seen) == 2 else [1.0], seen, wanted, strict=True):
+            vectors = clean(embeds if grad_steps == 2 else fixed, embeds, noise)
+            for weight, one, other in zip([0.7, 0.3] if len(vectors) == 2 else [1.0], vectors, target, strict=True):
                 total += weight * LOSS_SCALE * (1 - F.cosine_similarity(one.flatten(1), other.flatten(1))) / 2
         return total
 
@@ -172,7 +172,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
         fixed = module.prompt(torch.tensor([0]))[0, 0].clone()
         assert float(loss) == pytest.approx(float(reference()), rel=1e-6, abs=1e-2 if compare == "clip" else 0)
         direction, ends = torch.randn_like(module.parameter), []
-        step = 3e-3 if embedding == "arc" else 1e-5  # at the arc's beginning little changes
+        step = 3e-3 if embedding == "arc" else 1e-5  # the loss is flat at the start of the arc
         for sign in (1, -1):
             module.parameter.data += sign * step * direction
             ends.append(float(reference()))
@@ -181,7 +181,7 @@ def test_loss_is_that_of_a_plain_loop_with_its_gradient(embedding, grad_steps, c
 
 
 @pytest.mark.parametrize("embedding", ["rows", "one_row"])
-def test_what_is_found(embedding, tiny, tmp_path):
+def test_best_embeddings_have_the_form_of_the_setting(embedding, tiny, tmp_path):
     module, (problem,) = search(tiny, tmp_path, embedding=embedding, target_seeds=[7])
     best = module.batch[0].best[0]
     assert torch.equal(best[0], module.prompt.initial[0, 0, 0])
@@ -192,20 +192,20 @@ def test_what_is_found(embedding, tiny, tmp_path):
     assert (problem.status == "done") == (after > before)
 
 
-def test_metric_is_the_signal_to_noise_ratio(tiny):
+def test_metric_is_the_peak_signal_to_noise_ratio(tiny):
     module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents")
-    problem, wanted = (
+    problem, target = (
         Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=3)),
         torch.rand(3, 16, 16) - 0.5,
     )
-    module._targets["key"] = wanted
+    module._targets["key"] = target
     for error, ratio in ((0.2, 20), (0.02, 40), (2, 0)):  # of a range of 2
-        values = module.values((wanted + error)[None], [problem])
+        values = module.values((target + error)[None], [problem])
         assert float(module.metric(values)) == pytest.approx(ratio, abs=1e-3)
         assert float(module.loss(values)) == pytest.approx(-ratio, abs=1e-3)  # lower is better
 
 
-def test_wanted_image_is_what_predict_draws(tiny, tmp_path):
+def test_target_image_equals_that_of_predict(tiny, tmp_path):
     folder = tmp_path / "run"
     command = (
         f"fit --run {folder} --trainer.accelerator cpu --model SeedInvariance --model.backbone {tiny} "
@@ -213,55 +213,55 @@ def test_wanted_image_is_what_predict_draws(tiny, tmp_path):
         "--model.compare latents --model.stages [1] --data Prompts --data.prompts"
     )
     main([*command.split(), PROMPTS[0]])
-    found = json.loads((folder / "result.json").read_text())["problems"]
-    assert [problem["target_seed"] for problem in found] == [5, 6]
-    assert len({problem["key"] for problem in found}) == 2
+    problems = json.loads((folder / "result.json").read_text())["problems"]
+    assert [problem["target_seed"] for problem in problems] == [5, 6]
+    assert len({problem["key"] for problem in problems}) == 2
     main(["predict", "--run", str(folder), "--prompts", PROMPTS[0], "--seeds", "5", "--trainer.accelerator", "cpu"])
     (path,) = (folder / "images").iterdir()
     module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents")
-    (wanted,) = module.targets([Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=5))])
+    (target,) = module.targets([Problem("key", PROMPTS[0], result=SeedInvarianceResult(target_seed=5))])
     with Image.open(path) as image:
-        drawn = torch.tensor(list(image.getdata())).view(16, 16, 3).permute(2, 0, 1)
-    assert (((wanted + 1) * 127.5).round() - drawn).abs().max() <= 1
+        pixels = torch.tensor(list(image.getdata())).view(16, 16, 3).permute(2, 0, 1)
+    assert (((target + 1) * 127.5).round() - pixels).abs().max() <= 1
 
 
 def test_batch_equals_its_parts(tiny, tmp_path, monkeypatch):
-    """With plain steps, because the sign in AdamOnLion flips where a gradient is almost zero."""
+    """Use plain gradient steps, because the sign in AdamOnLion flips where a gradient is almost zero."""
     monkeypatch.setattr(SeedInvariance, "configure_optimizers", lambda self: torch.optim.SGD([self.parameter], lr=1e-3))
-    module, together = search(tiny, tmp_path / "both", PROMPTS, target_seeds=[1, 2])
-    assert [(p.target, p.result.target_seed) for p in together] == [
+    module, batch = search(tiny, tmp_path / "both", PROMPTS, target_seeds=[1, 2])
+    assert [(p.target, p.result.target_seed) for p in batch] == [
         (prompt, seed) for prompt in PROMPTS for seed in (1, 2)
     ]
     one, (alone,) = search(tiny, tmp_path / "one", PROMPTS[1], target_seeds=[2])
-    assert alone.result.metric_before == pytest.approx(together[3].result.metric_before, abs=1e-3)
+    assert alone.result.metric_before == pytest.approx(batch[3].result.metric_before, abs=1e-3)
     moved = (one.prompt(torch.tensor([0])) - one.prompt.initial).abs()
     assert moved.max() > 0.01
     torch.testing.assert_close(one.prompt.rows[0], module.prompt.rows[3], atol=1e-4, rtol=0)
 
 
 @pytest.mark.exact
-def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding):
-    """A search that goes on finds it again, in another batch than that in which its problem began."""
+def test_target_does_not_depend_on_the_batch(tiny, monkeypatch, rounding):
+    """A resumed search generates the target again, in another batch than before."""
     module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), steps=4, stages=[1, 2], microbatch=3)
     monkeypatch.setattr(module, "draw_noise", lambda problems, *at: torch.zeros(len(problems), 1, 4, 8, 8))
     first, second, third = (
         Problem(str(seed), PROMPTS[seed % 2], result=SeedInvarianceResult(target_seed=seed)) for seed in (3, 4, 5)
     )
-    found = []
+    targets = []
     for batches in ([[second]], [[first, second], [second, third]], [[third, second, first]]):
         module._target_vectors.clear()
         module._targets.clear()
         for batch in batches:
             set_batch(module, batch)
             images = module.targets(batch)
-        place = batch.index(second)
-        found.append((module.prompt.initial[place], images[place], *module._target_vectors["4"].values()))
-    for one in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+        index = batch.index(second)
+        targets.append((module.prompt.initial[index], images[index], *module._target_vectors["4"].values()))
+    for one in targets[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, targets[0], strict=True))
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"stages": [1, 9]}, "must be at most the sampler's 4 denoiser calls"),
         ({"ramp": 1.5}, "must be between 0 and 1, got 1.5"),
@@ -273,6 +273,6 @@ def test_what_is_wanted_does_not_depend_on_the_batch(tiny, monkeypatch, rounding
         ({"embedding": "arc", "towards": "two dogs", "unconditional": True}, "--model.unconditional false"),
     ],
 )
-def test_settings_that_make_no_search_are_refused(settings, told, tiny):
-    with pytest.raises(UserError, match=told):
+def test_invalid_settings_are_refused(settings, message, tiny):
+    with pytest.raises(UserError, match=message):
         SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents", **settings)

@@ -1,4 +1,4 @@
-"""Steering of encoded prompts: gradients, what is kept, files, resuming."""
+"""Steering of encoded prompts: gradients, selection, files, resuming."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ def search(tiny, folder, prompts, **settings):
 
 @pytest.fixture(scope="module")
 def exact(tiny):
-    """A method in float64 whose sampler is exact in it."""
+    """Create a method in float64 with a sampler that keeps this precision."""
     module = MetricGuidance(
         backbone=tiny, objective=Sharpness(), sampler=SamplerSettings(3), seeds=2, unconditional=True
     )
@@ -64,7 +64,7 @@ def slope(function, at, direction, step=1e-5):
 
 
 @pytest.mark.parametrize("grad_steps", [1, 2, 3])
-def test_gradient_is_that_of_the_last_calls(exact, grad_steps):
+def test_gradient_of_the_last_calls_equals_finite_differences(exact, grad_steps):
     torch.manual_seed(1)
     problems = [Problem("a", PROMPTS[0]), Problem("b", PROMPTS[1])]
     embeds = exact.initial(problems).double()
@@ -73,7 +73,7 @@ def test_gradient_is_that_of_the_last_calls(exact, grad_steps):
     losses, _ = exact.evaluate(leaf, noise, problems, grad_steps)
     (gradient,) = torch.autograd.grad(losses.sum(), leaf)
 
-    def reference(moved):
+    def reference(changed):
         """Run a plain loop: the first calls get constant embeddings, the last calls those with a gradient."""
         scheduler = DDIMScheduler(num_train_timesteps=1000, steps_offset=1, clip_sample=False)
         scheduler.set_timesteps(3)
@@ -81,8 +81,8 @@ def test_gradient_is_that_of_the_last_calls(exact, grad_steps):
         for p, n in itertools.product(range(2), range(2)):
             latents = noise[p, n][None]
             for i, t in enumerate(scheduler.timesteps):
-                told, away = (moved if i >= 3 - grad_steps else embeds)[p]
-                outputs = [exact.backbone.denoiser(latents, t, x[None]).sample for x in (away, told)]
+                positive, negative = (changed if i >= 3 - grad_steps else embeds)[p]
+                outputs = [exact.backbone.denoiser(latents, t, x[None]).sample for x in (negative, positive)]
                 output = outputs[0] + exact.sampler.guidance_scale * (outputs[1] - outputs[0])
                 latents = scheduler.step(output, t, latents).prev_sample
             image = exact.backbone.decode(latents)
@@ -94,16 +94,16 @@ def test_gradient_is_that_of_the_last_calls(exact, grad_steps):
     assert float((gradient * direction).sum()) == pytest.approx(float(slope(reference, embeds, direction)), rel=1e-4)
 
 
-def test_memory_of_a_microbatch_gives_the_same_gradient(exact):
+def test_microbatch_does_not_change_the_gradient(exact):
     problems, noise = [Problem("a", PROMPTS[0])], torch.randn(1, 4, *exact.backbone.latent_shape, dtype=torch.float64)
-    found = []
+    results = []
     for microbatch in (1, 3, 16):
         exact.sampler.microbatch = Microbatch(microbatch)
         leaf = exact.initial(problems).double().requires_grad_()
         losses, values = exact.evaluate(leaf, noise, problems, 1)
-        found.append((losses.detach(), values["Sharpness"], torch.autograd.grad(losses.sum(), leaf)[0]))
-    for one in found[1:]:
-        for a, b in zip(found[0], one, strict=True):
+        results.append((losses.detach(), values["Sharpness"], torch.autograd.grad(losses.sum(), leaf)[0]))
+    for one in results[1:]:
+        for a, b in zip(results[0], one, strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -111,7 +111,7 @@ def test_memory_of_a_microbatch_gives_the_same_gradient(exact):
 
 
 @pytest.mark.parametrize("optimizer", ["adam_on_lion", "adam", "adamw", "sgd"])
-def test_metric_gets_better(optimizer, tiny, tmp_path):
+def test_search_improves_the_metric(optimizer, tiny, tmp_path):
     lr = 0.05 if optimizer == "adam_on_lion" else 0.5
     for objective in (Sharpness(), Blurriness()):
         folder = tmp_path / type(objective).__name__
@@ -122,7 +122,7 @@ def test_metric_gets_better(optimizer, tiny, tmp_path):
         assert problem.prompt == PROMPTS[0]
 
 
-def test_nothing_but_the_prompt_trains(tiny, tmp_path):
+def test_only_the_prompt_trains(tiny, tmp_path):
     whole = load_backbone(tiny).state_dict()
     module, _ = search(tiny, tmp_path, PROMPTS[0], unconditional=True)
     for name, value in module.backbone.state_dict().items():
@@ -130,33 +130,33 @@ def test_nothing_but_the_prompt_trains(tiny, tmp_path):
     assert list(module.state_dict()) == ["prompt.rows"]
     moved = torch.stack([row.best for row in module.batch.rows]) - module.prompt.initial
     assert torch.equal(moved[:, :, 0], torch.zeros_like(moved[:, :, 0]))  # the start of the text
-    assert (moved[:, :, 1:].abs().amax(dim=(0, 2, 3)) > 0).all()  # on both sides
+    assert (moved[:, :, 1:].abs().amax(dim=(0, 2, 3)) > 0).all()  # both prompts
 
 
 def test_batch_equals_its_parts(tiny, tmp_path):
-    module, together = search(tiny, tmp_path / "both", PROMPTS)
+    module, batch = search(tiny, tmp_path / "both", PROMPTS)
     for i, prompt in enumerate(PROMPTS):
         one, (alone,) = search(tiny, tmp_path / str(i), [prompt])
-        assert alone.result.metric_after == pytest.approx(together[i].result.metric_after, rel=1e-3)
+        assert alone.result.metric_after == pytest.approx(batch[i].result.metric_after, rel=1e-3)
         torch.testing.assert_close(one.batch[0].best, module.batch[i].best, atol=2e-3, rtol=0)
 
 
-def test_seeds_take_turns(tiny, tmp_path, monkeypatch):
-    seen, measured = [], MetricGuidance.evaluate
+def test_steps_cycle_through_the_seeds(tiny, tmp_path, monkeypatch):
+    noises, evaluate = [], MetricGuidance.evaluate
 
-    def noted(self, embeds, noise, problems, grad_steps=0):
+    def recorded(self, embeds, noise, problems, grad_steps=0):
         if grad_steps:
-            seen.append(noise[0])
-        return measured(self, embeds, noise, problems, grad_steps)
+            noises.append(noise[0])
+        return evaluate(self, embeds, noise, problems, grad_steps)
 
-    monkeypatch.setattr(MetricGuidance, "evaluate", noted)
+    monkeypatch.setattr(MetricGuidance, "evaluate", recorded)
     module, (problem,) = search(tiny, tmp_path, PROMPTS[0], seeds=3, seeds_per_step=2, steps=3)
     whole = draw_noise(0, [problem.key], SEARCH, 3, module.backbone.latent_shape, "cpu")[0]
-    for noise, turns in zip(seen, ([0, 1], [2, 0], [1, 2]), strict=True):
+    for noise, turns in zip(noises, ([0, 1], [2, 0], [1, 2]), strict=True):
         assert torch.equal(noise, whole[turns])
 
 
-def test_weighted_sum_of_objectives(tiny, tmp_path):
+def test_metric_is_the_weighted_sum_of_objectives(tiny, tmp_path):
     _, (problem,) = search(
         tiny, tmp_path, PROMPTS[0], objective=[Sharpness(2.0), ClipText(weight=3.0), Blurriness(0.5)]
     )
@@ -175,12 +175,12 @@ class Opposite(Objective):
         return -Sharpness()(images, prompts)
 
 
-def test_search_ends_where_what_is_watched_parts(tiny, tmp_path):
+def test_constraint_ends_the_search(tiny, tmp_path):
     module, (problem,) = search(tiny, tmp_path, PROMPTS[0], constraint=Opposite(), steps=9, patience=2)
     assert problem.result.values_before["Opposite"] == [-x for x in problem.result.values_before["Sharpness"]]
     assert problem.status == "not improved"
     assert problem.result.metric_after == problem.result.metric_before
-    seeds, calls, scorings = 2, module.sampler.cost(), 3  # of the beginning, and two that were not kept
+    seeds, calls, scorings = 2, module.sampler.cost(), 3  # of the start, and two that were rejected
     assert problem.unet_samples == scorings * seeds * calls + 2 * seeds * (calls + 2)
     _, (problem,) = search(
         tiny, tmp_path / "much", PROMPTS[0], constraint=Opposite(), constraint_tolerance=1e9, steps=2
@@ -188,13 +188,13 @@ def test_search_ends_where_what_is_watched_parts(tiny, tmp_path):
     assert problem.status == "done"
 
 
-def test_shift_comes_at_a_true_interval(tiny, tmp_path, monkeypatch):
-    seen = []
+def test_shift_is_applied_every_n_steps(tiny, tmp_path, monkeypatch):
+    shifts = []
     monkeypatch.setattr(
-        "lightning_prompts.methods.steering.metric_guidance.shift", lambda rows, like: seen.append(1) or rows
+        "lightning_prompts.methods.steering.metric_guidance.shift", lambda rows, like: shifts.append(1) or rows
     )
     search(tiny, tmp_path, PROMPTS[0], steps=7, shift_every=3)
-    assert len(seen) == 2
+    assert len(shifts) == 2
 
 
 class Broken(Objective):
@@ -209,7 +209,7 @@ class Broken(Objective):
         return images.flatten(1).mean(1) * (float("nan") if self.calls > self.after else 1)
 
 
-def test_metric_that_is_not_finite(tiny, tmp_path, caplog):
+def test_metric_that_is_never_finite_fails_the_problem(tiny, tmp_path, caplog):
     _, (problem,) = search(tiny, tmp_path / "never", PROMPTS[0], objective=Broken())
     assert problem.status == "failed"
     assert "not a finite number" in problem.reason
@@ -219,8 +219,8 @@ def test_metric_that_is_not_finite(tiny, tmp_path, caplog):
     assert all(-1 <= value <= 1 for value in problem.result.metric_after)
 
 
-def test_settings_that_make_no_search_are_refused(tiny):
-    for settings, told in (
+def test_invalid_settings_are_refused(tiny):
+    for settings, message in (
         ({"objective": []}, "at least one metric"),
         ({"objective": Sharpness(), "seeds": 2, "seeds_per_step": 3}, "got 3 and 2"),
         (
@@ -229,7 +229,7 @@ def test_settings_that_make_no_search_are_refused(tiny):
         ),
         ({"objective": Sharpness(), "lr": 0.0}, "--model.lr"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             MetricGuidance(backbone=tiny, **settings)
 
 
@@ -246,14 +246,14 @@ def run(tiny, folder, *extra):
 
 
 def problems(folder):
-    found = json.loads((folder / "result.json").read_text())["problems"]
-    return [{name: value for name, value in problem.items() if name != "seconds"} for problem in found]
+    result = json.loads((folder / "result.json").read_text())["problems"]
+    return [{name: value for name, value in problem.items() if name != "seconds"} for problem in result]
 
 
 @pytest.mark.parametrize(
     "stop", [0, pytest.param(1, marks=[pytest.mark.exact, pytest.mark.slow]), pytest.param(3, marks=pytest.mark.slow)]
 )
-def test_killed_at_a_step_is_as_unbroken(stop, tiny, tmp_path, monkeypatch, rounding):
+def test_search_killed_at_a_step_resumes_identically(stop, tiny, tmp_path, monkeypatch, rounding):
     how = (
         "--model.unconditional",
         "true",
@@ -279,10 +279,10 @@ def test_killed_at_a_step_is_as_unbroken(stop, tiny, tmp_path, monkeypatch, roun
         with pytest.raises(SystemExit):
             main(again)
     signal.signal(signal.SIGINT, before)
-    assert list((tmp_path / "broken" / "problems").glob("*.safetensors"))  # what is best is on disk
+    assert list((tmp_path / "broken" / "problems").glob("*.safetensors"))  # the best embeddings are on disk
     main(again)
     for broken, unbroken in zip(problems(tmp_path / "broken"), problems(tmp_path / "whole"), strict=True):
-        assert broken == unbroken  # also before the first state, where the search begins again
+        assert broken == unbroken  # also before the first checkpoint, where the search starts over
     one, other = (load_file(tmp_path / name / "prompt_embeds.safetensors") for name in ("broken", "whole"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -296,7 +296,7 @@ def finished(tiny, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_finished_run_goes_on_with_nothing_and_then_with_more(tiny, tmp_path):
+def test_finished_run_resumes_without_work_and_takes_more_prompts(tiny, tmp_path):
     main(run(tiny, tmp_path / "run", "--data.prompts", PROMPTS[0]))
     (before,) = problems(tmp_path / "run")
     for _ in range(2):
@@ -309,7 +309,7 @@ def test_finished_run_goes_on_with_nothing_and_then_with_more(tiny, tmp_path):
     assert len(load_file(tmp_path / "run" / "prompt_embeds.safetensors")) == 2
 
 
-def test_result_tells_what_was_found(finished, tiny):
+def test_result_lists_metrics_before_and_after(finished, tiny):
     for problem, prompt in zip(problems(finished), PROMPTS, strict=True):
         assert problem["target"] == problem["prompt"] == prompt
         assert len(problem["metric_before"]) == len(problem["metric_after"]) == 2
@@ -320,20 +320,20 @@ def test_result_tells_what_was_found(finished, tiny):
     with Image.open(finished / "grid.png") as grid:
         assert grid.width > grid.height
     with safe_open(finished / "prompt_embeds.safetensors", "pt") as file:
-        told = file.metadata()
+        metadata = file.metadata()
     keys = [problem["key"] for problem in problems(finished)]
-    assert json.loads(told["base_prompts"]) == dict(zip(keys, PROMPTS, strict=True))
-    assert (told["family"], told["backbone"]) == ("StableDiffusion", tiny)
+    assert json.loads(metadata["base_prompts"]) == dict(zip(keys, PROMPTS, strict=True))
+    assert (metadata["family"], metadata["backbone"]) == ("StableDiffusion", tiny)
 
 
-def test_diffusers_draws_what_we_draw(finished, tiny):
+def test_diffusers_generates_the_same_image(finished, tiny):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     (key, *_), embeds = (p["key"] for p in problems(finished)), load_file(finished / "prompt_embeds.safetensors")
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    told = embeds[f"{key}.prompt_embeds"]
+    prompt_embeds = embeds[f"{key}.prompt_embeds"]
     theirs = pipeline(
-        prompt_embeds=told[None],
+        prompt_embeds=prompt_embeds[None],
         negative_prompt="",
         latents=noise,
         num_inference_steps=3,
@@ -346,15 +346,15 @@ def test_diffusers_draws_what_we_draw(finished, tiny):
     assert (ours - theirs).abs().max() < 0.01
 
 
-def test_found_embeddings_are_looked_at_again(finished, capsys):
+def test_later_commands_leave_the_records_unchanged(finished, capsys):
     before = problems(finished)
     main(["test", "--run", str(finished), "--trainer.accelerator", "cpu"])
     assert "on fresh seeds metric" in capsys.readouterr().out
     assert problems(finished) == before
     main(["validate", "--run", str(finished), "--trainer.accelerator", "cpu"])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for problem in before:
-        assert f"{sum(problem['metric_after']) / 2:.5f}  {problem['target']}" in told
+        assert f"{sum(problem['metric_after']) / 2:.5f}  {problem['target']}" in output
     main(["predict", "--run", str(finished), "--negative", "two dogs", "--trainer.accelerator", "cpu"])
     assert len(list((finished / "images").glob("*without*"))) == 2
 
@@ -379,7 +379,7 @@ def test_embeddings_of_another_model_are_refused(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("extra", "told"),
+    ("extra", "message"),
     [
         (["--model.objective", "Beauty"], "choose one of Aesthetic, Blurriness"),
         (["--model.objective", "Aesthetic"], "--model.objective.weights must be given"),
@@ -390,23 +390,23 @@ def test_embeddings_of_another_model_are_refused(finished, tmp_path, capsys):
         (["--data.prompts", ""], "A prompt is empty"),
     ],
 )
-def test_mistakes_are_one_sentence(extra, told, tiny, tmp_path, capsys):
+def test_mistakes_give_one_sentence(extra, message, tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(run(tiny, tmp_path / "run", *extra))
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_search_in_a_folder_is_refused(finished, tiny, capsys):
+def test_second_search_in_a_folder_is_refused(finished, tiny, capsys):
     with pytest.raises(SystemExit):
         main(run(tiny, finished))
     assert "already holds a run" in capsys.readouterr().err
 
 
-def test_reference_image_is_approached(tiny, tmp_path, image_folder):
+def test_latent_distance_to_a_reference_image_decreases(tiny, tmp_path, image_folder):
     module = MetricGuidance(backbone=tiny, objective=LatentDistance(str(image_folder / "0.png")))
     assert not module.higher_is_better
     _, (problem,) = search(tiny, tmp_path, PROMPTS[0], objective=LatentDistance(str(image_folder / "0.png"), 20.0))

@@ -51,7 +51,7 @@ def test_setting_without_effect_is_refused(method, given, unused, tiny):
     ((name, value),) = unused.items()
     if is_dataclass(value):  # a group, with one setting that is not at its default
         (name,) = [f"{name}.{own.name}" for own in fields(value) if getattr(value, own.name) != own.default]
-    method(backbone=tiny, **given)  # is sound without it
+    method(backbone=tiny, **given)  # is valid without the setting
     with pytest.raises(UserError, match=rf"--model\.{re.escape(name)} has no effect"):
         method(backbone=tiny, **given, **unused)
 
@@ -65,7 +65,7 @@ def test_setting_without_effect_is_refused(method, given, unused, tiny):
         {"optimizer": "adam", "max_iter": 10},  # the default, as saved settings have it
     ],
 )
-def test_setting_with_effect_is_taken(given, tiny):
+def test_setting_with_effect_is_accepted(given, tiny):
     PH2P(backbone=tiny, **given)
 
 
@@ -81,18 +81,18 @@ def test_setting_with_effect_is_taken(given, tiny):
         ("HumanFeedback", "score_every_n_steps"),
     ],
 )
-def test_setting_that_a_method_has_no_use_for_does_not_exist(method, setting, tmp_path, capsys):
+def test_method_has_no_settings_without_use(method, setting, tmp_path, capsys):
     data = "Prompts" if method == "HumanFeedback" else "ImagesToPrompts"
     given = ["--data", data, "--data.prompts" if data == "Prompts" else "--data.images", "one"]
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--run", str(tmp_path / "run"), "--model", method, *given, f"--model.{setting}", "2"])
-    told = capsys.readouterr().err
-    assert setting in told
-    assert len(told.splitlines()) <= 2
+    error = capsys.readouterr().err
+    assert setting in error
+    assert len(error.splitlines()) <= 2
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loaded_backbone_is_taken_as_it_is(tiny, image_folder, tmp_path):
+def test_loaded_backbone_is_used_unchanged(tiny, image_folder, tmp_path):
     loaded = RandomTokens(backbone=tiny).backbone
     module = RandomTokens(backbone=loaded, sampler=SamplerSettings(2))
     fit(module, image_folder / "0.png", tmp_path, steps=1)

@@ -2,8 +2,11 @@ import pytest
 
 
 @pytest.fixture
-def adds_up():
-    """Check a metric over parts, and merged over two ranks, against that of the whole; without values it is NaN."""
+def assert_adds_up():
+    """Assert that a metric over parts, also merged over two ranks, equals that of the whole.
+
+    Without values it is NaN.
+    """
 
     def check(metric, whole, *parts):
         expected = float(metric(*whole))

@@ -15,12 +15,12 @@ TEXTS = ["a red square on a blue background", "two dogs", "a large tree, blurry"
 
 
 @pytest.fixture
-def scored():
+def images():
     return torch.rand(4, 3, 16, 16) * 2 - 1, torch.rand(2, 3, 16, 16) * 2 - 1
 
 
-def test_images_are_compared_by_their_mean_cosine(tiny, scored):
-    drawn, targets = scored
+def test_image_similarity_is_the_mean_cosine(tiny, images):
+    generated, targets = images
     clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
 
     def features(x):
@@ -28,20 +28,22 @@ def test_images_are_compared_by_their_mean_cosine(tiny, scored):
         with torch.no_grad():
             return clip.visual_projection(clip.vision_model(pixel_values=x).pooler_output).double().numpy()
 
-    a, b = features(drawn), features(targets)
+    a, b = features(generated), features(targets)
     cosines = [x @ y / np.sqrt((x @ x) * (y @ y)) for x in a for y in b]
     metric = ClipImageSimilarity(f"{tiny}/clip")
-    assert float(metric(drawn, targets)) == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert float(metric(generated, targets)) == pytest.approx(np.mean(cosines), abs=1e-5)
 
 
-def test_image_is_like_itself(tiny, scored):
-    image = scored[0][:1]
+def test_similarity_of_an_image_to_itself_is_one(tiny, images):
+    image = images[0][:1]
     assert float(ClipImageSimilarity(f"{tiny}/clip")(image, image)) == pytest.approx(1, abs=1e-5)
 
 
-def test_images_add_up(tiny, scored, adds_up):
-    drawn, targets = scored
-    adds_up(ClipImageSimilarity(f"{tiny}/clip"), (drawn, targets), (drawn[:1], targets), (drawn[1:], targets))
+def test_image_similarity_adds_up(tiny, images, assert_adds_up):
+    generated, targets = images
+    assert_adds_up(
+        ClipImageSimilarity(f"{tiny}/clip"), (generated, targets), (generated[:1], targets), (generated[1:], targets)
+    )
 
 
 def test_clip_of_a_metric_is_frozen(tiny):
@@ -56,7 +58,7 @@ def logits(clip, ids, pixels):
         return clip(input_ids=ids, pixel_values=pixels).logits_per_image / clip.logit_scale.exp()
 
 
-def test_texts_are_compared_by_their_mean_cosine(tiny):
+def test_text_similarity_is_the_mean_cosine(tiny):
     images = torch.rand(3, 3, 32, 32) * 2 - 1
     clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
     tokenizer = CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
@@ -65,12 +67,14 @@ def test_texts_are_compared_by_their_mean_cosine(tiny):
     assert float(metric(images, TEXTS)) == pytest.approx(float(torch.stack(own).mean()), abs=1e-5)
 
 
-def test_texts_add_up(tiny, scored, adds_up):
-    images = scored[0][:3]
-    adds_up(ClipTextSimilarity(f"{tiny}/clip"), (images, TEXTS), (images[:1], TEXTS[:1]), (images[1:], TEXTS[1:]))
+def test_text_similarity_adds_up(tiny, images, assert_adds_up):
+    images = images[0][:3]
+    assert_adds_up(
+        ClipTextSimilarity(f"{tiny}/clip"), (images, TEXTS), (images[:1], TEXTS[:1]), (images[1:], TEXTS[1:])
+    )
 
 
-def test_image_as_the_processor_makes_it(tiny, tmp_path):
+def test_pixels_equal_those_of_transformers_processor(tiny, tmp_path):
     """A CLIP of 224 pixels gets the pixels of transformers' processor."""
     torch.manual_seed(1)
     config = CLIPConfig.from_pretrained(f"{tiny}/clip")
@@ -86,37 +90,37 @@ def test_image_as_the_processor_makes_it(tiny, tmp_path):
     assert float(ClipTextSimilarity(str(tmp_path))(image, TEXTS[:1])) == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_text_that_is_too_long_keeps_its_end_of_text_token(tiny, scored):
-    image, text = scored[0][:1], "two dogs beside a large tree, " * 20
+def test_long_text_keeps_its_end_of_text_token(tiny, images):
+    image, text = images[0][:1], "two dogs beside a large tree, " * 20
     scorer, tokenizer = ClipSimilarity(f"{tiny}/clip"), CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
     words, length = (
         tokenizer(text, add_special_tokens=False).input_ids,
         scorer.clip.config.text_config.max_position_embeddings,
     )
     assert len(words) > length
-    kept = [tokenizer.bos_token_id, *words[: length - 2], tokenizer.eos_token_id]
-    assert scorer.encode([text]).tolist() == [kept]
+    token_ids = [tokenizer.bos_token_id, *words[: length - 2], tokenizer.eos_token_id]
+    assert scorer.encode([text]).tolist() == [token_ids]
     features, metric = scorer.features(image), ClipTextSimilarity(scorer)
     score = float(metric(image, [text]))
-    assert score == pytest.approx(float(features[0] @ scorer.text_features(torch.tensor([kept]))[0]), abs=1e-5)
+    assert score == pytest.approx(float(features[0] @ scorer.text_features(torch.tensor([token_ids]))[0]), abs=1e-5)
     cut = torch.tensor([[tokenizer.bos_token_id, *words[: length - 1]]])  # what plain slicing would leave
     assert score != pytest.approx(float(features[0] @ scorer.text_features(cut)[0]), abs=1e-4)
     beside = metric(image.expand(2, -1, -1, -1), [text, "dogs"]), metric(image, ["dogs"])
     assert float(beside[0]) == pytest.approx((score + float(beside[1])) / 2, abs=1e-5)
 
 
-def test_each_image_needs_its_text(tiny, scored):
+def test_each_image_needs_its_text(tiny, images):
     with pytest.raises(ValueError, match="4 images and 1 texts"):
-        ClipTextSimilarity(f"{tiny}/clip")(scored[0], ["a red cat"])
+        ClipTextSimilarity(f"{tiny}/clip")(images[0], ["a red cat"])
 
 
-def test_clip_without_a_tokenizer_compares_images_only(tiny, tmp_path, scored):
+def test_clip_without_a_tokenizer_compares_images_only(tiny, tmp_path, images):
     folder = shutil.copytree(f"{tiny}/clip", tmp_path / "clip")
     for path in folder.iterdir():
         if path.name not in ("config.json", "model.safetensors", "preprocessor_config.json"):
             path.unlink()
-    drawn, targets = scored
+    generated, targets = images
     scorer = ClipSimilarity(str(folder))
-    assert float(ClipImageSimilarity(scorer)(drawn, targets)) <= 1
+    assert float(ClipImageSimilarity(scorer)(generated, targets)) <= 1
     with pytest.raises(UserError, match="has no tokenizer that can be loaded; add vocab"):
-        ClipTextSimilarity(scorer)(drawn[:1], ["a red cat"])
+        ClipTextSimilarity(scorer)(generated[:1], ["a red cat"])

@@ -20,7 +20,7 @@ def trunks(tmp_path_factory):
     """Create random layers of the two networks, and files of them in the format of torchvision."""
     made = {}
     for trunk, network in NETWORKS.items():
-        with torch.device("meta"):  # without the large layers that LPIPS has no use for
+        with torch.device("meta"):  # without the large layers, which LPIPS does not use
             features = network(weights=None).features
         features.to_empty(device="cpu")
         for name, parameter in features.named_parameters():
@@ -64,25 +64,25 @@ def distance(trunk, features, a, b):
 
 @torch.no_grad()
 @pytest.mark.parametrize("trunk", TRUNKS)
-def test_it_is_the_mean_over_pairs(trunks, images, trunk):
+def test_lpips_is_the_mean_over_pairs(trunks, images, trunk):
     features, file = trunks[trunk]
-    drawn, targets = images
-    expected = [distance(trunk, features, a, b) for a in drawn for b in targets]
+    generated, targets = images
+    expected = [distance(trunk, features, a, b) for a in generated for b in targets]
     metric = Lpips(trunk, file)
-    assert float(metric(drawn, targets)) == pytest.approx(sum(expected) / 6, rel=1e-4)
-    assert float(metric(drawn[:1], drawn[:1])) == pytest.approx(0, abs=1e-6)
+    assert float(metric(generated, targets)) == pytest.approx(sum(expected) / 6, rel=1e-4)
+    assert float(metric(generated[:1], generated[:1])) == pytest.approx(0, abs=1e-6)
 
 
-def test_it_adds_up(trunks, images, adds_up):
-    drawn, targets = images
-    adds_up(Lpips(weights=trunks["alex"][1]), images, (drawn[:1], targets), (drawn[1:], targets))
+def test_lpips_adds_up(trunks, images, assert_adds_up):
+    generated, targets = images
+    assert_adds_up(Lpips(weights=trunks["alex"][1]), images, (generated[:1], targets), (generated[1:], targets))
 
 
 def test_small_images_are_enlarged(trunks, images):
     metric = Lpips(weights=trunks["alex"][1])
-    drawn, targets = (x[..., :32, :32] for x in images)  # smaller than AlexNet takes
-    large = [x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in (drawn, targets)]
-    assert float(metric(drawn, targets)) == pytest.approx(float(metric(*large)), rel=1e-6)
+    generated, targets = (x[..., :32, :32] for x in images)  # smaller than AlexNet takes
+    large = [x.repeat_interleave(2, 2).repeat_interleave(2, 3) for x in (generated, targets)]
+    assert float(metric(generated, targets)) == pytest.approx(float(metric(*large)), rel=1e-6)
 
 
 def test_network_is_frozen_and_has_no_dropout(trunks, images):
@@ -101,7 +101,7 @@ def test_nothing_is_downloaded(cache):
     assert not list(cache.rglob("*.pth"))
 
 
-def test_weights_in_the_cache_are_found(cache, trunks, images):
+def test_weights_in_the_cache_are_used(cache, trunks, images):
     file = trunks["alex"][1]
     (cache / "hub" / "checkpoints").mkdir(parents=True)
     (cache / "hub" / "checkpoints" / file.name).symlink_to(file)
@@ -119,5 +119,5 @@ def test_wrong_file_is_refused(tmp_path, trunks, content):
         Lpips(weights=file)
 
 
-def test_missing_file_is_named(tmp_path):
+def test_message_names_the_missing_file(tmp_path):
     assert str(tmp_path / "mine.pth") in missing_lpips_weights(weights=tmp_path / "mine.pth")

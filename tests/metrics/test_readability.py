@@ -18,24 +18,24 @@ from lightning_prompts.metrics import DictionaryWords, Perplexity, SpecialCharac
         ("A RED Café", 1),
         ("a red fferfish", 2 / 3),
         ("redcat", 0),  # whole words only
-        ("red, (cat)! 🙂", 1),  # signs are no words
+        ("red, (cat)! 🙂", 1),  # symbols are not words
         ("t-shirt don't", 1 / 2),
         ("cat cat zzz cat", 3 / 4),
         ("cat 7", 1 / 2),
     ],
 )
-def test_dictionary_words_counted_by_hand(prompt, expected):
+def test_dictionary_words_equal_counts_by_hand(prompt, expected):
     assert float(DictionaryWords(["a", "Red", "cat", "café", "don't"])([prompt])) == pytest.approx(expected)
 
 
-def test_dictionary_words_weigh_words_not_prompts(adds_up):
+def test_dictionary_words_average_over_words(assert_adds_up):
     metric = DictionaryWords(["cat"])
     assert float(metric(["cat", "zzz yyy"])) == pytest.approx(1 / 3)
-    adds_up(metric, (["cat", "zzz yyy", ""],), (["cat"],), (["zzz yyy"],), ([""],))
+    assert_adds_up(metric, (["cat", "zzz yyy", ""],), (["cat"],), (["zzz yyy"],), ([""],))
 
 
 @pytest.mark.parametrize("prompts", [[], [""], ["!?"]])
-def test_no_word_has_no_share(prompts):
+def test_dictionary_words_without_words_is_nan(prompts):
     assert math.isnan(DictionaryWords(["cat"])(prompts))
 
 
@@ -50,17 +50,17 @@ def test_no_word_has_no_share(prompts):
         ("cafe\u0301", 0),  # an accent of its own
         ("日本 हिन्दी", 0),
         ("🙂🙂 ok", 2 / 5),
-        ("\u200b", 1),  # not even seen
+        ("\u200b", 1),  # invisible
     ],
 )
-def test_special_characters_counted_by_hand(prompt, expected):
+def test_special_characters_equal_counts_by_hand(prompt, expected):
     assert float(SpecialCharacters()([prompt])) == pytest.approx(expected)
 
 
-def test_special_characters_weigh_characters_not_prompts(adds_up):
+def test_special_characters_average_over_characters(assert_adds_up):
     metric = SpecialCharacters()
     assert float(metric(["!", "cat"])) == pytest.approx(1 / 4)
-    adds_up(metric, (["!", "cat", ""],), (["!"],), (["cat"],), ([""],))
+    assert_adds_up(metric, (["!", "cat", ""],), (["!"],), (["cat"],), ([""],))
 
 
 def test_dictionary_is_read(tmp_path):
@@ -80,7 +80,7 @@ def test_bad_dictionary_is_refused(tmp_path, content, reason):
         read_dictionary(tmp_path / "words.txt")
 
 
-def test_folder_is_no_dictionary(tmp_path):
+def test_folder_as_dictionary_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_dictionary(tmp_path)
 
@@ -109,33 +109,33 @@ def likelihoods(folder, prompt):
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_perplexity_is_that_of_its_definition(language_model, tmp_path, bos):
+def test_perplexity_equals_its_definition(language_model, tmp_path, bos):
     folder = language_model if bos else without_bos(language_model, tmp_path)
-    found = [likelihood for prompt in PROMPTS for likelihood in likelihoods(folder, prompt)]
-    assert len(found) == (3 + 1 + 7 if bos else 2 + 0 + 6)
-    expected = math.exp(-sum(found) / len(found))
+    expected_terms = [likelihood for prompt in PROMPTS for likelihood in likelihoods(folder, prompt)]
+    assert len(expected_terms) == (3 + 1 + 7 if bos else 2 + 0 + 6)
+    expected = math.exp(-sum(expected_terms) / len(expected_terms))
     metric = Perplexity(folder, offline=True)
     assert float(metric(PROMPTS)) == pytest.approx(expected, rel=1e-5)
     alone = [float(metric([prompt])) for prompt in (PROMPTS[0], PROMPTS[2])]
-    assert expected != pytest.approx(sum(alone) / 2, rel=1e-4)  # tokens weigh, not prompts
+    assert expected != pytest.approx(sum(alone) / 2, rel=1e-4)  # the mean over tokens, not over prompts
 
 
-def test_perplexity_adds_up(language_model, adds_up):
-    adds_up(Perplexity(language_model), (PROMPTS,), (PROMPTS[:1],), (PROMPTS[1:],))
+def test_perplexity_adds_up(language_model, assert_adds_up):
+    assert_adds_up(Perplexity(language_model), (PROMPTS,), (PROMPTS[:1],), (PROMPTS[1:],))
 
 
-def test_nothing_to_score_has_no_perplexity(language_model, tmp_path):
+def test_perplexity_of_nothing_is_nan(language_model, tmp_path):
     assert math.isnan(Perplexity(language_model)([""]))
     assert math.isnan(Perplexity(without_bos(language_model, tmp_path))(["dog"]))
 
 
-def test_even_model_has_the_perplexity_of_its_vocabulary(language_model):
+def test_perplexity_of_a_uniform_model_is_the_vocabulary_size(language_model):
     metric = Perplexity(language_model)
     torch.nn.init.zeros_(metric.model.lm_head.weight)
     assert float(metric(PROMPTS)) == pytest.approx(metric.model.config.vocab_size, rel=1e-5)
 
 
-def test_of_a_prompt_beyond_the_context_the_beginning_is_scored(language_model):
+def test_long_prompt_is_scored_up_to_the_context(language_model):
     metric = Perplexity(language_model)
     words = ["a", "red", "cat", "on"] * 10
     context = metric.model.config.max_position_embeddings
@@ -150,26 +150,26 @@ def test_language_model_is_frozen_and_has_no_dropout(language_model):
     assert float(metric(PROMPTS)) == before
 
 
-@pytest.mark.parametrize("spoilt", ["missing", "not a folder", "no tokenizer", "pickle", "a weight less", "a CLIP"])
-def test_bad_language_model_is_refused(language_model, tiny, tmp_path, spoilt):
+@pytest.mark.parametrize("defect", ["missing", "not a folder", "no tokenizer", "pickle", "a weight less", "a CLIP"])
+def test_bad_language_model_is_refused(language_model, tiny, tmp_path, defect):
     folder = shutil.copytree(language_model, tmp_path / "mine")
     weights = folder / "model.safetensors"
-    if spoilt == "missing":
+    if defect == "missing":
         shutil.rmtree(folder)
-    elif spoilt == "not a folder":
+    elif defect == "not a folder":
         shutil.rmtree(folder)
         folder.write_text("no model")
-    elif spoilt == "no tokenizer":
+    elif defect == "no tokenizer":
         (folder / "tokenizer.json").unlink()
         (folder / "tokenizer_config.json").unlink()
-    elif spoilt == "pickle":
+    elif defect == "pickle":
         torch.save(load_file(weights), folder / "pytorch_model.bin")
         weights.unlink()
-    elif spoilt == "a weight less":
+    elif defect == "a weight less":
         state = load_file(weights)
         state.pop("transformer.h.0.attn.c_attn.weight")
         save_file(state, weights, {"format": "pt"})
-    elif spoilt == "a CLIP":
+    elif defect == "a CLIP":
         shutil.rmtree(folder)
         shutil.copytree(f"{tiny}/clip", folder)
     with pytest.raises(UserError, match=r"mine' cannot be loaded \(.*\); give --language_model a folder or hub id"):

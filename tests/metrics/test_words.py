@@ -29,15 +29,15 @@ SYNONYMS = {"cat": ("kitten",), "red": ("crimson", "scarlet"), "large": ("big", 
         ("'cat' -red-", "a red cat", 1),  # quoted or dashed
     ],
 )
-def test_word_recall_counted_by_hand(prompt, caption, expected):
+def test_word_recall_equals_counts_by_hand(prompt, caption, expected):
     assert recall([prompt], [caption], SYNONYMS) == pytest.approx(expected)
 
 
-def test_word_recall_without_synonyms():
+def test_word_recall_without_synonyms_needs_the_word_itself():
     assert recall(["kitten"], ["a cat"]) == 0
 
 
-def test_word_recall_weighs_words_not_captions():
+def test_word_recall_averages_over_words():
     assert recall(["red", ""], ["a red cat", "a dog"]) == pytest.approx(1 / 3)
     metric = WordRecall()
     metric.update(["red"], ["a red cat"])
@@ -45,17 +45,17 @@ def test_word_recall_weighs_words_not_captions():
     assert float(metric.compute()) == pytest.approx(1 / 3)
 
 
-def test_word_recall_of_nothing():
+def test_word_recall_of_nothing_is_zero():
     assert recall([], []) == 0
     assert recall(["cat"], ["a"]) == 0
 
 
-def test_word_recall_needs_a_caption_a_prompt():
+def test_word_recall_needs_a_caption_per_prompt():
     with pytest.raises(ValueError, match="zip"):
         recall(["cat", "dog"], ["a cat"])
 
 
-def test_word_recall_of_two_ranks():
+def test_word_recall_of_two_ranks_averages_over_words():
     one, other = WordRecall(), WordRecall()
     one.update(["red"], ["a red cat"])
     other.update([""], ["a dog"])
@@ -63,9 +63,9 @@ def test_word_recall_of_two_ranks():
     assert float(one.compute()) == pytest.approx(1 / 3)
 
 
-def test_all_words():
+def test_all_words_splits_a_text():
     assert all_words("A t-shirt - don't 'say' 3D, ok? 🙂") == ["a", "t-shirt", "don't", "say", "3d", "ok"]
 
 
-def test_content_words():
+def test_content_words_leaves_out_function_words():
     assert content_words("A small café, don't; on the RED background") == ["small", "café", "don't", "red"]

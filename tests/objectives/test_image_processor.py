@@ -63,7 +63,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("size", [(64, 64), (16, 16), (100, 100), (64, 96), (90, 64)])
-def test_pixels_are_transformers_own(config, size):
+def test_pixels_equal_those_of_transformers(config, size):
     """Values are equal up to rounding without resizing.
 
     With resizing, transformers rounds to 8 bits, so they differ by up to two steps of 255.
@@ -71,24 +71,24 @@ def test_pixels_are_transformers_own(config, size):
     image, ours = random_image(*size)
     processor = CLIPImageProcessor(**{key: value for key, value in config.items() if key != "feature_extractor_type"})
     expected = torch.as_tensor(np.asarray(processor(image, return_tensors="pt").pixel_values))
-    found = ImageProcessor.from_config(config)(ours)
-    assert found.shape == expected.shape
+    actual = ImageProcessor.from_config(config)(ours)
+    assert actual.shape == expected.shape
     unit = torch.tensor(config.get("image_std", STD) if config.get("do_normalize", True) else [1.0] * 3)
     factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1
-    steps = (found - expected).abs() * unit.view(3, 1, 1) / factor  # of 255
-    resized = config.get("do_resize", True) and found.shape[-2:] != ours.shape[-2:]
+    steps = (actual - expected).abs() * unit.view(3, 1, 1) / factor  # of 255
+    resized = config.get("do_resize", True) and actual.shape[-2:] != ours.shape[-2:]
     assert float(steps.max()) < (2 if resized else 1e-3)
 
 
-def test_pixels_have_a_gradient():
+def test_gradient_of_pixels_equals_finite_differences():
     pixels = torch.rand(1, 3, 20, 20, dtype=torch.float64, requires_grad=True)
     processor = ImageProcessor.from_config({"size": 12, "crop_size": 8})
     assert torch.autograd.gradcheck(lambda x: processor(x * 1.5 - 0.75), pixels)
 
 
 @pytest.mark.parametrize("folder", CLIPS, ids=["clip", "scorer"])
-def test_embedded_clips_see_pixels_as_they_are(folder):
-    """Bit-identical to their training: [-1, 1] without normalization."""
+def test_embedded_clips_take_unchanged_pixels(folder):
+    """Pixels are bit-identical to those of the training: in [-1, 1], without normalization."""
     clip, images = ClipSimilarity(str(folder)), torch.rand(2, 3, 64, 64) * 2 - 1
     assert torch.equal(clip.pixels(images), images)
     small = images[..., :16, :16]
@@ -107,22 +107,22 @@ def clip(tiny, tmp_path):
     return folder
 
 
-def test_size_does_not_decide(clip, caplog):
-    """A small CLIP without an image processor uses the published statistics too."""
+def test_clip_without_an_image_processor_uses_the_published_statistics(clip, caplog):
+    """This holds for small CLIPs, too."""
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     with caplog.at_level(logging.INFO, "lightning_prompts"):
-        found = ClipSimilarity(str(clip)).pixels(images)
+        result = ClipSimilarity(str(clip)).pixels(images)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    torch.testing.assert_close(found, ((images + 1) / 2 - mean) / std, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(result, ((images + 1) / 2 - mean) / std, atol=1e-6, rtol=1e-6)
     assert (
         f"The CLIP '{clip}' has no preprocessor_config.json; using the mean and standard deviation of the published"
         in caplog.text
     )
-    assert torch.equal(ClipImageSimilarity(str(clip)).scorer.pixels(images), found)  # the metrics' door is the same
+    assert torch.equal(ClipImageSimilarity(str(clip)).scorer.pixels(images), result)  # metrics use the same pixels
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_both_files_are_read(clip, nested):
+def test_both_config_files_are_read(clip, nested):
     own = {"size": 32, "crop_size": 32, "image_mean": [0.25] * 3, "image_std": [0.125] * 3}
     name, content = ("processor_config.json", {"image_processor": own}) if nested else ("preprocessor_config.json", own)
     (clip / name).write_text(json.dumps(content))
@@ -130,7 +130,7 @@ def test_both_files_are_read(clip, nested):
     torch.testing.assert_close(ClipSimilarity(str(clip)).pixels(images), ((images + 1) / 2 - 0.25) / 0.125)
 
 
-def test_read_from_the_hub(clip, monkeypatch, tmp_path):
+def test_image_processor_is_read_from_the_hub(clip, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     hub = Hub()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
@@ -147,7 +147,7 @@ def test_read_from_the_hub(clip, monkeypatch, tmp_path):
     hub.close()
     forget_connections()
     assert load_image_processor("owner/clip", 32, offline=True) == expected
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)  # with no need to ask again
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)  # the file is cached
     assert load_image_processor("owner/clip", 32) == expected
     assert load_image_processor("owner/none", 32).mean[0] == pytest.approx(2 * MEAN[0] - 1)
 
@@ -167,7 +167,7 @@ def test_read_from_the_hub(clip, monkeypatch, tmp_path):
         ([1], "cannot be used"),
     ],
 )
-def test_what_is_refused(clip, content, reason):
+def test_invalid_image_processor_is_refused(clip, content, reason):
     (clip / "preprocessor_config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=reason) as error:
         ClipSimilarity(str(clip))
@@ -175,7 +175,7 @@ def test_what_is_refused(clip, content, reason):
     assert "\n" not in str(error.value)
 
 
-def test_broken_file(clip):
+def test_broken_image_processor_file_is_refused(clip):
     (clip / "preprocessor_config.json").write_text('{"size": 32')
     with pytest.raises(
         UserError, match=r"The image processor of the CLIP .* cannot be used \(.+\); correct its preprocessor_config"

@@ -46,7 +46,7 @@ def reference(tmp_path):
 
 @pytest.fixture(scope="session")
 def vit_l(tiny, tmp_path_factory):
-    """A folder of a CLIP with the feature width and image size of ViT-L/14."""
+    """Save a CLIP with the feature width and image size of ViT-L/14; return its folder."""
     folder, text = tmp_path_factory.mktemp("vit_l"), CLIPTextConfig.from_pretrained(f"{tiny}/text_encoder")
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56
@@ -59,25 +59,25 @@ def vit_l(tiny, tmp_path_factory):
     return str(folder)
 
 
-def test_laplacian_is_that_of_a_slow_loop(images):
+def test_sharpness_equals_a_slow_loop(images):
     expected = []
     for image in ((images + 1) / 2).tolist():
         luma = [
             [0.2989 * image[0][y][x] + 0.5870 * image[1][y][x] + 0.1140 * image[2][y][x] for x in range(16)]
             for y in range(16)
         ]
-        found = [
+        actual = [
             sum(luma[y + i][x + j] for i in (-1, 0, 1) for j in (-1, 0, 1)) - 9 * luma[y][x]
             for y in range(1, 15)
             for x in range(1, 15)
         ]
-        mean = sum(found) / len(found)
-        expected.append(sum((value - mean) ** 2 for value in found) / (len(found) - 1))
+        mean = sum(actual) / len(actual)
+        expected.append(sum((value - mean) ** 2 for value in actual) / (len(actual) - 1))
     assert Sharpness()(images, PROMPTS).tolist() == pytest.approx(expected)
     assert Blurriness()(images, PROMPTS).tolist() == pytest.approx(expected)
 
 
-def test_directions():
+def test_sharpness_is_higher_with_edges():
     edges = torch.zeros(1, 3, 16, 16)
     edges[..., ::2] = 1
     smooth = F.avg_pool2d(edges, 3, 1, 1)
@@ -92,7 +92,7 @@ def attached(objective, folder):
 
 
 @pytest.mark.parametrize("name", ["Sharpness", "ClipText", "ClipQuality", "Preference", "LatentDistance"])
-def test_gradients_are_finite_differences(name, tiny, reference, images):
+def test_gradient_equals_finite_differences(name, tiny, reference, images):
     objective = {
         "Sharpness": Sharpness,
         "ClipText": ClipText,
@@ -103,7 +103,7 @@ def test_gradients_are_finite_differences(name, tiny, reference, images):
     backbone = load_backbone(tiny).double()
     objective.attach(backbone, True)
     objective.double()
-    if name in ("ClipText", "ClipQuality", "Preference"):  # whose features are float32 whatever the precision
+    if name in ("ClipText", "ClipQuality", "Preference"):  # features are float32 in any precision
         clip = objective.clip.clip
         objective.clip.features = lambda x: F.normalize(
             clip.visual_projection(
@@ -113,7 +113,7 @@ def test_gradients_are_finite_differences(name, tiny, reference, images):
             ),
             dim=-1,
         )
-        objective.clip.features_of = lambda texts: F.normalize(  # near each other, so that no quality is saturated
+        objective.clip.features_of = lambda texts: F.normalize(  # similar texts, so that no quality is saturated
             1 + 0.05 * clip.text_projection(clip.text_model(objective.clip.encode(texts)).pooler_output),
             dim=-1,
         )
@@ -126,7 +126,7 @@ def test_gradients_are_finite_differences(name, tiny, reference, images):
     assert float((gradient * direction).sum()) == pytest.approx(float(ahead - behind) / (2 * step), rel=1e-4)
 
 
-def test_values_by_clip_are_those_of_transformers(tiny):
+def test_clip_scores_equal_those_of_transformers(tiny):
     images = torch.rand(3, 3, 32, 32) * 2 - 1
     clip = CLIPModel.from_pretrained(f"{tiny}/clip").eval()
     tokenizer = CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
@@ -138,10 +138,10 @@ def test_values_by_clip_are_those_of_transformers(tiny):
             ).logits_per_image
 
     scale = clip.logit_scale.exp()
-    found = attached(Preference(f"{tiny}/clip"), tiny).float()(images, PROMPTS)
-    assert found == pytest.approx(logits(PROMPTS).diagonal(), abs=1e-4)
-    found = attached(ClipText(), tiny).float()(images, PROMPTS)
-    assert found == pytest.approx((logits(PROMPTS) / scale).diagonal().detach(), abs=1e-5)
+    result = attached(Preference(f"{tiny}/clip"), tiny).float()(images, PROMPTS)
+    assert result == pytest.approx(logits(PROMPTS).diagonal(), abs=1e-4)
+    result = attached(ClipText(), tiny).float()(images, PROMPTS)
+    assert result == pytest.approx((logits(PROMPTS) / scale).diagonal().detach(), abs=1e-5)
 
 
 def test_quality_is_a_softmax_of_a_hundred_cosines(tiny):
@@ -154,7 +154,7 @@ def test_quality_is_a_softmax_of_a_hundred_cosines(tiny):
     with torch.no_grad():
         encoded = clip.text_model(**tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
         good, bad = F.normalize(clip.text_projection(encoded), dim=-1)
-    for share in (0.49, 0.498, 0.5, 0.503):  # between the two texts, where the chance is neither 0 nor 1
+    for share in (0.49, 0.498, 0.5, 0.503):  # between the two texts, where the probability is neither 0 nor 1
         features = F.normalize(share * good + (1 - share) * bad, dim=-1)
         expected = 1 / (1 + math.exp(100 * float(features @ bad - features @ good)))
         assert float(objective.score(features[None], [""])) == pytest.approx(expected, rel=1e-3)
@@ -162,7 +162,7 @@ def test_quality_is_a_softmax_of_a_hundred_cosines(tiny):
 
 
 @needs_head
-def test_aesthetic_predictor_is_the_released_network(tiny, vit_l):
+def test_aesthetic_predictor_equals_the_released_network(tiny, vit_l):
     objective = Aesthetic(str(HEAD), clip=vit_l)
     released = nn.Sequential(
         nn.Linear(768, 1024),
@@ -191,7 +191,7 @@ def test_aesthetic_predictor_is_the_released_network(tiny, vit_l):
 
 
 @needs_head
-def test_aesthetic_predictor_rates_on_the_scale_of_people():
+def test_aesthetic_scores_are_between_0_and_10():
     objective = Aesthetic(str(HEAD))
     rated = objective.score(F.normalize(torch.randn(1000, 768), dim=1), [])
     assert float(rated.min()) > 0
@@ -209,7 +209,7 @@ class Code:
         return print, ("run",)
 
 
-def test_files_that_are_no_weights_are_refused(tmp_path, capsys):
+def test_files_without_weights_are_refused(tmp_path, capsys):
     with pytest.raises(UserError, match=r"no file .*absent\.pth"):
         Aesthetic(str(tmp_path / "absent.pth"))
     (tmp_path / "code.pth").write_bytes(pickle.dumps({"layers.0.weight": Code()}, protocol=2))
@@ -229,7 +229,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path, capsys):
             Aesthetic(str(tmp_path / f"{name}.pth"))
 
 
-def test_latent_distance_is_that_of_encoded_images(tiny, reference):
+def test_latent_distance_equals_that_of_encoded_images(tiny, reference):
     backbone, objective = load_backbone(tiny), LatentDistance(reference)
     objective.attach(backbone, True)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -239,7 +239,7 @@ def test_latent_distance_is_that_of_encoded_images(tiny, reference):
     assert (LatentDistance.lowest, LatentDistance.highest) == (0, math.inf)
 
 
-def test_perceptual_distance_lacks_weights_or_images(reference, tmp_path, monkeypatch):
+def test_perceptual_distance_without_weights_is_refused(reference, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     with pytest.raises(UserError, match="LPIPS lacks the weights"):
         Perceptual(reference)

@@ -10,7 +10,7 @@ def quadratic(x):
     return ((x - 1) ** 2 * torch.linspace(0.1, 5, x.numel()).view(x.shape)).sum()
 
 
-def test_it_is_as_long_as_torchs_adam_and_points_where_lion_does():
+def test_step_has_the_length_of_adam_and_the_direction_of_lion():
     start = torch.randn(5, 7)
     parameter = start.clone().requires_grad_()
     optimizer = AdamOnLion([parameter], lr=0.03, eps=1e-3)
@@ -36,23 +36,23 @@ def test_it_is_as_long_as_torchs_adam_and_points_where_lion_does():
         assert parameter.detach() == pytest.approx(expected, abs=1e-6)
 
 
-def test_problems_beside_each_other_move_as_alone():
+def test_problems_in_a_batch_step_as_alone():
     start = torch.randn(3, 2, 4, 5)
-    together = start.clone().requires_grad_()
+    batch = start.clone().requires_grad_()
     alone = [start[p, s].clone().requires_grad_() for p in range(3) for s in range(2)]
-    optimizers = [AdamOnLion([together]), *(AdamOnLion([x]) for x in alone)]
+    optimizers = [AdamOnLion([batch]), *(AdamOnLion([x]) for x in alone)]
     for _ in range(5):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        sum(quadratic(together[p, s]) * (p + s + 1) for p in range(3) for s in range(2)).backward()
+        sum(quadratic(batch[p, s]) * (p + s + 1) for p in range(3) for s in range(2)).backward()
         for i, x in enumerate(alone):
             (quadratic(x) * (i // 2 + i % 2 + 1)).backward()
         for optimizer in optimizers:
             optimizer.step()
-    assert together.detach().flatten(0, 1) == pytest.approx(torch.stack(alone).detach(), abs=1e-6)
+    assert batch.detach().flatten(0, 1) == pytest.approx(torch.stack(alone).detach(), abs=1e-6)
 
 
-def test_it_goes_on_from_its_state():
+def test_optimizer_resumes_from_its_state():
     parameter = torch.randn(2, 3).requires_grad_()
     optimizer = AdamOnLion([parameter])
     for number in range(6):
@@ -70,7 +70,7 @@ def test_it_goes_on_from_its_state():
     assert torch.equal(parameter, copy)
 
 
-def test_nothing_moves_without_a_gradient_and_weight_decay_is_one():
+def test_zero_gradient_moves_nothing_but_weight_decay_does():
     parameter = torch.ones(2, 3).requires_grad_()
     parameter.grad = torch.zeros(2, 3)
     AdamOnLion([parameter]).step()
@@ -88,7 +88,7 @@ def test_weight_decay_is_added_to_the_gradient():
     assert torch.equal(decayed, plain)
 
 
-def test_its_defaults():
+def test_default_step_of_a_single_number():
     """The first step of a single number is lr times g / (g + eps)."""
     parameter = torch.zeros(1, 1, requires_grad=True)
     parameter.grad = torch.full((1, 1), 1e-3)

@@ -128,7 +128,7 @@ def assert_equals_torch(functions, points, steps, rtol=1e-7, **options):
         *(("strong_wolfe", 1.0, 1), ("strong_wolfe", 1.0, 5), ("strong_wolfe", 0.03, 7), ("strong_wolfe", 20.0, 5)),
     ],
 )
-def test_equals_torch_problem_by_problem(line_search_fn, lr, max_iter):
+def test_each_problem_equals_torch_on_it_alone(line_search_fn, lr, max_iter):
     options = {"lr": lr, "max_iter": max_iter, "history_size": 4, "line_search_fn": line_search_fn}
     batch, _ = assert_equals_torch(FUNCTIONS, starts(), steps=3, **options)
     assert (batch.param.detach() - starts()).abs().amax(1).min() > 1e-3  # all of them moved
@@ -136,7 +136,7 @@ def test_equals_torch_problem_by_problem(line_search_fn, lr, max_iter):
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 @pytest.mark.parametrize("max_eval", [1, 2, 4, 9])
-def test_a_small_budget_of_evaluations_ends_searches_where_torch_ends_them(line_search_fn, max_eval):
+def test_max_eval_ends_iterations_where_torch_does(line_search_fn, max_eval):
     options = {"lr": 0.07, "max_iter": 6, "max_eval": max_eval, "line_search_fn": line_search_fn}
     batch, _ = assert_equals_torch(FUNCTIONS, starts(2.0), steps=2, history_size=10, **options)
     assert batch.calls <= max_eval + 1
@@ -144,7 +144,7 @@ def test_a_small_budget_of_evaluations_ends_searches_where_torch_ends_them(line_
 
 @pytest.mark.parametrize(("max_eval", "tolerance_change"), [(3, 1e-9), (30, 1e-9), (30, 0.5)])
 @pytest.mark.parametrize("lr", [2.0, 12.0, 31.0, 100.0])  # from lower ones, rounding errors grow
-def test_a_line_search_over_a_hilly_loss_ends_where_torch_ends_it(lr, max_eval, tolerance_change):
+def test_line_search_on_a_hilly_loss_equals_torchs(lr, max_eval, tolerance_change):
     functions = [hilly(seed) for seed in range(40)]
     points = torch.randn(40, 2, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     options = {"lr": lr, "max_iter": 1, "max_eval": max_eval, "tolerance_change": tolerance_change}
@@ -171,8 +171,8 @@ def landscapes(count, seed):
 
 
 @pytest.mark.parametrize("budget", [4, 25])
-def test_each_trial_of_a_line_search_is_torchs(budget):
-    """Runs two searches of 300 problems, which start at different times."""
+def test_trials_of_a_line_search_equal_torchs(budget):
+    """Run two searches of 300 problems, which start at different times."""
     if not BOUNDED:
         pytest.skip("line searches of this torch are not bounded; a newer one is needed to compare with")
     count = 300
@@ -223,8 +223,8 @@ def test_each_trial_of_a_line_search_is_torchs(budget):
     assert whole > 0.9 * 2 * count
 
 
-def test_a_flat_step_with_too_small_a_decrease_is_not_accepted():
-    decrease = 5e-5  # at the first trial, t = 1, where the slope is 0; 1e-4 of the promised one is asked for
+def test_flat_step_with_too_small_a_decrease_is_rejected():
+    decrease = 5e-5  # at the first trial, t = 1, where the slope is 0; 1e-4 of the promised one is needed for
 
     def barely(x):
         return (-x + (2 - 3 * decrease) * x**2 + (2 * decrease - 1) * x**3).sum()
@@ -234,7 +234,7 @@ def test_a_flat_step_with_too_small_a_decrease_is_not_accepted():
     assert batch.calls > 2
 
 
-def test_a_line_search_at_a_kink_ends_when_its_bracket_is_small():
+def test_line_search_at_a_kink_ends_when_its_bracket_is_small():
     points = torch.tensor([[1.0], [-0.6], [0.25]], dtype=torch.float64)
     kinks = [lambda x: 2 * (x - 0.3).abs().sum() + x.sum(), lambda x: x.abs().sum(), lambda x: (x - 0.7).abs().sum()]
     options = {"lr": 7.0, "max_iter": 1, "max_eval": 500, "line_search_fn": "strong_wolfe"}
@@ -251,7 +251,7 @@ def test_a_line_search_at_a_kink_ends_when_its_bracket_is_small():
         (1e6, {"tolerance_change": 1e-3, "tolerance_grad": 1e-12}),  # the steps become small before the loss does
     ],
 )
-def test_problems_converge_at_iterations_of_their_own(line_search_fn, scale, tolerances):
+def test_problems_converge_at_their_own_iterations(line_search_fn, scale, tolerances):
     functions = [quadratic(2, 0), quadratic(5, 1), quadratic(20, 2), quadratic(60, 3), bowl, lambda x: (x**2).sum()]
     functions = [lambda x, function=function: scale * function(x) for function in functions]
     points = starts()
@@ -266,7 +266,7 @@ def test_problems_converge_at_iterations_of_their_own(line_search_fn, scale, tol
     assert grads.abs().amax() < 1e-2 * scale
 
 
-def test_a_change_of_lr_between_steps_is_used():
+def test_lr_may_change_between_steps():
     batch, alone = Batch([rosenbrock], starts()[3:4], max_iter=3), Alone(rosenbrock, starts()[3], max_iter=3)
     for lr in (1.0, 0.2):
         batch.optimizer.param_groups[0]["lr"] = alone.optimizer.param_groups[0]["lr"] = lr
@@ -275,7 +275,7 @@ def test_a_change_of_lr_between_steps_is_used():
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_a_batch_equals_its_parts(line_search_fn):
+def test_batch_equals_its_parts(line_search_fn):
     options = {"max_iter": 4, "line_search_fn": line_search_fn}
     whole = Batch(FUNCTIONS, starts(), **options)
     parts = [Batch(FUNCTIONS[i:j], starts()[i:j], **options) for i, j in ((0, 2), (2, 5), (5, 6))]
@@ -285,7 +285,7 @@ def test_a_batch_equals_its_parts(line_search_fn):
 
 
 @pytest.mark.parametrize("shape", [(), (2, 3)])
-def test_the_shape_of_a_problem_does_not_matter(shape):
+def test_shape_of_a_problem_does_not_matter(shape):
     points = starts() if shape else starts()[:, :1]
     functions = FUNCTIONS if shape else [wavy, steep] * 3
     flat = Batch(functions, points, line_search_fn="strong_wolfe")
@@ -295,7 +295,7 @@ def test_the_shape_of_a_problem_does_not_matter(shape):
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_inactive_rows_stay_bit_for_bit_and_so_does_their_state(line_search_fn):
+def test_inactive_rows_and_their_state_stay_bit_identical(line_search_fn):
     points = starts()
     points[4, 0], points[4, 1] = math.nan, -0.0
     active = torch.tensor([True, False, True, True, False, True])
@@ -314,7 +314,7 @@ def test_inactive_rows_stay_bit_for_bit_and_so_does_their_state(line_search_fn):
     torch.testing.assert_close(batch.param[others], alone.param, rtol=1e-9, atol=1e-9)
 
 
-def test_with_nothing_active_there_is_one_evaluation_and_no_move():
+def test_without_active_rows_there_is_one_evaluation_and_no_step():
     batch = Batch(FUNCTIONS, starts())
     losses = batch.steps(1, active=torch.zeros(6, dtype=torch.bool))
     assert batch.calls == 1
@@ -323,7 +323,7 @@ def test_with_nothing_active_there_is_one_evaluation_and_no_move():
     assert not losses.requires_grad
 
 
-def test_what_was_in_the_gradient_before_plays_no_part():
+def test_earlier_gradient_is_ignored():
     clean, dirty = Batch(FUNCTIONS, starts()), Batch(FUNCTIONS, starts())
     dirty.param.grad = torch.full_like(dirty.param, 1e6)
     clean.steps(1), dirty.steps(1)
@@ -331,7 +331,7 @@ def test_what_was_in_the_gradient_before_plays_no_part():
 
 
 def walled(x):
-    """Return a problem whose minimum is behind a wall of NaN."""
+    """Compute a loss whose minimum is behind a wall of NaN."""
     return torch.where(x.sum() > 2, math.nan, ((x - 10) ** 2).sum())
 
 
@@ -345,7 +345,7 @@ def overflowing(x):
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 @pytest.mark.parametrize("bad", [walled, infinite_gradient, overflowing])
-def test_what_is_not_finite_is_taken_back_and_leaves_the_others_alone(line_search_fn, bad):
+def test_step_to_a_nonfinite_loss_is_undone_for_its_row_alone(line_search_fn, bad):
     options = {"max_iter": 5, "line_search_fn": line_search_fn}
     batch = Batch([*FUNCTIONS, bad], torch.cat([starts(), torch.zeros(1, N)]) + 0.1, **options)
     others = Batch(FUNCTIONS, starts() + 0.1, **options)
@@ -363,7 +363,7 @@ def test_what_is_not_finite_is_taken_back_and_leaves_the_others_alone(line_searc
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_a_rejected_step_leaves_the_last_finite_point_and_no_history(line_search_fn):
+def test_rejected_step_keeps_the_last_finite_point_and_no_history(line_search_fn):
     start = torch.full((1, N), -5.0, dtype=torch.float64)
     batch = Batch([walled], start, max_iter=5, line_search_fn=line_search_fn)
     batch.steps(1)  # over the wall by the second iteration
@@ -378,24 +378,24 @@ def test_a_rejected_step_leaves_the_last_finite_point_and_no_history(line_search
 
 
 @pytest.mark.parametrize(("lr", "max_iter", "iterations_back_to"), [(100.0, 1, 0), (1.0, 2, 1)])
-def test_a_last_step_that_turns_out_not_to_be_finite_is_taken_back_by_the_next_call(lr, max_iter, iterations_back_to):
+def test_last_step_to_a_nonfinite_loss_is_undone_by_the_next_call(lr, max_iter, iterations_back_to):
     start = torch.full((1, N), -5.0, dtype=torch.float64)
     last = Batch([walled], start, lr=lr, max_iter=max(iterations_back_to, 1), max_eval=9)
     last.steps(iterations_back_to)
     batch = Batch([walled], start, lr=lr, max_iter=max_iter, max_eval=9)
     batch.steps(1)
-    assert walled(batch.param[0]).isnan()  # the point is finite, what it is worth is not known before the next call
+    assert walled(batch.param[0]).isnan()  # the loss of the new point is not known before the next call
     losses = batch.steps(1)
     assert losses.isnan().all()
     assert torch.equal(batch.param, last.param)  # back by one iteration
     with torch.no_grad():
-        batch.param += 10  # by someone else, so there is nothing to take back
+        batch.param += 10  # moved from outside, so there is nothing to undo
     moved = batch.param.detach().clone()
     batch.steps(1)
     assert torch.equal(batch.param.detach(), moved)
 
 
-def test_a_last_step_is_taken_back_only_where_nobody_has_moved_the_point_since():
+def test_last_step_is_not_undone_where_the_point_was_moved():
     start = torch.full((2, N), -5.0, dtype=torch.float64)
     batch = Batch([walled, walled], start, lr=100.0, max_iter=1)
     batch.steps(1)
@@ -406,7 +406,7 @@ def test_a_last_step_is_taken_back_only_where_nobody_has_moved_the_point_since()
     assert torch.equal(batch.param.detach(), torch.stack([start[0], moved]))
 
 
-def test_its_defaults_are_torchs_but_for_a_shorter_history():
+def test_defaults_equal_torchs_except_for_the_history_size():
     param = torch.zeros(2, 3, requires_grad=True)
     ours, torchs = BatchedLBFGS([param]).defaults, torch.optim.LBFGS([param]).defaults
     shared = ours.keys() & torchs.keys()
@@ -422,11 +422,11 @@ def test_its_defaults_are_torchs_but_for_a_shorter_history():
     assert {name: ours[name] for name in shared} == {name: torchs[name] for name in shared} | {"history_size": 10}
 
 
-def test_a_history_of_one_pair():
+def test_history_of_one_pair_equals_torchs():
     assert_equals_torch(FUNCTIONS, starts(), steps=3, history_size=1, lr=0.1, max_iter=3)
 
 
-def test_a_closure_that_writes_over_the_losses_that_it_returned():
+def test_closure_may_overwrite_the_losses_that_it_returned():
     batch, other = Batch(FUNCTIONS, starts()), Batch(FUNCTIONS, starts())
     returned = []
 
@@ -441,14 +441,14 @@ def test_a_closure_that_writes_over_the_losses_that_it_returned():
     assert torch.equal(batch.param, other.param)
 
 
-def test_losses_in_another_precision_than_the_parameter():
+def test_losses_may_have_another_precision_than_the_parameter():
     batch = Batch(FUNCTIONS, starts())
     losses = batch.optimizer.step(lambda: batch.closure().float())
     assert losses.dtype == torch.float64
     assert all(value.dtype in (torch.float64, torch.int64) for value in batch.state.values())
 
 
-def test_losses_that_do_not_depend_on_the_parameter_move_nothing():
+def test_losses_independent_of_the_parameter_move_nothing():
     batch, other = Batch(FUNCTIONS, starts()), torch.ones(len(FUNCTIONS), dtype=torch.float64, requires_grad=True)
     batch.optimizer.step(lambda: 2 * other)
     assert torch.equal(batch.param, starts())
@@ -456,7 +456,7 @@ def test_losses_that_do_not_depend_on_the_parameter_move_nothing():
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_a_problem_that_begins_with_a_loss_that_is_not_finite_stays_and_begins_anew(line_search_fn, bad):
+def test_problem_with_a_nonfinite_first_loss_stays_and_starts_over(line_search_fn, bad):
     options = {"max_iter": 3, "max_eval": 9, "line_search_fn": line_search_fn}
     offset = torch.zeros(6, dtype=torch.float64)
     batch, straight = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), **options)
@@ -477,7 +477,7 @@ def test_a_problem_that_begins_with_a_loss_that_is_not_finite_stays_and_begins_a
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_a_step_beyond_the_largest_number_is_never_evaluated(line_search_fn):
+def test_overflowing_step_is_never_evaluated(line_search_fn):
     param = torch.nn.Parameter(torch.zeros(2, 3))
     optimizer = BatchedLBFGS([param], lr=1e12, max_iter=4, max_eval=20, line_search_fn=line_search_fn)
 
@@ -490,11 +490,11 @@ def test_a_step_beyond_the_largest_number_is_never_evaluated(line_search_fn):
         assert param.isfinite().all()
 
 
-def test_an_iteration_without_a_move_makes_no_pair():
+def test_iteration_without_a_move_adds_no_pair():
     param = torch.nn.Parameter(torch.ones(1, 1, dtype=torch.float64))
     optimizer = BatchedLBFGS([param], lr=0.5, max_iter=1)
     pairs = []
-    for scale in (1.0, 1e-6, -1.0):  # the second is too flat for a move
+    for scale in (1.0, 1e-6, -1.0):  # the second gradient is too small for a move
         optimizer.step(lambda scale=scale: scale * param[:, 0] ** 2 / 2)
         pairs.append(int(optimizer.state[param]["pairs"]))
     assert pairs == [0, 1, 1]
@@ -502,7 +502,7 @@ def test_an_iteration_without_a_move_makes_no_pair():
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_stays_finite_under_noise(line_search_fn, dtype):
+def test_noisy_losses_give_finite_points(line_search_fn, dtype):
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.randn(32, 20, generator=generator).to(dtype))
     optimizer = BatchedLBFGS([param], lr=0.5, max_iter=5, line_search_fn=line_search_fn)
@@ -518,7 +518,7 @@ def test_stays_finite_under_noise(line_search_fn, dtype):
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_skips_pairs_where_the_gradient_is_piecewise_constant(line_search_fn):
+def test_pairs_of_a_piecewise_constant_gradient_are_skipped(line_search_fn):
     slopes = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 0.0]])
     param = torch.nn.Parameter(torch.zeros(3, 2))
     optimizer = BatchedLBFGS([param], lr=0.1, max_iter=4, line_search_fn=line_search_fn)
@@ -527,12 +527,12 @@ def test_skips_pairs_where_the_gradient_is_piecewise_constant(line_search_fn):
         assert param.isfinite().all()
     state = optimizer.state[param]
     assert state["pairs"].tolist() == [0, 0, 0]
-    assert (slopes[:2] * param[:2]).sum(1).max() < 0  # but they went down
+    assert (slopes[:2] * param[:2]).sum(1).max() < 0  # but the loss decreased
     assert not param[2].any()
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_resumes_bit_equal_from_a_file(line_search_fn):
+def test_optimizer_resumes_bit_identically_from_a_file(line_search_fn):
     options = {"max_iter": 3, "history_size": 5, "line_search_fn": line_search_fn}
     straight, first = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), **options)
     straight.steps(6)
@@ -550,14 +550,14 @@ def test_resumes_bit_equal_from_a_file(line_search_fn):
         assert torch.equal(tensor, second.state[name])
 
 
-def test_refuses_the_state_of_another_number_of_problems():
+def test_state_of_another_number_of_problems_is_refused():
     batch, smaller = Batch(FUNCTIONS, starts()), Batch(FUNCTIONS[:2], starts()[:2])
     batch.steps(1)
     with pytest.raises(ValueError, match=r"\(6, 6\).*\(2, 6\)"):
         smaller.optimizer.load_state_dict(batch.optimizer.state_dict())
 
 
-def test_the_state_is_small_and_of_the_parameters_dtype():
+def test_state_is_small_and_has_the_parameters_dtype():
     points = torch.randn(5, 40, 10, generator=torch.Generator().manual_seed(0))
     batch = Batch([wavy] * 5, points, history_size=3, max_iter=6)
     batch.steps(3)
@@ -569,7 +569,7 @@ def test_the_state_is_small_and_of_the_parameters_dtype():
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_no_iteration_moves_a_problem_farther_than_allowed(line_search_fn):
+def test_max_step_norm_limits_every_iteration(line_search_fn):
     limit = 0.05
     options = {"max_iter": 1, "max_eval": 20, "line_search_fn": line_search_fn}
     batch = Batch(FUNCTIONS, starts(), max_step_norm=limit, **options)
@@ -580,13 +580,13 @@ def test_no_iteration_moves_a_problem_farther_than_allowed(line_search_fn):
         norms.append((batch.param.detach() - before).norm(dim=1))
     norms = torch.stack(norms)
     assert norms.max() <= limit * (1 + 1e-9)
-    assert (norms > 0.99 * limit).any(0).all()  # each of them would have gone farther
+    assert (norms > 0.99 * limit).any(0).all()  # each row reached the limit
     free, loose = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), max_step_norm=1e3, **options)
     free.steps(3), loose.steps(3)
     assert torch.equal(free.param, loose.param)
 
 
-def test_a_search_that_descends_at_the_largest_step_ends_there():
+def test_line_search_still_descending_at_the_largest_step_ends_there():
     batch = Batch([lambda x: -x.sum()], starts()[:1], max_iter=1, max_eval=20, max_step_norm=0.5, lr=0.01)
     batch.optimizer.param_groups[0]["line_search_fn"] = "strong_wolfe"
     batch.steps(1)
@@ -594,7 +594,7 @@ def test_a_search_that_descends_at_the_largest_step_ends_there():
     assert batch.calls <= 5
 
 
-def test_cubic_minimum():
+def test_cubic_minimum_equals_values_computed_by_hand():
     def trials(*points):  # t, loss and slope
         t, loss, slope = torch.tensor(points, dtype=torch.float64).T
         return Trials(t, loss, slope, torch.zeros(len(points), 1))
@@ -610,10 +610,10 @@ def test_cubic_minimum():
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_reset_problems_begin_anew_and_the_others_go_on(line_search_fn):
+def test_reset_problems_start_over_and_others_continue(line_search_fn):
     options = {"max_iter": 3, "line_search_fn": line_search_fn}
     batch, straight = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), **options)
-    batch.optimizer.reset_history()  # nothing to forget yet
+    batch.optimizer.reset_history()  # there is no history yet
     batch.steps(2), straight.steps(2)
     mask = torch.tensor([True, False, False, True, False, True])
     fresh = Batch(FUNCTIONS, batch.param.detach(), **options)
@@ -628,13 +628,13 @@ def test_reset_problems_begin_anew_and_the_others_go_on(line_search_fn):
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_losses_that_are_not_needed_play_no_part(line_search_fn):
+def test_losses_that_are_not_needed_are_ignored(line_search_fn):
     options = {"max_iter": 6, "line_search_fn": line_search_fn}
     whole, partly = Batch(FUNCTIONS, starts(), **options), Batch(FUNCTIONS, starts(), **options)
-    asked = []
+    needed = []
 
     def closure():
-        asked.append(int(partly.optimizer.needed.sum()))
+        needed.append(int(partly.optimizer.needed.sum()))
         losses = losses_of(partly.functions, partly.param)
         return torch.where(partly.optimizer.needed, losses, 0.0)
 
@@ -643,11 +643,11 @@ def test_losses_that_are_not_needed_play_no_part(line_search_fn):
         partly.optimizer.step(closure, active)
     whole.steps(3, active)
     assert torch.equal(partly.param, whole.param)
-    assert max(asked) == 5
-    assert min(asked) < 5 or line_search_fn is None
+    assert max(needed) == 5
+    assert min(needed) < 5 or line_search_fn is None
 
 
-def test_a_closure_that_fails_leaves_the_last_accepted_point():
+def test_failing_closure_keeps_the_last_accepted_point():
     batch = Batch(FUNCTIONS, starts(), max_iter=3, line_search_fn="strong_wolfe")
 
     def closure():
@@ -662,7 +662,7 @@ def test_a_closure_that_fails_leaves_the_last_accepted_point():
     assert batch.param.isfinite().all()
 
 
-def test_refuses_a_loss_or_a_mask_of_another_shape():
+def test_losses_or_masks_of_another_shape_are_refused():
     batch = Batch(FUNCTIONS, starts())
     with pytest.raises(ValueError, match="one loss per problem"):
         batch.optimizer.step(lambda: batch.param.sum())
@@ -672,7 +672,7 @@ def test_refuses_a_loss_or_a_mask_of_another_shape():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_refuses_half_precision(dtype):
+def test_half_precision_is_refused(dtype):
     with pytest.raises(UserError, match=f"float32 .*got {dtype}"):
         BatchedLBFGS([torch.nn.Parameter(torch.zeros(2, 3, dtype=dtype))])
 
@@ -691,12 +691,12 @@ def test_refuses_half_precision(dtype):
         *({"tolerance_grad": -1.0}, {"tolerance_change": -1.0}, {"curvature_eps": -1.0}, {"line_search_fn": "armijo"}),
     ],
 )
-def test_refuses_options_out_of_range(option):
+def test_options_out_of_range_are_refused(option):
     with pytest.raises(UserError, match=next(iter(option))):
         BatchedLBFGS([torch.nn.Parameter(torch.zeros(2, 3))], **option)
 
 
-def test_takes_exactly_one_parameter_with_an_axis():
+def test_other_than_one_parameter_with_an_axis_is_refused():
     params = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2)]
     for wrong in (params, [{"params": params[:1]}, {"params": params[1:]}]):
         with pytest.raises(ValueError, match="exactly one parameter"):
@@ -706,7 +706,7 @@ def test_takes_exactly_one_parameter_with_an_axis():
 
 
 @pytest.mark.parametrize("line_search_fn", SEARCHES)
-def test_no_curvature_is_taken_from_gradients_of_two_functions(line_search_fn):
+def test_pairs_never_mix_gradients_of_two_functions(line_search_fn):
     """With two functions of one Hessian, each kept pair is a step and the Hessian applied to it.
 
     This does not hold when gradients of the two functions are mixed.

@@ -24,7 +24,7 @@ def squares(latents, indices):
 
 
 @pytest.mark.parametrize(("guidance_scale", "factor"), [(1.0, 1), (3.0, 2)])
-def test_cost_counts_guidance_and_gradients(guidance_scale, factor, backbone):
+def test_cost_counts_calls_with_guidance_and_gradients(guidance_scale, factor, backbone):
     sampler = Sampler(backbone, STEPS, guidance_scale, Microbatch(2))
     calls = sampler.calls
     assert sampler.cost() == factor * calls
@@ -34,7 +34,7 @@ def test_cost_counts_guidance_and_gradients(guidance_scale, factor, backbone):
 
 
 @pytest.mark.parametrize("grad_steps", [0, 1])
-def test_scores_have_a_gradient_only_where_calls_propagate_one(grad_steps, backbone, embeds):
+def test_scores_have_a_gradient_only_with_gradient_steps(grad_steps, backbone, embeds):
     sampler, noise = Sampler(backbone, STEPS, 3.0, Microbatch(1)), torch.randn(1, *backbone.latent_shape)
     prompt_embeds, negative_prompt_embeds = (side.requires_grad_() for side in sampler.split(embeds))
     scores, others = sampler.sample_and_score(prompt_embeds, negative_prompt_embeds, noise, squares, grad_steps)
@@ -47,7 +47,7 @@ def test_scores_have_a_gradient_only_where_calls_propagate_one(grad_steps, backb
         assert not sampler.sample_and_score(prompt_embeds, negative_prompt_embeds, noise, squares, 1)[0].requires_grad
 
 
-def test_the_negative_prompt_is_the_empty_text_unless_one_is_given(backbone, embeds, monkeypatch):
+def test_negative_prompt_defaults_to_the_empty_text(backbone, embeds, monkeypatch):
     sampler = Sampler(backbone, STEPS, 3.0, Microbatch(1))
     prompt_embeds, negative_prompt_embeds = sampler.split(embeds, 2)
     assert torch.equal(prompt_embeds, embeds[:, 0].repeat(2, 1, 1))

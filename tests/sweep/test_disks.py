@@ -11,7 +11,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a disk takes root"),
+    pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a disk needs root"),
 ]
 
 
@@ -52,7 +52,7 @@ def search(tiny, tmp_path, run):
 
 
 @pytest.mark.parametrize("size", ["16k", "24k", "40k", "64k", "90k"])
-def test_full_disk_is_named_and_nothing_is_lost(size, tiny, tmp_path, disk):
+def test_full_disk_is_reported_and_the_search_resumes(size, tiny, tmp_path, disk):
     mounted = disk("-t", "tmpfs", "-o", f"size={size}", "tmpfs")
     done = command(*search(tiny, tmp_path, mounted / "run"))
     assert done.returncode == 2
@@ -65,7 +65,7 @@ def test_full_disk_is_named_and_nothing_is_lost(size, tiny, tmp_path, disk):
     assert (mounted / "run" / "result.json").exists()
 
 
-def test_read_only_run_is_refused_before_a_model_is_loaded(tiny, tmp_path, disk):
+def test_read_only_run_is_refused_before_loading_a_model(tiny, tmp_path, disk):
     assert command(*search(tiny, tmp_path, tmp_path / "runs" / "run")).returncode == 0
     mounted = disk("--bind", str(tmp_path / "runs"))
     subprocess.run(["mount", "-o", "remount,ro,bind", str(mounted)], check=True)

@@ -2,9 +2,9 @@
 
 The cases are in the tables beside this file. A case has a `command`, or a `base` from below with its `args`; with
 `each`, it is one case for each value in place of {}. `words` must be in the message ("." for no particular ones),
-`more` is added to the end, `spoil` names the damage to a copy of a finished run, and `seconds` limits the time. {tiny}
-is a model, {place} the folder of broken files, {run} a finished run, {spoiled} its damaged copy and {new} a folder that
-must not exist before or after.
+`more` is added to the end, `damage` names the damage to a copy of a finished run, and `seconds` limits the time. {tiny}
+is a model, {inputs} the folder of broken files, {run} a finished run, {damaged} its damaged copy, and {new} a folder
+that must not exist before or after.
 """
 
 import io
@@ -44,7 +44,7 @@ BASES = {
     **{
         f"fit {name}": (
             f"fit --run={{new}} --model={method} --model.backbone={{tiny}} {SAMPLER}=4 "
-            "--data=ImagesToPrompts --data.images={place}/a.png"
+            "--data=ImagesToPrompts --data.images={inputs}/a.png"
         )
         for name, method in METHOD.items()
     },
@@ -57,8 +57,8 @@ BASES = {
     },
     "fit only": "fit --run={new} --model=PEZ --model.backbone={tiny} --data=ImagesToPrompts",
     "fit again": (
-        f"fit --run={{spoiled}} --ckpt_path=last --model=PEZ --model.backbone={{tiny}} --model.num_tokens=2 "
-        f"{SAMPLER}=2 --data=ImagesToPrompts --data.images={{place}}/a.png --model.steps=1 --data.num_noise_samples=1"
+        f"fit --run={{damaged}} --ckpt_path=last --model=PEZ --model.backbone={{tiny}} --model.num_tokens=2 "
+        f"{SAMPLER}=2 --data=ImagesToPrompts --data.images={{inputs}}/a.png --model.steps=1 --data.num_noise_samples=1"
     ),
 }
 
@@ -70,12 +70,12 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
-def broken_files(place):
+def broken_files(inputs):
     """Write the files that the tables name."""
     red = Image.new("RGB", (64, 64), "red")
     red.putpixel((3, 3), (0, 255, 0))
-    red.save(place / "a.png")
-    png = (place / "a.png").read_bytes()
+    red.save(inputs / "a.png")
+    png = (inputs / "a.png").read_bytes()
     huge = bytearray(png)
     huge[16:24] = struct.pack(">II", 60_000, 60_000)
     deep = "[" * 100_000
@@ -123,29 +123,29 @@ def broken_files(place):
         "badkey.yaml": b"model:\n  class_path: PEZ\nnonsense: 1\n",
     }
     for name, content in files.items():
-        (place / name).write_bytes(content)
-    red.resize((4, 4)).save(place / "tiny.png")
-    (place / "folder.png").mkdir()
-    save_file({"unrelated": np.zeros((2, 2), np.float32)}, place / "other.safetensors")
-    torch.save({"x": 1, "y": complex}, place / "pickle.pt")
-    with tarfile.open(place / "cut.tar", "w") as archive:
+        (inputs / name).write_bytes(content)
+    red.resize((4, 4)).save(inputs / "tiny.png")
+    (inputs / "folder.png").mkdir()
+    save_file({"unrelated": np.zeros((2, 2), np.float32)}, inputs / "other.safetensors")
+    torch.save({"x": 1, "y": complex}, inputs / "pickle.pt")
+    with tarfile.open(inputs / "cut.tar", "w") as archive:
         member = tarfile.TarInfo("0.png")
         member.size = len(png)
         archive.addfile(member, io.BytesIO(png))
-    (place / "cut.tar").write_bytes((place / "cut.tar").read_bytes()[:600])
-    with tarfile.open(place / "deviceonly.tar", "w") as archive:
+    (inputs / "cut.tar").write_bytes((inputs / "cut.tar").read_bytes()[:600])
+    with tarfile.open(inputs / "deviceonly.tar", "w") as archive:
         device = tarfile.TarInfo("0.png")
         device.type = tarfile.CHRTYPE
         archive.addfile(device)
 
 
-def spoil(run, how):
-    """Damage a run."""
+def damage(run, how):
+    """Damage the files of a run."""
     (record,) = (run / "problems").glob("*.json")
     content = record.read_bytes()
     changed = json.loads(content)
     config = (run / "config.yaml").read_bytes()
-    what = {
+    damages = {
         "record cut": lambda: record.write_bytes(content[: len(content) // 2]),
         "record empty": lambda: record.write_bytes(b""),
         "record of a newer version": lambda: record.write_text(json.dumps(changed | {"version": 99})),
@@ -163,7 +163,7 @@ def spoil(run, how):
         "config binary": lambda: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"),
         "nothing": lambda: None,
     }
-    what[how]()
+    damages[how]()
 
 
 def cases():
@@ -171,15 +171,15 @@ def cases():
     for table in sorted(HERE.glob("*.yaml")):
         for number, row in enumerate(yaml.safe_load(table.read_text())):
             for value in map(_shown, row.get("each", [""])):
-                spoiled = row["spoil"].replace("{}", value) if "spoil" in row else None
+                damaged = row["damage"].replace("{}", value) if "damage" in row else None
                 text = BASES[row["base"]] + " " + row["args"] if "base" in row else row["command"]
                 words = shlex.split(f"{text} {row.get('more', '')}")
                 args = [
-                    word if "spoil" in row else word.replace("{}", value) if word.count("{}") == 1 else word
+                    word if "damage" in row else word.replace("{}", value) if word.count("{}") == 1 else word
                     for word in words
                 ]
                 yield pytest.param(
-                    args, row["words"], spoiled, row.get("seconds", 30), id=f"{table.stem}-{number}-{value}"[:60]
+                    args, row["words"], damaged, row.get("seconds", 30), id=f"{table.stem}-{number}-{value}"[:60]
                 )
 
 
@@ -188,16 +188,16 @@ def _shown(value):
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp("place")
-    broken_files(place)
-    return place
+def inputs(tmp_path_factory):
+    inputs = tmp_path_factory.mktemp("inputs")
+    broken_files(inputs)
+    return inputs
 
 
 @pytest.fixture(scope="session")
-def finished(tiny, place, tmp_path_factory):
+def finished(tiny, inputs, tmp_path_factory):
     run = tmp_path_factory.mktemp("finished") / "run"
-    main([word.format(spoiled=run, place=place, tiny=tiny) for word in shlex.split(BASES["fit again"])])
+    main([word.format(damaged=run, inputs=inputs, tiny=tiny) for word in shlex.split(BASES["fit again"])])
     return run
 
 
@@ -206,37 +206,37 @@ def content(*folders):
     return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("args", "words", "spoiled", "seconds"), list(cases()))
-def test_wrong_input_is_answered_well(
-    args, words, spoiled, seconds, tiny, place, finished, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize(("args", "words", "damaged", "seconds"), list(cases()))
+def test_wrong_input_ends_in_one_sentence_and_changes_nothing(
+    args, words, damaged, seconds, tiny, inputs, finished, tmp_path, capsys, monkeypatch
 ):
     names = {
         "tiny": str(tiny),
-        "place": str(place),
+        "inputs": str(inputs),
         "run": str(finished),
         "new": str(tmp_path / "new"),
-        "spoiled": str(tmp_path / "spoiled"),
+        "damaged": str(tmp_path / "damaged"),
     }
-    if spoiled:
-        shutil.copytree(finished, tmp_path / "spoiled")
-        spoil(tmp_path / "spoiled", spoiled)
+    if damaged:
+        shutil.copytree(finished, tmp_path / "damaged")
+        damage(tmp_path / "damaged", damaged)
     for name, value in names.items():
         args = [arg.replace(f"{{{name}}}", value) for arg in args]
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = content(tmp_path, place, finished)
+    before = content(tmp_path, inputs, finished)
     capsys.readouterr()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with pytest.raises(SystemExit) as stopped:
         main(args)
-    assert time.perf_counter() - begun < seconds
+    assert time.perf_counter() - start < seconds
     err = capsys.readouterr().err
     assert stopped.value.code == 2
     assert 1 <= len(err.strip().splitlines()) <= 2, err
     assert "Traceback" not in err
     for word in words:
         assert word in err
-    assert content(tmp_path, place, finished) == before
+    assert content(tmp_path, inputs, finished) == before
     assert not (tmp_path / "new").exists()
     assert not list((tmp_path / "here").iterdir())

@@ -20,20 +20,20 @@ def clip():
     return ClipSimilarity(str(EMOJI / "clip"))
 
 
-def test_cosines_are_those_of_the_clips_texts(clip):
+def test_cosines_equal_those_of_clip_text_features(clip):
     texts = ["a cat", "a dog", "a cat on a red mat"]
     features = torch.cat([clip.text_features(clip.encode([text])) for text in texts])
     torch.testing.assert_close(SemanticSimilarity(clip)(texts[0], texts), features @ features[0])
 
 
-def test_precision_of_the_search_does_not_change_what_keeps_the_meaning(clip):
+def test_cosines_do_not_depend_on_autocast(clip):
     texts = ["a cat", "a dog", "a cat on a red mat"]
     with torch.autocast("cpu", torch.bfloat16):
-        found = SemanticSimilarity(clip)(texts[0], texts)
-    assert torch.equal(found, SemanticSimilarity(clip)(texts[0], texts))
+        result = SemanticSimilarity(clip)(texts[0], texts)
+    assert torch.equal(result, SemanticSimilarity(clip)(texts[0], texts))
 
 
-def test_text_means_the_same_as_itself(clip):
+def test_text_reaches_similarity_one_with_itself(clip):
     texts = [f"a {size} {name}" for size in ("small", "large") for name in ("cat", "dog", "tree", "fox")]
     same = SemanticSimilarity(clip, Similarity(1.0))
     assert all(same.reaches(text, [text]) == [True] for text in texts)
@@ -42,7 +42,7 @@ def test_text_means_the_same_as_itself(clip):
 
 
 @pytest.mark.exact
-def test_cosines_do_not_depend_on_what_was_asked_for_before(clip, rounding):
+def test_cosines_do_not_depend_on_earlier_calls(clip, rounding):
     similarity, others = SemanticSimilarity(clip), ["a dog", "a cat on a red mat"]
     first = similarity("a cat", others)
     similarity("a tree", ["a dog", "a cat"])
@@ -52,7 +52,7 @@ def test_cosines_do_not_depend_on_what_was_asked_for_before(clip, rounding):
 
 
 class Encoder:
-    """Features that are not of unit length: how often each letter stands in a text."""
+    """Count the letters of a text, as features that are not of unit length."""
 
     def __init__(self, name, local_files_only):
         if name != "letters":
@@ -63,7 +63,7 @@ class Encoder:
         return torch.tensor([[text.count(chr(97 + i)) for i in range(26)] for text in texts])
 
 
-def test_named_encoder_takes_its_place(clip, monkeypatch):
+def test_named_encoder_replaces_clip(clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Encoder))
     similarity = SemanticSimilarity(clip, Similarity(encoder="letters"))
     one, other = (Encoder("letters", True).encode([text], True, False).float() for text in ("abba", "abb"))
@@ -74,7 +74,7 @@ def test_named_encoder_takes_its_place(clip, monkeypatch):
         SemanticSimilarity(clip, Similarity(encoder="unknown"))
 
 
-def test_without_the_library_says_how_to_get_it(clip, monkeypatch):
+def test_missing_library_is_reported(clip, monkeypatch):
     def absent(name, *args, imported=builtins.__import__, **kwargs):
         if name == "sentence_transformers":
             raise ImportError(name)
@@ -85,7 +85,7 @@ def test_without_the_library_says_how_to_get_it(clip, monkeypatch):
         SemanticSimilarity(clip, Similarity(encoder="letters"))
 
 
-def test_words_that_change_the_meaning_alone_are_left_out():
+def test_words_that_change_the_meaning_are_filtered_out():
     cosines = {"a dog on a big mat": 0.95, "a red fox on a big mat": 0.8, "a cat on a huge mat": 0.5}
 
     class Given(SemanticSimilarity):

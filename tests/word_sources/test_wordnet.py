@@ -9,7 +9,7 @@ from lightning_prompts.methods.dpo_diff.wordnet import WordNet
 
 @pytest.fixture(scope="module")
 def words():
-    """The database of this machine."""
+    """Load the database of this machine."""
     try:
         return WordNet()
     except UserError as error:
@@ -24,22 +24,22 @@ def test_synonyms_share_a_meaning(words):
     assert "hot dog" in words.synonyms("hotdog")  # words of several parts have spaces
 
 
-def test_antonyms_are_opposites_also_of_similar_words(words):
+def test_antonyms_include_those_of_similar_words(words):
     assert words.antonyms("small")[:1] == ["large"]
     assert "wet" in words.antonyms("dry")
     assert "bloodless" in words.antonyms("crimson")  # of what crimson is similar to
 
 
-def test_words_that_it_lacks_have_none(words):
+def test_unknown_words_have_no_synonyms_or_antonyms(words):
     assert words.synonyms("qwrtz") == words.antonyms("qwrtz") == []
 
 
-def test_no_more_than_were_asked_for(words):
+def test_count_limits_the_synonyms(words):
     assert len(WordNet(count=3).synonyms("dog")) == 3
     assert WordNet(count=3).synonyms("dog") == words.synonyms("dog")[:3]
 
 
-def test_absent_wordnet_says_how_to_get_it(tmp_path, monkeypatch):
+def test_missing_wordnet_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(wordnet, "PLACES", (str(tmp_path),))
     monkeypatch.setattr("nltk.data.path", [])
     with pytest.raises(UserError, match="wordnet-base"):
@@ -49,7 +49,7 @@ def test_absent_wordnet_says_how_to_get_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", [None, "."])
-def test_absent_nltk_says_what_to_install(folder, monkeypatch):
+def test_missing_nltk_is_reported(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "nltk", None)
     with pytest.raises(UserError, match=r"needs nltk, .*; run `pip install 'lightning-prompts\[wordnet\]'`\.$"):
         WordNet(folder)

@@ -120,7 +120,7 @@ def missing_gradient(method: str, clip: str, backbone: Backbone, moves_embedding
         instead += ", or name the CLIP that this text encoder was taken from as --model.clip"
     return UserError(
         f"{method} needs the gradient of the CLIP loss, and the CLIP {clip!r} does not have the token embeddings of "
-        f"the model's {'T5' if kind == 't5' else 'CLIP'} text encoder; {instead}."
+        f"the model's {kind.upper()} text encoder; {instead}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Every method on models with published configurations and tokenizers is searched, resumed, tested and sampled from.
+"""Search, resume, test and predict with every method on models with published configurations and tokenizers.
 
 The models are loaded once, and values that depend only on a vocabulary of full size are computed once. By default, a
 few cells of the table run; `pytest -m slow` runs the others.
@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from PIL import Image
-from searches import found
+from searches import result_of
 
 from lightning_prompts import methods
 from lightning_prompts.backbones import Vocabulary, load_backbone
@@ -137,14 +137,14 @@ def pixart(flux, folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def once():
-    """Computes what only depends on a vocabulary or a CLIP once."""
+    """Compute what only depends on a vocabulary or a CLIP once."""
     allowed, features = Vocabulary.allowed, search_clip.word_features
     known = {}
 
     def allowed_once(self, blocked=(), words=None):
         key = id(self), tuple(blocked), words
         if key not in known:
-            known[key] = self, allowed(self, blocked, words)  # the vocabulary is kept, and so is its id
+            known[key] = self, allowed(self, blocked, words)  # keeping the vocabulary keeps its id unique
         return known[key][1].clone()
 
     def features_once(clip, prompt, as_text, chunk=256):
@@ -201,24 +201,26 @@ class Cell:
 
 
 def params():
-    """Return all cells; those that do not run by default are marked."""
+    """Return all cells; those that do not run by default are marked as slow."""
     for model in MODELS:
         for name in CELLS:
             marks = [] if (name, model) in DEFAULT else [pytest.mark.slow]
             yield pytest.param(name, model, marks=marks, id=f"{model.replace(', ', '-')}-{Path(name).stem}")
 
 
-def test_table_of_the_docs_is_what_is_tested():
+def test_table_in_the_docs_equals_the_tested_cells():
     page = (Path(__file__).parents[2] / "docs/models.md").read_text()
     lines = page[page.index("| | sd15 ") :].partition("\n\n")[0].splitlines()
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    told = {(row[0].strip("`"), model): cell for row in rows for model, cell in zip(head[1:], row[1:], strict=True)}
+    documented = {
+        (row[0].strip("`"), model): cell for row in rows for model, cell in zip(head[1:], row[1:], strict=True)
+    }
     works = {(name, model): "yes" for name in CELLS for model in MODELS}
-    assert told == works | dict.fromkeys(REFUSED, "positive words only")
+    assert documented == works | dict.fromkeys(REFUSED, "positive words only")
 
 
 @pytest.mark.parametrize(("name", "model"), list(params()))
-def test_cell(name, model, models, tmp_path, capsys):
+def test_method_on_model_runs_and_resumes(name, model, models, tmp_path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "p.png")
     cell, run, again = Cell(name, models(model), str(tmp_path / "p.png")), tmp_path / "run", tmp_path / "again"
     before = {key: tensor.clone() for key, tensor in cell.model["backbone"].state_dict().items()}
@@ -231,7 +233,7 @@ def test_cell(name, model, models, tmp_path, capsys):
         cell.run("fit", again, Stopping)
     (last,) = (again / "checkpoints").glob("*.ckpt")
     cell.run("fit", again, ckpt_path=str(last))
-    (one, files), (other, theirs) = found(run, 4), found(again, 4)
+    (one, files), (other, theirs) = result_of(run, 4), result_of(again, 4)
     assert one == other
     assert one["status"] in ("done", "not improved"), one
     assert files.keys() == theirs.keys()
@@ -239,7 +241,7 @@ def test_cell(name, model, models, tmp_path, capsys):
         for key, tensor in tensors.items():
             torch.testing.assert_close(tensor, theirs[file][key], atol=1e-5, rtol=1e-5)
     cell.run("test", run)
-    assert found(run, 4)[0] == one
+    assert result_of(run, 4)[0] == one
     cell.run("predict", run)
     assert len(list((run / "images").glob("*.png"))) == 1
     after = cell.model["backbone"].state_dict()

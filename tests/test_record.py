@@ -7,7 +7,7 @@ from lightning_prompts.runs.record import Problem
 KEY = f"{1:016x}"
 
 
-def test_an_unknown_status_is_refused():
+def test_unknown_status_is_refused():
     with pytest.raises(ValueError, match=r"'not_improved' is unknown; use one of .*'not improved'"):
         Problem(KEY, "x", status="not_improved")
 
@@ -34,7 +34,7 @@ def test_finish_compares_the_losses(loss, initial, status, reason):
     assert problem.reason is None if reason is None else reason in problem.reason
 
 
-def test_finish_leaves_a_failed_problem_alone():
+def test_finish_does_not_change_a_failed_problem():
     problem = Problem(KEY, "x", status="failed", reason="It is empty.", validation_loss=0.1)
     problem.finish()
     assert (problem.status, problem.reason) == ("failed", "It is empty.")

@@ -23,31 +23,31 @@ def project(tiny, tmp_path, monkeypatch):
     shutil.copytree(tiny, "models/tiny")
     os.mkdir("photos")
     Image.new("RGB", (16, 16), "red").save("photos/a.png")
-    Image.new("RGB", (16, 16), "white").save("away.png")
+    Image.new("RGB", (16, 16), "white").save("negative.png")
     Path("photos/b.png").write_bytes(b"nothing")
     main(
         (
             "fit --run runs/one --model=PEZ --model.backbone=models/tiny --model.num_tokens=2 "
             "--model.sampler.num_inference_steps=2 --data=ImagesToPrompts --data.images=photos "
-            "--data.negative_images away.png --model.steps=1 --data.num_noise_samples=1"
+            "--data.negative_images negative.png --model.steps=1 --data.num_noise_samples=1"
         ).split()
     )
     return project
 
 
-def outcome(run):
+def results_of(run):
     result = json.loads((run / "result.json").read_text())
     return [(one["target"], one["prompt"], one["clip_similarity"]) for one in result["problems"]]
 
 
-def look_at(run):
+def run_later_commands(run):
     for command in ("validate", "test", "predict"):
         main([command, "--run", str(run)])
 
 
-@pytest.mark.parametrize("moved", [False, True], ids=["there", "moved"])
-def test_run_is_found_again_from_elsewhere(moved, project, tmp_path, monkeypatch, capsys):
-    before = outcome(project / "runs" / "one")
+@pytest.mark.parametrize("moved", [False, True], ids=["in place", "moved"])
+def test_run_can_be_read_from_another_folder(moved, project, tmp_path, monkeypatch, capsys):
+    before = results_of(project / "runs" / "one")
     (failed,) = [json.loads(line) for line in (project / "runs/one/failed.jsonl").read_text().splitlines()]
     assert failed["file"] == str(project / "photos" / "b.png")
     elsewhere = tmp_path / "elsewhere"
@@ -57,27 +57,27 @@ def test_run_is_found_again_from_elsewhere(moved, project, tmp_path, monkeypatch
         project = Path(shutil.move(project, tmp_path / "renamed"))
     run = project / "runs" / "one"
     capsys.readouterr()
-    look_at(Path(os.path.relpath(run)))
+    run_later_commands(Path(os.path.relpath(run)))
     assert "left out" not in capsys.readouterr().out
-    assert outcome(run) == before
+    assert results_of(run) == before
     assert json.loads((run / "failed.jsonl").read_text())["file"] == str(project / "photos" / "b.png")
     assert list((run / "images").iterdir())
     assert not list(elsewhere.iterdir())
     assert RunFolder(run).load()[next(iter(RunFolder(run).load()))].paths == ["photos/a.png"]  # as given
 
 
-def test_files_of_the_same_name_elsewhere_are_others(project, tmp_path, monkeypatch, capsys):
+def test_files_of_the_same_name_in_another_folder_are_not_used(project, tmp_path, monkeypatch, capsys):
     """Relative paths keep the meaning that they had when the search ran."""
-    before = outcome(project / "runs" / "one")
+    before = results_of(project / "runs" / "one")
     other = tmp_path / "other"
     (other / "photos").mkdir(parents=True)
     Image.new("RGB", (16, 16), "blue").save(other / "photos" / "a.png")
     monkeypatch.chdir(other)
     main(["test", "--run", str(project / "runs" / "one")])
-    assert outcome(project / "runs" / "one") == before
+    assert results_of(project / "runs" / "one") == before
 
 
-def test_what_a_command_gives_is_relative_to_here(project, tmp_path, monkeypatch):
+def test_paths_in_a_command_are_relative_to_the_current_folder(project, tmp_path, monkeypatch):
     shutil.copytree(project / "models" / "tiny" / "clip", tmp_path / "elsewhere" / "scorer")
     monkeypatch.chdir(tmp_path / "elsewhere")
     main(["test", "--run", str(project / "runs" / "one"), "--scorer", "scorer"])

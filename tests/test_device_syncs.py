@@ -32,16 +32,18 @@ class Copies(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        here = [x for x in given if x.device != DEVICE and x.dim()]
+        host = [x for x in given if x.device != DEVICE and x.dim()]
         to_device = any(x.device == DEVICE for x in pytree.tree_leaves(result) if isinstance(x, Tensor))
-        asks = kwargs.get("non_blocking", False) or (func is torch.ops.aten.copy_.default and len(args) > 2 and args[2])
-        if here and to_device and not asks:
+        non_blocking = kwargs.get("non_blocking", False) or (
+            func is torch.ops.aten.copy_.default and len(args) > 2 and args[2]
+        )
+        if host and to_device and not non_blocking:
             self.waiting.append(str(func))
         return result
 
 
-def wave(module, monkeypatch):
-    """Make two problems, at different steps, the batch of a method on the device."""
+def prepare_batch(module, monkeypatch):
+    """Fill the batch of a method with two problems at different steps, on the device."""
     module.to(DEVICE)
     module.batch.rows = [Row(PROBLEMS[0], steps=1), Row(PROBLEMS[1], steps=2, halvings=1)]
     module.batch.skipped = torch.zeros(2, dtype=torch.long, device=DEVICE)
@@ -62,10 +64,10 @@ def wave(module, monkeypatch):
         (TextualInversion, {}),
     ],
 )
-def test_a_step_does_not_wait(method, settings, tiny, monkeypatch):
+def test_steps_do_not_sync_with_the_device(method, settings, tiny, monkeypatch):
     module = method(backbone=tiny, num_tokens=3, score_every_n_steps=10**6, **settings)
     module.prompt.embeddings = nn.Parameter(torch.zeros(2, 3, module.prompt.table.shape[1]))
-    batch, rows = wave(module, monkeypatch)
+    batch, rows = prepare_batch(module, monkeypatch)
     module.latents = [torch.zeros(1, *module.backbone.latent_shape, device=DEVICE)] * 2
     with Copies() as copies:
         module.step(batch, rows)
@@ -88,10 +90,10 @@ def test_a_step_does_not_wait(method, settings, tiny, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("stop", [None, 2])
-def test_drawing_does_not_wait(scheduler, stop, sd1, monkeypatch):
+def test_sampling_does_not_sync_with_the_device(scheduler, stop, sd1, monkeypatch):
     monkeypatch.setattr(
         sampling_loop, "generators_of", lambda noise: None
-    )  # these are seeded by the noise, for which it waits
+    )  # these are seeded by the noise, which requires a sync
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     model = load_backbone(str(sd1), scheduler=scheduler).to(DEVICE)
     prompts = torch.zeros(2, 5, 32, device=DEVICE, requires_grad=True)
@@ -102,18 +104,18 @@ def test_drawing_does_not_wait(scheduler, stop, sd1, monkeypatch):
     assert prompts.grad.shape == prompts.shape
 
 
-def test_what_waits_is_noticed():
-    here, there = torch.zeros(3), torch.zeros(3, device=DEVICE)
+def test_syncs_are_detected():
+    host, device = torch.zeros(3), torch.zeros(3, device=DEVICE)
     with Copies() as copies:
-        there + here.to(DEVICE, non_blocking=True)
-        there.copy_(here, non_blocking=True)
-        there[:2] * 3
+        device + host.to(DEVICE, non_blocking=True)
+        device.copy_(host, non_blocking=True)
+        device[:2] * 3
         assert not copies.waiting
-        there + here.to(DEVICE)
-        there[torch.tensor([0, 1])]
-        there.copy_(here)
+        device + host.to(DEVICE)
+        device[torch.tensor([0, 1])]
+        device.copy_(host)
     assert len(copies.waiting) == 3
     with pytest.raises(RuntimeError):
-        there.sum().item()
+        device.sum().item()
     with pytest.raises(NotImplementedError):
-        there.nonzero()
+        device.nonzero()

@@ -1,4 +1,4 @@
-"""The page of human feedback answers only the user's browser, and shows texts as texts."""
+"""The page of human feedback answers only the user's browser, and escapes texts."""
 
 import html.parser
 import http.client
@@ -20,16 +20,16 @@ pytest.importorskip("gradio")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPT = "<script>document.title='taken'</script> **a** $$b$$ http://example.com ${c} {{d}} &lt; \u202egnp\x1b[31m"
-SHOWN = "<script>document.title='taken'</script> **a** $$b$$ http://example.com ${c} {{d}} &lt; \\u202egnp\\x1b[31m"
+ESCAPED = "<script>document.title='taken'</script> **a** $$b$$ http://example.com ${c} {{d}} &lt; \\u202egnp\\x1b[31m"
 
 
-class Opened:
-    """A page that waits for an answer, and requests to it."""
+class OpenPage:
+    """Open a page that waits for an answer, and send requests to it."""
 
-    def __init__(self, temporary, said):
+    def __init__(self, temporary, message):
         self.page, self.answers, self.stopped, self.temporary = Page(show=False), [], False, temporary
         self.page.open(None, True)
-        self.address = re.search(r"http://\S+/", said())[0]
+        self.address = re.search(r"http://\S+/", message())[0]
         parts = urllib.parse.urlsplit(self.address)
         self.port, self.secret = parts.port, parts.path
         self.host = f"127.0.0.1:{self.port}"
@@ -41,14 +41,14 @@ class Opened:
         """Ask until the test stops it."""
         while not self.stopped:
             images = [torch.rand(3, 16, 16) for _ in range(4)]
-            places = torch.zeros(1, 2), torch.tensor([[0.0, 1], [1, 0], [1, 1]])
+            positions = torch.zeros(1, 2), torch.tensor([[0.0, 1], [1, 0], [1, 1]])
             generate = images[1:].__getitem__
             answer = self.page.choose(
                 Round(
                     PROMPT,
                     images[:1],
                     [PROMPT] * 3,
-                    *places,
+                    *positions,
                     lambda i, _, generate=generate: generate(i),
                     lambda: self.stopped,
                 )
@@ -79,13 +79,13 @@ class Opened:
             connection.close()
 
     def get(self, path, *headers):
-        """Request a file like the page's own browser."""
+        """Request a file as the user's browser does."""
         return self.request("GET", self.secret + path, [("Host", self.host), *headers])
 
     def call(self, trigger, data, *headers, host=None, secret=None):
-        """Trigger the event of a click or of the clock, which tells the session the number of the question."""
+        """Trigger the event of a click, or of the timer that updates the session's question."""
         if trigger[0] != "timer":
-            self.shown()
+            self.content()
         (number,) = (
             dependency["id"]
             for dependency in self.config["dependencies"]
@@ -101,8 +101,8 @@ class Opened:
         (part,) = (part for part in self.config["components"] if part["id"] == number)
         return part["props"].get("elem_id") or part["type"]
 
-    def shown(self):
-        """Return the content of the page by the name of the part."""
+    def content(self):
+        """Return the content of the page by the names of its parts."""
         status, text = self.call(("timer", "tick"), [-1, 0])
         assert status == 200, text
         (outputs,) = (
@@ -122,19 +122,19 @@ def opened(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("gradio.route_utils.DEFAULT_TEMP_DIR", str(tmp_path / "gradio"))
     monkeypatch.setattr("gradio.routes.DEFAULT_TEMP_DIR", str(tmp_path / "gradio"))
     caplog.set_level("INFO", "lightning_prompts")
-    one = Opened(tmp_path, lambda: caplog.messages[-1])
-    yield one
-    one.close()
+    page = OpenPage(tmp_path, lambda: caplog.messages[-1])
+    yield page
+    page.close()
 
 
-def paths(shown):
+def image_paths(content):
     """Return the images of the candidates, as the page requests them."""
-    value = shown["candidates"]["value"]
+    value = content["candidates"]["value"]
     return [urllib.parse.urlsplit(image["image"]["url"]).path for image in value]
 
 
-class Texts(html.parser.HTMLParser):
-    """The visible text of HTML, and its tags."""
+class VisibleText(html.parser.HTMLParser):
+    """Parse the visible text of HTML, and its tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -149,7 +149,7 @@ class Texts(html.parser.HTMLParser):
         self.text += data
 
 
-def test_requests_that_are_not_the_pages_own_are_refused_and_change_nothing(opened):
+def test_requests_of_other_origins_are_refused_and_change_nothing(opened):
     port, own = opened.port, f"http://{opened.host}"
     foreign = [
         [("Host", host)]
@@ -211,7 +211,7 @@ def test_requests_that_are_not_the_pages_own_are_refused_and_change_nothing(open
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LOCALHOST"])
-def test_the_pages_own_requests_are_answered(opened, name):
+def test_requests_of_the_page_are_answered(opened, name):
     host = f"{name}:{opened.port}"
     assert opened.request("GET", opened.secret, [("Host", host)])[0] == 200
     assert opened.call(("finish", "click"), [1], ("Origin", f"http://{host.lower()}"), host=host)[0] == 200
@@ -219,7 +219,7 @@ def test_the_pages_own_requests_are_answered(opened, name):
     assert opened.answers == [Choice("finish")]
 
 
-def test_of_gradios_routes_those_that_the_page_does_not_need_are_not_there(opened):
+def test_routes_that_the_page_does_not_need_are_refused(opened):
     others = (
         "config config/ login login/ logout monitoring monitoring/x manifest.json robots.txt pwa_icon gradio_api/info "
         "gradio_api/upload gradio_api/upload_progress gradio_api/api/predict gradio_api/call/x "
@@ -235,7 +235,7 @@ def test_of_gradios_routes_those_that_the_page_does_not_need_are_not_there(opene
             )
 
 
-def test_nothing_can_be_uploaded_and_no_other_file_is_read(opened, tmp_path):
+def test_uploads_and_other_files_are_refused(opened, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nhello\r\n--x--\r\n'
     headers = [("Host", opened.host), ("Content-Type", "multipart/form-data; boundary=x")]
@@ -265,13 +265,13 @@ def test_nothing_can_be_uploaded_and_no_other_file_is_read(opened, tmp_path):
             assert (status, "secret" in text) == (404, False), (route, file)
 
 
-def test_a_refused_request_gets_its_answer_although_it_has_a_body(opened):
-    """A connection that is closed before everything is read is reset, which can lose the answer."""
+def test_refused_request_with_a_body_is_answered(opened):
+    """A connection that is closed before the body is read would be reset, and the answer lost."""
     for _ in range(20):
         with socket.create_connection(("127.0.0.1", opened.port), timeout=10) as connection:
             head = f"POST {opened.secret}x HTTP/1.1\r\nHost: example.com\r\nContent-Length: 40000\r\n\r\n"
             connection.sendall(head.encode())
-            time.sleep(0.02)  # the body comes when an answer could have been given
+            time.sleep(0.02)  # the body arrives after an early answer
             connection.sendall(b"x" * 20000)
             time.sleep(0.02)
             connection.sendall(b"x" * 20000)
@@ -280,8 +280,8 @@ def test_a_refused_request_gets_its_answer_although_it_has_a_body(opened):
         assert b"a tunnel must have this port on both ends" in answer
 
 
-def test_the_images_of_a_round_go_with_it(opened):
-    first = paths(opened.shown())
+def test_images_of_a_round_are_deleted_after_it(opened):
+    first = image_paths(opened.content())
     assert len(first) == 3
     assert all(path.startswith(opened.secret) for path in first)
     assert [opened.request("GET", path, [("Host", opened.host)])[0] for path in first] == [200] * 3
@@ -293,26 +293,26 @@ def test_the_images_of_a_round_go_with_it(opened):
     opened.call(("others", "click"), [1])
     opened.until(lambda: opened.page.view.question == 2 and opened.page.view.ready)
     assert [opened.request("GET", path, [("Host", opened.host)])[0] for path in first] == [403] * 3  # gradio's answer
-    shown = opened.shown()
-    assert [opened.request("GET", path, [("Host", opened.host)])[0] for path in paths(shown)] == [200] * 3
-    assert len(list(opened.page.images.iterdir())) == 3 + 2  # the candidates, where one is, and the map
+    content = opened.content()
+    assert [opened.request("GET", path, [("Host", opened.host)])[0] for path in image_paths(content)] == [200] * 3
+    assert len(list(opened.page.images.iterdir())) == 3 + 2  # the candidates, the current image, and the map
 
 
-def test_prompts_and_captions_are_shown_as_they_stand(opened):
-    shown = opened.shown()
-    status = Texts(shown["status"])
-    assert status.text == f"{SHOWN} after move 0: which one do you like?"
+def test_prompts_and_captions_are_escaped(opened):
+    content = opened.content()
+    status = VisibleText(content["status"])
+    assert status.text == f"{ESCAPED} after move 0: which one do you like?"
     assert status.tags == [("strong", [])]
-    assert [image["caption"] for image in shown["candidates"]["value"]] == [f"{i}  {SHOWN}" for i in (1, 2, 3)]
+    assert [image["caption"] for image in content["candidates"]["value"]] == [f"{i}  {ESCAPED}" for i in (1, 2, 3)]
     opened.stopped = True
     opened.until(lambda: opened.answers)
     opened.page.publish(prompt="", status="Finished. The files are in /<b>runs</b>\x1b[0m.")
-    status = Texts(opened.shown()["status"])
+    status = VisibleText(opened.content()["status"])
     assert (status.text, status.tags) == ("Finished. The files are in /<b>runs</b>\\x1b[0m.", [])
 
 
-def test_a_page_that_is_closed_leaves_nothing(opened, tmp_path, monkeypatch):
-    opened.shown()
+def test_closed_page_leaves_no_files(opened, tmp_path, monkeypatch):
+    opened.content()
     assert list(opened.page.images.iterdir())
     opened.close()
     assert list(tmp_path.iterdir()) == []
@@ -321,7 +321,7 @@ def test_a_page_that_is_closed_leaves_nothing(opened, tmp_path, monkeypatch):
     opened.close()  # again
 
 
-def test_a_page_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
+def test_page_that_fails_to_open_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(
         "lightning_prompts.methods.steering.human_feedback.server.secrets.token_urlsafe", lambda *_: 1 / 0
@@ -333,7 +333,7 @@ def test_a_page_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
     assert set(threading.enumerate()) == before
 
 
-def test_each_page_has_another_secret_and_its_gradio_folder_is_only_its_own(opened, monkeypatch):
+def test_page_restores_the_gradio_folder_and_has_a_long_secret(opened, monkeypatch):
     import os
 
     assert os.environ["GRADIO_TEMP_DIR"] == str(opened.page.images)

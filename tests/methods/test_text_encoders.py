@@ -34,7 +34,7 @@ SMALL = {"num_tokens": 2, "sampler": SamplerSettings(2), "log_images_every_n_ste
 
 @pytest.fixture
 def read(monkeypatch):
-    """All texts that text encoders have read."""
+    """Record all texts that text encoders encode."""
     seen, original = [], TextEncoder.encode_text
 
     def spy(self, texts, *args, **kwargs):
@@ -55,7 +55,9 @@ def samples_of(module, problems):
 
 
 @pytest.mark.parametrize(("family", "vocabulary"), [("flux", None), ("sd3", None), ("sd3", "t5")])
-def test_textual_inversion_has_one_loss(family, vocabulary, folders, image_folder, read, tmp_path):
+def test_textual_inversion_is_scored_by_the_loss_of_the_search(
+    family, vocabulary, folders, image_folder, read, tmp_path
+):
     """Encoders that are not searched read the pseudo-word as written: in the search, for scoring and for images."""
     module = TextualInversion(
         backbone=BackboneSettings(folders(family), image_size=16, vocabulary=vocabulary),
@@ -74,16 +76,14 @@ def test_textual_inversion_has_one_loss(family, vocabulary, folders, image_folde
     with torch.no_grad():
         ids, embeddings = module.prompt(rows)
         searched = module.loss(rows, ids, embeddings, samples, module.texts(rows))
-        drawn = module.denoising_loss(rows, module.encode([str(problem.prompt) for problem in problems]), samples)
-        spelled = module.loss(
-            rows, ids, embeddings, samples
-        )  # with the text of the ids that stand beside the embeddings
-    torch.testing.assert_close(searched, drawn, atol=1e-6, rtol=0)
-    assert not torch.allclose(spelled, drawn, atol=1e-5, rtol=0)
+        sampled = module.denoising_loss(rows, module.encode([str(problem.prompt) for problem in problems]), samples)
+        spelled = module.loss(rows, ids, embeddings, samples)  # with the text of the ids instead of the pseudo-word
+    torch.testing.assert_close(searched, sampled, atol=1e-6, rtol=0)
+    assert not torch.allclose(spelled, sampled, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_exported_embedding_draws_the_same_in_diffusers(family, folders, image_folder, tmp_path):
+def test_exported_embedding_gives_the_same_image_in_diffusers(family, folders, image_folder, tmp_path):
     folder = folders(family)
     module = TextualInversion(
         backbone=BackboneSettings(folder, image_size=16), lr=0.5, **{**SMALL, "sampler": SamplerSettings(2, 3.0)}
@@ -120,21 +120,19 @@ def test_exported_embedding_draws_the_same_in_diffusers(family, folders, image_f
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
-def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
-    optimizer, folders, image_folder, read, tmp_path
-):
+def test_encoders_that_are_not_searched_read_the_nearest_tokens(optimizer, folders, image_folder, read, tmp_path):
     """The CLIP of FLUX reads this text while T5's embeddings move; it stays the same within a step."""
 
-    class Watched(PH2P):
+    class Recording(PH2P):
         def step(self, batch, rows):
             nearest = self.prompt.texts(self.prompt.project()[rows])
             read.clear()
             super().step(batch, rows)
-            seen.append(([texts for kind, texts in read if kind == "clip"], nearest))
+            reads.append(([texts for kind, texts in read if kind == "clip"], nearest))
 
-    seen = []
+    reads = []
     own = {"max_iter": 3} if optimizer == "lbfgs" else {}
-    module = Watched(
+    module = Recording(
         backbone=BackboneSettings(folders("flux"), image_size=16),
         optimizer=optimizer,
         lr=0.5,
@@ -143,14 +141,14 @@ def test_free_embeddings_are_searched_beside_the_text_of_their_nearest_tokens(
         **SMALL,
     )
     fit(module, image_folder, tmp_path, steps=3)
-    assert len(seen) == 3
-    for texts, nearest in seen:
+    assert len(reads) == 3
+    for texts, nearest in reads:
         assert texts
         assert all(set(some) <= set(nearest) for some in texts)
 
 
 @pytest.mark.parametrize(("family", "method"), [("sd3", GCG), ("flux", GCG), ("sd3", PEZ), ("sdxl", PEZ)])
-def test_search_and_scoring_read_one_text(family, method, folders, image_folder, tmp_path):
+def test_search_and_scoring_encode_the_same_text(family, method, folders, image_folder, tmp_path):
     """CLIP's tokens lose a template's capitals, which T5 reads.
 
     The second CLIP of SDXL and SD3 reads "!" as padding.
@@ -167,7 +165,7 @@ def test_search_and_scoring_read_one_text(family, method, folders, image_folder,
 
 
 @pytest.mark.parametrize(("family", "vocabulary"), [("sdxl", None), ("sd3", None), ("sd3", "t5"), ("flux", None)])
-def test_words_drawn_are_read_as_they_are_written(family, vocabulary, folders):
+def test_one_hot_choices_encode_as_their_text(family, vocabulary, folders):
     """DPO-Diff's gradient is computed at the encoded prompt of a candidate with the sampled words."""
     backbone = load_backbone(folders(family), vocabulary=vocabulary)
     space = Space(("A Red ", " Behind!"), (Slot("Cat", ("Cat", "Two Dogs")),), (Slot("Blurry", ("", "Blurry")),))
@@ -177,9 +175,11 @@ def test_words_drawn_are_read_as_they_are_written(family, vocabulary, folders):
     for choice in ((0, 0), (1, 1)):
         noise = torch.zeros(choices.logits.shape).scatter_(2, torch.tensor(choice).view(1, 2, 1), 1e4)
         sides = zip(choices(torch.tensor([0]), noise), space.texts(choice), (False, True), strict=True)
-        for side, text, negative in sides:
+        for choice_inputs, text, negative in sides:
             expected = backbone.encode_text([text], negative=negative)
-            torch.testing.assert_close(backbone.encode(*side, negative=negative), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                backbone.encode(*choice_inputs, negative=negative), expected, atol=1e-5, rtol=1e-5
+            )
 
 
 # --- a CLIP with another vocabulary
@@ -193,7 +193,7 @@ def cosine(clip, feature, text):
 
 
 @pytest.mark.parametrize(("family", "vocabulary"), [("flux", None), ("pixart", None), ("sd3", "t5")])
-def test_words_of_a_clip_that_reads_text(family, vocabulary, folders):
+def test_best_words_of_a_clip_with_another_vocabulary(family, vocabulary, folders):
     folder = folders(family)
     backbone, clip = load_backbone(folder, vocabulary=vocabulary), ClipSimilarity(f"{folder}/clip")
     tokenizer = backbone.vocabulary.tokenizer
@@ -203,16 +203,16 @@ def test_words_of_a_clip_that_reads_text(family, vocabulary, folders):
     words = [tokenizer.decode([i]).strip() for i in prompt.allowed.nonzero().flatten().tolist()]
     assert {"red", "two", "dogs"} <= set(words)
     alone = word_features(clip, prompt, as_text=True, chunk=5)
-    for feature, found in zip(features, best_words(clip, prompt, features, chunk=7).tolist(), strict=True):
+    for feature, token_ids in zip(features, best_words(clip, prompt, features, chunk=7).tolist(), strict=True):
         expected = [cosine(clip, feature, f"a photo of {word} , blurry") for word in words]
         assert (alone @ feature).tolist() == pytest.approx(expected, abs=1e-5)
         first = words[max(range(len(words)), key=expected.__getitem__)]
         others = [word for word in words if word != first]
         second = max(others, key=lambda word: cosine(clip, feature, f"a photo of {first} {word} , blurry"))
-        assert tokenizer.decode(found).split() == [first, second]
+        assert tokenizer.decode(token_ids).split() == [first, second]
 
 
-def test_clip_that_reads_text_decides_between_candidates(folders, image_folder, caplog, tmp_path):
+def test_clip_with_another_vocabulary_scores_candidates_without_a_gradient(folders, image_folder, caplog, tmp_path):
     """GCG's loss includes the CLIP loss, but its gradient is that of the denoising loss; this is logged once."""
     folder = folders("flux")
     plain = GCG(backbone=BackboneSettings(folder, image_size=16), candidates=4, **SMALL)
@@ -246,7 +246,7 @@ def test_clip_that_reads_text_decides_between_candidates(folders, image_folder, 
 
 @pytest.mark.parametrize("method", [PEZ, PH2P, TextualInversion])
 @pytest.mark.parametrize(("family", "vocabulary"), [("flux", None), ("pixart", None), ("sd3", "t5")])
-def test_gradient_of_a_clip_that_reads_text_is_refused(
+def test_gradient_of_a_clip_with_another_vocabulary_is_refused(
     method, family, vocabulary, folders, image_folder, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("lightning_prompts.objectives.clip.load_clip", None)  # before it is loaded
@@ -264,7 +264,7 @@ def test_gradient_of_a_clip_that_reads_text_is_refused(
         f"the token embeddings of the model's T5 text encoder; give --model.loss_weights.clip 0{instead}."
     )
     monkeypatch.undo()
-    if instead:  # what is advised works
+    if instead:  # the advice works
         fit(
             method(
                 backbone=BackboneSettings(folders(family), image_size=16, vocabulary="clip"),
@@ -276,7 +276,7 @@ def test_gradient_of_a_clip_that_reads_text_is_refused(
         )
 
 
-def test_candidates_without_any_gradient_are_refused(folders):
+def test_search_without_any_gradient_is_refused(folders):
     with pytest.raises(
         UserError, match=r"GCG needs the gradient .* give --model.loss_weights.denoising above 0, or search"
     ):
@@ -311,9 +311,9 @@ def shorter(folders, tmp_path):
     return str(folder)
 
 
-def test_rows_without_a_token_are_no_results(longer, folders, image_folder, tmp_path):
+def test_rows_without_a_token_are_never_in_results(longer, folders, image_folder, tmp_path):
     vocabulary, expected = (load_backbone(folder).vocabulary for folder in (longer, folders("sdxl")))
-    assert [tower.rows for tower in vocabulary.text_encoders] == [561, 557]
+    assert [encoder.rows for encoder in vocabulary.text_encoders] == [561, 557]
     assert vocabulary.table.shape == (557, 80)
     assert torch.equal(vocabulary.allowed(), F.pad(expected.allowed(), (0, 3)))
     for method in (PH2P, PEZ, GCG, RandomTokens, ClipWords, TextualInversion):
@@ -327,10 +327,10 @@ def test_rows_without_a_token_are_no_results(longer, folders, image_folder, tmp_
     assert not allowed[59:].any()  # extra ids and padding
 
 
-def test_tokens_that_the_encoders_of_one_model_read_differently_are_not_allowed(folders):
+def test_tokens_that_two_encoders_read_differently_are_not_allowed(folders):
     """SDXL's second tokenizer pads with "!", and reads it as padding."""
     vocabulary = load_backbone(folders("sdxl")).vocabulary
-    one, other = (tower.tokenizer for tower in vocabulary.text_encoders)
+    one, other = (encoder.tokenizer for encoder in vocabulary.text_encoders)
     (mark,) = one("!", add_special_tokens=False)["input_ids"]
     assert other("!", add_special_tokens=False)["input_ids"] != [mark]
     ids = vocabulary.allowed().nonzero()
@@ -346,7 +346,7 @@ def test_tokens_without_a_row_are_refused(shorter, image_folder, tmp_path):
         "embedding; "
     )
     how = {"backbone": backbone, "device": "cpu"}
-    for refused in (
+    for search in (
         lambda: backbone.encode_text(["a red <sks> cat"]),
         lambda: GCG(backbone=backbone, template="a <sks> {}", num_tokens=2),
         lambda: GCG(backbone=backbone, init="a <sks>", num_tokens=2),
@@ -354,7 +354,7 @@ def test_tokens_without_a_row_are_refused(shorter, image_folder, tmp_path):
         lambda: dpo_diff("a red <sks> cat", negative=[], positive=["neighbors"], **how),
     ):
         with pytest.raises(UserError, match=sentence) as error:
-            refused()
+            search()
         assert ". " not in str(error.value)
         assert "\n" not in str(error.value)
     (problem,) = fit(GCG(backbone=backbone, num_tokens=2, sampler=SamplerSettings(1)), image_folder / "0.png", tmp_path)

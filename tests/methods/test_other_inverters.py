@@ -34,7 +34,7 @@ def first_step(module):
 # --- GCG
 
 
-class Watched(GCG):
+class RecordingGCG(GCG):
     """Record the proposals and results of each step."""
 
     def step(self, batch, rows):
@@ -45,7 +45,7 @@ class Watched(GCG):
             losses = [
                 self.loss(rows, ids, self.prompt.table[ids], samples) for ids in map(self.prompt.ids, (before, after))
             ]
-        self.taken = [*getattr(self, "taken", []), (before, after, *losses)]
+        self.steps_taken = [*getattr(self, "steps_taken", []), (before, after, *losses)]
 
     def _propose(self, step, rows, token_ids, gradient):
         proposed = super()._propose(step, rows, token_ids, gradient)
@@ -53,11 +53,11 @@ class Watched(GCG):
         return proposed
 
 
-def test_step_takes_what_is_better_and_nothing_else(tiny, image_folder, tmp_path):
-    module = Watched(backbone=tiny, num_tokens=3, candidates=8, topk=16, n_replace=2, sampler=SamplerSettings(2))
+def test_step_only_accepts_better_candidates(tiny, image_folder, tmp_path):
+    module = RecordingGCG(backbone=tiny, num_tokens=3, candidates=8, topk=16, n_replace=2, sampler=SamplerSettings(2))
     fit(module, image_folder, tmp_path, steps=6)
     changed = 0
-    for before, after, loss_before, loss_after in module.taken:
+    for before, after, loss_before, loss_after in module.steps_taken:
         moved = (before != after).any(1)
         assert ((before != after).sum(1) <= 2).all()
         assert (loss_after[moved] < loss_before[moved]).all()
@@ -65,9 +65,9 @@ def test_step_takes_what_is_better_and_nothing_else(tiny, image_folder, tmp_path
     assert changed
 
 
-def test_step_finds_the_best_of_all_tokens(tiny, image_folder, tmp_path):
-    """One place, and so many candidates that each proposal is among them: what remains is the exhaustive search."""
-    module = Watched(
+def test_step_with_many_candidates_is_an_exhaustive_search(tiny, image_folder, tmp_path):
+    """With one position and more candidates than proposals, all tokens are evaluated."""
+    module = RecordingGCG(
         backbone=tiny,
         num_tokens=1,
         candidates=400,
@@ -76,7 +76,7 @@ def test_step_finds_the_best_of_all_tokens(tiny, image_folder, tmp_path):
         sampler=SamplerSettings(2),
     )
     fit(module, image_folder / "0.png", tmp_path, steps=1, num_noise_samples=1)
-    ((before, after, *_),) = module.taken
+    ((before, after, *_),) = module.steps_taken
     allowed = module.prompt.allowed.nonzero()
     rows = torch.zeros(len(allowed), dtype=torch.long)
     samples = module.samples(torch.tensor([0]), first_step(module))[rows]
@@ -87,8 +87,8 @@ def test_step_finds_the_best_of_all_tokens(tiny, image_folder, tmp_path):
     assert before.shape == after.shape == (1, 1)
 
 
-def test_proposals_are_those_of_the_one_hot_gradient(tiny, image_folder, tmp_path):
-    module = Watched(backbone=tiny, num_tokens=2, candidates=50, topk=3, sampler=SamplerSettings(2))
+def test_proposals_have_the_lowest_one_hot_gradient(tiny, image_folder, tmp_path):
+    module = RecordingGCG(backbone=tiny, num_tokens=2, candidates=50, topk=3, sampler=SamplerSettings(2))
     fit(module, image_folder / "0.png", tmp_path, steps=1)
     ((rows, token_ids, proposed, _),) = module.proposals
     table, allowed = module.prompt.table, module.prompt.allowed
@@ -97,15 +97,15 @@ def test_proposals_are_those_of_the_one_hot_gradient(tiny, image_folder, tmp_pat
     embeddings = table[ids].index_copy(1, module.prompt.positions, (one_hot @ table)[None])
     samples = module.samples(rows, first_step(module))
     (slope,) = torch.autograd.grad(module.loss(rows, ids, embeddings, samples).sum(), one_hot)
-    for place in range(2):
-        usable = [v for v in allowed.nonzero().flatten().tolist() if v != token_ids[0, place]]
-        best = sorted(usable, key=lambda v: float(slope[place, v]))[:3]
-        seen = set(proposed[0, :, place].tolist()) - {int(token_ids[0, place])}
-        assert seen == set(best)
+    for position in range(2):
+        usable = [v for v in allowed.nonzero().flatten().tolist() if v != token_ids[0, position]]
+        best = sorted(usable, key=lambda v: float(slope[position, v]))[:3]
+        tokens = set(proposed[0, :, position].tolist()) - {int(token_ids[0, position])}
+        assert tokens == set(best)
 
 
-@pytest.mark.parametrize(("candidates", "swaps", "screen"), [(30, 1, 1), (30, 2, 1), (12, 1, 3), (60, 1, 1)])
-def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, tiny, image_folder, tmp_path):
+@pytest.mark.parametrize(("candidates", "n_replace", "prefilter"), [(30, 1, 1), (30, 2, 1), (12, 1, 3), (60, 1, 1)])
+def test_no_candidate_is_evaluated_twice_in_a_step(candidates, n_replace, prefilter, tiny, image_folder, tmp_path):
     class Counting(GCG):
         def loss(self, rows, ids, *more, **how):
             if not torch.is_grad_enabled():
@@ -127,12 +127,12 @@ def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, ti
         allowed_words=words,
         candidates=candidates,
         topk=12,
-        n_replace=swaps,
-        prefilter=screen,
+        n_replace=n_replace,
+        prefilter=prefilter,
         sampler=SamplerSettings(2),
     )
     fit(module, image_folder, tmp_path, steps=3)
-    possible = 3 * 12 if swaps == 1 else candidates  # with two swaps there are more than are drawn
+    possible = 3 * 12 if n_replace == 1 else candidates  # with two replacements there are more than are sampled
     for step in steps:
         assert len(set(step)) == len(step)
         assert len(step) == min(candidates, possible) * len(module.batch)
@@ -140,11 +140,9 @@ def test_no_candidate_is_evaluated_twice_in_a_step(candidates, swaps, screen, ti
 
 @pytest.mark.exact
 @pytest.mark.parametrize("samples", [1, 3, 5])
-def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks(
-    samples, tiny, image_folder, tmp_path, monkeypatch, rounding
-):
+def test_calls_do_not_depend_on_the_number_of_ranks(samples, tiny, image_folder, tmp_path, monkeypatch, rounding):
     """Only the last denoiser call is smaller than a microbatch."""
-    found = []
+    runs = []
 
     class Compared(GCG):
         def _losses(self, *given):
@@ -153,12 +151,12 @@ def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks
                 with monkeypatch.context() as patch:
                     patch.setattr(Microbatch, "map", lambda self, n, work, on: self._map(torch.arange(n), work))
                     for part in ("encode", "denoise"):
-                        noted(patch, self.backbone, part, calls)
-                    found.append((calls, super()._losses(*given)))
+                        record(patch, self.backbone, part, calls)
+                    runs.append((calls, super()._losses(*given)))
             self.microbatch.ranks = 1
-            return found[-1][1]
+            return runs[-1][1]
 
-    def noted(patch, backbone, part, calls):
+    def record(patch, backbone, part, calls):
         call = getattr(backbone, part)
         patch.setattr(backbone, part, lambda x, *rest, **more: calls.append((part, len(x))) or call(x, *rest, **more))
 
@@ -170,24 +168,24 @@ def test_candidates_are_evaluated_in_the_same_calls_whatever_the_number_of_ranks
         "sampler": SamplerSettings(2),
     }
     fit(Compared(backbone=tiny, num_tokens=3, **how), image_folder, tmp_path, steps=1, num_noise_samples=samples)
-    calls, losses = found[0]
+    calls, losses = runs[0]
     sizes = [size for part, size in calls if part == "denoise"]
     assert set(sizes[:-1]) == {4}
-    for others, other_losses in found[1:]:
+    for others, other_losses in runs[1:]:
         for part in ("encode", "denoise"):
             assert [call for call in others if call[0] == part] == [call for call in calls if call[0] == part]
         assert torch.equal(other_losses, losses)
 
 
-def test_screen_keeps_what_the_clip_finds_most_similar(tiny, image_folder, tmp_path):
+def test_prefilter_keeps_the_candidates_most_similar_to_the_clip_features(tiny, image_folder, tmp_path):
     class All(GCG):
         def _distances(self, rows, candidates):
-            self.drawn = candidates
+            self.sampled = candidates
             return super()._distances(rows, candidates)
 
         def _propose(self, step, rows, token_ids, gradient):
             proposed = super()._propose(step, rows, token_ids, gradient)
-            self.kept = proposed[0]
+            self.filtered = proposed[0]
             return proposed
 
     module = All(backbone=tiny, num_tokens=2, candidates=5, topk=8, prefilter=3, sampler=SamplerSettings(2))
@@ -200,12 +198,12 @@ def test_screen_keeps_what_the_clip_finds_most_similar(tiny, image_folder, tmp_p
         text = text if isinstance(text, torch.Tensor) else text.pooler_output
         return float(F.cosine_similarity(text[0], feature, dim=0))
 
-    assert module.drawn.shape == (1, 15, 2)
-    best = sorted((similarity(ids) for ids in module.drawn[0]), reverse=True)[:5]
-    assert sorted((similarity(ids) for ids in module.kept[0]), reverse=True) == pytest.approx(best, abs=1e-5)
+    assert module.sampled.shape == (1, 15, 2)
+    best = sorted((similarity(ids) for ids in module.sampled[0]), reverse=True)[:5]
+    assert sorted((similarity(ids) for ids in module.filtered[0]), reverse=True) == pytest.approx(best, abs=1e-5)
 
 
-def test_candidates_that_are_read_otherwise_are_not_evaluated(tiny, image_folder, tmp_path):
+def test_candidates_that_do_not_round_trip_are_not_evaluated(tiny, image_folder, tmp_path):
     class Broken(GCG):
         def _propose(self, step, rows, token_ids, gradient):
             candidates, sound = super()._propose(step, rows, token_ids, gradient)
@@ -217,7 +215,7 @@ def test_candidates_that_are_read_otherwise_are_not_evaluated(tiny, image_folder
     assert problem.validation_loss == problem.initial_validation_loss
 
 
-def test_more_swaps_than_tokens_are_refused(tiny):
+def test_more_replacements_than_tokens_are_refused(tiny):
     with pytest.raises(UserError, match="n_replace"):
         GCG(backbone=tiny, num_tokens=2, n_replace=3)
 
@@ -228,10 +226,10 @@ def test_more_swaps_than_tokens_are_refused(tiny):
 @pytest.fixture
 def matching(tiny):
     """Create a CLIP, prompts of two tokens in its vocabulary, and features of three images."""
-    tower = load_backbone(tiny).vocabulary
-    prompt = TokenEmbeddings(tower, "a photo of {} , blurry", 2, words=tuple("abcdefghijk"))
+    vocabulary = load_backbone(tiny).vocabulary
+    prompt = TokenEmbeddings(vocabulary, "a photo of {} , blurry", 2, words=tuple("abcdefghijk"))
     clip = ClipSimilarity(f"{tiny}/clip")
-    return clip, prompt, clip.features(torch.rand(3, 3, 32, 32) * 2 - 1), tower.tokenizer
+    return clip, prompt, clip.features(torch.rand(3, 3, 32, 32) * 2 - 1), vocabulary.tokenizer
 
 
 def cosine(clip, tokenizer, feature, words):
@@ -242,28 +240,26 @@ def cosine(clip, tokenizer, feature, words):
     return float(F.cosine_similarity(text[0], feature, dim=0))
 
 
-def test_greedy_words_are_those_of_the_plain_search(matching):
+def test_best_words_equal_a_plain_greedy_search(matching):
     clip, prompt, features, tokenizer = matching
     words = tokenizer.batch_decode(best_words(clip, prompt, features))
-    for feature, found in zip(features, words, strict=True):
+    for feature, text in zip(features, words, strict=True):
         first = max("abcdefghijk", key=lambda w: cosine(clip, tokenizer, feature, w))
         others = [w for w in "abcdefghijk" if w != first]
         second = max(others, key=lambda w: cosine(clip, tokenizer, feature, f"{first} {w}"))
-        assert found.split() == [first, second]
+        assert text.split() == [first, second]
 
 
 def test_wide_beam_finds_the_best_pair(matching):
     clip, prompt, features, tokenizer = matching
     words = tokenizer.batch_decode(best_words(clip, prompt, features, beams=11, chunk=7))
-    for feature, found in zip(features, words, strict=True):
+    for feature, text in zip(features, words, strict=True):
         pairs = map(" ".join, itertools.permutations("abcdefghijk", 2))
         best = max(pairs, key=lambda pair: cosine(clip, tokenizer, feature, pair))
-        assert cosine(clip, tokenizer, feature, found) == pytest.approx(
-            cosine(clip, tokenizer, feature, best), abs=1e-6
-        )
+        assert cosine(clip, tokenizer, feature, text) == pytest.approx(cosine(clip, tokenizer, feature, best), abs=1e-6)
 
 
-def test_no_word_is_taken_twice_while_another_is_left(tiny, matching):
+def test_words_repeat_only_when_none_are_left(tiny, matching):
     clip, _, features, _ = matching
     for count in (2, 3, 4):
         prompt = TokenEmbeddings(load_backbone(tiny).vocabulary, "{}", 3, words=tuple("abcd"[:count]))
@@ -272,16 +268,16 @@ def test_no_word_is_taken_twice_while_another_is_left(tiny, matching):
                 assert len(set(words)) == min(count, 3)
 
 
-def test_shorter_prompts_stand_in_the_template_as_their_text_does(sd):
-    tower = load_backbone(str(sd)).vocabulary
-    prompt = TokenEmbeddings(tower, "a photo of {} , blurry", 4)
+def test_ids_of_shorter_prompts_equal_those_of_their_text(sd):
+    vocabulary = load_backbone(str(sd)).vocabulary
+    prompt = TokenEmbeddings(vocabulary, "a photo of {} , blurry", 4)
     token_ids = prompt.allowed.nonzero()[:8, 0].view(2, 4)
     for count in (1, 3, 4):
-        words = [" ".join(text.split()) for text in tower.tokenizer.batch_decode(token_ids[:, :count])]
+        words = [" ".join(text.split()) for text in vocabulary.tokenizer.batch_decode(token_ids[:, :count])]
         texts = [fill_template("a photo of {} , blurry", text) for text in words]
-        encoded = encode_text(tower.tokenizer, texts, tower.length)
+        encoded = encode_text(vocabulary.tokenizer, texts, vocabulary.length)
         ids = prompt.ids(token_ids[:, :count])
-        end = int((ids[0] == tower.tokenizer.eos_token_id).int().argmax()) + 1  # behind it nothing is read
+        end = int((ids[0] == vocabulary.tokenizer.eos_token_id).int().argmax()) + 1  # nothing after it is read
         assert torch.equal(ids[:, :end], encoded[:, :end])
         assert ids.shape == encoded.shape
 
@@ -290,21 +286,21 @@ def test_shorter_prompts_stand_in_the_template_as_their_text_does(sd):
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_pseudo_word_is_encoded_as_the_side_that_it_stands_on(negative, tiny, image_folder, tmp_path, monkeypatch):
+def test_pseudo_word_is_encoded_as_positive_or_negative_prompt(negative, tiny, image_folder, tmp_path, monkeypatch):
     """Negative prompts are encoded with all layers, whatever `clip_skip` is."""
     module = TextualInversion(backbone=tiny, num_tokens=2, sampler=SamplerSettings(2))
     (problem,) = fit(module, image_folder / "0.png", tmp_path, steps=1)
-    sides, encode = [], module.backbone.encode
+    calls, encode = [], module.backbone.encode
     monkeypatch.setattr(
         module.backbone,
         "encode",
-        lambda *args, negative=False, **how: sides.append(negative) or encode(*args, negative=negative, **how),
+        lambda *args, negative=False, **how: calls.append(negative) or encode(*args, negative=negative, **how),
     )
     module.encode([f"a {pseudo_word(problem)}"], negative)
-    assert sides == [negative]
+    assert calls == [negative]
 
 
-def test_pseudo_word_stands_for_what_was_found(tiny, image_folder, tmp_path):
+def test_pseudo_word_encodes_to_the_learned_embedding(tiny, image_folder, tmp_path):
     module = TextualInversion(backbone=tiny, num_tokens=2, lr=0.1, template="a photo of {}", sampler=SamplerSettings(2))
     problems = fit(module, image_folder, tmp_path, callbacks=[Results()], steps=4)
     exported = load_file(tmp_path / "embedding.safetensors")
@@ -324,11 +320,11 @@ def test_pseudo_word_stands_for_what_was_found(tiny, image_folder, tmp_path):
     one, other = (pseudo_word(problem) for problem in problems[:2])
     both = module.encode([f"two dogs beside {one}, a {other} and {one}"])
     ids = encode_text(module.vocabulary.tokenizer, ["two dogs beside w w , a w w and w w"], module.vocabulary.length)
-    (places,) = (ids[0] == module.vocabulary.tokenizer("w", add_special_tokens=False).input_ids[0]).nonzero(
+    (positions,) = (ids[0] == module.vocabulary.tokenizer("w", add_special_tokens=False).input_ids[0]).nonzero(
         as_tuple=True
     )
-    said = torch.tensor(problems[0].embedding + problems[1].embedding + problems[0].embedding)
-    replaced = module.prompt.table[ids].index_copy(1, places, said[None])
+    embedding = torch.tensor(problems[0].embedding + problems[1].embedding + problems[0].embedding)
+    replaced = module.prompt.table[ids].index_copy(1, positions, embedding[None])
     torch.testing.assert_close(both, module.backbone.encode(ids, replaced))
     with pytest.raises(UserError, match=rf"has no pseudo-word <cat-01234567>; it has {one}, {other}, "):
         module.encode([f"{one} and <cat-01234567>"])
@@ -336,29 +332,29 @@ def test_pseudo_word_stands_for_what_was_found(tiny, image_folder, tmp_path):
     assert torch.equal(elsewhere[1:], PEZ(backbone=tiny).encode(["two dogs"]))
 
 
-# --- starts
+# --- searches that start from another
 
 
 @pytest.mark.parametrize("source", [PEZ, TextualInversion])
 @pytest.mark.parametrize("method", [PH2P, GCG, TextualInversion])
-def test_search_starts_from_the_result_of_another(source, method, tiny, image_folder, tmp_path):
+def test_search_starts_from_the_prompts_of_another_run(source, method, tiny, image_folder, tmp_path):
     own = {"candidates": 2} if method is GCG else {}
-    found = fit(source(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2)), image_folder, tmp_path / "first")
-    seen = []
+    earlier = fit(source(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2)), image_folder, tmp_path / "first")
+    starts = []
 
-    class Begun(method):
+    class Recording(method):
         def init_params(self, rows):
-            seen.append(super().init_params(rows))
-            return seen[-1]
+            starts.append(super().init_params(rows))
+            return starts[-1]
 
-    module = Begun(backbone=tiny, num_tokens=4, init=str(tmp_path / "first"), sampler=SamplerSettings(2), **own)
+    module = Recording(backbone=tiny, num_tokens=4, init=str(tmp_path / "first"), sampler=SamplerSettings(2), **own)
     fit(module, image_folder, tmp_path / "second", steps=1)
-    assert seen[0].shape[:2] == (3, 4)
-    for row, problem in enumerate(found):
-        assert torch.equal(seen[0][row, :3], module.embeddings_of(problem))
+    assert starts[0].shape[:2] == (3, 4)
+    for row, problem in enumerate(earlier):
+        assert torch.equal(starts[0][row, :3], module.embeddings_of(problem))
 
 
-def test_start_that_lacks_a_image_is_refused(tiny, image_folder, tmp_path):
+def test_earlier_run_without_an_image_is_refused(tiny, image_folder, tmp_path):
     fit(PEZ(backbone=tiny, num_tokens=2, sampler=SamplerSettings(2)), image_folder / "0.png", tmp_path / "first")
     module = PEZ(backbone=tiny, num_tokens=2, init=str(tmp_path / "first"), sampler=SamplerSettings(2))
     with pytest.raises(UserError, match=r"no prompt for 1\.png"):
@@ -366,7 +362,7 @@ def test_start_that_lacks_a_image_is_refused(tiny, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("other", [{"vocab_size": 99}, {"hidden_size": 64}])
-def test_gradient_of_the_clip_of_another_text_encoder_is_refused(other, tiny, image_folder, tmp_path):
+def test_clip_with_other_token_embeddings_is_refused(other, tiny, image_folder, tmp_path):
     config = CLIPConfig.from_pretrained(f"{tiny}/clip")
     text, vision = {**config.text_config.to_dict(), **other}, config.vision_config.to_dict()
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path / "clip")
@@ -379,6 +375,6 @@ def test_gradient_of_the_clip_of_another_text_encoder_is_refused(other, tiny, im
         fit(module, image_folder, tmp_path / "run")
 
 
-def test_nothing_to_minimise_is_refused(tiny):
+def test_loss_weights_of_zero_are_refused(tiny):
     with pytest.raises(UserError, match="Both loss weights are 0"):
         PEZ(backbone=tiny, loss_weights=LossWeights(denoising=0))

@@ -14,7 +14,7 @@ from lightning_prompts.runs.atomic_io import atomic_write, atomic_writer
         ("replace", KeyboardInterrupt()),
     ],
 )
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call, error):
+def test_interrupted_write_keeps_the_old_file_and_nothing_else(tmp_path, monkeypatch, call, error):
     def fail(*args):
         raise error
 
@@ -37,7 +37,7 @@ def test_error_of_another_file_keeps_its_name(tmp_path):
     assert caught.value.filename == str(tmp_path / "missing")
 
 
-def test_data_reach_the_disk_before_the_file_gets_its_name(tmp_path, monkeypatch):
+def test_data_are_synced_before_the_file_is_renamed(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
@@ -46,19 +46,19 @@ def test_data_reach_the_disk_before_the_file_gets_its_name(tmp_path, monkeypatch
     assert calls == ["fsync", "replace"]
 
 
-def test_a_save_that_was_swallowed_is_reported(tmp_path, monkeypatch):
+def test_missing_file_after_a_write_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda source, target: None)
     with pytest.raises(FileNotFoundError):
         atomic_write(tmp_path / "file", b"content")
 
 
-def test_a_save_that_was_cut_short_is_reported(tmp_path, monkeypatch):
+def test_truncated_file_after_a_write_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda source, target: target.write_bytes(b"con"))
     with pytest.raises(OSError, match=r"the file has 3 bytes after 7 were written: .*file"):
         atomic_write(tmp_path / "file", b"content")
 
 
-def test_files_have_the_usual_permissions(tmp_path):
+def test_files_have_permissions_of_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
         atomic_write(tmp_path / "file", b"x")

@@ -44,7 +44,7 @@ METHODS = {
 }  # fmt: skip
 INVERTERS = ("PEZ", "PH2P", "PH2P adam", "GCG")
 DEFAULT = ("PH2P adam",)  # killed in the default run; other tests of this kind are slow
-ALIKE = ("PEZ", "PH2P adam", "GCG")  # left out of `make test-exact`, since other tests make the same calls
+REDUNDANT = ("PEZ", "PH2P adam", "GCG")  # left out of `make test-exact`, since other tests make the same calls
 PROMPTS = ["a cat", "two dogs beside a large tree", "a red square"]
 
 
@@ -60,13 +60,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def beside_the_model(tiny, monkeypatch):
+def fixed_model_name(tiny, monkeypatch):
     """Keep the model's name, which random draws depend on, since GCG's candidates sometimes have equal losses."""
     monkeypatch.chdir(Path(tiny).parent)
 
 
 @pytest.fixture(scope="module")
-def make(tiny, folder):
+def command(tiny, folder):
     """Return the arguments of a search."""
 
     def arguments(run, method, *extra, images=None):
@@ -91,7 +91,7 @@ def make(tiny, folder):
     return arguments
 
 
-def found(run):
+def results_of(run):
     """Return the results without fields that differ between equal runs."""
     problems = json.loads((Path(run) / "result.json").read_text())["problems"]
     for problem in problems:
@@ -99,7 +99,7 @@ def found(run):
     return problems
 
 
-def assert_alike(some, others):
+def assert_close(some, others):
     """Compare results except for the last digits, which depend on the samples in a call."""
     for one, other in zip(some, others, strict=True):
         assert one.keys() == other.keys()
@@ -109,26 +109,26 @@ def assert_alike(some, others):
         assert one["initial_validation_loss"] == pytest.approx(other["initial_validation_loss"], rel=1e-4)
 
 
-class Watched(PromptCheckpoint):
-    """Record which problems are searched together, and stop the program after one of the steps."""
+class RecordingCheckpoint(PromptCheckpoint):
+    """Record the problems of each batch, and stop the program after one of the steps."""
 
-    seen: list[list[tuple[str, int]]] = []  # noqa: RUF012
+    batches: list[list[tuple[str, int]]] = []  # noqa: RUF012
     stop = 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         pairs = zip(pl_module.batch.records, pl_module.batch.steps, strict=True)
-        self.seen.append([(problem.target, done) for problem, done in pairs])
+        self.batches.append([(problem.target, done) for problem, done in pairs])
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if len(self.seen) == self.stop:
+        if len(self.batches) == self.stop:
             raise KeyboardInterrupt
 
 
 @pytest.fixture
-def watched(monkeypatch):
-    monkeypatch.setattr(runner, "PromptCheckpoint", Watched)
-    monkeypatch.setattr(Watched, "seen", [])
-    monkeypatch.setattr(Watched, "stop", 0)
-    return Watched
+def recording(monkeypatch):
+    monkeypatch.setattr(runner, "PromptCheckpoint", RecordingCheckpoint)
+    monkeypatch.setattr(RecordingCheckpoint, "batches", [])
+    monkeypatch.setattr(RecordingCheckpoint, "stop", 0)
+    return RecordingCheckpoint
 
 
 @pytest.mark.parametrize(
@@ -138,57 +138,57 @@ def watched(monkeypatch):
         *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "GCG"),
     ],
 )
-def test_company_changes_nothing(method, make, tmp_path, watched):
-    main(make(tmp_path / "all", method))
-    assert len(watched.seen[0]) == (5 if method in INVERTERS else 3)
-    watched.seen.clear()
-    main(make(tmp_path / "two", method, "--model.batch_size", "2"))
-    assert max(len(wave) for wave in watched.seen) == 2
-    assert_alike(found(tmp_path / "two"), found(tmp_path / "all"))
+def test_batch_size_does_not_change_results(method, command, tmp_path, recording):
+    main(command(tmp_path / "all", method))
+    assert len(recording.batches[0]) == (5 if method in INVERTERS else 3)
+    recording.batches.clear()
+    main(command(tmp_path / "two", method, "--model.batch_size", "2"))
+    assert max(len(batch) for batch in recording.batches) == 2
+    assert_close(results_of(tmp_path / "two"), results_of(tmp_path / "all"))
 
 
 @pytest.mark.parametrize("method", ["GCG", pytest.param("PH2P adam", marks=pytest.mark.slow)])
-def test_who_is_finished_makes_room(method, make, tmp_path, watched):
+def test_finished_problems_are_replaced_in_the_batch(method, command, tmp_path, recording):
     """With patience, problems end at different steps, so the problems of a batch are at different steps."""
     how = ("--model.steps", "12", "--model.patience", "2", "--model.num_tokens", "4")
-    main(make(tmp_path / "all", method, *how))
-    watched.seen.clear()
-    main(make(tmp_path / "two", method, *how, "--model.batch_size", "2"))
-    assert any(len({done for _, done in wave}) == 2 for wave in watched.seen)
-    order = list(dict.fromkeys(target for wave in watched.seen for target, _ in wave))
+    main(command(tmp_path / "all", method, *how))
+    recording.batches.clear()
+    main(command(tmp_path / "two", method, *how, "--model.batch_size", "2"))
+    assert any(len({done for _, done in batch}) == 2 for batch in recording.batches)
+    order = list(dict.fromkeys(target for batch in recording.batches for target, _ in batch))
     assert order == [f"{i}.png" for i in range(5)]
-    assert_alike(found(tmp_path / "two"), found(tmp_path / "all"))
+    assert_close(results_of(tmp_path / "two"), results_of(tmp_path / "all"))
 
 
 def marks(method):
     """Return the marks that decide when a test of a method runs."""
-    exact = [] if method in ALIKE else [pytest.mark.exact]
+    exact = [] if method in REDUNDANT else [pytest.mark.exact]
     return exact if method in DEFAULT else [*exact, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=marks(name)) for name in METHODS])
-def test_killed_at_any_step_is_as_unbroken(method, make, tmp_path, watched, rounding):
+def test_search_killed_at_any_step_resumes_identically(method, command, tmp_path, recording, rounding):
     patience = {"PEZ": 2, "MetricGuidance": 1, "SeedInvariance": 1}.get(method, 1000)
     how = ("--model.patience", str(patience), "--model.batch_size", "2", "--model.microbatch", "3")
-    main(make(tmp_path / "whole", method, *how))
-    steps, whole = len(watched.seen), found(tmp_path / "whole")
+    main(command(tmp_path / "whole", method, *how))
+    steps, whole = len(recording.batches), results_of(tmp_path / "whole")
     for stop in (
         (1, steps // 2, steps - 1) if method in INVERTERS else (steps // 2,)
-    ):  # other methods have such tests, too
+    ):  # other methods have such tests of their own
         run = tmp_path / str(stop)
-        watched.seen.clear()
-        watched.stop = stop
+        recording.batches.clear()
+        recording.stop = stop
         with pytest.raises(SystemExit) as stopped:
-            main(make(run, method, *how))
+            main(command(run, method, *how))
         assert stopped.value.code == 130
-        watched.stop = 0
-        main([*make(run, method, *how), "--ckpt_path", "last"])
-        for one, other in zip(found(run), whole, strict=True):
+        recording.stop = 0
+        main([*command(run, method, *how), "--ckpt_path", "last"])
+        for one, other in zip(results_of(run), whole, strict=True):
             assert one == other, (stop, {name for name in one if one[name] != other[name]})
 
 
-def test_finished_problems_are_not_read_again(make, folder, tmp_path, watched, monkeypatch):
-    """They are known by their files, so that going on does not begin with reading all that is done."""
+def test_finished_images_are_not_read_again(command, folder, tmp_path, recording, monkeypatch):
+    """Finished problems are known by their files, so resuming does not begin by reading all images."""
     from lightning_prompts.engine import target_dataset
 
     read = []
@@ -196,18 +196,18 @@ def test_finished_problems_are_not_read_again(make, folder, tmp_path, watched, m
     monkeypatch.setattr(
         target_dataset, "load_image", lambda path, *how: read.append(Path(path).name) or load(path, *how)
     )
-    watched.stop = 9  # in the last step of the fifth image's company
+    recording.stop = 9  # while the fifth image is searched
     how = ("--model.batch_size", "1", "--data.workers", "0")
     with pytest.raises(SystemExit):
-        main(make(tmp_path / "run", "PEZ", *how))
+        main(command(tmp_path / "run", "PEZ", *how))
     read.clear()
-    watched.stop = 0
-    main([*make(tmp_path / "run", "PEZ", *how), "--ckpt_path", "last"])
+    recording.stop = 0
+    main([*command(tmp_path / "run", "PEZ", *how), "--ckpt_path", "last"])
     assert "0.png" not in read[: read.index("4.png")]
-    assert [problem["status"] != "open" for problem in found(tmp_path / "run")] == [True] * 5
+    assert [problem["status"] != "open" for problem in results_of(tmp_path / "run")] == [True] * 5
 
 
-def test_lines_come_as_soon_as_a_problem_is_done(make, tmp_path, watched, monkeypatch):
+def test_results_jsonl_gets_a_line_when_a_problem_is_done(command, tmp_path, recording, monkeypatch):
     lines = []
     append = results.append_line
 
@@ -216,7 +216,7 @@ def test_lines_come_as_soon_as_a_problem_is_done(make, tmp_path, watched, monkey
         lines.append(len((folder.path / "results.jsonl").read_text().splitlines()))
 
     monkeypatch.setattr(results, "append_line", append_and_count)
-    main(make(tmp_path / "run", "PEZ", "--model.batch_size", "2"))
+    main(command(tmp_path / "run", "PEZ", "--model.batch_size", "2"))
     assert lines == [1, 2, 3, 4, 5]
     problems = json.loads((tmp_path / "run" / "result.json").read_text())["problems"]
     assert [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()] == problems
@@ -226,15 +226,15 @@ def test_lines_come_as_soon_as_a_problem_is_done(make, tmp_path, watched, monkey
         assert table[name].to_pylist() == [problem[name] for problem in problems]
 
 
-def test_workers_read_the_same(make, tmp_path, monkeypatch):
+def test_number_of_workers_does_not_change_results(command, tmp_path, monkeypatch):
     """Workers are threads, since a process that is forked beside the threads of a search may hang."""
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was forked"))
     for workers in ("0", "2"):
-        main(make(tmp_path / workers, "PEZ", "--model.batch_size", "2", "--data.workers", workers))
-    assert found(tmp_path / "0") == found(tmp_path / "2")
+        main(command(tmp_path / workers, "PEZ", "--model.batch_size", "2", "--data.workers", workers))
+    assert results_of(tmp_path / "0") == results_of(tmp_path / "2")
 
 
-def test_what_has_failed_is_listed_and_searched_alone(make, folder, tmp_path, capsys, watched):
+def test_failed_images_are_listed_and_retried_alone(command, folder, tmp_path, capsys, recording):
     images = tmp_path / "images"
     images.mkdir()
     for i in range(3):
@@ -242,36 +242,36 @@ def test_what_has_failed_is_listed_and_searched_alone(make, folder, tmp_path, ca
     good = (images / "1.png").read_bytes()
     (images / "1.png").write_bytes(good[: len(good) // 2])
     run = tmp_path / "run"
-    main(make(run, "PEZ", images=images))
-    assert [problem["status"] for problem in found(run)].count("failed") == 1
+    main(command(run, "PEZ", images=images))
+    assert [problem["status"] for problem in results_of(run)].count("failed") == 1
     (line,) = (json.loads(line) for line in (run / "failed.jsonl").read_text().splitlines())
     assert line["file"] == str(images / "1.png")
     assert "damaged or cut short" in line["reason"]
     assert "Why 1 of 3 failed is in" in capsys.readouterr().out
-    watched.seen.clear()
-    main([*make(run, "PEZ", images=images), "--ckpt_path", "last"])
-    assert watched.seen == []  # it is recorded as damaged
+    recording.batches.clear()
+    main([*command(run, "PEZ", images=images), "--ckpt_path", "last"])
+    assert recording.batches == []  # it is recorded as failed
     (images / "1.png").write_bytes(good)
-    main([*make(run, "PEZ", images=images), "--ckpt_path", "last", "--data.retry", "true"])
-    assert {target for wave in watched.seen for target, _ in wave} == {"1.png"}
+    main([*command(run, "PEZ", images=images), "--ckpt_path", "last", "--data.retry", "true"])
+    assert {target for batch in recording.batches for target, _ in batch} == {"1.png"}
     assert not (run / "failed.jsonl").exists()
-    whole = make(tmp_path / "whole", "PEZ", images=images)
+    whole = command(tmp_path / "whole", "PEZ", images=images)
     main(whole)
-    assert_alike(found(run), found(tmp_path / "whole"))
+    assert_close(results_of(run), results_of(tmp_path / "whole"))
     (images / "1.png").write_bytes(b"nothing")
-    main(make(tmp_path / "other", "PEZ", images=images))
+    main(command(tmp_path / "other", "PEZ", images=images))
     (images / "1.png").write_bytes(good)
-    main(make(tmp_path / "alone", "PEZ", images=tmp_path / "other" / "failed.jsonl"))
-    (alone,) = found(tmp_path / "alone")
-    assert alone["validation_loss"] == pytest.approx(found(run)[1]["validation_loss"], rel=1e-4)
+    main(command(tmp_path / "alone", "PEZ", images=tmp_path / "other" / "failed.jsonl"))
+    (alone,) = results_of(tmp_path / "alone")
+    assert alone["validation_loss"] == pytest.approx(results_of(run)[1]["validation_loss"], rel=1e-4)
 
 
-def test_list_of_what_has_failed_can_be_given_back(make, folder, tmp_path):
+def test_list_of_failed_images_is_an_input(command, folder, tmp_path):
     """A missing file is searched once it exists; a broken line stays a failed entry, never a prompt or file."""
     listed = tmp_path / "list.jsonl"
     lines = [{"file": str(folder / "0.png")}, {"file": "late.png", "caption": "a cat"}, {"nothing": 1}]
     listed.write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
-    main(make(tmp_path / "one", "PEZ", images=listed))
+    main(command(tmp_path / "one", "PEZ", images=listed))
     failed = [json.loads(line) for line in (tmp_path / "one" / "failed.jsonl").read_text().splitlines()]
     named = [
         {"file": str(tmp_path / "late.png"), "caption": "a cat"},
@@ -280,15 +280,15 @@ def test_list_of_what_has_failed_can_be_given_back(make, folder, tmp_path):
     ]
     assert [{key: line[key] for key in line if key != "reason"} for line in failed] == named
     Image.open(folder / "1.png").save(tmp_path / "late.png")
-    main(make(tmp_path / "two", "PEZ", images=tmp_path / "one" / "failed.jsonl"))
-    (late, *broken) = found(tmp_path / "two")
+    main(command(tmp_path / "two", "PEZ", images=tmp_path / "one" / "failed.jsonl"))
+    (late, *broken) = results_of(tmp_path / "two")
     assert (late["status"] in ("done", "not improved"), late["target"]) == (True, "late.png")
     again = [json.loads(line) for line in (tmp_path / "two" / "failed.jsonl").read_text().splitlines()]
     assert again == failed[1:]
     assert len(broken) == 2
 
 
-def test_list_of_prompts_that_have_failed_can_be_given_back(tiny, tmp_path):
+def test_list_of_failed_prompts_is_an_input(tiny, tmp_path):
     (tmp_path / "list.jsonl").write_text('{"prompt": "a cat"}\n{"nothing": 1}\n')
     first = find_prompts([str(tmp_path / "list.jsonl")])
     assert [line.text for line in first if not line.error] == ["a cat"]
@@ -300,10 +300,10 @@ def test_list_of_prompts_that_have_failed_can_be_given_back(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("method", [PH2P, *(pytest.param(method, marks=pytest.mark.slow) for method in (PEZ, GCG))])
-def test_nothing_is_kept_of_what_is_finished(method, make, tmp_path, monkeypatch):
+def test_finished_problems_are_evicted_from_caches(method, command, tmp_path, monkeypatch):
     modules = []
     monkeypatch.setattr(method, "on_train_end", lambda self: modules.append(self), raising=False)
-    main(make(tmp_path / "run", method.__name__, "--model.batch_size", "1", "--model.rerank.weight", "1"))
+    main(command(tmp_path / "run", method.__name__, "--model.batch_size", "1", "--model.rerank.weight", "1"))
     (module,) = modules
     data = module.trainer.datamodule
     for kept in (data._images, data._latents, module.search_clip._image_features):
@@ -325,10 +325,12 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["PEZ", pytest.param("MetricGuidance", marks=pytest.mark.slow)])
-def test_a_disk_that_fills_up(method, make, small_disk, tmp_path, monkeypatch, capsys, caplog):
+def test_search_continues_on_a_full_disk_and_resumes(
+    method, command, small_disk, tmp_path, monkeypatch, capsys, caplog
+):
     """The search continues, reports what it could not write, and can resume when there is space again."""
     how = ("--model.batch_size", "2")
-    main(make(tmp_path / "whole", method, *how))
+    main(command(tmp_path / "whole", method, *how))
 
     class Filling(PromptCheckpoint):
         steps = 0
@@ -344,12 +346,12 @@ def test_a_disk_that_fills_up(method, make, small_disk, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(runner, "PromptCheckpoint", Filling)
         with pytest.raises(SystemExit) as stopped:
-            main(make(small_disk / "run", method, *how))
+            main(command(small_disk / "run", method, *how))
     assert stopped.value.code == 2
     assert "No space left" in capsys.readouterr().err
     assert "could not be written" in caplog.text
     assert "the run continues" in caplog.text
     (small_disk / "ballast").unlink()
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
-    main([*make(small_disk / "run", method, *how), "--ckpt_path", "last"])
-    assert found(small_disk / "run") == found(tmp_path / "whole")
+    main([*command(small_disk / "run", method, *how), "--ckpt_path", "last"])
+    assert results_of(small_disk / "run") == results_of(tmp_path / "whole")

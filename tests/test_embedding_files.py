@@ -35,17 +35,17 @@ def embedding(backbone):
     return torch.randn(2, backbone.vocabulary.table.shape[1]) * backbone.vocabulary.table.std()
 
 
-def encoded(backbone, embedding):
+def encode(backbone, embedding):
     """Return the `prompt_embeds` of the text with the embedding in it."""
     vocabulary = backbone.vocabulary
     ids, others = encode_text(
         vocabulary.tokenizer, [TEXT.format(f"{x} {x}") for x in fillers(vocabulary.tokenizer)], vocabulary.length
     )
-    places = (ids != others).nonzero().squeeze(1)
-    return backbone.encode(ids[None], vocabulary.table[ids].index_copy(0, places, embedding)[None])
+    positions = (ids != others).nonzero().squeeze(1)
+    return backbone.encode(ids[None], vocabulary.table[ids].index_copy(0, positions, embedding)[None])
 
 
-def test_file_is_read_again(backbone, embedding, tmp_path):
+def test_embedding_file_round_trips(backbone, embedding, tmp_path):
     file = tmp_path / "fox.bin"  # the name does not matter
     file.write_bytes(pack_embedding(embedding, backbone, "<fox>"))
     assert torch.equal(read_embedding(file, backbone), embedding)
@@ -68,7 +68,7 @@ def automatic1111(tensors):
     return next(iter(tensors.values()))
 
 
-def test_other_tools_take_our_tensors(backbone, embedding, family):
+def test_other_tools_read_the_exported_tensors(backbone, embedding, family):
     tensors = load(pack_embedding(embedding, backbone, "<fox>"))
     parts = backbone.vocabulary.split(embedding)
     for name, part in zip(embedding_keys(backbone), parts, strict=True):
@@ -80,7 +80,7 @@ def test_other_tools_take_our_tensors(backbone, embedding, family):
         assert torch.equal(theirs, parts[0])
 
 
-def test_layouts(tmp_path):
+def test_common_layouts_are_read(tmp_path):
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     rows = torch.randn(2, 32)
     layouts = [
@@ -105,7 +105,7 @@ class Malicious:
         return print, ("run",)
 
 
-def test_what_is_refused(tmp_path, capsys):
+def test_unusable_files_are_refused(tmp_path, capsys):
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     cases = {
         "wide": ({"<fox>": torch.ones(1, 1280)}, r"is 1280 wide, which is for the second encoder of SDXL .*takes 32"),
@@ -162,8 +162,8 @@ def original(embeddings, path, **how):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_original_files(old, tmp_path, monkeypatch):
-    """Includes files of torch before 2.0, whose ParameterDict had no list of its keys."""
+def test_files_of_the_original_code_are_read(old, tmp_path, monkeypatch):
+    """Files of torch before 2.0 are included, whose ParameterDict had no list of its keys."""
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     rows = torch.randn(2, 32)
     if old:
@@ -183,7 +183,7 @@ def test_original_files(old, tmp_path, monkeypatch):
     assert torch.equal(read_embedding(f"{several}#dog", backbone, pickle=True), -rows)
 
 
-def test_legacy_format(tmp_path):
+def test_legacy_torch_format_is_read(tmp_path):
     """In files of torch before 1.6, tensors are read and modules are refused."""
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     rows, legacy = torch.randn(2, 32), {"_use_new_zipfile_serialization": False}
@@ -204,7 +204,7 @@ class Code:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_no_code_of_a_pickle_is_run(legacy, tmp_path):
+def test_code_in_pickles_is_never_run(legacy, tmp_path):
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     mark, file = tmp_path / "mark", tmp_path / "fox.pt"
     touch = Code(os.system, f"touch {mark}")
@@ -231,7 +231,7 @@ def test_no_code_of_a_pickle_is_run(legacy, tmp_path):
     assert mark.exists()  # executed code leaves its mark here
 
 
-def test_several_embeddings(tmp_path):
+def test_one_of_several_embeddings_is_selected_by_name(tmp_path):
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     fox, dog = torch.randn(1, 32), torch.randn(3, 32)
     file = tmp_path / "two.safetensors"
@@ -257,15 +257,15 @@ def test_several_embeddings(tmp_path):
 @pytest.mark.parametrize(
     ("family_name", "vocabulary"), [("flux", None), ("flux", "clip"), ("sd3", None), ("sd3", "t5")]
 )
-def test_parts_that_are_not_searched_are_said(family_name, vocabulary, name, tmp_path, caplog):
+def test_ignored_parts_are_logged(family_name, vocabulary, name, tmp_path, caplog):
     backbone = load_backbone(str(families.save(family_name, tmp_path)), image_size=16, vocabulary=vocabulary)
     widths = {"flux": {"clip_l": 32, name: 48}, "sd3": {"clip_l": 32, "clip_g": 48, name: 96}}[family_name]
     parts = {encoder: torch.randn(2, width) for encoder, width in widths.items()}
     save_file(parts, tmp_path / "fox.safetensors")
     searched = [{"t5xxl": name}.get(encoder, encoder) for encoder in embedding_keys(backbone)]
     with caplog.at_level(logging.INFO, "lightning_prompts"):
-        found = read_embedding(tmp_path / "fox.safetensors", backbone)
-    assert torch.equal(found, torch.cat([parts[encoder] for encoder in searched], 1))
+        result = read_embedding(tmp_path / "fox.safetensors", backbone)
+    assert torch.equal(result, torch.cat([parts[encoder] for encoder in searched], 1))
     unused = " and ".join({name: "t5xxl"}.get(encoder, encoder) for encoder in widths if encoder not in searched)
     assert f"Ignoring the embedding for {unused} in" in caplog.text
     assert f"the search uses the tokens of {' and '.join(embedding_keys(backbone))}." in caplog.text
@@ -275,7 +275,7 @@ def test_parts_that_are_not_searched_are_said(family_name, vocabulary, name, tmp
         read_embedding(tmp_path / "fox.safetensors", backbone)
 
 
-def test_names_cannot_act_on_a_terminal(tmp_path, caplog):
+def test_names_are_escaped_in_messages(tmp_path, caplog):
     backbone = load_backbone(str(families.save("sd1", tmp_path)))
     names = ["\x1b[31mfox\x07", "two\nlines", "n" * 10_000, "\u202eleft", *map(str, range(100))]
     save_file({name: torch.randn(1, 32) for name in names}, tmp_path / "f\x1b[2J.safetensors")
@@ -296,30 +296,30 @@ def pipeline_of(folder):
     return pipeline
 
 
-def told(pipeline, text):
+def prompt_embeds_of(pipeline, text):
     """Return the `prompt_embeds` of a pipeline in this package's layout."""
     if isinstance(pipeline, diffusers.FluxPipeline | diffusers.StableDiffusion3Pipeline):
         more = {"prompt_3": None} if isinstance(pipeline, diffusers.StableDiffusion3Pipeline) else {}
-        found = pipeline.encode_prompt(text, prompt_2=None, **more)
-        return found[0], found[2 if more else 1]
+        result = pipeline.encode_prompt(text, prompt_2=None, **more)
+        return result[0], result[2 if more else 1]
     if isinstance(pipeline, diffusers.StableDiffusionXLPipeline):
-        found = pipeline.encode_prompt(text)
-        return found[0], found[2]
+        result = pipeline.encode_prompt(text)
+        return result[0], result[2]
     if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
-        found = pipeline.encode_prompt(text, do_classifier_free_guidance=False)
-        return found[0] * found[1].unsqueeze(2), None
+        result = pipeline.encode_prompt(text, do_classifier_free_guidance=False)
+        return result[0] * result[1].unsqueeze(2), None
     return pipeline.encode_prompt(text, "cpu", 1, False)[0], None
 
 
-def test_token_in_a_pipeline_which_is_left_as_it_was(backbone, embedding, family):
+def test_embedding_in_a_pipeline_is_encoded_and_removed(backbone, embedding, family):
     pipeline = pipeline_of(family)
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     before = {name: {key: x.clone() for key, x in part.state_dict().items()} for name, part in parts.items()}
     tokenizers = {name: (part, len(part)) for name, part in pipeline.components.items() if name.startswith("tokenizer")}
-    plain, config = told(pipeline, "a red <fox> cat")[0], dict(pipeline.config)
+    plain, config = prompt_embeds_of(pipeline, "a red <fox> cat")[0], dict(pipeline.config)
     with embedding_in(pipeline, backbone, embedding, "<fox>") as used:
-        hidden, pooled = told(used, TEXT.format("<fox>"))
-    ours, our_pooled = backbone.split(encoded(backbone, embedding))
+        hidden, pooled = prompt_embeds_of(used, TEXT.format("<fox>"))
+    ours, our_pooled = backbone.split(encode(backbone, embedding))
     rows = (
         slice(None)
         if len(backbone.vocabulary.text_encoders) == len(backbone.text_encoders)
@@ -332,10 +332,10 @@ def test_token_in_a_pipeline_which_is_left_as_it_was(backbone, embedding, family
         assert all(torch.equal(x, before[name][key]) for key, x in part.state_dict().items())
     assert {name: (getattr(pipeline, name), len(getattr(pipeline, name))) for name in tokenizers} == tokenizers
     assert dict(pipeline.config) == config
-    assert torch.equal(told(pipeline, "a red <fox> cat")[0], plain)
+    assert torch.equal(prompt_embeds_of(pipeline, "a red <fox> cat")[0], plain)
 
 
-def test_images_of_diffusers_own_loader(tmp_path):
+def test_images_equal_those_of_diffusers_loader(tmp_path):
     folder = families.save("sd1", tmp_path)
     backbone, pipeline = load_backbone(str(folder)), pipeline_of(folder)
     embedding = torch.randn(3, 32)
@@ -345,12 +345,12 @@ def test_images_of_diffusers_own_loader(tmp_path):
     how = {"num_inference_steps": 3, "guidance_scale": 7.5, "output_type": "pt", "latents": noise}
     theirs = pipeline(TEXT.format("<fox>"), **how).images * 2 - 1
     with torch.no_grad():
-        prompt, empty = encoded(backbone, embedding[:2]), backbone.encode_text([""])
+        prompt, empty = encode(backbone, embedding[:2]), backbone.encode_text([""])
         ours = backbone.decode(backbone.sample(prompt, empty, noise, 3, 7.5))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_images_of_diffusers_own_loader_with_two_encoders(tmp_path):
+def test_images_equal_those_of_diffusers_loader_with_two_encoders(tmp_path):
     """The loader takes the tensor of one encoder at a time."""
     folder = families.save("sdxl", tmp_path)
     backbone, pipeline = load_backbone(str(folder), image_size=16), pipeline_of(folder)
@@ -374,13 +374,13 @@ def test_images_of_diffusers_own_loader_with_two_encoders(tmp_path):
     }
     theirs = pipeline(TEXT.format("<fox>"), **how).images * 2 - 1
     with torch.no_grad():
-        prompt, empty = encoded(backbone, embedding), backbone.encode_text([""])
-        away = torch.zeros_like(empty) if backbone.zero_empty else empty
-        ours = backbone.decode(backbone.sample(prompt, away, noise, 3, 7.5))
+        prompt, empty = encode(backbone, embedding), backbone.encode_text([""])
+        negative = torch.zeros_like(empty) if backbone.zero_empty else empty
+        ours = backbone.decode(backbone.sample(prompt, negative, noise, 3, 7.5))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_pipeline_of_another_family(tmp_path):
+def test_pipeline_of_another_family_is_refused(tmp_path):
     folders = {name: families.save(name, tmp_path / name) for name in ("sd1", "sd2", "sdxl", "sd3")}
     for name, other in (("sd1", "sd2"), ("sd1", "sdxl"), ("sdxl", "sd1"), ("sdxl", "sd3")):
         backbone, pipeline = load_backbone(str(folders[name]), image_size=16), pipeline_of(folders[other])
@@ -394,11 +394,11 @@ def test_pipeline_of_another_family(tmp_path):
         assert {part: getattr(pipeline, part) for part in pipeline.components} == before
 
 
-def test_what_a_pipeline_has_encoded_is_read(backbone, family, tmp_path):
-    """Under diffusers' names, with masked padding; the items of a batch are numbered."""
+def test_prompt_embeds_of_a_pipeline_are_read(backbone, family, tmp_path):
+    """They have diffusers' names and masked padding; the items of a batch are numbered."""
     pipeline, texts = pipeline_of(family), ["a red cat", "two dogs beside a large tree"]
-    said = [told(pipeline, text) for text in texts]
-    tensors = {"prompt_embeds": torch.cat([hidden for hidden, _ in said]).contiguous()}
+    embeds = [prompt_embeds_of(pipeline, text) for text in texts]
+    tensors = {"prompt_embeds": torch.cat([hidden for hidden, _ in embeds]).contiguous()}
     if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
         raw = [pipeline.encode_prompt(text, do_classifier_free_guidance=False) for text in texts]
         tensors = {
@@ -406,24 +406,24 @@ def test_what_a_pipeline_has_encoded_is_read(backbone, family, tmp_path):
             "prompt_attention_mask": torch.cat([one[1] for one in raw]),
         }
     if backbone.pooled_width:
-        tensors["pooled_prompt_embeds"] = torch.cat([pooled for _, pooled in said]).contiguous()
-    save_file(tensors, tmp_path / "told.safetensors")
+        tensors["pooled_prompt_embeds"] = torch.cat([pooled for _, pooled in embeds]).contiguous()
+    save_file(tensors, tmp_path / "embeds.safetensors")
     expected = backbone.encode_text(texts)
-    found = read_prompt_embeds(tmp_path / "told.safetensors", backbone, expected.shape[1:])
-    assert list(found) == ["0", "1"]
-    torch.testing.assert_close(torch.cat([found["0"], found["1"]]), expected, atol=1e-5, rtol=1e-5)
+    result = read_prompt_embeds(tmp_path / "embeds.safetensors", backbone, expected.shape[1:])
+    assert list(result) == ["0", "1"]
+    torch.testing.assert_close(torch.cat([result["0"], result["1"]]), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_encoded_prompts_that_cannot_be_read(tmp_path):
+def test_unusable_prompt_embeds_are_refused(tmp_path):
     backbone = load_backbone(str(families.save("sdxl", tmp_path)), image_size=16)
     shape = backbone.encode_text([""]).shape[1:]
     length, pooled = backbone.split(torch.empty(shape))[0].shape[0], torch.zeros(1, 24)
     right = torch.zeros(1, length, 80)
-    for tensors, said in (
+    for tensors, message in (
         ({"prompt_embeds": right}, "has no pooled_prompt_embeds"),
         ({"prompt_embeds": right[..., :32], "pooled_prompt_embeds": pooled}, r"takes \[32, 80\]"),
         ({"latents": right}, "holds no encoded prompt"),
     ):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "told.safetensors")
-        with pytest.raises(UserError, match=said):
-            read_prompt_embeds(tmp_path / "told.safetensors", backbone, shape)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "embeds.safetensors")
+        with pytest.raises(UserError, match=message):
+            read_prompt_embeds(tmp_path / "embeds.safetensors", backbone, shape)

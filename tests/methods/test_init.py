@@ -1,4 +1,4 @@
-"""Searches that start from an embedding file, from a text, or from the result of an earlier search."""
+"""Searches that start from an embedding file, a text, or the result of an earlier search."""
 
 import logging
 
@@ -29,14 +29,14 @@ def backbone(tiny):
     return load_backbone(tiny)
 
 
-def begun(module, problems=2):
-    """Return the start of a method with a number of problems."""
+def initial_embeddings(module, problems=2):
+    """Return the initial embeddings of a method with a number of problems."""
     module.batch.rows = [Row(Problem(str(i), "")) for i in range(problems)]
     return module.init_params(torch.arange(problems))
 
 
 @pytest.mark.parametrize("layout", ["ours", "vector", "string_to_param"])
-def test_file_of_an_embedding(layout, backbone, tmp_path, caplog):
+def test_search_starts_from_an_embedding_file(layout, backbone, tmp_path, caplog):
     embedding = torch.randn(1 if layout == "vector" else 3, 32)
     file = tmp_path / "fox.pt"
     if layout == "ours":
@@ -51,42 +51,44 @@ def test_file_of_an_embedding(layout, backbone, tmp_path, caplog):
         module = TextualInversion(
             backbone=backbone, num_tokens=tokens, init=str(file), allow_pickle=layout == "string_to_param"
         )
-        found = begun(module)
-        assert found.shape == (2, tokens, 32)
+        initial = initial_embeddings(module)
+        assert initial.shape == (2, tokens, 32)
         for i in range(tokens):
-            assert torch.equal(found[0, i], embedding[i % len(embedding)])
+            assert torch.equal(initial[0, i], embedding[i % len(embedding)])
     assert ("starts from the first 2" in caplog.text) == (layout != "vector")
 
 
-def test_text(backbone, caplog):
+def test_search_starts_from_a_text(backbone, caplog):
     caplog.set_level(logging.WARNING)
     ids = torch.tensor(backbone.vocabulary.tokenizer("a red cat", add_special_tokens=False)["input_ids"])
     table = backbone.vocabulary.table
-    found = begun(GCG(backbone=backbone, num_tokens=len(ids) + 1, init="a red cat"))
-    assert torch.equal(found[1], table[torch.cat([ids, ids[:1]])])
+    initial = initial_embeddings(GCG(backbone=backbone, num_tokens=len(ids) + 1, init="a red cat"))
+    assert torch.equal(initial[1], table[torch.cat([ids, ids[:1]])])
     assert caplog.text == ""
-    found = begun(GCG(backbone=backbone, num_tokens=1, init="a red cat"))
-    assert torch.equal(found[1], table[ids[:1]])
+    initial = initial_embeddings(GCG(backbone=backbone, num_tokens=1, init="a red cat"))
+    assert torch.equal(initial[1], table[ids[:1]])
     assert f"'a red cat' has {len(ids)} tokens, and the search starts from the first 1." in caplog.text
 
 
-def test_one_embedding_of_several(backbone, tmp_path):
+def test_file_with_several_embeddings_needs_a_name(backbone, tmp_path):
     save_file({"fox": torch.randn(1, 32), "dog": torch.full((1, 32), 0.5)}, tmp_path / "two.safetensors")
     with pytest.raises(UserError, match="has 2 embeddings, 'dog', 'fox'"):
         PEZ(backbone=backbone, init=f"{tmp_path}/two.safetensors")
-    found = begun(TextualInversion(backbone=backbone, num_tokens=2, init=f"{tmp_path}/two.safetensors#dog"))
-    assert torch.equal(found, torch.full((2, 2, 32), 0.5))
+    initial = initial_embeddings(
+        TextualInversion(backbone=backbone, num_tokens=2, init=f"{tmp_path}/two.safetensors#dog")
+    )
+    assert torch.equal(initial, torch.full((2, 2, 32), 0.5))
 
 
-def test_long_text(backbone):
+def test_long_text_is_cut_to_the_number_of_tokens(backbone):
     """The text is longer than a file name may be."""
     text = "a red cat " * 500
-    first = begun(GCG(backbone=backbone, num_tokens=2, init=text))
-    assert torch.equal(first, begun(GCG(backbone=backbone, num_tokens=2, init="a red cat")))
+    first = initial_embeddings(GCG(backbone=backbone, num_tokens=2, init=text))
+    assert torch.equal(first, initial_embeddings(GCG(backbone=backbone, num_tokens=2, init="a red cat")))
 
 
 @pytest.mark.parametrize(
-    ("start", "said"),
+    ("init", "message"),
     [
         ("runs/none", "There is neither a run nor an embedding in 'runs/none'"),
         ("fox.safetensors", "There is neither a run nor an embedding"),
@@ -98,12 +100,12 @@ def test_long_text(backbone):
         ("", "--model.init must not be empty"),
     ],
 )
-def test_starts_that_are_none(start, said, backbone):
-    with pytest.raises(UserError, match=said):
-        PEZ(backbone=backbone, init=start)
+def test_unknown_init_is_refused(init, message, backbone):
+    with pytest.raises(UserError, match=message):
+        PEZ(backbone=backbone, init=init)
 
 
-def test_embedding_of_another_model(backbone, tmp_path):
+def test_embedding_of_another_width_is_refused(backbone, tmp_path):
     save_file({"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 1280)}, tmp_path / "sdxl.safetensors")
     PEZ(backbone=backbone, init=str(tmp_path / "sdxl.safetensors"))  # whose first encoder is this model's
     save_file({"fox": torch.randn(2, 1024)}, tmp_path / "sd2.safetensors")
@@ -111,8 +113,8 @@ def test_embedding_of_another_model(backbone, tmp_path):
         PEZ(backbone=backbone, init=str(tmp_path / "sd2.safetensors"))
 
 
-def test_textual_inversion_goes_on_from_its_own_file(backbone, image, tmp_path):
-    """A result is written to a file, from which other tools and other searches can start."""
+def test_textual_inversion_continues_from_its_own_file(backbone, image, tmp_path):
+    """Other tools and searches can read the exported file."""
     how = {"method": "textual_inversion", "backbone": backbone, "num_tokens": 2, **SHORT, "steps": 3}
     first = invert(image, folder=tmp_path / "run", **how)
     (file,) = (tmp_path / "run/embeddings").iterdir()
@@ -123,32 +125,32 @@ def test_textual_inversion_goes_on_from_its_own_file(backbone, image, tmp_path):
     assert second.record.initial_validation_loss == pytest.approx(first.record.validation_loss, rel=1e-5)
 
 
-def seen(module, prompts):
-    """Return the start of a steering method, and what it is compared with."""
+def initial_embeds(module, prompts):
+    """Return the initial embeddings of a steering method, and those of the prompt."""
     module.batch.rows = [Row(Problem(str(i), prompt)) for i, prompt in enumerate(prompts)]
     module.prompt.set_initial(module.initial(module.batch.records))
     return module.init_embeds(torch.arange(len(prompts))), module.prompt.initial
 
 
-def test_embeddings_of_an_earlier_run(backbone, tmp_path):
+def test_steering_starts_from_the_embeddings_of_an_earlier_run(backbone, tmp_path):
     prompts = ["a red cat", "two dogs"]
-    found = metric_guidance(prompts, Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
-    expected = torch.stack([result.prompt_embeds for result in found])
+    earlier = metric_guidance(prompts, Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
+    expected = torch.stack([result.prompt_embeds for result in earlier])
     for start in (tmp_path / "run", tmp_path / "run/prompt_embeds.safetensors"):
         how = {"backbone": backbone, "sampler": SamplerSettings(2), "init": str(start)}
-        first, initial = seen(MetricGuidance(objective=Sharpness(), **how), prompts[::-1])
+        first, initial = initial_embeds(MetricGuidance(objective=Sharpness(), **how), prompts[::-1])
         assert torch.equal(first[:, 0], expected.flip(0))
         assert not torch.equal(first, initial)
-        first, initial = seen(SeedInvariance(unconditional=True, **how), prompts)
+        first, initial = initial_embeds(SeedInvariance(unconditional=True, **how), prompts)
         assert torch.equal(first[:, 0], expected)
         assert torch.equal(first[:, 1], initial[:, 1])
         with pytest.raises(UserError, match=r"--model.init has no embeddings of the prompt 'a tree'"):
-            seen(MetricGuidance(objective=Sharpness(), **how), ["a tree"])
+            initial_embeds(MetricGuidance(objective=Sharpness(), **how), ["a tree"])
         with pytest.raises(UserError, match=r"--model.embedding arc starts at the prompt"):
             SeedInvariance(embedding="arc", towards="a tree", **how)
 
 
-def test_what_was_found_is_compared_with_the_prompt_all_the_same(backbone, tmp_path):
+def test_gain_is_relative_to_the_prompt_when_starting_from_a_result(backbone, tmp_path):
     """A search that starts from a result starts with its metric, and reports the gain over the prompt."""
     how = {"backbone": backbone, **SHORT, "lr": 0.05}
     one = metric_guidance("a red cat", Sharpness(), folder=tmp_path / "one", **how)
@@ -157,14 +159,14 @@ def test_what_was_found_is_compared_with_the_prompt_all_the_same(backbone, tmp_p
     assert two.details.metric_after == pytest.approx(one.details.metric_after)
 
 
-def test_a_person_goes_on_from_there(backbone, tmp_path):
-    found = metric_guidance("a red cat", Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
+def test_human_feedback_starts_from_the_embeddings_of_a_run(backbone, tmp_path):
+    earlier = metric_guidance("a red cat", Sharpness(), backbone=backbone, folder=tmp_path / "run", **SHORT)
     how = {"backbone": backbone, "sampler": SamplerSettings(2), "texts": 6, "device": "cpu"}
     same = human_feedback("a red cat", lambda question: Choice("finish"), init=str(tmp_path / "run"), **how)
-    torch.testing.assert_close(same.prompt_embeds, found.prompt_embeds)
+    torch.testing.assert_close(same.prompt_embeds, earlier.prompt_embeds)
 
 
-def test_no_embeddings_there(backbone, tmp_path):
+def test_init_without_embeddings_is_refused(backbone, tmp_path):
     for start in (tmp_path, tmp_path / "none.safetensors"):
         with pytest.raises(UserError, match="There are no embeddings in"):
             MetricGuidance(objective=Sharpness(), backbone=backbone, init=str(start))
