@@ -330,7 +330,7 @@ def test_numpy_and_torch_values_are_accepted(tiny, first, tmp_path):
 
 @pytest.mark.parametrize("text", ["null", "~", "- a", "style: x", "[a]", "# one", "3", "true"])
 def test_texts_are_not_parsed_as_yaml(text, tiny):
-    how = {"backbone": tiny, "steps": 1, "sampler": SamplerSettings(1), "device": "cpu", "embedding": "arc"}
+    how = {"backbone": tiny, "steps": 1, "sampler": SamplerSettings(1), "device": "cpu"}
     assert seed_invariance([text], towards=text, unconditional=False, **how)[0].record.target == text
 
 

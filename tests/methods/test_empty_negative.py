@@ -129,9 +129,7 @@ def test_unconditional_searches_start_from_zeros(backbone, pipeline):
     expected = pipeline.encode_prompt(PROMPT, device="cpu")
     torch.testing.assert_close(initial[:, 0], backbone.join(expected[0], expected[2]), atol=1e-5, rtol=1e-5)
     assert not initial[:, 1].any()
-    one_row = SeedInvariance(
-        backbone=backbone, sampler=SamplerSettings(3, 3.0), unconditional=True, embedding="one_row"
-    )
+    one_row = SeedInvariance(backbone=backbone, sampler=SamplerSettings(3, 3.0), unconditional=True, one_row=True)
     one_row.prompt.set_initial(initial)
     start = one_row.prompt.init_params(initial)
     assert start.shape == (1, 2, 1, initial.shape[-1])
@@ -145,7 +143,7 @@ def test_searches_from_zeros_stay_finite(backbone):
     how = {"backbone": backbone, "sampler": SamplerSettings(2, 3.0), "device": "cpu"}
     moved = metric_guidance("a red cat", Sharpness(), unconditional=True, steps=3, seeds=1, grad_steps=2, lr=0.1, **how)
     invariant = seed_invariance(
-        "a red cat", unconditional=True, embedding="one_row", steps=3, seeds=1, seeds_per_step=1, lr=0.1, **how
+        "a red cat", unconditional=True, one_row=True, steps=3, seeds=1, seeds_per_step=1, lr=0.1, **how
     )
     for result in (moved, invariant):
         assert result.negative_prompt_embeds.isfinite().all()
