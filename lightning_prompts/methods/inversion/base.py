@@ -19,12 +19,12 @@ from lightning_prompts.engine.method import PromptMethod
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inversion.figures import regenerate_and_save, write_figures
 from lightning_prompts.methods.inversion.init import init_embeddings, random_tokens, records_of_run
-from lightning_prompts.methods.inversion.losses import LossWeights
+from lightning_prompts.methods.inversion.losses import InversionLoss, LossWeights
 from lightning_prompts.methods.inversion.rerank import Rerank, Reranker
 from lightning_prompts.methods.inversion.samples import Samples, draw_samples
 from lightning_prompts.methods.inversion.search_clip import SearchClip, missing_gradient
 from lightning_prompts.methods.inversion.token_embeddings import DecodedPrompt, TokenEmbeddings
-from lightning_prompts.objectives import ClipSimilarity, Denoising
+from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import default_clip
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
@@ -90,14 +90,12 @@ class Inverter(PromptMethod):
         clip, refusal = clip or default_clip(self.backbone), None
         if loss_weights.clip and (self.moves_embeddings or not loss_weights.denoising):
             refusal = missing_gradient(type(self).__name__, clip, self.backbone, self.moves_embeddings)
-            if self.vocabulary.text_encoders[0].kind != "clip":
-                raise refusal
         self.template, self.banned_words, self.init = template, tuple(banned_words), init
         allowed = None if allowed_words is None else tuple(allowed_words)
         self.prompt = TokenEmbeddings(self.vocabulary, template, int(num_tokens), self.banned_words, allowed)
         self.given = init_embeddings(init, self.backbone, int(num_tokens), allow_pickle)
-        self.denoising = Denoising(self.microbatch)
         self.search_clip = SearchClip(clip, self.prompt, self.offline, loss_weights.clip, refusal)
+        self.inversion_loss = InversionLoss(loss_weights, self.backbone, self.prompt, self.search_clip, self.microbatch)
         self.reranker = Reranker(self.sampler, rerank) if rerank.weight else None
         self.latents = []
 
@@ -175,40 +173,23 @@ class Inverter(PromptMethod):
         texts: Sequence[str] | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """Compute the weighted sum (Q,) of the objectives on the samples of a step.
-
-        Args:
-            rows: Rows of the problems, (Q,).
-            ids: Token ids of their prompts, (Q, L).
-            embeddings: Embeddings in place of the tokens', (Q, L, D).
-            samples: The step's samples.
-            texts: Q texts for the text encoders that are not searched; None for the text of the tokens.
-            chunk: Prompts per call of the text encoders; None for all.
-        """
-        chunk = chunk or max(len(ids), 1)
-        terms, parts = {}, [slice(begin, begin + chunk) for begin in range(0, max(len(ids), 1), chunk)]
+        """Compute the weighted sum (Q,) of the losses of the problems `rows` (Q,); see `InversionLoss.terms`."""
+        features = self.features(rows) if self.loss_weights.clip else None
         if self.loss_weights.denoising:
-            if texts is None and self.backbone.other_text_encoders:
-                texts = self.prompt.texts(ids[:, self.prompt.positions])
-            encoded = [self.backbone.encode(ids[part], embeddings[part], texts=texts and texts[part]) for part in parts]
-            terms["denoising"] = self.loss_weights.denoising * self.denoising_loss(rows, torch.cat(encoded), samples)
-        if self.loss_weights.clip:
-            features = self.features(rows)
-            distances = [self.search_clip.loss(ids[part], embeddings[part], features[part]) for part in parts]
-            terms["clip"] = self.loss_weights.clip * torch.cat(distances)
+            self._add_denoising_cost(rows, samples)
+        terms = self.inversion_loss.terms(ids, embeddings, samples, features, texts, chunk)
         if torch.is_grad_enabled():
             self.terms = {name: term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
         return torch.stack(list(terms.values())).sum(0)
 
     def denoising_loss(self, rows: Tensor, prompt_embeds: Tensor, samples: Samples) -> Tensor:
-        """Compute the denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones of the negative images."""
+        """Compute the denoising losses (Q,) of encoded prompts (Q, R, D), see `InversionLoss.denoising`."""
+        self._add_denoising_cost(rows, samples)
+        return self.inversion_loss.denoising(prompt_embeds, samples)
+
+    def _add_denoising_cost(self, rows: Tensor, samples: Samples) -> None:
         passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
         self.add_cost(rows, passes if samples.negative is None else 2 * passes)
-        loss: Tensor = self.denoising(self.backbone, prompt_embeds, samples.latents, samples.timesteps, samples.noise)
-        if samples.negative is None:
-            return loss
-        other: Tensor = self.denoising(self.backbone, prompt_embeds, samples.negative, samples.timesteps, samples.noise)
-        return loss - self.loss_weights.negative * other
 
     @property
     def uses_clip(self) -> bool:
@@ -237,10 +218,8 @@ class Inverter(PromptMethod):
     @torch.no_grad()
     def evaluate(self, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that no gradient sees; the lowest is the best."""
-        timesteps, size = (
-            validation_timesteps(self.data.num_validation_samples, *self.data.timestep_range),
-            len(self.batch),
-        )
+        size = len(self.batch)
+        timesteps = validation_timesteps(self.data.num_validation_samples, *self.data.timestep_range)
         samples = self.samples(rows, Step([VALIDATION] * size, timesteps.expand(size, -1)))
         loss = self.denoising_loss(rows, prompt_embeds, samples)
         return loss + self.reranker.loss(self, rows, prompt_embeds) if self.reranker else loss
