@@ -384,6 +384,17 @@ def test_unusable_image_is_refused(base, image_folder, capsys, how):
         (["--data.fit", "stretch"], "stretch"),
         (["--data.workerz", "5"], ["data.workerz", "did you mean --data.workers"]),
         (["--model.tokenz", "5"], ["model.tokenz", "did you mean --model.num_tokens"]),
+        (["--model.dtype", "bfloat16"], "--model.dtype is unknown; did you mean --model.backbone.dtype?"),
+        (["--model.weight=1"], "--model.weight is unknown; did you mean --model.rerank.weight?"),
+        (
+            ["--model.num_inference_steps", "3"],
+            "did you mean --model.rerank.num_inference_steps or --model.sampler.num_inference_steps?",
+        ),
+        (
+            ["--model.backbone.guidance_scale", "3"],
+            "--model.backbone.guidance_scale is unknown; did you mean --model.sampler.guidance_scale?",
+        ),
+        (["--model.gidance_scale", "3"], "did you mean --model.sampler.guidance_scale?"),
         (["--trainer.acelerator", "cpu"], ["trainer.acelerator", "did you mean --trainer.accelerator"]),
         (["--trainer.precision", "bf16-true"], ["bf16-true", "--model.backbone.dtype"]),
         (["--trainer.precision", "16-true"], "16-true"),
@@ -451,6 +462,19 @@ BOMB = "a: &a [x, x, x]\n" + "".join(
 def test_config_without_settings_is_refused(base, tmp_path, capsys, content, reason):
     (tmp_path / "mine.yaml").write_bytes(content)
     assert_refused(capsys, *base, "--config", tmp_path / "mine.yaml", words=["mine.yaml", reason])
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ("dtype: bfloat16", "--model.dtype is unknown; did you mean --model.backbone.dtype?"),
+        ("stepz: 3", "--model.stepz is unknown; did you mean --model.steps?"),
+        ("backbone: {guidance_scale: 3}", "backbone.guidance_scale is unknown; did you mean --model.sampler.guidance_"),
+    ],
+)
+def test_unknown_setting_of_a_config_is_refused_with_a_hint(base, tmp_path, capsys, settings, hint):
+    (tmp_path / "mine.yaml").write_text(f"model: {{class_path: PEZ, init_args: {{{settings}}}}}")
+    assert_refused(capsys, *base, "--config", tmp_path / "mine.yaml", words=hint)
 
 
 def test_setting_before_its_class_is_refused(capsys):

@@ -99,6 +99,10 @@ SETTINGS = {  # of `invert`, and the message
         "backbone.dtype cannot be of type dtype; it takes one of 'float32'",
     ),
     "in another group": ({"dtype": "float32"}, "The setting 'dtype' is unknown; did you mean backbone={'dtype': ...}?"),
+    "in several groups": (
+        {"num_inference_steps": 3},
+        "did you mean rerank={'num_inference_steps': ...} or sampler={'num_inference_steps': ...}?",
+    ),
     "unknown in a group": (
         {"backbone": {"dtyp": "float32"}},
         "'backbone.dtyp' is unknown; did you mean 'backbone.dtype'?",

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import pydoc
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from lightning_prompts.errors import UserError
@@ -41,18 +42,21 @@ def one_sentence(message: str, parser: Any) -> str:
         return _number(f"{key[1]}.{optional[2]}", optional[3], optional[1], ", or null")
     nested = _of_alternatives(text)
     if key and nested:  # an error of the parser of a class, whose settings lack the prefix of the class
-        text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested, count=2)
+        count = 0 if "is unknown" in nested else 2  # all settings of a hint, or the first two names of another error
+        text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested, count=count)
     elif key:
         text = text[key.end() :]
     unknown = re.search(
-        r"unrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected|(?:Option|option) '([\w.]+)'", text
+        r"unrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected"
+        r"|(?:Group '([\w.]+)' does not accept )?[Oo]ption '([\w.]+)'",
+        text,
     )
     if unknown:
-        given = next(filter(None, unknown.groups()))
+        given = ".".join(filter(None, unknown.groups()))
         names = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-        close = difflib.get_close_matches(given, sorted(names), 1)
-        hint = f"; did you mean --{close[0]}?" if close else "; see --help for all settings."
-        return f"The setting --{given} is unknown{hint}"
+        similar = [f"--{name}" for name in similar_settings(given, names)]
+        hint = f"did you mean {' or '.join(similar)}?" if similar else "see --help for all settings."
+        return f"The setting --{given} is unknown; {hint}"
     if stray := re.match(r"unrecognized arguments: ([^-]\S*)", text):
         return f"The argument {stray[1]!r} is unknown; settings begin with --, such as --config configs/invert.yaml."
     imported = re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text)
@@ -78,6 +82,25 @@ def one_sentence(message: str, parser: Any) -> str:
         text = f"--{key[1]}: {text}"
     text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
     return text[:400]
+
+
+def similar_settings(unknown: str, known: Iterable[str]) -> list[str]:
+    """Return the settings that an unknown one may mean: those of the same name in any group, or else the most similar one.
+
+    Args:
+        unknown: The unknown setting, which may have a group, such as `dtype` or `sampler.dtype`.
+        known: All settings, those of a group such as `backbone.dtype`.
+    """
+    by_name: dict[str, list[str]] = {}
+    for setting in sorted(known):
+        by_name.setdefault(setting.rpartition(".")[2], []).append(setting)
+    name = unknown.rpartition(".")[2]
+    if name in by_name:
+        return by_name[name]
+    settings = [setting for several in by_name.values() for setting in several]
+    if close := difflib.get_close_matches(unknown, settings, 1):
+        return close
+    return [setting for similar in difflib.get_close_matches(name, by_name, 1) for setting in by_name[similar]]
 
 
 def _of_alternatives(text: str) -> str | None:
