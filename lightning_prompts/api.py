@@ -219,7 +219,8 @@ def _search_prompts(config: str, prompts: str | Sequence[str], settings: dict[st
 
 def _search(config: str, settings: dict[str, Any]) -> list[Result]:
     """Call `search` with its own arguments taken out of the settings."""
-    own = {name: settings.pop(name) for name in ("image_seeds", "folder", "device", "scores") if name in settings}
+    names = ("image_seeds", "folder", "device", "scores", "effort")
+    own = {name: settings.pop(name) for name in names if name in settings}
     return search(config, settings, **own)
 
 

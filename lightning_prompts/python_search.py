@@ -20,6 +20,7 @@ from lightning_prompts import methods
 from lightning_prompts.backbones import Backbone, BackboneSettings
 from lightning_prompts.callbacks import Results, Scores
 from lightning_prompts.callbacks.results import check_seeds, noise_of
+from lightning_prompts.effort import Effort, scale_length
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError, first_sentence
@@ -77,6 +78,7 @@ def search(
     folder: str | Path | None = None,
     device: str | torch.device | None = None,
     scores: Scores | None = None,
+    effort: Effort = "medium",
 ) -> list[Result]:
     """Search as `train.py fit --config configs/NAME.yaml` does, without command line, logger or output.
 
@@ -92,6 +94,7 @@ def search(
         folder: Folder to keep the files of the run in, which must not hold a run; None to keep none.
         device: Device of the search, such as `cuda:1`; None for a GPU if there is one.
         scores: The scores of the results, see `Scores`.
+        effort: Length of the search: a third of that of the settings (`light`), or three times as much (`heavy`).
 
     Returns:
         A result per problem, in the order of the images or prompts. Without success its prompt is empty, and its record
@@ -101,7 +104,7 @@ def search(
         UserError: A setting cannot be used.
     """
     image_seeds = plain("image_seeds", image_seeds)
-    _check_arguments(config, settings, image_seeds, scores)
+    _check_arguments(config, settings, image_seeds, scores, effort)
     where = _device(device)
     read = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
     kind = getattr(methods, read["model"]["class_path"])
@@ -114,6 +117,7 @@ def search(
         _prepared(folder) as (kept, lock),
     ):
         of_method, of_data = checked_settings((kind, data_kind), defaults, settings)
+        of_method |= scale_length(effort, kind, of_method, settings)
         if scores:
             (texts,) = checked_settings((Scores,), {}, asdict(scores))
             scores = Scores(**texts)
@@ -139,7 +143,7 @@ def _recorded(setting: Any, hint: Any) -> Any:
     return setting.name if isinstance(setting, Backbone) else str(setting)
 
 
-def _check_arguments(config: Any, settings: Any, image_seeds: Any, scores: Any) -> None:
+def _check_arguments(config: Any, settings: Any, image_seeds: Any, scores: Any, effort: Any) -> None:
     """Refuse arguments of `search` that are of another type or unknown."""
     names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
     if not isinstance(config, str) or config not in names:
@@ -148,6 +152,7 @@ def _check_arguments(config: Any, settings: Any, image_seeds: Any, scores: Any) 
         raise UserError(f"Settings cannot be {shown(settings)}; give a dictionary whose keys are names of settings.")
     if scores is not None and not isinstance(scores, Scores):
         raise UserError(f"The setting scores cannot be {shown(scores)}; it takes a Scores or None.")
+    check_type("effort", effort, Effort)
     check_type("image_seeds", image_seeds, list[int])
     check_seeds("image_seeds", image_seeds)
 

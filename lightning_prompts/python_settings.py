@@ -16,8 +16,8 @@ from lightning_prompts.errors import UserError, shortened
 from lightning_prompts.python_values import check_type, plain, shown
 from lightning_prompts.text_settings import all_settings, with_groups
 
-_FLAG = r"--(?:(?:model|data)\.|(?=(?:scorer|dictionary|language_model|lpips_weights)\b))"
-_VALUE = r"\d+(?:\.\d+)?\b|\[[^]]*\]|true\b|false\b|b?float\d+\b"
+_FLAG = r"--(?:(?:model|data)\.|(?=(?:scorer|dictionary|language_model|lpips_weights|effort)\b))"
+_VALUE = r"\d+(?:\.\d+)?\b|\[[^]]*\]|true\b|false\b|b?float\d+\b|(?:light|heavy)\b"
 
 
 class _Parser(LightningArgumentParser):
@@ -32,7 +32,7 @@ def in_python(message: str) -> str:
         name, value = match.groups()
         if value is None:
             return str(name)
-        return f"{name}={value.title() if value in ('true', 'false') else repr(value) if 'float' in value else value}"
+        return f"{name}={value.title() if value in ('true', 'false') else repr(value) if value[0].isalpha() else value}"
 
     return re.sub(rf"{_FLAG}([a-z][\w.]*\w)(?: ({_VALUE}))?", argument, message)
 

@@ -33,16 +33,12 @@ from lightning_prompts.commands.dry_run import DryRun
 from lightning_prompts.commands.parser_errors import mistake_in, one_sentence, refused_class
 from lightning_prompts.commands.plugins import import_plugins
 from lightning_prompts.commands.processes import cluster_environment, divide_search, use_one_process
+from lightning_prompts.commands.search_length import given_settings, set_length, take_over_settings
 from lightning_prompts.commands.settings_checks import check_inputs, check_resumable, check_values
 from lightning_prompts.commands.trainer_flags import HIDDEN_FLAGS, check_flags, check_precision
 from lightning_prompts.data.prompts import read_prompts
-from lightning_prompts.engine.checkpoint import (
-    AtomicCheckpointIO,
-    is_checkpoint,
-    last_checkpoint,
-    parts_of,
-    ranks_in,
-)
+from lightning_prompts.effort import Effort
+from lightning_prompts.engine.checkpoint import AtomicCheckpointIO, is_checkpoint, last_checkpoint, parts_of, ranks_in
 from lightning_prompts.engine.datamodule import ProblemData
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError, first_sentence
@@ -110,6 +106,7 @@ class CLI(LightningCLI):
         self.lightning_command = command if command in LIGHTNING_COMMANDS else "fit"
         self.lock: RunLock | None = None  # on the run's folder; the first process holds it for all
         self.saved_config = ""  # the settings of `fit` as YAML
+        self.given = given_settings(args)
         with ExitStack() as self.until_end:
             super().__init__(
                 PromptMethod,
@@ -137,6 +134,9 @@ class CLI(LightningCLI):
         help = "Seeds of the images, such as 0,1,2,3. By default 0, or 0,1,2,3 with --mix."
         parser.add_argument("--seeds", type=str | None, default=None, help=help)
         parser.add_class_arguments(Scores)
+        if self.lightning_command == "fit":
+            help = "Length of the search: a third of that of the settings (light), or three times as much (heavy)."
+            parser.add_argument("--effort", type=Effort, default="medium", help=help)
         if self.command == "check":
             help = "New config to write, with the given settings of the model and data and the suggested changes."
             parser.add_argument("--write", type=str, default="", help=help)
@@ -168,6 +168,7 @@ class CLI(LightningCLI):
         check_flags(config)
         if self.subcommand == "fit":
             check_inputs(config)
+            set_length(config, self.given)
         if self.command != "fit":
             config.trainer.logger = False
         if self.command == "show-space":
@@ -247,16 +248,16 @@ class CLI(LightningCLI):
             self.folder.prepare(resume=bool(config.ckpt_path))
         resumes = bool(config.ckpt_path) and self.folder.config.exists()
         model = config.model.init_args.backbone
-        for name in ("revision", "variant"):
-            if resumes and model[name] is None:
-                model[name] = self.folder.saved.load()["model"]["init_args"]["backbone"].get(name)
+        if resumes:
+            take_over_settings(config, self.folder.saved, self.given)
         # Save the commit and the variant, so that later commands read the same weights.
         model.revision, model.variant = pinned(model.name, model.offline, model.revision, model.variant)
         if own_rank() == 0:
             dumped = self._parser("fit").dump(config.clone())
             if resumes:
                 check_resumable(self.folder, dumped)
-            self.saved_config = self.folder.saved.with_origin(re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", dumped))
+            once = re.sub(r"(?m)^ckpt_path:.*$", "ckpt_path: null", re.sub(r"(?m)^effort:.*\n", "", dumped))
+            self.saved_config = self.folder.saved.with_header(once, config.effort)
         if config.ckpt_path == "last":
             config.ckpt_path = _last_checkpoint(self.folder.checkpoints, own_rank() if parts > 1 else 0, parts)
         config.weights_only = True

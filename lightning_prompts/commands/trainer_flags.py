@@ -20,7 +20,7 @@ HALF_PRECISIONS = (
     "transformer-engine-float16",
 )
 
-_LENGTH = "set the length of a search with --model.steps, --model.steps or --model.budget"
+_LENGTH = "set the length of a search with --effort, --model.steps or --model.budget"
 _PATIENCE = "set when a search may stop early with --model.patience"
 _VALIDATION = "a search has no validation loop; set how often prompts are scored with --model.score_every_n_steps"
 _CLIPPING = "methods limit their steps themselves, as PH2P with --model.max_step_norm"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import islice
@@ -119,6 +119,19 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.scorers: dict[str, Any] = {}  # what scores results, by name
         self._resumed: dict[str, Any] | None = None  # the batch of a checkpoint
         self._begun = time.perf_counter()
+
+    @classmethod
+    def search_length(cls, settings: Mapping[str, Any]) -> tuple[str, int] | None:
+        """Return the setting that limits the length of a search, which `--effort` scales, and its value.
+
+        Args:
+            settings: All settings of the method.
+
+        Returns:
+            `steps` unless a method overrides it; None without a value for it.
+        """
+        steps = settings.get("steps")
+        return None if steps is None else ("steps", int(steps))
 
     @property
     def sampling_settings(self) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import re
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from lightning_prompts.data.shards import exists
+from lightning_prompts.effort import Effort
 from lightning_prompts.errors import UserError
 
 PATHS = {  # settings that may name a file or folder
@@ -63,10 +64,21 @@ class SavedSettings:
                 return self.folder / str(json.loads(start[1]))
         return Path()
 
-    def with_origin(self, config: str) -> str:
-        """Add the current folder to a config as its origin, relative to the run's folder so that both can be moved together."""
+    @property
+    def effort(self) -> Effort:
+        """The effort that scaled the length of the search, which the settings hold already."""
+        found = re.search(r"(?m)^# effort: (light|heavy)$", self.file.read_text(encoding="utf-8"))
+        return cast("Effort", found[1]) if found else "medium"
+
+    def with_header(self, config: str, effort: Effort) -> str:
+        """Add the origin and the effort to a config, as comments.
+
+        The origin is the current folder relative to the run's folder, so that both can be moved together. The effort
+        is no setting there, since the config has the scaled length.
+        """
         start = os.path.relpath(Path.cwd(), self.folder.resolve())
-        return f"# relative paths start at: {json.dumps(start)}\n{config}"
+        scaled = "" if effort == "medium" else f"# effort: {effort}\n"
+        return f"# relative paths start at: {json.dumps(start)}\n{scaled}{config}"
 
     def located(self, path: str) -> str:
         """Convert a path of the settings or of a record to one that is relative to the current folder."""

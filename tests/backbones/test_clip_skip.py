@@ -85,6 +85,22 @@ def test_embeddings_and_images_equal_the_pipelines(family, skip, folders):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("negative", [False, True])
+def test_other_text_encoders_read_the_text_that_is_given(negative, folders):
+    """The CLIPs read it beside the tokens of T5, cut to their length, and skip a layer unless it is negative."""
+    backbone = load_backbone(folders["sd3"], vocabulary="t5", clip_skip=1, image_size=16)
+    vocabulary, rows = backbone.vocabulary, backbone.text_encoders[0].length
+    searched, given = ["a red cat", "two dogs"], ["two dogs and a cat " * 8, ""]
+    ids = encode_text(vocabulary.tokenizer, searched, vocabulary.length)
+    own, other = backbone.encode_text(searched, negative), backbone.encode_text(given, negative)
+    torch.testing.assert_close(backbone.encode(ids, negative=negative), own)
+    hidden, pooled = backbone.split(backbone.encode(ids, vocabulary.table[ids], given, negative))
+    torch.testing.assert_close(hidden[:, :rows], other[:, :rows])
+    torch.testing.assert_close(hidden[:, rows:], backbone.split(own)[0][:, rows:])
+    torch.testing.assert_close(pooled, backbone.split(other)[1])
+    assert not torch.allclose(other, backbone.encode_text(given, not negative), atol=1e-3)
+
+
 def test_gradient_through_the_remaining_layers_equals_finite_differences(folders):
     backbone = load_backbone(folders["sd1"], clip_skip=1).double()
     ids = encode_text(backbone.vocabulary.tokenizer, TEXTS, backbone.vocabulary.length)

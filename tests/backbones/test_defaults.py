@@ -59,6 +59,18 @@ def test_force_zeros_for_empty_prompt_is_read(value, tmp_path):
     assert_equals_pipeline(backbone, pipeline)
 
 
+def test_empty_texts_among_others_are_zeros(tmp_path):
+    backbone = load_backbone(str(families.save("sdxl", tmp_path)), image_size=16)
+    vocabulary, texts = backbone.vocabulary, ["blurry", "", "dark", " "]
+    ids = encode_text(vocabulary.tokenizer, texts, vocabulary.length)
+    plain = backbone.encode_text(texts)
+    expected = plain * torch.tensor([1.0, 0, 1, 0]).view(4, 1, 1)
+    for given in ({}, {"embeddings": vocabulary.table[ids]}):
+        torch.testing.assert_close(backbone.encode(ids, **given), plain)
+        torch.testing.assert_close(backbone.encode(ids, **given, negative=True), expected)
+    torch.testing.assert_close(backbone.encode_text(texts, negative=True), expected)
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd3"])
 def test_force_zeros_affects_only_sdxl(family, tmp_path):
     folder = families.save(family, tmp_path)

@@ -20,6 +20,7 @@ from lightning_prompts.methods import TRAINER, SeedInvariance
 from lightning_prompts.methods.steering.seed_invariance import LOSS_SCALE
 from lightning_prompts.runs.record import Problem, SeedInvarianceResult
 from lightning_prompts.sampling import SamplerSettings
+from lightning_prompts.sampling.seeding import SEARCH
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -200,6 +201,23 @@ def test_metric_is_the_peak_signal_to_noise_ratio(tiny):
         values = module.values((target + error)[None], [problem])
         assert float(module.metric(values)) == pytest.approx(ratio, abs=1e-3)
         assert float(module.loss(values)) == pytest.approx(-ratio, abs=1e-3)  # lower is better
+
+
+def test_preview_shows_each_target_beside_other_seeds(tiny, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("lightning_prompts.methods.steering.seed_invariance.sheet", lambda *given: shown.append(given))
+    module, problems = search(tiny, tmp_path, PROMPTS)
+    shown.clear()
+    module.preview(problems)
+    ((columns, texts, across),) = shown
+    before, after = module.images_before_and_after(problems, module.draw_noise(problems, SEARCH, 2))
+    assert texts == [PROMPTS[0], "", "", PROMPTS[1], "", ""]
+    assert across == 6
+    expected = []
+    for p, target in enumerate(module.targets(problems)):
+        expected += [[target], [before[p, 0], after[p, 0]], [before[p, 1], after[p, 1]]]
+    for column, images in zip(columns, expected, strict=True):
+        torch.testing.assert_close(torch.stack(list(column)), torch.stack(images), atol=1e-5, rtol=0)
 
 
 def test_target_image_equals_that_of_predict(tiny, tmp_path):

@@ -233,6 +233,62 @@ def test_invalid_settings_are_refused(tiny):
             MetricGuidance(backbone=tiny, **settings)
 
 
+class PromptLength(Objective):
+    """The mean of an image plus the number of letters of its prompt."""
+
+    lowest, highest = 0.0, 1e3
+
+    def forward(self, images, prompts):
+        return images.flatten(1).mean(1) + torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+def test_fresh_scores_are_of_each_image_with_its_prompt(tiny):
+    module = MetricGuidance(backbone=tiny, objective=[PromptLength(2.0), Sharpness(3.0)], microbatch=4)
+    problems = [Problem(name, prompt) for name, prompt in zip("ab", PROMPTS, strict=True)]
+    images = {"before": torch.rand(2, 3, 3, 16, 16), "after": torch.rand(2, 3, 3, 16, 16)}
+    module.record_fresh_scores(problems, *images.values())
+    for p, problem in enumerate(problems):
+        for when, several in images.items():
+            lengths = [float(image.mean()) + len(problem.target) for image in several[p]]
+            sharpness = Sharpness()(several[p], []).tolist()
+            result = getattr(problem.result, f"fresh_values_{when}")
+            assert result["PromptLength"] == pytest.approx(lengths)
+            assert result["Sharpness"] == pytest.approx(sharpness)
+            metric = [2 * a + 3 * b for a, b in zip(lengths, sharpness, strict=True)]
+            assert getattr(problem.result, f"fresh_metric_{when}") == pytest.approx(metric)
+
+
+@pytest.mark.parametrize("unconditional", [False, True])
+def test_images_of_the_best_embeddings_come_from_the_batch_or_disk(unconditional, tiny, tmp_path):
+    module, problems = search(tiny, tmp_path, PROMPTS, unconditional=unconditional)
+    best, noise = [row.best for row in module.batch.rows], torch.randn(2, 3, *module.backbone.latent_shape)
+    metrics = [sum(problem.result.metric_after) / 2 for problem in problems]
+    assert all(problem.result.metric_after != problem.result.metric_before for problem in problems)
+
+    def sampled(prompt, negative, noise):
+        """Sample images one by one."""
+        latents = [module.backbone.sample(prompt, negative, x[None], 3, module.sampler.guidance_scale) for x in noise]
+        return module.backbone.decode(torch.cat(latents))
+
+    with torch.no_grad():
+        empty, blurry = (module.backbone.encode_text([text], negative=True) for text in ("", "blurry"))
+        initial = [
+            sampled(module.backbone.encode_text([prompt]), empty, x) for prompt, x in zip(PROMPTS, noise, strict=True)
+        ]
+        moved = [sampled(x[:1], x[1:] if unconditional else empty, y) for x, y in zip(best, noise, strict=True)]
+        away = sampled(best[1][:1], blurry, noise[1])
+        for _ in range(2):
+            before, after = module.images_before_and_after(problems, noise)
+            torch.testing.assert_close(before, torch.stack(initial), atol=1e-4, rtol=0)
+            torch.testing.assert_close(after, torch.stack(moved), atol=1e-4, rtol=0)
+            assert not torch.allclose(after, before, atol=2e-3)
+            generated = module.generate_best(problems[1], noise[1])
+            torch.testing.assert_close(generated, moved[1], atol=1e-4, rtol=0)
+            torch.testing.assert_close(module.generate_best(problems[1], noise[1], "blurry"), away, atol=1e-4, rtol=0)
+            assert module.validation_losses(problems).tolist() == pytest.approx(metrics, rel=1e-3)
+            module.batch.rows = module.batch.rows[1:]  # the first one is on disk only
+
+
 # --- runs
 
 

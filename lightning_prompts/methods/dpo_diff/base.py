@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -93,6 +93,11 @@ class WordSearch(Refinement):
         self._spaces: dict[str, Space] = {}  # by prompt
         self._improved: list[Problem] = []  # since the last `score`
         self._known_losses: dict[str, dict[tuple[str, str], list[float]]] = {}  # by problem and texts
+
+    @classmethod
+    def search_length(cls, settings: Mapping[str, Any]) -> tuple[str, int]:
+        """Return the budget; see `PromptMethod.search_length`."""
+        return "budget", int(settings["budget"])
 
     # --- the batch
 

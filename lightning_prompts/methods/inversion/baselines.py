@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ class ClipWords(Inverter):
     def __init__(self, *, beams: Positive = 1, **kwargs: Any) -> None:
         super().__init__(init="random", allow_pickle=False, **kwargs)  # there is no initial prompt
         self.beams = beams
+
+    @classmethod
+    def search_length(cls, settings: Mapping[str, Any]) -> None:
+        """Return None: the first step finds all words."""
+        return
 
     @property
     def uses_clip(self) -> bool:

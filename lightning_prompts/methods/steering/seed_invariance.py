@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,10 @@ from lightning_prompts.unused import refuse_unused
 LOSS_SCALE = (
     1e4  # the paper's; AdamOnLion's `eps` is relative to it, and smaller gradients would vanish in a float16 model
 )
+
+
+def _default_steps(towards: str | None) -> int:
+    return 60 if towards is None else 100
 
 
 class SeedInvariance(Steering):
@@ -90,7 +94,7 @@ class SeedInvariance(Steering):
         if compare == "latents":
             refuse_unused(SeedInvariance, "with --model.compare latents", {"pixels": pixels, "clip": clip})
         arc = towards is not None
-        super().__init__(steps=steps or (100 if arc else 60), **kwargs)
+        super().__init__(steps=steps or _default_steps(towards), **kwargs)
         calls = self.sampler.calls
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
         self.towards, self.seeds_per_step, self.pixels, self.ramp = towards, seeds_per_step, pixels, ramp
@@ -127,6 +131,11 @@ class SeedInvariance(Steering):
         because = "with --model.towards, which moves whole encoded prompts"
         refuse_unused(SeedInvariance, because, {"one_row": one_row})
         refuse_unused(Steering, because, {"pooled": self.pooled})
+
+    @classmethod
+    def search_length(cls, settings: Mapping[str, Any]) -> tuple[str, int]:
+        """Return the steps; see `PromptMethod.search_length`."""
+        return "steps", int(settings["steps"] or _default_steps(settings["towards"]))
 
     @property
     def identities(self) -> list[dict[str, Any]]:
