@@ -204,7 +204,11 @@ class CLI(LightningCLI):
         return parts
 
     def _prepare_measurement(self, config: Any) -> None:
-        """Run `check` or `dry-run` in a temporary folder; keep the settings for `--write`, and refuse a file that exists."""
+        """Run `check` or `dry-run` in a temporary folder; keep the settings for `--write`.
+
+        Raises:
+            UserError: The file to write exists.
+        """
         config.trainer.default_root_dir = self.until_end.enter_context(tempfile.TemporaryDirectory())
         if self.command == "dry-run":
             return
