@@ -316,7 +316,7 @@ def in_shards(text):
 
 WEIGHTS = {
     "truncated": lambda file: file.write_bytes(file.read_bytes()[:-100]),
-    "begun": lambda file: file.write_bytes(file.read_bytes()[:50]),
+    "first bytes only": lambda file: file.write_bytes(file.read_bytes()[:50]),
     "empty": lambda file: file.write_bytes(b""),
     "loop": loop,
     "shards: empty": in_shards(""),

@@ -276,7 +276,7 @@ def test_images_of_the_best_embeddings_come_from_the_batch_or_disk(unconditional
             sampled(module.backbone.encode_text([prompt]), empty, x) for prompt, x in zip(PROMPTS, noise, strict=True)
         ]
         moved = [sampled(x[:1], x[1:] if unconditional else empty, y) for x, y in zip(best, noise, strict=True)]
-        away = sampled(best[1][:1], blurry, noise[1])
+        with_negative = sampled(best[1][:1], blurry, noise[1])
         for _ in range(2):
             before, after = module.images_before_and_after(problems, noise)
             torch.testing.assert_close(before, torch.stack(initial), atol=1e-4, rtol=0)
@@ -284,7 +284,9 @@ def test_images_of_the_best_embeddings_come_from_the_batch_or_disk(unconditional
             assert not torch.allclose(after, before, atol=2e-3)
             generated = module.generate_best(problems[1], noise[1])
             torch.testing.assert_close(generated, moved[1], atol=1e-4, rtol=0)
-            torch.testing.assert_close(module.generate_best(problems[1], noise[1], "blurry"), away, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                module.generate_best(problems[1], noise[1], "blurry"), with_negative, atol=1e-4, rtol=0
+            )
             assert module.validation_losses(problems).tolist() == pytest.approx(metrics, rel=1e-3)
             module.batch.rows = module.batch.rows[1:]  # the first one is on disk only
 

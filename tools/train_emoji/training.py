@@ -82,14 +82,14 @@ def train(stage: str, work: Path, steps: int, batch_size: int, lr: float, seed: 
         use_distributed_sampler=False,
     )
     last = Path(checkpoints.dirpath or "") / "last.ckpt"
-    begun = time.perf_counter()
+    start = time.perf_counter()
     endless: Any = range(10**9)
     trainer.fit(module, DataLoader(endless, batch_size=None), ckpt_path=last if last.exists() else None)
     network: Any = module.ema.module
     if isinstance(module, AutoencoderTraining):
         network.register_to_config(scaling_factor=_scaling_factor(module))
     network.save_pretrained(work / stage)
-    seconds, loss = round(time.perf_counter() - begun), float(trainer.callback_metrics["loss"])
+    seconds, loss = round(time.perf_counter() - start), float(trainer.callback_metrics["loss"])
     print(json.dumps({"stage": stage, "steps": trainer.global_step, "seconds": seconds, "loss": loss}))
 
 
