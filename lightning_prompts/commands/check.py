@@ -64,15 +64,12 @@ class Losses:
 
     @property
     def verdict(self) -> Verdict:
-        """Return whether the loss can guide a search.
-
-        The right text must beat the wrong one, and at some level the empty prompt.
-        """
+        """Return whether the loss can guide a search: the right text must beat the wrong one, and the empty prompt at some level."""
         verdict = judge_share(self.accuracy, self.right.numel(), chance=0.5)
         return verdict if (self.gain > 0).any() else "no"
 
     def timesteps(self) -> tuple[int, int]:
-        """Return the range [low, high) of the levels whose gain is close to that of the best quarter."""
+        """Return the range [low, high) from the first to the last level whose gain is close to that of the best quarter."""
         gain = self.gain.nan_to_num(-torch.inf)
         best = gain.topk(max(len(gain) // 4, 1)).values.mean()  # a single level would depend on a few noise samples
         levels = (gain >= NEARLY * best).nonzero().squeeze(1)
@@ -112,14 +109,22 @@ def check(method: PromptMethod, seed: int, dry_run: DryRun) -> Report:
         seed: Seed of every random draw.
         dry_run: Memory and time of that step.
     """
-    device, inverter = method.device, method if isinstance(method, Inverter) else None
+    device, backbone, inverter = method.device, method.backbone, method if isinstance(method, Inverter) else None
     rows = torch.arange(min(IMAGES, len(method.batch)))
     texts, source = right_texts(inverter, rows) if inverter else ([method.batch[0].record.target], "prompt")
     reset_peak_memory(device)
     change = image_change(method, texts[0], method.batch[0].record.key, seed)
+    peak = max([peak_memory(device), *(memory for memory, _ in dry_run.measured.values())])
+    halved = method.microbatch.size < method.microbatch.asked and not method.microbatch.fitted
+    dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
+    memory = f"{peak / GIB:.2f} GiB at most, of {total_memory(device) / GIB:.1f} GiB on {device.type}"
     reacts: Verdict = "ok" if change >= LEAST_CHANGE else "no"
-    reaction = f"leaving out the {source} changes the image by {change:.3f} (RMS on a scale of 0 to 1)"
-    lines = [*_cost_lines(method, dry_run), _line("image", reaction, reacts)]
+    lines = [
+        _line("model", f"{backbone.name} ({type(backbone).__name__}), {dtype} on {device}"),
+        _line("memory", f"{memory}{', with a smaller microbatch than requested' if halved else ''}", "weak" if halved else "ok"),
+        _line("time", f"{dry_run.measured['a step'][1]:.2f} s per step. {dry_run.whole_search(method)}"),
+        _line("image", f"leaving out the {source} changes the image by {change:.3f} (RMS on a scale of 0 to 1)", reacts),
+    ]  # fmt: skip
     reason = "" if reacts == "ok" else "the prompt does not change the generated image"
     suggestion = Suggestion()
     if inverter:
@@ -151,21 +156,6 @@ def check(method: PromptMethod, seed: int, dry_run: DryRun) -> Report:
     return Report(lines, not reason, suggestion)
 
 
-def _cost_lines(method: PromptMethod, dry_run: DryRun) -> list[str]:
-    """Return the lines on the model, its memory and its time."""
-    device, backbone = method.device, method.backbone
-    peak = max([peak_memory(device), *(memory for memory, _ in dry_run.measured.values())])
-    halved = method.microbatch.size < method.microbatch.asked and not method.microbatch.fitted
-    dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
-    memory = f"{peak / GIB:.2f} GiB at most, of {total_memory(device) / GIB:.1f} GiB on {device.type}"
-    memory += ", with a smaller microbatch than requested" if halved else ""
-    return [
-        _line("model", f"{backbone.name} ({type(backbone).__name__}), {dtype} on {device}"),
-        _line("memory", memory, "weak" if halved else "ok"),
-        _line("time", f"{dry_run.measured['a step'][1]:.2f} s per step. {dry_run.whole_search(method)}"),
-    ]
-
-
 def config_with(settings: dict[str, Any], suggestion: Suggestion) -> str:
     """Return a config for `fit` as YAML: the given settings of model and data, changed as a check suggests."""
     settings = copy.deepcopy(settings)
@@ -182,10 +172,7 @@ def config_with(settings: dict[str, Any], suggestion: Suggestion) -> str:
 
 
 def right_texts(method: Inverter, rows: Tensor) -> tuple[list[str], str]:
-    """Return a text for each image, and their source.
-
-    These are captions or, unless all images have one, the words most similar by the CLIP.
-    """
+    """Return a text for each image and its source: captions or, unless all images have one, the words most similar by the CLIP."""
     captions = [method.batch[row].record.caption for row in rows.tolist()]
     if all(captions):
         return [str(caption) for caption in captions], "caption"
@@ -193,10 +180,7 @@ def right_texts(method: Inverter, rows: Tensor) -> tuple[list[str], str]:
 
 
 def wrong_texts(method: Inverter, texts: Sequence[str], seed: int) -> tuple[list[str], str]:
-    """Return a wrong text for each image, and their source.
-
-    These are other images' texts or, if texts are not distinct, random tokens.
-    """
+    """Return a wrong text for each image and its source: another image's text or, if texts are not distinct, random tokens."""
     if len(set(texts)) == len(texts) > 1:
         return [*texts[1:], texts[0]], "another's"
     keys = [problem.key for problem in method.batch.records[: len(texts)]]
@@ -272,7 +256,7 @@ def sample_gradients(method: Inverter, row: int, timesteps: Tensor, noise: Tenso
 
 
 def gradient_ratios(method: Inverter, rows: Tensor, schedule: tuple[int, int], seed: int) -> list[float]:
-    """Measure the signal-to-noise ratio of the gradient of 1, 2, 4 and 8 samples: the RMS over the problems."""
+    """Measure the signal-to-noise ratio of the gradient of 1, 2, 4 and 8 samples, as the root mean square over problems."""
     ratios, most = torch.zeros(len(rows), len(SIZES)), SIZES[-1]
     for place, row in enumerate(rows.tolist()):
         key = [method.batch[row].record.key]
@@ -378,10 +362,7 @@ def _gradient_line(ratios: Sequence[float], schedule: tuple[int, int]) -> str:
 
 
 def judge_share(share: float, count: int, chance: float) -> Verdict:
-    """Return the verdict on a share of successes: `no` near chance, `ok` from 0.8 on, else `weak`.
-
-    Near chance is within two standard errors.
-    """
+    """Return the verdict on a share of successes: `no` within two standard errors of chance, `ok` from 0.8 on, else `weak`."""
     if share <= chance + 2 * math.sqrt(chance * (1 - chance) / count):
         return "no"
     return "ok" if share >= 0.8 else "weak"

@@ -150,7 +150,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes since `reset_peak_memory`, of tensors on the device or of the process."""
+    """Return the peak memory in bytes since `reset_peak_memory`: of tensors on the device or, on the CPU, of the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":

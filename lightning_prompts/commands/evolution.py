@@ -20,7 +20,7 @@ MUTATION = 0.25
 """Probability that a token of a child is replaced by one of the two found prompts."""
 
 TRIES = 50
-"""Random draws per child; a generation stays smaller if they are too few, as short prompts recombine in few ways."""
+"""Random draws per child; a generation stays smaller if they are not enough, since short prompts have few recombinations."""
 
 
 @dataclass
@@ -120,10 +120,7 @@ def breed(
 
 
 def combines(child: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
-    """Return whether a child has tokens of both prompts.
-
-    A token that only one of them has counts; of a prompt without such a token, any token does.
-    """
+    """Return whether a child has a token of each prompt that the other prompt lacks, or any token of one that has none such."""
     own = (set(a) - set(b) or set(a), set(b) - set(a) or set(b))
     return all(tokens & set(child) for tokens in own)
 

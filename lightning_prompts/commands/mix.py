@@ -1,4 +1,4 @@
-"""Recombine the prompts of two runs: score images of the members of an `evolution`, and write the best."""
+"""Recombine the prompts of two runs: generate images of the members of an `evolution`, score them, and write the best."""
 
 from __future__ import annotations
 

@@ -46,8 +46,17 @@ def one_sentence(message: str, parser: Any) -> str:
         text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested, count=count)
     elif key:
         text = text[key.end() :]
-    if unknown := _unknown_setting(text, parser):
-        return unknown
+    unknown = re.search(
+        r"unrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected"
+        r"|(?:Group '([\w.]+)' does not accept )?[Oo]ption '([\w.]+)'",
+        text,
+    )
+    if unknown:
+        given = ".".join(filter(None, unknown.groups()))
+        names = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        similar = [f"--{name}" for name in similar_settings(given, names)]
+        hint = f"did you mean {' or '.join(similar)}?" if similar else "see --help for all settings."
+        return f"The setting --{given} is unknown; {hint}"
     if stray := re.match(r"unrecognized arguments: ([^-]\S*)", text):
         return f"The argument {stray[1]!r} is unknown; settings begin with --, such as --config configs/invert.yaml."
     imported = re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text)
@@ -55,54 +64,28 @@ def one_sentence(message: str, parser: Any) -> str:
         name = next(filter(None, imported.groups()))
         own = ", or name the module of your own with --plugin" if key[1] == "model" else ""
         return f"The class {name!r} cannot be --{key[1]}; choose {_choice(message)}{own}."
-    if key and (wrong := _wrong_value(key[1], text, bool(nested))):
-        return wrong
+    if key and (
+        number := re.match(
+            r"Not of type (\w+): (?:.*(?:base 10|to float): '(.*)'|(.*) (?:does not conform|not an?))", text
+        )
+    ):
+        return _number(key[1], number[2] or number[3], number[1])
+    value = re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text)
+    if key and value:
+        wanted = f"one of {value[2]}" if value[2] else KINDS.get(value[1], value[1]) or value[3]
+        text = f"{value[4]!r}; it takes {wanted}."
+        return f"The setting --{key[1]} cannot be {text[:400]}"
+    union = re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)", text)
+    if key and union and not nested:
+        return f"The setting --{key[1]} cannot be {union[2]!r}; it takes {_alternatives(*union.groups())}."[:400]
     if key and not nested:
         text = f"--{key[1]}: {text}"
     text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
     return text[:400]
 
 
-def _unknown_setting(text: str, parser: Any) -> str | None:
-    """Return the sentence for a setting that the parser does not know; None for any other error."""
-    unknown = re.search(
-        r"unrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected"
-        r"|(?:Group '([\w.]+)' does not accept )?[Oo]ption '([\w.]+)'",
-        text,
-    )
-    if not unknown:
-        return None
-    given = ".".join(filter(None, unknown.groups()))
-    names = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    similar = [f"--{name}" for name in similar_settings(given, names)]
-    hint = f"did you mean {' or '.join(similar)}?" if similar else "see --help for all settings."
-    return f"The setting --{given} is unknown; {hint}"
-
-
-def _wrong_value(setting: str, text: str, nested: bool) -> str | None:
-    """Return the sentence for a value that a setting does not take; None for any other error.
-
-    Args:
-        setting: Name of the setting.
-        text: The error.
-        nested: Whether it is that of an alternative of a type.
-    """
-    number = re.match(r"Not of type (\w+): (?:.*(?:base 10|to float): '(.*)'|(.*) (?:does not conform|not an?))", text)
-    if number:
-        return _number(setting, number[2] or number[3], number[1])
-    value = re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text)
-    if value:
-        wanted = f"one of {value[2]}" if value[2] else KINDS.get(value[1], value[1]) or value[3]
-        text = f"{value[4]!r}; it takes {wanted}."
-        return f"The setting --{setting} cannot be {text[:400]}"
-    union = re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)", text)
-    if union and not nested:
-        return f"The setting --{setting} cannot be {union[2]!r}; it takes {_alternatives(*union.groups())}."[:400]
-    return None
-
-
 def similar_settings(unknown: str, known: Iterable[str]) -> list[str]:
-    """Return the settings that an unknown one may mean: those of its name in any group, or else the most similar one.
+    """Return the settings that an unknown one may mean: those of the same name in any group, or else the most similar one.
 
     Args:
         unknown: The unknown setting, which may have a group, such as `dtype` or `sampler.dtype`.

@@ -38,15 +38,13 @@ UNSUPPORTED_FLAGS = {
     "check_val_every_n_epoch": _VALIDATION,
     "gradient_clip_val": _CLIPPING,
     "gradient_clip_algorithm": _CLIPPING,
-    "accumulate_grad_batches": "set the samples per step with --data.num_noise_samples, and per call with "
-    "--model.microbatch",
+    "accumulate_grad_batches": "set the samples per step with --data.num_noise_samples, and per call with --model.microbatch",
     "reload_dataloaders_every_n_epochs": "a search has one epoch",
     "limit_test_batches": "test scores every prompt of the run",
     "limit_predict_batches": "predict generates images from every prompt of the run",
     "num_sanity_val_steps": _VALIDATION,
     "use_distributed_sampler": "set how processes divide the work with --trainer.strategy",
-    "log_every_n_steps": "every better prompt is logged; set how often images are with "
-    "--model.log_images_every_n_steps",
+    "log_every_n_steps": "every better prompt is logged; set how often images are with --model.log_images_every_n_steps",
     "enable_checkpointing": "a search always keeps its two newest checkpoints",
     "enable_model_summary": "only the prompt is optimized",
     "enable_autolog_hparams": "the run's config.yaml has its settings",

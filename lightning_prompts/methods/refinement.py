@@ -34,7 +34,7 @@ class Refinement(PromptMethod):
 
     @abstractmethod
     def record_fresh_scores(self, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:
-        """Score images (P, N, 3, H, W) on fresh seeds by the method's own measure, and record the scores."""
+        """Score images (P, N, 3, H, W) on fresh seeds by the method's own measure, and add the scores to the records."""
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return the images of the users' prompts above those of the best results, from the seeds of the search."""

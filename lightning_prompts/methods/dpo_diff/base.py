@@ -24,7 +24,7 @@ from lightning_prompts.unused import refuse_unused
 
 
 class WordSearch(Refinement):
-    """Choose other words for a prompt or its negative prompt, and evaluate them by the images that they generate.
+    """Choose other words for a prompt or its negative prompt, and evaluate the choices by the images that they generate.
 
     Args:
         task: `improve` lowers the loss; `attack` raises it and keeps the meaning.
@@ -88,8 +88,7 @@ class WordSearch(Refinement):
         self.similarity = SemanticSimilarity(self.clip, similarity, self.offline)
         count = int(neighbors or (5 if task == "improve" else 60))
         self.sources = WordSources(
-            self.vocabulary, self.positive, self.negative, dictionary, task == "improve", count, protected_words or (),
-            self.offline,
+            self.vocabulary, self.positive, self.negative, dictionary, task == "improve", count, protected_words or (), self.offline
         )  # fmt: skip
         self._spaces: dict[str, Space] = {}  # by prompt
         self._improved: list[Problem] = []  # since the last `score`
@@ -141,7 +140,7 @@ class WordSearch(Refinement):
     # --- losses
 
     def loss(self, images: Tensor, text_features: Tensor) -> Tensor:
-        """Compute losses (B,): distances of images (B, 3, H, W) from text features (B, E), negative for an attack."""
+        """Compute losses (B,): the distances of images (B, 3, H, W) from text features (B, E), negative for an attack."""
         distance = self.distance(self.clip.features(images), text_features)
         return distance if self.task == "improve" else -distance
 

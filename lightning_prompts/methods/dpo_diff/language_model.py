@@ -111,10 +111,7 @@ class LanguageModel:
 
 
 def load_local_model(name: str, offline: bool) -> Callable[[str, int], str]:
-    """Load a causal language model, and return a function that answers a question.
-
-    It answers greedily at attempt 0, and later by sampling.
-    """
+    """Load a causal language model, and return a function that answers a question: greedily at attempt 0, then by sampling."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -144,7 +141,7 @@ def load_local_model(name: str, offline: bool) -> Callable[[str, int], str]:
 
 
 def parse_answer(answer: str, prompt: str) -> dict[str, list[str]]:
-    """Parse the lines `word -> other, words` of an answer; skip other lines, and words that the prompt lacks."""
+    """Parse the lines `word -> other, words` of an answer; skip other lines, and words that the prompt does not have."""
     words: dict[str, list[str]] = {}
     for line in answer.splitlines():
         match = re.fullmatch(r"\s*(?:[-*•]|\d+[.)])?\s*[\"'`*]*([^\"'`*>:=]+?)[\"'`*]*\s*(?:->|→|=>|:)\s*(.+)", line)
@@ -158,9 +155,6 @@ def parse_answer(answer: str, prompt: str) -> dict[str, list[str]]:
 
 
 def is_usable(words: dict[str, list[str]]) -> bool:
-    """Return whether an answer has words in the format that was asked for.
-
-    In another format, more than 40% of the words would have a single substitute.
-    """
+    """Return whether an answer has words, at most 40% of them with a single substitute, as a list in another format would have."""
     single = sum(len(others) == 1 for others in words.values())
     return bool(words) and single <= 0.4 * len(words)

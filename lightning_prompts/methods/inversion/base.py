@@ -217,7 +217,7 @@ class Inverter(PromptMethod):
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that no gradient sees."""
+        """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that no gradient sees; the lowest is the best."""
         size = len(self.batch)
         timesteps = validation_timesteps(self.data.num_validation_samples, *self.data.timestep_range)
         samples = self.samples(rows, Step([VALIDATION] * size, timesteps.expand(size, -1)))
@@ -244,7 +244,7 @@ class Inverter(PromptMethod):
         return better
 
     def decode(self, rows: Tensor) -> tuple[list[DecodedPrompt], Tensor]:
-        """Decode the problems `rows` (Q,) to the text of the nearest tokens, and encode it again, to (Q, R, D)."""
+        """Decode the problems `rows` (Q,) to the text of the nearest tokens, and encode this text again, to (Q, R, D)."""
         decoded = self.prompt.decode(self.prompt.project()[rows.to(self.device)].cpu())
         return decoded, self.encode([candidate.prompt for candidate in decoded])
 

@@ -107,7 +107,7 @@ class InversionLoss:
         return terms
 
     def denoising(self, prompt_embeds: Tensor, samples: Samples) -> Tensor:
-        """Compute the denoising losses (Q,) of encoded prompts (Q, R, D), minus those of negative images."""
+        """Compute the denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones of the negative images."""
         fixed = samples.timesteps, samples.noise
         loss: Tensor = self._denoising(self.backbone, prompt_embeds, samples.latents, *fixed)
         if samples.negative is None:

@@ -83,7 +83,7 @@ class Steering(Refinement):
             row.best = initial.clone() if row.best is None else row.best
 
     def initial(self, problems: Sequence[Problem]) -> Tensor:
-        """Encode the prompts of P problems to (P, S, R, D), each alone and so independent of the batch."""
+        """Encode the prompts of P problems to (P, S, R, D), each alone so that the result does not depend on the batch."""
         prompt_embeds = torch.cat([self.encode([problem.target]) for problem in problems])
         if not self.unconditional:
             return prompt_embeds.unsqueeze(1).float()
@@ -151,14 +151,7 @@ class Steering(Refinement):
     def evaluate(
         self, embeds: Tensor, noise: Tensor, problems: Sequence[Problem], grad_steps: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute losses (Q, N), and values (Q, N) by name, of images of encoded prompts.
-
-        Args:
-            embeds: Encoded prompts, (Q, S, R, D).
-            noise: Standard normal, (Q, N, C, h, w).
-            problems: The Q problems.
-            grad_steps: Number of the last denoiser calls that propagate a gradient.
-        """
+        """Compute losses (Q, N), and values (Q, N) by name, of the images of encoded prompts (Q, S, R, D) from noise (Q, N, C, h, w)."""
         count = noise.shape[1]
         prompt_embeds, negative_prompt_embeds = self.sampler.split(embeds, count)
 

@@ -103,7 +103,7 @@ class MetricGuidance(Steering):
         return values
 
     def metric(self, values: dict[str, Tensor]) -> Tensor:
-        """Return the value of a single objective, or the weighted sum of several; lower-is-better ones are negative."""
+        """Return the value of a single objective, or the weighted sum of several, in which lower-is-better ones are negative."""
         if len(self.objectives) == 1:
             return values[next(iter(self.objectives))]
         return self._gain(values)

@@ -31,8 +31,8 @@ class Round:
         texts: The texts of the C candidates.
         positions: Positions of these images on the map, (K + 1, 2).
         candidate_positions: Positions of the C candidates on the map, (C, 2).
-        generate: Generates the image of a candidate, given its index and a strength from 0, the current image, to 1;
-            from the noise of the other images.
+        generate: Generates the image of a candidate, given its index and a strength from 0, the current image, to 1; from
+            the noise of the other images.
         stopped: Returns whether the run is stopping.
     """
 

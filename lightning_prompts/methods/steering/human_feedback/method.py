@@ -127,7 +127,7 @@ class HumanFeedback(Steering):
     # --- candidates
 
     def variations(self, problem: Problem, moves: int, others: int) -> list[str]:
-        """Return the random texts of a round, a function of the seed, the problem, its moves and rounds without one."""
+        """Return the random texts of a round, a function of the seed, the problem, the moves and the rounds without a move."""
         rng, text = (
             random.Random(derive_seed(self.data.seed, problem.key, moves, others)),
             self.base_text(problem, moves),
@@ -141,7 +141,7 @@ class HumanFeedback(Steering):
         return texts
 
     def base_text(self, problem: Problem, moves: int) -> str:
-        """Return the text to add words to: that of the last move of at least half the way with room for more words."""
+        """Return the text to add words to: that of the last move of at least half the way that has room for more words."""
         made = HumanFeedbackResult.of(problem).moves[:moves]
         texts = (move["text"] for move in reversed(made) if move["strength"] >= 0.5)
         return next((text for text in texts if self.has_room(text)), problem.target)

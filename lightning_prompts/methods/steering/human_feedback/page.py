@@ -10,7 +10,6 @@ import queue
 import tempfile
 import time
 import webbrowser
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,20 +29,15 @@ from lightning_prompts.setting_types import NotNegative
 log = logging.getLogger(__name__)
 
 SIDE, TICK = 256, 0.25  # pixels of an image on the page; seconds between updates
-QUIET = {"show_progress": "hidden", "api_visibility": "private", "queue": False}  # of gradio's events
 KEYS = """<script>
 document.addEventListener("keydown", (event) => {
-  const typing = event.target.closest("input:not([type=radio]), textarea");
-  if (event.ctrlKey || event.altKey || event.metaKey || typing) return;
+  if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input:not([type=radio]), textarea")) return;
   const chosen = document.querySelectorAll("#candidate input")[Number(event.key) - 1];
   const button = document.querySelector({g: "#go", o: "#others", u: "#undo", f: "#finish"}[event.key] || "#none");
   (chosen || button)?.click();
 });
 </script>"""
-HELP = (
-    "Keys: **1** to **9** choose a candidate, arrows on the slider change the strength, **g** moves there, "
-    "**o** shows others, **u** undoes, **f** finishes."
-)
+HELP = "Keys: **1** to **9** choose a candidate, arrows on the slider change the strength, **g** moves there, **o** shows others, **u** undoes, **f** finishes."
 
 
 @dataclass(frozen=True)
@@ -213,71 +207,56 @@ class Page(Chooser):
             parts = [number, question, status, gallery, candidate, *buttons, here, preview, plane, trail]
 
             def refresh(had: int, had_question: int) -> list[Any]:
-                return self._updates(gradio, had, had_question) or [gradio.skip() for _ in parts]
+                view = self.view
+                self.seen = max(self.seen, had)
+                if had == view.number:
+                    return [gradio.skip() for _ in parts]
+                count, ready = len(view.candidates), view.ready
+                names = [str(i + 1) for i in range(count)]
+                new = had_question != view.question
+                return [
+                    view.number,
+                    view.question,
+                    _text(view),
+                    gradio.Gallery(
+                        [(file, printable(text)) for file, text in view.candidates],
+                        selected_index=None if new else gradio.skip(),
+                    ),
+                    gradio.Radio(choices=names, **({"value": None} if new else {}), interactive=ready),
+                    *(gradio.Button(interactive=ready and (i != 2 or len(view.trail) > 1)) for i in range(4)),
+                    view.trail[-1] if view.trail else None,
+                    view.preview,
+                    view.plane,
+                    view.trail,
+                ]
 
-            self._connect(gradio, question, gallery, candidate, strength, buttons)
-            gradio.Timer(TICK).tick(refresh, [number, question], parts, **QUIET)
+            def request(number: int, choice: Choice, preview: bool = False) -> None:
+                self.requests.put(Request(number, choice, preview))
+
+            def go(number: int, name: str | None, strength: float) -> None:
+                if name is None:
+                    gradio.Info("Choose a candidate first.")
+                else:
+                    request(number, Choice("go", int(name) - 1, strength))
+
+            def show_preview(number: int, name: str | None, strength: float) -> None:
+                if name is not None:
+                    request(number, Choice("go", int(name) - 1, strength), preview=True)
+
+            def selected(event: Any) -> str:
+                return str(event.index + 1)
+
+            selected.__annotations__["event"] = gradio.SelectData  # gradio passes the event by this annotation
+
+            quiet = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+            gallery.select(selected, None, candidate, **quiet)
+            for changed in (candidate.change, strength.change):
+                changed(show_preview, [question, candidate, strength], None, **quiet)
+            buttons[0].click(go, [question, candidate, strength], None, **quiet)
+            for button, action in zip(buttons[1:], ("others", "undo", "finish"), strict=True):
+                button.click(lambda number, action=action: request(number, Choice(action)), question, None, **quiet)
+            gradio.Timer(TICK).tick(refresh, [number, question], parts, **quiet)
         return page
-
-    def _connect(
-        self, gradio: Any, question: Any, gallery: Any, candidate: Any, strength: Any, buttons: Sequence[Any]
-    ) -> None:
-        """Let the components of a choice and the buttons `go`, `others`, `undo` and `finish` make requests."""
-
-        def request(number: int, choice: Choice, preview: bool = False) -> None:
-            self.requests.put(Request(number, choice, preview))
-
-        def go(number: int, name: str | None, strength: float) -> None:
-            if name is None:
-                gradio.Info("Choose a candidate first.")
-            else:
-                request(number, Choice("go", int(name) - 1, strength))
-
-        def show_preview(number: int, name: str | None, strength: float) -> None:
-            if name is not None:
-                request(number, Choice("go", int(name) - 1, strength), preview=True)
-
-        def selected(event: Any) -> str:
-            return str(event.index + 1)
-
-        selected.__annotations__["event"] = gradio.SelectData  # gradio passes the event by this annotation
-        gallery.select(selected, None, candidate, **QUIET)
-        for changed in (candidate.change, strength.change):
-            changed(show_preview, [question, candidate, strength], None, **QUIET)
-        buttons[0].click(go, [question, candidate, strength], None, **QUIET)
-        for button, action in zip(buttons[1:], ("others", "undo", "finish"), strict=True):
-            button.click(lambda number, action=action: request(number, Choice(action)), question, None, **QUIET)
-
-    def _updates(self, gradio: Any, had: int, had_question: int) -> list[Any]:
-        """Return the new values of the page's components; an empty list if the page has this view already.
-
-        Args:
-            gradio: The module.
-            had: Number of the view that the page has.
-            had_question: Number of its question.
-        """
-        view = self.view
-        self.seen = max(self.seen, had)
-        if had == view.number:
-            return []
-        count, ready = len(view.candidates), view.ready
-        names = [str(i + 1) for i in range(count)]
-        new = had_question != view.question
-        return [
-            view.number,
-            view.question,
-            _text(view),
-            gradio.Gallery(
-                [(file, printable(text)) for file, text in view.candidates],
-                selected_index=None if new else gradio.skip(),
-            ),
-            gradio.Radio(choices=names, **({"value": None} if new else {}), interactive=ready),
-            *(gradio.Button(interactive=ready and (i != 2 or len(view.trail) > 1)) for i in range(4)),
-            view.trail[-1] if view.trail else None,
-            view.preview,
-            view.plane,
-            view.trail,
-        ]
 
 
 def _set_cache(folder: str | None) -> str | None:

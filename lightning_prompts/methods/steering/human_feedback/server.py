@@ -125,12 +125,11 @@ class Server:
             self.address = f"http://{HOST}:{port}{prefix}/"
             app = gradio.mount_gradio_app(
                 FastAPI(openapi_url=None), page, prefix, server_name=HOST, server_port=port, root_path=prefix,
-                allowed_paths=[str(images)], ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
-                **settings,
+                allowed_paths=[str(images)], ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, **settings,
             )  # fmt: skip
             config = uvicorn.Config(
-                RequestFilter(app, port, prefix, images), ws="none", proxy_headers=False, server_header=False,
-                access_log=False, log_config=None, log_level="critical",
+                RequestFilter(app, port, prefix, images), ws="none", proxy_headers=False, server_header=False, access_log=False,
+                log_config=None, log_level="critical",
             )  # fmt: skip
             self.server = uvicorn.Server(config)
             self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
