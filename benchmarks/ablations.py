@@ -29,9 +29,10 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def steps(samples: int, passes: int = 1) -> list[str]:
-    """Return the schedule that spends `SAMPLES` on steps with this many samples and evaluations, with as many scorings and restarts."""
+    """Return the schedule that spends `SAMPLES` in steps of this many samples and passes."""
     cost = 2 * samples * passes
-    return [f"--model.steps={SAMPLES // cost}", f"--data.num_noise_samples={samples}", f"--model.score_every_n_steps={max(1, SCORE // cost)}",
+    return [f"--model.steps={SAMPLES // cost}", f"--data.num_noise_samples={samples}",
+            f"--model.score_every_n_steps={max(1, SCORE // cost)}",
             f"--model.restart_every={RESTART // cost}"]  # fmt: skip
 
 

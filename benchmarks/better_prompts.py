@@ -25,7 +25,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from inversion import interval, share
-from prompt_pool import Written, written
+from prompt_pool import PoolPrompt, sample_prompts
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
@@ -37,7 +37,7 @@ from lightning_prompts.objectives.clip import ClipSimilarity
 from lightning_prompts.runs.record import DPODiffResult
 from lightning_prompts.sampling.seeding import FINAL, SEARCH, draw_noise
 
-SEED, POOL, TOGETHER, FRESH_SEEDS = 20_261_123, 400, 20, 10
+SEED, POOL, BATCH, FRESH_SEEDS = 20_261_123, 400, 20, 10
 SETTINGS: dict[str, Any] = yaml.safe_load(Path("configs/dpo_diff.yaml").read_text())["model"]["init_args"]
 FIGURES = Path(__file__).parent / "figures"
 SPACES: dict[str, dict[str, dict[str, Any]]] = {  # sources of words for the prompt and for the negative prompt
@@ -70,7 +70,7 @@ def method() -> Any:
 
 
 @cache
-def judge() -> tuple[ClipSimilarity, Tensor, Tensor]:
+def heldout_clip() -> tuple[ClipSimilarity, Tensor, Tensor]:
     """Return the held-out CLIP, and its features (O, E) of all objects and (C, E) of all backgrounds."""
     clip = ClipSimilarity(str(EMOJI.parent / "scorer"))
     names = ([f"a {name}" for name in world.OBJECTS], [f"a {name} background" for name in world.COLORS])
@@ -79,17 +79,17 @@ def judge() -> tuple[ClipSimilarity, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def losses_of(prompts: list[Written]) -> list[float]:
+def losses_of(prompts: list[PoolPrompt]) -> list[float]:
     """Compute the losses of unchanged prompts on two seeds."""
     texts = [one.prompt for one in prompts]
     noise = draw_noise(0, texts, SEARCH, 2, method().backbone.latent_shape, torch.device("cpu"))
-    found: Tensor = method().evaluate([(text, "") for text in texts], noise, method().clip.features_of(texts)).mean(1)
-    return found.tolist()
+    losses: Tensor = method().evaluate([(text, "") for text in texts], noise, method().clip.features_of(texts)).mean(1)
+    return losses.tolist()
 
 
-def chosen(task: str, count: int, folder: Path) -> list[Written]:
+def chosen(task: str, count: int, folder: Path) -> list[PoolPrompt]:
     """Return the prompts of a task, selected by their loss."""
-    prompts, file = written(SEED, POOL), folder / "losses.json"
+    prompts, file = sample_prompts(SEED, POOL), folder / "losses.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(losses_of(prompts)))
@@ -99,19 +99,19 @@ def chosen(task: str, count: int, folder: Path) -> list[Written]:
 
 @cache  # all lines share the users' prompts
 @torch.no_grad()
-def scored(one: Written, key: str, text: str, negative: str) -> dict[str, float]:
+def scored(one: PoolPrompt, key: str, text: str, negative: str) -> dict[str, float]:
     """Score images of a prompt on fresh seeds; return the mean scores."""
-    clip, things, colors = judge()
+    clip, things, colors = heldout_clip()
     noise = draw_noise(0, [key], FINAL, FRESH_SEEDS, method().backbone.latent_shape, torch.device("cpu"))[0]
     prompt, caption = clip.features_of([one.prompt, f"a {one.thing} on a {one.color} background"])
-    pictures = method().generate([text] * FRESH_SEEDS, noise, negative)
-    features, wanted = clip.features(pictures), method().clip.features_of([one.prompt])
+    images = method().generate([text] * FRESH_SEEDS, noise, negative)
+    features, wanted = clip.features(images), method().clip.features_of([one.prompt])
     return {
         "heldout": float((features @ prompt).mean()),
         "plain": float((features @ caption).mean()),
         "object": share_of(features, things, list(world.OBJECTS).index(one.thing)),
         "background": share_of(features, colors, list(world.COLORS).index(one.color)),
-        "fresh_loss": float(method().distance(method().clip.features(pictures), wanted).mean()),
+        "fresh_loss": float(method().distance(method().clip.features(images), wanted).mean()),
     }
 
 
@@ -120,20 +120,20 @@ def share_of(features: Tensor, names: Tensor, right: int) -> float:
     return float(((features @ names.T).argmax(1) == right).float().mean())
 
 
-def measure(task: str, space: str, solver: str, prompts: list[Written], file: Path) -> list[dict[str, Any]]:
+def measure(task: str, space: str, solver: str, prompts: list[PoolPrompt], file: Path) -> list[dict[str, Any]]:
     """Search and score; return one row per prompt."""
     if not file.exists():
         search = DPODiff(**SETTINGS | SPACES[task][space] | {"task": task, "solver": solver})
         data = Prompts([one.prompt for one in prompts])
         with tempfile.TemporaryDirectory() as scratch:
-            how: dict[str, Any] = {
+            trainer_settings: dict[str, Any] = {
                 **TRAINER,
                 "accelerator": "cpu",
                 "precision": "bf16-mixed",
                 "logger": False,
                 "default_root_dir": scratch,
             }
-            pl.Trainer(**how).fit(search, datamodule=data)
+            pl.Trainer(**trainer_settings).fit(search, datamodule=data)
         rows = []
         for one in prompts:
             (problem,) = (problem for problem in data.folder.load().values() if problem.target == one.prompt)
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/better_prompts"))
     args = parser.parse_args()
     prompts = chosen(args.task, args.count, args.runs)
-    parts = [prompts[i : i + TOGETHER] for i in range(0, len(prompts), TOGETHER)]
+    parts = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
     for space, solver in [tuple(args.only)] if args.only else lines(args.task):
         file, rows = file_of(args.task, args.count, space, solver), []
         if file.exists():
@@ -231,7 +231,7 @@ def main() -> None:
         first, step = args.part or (0, 1)
         for i in range(first, len(parts), step):
             name = f"{args.task} {space} {solver} {args.count}"
-            rows += measure(args.task, space, solver, parts[i], args.runs / name / f"{TOGETHER * i}.json")
+            rows += measure(args.task, space, solver, parts[i], args.runs / name / f"{BATCH * i}.json")
         if not args.part:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("w", newline="") as stream:

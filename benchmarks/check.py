@@ -50,8 +50,15 @@ def measure(name: str, config: Path, runs: Path) -> None:
 def table() -> str:
     """Return the table of the measured figures."""
     measured = tables.read(FIGURES)
-    head = "| | timesteps, samples per step | object word | background word | held-out similarity | difference | samples per image |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
+    head = (
+        "timesteps, samples per step",
+        "object word",
+        "background word",
+        "held-out similarity",
+        "difference",
+        "samples per image",
+    )
+    lines = [f"| | {' | '.join(head)} |", "|---|---|---|---|---|---|---|"]
     first: dict[str, float] = {}
     for name in dict.fromkeys(row["config"] for row in measured):
         rows = [row for row in measured if row["config"] == name]

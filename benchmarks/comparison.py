@@ -32,7 +32,8 @@ from lightning_prompts.runs.record import Problem
 
 BUDGETS = (342, 684, 1368)
 CONFIGS = {
-    "random tokens": "random_tokens", "CLIP words": "clip_words", "PEZ, denoising loss": "pez", "PEZ, CLIP loss": "pez_clip",
+    "random tokens": "random_tokens", "CLIP words": "clip_words", "PEZ, denoising loss": "pez",
+    "PEZ, CLIP loss": "pez_clip",
     "PH2P, Adam with restarts": "ph2p", "PH2P, L-BFGS": "ph2p_lbfgs", "GCG": "gcg", "the default": "invert",
     "textual inversion": "textual_inversion",
 }  # fmt: skip
@@ -62,7 +63,7 @@ Row = dict[str, str]
 
 @cache
 def tokenizer() -> Any:
-    """The embedded model's."""
+    """Return the tokenizer of the embedded model."""
     return load_backbone("emoji").text_encoders[0].tokenizer
 
 
@@ -79,7 +80,8 @@ def with_prompts(source: Path, run: Path, prompts: dict[str, tuple[str, int]]) -
     shutil.rmtree(run, ignore_errors=True)
     for problem in RunFolder(source).load().values():
         text, spent = prompts[problem.target]
-        made = Problem(problem.key, problem.target, problem.paths, problem.caption, problem.index, "done", None, text, ids_of(text),
+        made = Problem(problem.key, problem.target, problem.paths, problem.caption, problem.index, "done", None, text,
+                       ids_of(text),
                        unet_samples=spent)  # fmt: skip
         RunFolder(run).save(made)
     shutil.copy(source / "config.yaml", run)
@@ -182,7 +184,8 @@ def file_of(method: str, targets: str) -> Path:
 def table(results: dict[tuple[str, int], list[Row]], words: dict[str, dict[str, str]]) -> str:
     """Return a table with one line per method and budget."""
     kinds = [kind for kind in ("object", "background", "second") if any(kind in wanted for wanted in words.values())]
-    head = ["method", "timesteps", "samples", "held-out similarity", *kinds, "diversity", "dictionary words", "special characters",
+    head = ["method", "timesteps", "samples", "held-out similarity", *kinds, "diversity", "dictionary words",
+            "special characters",
             "round-trip failures"]  # fmt: skip
     lines = [
         f"| {method} | {timesteps_of(method)} | {' | '.join(means(rows, words, kinds))} |"

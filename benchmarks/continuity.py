@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from inversion import interval
-from metric_guidance import captions, judge
+from metric_guidance import captions, heldout_clip
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -29,9 +29,9 @@ SEED, FRAMES = 20_261_131, 81
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "continuity.png"
 
 
-def distances(pictures: Tensor) -> dict[str, Tensor]:
+def distances(images: Tensor) -> dict[str, Tensor]:
     """Compute distances (F, F) between F images (F, 3, H, W) by pixels and by the held-out CLIP."""
-    flat, features = pictures.flatten(1), judge()[0].features_of_many(pictures[None], 50)[0]
+    flat, features = images.flatten(1), heldout_clip()[0].features_of_many(images[None], 50)[0]
     return {"pixels": torch.cdist(flat, flat) / flat.shape[1] ** 0.5, "held-out CLIP": 1 - features @ features.T}
 
 
@@ -48,11 +48,11 @@ def main() -> None:
     for number, (one, other) in enumerate(zip(ends[::2], ends[1::2], strict=True)):
         a, b = method.encode([one, other])
         arc = torch.stack([slerp(a, b, float(value)) for value in torch.linspace(0, 1, FRAMES)])
-        pictures = method.sampler.generate_from_embeds(
+        images = method.sampler.generate_from_embeds(
             arc[:, None], noise_of([number], method.backbone.latent_shape).expand(FRAMES, 1, -1, -1, -1)
         )
         embedded.append((arc - a).flatten(1).norm(dim=1))
-        for name, between in distances(pictures[:, 0]).items():
+        for name, between in distances(images[:, 0]).items():
             seen[name].append(between)
     steps = [8, 4, 2, 1]
     print(
@@ -60,14 +60,16 @@ def main() -> None:
     )
     print("|---" * (2 + len(steps)) + "|")
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, (name, found) in zip(axes, seen.items(), strict=True):
-        ranks = [float(spearmanr(x, y[0]).statistic) for x, y in zip(embedded, found, strict=True)]
-        largest = [[float(y[::step, ::step].diagonal(1).max() / y[0, -1]) for y in found] for step in steps]
+    for axis, (name, distance) in zip(axes, seen.items(), strict=True):
+        ranks = [float(spearmanr(x, y[0]).statistic) for x, y in zip(embedded, distance, strict=True)]
+        largest = [[float(y[::step, ::step].diagonal(1).max() / y[0, -1]) for y in distance] for step in steps]
         cells = [interval(values) for values in (ranks, *largest)]
         print(f"| {name} | {' | '.join(cells)} |")
-        for x, y in zip(embedded, found, strict=True):
+        for x, y in zip(embedded, distance, strict=True):
             axis.plot(x / x[-1], y[0], color="tab:blue", alpha=0.2, linewidth=1)
-        axis.plot(torch.linspace(0, 1, FRAMES), torch.stack([y[0] for y in found]).mean(0), color="black", label="mean")
+        axis.plot(
+            torch.linspace(0, 1, FRAMES), torch.stack([y[0] for y in distance]).mean(0), color="black", label="mean"
+        )
         axis.set(xlabel="distance of the embeddings, share of the arc", ylabel=f"distance of the images, {name}")
         axis.legend(frameon=False)
     figure.savefig(PLOT, dpi=120)

@@ -57,7 +57,7 @@ class Work(NamedTuple):
     images: int  # in a batch of PH2P
     problems: int  # in a batch of the other methods
     microbatch: int  # of the inversion methods
-    pictures: int  # microbatch of methods that draw images, whose gradients pass through the decoder
+    image_microbatch: int  # microbatch of methods that generate images, whose gradients pass through the decoder
     steps: int  # num_inference_steps
     seeds: int
     population: int
@@ -66,29 +66,30 @@ class Work(NamedTuple):
 
 SD15, SDXL, FLUX = "Stable Diffusion 1.5", "SDXL", "FLUX.1 dev"
 WORK = {
-    SD15: Work(images=16, problems=4, microbatch=32, pictures=8, steps=10, seeds=4, population=4, candidates=24),
-    SDXL: Work(images=8, problems=1, microbatch=8, pictures=4, steps=10, seeds=4, population=2, candidates=24),
-    FLUX: Work(images=2, problems=1, microbatch=1, pictures=1, steps=4, seeds=2, population=2, candidates=4),
+    SD15: Work(
+        images=16, problems=4, microbatch=32, image_microbatch=8, steps=10, seeds=4, population=4, candidates=24
+    ),
+    SDXL: Work(images=8, problems=1, microbatch=8, image_microbatch=4, steps=10, seeds=4, population=2, candidates=24),
+    FLUX: Work(images=2, problems=1, microbatch=1, image_microbatch=1, steps=4, seeds=2, population=2, candidates=4),
 }
-TINY_WORK = Work(images=2, problems=2, microbatch=2, pictures=2, steps=2, seeds=1, population=2, candidates=2)
+TINY_WORK = Work(images=2, problems=2, microbatch=2, image_microbatch=2, steps=2, seeds=1, population=2, candidates=2)
 
 
-def cases(work: Work, guides_itself: bool) -> dict[str, Case]:
+def cases(work: Work, has_distilled_guidance: bool) -> dict[str, Case]:
     """Return the methods to measure; DPO-Diff's gradient steps and its evaluation of candidates are separate cases."""
     tokens = {"microbatch": work.microbatch}
-    drawn = {"microbatch": work.pictures, "sampler": SamplerSettings(work.steps), "seeds": work.seeds}
+    generates = {"microbatch": work.image_microbatch, "sampler": SamplerSettings(work.steps), "seeds": work.seeds}
     unguided = {"negative": [], "positive": ["neighbors"], "similarity": Similarity(-1)}
-    words = drawn | (unguided if guides_itself else {})
+    words = generates | (unguided if has_distilled_guidance else {})
     learning = words | {"solver": "gradient", "gradient_share": 1.0, "budget": 1000, "schedule": "fix-1"}
     evaluating = words | {"solver": "evolution", "population": work.population, "budget": 10**6}
-    metric = drawn | {"objective": Sharpness(), "steps": 10**6, "grad_steps": 1}
-    several = work.problems
+    metric = generates | {"objective": Sharpness(), "steps": 10**6, "grad_steps": 1}
     return {
         "PH2P": Case(PH2P, "ph2p", work.images, tokens, plain_loops.ph2p),
-        "GCG": Case(GCG, "gcg", several, tokens | {"candidates": work.candidates}, plain_loops.gcg),
-        "DPO-Diff, gradients": Case(DPODiff, "dpo_diff", several, learning, plain_loops.dpo_diff_gradients),
-        "DPO-Diff, candidates": Case(DPODiff, "dpo_diff", several, evaluating, plain_loops.dpo_diff_candidates),
-        "MetricGuidance": Case(MetricGuidance, "metric_guidance", several, metric, plain_loops.metric_guidance),
+        "GCG": Case(GCG, "gcg", work.problems, tokens | {"candidates": work.candidates}, plain_loops.gcg),
+        "DPO-Diff, gradients": Case(DPODiff, "dpo_diff", work.problems, learning, plain_loops.dpo_diff_gradients),
+        "DPO-Diff, candidates": Case(DPODiff, "dpo_diff", work.problems, evaluating, plain_loops.dpo_diff_candidates),
+        "MetricGuidance": Case(MetricGuidance, "metric_guidance", work.problems, metric, plain_loops.metric_guidance),
     }
 
 
@@ -121,7 +122,7 @@ class Bench:
         self.work = dict.fromkeys(WORK, TINY_WORK) if tiny else WORK
         self.loaded: dict[str, Backbone] = {}
         self.counts: dict[str, list[int]] = {}  # by model, see `counted`
-        self.found: dict[str, dict[str, Any]] = {}  # by strategy, see `two_processes`
+        self.compared: dict[str, dict[str, Any]] = {}  # by strategy, see `two_processes`
 
     def model(self, name: str) -> Backbone:
         """Load a model in place of the previous one."""
@@ -160,7 +161,7 @@ class Bench:
         return statistics.median(times[1:])
 
     def throughput(self, name: str, what: str) -> dict[str, Any]:
-        """Measure denoiser samples per second of a search and of its plain loop, and the search's share of a product's rate."""
+        """Measure the samples per second of a search and of its plain loop, and its share of a product's rate."""
         model = self.model(name)
         clock, case = Clock(self.device, self.seconds), cases(self.work[name], model.guides_itself)[what]
         with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +174,7 @@ class Bench:
         return size | rates | {"product": self.product, "share": teraflops / self.product}
 
     def memory(self, name: str, what: str) -> dict[str, Any]:
-        """Measure the peak memory in GiB above what was allocated before, and compare it with the count on the meta device."""
+        """Measure the peak memory in GiB beyond what was allocated, and compare it with the counted memory."""
         place = MEMORY.index(what)
         if not place:
             self.free(models=True)
@@ -206,7 +207,7 @@ class Bench:
         return peak_memory(self.device) - before
 
     def compiled(self, name: str, what: str) -> dict[str, Any]:
-        """Measure gradient samples per second without and with torch.compile; the first, compiling call is timed separately."""
+        """Measure gradient samples per second without and with torch.compile; time the first call separately."""
         work, model = self.work[name], self.model(name)
         compute = speed.gradient(model, work.images, microbatch=work.microbatch)
         operations, gradient = speed.flops(compute, self.device.type) / 1e12, compute()
@@ -226,8 +227,8 @@ class Bench:
         return rates | {"ratio": plain / compiled} | shares | {"difference": difference, "first": first}
 
     def two_processes(self, name: str, strategy: str) -> dict[str, Any]:
-        """Compare the prompts that two processes find with PH2P with those of one; one pair of processes runs all strategies."""
-        if not self.found:
+        """Compare PH2P's prompts of two processes with those of one; one pair of processes runs all strategies."""
+        if not self.compared:
             with tempfile.TemporaryDirectory() as scratch:
                 self.fixed(name, f"{scratch}/one")
                 torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
@@ -240,9 +241,9 @@ class Bench:
                     process.wait()
                 if process.returncode:
                     raise RuntimeError(f"The processes ended with exit code {process.returncode}:\n{errors[-3000:]}")
-                one, *others = (found_in(f"{scratch}/{run}") for run in ("one", *STRATEGIES))
-            self.found = {how: compare(one, other) for how, other in zip(STRATEGIES, others, strict=True)}
-        return self.found[strategy]
+                one, *others = (prompts_in(f"{scratch}/{run}") for run in ("one", *STRATEGIES))
+            self.compared = {how: compare(one, other) for how, other in zip(STRATEGIES, others, strict=True)}
+        return self.compared[strategy]
 
     def fixed(self, name: str, folder: str, **trainer: Any) -> None:
         """Search with PH2P for a fixed number of steps."""
@@ -251,7 +252,7 @@ class Bench:
         search(self.model(name), case, 4, folder, **trainer)
 
 
-def found_in(folder: str) -> list[dict[str, Any]]:
+def prompts_in(folder: str) -> list[dict[str, Any]]:
     """Return the prompts that a search found, in the order of its images."""
     records = sorted(RunFolder(folder).load().values(), key=lambda record: record.index)
     return [{"prompt": record.prompt, "validation_loss": record.validation_loss} for record in records]
@@ -304,38 +305,38 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def run(bench: Bench, cells: list[Cell], folder: Path, minutes: float) -> bool:
-    """Run the missing measurements that fit into the time; return False if one failed for any reason other than time or memory."""
-    end, sound = time.monotonic() + 60 * minutes, True
+    """Run the missing measurements that fit into the time; return False if one failed, other than by time or memory."""
+    end, succeeded = time.monotonic() + 60 * minutes, True
     for cell in cells:
         file, key = file_of(folder, cell.part), {"device": bench.name, "model": cell.model, "what": cell.what}
         if any(key.items() <= row.items() for row in tables.read(file)):
             continue
-        row, said, begun = dict[str, Any](), "not measured: no time left", time.monotonic()
+        row, outcome, begun = dict[str, Any](), "not measured: no time left", time.monotonic()
         if begun + cell.limit <= end:
             try:
                 with limited(cell.limit):
                     row = cell.measure(cell.model, cell.what)
-                said = f"measured in {time.monotonic() - begun:.0f} s"
+                outcome = f"measured in {time.monotonic() - begun:.0f} s"
             except OutOfTime:
-                said = f"not measured: no time left of its {cell.limit:.0f} s"
+                outcome = f"not measured: no time left of its {cell.limit:.0f} s"
             except Exception as error:
                 if out_of_memory(error) or str(error) == OUT_OF_MEMORY:
-                    said, row = "out of memory", dict.fromkeys(FORMATS[cell.part], "out of memory")
+                    outcome, row = "out of memory", dict.fromkeys(FORMATS[cell.part], "out of memory")
                 else:
                     traceback.print_exc()
-                    said, sound = "failed", False
+                    outcome, succeeded = "failed", False
             bench.free()
         if row:
             tables.add(file, [key | {column: row[column] for column in FORMATS[cell.part]}])
-        print(f"{cell.model}, {cell.part}, {cell.what}: {said}", flush=True)
-    return sound
+        print(f"{cell.model}, {cell.part}, {cell.what}: {outcome}", flush=True)
+    return succeeded
 
 
 # --- tables
 
 FORMATS: dict[str, dict[str, tuple[str, str]]] = {  # by part and column, heading and format
     "throughput": {
-        "problems": ("together", ".0f"), "microbatch": ("microbatch", ".0f"), "search": ("search, samples/s", ".1f"),
+        "problems": ("batch size", ".0f"), "microbatch": ("microbatch", ".0f"), "search": ("search, samples/s", ".1f"),
         "plain": ("plain loop, samples/s", ".1f"), "ratio": ("ratio", ".1f"), "teraflops": ("TFLOP/s", ".0f"),
         "product": ("matrix product, TFLOP/s", ".0f"), "share": ("share", ".0%"), "peak": ("peak memory, GiB", ".1f"),
     },
@@ -353,6 +354,7 @@ FORMATS: dict[str, dict[str, tuple[str, str]]] = {  # by part and column, headin
 
 
 def file_of(folder: Path, part: str) -> Path:
+    """Return the file with the figures of a part."""
     return folder / f"gpu_{part}.csv"
 
 
@@ -370,7 +372,7 @@ def table(part: str, rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=7.0, help="time limit, not counting imports")
     parser.add_argument("--part", choices=list(FORMATS), nargs="+", default=list(FORMATS))
@@ -379,10 +381,10 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="only print the tables")
     parser.add_argument("--rank-in", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sound = args.print or measure(args)
+    succeeded = args.print or measure(args)
     for part in () if args.rank_in else args.part:
         print(f"\n{table(part, tables.read(file_of(args.folder, part)))}")
-    sys.exit(0 if sound else 1)
+    sys.exit(0 if succeeded else 1)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 STEPS = (10, 25, 50, 100)
-PICTURES = 4
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc caches no larger blocks
+NUM_IMAGES = 4
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc returns larger blocks to the system immediately
 
 
 def peak_and_now() -> tuple[float, float]:
@@ -43,14 +43,16 @@ def measured(kind: str, steps: int) -> str:
     clip = ClipSimilarity(default_clip(backbone))
     prompt = "a small bunny on a crimson background"
     ids = encode_text(backbone.text_encoders[0].tokenizer, [prompt, "blurry"], backbone.text_encoders[0].length)
-    noise = torch.randn(PICTURES, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(NUM_IMAGES, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
     wanted = clip.features_of([prompt])
     calls, grad_steps = (3 * steps // 5, 1) if kind == "shortcut" else (steps, steps)
 
     def gradient(calls: int, grad_steps: int) -> None:
         table = backbone.text_encoders[0].table[ids].clone().requires_grad_()
-        told, away = (backbone.encode(ids[i : i + 1], table[i : i + 1]).repeat_interleave(PICTURES) for i in (0, 1))
-        latents = backbone.sample(told, away, noise, steps, 3.0, grad_steps, calls)
+        prompt_embeds, negative_prompt_embeds = (
+            backbone.encode(ids[i : i + 1], table[i : i + 1]).repeat_interleave(NUM_IMAGES) for i in (0, 1)
+        )
+        latents = backbone.sample(prompt_embeds, negative_prompt_embeds, noise, steps, 3.0, grad_steps, calls)
         loss = spherical_distance(clip.features(backbone.decode(latents)), wanted).mean()
         torch.autograd.grad(loss, table)
 
@@ -64,24 +66,26 @@ def measured(kind: str, steps: int) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs=2, metavar=("KIND", "STEPS"), help="measure one line in this process")
     args = parser.parse_args()
     if args.only:
         print(measured(args.only[0], int(args.only[1])))
         return
-    print(f"{PICTURES} images, {platform.machine()}, {torch.get_num_threads()} threads, float32\n")
+    print(f"{NUM_IMAGES} images, {platform.machine()}, {torch.get_num_threads()} threads, float32\n")
     print("| sampling steps | shortcut, MB | full, MB | shortcut, s | full, s |\n|---|---|---|---|---|")
     for steps in STEPS:
         cells = []
         for kind in ("shortcut", "full"):
             program = [sys.executable, __file__, "--only", kind, str(steps)]
-            said = [
-                subprocess.run(program, capture_output=True, text=True, check=True, env=os.environ | how).stdout.split()
-                for how in (AT_ONCE, {})
+            outputs = [
+                subprocess.run(
+                    program, capture_output=True, text=True, check=True, env=os.environ | more
+                ).stdout.split()
+                for more in (RETURN_MEMORY, {})
             ]
-            cells.append((said[0][0], said[1][1]))
+            cells.append((outputs[0][0], outputs[1][1]))
         (memory, seconds), (other_memory, other_seconds) = cells
         print(f"| {steps} | {memory} | {other_memory} | {seconds} | {other_seconds} |", flush=True)
 

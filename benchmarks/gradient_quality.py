@@ -1,4 +1,6 @@
-"""Measure what the shortcut text gradient predicts: `python benchmarks/gradient_quality.py`, after `python benchmarks/word_search.py`.
+"""Measure what the shortcut text gradient predicts: `python benchmarks/gradient_quality.py`.
+
+Run `python benchmarks/word_search.py` first.
 
 In the spaces that word_search.py enumerates, a word of a random candidate is replaced by another with as many tokens.
 The gradient at the candidate predicts the change of the loss, and the tables have the true change. Prints the rank
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import torch
 from inversion import interval
-from prompt_pool import written
+from prompt_pool import sample_prompts
 from scipy.stats import spearmanr
 from torch import Tensor
 from word_search import PROMPTS, SCHEDULE, SEED, SETTINGS, Small, Table, enumerated
@@ -31,11 +33,13 @@ def changes(method: Small, table: Table, choice: list[int], before: int, grad_st
     space, words = method.prompt.spaces[0], method.prompt.word_ids[0]
     ids = [encode_text(method.vocabulary.tokenizer, [text], method.vocabulary.length) for text in space.texts(choice)]
     embeddings = [method.prompt.table[row].clone().requires_grad_() for row in ids]
-    told, away = (method.backbone.encode(*pair) for pair in zip(ids, embeddings, strict=True))
+    prompt_embeds, negative_prompt_embeds = (
+        method.backbone.encode(*pair) for pair in zip(ids, embeddings, strict=True)
+    )
     method.grad_steps = grad_steps
-    loss = method.shortcut_loss(torch.tensor([0]), told, away, before + grad_steps)
+    loss = method.shortcut_loss(torch.tensor([0]), prompt_embeds, negative_prompt_embeds, before + grad_steps)
     slopes: tuple[Tensor, ...] = torch.autograd.grad(loss.sum(), embeddings)
-    now, found = mean(table, space.texts(choice)), []
+    now, pairs = mean(table, space.texts(choice)), []
     for slope, embedded, parts in zip(slopes, embeddings, space.parts(choice), strict=True):
         place = 1
         for part in parts:
@@ -45,9 +49,9 @@ def changes(method: Small, table: Table, choice: list[int], before: int, grad_st
                 if len(other) == count and replaced != choice:
                     step = method.prompt.table[torch.tensor(other)] - embedded[0, place : place + count].detach()
                     predicted = float((step * slope[0, place : place + count]).sum())
-                    found.append((predicted, mean(table, space.texts(replaced)) - now))
+                    pairs.append((predicted, mean(table, space.texts(replaced)) - now))
             place += count
-    return found
+    return pairs
 
 
 def mean(table: Table, texts: tuple[str, str]) -> float:
@@ -61,7 +65,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/word_search"))
     args = parser.parse_args()
     method, correlations = Small(schedule=SCHEDULE, **SETTINGS), {calls: list[float]() for calls in CALLS}
-    for one in written(SEED, PROMPTS):
+    for one in sample_prompts(SEED, PROMPTS):
         table, space = enumerated(one.prompt, args.runs / "tables"), method.space(one.prompt)
         method.prompt.set_spaces([space])
         method.text_features = method.clip.features_of([one.prompt])

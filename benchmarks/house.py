@@ -70,7 +70,7 @@ def cycles(edges: dict[str, set[str]]) -> list[tuple[str, str]]:
 
 
 def constructor_arguments(tree: Tree) -> dict[str, int]:
-    """Return how many arguments each class takes beyond those of its bases, and how many settings each group has, by name.
+    """Return the number of arguments of each class beyond those of its bases, and of settings of each group, by name.
 
     A group of settings is a class without a constructor of its own, such as a dataclass, that is the default of an
     argument.

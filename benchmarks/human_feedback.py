@@ -22,7 +22,7 @@ import tables
 import torch
 import yaml
 from inversion import TARGETS, interval, words_of
-from metric_guidance import judge
+from metric_guidance import heldout_clip
 from torch import Tensor
 
 from lightning_prompts.engine.prompts import Prompts
@@ -35,72 +35,77 @@ CONFIG = yaml.safe_load(Path("configs/human_feedback.yaml").read_text())["model"
 FIGURES = Path(__file__).parent / "figures" / "human_feedback"
 
 
-def wanted(targets: str) -> list[tuple[str, Path]]:
+def tasks(targets: str) -> list[tuple[str, Path]]:
     """Return the prompts and the files of the target images."""
     words = words_of(targets)
     if targets == "outside":  # every second target has such a color
         return [(f"a {of['object']}", TARGETS / targets / name) for name, of in list(words.items())[: 2 * COUNT : 2]]
-    said = [(f"a {of['object']} on a {of['background']} background", name) for name, of in words.items()]
-    return [(text, TARGETS / targets / name) for text, name in said[:COUNT]]
+    pairs = [(f"a {of['object']} on a {of['background']} background", name) for name, of in words.items()]
+    return [(text, TARGETS / targets / name) for text, name in pairs[:COUNT]]
 
 
 def edit(text: str, words: list[str], rng: random.Random) -> str:
     """Return a text with one word added, replaced or, unless it is the only one, removed."""
-    change, varied = rng.choice(["add", "exchange", "leave out"]), text.split()
+    change, varied = rng.choice(["add", "replace", "remove"]), text.split()
     place = rng.randrange(len(varied) + (change == "add"))
-    if change == "leave out" and len(varied) > 1:
+    if change == "remove" and len(varied) > 1:
         del varied[place]
     else:
         varied[place : place + (change != "add")] = [rng.choice(words)]
     return " ".join(varied)
 
 
-def edited(method: HumanFeedback, chooser: Scripted, prompt: str, seed: int) -> tuple[str, Tensor]:
+def edited_prompt(method: HumanFeedback, chooser: Scripted, prompt: str, seed: int) -> tuple[str, Tensor]:
     """Return the prompt after twenty choices among edits, and its image (3, H, W)."""
     rng, noise, count = random.Random(seed), method.noise[:, 0], int(method.candidates)
-    picture = method.generate([prompt], noise)[0]
+    image = method.generate([prompt], noise)[0]
     for _ in range(CHOICES):
         edits = [edit(prompt, method.words, rng) for _ in range(count)]
         drawn = method.generate(edits, noise.expand(count, -1, -1, -1))
-        seen = chooser.similarities([picture, *drawn])
-        best = int(seen[1:].argmax())
-        if seen[1 + best] > seen[0]:
-            prompt, picture = edits[best], drawn[best]
-    return prompt, picture
+        similarities = chooser.similarities([image, *drawn])
+        best = int(similarities[1:].argmax())
+        if similarities[1 + best] > similarities[0]:
+            prompt, image = edits[best], drawn[best]
+    return prompt, image
 
 
-def measure(said: str, file: Path, seed: int) -> dict[str, Any]:
+def measure(prompt: str, file: Path, seed: int) -> dict[str, Any]:
     """Measure moves and edits for one target."""
     chooser = Scripted(str(file), strengths=STRENGTHS)
     method = HumanFeedback(**CONFIG | {"chooser": chooser, "steps": CHOICES})
-    data = Prompts(said, seed=seed)
+    data = Prompts(prompt, seed=seed)
     with tempfile.TemporaryDirectory() as scratch:
-        how: dict[str, Any] = {**TRAINER, "accelerator": "cpu", "logger": False, "default_root_dir": scratch}
-        pl.Trainer(**how).fit(method, datamodule=data)
-        prompt, by_words = edited(method, chooser, said, seed)
-    clip, _ = judge()
-    seen = clip.features(torch.stack([chooser.wanted, method.images[0], method.images[-1], by_words]))
-    similar = dict(zip(("before", "by_moves", "by_edits"), (seen[1:] @ seen[0]).tolist(), strict=True))
+        trainer_settings: dict[str, Any] = {
+            **TRAINER,
+            "accelerator": "cpu",
+            "logger": False,
+            "default_root_dir": scratch,
+        }
+        pl.Trainer(**trainer_settings).fit(method, datamodule=data)
+        edited, by_words = edited_prompt(method, chooser, prompt, seed)
+    clip, _ = heldout_clip()
+    similarities = clip.features(torch.stack([chooser.wanted, method.images[0], method.images[-1], by_words]))
+    similar = dict(zip(("before", "by_moves", "by_edits"), (similarities[1:] @ similarities[0]).tolist(), strict=True))
     (problem,) = data.folder.load().values()
     return {
-        "said": said,
-        "picture": file.name,
+        "prompt": prompt,
+        "image": file.name,
         **similar,
         "moves": len(HumanFeedbackResult.of(problem).moves),
-        "edited": prompt,
+        "edited": edited,
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a table with one line per target, and a summary."""
     head = ("prompt", "image", "before", "by moves", "by word edits")
-    found = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     moves, edits = ([row[f"by_{way}"] for row in rows] for way in ("moves", "edits"))
     for row, by_moves, by_edits in zip(rows, moves, edits, strict=True):
-        found.append(f"| {row['said']} | {row['picture']} | {row['before']:.3f} | {by_moves:.3f} | {by_edits:.3f} |")
+        lines.append(f"| {row['prompt']} | {row['image']} | {row['before']:.3f} | {by_moves:.3f} | {by_edits:.3f} |")
     closer = sum(by_moves > by_edits for by_moves, by_edits in zip(moves, edits, strict=True))
     difference = interval([by_moves - by_edits for by_moves, by_edits in zip(moves, edits, strict=True)])
-    return "\n".join([*found, "", f"Closer by moves: {closer} of {len(rows)}; moves minus edits: {difference}."])
+    return "\n".join([*lines, "", f"Closer by moves: {closer} of {len(rows)}; moves minus edits: {difference}."])
 
 
 def rows_of(targets: str) -> list[dict[str, Any]]:
@@ -111,10 +116,10 @@ def rows_of(targets: str) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure what is missing and print the tables."""
     for targets in ("outside", "evaluation"):
-        known = {row["picture"] for row in rows_of(targets)}
-        for i, (said, file) in enumerate(wanted(targets)):
+        known = {row["image"] for row in rows_of(targets)}
+        for i, (prompt, file) in enumerate(tasks(targets)):
             if file.name not in known:
-                tables.add(FIGURES / f"{targets}.csv", [measure(said, file, i)])
+                tables.add(FIGURES / f"{targets}.csv", [measure(prompt, file, i)])
         print(f"{targets}\n\n{table(rows_of(targets))}\n")
 
 

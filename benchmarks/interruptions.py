@@ -24,7 +24,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 def main() -> None:
-    """Measure what is missing and print the table."""
+    """Measure what is missing, draw the plot and print the table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     done = tables.read(FIGURES)
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,11 +79,11 @@ def kill_rank(agent: int) -> bool:
         if not entry.name.isdigit():
             continue
         try:
-            told = (entry / "environ").read_bytes().split(b"\0")
+            environ = (entry / "environ").read_bytes().split(b"\0")
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if parent == agent and b"RANK=1" in told:
+        if parent == agent and b"RANK=1" in environ:
             os.kill(int(entry.name), signal.SIGKILL)
             return True
     return False
@@ -125,7 +125,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
         xlim=(0, 100),
         yticks=range(len(kinds)),
         yticklabels=kinds,
-        title="Interrupted, resumed, identical",
+        title="Searches that were interrupted and resumed",
     )
     axis.invert_yaxis()
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")

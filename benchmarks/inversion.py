@@ -43,7 +43,7 @@ def interval(values: Sequence[float]) -> str:
 
 
 def share(values: Sequence[bool]) -> str:
-    """Return the share of true values and its 95% interval by Wilson, which has a width even if all or none are true."""
+    """Return the share of true values and its 95% interval by Wilson, which is wide even if all or none are true."""
     low, high = binomtest(sum(values), len(values)).proportion_ci(method="wilson")
     return f"{sum(values) / len(values):.3f} ({low:.3f} to {high:.3f})"
 
@@ -72,8 +72,8 @@ def fit(config: str, rows: Sequence[dict[str, str]], run: Path, extra: Sequence[
         chosen = run.parent / f"{run.name}.jsonl"
         chosen.parent.mkdir(parents=True, exist_ok=True)
         chosen.write_text("\n".join(json.dumps(row) for row in rows))
-        pictures, folder = ["--data.images", str(chosen)], ["--run", str(run), "--ckpt_path", "last"]
-        lightning_prompts(["fit", "--config", config, *pictures, *folder, *extra])
+        images, folder = ["--data.images", str(chosen)], ["--run", str(run), "--ckpt_path", "last"]
+        lightning_prompts(["fit", "--config", config, *images, *folder, *extra])
     problems: list[dict[str, Any]] = json.loads((run / "result.json").read_text())["problems"]
     return problems
 

@@ -24,14 +24,15 @@ METHODS = {
     "PH2P": ["ph2p", "--model.steps", "24", "--model.restart_every", "8", "--model.score_every_n_steps", "4"],
     "PH2P by L-BFGS": ["ph2p_lbfgs", "--model.steps", "3"],
     "GCG": ["invert", "--model.steps", "3", "--model.candidates", "8", "--model.rerank.num_inference_steps", "4"],
-    "DPO-Diff": ["dpo_diff", "--model.budget", "12", "--model.seeds", "2", "--model.sampler.num_inference_steps", "6", "--model.schedule", "step-2-2"],
+    "DPO-Diff": ["dpo_diff", "--model.budget", "12", "--model.seeds", "2", "--model.sampler.num_inference_steps", "6",
+    "--model.schedule", "step-2-2"],
     "MetricGuidance": ["metric_guidance", "--model.objective", "Sharpness", "--model.steps", "5", "--model.seeds", "2"],
 }  # fmt: skip
 PROMPTS = ("a dog on a blue background", "a big red square", "a small cat on a green background", "two trees", "a car")
 
 
-def pictures(folder: Path, count: int) -> Path:
-    """Return this many scenes of the embedded model's world."""
+def write_images(folder: Path, count: int) -> Path:
+    """Write this many images of a rectangle on a plain background; return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -52,12 +53,13 @@ def _save(path: Path, pixels: np.ndarray[Any, Any]) -> None:
 def command(method: str, scratch: Path, run: Path, *extra: str) -> list[str]:
     """Return the arguments of a search for five images or prompts, two at a time."""
     config, *settings = METHODS[method]
-    inputs = pictures(scratch / "pictures", 5)
+    inputs = write_images(scratch / "images", 5)
     given = ["--data.images", str(inputs)]
     if config in ("dpo_diff", "metric_guidance"):
         given = ["--data.prompts", json.dumps(PROMPTS)]
     return ["train.py", "fit", "--config", f"configs/{config}.yaml", *given, "--run", str(run), *settings,
-            "--model.batch_size", "2", "--model.log_images_every_n_steps", "0", "--trainer.accelerator", "cpu", *extra]  # fmt: skip
+            "--model.batch_size", "2", "--model.log_images_every_n_steps", "0", "--trainer.accelerator", "cpu",
+            *extra]  # fmt: skip
 
 
 def start(
@@ -74,7 +76,7 @@ def finish(process: subprocess.Popen[bytes], expected: int = 0) -> None:
     """Wait until a search has finished successfully."""
     _, errors = process.communicate()
     if process.returncode != expected:
-        raise SystemExit(f"It ended with {process.returncode}:\n{errors.decode()[-3000:]}")
+        raise SystemExit(f"The search ended with exit code {process.returncode}:\n{errors.decode()[-3000:]}")
 
 
 def results(run: Path) -> list[dict[str, Any]]:

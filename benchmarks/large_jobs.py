@@ -1,6 +1,7 @@
-"""Measure the cost of many images, and the speedup by a second process: `python benchmarks/large_jobs.py scaling` or `processes`.
+"""Measure large jobs: `python benchmarks/large_jobs.py scaling`, then `... processes`.
 
-`processes` alternates between the cases and needs a machine on which nothing else runs.
+`scaling` measures the cost of many images, and `processes` the speedup by a second process. `processes` alternates
+between the cases and needs a machine on which nothing else runs.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import tables
 
 COUNTS = (10, 100, 1000)
 ROUNDS = 3
-PICTURES = 32  # for two processes with batches of 16, as in a large job
-SHORT = ("--model.steps", "4", "--data.num_noise_samples", "2", "--data.num_validation_samples", "4", "--model.score_every_n_steps", "4",
-         "--model.sampler.num_inference_steps", "2", "--model.restart_every", "0", "--model.log_images_every_n_steps", "0")  # fmt: skip
+NUM_IMAGES = 32  # for two processes with batches of 16, as in a large job
+SHORT = ("--model.steps", "4", "--data.num_noise_samples", "2", "--data.num_validation_samples", "4",
+         "--model.score_every_n_steps", "4",
+         "--model.sampler.num_inference_steps", "2", "--model.restart_every", "0", "--model.log_images_every_n_steps",
+         "0")  # fmt: skip
 LONG = ("--model.steps", "120", "--model.restart_every", "30", "--model.log_images_every_n_steps", "0")
 
 
 def search(scratch: Path, count: int, name: str, *settings: str) -> tuple[float, float, list[dict[str, Any]]]:
     """Search this many images; return the seconds, the peak memory of the first process in MB, and the results."""
-    inputs, run = jobs.pictures(scratch / f"pictures{count}", count), scratch / name
+    inputs, run = jobs.write_images(scratch / f"images{count}", count), scratch / name
     args = ["train.py", "fit", "--config", "configs/ph2p.yaml", "--data.images", str(inputs), "--run", str(run),
             "--trainer.accelerator", "cpu", *settings]  # fmt: skip
     begun, process, most = time.perf_counter(), jobs.start(args), 0.0
@@ -41,20 +44,20 @@ def search(scratch: Path, count: int, name: str, *settings: str) -> tuple[float,
 def memory(pid: int) -> float:
     """Return the peak memory of a process so far, in MB."""
     try:
-        told = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text()
     except OSError:  # it has just finished
         return 0.0
-    return int(told.split("VmHWM:")[1].split()[0]) / 1024 if "VmHWM:" in told else 0.0
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024 if "VmHWM:" in status else 0.0
 
 
 def scaling(scratch: Path) -> None:
     """Measure one process with one thread."""
-    done = [row["pictures"] for row in tables.read(FIGURES["scaling"])]
+    done = [row["images"] for row in tables.read(FIGURES["scaling"])]
     for count in COUNTS:
         if count not in done:
             seconds, most, found = search(scratch, count, f"run{count}", *SHORT)
             samples = sum(problem["unet_samples"] for problem in found)
-            row = {"pictures": count, "results": len(found), "samples": samples, "seconds": seconds, "megabytes": most}
+            row = {"images": count, "results": len(found), "samples": samples, "seconds": seconds, "megabytes": most}
             tables.add(FIGURES["scaling"], [row])
 
 
@@ -62,12 +65,12 @@ def processes(scratch: Path) -> None:
     """Measure one process and two, with one thread each, in turns."""
     for number in range(len(tables.read(FIGURES["processes"])) // 2, ROUNDS):
         for count in (1, 2):
-            seconds, _, _ = search(scratch, PICTURES, f"{count}-{number}", *LONG, "--trainer.devices", str(count))
+            seconds, _, _ = search(scratch, NUM_IMAGES, f"{count}-{number}", *LONG, "--trainer.devices", str(count))
             # The processes do not share the loading of the model, which takes a larger part of the time here than in a
             # large job.
-            told = json.loads((scratch / f"{count}-{number}" / "result.json").read_text())["problems"]
-            longest = max(sum(problem["seconds"] for problem in told[rank::count]) for rank in range(count))
-            samples = sum(problem["unet_samples"] for problem in told)
+            problems = json.loads((scratch / f"{count}-{number}" / "result.json").read_text())["problems"]
+            longest = max(sum(problem["seconds"] for problem in problems[rank::count]) for rank in range(count))
+            samples = sum(problem["unet_samples"] for problem in problems)
             row = {"processes": count, "search": longest, "whole": seconds, "samples": samples}
             tables.add(FIGURES["processes"], [row])
 
@@ -80,9 +83,9 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
     """Return a table with one line per number of images."""
     lines = ["| images | seconds | seconds per further image | memory, MB |", "|---|---|---|---|"]
     for before, row in zip([None, *rows], rows, strict=False):
-        more = (row["seconds"] - before["seconds"]) / (row["pictures"] - before["pictures"]) if before else None
+        more = (row["seconds"] - before["seconds"]) / (row["images"] - before["images"]) if before else None
         cells = (
-            f"{row['pictures']:.0f}",
+            f"{row['images']:.0f}",
             f"{row['seconds']:.0f}",
             f"{more:.3f}" if more else "",
             f"{row['megabytes']:.0f}",
@@ -110,7 +113,7 @@ def plot_scaling(rows: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot as plt
 
     figure, (time_axis, memory_axis) = plt.subplots(1, 2, figsize=(8, 3))
-    counts = [row["pictures"] for row in rows]
+    counts = [row["images"] for row in rows]
     time_axis.loglog(counts, [row["seconds"] for row in rows], "o-")
     time_axis.set(xlabel="images", ylabel="seconds", title="time, one thread")
     memory_axis.semilogx(counts, [row["megabytes"] for row in rows], "o-")

@@ -1,4 +1,4 @@
-"""Render the target images: `python benchmarks/make_targets.py` (needs the font and the `emoji` package).
+"""Render the target images: `python benchmarks/make_targets.py`, which needs the emoji font and package.
 
 `evaluation` (200 scenes of the grammar) and `outside` (40 scenes that it cannot describe) are for reporting;
 `development` (48) is for tuning. Their seeds differ from each other and from those of the training data.
@@ -24,8 +24,8 @@ def write(name: str, rows: list[tuple[Image.Image, str, dict[str, str]]]) -> Non
     folder = TARGETS / name
     folder.mkdir(parents=True, exist_ok=True)
     lines, words = [], {}
-    for i, (picture, caption, wanted) in enumerate(rows):
-        picture.save(folder / f"{i:03}.png", optimize=True)
+    for i, (image, caption, wanted) in enumerate(rows):
+        image.save(folder / f"{i:03}.png", optimize=True)
         lines.append(json.dumps({"file": f"{i:03}.png", "caption": caption}))
         words[f"{i:03}.png"] = wanted
     (folder / "targets.jsonl").write_text("\n".join(lines) + "\n")

@@ -56,8 +56,14 @@ CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12
 CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 T5_XXL = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"
-}  # fmt: skip
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 VIT_L = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -66,21 +72,45 @@ VIT_L = {
     "patch_size": 14,
 }
 SDXL_UNET = {
-    "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
+}
 SD35_MEDIUM = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24, "attention_head_dim": 64,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
-}  # fmt: skip
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
 PIXART = {
-    "sample_size": 128, "num_layers": 28, "patch_size": 2, "attention_head_dim": 72, "num_attention_heads": 16, "in_channels": 4,
-    "out_channels": 8, "caption_channels": 4096, "cross_attention_dim": 1152, "use_additional_conditions": False,
-}  # fmt: skip
+    "sample_size": 128,
+    "num_layers": 28,
+    "patch_size": 2,
+    "attention_head_dim": 72,
+    "num_attention_heads": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "caption_channels": 4096,
+    "cross_attention_dim": 1152,
+    "use_additional_conditions": False,
+}
 
 
 def words() -> Iterator[str]:
@@ -92,7 +122,7 @@ def words() -> Iterator[str]:
 
 @cache
 def clip_tokenizer(size: int = 49408, pad: str = "<|endoftext|>") -> Any:
-    """Create a tokenizer in CLIP's format whose tokens are words of up to four letters, which all survive the round trip.
+    """Create a tokenizer in CLIP's format whose tokens are words of up to four letters that survive a round trip.
 
     A word is merged from its end, `a b c</w>` to `a bc</w>` to `abc</w>`, so that no two merges compete.
     """
@@ -141,19 +171,25 @@ def t5(tokenizer: Any = None, **config: Any) -> tuple[Any, Any]:
 def vae(channels: int = 4, **config: Any) -> Any:
     """Create the autoencoder of Stable Diffusion, or one with more channels."""
     return diffusers.AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=channels, sample_size=512, **config,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=channels,
+        sample_size=512,
+        **config,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
 
 
 def unet(**config: Any) -> Any:
+    """Create a UNet, by default with the layers of Stable Diffusion's."""
     return diffusers.UNet2DConditionModel(**config)
 
 
 def backbone(
     family: type[Backbone], texts: list[tuple[Any, Any]], denoiser: Any, autoencoder: Any, scheduler: Any
 ) -> Backbone:
-    """A model of these parts."""
+    """Create a model from its parts."""
     text_encoders = [TextEncoder(*text, spec) for text, spec in zip(texts, family.text_encoder_specs, strict=True)]
     return family(family.__name__, text_encoders, denoiser, autoencoder, scheduler)
 
@@ -165,24 +201,38 @@ NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 MODELS: dict[str, Callable[[], Backbone]] = {
     "Stable Diffusion 1.5": lambda: backbone(
-        StableDiffusion, [clip(**CLIP_L)], unet(sample_size=64, cross_attention_dim=768, attention_head_dim=8), vae(), EPSILON
+        StableDiffusion,
+        [clip(**CLIP_L)],
+        unet(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        vae(),
+        EPSILON,
     ),
     "Stable Diffusion 2.1": lambda: backbone(
-        StableDiffusion, [clip(**CLIP_H)],
-        unet(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True), vae(), V,
+        StableDiffusion,
+        [clip(**CLIP_H)],
+        unet(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
+        vae(),
+        V,
     ),
     "SDXL": lambda: backbone(
-        StableDiffusionXL, [clip(**CLIP_L), clip(1280, clip_tokenizer(pad="!"), **CLIP_G)], unet(**SDXL_UNET), vae(), EPSILON
+        StableDiffusionXL,
+        [clip(**CLIP_L), clip(1280, clip_tokenizer(pad="!"), **CLIP_G)],
+        unet(**SDXL_UNET),
+        vae(),
+        EPSILON,
     ),
     "PixArt-Sigma": lambda: backbone(PixArt, [t5()], diffusers.PixArtTransformer2DModel(**PIXART), vae(), EPSILON),
     "Stable Diffusion 3.5 medium": lambda: backbone(
-        StableDiffusion3, [clip(768, **CLIP_L), clip(1280, clip_tokenizer(pad="!"), **CLIP_G), t5()], diffusers.SD3Transformer2DModel(**SD35_MEDIUM),
-        vae(16, **NO_QUANT), FLOW,
+        StableDiffusion3,
+        [clip(768, **CLIP_L), clip(1280, clip_tokenizer(pad="!"), **CLIP_G), t5()],
+        diffusers.SD3Transformer2DModel(**SD35_MEDIUM),
+        vae(16, **NO_QUANT),
+        FLOW,
     ),
     "FLUX.1 dev": lambda: backbone(
         Flux, [clip(**CLIP_L), t5()], diffusers.FluxTransformer2DModel(guidance_embeds=True), vae(16, **NO_QUANT), FLOW
     ),
-}  # fmt: skip
+}
 
 
 def weights(network: Any) -> int:
@@ -190,7 +240,7 @@ def weights(network: Any) -> int:
     return sum(weight.nbytes for weight in network.parameters())
 
 
-class Kept:
+class SavedTensors:
     """A context that records the tensors that autograd keeps, except weights."""
 
     def __init__(self, network: Any) -> None:
@@ -199,7 +249,7 @@ class Kept:
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
 
     def add(self, tensor: Tensor) -> Tensor:
-        """Record a tensor."""
+        """Record a tensor that is no weight."""
         if tensor.untyped_storage()._cdata not in self.weights:
             self.tensors[tensor.untyped_storage()._cdata] = tensor
         return tensor
@@ -222,7 +272,7 @@ def fused_attention() -> Iterator[None]:
 
 
 class FusedAttention(torch.autograd.Function):
-    """Keep the tensors that fused kernels keep; on the meta device, torch would keep the matrix of each head instead."""
+    """Keep the tensors that fused kernels keep, where torch on the meta device keeps the matrix of each head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -232,12 +282,12 @@ class FusedAttention(torch.autograd.Function):
         return output
 
 
-def kept_of(network: Any, call: Callable[[], Tensor], checkpointing: bool) -> int:
-    """Count the bytes that autograd keeps of a network call; with gradient checkpointing, add the second call of the largest block."""
-    kept, blocks = Kept(network), [0]
+def saved_bytes(network: Any, call: Callable[[], Tensor], checkpointing: bool) -> int:
+    """Count the bytes that autograd keeps of a call; with checkpointing, add those of the largest block again."""
+    kept, blocks = SavedTensors(network), [0]
 
     def block(module: Any, *args: Any) -> Any:
-        within = Kept(network)
+        within = SavedTensors(network)
         with within.hooks:
             given = module(*args)
         blocks.append(within.bytes)
@@ -261,8 +311,8 @@ def on_meta(build: Callable[[], Backbone]) -> Backbone:
 
 
 def calls(model: Backbone) -> list[tuple[Any, Callable[[], Tensor]]]:
-    """Return calls of the denoiser and of the decoder for one image, with a gradient to the prompt and to the latents."""
-    said = []
+    """Return calls of the denoiser and the decoder for one image, with gradients to the prompt and the latents."""
+    outputs = []
     for text_encoder, spec in zip(
         model.text_encoders, model.text_encoder_specs, strict=True
     ):  # without content they cannot be called: T5 looks at what its mask holds
@@ -270,20 +320,20 @@ def calls(model: Backbone) -> list[tuple[Any, Callable[[], Tensor]]]:
             text_encoder.encoder.config.projection_dim if spec.network.endswith("Projection") else text_encoder.width
         )
         shapes = (1, text_encoder.length, text_encoder.width), (1, pooled)
-        said.append(TextEncoderOutput(*(torch.zeros(shape, device=model.device) for shape in shapes)))
-    told = model.combine(said).to(torch.bfloat16).requires_grad_()
+        outputs.append(TextEncoderOutput(*(torch.zeros(shape, device=model.device) for shape in shapes)))
+    prompt_embeds = model.combine(outputs).to(torch.bfloat16).requires_grad_()
     latents = torch.zeros(1, *model.latent_shape, device=model.device)
     timesteps = torch.zeros(1, device=model.device)
     return [
-        (model.denoiser, lambda: model.denoise(latents, timesteps, told)),
+        (model.denoiser, lambda: model.denoise(latents, timesteps, prompt_embeds)),
         (model.vae, lambda: model.decode(latents.requires_grad_())),
     ]
 
 
 def activations(model: Backbone) -> list[int]:
-    """Count the bytes that autograd keeps of a denoiser call and of decoding, each without and with gradient checkpointing."""
+    """Count the bytes that autograd keeps of calls of the denoiser and the decoder, without and with checkpointing."""
     with fused_attention():
-        return [kept_of(*call, checkpointing) for call in calls(model) for checkpointing in (False, True)]
+        return [saved_bytes(*call, checkpointing) for call in calls(model) for checkpointing in (False, True)]
 
 
 def table() -> str:
@@ -322,9 +372,9 @@ SEARCHES = {
 
 def clip_model(text: Any, projection: int = 768, **vision: Any) -> Any:
     """Create the CLIP to which a text encoder of this configuration belongs."""
-    pictures = CLIPVisionConfig(**vision)
+    own_vision = CLIPVisionConfig(**vision)
     return CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=pictures.to_dict(), projection_dim=projection)
+        CLIPConfig(text_config=text.to_dict(), vision_config=own_vision.to_dict(), projection_dim=projection)
     )
 
 
@@ -333,9 +383,15 @@ def write_model(folder: Path) -> None:
     model = MODELS["Stable Diffusion 1.5"]()
     tokenizer, encoder = model.text_encoders[0].tokenizer, model.text_encoders[0].encoder
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=model.vae, text_encoder=encoder, tokenizer=tokenizer, unet=model.denoiser, scheduler=model.scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=model.vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=model.denoiser,
+        scheduler=model.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.to(torch.bfloat16).save_pretrained(folder / "model")
     clip_model(encoder.config, **VIT_L).to(torch.bfloat16).save_pretrained(folder / "model/clip")
     tokenizer.save_pretrained(folder / "model/clip")
@@ -346,7 +402,7 @@ def measure(search: str, settings: list[str]) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         write_model(Path(scratch))
         run = Path(scratch) / "run"
-        how = [
+        own_settings = [
             "--model.backbone",
             f"{scratch}/model",
             "--model.backbone.offline",
@@ -361,7 +417,7 @@ def measure(search: str, settings: list[str]) -> str:
             "train.py",
             "fit",
             *SEARCHES[search].split(),
-            *how,
+            *own_settings,
             *settings,
             "--trainer.accelerator",
             "cpu",
@@ -375,7 +431,7 @@ def measure(search: str, settings: list[str]) -> str:
 
 
 def main() -> None:
-    """Count or measure."""
+    """Count memory or run a search, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", choices=SEARCHES, help="run a search; further arguments are its settings")
     args, settings = parser.parse_known_args()

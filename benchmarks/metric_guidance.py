@@ -34,7 +34,7 @@ from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Blurriness, ClipQuality, ClipSimilarity, Objective, Sharpness
 from lightning_prompts.sampling.seeding import FINAL
 
-SEED, COUNT, TOGETHER, FRESH_SEEDS = 20_261_130, 50, 10, 100
+SEED, COUNT, BATCH, FRESH_SEEDS = 20_261_130, 50, 10, 100
 CONFIG = yaml.safe_load(Path("configs/metric_guidance.yaml").read_text())["model"]["init_args"]
 FIGURES = Path(__file__).parent / "figures" / "metric_guidance"
 GOOD, BAD = "a photo", "a blurry dark grainy photo"  # looks that occur in the embedded model's captions
@@ -63,7 +63,7 @@ def objective(line: str) -> Objective:
 
 
 @cache
-def judge() -> tuple[ClipSimilarity, Tensor]:
+def heldout_clip() -> tuple[ClipSimilarity, Tensor]:
     """Return the held-out CLIP, and its features (O, E) of all objects."""
     clip = ClipSimilarity(str(EMOJI.parent / "scorer"))
     return clip, clip.features_of([f"a {name}" for name in world.OBJECTS])
@@ -76,17 +76,22 @@ def measure(line: str, some: list[tuple[str, str]]) -> list[dict[str, Any]]:
         method = MetricGuidance(**CONFIG | {"objective": objective(line)} | LINES[line])
         data = Prompts([prompt for prompt, _ in some])
         with tempfile.TemporaryDirectory() as scratch:
-            how: dict[str, Any] = {**TRAINER, "accelerator": "cpu", "logger": False, "default_root_dir": scratch}
+            trainer_settings: dict[str, Any] = {
+                **TRAINER,
+                "accelerator": "cpu",
+                "logger": False,
+                "default_root_dir": scratch,
+            }
             begun = time.perf_counter()
-            pl.Trainer(**how).fit(method, datamodule=data)
+            pl.Trainer(**trainer_settings).fit(method, datamodule=data)
             seconds = (time.perf_counter() - begun) / len(some)
             problems = list(data.folder.load().values())
-            pictures = method.images_before_and_after(problems, method.draw_noise(problems, FINAL, FRESH_SEEDS))
-    clip, things = judge()
+            images = method.images_before_and_after(problems, method.draw_noise(problems, FINAL, FRESH_SEEDS))
+    clip, things = heldout_clip()
     good, bad = clip.features_of([GOOD, BAD])
     seen_right: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = [{"prompt": prompt, "seconds": seconds} for prompt, _ in some]
-    for when, drawn in zip(("before", "after"), pictures, strict=True):
+    for when, drawn in zip(("before", "after"), images, strict=True):
         metrics, features = method.metric(method.values_of(drawn, problems)), clip.features_of_many(drawn, 50)
         for row, problem, (prompt, thing), metric, seen in zip(rows, problems, some, metrics, features, strict=True):
             right = (seen @ things.T).argmax(1) == list(world.OBJECTS).index(thing)
@@ -102,7 +107,8 @@ def measure(line: str, some: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 def table() -> str:
     """Return the table of the lines that are complete."""
-    head = ("right way, optimized", "right way, fresh", "fresh before", "gain on fresh", "object kept, prompts", "object kept, images",
+    head = ("improved, seeds of the search", "improved, fresh seeds", "metric before", "gain", "object kept, prompts",
+            "object kept, images",
             "held-out similarity", "held-out quality", "seconds per prompt", "gain per second")  # fmt: skip
     found = [f"| objective | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
     for line in LINES:
@@ -149,7 +155,7 @@ def main() -> None:
     for line in [args.only] if args.only else LINES:
         known = {row["prompt"] for row in rows_of(line)}
         missing = [caption for caption in chosen if caption[0] not in known]
-        for some in (missing[i : i + TOGETHER] for i in range(0, len(missing), TOGETHER)):
+        for some in (missing[i : i + BATCH] for i in range(0, len(missing), BATCH)):
             tables.add(file_of(line), measure(line, some))
     print(table())
 

@@ -12,8 +12,8 @@ import time
 
 from playwright.sync_api import sync_playwright
 
-READY = """moves => document.querySelector("#status")?.innerText.includes(`after move ${moves}: which`)
-  && document.querySelectorAll("#candidates img").length == 5 && !document.querySelector("#go").disabled"""
+READY = """moves => document.querySelector("#status")?.innerText.includes(`Moves so far: ${moves}. Select`)
+  && document.querySelectorAll("#candidates img").length == 5 && !document.querySelector("#move").disabled"""
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
             page.wait_for_function("document.querySelectorAll('#candidate input')[2].checked")
             page.wait_for_selector("#preview img")
             begun = time.perf_counter()
-            page.click("#go")
+            page.click("#move")
             page.wait_for_function(READY, arg=move)
             seconds.append(time.perf_counter() - begun)
         page.click("#finish")

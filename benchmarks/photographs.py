@@ -1,4 +1,4 @@
-"""Invert real photographs: `python benchmarks/photographs.py` (needs scikit-learn and scikit-image, for their sample images).
+"""Invert real photographs: `python benchmarks/photographs.py`, which needs scikit-learn and scikit-image.
 
 Inverts two sample photographs of scikit-learn and two of scikit-image with configs/invert.yaml and configs/ph2p.yaml,
 and mixes the two prompts of each. Prints the share of random captions of the embedded model's world whose images are
@@ -35,7 +35,8 @@ def photographs() -> dict[str, Image.Image]:
     from skimage import data
     from sklearn.datasets import load_sample_image
 
-    arrays = {"china": load_sample_image("china.jpg"), "flower": load_sample_image("flower.jpg"), "astronaut": data.astronaut(),
+    arrays = {"china": load_sample_image("china.jpg"), "flower": load_sample_image("flower.jpg"),
+              "astronaut": data.astronaut(),
               "cat": data.chelsea()}  # fmt: skip
     return {name: Image.fromarray(array) for name, array in arrays.items()}
 
@@ -79,14 +80,13 @@ def main() -> None:
     noise = torch.randn(4 * args.captions, *method.backbone.latent_shape, generator=torch.Generator().manual_seed(SEED))
     drawn = method.generate([caption for caption in captions for _ in range(4)], noise).unflatten(0, (args.captions, 4))
     similarity = ClipImageSimilarity(str(EMOJI.parent / "scorer"))
-    print(
-        "| photograph | search | prompt | held-out similarity | random captions less similar |\n|---|---|---|---|---|"
-    )
+    print("| photograph | search | prompt | held-out similarity | random captions that are less similar |")
+    print("|---|---|---|---|---|")
     for number, (path, target) in enumerate(zip(paths, targets, strict=True)):
-        others = [float(similarity(pictures, target)) for pictures in drawn]
+        others = [float(similarity(images, target)) for images in drawn]
         for search, prompts in found.items():
-            pictures = method.generate([prompts[number]] * len(SCORED), noise_of(SCORED, method.backbone.latent_shape))
-            own = float(similarity(pictures, target))
+            images = method.generate([prompts[number]] * len(SCORED), noise_of(SCORED, method.backbone.latent_shape))
+            own = float(similarity(images, target))
             below = sum(other < own for other in others) / len(others)
             print(f"| {path.stem} | {search} | {prompts[number]} | {own:.3f} | {below:.1%} |")
 

@@ -67,10 +67,10 @@ def theirs(pipeline: Any, texts: Sequence[str], noise: Tensor, guidance: float, 
     if isinstance(pipeline, diffusers.PixArtSigmaPipeline):
         how |= {"use_resolution_binning": False, "clean_caption": False}
     # The latents seed the noise that samplers add at each step.
-    pictures: Tensor = pipeline(
+    images: Tensor = pipeline(
         list(texts), latents=noise, generator=generators_of(noise), output_type="pt", **how
     ).images
-    return pictures
+    return images
 
 
 def compare(
@@ -111,7 +111,8 @@ def compare(
             between = between or float((ours(backbone, texts[::-1], noise, scale) - found).abs().max())
             difference = float((found - expected).abs().max())
             rows.append({
-                "model": name, "scheduler": scheduler, "guidance": scale, "prompt": length, "difference": difference, "between_prompts": between,
+                "model": name, "scheduler": scheduler, "guidance": scale, "prompt": length, "difference": difference,
+                "between_prompts": between,
             })  # fmt: skip
     return rows
 

@@ -1,4 +1,4 @@
-"""Plain loops for comparison: one image or prompt at a time, and one noise sample or image per call, like the methods' released code.
+"""Plain loops for comparison, like the methods' released code: one prompt, and one noise sample or image per call.
 
 Each takes its settings from a method that has searched, and yields the number of denoiser samples after every step; a
 backward pass counts as one sample. Unlike in the released code of PH2P and PEZ, weights require no gradients, and
@@ -31,15 +31,15 @@ def noise_loss(model: Backbone, prompt_embeds: Tensor, latents: Tensor) -> Tenso
     return F.mse_loss(output, model.target(latents, noise, timesteps))
 
 
-def picture(
+def generate_image(
     method: Any, prompt_embeds: Tensor, negative: Tensor, grad_steps: int = 0, stop: int | None = None
 ) -> Tensor:
     """Generate one image (1, 3, H, W); guidance takes two samples per call, as in diffusers' pipelines."""
     model = method.backbone
     noise = torch.randn(1, *model.latent_shape, device=model.device)
     steps, scale = method.sampler.num_inference_steps, method.sampler.guidance_scale
-    picture: Tensor = model.decode(model.sample(prompt_embeds, negative, noise, steps, scale, grad_steps, stop))
-    return picture
+    result: Tensor = model.decode(model.sample(prompt_embeds, negative, noise, steps, scale, grad_steps, stop))
+    return result
 
 
 def ph2p(method: Any) -> Iterator[int]:
@@ -88,7 +88,7 @@ def gcg(method: Any) -> Iterator[int]:
 def dpo_diff_gradients(method: Any) -> Iterator[int]:
     """Run DPO-Diff's gradient steps, with RMSprop on the embeddings of the prompt's tokens."""
     model, before = method.backbone, method.plan(0)[0]
-    text, away = (
+    text, negative_prompt_embeds = (
         encode_text(method.vocabulary.tokenizer, PROMPTS[:1], method.vocabulary.length),
         method.encode([""], negative=True),
     )
@@ -98,7 +98,13 @@ def dpo_diff_gradients(method: Any) -> Iterator[int]:
     while True:
         optimizer.zero_grad()
         for _ in range(method.seeds):
-            drawn = picture(method, model.encode(ids, embeddings), away, method.grad_steps, before + method.grad_steps)
+            drawn = generate_image(
+                method,
+                model.encode(ids, embeddings),
+                negative_prompt_embeds,
+                method.grad_steps,
+                before + method.grad_steps,
+            )
             spherical_distance(method.clip.features(drawn), wanted).sum().backward()
         optimizer.step()
         yield method.seeds * method.sampler.cost(before + method.grad_steps, method.grad_steps)
@@ -110,19 +116,26 @@ def dpo_diff_candidates(method: Any) -> Iterator[int]:
     wanted = method.clip.features_of(PROMPTS[:1])
     while True:
         for _ in range(method.population):
-            sides = method.encode(PROMPTS[:1]), method.encode(["blurry"], negative=True)
+            encoded = method.encode(PROMPTS[:1]), method.encode(["blurry"], negative=True)
             for _ in range(method.seeds):
-                spherical_distance(method.clip.features(picture(method, *sides)), wanted).sum().item()
+                spherical_distance(method.clip.features(generate_image(method, *encoded)), wanted).sum().item()
         yield method.population * method.seeds * method.sampler.cost()
 
 
 def metric_guidance(method: Any) -> Iterator[int]:
     """Run MetricGuidance's gradient steps, with Adam on the encoded prompt."""
-    embeds, away = nn.Parameter(method.encode(PROMPTS[:1]).float()), method.encode([""], negative=True)
-    optimizer, objective = torch.optim.Adam([embeds], lr=0.01), Sharpness()
+    prompt_embeds, negative_prompt_embeds = (
+        nn.Parameter(method.encode(PROMPTS[:1]).float()),
+        method.encode([""], negative=True),
+    )
+    optimizer, objective = torch.optim.Adam([prompt_embeds], lr=0.01), Sharpness()
     while True:
         optimizer.zero_grad()
         for _ in range(method.seeds):
-            (-objective(picture(method, embeds, away, method.grad_steps), PROMPTS[:1])).sum().backward()
+            (
+                -objective(
+                    generate_image(method, prompt_embeds, negative_prompt_embeds, method.grad_steps), PROMPTS[:1]
+                )
+            ).sum().backward()
         optimizer.step()
         yield method.seeds * method.sampler.cost(grad_steps=method.grad_steps)

@@ -1,4 +1,4 @@
-"""Prompts as a user would write them for the embedded model: its objects and colors under various names, in other sentences."""
+"""Prompts as a user would write them: the embedded model's objects and colors under other names, in other sentences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SENTENCES = (
 )
 
 
-class Written(NamedTuple):
+class PoolPrompt(NamedTuple):
     """A prompt and the content of its image, under the embedded model's own names."""
 
     prompt: str
@@ -26,15 +26,15 @@ class Written(NamedTuple):
     color: str
 
 
-def written(seed: int, count: int) -> list[Written]:
-    """Sample different prompts."""
-    rng, found = random.Random(seed), dict[str, Written]()
-    while len(found) < count:
+def sample_prompts(seed: int, count: int) -> list[PoolPrompt]:
+    """Sample this many different prompts."""
+    rng, prompts = random.Random(seed), dict[str, PoolPrompt]()
+    while len(prompts) < count:
         thing, color = rng.choice(sorted(world.OBJECTS)), rng.choice(sorted(world.COLORS))
         names = [rng.choice([name, *others[name]]) for name, others in
                  ((thing, world.OBJECTS), (color, world.COLOR_SYNONYMS))]  # fmt: skip
         sizes = [size for name, others in world.SIZES.items() if name != "medium" for size in (name, *others)]
         prompt = rng.choice(SENTENCES).format(thing=names[0], color=names[1], size=rng.choice(sizes))
         prompt = re.sub(r"\ba (?=[aeiou](?!ni))", "an ", prompt)
-        found.setdefault(prompt, Written(prompt, thing, color))
-    return list(found.values())
+        prompts.setdefault(prompt, PoolPrompt(prompt, thing, color))
+    return list(prompts.values())

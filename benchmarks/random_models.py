@@ -1,4 +1,4 @@
-"""Models with random weights at published sizes, created on the device, and small ones of the same families for tests."""
+"""Models with random weights, created on the device: of published sizes, and small ones of the same families."""
 
 from __future__ import annotations
 
@@ -18,16 +18,28 @@ from lightning_prompts.backbones.stable_diffusion import StableDiffusion, Stable
 
 def tiny_unet(width: int, **config: Any) -> Any:
     return memory.unet(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, attention_head_dim=8, cross_attention_dim=width,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **config,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        cross_attention_dim=width,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **config,
+    )
 
 
 def tiny_vae(**config: Any) -> Any:
     return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), norm_num_groups=8, latent_channels=4, sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, **config,
-    )  # fmt: skip
+        block_out_channels=(8, 16),
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        **config,
+    )
 
 
 def tiny_clip(pad: str = "<|endoftext|>", projection: int | None = None) -> tuple[Any, Any]:
@@ -51,9 +63,16 @@ def tiny_sdxl() -> Backbone:
 
 def tiny_flux() -> Backbone:
     transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=48,
-        pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
-    )  # fmt: skip
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
     model = memory.backbone(Flux, [tiny_clip(), tiny_t5()], transformer, tiny_vae(**memory.NO_QUANT), memory.FLOW)
     model.image_size = 16  # the default size of Flux is always 128 latents
     return model

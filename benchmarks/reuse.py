@@ -20,7 +20,7 @@ import pytorch_lightning as pl
 import tables
 import torch
 from inversion import interval, spread
-from metric_guidance import CONFIG, captions, judge, objective
+from metric_guidance import CONFIG, captions, heldout_clip, objective
 from torch import Tensor
 
 from lightning_prompts.embeddings import transfer
@@ -31,7 +31,7 @@ from lightning_prompts.sampling.seeding import FINAL
 SEED, PROMPTS, SOURCES, FRESH_SEEDS = 20_261_160, 21, 5, 10
 VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
     **{name: itemgetter(name) for name in ("own", "added", "heldout_own", "heldout_added")},
-    "right": lambda row: row["added"] > 0,
+    "improved": lambda row: row["added"] > 0,
 }
 FIGURES = Path(__file__).parent / "figures" / "reuse.csv"
 
@@ -41,8 +41,13 @@ def measure(kind: str) -> list[dict[str, Any]]:
     prompts = [prompt for prompt, _ in captions(SEED, PROMPTS)]
     method, data = MetricGuidance(**CONFIG | {"objective": objective(kind)}), Prompts(prompts)
     with tempfile.TemporaryDirectory() as scratch:
-        how: dict[str, Any] = {**TRAINER, "accelerator": "cpu", "logger": False, "default_root_dir": scratch}
-        pl.Trainer(**how).fit(method, datamodule=data)
+        trainer_settings: dict[str, Any] = {
+            **TRAINER,
+            "accelerator": "cpu",
+            "logger": False,
+            "default_root_dir": scratch,
+        }
+        pl.Trainer(**trainer_settings).fit(method, datamodule=data)
         problems = list(data.folder.load().values())
         with torch.no_grad():
             noise, before, found = (
@@ -50,7 +55,7 @@ def measure(kind: str) -> list[dict[str, Any]]:
                 method.initial(problems),
                 method.best_embeds_of(problems),
             )
-    clip, _ = judge()
+    clip, _ = heldout_clip()
     texts = clip.features_of(prompts)
     sign = 1 if method.higher_is_better else -1
 
@@ -80,11 +85,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     head = (
         "objective",
         "gain by own search",
-        "gain by the added difference",
-        "share",
-        "right way",
-        "held-out, own",
-        "held-out, added",
+        "gain by the added change",
+        "ratio",
+        "improved",
+        "held-out similarity, own search",
+        "held-out similarity, added change",
     )
     found = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for kind in dict.fromkeys(row["objective"] for row in rows):
@@ -99,7 +104,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{fmean(own):.4f} ± {spread(own):.4f}",
             f"{fmean(added):.4f} ± {spread(added):.4f}",
             f"{fmean(added) / fmean(own):.2f}",
-            interval([row["right"] for row in by_prompt]),
+            interval([row["improved"] for row in by_prompt]),
             interval([row["heldout_own"] for row in by_prompt]),
             interval([row["heldout_added"] for row in by_prompt]),
         ]

@@ -21,7 +21,7 @@ import tables
 import torch
 import yaml
 from inversion import interval
-from metric_guidance import captions, judge
+from metric_guidance import captions, heldout_clip
 
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, SeedInvariance
@@ -54,8 +54,13 @@ def measure(line: str, prompt: str) -> list[dict[str, Any]]:
     method = SeedInvariance(**CONFIG | LINES[line] | {"target_seeds": list(range(TARGETS))})
     data = Prompts(prompt)
     with tempfile.TemporaryDirectory() as scratch:
-        how: dict[str, Any] = {**TRAINER, "accelerator": "cpu", "logger": False, "default_root_dir": scratch}
-        pl.Trainer(**how).fit(method, datamodule=data)
+        trainer_settings: dict[str, Any] = {
+            **TRAINER,
+            "accelerator": "cpu",
+            "logger": False,
+            "default_root_dir": scratch,
+        }
+        pl.Trainer(**trainer_settings).fit(method, datamodule=data)
         problems = list(data.folder.load().values())
         with torch.no_grad():
             drawn = method.images_before_and_after(problems, method.draw_noise(problems, FINAL, FRESH_SEEDS))
@@ -64,11 +69,11 @@ def measure(line: str, prompt: str) -> list[dict[str, Any]]:
         {"prompt": prompt, "target": SeedInvarianceResult.of(problem).target_seed, "seconds": problem.seconds}
         for problem in problems
     ]
-    clip, _ = judge()
+    clip, _ = heldout_clip()
     seen = clip.features_of_many(wanted, 50)
-    for when, pictures in zip(("before", "after"), drawn, strict=True):
-        similarity = (clip.features_of_many(pictures, 50) * seen).sum(2).mean(1)
-        error = (pictures - wanted).square().flatten(2).mean(2)
+    for when, images in zip(("before", "after"), drawn, strict=True):
+        similarity = (clip.features_of_many(images, 50) * seen).sum(2).mean(1)
+        error = (images - wanted).square().flatten(2).mean(2)
         ratio = (10 * torch.log10(4 / error)).mean(1)
         for i, row in enumerate(rows):
             row |= {

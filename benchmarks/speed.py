@@ -1,10 +1,10 @@
-"""Measure how fast one process searches with the embedded model: `python benchmarks/speed.py`; `--print` only prints the tables.
+"""Measure how fast one process searches with the embedded model: `python benchmarks/speed.py`.
 
-There are four tables: the search compared with a plain loop, which takes one target after the other and one noise
-sample per call, like the released code; the share of the machine's arithmetic rate in large products; where the time of
-a step goes; and alternative computations. Alternatives are measured in turns, and the tables have the medians of the
-rounds. If other programs are running, use `--threads 1`; both sides of a comparison always have the same number of
-threads.
+`--print` only prints the tables. There are four tables: the search compared with a plain loop, which takes one target
+after the other and one noise sample per call, like the released code; the share of the machine's arithmetic rate in
+large products; where the time of a step goes; and alternative computations. Alternatives are measured in turns, and the
+tables have the medians of the rounds. If other programs are running, use `--threads 1`; both sides of a comparison
+always have the same number of threads.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class Everything(ModuleTracker):
 
 @torch.no_grad()
 def rates() -> tuple[float, float]:
-    """Measure operations per second: of a large float32 matrix product, and of the faster of this product and a convolution.
+    """Measure operations per second: of a large float32 matrix product, and of this or a faster convolution.
 
     They differ on some processors, because matrix products and convolutions come from different libraries.
     """
@@ -269,7 +269,7 @@ def products_in(precision: str) -> Iterator[None]:
 
 
 def measure_throughput(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
-    """Measure samples per second of the search and the plain loop, and the median ratio of rounds in which they take turns."""
+    """Measure samples per second of the search and the plain loop, and the median ratio of rounds with both."""
     unfrozen, rows = load_backbone("emoji"), []
     unfrozen.denoiser.requires_grad_(True).to(memory_format=torch.contiguous_format)
     for name in HOW:
@@ -290,7 +290,7 @@ def measure_throughput(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
 
 
 def measure_share(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
-    """Measure operations per second, of gradients by samples per call and of whole steps, and their shares of the machine's rates."""
+    """Measure operations per second of gradients and of whole steps, and their shares of the machine's rates."""
     product, best = (statistics.median(found) for found in zip(*(rates() for _ in range(rounds)), strict=True))
     measured = []
     for batch in BATCHES:
@@ -370,15 +370,15 @@ def measure_settings(backbone: Backbone, rounds: int) -> list[dict[str, Any]]:
         "denormals to zero": within(gradient(backbone, count), flushed),
         "gradient checkpointing": gradient(checkpointed, count),
     }
-    pictures = {
+    images = {
         "four images, default": decoded(backbone),
         "four images, contiguous instead of channels-last": decoded(other(contiguous)),
     }
-    return compared(steps, rounds) + compared(pictures, rounds)
+    return compared(steps, rounds) + compared(images, rounds)
 
 
 def compared(ways: dict[str, Callable[[], Tensor]], rounds: int) -> list[dict[str, Any]]:
-    """Compare the speed of each alternative with the first one in the same round, and its gradient with the first one's."""
+    """Compare the speed of each alternative, round by round, and its gradient with the first one's."""
     first = {name: seconds(compute) for name, compute in ways.items()}
     gradients = {name: compute() for name, compute in ways.items()}
     times, base = [], next(iter(ways))
@@ -409,7 +409,7 @@ def decoded(backbone: Backbone) -> Callable[[], Tensor]:
 
 
 def convolve(network: nn.Module) -> None:
-    """Compute linear layers with the library for convolutions, which is faster on some processors; nothing is copied."""
+    """Compute linear layers as convolutions without copies, which is faster on some processors."""
 
     def convolved(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
         kernel = layer.weight[..., None, None]
@@ -498,7 +498,7 @@ def figures(part: str) -> Path:
 
 
 def plot() -> None:
-    """Plot search and plain loop by targets, the share of the arithmetic, where the time goes, and the alternative computations."""
+    """Plot the speed by targets, the share of the arithmetic, the time by operation, and the alternatives."""
     import matplotlib.pyplot as plt
 
     figure, ((first, share), (profile, settings)) = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
@@ -528,7 +528,7 @@ def _bars(axis: Any, part: str, name: str, value: str, label: str, title: str) -
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure what is selected and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=list(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -554,8 +554,8 @@ def main() -> None:
 
 def machine() -> str:
     """Return the name of the processor, if available."""
-    said = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", said.read_text()) if said.exists() else []
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     return names[0] if names else platform.machine()
 
 

@@ -1,7 +1,7 @@
-"""Test whether two processes or machines give the results of one process: `python benchmarks/two_machines.py`, as root on Linux.
+"""Test whether two machines give the results of one process: `python benchmarks/two_machines.py`.
 
-The machines are network namespaces with a virtual cable between them, each with its own torchrun; the processes connect
-with gloo.
+This needs root on Linux. The machines are network namespaces with a virtual cable between them, each with its own
+torchrun; the processes connect with gloo.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
                 for way, strategy in left:
                     run = Path(scratch) / f"{method}-{way}-{strategy}"
                     args = jobs.command(method, Path(scratch), run, *MICROBATCH, "--trainer.strategy", strategy)
-                    together(way, args)
+                    search(way, args)
                     compared = compare(jobs.results(one), jobs.results(run))
                     tables.add(FIGURES, [{"method": method, "way": way, "strategy": strategy, **compared}])
         finally:
@@ -47,8 +47,8 @@ def main() -> None:
     print(table(tables.read(FIGURES)))
 
 
-def together(way: str, args: list[str]) -> None:
-    """Search with two processes."""
+def search(way: str, args: list[str]) -> None:
+    """Search with two processes, on one machine or on two."""
     if way == "two processes":
         jobs.finish(jobs.start([*args, "--trainer.devices", "2"]))
         return
@@ -63,7 +63,7 @@ def together(way: str, args: list[str]) -> None:
 
 
 def compare(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
-    """Compare two results."""
+    """Compare the prompts and losses of two results."""
     pairs = list(zip(one, other, strict=True))
     losses = [abs(b["validation_loss"] / a["validation_loss"] - 1) for a, b in pairs]
     return {
@@ -133,8 +133,10 @@ def plot(rows: list[dict[str, Any]]) -> None:
         axis.scatter([float(row["largest_difference"]) for row in some], places, s=24, label=method)
     axis.axvline(0.01, color="grey", linestyle=":")
     axis.set_xscale("symlog", linthresh=1e-8)
-    axis.set(xlabel="largest relative difference of a loss; the line is at 1%", xlim=(-1e-9, 0.1), yticks=range(len(lines)),
-             yticklabels=[f"{way}, {strategy}" for way, strategy in lines], title="Two processes against one")  # fmt: skip
+    axis.set(xlabel="largest relative difference of a loss; the line is at 1%", xlim=(-1e-9, 0.1),
+             yticks=range(len(lines)),
+             yticklabels=[f"{way}, {strategy}" for way, strategy in lines],
+             title="Two processes against one")  # fmt: skip
     axis.invert_yaxis()
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.savefig(jobs.ROOT / "docs" / "images" / "two_machines.png", dpi=110, bbox_inches="tight")

@@ -31,7 +31,7 @@ from lightning_prompts.sampling import SamplerSettings
 
 SEEDS = {"evaluation": 20_261_121, "development": 20_261_125}  # scenes with two objects
 FIRST = 1000  # first seed of the scored images; the evolution selects on others
-DRAWN = 4  # images per prompt
+NUM_IMAGES = 4  # images per prompt
 NEAREST = 3  # an object is recognized if its name is among this many closest to the image
 
 
@@ -54,11 +54,11 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
         command = ["predict", "--mix", *runs[one : one + 2], "--run", str(mix), "--seeds", args.seeds]
         lightning_prompts([*command, "--generations", str(args.generations), "--population", str(args.population)])
         mixed.append(json.loads((mix / "result.json").read_text())["prompts"][0]["prompt"])
-        told = [words[path.name] for path in images[one : one + 2]]
-        named.append(all(any(has(mixed[-1], word) for word in some.values()) for some in told))
+        expected = [words[path.name] for path in images[one : one + 2]]
+        named.append(all(any(has(mixed[-1], word) for word in some.values()) for some in expected))
     module, scorer = PH2P(), ClipSimilarity(str(EMOJI.parent / "scorer"))
-    noise = noise_of(range(FIRST, FIRST + DRAWN), module.backbone.latent_shape)
-    drawn = {text: module.generate([text] * DRAWN, noise) for text in {*found, *mixed}}
+    noise = noise_of(range(FIRST, FIRST + NUM_IMAGES), module.backbone.latent_shape)
+    drawn = {text: module.generate([text] * NUM_IMAGES, noise) for text in {*found, *mixed}}
     targets = [to_tensor(Image.open(path).convert("RGB")).unsqueeze(0) for path in images]
     own, parents, joined, unrelated = [], [], [], []
     for pair, text in enumerate(mixed):
@@ -67,7 +67,7 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
         own.append(joint_similarity(scorer, drawn[text], both)[1])
         parents.append(max(joint_similarity(scorer, drawn[found[i]], both)[1] for i in here))
         joined.append(
-            joint_similarity(scorer, module.generate([", ".join(found[i] for i in here)] * DRAWN, noise), both)[1]
+            joint_similarity(scorer, module.generate([", ".join(found[i] for i in here)] * NUM_IMAGES, noise), both)[1]
         )
         others = [joint_similarity(scorer, drawn[text], both)[1] for i, text in enumerate(found) if i not in here]
         unrelated.append(sum(others) / len(others))
@@ -83,19 +83,19 @@ def evolution(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict
     }
 
 
-class Recogniser:
+class Recognizer:
     """The held-out CLIP, which returns the objects closest to an image, on any background."""
 
     def __init__(self) -> None:
         self.scorer, self.names = ClipSimilarity(str(EMOJI.parent / "scorer")), list(world.OBJECTS)
         texts = [f"{name}, {color} background" for name in self.names for color in world.COLORS]
         with torch.no_grad():
-            said = self.scorer.features_of(texts)
-        self.said = said.view(len(self.names), len(world.COLORS), -1)
+            features = self.scorer.features_of(texts)
+        self.text_features = features.view(len(self.names), len(world.COLORS), -1)
 
-    def __call__(self, pictures: Tensor, name: str) -> float:
+    def __call__(self, images: Tensor, name: str) -> float:
         """Return the share of images (B, 3, H, W) in which an object is recognized."""
-        cosines = torch.einsum("be,nce->bnc", self.scorer.features(pictures), self.said).amax(2)
+        cosines = torch.einsum("be,nce->bnc", self.scorer.features(images), self.text_features).amax(2)
         nearer = (cosines > cosines[:, [self.names.index(name)]]).sum(1)
         return float((nearer < NEAREST).float().mean())
 
@@ -116,29 +116,34 @@ def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[s
     both, unwanted, wanted = (
         [scratch / f"{kind}{i}.png" for i in range(len(rows))] for kind in ("both", "bad", "good")
     )
-    for i, ((picture, _, _), (good, bad)) in enumerate(zip(rows, cases, strict=True)):
-        picture.save(both[i])
+    for i, ((image, _, _), (good, bad)) in enumerate(zip(rows, cases, strict=True)):
+        image.save(both[i])
         lone(bad, i).save(unwanted[i])
         lone(good, i).save(wanted[i])
     removed = [str(p["prompt"]) for p in fit(args.config, listed(unwanted), scratch / "unwanted", extra)]
     plain = [str(p["prompt"]) for p in fit(args.config, listed(both), scratch / "both", extra)]
     against = []
     for i in range(len(rows)):
-        away = ["--data.negative_images", str(unwanted[i]), "--model.loss_weights.negative", str(args.negative_weight)]
-        (problem,) = fit(args.config, listed(both[i : i + 1]), scratch / f"against{i}", [*extra, *away])
+        negative = [
+            "--data.negative_images",
+            str(unwanted[i]),
+            "--model.loss_weights.negative",
+            str(args.negative_weight),
+        ]
+        (problem,) = fit(args.config, listed(both[i : i + 1]), scratch / f"against{i}", [*extra, *negative])
         against.append(str(problem["prompt"]))
-    module, recognise, table = PH2P(sampler=SamplerSettings(guidance_scale=args.guidance_scale)), Recogniser(), {}
+    module, recognize, table = PH2P(sampler=SamplerSettings(guidance_scale=args.guidance_scale)), Recognizer(), {}
 
-    def measure(name: str, pictures: list[Tensor]) -> None:
-        seen = [[recognise(some, case[which]) for some, case in zip(pictures, cases, strict=True)] for which in (0, 1)]
+    def measure(name: str, images: list[Tensor]) -> None:
+        seen = [[recognize(some, case[which]) for some, case in zip(images, cases, strict=True)] for which in (0, 1)]
         table[name] = f"{interval(seen[0])} | {interval(seen[1])}"
 
     def drawn(texts: list[list[str]], negatives: list[str]) -> list[Tensor]:
-        pictures = []
+        images = []
         for i, (several, negative) in enumerate(zip(texts, negatives, strict=True)):
-            noise = noise_of(range(FIRST + DRAWN * i, FIRST + DRAWN * (i + 1)), module.backbone.latent_shape)
-            pictures.append(torch.cat([module.generate([text] * DRAWN, noise, negative) for text in several]))
-        return pictures
+            noise = noise_of(range(FIRST + NUM_IMAGES * i, FIRST + NUM_IMAGES * (i + 1)), module.backbone.latent_shape)
+            images.append(torch.cat([module.generate([text] * NUM_IMAGES, noise, negative) for text in several]))
+        return images
 
     def load(paths: list[Path]) -> list[Tensor]:
         return [to_tensor(Image.open(path).convert("RGB")).unsqueeze(0) for path in paths]
@@ -150,14 +155,14 @@ def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[s
     measure("rendered, the wanted object alone", load(wanted))
     measure("rendered, the unwanted object alone", load(unwanted))
     measure("rendered, both", load(both))
-    measure("a text that names both", drawn(texts, nothing))
-    measure("naming both, negative: the name of the unwanted", drawn(texts, [bad for _, bad in cases]))
-    measure("naming both, negative: the prompt found for the unwanted", drawn(texts, removed))
-    measure("a text of the unwanted alone", drawn(demands, nothing))
-    measure("of the unwanted alone, negative: the prompt found for it", drawn(demands, removed))
-    measure("the prompt found for a picture of both", drawn(found, nothing))
-    measure("found for both, negative: the prompt found for the unwanted", drawn(found, removed))
-    measure("found for both with the unwanted as negative picture", drawn(led, nothing))
+    measure("prompt with both names", drawn(texts, nothing))
+    measure("prompt with both names, negative prompt: the unwanted name", drawn(texts, [bad for _, bad in cases]))
+    measure("prompt with both names, negative prompt: found for the unwanted object", drawn(texts, removed))
+    measure("prompt with the unwanted name", drawn(demands, nothing))
+    measure("prompt with the unwanted name, negative prompt: found for the unwanted object", drawn(demands, removed))
+    measure("prompt found for an image of both", drawn(found, nothing))
+    measure("prompt found for an image of both, negative prompt: found for the unwanted object", drawn(found, removed))
+    measure("prompt found for an image of both, with the unwanted object as negative image", drawn(led, nothing))
     print(*zip(cases, removed, plain, against, strict=True), sep="\n")
     return table
 

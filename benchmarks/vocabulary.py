@@ -27,7 +27,8 @@ import torch
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "demo.png"
 PROMPT = "a small dog on a red background"
-CONFIGS = ("invert", "gcg", "ph2p", "ph2p_lbfgs", "pez", "textual_inversion", "clip_words", "random_tokens", "dpo_diff", "metric_guidance",
+CONFIGS = ("invert", "gcg", "ph2p", "ph2p_lbfgs", "pez", "textual_inversion", "clip_words", "random_tokens", "dpo_diff",
+           "metric_guidance",
            "seed_invariance", "human_feedback")  # fmt: skip
 EXTRA = {
     "metric_guidance": ["--model.objective", "Sharpness"],

@@ -26,10 +26,10 @@ from lightning_prompts.sampling.attention_maps import SAMPLES, word_maps
 from lightning_prompts.sampling.seeding import WORD_MAPS, draw_noise
 
 
-def object_region(picture: Tensor, places: int) -> Tensor:
-    """Return how much each cell (places, places) of an image (3, H, H) in [-1, 1] differs from the border's color, in [0, 1]."""
-    border = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], dim=1).median(1).values
-    differs = ((picture - border.view(3, 1, 1)).abs().amax(0) > 0.2).float()
+def object_region(image: Tensor, places: int) -> Tensor:
+    """Return how much each cell (places, places) of an image (3, H, H) differs from its border's color, in [0, 1]."""
+    border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1).median(1).values
+    differs = ((image - border.view(3, 1, 1)).abs().amax(0) > 0.2).float()
     return F.adaptive_avg_pool2d(differs[None], places)[0]
 
 
@@ -52,11 +52,11 @@ def main() -> None:
     rows = [row for row in rows if not set(content_words(row["caption"])) & set(LOOKS)]
     measured: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
-        picture = to_tensor(Image.open(folder / row["file"]).convert("RGB"))
-        latents = backbone.encode_image(picture[None])[0]
+        image = to_tensor(Image.open(folder / row["file"]).convert("RGB"))
+        latents = backbone.encode_image(image[None])[0]
         noise = draw_noise(0, [row["file"]], WORD_MAPS, SAMPLES, latents.shape, "cpu")[0]
         seen, color = words[row["file"]]["object"], words[row["file"]]["background"]
-        on_object = object_region(picture, latents.shape[-1])
+        on_object = object_region(image, latents.shape[-1])
         for kind, prompt in (("caption", row["caption"]), ("two words", f"{seen} {color}")):
             prompt_embeds = backbone.encode(encode_text(tokenizer, [prompt], length))
             tokens = tokenizer(prompt, add_special_tokens=False).input_ids

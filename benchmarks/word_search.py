@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import pytorch_lightning as pl
 import torch
 from inversion import interval, spread
-from prompt_pool import written
+from prompt_pool import sample_prompts
 from torch import Tensor
 
 from lightning_prompts.engine.prompts import Prompts
@@ -56,7 +56,7 @@ class Small(DPODiff):
     """By prompt."""
 
     def space(self, prompt: str) -> Space:
-        """Return two slots of the prompt and two of the negative prompt, with five words each: the first ones with as many."""
+        """Return the first two slots with five words each of the prompt, and of the negative prompt."""
         space = super().space(prompt)
         cut, left = list[Slot](), {True: 2, False: 2}
         for number, slot in enumerate(space.slots):
@@ -97,8 +97,10 @@ def enumerated(prompt: str, folder: Path) -> Table:
         noise = draw_noise(0, [prompt], SEARCH, method.seeds, shape, torch.device("cpu"))
         wanted = method.clip.features_of([prompt])
         with torch.no_grad():
-            losses = [DPODiff.evaluate(method, pairs[i : i + 32], noise.expand(len(pairs[i : i + 32]), *noise.shape[1:]),
-                                     wanted.expand(len(pairs[i : i + 32]), -1)) for i in range(0, len(pairs), 32)]  # fmt: skip
+            losses = [DPODiff.evaluate(method, pairs[i : i + 32], noise.expand(len(pairs[i : i + 32]),
+                                     *noise.shape[1:]),
+                                     wanted.expand(len(pairs[i : i + 32]), -1)) for i in range(0, len(pairs),
+                                     32)]  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(
             json.dumps([[*pair, *loss] for pair, loss in zip(pairs, torch.cat(losses).tolist(), strict=True)])
@@ -116,8 +118,13 @@ def searched(solver: str, budget: int, seed: int, tables: dict[str, Table], file
         method.tables = tables
         data = Prompts(list(tables), seed)
         with tempfile.TemporaryDirectory() as scratch:
-            how: dict[str, Any] = {**TRAINER, "accelerator": "cpu", "logger": False, "default_root_dir": scratch}
-            pl.Trainer(**how).fit(method, datamodule=data)
+            trainer_settings: dict[str, Any] = {
+                **TRAINER,
+                "accelerator": "cpu",
+                "logger": False,
+                "default_root_dir": scratch,
+            }
+            pl.Trainer(**trainer_settings).fit(method, datamodule=data)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(
             json.dumps({problem.target: problem.validation_loss for problem in data.folder.load().values()})
@@ -128,7 +135,9 @@ def searched(solver: str, budget: int, seed: int, tables: dict[str, Table], file
 
 def measured(repetitions: int, runs: Path) -> None:
     """Search, and write the regrets."""
-    tables = {prompt: enumerated(prompt, runs / "tables") for prompt in (one.prompt for one in written(SEED, PROMPTS))}
+    tables = {
+        prompt: enumerated(prompt, runs / "tables") for prompt in (one.prompt for one in sample_prompts(SEED, PROMPTS))
+    }
     least = {prompt: min(sum(losses) / len(losses) for losses in table.values()) for prompt, table in tables.items()}
     rows: list[list[Any]] = [["solver", "budget", "repetition", "prompt", "candidates", "regret"]]
     for (solver, budget), seed in itertools.product(lines(), range(repetitions)):
@@ -156,7 +165,7 @@ def means(found: dict[str, list[float]]) -> list[float]:
 
 
 def tables_of(found: Regrets) -> str:
-    """Return the tables of the mean regrets, of how often the optimum is found, and of the differences from random search."""
+    """Return tables of mean regrets, of how often the optimum is found, and of differences from random search."""
     heads = f" | {' | '.join(map(str, BUDGETS))} |\n|{'---|' * (1 + len(BUDGETS))}\n"
     regret, optimum, better = (
         [f"| {name}{heads}"] for name in ("mean regret", "optimum found", "regret minus random's")
@@ -202,7 +211,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         first, step = args.part
-        for one in written(SEED, PROMPTS)[first::step]:
+        for one in sample_prompts(SEED, PROMPTS)[first::step]:
             enumerated(one.prompt, args.runs / "tables")
         return
     if not FIGURES.exists():

@@ -141,7 +141,7 @@ def seed_invariance(prompts: str | Sequence[str], seed: int = 0, **settings: Any
     """
     if "target_seeds" in settings:
         raise UserError(
-            "The setting target_seeds is set by seed; give seed=7 instead, and call again for another seed."
+            "seed_invariance takes seed instead of target_seeds; give such as seed=7, and call again for another seed."
         )
     seed = plain("seed", seed)
     check_type("seed", seed, int)
@@ -174,7 +174,7 @@ def human_feedback(
         UserError: A prompt or a setting cannot be used, or the search for a single prompt failed.
     """
     if "chooser" in settings:
-        raise UserError("The setting chooser is set by choose; give choose instead.")
+        raise UserError("human_feedback takes choose instead of chooser; give the Chooser as choose.")
     if choose is not None and not isinstance(choose, Chooser) and (isinstance(choose, type) or not callable(choose)):
         raise UserError(
             f"The setting choose cannot be {shown(choose)}; it takes a function that returns a Choice, a Chooser, or "
@@ -194,10 +194,10 @@ class _FunctionChooser(Chooser):
         """Do nothing: a function needs no preparation."""
 
     def choose(self, question: Round) -> Choice:
-        """Call the function."""
+        """Return the function's choice."""
         return self.function(question)
 
-    def close(self, last_words: str) -> None:
+    def close(self, message: str) -> None:
         """Do nothing: there is nothing to close."""
 
 

@@ -136,7 +136,7 @@ class _UnwrappedDDP(DDPStrategy):
         """Leave the module unwrapped."""
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Skip Lightning's barriers."""
+        """Skip the barriers of Lightning."""
 
 
 class ProblemParallel(_UnwrappedDDP):

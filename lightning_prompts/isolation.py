@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """Ignore the program's gradient modes and autocast, and restore its random state, loggers, warnings and signal handler.
+    """Ignore the program's gradient modes and autocast; restore its random state, loggers, warnings and handlers.
 
     Args:
         device: Device of the search.

@@ -58,7 +58,7 @@ def image_file(image: Any, name: str, folder: Path) -> str:
 
 
 def negative_image_files(images: Any, folder: Path) -> str | list[str]:
-    """Return the files of negative images, see `image_file`; texts, which may be folders and patterns, stay as they are."""
+    """Return the files of negative images, see `image_file`; texts, such as folders, stay as they are."""
     each = list(images) if isinstance(images, list | tuple) else [images]
     return [
         str(image) if isinstance(image, str | Path) else image_file(image, f"negative_images[{i}]", folder)

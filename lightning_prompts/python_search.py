@@ -66,7 +66,7 @@ class Result:
 
     @property
     def details(self) -> MethodResult:
-        """Return the fields that only this method records, such as `metric_before` and `metric_after` of `metric_guidance`."""
+        """Return the fields that only this method records, such as `metric_after` of `metric_guidance`."""
         return MethodResult.of(self.record)
 
 

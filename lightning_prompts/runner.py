@@ -16,7 +16,7 @@ from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
 
 TRAINER_DEFAULTS: dict[str, Any] = TRAINER | {"enable_checkpointing": True}
-"""Trainer settings of a run. PromptCheckpoint is the only checkpoint callback: Lightning adds none beside another one."""
+"""Trainer settings of a run. PromptCheckpoint is its checkpoint callback, so Lightning adds none."""
 
 
 def run_callbacks(

@@ -134,7 +134,7 @@ def keep_texts(args: Sequence[str], settings: Mapping[str, Mapping[str, Text]]) 
 
 
 def _setting(name: str, settings: Mapping[str, Mapping[str, Text]]) -> tuple[str, str, Text | None]:
-    """Return the part (`data`, `model` or "") of a command-line setting, its name in it, and its type if it takes text."""
+    """Return the part (`data`, `model` or "") of a setting, its name in the part, and its type if it takes text."""
     match = re.fullmatch(r"--(?:(model|data)\.(?:init_args\.)?)?([\w.]+)", name)
     if not match:
         return "", "", None
@@ -177,7 +177,7 @@ def _config(part: str, name: str, value: Any) -> list[str]:
 
 
 def _config_arguments(file: str, settings: Mapping[str, Mapping[str, Text]]) -> list[str]:
-    """Return the arguments for a config file, with those settings corrected that the parser would not read as they are meant.
+    """Return the arguments for a config file, with the settings corrected that the parser would misread.
 
     The name of a group, as in `backbone: sdxl`, becomes the group's `name`, since the parser would not merge it with
     other settings of the group. One text of a setting that takes several becomes a list, since the parser would read it

@@ -129,7 +129,7 @@ def test_choices_may_come_from_a_function(tiny):
 
     def choose(question):
         questions.append(question)
-        return Choice("go", 1, 0.5) if len(questions) < 3 else Choice("finish")
+        return Choice("move", 1, 0.5) if len(questions) < 3 else Choice("finish")
 
     result = human_feedback("a red cat", choose, backbone=tiny, sampler=SamplerSettings(2), texts=6, device="cpu")
     assert [question.prompt for question in questions] == ["a red cat"] * 3
@@ -364,14 +364,14 @@ def test_failed_call_leaves_no_folder(tiny, first, tmp_path):
     ("choice", "message"),
     [
         (None, "An answer must be a Choice, got None"),
-        ("go", "An answer must be a Choice, got 'go'"),
+        ("move", "An answer must be a Choice, got 'move'"),
         (Choice, "An answer must be a Choice, got <class"),
-        (Choice("stay"), "action must be one of go, others, undo, finish, got 'stay'"),
-        (Choice("go", 5), "candidate must be a whole number from 0 to 4, got 5"),
-        (Choice("go", -1), "candidate must be a whole number from 0 to 4, got -1"),
-        (Choice("go", 1.0), "candidate must be a whole number from 0 to 4, got 1.0"),
-        (Choice("go", 0, 2), "strength must be a number from 0 to 1, got 2"),
-        (Choice("go", 0, float("nan")), "strength must be a number from 0 to 1, got nan"),
+        (Choice("stay"), "action must be one of move, others, undo, finish, got 'stay'"),
+        (Choice("move", 5), "candidate must be a whole number from 0 to 4, got 5"),
+        (Choice("move", -1), "candidate must be a whole number from 0 to 4, got -1"),
+        (Choice("move", 1.0), "candidate must be a whole number from 0 to 4, got 1.0"),
+        (Choice("move", 0, 2), "strength must be a number from 0 to 1, got 2"),
+        (Choice("move", 0, float("nan")), "strength must be a number from 0 to 1, got nan"),
     ],
 )
 def test_invalid_choices_are_refused(choice, message, tiny):
@@ -382,7 +382,7 @@ def test_invalid_choices_are_refused(choice, message, tiny):
 
 
 def test_choices_may_hold_numpy_numbers(tiny):
-    answers = iter([Choice("go", np.int64(1), np.float32(0.5)), Choice("finish")])
+    answers = iter([Choice("move", np.int64(1), np.float32(0.5)), Choice("finish")])
     result = human_feedback(
         "a red cat", lambda question: next(answers), backbone=tiny, sampler=SamplerSettings(1), texts=6, device="cpu"
     )

@@ -79,7 +79,7 @@ def test_human_feedback_table_in_the_docs_equals_the_figures(targets):
 
     rows = human_feedback.rows_of(targets)
     assert human_feedback.table(rows) in (ROOT / "docs" / "human_feedback.md").read_text()
-    assert [row["image"] for row in rows] == [file.name for _, file in human_feedback.wanted(targets)]
+    assert [row["image"] for row in rows] == [file.name for _, file in human_feedback.tasks(targets)]
 
 
 def test_reuse_table_in_the_docs_equals_the_figures():

@@ -385,6 +385,10 @@ def test_unusable_image_is_refused(base, image_folder, capsys, how):
         (["--data.workerz", "5"], ["data.workerz", "did you mean --data.workers"]),
         (["--model.tokenz", "5"], ["model.tokenz", "did you mean --model.num_tokens"]),
         (["--model.dtype", "bfloat16"], "--model.dtype is unknown; did you mean --model.backbone.dtype?"),
+        (
+            ["--model.loss_weights.clip", "-1"],
+            "--model.loss_weights.clip cannot be -1; it takes a finite number from 0 on.",
+        ),
         (["--model.weight=1"], "--model.weight is unknown; did you mean --model.rerank.weight?"),
         (
             ["--model.num_inference_steps", "3"],

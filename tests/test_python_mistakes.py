@@ -208,7 +208,7 @@ CALLS = {
         lambda: seed_invariance("a", seed=-1),
         "seed takes whole numbers from 0 to 18446744073709551615, not -1.",
     ),
-    "seeds": (lambda: seed_invariance("a", target_seeds=[1, 2]), "target_seeds is set by seed"),
+    "seeds": (lambda: seed_invariance("a", target_seeds=[1, 2]), "takes seed instead of target_seeds"),
     "target seeds": (
         lambda: search("seed_invariance", {"prompts": "a", "target_seeds": [-1]}),
         "target_seeds takes whole",
@@ -216,7 +216,10 @@ CALLS = {
     "choose: number": (lambda: human_feedback("a", 3), "choose cannot be 3; it takes a function that returns a Choice"),
     "choose: no": (lambda: human_feedback("a", False), "choose cannot be False"),
     "choose: class": (lambda: human_feedback("a", Scripted), "choose cannot be the class Scripted"),
-    "chooser": (lambda: human_feedback("a", chooser=Scripted("a.png")), "The setting chooser is set by choose"),
+    "chooser": (
+        lambda: human_feedback("a", chooser=Scripted("a.png")),
+        "human_feedback takes choose instead of chooser",
+    ),
     "set by the method": (
         lambda: human_feedback("a", print, unconditional=True),
         "The setting 'unconditional' is unknown",

@@ -179,7 +179,7 @@ def _embeddings(loaded: Any, path: Path) -> dict[str, dict[str, Tensor]]:
     if isinstance(loaded, Tensor):
         loaded = {"": loaded}
     if not isinstance(loaded, Mapping):
-        raise UserError(f"The file {path} holds no embedding; give another.")
+        raise UserError(f"The file {path} holds no embedding; give an embedding file.")
     if "string_to_param" in loaded:
         loaded = loaded["string_to_param"]
         loaded = vars(loaded).get("_parameters", {}) if isinstance(loaded, _ParameterDict) else loaded
@@ -219,7 +219,7 @@ def _rows(loaded: Any) -> dict[str, Tensor]:
 def _chosen(embeddings: Mapping[str, dict[str, Tensor]], name: str | None, path: Path) -> dict[str, Tensor]:
     """Return the only embedding of a file, or the one with a name."""
     if not embeddings:
-        raise UserError(f"The file {path} holds no embedding; give another.")
+        raise UserError(f"The file {path} holds no embedding; give an embedding file.")
     if name is None and len(embeddings) == 1:
         return next(iter(embeddings.values()))
     if name in embeddings and name is not None:

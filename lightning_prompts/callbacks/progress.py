@@ -65,12 +65,12 @@ class PromptProgress(pl.Callback):
                 self._shown.pop(row.record.key, None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Close the bar."""
+        """Close the bar at the end."""
         self._open.close()
         self._bar = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: PromptMethod, exception: BaseException) -> None:
-        """Restore the terminal."""
+        """Restore the terminal after an error."""
         self._open.close()
 
     def _share(self, module: PromptMethod) -> int:
@@ -97,7 +97,7 @@ class PromptProgress(pl.Callback):
                 log.info("step %d  %s  %.5f  %s", step, problem.target, problem.validation_loss, problem.prompt)
         else:
             mean = sum(problem.validation_loss or 0.0 for problem in problems) / len(problems)
-            which = f"{len(problems)} prompts" if begins else f"{len(better)} of {len(problems)} prompts better"
+            which = f"{len(problems)} prompts" if begins else f"{len(better)} of {len(problems)} prompts improved"
             log.info("step %d  %s, mean loss %.5f", max(batch.steps), which, mean)
         if self._bar is not None:
             self._bar.set_postfix_str(printable(f"{better[-1].validation_loss:.5f} {better[-1].prompt}"[:80]))

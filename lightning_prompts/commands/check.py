@@ -64,12 +64,12 @@ class Losses:
 
     @property
     def verdict(self) -> Verdict:
-        """Return whether the loss can guide a search: the right text must beat the wrong one, and the empty prompt at some level."""
-        verdict = judge_share(self.accuracy, self.right.numel(), chance=0.5)
+        """Return whether the right text has a lower loss than the wrong one and, at some level, the empty prompt."""
+        verdict = share_verdict(self.accuracy, self.right.numel(), chance=0.5)
         return verdict if (self.gain > 0).any() else "no"
 
     def timesteps(self) -> tuple[int, int]:
-        """Return the range [low, high) from the first to the last level whose gain is close to that of the best quarter."""
+        """Return the range [low, high) of the levels whose gain is close to that of the best quarter."""
         gain = self.gain.nan_to_num(-torch.inf)
         best = gain.topk(max(len(gain) // 4, 1)).values.mean()  # a single level would depend on a few noise samples
         levels = (gain >= NEARLY * best).nonzero().squeeze(1)
@@ -121,9 +121,11 @@ def check(method: PromptMethod, seed: int, dry_run: DryRun) -> Report:
     reacts: Verdict = "ok" if change >= LEAST_CHANGE else "no"
     lines = [
         _line("model", f"{backbone.name} ({type(backbone).__name__}), {dtype} on {device}"),
-        _line("memory", f"{memory}{', with a smaller microbatch than requested' if halved else ''}", "weak" if halved else "ok"),
+        _line("memory", memory + ", with a smaller microbatch than requested" * halved, "weak" if halved else "ok"),
         _line("time", f"{dry_run.measured['a step'][1]:.2f} s per step. {dry_run.whole_search(method)}"),
-        _line("image", f"leaving out the {source} changes the image by {change:.3f} (RMS on a scale of 0 to 1)", reacts),
+        _line(
+            "image", f"leaving out the {source} changes the image by {change:.3f} (RMS on a scale of 0 to 1)", reacts
+        ),
     ]  # fmt: skip
     reason = "" if reacts == "ok" else "the prompt does not change the generated image"
     suggestion = Suggestion()
@@ -172,7 +174,7 @@ def config_with(settings: dict[str, Any], suggestion: Suggestion) -> str:
 
 
 def right_texts(method: Inverter, rows: Tensor) -> tuple[list[str], str]:
-    """Return a text for each image and its source: captions or, unless all images have one, the words most similar by the CLIP."""
+    """Return a text per image, and its source: captions if all images have one, or the CLIP's most similar words."""
     captions = [method.batch[row].record.caption for row in rows.tolist()]
     if all(captions):
         return [str(caption) for caption in captions], "caption"
@@ -180,7 +182,7 @@ def right_texts(method: Inverter, rows: Tensor) -> tuple[list[str], str]:
 
 
 def wrong_texts(method: Inverter, texts: Sequence[str], seed: int) -> tuple[list[str], str]:
-    """Return a wrong text for each image and its source: another image's text or, if texts are not distinct, random tokens."""
+    """Return a wrong text for each image, and its source: another image's text, or random tokens if texts are equal."""
     if len(set(texts)) == len(texts) > 1:
         return [*texts[1:], texts[0]], "another's"
     keys = [problem.key for problem in method.batch.records[: len(texts)]]
@@ -256,7 +258,7 @@ def sample_gradients(method: Inverter, row: int, timesteps: Tensor, noise: Tenso
 
 
 def gradient_ratios(method: Inverter, rows: Tensor, schedule: tuple[int, int], seed: int) -> list[float]:
-    """Measure the signal-to-noise ratio of the gradient of 1, 2, 4 and 8 samples, as the root mean square over problems."""
+    """Measure the signal-to-noise ratios of gradients of 1, 2, 4 and 8 samples, as root mean squares over problems."""
     ratios, most = torch.zeros(len(rows), len(SIZES)), SIZES[-1]
     for place, row in enumerate(rows.tolist()):
         key = [method.batch[row].record.key]
@@ -349,7 +351,7 @@ def _clip_line(method: Inverter, texts: Sequence[str], captioned: bool) -> str:
         nearest = (method.clip.features_of(texts) @ features[: len(texts)].T).argmax(1).tolist()
         share = sum(place == found for place, found in enumerate(nearest)) / len(texts)
         text = f"finds {share:.0%} of {len(texts)} images by their captions"
-        return _line("CLIP", text, judge_share(share, len(texts), 1 / len(texts)))
+        return _line("CLIP", text, share_verdict(share, len(texts), 1 / len(texts)))
     alike = float((features @ features.T - 2 * torch.eye(len(features), device=features.device)).max())
     verdict: Verdict = "ok" if alike < 0.9 else "weak" if alike < 0.98 else "no"
     return _line("CLIP", f"the two most similar of {len(features)} images have a cosine of {alike:.3f}", verdict)
@@ -361,8 +363,8 @@ def _gradient_line(ratios: Sequence[float], schedule: tuple[int, int]) -> str:
     return _line("gradient", f"SNR in [{schedule[0]}, {schedule[1]}): {shown} samples per step", verdict)
 
 
-def judge_share(share: float, count: int, chance: float) -> Verdict:
-    """Return the verdict on a share of successes: `no` within two standard errors of chance, `ok` from 0.8 on, else `weak`."""
+def share_verdict(share: float, count: int, chance: float) -> Verdict:
+    """Return `no` for a share within two standard errors of chance, `ok` for one of at least 0.8, and else `weak`."""
     if share <= chance + 2 * math.sqrt(chance * (1 - chance) / count):
         return "no"
     return "ok" if share >= 0.8 else "weak"

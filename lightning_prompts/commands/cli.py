@@ -204,7 +204,7 @@ class CLI(LightningCLI):
         return parts
 
     def _prepare_measurement(self, config: Any) -> None:
-        """Run `check` or `dry-run` in a temporary folder; keep the settings for `--write`, and refuse a file that exists."""
+        """Run `check` or `dry-run` in a temporary folder; keep the settings for `--write`, which needs a new file."""
         config.trainer.default_root_dir = self.until_end.enter_context(tempfile.TemporaryDirectory())
         if self.command == "dry-run":
             return

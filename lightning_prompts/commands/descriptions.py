@@ -62,15 +62,16 @@ SETTING_HELP = {
     "data": "Class of the inputs; by default ImagesToPrompts or Prompts, by the given --data.NAME.",
     "trainer.devices": "Number of processes or GPUs on each machine, a list of GPUs, or auto.",
     "trainer.num_nodes": "Number of machines, on which torchrun or srun has started the command.",
-    "trainer.strategy": "How processes divide the work: problems (each process searches its own problems), samples (all search "
-    "the same problems and divide the samples), or auto.",
-    "trainer.precision": "Precision of the computation: 32-true or bf16-mixed. That of the frozen weights is --model.backbone.dtype.",
+    "trainer.strategy": "How processes divide the work: problems (each process searches its own problems), samples "
+    "(all search the same problems and divide the samples), or auto.",
+    "trainer.precision": "Precision of the computation: 32-true or bf16-mixed. --model.backbone.dtype sets that of the "
+    "frozen weights.",
     "trainer.max_time": "Stop the search after this time, as days:hours:minutes:seconds.",
 }
 """Help texts of Lightning's settings, in this package's words."""
 
 _RUN = {
-    "fit": "--run names the run's folder, by default runs/TIME_METHOD; with --ckpt_path last the search there is resumed.",
+    "fit": "--run names the run's folder, by default runs/TIME_METHOD; --ckpt_path last resumes the search there.",
     "predict": "--run names the run's folder. With --mix it is a new one, by default runs/TIME_mix.",
 }
 _FINISHED = "--run names the run's folder. Its saved settings are the defaults."

@@ -49,7 +49,7 @@ class DryRun(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: PromptMethod, outputs: object, batch: Step, batch_idx: int
     ) -> None:
-        """End the search."""
+        """Stop the search after one step."""
         trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
@@ -150,7 +150,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes since `reset_peak_memory`: of tensors on the device or, on the CPU, of the process."""
+    """Return the peak memory in bytes since `reset_peak_memory`: of a GPU's tensors, or of the process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":

@@ -20,7 +20,7 @@ MUTATION = 0.25
 """Probability that a token of a child is replaced by one of the two found prompts."""
 
 TRIES = 50
-"""Random draws per child; a generation stays smaller if they are not enough, since short prompts have few recombinations."""
+"""Random draws per child; if all fail, as with short prompts, the generation stays smaller."""
 
 
 @dataclass
@@ -120,7 +120,7 @@ def breed(
 
 
 def combines(child: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
-    """Return whether a child has a token of each prompt that the other prompt lacks, or any token of one that has none such."""
+    """Return whether a child has a token of each prompt, one that the other prompt lacks if there is one."""
     own = (set(a) - set(b) or set(a), set(b) - set(a) or set(b))
     return all(tokens & set(child) for tokens in own)
 

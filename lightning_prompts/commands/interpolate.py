@@ -89,7 +89,7 @@ def encode_end(end: str, module: PromptMethod) -> Tensor:
     saved = read_prompt_embeds(Path(end), module.backbone, prompt_embeds.shape[1:])
     if len(saved) != 1:
         raise UserError(
-            f"The file {end} has {len(saved)} embeddings, and an end of --path is one; give a file in the folder "
+            f"The file {end} has {len(saved)} embeddings, but each end of --path needs exactly one; give a file in the "
             "problems/ of a run."
         )
     return next(iter(saved.values())).to(prompt_embeds)

@@ -1,4 +1,4 @@
-"""Recombine the prompts of two runs: generate images of the members of an `evolution`, score them, and write the best."""
+"""Recombine the prompts of two runs by `evolution`, which selects by the images, and write the best."""
 
 from __future__ import annotations
 
@@ -141,8 +141,8 @@ class Crossover(pl.Callback):
         best = evolve(found, decode, score, self.keep, *sizes, seed, key, keep_found=one.key == other.key)  # type: ignore[arg-type]
         if not best:
             raise UserError(
-                f"No recombination of {one.prompt!r} and {other.prompt!r} is encoded to its own tokens; give other "
-                "runs."
+                f"Every recombination of {one.prompt!r} and {other.prompt!r} has other tokens when its text is "
+                "encoded; give other runs."
             )
         self._write(pl_module, best, self.scores.heldout(pl_module, clip))
 

@@ -32,20 +32,40 @@ def one_sentence(message: str, parser: Any) -> str:
         parser: The parser, whose settings are searched for one similar to an unknown one.
     """
     text = re.sub(r"\s+", " ", message).strip()
-    if missing := re.search(r"following arguments are required: (.*)", text):
-        required = [f"--{name.lstrip('-').rpartition('.')[2]}" for name in missing[1].split(", ")]
-        required = ["--data.images or --data.prompts" if name == "--data" else name for name in required]
-        return f"{' and '.join(required)} must be given, here or in a config file such as configs/invert.yaml."
     key = re.match(r'Parser key "([\w.]+)": ?', text)
-    optional = re.search(r"Not of type (\w+): .*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
-    if key and optional:
-        return _number(f"{key[1]}.{optional[2]}", optional[3], optional[1], ", or null")
-    nested = _of_alternatives(text)
+    nested = _of_alternatives(text) if key else None
+    sentence = _missing(text) or (key and _wrong_group(key[1], text))
     if key and nested:  # an error of the parser of a class, whose settings lack the prefix of the class
         count = 0 if "is unknown" in nested else 2  # all settings of a hint, or the first two names of another error
         text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested, count=count)
     elif key:
         text = text[key.end() :]
+    sentence = sentence or _unknown(text, parser) or (key and _wrong_value(key[1], text, message))
+    if sentence:
+        return sentence[:400]
+    if key and not nested:
+        text = f"--{key[1]}: {text}"
+    return re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)[:400]
+
+
+def _missing(text: str) -> str | None:
+    """Name the settings that must be given."""
+    missing = re.search(r"following arguments are required: (.*)", text)
+    if not missing:
+        return None
+    required = [f"--{name.lstrip('-').rpartition('.')[2]}" for name in missing[1].split(", ")]
+    required = ["--data.images or --data.prompts" if name == "--data" else name for name in required]
+    return f"{' and '.join(required)} must be given, here or in a config file such as configs/invert.yaml."
+
+
+def _wrong_group(key: str, text: str) -> str | None:
+    """Name a setting of a group, such as --model.backbone, that is not a number in its range."""
+    number = re.search(r"Not of type (\w+): .*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$", text)
+    return _number(f"{key}.{number[2]}", number[3], number[1], ", or null") if number else None
+
+
+def _unknown(text: str, parser: Any) -> str | None:
+    """Name a setting or an argument that does not exist, and a setting with a similar name."""
     unknown = re.search(
         r"unrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected"
         r"|(?:Group '([\w.]+)' does not accept )?[Oo]ption '([\w.]+)'",
@@ -59,33 +79,29 @@ def one_sentence(message: str, parser: Any) -> str:
         return f"The setting --{given} is unknown; {hint}"
     if stray := re.match(r"unrecognized arguments: ([^-]\S*)", text):
         return f"The argument {stray[1]!r} is unknown; settings begin with --, such as --config configs/invert.yaml."
-    imported = re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text)
-    if key and imported:
+    return None
+
+
+def _wrong_value(key: str, text: str, message: str) -> str | None:
+    """Name a setting whose value has another type or is out of range, and what it takes."""
+    if imported := re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text):
         name = next(filter(None, imported.groups()))
-        own = ", or name the module of your own with --plugin" if key[1] == "model" else ""
-        return f"The class {name!r} cannot be --{key[1]}; choose {_choice(message)}{own}."
-    if key and (
-        number := re.match(
-            r"Not of type (\w+): (?:.*(?:base 10|to float): '(.*)'|(.*) (?:does not conform|not an?))", text
-        )
+        own = ", or name the module of your own with --plugin" if key == "model" else ""
+        return f"The class {name!r} cannot be --{key}; choose {_choice(message)}{own}."
+    if number := re.match(
+        r"Not of type (\w+): (?:.*(?:base 10|to float): '(.*)'|(.*) (?:does not conform|not an?))", text
     ):
-        return _number(key[1], number[2] or number[3], number[1])
-    value = re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text)
-    if key and value:
+        return _number(key, number[2] or number[3], number[1])
+    if value := re.fullmatch(r"Expected an? (?:<class '(.*)'>|typing\.Literal\[(.*)\]|(.*))\. Got value: (.*)", text):
         wanted = f"one of {value[2]}" if value[2] else KINDS.get(value[1], value[1]) or value[3]
-        text = f"{value[4]!r}; it takes {wanted}."
-        return f"The setting --{key[1]} cannot be {text[:400]}"
-    union = re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)", text)
-    if key and union and not nested:
-        return f"The setting --{key[1]} cannot be {union[2]!r}; it takes {_alternatives(*union.groups())}."[:400]
-    if key and not nested:
-        text = f"--{key[1]}: {text}"
-    text = re.sub(r"\b(?:fit|validate|test|predict)\.(data|model)\b", r"--\1", text)
-    return text[:400]
+        return f"The setting --{key} cannot be {value[4]!r}; it takes {wanted}."
+    if union := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)", text):
+        return f"The setting --{key} cannot be {union[2]!r}; it takes {_alternatives(*union.groups())}."
+    return None
 
 
 def similar_settings(unknown: str, known: Iterable[str]) -> list[str]:
-    """Return the settings that an unknown one may mean: those of the same name in any group, or else the most similar one.
+    """Return the settings that an unknown one may mean: those of its name in any group, or else the most similar one.
 
     Args:
         unknown: The unknown setting, which may have a group, such as `dtype` or `sampler.dtype`.

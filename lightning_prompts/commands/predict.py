@@ -91,7 +91,7 @@ def predict_callback(config: Any, folder: RunFolder, scores: Scores, seeds: list
 
 
 def read_negative(negative: str) -> str:
-    """Return a negative prompt: the given text or, if it names a run's folder, all prompts of that run, joined by commas."""
+    """Return a negative prompt: the given text, or all prompts of the run in the given folder, joined by commas."""
     parent = os.path.dirname(negative)
     if negative and (
         os.path.isdir(negative) or os.path.isdir(parent)

@@ -71,7 +71,7 @@ def _widths(folder: Path) -> list[int]:
 
 
 def _files_to_read(name: str) -> tuple[str, list[str]]:
-    """Return the folder of a local model and no patterns, or a model on the hub and the patterns of the files that a run reads."""
+    """Return a local model's folder and no patterns, or a model on the hub and the patterns of the files to read."""
     if folder := local_folder(name):
         return str(folder), []
     if file := local_file(name):

@@ -53,7 +53,7 @@ def load_image(
     """
     path = Path(path)
     if fit not in get_args(Fit):
-        raise UserError(f"The fit must be 'crop' or 'pad', got '{fit}'.")
+        raise UserError(f"fit must be 'crop' or 'pad', got '{fit}'; give one of these.")
     image = _to_rgb(path, _decode(path, _read(path, max_bytes), max_pixels), background)
     return _to_square(image, size, fit, background)
 

@@ -203,7 +203,9 @@ def _target_of_row(path: Path, row: Row) -> tuple[str, Target]:
         raise UserError(row.error)
     where, value = f"Line {row.line} of '{path}'", row.value
     if not isinstance(value, dict) or not value.keys() <= _COLUMNS:
-        raise UserError(f"{where} is not just 'file', 'caption' and 'subject'; drop the rest, put commas in quotes.")
+        raise UserError(
+            f"{where} must have no fields but 'file', 'caption' and 'subject'; remove others, and quote commas."
+        )
     files = value.get("file")
     if not files and value.get("line"):
         raise UserError(f"{value.get('reason') or where + ' has failed before.'}")

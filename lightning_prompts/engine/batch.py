@@ -213,7 +213,7 @@ class Batch:
 
     @torch.no_grad()
     def reset_rows(self, rows: Tensor, values: Tensor) -> None:
-        """Set the parameters (Q, ...) of `rows` (Q,) and clear their optimizer state, which belongs to the values before."""
+        """Set the parameters (Q, ...) of `rows` (Q,) and clear their optimizer state, which is that of other values."""
         self.parameter[rows.to(self.parameter.device, non_blocking=True)] = values.to(self.parameter)
         self.clear_optimizer_rows(rows)
 
@@ -228,7 +228,7 @@ class Batch:
                 optimizer.reset_history(mask)
 
     def _optimizer_rows(self) -> list[tuple[dict[str, Any], str, Tensor]]:
-        """Return each tensor of the optimizer state with a row per problem: the dictionary that holds it, its name, and itself."""
+        """Return each tensor of the optimizer state that has a row per problem, with its dictionary and its name."""
         return [
             (state, name, value)
             for optimizer in self.optimizers
@@ -281,7 +281,7 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 
 def merge(checkpoints: Sequence[dict[str, Any]], wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Merge the batches of several ranks' checkpoints; of a problem that several have, keep the row with the most steps.
+    """Merge the batches of several ranks' checkpoints; keep the row with the most steps of each problem.
 
     Args:
         checkpoints: What the ranks saved; all else is taken from the first one.

@@ -33,7 +33,7 @@ NAME = re.compile(r"rank(\d+)-step(\d+)\.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the target, verify, and rename; Lightning's own class writes to the temporary folder and may fail silently."""
+    """Write beside the target, verify, and rename; Lightning's own class may fail silently."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -160,7 +160,7 @@ def parts_of(path: Path) -> int:
 
 
 def _newest_first(folder: Path, rank: int) -> list[Path]:
-    """Return a rank's checkpoints by time, since a search resumed from an older one is at a lower step than the newest file."""
+    """Return a rank's checkpoints by time: after resuming from an older one, the newest has a lower step."""
     paths = (path for path in folder.glob(f"rank{rank}-step*.ckpt") if NAME.fullmatch(path.name))
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 

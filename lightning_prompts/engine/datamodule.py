@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """One step of the batch: the number of steps that each of P problems has taken, and the timesteps (P, N) of the denoising loss."""
+    """One step of the batch: the steps taken by each of P problems, and timesteps (P, N) of the denoising loss."""
 
     steps: Sequence[int]
     timesteps: Tensor
@@ -71,7 +71,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def folder(self) -> RunFolder:
-        """The run's folder."""
+        """Return the folder of the run."""
         trainer: pl.Trainer = self.trainer  # type: ignore[assignment]
         writes = num_sample_ranks(trainer) == 1 or trainer.is_global_zero
         return RunFolder(trainer.default_root_dir, writes, self.method.result_class)
@@ -94,7 +94,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def coming(self) -> Generator[Problem, None, None]:
-        """Yield this rank's problems in order, reading each when it is requested; those finished by an earlier run are left out."""
+        """Yield this rank's unfinished problems in order, and read each when it is requested."""
 
     @abstractmethod
     def find(self, records: Sequence[Problem]) -> None:
@@ -113,7 +113,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def part(self) -> tuple[int, int]:
-        """This rank's part of the problems and the number of parts; ranks that share each problem's samples have all of them."""
+        """Return this rank's part of the problems and the number of parts, which is 1 if ranks divide the samples."""
         if num_sample_ranks(self.trainer) > 1:  # type: ignore[arg-type]
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size  # type: ignore[union-attr]
@@ -179,15 +179,15 @@ class ProblemData(pl.LightningDataModule, ABC):
         self._coming.close()
 
     def teardown(self, stage: str) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead at the end."""
         self.stop()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead after an error."""
         self.stop()
 
     def resume(self, searched: dict[str, str]) -> None:
-        """Leave out the problems that a checkpoint resumes, given as names by key; the first may have been read already."""
+        """Leave out the problems that a checkpoint resumes, by key; the first may have been read already."""
         self.seen |= searched
         coming = self.arrivals
         self.arrivals = (problem for problem in coming if problem.key not in searched)
@@ -227,7 +227,7 @@ class ProblemData(pl.LightningDataModule, ABC):
     predict_dataloader = test_dataloader
 
     def val_dataloader(self) -> list[int]:
-        """Return one item as `test` does, but none in `fit`, where Lightning would validate when the search is interrupted."""
+        """Return one item, but none in `fit`, where Lightning would validate after an interruption."""
         return [] if self.trainer.state.fn == "fit" else [0]  # type: ignore[union-attr]
 
 

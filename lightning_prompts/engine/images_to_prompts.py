@@ -102,7 +102,7 @@ class ImagesToPrompts(ProblemData):
             self.begin()
 
     def step(self) -> Step:
-        """Return the next step of the batch, with timesteps (P, N) that depend on each problem's key and steps alone."""
+        """Return the next step, with timesteps (P, N) that depend on each problem's key and number of steps alone."""
         batch = self.method.batch
         keys, steps = [problem.key for problem in batch.records], batch.steps
         return Step(steps, draw_timesteps(self.seed, keys, steps, self.num_noise_samples, *self.timestep_range))
@@ -125,7 +125,7 @@ class ImagesToPrompts(ProblemData):
     # --- problems
 
     def _index_records(self) -> None:
-        """Index the records of earlier processes by their files, and delete those of broken lines that the user has corrected."""
+        """Index the records of earlier processes by files, and delete those of broken lines that are corrected now."""
         broken = {target.name for target in self.targets if target.error}
         for record in self.folder.records():
             if record.key == unreadable_key([record.target]) and record.target not in broken:
@@ -225,7 +225,7 @@ class ImagesToPrompts(ProblemData):
         return stack(self._dataset().images(Target(self._paths(problem), name=problem.target)))
 
     def _paths(self, problem: Problem) -> tuple[str, ...]:
-        """Return a problem's files relative to the current folder; only the paths in the batch are relative to it already."""
+        """Return a problem's files relative to the current folder, as the paths in the batch are."""
         in_batch = any(problem.key == record.key for record in self.method.batch.records)
         return tuple(problem.paths if in_batch else map(self.folder.saved.located, problem.paths))
 
@@ -242,7 +242,7 @@ class ImagesToPrompts(ProblemData):
         return latents
 
     def evict(self, problem: Problem) -> None:
-        """See `ProblemData.evict`."""
+        """Drop the images of a problem; see `ProblemData.evict`."""
         self._images.pop(problem.key, None)
         self._latents.pop(problem.key, None)
 

@@ -146,7 +146,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     @property
     def data(self) -> ProblemData:
-        """The data module."""
+        """Return the data module of the Trainer."""
         data: ProblemData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
 
@@ -161,7 +161,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return self.batch.parameter
 
     def setup(self, stage: str) -> None:
-        """Divide the samples among the ranks; refuse a fitted microbatch on a device that does not report full memory."""
+        """Divide the samples among the ranks; refuse a fitted microbatch on a device that reports no full memory."""
         if self.microbatch.fitted and self.trainer.strategy.root_device.type in NO_OOM_DEVICES:
             raise UserError(
                 "--model.microbatch null needs a GPU, since a CPU does not report when its memory is full; give "
@@ -275,7 +275,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.batch.step(optimizer.step, loss, rows, self.manual_backward, clip)
 
     def log_step(self, batch: Step, rows: Tensor, **values: Tensor) -> None:
-        """Log values of a step if one of the problems `rows` (Q,) is scored after it; reading them synchronizes the device."""
+        """Log values of a step before a score of one of `rows` (Q,), since reading them synchronizes the device."""
         if any((batch.steps[row] + 1) % self.score_every_n_steps == 0 for row in rows.tolist()):
             logged = {**values, **self.terms}
             self.log_dict({f"train/{name}": value.detach().mean() for name, value in logged.items()})
@@ -300,7 +300,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         """Return the parameters (...) of the best prompt of a row, or its initial ones, to continue from."""
 
     def draw_noise(self, problems: Sequence[Problem], step: int, count: int) -> Tensor:
-        """Draw noise (P, N, C, h, w) for N images of each of P problems, a function of the seed, the problem and the step."""
+        """Draw noise (P, N, C, h, w) for N images of P problems, a function of the seed, the problem and the step."""
         keys = [problem.key for problem in problems]
         return draw_noise(self.data.seed, keys, step, count, self.backbone.latent_shape, self.device)
 
@@ -407,11 +407,11 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         return {name: value.detach() for name, value in self.named_parameters() if value is self.parameter}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the batch."""
+        """Add the batch to the checkpoint."""
         checkpoint["batch"] = {**self.batch.save(), "parts": self.data.part[1], "microbatch": self.microbatch.size}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the batch of a checkpoint; if the number of ranks has changed, redistribute the open problems of all of them.
+        """Restore the batch of a checkpoint; if the number of ranks has changed, redistribute the open problems.
 
         Raises:
             UserError: The inputs or the settings are not those of the checkpoint.

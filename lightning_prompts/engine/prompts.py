@@ -63,7 +63,7 @@ class Prompts(ProblemData):
         return len(self._lines) * len(self.method.identities)
 
     def coming(self) -> Generator[Problem, None, None]:
-        """See `ProblemData.coming`."""
+        """Yield this rank's prompts; see `ProblemData.coming`."""
         for problem, error in self._problems():
             if self.owns(problem.index) and self.wanted(problem):
                 try:
@@ -75,7 +75,7 @@ class Prompts(ProblemData):
                 yield problem
 
     def find(self, records: Sequence[Problem]) -> None:
-        """See `ProblemData.find`."""
+        """Find the prompts of records; see `ProblemData.find`."""
         current = {problem.key: problem for problem, _ in self._problems()} if records else {}
         for record in records:
             record.index = -1

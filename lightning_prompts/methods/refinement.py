@@ -34,7 +34,7 @@ class Refinement(PromptMethod):
 
     @abstractmethod
     def record_fresh_scores(self, problems: Sequence[Problem], before: Tensor, after: Tensor) -> None:
-        """Score images (P, N, 3, H, W) on fresh seeds by the method's own measure, and add the scores to the records."""
+        """Score images (P, N, 3, H, W) of fresh seeds by the method's own measure, and add this to the records."""
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return the images of the users' prompts above those of the best results, from the seeds of the search."""
@@ -49,5 +49,5 @@ class Refinement(PromptMethod):
         self.record_fresh_scores(problems, before, after)
 
     def write_figures(self, problems: list[Problem], folder: RunFolder) -> None:
-        """Write the grid."""
+        """Write the grid of images."""
         atomic_write(folder.grid, to_png(self.preview(problems[:SHOWN])))

@@ -69,11 +69,13 @@ class ImageProcessor(NamedTuple):
         half = 127.5 * factor  # half of the range of pixels after rescaling
         return cls(
             size=(size if isinstance(size, tuple) else int(size)) if config.get("do_resize", True) else None,
-            crop=(crop if isinstance(crop, tuple) else (int(crop), int(crop))) if config.get("do_center_crop", True) else None,
+            crop=(crop if isinstance(crop, tuple) else (int(crop),) * 2)
+            if config.get("do_center_crop", True)
+            else None,
             mode=MODES[resample],
             mean=tuple(x / half - 1 for x in mean),
             std=tuple(x / half for x in std),
-        )  # fmt: skip
+        )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the pixel values (B, 3, h, w) of images (B, 3, H, W) in [-1, 1]."""

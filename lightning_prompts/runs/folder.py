@@ -134,7 +134,7 @@ class RunFolder:
         return [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp"), *self.path.glob(".lock.*")]
 
     def discard(self) -> None:
-        """Delete the folder if it has no records; of a locked one everything but the lock file, which `RunLock` removes."""
+        """Delete the folder if it has no records, except for the lock file, which `RunLock` removes."""
         if any(self.problems.glob("*.json")):
             return
         for path in self.path.glob("*"):
@@ -270,11 +270,11 @@ class RunFolder:
         self.saved.check()
         found = list(self.with_prompt())
         if not found:
-            raise UserError(f"The run {self.path} has no prompt yet; continue its fit or give another run.")
+            raise UserError(f"The run {self.path} has no prompt yet; resume its search or give another run.")
         if any(problem.token_ids is None for problem in found):
             raise UserError(
-                f"The run {self.path} has embeddings, as of textual inversion, and a prompt of tokens is needed; "
-                "give a run of another method."
+                f"The run {self.path} has embeddings instead of a prompt of tokens, as after textual inversion; give a "
+                "run of another method."
             )
         return found
 

@@ -19,7 +19,7 @@ from lightning_prompts.runs.atomic_io import atomic_write
 log = logging.getLogger(__name__)
 
 LEASE = 60.0
-"""Seconds without a heartbeat after which an owner counts as dead; must stay the same in all versions of this program."""
+"""Seconds without a heartbeat after which an owner counts as dead; the same in all versions of this program."""
 HEARTBEAT = 2.0
 """Seconds between heartbeats, which show a second process that the first one is alive."""
 PATIENCE = 10.0

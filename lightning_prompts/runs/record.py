@@ -54,7 +54,7 @@ class Move(TypedDict):
 
 @dataclass
 class MethodResult:
-    """The result of a method for one problem; a method that records more than the common fields has a subclass of its own."""
+    """The result of a method for one problem; a method with fields of its own has a subclass."""
 
     @classmethod
     def of(cls, problem: Problem) -> Self:
@@ -117,7 +117,7 @@ class InversionResult(MethodResult):
     perplexity: float | None = None
 
     def entry(self, problem: Problem) -> dict[str, Any]:
-        """See `MethodResult.entry`; the two similarities are always present."""
+        """Return the fields for `result.json`; the two similarities are always present."""
         similarities = {
             "clip_similarity": self.clip_similarity,
             "heldout_clip_similarity": self.heldout_clip_similarity,
@@ -126,7 +126,7 @@ class InversionResult(MethodResult):
 
     @property
     def summary(self) -> str:
-        """See `MethodResult.summary`."""
+        """Return the similarity to the target, for the terminal."""
         return "" if self.clip_similarity is None else f"similarity {self.clip_similarity:.2f}"
 
 
@@ -145,12 +145,12 @@ class RefinementResult(MethodResult):
 
     @property
     def comparisons(self) -> list[tuple[str, list[float] | None, list[float] | None]]:
-        """Scores before and after the change, the most important first: a name and the values per seed."""
+        """Return scores before and after the change, the most important first: a name and the values per seed."""
         return [("held-out similarity", self.heldout_before, self.heldout_after)]
 
     @property
     def summary(self) -> str:
-        """See `MethodResult.summary`."""
+        """Return the scores before and after, for the terminal."""
         compared = [
             f"{name} {fmean(after):.3f}, was {fmean(before):.3f}"
             for name, before, after in self.comparisons
@@ -184,7 +184,7 @@ class DPODiffResult(RefinementResult):
     candidates: list[Candidate] = field(default_factory=list)
 
     def entry(self, problem: Problem) -> dict[str, Any]:
-        """See `MethodResult.entry`; of the candidates only the best, with the losses as distances."""
+        """Return the fields for `result.json`; of the candidates only the best, with the losses as distances."""
         if self.loss_before is None:
             return {}
         best = sorted(self.candidates, key=lambda candidate: sum(candidate["losses"]))[:BEST_CANDIDATES]
@@ -194,7 +194,7 @@ class DPODiffResult(RefinementResult):
 
     @property
     def comparisons(self) -> list[tuple[str, list[float] | None, list[float] | None]]:
-        """See `RefinementResult.comparisons`."""
+        """Return the scores and the loss before and after the change."""
         return [*super().comparisons, ("loss", self.fresh_loss_before, self.fresh_loss_after)]
 
 
@@ -207,7 +207,7 @@ class SteeringResult(RefinementResult):
         metric_after: The same of the best embeddings.
         fresh_metric_before: The metric on seeds that the search has not used.
         fresh_metric_after: The same of the best embeddings.
-        values_before: By the name of each objective, the watched one included, its value per seed.
+        values_before: By the name of each objective, that of the constraint included, its value per seed.
         values_after: The same of the best embeddings.
         fresh_values_before: The values on seeds that the search has not used.
         fresh_values_after: The same of the best embeddings.
@@ -223,12 +223,12 @@ class SteeringResult(RefinementResult):
     fresh_values_after: dict[str, list[float]] | None = None
 
     def entry(self, problem: Problem) -> dict[str, Any]:
-        """See `MethodResult.entry`."""
+        """Return the fields for `result.json`, none without a metric."""
         return super().entry(problem) if self.metric_before else {}
 
     @property
     def comparisons(self) -> list[tuple[str, list[float] | None, list[float] | None]]:
-        """See `RefinementResult.comparisons`."""
+        """Return the metric and the scores before and after the change."""
         return [("metric", self.fresh_metric_before, self.fresh_metric_after), *super().comparisons]
 
 
@@ -256,7 +256,7 @@ class HumanFeedbackResult(RefinementResult):
     others: int = 0
 
     def entry(self, problem: Problem) -> dict[str, Any]:
-        """See `MethodResult.entry`."""
+        """Return the fields for `result.json`, none without a move."""
         scores = {"heldout_before": self.heldout_before, "heldout_after": self.heldout_after}
         return {"moves": self.moves, **_without_none(scores)} if self.moves else {}
 
@@ -275,7 +275,7 @@ def unreadable_key(names: Sequence[str]) -> str:
 class Problem:
     """One independent problem and its best prompt so far. Lower losses are better."""
 
-    key: str  # 16 hexadecimal digits: the hash of the inputs and of the settings that identify the problem; names the record's file
+    key: str  # 16 hexadecimal digits: a hash of the inputs and of the settings that identify the problem
     target: str  # the name in messages: of a file, folder or subject, or the prompt
     paths: list[str] = field(default_factory=list)
     caption: str | None = None
@@ -314,7 +314,7 @@ class Problem:
         return improves
 
     def move_to(self, current: Problem) -> bool:
-        """Copy the fields of the inputs from a problem without results, since files may have moved and the order may have changed.
+        """Copy the fields of the inputs from a problem without results, since files may have moved.
 
         Args:
             current: The problem with the same key among the current inputs.
@@ -334,7 +334,7 @@ class Problem:
         self.history.clear()
 
     def finish(self) -> None:
-        """Set the final status by the validation losses; without losses a problem is done, and a failed one stays failed."""
+        """Set the final status by the validation losses; without losses it is `done`, and `failed` stays."""
         if self.status == "failed":
             return
         loss, initial = finite(self.validation_loss), finite(self.initial_validation_loss)

@@ -1,4 +1,4 @@
-"""Merge the records of a run into `result.json`, `results.jsonl`, `results.parquet`, `failed.jsonl` and `prompt.txt`."""
+"""Write the records of a run to `result.json`, `results.jsonl`, `results.parquet`, `failed.jsonl`, `prompt.txt`."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def grid(targets: Sequence[Tensor], images: Tensor, problems: Sequence[Problem],
 
 
 def before_and_after(before: Tensor, after: Tensor, texts: Sequence[str]) -> Image.Image:
-    """Arrange images (P, N, 3, H, W) above others of the same seeds and shape, with P captions below the first of each."""
+    """Arrange images (P, N, 3, H, W) above others of the same seeds, with P captions below the first of each."""
     problems, count = before.shape[:2]
     columns = [(before[p, n], after[p, n]) for p in range(problems) for n in range(count)]
     return sheet(columns, [text if n == 0 else "" for text in texts for n in range(count)], 4 * count)

@@ -68,7 +68,7 @@ def test_improvements_of_many_prompts_share_a_line(search, caplog, monkeypatch):
     first, *others = re.findall(r"step (\d)  (.*), mean loss ([\d.]+)", caplog.text)
     assert first[:2] == ("0", "3 prompts")
     assert len(others) == len(steps) - 1
-    assert all(re.fullmatch(r"[123] of 3 prompts better", text) for _, text, _ in others)
+    assert all(re.fullmatch(r"[123] of 3 prompts improved", text) for _, text, _ in others)
     assert [first, *others][-1][2] == f"{mean:.5f}"
 
 

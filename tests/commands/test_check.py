@@ -16,8 +16,8 @@ from lightning_prompts.commands.check import (
     Suggestion,
     config_with,
     fastest_microbatch,
-    judge_share,
     sample_gradients,
+    share_verdict,
     signal_to_noise,
 )
 from lightning_prompts.commands.main import main
@@ -71,8 +71,14 @@ def test_verdict_is_no_if_the_caption_does_not_lower_the_loss():
 
 
 def test_verdict_on_a_share_accounts_for_chance():
-    assert [judge_share(share, 80, 0.5) for share in (0.5, 0.61, 0.62, 0.79, 0.8)] == ["no", "no", "weak", "weak", "ok"]
-    assert judge_share(1.0, 4, 0.25) == "ok"
+    assert [share_verdict(share, 80, 0.5) for share in (0.5, 0.61, 0.62, 0.79, 0.8)] == [
+        "no",
+        "no",
+        "weak",
+        "weak",
+        "ok",
+    ]
+    assert share_verdict(1.0, 4, 0.25) == "ok"
 
 
 def test_signal_to_noise_grows_with_the_root_of_the_number_of_samples():

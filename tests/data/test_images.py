@@ -95,7 +95,7 @@ def test_long_strip_is_padded_after_resizing(tmp_path):
 
 def test_unknown_fit_is_refused(tmp_path):
     noise().save(tmp_path / "a.png")
-    assert_refused("The fit must be 'crop' or 'pad', got 'stretch'", load_image, tmp_path / "a.png", 8, "stretch")
+    assert_refused("fit must be 'crop' or 'pad', got 'stretch'", load_image, tmp_path / "a.png", 8, "stretch")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])

@@ -478,7 +478,7 @@ def test_linear_plan_equals_the_papers_schedule_at_fifty_calls():
         assert plan == [math.floor(calls * Fraction(3 * len(plan) + 2 * i, 10 * len(plan))) for i in range(len(plan))]
         assert sum(number + 2 * grad_steps for number in plan) <= share * calls + 1e-4
     with pytest.raises(
-        UserError, match="8 calls with a gradient after 4 others go beyond the sampler's 10 calls; lower"
+        UserError, match=r"--model.grad_steps 8 after 4 calls without a gradient exceeds the sampler's 10 calls; lower"
     ):
         linear_plan(10, 8, 10)
 

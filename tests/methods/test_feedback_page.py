@@ -301,14 +301,14 @@ def test_images_of_a_round_are_deleted_after_it(opened):
 def test_prompts_and_captions_are_escaped(opened):
     content = opened.content()
     status = VisibleText(content["status"])
-    assert status.text == f"{ESCAPED} after move 0: which one do you like?"
-    assert status.tags == [("strong", [])]
+    assert status.text == f"Prompt: {ESCAPED}Moves so far: 0. Select the candidate that you like best."
+    assert status.tags == [("strong", []), ("br", [])]
     assert [image["caption"] for image in content["candidates"]["value"]] == [f"{i}  {ESCAPED}" for i in (1, 2, 3)]
     opened.stopped = True
     opened.until(lambda: opened.answers)
-    opened.page.publish(prompt="", status="Finished. The files are in /<b>runs</b>\x1b[0m.")
+    opened.page.publish(prompt="", status="Finished. The results are in /<b>runs</b>\x1b[0m.")
     status = VisibleText(opened.content()["status"])
-    assert (status.text, status.tags) == ("Finished. The files are in /<b>runs</b>\\x1b[0m.", [])
+    assert (status.text, status.tags) == ("Finished. The results are in /<b>runs</b>\\x1b[0m.", [])
 
 
 def test_closed_page_leaves_no_files(opened, tmp_path, monkeypatch):

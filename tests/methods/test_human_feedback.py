@@ -62,11 +62,11 @@ def search(tiny, folder, *answers, prompts=PROMPT, **settings):
     return module, chooser, list(data.folder.load().values())
 
 
-GO, FINISH = Choice("go", 1, 0.5), Choice("finish")
+MOVE, FINISH = Choice("move", 1, 0.5), Choice("finish")
 
 
 def test_move_goes_along_the_slerp_to_the_candidate(tiny, tmp_path):
-    module, chooser, (problem,) = search(tiny, tmp_path, GO, FINISH)
+    module, chooser, (problem,) = search(tiny, tmp_path, MOVE, FINISH)
     (first, images), (second, _) = chooser.questions
     assert first.prompt == PROMPT
     assert images.shape == (3, 3, 16, 16)
@@ -79,11 +79,11 @@ def test_move_goes_along_the_slerp_to_the_candidate(tiny, tmp_path):
     (move,) = problem.result.moves
     assert move == {"text": first.texts[1], "candidate": 1, "strength": 0.5, "others": 0}
     assert problem.status == "done"
-    assert chooser.messages == [f"Finished. The files are in {tmp_path}."]
+    assert chooser.messages == [f"Finished. The results are in {tmp_path}. You can close this page."]
 
 
 def test_next_candidates_add_a_word_to_the_chosen_text(tiny, tmp_path):
-    module, chooser, _ = search(tiny, tmp_path, GO, FINISH)
+    module, chooser, _ = search(tiny, tmp_path, MOVE, FINISH)
     (first, _), (second, _) = chooser.questions
     for question, text in ((first, PROMPT), (second, first.texts[1])):
         assert len(set(question.texts)) == 3
@@ -95,7 +95,7 @@ def test_next_candidates_add_a_word_to_the_chosen_text(tiny, tmp_path):
 
 def test_undo_restores_the_candidates_and_others_replaces_them(tiny, tmp_path):
     module, chooser, (problem,) = search(
-        tiny, tmp_path, Choice("others"), GO, Choice("undo"), Choice("undo"), Choice("others"), FINISH
+        tiny, tmp_path, Choice("others"), MOVE, Choice("undo"), Choice("undo"), Choice("others"), FINISH
     )
     texts = [question.texts for question, _ in chooser.questions]
     assert texts[1] == texts[3] == texts[4] != texts[0]  # with no move left, an undo changes nothing
@@ -108,7 +108,7 @@ def test_undo_restores_the_candidates_and_others_replaces_them(tiny, tmp_path):
 
 def test_others_are_closer_until_the_distance_is_reset(tiny, tmp_path):
     others = [Choice("others")] * 4
-    module, chooser, (problem,) = search(tiny, tmp_path, *others[:2], Choice("go", 0, 0.5), *others, FINISH)
+    module, chooser, (problem,) = search(tiny, tmp_path, *others[:2], Choice("move", 0, 0.5), *others, FINISH)
     start = module.encode([PROMPT])[0]
     for (question, images), reach in zip(chooser.questions[:3], (1, 0.5, 0.25), strict=True):
         end = slerp(start, module.encode([question.texts[0]])[0], reach)
@@ -150,12 +150,12 @@ def test_prompt_without_space_for_more_words_is_refused(tiny, tmp_path):
 
 def test_words_are_added_to_an_earlier_text_if_the_last_is_full(tiny, tmp_path):
     prompt = " ".join(["cat"] * 29)
-    _, chooser, _ = search(tiny, tmp_path, Choice("go"), FINISH, prompts=prompt)
+    _, chooser, _ = search(tiny, tmp_path, Choice("move"), FINISH, prompts=prompt)
     assert {len(text.split()) for text in chooser.questions[1][0].texts} == {30}
 
 
 def test_prompts_are_searched_one_after_the_other(tiny, tmp_path):
-    module, chooser, problems = search(tiny, tmp_path, GO, FINISH, GO, GO, FINISH, prompts=[PROMPT, "two dogs"])
+    module, chooser, problems = search(tiny, tmp_path, MOVE, FINISH, MOVE, MOVE, FINISH, prompts=[PROMPT, "two dogs"])
     assert [question.prompt for question, _ in chooser.questions] == [PROMPT] * 2 + ["two dogs"] * 3
     assert [len(problem.result.moves) for problem in problems] == [1, 2]
     assert len(module.best_embeds_of(problems)) == 2
@@ -164,31 +164,31 @@ def test_prompts_are_searched_one_after_the_other(tiny, tmp_path):
 @pytest.mark.exact
 def test_killed_run_resumes_at_the_same_question(tiny, tmp_path, rounding):
     """The record holds the moves, so no checkpoint is needed."""
-    whole, _, (expected,) = search(tiny, tmp_path / "whole", GO, Choice("others"), Choice("go", 2, 1.0), FINISH)
+    whole, _, (expected,) = search(tiny, tmp_path / "whole", MOVE, Choice("others"), Choice("move", 2, 1.0), FINISH)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
-        search(tiny, tmp_path / "broken", GO, Choice("others"), KeyboardInterrupt())
+        search(tiny, tmp_path / "broken", MOVE, Choice("others"), KeyboardInterrupt())
     signal.signal(signal.SIGINT, before)
-    module, chooser, (resumed,) = search(tiny, tmp_path / "broken", Choice("go", 2, 1.0), FINISH)
+    module, chooser, (resumed,) = search(tiny, tmp_path / "broken", Choice("move", 2, 1.0), FINISH)
     assert resumed.result.moves == expected.result.moves
     assert [len(question.images) for question, _ in chooser.questions] == [2, 3]
     assert torch.equal(module.batch[0].best, whole.batch[0].best)
 
 
 def test_chooser_is_closed_when_the_run_is_stopped(tiny, tmp_path):
-    chooser = Answers(GO, KeyboardInterrupt())
+    chooser = Answers(MOVE, KeyboardInterrupt())
     module = HumanFeedback(backbone=tiny, chooser=chooser, **SMALL)
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
         trainer.fit(module, datamodule=Prompts(PROMPT))
     signal.signal(signal.SIGINT, before)
-    assert chooser.messages == ["The run was stopped. Your choices are kept."]
+    assert chooser.messages == ["The search was stopped. Your choices are saved; resume with --ckpt_path last."]
 
 
 @pytest.mark.parametrize("name", ["choose", "variations", "apply_choice"])
 def test_chooser_is_closed_when_the_search_fails(tiny, tmp_path, monkeypatch, name):
-    chooser = Answers(ValueError("choose") if name == "choose" else GO)
+    chooser = Answers(ValueError("choose") if name == "choose" else MOVE)
     module = HumanFeedback(backbone=tiny, chooser=chooser, **SMALL)
 
     def fail(*_):
@@ -199,11 +199,11 @@ def test_chooser_is_closed_when_the_search_fails(tiny, tmp_path, monkeypatch, na
     trainer = pl.Trainer(**TRAINER | {"accelerator": "cpu", "logger": False, "default_root_dir": str(tmp_path)})
     with pytest.raises(ValueError, match=name):
         trainer.fit(module, datamodule=Prompts(PROMPT))
-    assert chooser.messages == ["The run was stopped. Your choices are kept."]
+    assert chooser.messages == ["The search was stopped. Your choices are saved; resume with --ckpt_path last."]
 
 
 def test_steps_limit_the_search(tiny, tmp_path):
-    _, chooser, (problem,) = search(tiny, tmp_path, GO, GO, GO, steps=2)
+    _, chooser, (problem,) = search(tiny, tmp_path, MOVE, MOVE, MOVE, steps=2)
     assert len(chooser.questions) == len(problem.result.moves) == 2
     assert problem.status == "done"
 
@@ -270,7 +270,7 @@ def test_scripted_chooser_selects_the_most_similar_candidate(tiny, clip_file, mo
     monkeypatch.setattr(
         chooser, "similarities", lambda images: torch.stack([x.mean() + now * (x.mean() == 0) for x in images])
     )
-    assert chooser.choose(Question) == Choice("go", 1, 0.5)
+    assert chooser.choose(Question) == Choice("move", 1, 0.5)
     now = 0.6
     assert chooser.choose(Question) == Choice("others")
 
@@ -362,10 +362,10 @@ class Run:
 def wait_for_question(page, move):
     """Wait until there are five candidates to choose from."""
     page.wait_for_function(
-        """move => document.querySelector('#status')?.innerText.includes(`after move ${move}: which`)
+        """move => document.querySelector('#status')?.innerText.includes(`Moves so far: ${move}. Select`)
         && document.querySelectorAll('#candidates img').length == 5
         && document.querySelectorAll('#candidate input').length == 5
-        && !document.querySelector('#go').disabled""",
+        && !document.querySelector('#move').disabled""",
         arg=move,
         timeout=30_000,
     )
@@ -391,7 +391,7 @@ def test_user_chooses_in_a_browser(tiny, tmp_path, browser):
     slider.focus()
     for _ in range(10):
         page.keyboard.press("ArrowLeft")
-    page.locator("#go").click()
+    page.locator("#move").click()
     wait_for_question(page, 1)
 
     page.reload()  # loses nothing
@@ -400,7 +400,7 @@ def test_user_chooses_in_a_browser(tiny, tmp_path, browser):
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("4")  # by keyboard
     page.wait_for_function("document.querySelectorAll('#candidate input')[3].checked")
-    page.keyboard.press("g")
+    page.keyboard.press("m")
     wait_for_question(page, 2)
     page.keyboard.press("u")
     wait_for_question(page, 1)
@@ -409,7 +409,7 @@ def test_user_chooses_in_a_browser(tiny, tmp_path, browser):
     page.wait_for_function("before => document.querySelector('#candidates').innerText != before", arg=before)
     wait_for_question(page, 1)
     # A key that is pressed before the new question arrives answers the old one, which is ignored.
-    finished = "document.querySelector('#status').innerText.startsWith('Finished. The files are in')"
+    finished = "document.querySelector('#status').innerText.startsWith('Finished. The results are in')"
     while not page.evaluate(finished):
         page.keyboard.press("f")
         with suppress(pytest.importorskip("playwright.sync_api").TimeoutError):
@@ -434,7 +434,7 @@ def test_closed_page_loses_nothing(tiny, tmp_path, browser):
     wait_for_question(page, 0)
     page.keyboard.press("1")
     page.wait_for_function("document.querySelectorAll('#candidate input')[0].checked")
-    page.keyboard.press("g")
+    page.keyboard.press("m")
     wait_for_question(page, 1)
     page.close()
     time.sleep(1)

@@ -24,7 +24,7 @@ from lightning_prompts.unused import refuse_unused
 
 
 class WordSearch(Refinement):
-    """Choose other words for a prompt or its negative prompt, and evaluate the choices by the images that they generate.
+    """Choose other words for a prompt or its negative prompt, and evaluate each choice by its images.
 
     Args:
         task: `improve` lowers the loss; `attack` raises it and keeps the meaning.
@@ -88,7 +88,8 @@ class WordSearch(Refinement):
         self.similarity = SemanticSimilarity(self.clip, similarity, self.offline)
         count = int(neighbors or (5 if task == "improve" else 60))
         self.sources = WordSources(
-            self.vocabulary, self.positive, self.negative, dictionary, task == "improve", count, protected_words or (), self.offline
+            self.vocabulary, self.positive, self.negative, dictionary, task == "improve", count, protected_words or (),
+            self.offline,
         )  # fmt: skip
         self._spaces: dict[str, Space] = {}  # by prompt
         self._improved: list[Problem] = []  # since the last `score`
@@ -140,7 +141,7 @@ class WordSearch(Refinement):
     # --- losses
 
     def loss(self, images: Tensor, text_features: Tensor) -> Tensor:
-        """Compute losses (B,): the distances of images (B, 3, H, W) from text features (B, E), negative for an attack."""
+        """Compute losses (B,): distances of images (B, 3, H, W) to text features (B, E), negative for an attack."""
         distance = self.distance(self.clip.features(images), text_features)
         return distance if self.task == "improve" else -distance
 
@@ -241,7 +242,7 @@ class WordSearch(Refinement):
         return self.evaluate(pairs, self.draw_noise(problems, SEARCH, self.seeds), text_features).mean(1)
 
     def images_before_and_after(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Refinement.images_before_and_after`."""
+        """Generate images before and after the search; see `Refinement.images_before_and_after`."""
         count = noise.shape[1]
         originals, prompts, negatives = (
             [text for text in texts for _ in range(count)]

@@ -111,7 +111,7 @@ class LanguageModel:
 
 
 def load_local_model(name: str, offline: bool) -> Callable[[str, int], str]:
-    """Load a causal language model, and return a function that answers a question: greedily at attempt 0, then by sampling."""
+    """Load a causal language model; return a function that answers greedily at attempt 0, then by sampling."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -141,7 +141,7 @@ def load_local_model(name: str, offline: bool) -> Callable[[str, int], str]:
 
 
 def parse_answer(answer: str, prompt: str) -> dict[str, list[str]]:
-    """Parse the lines `word -> other, words` of an answer; skip other lines, and words that the prompt does not have."""
+    """Parse the lines `word -> other, words` of an answer; skip other lines, and words outside the prompt."""
     words: dict[str, list[str]] = {}
     for line in answer.splitlines():
         match = re.fullmatch(r"\s*(?:[-*•]|\d+[.)])?\s*[\"'`*]*([^\"'`*>:=]+?)[\"'`*]*\s*(?:->|→|=>|:)\s*(.+)", line)
@@ -155,6 +155,6 @@ def parse_answer(answer: str, prompt: str) -> dict[str, list[str]]:
 
 
 def is_usable(words: dict[str, list[str]]) -> bool:
-    """Return whether an answer has words, at most 40% of them with a single substitute, as a list in another format would have."""
+    """Return whether an answer has words, at most 40% of them with a single substitute as in other formats."""
     single = sum(len(others) == 1 for others in words.values())
     return bool(words) and single <= 0.4 * len(words)

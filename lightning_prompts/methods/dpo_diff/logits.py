@@ -56,7 +56,7 @@ class WordChoices(TypedModule):
                 self.counts[p, s, : len(ids)] = torch.tensor([len(word) for word in ids])
 
     def init_logits(self, unchanged: float | None = None) -> Tensor:
-        """Return initial logits (P, S, W), all 0 except that of each slot's first word, which leaves the prompt unchanged.
+        """Return initial logits (P, S, W): 0 except for each slot's first word, which leaves the prompt unchanged.
 
         Args:
             unchanged: Probability, in (0, 1), that a draw leaves a slot as it is. None: the first word's logit is 1, as
@@ -81,7 +81,7 @@ class WordChoices(TypedModule):
         return token_lists(self.vocabulary.tokenizer, [text])[0]
 
     def perturbed(self, rows: Tensor, gumbel: Tensor) -> Tensor:
-        """Add noise (Q, S, W) to the logits (Q, S, W) of the problems `rows` (Q,); minus infinity where there is no word."""
+        """Add noise (Q, S, W) to the logits (Q, S, W) of `rows` (Q,), which are minus infinity without a word."""
         absent = (self.counts[rows] < 0).to(self.logits.device)
         return (self.logits[rows.to(self.logits.device)] + gumbel).masked_fill(absent, -torch.inf)
 

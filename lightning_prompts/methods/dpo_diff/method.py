@@ -143,7 +143,7 @@ class DPODiff(WordSearch):
     # --- the shortcut text gradient
 
     def shortcut(self, rows: Tensor, step: int) -> Tensor:
-        """Compute losses (Q,) of relaxed prompts, at clean images predicted after a part of the denoiser calls (section 3.3)."""
+        """Compute losses (Q,) of relaxed prompts on images predicted after some denoiser calls (section 3.3)."""
         plan, (first, last) = self.plan(self.data.seed), self.temperature
         calls, progress = plan[step] + self.grad_steps, step / max(1, len(plan) - 1)
         positive, negative = self.prompt(rows, self.gumbel(rows, step), first ** (1 - progress) * last**progress)
@@ -163,7 +163,8 @@ class DPODiff(WordSearch):
             return self.loss(self.backbone.decode(latents), text_features[indices]), {}
 
         losses, _ = self.sampler.sample_and_score(
-            repeat(prompt_embeds, self.seeds), repeat(negative_prompt_embeds, self.seeds), self.noise[rows].flatten(0, 1),
+            repeat(prompt_embeds, self.seeds), repeat(negative_prompt_embeds, self.seeds),
+            self.noise[rows].flatten(0, 1),
             score, self.grad_steps, calls,
         )  # fmt: skip
         return losses.view(len(rows), self.seeds).mean(1)
@@ -178,7 +179,7 @@ class DPODiff(WordSearch):
             self.prompt.logits.copy_(self.prompt.logits.maximum(initial.clamp(max=0)).minimum(most))
 
     def gumbel(self, rows: Tensor, step: int, tries: int = 0) -> Tensor:
-        """Draw Gumbel noise (Q, S, W), a function of the seed, the problem and the step, whatever the other problems' words are."""
+        """Draw Gumbel noise (Q, S, W), a function of the seed, the problem and the step, not of the other problems."""
         noise = torch.zeros(len(rows), *self.prompt.logits.shape[1:])
         for q, row in enumerate(rows.tolist()):
             draw = generator(self.data.seed, f"{self.batch[row].record.key}/gumbel", step, tries)

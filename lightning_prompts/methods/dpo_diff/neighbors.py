@@ -28,7 +28,7 @@ class Neighbors:
 
     @torch.no_grad()
     def __call__(self, word: str) -> list[str]:
-        """Return the neighbors of a word, the nearest first; a word of several tokens has the mean of their embeddings."""
+        """Return the neighbors of a word, nearest first; a word of several tokens has their mean embedding."""
         (ids,) = self.vocabulary.token_lists([word])
         if not ids:
             return []

@@ -88,7 +88,7 @@ def linear_plan(calls: int, grad_steps: int, share: float) -> list[int]:
         plan = longer
     if plan and plan[-1] + grad_steps > calls:
         raise UserError(
-            f"{grad_steps} calls with a gradient after {plan[-1]} others go beyond the sampler's {calls} calls; lower "
-            "--model.grad_steps, or give --model.schedule fix-0."
+            f"--model.grad_steps {grad_steps} after {plan[-1]} calls without a gradient exceeds the sampler's {calls} "
+            "calls; lower it, or give --model.schedule fix-0."
         )
     return plan

@@ -109,7 +109,7 @@ def filter_by_similarity(space: Space, similarity: SemanticSimilarity) -> Space:
     smaller = space.with_slots(slots)
     if not smaller.slots:
         raise UserError(
-            f"No other word keeps the meaning of {prompt!r} at a cosine of {similarity.threshold:g}; lower "
+            f"No replacement of a word keeps the meaning of {prompt!r} at a cosine of {similarity.threshold:g}; lower "
             "--model.similarity.threshold or name other sources as --model.positive."
         )
     return smaller

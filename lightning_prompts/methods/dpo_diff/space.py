@@ -16,7 +16,7 @@ Choice = tuple[int, ...]
 
 
 class Slot(NamedTuple):
-    """A position for a word; the first of its words leaves the prompt unchanged: the prompt's own word, or an empty text."""
+    """A position for a word; its first word leaves the prompt unchanged: the prompt's own, or an empty text."""
 
     name: str
     words: tuple[str, ...]
@@ -78,7 +78,7 @@ class Space:
                 for word in range(len(self.slots[number].words))]  # fmt: skip
 
     def with_slots(self, slots: Sequence[Slot]) -> Space:
-        """Return the space with other words in its slots; a slot with a single word becomes fixed text, or leaves the negative prompt."""
+        """Return the space with other words; a slot of one word becomes fixed text, or leaves the negative prompt."""
         split = len(self.positive)
         pieces, kept, text = list[str](), list[Slot](), self.fixed[0]
         for slot, after in zip(slots[:split], self.fixed[1:], strict=True):
@@ -135,7 +135,7 @@ def positive_slots(
 
 
 def negative_slots(prompt: str, substitutes: Substitutes) -> tuple[Slot, ...]:
-    """Return a slot for each word or phrase that has substitutes, with an empty text first and without words of the prompt."""
+    """Return a slot per word or phrase with substitutes: an empty text first, and no words of the prompt."""
     slots = (Slot(name, _distinct([""], words, prompt)) for name, words in substitutes.items())
     return tuple(slot for slot in slots if len(slot.words) > 1)
 

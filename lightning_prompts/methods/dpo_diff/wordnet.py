@@ -17,7 +17,10 @@ PLACES = (
     "/usr/local/WordNet-3.0/dict",
     "/opt/homebrew/share/wordnet/dict",
 )
-HINT = "install Debian's package wordnet-base, run `python -m nltk.downloader wordnet`, or give its folder as --model.dictionary"
+HINT = (
+    "install Debian's package wordnet-base, run `python -m nltk.downloader wordnet`, or give its folder as "
+    "--model.dictionary"
+)
 INSTALL = "WordNet needs nltk, which is not installed; run `pip install 'lightning-prompts[wordnet]'`."
 
 

@@ -101,7 +101,7 @@ class Inverter(PromptMethod):
 
     @property
     def data(self) -> ImagesToPrompts:
-        """The data module."""
+        """Return the data module of the Trainer."""
         return cast("ImagesToPrompts", super().data)
 
     @property
@@ -193,7 +193,7 @@ class Inverter(PromptMethod):
 
     @property
     def uses_clip(self) -> bool:
-        """Whether the search uses a CLIP: in the loss, in the choice of the best prompt, or for the initial one."""
+        """Return whether the search uses a CLIP: in the loss, to choose the best prompt, or for the initial one."""
         return bool(self.loss_weights.clip or self.reranker) or self.init == "clip_words"
 
     def setup(self, stage: str) -> None:
@@ -203,7 +203,7 @@ class Inverter(PromptMethod):
             self.clips()
 
     def clips(self) -> list[ClipSimilarity]:
-        """See `PromptMethod.clips`."""
+        """Return the CLIPs of the search; see `PromptMethod.clips`."""
         return [self.clip] if self.uses_clip else []
 
     @property
@@ -217,7 +217,7 @@ class Inverter(PromptMethod):
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that no gradient sees; the lowest is the best."""
+        """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that is not used for gradients."""
         size = len(self.batch)
         timesteps = validation_timesteps(self.data.num_validation_samples, *self.data.timestep_range)
         samples = self.samples(rows, Step([VALIDATION] * size, timesteps.expand(size, -1)))
@@ -244,7 +244,7 @@ class Inverter(PromptMethod):
         return better
 
     def decode(self, rows: Tensor) -> tuple[list[DecodedPrompt], Tensor]:
-        """Decode the problems `rows` (Q,) to the text of the nearest tokens, and encode this text again, to (Q, R, D)."""
+        """Decode the problems `rows` (Q,) to the text of the nearest tokens, and encode this text to (Q, R, D)."""
         decoded = self.prompt.decode(self.prompt.project()[rows.to(self.device)].cpu())
         return decoded, self.encode([candidate.prompt for candidate in decoded])
 

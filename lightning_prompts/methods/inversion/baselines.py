@@ -23,7 +23,7 @@ class RandomTokens(Inverter):
     moves_embeddings = has_loss = False
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """Draw new tokens."""
+        """Draw new random tokens."""
         drawn = self.random_tokens(rows, [batch.steps[row] for row in rows.tolist()])
         self.prompt.embeddings.data[rows.to(self.device)] = self.prompt.table[drawn].float()
 
@@ -49,7 +49,7 @@ class ClipWords(Inverter):
 
     @property
     def uses_clip(self) -> bool:
-        """See `Inverter.uses_clip`."""
+        """Return true: the CLIP chooses the words."""
         return True
 
     def step(self, batch: Step, rows: Tensor) -> None:

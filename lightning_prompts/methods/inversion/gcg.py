@@ -57,7 +57,7 @@ class GCG(Inverter):
 
     @property
     def uses_clip(self) -> bool:
-        """See `Inverter.uses_clip`."""
+        """Return whether the CLIP is used, also for the prefilter."""
         return super().uses_clip or self.prefilter > 1
 
     def step(self, batch: Step, rows: Tensor) -> None:
@@ -79,7 +79,7 @@ class GCG(Inverter):
     def _propose(
         self, steps: Sequence[int], rows: Tensor, token_ids: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Draw candidates (Q, B, M), and return which of them (Q, B) are allowed and encode to the same tokens as text."""
+        """Draw candidates (Q, B, M), and return which (Q, B) are allowed and encode to the same tokens as text."""
         change = (
             gradient @ self.prompt.table.T
         )  # of the loss, to first order and up to a constant per position, (Q, M, V)

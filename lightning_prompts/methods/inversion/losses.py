@@ -107,7 +107,7 @@ class InversionLoss:
         return terms
 
     def denoising(self, prompt_embeds: Tensor, samples: Samples) -> Tensor:
-        """Compute the denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones of the negative images."""
+        """Compute denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones on negative images."""
         fixed = samples.timesteps, samples.noise
         loss: Tensor = self._denoising(self.backbone, prompt_embeds, samples.latents, *fixed)
         if samples.negative is None:

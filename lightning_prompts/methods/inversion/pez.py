@@ -13,7 +13,7 @@ from lightning_prompts.setting_types import Rate
 
 
 class PEZ(GradientInverter):
-    """Take gradients at the embeddings of the nearest tokens, and apply them to continuous ones (algorithm 1 of the paper).
+    """Take gradients at the nearest tokens' embeddings, and apply them to continuous ones (algorithm 1).
 
     The denoising loss is the paper's Stable Diffusion variant; its main one, the cosine of prompt and images, is
     `loss_weights={"denoising": 0, "clip": 1}`.

@@ -126,7 +126,7 @@ class PH2P(GradientInverter):
         self.log_step(batch, rows, loss=loss[rows])
 
     def texts(self, rows: Tensor) -> list[str] | None:
-        """Return the texts of the nearest tokens for the text encoders that are not searched; None without such encoders.
+        """Return the nearest tokens' texts for the text encoders that are not searched; None without such encoders.
 
         They are fixed within a step, as the function that L-BFGS minimizes must be.
         """

@@ -47,7 +47,7 @@ class Reranker:
         self.images, self.weight = int(settings.images), settings.weight
 
     def loss(self, method: Inverter, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Compute the weighted mean of one minus the cosine (Q,) in CLIP of the targets and the images of Q encoded prompts (Q, R, D)."""
+        """Compute weighted mean CLIP distances (Q,) of the targets and the images of encoded prompts (Q, R, D)."""
         noise = method.draw_noise(method.records(rows), RERANK, self.images).flatten(0, 1)
         prompt_embeds = repeat(prompt_embeds, self.images)
         negative_prompt_embeds = method.encode([""], negative=True)

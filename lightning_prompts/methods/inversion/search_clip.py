@@ -49,7 +49,7 @@ class SearchClip(TypedModule):
 
     @property
     def model(self) -> ClipSimilarity:
-        """The CLIP."""
+        """Return the CLIP that searches."""
         if self._model is None:
             model = ClipSimilarity(self.name, self.offline)
             self.reads_text = not reads_tokens(model, self.prompt)

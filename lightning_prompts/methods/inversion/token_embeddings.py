@@ -85,7 +85,7 @@ class TokenEmbeddings(TypedModule):
 
     @torch.no_grad()
     def nearest(self, rows: Tensor) -> Tensor:
-        """Return the nearest allowed tokens (Q, M) of the problems `rows` (Q,); any tokens where the embeddings are not finite."""
+        """Return the nearest allowed tokens (Q, M) of `rows` (Q,); any tokens where embeddings are not finite."""
         finite = self.is_finite()[rows].view(-1, 1, 1)
         return nearest_tokens(self.embeddings[rows].where(finite, 0), self.table, self.allowed, self.metric)
 

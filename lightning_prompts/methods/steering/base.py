@@ -83,7 +83,7 @@ class Steering(Refinement):
             row.best = initial.clone() if row.best is None else row.best
 
     def initial(self, problems: Sequence[Problem]) -> Tensor:
-        """Encode the prompts of P problems to (P, S, R, D), each alone so that the result does not depend on the batch."""
+        """Encode the prompts of P problems to (P, S, R, D), one at a time so that the batch changes no result."""
         prompt_embeds = torch.cat([self.encode([problem.target]) for problem in problems])
         if not self.unconditional:
             return prompt_embeds.unsqueeze(1).float()
@@ -151,7 +151,7 @@ class Steering(Refinement):
     def evaluate(
         self, embeds: Tensor, noise: Tensor, problems: Sequence[Problem], grad_steps: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute losses (Q, N), and values (Q, N) by name, of the images of encoded prompts (Q, S, R, D) from noise (Q, N, C, h, w)."""
+        """Compute losses and values (Q, N) of images of encoded prompts (Q, S, R, D) from noise (Q, N, C, h, w)."""
         count = noise.shape[1]
         prompt_embeds, negative_prompt_embeds = self.sampler.split(embeds, count)
 
@@ -218,7 +218,7 @@ class Steering(Refinement):
         return read_prompt_embeds(self.data.folder.embeds_of(key), self.backbone, shape)[key].to(self.device)
 
     def images_before_and_after(self, problems: Sequence[Problem], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Refinement.images_before_and_after`."""
+        """Generate images before and after the search; see `Refinement.images_before_and_after`."""
         before = self.sampler.generate_from_embeds(self.initial(problems), noise)
         return before, self.sampler.generate_from_embeds(self.best_embeds_of(problems), noise)
 

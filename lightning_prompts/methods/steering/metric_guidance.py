@@ -94,7 +94,7 @@ class MetricGuidance(Steering):
     # --- the metric
 
     def values(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """Compute the values (B,) of all objectives, the watched one included, of images (B, 3, H, W)."""
+        """Compute the values (B,) of all objectives, the constraint included, of images (B, 3, H, W)."""
         prompts = [problem.target for problem in problems]
         values = {name: objective(images, prompts) for name, objective in self.objectives.items()}
         if self.constraint:
@@ -103,7 +103,7 @@ class MetricGuidance(Steering):
         return values
 
     def metric(self, values: dict[str, Tensor]) -> Tensor:
-        """Return the value of a single objective, or the weighted sum of several, in which lower-is-better ones are negative."""
+        """Return the value of a single objective, or the weighted sum of several, negative if lower is better."""
         if len(self.objectives) == 1:
             return values[next(iter(self.objectives))]
         return self._gain(values)
@@ -144,10 +144,10 @@ class MetricGuidance(Steering):
             return torch.optim.SGD(rows, lr=self.lr)
         return BatchedAdam(rows, lr=self.lr, eps=self.eps, weight_decay=0.01 if self.optimizer == "adamw" else 0.0)
 
-    # --- the watched metric
+    # --- the constraint
 
     def acceptable(self, problem: Problem, values: dict[str, list[float]]) -> bool:
-        """Return whether the watched objective is no worse than for the user's prompt, within the tolerance."""
+        """Return whether the constraint is no worse than for the user's prompt, within the tolerance."""
         before = SteeringResult.of(problem).values_before
         if not self.constraint or not before:
             return True

@@ -181,7 +181,7 @@ class SeedInvariance(Steering):
         return noise_of(seeds, self.backbone.latent_shape).to(self.device)
 
     def targets(self, problems: Sequence[Problem]) -> Tensor:
-        """Return the target images (P, 3, H, W), each generated once and alone so that it does not depend on the batch."""
+        """Return the target images (P, 3, H, W), generated one at a time so that the batch changes no result."""
         for problem in problems:
             if problem.key not in self._targets:
                 images = self.sampler.generate_from_embeds(
@@ -191,7 +191,7 @@ class SeedInvariance(Steering):
         return torch.stack([self._targets[problem.key] for problem in problems])
 
     def values(self, images: Tensor, problems: Sequence[Problem]) -> dict[str, Tensor]:
-        """Compute the peak signal-to-noise ratio (B,), in dB, of images (B, 3, H, W) and the target images; higher is better."""
+        """Compute the peak signal-to-noise ratio (B,) in dB of images (B, 3, H, W) to the targets; higher is better."""
         error = (images - self.targets(problems).to(images)).square().flatten(1).mean(1)
         return {"PSNR": 10 * torch.log10(4 / error.clamp(min=1e-10))}
 
@@ -200,7 +200,7 @@ class SeedInvariance(Steering):
         return values["PSNR"]
 
     def stage(self, step: int) -> tuple[int, float]:
-        """Return the denoiser calls of a step, and the position of its noise on the arc from the target seed's, from 0 to 1."""
+        """Return a step's denoiser calls, and the position in [0, 1] of its noise on the arc from the target seed's."""
         stages, steps = len(self.stages), self.steps
         number = step * stages // steps
         first, end = (
@@ -238,7 +238,7 @@ class SeedInvariance(Steering):
         return AdamOnLion([self.parameter], lr=self.lr, eps=self.eps)
 
     def preview(self, problems: list[Problem]) -> Image.Image:
-        """Return the target images, each beside the prompt's images on other seeds, above those of the best embeddings."""
+        """Return the target images beside other seeds' images of the prompt, above those of the best embeddings."""
         before, after = self.images_before_and_after(problems, self.draw_noise(problems, SEARCH, self.seeds))
         columns: list[tuple[Tensor, ...]] = []
         for p, target in enumerate(self.targets(problems)):

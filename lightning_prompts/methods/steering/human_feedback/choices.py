@@ -17,7 +17,7 @@ from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.clip import ClipSimilarity, default_clip
 
-Action = Literal["go", "others", "undo", "finish"]
+Action = Literal["move", "others", "undo", "finish"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Round:
         texts: The texts of the C candidates.
         positions: Positions of these images on the map, (K + 1, 2).
         candidate_positions: Positions of the C candidates on the map, (C, 2).
-        generate: Generates the image of a candidate, given its index and a strength from 0, the current image, to 1; from
-            the noise of the other images.
+        generate: Generates the image of a candidate, given its index and a strength from 0, the current image, to 1,
+            from the noise of the other images.
         stopped: Returns whether the run is stopping.
     """
 
@@ -47,10 +47,10 @@ class Round:
 
 @dataclass(frozen=True)
 class Choice:
-    """An answer.
+    """The answer to a round.
 
     Attributes:
-        action: Move to a candidate (`go`), show other candidates, undo the last move, or finish.
+        action: Move to a candidate (`move`), show other candidates, undo the last move, or finish.
         candidate: Index of the candidate.
         strength: How far to move, from 0 to 1.
     """
@@ -71,7 +71,7 @@ def checked_choice(choice: object, candidates: int) -> Choice:
         UserError: The answer is not a choice of this round.
     """
     if not isinstance(choice, Choice):
-        raise UserError(f"An answer must be a Choice, got {choice!r:.40}; return such as Choice('go', 0, 0.5).")
+        raise UserError(f"An answer must be a Choice, got {choice!r:.40}; return for example Choice('move', 0, 0.5).")
     if choice.action not in get_args(Action):
         raise UserError(f"A Choice's action must be one of {', '.join(get_args(Action))}, got {choice.action!r:.40}.")
     number, strength = choice.candidate, choice.strength
@@ -114,8 +114,8 @@ class Scripted(Chooser):
     def __init__(self, wants: str, strengths: Sequence[float] = (1.0,), clip: str | None = None) -> None:
         if not strengths or not all(0 < strength <= 1 for strength in strengths):
             raise UserError(
-                f"--model.chooser.strengths must be above 0 and at most 1, got {list(strengths)}; give such as [0.5, "
-                "1.0]."
+                f"--model.chooser.strengths must be above 0 and at most 1, got {list(strengths)}; give for "
+                "example [0.5, 1.0]."
             )
         if not os.path.isfile(wants):  # before a model is loaded
             raise UserError(
@@ -143,7 +143,7 @@ class Scripted(Chooser):
         tried = self.similarities([question.generate(best, strength) for strength in self.strengths])
         if tried.max() <= current:
             return Choice("others")
-        return Choice("go", best, self.strengths[int(tried.argmax())])
+        return Choice("move", best, self.strengths[int(tried.argmax())])
 
     def close(self, message: str) -> None:
-        """Do nothing."""
+        """Do nothing: a script shows no message."""

@@ -127,7 +127,7 @@ class HumanFeedback(Steering):
     # --- candidates
 
     def variations(self, problem: Problem, moves: int, others: int) -> list[str]:
-        """Return the random texts of a round, a function of the seed, the problem, the moves and the rounds without a move."""
+        """Return the random texts of a round, a function of the seed, the problem, and the moves and others so far."""
         rng, text = (
             random.Random(derive_seed(self.data.seed, problem.key, moves, others)),
             self.base_text(problem, moves),
@@ -141,7 +141,7 @@ class HumanFeedback(Steering):
         return texts
 
     def base_text(self, problem: Problem, moves: int) -> str:
-        """Return the text to add words to: that of the last move of at least half the way that has room for more words."""
+        """Return the text to add words to: that of the last move of strength 0.5 or more that has room for words."""
         made = HumanFeedbackResult.of(problem).moves[:moves]
         texts = (move["text"] for move in reversed(made) if move["strength"] >= 0.5)
         return next((text for text in texts if self.has_room(text)), problem.target)
@@ -213,7 +213,7 @@ class HumanFeedback(Steering):
             result.others = result.moves.pop()["others"]
             self.path.pop()
             self.images.pop()
-        elif choice.action == "go":
+        elif choice.action == "move":
             text, strength = texts[choice.candidate], reach * choice.strength
             end = self.candidate_embeds([text], self.base_text(problem, len(result.moves)))  # alone, as after resuming
             result.moves.append(Move(text=text, strength=strength, candidate=choice.candidate, others=result.others))
@@ -268,12 +268,12 @@ class HumanFeedback(Steering):
         return [*super().configure_callbacks(), _Closing()]
 
     def on_fit_start(self) -> None:
-        """Open the chooser."""
+        """Open the chooser before the first round."""
         self.chooser.open(self.backbone, self.offline)
 
     def on_fit_end(self) -> None:
         """Close the chooser after the results are written."""
-        self.chooser.close(f"Finished. The files are in {self.data.folder.path}.")
+        self.chooser.close(f"Finished. The results are in {self.data.folder.path}. You can close this page.")
 
     def on_train_start(self) -> None:
         """Resume from the record, which may be newer than the checkpoint."""
@@ -288,4 +288,4 @@ class _Closing(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Close the chooser, also on Ctrl-C."""
         if isinstance(pl_module, HumanFeedback):
-            pl_module.chooser.close("The run was stopped. Your choices are kept.")
+            pl_module.chooser.close("The search was stopped. Your choices are saved; resume with --ckpt_path last.")

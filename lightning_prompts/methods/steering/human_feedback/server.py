@@ -53,7 +53,7 @@ class RequestFilter:
         self.names, self.port = [name.encode() for name in names], port
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer a request, or pass it on."""
+        """Pass on an allowed request, and refuse any other."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -91,7 +91,7 @@ class RequestFilter:
         path = str(scope["path"])
         secret, inside = path[: len(self.prefix)], path[len(self.prefix) :]
         if not secrets.compare_digest(secret.encode(errors="replace"), self.prefix) or not inside.startswith("/"):
-            return 403, "Open the whole address that the terminal shows.\n"
+            return 403, "Open the full address that the terminal shows.\n"
         allowed = re.fullmatch(ROUTES.get(scope["method"], "(?!)"), inside)
         if not allowed and not (scope["method"] == "GET" and self.is_image(inside)):
             return 404, "This page does not exist.\n"
@@ -125,11 +125,12 @@ class Server:
             self.address = f"http://{HOST}:{port}{prefix}/"
             app = gradio.mount_gradio_app(
                 FastAPI(openapi_url=None), page, prefix, server_name=HOST, server_port=port, root_path=prefix,
-                allowed_paths=[str(images)], ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, **settings,
+                allowed_paths=[str(images)], ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
+                **settings,
             )  # fmt: skip
             config = uvicorn.Config(
-                RequestFilter(app, port, prefix, images), ws="none", proxy_headers=False, server_header=False, access_log=False,
-                log_config=None, log_level="critical",
+                RequestFilter(app, port, prefix, images), ws="none", proxy_headers=False, server_header=False,
+                access_log=False, log_config=None, log_level="critical",
             )  # fmt: skip
             self.server = uvicorn.Server(config)
             self.thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)

@@ -1,4 +1,4 @@
-"""Measure how much time searching words for many prompts in one run saves: `python benchmarks/prompts_at_once.py`.
+"""Measure how much time a batch of prompts saves: `python benchmarks/prompt_batching.py`.
 
 Searches 100 prompts in one process; the first of them in one process each; and the very first ones like the released
 code, which generates one seed of one candidate at a time. Prints the seconds per prompt of whole processes, and the
@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from at_once import TRAIN
-from prompt_pool import written
+from batching import TRAIN
+from prompt_pool import sample_prompts
 
 SEED = 20_261_123
 
@@ -27,7 +27,8 @@ def searched(prompts: list[str], run: Path, extra: list[str]) -> tuple[float, li
     command = [sys.executable, str(TRAIN), "fit", "--config", "configs/dpo_diff.yaml", "--run", str(run)]
     begun = time.perf_counter()
     subprocess.run(
-        [*command, "--data.prompts", json.dumps(prompts), *extra], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, "--data.prompts", json.dumps(prompts), *extra], check=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL
     )  # fmt: skip
     return time.perf_counter() - begun, json.loads((run / "result.json").read_text())["problems"]
 
@@ -40,11 +41,11 @@ def main() -> None:
     parser.add_argument("--looped", type=int, default=5, help="prompts that are searched image by image")
     parser.add_argument("--budget", type=int, default=5)
     args = parser.parse_args()
-    prompts = [one.prompt for one in written(SEED, args.count)]
+    prompts = [one.prompt for one in sample_prompts(SEED, args.count)]
     budget = ["--model.budget", str(args.budget)]
     print("| | prompts | seconds per prompt | largest difference of a loss |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        seconds, together = searched(prompts, Path(scratch) / "together", budget)
+        seconds, batched = searched(prompts, Path(scratch) / "batched", budget)
         print(f"| all in one run | {args.count} | {seconds / args.count:.1f} | |", flush=True)
         for name, count, extra in (
             ("one at a time", args.alone, budget),
@@ -55,7 +56,7 @@ def main() -> None:
             ]
             differences = [
                 abs(a - b)
-                for (_, (alone,)), among in zip(each, together, strict=False)
+                for (_, (alone,)), among in zip(each, batched, strict=False)
                 for a, b in zip(alone["loss_after"], among["loss_after"], strict=True)
             ]
             print(f"| {name} | {count} | {sum(s for s, _ in each) / count:.1f} | {max(differences):.1e} |", flush=True)
