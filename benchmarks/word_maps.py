@@ -21,8 +21,9 @@ from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.data.images import to_tensor
 from lightning_prompts.emoji.world import LOOKS
+from lightning_prompts.methods.inversion.word_maps import SAMPLES
 from lightning_prompts.metrics.words import content_words
-from lightning_prompts.sampling.attention_maps import SAMPLES, word_maps
+from lightning_prompts.sampling.attention_maps import word_maps
 from lightning_prompts.sampling.seeding import WORD_MAPS, draw_noise
 
 

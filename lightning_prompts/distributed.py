@@ -8,7 +8,7 @@ import secrets
 import time
 from datetime import timedelta
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
@@ -24,6 +24,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_prompts.errors import UserError, first_sentence
 from lightning_prompts.launchers import Launched
+
+if TYPE_CHECKING:
+    from lightning_fabric.plugins.environments import ClusterEnvironment
 
 T = TypeVar("T")
 
@@ -120,8 +123,9 @@ class _UnwrappedDDP(DDPStrategy):
         """Connect to the other processes within minutes; collectives may then take much longer."""
         if not dist.is_initialized():
             self.set_world_ranks()
-            environment = self.cluster_environment
-            store = create_store(environment.main_address, environment.main_port, self.global_rank, self.world_size)  # type: ignore[union-attr]
+            environment = cast("ClusterEnvironment", self.cluster_environment)
+            address, port = environment.main_address, environment.main_port
+            store = create_store(address, port, self.global_rank, self.world_size)
             device = self.root_device if self.root_device.type != "cpu" else None
             backend = self._get_process_group_backend()
             dist.init_process_group(
@@ -136,7 +140,7 @@ class _UnwrappedDDP(DDPStrategy):
         """Leave the module unwrapped."""
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Skip the barriers of Lightning."""
+        """Skip the barriers of Lightning, at which a rank would wait for those with more problems."""
 
 
 class ProblemParallel(_UnwrappedDDP):

@@ -125,7 +125,7 @@ def _check_consistent(names: tuple[str, ...], value: int, reason: str, hint: str
 
 
 def _by_torchrun() -> Launched:
-    """Read the variables that torchrun sets."""
+    """Read the variables that torchrun sets, and check that they agree."""
     world = _number("WORLD_SIZE", 1, None, TORCHRUN)
     local_world = _number("LOCAL_WORLD_SIZE", 1, world, TORCHRUN, f"WORLD_SIZE is {world}")
     rank = _number("RANK", 0, world - 1, TORCHRUN, f"WORLD_SIZE is {world}")

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_prompts.backbones import Backbone, as_backbone
-from lightning_prompts.commands.parser_errors import one_sentence, similar_settings
 from lightning_prompts.errors import UserError, shortened
+from lightning_prompts.parser_errors import one_sentence, similar_settings
 from lightning_prompts.python_values import check_type, plain, shown
 from lightning_prompts.text_settings import all_settings, with_groups
 

@@ -10,8 +10,8 @@ import pytorch_lightning as pl
 
 from lightning_prompts.callbacks import OwnerGuard
 from lightning_prompts.engine.checkpoint import PromptCheckpoint, SavedConfig
+from lightning_prompts.engine.trainer_settings import TRAINER
 from lightning_prompts.errors import UserError, first_sentence
-from lightning_prompts.methods import TRAINER
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
 

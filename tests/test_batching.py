@@ -309,7 +309,7 @@ def test_finished_problems_are_evicted_from_caches(method, command, tmp_path, mo
     for kept in (data._images, data._latents, module.search_clip._image_features):
         assert len(kept) <= 1
     assert len(module.batch) == len(module.latents) == 1
-    assert torch.isfinite(module.parameter).all()
+    assert torch.isfinite(module.batch.parameter).all()
 
 
 @pytest.fixture

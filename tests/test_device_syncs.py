@@ -72,7 +72,7 @@ def test_steps_do_not_sync_with_the_device(method, settings, tiny, monkeypatch):
     with Copies() as copies:
         module.step(batch, rows)
     assert not copies.waiting
-    assert module.parameter.device == DEVICE
+    assert module.batch.parameter.device == DEVICE
     assert len(module.optimizers().state) == 1  # a step was taken
 
 

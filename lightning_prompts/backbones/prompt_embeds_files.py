@@ -64,7 +64,8 @@ def read_prompt_embeds(path: Path, backbone: Backbone, shape: Sequence[int]) -> 
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"The file {path} cannot be read as embeddings ({error}); give a file that `fit` has written."

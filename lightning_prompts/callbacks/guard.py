@@ -63,6 +63,6 @@ class NonFiniteGuard(pl.Callback):
             how = "" if lbfgs else " with half the step size"  # the history of L-BFGS requires whole steps
             log.warning("%s for %s at step %d; continuing from its best prompt%s.", reason, problem.target, step, how)
             return
-        module.finish(row)
+        module.batch.finish(row)
         if problem.status != "failed":
             problem.reason = f"{reason} at step {step}, for the {self.most + 1}th time; lower --model.lr."

@@ -65,12 +65,12 @@ class PromptProgress(pl.Callback):
                 self._shown.pop(row.record.key, None)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Close the bar at the end."""
+        """Close the progress bar and restore the terminal."""
         self._open.close()
         self._bar = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: PromptMethod, exception: BaseException) -> None:
-        """Restore the terminal after an error."""
+        """Restore the terminal after an error or an interruption."""
         self._open.close()
 
     def _share(self, module: PromptMethod) -> int:

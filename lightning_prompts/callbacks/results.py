@@ -17,9 +17,8 @@ from torch import Tensor
 
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.distributed import barrier
-from lightning_prompts.engine.datamodule import ProblemData
 from lightning_prompts.errors import UserError
-from lightning_prompts.metrics import missing_lpips_weights
+from lightning_prompts.objectives.lpips import missing_lpips_weights
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
@@ -29,7 +28,7 @@ from lightning_prompts.sampling.figures import to_image, to_png
 from lightning_prompts.terminal import say
 
 if TYPE_CHECKING:
-    from lightning_prompts.engine.datamodule import Step
+    from lightning_prompts.engine.datamodule import ProblemData, Step
     from lightning_prompts.methods import PromptMethod
 
 log = logging.getLogger(__name__)

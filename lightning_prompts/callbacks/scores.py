@@ -21,11 +21,11 @@ from lightning_prompts.metrics import (
     Perplexity,
     SpecialCharacters,
     WordRecall,
-    missing_lpips_weights,
     read_dictionary,
 )
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import default_clip, load_clip
+from lightning_prompts.objectives.lpips import missing_lpips_weights
 from lightning_prompts.runs.record import InversionResult, Problem, RefinementResult
 from lightning_prompts.terminal import say
 

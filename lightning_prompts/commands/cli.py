@@ -30,7 +30,6 @@ from lightning_prompts.commands.arguments import prepare_arguments
 from lightning_prompts.commands.check import check, config_with
 from lightning_prompts.commands.descriptions import GROUP_TITLES, SETTING_HELP, describe, usage
 from lightning_prompts.commands.dry_run import DryRun
-from lightning_prompts.commands.parser_errors import mistake_in, one_sentence, refused_class
 from lightning_prompts.commands.plugins import import_plugins
 from lightning_prompts.commands.processes import cluster_environment, divide_search, use_one_process
 from lightning_prompts.commands.search_length import given_settings, set_length, take_over_settings
@@ -44,6 +43,7 @@ from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError, first_sentence
 from lightning_prompts.launchers import Launched, lightning_launcher, own_rank, started_by_lightning
 from lightning_prompts.methods import DPODiff, HumanFeedback, PromptMethod
+from lightning_prompts.parser_errors import mistake_in, one_sentence, refused_class
 from lightning_prompts.runner import TRAINER_DEFAULTS, build_trainer, held_folder, run_callbacks
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder

@@ -137,8 +137,8 @@ class Crossover(pl.Callback):
         one, other = (parent.problem for parent in self.parents)
         found = tuple(Member(i, str(p.prompt), tuple(p.token_ids or ())) for i, p in enumerate((one, other)))
         key = f"{one.key}+{other.key}"
-        sizes = self.generations, self.population
-        best = evolve(found, decode, score, self.keep, *sizes, seed, key, keep_found=one.key == other.key)  # type: ignore[arg-type]
+        sizes, same = (self.generations, self.population), one.key == other.key
+        best = evolve(found, decode, score, self.keep, *sizes, seed, key, keep_found=same)  # type: ignore[arg-type]
         if not best:
             raise UserError(
                 f"Every recombination of {one.prompt!r} and {other.prompt!r} has other tokens when its text is "

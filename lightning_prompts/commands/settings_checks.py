@@ -11,6 +11,7 @@ from types import NoneType
 from typing import Any, get_args
 
 import yaml
+from jsonargparse import Namespace
 
 from lightning_prompts.backbones.embedding_files import split_name
 from lightning_prompts.data.prompts import find_prompts
@@ -88,7 +89,7 @@ def check_inputs(config: Any) -> None:
         raise UserError(f"There is no file {dictionary!r}; check --model.dictionary.")
 
 
-def count_problems(data: Any) -> int:
+def count_problems(data: Namespace) -> int:
     """Return the number of problems that inputs make up, or a lower bound where they are in shards.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ class Batch:
         self.skipped = torch.empty(0, dtype=torch.long)  # (P,) steps without a finite gradient since an evaluation
         self.finished: list[Problem] = []  # records that are not saved yet
         self.exhausted = False  # whether no problem is left to search
+        self._counted = time.perf_counter()  # when the last step was counted, or the rows changed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -134,6 +136,7 @@ class Batch:
         on_device = kept.to(self.parameter.device)
         before, states = self.parameter.data[on_device], self._optimizer_rows()
         self.rows = [*(self.rows[row] for row in kept.tolist()), *added]
+        self._counted = time.perf_counter()
         set_rows(self.records)
         skipped = self.skipped.to(self.parameter.device)
         self.skipped = torch.cat([skipped[on_device], skipped.new_zeros(len(added))])
@@ -154,6 +157,18 @@ class Batch:
         self.finished.append(self.rows[row].record)
 
     # --- step
+
+    def count_step(self, rows: Tensor) -> None:
+        """Count a step of `rows` (Q,), and divide the time since the one before among their records."""
+        elapsed, self._counted = time.perf_counter() - self._counted, time.perf_counter()
+        for row in rows.tolist():
+            self.rows[row].steps += 1
+            self.rows[row].record.seconds += elapsed / len(rows)
+
+    def add_cost(self, rows: Tensor, samples: int) -> None:
+        """Add denoiser samples to the counters of `rows` (Q,); a backward pass counts as one."""
+        for row in rows.tolist():
+            self.rows[row].record.unet_samples += samples
 
     def step(
         self,
@@ -259,6 +274,7 @@ class Batch:
         self.rows = [
             Row(record, **dict(zip(names, some, strict=True))) for record, some in zip(records, values, strict=True)
         ]
+        self._counted = time.perf_counter()
         for row in self.rows:
             row.best = None if row.best is None else row.best.to(self.parameter.device)
         self.skipped = torch.tensor(saved["skipped"], dtype=torch.long, device=self.parameter.device)

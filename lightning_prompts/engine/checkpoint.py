@@ -23,7 +23,7 @@ from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.record import Problem
 
 if TYPE_CHECKING:
-    from lightning_prompts.engine.datamodule import Step
+    from lightning_prompts.engine.datamodule import ProblemData, Step
     from lightning_prompts.methods import PromptMethod
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,10 @@ NAME = re.compile(r"rank(\d+)-step(\d+)\.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the target, verify, and rename; Lightning's own class may fail silently."""
+    """Write beside the target, verify, and rename.
+
+    Lightning's own class writes to the temporary folder and may fail silently.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -96,13 +99,14 @@ class PromptCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved = time.monotonic()
-        rank = trainer.datamodule.part[0]  # type: ignore[attr-defined]
+        data: ProblemData = trainer.datamodule  # type: ignore[attr-defined]
+        rank = data.part[0]
         try:
             trainer.save_checkpoint(self.folder / f"rank{rank}-step{trainer.fit_loop.total_batch_idx + 1:08d}.ckpt")
         except OSError as error:  # the prompts are in their records, and the older checkpoint is still there
             log.warning("The checkpoint could not be written (%s); the run continues.", error)
             return
-        for old in _newest_first(self.folder, rank)[2:] if trainer.datamodule.folder.writes else ():  # type: ignore[attr-defined]
+        for old in _newest_first(self.folder, rank)[2:] if data.folder.writes else ():
             old.unlink(missing_ok=True)
 
 
@@ -160,7 +164,7 @@ def parts_of(path: Path) -> int:
 
 
 def _newest_first(folder: Path, rank: int) -> list[Path]:
-    """Return a rank's checkpoints by time: after resuming from an older one, the newest has a lower step."""
+    """Return a rank's checkpoints by time: a search that resumed from an older one saves at lower steps."""
     paths = (path for path in folder.glob(f"rank{rank}-step*.ckpt") if NAME.fullmatch(path.name))
     return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 

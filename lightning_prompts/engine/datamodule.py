@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from lightning_prompts.distributed import all_gather_object, num_sample_ranks
@@ -26,6 +27,11 @@ class Step(NamedTuple):
 
     steps: Sequence[int]
     timesteps: Tensor
+
+    def by_step(self, rows: Tensor) -> list[tuple[int, Tensor]]:
+        """Group the problems `rows` (Q,) by the number of steps that they have taken."""
+        steps = torch.tensor(self.steps)[rows]
+        return [(int(step), rows[steps == step]) for step in steps.unique()]
 
 
 class StepLoader:
@@ -66,7 +72,7 @@ class ProblemData(pl.LightningDataModule, ABC):
 
     @property
     def method(self) -> PromptMethod:
-        """The method in training."""
+        """The method that the Trainer runs."""
         return cast("PromptMethod", self.trainer.lightning_module)  # type: ignore[union-attr]
 
     @property

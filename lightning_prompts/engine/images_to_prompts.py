@@ -84,7 +84,7 @@ class ImagesToPrompts(ProblemData):
 
     @property
     def method(self) -> Inverter:
-        """The method in training."""
+        """The method that searches the prompts."""
         return cast("Inverter", super().method)
 
     def setup(self, stage: str) -> None:
@@ -139,7 +139,7 @@ class ImagesToPrompts(ProblemData):
         return len(self.targets)
 
     def coming(self) -> Generator[Problem, None, None]:
-        """See `ProblemData.coming`; targets that an earlier process finished are not read again."""
+        """Yield this rank's targets in order; those that an earlier process finished are not read again."""
         own = (index for index in range(self.total) if self.owns(index) and not self._finished(index))
         for loaded in self._load(own):
             problem = self._new_problem(loaded.index, loaded.key)
@@ -154,7 +154,7 @@ class ImagesToPrompts(ProblemData):
                 log.warning("%s has the pixels of %s; they share one result.", problem.target, other)
 
     def find(self, records: Sequence[Problem]) -> None:
-        """See `ProblemData.find`; if files have moved, all targets without a record are read."""
+        """Set `index` of records to the place of their target; if files moved, read all targets without a record."""
         by_paths = {target.paths: index for index, target in enumerate(self.targets)}
         places = {record.key: by_paths.get(tuple(record.paths), -1) for record in records}
         moved = {key for key, index in places.items() if index < 0 or self._recorded_key(index) != key}
@@ -200,7 +200,7 @@ class ImagesToPrompts(ProblemData):
         return read_ahead(self._dataset(), indices, int(self.workers) if self.total > self.method.batch_size else 0)
 
     def unchanged(self, problems: Sequence[Problem]) -> list[Problem]:
-        """See `ProblemData.unchanged`; the images of the returned problems stay in memory until `evict`."""
+        """Return the problems whose images are still those that were searched; they stay in memory until `evict`."""
         dataset = self._dataset()
         return [problem for problem in problems if problem.key in self._images or self._reload(problem, dataset)]
 

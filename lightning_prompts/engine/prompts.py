@@ -40,7 +40,7 @@ class Prompts(ProblemData):
 
     @property
     def method(self) -> DPODiff | Steering:
-        """The method in training."""
+        """The method that changes the prompts."""
         return cast("DPODiff | Steering", super().method)
 
     def step(self) -> Step:

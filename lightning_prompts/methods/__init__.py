@@ -1,6 +1,7 @@
 """The search methods, each a LightningModule in a file of its own."""
 
-from lightning_prompts.engine.method import TRAINER, PromptMethod
+from lightning_prompts.engine.method import PromptMethod
+from lightning_prompts.engine.trainer_settings import TRAINER
 from lightning_prompts.methods.dpo_diff.method import DPODiff
 from lightning_prompts.methods.inversion.baselines import ClipWords, RandomTokens
 from lightning_prompts.methods.inversion.gcg import GCG

@@ -2,7 +2,7 @@
 
 from lightning_prompts.metrics.clip import ClipImageSimilarity, ClipTextSimilarity
 from lightning_prompts.metrics.diversity import Diversity
-from lightning_prompts.metrics.perceptual import Lpips, missing_lpips_weights
+from lightning_prompts.metrics.perceptual import Lpips
 from lightning_prompts.metrics.readability import DictionaryWords, Perplexity, SpecialCharacters, read_dictionary
 from lightning_prompts.metrics.words import WordRecall
 
@@ -15,6 +15,5 @@ __all__ = [
     "Perplexity",
     "SpecialCharacters",
     "WordRecall",
-    "missing_lpips_weights",
     "read_dictionary",
 ]

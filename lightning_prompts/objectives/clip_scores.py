@@ -33,7 +33,7 @@ class _ClipObjective(Objective):
         self._features: dict[str, Tensor] = {}
 
     def attach(self, backbone: Backbone, offline: bool) -> None:
-        """Load the CLIP of the score."""
+        """Load the given CLIP, or else the one that belongs to the backbone."""
         self.clip = ClipSimilarity(self.name or default_clip(backbone), offline)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
@@ -136,7 +136,7 @@ class Aesthetic(_ClipObjective):
         self.requires_grad_(False)
 
     def attach(self, backbone: Backbone, offline: bool) -> None:
-        """Load the CLIP of the score."""
+        """Load the CLIP, and refuse one whose features do not fit the aesthetic head."""
         super().attach(backbone, offline)
         width = self.clip.clip.config.projection_dim
         if width != 768:

@@ -67,11 +67,10 @@ class ImageProcessor(NamedTuple):
                 "its image_mean and image_std must be three numbers each, and image_std and rescale_factor above 0"
             )
         half = 127.5 * factor  # half of the range of pixels after rescaling
+        side = crop if isinstance(crop, tuple) else (int(crop), int(crop))
         return cls(
             size=(size if isinstance(size, tuple) else int(size)) if config.get("do_resize", True) else None,
-            crop=(crop if isinstance(crop, tuple) else (int(crop),) * 2)
-            if config.get("do_center_crop", True)
-            else None,
+            crop=side if config.get("do_center_crop", True) else None,
             mode=MODES[resample],
             mean=tuple(x / half - 1 for x in mean),
             std=tuple(x / half for x in std),

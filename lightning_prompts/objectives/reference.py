@@ -7,12 +7,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.data.images import load_image, to_tensor
-from lightning_prompts.metrics.perceptual import Lpips
 from lightning_prompts.objectives.base import Objective
+from lightning_prompts.objectives.lpips import LpipsDistance
 
 
 class _ReferenceObjective(Objective):
@@ -57,13 +56,12 @@ class Perceptual(_ReferenceObjective):
 
     def __init__(self, reference: str, lpips_weights: str | None = None, weight: float = 1.0) -> None:
         super().__init__(reference, weight)
-        self.network = Lpips(weights=lpips_weights).network.eval()
+        self.lpips = LpipsDistance(weights=lpips_weights)
 
     def distance(self, images: Tensor) -> Tensor:
         """Compute the distances (B,) of images (B, 3, H, W) in [-1, 1]."""
-        pair = [F.interpolate(x, size=64) if min(x.shape[-2:]) < 64 else x for x in (images, self.image)]
-        distances: Tensor = self.network(pair[0], pair[1].expand_as(pair[0]))
-        return distances.flatten()
+        distances: Tensor = self.lpips(images, self.image.expand_as(images))
+        return distances
 
 
 class LatentDistance(_ReferenceObjective):

@@ -5,38 +5,22 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lightning_prompts.runs.record import Problem
-from lightning_prompts.sampling.seeding import REGENERATION, draw_noise
 
-if TYPE_CHECKING:
-    from lightning_prompts.methods import PromptMethod
-
-
-def regenerate(method: PromptMethod, problems: Sequence[Problem], count: int) -> Tensor:
-    """Generate images (P, count, 3, H, W) in [-1, 1] from the texts of P problems' best prompts."""
-    keys = [problem.key for problem in problems]
-    noise = draw_noise(method.data.seed, keys, REGENERATION, count, method.backbone.latent_shape, method.device)
-    texts = [str(problem.prompt) for problem in problems for _ in range(count)]
-    images: Tensor = method.generate(texts, noise.flatten(0, 1))
-    return images.view(len(problems), count, *images.shape[1:])
-
-
-def grid(targets: Sequence[Tensor], images: Tensor, problems: Sequence[Problem], side: int = 96) -> Image.Image:
-    """Arrange a column per problem: the target, its regenerations, and the prompt.
+def grid(targets: Sequence[Tensor], images: Tensor, texts: Sequence[str], side: int = 96) -> Image.Image:
+    """Arrange a column per target: the target, its regenerations, and the prompt.
 
     Args:
         targets: P images (3, H, W) in [-1, 1].
         images: N regenerations of each, (P, N, 3, H, W) in [-1, 1].
-        problems: P records.
+        texts: P prompts.
         side: Side length of an image in pixels.
     """
     columns = [(target, *regenerated) for target, regenerated in zip(targets, images, strict=True)]
-    return sheet(columns, [str(problem.prompt) for problem in problems], len(columns), side)
+    return sheet(columns, texts, len(columns), side)
 
 
 def before_and_after(before: Tensor, after: Tensor, texts: Sequence[str]) -> Image.Image:

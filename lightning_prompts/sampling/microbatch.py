@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from lightning_prompts.distributed import all_gather, shard_indices
+from lightning_prompts.distributed import all_gather, broadcast, shard_indices
 from lightning_prompts.errors import UserError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+NO_OOM_DEVICES = ("cpu",)  # devices that do not report when their memory is full
 UNLIMITED = 2**31  # more than any number of samples
 
 OUT_OF_MEMORY = (
@@ -39,6 +40,22 @@ class Microbatch:
         self.size = self.asked = UNLIMITED if size is None else int(size)
         self.most = 0  # samples of the largest call so far
         self.ranks = 1  # ranks that divide the samples
+
+    def check_device(self, device: torch.device) -> None:
+        """Refuse to find the size by halving on a device that does not report when its memory is full.
+
+        Raises:
+            UserError: The size is None and the device is a CPU.
+        """
+        if self.fitted and device.type in NO_OOM_DEVICES:
+            raise UserError(
+                "--model.microbatch null needs a GPU, since a CPU does not report when its memory is full; give "
+                "--model.microbatch 16."
+            )
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on all ranks that divide the samples; see `distributed.broadcast`."""
+        return value if self.ranks == 1 else broadcast(value)
 
     def map(self, samples: int, function: Callable[[Tensor], T], device: torch.device | None = None) -> T:
         """Call `function` on the indices (b,) of each microbatch and concatenate what it returns.

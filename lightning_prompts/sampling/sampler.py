@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,22 @@ class SamplerSettings:
 
     num_inference_steps: Positive | None = None
     guidance_scale: float | None = None
+
+    def build(self, backbone: Backbone, microbatch: Microbatch, most_steps: int | None = None) -> Sampler:
+        """Build the sampler, with the model's defaults for unset values.
+
+        Args:
+            backbone: The model.
+            microbatch: Images per call.
+            most_steps: Upper limit of the model's default number of steps; None for no limit.
+
+        Raises:
+            UserError: The model's scheduler does not support this number of steps.
+        """
+        own = backbone.default_steps
+        steps = int(self.num_inference_steps or min(own, most_steps or own))
+        guidance = backbone.default_guidance if self.guidance_scale is None else self.guidance_scale
+        return Sampler(backbone, steps, guidance, microbatch)
 
 
 class Sampler:
@@ -125,6 +141,34 @@ class Sampler:
         return self.microbatch.map(
             len(noise), lambda indices: self.sample(*encode(indices), noise[indices]).cpu(), noise.device
         )
+
+    def generate_from_texts(
+        self,
+        texts: Sequence[str],
+        noise: Tensor,
+        negative: str | Sequence[str],
+        encode: Callable[[Sequence[str], bool], Tensor],
+    ) -> Tensor:
+        """Generate images (B, 3, H, W) in [-1, 1] of B texts.
+
+        Args:
+            texts: The prompts.
+            noise: Standard normal, (B, C, h, w).
+            negative: A negative prompt for all images, or one per image.
+            encode: Encodes texts to (b, R, D), given whether they are negative prompts.
+
+        Raises:
+            UserError: There is a negative prompt without guidance.
+        """
+        if any([negative] if isinstance(negative, str) else negative):
+            self.check_guided("a negative prompt does nothing")
+
+        def encode_both(indices: Tensor) -> tuple[Tensor, Tensor]:
+            some = indices.tolist()
+            negatives = [negative] if isinstance(negative, str) else [negative[i] for i in some]
+            return encode([texts[i] for i in some], False), encode(negatives, True)
+
+        return self.generate(noise, encode_both)
 
     def generate_from_embeds(self, embeds: Tensor, noise: Tensor) -> Tensor:
         """Generate images (P, N, 3, H, W) of encoded prompts (P, S, R, D) from noise (P, N, C, h, w); see `split`."""

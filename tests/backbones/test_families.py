@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from families import TEXTS, assert_refused, latents_of
+from families import TEXTS, assert_refused, edit, latents_of
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text
@@ -155,11 +155,12 @@ def test_wide_pooled_vectors_take_several_rows(backbone):
         pooled_width = 11
 
     backbone.__class__ = Wide
-    hidden, pooled = torch.randn(2, 3, 4), torch.randn(2, 11)
+    hidden, pooled = torch.randn(2, 5, 4), torch.randn(2, 11)
     joined = backbone.join(hidden, pooled)
-    assert joined.shape == (2, 6, 4)
+    assert joined.shape == (2, 8, 4)
+    assert torch.equal(backbone.split(joined)[0], hidden)
     assert torch.equal(backbone.split(joined)[1], pooled)
-    assert backbone.searchable_rows(joined, False).tolist() == [i >= backbone.fixed_rows and i < 3 for i in range(6)]
+    assert backbone.searchable_rows(joined, False).tolist() == [i >= backbone.fixed_rows and i < 5 for i in range(8)]
 
 
 def test_predict_x0_inverts_noise_and_target(backbone):
@@ -416,6 +417,12 @@ def test_components_of_different_models_are_refused(one, part, other, theirs, tm
         match=r"The .* of the model .* are \d+ wide, but its denoiser takes \d+, so they come from different models",
     ):
         load_backbone(str(folders[one]))
+
+
+def test_different_tokenizers_of_one_kind_are_refused(tmp_path):
+    folder = families.save("sdxl", tmp_path)
+    edit(folder / "tokenizer_2/vocab.json", lambda vocab: vocab.update(a=vocab["b"], b=vocab["a"]))
+    assert_refused("The clip text encoders of the model .* have different tokenizers", folder)
 
 
 def test_scheduler_can_be_replaced(family):

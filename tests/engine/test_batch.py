@@ -50,6 +50,18 @@ def test_step_equals_the_optimizers():
     torch.testing.assert_close(batch.parameter.detach(), expected)
 
 
+def test_steps_and_costs_are_counted_in_the_rows_that_took_them(monkeypatch):
+    now = iter([0.0, 100.0, 106.0, 106.0, 107.0, 107.0])  # the batch begins, its rows change, and two steps end
+    monkeypatch.setattr("lightning_prompts.engine.batch.time.perf_counter", lambda: next(now))
+    batch, _ = filled()
+    batch.count_step(torch.tensor([0, 2]))
+    batch.count_step(torch.tensor([2]))
+    batch.add_cost(torch.tensor([1, 2]), 5)
+    assert batch.steps == [1, 0, 2]
+    assert [record.seconds for record in batch.records] == [3.0, 0.0, 4.0]
+    assert [record.unet_samples for record in batch.records] == [0, 5, 5]
+
+
 def test_other_rows_stay_unchanged():
     """Neither momentum nor weight decay moves them."""
     batch, optimizer = filled(momentum=0.9, weight_decay=0.5)

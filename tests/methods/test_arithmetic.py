@@ -223,12 +223,12 @@ def test_embeddings_are_shifted_every_n_steps_of_their_own(tiny, monkeypatch):
         module, [Problem(name, text) for name, text in zip("abcd", ("a cat", "a dog", "red", "blue"), strict=True)]
     )
     initial = module.init_params(torch.arange(4))
-    module.parameter.data = initial + 0.3 + 2 * torch.randn_like(initial)
-    before = module.parameter.detach().clone()
+    module.batch.parameter.data = initial + 0.3 + 2 * torch.randn_like(initial)
+    before = module.batch.parameter.detach().clone()
     module.step(Step([2, 2, 3, 8], torch.empty(4, 0)), torch.tensor([1, 2, 3]))
-    assert torch.equal(module.parameter[[0, 2]], before[[0, 2]])
+    assert torch.equal(module.batch.parameter[[0, 2]], before[[0, 2]])
     for row in (1, 3):
-        result, like, was = (x[row].detach() for x in (module.parameter, initial, before))
+        result, like, was = (x[row].detach() for x in (module.batch.parameter, initial, before))
         assert float(result.mean()) == pytest.approx(float(like.mean()), abs=1e-5)
         assert float(result.std()) == pytest.approx(float(like.std()), rel=1e-5)
         torch.testing.assert_close((result - result.mean()) / result.std(), (was - was.mean()) / was.std())

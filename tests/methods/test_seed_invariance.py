@@ -122,7 +122,7 @@ def test_loss_and_gradient_equal_a_plain_loop(embedding, grad_steps, compare, ti
     others = torch.randn(1, 2, 4, 8, 8, dtype=torch.float64)
     monkeypatch.setattr(module, "draw_noise", lambda problems, step, count: others[:, :count])
     set_batch(module, [problem], steps=1)
-    module.parameter.data = module.prompt.double().init_params(module.prompt.initial)
+    module.batch.parameter.data = module.prompt.double().init_params(module.prompt.initial)
     module.prompt.initial, module.starts = module.prompt.initial.double(), module.starts.double()
     losses = []
     monkeypatch.setattr(module, "step_active", lambda loss, rows: losses.append(loss))
@@ -130,7 +130,7 @@ def test_loss_and_gradient_equal_a_plain_loop(embedding, grad_steps, compare, ti
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
     module.step(Step([1], torch.empty(1, 0)), torch.tensor([0]))
     (loss,) = losses
-    (gradient,) = torch.autograd.grad(loss.sum(), module.parameter)
+    (gradient,) = torch.autograd.grad(loss.sum(), module.batch.parameter)
 
     start = noise_of([4], (4, 8, 8)).double()
     plain = module.prompt.initial[0, 0]
@@ -169,12 +169,12 @@ def test_loss_and_gradient_equal_a_plain_loop(embedding, grad_steps, compare, ti
     with torch.no_grad():
         fixed = module.prompt(torch.tensor([0]))[0, 0].clone()
         assert float(loss) == pytest.approx(float(reference()), rel=1e-6, abs=1e-2 if compare == "clip" else 0)
-        direction, ends = torch.randn_like(module.parameter), []
+        direction, ends = torch.randn_like(module.batch.parameter), []
         step = 3e-3 if embedding == "arc" else 1e-5  # the loss is flat at the start of the arc
         for sign in (1, -1):
-            module.parameter.data += sign * step * direction
+            module.batch.parameter.data += sign * step * direction
             ends.append(float(reference()))
-            module.parameter.data -= sign * step * direction
+            module.batch.parameter.data -= sign * step * direction
     assert float((gradient * direction).sum()) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4)
 
 
@@ -242,7 +242,9 @@ def test_target_image_equals_that_of_predict(tiny, tmp_path):
 
 def test_batch_equals_its_parts(tiny, tmp_path, monkeypatch):
     """Use plain gradient steps, because the sign in AdamOnLion flips where a gradient is almost zero."""
-    monkeypatch.setattr(SeedInvariance, "configure_optimizers", lambda self: torch.optim.SGD([self.parameter], lr=1e-3))
+    monkeypatch.setattr(
+        SeedInvariance, "configure_optimizers", lambda self: torch.optim.SGD([self.batch.parameter], lr=1e-3)
+    )
     module, batch = search(tiny, tmp_path / "both", PROMPTS, target_seeds=[1, 2])
     assert [(p.target, p.result.target_seed) for p in batch] == [
         (prompt, seed) for prompt in PROMPTS for seed in (1, 2)

@@ -8,8 +8,8 @@ import torch
 import torchvision
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.metrics import Lpips, missing_lpips_weights
-from lightning_prompts.metrics.perceptual import TRUNKS
+from lightning_prompts.metrics import Lpips
+from lightning_prompts.objectives.lpips import TRUNKS, missing_lpips_weights
 
 RELUS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}  # of torchvision's `features`
 NETWORKS = {"alex": torchvision.models.alexnet, "vgg": torchvision.models.vgg16}

@@ -275,7 +275,9 @@ def test_images_too_small_for_lpips_are_enlarged(size, reference, tmp_path):
     one, other = images, objective.image.repeat(2, 1, 1, 1)
     if min(size) < 64:
         one, other = (F.interpolate(x, size=(64, 64)) for x in (one, other))
-    assert objective(images, ["", ""]) == pytest.approx(objective.network(one, other).flatten().detach(), rel=1e-5)
+    assert objective(images, ["", ""]) == pytest.approx(
+        objective.lpips.network(one, other).flatten().detach(), rel=1e-5
+    )
 
 
 def test_weights_are_the_papers_or_those_given(reference, tmp_path):

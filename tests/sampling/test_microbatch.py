@@ -65,7 +65,7 @@ def test_size_is_fitted_to_the_memory(caplog):
 
 def test_fitted_size_is_kept_when_a_search_resumes(tiny, tmp_path, monkeypatch):
     """The CPU stands in for a device that reports when its memory is full."""
-    monkeypatch.setattr("lightning_prompts.engine.method.NO_OOM_DEVICES", ())
+    monkeypatch.setattr("lightning_prompts.sampling.microbatch.NO_OOM_DEVICES", ())
     data = {"prompts": ["a red cat", "two dogs"]}
     sizes = []
     for path, steps in ((None, 2), ("last", 4)):

@@ -191,7 +191,7 @@ class WordSearch(Refinement):
         for i, values in zip(new, losses, strict=True):
             known[i][texts[i]] = values
         for (row, choice), pair, values in zip(candidates, texts, known, strict=True):
-            self.add_cost(torch.tensor([row]), self.seeds * self.sampler.cost())
+            self.batch.add_cost(torch.tensor([row]), self.seeds * self.sampler.cost())
             self.spend(row, cost)
             self.record_candidate(row, choice, pair, values[pair])
         for row in {row for row, _ in candidates}:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_prompts.backbones import repeat
 from lightning_prompts.engine.datamodule import Step
-from lightning_prompts.engine.method import by_step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.dpo_diff.base import WordSearch
 from lightning_prompts.methods.dpo_diff.evolution import cross, mutate, uniform
@@ -125,7 +124,7 @@ class DPODiff(WordSearch):
     def step(self, batch: Step, rows: Tensor) -> None:
         """Take a gradient step, or evaluate a population."""
         first, losses, learning = len(self.plan(self.data.seed)), list[Tensor](), list[Tensor]()
-        for step, some in by_step(batch, rows):
+        for step, some in batch.by_step(rows):
             if step < first:
                 losses.append(self.shortcut(some, step))
                 learning.append(some)
@@ -134,7 +133,9 @@ class DPODiff(WordSearch):
             self.log_step(batch, rows, loss=torch.cat(losses))
         trying = [row for row in rows.tolist() if batch.steps[row] >= first]
         candidates = [
-            (row, choice) for row in trying for choice in self.broadcast(self.propose(row, batch.steps[row], first))
+            (row, choice)
+            for row in trying
+            for choice in self.microbatch.broadcast(self.propose(row, batch.steps[row], first))
         ]
         self.try_candidates(candidates)
         for row in set(trying) - {row for row, _ in candidates}:  # all candidates are known
@@ -150,7 +151,7 @@ class DPODiff(WordSearch):
         prompt_embeds = self.backbone.encode(positive.ids, positive.embeddings, positive.texts)
         negative_prompt_embeds = self.backbone.encode(negative.ids, negative.embeddings, negative.texts, negative=True)
         cost = self.sampler.cost(calls, self.grad_steps)
-        self.add_cost(rows, cost * self.seeds)
+        self.batch.add_cost(rows, cost * self.seeds)
         for row in rows.tolist():
             self.spend(row, cost / self.sampler.cost())
         return self.shortcut_loss(rows, prompt_embeds, negative_prompt_embeds, calls)

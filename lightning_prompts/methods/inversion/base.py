@@ -17,7 +17,7 @@ from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.method import PromptMethod
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.inversion.figures import regenerate_and_save, write_figures
+from lightning_prompts.methods.inversion.figures import regenerate, regenerate_and_save, target_grid, write_figures
 from lightning_prompts.methods.inversion.init import init_embeddings, random_tokens, records_of_run
 from lightning_prompts.methods.inversion.losses import InversionLoss, LossWeights
 from lightning_prompts.methods.inversion.rerank import Rerank, Reranker
@@ -29,7 +29,6 @@ from lightning_prompts.objectives.clip import default_clip
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import InversionResult, Problem
-from lightning_prompts.sampling.figures import grid, regenerate
 from lightning_prompts.sampling.seeding import INIT, VALIDATION, validation_timesteps
 from lightning_prompts.setting_types import Positive
 from lightning_prompts.unused import refuse_unused
@@ -189,7 +188,7 @@ class Inverter(PromptMethod):
 
     def _add_denoising_cost(self, rows: Tensor, samples: Samples) -> None:
         passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
-        self.add_cost(rows, passes if samples.negative is None else 2 * passes)
+        self.batch.add_cost(rows, passes if samples.negative is None else 2 * passes)
 
     @property
     def uses_clip(self) -> bool:
@@ -234,7 +233,7 @@ class Inverter(PromptMethod):
             The problems whose prompt improved.
         """
         candidates, prompt_embeds = self.decode(rows)
-        better, losses = list[Problem](), self.broadcast(self.evaluate(rows, prompt_embeds)).tolist()
+        better, losses = list[Problem](), self.microbatch.broadcast(self.evaluate(rows, prompt_embeds)).tolist()
         for row, candidate, loss in zip(rows.tolist(), candidates, losses, strict=True):
             problem = self.batch[row].record
             if problem.initial_validation_loss is None:
@@ -250,9 +249,7 @@ class Inverter(PromptMethod):
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return a grid of the targets above an image of each prompt."""
-        return grid(
-            [several[0] for several in self.data.target_images(problems)], regenerate(self, problems, 1), problems
-        )
+        return target_grid(self, problems, regenerate(self, problems, 1))
 
     def final_evaluation(self, problems: list[Problem], scores: Scores) -> None:
         """Generate four images from each prompt and score them."""

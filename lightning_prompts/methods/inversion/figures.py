@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,17 +11,32 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from lightning_prompts.callbacks.loggers import log_images
+from lightning_prompts.methods.inversion.word_maps import word_map_figure
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
-from lightning_prompts.sampling.attention_maps import word_map_figure
-from lightning_prompts.sampling.figures import grid, regenerate, to_image, to_png
+from lightning_prompts.sampling.figures import grid, to_image, to_png
+from lightning_prompts.sampling.seeding import REGENERATION
 
 if TYPE_CHECKING:
     from lightning_prompts.methods.inversion.base import Inverter
 
 REGENERATIONS = 4  # images per prompt in the final evaluation
 SHOWN = 24  # problems in the grid and the word maps
+
+
+def regenerate(method: Inverter, problems: Sequence[Problem], count: int) -> Tensor:
+    """Generate images (P, count, 3, H, W) in [-1, 1] from the texts of P problems' best prompts."""
+    noise = method.draw_noise(problems, REGENERATION, count)
+    texts = [str(problem.prompt) for problem in problems for _ in range(count)]
+    images = method.generate(texts, noise.flatten(0, 1))
+    return images.view(len(problems), count, *images.shape[1:])
+
+
+def target_grid(method: Inverter, problems: Sequence[Problem], images: Tensor) -> Image.Image:
+    """Arrange the first image of each of P targets above N images (P, N, 3, H, W) of its prompt."""
+    targets = [several[0] for several in method.data.target_images(problems)]
+    return grid(targets, images, [str(problem.prompt) for problem in problems])
 
 
 def regenerate_and_save(method: Inverter, problems: list[Problem]) -> Tensor:
@@ -34,10 +50,9 @@ def regenerate_and_save(method: Inverter, problems: list[Problem]) -> Tensor:
 
 def write_figures(method: Inverter, problems: list[Problem], folder: RunFolder) -> None:
     """Write the grid and, for denoisers with cross-attention, the word maps; log both to TensorBoard."""
-    targets = [images[0] for images in method.data.target_images(problems)]
     generated = torch.stack([_images_of(method, problem) for problem in problems])
-    atomic_write(folder.grid, to_png(grid(targets, generated, problems)))
-    words = word_map_figure(method, problems, targets) if method.backbone.cross_attends else None
+    atomic_write(folder.grid, to_png(target_grid(method, problems, generated)))
+    words = word_map_figure(method, problems) if method.backbone.cross_attends else None
     if words:
         atomic_write(folder.words, to_png(words))
     log_images(method.trainer.loggers, "regenerations", [to_image(image) for image in generated.flatten(0, 1)])

@@ -68,9 +68,14 @@ class GCG(Inverter):
         embeddings = self.prompt.table[ids].requires_grad_()
         loss = self.loss(rows, ids, embeddings, samples)
         (gradient,) = torch.autograd.grad(loss.sum(), embeddings)
-        gradient = self.broadcast(gradient[:, self.prompt.positions])
-        candidates, valid = (self.broadcast(drawn) for drawn in self._propose(batch.steps, rows, token_ids, gradient))
-        losses, loss = self.broadcast(self._losses(rows, candidates, valid, samples)), self.broadcast(loss.detach())
+        gradient = self.microbatch.broadcast(gradient[:, self.prompt.positions])
+        candidates, valid = (
+            self.microbatch.broadcast(drawn) for drawn in self._propose(batch.steps, rows, token_ids, gradient)
+        )
+        losses, loss = (
+            self.microbatch.broadcast(self._losses(rows, candidates, valid, samples)),
+            self.microbatch.broadcast(loss.detach()),
+        )
         lowest, best = losses.min(1)
         accepted = torch.where((lowest < loss).unsqueeze(1), candidates[torch.arange(len(rows)), best], token_ids)
         self.prompt.embeddings.data[on_device] = self.prompt.table[accepted].float()

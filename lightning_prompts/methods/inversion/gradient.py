@@ -29,7 +29,7 @@ class GradientInverter(Inverter):
 
     def losses(self, rows: Tensor, samples: Samples, texts: Sequence[str] | None) -> Tensor:
         """Compute the losses (Q,) of the current prompts of the problems `rows` (Q,); see `Inverter.loss`."""
-        ids, embeddings = self.prompt(self.to_device(rows), straight_through=self.straight_through)
+        ids, embeddings = self.prompt(rows.to(self.device, non_blocking=True), straight_through=self.straight_through)
         return self.loss(rows, ids, embeddings, samples, texts)
 
     def texts(self, rows: Tensor) -> list[str] | None:

@@ -132,7 +132,7 @@ class PH2P(GradientInverter):
         """
         if not self.backbone.other_text_encoders or self.straight_through:
             return None
-        return self.prompt.texts(self.prompt.nearest(self.to_device(rows)))
+        return self.prompt.texts(self.prompt.nearest(rows.to(self.device, non_blocking=True)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return batched L-BFGS, with one curvature history per problem, Adam or SGD."""

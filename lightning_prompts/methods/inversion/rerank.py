@@ -57,6 +57,6 @@ class Reranker:
             return method.clip.features(images)
 
         generated = self.sampler.microbatch.map(len(noise), features, method.device)
-        method.add_cost(rows, self.images * self.sampler.cost())
+        method.batch.add_cost(rows, self.images * self.sampler.cost())
         generated = generated.view(len(rows), self.images, -1).mean(1)
         return self.weight * (1 - (generated * method.features(rows)).sum(1))

@@ -41,7 +41,8 @@ class Samples:
 
 def draw_samples(method: Inverter, rows: Tensor, batch: Step) -> Samples:
     """Draw the samples of a step of the problems `rows` (Q,); several images of a problem take turns."""
-    timesteps, steps = method.to_device(batch.timesteps[rows]), [batch.steps[row] for row in rows.tolist()]
+    timesteps = batch.timesteps[rows].to(method.device, non_blocking=True)
+    steps = [batch.steps[row] for row in rows.tolist()]
     keys, count = [problem.key for problem in method.records(rows)], timesteps.shape[1]
     noise = draw_noise(method.data.seed, keys, steps, count, method.backbone.latent_shape, method.device)
     latents = _take_turns([method.latents[row] for row in rows.tolist()], steps, count)

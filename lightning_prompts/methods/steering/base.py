@@ -181,7 +181,7 @@ class Steering(Refinement):
         embeds = self.prompt(on_device).where(~first.view(-1, 1, 1, 1), self.prompt.initial[on_device])
         with self.trainer.precision_plugin.forward_context():  # also before the first step, to be comparable
             losses, values = self.evaluate(embeds, self.noise[rows], problems)
-        self.add_cost(rows, self.seeds * self.sampler.cost())
+        self.batch.add_cost(rows, self.seeds * self.sampler.cost())
         metrics = self.metric(values)
         for i, (row, problem, result) in enumerate(zip(rows.tolist(), problems, results, strict=True)):
             loss, metric = float(losses[i].mean()), metrics[i].tolist()

@@ -124,8 +124,9 @@ class MetricGuidance(Steering):
         count = int(self.seeds_per_step or self.seeds)
         first = torch.tensor([batch.steps[row] for row in rows.tolist()]).unsqueeze(1) * count
         noise = self.noise[rows[:, None], (first + torch.arange(count)) % self.seeds]
-        losses, values = self.evaluate(self.prompt(self.to_device(rows)), noise, problems, self.grad_steps)
-        self.add_cost(rows, count * self.sampler.cost(grad_steps=self.grad_steps))
+        embeds = self.prompt(rows.to(self.device, non_blocking=True))
+        losses, values = self.evaluate(embeds, noise, problems, self.grad_steps)
+        self.batch.add_cost(rows, count * self.sampler.cost(grad_steps=self.grad_steps))
         self.step_active(losses.mean(1), rows)
         if self.shift_every:
             due = rows[[(batch.steps[row] + 1) % self.shift_every == 0 for row in rows.tolist()]]

@@ -15,7 +15,6 @@ from lightning_prompts.backbones import repeat
 from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.engine.datamodule import Step
-from lightning_prompts.engine.method import by_step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering.base import Steering
 from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
@@ -211,7 +210,7 @@ class SeedInvariance(Steering):
 
     def step(self, batch: Step, rows: Tensor) -> None:
         """Take an optimizer step towards the targets on new seeds."""
-        parts = [(some, self.distances(some, step)) for step, some in by_step(batch, rows)]
+        parts = [(some, self.distances(some, step)) for step, some in batch.by_step(rows)]
         losses = torch.cat([loss for _, loss in parts])
         self.step_active(losses, torch.cat([some for some, _ in parts]))
         self.log_step(batch, rows, loss=losses)
@@ -220,8 +219,8 @@ class SeedInvariance(Steering):
         """Compute losses (Q,) of the problems `rows` (Q,) at a step."""
         calls, value = self.stage(step)
         count, problems = int(self.seeds_per_step), [self.batch[row].record for row in rows.tolist()]
-        others, on_device = self.draw_noise(problems, step, count), self.to_device(rows)  # (Q, N, C, h, w)
-        starts = self.starts[on_device].unsqueeze(1).expand_as(others)
+        others, on_device = self.draw_noise(problems, step, count), rows.to(self.device, non_blocking=True)
+        starts = self.starts[on_device].unsqueeze(1).expand_as(others)  # (Q, N, C, h, w)
         noise = slerp(starts.flatten(2), others.flatten(2), value).view_as(others).flatten(0, 1)
         targets = repeat(torch.stack([self._target_vectors[problem.key][calls] for problem in problems]), count)
         embeds = self.sampler.split(self.prompt(on_device), count)
@@ -230,12 +229,12 @@ class SeedInvariance(Steering):
             return LOSS_SCALE * (1 - F.cosine_similarity(self.compared(latents), targets[indices], dim=1)), {}
 
         losses, _ = self.sampler.sample_and_score(*embeds, noise, distance, min(self.grad_steps, calls), calls)
-        self.add_cost(rows, count * self.sampler.cost(calls, self.grad_steps))
+        self.batch.add_cost(rows, count * self.sampler.cost(calls, self.grad_steps))
         return losses.view(-1, count).mean(1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the paper's optimizer."""
-        return AdamOnLion([self.parameter], lr=self.lr, eps=self.eps)
+        return AdamOnLion([self.batch.parameter], lr=self.lr, eps=self.eps)
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return the target images beside other seeds' images of the prompt, above those of the best embeddings."""

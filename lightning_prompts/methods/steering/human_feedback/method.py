@@ -234,7 +234,7 @@ class HumanFeedback(Steering):
     def finish_done(self, rows: Tensor) -> None:
         """Finish the problem if the user did."""
         if len(rows) and self.batch[0].record.key in self.finished_keys:
-            self.finish(0)
+            self.batch.finish(0)
         else:
             super().finish_done(rows)
 

@@ -12,16 +12,10 @@ from lightning_prompts.backbones.vocabulary import encode_text
 from lightning_prompts.data.images import to_tensor
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.methods import PEZ, TRAINER, TextualInversion
+from lightning_prompts.methods.inversion.word_maps import SAMPLES, prompt_word_maps, token_texts
 from lightning_prompts.runs.record import Problem
 from lightning_prompts.sampling import SamplerSettings
-from lightning_prompts.sampling.attention_maps import (
-    HEAT,
-    SAMPLES,
-    prompt_word_maps,
-    token_texts,
-    word_map_grid,
-    word_maps,
-)
+from lightning_prompts.sampling.attention_maps import HEAT, word_map_grid, word_maps
 from lightning_prompts.sampling.seeding import WORD_MAPS, draw_noise, validation_timesteps
 
 pytestmark = pytest.mark.filterwarnings("ignore")

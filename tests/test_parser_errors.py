@@ -2,8 +2,8 @@
 
 import pytest
 
-from lightning_prompts.commands.parser_errors import similar_settings
 from lightning_prompts.methods import GCG, PEZ, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
+from lightning_prompts.parser_errors import similar_settings
 from lightning_prompts.text_settings import all_settings, with_groups
 
 
