@@ -208,7 +208,7 @@ def figures(package: Package | None = None) -> dict[str, Figure]:
     measured = {name: Figure(len(excess), LIMITS[name], excess) for name, excess in places.items()}
     for name, values in sizes.items():
         excess = [f"{place} has {value:g}" for place, value in values.items() if value > LIMITS[name]]
-        measured[name] = Figure(max(values.values()), LIMITS[name], excess)
+        measured[name] = Figure(max(values.values(), default=0), LIMITS[name], excess)
     return {name: measured[name] for name in LIMITS}
 
 

@@ -292,7 +292,7 @@ def fit_shape(rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
     """Concatenate rows (Q_i, ...) of several shapes to (Q, ...), padded with zeros to the largest."""
-    shape = torch.tensor([part.shape[1:] for part in parts]).amax(0).tolist() if parts[0].dim() > 1 else []
+    shape = torch.tensor([part.shape[1:] for part in parts]).amax(0).tolist()
     return torch.cat([fit_shape(part, shape) for part in parts])
 
 

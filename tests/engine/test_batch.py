@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_prompts.engine.batch import Batch, Row, concatenate, fit_shape, merge
+from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.runs.record import Problem
 
 LR = 0.1
@@ -118,6 +119,40 @@ def test_finished_rows_are_replaced_and_others_keep_their_state():
     assert [record.key for record in batch.finished] == ["b"]
 
 
+def test_state_with_a_row_per_problem_follows_its_problem():
+    """Of any shape; state without rows, such as Adam's number of steps, stays as it is."""
+    batch, optimizer = filled()
+    state = optimizer.state[batch.parameter]
+    counts, memory = torch.tensor([1.0, 2.0, 3.0]), torch.randn(3, 5, 7)
+    state.update(steps=torch.tensor(4.0), counts=counts, memory=memory, note="text")
+    batch.finish(0)
+    refill(batch, "d", "e")
+    assert state["counts"].tolist() == [2.0, 3.0, 0.0]
+    assert torch.equal(state["memory"], torch.cat([memory[1:], torch.zeros(1, 5, 7)]))
+    assert (state["steps"], state["note"]) == (4.0, "text")
+    batch.reset_rows(torch.tensor([1]), torch.full((1, 2), 7.0))
+    assert state["counts"].tolist() == [2.0, 0.0, 0.0]
+    assert batch.parameter[1].tolist() == [7.0, 7.0]
+
+
+def test_reset_rows_lose_the_history_of_lbfgs(monkeypatch):
+    batch, _ = filled()
+    optimizer, masks = BatchedLBFGS([batch.parameter]), []
+    monkeypatch.setattr(optimizer, "reset_history", masks.append)
+    batch.optimizers = [optimizer]
+    batch.reset_rows(torch.tensor([2, 0]), torch.zeros(2, 2))
+    (mask,) = masks
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [True, False, True]
+
+
+def test_refill_without_changes_leaves_the_batch_as_it_is():
+    batch, _ = filled("ab")
+    change = batch.refill(iter(()), lambda records: pytest.fail("set"), lambda rows: pytest.fail("initialized"))
+    assert change == ([], [])
+    assert not batch.exhausted
+
+
 def test_failed_problems_are_finished_at_once():
     batch, _ = filled("", size=2)
     arrivals = problems("x", "y", "z")
@@ -161,6 +196,9 @@ def test_offer_keeps_only_lower_losses():
     assert batch[0].stale == 0
     assert not batch.offer(0, "y", 1.0, acceptable=False)
     assert (batch[0].stale, batch[0].record.validation_loss) == (1, 2.0)
+    assert batch.offer(0, "z", 0.5, [3, 4], [[0.1, 0.2], [0.3, 0.4]])
+    record = batch[0].record
+    assert (record.prompt, record.token_ids, record.embedding) == ("z", [3, 4], [[0.1, 0.2], [0.3, 0.4]])
 
 
 def test_batch_is_restored_from_a_checkpoint():
@@ -186,20 +224,45 @@ def test_batch_is_restored_from_a_checkpoint():
     assert again.skipped.dtype == torch.long
 
 
-def test_merge_keeps_the_row_with_the_most_steps():
+def checkpoints(*several, steps=None):
+    """Return what ranks with these problems save; without `steps`, row i of rank r has taken 10 (r + 1) + i steps."""
     parts = []
-    for number, names in enumerate(("abc", "bd")):
+    for number, names in enumerate(several):
         batch, _ = filled(names)
         for i, row in enumerate(batch.rows):
-            row.steps = 10 * (1 + number) + i
-        saved = {**batch.save(), "parts": 2}
+            row.steps = 10 * (1 + number) + i if steps is None else steps[row.record.key]
         values = batch.parameter.detach() + number
-        states = [{"state": {0: {"step": torch.tensor(1.0), "exp_avg": values * 2}}, "param_groups": []}]
-        parts.append({"batch": saved, "state_dict": {"prompt": values}, "optimizer_states": states})
+        states = [{"state": {0: {"step": torch.tensor(1.0 + number), "exp_avg": values * 2}}, "param_groups": []}]
+        saved = {**batch.save(), "parts": 2}
+        parts.append({"batch": saved, "state_dict": {"prompt": values}, "optimizer_states": states, "epoch": number})
+    return parts
+
+
+def test_merge_keeps_the_row_with_the_most_steps():
+    parts = checkpoints("abc", "bd")
     merged = merge(parts, lambda record: record["key"] != "c")
     assert [record["key"] for record in merged["batch"]["records"]] == ["a", "b", "d"]
     assert merged["batch"]["steps"] == [10, 20, 21]
-    assert merged["batch"]["parts"] == 2
+    assert (merged["batch"]["parts"], merged["epoch"]) == (2, 0)
     assert merged["state_dict"]["prompt"][:, 0].tolist() == [1.0, 2.0, 2.0]
     assert merged["optimizer_states"][0]["state"][0]["exp_avg"][:, 0].tolist() == [2.0, 4.0, 4.0]
+    assert merged["optimizer_states"][0]["state"][0]["step"] == 1
     assert parts[0]["batch"]["steps"] == [10, 11, 12]  # stays unchanged
+    assert parts[0]["optimizer_states"][0]["state"][0]["exp_avg"].shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "kept"),
+    [(["abc"], "ac", [1.0, 1.0]), (["abc", "bd"], "bd", [2.0, 2.0]), (["ab", "c", "d"], "abd", [1.0, 1.0, 3.0])],
+    ids=["one rank", "the first without a row", "one without a row"],
+)
+def test_merge_of_some_rows(names, wanted, kept):
+    merged = merge(checkpoints(*names), lambda record: record["key"] in wanted)
+    assert [record["key"] for record in merged["batch"]["records"]] == list(wanted)
+    assert merged["state_dict"]["prompt"][:, 1].tolist() == kept
+    assert merged["optimizer_states"][0]["state"][0]["exp_avg"][:, 1].tolist() == [2 * value for value in kept]
+
+
+def test_merge_orders_rows_by_rank():
+    merged = merge(checkpoints("ab", "c", steps={"a": 30, "b": 20, "c": 10}), lambda record: True)
+    assert [record["key"] for record in merged["batch"]["records"]] == ["a", "b", "c"]

@@ -7,9 +7,11 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
 
+from lightning_prompts.backbones import load_backbone
 from lightning_prompts.errors import UserError
 from lightning_prompts.metrics import ClipImageSimilarity, ClipTextSimilarity
 from lightning_prompts.objectives import ClipSimilarity
+from lightning_prompts.objectives.clip import default_clip
 
 TEXTS = ["a red square on a blue background", "two dogs", "a large tree, blurry"]
 
@@ -93,6 +95,7 @@ def test_pixels_equal_those_of_transformers_processor(tiny, tmp_path):
 def test_long_text_keeps_its_end_of_text_token(tiny, images):
     image, text = images[0][:1], "two dogs beside a large tree, " * 20
     scorer, tokenizer = ClipSimilarity(f"{tiny}/clip"), CLIPTokenizerFast.from_pretrained(f"{tiny}/clip")
+    scorer.tokenizer.model_max_length = int(1e30)  # some tokenizers state no length
     words, length = (
         tokenizer(text, add_special_tokens=False).input_ids,
         scorer.clip.config.text_config.max_position_embeddings,
@@ -171,3 +174,29 @@ def test_image_encoders_of_other_shapes_are_different(tiny, tmp_path):
         one, two = ClipSimilarity(f"{tiny}/clip"), ClipSimilarity(str(tmp_path / name))
         assert not one.has_same_image_encoder(two)
         assert not two.has_same_image_encoder(one)
+
+
+def test_clip_is_loaded_in_float32_and_only_from_safetensors(tiny, tmp_path):
+    folder = shutil.copytree(f"{tiny}/clip", tmp_path / "clip")
+    half = CLIPModel.from_pretrained(folder).half()
+    half.save_pretrained(folder)
+    assert {weight.dtype for weight in ClipSimilarity(str(folder)).clip.parameters()} == {torch.float32}
+    (folder / "model.safetensors").unlink()
+    torch.save(half.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded; give a folder or hub id that holds CLIP safetensors"):
+        ClipSimilarity(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("width", "name"),
+    [
+        (768, "openai/clip-vit-large-patch14"),
+        (1024, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        (32, "openai/clip-vit-large-patch14"),
+    ],
+)
+def test_default_clip_is_in_the_models_folder_or_goes_with_its_text_encoder(width, name, tiny, sd1):
+    assert default_clip(load_backbone(tiny)) == f"{tiny}/clip"
+    backbone = load_backbone(str(sd1))  # whose folder has no CLIP
+    backbone.text_encoders[0].encoder.config.hidden_size = width
+    assert default_clip(backbone) == name

@@ -237,6 +237,7 @@ def test_latent_distance_equals_that_of_encoded_images(tiny, reference):
     assert objective(images, ["", ""]).tolist() == pytest.approx([float(((x - other[0]) ** 2).mean()) for x in one])
     assert float(objective(objective.image, [""])) == 0
     assert (LatentDistance.lowest, LatentDistance.highest) == (0, math.inf)
+    assert not objective.state_dict()  # nothing of the reference is in checkpoints
 
 
 def test_perceptual_distance_without_weights_is_refused(reference, tmp_path, monkeypatch):

@@ -61,3 +61,22 @@ def test_negative_prompt_defaults_to_the_empty_text(backbone, embeds, monkeypatc
     _, negative_prompt_embeds = sampler.split(embeds[:, :1])
     assert torch.equal(negative_prompt_embeds, encode_text([""], negative=True))
     assert encoded == [([""], True)]
+
+
+def test_images_and_scores_equal_those_sampled_one_by_one(backbone):
+    sampler, texts = Sampler(backbone, STEPS, 3.0, Microbatch(4)), ["a red cat", "two dogs"]
+    embeds = torch.stack([backbone.encode_text(texts), backbone.encode_text(["blurry", "dark"])], dim=1)
+    noise = torch.randn(2, 3, *backbone.latent_shape)
+
+    def alone(calls=None):
+        """Sample the latents of each image in a call of its own."""
+        sides = [(embeds[p].unsqueeze(1), noise[p, n][None]) for p in range(2) for n in range(3)]
+        return torch.cat([backbone.sample(*both, x, STEPS, 3.0, stop=calls) for both, x in sides])
+
+    images = sampler.generate_from_embeds(embeds, noise)
+    with torch.no_grad():
+        torch.testing.assert_close(images.flatten(0, 1), backbone.decode(alone()), atol=1e-4, rtol=0)
+        for calls in (None, 2):
+            scores, _ = sampler.sample_and_score(*sampler.split(embeds, 3), noise.flatten(0, 1), squares, calls=calls)
+            expected = alone(calls).square().flatten(1).mean(1)
+            torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
