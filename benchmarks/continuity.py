@@ -19,11 +19,11 @@ from metric_guidance import captions, heldout_clip
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.methods import MetricGuidance
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.sampling import SamplerSettings
+from lightning_prompts.sampling.seeding import noise_of
 
 SEED, FRAMES = 20_261_131, 81
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "continuity.png"

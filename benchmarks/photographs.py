@@ -19,12 +19,12 @@ from inversion import alone, fit
 from PIL import Image
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.commands.main import main as lightning_prompts
 from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.emoji import world
 from lightning_prompts.methods import PEZ
 from lightning_prompts.metrics import ClipImageSimilarity
+from lightning_prompts.sampling.seeding import noise_of
 
 SEED = 20_261_124
 SCORED = range(1000, 1016)  # seeds of the scored images; mixing selected on others

@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_prompts.backbones import EMOJI
-from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.commands.main import main as lightning_prompts
 from lightning_prompts.commands.mix import joint_similarity
 from lightning_prompts.data.images import to_tensor
@@ -28,6 +27,7 @@ from lightning_prompts.emoji import world
 from lightning_prompts.methods import PH2P
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.sampling import SamplerSettings
+from lightning_prompts.sampling.seeding import noise_of
 
 SEEDS = {"evaluation": 20_261_121, "development": 20_261_125}  # scenes with two objects
 FIRST = 1000  # first seed of the scored images; the evolution selects on others

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from lightning_prompts.backbones import Backbone
-from lightning_prompts.callbacks.results import check_seeds
 from lightning_prompts.data.images import MIN_SIDE, load_image
 from lightning_prompts.data.prompts import find_prompts
 from lightning_prompts.data.targets import find_targets
@@ -18,6 +17,7 @@ from lightning_prompts.objectives import Objective
 from lightning_prompts.python_images import ImageInput, image_file, negative_image_files
 from lightning_prompts.python_search import Result, python_messages, search
 from lightning_prompts.python_values import check_type, plain, shown
+from lightning_prompts.sampling.seeding import check_seeds
 
 INVERSION_CONFIGS = (
     "invert",

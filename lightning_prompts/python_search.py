@@ -19,7 +19,6 @@ from torch import Tensor
 from lightning_prompts import methods
 from lightning_prompts.backbones import Backbone, BackboneSettings
 from lightning_prompts.callbacks import Results, Scores
-from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.effort import Effort, scale_length
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.prompts import Prompts
@@ -35,6 +34,7 @@ from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
 from lightning_prompts.runs.record import MethodResult, Problem
 from lightning_prompts.sampling.figures import to_image
+from lightning_prompts.sampling.seeding import check_seeds, noise_of
 from lightning_prompts.text_settings import all_settings, settings_of_group
 
 _PACKAGE = Path(__file__).parent

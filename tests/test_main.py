@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPConfig, CLIPModel
 
-from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.commands.main import main
 from lightning_prompts.methods import PEZ
 from lightning_prompts.metrics import Perplexity
 from lightning_prompts.metrics.words import all_words
 from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.figures import to_image, to_png
+from lightning_prompts.sampling.seeding import noise_of
 
 # The command line silences warnings of libraries, and pytest restores them.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -120,7 +120,7 @@ def test_commands_in_the_page_run(page, workspace, tiny):
 @pytest.mark.slow
 def test_python_code_in_the_page_runs(workspace, capsys, monkeypatch):
     monkeypatch.setattr(refinement, "FINAL_SEEDS", 2)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
     short = code.replace("steps=30", "steps=6").replace("steps=5", "steps=2")
     assert short.count("steps=2") == 2
     names = {}
@@ -129,3 +129,14 @@ def test_python_code_in_the_page_runs(workspace, capsys, monkeypatch):
     assert (workspace / "again.png").exists()
     assert sum(names["sharp"].details.metric_after) > sum(names["sharp"].details.metric_before)
     assert names["held"].details.target_seed == 7
+
+
+@pytest.mark.slow
+def test_trainer_in_the_page_runs(workspace):
+    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL)
+    main(
+        "fit --config configs/ph2p.yaml --data.images photos --run runs/mine --trainer.accelerator cpu".split() + SHORT
+    )
+    names = {}
+    exec(compile(code, "docs/python.md", "exec"), names)
+    assert [images.shape[:3] for images in names["images"]] == [(1, 2, 3)] * 2

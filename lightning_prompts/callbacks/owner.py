@@ -1,4 +1,4 @@
-"""Stop a search that no longer owns the folder of its run."""
+"""Stop a command that no longer owns the folder of its run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class OwnerGuard(pl.Callback):
-    """Stop a search if another process took over its run folder, or if the process that started this one is gone.
+    """Stop a command if another process took over its run folder, or if the process that started this one is gone.
 
     Args:
         lock: The lock of the run folder, which the first process holds; None for the others.
@@ -31,9 +31,28 @@ class OwnerGuard(pl.Callback):
         Raises:
             UserError: The lock or the parent process is gone.
         """
+        self._check("repeat the command with --ckpt_path last to resume the run")
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Check the lock and the parent process before a batch of `validate`."""
+        self._check("repeat the command")
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Check the lock and the parent process before a batch of `test`."""
+        self._check("repeat the command")
+
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: PromptMethod, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Check the lock and the parent process before a prompt of `predict`."""
+        self._check("repeat the command")
+
+    def _check(self, advice: str) -> None:
         if self.lock:
             self.lock.check()
         if self.follows and not started_by_lightning():
-            raise UserError(
-                "The process that started this one is gone; repeat the command with --ckpt_path last to resume the run."
-            )
+            raise UserError(f"The process that started this one is gone; {advice}.")

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Checkpoint
-from torch import Tensor
 
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.distributed import barrier
-from lightning_prompts.errors import UserError
 from lightning_prompts.objectives.lpips import missing_lpips_weights
-from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
-from lightning_prompts.runs.record import Problem
 from lightning_prompts.runs.reports import versions
 from lightning_prompts.runs.result_files import append_line, write_lines, write_results
-from lightning_prompts.sampling.figures import to_image, to_png
 from lightning_prompts.terminal import say
 
 if TYPE_CHECKING:
-    from lightning_prompts.engine.datamodule import ProblemData, Step
+    from lightning_prompts.engine.datamodule import Step
     from lightning_prompts.methods import PromptMethod
 
 log = logging.getLogger(__name__)
@@ -47,25 +38,19 @@ class Results(Checkpoint):
 
     Args:
         scores: The scores to compute.
-        seeds: Seeds of the images of `predict`.
         settings: The settings to record.
-        prompts: Prompts for `predict`, in place of those of the run.
-        negative: Negative prompt for `predict`.
         report: Whether to print the results.
     """
 
     def __init__(
-        self,
-        scores: Scores | None = None,
-        seeds: Sequence[int] = (0,),
-        settings: dict[str, Any] | None = None,
-        prompts: Sequence[str] = (),
-        negative: str = "",
-        report: bool = True,
+        self, scores: Scores | None = None, settings: dict[str, Any] | None = None, report: bool = True
     ) -> None:
-        self.scores, self.seeds, self.settings = scores or Scores(), tuple(seeds), settings or {}
-        self.prompts, self.negative, self.report = tuple(prompts), negative, report
+        self.scores, self.settings, self.report = scores or Scores(), settings or {}, report
         self._ended = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: PromptMethod, stage: str) -> None:
+        """Let `test` compute the same scores."""
+        pl_module.evaluation.scores = self.scores
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Refuse a scorer that takes part in the search, and write the results of problems finished by earlier runs."""
@@ -94,59 +79,20 @@ class Results(Checkpoint):
         self._ended = True
         self._score(trainer, pl_module)
         self._mark_open(trainer, pl_module)
-        if trainer.world_size > 1:
-            barrier()
-        pl_module.microbatch.ranks = 1  # only rank 0 continues
-        if trainer.is_global_zero:
-            self._write(trainer, pl_module)
+        self._write_once(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
         """Refuse a scorer that takes part in the search, before any score is replaced."""
         self.scores.check_heldout(pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Generate images again, score them, and write the files."""
-        if not trainer.is_global_zero:
-            return
-        pl_module.microbatch.ranks = 1
-        data: ProblemData = trainer.datamodule  # type: ignore[attr-defined]
-        folder = data.folder
-        found = folder.with_prompt()
-        while problems := list(islice(found, pl_module.batch_size)):
-            if unchanged := data.unchanged(problems):
-                pl_module.final_evaluation(unchanged, self.scores)
-            for problem in unchanged:
-                folder.save(problem)
-                data.evict(problem)
-        self._write(trainer, pl_module)
-        from_images = any(problem.paths for problem in folder.with_prompt())
-        if from_images and (reason := missing_lpips_weights(weights=self.scores.lpips_weights)):
-            say(reason)
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: PromptMethod) -> None:
-        """Generate an image per prompt and seed."""
-        if not trainer.is_global_zero:
-            return
+        """Write the files, after all ranks have saved their records."""
+        self._write_once(trainer, pl_module)
         folder: RunFolder = trainer.datamodule.folder  # type: ignore[attr-defined]
-        noise = noise_of(self.seeds, pl_module.backbone.latent_shape).to(pl_module.device)
-        without = f"-without-{file_name(self.negative)}" if self.negative else ""
-        if not self.prompts and not any(folder.with_prompt()):
-            raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
-        for name, text, images in self._generate(pl_module, folder.with_prompt(), noise):
-            for seed, image in zip(self.seeds, images, strict=True):
-                path = folder.path / "images" / f"{name}{without}-seed{seed}.png"
-                atomic_write(path, to_png(to_image(image)))
-                say(f"{path}  {text}")
-
-    def _generate(
-        self, module: PromptMethod, found: Iterable[Problem], noise: Tensor
-    ) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield a file name, the text and its images, one per noise, for the given prompts or those of the run."""
-        for text in dict.fromkeys(self.prompts):
-            yield file_name(text), text, module.generate([text] * len(noise), noise, self.negative)
-        if not self.prompts:
-            for problem in found:
-                yield problem.key, str(problem.prompt), module.generate_best(problem, noise, self.negative)
+        if not trainer.is_global_zero or not any(problem.paths for problem in folder.with_prompt()):
+            return
+        if reason := missing_lpips_weights(weights=self.scores.lpips_weights):
+            say(reason)
 
     def _score(self, trainer: pl.Trainer, module: PromptMethod) -> None:
         """Score and save the newly finished problems, and append them to `results.jsonl`."""
@@ -164,11 +110,20 @@ class Results(Checkpoint):
                 problem.reason = "The search was cut short; continue it with --ckpt_path last."
                 folder.save(problem)
 
+    def _write_once(self, trainer: pl.Trainer, module: PromptMethod) -> None:
+        """Wait for all ranks; then rank 0 writes the files of the run, and prints the results."""
+        if trainer.world_size > 1:
+            barrier()
+        module.microbatch.ranks = 1  # only rank 0 continues
+        if trainer.is_global_zero:
+            self._write(trainer, module)
+
     def _write(self, trainer: pl.Trainer, module: PromptMethod) -> None:
         """Write the files of the run, and print the results."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         folder: RunFolder = data.folder
-        if shown := data.unchanged(list(islice(folder.with_prompt(), MAX_SHOWN))):
+        first = list(islice(folder.with_prompt(), MAX_SHOWN))
+        if shown := data.unchanged(first, warn=not trainer.testing):  # `test_step` has warned
             module.write_figures(shown, folder)
             for problem in shown:
                 data.evict(problem)
@@ -180,42 +135,6 @@ class Results(Checkpoint):
             lines.unlink()
         if self.report:
             _report(folder)
-
-
-def check_seeds(name: str, seeds: Sequence[int]) -> None:
-    """Check that seeds are valid for a torch generator and give different images.
-
-    Args:
-        name: Name of the setting.
-        seeds: The seeds.
-
-    Raises:
-        UserError: There are no seeds; one is negative or has more than 64 bits; or two agree in the 32 bits that
-            torch's CPU generator uses.
-    """
-    wrong = [seed for seed in seeds if not 0 <= seed < 2**64]
-    if wrong or not seeds:
-        given = wrong[0] if wrong else "an empty list"
-        raise UserError(f"{name} takes whole numbers from 0 to {2**64 - 1}, not {given}.")
-    first: dict[int, int] = {}
-    for seed in seeds:
-        if seed % 2**32 in first:
-            raise UserError(
-                f"{name} must give different images, but {first[seed % 2**32]} and {seed} give the same one, since "
-                "torch's CPU generator uses only the lowest 32 bits of a seed; leave one of them out."
-            )
-        first[seed % 2**32] = seed
-
-
-def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Draw standard normal noise (S, C, h, w) from seeds, as diffusers does with CPU generators."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-def file_name(text: str) -> str:
-    """Return a file name of at most 45 letters, digits and dashes for a text; different texts have different names."""
-    start = re.sub(r"[\W_]+", "-", text.lower())[:40].strip("-")
-    return f"{start}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 
 
 def _report(folder: RunFolder) -> None:

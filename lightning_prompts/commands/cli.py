@@ -31,7 +31,7 @@ from lightning_prompts.commands.check import check, config_with
 from lightning_prompts.commands.descriptions import GROUP_TITLES, SETTING_HELP, describe, usage
 from lightning_prompts.commands.dry_run import DryRun
 from lightning_prompts.commands.plugins import import_plugins
-from lightning_prompts.commands.processes import cluster_environment, divide_search, use_one_process
+from lightning_prompts.commands.processes import cluster_environment, processes
 from lightning_prompts.commands.search_length import given_settings, set_length, take_over_settings
 from lightning_prompts.commands.settings_checks import check_inputs, check_resumable, check_values
 from lightning_prompts.commands.trainer_flags import HIDDEN_FLAGS, check_flags, check_precision
@@ -39,9 +39,10 @@ from lightning_prompts.data.prompts import read_prompts
 from lightning_prompts.effort import Effort
 from lightning_prompts.engine.checkpoint import AtomicCheckpointIO, is_checkpoint, last_checkpoint, parts_of, ranks_in
 from lightning_prompts.engine.datamodule import ProblemData
+from lightning_prompts.engine.loaders import PredictSettings
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError, first_sentence
-from lightning_prompts.launchers import Launched, lightning_launcher, own_rank, started_by_lightning
+from lightning_prompts.launchers import Launched, own_rank
 from lightning_prompts.methods import DPODiff, HumanFeedback, PromptMethod
 from lightning_prompts.parser_errors import mistake_in, one_sentence, refused_class
 from lightning_prompts.runner import TRAINER_DEFAULTS, build_trainer, held_folder, run_callbacks
@@ -100,6 +101,7 @@ class CLI(LightningCLI):
     seeds: list[int]
     folder: RunFolder
     prediction: pl.Callback
+    predict_settings: PredictSettings
 
     def __init__(self, command: str, run: Path | None, args: Sequence[str]) -> None:
         self.command, self.run = command, run
@@ -173,7 +175,7 @@ class CLI(LightningCLI):
             config.trainer.logger = False
         if self.command == "show-space":
             return
-        parts = self._choose_processes(config)
+        parts = self.until_end.enter_context(processes(config, self.command, self.run))
         self.seeds = predict.parse_seeds(config)
         mix = config.mix if self.command == "predict" else None
         self.scores = Scores(**{field.name: config[field.name] for field in fields(Scores)})
@@ -188,20 +190,6 @@ class CLI(LightningCLI):
         else:
             self._prepare_finished_run(config, mix)
         config.trainer.default_root_dir = str(RunFolder(mix[0]).path if mix else self.folder.path)
-
-    def _choose_processes(self, config: Any) -> int:
-        """Set devices and strategy; return the number of parts that the problems are divided into."""
-        launched = Launched.detect()
-        measures = self.command in ("check", "dry-run")
-        if launched and launched.processes * launched.machines > 1 and not self.run and not measures:
-            raise UserError(f"Processes started by {launched.by} need a common folder; give --run runs/NAME.")
-        if self.command != "fit":
-            use_one_process(config)
-            return 1
-        parts = divide_search(config)
-        if config.trainer.strategy != "auto" and not launched and not started_by_lightning():
-            self.until_end.enter_context(lightning_launcher())
-        return parts
 
     def _prepare_measurement(self, config: Any) -> None:
         """Run `check` or `dry-run` in a temporary folder; keep the settings for `--write`, which needs a new file."""
@@ -231,7 +219,10 @@ class CLI(LightningCLI):
         if self.command != "validate" and own_rank() == 0:
             self.lock = self.until_end.enter_context(held_folder(self.folder))
         if self.command == "predict":
-            self.prediction = predict.predict_callback(config, self.folder, self.scores, self.seeds)
+            self.predict_settings, self.prediction = predict.prepare_prediction(
+                config, self.folder, self.scores, self.seeds
+            )
+            config.return_predictions = False  # they are written to files
 
     def _prepare_fit(self, config: Any, parts: int) -> None:
         """Hold and prepare the run's folder, and find the checkpoint to resume from."""
@@ -271,6 +262,8 @@ class CLI(LightningCLI):
         if not isinstance(self.datamodule, wanted):
             method = type(self.model).__name__
             raise UserError(f"{method} does not take {type(self.datamodule).__name__}; give --data {wanted.__name__}.")
+        if self.command == "predict":
+            self.datamodule.predict_settings = self.predict_settings
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the Trainer with the callbacks of the command."""

@@ -62,8 +62,8 @@ SETTING_HELP = {
     "data": "Class of the inputs; by default ImagesToPrompts or Prompts, by the given --data.NAME.",
     "trainer.devices": "Number of processes or GPUs on each machine, a list of GPUs, or auto.",
     "trainer.num_nodes": "Number of machines, on which torchrun or srun has started the command.",
-    "trainer.strategy": "How processes divide the work: problems (each process searches its own problems), samples "
-    "(all search the same problems and divide the samples), or auto.",
+    "trainer.strategy": "How processes divide the work of fit: problems (each process searches its own problems), "
+    "samples (all search the same problems and divide the samples), or auto.",
     "trainer.precision": "Precision of the computation: 32-true or bf16-mixed. --model.backbone.dtype sets that of the "
     "frozen weights.",
     "trainer.max_time": "Stop the search after this time, as days:hours:minutes:seconds.",

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_prompts.backbones.prompt_embeds_files import read_prompt_embeds
-from lightning_prompts.callbacks.results import file_name, noise_of
+from lightning_prompts.callbacks.image_writer import file_name
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.errors import UserError
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.sampling.figures import sheet, to_image, to_png
+from lightning_prompts.sampling.seeding import noise_of
 from lightning_prompts.terminal import say
 
 if TYPE_CHECKING:

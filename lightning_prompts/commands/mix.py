@@ -12,7 +12,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.commands.evolution import Member, evolve, fittest
 from lightning_prompts.data.images import load_image, to_tensor
@@ -24,6 +23,7 @@ from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
 from lightning_prompts.runs.reports import SCHEMA_VERSION, versions
 from lightning_prompts.sampling.figures import sheet, to_image, to_png
+from lightning_prompts.sampling.seeding import noise_of
 from lightning_prompts.terminal import say
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The settings of `predict`, and the callback that generates its images."""
+"""The settings of `predict`, and the callback that writes its images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningArgumentParser
 
-from lightning_prompts.callbacks import Results, Scores, check_seeds
+from lightning_prompts.callbacks import ImageWriter, Scores
 from lightning_prompts.commands.interpolate import Interpolate
 from lightning_prompts.commands.mix import Crossover, find_parents
+from lightning_prompts.engine.loaders import PredictSettings
 from lightning_prompts.errors import UserError
 from lightning_prompts.launchers import own_rank
 from lightning_prompts.runs.folder import RunFolder
+from lightning_prompts.sampling.seeding import check_seeds
 from lightning_prompts.setting_types import Positive
 
 DEFAULT_SEEDS, DEFAULT_MIX_SEEDS = "0", "0,1,2,3"
@@ -58,8 +60,12 @@ def _default_seeds(config: Any) -> str:
     return DEFAULT_MIX_SEEDS if config.get("mix") else DEFAULT_SEEDS
 
 
-def predict_callback(config: Any, folder: RunFolder, scores: Scores, seeds: list[int]) -> pl.Callback:
-    """Return the callback that generates images: of the run's prompts, of others, between two, or of a mix of two runs.
+def prepare_prediction(
+    config: Any, folder: RunFolder, scores: Scores, seeds: list[int]
+) -> tuple[PredictSettings, pl.Callback]:
+    """Return which images `predict` generates, and the callback that writes them.
+
+    With --path and --mix, `predict` itself generates none, and the callback generates its own when it ends.
 
     Args:
         config: All settings of `predict`.
@@ -70,15 +76,15 @@ def predict_callback(config: Any, folder: RunFolder, scores: Scores, seeds: list
     Raises:
         UserError: Settings exclude each other, or a run that they name does not exist.
     """
-    prompts, negative = config.prompts or (), read_negative(config.negative)
+    prompts, negative = config.prompts or None, read_negative(config.negative)
     if config.path:
         if config.mix or prompts or negative:
             raise UserError("--path cannot be combined with --mix, --prompts or --negative; leave these out.")
         first, last = config.path
-        return Interpolate(folder, first, last, seeds, int(config.frames))
+        return PredictSettings(prompts=()), Interpolate(folder, first, last, seeds, int(config.frames))
     if not config.mix:
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        return Results(scores, seeds, prompts=prompts, negative=negative)
+        return PredictSettings(seeds, prompts, negative), ImageWriter()
     if prompts:
         raise UserError(
             "--mix recombines the prompts of two runs and cannot be combined with --prompts; give one of the two."
@@ -87,7 +93,8 @@ def predict_callback(config: Any, folder: RunFolder, scores: Scores, seeds: list
     if own_rank() == 0:
         folder.prepare(resume=False, search=False)
     evolution = {name: config[name] for name in ("generations", "population", "select", "choose")}
-    return Crossover(folder, parents, seeds=seeds, negative=negative, scores=scores, **evolution)
+    crossover = Crossover(folder, parents, seeds=seeds, negative=negative, scores=scores, **evolution)
+    return PredictSettings(prompts=()), crossover
 
 
 def read_negative(negative: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prompts.distributed import all_gather_object, num_sample_ranks
+from lightning_prompts.engine.loaders import BatchLoader, PredictSettings
 from lightning_prompts.errors import UserError
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import Problem
@@ -64,6 +65,7 @@ class ProblemData(pl.LightningDataModule, ABC):
     def __init__(self, seed: int = 0, retry: bool = False) -> None:
         super().__init__()
         self.seed, self.retry = seed, retry
+        self.predict_settings = PredictSettings()
         self._coming: Generator[Problem, None, None] = (problem for problem in list[Problem]())
         self.arrivals: Iterator[Problem] = self._coming
         self.seen: dict[str, str] = {}  # names of the problems so far, by key
@@ -106,8 +108,8 @@ class ProblemData(pl.LightningDataModule, ABC):
     def find(self, records: Sequence[Problem]) -> None:
         """Set `index` of records to their place among the current inputs; -1 if they are not among them."""
 
-    def unchanged(self, problems: Sequence[Problem]) -> list[Problem]:
-        """Return the problems whose inputs are still those that were searched; warn about the others."""
+    def unchanged(self, problems: Sequence[Problem], warn: bool = True) -> list[Problem]:
+        """Return the problems whose inputs are still those that were searched; by default warn about the others."""
         return list(problems)
 
     def evict(self, problem: Problem) -> None:
@@ -226,15 +228,35 @@ class ProblemData(pl.LightningDataModule, ABC):
         """Return the steps of the batch."""
         return StepLoader(self)
 
-    def test_dataloader(self) -> list[int]:
-        """Return one item, for all problems together."""
-        return [0]
+    def test_dataloader(self) -> BatchLoader[Problem]:
+        """Return this rank's share of the run's records that have a prompt, up to `batch_size` at a time."""
+        return BatchLoader(self._own_keys(), self.method.batch_size, self.folder.read)
 
-    predict_dataloader = test_dataloader
+    def val_dataloader(self) -> BatchLoader[Problem] | list[BatchLoader[Problem]]:
+        """Return the records as `test` does; nothing in `fit`, where Lightning would validate after an interruption."""
+        return [] if self.trainer.state.fn == "fit" else self.test_dataloader()  # type: ignore[union-attr]
 
-    def val_dataloader(self) -> list[int]:
-        """Return one item, but none in `fit`, where Lightning would validate after an interruption."""
-        return [] if self.trainer.state.fn == "fit" else [0]  # type: ignore[union-attr]
+    def predict_dataloader(self) -> BatchLoader[Problem | str]:
+        """Return this rank's share of the prompts of `predict_settings`, or of the run's records, one at a time.
+
+        Raises:
+            UserError: The run has no prompts.
+        """
+        prompts = self.predict_settings.prompts
+        if prompts is None and not any(self.folder.with_prompt()):
+            raise UserError("This run has no prompts yet; run `fit` first, or give --prompts.")
+        if prompts is None:
+            return BatchLoader(self._own_keys(), 1, self.folder.read)
+        own = [prompt for place, prompt in enumerate(dict.fromkeys(prompts)) if self.owns(place)]
+        return BatchLoader(own, 1, str)
+
+    def _own_keys(self) -> list[str]:
+        """Return the keys of this rank's share of the run's records that have a prompt: with n ranks, every n-th."""
+        return [record.key for place, record in enumerate(self.folder.with_prompt()) if self.owns(place)]
+
+    def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
+        """Move the timesteps of a step to the device, and keep records, of which Lightning would copy each field."""
+        return super().transfer_batch_to_device(batch, device, dataloader_idx) if isinstance(batch, Step) else batch
 
 
 def _chained(first: list[Problem], rest: Iterator[Problem]) -> Iterator[Problem]:

@@ -80,7 +80,6 @@ class ImagesToPrompts(ProblemData):
         self._negatives: list[Image.Image] = []
         self._negative_latents: Tensor | None = None
         self._recorded: dict[tuple[str, ...], str] = {}  # keys of earlier records by paths and stamps
-        self._changed: set[str] = set()  # keys of problems whose images have changed since the search
 
     @property
     def method(self) -> Inverter:
@@ -199,19 +198,18 @@ class ImagesToPrompts(ProblemData):
         """Load targets, ahead of the search if they do not fit into one batch."""
         return read_ahead(self._dataset(), indices, int(self.workers) if self.total > self.method.batch_size else 0)
 
-    def unchanged(self, problems: Sequence[Problem]) -> list[Problem]:
+    def unchanged(self, problems: Sequence[Problem], warn: bool = True) -> list[Problem]:
         """Return the problems whose images are still those that were searched; they stay in memory until `evict`."""
         dataset = self._dataset()
-        return [problem for problem in problems if problem.key in self._images or self._reload(problem, dataset)]
+        return [problem for problem in problems if problem.key in self._images or self._reload(problem, dataset, warn)]
 
-    def _reload(self, problem: Problem, dataset: TargetDataset) -> bool:
+    def _reload(self, problem: Problem, dataset: TargetDataset, warn: bool) -> bool:
         """Load a problem's images again; return whether they are those that were searched."""
         try:
             self._images[problem.key] = stack(dataset.images_as_searched(problem, self._paths(problem)))
         except UserError as error:
-            if problem.key not in self._changed:
+            if warn:
                 log.warning("%s is left out, and its scores stay as they are: %s", problem.target, error)
-            self._changed.add(problem.key)
             return False
         return True
 

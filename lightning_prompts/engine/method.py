@@ -15,12 +15,11 @@ from torch import Tensor
 
 from lightning_prompts.backbones import Backbone, BackboneLike, BackboneSettings, as_backbone
 from lightning_prompts.callbacks import BestPrompt, NonFiniteGuard, PromptProgress, SampleGrid
-from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.distributed import broadcast, num_sample_ranks
 from lightning_prompts.engine.batch import Batch
 from lightning_prompts.engine.datamodule import ProblemData, Step
+from lightning_prompts.engine.evaluation import Evaluation
 from lightning_prompts.engine.resume import prepare_checkpoint, restore_batch
-from lightning_prompts.engine.validation import recompute_losses
 from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.record import MethodResult, Problem
@@ -32,6 +31,7 @@ from lightning_prompts.typed_module import TypedModule
 if TYPE_CHECKING:
     from pytorch_lightning.core.optimizer import LightningOptimizer
 
+    from lightning_prompts.callbacks.scores import Scores
     from lightning_prompts.methods.dpo_diff.logits import WordChoices
     from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
     from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
@@ -93,6 +93,7 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
         self.vocabulary = self.backbone.vocabulary
         self.terms: dict[str, Tensor] = {}  # of the last loss, if it is a sum
         self.scorers: dict[str, Any] = {}  # what scores results, by name
+        self.evaluation = Evaluation(self)
         self._resumed: dict[str, Any] | None = None  # the batch of a checkpoint
 
     @property
@@ -275,16 +276,28 @@ class PromptMethod(TypedModule, pl.LightningModule, ABC):
 
     # --- after the search
 
-    def validation_step(self, batch: int, batch_idx: int) -> None:
-        """Print and log the validation losses of the best prompts."""
-        losses = recompute_losses(self)
+    def validation_step(self, batch: list[Problem], batch_idx: int) -> None:
+        """Recompute the validation losses of the best prompts of records."""
+        self.evaluation.validate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Print the losses of all ranks, and log their mean."""
+        losses = self.evaluation.print_losses()
         self.log("validation/loss", sum(losses) / len(losses), batch_size=len(losses))
 
-    def test_step(self, batch: int, batch_idx: int) -> None:
-        """Do nothing; the `Results` callback does the work."""
+    def test_step(self, batch: list[Problem], batch_idx: int) -> None:
+        """Generate images of the best prompts of records, score them, and save the records."""
+        self.evaluation.test(batch)
 
-    def predict_step(self, batch: int, batch_idx: int) -> None:
-        """Do nothing; the `Results` callback does the work."""
+    def predict_step(self, batch: list[Problem | str], batch_idx: int) -> Tensor:
+        """Generate images (B, S, 3, H, W) of B records or texts and S seeds; see `PredictSettings`."""
+        return self.evaluation.predict(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Wait for all ranks, and raise an error in a batch of any."""
+        self.evaluation.meet()
+
+    on_predict_epoch_end = on_test_epoch_end
 
     # --- checkpoints: the prompt and nothing of the backbone
 

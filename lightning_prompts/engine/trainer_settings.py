@@ -9,7 +9,6 @@ TRAINER: dict[str, Any] = {
     "max_epochs": -1,  # until no problem is open
     "enable_checkpointing": False,  # PromptCheckpoint, which is atomic, takes its place
     "num_sanity_val_steps": 0,
-    "limit_val_batches": 1,
     "check_val_every_n_epoch": None,
     "val_check_interval": 10**9,  # scoring is the BestPrompt callback's
     "use_distributed_sampler": False,

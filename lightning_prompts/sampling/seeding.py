@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_prompts.errors import UserError
+
 VALIDATION = -1
 """Step of the noise that scores prompts, and that no gradient uses."""
 
@@ -104,3 +106,33 @@ def image_indices(step: int, samples: int, images: int) -> Tensor:
 def validation_timesteps(samples: int, low: int, high: int) -> Tensor:
     """Return the timesteps (N,) in the middle of N equal parts of [low, high)."""
     return (low + (torch.arange(samples) + 0.5) / samples * (high - low)).long()
+
+
+def check_seeds(name: str, seeds: Sequence[int]) -> None:
+    """Check that seeds are valid for a torch generator and give different images.
+
+    Args:
+        name: Name of the setting.
+        seeds: The seeds.
+
+    Raises:
+        UserError: There are no seeds; one is negative or has more than 64 bits; or two agree in the 32 bits that
+            torch's CPU generator uses.
+    """
+    wrong = [seed for seed in seeds if not 0 <= seed < 2**64]
+    if wrong or not seeds:
+        given = wrong[0] if wrong else "an empty list"
+        raise UserError(f"{name} takes whole numbers from 0 to {2**64 - 1}, not {given}.")
+    first: dict[int, int] = {}
+    for seed in seeds:
+        if seed % 2**32 in first:
+            raise UserError(
+                f"{name} must give different images, but {first[seed % 2**32]} and {seed} give the same one, since "
+                "torch's CPU generator uses only the lowest 32 bits of a seed; leave one of them out."
+            )
+        first[seed % 2**32] = seed
+
+
+def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Draw standard normal noise (S, C, h, w) from seeds, as diffusers does with CPU generators."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

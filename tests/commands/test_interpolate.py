@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from lightning_prompts.backbones import load_backbone
 from lightning_prompts.backbones.vocabulary import encode_text
-from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.commands.main import main
 from lightning_prompts.embeddings import slerp
+from lightning_prompts.sampling.seeding import noise_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

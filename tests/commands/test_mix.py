@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_prompts.callbacks.results import file_name
+from lightning_prompts.callbacks.image_writer import file_name
 from lightning_prompts.commands.evolution import Member
 from lightning_prompts.commands.mix import ask, joint_similarity
 from lightning_prompts.sampling.figures import sheet

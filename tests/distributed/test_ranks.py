@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from rounding import rounding_by_shape
+from ranks import FORKS, ROOT, run_ranks
 
-from lightning_prompts.commands.main import main
 from lightning_prompts.sampling import Microbatch
 
-ROOT = Path(__file__).parents[2]
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lightning_prompts.commands.cli", "lightning_prompts.backbones.loading"])
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SAMPLES = "--data.num_noise_samples 3 --data.num_validation_samples 5"
 METHODS = {  # odd numbers of samples and seeds, so that the last call of a step is smaller
@@ -91,65 +85,11 @@ def arguments(tiny, inputs, run, method, *extra):
 
 
 def fit(*args, ranks=1, launcher="torchrun", rounding=False):
-    """Run a search with a number of processes, like a launcher, but with all modules imported.
-
-    With `rounding`, they round by the shape of each call, see `rounding_by_shape`.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    log = Path(args[args.index("--run") + 1]).with_suffix(".log")
-    environments = [{**address, **LAUNCHERS[launcher](rank, ranks)} if ranks > 1 else {} for rank in range(ranks)]
-    processes = [
-        FORKS.Process(target=child, args=(args[1:], environment, log, rounding)) for environment in environments
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(250)
-        assert process.exitcode == 0, log.read_text()[-3000:]
-    return results_of(args[args.index("--run") + 1])
-
-
-def torchrun(rank, ranks):
-    """Return the variables that torchrun sets for a process."""
-    variables = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": ranks,
-        "LOCAL_WORLD_SIZE": ranks,
-        "TORCHELASTIC_RUN_ID": "test",
-    }
-    return {name: str(value) for name, value in variables.items()}
-
-
-def srun(rank, ranks):
-    """Return the variables that srun sets for a process."""
-    variables = {
-        "NTASKS": ranks,
-        "NTASKS_PER_NODE": ranks,
-        "NNODES": 1,
-        "PROCID": rank,
-        "LOCALID": rank,
-        "NODEID": 0,
-        "JOB_ID": 14321,
-        "JOB_NAME": "prompts",
-        "STEP_ID": 0,
-        "STEP_NUM_TASKS": ranks,
-    }
-    return {f"SLURM_{name}": str(value) for name, value in variables.items()}
-
-
-LAUNCHERS = {"torchrun": torchrun, "srun": srun}
-
-
-def child(args, environment, log, rounding):
-    os.environ.update(environment)
-    os.chdir(ROOT)
-    torch.set_num_threads(1)
-    device = rounding_by_shape() if rounding else nullcontext()
-    with device, log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
-        main(args)
+    """Run a search with a number of processes and return its problems, see `run_ranks`."""
+    run = Path(args[args.index("--run") + 1])
+    codes = run_ranks(args[1:], run.with_suffix(".log"), ranks, launcher, rounding)
+    assert codes == [0] * ranks, run.with_suffix(".log").read_text()[-3000:]
+    return results_of(run)
 
 
 def results_of(run):

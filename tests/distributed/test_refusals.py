@@ -1,6 +1,9 @@
 """Invalid divisions are refused before the model is loaded, and differences between ranks before the search."""
 
+import os
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -9,10 +12,12 @@ from PIL import Image
 
 from lightning_prompts.commands import cli
 from lightning_prompts.commands.main import main
+from lightning_prompts.commands.processes import processes
 from lightning_prompts.distributed import handshake, shard_indices
 from lightning_prompts.engine.batch import fit_shape, merge
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.errors import UserError
+from lightning_prompts.launchers import PARENT
 from lightning_prompts.methods import PEZ, TRAINER
 from lightning_prompts.sampling import SamplerSettings
 
@@ -129,6 +134,40 @@ def test_strategy_is_chosen_by_the_number_of_inputs(strategy, given, chosen, par
         )
     assert chosen_strategies == [(chosen, parts)]
     assert ("1 of 2 processes have nothing to do" in caplog.text) == (strategy == "problems")
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "chosen"),
+    [
+        ("test", {}, ("problems", 2, 2)),
+        ("validate", {"strategy": "samples"}, ("problems", 2, 2)),  # as the run's config has it
+        ("predict", {}, ("problems", 2, 2)),
+        ("predict", {"devices": 1}, ("auto", 1, 1)),
+        ("predict", {"path": ["a", "b"]}, ("auto", 1, 1)),
+        ("predict", {"mix": ["runs/a", "runs/b"]}, ("auto", 1, 1)),
+        ("test", {"method": "HumanFeedback"}, ("auto", 1, 1)),
+        ("check", {}, ("auto", 1, 1)),
+        ("show-space", {"strategy": "problems"}, ("auto", 1, 1)),
+    ],
+)
+def test_commands_that_divide_a_run(command, settings, chosen):
+    given = {"devices": 2, "strategy": "auto", "path": None, "mix": None, "method": "PEZ", **settings}
+    trainer = SimpleNamespace(accelerator="cpu", num_nodes=1, devices=given["devices"], strategy=given["strategy"])
+    model = SimpleNamespace(class_path=f"lightning_prompts.methods.{given['method']}")
+    config = SimpleNamespace(trainer=trainer, model=model, path=given["path"], mix=given["mix"])
+    with processes(config, command, Path("runs/x")) as parts:
+        assert (trainer.strategy, trainer.devices, parts) == chosen
+        assert (PARENT in os.environ) == (parts > 1)  # Lightning starts the others
+
+
+def test_strategy_that_divides_no_run_is_refused():
+    trainer = SimpleNamespace(accelerator="cpu", num_nodes=1, devices=2, strategy="ddp")
+    config = SimpleNamespace(trainer=trainer, model=SimpleNamespace(class_path="lightning_prompts.methods.PEZ"))
+    with (
+        pytest.raises(UserError, match=r"--trainer\.strategy 'ddp' divides"),
+        processes(config, "test", Path("runs/x")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

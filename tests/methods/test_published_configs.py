@@ -19,9 +19,10 @@ from searches import result_of
 
 from lightning_prompts import methods
 from lightning_prompts.backbones import Vocabulary, load_backbone
-from lightning_prompts.callbacks import Results
+from lightning_prompts.callbacks import ImageWriter, Results
 from lightning_prompts.engine.checkpoint import AtomicCheckpointIO, PromptCheckpoint
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
+from lightning_prompts.engine.loaders import PredictSettings
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER
@@ -192,8 +193,9 @@ class Cell:
         module = self.kind(**self.model)
         data = ImagesToPrompts(self.image, **self.data) if issubclass(self.kind, Inverter) else Prompts(PROMPT)
         how = TRAINER | {"accelerator": "cpu", "logger": False, "enable_checkpointing": True}
-        callbacks = [Results(seeds=(3,), report=False), saving(folder / "checkpoints")]
+        callbacks = [Results(report=False), ImageWriter(), saving(folder / "checkpoints")]
         trainer = pl.Trainer(**how, default_root_dir=folder, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
+        data.predict_settings = PredictSettings(seeds=(3,))
         if command == "fit":
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         else:

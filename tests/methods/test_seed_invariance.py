@@ -10,7 +10,6 @@ from PIL import Image
 from searches import set_batch
 from torch.nn import functional as F
 
-from lightning_prompts.callbacks.results import noise_of
 from lightning_prompts.commands.main import main
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.engine.datamodule import Step
@@ -20,7 +19,7 @@ from lightning_prompts.methods import TRAINER, SeedInvariance
 from lightning_prompts.methods.steering.seed_invariance import LOSS_SCALE
 from lightning_prompts.runs.record import Problem, SeedInvarianceResult
 from lightning_prompts.sampling import SamplerSettings
-from lightning_prompts.sampling.seeding import SEARCH
+from lightning_prompts.sampling.seeding import SEARCH, noise_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

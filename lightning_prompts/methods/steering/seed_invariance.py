@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_prompts.backbones import repeat
-from lightning_prompts.callbacks.results import check_seeds, noise_of
 from lightning_prompts.embeddings import slerp
 from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.errors import UserError
@@ -22,7 +21,7 @@ from lightning_prompts.objectives.clip import ClipSimilarity, default_clip
 from lightning_prompts.optimizers import AdamOnLion
 from lightning_prompts.runs.record import Problem, SeedInvarianceResult
 from lightning_prompts.sampling.figures import sheet
-from lightning_prompts.sampling.seeding import SEARCH
+from lightning_prompts.sampling.seeding import SEARCH, check_seeds, noise_of
 from lightning_prompts.setting_types import Positive, Rate
 from lightning_prompts.unused import refuse_unused
 
