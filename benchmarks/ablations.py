@@ -59,8 +59,9 @@ def names() -> list[str]:
 
 def variants(group: str) -> dict[str, list[str]]:
     """Return the variants of a group, names and settings; the others are compared with the first one."""
-    lbfgs = ["--model.optimizer=lbfgs", "--model.lr=1", "--model.max_iter=5", "--model.metric=euclidean", *steps(4, 5)]
-    sgd = "--model.optimizer=sgd"
+    lbfgs = ["--model.optimizer=BatchedLBFGS", "--model.optimizer.lr=1", "--model.optimizer.max_iter=5"]
+    lbfgs += ["--model.metric=euclidean", *steps(4, 5)]
+    sgd = "--model.optimizer=SGD"
     if group == "timesteps":
         ranges = ((0, 1000), (100, 1000), (500, 1000), (700, 1000), (500, 900))
         return {
@@ -77,15 +78,15 @@ def variants(group: str) -> dict[str, list[str]]:
             "delayed, L-BFGS": ["--model.projection=delayed", *lbfgs],
         }
     if group == "optimizer":
-        rates = {f"SGD, {rate}": [sgd, f"--model.lr={rate}"] for rate in (1, 10, 100)}
-        return {"Adam, 0.02": [], "Adam, 0.05": ["--model.lr=0.05"], **rates, "L-BFGS": lbfgs}
+        rates = {f"SGD, {rate}": [sgd, f"--model.optimizer.lr={rate}"] for rate in (1, 10, 100)}
+        return {"Adam, 0.02": [], "Adam, 0.05": ["--model.optimizer.lr=0.05"], **rates, "L-BFGS": lbfgs}
     if group == "vocabulary":
         parts = {f"{share:.0%}, random": vocabulary(share) for share in (0.5, 0.1)}
         return {"100%": [], **parts, "the world's words": names()}
     if group == "length":
         return {"8 tokens": [], **{f"{count} tokens": [f"--model.num_tokens={count}"] for count in (4, 12, 16)}}
     if group == "samples":  # fewer steps must be larger
-        rate = {count: f"--model.lr={0.02 * (count / 2) ** 0.5:.4f}" for count in (1, 4, 8, 16)}
+        rate = {count: f"--model.optimizer.lr={0.02 * (count / 2) ** 0.5:.4f}" for count in (1, 4, 8, 16)}
         return {"2 per step": [], **{f"{count} per step": [*steps(count), lr] for count, lr in rate.items()}}
     return {
         "configs/invert.yaml": [],

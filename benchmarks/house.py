@@ -27,9 +27,9 @@ LIMITS = {
 """The most that each figure may be."""
 
 LAYERS = (
-    *("errors", "setting_types", "typed_module", "entry_points", "unused", "terminal", "embeddings"),
+    *("errors", "setting_types", "typed_module", "entry_points", "unused", "terminal", "embeddings", "optimizers"),
     *("text_settings", "python_values", "parser_errors", "effort", "launchers", "isolation", "distributed"),
-    *("data", "emoji", "optimizers", "backbones", "sampling", "objectives", "metrics", "runs", "cache"),
+    *("data", "emoji", "backbones", "sampling", "objectives", "metrics", "runs", "cache"),
     *("callbacks", "engine", "methods", "runner"),
     *("python_images", "python_settings", "python_search", "api", "commands", "__init__", "__main__"),
 )

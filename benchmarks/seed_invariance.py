@@ -36,7 +36,6 @@ PAPER = {
     "grad_steps": 1,
     "ramp": 1.0,
     "seeds_per_step": 3,
-    "lr": 0.01,
     "steps": 120,
 }
 LINES: dict[str, dict[str, Any]] = {

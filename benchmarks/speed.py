@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ WARM = 2  # steps that are not timed
 COUNTS = (1, 4, 16)  # targets
 BATCHES = (1, 4, 16, 32, 64)  # samples per denoiser call
 HOW: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "PH2P, Adam": (PH2P, {"optimizer": "adam", "lr": 0.02, "metric": "cosine"}),
-    "PEZ": (PEZ, {"lr": 0.1, "weight_decay": 0.1}),
+    "PH2P, Adam": (PH2P, {"optimizer": partial(torch.optim.Adam, lr=0.02), "metric": "cosine"}),
+    "PEZ": (PEZ, {"optimizer": partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1)}),
 }
 KINDS = {  # parts of operation names in the profile; the first match counts
     "convolutions": ("convolution",),
@@ -134,12 +135,7 @@ def plain(backbone: Backbone, name: str, latents: Tensor, steps: int) -> float:
     for latent in latents:
         start = allowed.nonzero().squeeze(1)[torch.randint(int(allowed.sum()), (TOKENS,))]
         embeddings = nn.Parameter(table[start].clone())
-        settings = HOW[name][1]
-        optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW([embeddings], lr=settings["lr"], weight_decay=settings["weight_decay"])
-            if projected
-            else torch.optim.Adam([embeddings], lr=settings["lr"])
-        )
+        optimizer = HOW[name][1]["optimizer"]([embeddings])
         for _ in range(steps):
             optimizer.zero_grad()
             for _ in range(SAMPLES):

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning_prompts.errors import UserError
+from lightning_prompts.optimizers import optimizer_names
 from lightning_prompts.setting_types import IN_WORDS, LEAST, MOST
 
 KINDS = IN_WORDS | {
@@ -34,7 +35,7 @@ def one_sentence(message: str, parser: Any) -> str:
     text = re.sub(r"\s+", " ", message).strip()
     key = re.match(r'Parser key "([\w.]+)": ?', text)
     nested = _of_alternatives(text) if key else None
-    sentence = _missing(text) or (key and _wrong_group(key[1], text))
+    sentence = (key and (_wrong_optimizer(key[1], text) or _wrong_group(key[1], text))) or _missing(text)
     if key and nested:  # an error of the parser of a class, whose settings lack the prefix of the class
         count = 0 if "is unknown" in nested else 2  # all settings of a hint, or the first two names of another error
         text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested, count=count)
@@ -84,6 +85,8 @@ def _unknown(text: str, parser: Any) -> str | None:
 
 def _wrong_value(key: str, text: str, message: str) -> str | None:
     """Name a setting whose value has another type or is out of range, and what it takes."""
+    if tensor := re.search(r"Subtypes: \[<class 'float'>, <class 'torch.Tensor'>\].* Given value: (\S+)", text):
+        return f"The setting --{key} cannot be {tensor[1].replace('None', 'null')}; it takes {KINDS['float']}."
     if imported := re.search(r"class_path '(.*?)'|dot import path string: (\S+)|Import path (\S+) does not", text):
         name = next(filter(None, imported.groups()))
         own = ", or name the module of your own with --plugin" if key == "model" else ""
@@ -117,6 +120,19 @@ def similar_settings(unknown: str, known: Iterable[str]) -> list[str]:
     if close := difflib.get_close_matches(unknown, settings, 1):
         return close
     return [setting for similar in difflib.get_close_matches(name, by_name, 1) for setting in by_name[similar]]
+
+
+def _wrong_optimizer(key: str, text: str) -> str | None:
+    """Name a setting of an optimizer, of which the optimizer's own parser has said what is wrong, or the optimizers."""
+    if key != "optimizer":
+        return None
+    if wrong := re.search(r"The setting (?:--)?\w.*", text):  # in Python, settings have no dashes
+        return re.sub(r"(The setting |did you mean )(?:--)?", r"\1--optimizer.", wrong[0])
+    if several := re.search(r"Multiple subclasses with name (\w+)", text):
+        return f"There are several classes {several[1]}; give --optimizer torch.optim.{several[1]}."
+    given = re.search(r"Expected a path but (\S*) either|(?:path string: |class_path=?'|Expected ')([\w.]+)", text)
+    name = (given[1] or given[2] or "") if given else ""
+    return f"The class {name!r} cannot be --optimizer; choose one of {', '.join(optimizer_names())}."
 
 
 def _of_alternatives(text: str) -> str | None:

@@ -27,6 +27,7 @@ from lightning_prompts.isolation import isolated
 from lightning_prompts.methods import PromptMethod
 from lightning_prompts.methods.inversion.base import Inverter
 from lightning_prompts.methods.steering.base import Steering
+from lightning_prompts.optimizers import check_optimizer, describe_optimizer
 from lightning_prompts.python_settings import checked_settings, in_python
 from lightning_prompts.python_values import check_type, plain, shown
 from lightning_prompts.runner import TRAINER_DEFAULTS, build_trainer, held_folder, run_callbacks
@@ -127,7 +128,7 @@ def search(
         method: PromptMethod = kind(**of_method)
         data = data_kind(**of_data)
         hints = all_settings(kind) | all_settings(data_kind)
-        recorded = {name: _recorded(value, hints[name]) for name, value in (of_method | of_data).items()}
+        recorded = {name: _recorded(name, value, hints[name]) for name, value in (of_method | of_data).items()}
         trainer = _trainer(where, kept or scratch, lock, Results(scores, settings=recorded, report=False))
         trainer.fit(method, datamodule=data)
         method.to(where)  # Lightning has moved it to the CPU
@@ -136,8 +137,10 @@ def search(
         return [_result(method, records[key], noise) for key in data.keys]
 
 
-def _recorded(setting: Any, hint: Any) -> Any:
+def _recorded(name: str, setting: Any, hint: Any) -> Any:
     """Return a setting with a type hint as it is written to the results' file."""
+    if name == "optimizer" and setting:
+        return describe_optimizer(check_optimizer(setting, closure=True))
     if settings_of_group(hint) and isinstance(setting, hint):
         return asdict(setting)
     return setting.name if isinstance(setting, Backbone) else str(setting)

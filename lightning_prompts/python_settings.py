@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import is_dataclass
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.cli import LightningArgumentParser, OptimizerCallable
 
 from lightning_prompts.backbones import Backbone, as_backbone
 from lightning_prompts.errors import UserError, shortened
@@ -91,11 +91,17 @@ def _checked(kind: type, defaults: dict[str, Any], given: dict[str, Any], group:
         if is_dataclass(hints[name]):
             kept[name] = _group(name, hints[name], defaults.get(name), value)
             continue
-        check_type(f"{group}.{name}" if group else name, value, hints[name])
-        if not _is_parsed(value):
+        if OptimizerCallable in (hints[name], *get_args(hints[name])):  # the parser finds one by name, not by object
+            is_parsed = isinstance(value, str | Mapping)
+        else:
+            check_type(f"{group}.{name}" if group else name, value, hints[name])
+            is_parsed = _is_parsed(value)
+        if not is_parsed:
             kept[name] = value
     parsed = {name: value for name, value in (defaults | given).items() if name not in kept}
     parser = _parser(kind, group, skip=set(kept))
+    if "optimizer" in parsed and "optimizer" in defaults:
+        parser.set_defaults({"optimizer": defaults["optimizer"]})  # so that settings alone keep its class
     settings = parser.instantiate(parser.parse_object({group: parsed} if group else parsed))
     found: dict[str, Any] = (settings[group] if group else settings).as_dict() if parser.get_defaults() else {}
     return found | kept

@@ -21,7 +21,9 @@ _WANTED = IN_WORDS | {
 
 
 def plain(name: str, value: Any) -> Any:
-    """Convert paths to texts, and arrays, tensors, tuples and ranges to lists or numbers; keep other values.
+    """Convert paths to texts, and arrays, tensors, tuples and ranges to lists or numbers, also in dictionaries.
+
+    Other values are kept.
 
     Raises:
         UserError: A text is not UTF-8.
@@ -34,6 +36,8 @@ def plain(name: str, value: Any) -> Any:
         return str(value)  # for NumPy's str_ too
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(f"{name}.{key}", item) for key, item in value.items()}
     return [plain(name, item) for item in value] if isinstance(value, list | tuple | range) else value
 
 

@@ -14,7 +14,7 @@ def refuse_unused(owner: type, because: str, given: Mapping[str, Any], prefix: s
 
     Args:
         owner: The class of the settings.
-        because: The other setting, such as "with --model.optimizer adam".
+        because: The other setting, such as "with --model.solver random".
         given: Values by the settings' names.
         prefix: Prefix of the names on the command line.
 

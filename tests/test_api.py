@@ -310,13 +310,19 @@ def test_negative_images_in_memory_equal_their_files(tiny, image_folder):
 def test_numpy_and_torch_values_are_accepted(tiny, first, tmp_path):
     """Numbers of NumPy and tensors, tuples, ranges and paths are accepted in place of plain values."""
     plain = invert(
-        str(first), method="pez", backbone=tiny, lr=0.5, timestep_range=[100, 900], image_seeds=[0, 1], **SHORT
+        str(first),
+        method="pez",
+        backbone=tiny,
+        optimizer={"lr": 0.5},
+        timestep_range=[100, 900],
+        image_seeds=[0, 1],
+        **SHORT,
     )
     results = invert(
         first,
         method="pez",
         backbone=Path(tiny),
-        lr=torch.tensor(0.5),
+        optimizer={"lr": torch.tensor(0.5)},
         timestep_range=(np.int64(100), 900),
         image_seeds=range(2),
         steps=np.int32(2),
@@ -345,7 +351,7 @@ def test_settings_and_defaults_are_those_of_the_config(tiny, first, tmp_path):
 
 def test_checking_settings_is_fast():
     start = time.perf_counter()
-    checked_settings((DPODiff, Prompts), {"solver": "hybrid"}, {"prompts": ["a cat"], "lr": 0.1})
+    checked_settings((DPODiff, Prompts), {"solver": "hybrid"}, {"prompts": ["a cat"], "optimizer": {"lr": 0.1}})
     assert time.perf_counter() - start < 1  # 0.05 seconds alone
 
 

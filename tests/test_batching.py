@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 METHODS = {
     "PEZ": ["--model", "PEZ"],
-    "PH2P": ["--model", "PH2P", "--model.max_iter", "2"],
-    "PH2P adam": ["--model", "PH2P", "--model.optimizer", "adam", "--model.lr", "0.1", "--model.restart_every", "2"],
+    "PH2P": ["--model", "PH2P", "--model.optimizer.max_iter", "2"],
+    "PH2P adam": "--model PH2P --model.optimizer Adam --model.optimizer.lr 0.1 --model.restart_every 2".split(),
     "GCG": ["--model", "GCG", "--model.candidates", "3"],
     "DPODiff": [
         *("--model", "DPODiff", "--model.schedule", "fix-1", "--model.gradient_share", "0.4", "--model.seeds", "1"),
@@ -35,7 +35,7 @@ METHODS = {
     ],
     "MetricGuidance": [
         *("--model", "MetricGuidance", "--model.objective", "Sharpness", "--model.seeds", "2", "--model.steps", "4"),
-        *("--model.seeds_per_step", "1", "--model.optimizer", "adam", "--model.shift_every", "3"),
+        *("--model.seeds_per_step", "1", "--model.optimizer", "Adam", "--model.shift_every", "3"),
     ],
     "SeedInvariance": [
         *("--model", "SeedInvariance", "--model.seeds", "1", "--model.steps", "4", "--model.stages", "[1, 2]"),

@@ -1,6 +1,7 @@
 """No step of an inversion method, and no sampling of images, makes the host wait for the device."""
 
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -60,8 +61,11 @@ def prepare_batch(module, monkeypatch):
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        (PH2P, {"optimizer": "adam", "restart_every": 0}),
+        (PH2P, {"optimizer": torch.optim.Adam, "restart_every": 0}),
         (TextualInversion, {}),
+        (TextualInversion, {"optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.5)}),
+        (TextualInversion, {"optimizer": torch.optim.NAdam}),
+        (TextualInversion, {"optimizer": partial(torch.optim.RMSprop, lr=0.1, momentum=0.5)}),
     ],
 )
 def test_steps_do_not_sync_with_the_device(method, settings, tiny, monkeypatch):

@@ -175,7 +175,7 @@ def test_calls_pass_effort_to_the_search(emoji, photo, monkeypatch):
 
 def test_call_with_effort_scales_its_steps(emoji, photo):
     settings = {"num_tokens": 2, "num_noise_samples": 1, "num_validation_samples": 1, "backbone": emoji}
-    light = invert(photo, method="ph2p_lbfgs", effort="light", max_iter=1, image_seeds=[0], **settings)
+    light = invert(photo, method="ph2p_lbfgs", effort="light", optimizer={"max_iter": 1}, image_seeds=[0], **settings)
     assert light.record.unet_samples == 10 * 2 + 11  # 10 of 28 steps; scorings include the initial prompt
 
 

@@ -47,8 +47,8 @@ SHORT = {
     "invert": f"{INVERSION} {GCG} --model.rerank.num_inference_steps 2",
     "pez": INVERSION,
     "pez_clip": INVERSION,
-    "ph2p": f"{INVERSION} --model.restart_every 3 --model.lr 0.2",
-    "ph2p_lbfgs": f"{INVERSION} --model.max_iter 2 --model.max_step_norm 2",
+    "ph2p": f"{INVERSION} --model.restart_every 3 --model.optimizer.lr 0.2",
+    "ph2p_lbfgs": f"{INVERSION} --model.optimizer.max_iter 2 --model.optimizer.max_step_norm 2",
     "random_tokens": INVERSION,
     "textual_inversion": INVERSION,
     "dpo_diff": (

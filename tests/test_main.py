@@ -69,7 +69,7 @@ def short_fit(backbone, run, tokens, images):
     """Return the command of a search with two steps."""
     args = ["fit", "--run", run, "--trainer.accelerator", "cpu", "--model", "PEZ", "--model.backbone", backbone]
     args += ["--model.num_tokens", tokens, "--model.sampler.num_inference_steps", 2, "--data.images", images]
-    args += ["--model.lr", 0.01]  # so small that the prompts of two images stay different
+    args += ["--model.optimizer.lr", 0.01]  # so small that the prompts of two images stay different
     return [
         str(arg)
         for arg in (*args, "--model.steps", 2, "--data.num_noise_samples", 1, "--data.num_validation_samples", 2)
@@ -343,15 +343,15 @@ def test_unusable_image_is_refused(base, image_folder, capsys, how):
         (["--model.num_tokens", "2000000000"], ["2000000002", "takes 32"]),
         (["--model.num_tokens", "null"], "--model.num_tokens cannot be null"),
         (["--data.seed", "null"], "--data.seed cannot be null"),
-        (["--model.lr", "null"], "--model.lr cannot be null"),
-        (["--model.lr", "-1"], ["--model.lr cannot be -1", "a finite number above 0"]),
-        (["--model.lr", "0"], "--model.lr cannot be 0"),
-        (["--model.lr", "inf"], "--model.lr cannot be inf"),
+        (["--model.optimizer.lr", "null"], "--model.optimizer.lr cannot be null"),
+        (["--model.optimizer.lr", "-1"], "--model.optimizer.lr must be positive, got -1."),
+        (["--model.optimizer.lr", "0"], "--model.optimizer.lr must be positive, got 0."),
+        (["--model.optimizer.lr", "inf"], "--model.optimizer.lr cannot be inf"),
         (
             ["--model.sampler.guidance_scale", ".nan"],
             "--model.sampler.guidance_scale cannot be nan; it takes a finite number",
         ),
-        (["--model.lr", "fast"], ["--model.lr cannot be fast", "a finite number above 0"]),
+        (["--model.optimizer.lr", "fast"], ["--model.optimizer.lr cannot be fast", "a number"]),
         (["--data.background", "[300, 0, 0]"], ["--data.background cannot be 300", "whole numbers from 0 to 255"]),
         (["--data.background", "[0, -1, 0]"], "--data.background cannot be -1"),
         (["--run", ""], "--run must name a folder"),
@@ -482,11 +482,19 @@ def test_unknown_setting_of_a_config_is_refused_with_a_hint(base, tmp_path, caps
 
 
 def test_setting_before_its_class_is_refused(capsys):
-    message = "--model.lr stands before the --config or --model that it changes; put these first."
+    message = "--model.optimizer.lr stands before the --config or --model that it changes; put these first."
     assert_refused(
-        capsys, "fit", "--model.lr", "1", "--config", "configs/pez.yaml", "--data.images", "a.png", words=message
+        capsys,
+        "fit",
+        "--model.optimizer.lr",
+        "1",
+        "--config",
+        "configs/pez.yaml",
+        "--data.images",
+        "a.png",
+        words=message,
     )
-    assert_refused(capsys, "fit", "--model.lr=1", "--model", "PEZ", "--data.images", "a.png", words=message)
+    assert_refused(capsys, "fit", "--model.optimizer.lr=1", "--model", "PEZ", "--data.images", "a.png", words=message)
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**64), "9" * 20])

@@ -2,6 +2,7 @@
 
 import io
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,30 @@ SETTINGS = {  # of `invert`, and the message
     "too many": ({"steps": 2**31}, "steps cannot be 2147483648; it takes a whole number from 1 to 2147483647."),
     "list for a number": ({"steps": [1]}, "steps cannot be [1]"),
     "NumPy's float": ({"steps": np.float64(2)}, "steps cannot be 2.0"),
-    "no step size": ({"method": "pez", "lr": 0}, "lr cannot be 0; it takes a finite number above 0."),
+    "no step size": ({"method": "pez", "optimizer": {"lr": 0}}, "optimizer.lr must be positive, got 0."),
+    "a negative step size": ({"method": "pez", "optimizer": {"lr": -1.0}}, "optimizer.lr must be positive, got -1."),
+    "a step size of the wrong type": (
+        {"method": "pez", "optimizer": {"lr": "fast"}},
+        "optimizer.lr cannot be fast; it takes a number.",
+    ),
+    "a negative momentum": (
+        {"method": "pez", "optimizer": partial(torch.optim.SGD, lr=1.0, momentum=-1.0)},
+        "optimizer: Invalid momentum value: -1.0.",
+    ),
+    "an unknown optimizer": (
+        {"method": "pez", "optimizer": "Nope"},
+        "The class 'Nope' cannot be optimizer; choose one of ASGD,",
+    ),
+    "an unknown setting of an optimizer": (
+        {"method": "pez", "optimizer": {"class_path": "SGD", "init_args": {"speed": 1.0}}},
+        "The setting optimizer.speed is unknown;",
+    ),
+    "an optimizer of all problems": (
+        {"method": "ph2p", "optimizer": "LBFGS"},
+        "optimizer LBFGS takes all problems as one; give BatchedLBFGS.",
+    ),
+    "no optimizer": ({"method": "pez", "optimizer": None}, "optimizer must be an optimizer's name,"),
+    "no function of parameters": ({"method": "pez", "optimizer": dict}, "optimizer"),
     "infinite": (
         {"sampler": {"guidance_scale": math.inf}},
         "sampler.guidance_scale cannot be inf; it takes a finite number or None.",

@@ -22,12 +22,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 METHODS = {
     "PEZ": [],
-    "PH2P": ["--model.max_iter", "2"],
-    "PH2P projected": ["--model.max_iter", "2", "--model.projection", "delayed"],
+    "PH2P": ["--model.optimizer.max_iter", "2"],
+    "PH2P projected": ["--model.optimizer.max_iter", "2", "--model.projection", "delayed"],
     "GCG": ["--model.candidates", "3"],
-    "TextualInversion": ["--model.lr", "0.1"],
+    "TextualInversion": ["--model.optimizer.lr", "0.1"],
     "RandomTokens": [],
-    "PH2P restarted": ["--model.optimizer", "adam", "--model.restart_every", "2"],
+    "PH2P restarted": ["--model.optimizer", "Adam", "--model.restart_every", "2"],
 }
 
 
@@ -317,7 +317,8 @@ def test_resuming_from_an_older_checkpoint_replaces_newer_ones(command, whole, t
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        (["--model.lr", "0.3"], ["--model.lr 0.1", "with 0.3"]),
+        (["--model.optimizer.lr", "0.3"], ["--model.optimizer.lr 0.1", "with 0.3"]),
+        (["--model.optimizer", "SGD"], ['--model.optimizer "torch.optim.AdamW"', 'with "torch.optim.SGD"']),
         (["--model.num_tokens", "3"], ["--model.num_tokens 2", "with 3"]),
         (["--data.timestep_range", "[0,500]"], ["--data.timestep_range [500, 1000]", "with [0, 500]"]),
         (["--data.seed", "1"], ["--data.seed 0", "with 1"]),

@@ -140,7 +140,7 @@ def test_text_settings_are_derived_from_types():
     assert model["allowed_words"] == Text(several=True, optional=True, listed=True)
     assert model["similarity.encoder"] == Text(several=False, optional=True)
     assert model["banned_words"] == Text(several=True, optional=False, listed=True)
-    assert not model.keys() & {"metric", "lr", "chooser", "objective", "return"}
+    assert not model.keys() & {"metric", "optimizer", "chooser", "objective", "return"}
 
 
 @pytest.mark.parametrize("words", [["no"], ["null", "1", "on"], ["red", "[x", "a: b"], ["- a"]])
@@ -158,7 +158,7 @@ def test_unquoted_yaml_list_is_refused(capsys):
 
 
 def test_other_arguments_stay_unchanged():
-    args = "fit --config x.yaml --data Prompts --data.seed 3 --model.lr=1 --data.prompts+ a --run".split()
+    args = "fit --config x.yaml --data Prompts --data.seed 3 --model.optimizer.lr=1 --data.prompts+ a --run".split()
     settings = {"data": text_settings(ProblemData), "model": text_settings(PromptMethod)}
     assert keep_texts(args, settings) == args
     for missing in (

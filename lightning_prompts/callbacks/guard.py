@@ -65,4 +65,4 @@ class NonFiniteGuard(pl.Callback):
             return
         module.batch.finish(row)
         if problem.status != "failed":
-            problem.reason = f"{reason} at step {step}, for the {self.most + 1}th time; lower --model.lr."
+            problem.reason = f"{reason} at step {step}, for the {self.most + 1}th time; lower --model.optimizer.lr."

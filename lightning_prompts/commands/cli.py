@@ -64,6 +64,7 @@ ALLOWED_MODULES = [
     "pytorch_lightning.loggers",
     "pytorch_lightning.profilers",
     "pytorch_lightning.strategies",
+    "torch.optim",
 ]
 
 

@@ -58,7 +58,8 @@ def check_values(config: Any) -> None:
     """
     for part in ("model", "data"):
         hints = dict(with_groups(all_settings(class_of(config[part].class_path))))
-        for setting, value in vars(config[part].init_args.as_flat()).items():
+        for name, value in vars(config[part].init_args.as_flat()).items():
+            setting = name.replace(".init_args.", ".")
             hint = hints.get(setting, Any)
             if value is None and hint is not Any and NoneType not in get_args(hint):
                 raise UserError(f"The setting --{part}.{setting} cannot be null; give a value, or leave it out.")
@@ -136,6 +137,11 @@ def _flat(settings: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, An
     """Return settings by name, those of a group as `backbone.dtype`, given the type hints of all settings."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
+        if name == "optimizer" and value:
+            flat |= {name: value["class_path"]} | {
+                f"{name}.{inner}": each for inner, each in value["init_args"].items()
+            }
+            continue
         group = settings_of_group(hints.get(name))
         flat |= {f"{name}.{inner}": value[inner] for inner in value} if group else {name: value}
     return flat

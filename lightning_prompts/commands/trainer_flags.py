@@ -23,7 +23,7 @@ HALF_PRECISIONS = (
 _LENGTH = "set the length of a search with --effort, --model.steps or --model.budget"
 _PATIENCE = "set when a search may stop early with --model.patience"
 _VALIDATION = "a search has no validation loop; set how often prompts are scored with --model.score_every_n_steps"
-_CLIPPING = "methods limit their steps themselves, as PH2P with --model.max_step_norm"
+_CLIPPING = "methods limit their steps themselves, as PH2P with --model.optimizer.max_step_norm"
 
 UNSUPPORTED_FLAGS = {
     "max_steps": _LENGTH,

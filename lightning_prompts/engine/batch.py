@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.runs.record import Problem
 
 
@@ -236,11 +235,6 @@ class Batch:
         """Clear the optimizer state of `rows` (Q,)."""
         for _, _, value in self._optimizer_rows():
             value[rows.to(value.device)] = 0
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, BatchedLBFGS):
-                mask = torch.zeros(len(self.rows), dtype=torch.bool)
-                mask[rows] = True
-                optimizer.reset_history(mask)
 
     def _optimizer_rows(self) -> list[tuple[dict[str, Any], str, Tensor]]:
         """Return each tensor of the optimizer state that has a row per problem, with its dictionary and its name."""

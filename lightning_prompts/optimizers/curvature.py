@@ -17,12 +17,12 @@ def choose_rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 def new_state(flat: Tensor, history: int) -> dict[str, Tensor]:
-    """Return the state of problems (P, N) with an empty history; each tensor has the leading axis P.
+    """Return the state of problems (P, N) with an empty history; all tensors are 0 and have the leading axis P.
 
     - steps, changes: Steps s and gradient changes y, (P, history, N), ring buffers with zeros in unused slots.
     - rho: 1 / (y.s) of each pair, (P, history), 0 in unused slots.
     - pairs: Number of pairs stored so far, (P,).
-    - scale: Scale of the initial inverse Hessian, (P,).
+    - scale: Scale of the initial inverse Hessian, (P,), which is 1 as long as there are no pairs.
     - n_iter: Iterations since the history was empty, (P,).
     - prev_grad: Gradient at the start of the last iteration, (P, N).
     - move: Change of the point in the last iteration, (P, N).
@@ -32,7 +32,7 @@ def new_state(flat: Tensor, history: int) -> dict[str, Tensor]:
     for name in ("prev_grad", "move", "point"):
         state[name] = torch.zeros_like(flat, memory_format=torch.contiguous_format)
     state["rho"] = flat.new_zeros(len(flat), history)
-    state["scale"] = flat.new_ones(len(flat))
+    state["scale"] = flat.new_zeros(len(flat))
     for name in ("n_iter", "pairs"):
         state[name] = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
     return state
@@ -73,7 +73,7 @@ def newton_direction(state: dict[str, Tensor], grad: Tensor) -> Tensor:
     for slot in slots:
         alphas.append(dot(state["steps"][row, slot], vector) * state["rho"][row, slot])
         vector = vector - alphas[-1].unsqueeze(1) * state["changes"][row, slot]
-    vector = vector * state["scale"].unsqueeze(1)
+    vector = vector * torch.where(state["pairs"] > 0, state["scale"], 1).unsqueeze(1)
     for slot, alpha in zip(reversed(slots), reversed(alphas), strict=True):
         beta = dot(state["changes"][row, slot], vector) * state["rho"][row, slot]
         vector = vector + (alpha - beta).unsqueeze(1) * state["steps"][row, slot]

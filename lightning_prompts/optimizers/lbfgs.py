@@ -151,7 +151,7 @@ class BatchedLBFGS(Optimizer):
         losses = now.here.loss
         if new_function:
             state = self._problem_state()
-            state["move"] = choose_rows(self._mask(active), torch.zeros_like(state["move"]), state["move"])
+            state["move"] = choose_rows(full_mask(active, param), torch.zeros_like(state["move"]), state["move"])
         search = _FixedStep(now.here) if group["line_search_fn"] is None else StrongWolfe(now.here)
         try:
             self._run(now, search, closure)
@@ -183,9 +183,9 @@ class BatchedLBFGS(Optimizer):
         state = self.state.get(self._param)
         if not state:
             return
-        mask = self._mask(mask)
-        for name, tensor in state.items():
-            tensor.masked_fill_(mask.view(-1, *[1] * (tensor.dim() - 1)), 1 if name == "scale" else 0)
+        mask = full_mask(mask, self._param)
+        for tensor in state.values():
+            tensor.masked_fill_(mask.view(-1, *[1] * (tensor.dim() - 1)), 0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned.
@@ -212,17 +212,6 @@ class BatchedLBFGS(Optimizer):
         """Return the parameter as (P, N)."""
         return self._param.detach().flatten(1) if self._param.dim() > 1 else self._param.detach().unsqueeze(1)
 
-    def _mask(self, mask: Tensor | None) -> Tensor:
-        """Check a mask of problems, (P,) bool, or return one of all problems."""
-        count = len(self._param)
-        if mask is None:
-            return torch.ones(count, dtype=torch.bool, device=self._param.device)
-        if mask.dtype != torch.bool or mask.shape != (count,):
-            raise ValueError(
-                f"A mask of problems must be bool of shape ({count},), got {mask.dtype} of {tuple(mask.shape)}."
-            )
-        return mask.to(self._param.device)
-
     def _problem_state(self) -> dict[str, Tensor]:
         """Return the state of the problems; see `new_state`."""
         state: dict[str, Tensor] = self.state[self._param]
@@ -230,25 +219,11 @@ class BatchedLBFGS(Optimizer):
             state.update(new_state(self._flat(), self.param_groups[0]["history_size"]))
         return state
 
-    def _evaluate(self, closure: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Compute the losses (P,) and gradients (P, N) at the current parameter."""
-        param = self._param
-        param.grad = None
-        with torch.enable_grad():
-            loss = closure()
-            if loss.shape != param.shape[:1]:
-                raise ValueError(
-                    f"The closure must return one loss per problem, ({len(param)},), got {tuple(loss.shape)}."
-                )
-            loss.sum().backward()
-        grad = torch.zeros_like(param) if param.grad is None else param.grad
-        return loss.detach().to(param.dtype, copy=True), grad.reshape(len(param), -1)
-
     def _start(self, closure: Callable[[], Tensor], active: Tensor | None) -> _Progress:
         """Evaluate the initial points of a call, and undo the last step where the loss or gradient is not finite."""
-        mask, state = self._mask(active), self._problem_state()
+        mask, state = full_mask(active, self._param), self._problem_state()
         self.needed = mask
-        loss, grad = self._evaluate(closure)
+        loss, grad = evaluate(closure, self._param)
         point = self._flat().clone(memory_format=torch.contiguous_format)
         sound = loss.isfinite() & grad.isfinite().all(dim=1)
         own_step = (state["n_iter"] > 0) & (state["point"] + state["move"] == point).all(dim=1)
@@ -301,7 +276,7 @@ class BatchedLBFGS(Optimizer):
         """Evaluate the points (P, N) at step sizes t, (P,); stop problems whose loss or gradient is not finite."""
         self._param.copy_(trial.view_as(self._param))
         self.needed = now.active
-        loss, grad = self._evaluate(closure)
+        loss, grad = evaluate(closure, self._param)
         now.n_eval = now.n_eval + now.active
         self._reject(now, now.active & ~(loss.isfinite() & grad.isfinite().all(dim=1)))
         return Trials(t, loss, dot(grad, now.direction), grad)
@@ -332,6 +307,29 @@ class BatchedLBFGS(Optimizer):
         if bool(mask.any()):
             now.active = now.active & ~mask
             self.reset_history(mask)
+
+
+def full_mask(mask: Tensor | None, param: Tensor) -> Tensor:
+    """Check a mask of the problems of a parameter (P, ...), (P,) bool, or return one of all problems."""
+    if mask is None:
+        return torch.ones(len(param), dtype=torch.bool, device=param.device)
+    if mask.dtype != torch.bool or mask.shape != (len(param),):
+        raise ValueError(
+            f"A mask of problems must be bool of shape ({len(param)},), got {mask.dtype} of {tuple(mask.shape)}."
+        )
+    return mask.to(param.device)
+
+
+def evaluate(closure: Callable[[], Tensor], param: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the losses (P,) and gradients (P, N) of a parameter (P, ...)."""
+    param.grad = None
+    with torch.enable_grad():
+        loss = closure()
+        if loss.shape != param.shape[:1]:
+            raise ValueError(f"The closure must return one loss per problem, ({len(param)},), got {tuple(loss.shape)}.")
+        loss.sum().backward()
+    grad = torch.zeros_like(param) if param.grad is None else param.grad
+    return loss.detach().to(param.dtype, copy=True), grad.reshape(len(param), -1)
 
 
 def _check_settings(options: dict[str, Any]) -> None:

@@ -141,14 +141,17 @@ def test_suggested_microbatch_fits_into_memory(tiny, monkeypatch):
 
 def test_written_config_has_the_settings_and_the_suggestion():
     given = {
-        "model": {"class_path": "PH2P", "init_args": {"backbone": {"name": "emoji"}, "microbatch": 16, "lr": 0.1}},
+        "model": {
+            "class_path": "PH2P",
+            "init_args": {"backbone": {"name": "emoji"}, "microbatch": 16, "template": "a {}"},
+        },
         "data": {
             "class_path": "ImagesToPrompts",
             "init_args": {"images": "a: b.png", "num_noise_samples": 2, "timestep_range": [0, 9]},
         },
     }
     content = yaml.safe_load(config_with(given, Suggestion((450, 850), 4, 8)))
-    assert content["model"]["init_args"] == {"backbone": {"name": "emoji"}, "microbatch": 8, "lr": 0.1}
+    assert content["model"]["init_args"] == {"backbone": {"name": "emoji"}, "microbatch": 8, "template": "a {}"}
     assert content["data"]["init_args"] == {"images": "a: b.png", "num_noise_samples": 4, "timestep_range": [450, 850]}
     assert yaml.safe_load(config_with(given, Suggestion())) == given
 

@@ -22,7 +22,7 @@ def run(tiny, tmp_path_factory):
     command = (
         f"fit --run {folder} --trainer.accelerator cpu --model MetricGuidance --model.backbone {tiny} "
         "--model.objective Sharpness --model.sampler.num_inference_steps 3 --model.seeds 1 --model.steps 2 "
-        "--model.lr 0.05 --data Prompts --data.prompts"
+        "--model.optimizer.lr 0.05 --data Prompts --data.prompts"
     )
     main([*command.split(), json.dumps(ENDS)])
     return folder

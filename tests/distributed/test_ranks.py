@@ -39,8 +39,8 @@ METHODS = {  # odd numbers of samples and seeds, so that the last call of a step
         "--model.sampler.guidance_scale 2 --model.microbatch 4"
     ).split(),
     "metric_guidance": (
-        "--model.objective ClipText --model.seeds 3 --model.steps 4 --model.microbatch 4 --model.optimizer sgd "
-        "--model.lr 0.1"
+        "--model.objective ClipText --model.seeds 3 --model.steps 4 --model.microbatch 4 --model.optimizer SGD "
+        "--model.optimizer.lr 0.1"
     ).split(),
     "seed_invariance": "--model.seeds 3 --model.steps 2 --model.seeds_per_step 3 --model.microbatch 4".split(),
 }

@@ -199,8 +199,11 @@ def test_message_lists_all_settings_that_differ_from_the_run(tiny, image_folder,
     ).split()
     main(args)
     with pytest.raises(SystemExit):
-        main([*args, "--ckpt_path", "last", "--model.lr", "0.5", "--data.seed", "3"])
-    assert "was started with --model.lr 0.1, --data.seed 0 and cannot resume with 0.5, 3;" in capsys.readouterr().err
+        main([*args, "--ckpt_path", "last", "--model.optimizer.lr", "0.5", "--data.seed", "3"])
+    assert (
+        "was started with --model.optimizer.lr 0.1, --data.seed 0 and cannot resume with 0.5, 3;"
+        in capsys.readouterr().err
+    )
 
 
 # --- communication of ranks

@@ -135,15 +135,23 @@ def test_state_with_a_row_per_problem_follows_its_problem():
     assert batch.parameter[1].tolist() == [7.0, 7.0]
 
 
-def test_reset_rows_lose_the_history_of_lbfgs(monkeypatch):
+def test_reset_rows_lose_the_history_of_lbfgs():
     batch, _ = filled()
-    optimizer, masks = BatchedLBFGS([batch.parameter]), []
-    monkeypatch.setattr(optimizer, "reset_history", masks.append)
+    optimizer = BatchedLBFGS([batch.parameter], max_iter=3)
     batch.optimizers = [optimizer]
-    batch.reset_rows(torch.tensor([2, 0]), torch.zeros(2, 2))
-    (mask,) = masks
-    assert mask.dtype == torch.bool
-    assert mask.tolist() == [True, False, True]
+
+    def losses(x):
+        return ((x - 3) ** 2 * torch.tensor([1.0, 7.0])).sum(1)
+
+    optimizer.step(lambda: losses(batch.parameter))
+    assert optimizer.state[batch.parameter]["pairs"].all()
+    values = torch.tensor([[2.0, -1.0], [0.5, 4.0]])
+    batch.reset_rows(torch.tensor([2, 0]), values)
+    assert optimizer.state[batch.parameter]["pairs"].bool().tolist() == [False, True, False]
+    optimizer.step(lambda: losses(batch.parameter))
+    fresh = values.clone().requires_grad_()
+    BatchedLBFGS([fresh], max_iter=3).step(lambda: losses(fresh))
+    torch.testing.assert_close(batch.parameter[[2, 0]], fresh)
 
 
 def test_refill_without_changes_leaves_the_batch_as_it_is():

@@ -1,7 +1,10 @@
 """The denoiser samples in a record match those that the denoiser processed."""
 
+from functools import partial
+
 import pytest
 import pytorch_lightning as pl
+import torch
 from searches import fit
 
 from lightning_prompts.backbones import sampling_loop
@@ -21,6 +24,7 @@ from lightning_prompts.methods import (
 from lightning_prompts.methods.inversion.losses import LossWeights
 from lightning_prompts.methods.inversion.rerank import Rerank
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -29,9 +33,9 @@ FEW = {"sampler": SamplerSettings(3), "log_images_every_n_steps": 0}
 INVERTERS = [
     (PEZ, {}),
     (PEZ, {"loss_weights": LossWeights(denoising=0.0, clip=1.0)}),
-    (PH2P, {"optimizer": "adam", "restart_every": 2}),
-    (PH2P, {"max_iter": 2}),
-    (PH2P, {"max_iter": 2, "line_search": "strong_wolfe"}),
+    (PH2P, {"optimizer": torch.optim.Adam, "restart_every": 2}),
+    (PH2P, {"optimizer": partial(BatchedLBFGS, max_iter=2)}),
+    (PH2P, {"optimizer": partial(BatchedLBFGS, max_iter=2, line_search_fn="strong_wolfe")}),
     (GCG, {"candidates": 3, "topk": 8}),
     (GCG, {"candidates": 2, "topk": 8, "prefilter": 2, "rerank": Rerank(1.0, 3, 2)}),
     (TextualInversion, {}),

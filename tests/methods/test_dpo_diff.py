@@ -4,6 +4,7 @@ import math
 import re
 import signal
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def test_step_without_a_gradient_keeps_the_initial_probability(probability, atta
 
 
 def test_logits_stay_in_the_range_of_the_released_code(attached):
-    module = attached(init_keep_prob=0.02, lr=50.0)
+    module = attached(init_keep_prob=0.02, optimizer=partial(torch.optim.RMSprop, lr=50.0, momentum=0.5))
     module.optimizers = module.configure_optimizers
     initial = module.prompt.init_logits(0.02)
     for sign in (1, -1):
@@ -121,7 +122,7 @@ def test_logits_stay_in_the_range_of_the_released_code(attached):
 
 def test_step_is_rmsprop_with_momentum_on_a_clipped_gradient(attached):
     """As in the released code: alpha 0.99, momentum 0.5 and gradients in [-0.025, 0.025], written out."""
-    module = attached(init_keep_prob=None, lr=0.01)
+    module = attached(init_keep_prob=None, optimizer=partial(torch.optim.RMSprop, lr=0.01, momentum=0.5))
     optimizer = module.configure_optimizers()
     module.optimizers = lambda: optimizer
     module.prompt.logits.data.fill_(1.5)  # far from both ends of the range that logits stay in

@@ -1,5 +1,7 @@
 """The empty negative prompt of SDXL is zeros, both for gradients and for the evaluation of candidates."""
 
+from functools import partial
+
 import diffusers
 import families
 import pytest
@@ -11,6 +13,7 @@ from lightning_prompts.engine.batch import Row
 from lightning_prompts.methods import DPODiff, MetricGuidance, SeedInvariance, TextualInversion
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives import Sharpness
+from lightning_prompts.optimizers import AdamOnLion
 from lightning_prompts.runs.record import Problem
 from lightning_prompts.sampling import SamplerSettings
 
@@ -141,9 +144,25 @@ def test_unconditional_searches_start_from_zeros(backbone, pipeline):
 
 def test_searches_from_zeros_stay_finite(backbone):
     how = {"backbone": backbone, "sampler": SamplerSettings(2, 3.0), "device": "cpu"}
-    moved = metric_guidance("a red cat", Sharpness(), unconditional=True, steps=3, seeds=1, grad_steps=2, lr=0.1, **how)
+    moved = metric_guidance(
+        "a red cat",
+        Sharpness(),
+        unconditional=True,
+        steps=3,
+        seeds=1,
+        grad_steps=2,
+        optimizer=partial(AdamOnLion, lr=0.1),
+        **how,
+    )
     invariant = seed_invariance(
-        "a red cat", unconditional=True, one_row=True, steps=3, seeds=1, seeds_per_step=1, lr=0.1, **how
+        "a red cat",
+        unconditional=True,
+        one_row=True,
+        steps=3,
+        seeds=1,
+        seeds_per_step=1,
+        optimizer=partial(AdamOnLion, lr=0.1),
+        **how,
     )
     for result in (moved, invariant):
         assert result.negative_prompt_embeds.isfinite().all()

@@ -152,9 +152,9 @@ def test_steering_starts_from_the_embeddings_of_an_earlier_run(backbone, tmp_pat
 
 def test_gain_is_relative_to_the_prompt_when_starting_from_a_result(backbone, tmp_path):
     """A search that starts from a result starts with its metric, and reports the gain over the prompt."""
-    how = {"backbone": backbone, **SHORT, "lr": 0.05}
+    how = {"backbone": backbone, **SHORT, "optimizer": {"lr": 0.05}}
     one = metric_guidance("a red cat", Sharpness(), folder=tmp_path / "one", **how)
-    two = metric_guidance("a red cat", Sharpness(), init=str(tmp_path / "one"), **how | {"lr": 1e-12})
+    two = metric_guidance("a red cat", Sharpness(), init=str(tmp_path / "one"), **how | {"optimizer": {"lr": 1e-12}})
     assert two.details.metric_before == pytest.approx(one.details.metric_before)
     assert two.details.metric_after == pytest.approx(one.details.metric_after)
 

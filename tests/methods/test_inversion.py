@@ -1,6 +1,7 @@
 import itertools
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -23,6 +24,7 @@ from lightning_prompts.methods.inversion.losses import LossWeights
 from lightning_prompts.methods.inversion.rerank import Rerank
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import Denoising
+from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.sampling import Microbatch, SamplerSettings
 from lightning_prompts.sampling.seeding import (
     RERANK,
@@ -65,8 +67,7 @@ def hard(request):
 
 def settings(method, **given):
     own = {GCG: {"candidates": 3, "topk": 4}, ClipWords: {"beams": 2}}
-    if method is PH2P and given.get("optimizer", "lbfgs") == "lbfgs":
-        own[PH2P] = {"max_iter": 2}
+    own[PH2P] = {"optimizer": partial(BatchedLBFGS, max_iter=2)}
     return {"num_tokens": 3, "steps": 3, "sampler": SamplerSettings(2), **own.get(method, {}), **given}
 
 
@@ -100,14 +101,16 @@ def test_only_the_prompt_trains(method, family, request, image_folder, tmp_path)
         (PEZ, {"loss_weights": LossWeights(clip=0.1)}),
         (PEZ, {"init": "clip_words"}),
         (PH2P, {}),
-        (PH2P, {"line_search": "strong_wolfe"}),
+        (PH2P, {"optimizer": partial(BatchedLBFGS, max_iter=2, line_search_fn="strong_wolfe")}),
         (PH2P, {"projection": "immediate"}),
-        (PH2P, {"optimizer": "adam", "restart_every": 2}),
-        (PH2P, {"optimizer": "sgd"}),
+        (PH2P, {"optimizer": torch.optim.Adam, "restart_every": 2}),
+        (PH2P, {"optimizer": torch.optim.SGD}),
         (GCG, {}),
         (GCG, {"n_replace": 2, "loss_weights": LossWeights(clip=0.1)}),
         (PEZ, {"rerank": Rerank(1, 3, 2)}),
-        (TextualInversion, {"lr": 0.1}),
+        (TextualInversion, {"optimizer": partial(torch.optim.AdamW, lr=0.1)}),
+        (TextualInversion, {"optimizer": partial(BatchedLBFGS, max_iter=2)}),
+        (TextualInversion, {"optimizer": partial(torch.optim.Muon, lr=0.1)}),
         (RandomTokens, {}),
         (ClipWords, {}),
     ],
@@ -156,10 +159,10 @@ def test_seed_changes_the_search(method, tiny, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "own"),
-    [("lbfgs", {"lr": 1.0, "max_iter": 5}), ("adam", {"lr": 0.01}), ("sgd", {"lr": 1.0})],
+    "optimizer",
+    [partial(BatchedLBFGS, max_iter=5), partial(torch.optim.Adam, lr=0.01), partial(torch.optim.SGD, lr=1.0)],
 )
-def test_ph2p_lowers_the_loss(optimizer, own, tiny, image_folder, tmp_path):
+def test_ph2p_lowers_the_loss(optimizer, tiny, image_folder, tmp_path):
     losses = []
 
     class Recording(PH2P):
@@ -172,7 +175,7 @@ def test_ph2p_lowers_the_loss(optimizer, own, tiny, image_folder, tmp_path):
                 losses.append(self.loss(rows, *self.prompt(rows), samples))
             super().step(batch, rows)
 
-    module = Recording(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2), optimizer=optimizer, **own)
+    module = Recording(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2), optimizer=optimizer)
     module.backbone.name = "tiny"  # random draws depend on the name, and the folder's name changes
     search(module, [image_folder], tmp_path / "run", steps=12, num_validation_samples=3)
     assert losses[-1].mean() < losses[0].mean()
@@ -332,7 +335,7 @@ def test_equal_images_share_a_result(tiny, image_folder, tmp_path, caplog):
 
 
 def test_patience_finishes_problems(tiny, image_folder, tmp_path):
-    module = PEZ(backbone=tiny, lr=0.0, weight_decay=0.0, patience=2, **settings(PEZ))
+    module = PEZ(backbone=tiny, optimizer=partial(torch.optim.AdamW, lr=1e-12), patience=2, **settings(PEZ))
     problems = search(module, [image_folder], tmp_path / "run", steps=50)
     assert not len(module.batch.active_rows())
     assert all(problem.prompt for problem in problems)
@@ -361,7 +364,9 @@ def test_restart_keeps_half_of_the_best_prompts_tokens(tiny, image_folder, tmp_p
 
             self.batch.reset_rows = watched
 
-    module = Recording(backbone=tiny, optimizer="adam", restart_every=2, num_tokens=6, sampler=SamplerSettings(2))
+    module = Recording(
+        backbone=tiny, optimizer=torch.optim.Adam, restart_every=2, num_tokens=6, sampler=SamplerSettings(2)
+    )
     search(module, [image_folder], tmp_path / "run", steps=7)
     assert len(restarts) == 3  # before the steps 2, 4 and 6
     for best, restarted in (pair for restart in restarts for pair in restart):
@@ -412,7 +417,7 @@ def test_nonfinite_embeddings_are_reset_to_the_best_prompt(
                 assert [row.halvings for row in self.batch.rows] == [1, 0, 0]
                 if method is PEZ:  # Adam's first step is as long as its step size
                     assert float((self.prompt.embeddings[0] - best).abs().max().detach()) == pytest.approx(
-                        0.5 * self.lr, rel=0.2
+                        0.5 * 0.1, rel=0.2
                     )
 
     problems = search(Broken(backbone=tiny, **settings(method, **extra)), [image_folder], tmp_path / "run", steps=8)
@@ -435,7 +440,7 @@ def test_step_to_nonfinite_embeddings_is_undone(projection, tiny, image_folder, 
             factor[0] = 1e25  # the first step of the first image overflows
             return super().loss(rows, *given) * factor[rows]
 
-    own = {**settings(PH2P), "projection": projection, "lr": 1e-2}
+    own = {**settings(PH2P), "projection": projection, "optimizer": partial(BatchedLBFGS, lr=1e-2, max_iter=2)}
     problems = search(Steep(backbone=tiny, **own), [image_folder], tmp_path / "run")
     healthy = search(PH2P(backbone=tiny, **own), [image_folder], tmp_path / "healthy")
     assert [p.token_ids for p in problems[1:]] == [p.token_ids for p in healthy[1:]]

@@ -1,6 +1,7 @@
 """Search, resume, test and predict with every method on every family, or refuse it in one sentence."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ SEARCH = {
 IMAGE = {"--data.num_noise_samples": "2", "--data.num_validation_samples": "2", "--model.num_tokens": "2"}
 PROMPTED = {"--data.prompts": PROMPT, "--model.seeds": "2"}
 METHODS = {
-    "PH2P": {**IMAGE, "--model.max_iter": "3"},
+    "PH2P": {**IMAGE, "--model.optimizer.max_iter": "3"},
     "PEZ": IMAGE,
     "GCG": {**IMAGE, "--model.candidates": "3"},
     "TextualInversion": IMAGE,
@@ -169,10 +170,11 @@ def test_batch_of_two_equals_each_alone(family, folders, tmp_path):
         "num_tokens": 2,
         "num_noise_samples": 2,
         "num_validation_samples": 2,
-        "lr": 0.02,
+        "optimizer": {"lr": 0.02},
     }
     prompts = ["a red cat", "two dogs beside a tree"]
-    smooth = {"optimizer": "sgd", "lr": 1.0}  # the sign in AdamOnLion flips where a gradient is almost zero
+    # The sign in AdamOnLion flips where a gradient is almost zero.
+    smooth = {"optimizer": partial(torch.optim.SGD, lr=1.0)}
     batch = [*invert(files, **of_images, **how), *metric_guidance(prompts, Sharpness(), **smooth, **how)]
     alone = [invert(file, **of_images, **how) for file in files]
     alone += [metric_guidance(prompt, Sharpness(), **smooth, **how) for prompt in prompts]

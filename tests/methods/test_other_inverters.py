@@ -1,6 +1,7 @@
 """GCG, textual inversion, CLIP words, and searches that start from each other's results."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -301,7 +302,13 @@ def test_pseudo_word_is_encoded_as_positive_or_negative_prompt(negative, tiny, i
 
 
 def test_pseudo_word_encodes_to_the_learned_embedding(tiny, image_folder, tmp_path):
-    module = TextualInversion(backbone=tiny, num_tokens=2, lr=0.1, template="a photo of {}", sampler=SamplerSettings(2))
+    module = TextualInversion(
+        backbone=tiny,
+        num_tokens=2,
+        optimizer=partial(torch.optim.AdamW, lr=0.1),
+        template="a photo of {}",
+        sampler=SamplerSettings(2),
+    )
     problems = fit(module, image_folder, tmp_path, callbacks=[Results()], steps=4)
     exported = load_file(tmp_path / "embedding.safetensors")
     for row, problem in enumerate(problems):

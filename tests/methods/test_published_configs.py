@@ -45,7 +45,7 @@ PROMPT = "a small cat on a red background"
 IMAGE = {"num_tokens": 2, "num_noise_samples": 2, "num_validation_samples": 2, "steps": 2}
 PROMPTED = {"seeds": 1, "steps": 2}
 CELLS = {
-    "PH2P": {**IMAGE, "max_iter": 2},
+    "PH2P": {**IMAGE, "optimizer": {"class_path": "BatchedLBFGS", "init_args": {"max_iter": 2}}},
     "PEZ": IMAGE,
     "GCG": {**IMAGE, "candidates": 3},
     "TextualInversion": IMAGE,

@@ -1,6 +1,7 @@
 """Seed invariance: the comparison with the target, and the schedule of the seeds."""
 
 import json
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -17,6 +18,7 @@ from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, SeedInvariance
 from lightning_prompts.methods.steering.seed_invariance import LOSS_SCALE
+from lightning_prompts.optimizers import AdamOnLion
 from lightning_prompts.runs.record import Problem, SeedInvarianceResult
 from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.seeding import SEARCH, noise_of
@@ -33,7 +35,7 @@ def search(tiny, folder, prompts=PROMPTS[0], **settings):
         "steps": 6,
         "compare": "latents",
         "stages": [1, 2],
-        "lr": 0.05,
+        "optimizer": partial(AdamOnLion, lr=0.05),
         "log_images_every_n_steps": 0,
     } | settings
     module, data = SeedInvariance(backbone=tiny, **settings), Prompts(prompts)
@@ -78,7 +80,9 @@ def test_arc_can_be_traversed_in_the_default_steps(tiny):
 
 
 def test_optimizer_has_the_settings_of_the_search(tiny):
-    module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents", lr=0.3, eps=0.5)
+    module = SeedInvariance(
+        backbone=tiny, sampler=SamplerSettings(3), compare="latents", optimizer=partial(AdamOnLion, lr=0.3, eps=0.5)
+    )
     (group,) = module.configure_optimizers().param_groups
     assert (group["lr"], group["eps"]) == (0.3, 0.5)
 

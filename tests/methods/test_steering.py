@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, MetricGuidance
 from lightning_prompts.objectives import Blurriness, ClipText, LatentDistance, Objective, Sharpness
+from lightning_prompts.optimizers import AdamOnLion, BatchedLBFGS
 from lightning_prompts.runs.record import Problem
 from lightning_prompts.sampling import Microbatch, SamplerSettings
 from lightning_prompts.sampling.seeding import SEARCH, draw_noise
@@ -34,7 +36,7 @@ def search(tiny, folder, prompts, **settings):
         "seeds": 2,
         "steps": 3,
         "grad_steps": 1,
-        "lr": 0.05,
+        "optimizer": partial(AdamOnLion, lr=0.05),
         "log_images_every_n_steps": 0,
         "objective": Sharpness(),
     } | settings
@@ -110,12 +112,21 @@ def test_microbatch_does_not_change_the_gradient(exact):
 # --- the search
 
 
-@pytest.mark.parametrize("optimizer", ["adam_on_lion", "adam", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(AdamOnLion, lr=0.05),
+        partial(torch.optim.Adam, lr=0.5, eps=1e-3),
+        partial(torch.optim.AdamW, lr=0.5, eps=1e-3),
+        partial(torch.optim.SGD, lr=0.5),
+        partial(torch.optim.NAdam, lr=0.5, eps=1e-3),
+    ],
+    ids=lambda optimizer: optimizer.func.__name__,
+)
 def test_search_improves_the_metric(optimizer, tiny, tmp_path):
-    lr = 0.05 if optimizer == "adam_on_lion" else 0.5
     for objective in (Sharpness(), Blurriness()):
         folder = tmp_path / type(objective).__name__
-        _, (problem,) = search(tiny, folder, PROMPTS[0], objective=objective, optimizer=optimizer, lr=lr)
+        _, (problem,) = search(tiny, folder, PROMPTS[0], objective=objective, optimizer=optimizer)
         before, after = sum(problem.result.metric_before), sum(problem.result.metric_after)
         assert after > before if objective.higher_is_better else after < before
         assert problem.status == "done"
@@ -227,7 +238,13 @@ def test_invalid_settings_are_refused(tiny):
             {"objective": Sharpness(), "unconditional": True, "sampler": SamplerSettings(3, 1.0)},
             "guidance_scale 1, negative prompts",
         ),
-        ({"objective": Sharpness(), "lr": 0.0}, "--model.lr"),
+        (
+            {"objective": Sharpness(), "optimizer": partial(AdamOnLion, lr=0.0)},
+            r"--model\.optimizer\.lr must be positive",
+        ),
+        ({"objective": Sharpness(), "optimizer": partial(AdamOnLion, eps=-1.0)}, r"--model\.optimizer\.eps must be"),
+        ({"objective": Sharpness(), "optimizer": torch.optim.Muon}, r"--model\.optimizer: Muon"),
+        ({"objective": Sharpness(), "optimizer": BatchedLBFGS}, "several losses per step"),
     ):
         with pytest.raises(UserError, match=message):
             MetricGuidance(backbone=tiny, **settings)
@@ -298,7 +315,7 @@ def run(tiny, folder, *extra):
     command = (
         f"fit --run {folder} --trainer.accelerator cpu --model MetricGuidance --model.backbone {tiny} "
         "--model.objective Sharpness --model.sampler.num_inference_steps 3 --model.seeds 2 --model.steps 4 "
-        "--model.lr 0.05 --model.log_images_every_n_steps 0 --data Prompts --data.prompts"
+        "--model.optimizer.lr 0.05 --model.log_images_every_n_steps 0 --data Prompts --data.prompts"
     )
     return [*command.split(), json.dumps(PROMPTS), *extra]
 

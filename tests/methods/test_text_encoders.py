@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from functools import partial
 
 import diffusers
 import families
@@ -26,6 +27,7 @@ from lightning_prompts.methods.inversion.losses import LossWeights
 from lightning_prompts.methods.inversion.search_clip import best_words, reads_tokens, word_features
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import ClipSimilarity, Sharpness
+from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.sampling import SamplerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,7 +63,7 @@ def test_textual_inversion_is_scored_by_the_loss_of_the_search(
     """Encoders that are not searched read the pseudo-word as written: in the search, for scoring and for images."""
     module = TextualInversion(
         backbone=BackboneSettings(folders(family), image_size=16, vocabulary=vocabulary),
-        lr=0.05,
+        optimizer=partial(torch.optim.AdamW, lr=0.05),
         template="A photo of {}",
         **SMALL,
     )
@@ -86,7 +88,9 @@ def test_textual_inversion_is_scored_by_the_loss_of_the_search(
 def test_exported_embedding_gives_the_same_image_in_diffusers(family, folders, image_folder, tmp_path):
     folder = folders(family)
     module = TextualInversion(
-        backbone=BackboneSettings(folder, image_size=16), lr=0.5, **{**SMALL, "sampler": SamplerSettings(2, 3.0)}
+        backbone=BackboneSettings(folder, image_size=16),
+        optimizer=partial(torch.optim.AdamW, lr=0.5),
+        **{**SMALL, "sampler": SamplerSettings(2, 3.0)},
     )
     (problem,) = fit(module, image_folder / "0.png", tmp_path, [Results()], steps=3)
     (file,) = (tmp_path / "embeddings").glob("*.safetensors")
@@ -119,7 +123,7 @@ def test_exported_embedding_gives_the_same_image_in_diffusers(family, folders, i
     assert (ours - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.Adam, lr=0.5), partial(BatchedLBFGS, lr=0.5, max_iter=3)])
 def test_encoders_that_are_not_searched_read_the_nearest_tokens(optimizer, folders, image_folder, read, tmp_path):
     """The CLIP of FLUX reads this text while T5's embeddings move; it stays the same within a step."""
 
@@ -131,12 +135,9 @@ def test_encoders_that_are_not_searched_read_the_nearest_tokens(optimizer, folde
             reads.append(([texts for kind, texts in read if kind == "clip"], nearest))
 
     reads = []
-    own = {"max_iter": 3} if optimizer == "lbfgs" else {}
     module = Recording(
         backbone=BackboneSettings(folders("flux"), image_size=16),
         optimizer=optimizer,
-        lr=0.5,
-        **own,
         template="A photo of {}",
         **SMALL,
     )

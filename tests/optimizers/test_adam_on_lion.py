@@ -94,3 +94,35 @@ def test_default_step_of_a_single_number():
     parameter.grad = torch.full((1, 1), 1e-3)
     AdamOnLion([parameter]).step()
     assert parameter.item() == pytest.approx(-0.01 / 2, rel=1e-5)
+
+
+def test_a_row_that_joins_later_steps_as_it_would_alone():
+    first, later = torch.randn(2, 1, 4, 5)
+    x = first.clone().requires_grad_()
+    optimizer = AdamOnLion([x], lr=0.1)
+    for _ in range(7):
+        optimizer.zero_grad()
+        quadratic(x).backward()
+        optimizer.step()
+    (state,) = optimizer.state.values()
+    x.data = torch.cat([x.data, later])
+    for name, value in state.items():
+        state[name] = torch.cat([value, torch.zeros_like(value)])
+    alone = later.clone().requires_grad_()
+    single = AdamOnLion([alone], lr=0.1)
+    for _ in range(5):
+        x.grad = torch.zeros_like(x)
+        alone.grad = None
+        (quadratic(x[:1]) + quadratic(x[1:])).backward()
+        quadratic(alone).backward()
+        optimizer.step()
+        single.step()
+    torch.testing.assert_close(x.detach()[1:], alone.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_happens_without_a_gradient():
+    x = torch.randn(2, 3, 4).requires_grad_()
+    before = x.detach().clone()
+    optimizer = AdamOnLion([x], weight_decay=0.1)
+    assert optimizer.step(lambda: 5) == 5
+    assert torch.equal(x.detach(), before)

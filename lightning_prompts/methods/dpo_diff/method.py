@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
+from torch.optim import Adafactor, Muon
 
 from lightning_prompts.backbones import repeat
 from lightning_prompts.engine.datamodule import Step
@@ -14,10 +16,11 @@ from lightning_prompts.methods.dpo_diff.base import WordSearch
 from lightning_prompts.methods.dpo_diff.evolution import cross, mutate, uniform
 from lightning_prompts.methods.dpo_diff.schedule import plan_steps
 from lightning_prompts.methods.dpo_diff.space import Choice
+from lightning_prompts.optimizers import build_optimizer, check_optimizer, describe_optimizer
 from lightning_prompts.runs.record import Problem
 from lightning_prompts.sampling.seeding import generator
-from lightning_prompts.setting_types import Positive, Rate
-from lightning_prompts.unused import refuse_unused
+from lightning_prompts.setting_types import Positive
+from lightning_prompts.unused import default_of, refuse_unused
 
 TRIES = 50  # draws per candidate, before a step continues with fewer
 CLIP = 0.025  # largest magnitude of a gradient's element, as in the released code
@@ -44,7 +47,8 @@ class DPODiff(WordSearch):
             logit is 1, as in the paper.
         temperature: Temperature of the Gumbel-softmax at the first and at the last step, with a geometric line between
             them.
-        lr: Learning rate of RMSprop.
+        optimizer: Optimizer of the logits, which moves each element by itself; RMSprop with momentum is that of the
+            released code.
         population: Candidates per evaluation.
         elites: Candidates that have children.
         mutation: Probability that a mutant's word is drawn again.
@@ -60,17 +64,25 @@ class DPODiff(WordSearch):
         grad_steps: Positive | None = None,
         init_keep_prob: float | None = 0.5,
         temperature: tuple[float, float] = (1.0, 1.0),
-        lr: Rate = 0.1,
+        optimizer: OptimizerCallable = lambda params: torch.optim.RMSprop(params, lr=0.1, momentum=0.5),
         population: Positive = 4,
         elites: Positive = 4,
         mutation: float = 0.1,
         **kwargs: Any,
     ) -> None:
+        example = check_optimizer(optimizer)
+        if isinstance(example, Adafactor | Muon):  # padding of the logits would change their steps
+            raise UserError(
+                f"--model.optimizer {type(example).__name__} scales the steps of all logits together, but each needs "
+                "its own; give another, such as RMSprop."
+            )
         super().__init__(**kwargs)
         if solver in ("evolution", "random"):
-            learning = {"gradient_share": gradient_share, "schedule": schedule, "grad_steps": grad_steps, "lr": lr,
+            learning = {"gradient_share": gradient_share, "schedule": schedule, "grad_steps": grad_steps,
                         "temperature": tuple(temperature)}  # fmt: skip
             refuse_unused(DPODiff, f"with --model.solver {solver}", learning)
+            if describe_optimizer(example) != describe_optimizer(check_optimizer(default_of(DPODiff, "optimizer"))):
+                raise UserError(f"--model.optimizer has no effect with --model.solver {solver}; leave it out.")
         if solver in ("gradient", "random"):
             refuse_unused(DPODiff, f"with --model.solver {solver}", {"elites": elites, "mutation": mutation})
         if solver == "random":
@@ -79,7 +91,7 @@ class DPODiff(WordSearch):
         self.solver, self.schedule = solver, schedule or ("fix-0" if few else None)
         self.grad_steps = int(grad_steps or (self.sampler.calls if few and schedule is None else 1))
         self.gradient_share = gradient_share if solver in ("gradient", "hybrid") else 0.0
-        self.init_keep_prob, self.temperature, self.lr = init_keep_prob, temperature, float(lr)
+        self.init_keep_prob, self.temperature, self.optimizer = init_keep_prob, temperature, optimizer
         self.population, self.elites, self.mutation = population, elites, mutation
         self._check()
         self._plans: dict[int, list[int]] = {}  # by seed
@@ -237,5 +249,5 @@ class DPODiff(WordSearch):
         return {texts: choice for (texts, choice), ok in zip(choices.items(), similar, strict=True) if ok}
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:
-        """Return RMSprop with momentum, as in the released code."""
-        return torch.optim.RMSprop([self.prompt.logits], lr=self.lr, alpha=0.99, eps=1e-8, momentum=0.5)
+        """Return the optimizer, which treats each problem as if it were alone."""
+        return build_optimizer(self.optimizer, self.prompt.logits)

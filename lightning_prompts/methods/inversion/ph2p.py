@@ -6,15 +6,16 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 
 from lightning_prompts.backbones.vocabulary import Metric
 from lightning_prompts.callbacks import VocabularyProjection
 from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.methods.inversion.gradient import GradientInverter
-from lightning_prompts.optimizers import BatchedAdam, BatchedLBFGS
+from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.sampling.seeding import generator
-from lightning_prompts.setting_types import NotNegative, Positive, Rate
+from lightning_prompts.setting_types import NotNegative, Positive
 from lightning_prompts.unused import refuse_unused
 
 
@@ -27,12 +28,8 @@ class PH2P(GradientInverter):
 
     Args:
         metric: Distance that decides which token is nearest.
-        optimizer: The paper's `lbfgs`, or `adam` or `sgd` for many small steps on new noise each (docs/ph2p.md).
-        lr: Learning rate.
-        max_iter: Iterations of L-BFGS per step; each costs one evaluation of all samples.
-        history_size: Curvature pairs that L-BFGS keeps.
-        line_search: Line search of L-BFGS, `strong_wolfe` or None.
-        max_step_norm: Largest distance that one iteration of L-BFGS moves a prompt; None for any.
+        optimizer: Optimizer of the embeddings: the paper's L-BFGS, whose iterations cost one evaluation of all samples
+            each, or another such as Adam for many small steps on new noise each (docs/ph2p.md).
         projection: When embeddings are replaced with those of their nearest tokens: `final` for scoring only, which
             finds the most; `delayed` after every `project_every` steps too; `immediate` in every evaluation, straight
             through. The paper's text can be read as `final` or as `delayed` (docs/ph2p.md has the figures).
@@ -46,33 +43,16 @@ class PH2P(GradientInverter):
         self,
         *,
         metric: Metric = "euclidean",
-        optimizer: Literal["lbfgs", "adam", "sgd"] = "lbfgs",
-        lr: Rate = 1.0,
-        max_iter: Positive = 10,
-        history_size: Positive = 10,
-        line_search: Literal["strong_wolfe"] | None = None,
-        max_step_norm: float | None = None,
+        optimizer: OptimizerCallable = lambda params: BatchedLBFGS(params, lr=1.0, max_iter=10, history_size=10),
         projection: Literal["final", "delayed", "immediate"] = "final",
         project_every: Positive = 1,
         restart_every: NotNegative = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(optimizer=optimizer, **kwargs)
         self.prompt.metric = metric
-        if optimizer != "lbfgs":
-            of_lbfgs = {"max_iter": max_iter, "history_size": history_size, "line_search": line_search,
-                        "max_step_norm": max_step_norm}  # fmt: skip
-            refuse_unused(PH2P, f"with --model.optimizer {optimizer}", of_lbfgs)
         if projection != "delayed":
             refuse_unused(PH2P, f"with --model.projection {projection}", {"project_every": project_every})
-        self.optimizer, self.lr = optimizer, float(lr)
-        self.settings: dict[str, Any] = {
-            "lr": self.lr,
-            "max_iter": int(max_iter),  # the command line's numbers have a type that a safe checkpoint cannot hold
-            "history_size": int(history_size),
-            "line_search_fn": line_search,
-            "max_step_norm": max_step_norm,
-        }
         self.projection, self.project_every, self.restart_every = projection, project_every, restart_every
         self.straight_through = projection == "immediate"
 
@@ -84,15 +64,12 @@ class PH2P(GradientInverter):
         return callbacks
 
     def step(self, batch: Step, rows: Tensor) -> None:
-        """Take up to `max_iter` iterations of L-BFGS, or one of Adam or SGD, on this step's noise."""
+        """Take one optimizer step on this step's noise, after a restart if one is due."""
         if self.restart_every:
             self._restart(
                 [row for row in rows.tolist() if batch.steps[row] and batch.steps[row] % self.restart_every == 0]
             )
-        if self.optimizer == "lbfgs":
-            self._lbfgs_step(batch, rows)
-        else:
-            super().step(batch, rows)
+        super().step(batch, rows)
 
     def _restart(self, rows: list[int]) -> None:
         """Restart from the best prompts, with half of their tokens replaced by random ones."""
@@ -109,22 +86,6 @@ class PH2P(GradientInverter):
                 token_ids[place, kept] = torch.tensor(problem.token_ids)[kept].to(token_ids)
         self.batch.reset_rows(torch.tensor(rows), self.prompt.table[token_ids].float())
 
-    def _lbfgs_step(self, batch: Step, rows: Tensor) -> None:
-        """Take up to `max_iter` iterations of L-BFGS on one function: the losses on this step's samples."""
-        optimizer: Any = self.optimizers()
-        samples, texts = self.samples(rows, batch), self.texts(rows)
-        active = torch.zeros(len(self.batch), dtype=torch.bool)
-        active[rows] = True
-
-        def closure() -> Tensor:
-            """Compute the losses (P,) of the problems that the optimizer needs; the others are 0."""
-            needed = optimizer.optimizer.needed.cpu()[rows].nonzero().squeeze(1)
-            losses = self.losses(rows[needed], samples[needed], texts and [texts[i] for i in needed.tolist()])
-            return losses.new_zeros(len(active)).index_put((rows[needed].to(self.device),), losses)
-
-        loss = optimizer.step(closure=closure, active=active.to(self.device), new_function=True)
-        self.log_step(batch, rows, loss=loss[rows])
-
     def texts(self, rows: Tensor) -> list[str] | None:
         """Return the nearest tokens' texts for the text encoders that are not searched; None without such encoders.
 
@@ -133,11 +94,3 @@ class PH2P(GradientInverter):
         if not self.backbone.other_text_encoders or self.straight_through:
             return None
         return self.prompt.texts(self.prompt.nearest(rows.to(self.device, non_blocking=True)))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return batched L-BFGS, with one curvature history per problem, Adam or SGD."""
-        if self.optimizer == "adam":
-            return BatchedAdam([self.prompt.embeddings], lr=self.lr)
-        if self.optimizer == "sgd":
-            return torch.optim.SGD([self.prompt.embeddings], lr=self.lr)
-        return BatchedLBFGS([self.prompt.embeddings], **self.settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 
 from lightning_prompts.backbones.embedding_files import pack_embedding
@@ -17,15 +18,13 @@ from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inversion.gradient import GradientInverter
 from lightning_prompts.methods.inversion.token_embeddings import DecodedPrompt
-from lightning_prompts.optimizers import BatchedAdam
 from lightning_prompts.runs.record import Problem
-from lightning_prompts.setting_types import Rate
 
 PSEUDO_WORD = r"<[a-z0-9-]+-[0-9a-f]{8}>"
 
 
 class TextualInversion(GradientInverter):
-    """Optimize free embeddings on the denoising loss with AdamW, without projecting them.
+    """Optimize free embeddings on the denoising loss, without projecting them.
 
     The prompt of a problem has a pseudo-word in angle brackets for its M embeddings. They are in the record, in
     `embedding.safetensors` and, for other tools, in a file of their own in `embeddings/`. In `test` and `predict`, any
@@ -35,14 +34,17 @@ class TextualInversion(GradientInverter):
     search, in scoring and in generated images, as in diffusers after `load_textual_inversion` into the other encoders.
 
     Args:
-        lr: Learning rate of AdamW.
-        weight_decay: Weight decay of AdamW.
+        optimizer: Optimizer of the embeddings; AdamW is that of the released code.
         **kwargs: See `Inverter`.
     """
 
-    def __init__(self, *, lr: Rate = 5e-3, weight_decay: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.lr, self.weight_decay = float(lr), weight_decay
+    def __init__(
+        self,
+        *,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-3, weight_decay=0.0),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(optimizer=optimizer, **kwargs)
 
     def decode(self, rows: Tensor) -> tuple[list[DecodedPrompt], Tensor]:
         """Return the pseudo-words with their embeddings, and the encoded prompts (Q, R, D)."""
@@ -95,10 +97,6 @@ class TextualInversion(GradientInverter):
             word = pseudo_word(problem)
             content = pack_embedding(self.embeddings_of(problem), self.backbone, word)
             self.data.folder.write(self.data.folder.embeddings / f"{word[1:-1]}.safetensors", content)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW, as in the released code."""
-        return BatchedAdam([self.prompt.embeddings], lr=self.lr, weight_decay=self.weight_decay)
 
 
 def pseudo_word(problem: Problem) -> str:

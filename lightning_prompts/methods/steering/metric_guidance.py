@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 
 from lightning_prompts.embeddings import shift
@@ -15,9 +16,9 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering.base import Steering
 from lightning_prompts.methods.steering.parameters import PromptEmbeds
 from lightning_prompts.objectives.base import Objective
-from lightning_prompts.optimizers import AdamOnLion, BatchedAdam
+from lightning_prompts.optimizers import AdamOnLion, build_optimizer, check_optimizer
 from lightning_prompts.runs.record import Problem, SteeringResult
-from lightning_prompts.setting_types import NotNegative, Positive, Rate
+from lightning_prompts.setting_types import NotNegative, Positive
 from lightning_prompts.unused import refuse_unused
 
 
@@ -35,9 +36,7 @@ class MetricGuidance(Steering):
         grad_steps: The last denoiser calls that propagate a gradient. None: all with few-step models, else 1 as in the
             paper.
         seeds_per_step: Images per step, taking turns; None for all `seeds`.
-        optimizer: The paper's `adam_on_lion`, or `adam`, `adamw` or `sgd`.
-        lr: Learning rate.
-        eps: Added to the square root of the second moment, by all but `sgd`.
+        optimizer: Optimizer of the embeddings; AdamOnLion is the paper's.
         shift_every: Steps after which the embeddings are shifted to their initial mean and standard deviation; 0 for
             never.
         **kwargs: See `Steering`.
@@ -53,24 +52,19 @@ class MetricGuidance(Steering):
         constraint_tolerance: float = 0.0,
         grad_steps: Positive | None = None,
         seeds_per_step: Positive | None = None,
-        optimizer: Literal["adam_on_lion", "adam", "adamw", "sgd"] = "adam_on_lion",
-        lr: Rate = 0.01,
-        eps: float = 1e-3,
+        optimizer: OptimizerCallable = lambda params: AdamOnLion(params, lr=0.01, eps=1e-3),
         shift_every: NotNegative = 0,
         **kwargs: Any,
     ) -> None:
         objectives = [objective] if isinstance(objective, Objective) else objective
         if not objectives:
             raise UserError("--model.objective must name at least one metric, such as Sharpness; got none.")
+        check_optimizer(optimizer, dims=3)
         super().__init__(**kwargs)
         if seeds_per_step and seeds_per_step > self.seeds:
             raise UserError(
                 f"--model.seeds_per_step must be at most --model.seeds, got {seeds_per_step} and {self.seeds}."
             )
-        if lr <= 0 or eps < 0:
-            raise UserError(f"--model.lr must be above 0 and --model.eps 0 or more, got {lr:g} and {eps:g}.")
-        if optimizer == "sgd":
-            refuse_unused(MetricGuidance, "with --model.optimizer sgd", {"eps": eps})
         if constraint is None:
             refuse_unused(MetricGuidance, "without --model.constraint", {"constraint_tolerance": constraint_tolerance})
         self.objectives = torch.nn.ModuleDict()
@@ -84,7 +78,7 @@ class MetricGuidance(Steering):
         self.higher_is_better = len(objectives) > 1 or objectives[0].higher_is_better
         self.constraint_tolerance, self.seeds_per_step = constraint_tolerance, seeds_per_step
         self.grad_steps = int(grad_steps or (self.sampler.calls if self.sampler.is_few_step else 1))
-        self.optimizer, self.lr, self.eps, self.shift_every = optimizer, float(lr), eps, shift_every
+        self.optimizer, self.shift_every = optimizer, shift_every
 
     @property
     def identities(self) -> list[dict[str, Any]]:
@@ -137,13 +131,8 @@ class MetricGuidance(Steering):
         self.log_step(batch, rows, loss=losses, **values)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer of the embeddings."""
-        rows = [self.prompt.rows]
-        if self.optimizer == "adam_on_lion":
-            return AdamOnLion(rows, lr=self.lr, eps=self.eps)
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(rows, lr=self.lr)
-        return BatchedAdam(rows, lr=self.lr, eps=self.eps, weight_decay=0.01 if self.optimizer == "adamw" else 0.0)
+        """Return the optimizer, which treats each problem as if it were alone."""
+        return build_optimizer(self.optimizer, self.prompt.rows)
 
     # --- the constraint
 

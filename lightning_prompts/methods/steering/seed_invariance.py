@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from PIL import Image
+from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,11 +20,11 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods.steering.base import Steering
 from lightning_prompts.methods.steering.parameters import PromptArc, PromptEmbeds
 from lightning_prompts.objectives.clip import ClipSimilarity, default_clip
-from lightning_prompts.optimizers import AdamOnLion
+from lightning_prompts.optimizers import AdamOnLion, build_optimizer, check_optimizer
 from lightning_prompts.runs.record import Problem, SeedInvarianceResult
 from lightning_prompts.sampling.figures import sheet
 from lightning_prompts.sampling.seeding import SEARCH, check_seeds, noise_of
-from lightning_prompts.setting_types import Positive, Rate
+from lightning_prompts.setting_types import Positive
 from lightning_prompts.unused import refuse_unused
 
 LOSS_SCALE = (
@@ -57,8 +59,8 @@ class SeedInvariance(Steering):
         grad_steps: The last of these calls that propagate a gradient; None for all.
         ramp: Share of a stage in which the noise moves from the target seed's to the new ones'; 1 in the paper.
         seeds_per_step: New seeds per step; 3 in the paper.
-        lr: Learning rate of AdamOnLion. None: 0.01, or the paper's 0.1 on an arc.
-        eps: Added to the square root of its second moment. The loss, one minus the cosine, is scaled by 10000.
+        optimizer: Optimizer of the parameters; the loss, one minus the cosine, is scaled by 10000. None: the paper's
+            AdamOnLion with a learning rate of 0.01, or the paper's 0.1 on an arc.
         steps: Steps of the search. None: 60, or the paper's 100 on an arc, which lead from one end to the other.
         **kwargs: See `Steering`.
     """
@@ -79,8 +81,7 @@ class SeedInvariance(Steering):
         grad_steps: Positive | None = None,
         ramp: float = 0.3,
         seeds_per_step: Positive = 3,
-        lr: Rate | None = None,
-        eps: float = 1e-3,
+        optimizer: OptimizerCallable | None = None,
         steps: Positive | None = None,
         **kwargs: Any,
     ) -> None:
@@ -92,11 +93,14 @@ class SeedInvariance(Steering):
         if compare == "latents":
             refuse_unused(SeedInvariance, "with --model.compare latents", {"pixels": pixels, "clip": clip})
         arc = towards is not None
+        if optimizer is None:
+            optimizer = partial(AdamOnLion, lr=0.1 if arc else 0.01)
+        check_optimizer(optimizer, dims=3)
         super().__init__(steps=steps or _default_steps(towards), **kwargs)
         calls = self.sampler.calls
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
         self.towards, self.seeds_per_step, self.pixels, self.ramp = towards, seeds_per_step, pixels, ramp
-        self.grad_steps, self.lr, self.eps = int(grad_steps or calls), float(lr or (0.1 if arc else 0.01)), eps
+        self.grad_steps, self.optimizer = int(grad_steps or calls), optimizer
         self._check_stages(calls)
         if arc:
             self._check_arc(one_row)
@@ -232,8 +236,8 @@ class SeedInvariance(Steering):
         return losses.view(-1, count).mean(1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the paper's optimizer."""
-        return AdamOnLion([self.batch.parameter], lr=self.lr, eps=self.eps)
+        """Return the optimizer, which treats each problem as if it were alone."""
+        return build_optimizer(self.optimizer, self.batch.parameter)
 
     def preview(self, problems: list[Problem]) -> Image.Image:
         """Return the target images beside other seeds' images of the prompt, above those of the best embeddings."""
