@@ -45,7 +45,7 @@ def vocabulary(share: float) -> list[str]:
     kept = allowed[torch.randperm(len(allowed), generator=torch.Generator().manual_seed(0))][
         : int(share * len(allowed))
     ]
-    return ["--model.words", json.dumps([tokenizer.decode([i]) for i in kept.tolist()])]
+    return ["--model.allowed_words", json.dumps([tokenizer.decode([i]) for i in kept.tolist()])]
 
 
 def names() -> list[str]:
@@ -54,7 +54,7 @@ def names() -> list[str]:
 
     spoken = [*world.OBJECTS, *world.COLORS, *world.SIZES, *world.LOOKS, *world.PATTERNS]
     listed = [*spoken, *"background top bottom left right".split()]
-    return ["--model.words", json.dumps(listed)]
+    return ["--model.allowed_words", json.dumps(listed)]
 
 
 def variants(group: str) -> dict[str, list[str]]:
@@ -91,9 +91,9 @@ def variants(group: str) -> dict[str, list[str]]:
     return {
         "configs/invert.yaml": [],
         "from random tokens": ["--model.init=random"],
-        "without CLIP loss": ["--model.clip_weight=0"],
+        "without CLIP loss": ["--model.loss_weights.clip=0"],
         "without prefilter": ["--model.prefilter=1", "--model.topk=32"],
-        "scored without images": ["--model.rerank_weight=0"],
+        "scored without images": ["--model.rerank.weight=0"],
         "two replacements at once": ["--model.n_replace=2"],
         "timesteps [0, 1000)": ["--data.timestep_range=[0,1000]"],
         "4 tokens": ["--model.num_tokens=4"],

@@ -32,6 +32,7 @@ from lightning_prompts.backbones import EMOJI
 from lightning_prompts.emoji import world
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, DPODiff
+from lightning_prompts.methods.dpo_diff.semantic_similarity import Similarity
 from lightning_prompts.objectives.clip import ClipSimilarity
 from lightning_prompts.runs.record import DPODiffResult
 from lightning_prompts.sampling.seeding import FINAL, SEARCH, draw_noise
@@ -45,7 +46,7 @@ SPACES: dict[str, dict[str, dict[str, Any]]] = {  # sources of words for the pro
         "neighbors": {"positive": ["neighbors"], "negative": []},
         "WordNet": {"positive": ["synonyms"], "negative": ["antonyms"]},
         "neighbors and library": {"positive": ["neighbors"], "negative": ["library"]},
-        "neighbors, any meaning": {"positive": ["neighbors"], "negative": [], "threshold": -1},
+        "neighbors, any meaning": {"positive": ["neighbors"], "negative": [], "similarity": Similarity(-1)},
     },
     "attack": {
         "neighbors": {"positive": ["neighbors"], "negative": []},

@@ -42,6 +42,7 @@ from two_machines import compare
 from lightning_prompts.backbones import Backbone
 from lightning_prompts.commands.dry_run import peak_memory, reset_peak_memory
 from lightning_prompts.methods import GCG, PH2P, DPODiff, MetricGuidance
+from lightning_prompts.methods.dpo_diff.semantic_similarity import Similarity
 from lightning_prompts.objectives import Sharpness, clip
 from lightning_prompts.objectives.image_processor import ImageProcessor
 from lightning_prompts.runs.folder import RunFolder
@@ -78,9 +79,8 @@ def cases(work: Work, has_distilled_guidance: bool) -> dict[str, Case]:
     """Return the methods to measure; DPO-Diff's gradient steps and its evaluation of candidates are separate cases."""
     tokens = {"microbatch": work.microbatch}
     generates = {"microbatch": work.image_microbatch, "sampler": SamplerSettings(work.steps), "seeds": work.seeds}
-    words = generates | (
-        {"negative": [], "positive": ["neighbors"], "threshold": -1.0} if has_distilled_guidance else {}
-    )
+    unguided = {"negative": [], "positive": ["neighbors"], "similarity": Similarity(-1)}
+    words = generates | (unguided if has_distilled_guidance else {})
     learning = words | {"solver": "gradient", "gradient_share": 1.0, "budget": 1000, "schedule": "fix-1"}
     evaluating = words | {"solver": "evolution", "population": work.population, "budget": 10**6}
     metric = generates | {"objective": Sharpness(), "steps": 10**6, "grad_steps": 1}

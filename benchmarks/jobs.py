@@ -23,7 +23,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 METHODS = {
     "PH2P": ["ph2p", "--model.steps", "24", "--model.restart_every", "8", "--model.score_every_n_steps", "4"],
     "PH2P by L-BFGS": ["ph2p_lbfgs", "--model.steps", "3"],
-    "GCG": ["invert", "--model.steps", "3", "--model.candidates", "8", "--model.rerank_steps", "4"],
+    "GCG": ["invert", "--model.steps", "3", "--model.candidates", "8", "--model.rerank.num_inference_steps", "4"],
     "DPO-Diff": ["dpo_diff", "--model.budget", "12", "--model.seeds", "2", "--model.sampler.num_inference_steps", "6",
     "--model.schedule", "step-2-2"],
     "MetricGuidance": ["metric_guidance", "--model.objective", "Sharpness", "--model.steps", "5", "--model.seeds", "2"],

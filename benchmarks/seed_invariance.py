@@ -41,9 +41,9 @@ PAPER = {
 LINES: dict[str, dict[str, Any]] = {
     "all rows": {},
     "only the CLIP": {"pixels": 0.0},
-    "one row": {"embedding": "one_row"},
+    "one row": {"one_row": True},
     "only prompt_embeds": {"unconditional": False},
-    "as in the paper": {**PAPER, "embedding": "one_row", "unconditional": False},
+    "as in the paper": {**PAPER, "one_row": True, "unconditional": False},
 }
 FIGURES = Path(__file__).parent / "figures" / "seed_invariance"
 

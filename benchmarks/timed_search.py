@@ -21,6 +21,7 @@ from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER
 from lightning_prompts.python_search import CONFIGS
+from lightning_prompts.python_settings import checked_settings
 
 WARM = 1  # steps that are not timed
 
@@ -86,9 +87,8 @@ def synchronize(device: torch.device) -> None:
 def search(model: Backbone, case: Case, steps: int, folder: str, *callbacks: pl.Callback, **trainer: Any) -> Any:
     """Search like `fit` with the method's config, but write no results; return the method."""
     config = yaml.safe_load((CONFIGS / f"{case.config}.yaml").read_text())
-    settings = (
-        config["model"]["init_args"] | {"score_every_n_steps": 10**9, "log_images_every_n_steps": 0} | case.settings
-    )
+    (given,) = checked_settings((case.kind,), config["model"]["init_args"], {})
+    settings = given | {"score_every_n_steps": 10**9, "log_images_every_n_steps": 0} | case.settings
     inverts = case.kind.data_class is ImagesToPrompts
     method = case.kind(
         **settings | {"backbone": model, "batch_size": case.problems} | ({"steps": steps} if inverts else {})

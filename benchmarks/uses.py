@@ -124,7 +124,12 @@ def removal(args: argparse.Namespace, extra: list[str], scratch: Path) -> dict[s
     plain = [str(p["prompt"]) for p in fit(args.config, listed(both), scratch / "both", extra)]
     against = []
     for i in range(len(rows)):
-        negative = ["--data.negative_images", str(unwanted[i]), "--model.negative_weight", str(args.negative_weight)]
+        negative = [
+            "--data.negative_images",
+            str(unwanted[i]),
+            "--model.loss_weights.negative",
+            str(args.negative_weight),
+        ]
         (problem,) = fit(args.config, listed(both[i : i + 1]), scratch / f"against{i}", [*extra, *negative])
         against.append(str(problem["prompt"]))
     module, recognize, table = PH2P(sampler=SamplerSettings(guidance_scale=args.guidance_scale)), Recognizer(), {}

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.methods import TRAINER, DPODiff
+from lightning_prompts.methods.dpo_diff.semantic_similarity import Similarity
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.seeding import SEARCH, draw_noise
@@ -38,7 +39,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "hybrid, 20 at a time": {"solver": "hybrid", "population": 20, "elites": 10},  # as in the paper
 }
 SETTINGS: dict[str, Any] = {"sampler": SamplerSettings(8), "seeds": 2, "microbatch": 64, "log_images_every_n_steps": 0,
-            "positive": ["neighbors"], "negative": ["library"], "threshold": -1}  # fmt: skip
+            "positive": ["neighbors"], "negative": ["library"], "similarity": Similarity(-1)}  # fmt: skip
 
 SCHEDULE = "step-2-4"
 FIGURES = Path(__file__).parent / "figures" / "word_search.csv"

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import pydoc
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from lightning_prompts.errors import UserError
@@ -36,7 +37,8 @@ def one_sentence(message: str, parser: Any) -> str:
     nested = _of_alternatives(text) if key else None
     sentence = (key and (_wrong_optimizer(key[1], text) or _wrong_group(key[1], text))) or _missing(text)
     if key and nested:  # an error of the parser of a class, whose settings lack the prefix of the class
-        text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested, count=2)
+        count = 0 if "is unknown" in nested else 2  # all settings of a hint, or the first two names of another error
+        text = re.sub(r"--(?!help)(?:model\.)?(?=\w)", f"--{key[1]}.", nested, count=count)
     elif key:
         text = text[key.end() :]
     sentence = sentence or _unknown(text, parser) or (key and _wrong_value(key[1], text, message))
@@ -66,14 +68,16 @@ def _wrong_group(key: str, text: str) -> str | None:
 def _unknown(text: str, parser: Any) -> str | None:
     """Name a setting or an argument that does not exist, and a setting with a similar name."""
     unknown = re.search(
-        r"unrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected|(?:Option|option) '([\w.]+)'", text
+        r"unrecognized arguments?: --?([\w.]+)|[Kk]ey '?([\w.]+)'? is not expected"
+        r"|(?:Group '([\w.]+)' does not accept )?[Oo]ption '([\w.]+)'",
+        text,
     )
     if unknown:
-        given = next(filter(None, unknown.groups()))
+        given = ".".join(filter(None, unknown.groups()))
         names = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-        close = difflib.get_close_matches(given, sorted(names), 1)
-        hint = f"; did you mean --{close[0]}?" if close else "; see --help for all settings."
-        return f"The setting --{given} is unknown{hint}"
+        similar = [f"--{name}" for name in similar_settings(given, names)]
+        hint = f"did you mean {' or '.join(similar)}?" if similar else "see --help for all settings."
+        return f"The setting --{given} is unknown; {hint}"
     if stray := re.match(r"unrecognized arguments: ([^-]\S*)", text):
         return f"The argument {stray[1]!r} is unknown; settings begin with --, such as --config configs/invert.yaml."
     return None
@@ -97,6 +101,25 @@ def _wrong_value(key: str, text: str, message: str) -> str | None:
     if union := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)", text):
         return f"The setting --{key} cannot be {union[2]!r}; it takes {_alternatives(*union.groups())}."
     return None
+
+
+def similar_settings(unknown: str, known: Iterable[str]) -> list[str]:
+    """Return the settings that an unknown one may mean: those of its name in any group, or else the most similar one.
+
+    Args:
+        unknown: The unknown setting, which may have a group, such as `dtype` or `sampler.dtype`.
+        known: All settings, those of a group such as `backbone.dtype`.
+    """
+    by_name: dict[str, list[str]] = {}
+    for setting in sorted(known):
+        by_name.setdefault(setting.rpartition(".")[2], []).append(setting)
+    name = unknown.rpartition(".")[2]
+    if name in by_name:
+        return by_name[name]
+    settings = [setting for several in by_name.values() for setting in several]
+    if close := difflib.get_close_matches(unknown, settings, 1):
+        return close
+    return [setting for similar in difflib.get_close_matches(name, by_name, 1) for setting in by_name[similar]]
 
 
 def _wrong_optimizer(key: str, text: str) -> str | None:

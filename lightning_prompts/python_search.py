@@ -34,9 +34,9 @@ from lightning_prompts.runner import TRAINER_DEFAULTS, build_trainer, held_folde
 from lightning_prompts.runs.folder import RunFolder
 from lightning_prompts.runs.lock import RunLock
 from lightning_prompts.runs.record import MethodResult, Problem
-from lightning_prompts.sampling import SamplerSettings
 from lightning_prompts.sampling.figures import to_image
 from lightning_prompts.sampling.seeding import check_seeds, noise_of
+from lightning_prompts.text_settings import all_settings, settings_of_group
 
 _PACKAGE = Path(__file__).parent
 CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
@@ -127,7 +127,8 @@ def search(
             of_method["backbone"] = of_method["backbone"].pinned()  # so that the record names the weights that are read
         method: PromptMethod = kind(**of_method)
         data = data_kind(**of_data)
-        recorded = {name: _recorded(name, value) for name, value in (of_method | of_data).items()}
+        hints = all_settings(kind) | all_settings(data_kind)
+        recorded = {name: _recorded(name, value, hints[name]) for name, value in (of_method | of_data).items()}
         trainer = _trainer(where, kept or scratch, lock, Results(scores, settings=recorded, report=False))
         trainer.fit(method, datamodule=data)
         method.to(where)  # Lightning has moved it to the CPU
@@ -136,11 +137,11 @@ def search(
         return [_result(method, records[key], noise) for key in data.keys]
 
 
-def _recorded(name: str, setting: Any) -> Any:
-    """Return a setting as it is written to the results' file."""
+def _recorded(name: str, setting: Any, hint: Any) -> Any:
+    """Return a setting with a type hint as it is written to the results' file."""
     if name == "optimizer" and setting:
         return describe_optimizer(check_optimizer(setting, closure=True))
-    if isinstance(setting, BackboneSettings | SamplerSettings):
+    if settings_of_group(hint) and isinstance(setting, hint):
         return asdict(setting)
     return setting.name if isinstance(setting, Backbone) else str(setting)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -13,9 +12,9 @@ from pytorch_lightning.cli import LightningArgumentParser, OptimizerCallable
 
 from lightning_prompts.backbones import Backbone, as_backbone
 from lightning_prompts.errors import UserError, shortened
-from lightning_prompts.parser_errors import one_sentence
+from lightning_prompts.parser_errors import one_sentence, similar_settings
 from lightning_prompts.python_values import check_type, plain, shown
-from lightning_prompts.text_settings import all_settings, settings_of_group
+from lightning_prompts.text_settings import all_settings, with_groups
 
 _FLAG = r"--(?:(?:model|data)\.|(?=(?:scorer|dictionary|language_model|lpips_weights|effort)\b))"
 _VALUE = r"\d+(?:\.\d+)?\b|\[[^]]*\]|true\b|false\b|b?float\d+\b|(?:light|heavy)\b"
@@ -63,18 +62,25 @@ def checked_settings(
     prefix = f"{group}." if group else ""
     given = {name: plain(prefix + name, value) for name, value in given.items()}
     names = [list(_parser(kind).get_defaults().as_dict()) for kind in kinds]
-    known = sorted({*chain.from_iterable(names)})
+    known = {*chain.from_iterable(names)}
     if unknown := next((name for name in given if name not in known), None):
-        close = difflib.get_close_matches(unknown, known, 1)
-        hints = {name: hint for kind in kinds for name, hint in all_settings(kind).items()}
-        if home := next((name for name in hints if unknown in settings_of_group(hints[name])), None):
-            raise UserError(f"The setting {unknown!r} is unknown; did you mean {home}={{{unknown!r}: ...}}?")
-        hint = f"did you mean {prefix + close[0]!r}?" if close else f"give one of {', '.join(known)}."
-        raise UserError(f"The setting {shortened(prefix + str(unknown))!r} is unknown; {hint}")
+        raise _unknown(unknown, known, kinds, prefix)
     return [
         _checked(kind, {n: defaults[n] for n in own if n in defaults}, {n: given[n] for n in own if n in given}, group)
         for kind, own in zip(kinds, names, strict=True)
     ]
+
+
+def _unknown(unknown: str, known: Collection[str], kinds: Sequence[type], prefix: str) -> UserError:
+    """Return the error of a setting that no class takes; `prefix` is that of its group."""
+    hints = {name: hint for kind in kinds for name, hint in all_settings(kind).items() if name in known}
+    similar = similar_settings(unknown, dict(with_groups(hints)))
+    means = [
+        f"{home}={{{name!r}: ...}}" if home else repr(prefix + name)
+        for home, _, name in (setting.rpartition(".") for setting in similar)
+    ]
+    hint = f"did you mean {' or '.join(means)}?" if means else f"give one of {', '.join(sorted(known))}."
+    return UserError(f"The setting {shortened(prefix + unknown)!r} is unknown; {hint}")
 
 
 def _checked(kind: type, defaults: dict[str, Any], given: dict[str, Any], group: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ IN_WORDS = {
     "str": "a text",
     "int": "a whole number",
     "Rate": "a finite number above 0",
+    "Weight": "a finite number from 0 on",
     **{name: f"a whole number from {least} on" for name, least in LEAST.items()},
 }
 """Descriptions of the types in error messages, by name."""
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     Positive: TypeAlias = int
     Byte: TypeAlias = int
     Rate: TypeAlias = float
+    Weight: TypeAlias = float
 else:
     from jsonargparse.typing import restricted_number_type
 
@@ -30,5 +32,6 @@ else:
     Positive = restricted_number_type("Positive", int, [(">=", LEAST["Positive"]), ("<=", MOST)])
     Byte = restricted_number_type("Byte", int, [(">=", 0), ("<=", 255)])
     Rate = restricted_number_type("Rate", float, [(">", 0), ("<", float("inf"))])
+    Weight = restricted_number_type("Weight", float, [(">=", 0), ("<", float("inf"))])
 
-__all__ = ["IN_WORDS", "LEAST", "MOST", "Byte", "NotNegative", "Positive", "Rate"]
+__all__ = ["IN_WORDS", "LEAST", "MOST", "Byte", "NotNegative", "Positive", "Rate", "Weight"]

@@ -104,7 +104,7 @@ def test_dpo_diff_returns_improved_and_attacked_prompts(tiny):
     assert [result.record.target for result in better] == ["a red cat", "two dogs", "a red cat"]
     assert better[0] is better[2]
     assert better[0].embedding is None
-    worse = dpo_diff("a red cat", task="attack", threshold=-1, **how)
+    worse = dpo_diff("a red cat", task="attack", similarity={"threshold": -1}, **how)
     assert sum(worse.details.loss_after) >= sum(worse.details.loss_before)
 
 
@@ -336,7 +336,7 @@ def test_numpy_and_torch_values_are_accepted(tiny, first, tmp_path):
 
 @pytest.mark.parametrize("text", ["null", "~", "- a", "style: x", "[a]", "# one", "3", "true"])
 def test_texts_are_not_parsed_as_yaml(text, tiny):
-    how = {"backbone": tiny, "steps": 1, "sampler": SamplerSettings(1), "device": "cpu", "embedding": "arc"}
+    how = {"backbone": tiny, "steps": 1, "sampler": SamplerSettings(1), "device": "cpu"}
     assert seed_invariance([text], towards=text, unconditional=False, **how)[0].record.target == text
 
 

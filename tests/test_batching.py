@@ -303,7 +303,7 @@ def test_list_of_failed_prompts_is_an_input(tiny, tmp_path):
 def test_finished_problems_are_evicted_from_caches(method, command, tmp_path, monkeypatch):
     modules = []
     monkeypatch.setattr(method, "on_train_end", lambda self: modules.append(self), raising=False)
-    main(command(tmp_path / "run", method.__name__, "--model.batch_size", "1", "--model.rerank_weight", "1"))
+    main(command(tmp_path / "run", method.__name__, "--model.batch_size", "1", "--model.rerank.weight", "1"))
     (module,) = modules
     data = module.trainer.datamodule
     for kept in (data._images, data._latents, module.search_clip._image_features):

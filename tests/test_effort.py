@@ -76,9 +76,9 @@ def test_every_config_takes_every_effort(config, emoji):
         assert method.restart_every < method.steps  # even a light search restarts
 
 
-@pytest.mark.parametrize(("settings", "steps"), [({}, 20), ({"embedding": "arc"}, 34), ({"steps": 4}, 2)])
+@pytest.mark.parametrize(("settings", "steps"), [({}, 20), ({"towards": "a fox"}, 34), ({"steps": 4}, 2)])
 def test_default_length_may_depend_on_other_settings(settings, steps):
-    given = {"embedding": "rows", "steps": None} | settings
+    given = {"towards": None, "steps": None} | settings
     assert scale_length("light", methods.SeedInvariance, given, ()) == {"steps": steps}
 
 

@@ -44,7 +44,7 @@ GCG = "--model.candidates 5 --model.topk 16 --model.prefilter 2"
 SHORT = {
     "clip_words": "--data.images 0.png 1.png 2.png --data.num_validation_samples 4",
     "gcg": f"{INVERSION} {GCG}",
-    "invert": f"{INVERSION} {GCG} --model.rerank_steps 2",
+    "invert": f"{INVERSION} {GCG} --model.rerank.num_inference_steps 2",
     "pez": INVERSION,
     "pez_clip": INVERSION,
     "ph2p": f"{INVERSION} --model.restart_every 3 --model.optimizer.lr 0.2",

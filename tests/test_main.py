@@ -174,7 +174,7 @@ def test_caption_gives_word_recall(fit, image_folder):
 
 
 def test_denoising_weight_of_zero_needs_no_denoiser_gradient(fit):
-    (problem,) = results(fit("--model.denoising_weight", "0", "--model.clip_weight", "1"))["problems"]
+    (problem,) = results(fit("--model.loss_weights.denoising", "0", "--model.loss_weights.clip", "1"))["problems"]
     assert problem["prompt"]
     assert problem["unet_samples"] == 3 * 2  # samples of scoring only
 
@@ -376,21 +376,39 @@ def test_unusable_image_is_refused(base, image_folder, capsys, how):
         (["--data.timestep_range", "[-1,500]"], "-1"),
         (["--model.template", "a photo"], "a photo"),
         (["--model.template", "a photo of {}x"], "{}x"),
-        (["--model.words", "nosuchwordanywhere"], "words"),
-        (["--model.words", "[red, blue]"], "JSON list"),
+        (["--model.allowed_words", "nosuchwordanywhere"], "words"),
+        (["--model.allowed_words", "[red, blue]"], "JSON list"),
         (["--model.backbone.dtype", "float8"], "float8"),
         (["--model.metric", "manhattan"], "manhattan"),
         (["--model.steps", "many"], "many"),
         (["--data.fit", "stretch"], "stretch"),
         (["--data.workerz", "5"], ["data.workerz", "did you mean --data.workers"]),
         (["--model.tokenz", "5"], ["model.tokenz", "did you mean --model.num_tokens"]),
+        (["--model.dtype", "bfloat16"], "--model.dtype is unknown; did you mean --model.backbone.dtype?"),
+        (
+            ["--model.loss_weights.clip", "-1"],
+            "--model.loss_weights.clip cannot be -1; it takes a finite number from 0 on.",
+        ),
+        (["--model.weight=1"], "--model.weight is unknown; did you mean --model.rerank.weight?"),
+        (
+            ["--model.num_inference_steps", "3"],
+            "did you mean --model.rerank.num_inference_steps or --model.sampler.num_inference_steps?",
+        ),
+        (
+            ["--model.backbone.guidance_scale", "3"],
+            "--model.backbone.guidance_scale is unknown; did you mean --model.sampler.guidance_scale?",
+        ),
+        (["--model.gidance_scale", "3"], "did you mean --model.sampler.guidance_scale?"),
         (["--trainer.acelerator", "cpu"], ["trainer.acelerator", "did you mean --trainer.accelerator"]),
         (["--trainer.precision", "bf16-true"], ["bf16-true", "--model.backbone.dtype"]),
         (["--trainer.precision", "16-true"], "16-true"),
         (["--trainer.precision", "16-mixed"], "16-mixed"),
         (["--trainer.precision", "16"], "16"),
         (["--model.sampler.num_inference_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
-        (["--model.rerank_weight", "1", "--model.rerank_steps", "1001"], ["1001 steps", "1000", "give fewer"]),
+        (
+            ["--model.rerank.weight", "1", "--model.rerank.num_inference_steps", "1001"],
+            ["1001 steps", "1000", "give fewer"],
+        ),
         (["--seeds", "one"], "one"),
         (["--model", "PEZZ"], "PEZZ"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -448,6 +466,19 @@ BOMB = "a: &a [x, x, x]\n" + "".join(
 def test_config_without_settings_is_refused(base, tmp_path, capsys, content, reason):
     (tmp_path / "mine.yaml").write_bytes(content)
     assert_refused(capsys, *base, "--config", tmp_path / "mine.yaml", words=["mine.yaml", reason])
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ("dtype: bfloat16", "--model.dtype is unknown; did you mean --model.backbone.dtype?"),
+        ("stepz: 3", "--model.stepz is unknown; did you mean --model.steps?"),
+        ("backbone: {guidance_scale: 3}", "backbone.guidance_scale is unknown; did you mean --model.sampler.guidance_"),
+    ],
+)
+def test_unknown_setting_of_a_config_is_refused_with_a_hint(base, tmp_path, capsys, settings, hint):
+    (tmp_path / "mine.yaml").write_text(f"model: {{class_path: PEZ, init_args: {{{settings}}}}}")
+    assert_refused(capsys, *base, "--config", tmp_path / "mine.yaml", words=hint)
 
 
 def test_setting_before_its_class_is_refused(capsys):

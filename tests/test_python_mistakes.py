@@ -123,6 +123,10 @@ SETTINGS = {  # of `invert`, and the message
         "backbone.dtype cannot be of type dtype; it takes one of 'float32'",
     ),
     "in another group": ({"dtype": "float32"}, "The setting 'dtype' is unknown; did you mean backbone={'dtype': ...}?"),
+    "in several groups": (
+        {"num_inference_steps": 3},
+        "did you mean rerank={'num_inference_steps': ...} or sampler={'num_inference_steps': ...}?",
+    ),
     "unknown in a group": (
         {"backbone": {"dtyp": "float32"}},
         "'backbone.dtyp' is unknown; did you mean 'backbone.dtype'?",
@@ -135,7 +139,10 @@ SETTINGS = {  # of `invert`, and the message
         {"sampler": "3"},
         "sampler cannot be '3'; it takes a dictionary of settings or SamplerSettings.",
     ),
-    "text for a list": ({"words": "[cat]"}, "words cannot be '[cat]'; it takes a list, each item a text or None."),
+    "text for a list": (
+        {"allowed_words": "[cat]"},
+        "allowed_words cannot be '[cat]'; it takes a list, each item a text or None.",
+    ),
     "number for a text": ({"template": 3}, "template cannot be 3; it takes a text."),
     "none for a text": ({"init": None}, "init cannot be None; it takes a text."),
     "surrogate": ({"template": "{} \ud800"}, "which is not UTF-8"),
@@ -146,7 +153,14 @@ SETTINGS = {  # of `invert`, and the message
     ),
     "no backbone": ({"backbone": None}, "backbone cannot be None"),
     "negative": ({"negative_images": [IMAGE, 3]}, "negative_images[1] cannot be 3; give a PIL image"),
-    "nothing to minimize": ({"denoising_weight": 0, "clip_weight": 0}, "set denoising_weight or clip_weight above 0."),
+    "nothing to minimize": (
+        {"loss_weights": {"denoising": 0, "clip": 0}},
+        "set loss_weights.denoising or loss_weights.clip above 0.",
+    ),
+    "negative weight": (
+        {"loss_weights": {"negative": -1}},
+        "loss_weights.negative cannot be -1; it takes a finite number from 0 on.",
+    ),
     "one seed": ({"image_seeds": 3}, "image_seeds cannot be 3; it takes a list, each item a whole number."),
     "seeds as text": ({"image_seeds": "0,1"}, "image_seeds cannot be '0,1'"),
     "seed as text": ({"image_seeds": ["1"]}, "image_seeds cannot be ['1']"),

@@ -137,13 +137,14 @@ def test_text_settings_are_derived_from_types():
     model = text_settings(PromptMethod)
     assert model["template"] == Text(several=False, optional=False)
     assert model["clip"] == Text(several=False, optional=True)
-    assert model["words"] == Text(several=True, optional=True, listed=True)
+    assert model["allowed_words"] == Text(several=True, optional=True, listed=True)
+    assert model["similarity.encoder"] == Text(several=False, optional=True)
     assert model["banned_words"] == Text(several=True, optional=False, listed=True)
     assert not model.keys() & {"metric", "optimizer", "chooser", "objective", "return"}
 
 
 @pytest.mark.parametrize("words", [["no"], ["null", "1", "on"], ["red", "[x", "a: b"], ["- a"]])
-@pytest.mark.parametrize("setting", ["words", "banned_words"])
+@pytest.mark.parametrize("setting", ["allowed_words", "banned_words"])
 def test_lists_of_words_are_kept(setting, words, parsed):
     base = ["fit", "--config", "configs/pez.yaml", "--data.images", "a.png"]
     assert parsed(*base, f"--model.{setting}", *words).model.init_args[setting] == words
@@ -152,7 +153,7 @@ def test_lists_of_words_are_kept(setting, words, parsed):
 
 def test_unquoted_yaml_list_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", "configs/pez.yaml", "--data.images", "a.png", "--model.words", "[no, yes]"])
+        main(["fit", "--config", "configs/pez.yaml", "--data.images", "a.png", "--model.allowed_words", "[no, yes]"])
     assert "JSON list" in capsys.readouterr().err
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,24 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_prompts.backbones.base import Backbone
 
+MemorySaving: TypeAlias = Literal["gradient_checkpointing", "vae_tiling", "cpu_offload"]
 
-def save_memory(backbone: Backbone, gradient_checkpointing: bool, vae_tiling: bool, cpu_offload: bool) -> None:
+
+def save_memory(backbone: Backbone, ways: Collection[MemorySaving]) -> None:
     """Let a model take less memory and more time.
 
     Args:
         backbone: The model.
-        gradient_checkpointing: Recompute the activations of the denoiser and the decoder in the backward pass.
-        vae_tiling: Decode large images in tiles, which changes them a little where the tiles overlap.
-        cpu_offload: Keep only one of the text encoders, the denoiser and the autoencoder on the device at a time.
+        ways: `gradient_checkpointing` recomputes the activations of the denoiser and the decoder in the backward pass;
+            `vae_tiling` decodes large images in tiles, which changes them a little where the tiles overlap;
+            `cpu_offload` keeps only one of the text encoders, the denoiser and the autoencoder on the device at a time.
     """
-    if gradient_checkpointing:
+    if "gradient_checkpointing" in ways:
         backbone.denoiser.enable_gradient_checkpointing()
         backbone.vae.enable_gradient_checkpointing()
-    if vae_tiling:
+    if "vae_tiling" in ways:
         backbone.vae.enable_tiling()
-    if cpu_offload:
+    if "cpu_offload" in ways:
         backbone.offloaded = True
         texts = [(text_encoder, ["forward"]) for text_encoder in backbone.text_encoders]
         offload_all(

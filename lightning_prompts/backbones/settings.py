@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lightning_prompts.backbones.base import Backbone
 from lightning_prompts.backbones.hub import pinned
 from lightning_prompts.backbones.loading import load_backbone
-from lightning_prompts.backbones.memory import save_memory
+from lightning_prompts.backbones.memory import MemorySaving, save_memory
 from lightning_prompts.setting_types import Positive
 
 
@@ -31,9 +32,9 @@ class BackboneSettings:
             there are none, for the only one.
         clip_skip: Number of last layers of the CLIP text encoders to skip for prompts, as in diffusers' pipelines of
             Stable Diffusion 1 to 3 and SDXL; negative prompts use all layers. None for all layers.
-        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        vae_tiling: Decode large images in tiles, which changes them a little.
-        cpu_offload: Keep only one of the text encoders, the denoiser and the autoencoder on the device at a time.
+        save_memory: Ways to save memory: `gradient_checkpointing` recomputes activations in the backward pass instead
+            of keeping them, `cpu_offload` keeps only one of the text encoders, the denoiser and the autoencoder on the
+            device at a time, and `vae_tiling` decodes large images in tiles, which changes them a little.
     """
 
     name: str = "emoji"
@@ -46,9 +47,7 @@ class BackboneSettings:
     config: str | None = None
     variant: str | None = None
     clip_skip: Positive | None = None
-    gradient_checkpointing: bool = False
-    vae_tiling: bool = False
-    cpu_offload: bool = False
+    save_memory: Sequence[MemorySaving] = ()
 
     def load(self) -> Backbone:
         """Load the model on the CPU.
@@ -68,7 +67,7 @@ class BackboneSettings:
             self.variant,
             self.clip_skip and int(self.clip_skip),
         )
-        save_memory(backbone, self.gradient_checkpointing, self.vae_tiling, self.cpu_offload)
+        save_memory(backbone, self.save_memory)
         return backbone
 
     def pinned(self) -> BackboneSettings:

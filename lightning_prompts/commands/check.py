@@ -109,24 +109,14 @@ def check(method: PromptMethod, seed: int, dry_run: DryRun) -> Report:
         seed: Seed of every random draw.
         dry_run: Memory and time of that step.
     """
-    device, backbone, inverter = method.device, method.backbone, method if isinstance(method, Inverter) else None
+    inverter = method if isinstance(method, Inverter) else None
     rows = torch.arange(min(IMAGES, len(method.batch)))
     texts, source = right_texts(inverter, rows) if inverter else ([method.batch[0].record.target], "prompt")
-    reset_peak_memory(device)
+    reset_peak_memory(method.device)
     change = image_change(method, texts[0], method.batch[0].record.key, seed)
-    peak = max([peak_memory(device), *(memory for memory, _ in dry_run.measured.values())])
-    halved = method.microbatch.size < method.microbatch.asked and not method.microbatch.fitted
-    dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
-    memory = f"{peak / GIB:.2f} GiB at most, of {total_memory(device) / GIB:.1f} GiB on {device.type}"
     reacts: Verdict = "ok" if change >= LEAST_CHANGE else "no"
-    lines = [
-        _line("model", f"{backbone.name} ({type(backbone).__name__}), {dtype} on {device}"),
-        _line("memory", memory + ", with a smaller microbatch than requested" * halved, "weak" if halved else "ok"),
-        _line("time", f"{dry_run.measured['a step'][1]:.2f} s per step. {dry_run.whole_search(method)}"),
-        _line(
-            "image", f"leaving out the {source} changes the image by {change:.3f} (RMS on a scale of 0 to 1)", reacts
-        ),
-    ]  # fmt: skip
+    reaction = f"leaving out the {source} changes the image by {change:.3f} (RMS on a scale of 0 to 1)"
+    lines = [*_cost_lines(method, dry_run), _line("image", reaction, reacts)]
     reason = "" if reacts == "ok" else "the prompt does not change the generated image"
     suggestion = Suggestion()
     if inverter:
@@ -156,6 +146,20 @@ def check(method: PromptMethod, seed: int, dry_run: DryRun) -> Report:
             f"{microbatch}"
         )
     return Report(lines, not reason, suggestion)
+
+
+def _cost_lines(method: PromptMethod, dry_run: DryRun) -> list[str]:
+    """Return the lines on the model, its memory and its time."""
+    device, backbone = method.device, method.backbone
+    peak = max([peak_memory(device), *(memory for memory, _ in dry_run.measured.values())])
+    halved = method.microbatch.size < method.microbatch.asked and not method.microbatch.fitted
+    dtype = str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch.")
+    memory = f"{peak / GIB:.2f} GiB at most, of {total_memory(device) / GIB:.1f} GiB on {device.type}"
+    return [
+        _line("model", f"{backbone.name} ({type(backbone).__name__}), {dtype} on {device}"),
+        _line("memory", memory + ", with a smaller microbatch than requested" * halved, "weak" if halved else "ok"),
+        _line("time", f"{dry_run.measured['a step'][1]:.2f} s per step. {dry_run.whole_search(method)}"),
+    ]
 
 
 def config_with(settings: dict[str, Any], suggestion: Suggestion) -> str:

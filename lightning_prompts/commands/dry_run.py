@@ -17,10 +17,12 @@ from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.terminal import say
 
 if TYPE_CHECKING:
+    from lightning_prompts.backbones.memory import MemorySaving
     from lightning_prompts.engine.datamodule import Step
     from lightning_prompts.methods import PromptMethod
 
 GIB = 2**30
+WIDTH = 52  # of the settings in a table
 
 
 class DryRun(pl.Callback):
@@ -113,24 +115,24 @@ def _advice(module: PromptMethod) -> list[str]:
     """Return the settings that lower the memory, the cheapest first."""
     backbone, advice = module.backbone, []
     if next(backbone.denoiser.parameters()).dtype == torch.float32:
-        advice.append(
-            "--model.backbone.dtype bfloat16              half the weights and activations of the frozen model"
-        )
+        half = "--model.backbone.dtype bfloat16"
+        advice.append(f"{half:<{WIDTH}} half the weights and activations of the frozen model")
     if _calls(module) > 1:
         half = f"--model.microbatch {_calls(module) // 2}"
-        advice.append(f"{half:<44} half the activations")
+        advice.append(f"{half:<{WIDTH}} half the activations")
     if not backbone.denoiser.is_gradient_checkpointing:
-        advice.append(
-            "--model.backbone.gradient_checkpointing true activations of one block at a time in the backward pass"
-        )
+        advice.append(f"{_saving('gradient_checkpointing')} activations of one block at a time in the backward pass")
     if not backbone.offloaded and module.device.type != "cpu":
-        advice.append(
-            "--model.backbone.cpu_offload true            text encoders, denoiser and autoencoder one at a time"
-        )
+        advice.append(f"{_saving('cpu_offload')} text encoders, denoiser and autoencoder one at a time")
     if not backbone.vae.use_tiling and backbone.image_size > 512:
-        advice.append("--model.backbone.vae_tiling true             images are decoded in tiles")
+        advice.append(f"{_saving('vae_tiling')} images are decoded in tiles")
     smaller = f"--model.backbone.image_size {backbone.image_size // 2}"
-    return [*advice, f"{smaller:<44} a quarter of the activations; images may be worse"]
+    return [*advice, f"{smaller:<{WIDTH}} a quarter of the activations; images may be worse"]
+
+
+def _saving(way: MemorySaving) -> str:
+    """Return a setting of the way to save memory, padded for a table."""
+    return f"{f'--model.backbone.save_memory [{way}]':<{WIDTH}}"
 
 
 def _calls(module: PromptMethod) -> int:

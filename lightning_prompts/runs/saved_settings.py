@@ -17,7 +17,7 @@ from lightning_prompts.effort import Effort
 from lightning_prompts.errors import UserError
 
 PATHS = {  # settings that may name a file or folder
-    *("images", "negative_images", "backbone", "config", "clip", "init", "dictionary", "sentence_encoder"),
+    *("images", "negative_images", "backbone", "config", "clip", "init", "dictionary", "encoder"),
     *("reference", "wants", "lpips_weights", "scorer", "language_model"),
 }
 

@@ -23,8 +23,8 @@ NO_OOM_DEVICES = ("cpu",)  # devices that do not report when their memory is ful
 UNLIMITED = 2**31  # more than any number of samples
 
 OUT_OF_MEMORY = (
-    "The device is out of memory; lower --model.microbatch, or give --model.backbone.gradient_checkpointing true, "
-    "--model.backbone.cpu_offload true or --model.backbone.dtype bfloat16."
+    "The device is out of memory; lower --model.microbatch, or give --model.backbone.dtype bfloat16 or "
+    "--model.backbone.save_memory [gradient_checkpointing,cpu_offload]."
 )
 
 

@@ -93,7 +93,7 @@ def test_equals_the_saved_model_and_leaves_the_pipeline_as_it_was(folder):
     assert not any(weight.requires_grad for weight in backbone.parameters())
     own = {weight.data_ptr() for weight in backbone.parameters()}
     assert {w.data_ptr() for w in pipeline.text_encoder.parameters()} <= own  # no second copy in memory
-    save_memory(backbone, True, True, True)
+    save_memory(backbone, ["gradient_checkpointing", "vae_tiling", "cpu_offload"])
     outputs_of(backbone, noise)
     backbone.offloaded = False
     backbone.double()

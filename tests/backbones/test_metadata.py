@@ -14,6 +14,7 @@ from lightning_prompts.callbacks import Scores
 from lightning_prompts.emoji import world
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import PEZ
+from lightning_prompts.methods.inversion.losses import LossWeights
 from lightning_prompts.sampling import SamplerSettings
 from tools.train_emoji.export import describe
 
@@ -61,7 +62,7 @@ def test_paths_are_relative_to_the_folder(model, tmp_path, monkeypatch):
 
 def test_scorer_of_the_metadata_is_used(model, tmp_path):
     """Naming the CLIP of the search is refused, which shows that the scorer was read."""
-    method = PEZ(backbone=model({"scorer": "clip"}), clip_weight=0.1)
+    method = PEZ(backbone=model({"scorer": "clip"}), loss_weights=LossWeights(clip=0.1))
     with pytest.raises(UserError, match="would not be held out"):
         Scores().heldout(method)
     assert Scores(scorer=str(EMOJI.parent / "scorer")).heldout(method).name == str(EMOJI.parent / "scorer")

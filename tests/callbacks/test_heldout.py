@@ -14,6 +14,8 @@ from lightning_prompts.callbacks import Results, Scores
 from lightning_prompts.commands.main import main
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PH2P, ClipWords, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
+from lightning_prompts.methods.inversion.losses import LossWeights
+from lightning_prompts.methods.inversion.rerank import Rerank
 from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import ClipQuality, ClipSimilarity, Sharpness
 from lightning_prompts.sampling import SamplerSettings
@@ -49,8 +51,8 @@ def chooser(tiny, image_folder):
 @pytest.mark.parametrize(
     "create_method",
     [
-        lambda tiny, image_folder: PH2P(backbone=tiny, clip_weight=0.1, **FEW),
-        lambda tiny, image_folder: PH2P(backbone=tiny, rerank_weight=0.1, **FEW),
+        lambda tiny, image_folder: PH2P(backbone=tiny, loss_weights=LossWeights(clip=0.1), **FEW),
+        lambda tiny, image_folder: PH2P(backbone=tiny, rerank=Rerank(0.1), **FEW),
         lambda tiny, image_folder: PH2P(backbone=tiny, init="clip_words", **FEW),
         lambda tiny, image_folder: GCG(backbone=tiny, prefilter=2, **FEW),
         lambda tiny, image_folder: ClipWords(backbone=tiny, **FEW),

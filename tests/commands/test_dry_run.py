@@ -30,7 +30,7 @@ def test_dry_run_prints_memory_and_time_and_writes_nothing(tiny, image_folder, t
     for setting in (
         "backbone.dtype bfloat16",
         "microbatch 4",
-        "backbone.gradient_checkpointing true",
+        "backbone.save_memory [gradient_checkpointing]",
         "backbone.image_size 8",
     ):
         assert f"--model.{setting} " in output
@@ -48,7 +48,9 @@ def test_dry_run_prints_memory_and_time_and_writes_nothing(tiny, image_folder, t
 def test_dry_run_measures_methods_on_prompts(method, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     extra = (
-        ["--model.schedule", "fix-0"] if method[0] == "DPODiff" else ["--model.backbone.gradient_checkpointing", "true"]
+        ["--model.schedule", "fix-0"]
+        if method[0] == "DPODiff"
+        else ["--model.backbone.save_memory", "[gradient_checkpointing]"]
     )
     main(["dry-run", "--model", *method, "--model.backbone", tiny, "--data.prompts", "a red cat", *extra, *SHORT, *CPU])
     output = capsys.readouterr().out

@@ -103,8 +103,8 @@ def test_broken_line_leaves_the_other_prompts(name, content, line, message, tmp_
             "cannot be reached",
         ),
         (
-            ["--data.prompts", "a dog", "--model.positive=[neighbors]", "--model.threshold", "1.5"],
-            "--model.threshold must be between -1 and 1",
+            ["--data.prompts", "a dog", "--model.positive=[neighbors]", "--model.similarity.threshold", "1.5"],
+            "--model.similarity.threshold must be between -1 and 1",
         ),
         (
             ["--data.prompts", "a dog", "--model.budget", "3"],

@@ -29,9 +29,9 @@ METHODS = {  # odd numbers of samples and seeds, so that the last call of a step
     ).split(),
     "ph2p_lbfgs": f"--model.microbatch 2 --model.steps 3 {SAMPLES}".split(),
     "invert": (
-        "--model.init random --model.clip_weight 0.5 --model.rerank_weight 0.5 --model.rerank_steps 2 "
-        "--model.rerank_images 3 --model.candidates 5 --model.prefilter 1 --model.microbatch 4 --model.steps 3 "
-        f"{SAMPLES}"
+        "--model.init random --model.loss_weights.clip 0.5 --model.rerank.weight 0.5 "
+        "--model.rerank.num_inference_steps 2 --model.rerank.images 3 --model.candidates 5 --model.prefilter 1 "
+        f"--model.microbatch 4 --model.steps 3 {SAMPLES}"
     ).split(),
     "textual_inversion": f"--model.microbatch 2 --model.steps 3 {SAMPLES}".split(),
     "dpo_diff": (

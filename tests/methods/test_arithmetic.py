@@ -10,6 +10,7 @@ from searches import fit, set_batch
 from lightning_prompts.backbones import BackboneSettings
 from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.methods import GCG, PEZ, PH2P, MetricGuidance, TextualInversion
+from lightning_prompts.methods.inversion.losses import LossWeights
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.objectives.base import Objective
 from lightning_prompts.optimizers import BatchedLBFGS
@@ -47,9 +48,9 @@ def test_gcg_accepts_the_best_candidate_only_if_it_is_better(offset, tiny, image
     assert moved.all() if offset < 0 else not moved.any()
 
 
-@pytest.mark.parametrize(("denoising_weight", "clip_weight"), [(1.0, 0.3), (0.5, 2.0), (0.0, 3.0), (2.0, 0.0)])
-def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, tiny, image_folder, tmp_path):
-    module = PEZ(backbone=tiny, num_tokens=3, denoising_weight=denoising_weight, clip_weight=clip_weight, **FEW)
+@pytest.mark.parametrize(("weight", "clip_weight"), [(1.0, 0.3), (0.5, 2.0), (0.0, 3.0), (2.0, 0.0)])
+def test_loss_is_the_weighted_sum_of_its_terms(weight, clip_weight, tiny, image_folder, tmp_path):
+    module = PEZ(backbone=tiny, num_tokens=3, loss_weights=LossWeights(weight, clip=clip_weight), **FEW)
     fit(module, image_folder / "0.png", tmp_path, steps=1)
     set_batch(module, module.data.folder.load().values())
     rows = torch.tensor([0])
@@ -68,14 +69,14 @@ def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, ti
             (image,) = module.data.target_images(module.batch.records)
             text = module.clip.text_features(ids)[0]
             clip = 1 - float(text @ torch.nn.functional.normalize(module.clip.features(image), dim=1)[0])
-    assert float(result) == pytest.approx(denoising_weight * float(denoising) + clip_weight * clip, rel=1e-4)
+    assert float(result) == pytest.approx(weight * float(denoising) + clip_weight * clip, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd3"])
 def test_losses_of_chunks_are_those_of_each_prompt_alone(family, image_folder, tmp_path):
     """Also with a CLIP, and with text encoders that read the text of the tokens."""
     backbone = BackboneSettings(families.save_with_clip(family, tmp_path / family), image_size=16)
-    module = PEZ(backbone=backbone, num_tokens=2, clip_weight=0.7, denoising_weight=2.0, **FEW)
+    module = PEZ(backbone=backbone, num_tokens=2, loss_weights=LossWeights(2.0, clip=0.7), **FEW)
     fit(module, image_folder, tmp_path / "run", steps=1)
     set_batch(module, [*module.data.folder.load().values()][:3])
     rows, count = torch.arange(3), len(module.batch)

@@ -21,6 +21,8 @@ from lightning_prompts.methods import (
     SeedInvariance,
     TextualInversion,
 )
+from lightning_prompts.methods.inversion.losses import LossWeights
+from lightning_prompts.methods.inversion.rerank import Rerank
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.sampling import SamplerSettings
@@ -30,12 +32,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FEW = {"sampler": SamplerSettings(3), "log_images_every_n_steps": 0}
 INVERTERS = [
     (PEZ, {}),
-    (PEZ, {"clip_weight": 1.0, "denoising_weight": 0.0}),
+    (PEZ, {"loss_weights": LossWeights(denoising=0.0, clip=1.0)}),
     (PH2P, {"optimizer": torch.optim.Adam, "restart_every": 2}),
     (PH2P, {"optimizer": partial(BatchedLBFGS, max_iter=2)}),
     (PH2P, {"optimizer": partial(BatchedLBFGS, max_iter=2, line_search_fn="strong_wolfe")}),
     (GCG, {"candidates": 3, "topk": 8}),
-    (GCG, {"candidates": 2, "topk": 8, "prefilter": 2, "rerank_weight": 1.0, "rerank_steps": 2, "rerank_images": 3}),
+    (GCG, {"candidates": 2, "topk": 8, "prefilter": 2, "rerank": Rerank(1.0, 3, 2)}),
     (TextualInversion, {}),
     (RandomTokens, {}),
     (ClipWords, {}),

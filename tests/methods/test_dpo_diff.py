@@ -25,7 +25,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER, DPODiff
 from lightning_prompts.methods.dpo_diff.logits import WordChoices
 from lightning_prompts.methods.dpo_diff.schedule import calls_before_gradient, linear_plan
-from lightning_prompts.methods.dpo_diff.semantic_similarity import filter_by_similarity
+from lightning_prompts.methods.dpo_diff.semantic_similarity import SemanticSimilarity, Similarity, filter_by_similarity
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives.spherical import spherical_distance
 from lightning_prompts.runs.folder import RunFolder
@@ -251,7 +251,7 @@ PROMPTS = ["a small cat on a blue background", "two dogs beside a large tree"]
 @pytest.mark.parametrize("solver", ["gradient", "evolution", "hybrid", "random"])
 @pytest.mark.parametrize("task", ["improve", "attack"])
 def test_budget_is_respected_and_no_text_is_evaluated_twice(solver, task, tiny, tmp_path):
-    own = {} if task == "improve" else {"threshold": -1}
+    own = {} if task == "improve" else {"similarity": Similarity(-1)}
     problems = search(tiny, tmp_path, PROMPTS, solver=solver, task=task, **own)
     assert len(problems) == 2
     for problem in problems:
@@ -286,24 +286,32 @@ def test_batch_equals_its_parts(tiny, tmp_path):
 @pytest.mark.parametrize("task", ["improve", "attack"])
 def test_threshold_limits_candidates_to_similar_prompts(task, solver, tiny, tmp_path):
     sources = {"positive": ["neighbors"], "negative": []}
-    module = DPODiff(backbone=tiny, task=task, **sources, sampler=SamplerSettings(3), schedule="fix-1", threshold=-1)
+    module = DPODiff(
+        backbone=tiny, task=task, **sources, sampler=SamplerSettings(3), schedule="fix-1", similarity=Similarity(-1)
+    )
     space = module.space(PROMPTS[0])
     singles = [[i if other == number else 0 for other in range(len(space.slots))]
                for number, slot in enumerate(space.slots) for i in range(1, len(slot.words))]  # fmt: skip
     cosines = module.similarity(PROMPTS[0], [space.texts(choice)[0] for choice in singles])
     threshold = float(cosines.median())
-    kept = filter_by_similarity(space, module.similarity, threshold)
+    kept = filter_by_similarity(space, SemanticSimilarity(module.clip, Similarity(threshold)))
     assert sum(len(slot.words) - 1 for slot in kept.slots) == int((cosines >= threshold).sum())
-    (problem,) = search(tiny, tmp_path, PROMPTS[0], task=task, **sources, solver=solver, threshold=threshold)
+    (problem,) = search(
+        tiny, tmp_path, PROMPTS[0], task=task, **sources, solver=solver, similarity=Similarity(threshold)
+    )
     assert len(problem.result.candidates) > 2
     for candidate in problem.result.candidates:
         assert float(module.similarity(problem.target, [candidate["prompt"]])) >= threshold - 1e-6
 
 
+def test_threshold_that_is_no_cosine_is_refused():
+    with pytest.raises(UserError, match=r"--model\.similarity\.threshold must be between -1 and 1, got 2\."):
+        Similarity(2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"threshold": 2, "positive": ["neighbors"]}, "--model.threshold must be between"),
         ({"budget": 3}, "at least --model.population, got 3 and 4"),
         ({"init_keep_prob": 1.0}, "--model.init_keep_prob must be above 0"),
         ({"mutation": 1.5}, "--model.mutation must be between"),
@@ -326,7 +334,7 @@ def method_with_space(space, **settings):
             return space
 
     gradient_settings = {"schedule": "fix-1"} if settings.get("solver", "hybrid") in ("gradient", "hybrid") else {}
-    word_settings = {"positive": ["neighbors"], "threshold": -1}  # replaced by the given space
+    word_settings = {"positive": ["neighbors"], "similarity": Similarity(-1)}  # replaced by the given space
     given = {"sampler": SamplerSettings(3), "seeds": 2, "budget": 8, "population": 4, "log_images_every_n_steps": 0}
     return MethodWithSpace(**gradient_settings | word_settings | given | settings)
 
@@ -427,7 +435,7 @@ def test_cosine_objective_is_that_of_the_spherical_distance(tiny, tmp_path):
 
 def test_attack_without_words_that_keep_the_meaning_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="keeps the meaning"):
-        search(tiny, tmp_path, PROMPTS[0], task="attack", threshold=1.0)
+        search(tiny, tmp_path, PROMPTS[0], task="attack", similarity=Similarity(1.0))
 
 
 def test_temperature_decays_geometrically_from_first_to_last(attached, monkeypatch):
@@ -550,7 +558,7 @@ def problems(folder):
 )
 def test_search_killed_while_writing_records_resumes_identically(records, tiny, tmp_path, monkeypatch, rounding):
     """Some candidates are on disk and others are not, and the only checkpoint is that of the first step."""
-    how = ("--model.task", "attack", "--model.neighbors", "5", "--model.threshold", "-1")
+    how = ("--model.task", "attack", "--model.neighbors", "5", "--model.similarity.threshold", "-1")
     main([*run(tiny, tmp_path / "whole"), *how])
     before, written = signal.getsignal(signal.SIGINT), itertools.count(1)
 

@@ -132,9 +132,7 @@ def test_unconditional_searches_start_from_zeros(backbone, pipeline):
     expected = pipeline.encode_prompt(PROMPT, device="cpu")
     torch.testing.assert_close(initial[:, 0], backbone.join(expected[0], expected[2]), atol=1e-5, rtol=1e-5)
     assert not initial[:, 1].any()
-    one_row = SeedInvariance(
-        backbone=backbone, sampler=SamplerSettings(3, 3.0), unconditional=True, embedding="one_row"
-    )
+    one_row = SeedInvariance(backbone=backbone, sampler=SamplerSettings(3, 3.0), unconditional=True, one_row=True)
     one_row.prompt.set_initial(initial)
     start = one_row.prompt.init_params(initial)
     assert start.shape == (1, 2, 1, initial.shape[-1])
@@ -159,7 +157,7 @@ def test_searches_from_zeros_stay_finite(backbone):
     invariant = seed_invariance(
         "a red cat",
         unconditional=True,
-        embedding="one_row",
+        one_row=True,
         steps=3,
         seeds=1,
         seeds_per_step=1,

@@ -20,6 +20,8 @@ from lightning_prompts.data.images import load_image, to_tensor
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts, Step
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, TRAINER, ClipWords, RandomTokens, TextualInversion
+from lightning_prompts.methods.inversion.losses import LossWeights
+from lightning_prompts.methods.inversion.rerank import Rerank
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import Denoising
 from lightning_prompts.optimizers import BatchedLBFGS
@@ -95,8 +97,8 @@ def test_only_the_prompt_trains(method, family, request, image_folder, tmp_path)
     ("method", "extra"),
     [
         (PEZ, {}),
-        (PEZ, {"denoising_weight": 0, "clip_weight": 1}),
-        (PEZ, {"clip_weight": 0.1}),
+        (PEZ, {"loss_weights": LossWeights(denoising=0, clip=1)}),
+        (PEZ, {"loss_weights": LossWeights(clip=0.1)}),
         (PEZ, {"init": "clip_words"}),
         (PH2P, {}),
         (PH2P, {"optimizer": partial(BatchedLBFGS, max_iter=2, line_search_fn="strong_wolfe")}),
@@ -104,8 +106,8 @@ def test_only_the_prompt_trains(method, family, request, image_folder, tmp_path)
         (PH2P, {"optimizer": torch.optim.Adam, "restart_every": 2}),
         (PH2P, {"optimizer": torch.optim.SGD}),
         (GCG, {}),
-        (GCG, {"n_replace": 2, "clip_weight": 0.1}),
-        (PEZ, {"rerank_weight": 1, "rerank_images": 3, "rerank_steps": 2}),
+        (GCG, {"n_replace": 2, "loss_weights": LossWeights(clip=0.1)}),
+        (PEZ, {"rerank": Rerank(1, 3, 2)}),
         (TextualInversion, {"optimizer": partial(torch.optim.AdamW, lr=0.1)}),
         (TextualInversion, {"optimizer": partial(BatchedLBFGS, max_iter=2)}),
         (TextualInversion, {"optimizer": partial(torch.optim.Muon, lr=0.1)}),
@@ -216,7 +218,7 @@ def test_rerank_images_equal_the_pipelines(guidance, tiny, image_folder, tmp_pat
     """With a weight, the CLIP similarity of images that diffusers samples is added to the prompt's loss."""
     module = PEZ(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance))
     plain = search(module, [image_folder], tmp_path / "plain", steps=1)
-    rerank = {"rerank_weight": 0.5, "rerank_images": 2, "rerank_steps": 3}
+    rerank = {"rerank": Rerank(0.5, 2, 3)}
     module = PEZ(backbone=tiny, num_tokens=3, sampler=SamplerSettings(2, guidance), microbatch=4, **rerank)
     reranked = search(module, [image_folder], tmp_path / "reranked", steps=1)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
@@ -254,7 +256,7 @@ def test_banned_words_never_appear(hard, tiny, image_folder, tmp_path):
 
 def test_prompts_use_only_allowed_words(hard, tiny, image_folder, tmp_path):
     words = ["a", "b", "7", "?"]
-    for problem in search(hard(backbone=tiny, words=words, **settings(hard)), [image_folder], tmp_path / "run"):
+    for problem in search(hard(backbone=tiny, allowed_words=words, **settings(hard)), [image_folder], tmp_path / "run"):
         assert set(problem.prompt.split()) <= set(words)
         assert len(problem.token_ids) == 3
 
@@ -268,12 +270,12 @@ def test_gcg_candidates_use_only_allowed_words(tiny, image_folder, tmp_path):
             return super()._losses(rows, candidates, sound, samples)
 
     checked, own = [], {**settings(GCG), "topk": 50, "candidates": 20}
-    search(Recording(backbone=tiny, words=["a", "b", "7"], **own), [image_folder], tmp_path / "run")
+    search(Recording(backbone=tiny, allowed_words=["a", "b", "7"], **own), [image_folder], tmp_path / "run")
     assert checked == [3] * 3  # three images in each of three steps
 
 
 def test_single_allowed_word_fills_the_prompt(hard, tiny, image_folder, tmp_path):
-    for problem in search(hard(backbone=tiny, words=["b"], **settings(hard)), [image_folder], tmp_path / "run"):
+    for problem in search(hard(backbone=tiny, allowed_words=["b"], **settings(hard)), [image_folder], tmp_path / "run"):
         assert problem.prompt == "b b b"
 
 
@@ -524,7 +526,7 @@ def with_negative_images(sd, image_folder, tmp_path):
     """Create a batch of two targets with two negative images in float64; return the method and its data."""
     paths = [str(path) for path in sorted(image_folder.iterdir())]
     Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
-    module = PH2P(backbone=str(sd), negative_weight=0.7, microbatch=2, **settings(PH2P))
+    module = PH2P(backbone=str(sd), loss_weights=LossWeights(negative=0.7), microbatch=2, **settings(PH2P))
     data = ImagesToPrompts(paths[:2], negative_images=[paths[2], str(tmp_path / "red.png")], **DATA)
     trainer = pl.Trainer(**TRAINER, accelerator="cpu", logger=False, default_root_dir=tmp_path / "run")
     trainer.strategy.connect(module)

@@ -15,6 +15,7 @@ from lightning_prompts.backbones import load_backbone
 from lightning_prompts.commands.main import main
 from lightning_prompts.engine.checkpoint import PromptCheckpoint
 from lightning_prompts.methods import PEZ, DPODiff, HumanFeedback, MetricGuidance, SeedInvariance
+from lightning_prompts.methods.inversion.rerank import Rerank
 from lightning_prompts.objectives import Sharpness
 from lightning_prompts.python_search import CONFIGS
 from lightning_prompts.sampling import SamplerSettings
@@ -226,7 +227,7 @@ def files_of(folder):
 
 FEW = {"sd-turbo": 1, "lcm": 4, "flux-schnell": 4}
 WITHOUT_NEGATIVE = {
-    "dpo_diff": ["--model.negative", "[]", "--model.positive", "[neighbors]", "--model.threshold", "-1"],
+    "dpo_diff": ["--model.negative", "[]", "--model.positive", "[neighbors]", "--model.similarity.threshold", "-1"],
     "seed_invariance": ["--model.unconditional", "false"],
 }
 SHORT = {
@@ -286,9 +287,15 @@ def test_default_sampling_steps_are_those_of_the_model(folders):
             for method in [*generating, MetricGuidance(backbone=backbone, **objective)]
         ] == [most] * 4
         inverter = PEZ(backbone=backbone, num_tokens=2)
-        assert (inverter.sampler.num_inference_steps, inverter.rerank_steps) == (own, most)
+        assert inverter.sampler.num_inference_steps == own
+        assert reranking_steps(backbone, Rerank(1.0)) == most
         assert (
             MetricGuidance(backbone=backbone, sampler=SamplerSettings(12), **objective).sampler.num_inference_steps
             == 12
         )
-        assert PEZ(backbone=backbone, num_tokens=2, rerank_weight=1.0, rerank_steps=12).rerank_steps == 12
+        assert reranking_steps(backbone, Rerank(1.0, num_inference_steps=12)) == 12
+
+
+def reranking_steps(backbone, rerank):
+    """Return the denoising steps of the images by which prompts are reranked."""
+    return PEZ(backbone=backbone, num_tokens=2, rerank=rerank).reranker.sampler.num_inference_steps

@@ -15,6 +15,7 @@ from lightning_prompts.backbones.vocabulary import encode_text, fill_template
 from lightning_prompts.callbacks import Results
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, TextualInversion
+from lightning_prompts.methods.inversion.losses import LossWeights
 from lightning_prompts.methods.inversion.search_clip import best_words
 from lightning_prompts.methods.inversion.textual_inversion import pseudo_word
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
@@ -68,7 +69,12 @@ def test_step_only_accepts_better_candidates(tiny, image_folder, tmp_path):
 def test_step_with_many_candidates_is_an_exhaustive_search(tiny, image_folder, tmp_path):
     """With one position and more candidates than proposals, all tokens are evaluated."""
     module = RecordingGCG(
-        backbone=tiny, num_tokens=1, candidates=400, topk=40, words=list("abcdefghijklmnop"), sampler=SamplerSettings(2)
+        backbone=tiny,
+        num_tokens=1,
+        candidates=400,
+        topk=40,
+        allowed_words=list("abcdefghijklmnop"),
+        sampler=SamplerSettings(2),
     )
     fit(module, image_folder / "0.png", tmp_path, steps=1, num_noise_samples=1)
     ((before, after, *_),) = module.steps_taken
@@ -119,7 +125,7 @@ def test_no_candidate_is_evaluated_twice_in_a_step(candidates, n_replace, prefil
     module = Counting(
         backbone=tiny,
         num_tokens=3,
-        words=words,
+        allowed_words=words,
         candidates=candidates,
         topk=12,
         n_replace=n_replace,
@@ -155,7 +161,13 @@ def test_calls_do_not_depend_on_the_number_of_ranks(samples, tiny, image_folder,
         call = getattr(backbone, part)
         patch.setattr(backbone, part, lambda x, *rest, **more: calls.append((part, len(x))) or call(x, *rest, **more))
 
-    how = {"candidates": 9, "topk": 16, "clip_weight": 0.1, "microbatch": 4, "sampler": SamplerSettings(2)}
+    how = {
+        "candidates": 9,
+        "topk": 16,
+        "loss_weights": LossWeights(clip=0.1),
+        "microbatch": 4,
+        "sampler": SamplerSettings(2),
+    }
     fit(Compared(backbone=tiny, num_tokens=3, **how), image_folder, tmp_path, steps=1, num_noise_samples=samples)
     calls, losses = runs[0]
     sizes = [size for part, size in calls if part == "denoise"]
@@ -362,8 +374,8 @@ def test_clip_with_other_token_embeddings_is_refused(other, tiny, image_folder, 
     text, vision = {**config.text_config.to_dict(), **other}, config.vision_config.to_dict()
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path / "clip")
     load_tokenizer(f"{tiny}/clip").save_pretrained(tmp_path / "clip")
-    module = PEZ(backbone=tiny, num_tokens=2, clip_weight=1, clip=str(tmp_path / "clip"))
-    advice = "give --model.clip_weight 0, or name the CLIP that this text encoder was taken from as --model.clip"
+    module = PEZ(backbone=tiny, num_tokens=2, loss_weights=LossWeights(clip=1), clip=str(tmp_path / "clip"))
+    advice = "give --model.loss_weights.clip 0, or name the CLIP that this text encoder was taken from as --model.clip"
     with pytest.raises(
         UserError, match=f"does not have the token embeddings of the model's CLIP text encoder; {advice}"
     ):
@@ -372,4 +384,4 @@ def test_clip_with_other_token_embeddings_is_refused(other, tiny, image_folder, 
 
 def test_loss_weights_of_zero_are_refused(tiny):
     with pytest.raises(UserError, match="Both loss weights are 0"):
-        PEZ(backbone=tiny, denoising_weight=0)
+        PEZ(backbone=tiny, loss_weights=LossWeights(denoising=0))

@@ -26,11 +26,13 @@ from lightning_prompts.engine.loaders import PredictSettings
 from lightning_prompts.engine.prompts import Prompts
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods import TRAINER
+from lightning_prompts.methods.dpo_diff.semantic_similarity import Similarity
 from lightning_prompts.methods.inversion import search_clip
 from lightning_prompts.methods.inversion.base import Inverter
 from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import Sharpness, clip
 from lightning_prompts.python_search import CONFIGS
+from lightning_prompts.python_settings import checked_settings
 from lightning_prompts.sampling import SamplerSettings
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -50,7 +52,7 @@ CELLS = {
     "ClipWords": IMAGE,
     "RandomTokens": IMAGE,
     "DPODiff": {"budget": 3, "population": 1, "elites": 1, "seeds": 1, "gradient_share": 0.5, "schedule": "fix-0",
-                "positive": ["neighbors"], "negative": ["library"], "threshold": -1},
+                "positive": ["neighbors"], "negative": ["library"], "similarity": Similarity(-1)},
     "MetricGuidance": {**PROMPTED, "objective": Sharpness()},
     "SeedInvariance": {**PROMPTED, "seeds_per_step": 1},
     "HumanFeedback": {**PROMPTED, "texts": 3, "candidates": 2, "words": ["red", "blue", "large"]},
@@ -176,7 +178,8 @@ class Cell:
         if self.kind is None:
             config = yaml.safe_load((CONFIGS.parent / name).read_text())
             self.kind = getattr(methods, config["model"]["class_path"])
-            given = {**config["model"]["init_args"], **config["data"]["init_args"], **given}
+            (given_model,) = checked_settings((self.kind,), config["model"]["init_args"], {})
+            given = {**given_model, **config["data"]["init_args"], **given}
         data = {"num_noise_samples", "num_validation_samples", "timestep_range"}
         self.data = {key: value for key, value in given.items() if key in data}
         self.model = {key: value for key, value in given.items() if key not in data}

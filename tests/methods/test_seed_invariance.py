@@ -69,9 +69,7 @@ def test_each_stage_has_a_step_and_ends_at_the_new_seeds(stages, tiny):
 
 def test_arc_can_be_traversed_in_the_default_steps(tiny):
     """The gradient points to the other prompt at every step, so the optimizer moves as far as it can."""
-    module = SeedInvariance(
-        backbone=tiny, sampler=SamplerSettings(3), compare="latents", embedding="arc", towards="two dogs"
-    )
+    module = SeedInvariance(backbone=tiny, sampler=SamplerSettings(3), compare="latents", towards="two dogs")
     module.prompt.place.data = torch.full((1, 1, 1, 1), module.prompt.initial_logit)
     optimizer = module.configure_optimizers()
     assert module.prompt.place.sigmoid() < 0.01
@@ -107,19 +105,18 @@ def test_default_schedule_compares_final_images_and_soon_new_seeds(tiny):
 )
 def test_loss_and_gradient_equal_a_plain_loop(embedding, grad_steps, compare, tiny, monkeypatch):
     """Compare in float64 with finite differences of the clean latents that the second call predicts."""
-    towards = {"towards": PROMPTS[1]} if embedding == "arc" else {}
+    moved = {"rows": {}, "one_row": {"one_row": True}, "arc": {"towards": PROMPTS[1]}}[embedding]
     module = SeedInvariance(
         backbone=tiny,
         sampler=SamplerSettings(3),
         steps=4,
         stages=[2],
         seeds_per_step=2,
-        embedding=embedding,
         target_seeds=[4],
         grad_steps=grad_steps,
         ramp=1.0,
         compare=compare,
-        **towards,
+        **moved,
     )
     module.double()
     scheduler = DDIMScheduler.from_config(module.backbone.scheduler.config, clip_sample=False)
@@ -184,12 +181,12 @@ def test_loss_and_gradient_equal_a_plain_loop(embedding, grad_steps, compare, ti
     assert float((gradient * direction).sum()) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4)
 
 
-@pytest.mark.parametrize("embedding", ["rows", "one_row"])
-def test_best_embeddings_have_the_form_of_the_setting(embedding, tiny, tmp_path):
-    module, (problem,) = search(tiny, tmp_path, embedding=embedding, target_seeds=[7])
+@pytest.mark.parametrize("one_row", [False, True])
+def test_best_embeddings_have_the_form_of_the_setting(one_row, tiny, tmp_path):
+    module, (problem,) = search(tiny, tmp_path, one_row=one_row, target_seeds=[7])
     best = module.batch[0].best[0]
     assert torch.equal(best[0], module.prompt.initial[0, 0, 0])
-    if embedding == "one_row" and problem.status == "done":
+    if one_row and problem.status == "done":
         assert (best[1:] == best[1]).all()
     before, after = sum(problem.result.metric_before), sum(problem.result.metric_after)
     assert after >= before
@@ -291,9 +288,8 @@ def test_target_does_not_depend_on_the_batch(tiny, monkeypatch, rounding):
         ({"stages": [1, 2, 3], "steps": 2}, "--model.steps must be at least"),
         ({"target_seeds": [3, -1]}, "--model.target_seeds takes .*not -1"),
         ({"target_seeds": [3, 2**32 + 3]}, "3 and 4294967299 give the same"),
-        ({"embedding": "arc"}, "--model.towards"),
-        ({"towards": "two dogs"}, "--model.embedding arc"),
-        ({"embedding": "arc", "towards": "two dogs", "unconditional": True}, "--model.unconditional false"),
+        ({"towards": "two dogs", "one_row": True}, "--model.one_row has no effect with --model.towards"),
+        ({"towards": "two dogs", "unconditional": True}, "--model.unconditional false"),
     ],
 )
 def test_invalid_settings_are_refused(settings, message, tiny):

@@ -23,6 +23,7 @@ from lightning_prompts.errors import UserError
 from lightning_prompts.methods import GCG, PEZ, PH2P, ClipWords, RandomTokens, TextualInversion
 from lightning_prompts.methods.dpo_diff.logits import WordChoices
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
+from lightning_prompts.methods.inversion.losses import LossWeights
 from lightning_prompts.methods.inversion.search_clip import best_words, reads_tokens, word_features
 from lightning_prompts.methods.inversion.token_embeddings import TokenEmbeddings
 from lightning_prompts.objectives import ClipSimilarity, Sharpness
@@ -220,7 +221,7 @@ def test_clip_with_another_vocabulary_scores_candidates_without_a_gradient(folde
         backbone=BackboneSettings(folder, image_size=16),
         candidates=4,
         prefilter=2,
-        clip_weight=0.7,
+        loss_weights=LossWeights(clip=0.7),
         init="clip_words",
         **SMALL,
     )
@@ -252,20 +253,24 @@ def test_gradient_of_a_clip_with_another_vocabulary_is_refused(
     monkeypatch.setattr("lightning_prompts.objectives.clip.load_clip", None)  # before it is loaded
     with pytest.raises(UserError) as error:
         method(
-            backbone=BackboneSettings(folders(family), image_size=16, vocabulary=vocabulary), clip_weight=0.1, **SMALL
+            backbone=BackboneSettings(folders(family), image_size=16, vocabulary=vocabulary),
+            loss_weights=LossWeights(clip=0.1),
+            **SMALL,
         )
     instead = (
         "" if family == "pixart" else ", or search the CLIP encoder's tokens with --model.backbone.vocabulary clip"
     )
     assert str(error.value) == (
         f"{method.__name__} needs the gradient of the CLIP loss, and the CLIP '{folders(family)}/clip' does not have "
-        f"the token embeddings of the model's T5 text encoder; give --model.clip_weight 0{instead}."
+        f"the token embeddings of the model's T5 text encoder; give --model.loss_weights.clip 0{instead}."
     )
     monkeypatch.undo()
     if instead:  # the advice works
         fit(
             method(
-                backbone=BackboneSettings(folders(family), image_size=16, vocabulary="clip"), clip_weight=0.1, **SMALL
+                backbone=BackboneSettings(folders(family), image_size=16, vocabulary="clip"),
+                loss_weights=LossWeights(clip=0.1),
+                **SMALL,
             ),
             image_folder / "0.png",
             tmp_path,
@@ -273,8 +278,14 @@ def test_gradient_of_a_clip_with_another_vocabulary_is_refused(
 
 
 def test_search_without_any_gradient_is_refused(folders):
-    with pytest.raises(UserError, match=r"GCG needs the gradient .* give --model.denoising_weight above 0, or search"):
-        GCG(backbone=BackboneSettings(folders("flux"), image_size=16), clip_weight=1, denoising_weight=0, **SMALL)
+    with pytest.raises(
+        UserError, match=r"GCG needs the gradient .* give --model.loss_weights.denoising above 0, or search"
+    ):
+        GCG(
+            backbone=BackboneSettings(folders("flux"), image_size=16),
+            loss_weights=LossWeights(denoising=0, clip=1),
+            **SMALL,
+        )
 
 
 # --- tables of another length than the tokenizer

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_prompts.backbones import repeat
-from lightning_prompts.errors import UserError
 from lightning_prompts.methods.dpo_diff.logits import WordChoices
-from lightning_prompts.methods.dpo_diff.semantic_similarity import SemanticSimilarity, filter_by_similarity
+from lightning_prompts.methods.dpo_diff.semantic_similarity import SemanticSimilarity, Similarity, filter_by_similarity
 from lightning_prompts.methods.dpo_diff.space import Choice, Space
 from lightning_prompts.methods.dpo_diff.word_sources import Source, WordSources
 from lightning_prompts.methods.refinement import Refinement
@@ -40,9 +40,7 @@ class WordSearch(Refinement):
         objective: `spherical`, half the squared angle between image and prompt, or `cosine`, one minus its cosine.
         budget: Generations that a search may spend; a generation generates the images of a candidate on all seeds.
         seeds: Images per candidate.
-        threshold: Minimum cosine, in the sentence encoder, of the new prompt and the user's; -1 for any.
-        sentence_encoder: Folder or hub id of a sentence-transformers model; None for the text encoder of the CLIP that
-            scores.
+        similarity: How similar in meaning the new prompt must be to the user's.
         clip: Folder or hub id of the CLIP that scores; None for the one that goes with the backbone.
         **kwargs: See `PromptMethod`.
     """
@@ -63,13 +61,12 @@ class WordSearch(Refinement):
         objective: Literal["spherical", "cosine"] = "spherical",
         budget: Positive = 40,
         seeds: Positive = 3,
-        threshold: float = 0.9,
-        sentence_encoder: str | None = None,
+        similarity: Similarity = Similarity(),
         clip: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.task, self.objective, self.budget, self.seeds, self.threshold = task, objective, budget, seeds, threshold
+        self.task, self.objective, self.budget, self.seeds = task, objective, budget, seeds
         self.positive: list[Source] = (["neighbors"] if task == "attack" else []) if positive is None else positive
         self.negative: list[Source] = (["library"] if task == "improve" else []) if negative is None else negative
         if self.negative:
@@ -78,18 +75,17 @@ class WordSearch(Refinement):
                 "search other words for the prompt with --model.negative [] --model.positive [synonyms]",
             )
         if not self.positive:
-            wording = {"protected_words": protected_words, "threshold": threshold, "sentence_encoder": sentence_encoder}
-            refuse_unused(WordSearch, "where the prompt's words stay, without --model.positive", wording)
+            because = "where the prompt's words stay, without --model.positive"
+            refuse_unused(WordSearch, because, {"protected_words": protected_words})
+            refuse_unused(Similarity, because, asdict(similarity), "--model.similarity")
         sources, unless = {*self.positive, *self.negative}, "unless --model.positive or --model.negative has"
         if not sources & {"synonyms", "antonyms"}:
             refuse_unused(WordSearch, f"{unless} synonyms or antonyms", {"dictionary": dictionary})
         if "neighbors" not in sources:
             refuse_unused(WordSearch, f"{unless} neighbors", {"neighbors": neighbors})
-        if not -1 <= threshold <= 1:
-            raise UserError(f"--model.threshold must be between -1 and 1, got {threshold:g}.")
         self.prompt = WordChoices(self.vocabulary)
         self.clip = ClipSimilarity(clip or default_clip(self.backbone), self.offline)
-        self.similarity = SemanticSimilarity(self.clip, sentence_encoder, self.offline)
+        self.similarity = SemanticSimilarity(self.clip, similarity, self.offline)
         count = int(neighbors or (5 if task == "improve" else 60))
         self.sources = WordSources(
             self.vocabulary, self.positive, self.negative, dictionary, task == "improve", count, protected_words or (),
@@ -135,7 +131,7 @@ class WordSearch(Refinement):
     def space(self, prompt: str) -> Space:
         """Return the words that can replace those of a prompt; a UserError if there are none."""
         if prompt not in self._spaces:
-            self._spaces[prompt] = filter_by_similarity(self.sources.space(prompt), self.similarity, self.threshold)
+            self._spaces[prompt] = filter_by_similarity(self.sources.space(prompt), self.similarity)
         return self._spaces[prompt]
 
     def result(self, row: int) -> DPODiffResult:

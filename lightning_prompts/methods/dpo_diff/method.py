@@ -245,7 +245,7 @@ class DPODiff(WordSearch):
 
     def similar_enough(self, problem: Problem, choices: dict[tuple[str, str], Choice]) -> dict[tuple[str, str], Choice]:
         """Return the candidates that keep the meaning."""
-        similar = self.similarity.reaches(self.threshold, problem.target, [prompt for prompt, _ in choices])
+        similar = self.similarity.reaches(problem.target, [prompt for prompt, _ in choices])
         return {texts: choice for (texts, choice), ok in zip(choices.items(), similar, strict=True) if ok}
 
     def configure_optimizers(self) -> torch.optim.Optimizer | None:

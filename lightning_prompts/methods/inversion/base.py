@@ -15,15 +15,16 @@ from lightning_prompts.callbacks.scores import Scores
 from lightning_prompts.engine.batch import Row
 from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.engine.images_to_prompts import ImagesToPrompts
-from lightning_prompts.engine.method import MOST_STEPS, PromptMethod
+from lightning_prompts.engine.method import PromptMethod
 from lightning_prompts.errors import UserError
 from lightning_prompts.methods.inversion.figures import regenerate, regenerate_and_save, target_grid, write_figures
 from lightning_prompts.methods.inversion.init import init_embeddings, random_tokens, records_of_run
+from lightning_prompts.methods.inversion.losses import InversionLoss, LossWeights
+from lightning_prompts.methods.inversion.rerank import Rerank, Reranker
 from lightning_prompts.methods.inversion.samples import Samples, draw_samples
 from lightning_prompts.methods.inversion.search_clip import SearchClip, missing_gradient
 from lightning_prompts.methods.inversion.token_embeddings import DecodedPrompt, TokenEmbeddings
-from lightning_prompts.methods.inversion.trial import Trial
-from lightning_prompts.objectives import ClipSimilarity, Denoising
+from lightning_prompts.objectives import ClipSimilarity
 from lightning_prompts.objectives.clip import default_clip
 from lightning_prompts.runs.atomic_io import atomic_write
 from lightning_prompts.runs.folder import RunFolder
@@ -41,19 +42,15 @@ class Inverter(PromptMethod):
         steps: Steps of the search.
         template: Fixed words around the prompt, with `{}` in its place.
         banned_words: Words, or parts of words, that the prompt must not have.
-        words: The only words that the prompt may have.
+        allowed_words: The only words that the prompt may have.
         init: The initial prompt: `random` tokens, the best `clip_words`, the folder of a run of any method that has
             prompts for these images, an embedding file in any common layout, or a text.
         allow_pickle: Read this file even if it is a pickle; only tensors are loaded.
-        denoising_weight: Weight of the denoising loss.
-        negative_weight: Weight of the denoising loss of `--data.negative_images`, relative to that of the target.
-        clip_weight: Weight of one minus the cosine of prompt and images in CLIP. Methods that move embeddings need a
-            CLIP with the searched vocabulary; GCG can compare its candidates by any CLIP, which encodes their text.
-        clip: Folder or hub id of this CLIP; None for the one that goes with the backbone.
-        rerank_weight: Weight, in the validation loss, of one minus the cosine in CLIP of the target and images that the
-            prompt generates; 0 for none.
-        rerank_images: Images to generate at each scoring.
-        rerank_steps: Denoising steps of these images; None for the model's default, at most 10.
+        loss_weights: Weights of the terms of the loss.
+        clip: Folder or hub id of the search's CLIP; None for the one that goes with the backbone. Methods that move
+            embeddings need a CLIP with the searched vocabulary for the CLIP loss; GCG can compare its candidates by any
+            CLIP, which encodes their text.
+        rerank: Weight and number of generated images in the choice of the best prompt.
         **kwargs: See `PromptMethod`.
     """
 
@@ -61,6 +58,7 @@ class Inverter(PromptMethod):
     data_class = ImagesToPrompts
     result_class = InversionResult
     moves_embeddings: ClassVar[bool] = True  # whether it needs the gradient of the whole loss, including the CLIP's
+    has_loss: ClassVar[bool] = True  # whether its steps minimize the loss
     latents: list[Tensor]  # of the images of each problem, (I, C, h, w)
 
     def __init__(
@@ -70,41 +68,32 @@ class Inverter(PromptMethod):
         steps: Positive = 20,
         template: str = "{}",
         banned_words: Sequence[str] = (),
-        words: Sequence[str] | None = None,
+        allowed_words: Sequence[str] | None = None,
         init: str = "random",
         allow_pickle: bool = False,
-        denoising_weight: float = 1.0,
-        negative_weight: float = 0.2,
-        clip_weight: float = 0.0,
+        loss_weights: LossWeights = LossWeights(),
         clip: str | None = None,
-        rerank_weight: float = 0.0,
-        rerank_images: Positive = 2,
-        rerank_steps: Positive | None = None,
+        rerank: Rerank = Rerank(),
         **kwargs: Any,
     ) -> None:
-        if not denoising_weight and not clip_weight:
-            raise UserError("Both loss weights are 0; set --model.denoising_weight or --model.clip_weight above 0.")
+        loss_weights.check(type(self).__name__, self.has_loss)
+        if not rerank.weight:
+            unused = {"images": rerank.images, "num_inference_steps": rerank.num_inference_steps}
+            refuse_unused(Rerank, "with --model.rerank.weight 0", unused, "--model.rerank")
         if contains_banned(template.replace("{}", " "), tuple(banned_words)):
             raise UserError(f"--model.template has a banned word, got {template!r}; change it or --model.banned_words.")
         super().__init__(**kwargs)
-        self.denoising_weight, self.negative_weight, self.clip_weight = denoising_weight, negative_weight, clip_weight
+        self.steps, self.loss_weights = int(steps), loss_weights
         clip, refusal = clip or default_clip(self.backbone), None
-        if clip_weight and (self.moves_embeddings or not denoising_weight):
+        if loss_weights.clip and (self.moves_embeddings or not loss_weights.denoising):
             refusal = missing_gradient(type(self).__name__, clip, self.backbone, self.moves_embeddings)
-            if self.vocabulary.text_encoders[0].kind != "clip":
-                raise refusal
-        self.steps = int(steps)
         self.template, self.banned_words, self.init = template, tuple(banned_words), init
-        allowed = None if words is None else tuple(words)
+        allowed = None if allowed_words is None else tuple(allowed_words)
         self.prompt = TokenEmbeddings(self.vocabulary, template, int(num_tokens), self.banned_words, allowed)
         self.given = init_embeddings(init, self.backbone, int(num_tokens), allow_pickle)
-        self.denoising = Denoising(self.microbatch)
-        self.search_clip = SearchClip(clip, self.prompt, self.offline, clip_weight, refusal)
-        if not rerank_weight:
-            unused = {"rerank_images": rerank_images, "rerank_steps": rerank_steps}
-            refuse_unused(Inverter, "with --model.rerank_weight 0", unused)
-        self.rerank_steps = int(rerank_steps or min(self.backbone.default_steps, MOST_STEPS))
-        self.trial = Trial(self.sampler, self.rerank_steps, rerank_images, rerank_weight) if rerank_weight else None
+        self.search_clip = SearchClip(clip, self.prompt, self.offline, loss_weights.clip, refusal)
+        self.inversion_loss = InversionLoss(loss_weights, self.backbone, self.prompt, self.search_clip, self.microbatch)
+        self.reranker = Reranker(self.sampler, rerank) if rerank.weight else None
         self.latents = []
 
     @property
@@ -115,7 +104,8 @@ class Inverter(PromptMethod):
     @property
     def sampling_settings(self) -> dict[str, Any]:
         """How images are generated, including those of scoring; see `PromptMethod.sampling_settings`."""
-        return {**super().sampling_settings, **({"rerank_steps": self.rerank_steps} if self.trial else {})}
+        reranking = {"rerank_steps": self.reranker.sampler.num_inference_steps} if self.reranker else {}
+        return {**super().sampling_settings, **reranking}
 
     # --- initial prompts
 
@@ -180,45 +170,28 @@ class Inverter(PromptMethod):
         texts: Sequence[str] | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """Compute the weighted sum (Q,) of the objectives on the samples of a step.
-
-        Args:
-            rows: Rows of the problems, (Q,).
-            ids: Token ids of their prompts, (Q, L).
-            embeddings: Embeddings in place of the tokens', (Q, L, D).
-            samples: The step's samples.
-            texts: Q texts for the text encoders that are not searched; None for the text of the tokens.
-            chunk: Prompts per call of the text encoders; None for all.
-        """
-        chunk = chunk or max(len(ids), 1)
-        terms, parts = {}, [slice(begin, begin + chunk) for begin in range(0, max(len(ids), 1), chunk)]
-        if self.denoising_weight:
-            if texts is None and self.backbone.other_text_encoders:
-                texts = self.prompt.texts(ids[:, self.prompt.positions])
-            encoded = [self.backbone.encode(ids[part], embeddings[part], texts=texts and texts[part]) for part in parts]
-            terms["denoising"] = self.denoising_weight * self.denoising_loss(rows, torch.cat(encoded), samples)
-        if self.clip_weight:
-            features = self.features(rows)
-            distances = [self.search_clip.loss(ids[part], embeddings[part], features[part]) for part in parts]
-            terms["clip"] = self.clip_weight * torch.cat(distances)
+        """Compute the weighted sum (Q,) of the losses of the problems `rows` (Q,); see `InversionLoss.terms`."""
+        features = self.features(rows) if self.loss_weights.clip else None
+        if self.loss_weights.denoising:
+            self._add_denoising_cost(rows, samples)
+        terms = self.inversion_loss.terms(ids, embeddings, samples, features, texts, chunk)
         if torch.is_grad_enabled():
             self.terms = {name: term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
         return torch.stack(list(terms.values())).sum(0)
 
     def denoising_loss(self, rows: Tensor, prompt_embeds: Tensor, samples: Samples) -> Tensor:
-        """Compute denoising losses (Q,) of encoded prompts (Q, R, D), minus the weighted ones on negative images."""
+        """Compute the denoising losses (Q,) of encoded prompts (Q, R, D), see `InversionLoss.denoising`."""
+        self._add_denoising_cost(rows, samples)
+        return self.inversion_loss.denoising(prompt_embeds, samples)
+
+    def _add_denoising_cost(self, rows: Tensor, samples: Samples) -> None:
         passes = samples.timesteps.shape[1] * (2 if torch.is_grad_enabled() else 1)
         self.batch.add_cost(rows, passes if samples.negative is None else 2 * passes)
-        loss: Tensor = self.denoising(self.backbone, prompt_embeds, samples.latents, samples.timesteps, samples.noise)
-        if samples.negative is None:
-            return loss
-        other: Tensor = self.denoising(self.backbone, prompt_embeds, samples.negative, samples.timesteps, samples.noise)
-        return loss - self.negative_weight * other
 
     @property
     def uses_clip(self) -> bool:
         """Return whether the search uses a CLIP: in the loss, to choose the best prompt, or for the initial one."""
-        return bool(self.clip_weight or self.trial) or self.init == "clip_words"
+        return bool(self.loss_weights.clip or self.reranker) or self.init == "clip_words"
 
     def setup(self, stage: str) -> None:
         """See `PromptMethod.setup`; load the CLIP of the search before it starts, so that errors come early."""
@@ -242,13 +215,11 @@ class Inverter(PromptMethod):
     @torch.no_grad()
     def evaluate(self, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Compute the validation losses (Q,) of encoded texts (Q, R, D) on noise that is not used for gradients."""
-        timesteps, size = (
-            validation_timesteps(self.data.num_validation_samples, *self.data.timestep_range),
-            len(self.batch),
-        )
+        size = len(self.batch)
+        timesteps = validation_timesteps(self.data.num_validation_samples, *self.data.timestep_range)
         samples = self.samples(rows, Step([VALIDATION] * size, timesteps.expand(size, -1)))
         loss = self.denoising_loss(rows, prompt_embeds, samples)
-        return loss + self.trial.loss(self, rows, prompt_embeds) if self.trial else loss
+        return loss + self.reranker.loss(self, rows, prompt_embeds) if self.reranker else loss
 
     # --- results
 

@@ -20,10 +20,7 @@ class RandomTokens(Inverter):
         **kwargs: See `Inverter`.
     """
 
-    moves_embeddings = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(denoising_weight=1.0, clip_weight=0.0, **kwargs)  # no loss, only scores
+    moves_embeddings = has_loss = False
 
     def step(self, batch: Step, rows: Tensor) -> None:
         """Draw new random tokens."""
@@ -39,11 +36,10 @@ class ClipWords(Inverter):
         **kwargs: See `Inverter`.
     """
 
-    moves_embeddings = False
+    moves_embeddings = has_loss = False
 
     def __init__(self, *, beams: Positive = 1, **kwargs: Any) -> None:
-        # There is no loss and no initial prompt.
-        super().__init__(denoising_weight=1.0, clip_weight=0.0, init="random", allow_pickle=False, **kwargs)
+        super().__init__(init="random", allow_pickle=False, **kwargs)  # there is no initial prompt
         self.beams = beams
 
     @classmethod

@@ -15,7 +15,7 @@ class PEZ(GradientInverter):
     """Take gradients at the nearest tokens' embeddings, and apply them to continuous ones (algorithm 1).
 
     The denoising loss is the paper's Stable Diffusion variant; its main one, the cosine of prompt and images, is
-    `denoising_weight=0, clip_weight=1`.
+    `loss_weights={"denoising": 0, "clip": 1}`.
 
     Args:
         optimizer: Optimizer of the embeddings; AdamW is that of the released code.

@@ -110,18 +110,24 @@ def missing_gradient(method: str, clip: str, backbone: Backbone, moves_embedding
         clip: Folder or hub id of the CLIP.
         backbone: The model.
         moves_embeddings: Whether the method needs the gradient of the whole loss, even with a denoising loss.
+
+    Raises:
+        UserError: No CLIP has this gradient, since tokens of another kind of text encoder are searched.
     """
     kind, instead = backbone.vocabulary.text_encoders[0].kind, ""
     if kind != "clip" and any(encoder.kind == "clip" for encoder in backbone.text_encoders):
         instead = ", or search the CLIP encoder's tokens with --model.backbone.vocabulary clip"
-    way_out = "give --model.clip_weight 0" if moves_embeddings else "give --model.denoising_weight above 0"
+    way_out = "give --model.loss_weights.clip 0" if moves_embeddings else "give --model.loss_weights.denoising above 0"
     instead = way_out + instead
     if kind == "clip":
         instead += ", or name the CLIP that this text encoder was taken from as --model.clip"
-    return UserError(
+    error = UserError(
         f"{method} needs the gradient of the CLIP loss, and the CLIP {clip!r} does not have the token embeddings of "
         f"the model's {kind.upper()} text encoder; {instead}."
     )
+    if kind != "clip":
+        raise error
+    return error
 
 
 def reads_tokens(clip: ClipSimilarity, prompt: TokenEmbeddings) -> bool:

@@ -32,8 +32,8 @@ LOSS_SCALE = (
 )
 
 
-def _default_steps(embedding: str) -> int:
-    return 100 if embedding == "arc" else 60
+def _default_steps(towards: str | None) -> int:
+    return 60 if towards is None else 100
 
 
 class SeedInvariance(Steering):
@@ -48,9 +48,8 @@ class SeedInvariance(Steering):
 
     Args:
         target_seeds: Seeds, as in `predict`, whose images are the targets; each is a problem of its own.
-        embedding: The parameters: all `rows` of the encoded prompt, `one_row` that is repeated, or the position on the
-            `arc` to another prompt.
-        towards: The text at the other end of the arc.
+        one_row: Repeat one row in place of all rows of the encoded prompt, as in the paper.
+        towards: Another prompt: only the position of the encoded prompt on the arc to this one moves.
         compare: What to compare by cosine: `clip`, the features of the images in the CLIP that goes with the backbone,
             or `latents`.
         clip: Folder or hub id of another CLIP.
@@ -73,7 +72,7 @@ class SeedInvariance(Steering):
         self,
         *,
         target_seeds: list[int] | None = None,
-        embedding: Literal["rows", "one_row", "arc"] = "rows",
+        one_row: bool = False,
         towards: str | None = None,
         compare: Literal["clip", "latents"] = "clip",
         clip: str | None = None,
@@ -88,17 +87,32 @@ class SeedInvariance(Steering):
     ) -> None:
         if target_seeds is not None:
             check_seeds("--model.target_seeds", target_seeds)
+        for name, share in {"pixels": pixels, "ramp": ramp}.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"--model.{name} must be between 0 and 1, got {share:g}.")
         if compare == "latents":
             refuse_unused(SeedInvariance, "with --model.compare latents", {"pixels": pixels, "clip": clip})
-        arc = embedding == "arc"
+        arc = towards is not None
         if optimizer is None:
             optimizer = partial(AdamOnLion, lr=0.1 if arc else 0.01)
         check_optimizer(optimizer, dims=3)
-        super().__init__(steps=steps or _default_steps(embedding), **kwargs)
+        super().__init__(steps=steps or _default_steps(towards), **kwargs)
         calls = self.sampler.calls
         self.target_seeds, self.stages = target_seeds or [0], [int(stage) for stage in stages or [calls]]
         self.towards, self.seeds_per_step, self.pixels, self.ramp = towards, seeds_per_step, pixels, ramp
         self.grad_steps, self.optimizer = int(grad_steps or calls), optimizer
+        self._check_stages(calls)
+        if arc:
+            self._check_arc(one_row)
+        self.clip = None
+        if compare == "clip":
+            self.clip = ClipSimilarity(clip or default_clip(self.backbone), self.offline)
+        self.prompt = PromptArc() if arc else PromptEmbeds(self.moving, one_row)
+        self._targets: dict[str, Tensor] = {}  # images (3, H, W) by problem
+        self._target_vectors: dict[str, dict[int, Tensor]] = {}  # (E,), by problem and denoiser calls
+
+    def _check_stages(self, calls: int) -> None:
+        """Refuse stages that need more denoiser calls, or more steps, than there are."""
         if max(self.stages) > calls:
             raise UserError(
                 f"--model.stages must be at most the sampler's {calls} denoiser calls, got {self.stages}; change it or "
@@ -109,37 +123,21 @@ class SeedInvariance(Steering):
                 f"--model.steps must be at least the number of --model.stages, got {self.steps} and "
                 f"{len(self.stages)}; raise it or shorten the stages."
             )
-        if not 0 <= pixels <= 1:
-            raise UserError(f"--model.pixels must be between 0 and 1, got {pixels:g}.")
-        if not 0 <= ramp <= 1:
-            raise UserError(f"--model.ramp must be between 0 and 1, got {ramp:g}.")
-        self.clip = None
-        if compare == "clip":
-            self.clip = ClipSimilarity(clip or default_clip(self.backbone), self.offline)
-        if arc != (towards is not None):
-            raise UserError(
-                "--model.embedding arc and --model.towards, its other end, need each other; give both or neither."
-            )
-        if arc and self.started:
-            raise UserError(
-                "--model.embedding arc starts at the prompt; leave out --model.init or give --model.embedding rows."
-            )
-        if arc and self.unconditional:
-            raise UserError("--model.embedding arc does not move negative prompts; give --model.unconditional false.")
-        if arc:
-            refuse_unused(
-                Steering,
-                "with --model.embedding arc, which leads through whole encoded prompts",
-                {"pooled": self.pooled},
-            )
-        self.prompt = PromptArc() if arc else PromptEmbeds(self.moving, one_row=embedding == "one_row")
-        self._targets: dict[str, Tensor] = {}  # images (3, H, W) by problem
-        self._target_vectors: dict[str, dict[int, Tensor]] = {}  # (E,), by problem and denoiser calls
+
+    def _check_arc(self, one_row: bool) -> None:
+        """Refuse settings that have no place on the arc from a whole encoded prompt to another one."""
+        if self.started:
+            raise UserError("With --model.towards, the search starts at the prompt; leave out --model.init.")
+        if self.unconditional:
+            raise UserError("--model.towards does not move negative prompts; give --model.unconditional false.")
+        because = "with --model.towards, which moves whole encoded prompts"
+        refuse_unused(SeedInvariance, because, {"one_row": one_row})
+        refuse_unused(Steering, because, {"pooled": self.pooled})
 
     @classmethod
     def search_length(cls, settings: Mapping[str, Any]) -> tuple[str, int]:
         """Return the steps; see `PromptMethod.search_length`."""
-        return "steps", int(settings["steps"] or _default_steps(settings["embedding"]))
+        return "steps", int(settings["steps"] or _default_steps(settings["towards"]))
 
     @property
     def identities(self) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_prompts.backbones import EMOJI
 from lightning_prompts.errors import UserError
-from lightning_prompts.methods.dpo_diff.semantic_similarity import SemanticSimilarity, filter_by_similarity
+from lightning_prompts.methods.dpo_diff.semantic_similarity import SemanticSimilarity, Similarity, filter_by_similarity
 from lightning_prompts.methods.dpo_diff.space import Slot, Space
 from lightning_prompts.objectives.clip import ClipSimilarity
 
@@ -35,9 +35,10 @@ def test_cosines_do_not_depend_on_autocast(clip):
 
 def test_text_reaches_similarity_one_with_itself(clip):
     texts = [f"a {size} {name}" for size in ("small", "large") for name in ("cat", "dog", "tree", "fox")]
-    assert all(SemanticSimilarity(clip).reaches(1.0, text, [text]) == [True] for text in texts)
-    assert SemanticSimilarity(clip).reaches(1.0, "a cat", ["a dog", "a cat"]) == [False, True]
-    assert SemanticSimilarity(clip).reaches(1.0, "a cat", []) == []
+    same = SemanticSimilarity(clip, Similarity(1.0))
+    assert all(same.reaches(text, [text]) == [True] for text in texts)
+    assert same.reaches("a cat", ["a dog", "a cat"]) == [False, True]
+    assert same.reaches("a cat", []) == []
 
 
 @pytest.mark.exact
@@ -64,13 +65,13 @@ class Encoder:
 
 def test_named_encoder_replaces_clip(clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Encoder))
-    similarity = SemanticSimilarity(clip, "letters")
+    similarity = SemanticSimilarity(clip, Similarity(encoder="letters"))
     one, other = (Encoder("letters", True).encode([text], True, False).float() for text in ("abba", "abb"))
     torch.testing.assert_close(
         similarity("abba", ["abb", "abba"]), torch.tensor([float(F.cosine_similarity(one, other)), 1.0])
     )
     with pytest.raises(UserError, match="'unknown' cannot be loaded"):
-        SemanticSimilarity(clip, "unknown")
+        SemanticSimilarity(clip, Similarity(encoder="unknown"))
 
 
 def test_missing_library_is_reported(clip, monkeypatch):
@@ -81,23 +82,22 @@ def test_missing_library_is_reported(clip, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(UserError, match="pip install sentence-transformers"):
-        SemanticSimilarity(clip, "letters")
+        SemanticSimilarity(clip, Similarity(encoder="letters"))
 
 
 def test_words_that_change_the_meaning_are_filtered_out():
     cosines = {"a dog on a big mat": 0.95, "a red fox on a big mat": 0.8, "a cat on a huge mat": 0.5}
 
     class Given(SemanticSimilarity):
-        def __init__(self):
-            pass
+        def __init__(self, threshold):
+            self.threshold = threshold
 
         def __call__(self, text, others):
             assert text == "a cat on a big mat"
             return torch.tensor([1.0 if other == text else cosines[other] for other in others])
 
-    similarity = Given()
-    kept = filter_by_similarity(SPACE, similarity, 0.9)
+    kept = filter_by_similarity(SPACE, Given(0.9))
     assert kept == Space(("a ", " on a big mat"), (Slot("cat", ("cat", "dog")),))
-    assert filter_by_similarity(SPACE, similarity, 0.5) == SPACE
+    assert filter_by_similarity(SPACE, Given(0.5)) == SPACE
     with pytest.raises(UserError, match="keeps the meaning"):
-        filter_by_similarity(SPACE, similarity, 0.96)
+        filter_by_similarity(SPACE, Given(0.96))

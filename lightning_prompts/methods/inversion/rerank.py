@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightning_prompts.backbones import repeat
+from lightning_prompts.engine.method import MOST_STEPS
 from lightning_prompts.sampling import Sampler
 from lightning_prompts.sampling.seeding import RERANK
+from lightning_prompts.setting_types import Positive, Weight
 
 if TYPE_CHECKING:
     from lightning_prompts.methods.inversion.base import Inverter
 
 
-class Trial:
+@dataclass(frozen=True)
+class Rerank:
+    """Set how much the choice of the best prompt depends on images that the prompts generate.
+
+    Args:
+        weight: Weight, in the validation loss, of one minus the cosine in CLIP of the target and generated images; 0
+            for none.
+        images: Images to generate at each scoring.
+        num_inference_steps: Denoising steps of these images; None for the model's default, at most 10.
+    """
+
+    weight: Weight = 0.0
+    images: Positive = 2
+    num_inference_steps: Positive | None = None
+
+
+class Reranker:
     """Compare images that a prompt generates with the target, as a term of the validation loss.
 
     Args:
         sampler: Sampler of the final images, whose guidance and microbatch are used.
-        steps: Denoising steps of an image.
-        images: Images per prompt.
-        weight: Weight of the term.
+        settings: Weight of the term, and the images.
     """
 
-    def __init__(self, sampler: Sampler, steps: int, images: int, weight: float) -> None:
+    def __init__(self, sampler: Sampler, settings: Rerank) -> None:
+        steps = int(settings.num_inference_steps or min(sampler.backbone.default_steps, MOST_STEPS))
         self.sampler = Sampler(sampler.backbone, steps, sampler.guidance_scale, sampler.microbatch)
-        self.images, self.weight = images, weight
+        self.images, self.weight = int(settings.images), settings.weight
 
     def loss(self, method: Inverter, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Compute weighted mean CLIP distances (Q,) of the targets and the images of encoded prompts (Q, R, D)."""
