@@ -77,7 +77,7 @@ def test_every_config_takes_every_effort(config, emoji):
 
 
 @pytest.mark.parametrize(("settings", "steps"), [({}, 20), ({"embedding": "arc"}, 34), ({"steps": 4}, 2)])
-def test_default_that_depends_on_other_settings(settings, steps):
+def test_default_length_may_depend_on_other_settings(settings, steps):
     given = {"embedding": "rows", "steps": None} | settings
     assert scale_length("light", methods.SeedInvariance, given, ()) == {"steps": steps}
 
@@ -94,7 +94,7 @@ def test_default_that_depends_on_other_settings(settings, steps):
         (["--effort", "medium", "--model.steps", "3"], "effort: heavy", 3),
     ],
 )
-def test_length(command, settings, top, steps):
+def test_effort_scales_the_steps_of_the_config(command, settings, top, steps):
     run = command(*settings, top=top)
     assert RunFolder(run).saved.load()["model"]["init_args"]["steps"] == steps
     (problem,) = RunFolder(run).load().values()
@@ -128,42 +128,44 @@ def refusal(capsys, call):
         (["--model.steps", "3"], "effort: heavy", "--effort heavy and --model.steps 3 both set the length"),
     ],
 )
-def test_refusals(command, capsys, settings, top, words):
+def test_invalid_efforts_are_refused(command, capsys, settings, top, words):
     assert words in refusal(capsys, lambda: command(*settings, top=top))
 
 
-def test_method_without_a_length(tiny, photo, tmp_path, capsys):
+def test_method_without_a_length_refuses_effort(tiny, photo, tmp_path, capsys):
     args = ["dry-run", "--config", "configs/clip_words.yaml", "--model.backbone", tiny, "--data.images", str(photo)]
-    said = refusal(capsys, lambda: main([*args, "--effort", "light"]))
-    assert "--effort light has no effect on ClipWords" in said
+    message = refusal(capsys, lambda: main([*args, "--effort", "light"]))
+    assert "--effort light has no effect on ClipWords" in message
 
 
-def test_commands_on_finished_runs_have_no_effort(command, capsys):
+def test_later_commands_refuse_effort(command, capsys):
     run = command("--effort", "light")
     main(["validate", "--run", str(run)])
-    said = refusal(capsys, lambda: main(["test", "--run", str(run), "--effort", "light"]))
-    assert "--effort is unknown" in said
+    message = refusal(capsys, lambda: main(["test", "--run", str(run), "--effort", "light"]))
+    assert "--effort is unknown" in message
 
 
-def test_resuming(command, capsys):
+def test_resumed_run_keeps_its_length(command, capsys):
     """A run keeps its length without --effort, and takes another one only as --model.steps."""
     run = command("--effort", "heavy")
     for settings in ([], ["--effort", "heavy"], ["--config", str(run / "config.yaml")]):
         assert RunFolder(command(*settings, "--ckpt_path", "last")).saved.load()["model"]["init_args"]["steps"] == 12
     for effort, steps in (("light", 2), ("medium", 4)):
-        said = refusal(capsys, lambda effort=effort: command("--ckpt_path", "last", "--effort", effort))
-        assert f"started with --model.steps 12 and cannot resume with --effort {effort}, which gives {steps};" in said
+        message = refusal(capsys, lambda effort=effort: command("--ckpt_path", "last", "--effort", effort))
+        assert (
+            f"started with --model.steps 12 and cannot resume with --effort {effort}, which gives {steps};" in message
+        )
     command("--ckpt_path", "last", "--model.steps", "13")
     assert RunFolder(run).saved.load()["model"]["init_args"]["steps"] == 13
     assert RunFolder(run).saved.effort == "medium"
 
 
-def test_resuming_a_run_of_medium_effort_takes_the_steps_of_the_config(command):
+def test_run_of_medium_effort_resumes_with_the_steps_of_the_config(command):
     command()
     assert RunFolder(command("--ckpt_path", "last", steps=5)).saved.load()["model"]["init_args"]["steps"] == 5
 
 
-def test_calls(emoji, photo, monkeypatch):
+def test_calls_pass_effort_to_the_search(emoji, photo, monkeypatch):
     monkeypatch.setattr(api, "search", lambda config, settings, **own: [(config, settings, own)])
     monkeypatch.setattr(api, "_only", lambda results: results)
     ((_, settings, own),) = invert(photo, effort="light", backbone=emoji)
@@ -171,7 +173,7 @@ def test_calls(emoji, photo, monkeypatch):
     assert "effort" not in settings
 
 
-def test_call_with_an_effort_takes_that_many_steps(emoji, photo):
+def test_call_with_effort_scales_its_steps(emoji, photo):
     settings = {"num_tokens": 2, "num_noise_samples": 1, "num_validation_samples": 1, "backbone": emoji}
     light = invert(photo, method="ph2p_lbfgs", effort="light", max_iter=1, image_seeds=[0], **settings)
     assert light.record.unet_samples == 10 * 2 + 11  # 10 of 28 steps; scorings include the initial prompt
@@ -186,6 +188,6 @@ def test_call_with_an_effort_takes_that_many_steps(emoji, photo):
         ({"effort": "light", "method": "clip_words"}, "effort='light' has no effect on ClipWords"),
     ],
 )
-def test_refused_calls(settings, words, photo):
+def test_calls_with_invalid_effort_are_refused(settings, words, photo):
     with pytest.raises(UserError, match=f"^{re.escape(words)}"):
         invert(photo, backbone="emoji", **settings)

@@ -6,7 +6,7 @@ from hub import Hub
 
 
 @pytest.fixture
-def cache(monkeypatch, tmp_path):
+def hub_cache(monkeypatch, tmp_path):
     """Use an empty download folder."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -14,7 +14,7 @@ def cache(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def hub(monkeypatch, cache):
+def hub(monkeypatch, hub_cache):
     """Start a hub without models."""
     hub = Hub()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)

@@ -3,12 +3,14 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import diffusers
 import families
 import pytest
 import sentencepiece
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from families import TEXTS, assert_refused, latents_of
 
 from lightning_prompts.backbones import load_backbone
@@ -180,6 +182,22 @@ def test_flow_noise_equals_the_schedulers(tmp_path):
         torch.testing.assert_close(backbone.add_noise(latents, noise, t.view(1)), expected)
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"base_image_seq_len": 100, "max_image_seq_len": 5000, "base_shift": 0.3, "max_shift": 2.0}]
+)
+def test_noise_levels_shift_with_the_image_size_as_in_the_pipeline(config, tmp_path):
+    folder = str(families.save("flux", tmp_path))
+    for size in (16, 64, 1024):
+        backbone = load_backbone(folder, image_size=size)
+        latents = torch.zeros(1, *backbone.latent_shape)
+        tokens = diffusers.FluxPipeline._pack_latents(latents, *latents.shape).shape[1]
+        backbone.scheduler = SimpleNamespace(config={"use_dynamic_shifting": True, **config})
+        expected = calculate_shift(tokens, *config.values())
+        assert backbone.timestep_options(4)["mu"] == pytest.approx(expected)
+        backbone.scheduler = SimpleNamespace(config=config)
+        assert "mu" not in backbone.timestep_options(4)
+
+
 DEFAULTS = {
     "sd1": (50, 7.5),
     "sd2": (50, 7.5),
@@ -197,6 +215,7 @@ DEFAULTS = {
 def test_default_steps_and_guidance_are_those_of_the_pipeline(backbone, family):
     assert (backbone.default_steps, backbone.default_guidance) == DEFAULTS[family[0]]
     assert backbone.guided(3.0) == (family[0] not in ("lcm", "flux", "flux-schnell"))
+    assert backbone.guided(1.01) == backbone.guided(3.0)
     assert not backbone.guided(1.0)
 
 

@@ -180,17 +180,17 @@ def test_hanging_hub_is_given_up(hub, published, monkeypatch):
     assert find_model("owner/model", False, None).name == published
 
 
-def test_unreachable_hub_is_reported(cache, attempts):
+def test_unreachable_hub_is_reported(hub_cache, attempts):
     assert_refused(
         r"'owner/model' is not a local folder and could not be fetched .*\(\w+\); check the connection, or use 'emoji'"
     )
     assert attempts
 
 
-def test_repository_without_a_pipeline_is_refused(hub, language_model, cache):
+def test_repository_without_a_pipeline_is_refused(hub, language_model, hub_cache):
     hub.push("owner/model", language_model)
     assert_refused(r"'owner/model' on the Hugging Face hub has no model_index\.json; give a model in diffusers' layout")
-    assert not cache.exists()
+    assert not hub_cache.exists()
 
 
 def test_interrupted_download_is_resumed(hub, published, monkeypatch):
@@ -211,12 +211,12 @@ def test_interrupted_download_is_resumed(hub, published, monkeypatch):
     load_backbone("owner/model", offline=True)
 
 
-def test_too_little_disk_space_is_refused_before_the_download(hub, published, monkeypatch, cache):
+def test_too_little_disk_space_is_refused_before_the_download(hub, published, monkeypatch, hub_cache):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
     assert_refused(
         r"'owner/model' needs [\d.]+ MB, but .*hub has only 0\.1 MB free; free disk space, or set HF_HOME to"
     )
-    assert not cache.exists()
+    assert not hub_cache.exists()
 
 
 def test_disk_that_fills_during_the_download_is_reported(hub, published, monkeypatch):
@@ -236,14 +236,14 @@ def test_disk_that_fills_during_the_download_is_reported(hub, published, monkeyp
 # Prefetching
 
 
-def test_prefetch_downloads_and_lists_the_files(hub, published, clip, cache, sd1, capsys, monkeypatch):
+def test_prefetch_downloads_and_lists_the_files(hub, published, clip, hub_cache, sd1, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)  # is not imported
     monkeypatch.setitem(sys.modules, "lightning_prompts.commands.cli", None)
     monkeypatch.setattr("lightning_prompts.backbones.hub.SHORT_NAMES", {"short": "owner/model"})
     main(["prefetch", "short", "emoji", str(sd1)])
     output = capsys.readouterr()
     size = sum(path.stat().st_size for path in sd1.rglob("*") if path.is_file()) / 1e6
-    snapshot = cache / "models--owner--model" / "snapshots" / published
+    snapshot = hub_cache / "models--owner--model" / "snapshots" / published
     model, _, beside = output.out.partition(f"{CLIPS[768]}:\n")
     lines = model.splitlines()
     assert lines[0] == "owner/model:"
@@ -255,7 +255,7 @@ def test_prefetch_downloads_and_lists_the_files(hub, published, clip, cache, sd1
     listed = {line.split()[-1] for line in beside.splitlines()[:-2]}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= listed
     assert beside.endswith(f"commit {clip}.\n")
-    (folder,) = (cache / f"models--{CLIPS[768].replace('/', '--')}" / "snapshots").iterdir()
+    (folder,) = (hub_cache / f"models--{CLIPS[768].replace('/', '--')}" / "snapshots").iterdir()
     assert load_clip(str(folder), offline=True)
     assert "MB" in output.err or "%" in output.err or "B/s" in output.err
     main(["prefetch", "short"])
@@ -360,7 +360,7 @@ def family(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
-def test_offline_makes_no_requests(cache, attempts, monkeypatch, how):
+def test_offline_makes_no_requests(hub_cache, attempts, monkeypatch, how):
     if how == "environment":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert_refused(

@@ -92,14 +92,14 @@ def backbone(request, folder, pipeline):
     return load_backbone(folder) if request.param == "folder" else Backbone.from_pipeline(pipeline)
 
 
-def test_encodes_as_the_pipeline(backbone, pipeline):
+def test_encoded_prompts_equal_the_pipelines(backbone, pipeline):
     expected, _, negative, _ = pipeline.encode_prompt(families.TEXTS, "a dark picture")
     torch.testing.assert_close(backbone.encode_text(families.TEXTS), expected)
     torch.testing.assert_close(backbone.encode_text(["a dark picture"] * 2, negative=True), negative)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_samples_as_the_pipeline(guidance, backbone, pipeline):
+def test_sampled_images_equal_the_pipelines(guidance, backbone, pipeline):
     noise = torch.randn(2, *backbone.latent_shape)
     how = {"height": 16, "width": 16, "guidance_scale": guidance, "num_inference_steps": 3}
     expected = pipeline(families.TEXTS, latents=noise, output_type="pt", **how).images
@@ -110,7 +110,7 @@ def test_samples_as_the_pipeline(guidance, backbone, pipeline):
     assert images.std() > 0.01
 
 
-def test_tokens_are_encoded_as_their_text(backbone):
+def test_encoded_tokens_equal_their_encoded_text(backbone):
     vocabulary = backbone.vocabulary
     ids = vocabulary.encode_text(["a red cat", ""])
     encoded = backbone.encode_text(["a red cat", ""])
@@ -121,17 +121,17 @@ def test_tokens_are_encoded_as_their_text(backbone):
 
 
 @pytest.mark.parametrize(("method", "own"), [("pez", {}), ("ph2p", {"restart_every": 2})])
-def test_is_inverted(method, own, folder, tmp_path):
+def test_methods_run_on_the_family(method, own, folder, tmp_path):
     """Both methods take gradients through all of the model, and use no CLIP."""
     Image.new("RGB", (16, 16), "red").save(tmp_path / "photo.png")
     result = invert(tmp_path / "photo.png", method=method, backbone=folder, **SHORT, **own)
     assert result.prompt
     assert result.images[0].size == (16, 16)
-    losses = [found["validation_loss"] for found in result.record.history]
+    losses = [actual["validation_loss"] for actual in result.record.history]
     assert losses == sorted(losses, reverse=True)
 
 
-def test_reads_and_writes_embeddings_by_its_key(folder, tmp_path):
+def test_embedding_files_use_the_key_of_the_family(folder, tmp_path):
     backbone, embedding = load_backbone(folder), torch.randn(2, 32)
     (tmp_path / "fox.safetensors").write_bytes(pack_embedding(embedding, backbone, "<fox>"))
     assert load_file(tmp_path / "fox.safetensors").keys() == {"pile_t5xl"}
@@ -141,13 +141,13 @@ def test_reads_and_writes_embeddings_by_its_key(folder, tmp_path):
         read_embedding(tmp_path / "other.safetensors", backbone)
 
 
-def test_its_vocabulary_is_a_setting(folder):
+def test_vocabulary_of_the_family_is_a_setting(folder):
     assert load_backbone(folder, vocabulary="pile_t5").vocabulary.text_encoders[0].kind == "pile_t5"
     with pytest.raises(UserError, match=r"vocabulary must be pile_t5 for the model .*, got 't5'; change it"):
         load_backbone(folder, vocabulary="t5")
 
 
-def test_documented_code_is_the_examples():
+def test_code_in_the_docs_equals_the_example():
     """The code of the docs' section is that of the example, which the other tests run."""
     section = (EXAMPLE.parents[1] / "docs/extending.md").read_text().partition("## A family of models")[2]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
@@ -156,7 +156,7 @@ def test_documented_code_is_the_examples():
     assert declaration in (EXAMPLE / "pyproject.toml").read_text()
 
 
-def test_is_unknown_until_it_is_installed_or_a_plugin(folder, monkeypatch):
+def test_family_is_unknown_until_installed_or_a_plugin(folder, monkeypatch):
     monkeypatch.setattr(entry_points, "entry_points", lambda group: [])
     with pytest.raises(UserError, match="is a AuraFlowPipeline; only StableDiffusionPipeline"):
         load_backbone(folder)

@@ -425,6 +425,13 @@ def test_gradient_of_sampling_equals_finite_differences(backbone, sampler):
     assert (gradient * direction).sum().item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_as_many_steps_as_noise_levels_are_the_most(backbone):
+    use(backbone, "DDIM")
+    assert backbone.calls(1000) == 1000
+    with pytest.raises(UserError, match=r"cannot be sampled in 1001 steps, .* has 1000 noise levels"):
+        backbone.calls(1001)
+
+
 def test_gradient_of_one_step_is_that_of_the_last(backbone, monkeypatch):
     use(backbone, "DDIM")
     prompt_embeds, negative = prompts(backbone, 2)

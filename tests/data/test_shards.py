@@ -334,7 +334,7 @@ def test_truncated_image_is_refused_when_it_is_read(tmp_path):
     assert np.array_equal(load_image(path / "0000.png", 16), pixels(0))
 
 
-def test_a_shard_that_ends_early_leaves_the_others(tmp_path):
+def test_shard_that_ends_early_leaves_the_others(tmp_path):
     offsets = write_three_samples(tmp_path / "a.tar")
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[: offsets[4][1] - 1])

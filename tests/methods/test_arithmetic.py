@@ -1,9 +1,11 @@
 """Losses and steps equal formulas that are written out here, or PyTorch's optimizers."""
 
+import families
 import pytest
 import torch
 from searches import fit, set_batch
 
+from lightning_prompts.backbones import BackboneSettings
 from lightning_prompts.engine.datamodule import Step
 from lightning_prompts.methods import GCG, PEZ, PH2P, MetricGuidance, TextualInversion
 from lightning_prompts.objectives import Sharpness
@@ -65,6 +67,30 @@ def test_loss_is_the_weighted_sum_of_its_terms(denoising_weight, clip_weight, ti
             text = module.clip.text_features(ids)[0]
             clip = 1 - float(text @ torch.nn.functional.normalize(module.clip.features(image), dim=1)[0])
     assert float(result) == pytest.approx(denoising_weight * float(denoising) + clip_weight * clip, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3"])
+def test_losses_of_chunks_are_those_of_each_prompt_alone(family, image_folder, tmp_path):
+    """Also with a CLIP, and with text encoders that read the text of the tokens."""
+    backbone = BackboneSettings(families.save_with_clip(family, tmp_path / family), image_size=16)
+    module = PEZ(backbone=backbone, num_tokens=2, clip_weight=0.7, denoising_weight=2.0, **FEW)
+    fit(module, image_folder, tmp_path / "run", steps=1)
+    set_batch(module, [*module.data.folder.load().values()][:3])
+    rows, count = torch.arange(3), len(module.batch)
+    samples = module.samples(rows, Step([4] * count, torch.tensor([[100, 700], [300, 900], [20, 500]])))
+    ids = module.prompt.ids(module.prompt.allowed.nonzero()[3:9].view(3, 2))
+    with torch.no_grad():
+        embeddings = module.prompt.table[ids]
+        alone = [module.loss(rows[[i]], ids[[i]], embeddings[[i]], samples[rows[[i]]]) for i in range(3)]
+        assert len({round(float(loss), 4) for loss in alone}) == 3
+        for chunk in (None, 1, 2, 5):
+            losses = module.loss(rows, ids, embeddings, samples, chunk=chunk)
+            torch.testing.assert_close(losses, torch.cat(alone), atol=1e-5, rtol=1e-5)
+            texts = ["a red cat", "two dogs", ""]
+            given = module.loss(rows, ids, embeddings, samples, texts, chunk)
+            assert torch.allclose(given, losses, atol=1e-5) == (family == "sd1")  # which has no other text encoder
+            one = module.loss(rows[[1]], ids[[1]], embeddings[[1]], samples[rows[[1]]], texts[1:2])
+            torch.testing.assert_close(given[[1]], one, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

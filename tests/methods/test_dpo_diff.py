@@ -650,7 +650,7 @@ def test_autocast_is_enabled_for_all_candidates(tiny, tmp_path, monkeypatch):
         return losses(self, texts, noise, features)
 
     monkeypatch.setattr(DPODiff, "evaluate", recorded)
-    main([*run(tiny, tmp_path / "run"), "--trainer.precision", "bf16-forward"])
+    main([*run(tiny, tmp_path / "run"), "--trainer.precision", "bf16-mixed"])
     assert len(precisions) > 2
     assert all(precisions)
 

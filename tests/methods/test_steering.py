@@ -251,15 +251,15 @@ def test_fresh_scores_are_of_each_image_with_its_prompt(tiny):
         for when, several in images.items():
             lengths = [float(image.mean()) + len(problem.target) for image in several[p]]
             sharpness = Sharpness()(several[p], []).tolist()
-            found = getattr(problem.result, f"fresh_values_{when}")
-            assert found["PromptLength"] == pytest.approx(lengths)
-            assert found["Sharpness"] == pytest.approx(sharpness)
+            result = getattr(problem.result, f"fresh_values_{when}")
+            assert result["PromptLength"] == pytest.approx(lengths)
+            assert result["Sharpness"] == pytest.approx(sharpness)
             metric = [2 * a + 3 * b for a, b in zip(lengths, sharpness, strict=True)]
             assert getattr(problem.result, f"fresh_metric_{when}") == pytest.approx(metric)
 
 
 @pytest.mark.parametrize("unconditional", [False, True])
-def test_images_of_the_best_embeddings_from_the_batch_or_disk(unconditional, tiny, tmp_path):
+def test_images_of_the_best_embeddings_come_from_the_batch_or_disk(unconditional, tiny, tmp_path):
     module, problems = search(tiny, tmp_path, PROMPTS, unconditional=unconditional)
     best, noise = [row.best for row in module.batch.rows], torch.randn(2, 3, *module.backbone.latent_shape)
     metrics = [sum(problem.result.metric_after) / 2 for problem in problems]

@@ -127,7 +127,7 @@ def test_clip_without_a_tokenizer_compares_images_only(tiny, tmp_path, images):
 
 
 @pytest.mark.parametrize("end", ["own", 2])
-def test_features_of_texts_are_those_of_each_alone(end, tiny):
+def test_text_features_equal_those_of_each_text_alone(end, tiny):
     """Whether the config has the tokenizer's id of the end of text or that of old files; also with other embeddings."""
     scorer = ClipSimilarity(f"{tiny}/clip")
     tokenizer, text_model = scorer.tokenizer, scorer.clip.text_model
@@ -144,25 +144,25 @@ def test_features_of_texts_are_those_of_each_alone(end, tiny):
     others[:, 1:3] = long[1:3]
     assert not torch.equal(others, ids)
     embeddings = text_model.embeddings.token_embedding.weight[others]
-    found = scorer.text_features(ids, embeddings)
-    torch.testing.assert_close(found, scorer.text_features(others))
-    assert not torch.allclose(found, expected, atol=1e-3)
-    images = F.normalize(torch.randn(len(TEXTS), found.shape[1]), dim=-1)
-    cosines = torch.stack([one @ other for one, other in zip(found, images, strict=True)])
+    actual = scorer.text_features(ids, embeddings)
+    torch.testing.assert_close(actual, scorer.text_features(others))
+    assert not torch.allclose(actual, expected, atol=1e-3)
+    images = F.normalize(torch.randn(len(TEXTS), actual.shape[1]), dim=-1)
+    cosines = torch.stack([one @ other for one, other in zip(actual, images, strict=True)])
     torch.testing.assert_close(scorer(ids, embeddings, images), 1 - cosines)
 
 
-def test_features_of_many_images_are_those_of_each_alone(tiny):
+def test_features_of_many_images_equal_those_of_each_alone(tiny):
     scorer, images = ClipSimilarity(f"{tiny}/clip"), torch.rand(2, 3, 3, 16, 16) * 2 - 1
-    found = scorer.features_of_many(images, batch=4)
-    assert not found.requires_grad
-    for row, several in zip(found, images, strict=True):
+    result = scorer.features_of_many(images, batch=4)
+    assert not result.requires_grad
+    for row, several in zip(result, images, strict=True):
         for features, image in zip(row, several, strict=True):
             torch.testing.assert_close(features, scorer.features(image[None])[0])
             assert float(features.norm()) == pytest.approx(1, abs=1e-5)
 
 
-def test_image_encoders_of_another_shape_are_others(tiny, tmp_path):
+def test_image_encoders_of_other_shapes_are_different(tiny, tmp_path):
     for name, size in (("hidden_size", 16), ("num_hidden_layers", 1)):
         other = CLIPConfig.from_pretrained(f"{tiny}/clip")
         setattr(other.vision_config, name, size)

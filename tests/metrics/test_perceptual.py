@@ -38,7 +38,7 @@ def images():
 
 
 @pytest.fixture
-def cache(monkeypatch, tmp_path):
+def torch_cache(monkeypatch, tmp_path):
     """Use an empty cache of torch."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
@@ -93,18 +93,18 @@ def test_network_is_frozen_and_has_no_dropout(trunks, images):
     assert float(metric(*images)) == before
 
 
-def test_nothing_is_downloaded(cache):
-    assert str(cache) in missing_lpips_weights()
+def test_nothing_is_downloaded(torch_cache):
+    assert str(torch_cache) in missing_lpips_weights()
     assert "VGG16" in missing_lpips_weights("vgg")
     with pytest.raises(UserError, match="AlexNet: there is no file"):
         Lpips()
-    assert not list(cache.rglob("*.pth"))
+    assert not list(torch_cache.rglob("*.pth"))
 
 
-def test_weights_in_the_cache_are_used(cache, trunks, images):
+def test_weights_in_the_cache_are_used(torch_cache, trunks, images):
     file = trunks["alex"][1]
-    (cache / "hub" / "checkpoints").mkdir(parents=True)
-    (cache / "hub" / "checkpoints" / file.name).symlink_to(file)
+    (torch_cache / "hub" / "checkpoints").mkdir(parents=True)
+    (torch_cache / "hub" / "checkpoints" / file.name).symlink_to(file)
     assert missing_lpips_weights() is None
     assert float(Lpips()(*images)) == float(Lpips(weights=file)(*images))
 

@@ -21,7 +21,7 @@ from lightning_prompts.backbones.vocabulary import (
 from lightning_prompts.emoji.tokenizer import CONTEXT, train_tokenizer
 from lightning_prompts.errors import UserError
 
-MERGES = Path(__file__).parents[1].parent / "shared" / "data" / "bpe_simple_vocab_16e6.txt.gz"
+MERGES = Path(__file__).parents[2].parent / "shared" / "data" / "bpe_simple_vocab_16e6.txt.gz"
 PUBLISHED = MERGES.parent / "published"
 TEMPLATES = ["{}", "a photo of {} background", "a photo of {}, oil on canvas!", "#{}'s 'cat", "  ({}) ", "2024 {} 7"]
 CAPTIONS = [

@@ -79,7 +79,7 @@ def test_endpoint_is_asked_until_the_answer_is_usable_and_cached(endpoint, tmp_p
 def test_endpoint_with_unusable_answers_is_given_up(endpoint, tmp_path):
     url, answers, requests = endpoint
     answers += ["nonsense"] * 3
-    with pytest.raises(UserError, match="was requests 5 times"):
+    with pytest.raises(UserError, match="was asked 5 times"):
         LanguageModel(url, tmp_path / "answers.json")(PROMPT, "antonyms")
     assert len(requests) == 5
     assert not (tmp_path / "answers.json").exists()
