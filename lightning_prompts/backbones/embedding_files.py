@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_prompts.backbones.base import Backbone
-from lightning_prompts.backbones.registry import families
+from lightning_prompts.backbones.registry import known_embedding_keys
 from lightning_prompts.errors import UserError, listed, shortened
 
 log = logging.getLogger(__name__)
@@ -39,12 +39,6 @@ WIDTHS = {
 def embedding_keys(backbone: Backbone) -> list[str]:
     """Return the names that other tools give to the text encoders whose tokens are searched."""
     return [encoder.spec.embedding_key for encoder in backbone.vocabulary.text_encoders]
-
-
-def _known_keys() -> dict[str, str]:
-    """Return the embedding keys of all families by all their spellings."""
-    specs = [spec for family in families().values() for spec in family.text_encoder_specs]
-    return {key: spec.embedding_key for spec in specs for key in (spec.embedding_key, *spec.other_keys)}
 
 
 def pack_embedding(embedding: Tensor, backbone: Backbone, token: str) -> bytes:
@@ -116,7 +110,7 @@ def read_embedding(path: str | Path, backbone: Backbone, pickle: bool = False) -
             )
     if len({len(parts[name]) for name in names}) > 1:
         raise UserError(f"The file {path} has different numbers of rows for its text encoders; give another file.")
-    if unused := [key for key in dict.fromkeys(_known_keys().values()) if key in parts and key not in names]:
+    if unused := [key for key in dict.fromkeys(known_embedding_keys().values()) if key in parts and key not in names]:
         ignored, searched = " and ".join(unused), " and ".join(names)
         log.info(
             "Ignoring the embedding for %s in %r, as the search uses the tokens of %s.", ignored, str(path), searched
@@ -185,7 +179,7 @@ def _embeddings(loaded: Any, path: Path) -> dict[str, dict[str, Tensor]]:
         loaded = vars(loaded).get("_parameters", {}) if isinstance(loaded, _ParameterDict) else loaded
         rows = _rows(loaded)
         return {name: {"": tensor} for name, tensor in rows.items()}
-    rows, found, keys = _rows(loaded), dict[str, dict[str, Tensor]](), _known_keys()
+    rows, found, keys = _rows(loaded), dict[str, dict[str, Tensor]](), known_embedding_keys()
     # An embedding bundled with a LoRA: its name and its text encoder.
     bundled = rf"bundle_emb\.(.*)\.(?:string_to_param\.\*|({'|'.join(map(re.escape, keys))}))"
     for name, tensor in rows.items():

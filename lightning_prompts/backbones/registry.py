@@ -32,6 +32,12 @@ def families() -> dict[str, type[Backbone]]:
     return own | _FAMILIES
 
 
+def known_embedding_keys() -> dict[str, str]:
+    """Return the embedding keys of the text encoders of all families, by all names that files have for them."""
+    specs = [spec for family in families().values() for spec in family.text_encoder_specs]
+    return {key: spec.embedding_key for spec in specs for key in (spec.embedding_key, *spec.other_keys)}
+
+
 @cache
 def _import_others() -> None:
     """Import the families of other packages, which registers them."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_prompts.backbones.hub import SHORT_NAMES, configuration_files, find_model
-from lightning_prompts.backbones.registry import families
+from lightning_prompts.backbones.registry import families, known_embedding_keys
 from lightning_prompts.errors import UserError, shortened
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ OTHERS = {  # unsupported kinds of files, by patterns of their weights' names
     "Playground v2.5, an EDM model": r"^edm_mean$",
     "CosXL, an EDM model": r"^edm_vpred\.sigma_max$",
     "an unCLIP model": r"^noise_augmentor\.|^embedder\.model\.",
-    "an embedding, which --model.init takes": r"^(clip_[lg]|t5(_?xxl)?|emb_params|string_to_param)$",
 }
 CHANNELS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model", 9: "an inpainting model"}
 ALONE = {  # single components, in either layout
@@ -121,7 +120,8 @@ def _other_kind(names: set[str], model: str | None, shape: list[int]) -> str | N
         model: The model that has its text encoder.
         shape: Shape of the UNet's first convolution in the original layout.
     """
-    for kind, pattern in OTHERS.items():
+    keys = "|".join(map(re.escape, (*known_embedding_keys(), "emb_params", "string_to_param")))
+    for kind, pattern in {**OTHERS, "an embedding, which --model.init takes": rf"^({keys})$"}.items():
         if any(re.search(pattern, name) for name in names):
             return kind
     labels = f"{UNET}label_emb.0.0.weight" in names

@@ -136,6 +136,8 @@ def test_embedding_files_use_the_key_of_the_family(folder, tmp_path):
     (tmp_path / "fox.safetensors").write_bytes(pack_embedding(embedding, backbone, "<fox>"))
     assert load_file(tmp_path / "fox.safetensors").keys() == {"pile_t5xl"}
     assert torch.equal(read_embedding(tmp_path / "fox.safetensors", backbone), embedding)
+    with pytest.raises(UserError, match=r"is an embedding, which --model\.init takes"):
+        load_backbone(str(tmp_path / "fox.safetensors"))
     save_file({"t5xxl": embedding}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"holds t5xxl of width 32, and the model .* needs pile_t5xl"):
         read_embedding(tmp_path / "other.safetensors", backbone)
