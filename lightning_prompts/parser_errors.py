@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning_prompts.errors import UserError
-from lightning_prompts.optimizers import optimizer_names
+from lightning_prompts.optimizers import optimizer_names, optimizer_settings
 from lightning_prompts.setting_types import IN_WORDS, LEAST, MOST
 
 KINDS = IN_WORDS | {
@@ -75,6 +75,8 @@ def _unknown(text: str, parser: Any) -> str | None:
     if unknown:
         given = ".".join(filter(None, unknown.groups()))
         names = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        if "optimizer" in names:  # whose settings depend on its class, and are not the parser's
+            names |= {f"optimizer.{setting}" for setting in optimizer_settings()}
         similar = [f"--{name}" for name in similar_settings(given, names)]
         hint = f"did you mean {' or '.join(similar)}?" if similar else "see --help for all settings."
         return f"The setting --{given} is unknown; {hint}"

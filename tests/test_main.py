@@ -390,6 +390,7 @@ def test_unusable_image_is_refused(base, image_folder, capsys, how):
             "--model.loss_weights.clip cannot be -1; it takes a finite number from 0 on.",
         ),
         (["--model.weight=1"], "--model.weight is unknown; did you mean --model.rerank.weight?"),
+        (["--model.lr", "1"], "--model.lr is unknown; did you mean --model.optimizer.lr?"),
         (
             ["--model.num_inference_steps", "3"],
             "did you mean --model.rerank.num_inference_steps or --model.sampler.num_inference_steps?",

@@ -8,6 +8,7 @@ from lightning_prompts.optimizers.rowwise import (
     check_optimizer,
     describe_optimizer,
     optimizer_names,
+    optimizer_settings,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "check_optimizer",
     "describe_optimizer",
     "optimizer_names",
+    "optimizer_settings",
 ]

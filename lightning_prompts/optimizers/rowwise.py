@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -83,10 +84,20 @@ class RowwiseOptimizer(Optimizer):
             state["started"] = state["started"].bool().cpu()
 
 
+def optimizers() -> list[type[Optimizer]]:
+    """Return the classes of optimizers that `--model.optimizer` takes, sorted by name."""
+    kinds = {kind for kind in vars(torch.optim).values() if isinstance(kind, type)}
+    return sorted({*kinds, AdamOnLion, BatchedLBFGS} - {Optimizer, LBFGS, SparseAdam}, key=lambda kind: kind.__name__)
+
+
 def optimizer_names() -> list[str]:
     """Return the names of the optimizers that `--model.optimizer` takes."""
-    kinds = {kind for kind in vars(torch.optim).values() if isinstance(kind, type)}
-    return sorted(kind.__name__ for kind in {*kinds, AdamOnLion, BatchedLBFGS} - {Optimizer, LBFGS, SparseAdam})
+    return [kind.__name__ for kind in optimizers()]
+
+
+def optimizer_settings() -> set[str]:
+    """Return the names of the settings of these optimizers."""
+    return {name for kind in optimizers() for name in signature(kind).parameters} - {"params"}
 
 
 def build_optimizer(build: OptimizerCallable, parameter: Tensor) -> Optimizer:
