@@ -128,7 +128,7 @@ def test_python_code_in_the_page_runs(workspace, capsys, monkeypatch):
     assert names["result"].prompt in capsys.readouterr().out
     assert (workspace / "again.png").exists()
     assert sum(names["sharp"].details.metric_after) > sum(names["sharp"].details.metric_before)
-    assert names["held"].details.target_seed == 7
+    assert names["invariant"].details.target_seed == 7
 
 
 @pytest.mark.slow

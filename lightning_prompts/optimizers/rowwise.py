@@ -140,8 +140,8 @@ def check_optimizer(build: OptimizerCallable, dims: int = 2, closure: bool = Fal
     """
     if not callable(build):
         raise UserError(
-            "--model.optimizer must be an optimizer's name, its class_path and init_args, or a function, got "
-            f"{build!r}."
+            "--model.optimizer must be an optimizer's name, its class_path and init_args, or, as an argument of a "
+            f"class, a function such as functools.partial(AdamW, lr=0.1), got {build!r}."
         )
     try:
         optimizer = build([torch.zeros([1] * dims)])

@@ -6,7 +6,7 @@ few cells of the table run; `pytest -m slow` runs the others.
 
 import importlib.util
 import shutil
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from lightning_prompts.methods.inversion import search_clip
 from lightning_prompts.methods.inversion.base import Inverter
 from lightning_prompts.methods.steering.human_feedback import Scripted
 from lightning_prompts.objectives import Sharpness, clip
+from lightning_prompts.optimizers import BatchedLBFGS
 from lightning_prompts.python_search import CONFIGS
 from lightning_prompts.python_settings import checked_settings
 from lightning_prompts.sampling import SamplerSettings
@@ -45,7 +46,7 @@ PROMPT = "a small cat on a red background"
 IMAGE = {"num_tokens": 2, "num_noise_samples": 2, "num_validation_samples": 2, "steps": 2}
 PROMPTED = {"seeds": 1, "steps": 2}
 CELLS = {
-    "PH2P": {**IMAGE, "optimizer": {"class_path": "BatchedLBFGS", "init_args": {"max_iter": 2}}},
+    "PH2P": {**IMAGE, "optimizer": partial(BatchedLBFGS, max_iter=2)},
     "PEZ": IMAGE,
     "GCG": {**IMAGE, "candidates": 3},
     "TextualInversion": IMAGE,

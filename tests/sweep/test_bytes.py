@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -76,6 +77,17 @@ BATCH = {name: [] for name in ("records", "active", "steps", "stale", "halvings"
     "parts": 1,
     "microbatch": 1,
 }
+CHECKPOINT = {
+    "batch": BATCH,
+    "state_dict": {"p": torch.zeros(0, 1)},
+    "optimizer_states": [],
+    "lr_schedulers": [],
+    "loops": {"fit_loop": {}},
+    "callbacks": {},
+    "epoch": 0,
+    "global_step": 0,
+    "pytorch-lightning_version": pl.__version__,
+}
 VALID = {
     "a.png": [encoded("PNG")],
     "a.jpg": [encoded("JPEG")],
@@ -91,7 +103,7 @@ VALID = {
     "a.txt": ["a cat\nein Hündchen\n".encode()],
     "a.json": [b'{"a cat": {"synonym": {"cat": ["kitten"]}, "antonym": {}}}'],
     f"{KEY}.json": [RECORD],
-    "a.ckpt": [pickled({"batch": BATCH, "state_dict": {"p": torch.zeros(0, 1)}})],
+    "a.ckpt": [pickled(CHECKPOINT)],
 }
 
 
