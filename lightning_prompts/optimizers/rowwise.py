@@ -27,12 +27,12 @@ class RowwiseOptimizer(Optimizer):
 
     Args:
         parameter: Parameter (P, ...).
-        inner: The optimizer of PyTorch; its own parameters are not used.
+        build: Returns the optimizer of PyTorch for a list of parameters.
     """
 
-    def __init__(self, parameter: Tensor, inner: Optimizer) -> None:
-        self.inner = inner
-        super().__init__([parameter], dict(inner.defaults))
+    def __init__(self, parameter: Tensor, build: OptimizerCallable) -> None:
+        self.build, self.inner = build, build([torch.zeros([1] * (parameter.dim() - 1))])
+        super().__init__([parameter], dict(self.inner.defaults))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -65,7 +65,11 @@ class RowwiseOptimizer(Optimizer):
             {name: value[place] for name, value in values.items()} if has_state else {}
             for place, has_state in enumerate(started.tolist())
         ]
-        self.inner.state = defaultdict(dict, {row: dict(view) for row, view in zip(rows, views, strict=True)})
+        states = {
+            row: dict(view if has_state else self.build([row]).state[row])  # some build the state with the optimizer
+            for row, view, has_state in zip(rows, views, started.tolist(), strict=True)
+        }
+        self.inner.state = defaultdict(dict, states)
         self.inner.param_groups = [group]
         self.inner.step()
         for place, (row, view) in enumerate(zip(rows, views, strict=True)):
@@ -108,7 +112,7 @@ def build_optimizer(build: OptimizerCallable, parameter: Tensor) -> Optimizer:
         parameter: Parameter (P, ...).
     """
     of_row = build([torch.zeros([1] * (parameter.dim() - 1))])
-    return build([parameter]) if isinstance(of_row, AdamOnLion | BatchedLBFGS) else RowwiseOptimizer(parameter, of_row)
+    return build([parameter]) if isinstance(of_row, AdamOnLion | BatchedLBFGS) else RowwiseOptimizer(parameter, build)
 
 
 def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
