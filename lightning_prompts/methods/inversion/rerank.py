@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_prompts.backbones import repeat
 from lightning_prompts.engine.method import MOST_STEPS
-from lightning_prompts.sampling import Sampler
+from lightning_prompts.sampling import Sampler, SamplerSettings
 from lightning_prompts.sampling.seeding import RERANK
 from lightning_prompts.setting_types import Positive, Weight
 
@@ -42,8 +42,8 @@ class Reranker:
     """
 
     def __init__(self, sampler: Sampler, settings: Rerank) -> None:
-        steps = int(settings.num_inference_steps or min(sampler.backbone.default_steps, MOST_STEPS))
-        self.sampler = Sampler(sampler.backbone, steps, sampler.guidance_scale, sampler.microbatch)
+        few = SamplerSettings(settings.num_inference_steps, sampler.guidance_scale)
+        self.sampler = few.build(sampler.backbone, sampler.microbatch, MOST_STEPS)
         self.images, self.weight = int(settings.images), settings.weight
 
     def loss(self, method: Inverter, rows: Tensor, prompt_embeds: Tensor) -> Tensor:
