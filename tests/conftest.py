@@ -7,10 +7,9 @@ import signal
 from pathlib import Path
 
 import families
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from inputs import noise
 from rounding import rounding_by_shape
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -158,6 +157,5 @@ def image_folder(tmp_path):
     folder = tmp_path / "image_folder"
     folder.mkdir()
     for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+        noise(seed=i).save(folder / f"{i}.png")
     return folder

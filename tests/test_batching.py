@@ -7,10 +7,10 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from inputs import noise
 from PIL import Image
 
 from lightning_prompts import runner
@@ -53,8 +53,7 @@ def folder(tmp_path_factory):
     """Create five images and three prompts."""
     folder = tmp_path_factory.mktemp("inputs")
     for i in range(5):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+        noise(seed=i).save(folder / f"{i}.png")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     return folder
 

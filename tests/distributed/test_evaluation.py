@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from inputs import noise
 from PIL import Image
 from ranks import run_ranks
 
@@ -34,8 +35,7 @@ def images(tmp_path_factory):
     """Five images: more than a batch of each rank, and an odd number."""
     folder = tmp_path_factory.mktemp("images")
     for i in range(5):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+        noise(seed=i).save(folder / f"{i}.png")
     return folder
 
 

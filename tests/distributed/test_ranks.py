@@ -12,11 +12,10 @@ import time
 import traceback
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
+from inputs import noise
 from ranks import FORKS, ROOT, run_ranks
 
 from lightning_prompts.sampling import Microbatch
@@ -54,8 +53,7 @@ def inputs(tmp_path_factory):
     """Write three images and three prompts, an odd number, so that one rank has more problems than the other."""
     folder = tmp_path_factory.mktemp("inputs")
     for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+        noise(32, 32, seed=i).save(folder / f"{i}.png")
     (folder / "prompts.txt").write_text("a red cat\ntwo dogs beside a tree\na small square\n")
     return folder
 

@@ -4,10 +4,9 @@ import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from inputs import noise
 from searches import result_of
 
 from lightning_prompts import invert, metric_guidance, runner
@@ -118,7 +117,7 @@ class Stopping(PromptCheckpoint):
 
 @pytest.fixture
 def image(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "p.png")
+    noise().save(tmp_path / "p.png")
     return str(tmp_path / "p.png")
 
 
@@ -162,7 +161,7 @@ def test_batch_of_two_equals_each_alone(family, folders, tmp_path):
     files = []
     for i in range(2):
         files.append(tmp_path / f"{i}.png")
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(files[-1])
+        noise(seed=i).save(files[-1])
     how = {"backbone": backbone, "sampler": SamplerSettings(2), "steps": 2, "device": "cpu"}
     of_images = {
         "method": "textual_inversion",

@@ -9,12 +9,11 @@ import shutil
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from PIL import Image
+from inputs import noise
 from searches import result_of
 
 from lightning_prompts import methods
@@ -224,7 +223,7 @@ def test_table_in_the_docs_equals_the_tested_cells():
 
 @pytest.mark.parametrize(("name", "model"), list(params()))
 def test_method_on_model_runs_and_resumes(name, model, models, tmp_path, capsys):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "p.png")
+    noise(64, 64).save(tmp_path / "p.png")
     cell, run, again = Cell(name, models(model), str(tmp_path / "p.png")), tmp_path / "run", tmp_path / "again"
     before = {key: tensor.clone() for key, tensor in cell.model["backbone"].state_dict().items()}
     if reason := REFUSED.get((name, model)):

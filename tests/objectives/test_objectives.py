@@ -4,10 +4,9 @@ import math
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from inputs import noise
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizerFast, CLIPVisionConfig
@@ -40,7 +39,7 @@ def images():
 @pytest.fixture
 def reference(tmp_path):
     path = tmp_path / "reference.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    noise().save(path)
     return str(path)
 
 
